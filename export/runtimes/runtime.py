@@ -1,0 +1,29 @@
+"""What every runtime is to parity and to the server: images in, logits out. No torch, no onnx."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from train.spec import Spec
+
+
+@dataclass(frozen=True)
+class Model:
+    """What an exported file says of itself."""
+
+    name: str  # "DiracNet-16-1", or the file's stem for a net without our spec
+    digest: str  # sha256 of the artefact, hex
+    spec: Spec
+    provenance: dict[str, Any]  # what training, fold and export recorded; empty for somebody else's net
+
+
+class Runtime(Protocol):
+    """An exported file made callable. Safe to call from one thread at a time."""
+
+    model: Model
+    description: str  # for people: "ONNX Runtime 1.31.1, CPUExecutionProvider"
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, C] → logits float32 [N, K], for any N ≥ 1."""
+        ...

@@ -1,0 +1,103 @@
+"""A frozen dataclass as command line: default, flag, help and record at once."""
+
+import argparse
+import dataclasses
+import os
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from train.refusal import Refusal
+
+Config = TypeVar("Config")
+
+
+def run_command(
+    command: Callable[[Config], int | None],
+    config_type: type[Config],
+    *,
+    examples: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse `argv` into `config_type`, run `command` with it and give its exit status.
+
+    A `Refusal` becomes one line on stderr and status 2; Ctrl-C becomes status 130.
+    """
+    try:
+        config = parse(config_type, description=command.__doc__, examples=examples, argv=argv)
+        return command(config) or 0
+    except Refusal as refusal:
+        print("error: " + " ".join(str(refusal).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt or 'nothing was left half-written'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def parse(
+    config_type: type[Config],
+    *,
+    description: str | None = None,
+    examples: Sequence[str] = (),
+    argv: Sequence[str] | None = None,
+) -> Config:
+    """A `config_type` from `argv`. A field without a default is a positional argument."""
+    parser = _Parser(
+        description=description,
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hints = get_type_hints(config_type, include_extras=True)
+    for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
+        kind, text = (
+            get_args(hints[field.name])[:2]
+            if get_origin(hints[field.name]) is Annotated
+            else (hints[field.name], "")
+        )
+        _add_argument(parser, field, kind, text)
+    return config_type(**vars(parser.parse_args(argv)))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refusal(f"{message} (see {self.prog} --help)")
+
+
+def _add_argument(
+    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any, text: str
+) -> None:
+    required = field.default is dataclasses.MISSING
+    default = None if required else field.default
+    names = [field.name] if required else ["--" + field.name.replace("_", "-")]
+    text = text.replace("%", "%%")
+    if get_origin(kind) in (Union, types.UnionType):  # X | None
+        kind = next(member for member in get_args(kind) if member is not type(None))
+    elif default not in (None, False, ()):
+        text += f" (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+    if kind is bool:
+        parser.add_argument(*names, action="store_true", default=default, help=text)
+        return
+    options: dict[str, Any] = {"help": text} if required else {"help": text, "default": default}
+    if get_origin(kind) is tuple:
+        members = get_args(kind)
+        kind = members[0]
+        options["nargs"] = "*" if members[-1] is Ellipsis else len(members)
+        options["action"] = _AsTuple
+    if get_origin(kind) is Literal:
+        options["choices"] = get_args(kind)
+        kind = str
+    options["type"] = Path if kind is Path else kind
+    if not required and "choices" not in options:
+        options["metavar"] = {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
+    parser.add_argument(*names, **options)
+
+
+class _AsTuple(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, tuple(values))

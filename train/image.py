@@ -1,0 +1,68 @@
+"""An image file becomes pixels the way the spec says: one function for training folders and the server."""
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from train.refusal import Refusal
+from train.spec import ImageSpec
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+# A 50-megapixel photograph passes; anything larger is refused before its pixels are decoded.
+MAX_PIXELS = 64_000_000
+
+
+class TooManyPixels(Refusal):
+    """The header announces more pixels than the limit."""
+
+
+def decode(content: bytes, spec: ImageSpec, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Bytes of a PNG, JPEG, WebP or BMP of any size and mode → uint8 [height, width, channels].
+
+    Raises `TooManyPixels` before decoding, `Refusal` where the bytes are no such image.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                raise TooManyPixels(
+                    f"the image is {image.width}x{image.height}, more than {max_pixels:,} pixels; send a smaller one"
+                )
+            return fit(image, spec)
+    except Refusal:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise Refusal(f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})") from error
+
+
+def fit(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """An image of any mode → uint8 [height, width, channels], oriented, resized and cropped as `spec` says.
+
+    Transparent pixels lie on white, as a viewer shows them; 16-bit samples keep their upper eight bits.
+    """
+    image = ImageOps.exif_transpose(image)
+    image = _flatten(image).convert("L" if spec.channels == 1 else "RGB")
+    # Resampling only the box that survives the crop bounds the work for extreme aspect ratios.
+    image = image.resize((spec.width, spec.height), Image.Resampling.BILINEAR, box=_crop_box(image, spec))
+    return np.asarray(image, dtype=np.uint8).reshape(spec.height, spec.width, spec.channels)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        return opaque
+    return image
+
+
+def _crop_box(image: Image.Image, spec: ImageSpec) -> tuple[float, float, float, float] | Any:
+    """The part of the source that becomes the input, in source pixels."""
+    if spec.resize is None:
+        return (0.0, 0.0, float(image.width), float(image.height))
+    scale = min(image.width, image.height) / spec.resize
+    width, height = spec.width * scale, spec.height * scale
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    return (left, top, left + width, top + height)

@@ -1,0 +1,106 @@
+"""What an artefact says of itself, from the checkpoint to the engine. Needs only the standard library."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from train.refusal import Refusal
+
+Nonlinearity = Literal["ncrelu", "relu"]
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an image becomes the net's input.
+
+    The image is scaled so that its shorter side is `resize` pixels and cropped at the centre to
+    `height` x `width`; `resize` of None scales it to exactly `height` x `width` instead.
+    `mean` and `std` are per channel, in units of full scale (0 is black, 1 is white).
+    """
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise Refusal(f"images must have 1 or 3 channels, got {self.channels}")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise Refusal(f"mean and std need {self.channels} values each, got {self.mean} and {self.std}")
+        if min(self.height, self.width) < 1 or (self.resize or max(self.height, self.width)) < max(
+            self.height, self.width
+        ):
+            raise Refusal(f"cannot crop {self.height}x{self.width} from images resized to {self.resize}")
+        if min(self.std) <= 0:
+            raise Refusal(f"std must be positive, got {self.std}")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One model: its architecture (Table 1), its input and the meaning of its outputs."""
+
+    family: str
+    depth: int
+    width: float
+    nonlinearity: Nonlinearity
+    image: ImageSpec
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.nonlinearity not in get_args(Nonlinearity):
+            raise Refusal(f"nonlinearity must be ncrelu or relu, got {self.nonlinearity}")
+        if len(self.labels) < 2:
+            raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
+
+    @property
+    def name(self) -> str:
+        return f"DiracNet-{self.depth}-{self.width:g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "Spec":
+        """The inverse of `to_dict`; refuses fields that are missing, unknown or of the wrong type."""
+        try:
+            image = dict(fields["image"])
+            image = ImageSpec(
+                height=_whole(image.pop("height")),
+                width=_whole(image.pop("width")),
+                channels=_whole(image.pop("channels")),
+                mean=tuple(float(value) for value in image.pop("mean")),
+                std=tuple(float(value) for value in image.pop("std")),
+                resize=None if (resize := image.pop("resize")) is None else _whole(resize),
+                **image,
+            )
+            rest = {key: value for key, value in fields.items() if key != "image"}
+            return cls(
+                family=str(rest.pop("family")),
+                depth=_whole(rest.pop("depth")),
+                width=float(rest.pop("width")),
+                nonlinearity=rest.pop("nonlinearity"),
+                labels=tuple(str(label) for label in rest.pop("labels")),
+                image=image,
+                **rest,
+            )
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise Refusal(f"the model's spec is damaged: {error!r}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "Spec":
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise Refusal(f"the model's spec is no JSON: {error}") from error
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
