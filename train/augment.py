@@ -1,0 +1,28 @@
+"""Random flips and crops on a whole batch of uint8 images at once."""
+
+import torch
+from torch import Tensor
+
+
+def augment(images: Tensor, *, flip: bool, crop: int, generator: torch.Generator) -> Tensor:
+    """images [N, H, W, C] → the same shape: shifted by up to `crop` pixels over a reflected border, half mirrored.
+
+    `generator` lives on the CPU, so that a seed gives the same images on every device.
+    """
+    num, height, width, _ = images.shape
+    rows = torch.arange(height).expand(num, height)
+    columns = torch.arange(width).expand(num, width)
+    if crop:
+        shift = torch.randint(-crop, crop + 1, (2, num, 1), generator=generator)
+        rows, columns = _reflect(rows + shift[0], height), _reflect(columns + shift[1], width)
+    if flip:
+        mirrored = torch.randint(2, (num, 1), generator=generator).bool()
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    picked = torch.arange(num, device=images.device)
+    return images[picked[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Indices beyond the border count backwards from it, without repeating the border itself."""
+    return (size - 1) - (index.abs() - (size - 1)).abs()

@@ -1,0 +1,84 @@
+"""The checkpoint: one file that resumes a run bit for bit and starts the fold."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.families import build
+from train.files import read_whole, sha256, write_whole
+from train.refusal import Refusal
+from train.spec import Spec
+
+FORMAT = "diracnet-checkpoint-1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run is at one moment. `epoch` and `step` name the next batch to train on.
+
+    Batches and augmentation are keyed by (seed, epoch, step), so these three restore them.
+    """
+
+    spec: Spec
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    config: dict[str, Any]  # the command's config, with paths as text
+    epoch: int
+    step: int
+    totals: dict[str, float]  # of the epoch under way
+    history: list[dict[str, Any]]  # one row per finished epoch
+    rng_state: torch.Tensor  # torch's global generator
+    test_accuracy: float | None = None  # read once, after the last epoch
+    sha256: str = ""  # of the file it came from
+
+    def training_record(self) -> dict[str, Any]:
+        """What later artefacts say of this run."""
+        kept = ("dataset", "seed", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule")
+        return {
+            **{key: self.config[key] for key in kept if key in self.config},
+            "epochs_done": self.epoch,
+            "test_accuracy": self.test_accuracy,
+        }
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Written whole: an interrupted save leaves the earlier file."""
+    content = {
+        name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__ if name != "sha256"
+    }
+    file = io.BytesIO()
+    torch.save({"format": FORMAT, **content, "spec": checkpoint.spec.to_dict()}, file)
+    write_whole(path, file.getvalue())
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads without executing anything in the file; refuses what is no whole checkpoint of ours."""
+    content = read_whole(path)
+    try:
+        fields = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load raises half a dozen unrelated kinds
+        raise Refusal(f"{path} is no checkpoint, or is cut short ({type(error).__name__})") from error
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        raise Refusal(f"{path} is no {FORMAT} file; train one with train/run.py")
+    try:
+        fields["spec"] = Spec.from_dict(fields["spec"])
+        return Checkpoint(**fields, sha256=sha256(content))
+    except (KeyError, TypeError) as error:
+        raise Refusal(f"{path} misses a part of a checkpoint: {error}") from error
+
+
+def load_net(checkpoint: Checkpoint) -> nn.Sequential:
+    """The Dirac net of a checkpoint, in evaluation mode."""
+    net = build(checkpoint.spec)
+    try:
+        net.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise Refusal(
+            f"the checkpoint's weights do not fit its spec {checkpoint.spec.name}: {detail}"
+        ) from error
+    return net.eval()

@@ -1,0 +1,251 @@
+"""Data sets as uint8 arrays [N, H, W, C] with the spec of their images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from train.refusal import Refusal
+from train.spec import ImageSpec
+
+FASHION_MNIST_DIRS = (Path("data"), Path("/usr/share/datasets/fashion-mnist"))  # the second is Debian's
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a data set without reading it."""
+
+    image: ImageSpec
+    labels: tuple[str, ...]
+    flip: bool  # a mirrored image keeps its label
+    crop: int  # pixels by which random crops shift
+
+
+@dataclass(frozen=True)
+class Split:
+    """images uint8 [N, H, W, C]; targets int64 [N], indices into the labels."""
+
+    images: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, indices: np.ndarray) -> "Split":
+        return Split(self.images[indices], self.targets[indices])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    info: DatasetInfo
+    train: Split
+    test: Split
+
+
+def _digits_info() -> DatasetInfo:
+    image = ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8)
+    return DatasetInfo(image, tuple("0123456789"), flip=False, crop=1)
+
+
+def _fashion_info() -> DatasetInfo:
+    image = ImageSpec(28, 28, 1, (0.286,), (0.353,), resize=28)
+    labels = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot".split()
+    return DatasetInfo(image, tuple(label.replace("_", " ") for label in labels), flip=True, crop=1)
+
+
+def cifar_image() -> ImageSpec:
+    """Mean and deviation of the authors' code, section 3."""
+    mean, std = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+    return ImageSpec(32, 32, 3, tuple(m / 255 for m in mean), tuple(s / 255 for s in std), resize=32)
+
+
+def _cifar10_info() -> DatasetInfo:
+    labels = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    return DatasetInfo(cifar_image(), tuple(labels), flip=True, crop=4)
+
+
+def _cifar100_info() -> DatasetInfo:
+    return DatasetInfo(cifar_image(), _CIFAR100_LABELS, flip=True, crop=4)
+
+
+def _folder_info(data_dir: Path | None, image_size: int) -> DatasetInfo:
+    labels = tuple(folder.name for folder in _class_folders(_training_folder(_given(data_dir))))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, the usual choice for photographs
+    image = ImageSpec(image_size, image_size, 3, mean, std, resize=image_size)
+    return DatasetInfo(image, labels, flip=True, crop=max(1, image_size // 8))
+
+
+def describe(name: str, *, data_dir: Path | None = None, image_size: int = 32) -> DatasetInfo:
+    """What is known of data set `name` before its images are read; a folder's labels are its subfolders."""
+    if name == "folder":
+        return _folder_info(data_dir, image_size)
+    return {
+        "digits": _digits_info,
+        "fashion-mnist": _fashion_info,
+        "cifar10": _cifar10_info,
+        "cifar100": _cifar100_info,
+    }[name]()
+
+
+def load(
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    image_size: int = 32,
+    download: bool = False,
+    track: Callable = iter,
+) -> Dataset:
+    """Read a data set whole. `track` wraps the loop over a folder's files, to show progress.
+
+    Refuses a data set that is not where it should be, saying where it was looked for.
+    """
+    info = describe(name, data_dir=data_dir, image_size=image_size)
+    match name:
+        case "digits":
+            train, test = _load_digits()
+        case "fashion-mnist":
+            train, test = _load_fashion_mnist(data_dir, download)
+        case "cifar10" | "cifar100":
+            train, test = _load_cifar(name, data_dir, download)
+        case _:
+            train, test = _load_folder(_given(data_dir), info, track)
+    return Dataset(info, train, test)
+
+
+def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Split, Split]:
+    """A random part of `split` for choosing by, and the rest for training: (rest, part)."""
+    order = np.random.default_rng(seed).permutation(len(split))
+    num_held = round(len(split) * fraction)
+    return split.take(np.sort(order[num_held:])), split.take(np.sort(order[:num_held]))
+
+
+def _load_digits() -> tuple[Split, Split]:
+    from sklearn.datasets import load_digits
+
+    pixels, targets = load_digits(return_X_y=True)
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    return _every_fifth(Split(images, targets.astype(np.int64)))
+
+
+def _every_fifth(whole: Split) -> tuple[Split, Split]:
+    """(train, test): every fifth image tests, the same ones each time."""
+    index = np.arange(len(whole))
+    return whole.take(index[index % 5 != 4]), whole.take(index[index % 5 == 4])
+
+
+def _load_fashion_mnist(data_dir: Path | None, download: bool) -> tuple[Split, Split]:
+    from torchvision.datasets import FashionMNIST
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    def read(folder: Path, part: str) -> Split:
+        images = _find(folder, f"{part}-images-idx3-ubyte")
+        labels = _find(folder, f"{part}-labels-idx1-ubyte")
+        if not images or not labels:
+            raise FileNotFoundError(folder)
+        return Split(read_image_file(str(images)).numpy()[..., None], read_label_file(str(labels)).numpy())
+
+    folders = (data_dir,) if data_dir else FASHION_MNIST_DIRS
+    if download:
+        FashionMNIST(str(folders[0]), train=True, download=True)
+    for folder in folders:
+        for place in (folder, folder / "FashionMNIST" / "raw"):
+            try:
+                return read(place, "train"), read(place, "t10k")
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, RuntimeError, AssertionError) as error:
+                raise Refusal(f"the Fashion-MNIST files in {place} cannot be read: {error}") from error
+    raise Refusal(
+        f"Fashion-MNIST is not in {' or '.join(map(str, folders))}: install Debian's package "
+        "dataset-fashion-mnist, name its folder with --data-dir, or let --download fetch it"
+    )
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+
+
+def _load_cifar(name: str, data_dir: Path | None, download: bool) -> tuple[Split, Split]:
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    folder = data_dir or Path("data")
+    try:
+        parts = [kind(str(folder), train=train, download=download) for train in (True, False)]
+    except (RuntimeError, OSError, EOFError, KeyError) as error:
+        raise Refusal(
+            f"{name} is not readable in {folder} ({error}): name the folder that holds torchvision's "
+            "files with --data-dir, or let --download fetch them"
+        ) from error
+    train, test = (Split(part.data, np.asarray(part.targets, np.int64)) for part in parts)
+    return train, test
+
+
+def _given(data_dir: Path | None) -> Path:
+    if data_dir is None:
+        raise Refusal("--dataset folder needs --data-dir, a directory with one folder of images per class")
+    return data_dir
+
+
+def _training_folder(root: Path) -> Path:
+    return root / "train" if (root / "train").is_dir() else root
+
+
+def _class_folders(root: Path) -> list[Path]:
+    try:
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise Refusal(f"cannot read the folder {root}: {error.strerror}") from error
+    if len(folders) < 2:
+        raise Refusal(f"{root} has {len(folders)} class folders; a classifier needs two or more")
+    return folders
+
+
+def _load_folder(root: Path, info: DatasetInfo, track: Callable) -> tuple[Split, Split]:
+    """`train/` and one of `test/`, `val/` where they exist; otherwise every fifth image tests."""
+    test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    train = _read_classes(_training_folder(root), info, track)
+    if _training_folder(root) != root and test_folder:
+        return train, _read_classes(test_folder, info, track)
+    return _every_fifth(train)
+
+
+def _read_classes(root: Path, info: DatasetInfo, track: Callable) -> Split:
+    from train.image import decode
+
+    files = [
+        (path, info.labels.index(folder.name))
+        for folder in _class_folders(root)
+        if folder.name in info.labels
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    images, targets, unreadable = [], [], []
+    for path, target in track(files):
+        try:
+            images.append(decode(path.read_bytes(), info.image))
+            targets.append(target)
+        except (Refusal, OSError):
+            unreadable.append(path)
+    if unreadable:
+        raise Refusal(
+            f"{len(unreadable)} of {len(files)} images cannot be read, the first is {unreadable[0]}: "
+            "mend or remove them"
+        )
+    if not images:
+        raise Refusal(f"no {', '.join(IMAGE_SUFFIXES)} images in the class folders of {root}")
+    return Split(np.stack(images), np.asarray(targets, np.int64))
+
+
+_CIFAR100_LABELS = tuple(
+    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+    dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+    leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+    otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
+    rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
+    sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+    willow_tree wolf woman worm""".split()
+)

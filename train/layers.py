@@ -1,0 +1,102 @@
+"""The paper's two building blocks: Dirac-parameterised convolutions and NCReLU."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from train.refusal import Refusal
+
+EPSILON = 1e-12  # eq. 5; the authors' value
+A_0 = 5.0  # section 3.3
+B_0 = 1e-3  # section 2
+
+
+def dirac_delta(shape: Sequence[int]) -> Tensor:
+    """The δ tensor of eq. 2, repeated as eq. 7 and eq. 8 say where N_i and N_o differ.
+
+    `shape` is [N_o, N_i, K_1, ..., K_L]. Refuses N_o and N_i of which neither is a multiple of the other.
+    """
+    num_out, num_in, *kernel = shape
+    if min(num_out, num_in) < 1 or max(num_out, num_in) % min(num_out, num_in):
+        raise Refusal(
+            f"input and output channels must be multiples of each other (N_i = m N_o or N_o = m N_i), "
+            f"got {num_in} and {num_out}"
+        )
+    delta = torch.zeros(tuple(shape))
+    i = torch.arange(max(num_out, num_in))
+    centre = [size // 2 for size in kernel]
+    delta[(i % num_out, i % num_in, *centre)] = 1
+    return delta
+
+
+def normalize_filters(weight: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """W_norm: every filter (all dimensions but the first) scaled to unit Euclidean norm, eq. 5."""
+    dims = tuple(range(1, weight.dim()))
+    return weight / torch.linalg.vector_norm(weight, dim=dims, keepdim=True).clamp_min(epsilon)
+
+
+class _DiracConv(nn.modules.conv._ConvNd):
+    """Ŵ = a δ + b W_norm (eq. 4) in place of a convolution's weight; `weight` is W."""
+
+    delta: Tensor
+
+    def __init__(self, *args, bias: bool = False, **kwargs) -> None:
+        super().__init__(*args, bias=bias, **kwargs)
+        if self.groups != 1:
+            raise Refusal(f"a Dirac convolution has one group, got {self.groups}")
+        self.a = nn.Parameter(torch.tensor(A_0))
+        self.b = nn.Parameter(torch.tensor(B_0))
+        self.register_buffer("delta", dirac_delta(self.weight.shape), persistent=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)  # W ~ N(0, 1), section 2
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def folded_weight(self) -> Tensor:
+        return self.a * self.delta + self.b * normalize_filters(self.weight)  # eq. 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.folded_weight(), self.bias)
+
+
+class DiracConv1d(_DiracConv, nn.Conv1d):
+    """x [N, N_i, L] → [N, N_o, L']; arguments as `nn.Conv1d`, without groups, bias off."""
+
+
+class DiracConv2d(_DiracConv, nn.Conv2d):
+    """x [N, N_i, H, W] → [N, N_o, H', W']; arguments as `nn.Conv2d`, without groups, bias off."""
+
+
+class DiracConv3d(_DiracConv, nn.Conv3d):
+    """x [N, N_i, D, H, W] → [N, N_o, D', H', W']; arguments as `nn.Conv3d`, without groups, bias off."""
+
+
+class NCReLU(nn.Module):
+    """x [N, C, ...] → [N, 2C, ...]: positive half, then negative half, eq. 9."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.clamp(min=0), x.clamp(max=0)], dim=1)  # -ρ(-x) = min(x, 0)
+
+
+class Normalize(nn.Module):
+    """images uint8 [N, H, W, C] → x [N, C, H, W] of zero mean and unit deviation, in the buffers' type.
+
+    The first layer of every net, so that training and serving cannot normalise differently. It does
+    not fold: zero padding comes after it.
+    """
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.tensor([255 * m for m in mean]).view(-1, 1, 1), persistent=False)
+        self.register_buffer(
+            "scale", torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1), persistent=False
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        # A permuted NHWC tensor is a channels-last NCHW one: no copy.
+        return (images.permute(0, 3, 1, 2).to(self.scale.dtype) - self.offset) * self.scale
