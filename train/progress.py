@@ -1,0 +1,64 @@
+"""Progress on work longer than two seconds: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 10.0
+
+
+def make_console(*, json: bool = False) -> Console:
+    """Where people read: stdout, or stderr when stdout carries JSON. Lines are never wrapped for a pipe."""
+    stream = sys.stderr if json else sys.stdout
+    width = None if stream.isatty() else 160
+    return Console(file=stream, highlight=False, width=width, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def progress(console: Console, what: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yields `advance(n=1, note="")`; `done` is how many steps were finished before."""
+    if not console.is_terminal:
+        yield _plain_lines(console, what, total, done)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done, note="")
+        yield lambda n=1, note="": bar.update(task, advance=n, note=note)
+
+
+def track(console: Console, what: str) -> Callable[[Iterable], Iterator]:
+    """A wrapper for a loop over a sized collection, e.g. `for path in track(console, "reading")(paths)`."""
+
+    def wrap(items: Iterable) -> Iterator:
+        items = list(items)
+        with progress(console, what, len(items)) as advance:
+            for item in items:
+                yield item
+                advance()
+
+    return wrap
+
+
+def _plain_lines(console: Console, what: str, total: int, done: int) -> Callable[..., None]:
+    last, start, first = time.monotonic(), time.monotonic(), done
+
+    def advance(n: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last >= LINE_EVERY_S:
+            left_s = (now - start) / max(1, done - first) * (total - done)
+            console.print(f"{what}: {done}/{total}, {left_s:.0f} s left  {note}".rstrip())
+            last = now
+
+    return advance

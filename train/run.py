@@ -1,0 +1,29 @@
+"""python train/run.py: train a DiracNet."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train.cli import run_command
+from train.config import TrainConfig
+
+EXAMPLES = (
+    "python train/run.py                                    # digits, bundled with scikit-learn",
+    "python train/run.py --dataset fashion-mnist --depth 10 --epochs 10",
+    "python train/run.py --dataset folder --data-dir photos --image-size 64",
+    "python train/run.py --out runs/digits-16-1 --resume    # go on where it stopped",
+    "python train/run.py --describe --json --family cifar --classes 10 --depth 34 --width 2",
+)
+
+
+def command(config: TrainConfig) -> int:
+    """Train a DiracNet; writes checkpoint.pt, best.pt, metrics.jsonl and learning_curve.png to --out."""
+    from train import session
+
+    return session.describe(config) if config.describe else session.train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, TrainConfig, examples=EXAMPLES))
