@@ -5,7 +5,9 @@ from torch import Tensor
 
 
 def augment(images: Tensor, *, flip: bool, crop: int, generator: torch.Generator) -> Tensor:
-    """images [N, H, W, C] → the same shape: shifted by up to `crop` pixels over a reflected border, half mirrored.
+    """images [N, H, W, C] → the same shape: shifted by up to `crop` pixels, half mirrored.
+
+    What a shift uncovers is reflected at the border.
 
     `generator` lives on the CPU, so that a seed gives the same images on every device.
     """

@@ -47,9 +47,7 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Written whole: an interrupted save leaves the earlier file."""
-    content = {
-        name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__ if name != "sha256"
-    }
+    content = {name: getattr(checkpoint, name) for name in Checkpoint.__dataclass_fields__ if name != "sha256"}
     file = io.BytesIO()
     torch.save({"format": FORMAT, **content, "spec": checkpoint.spec.to_dict()}, file)
     write_whole(path, file.getvalue())
@@ -78,7 +76,5 @@ def load_net(checkpoint: Checkpoint) -> nn.Sequential:
         net.load_state_dict(checkpoint.model)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
-        raise Refusal(
-            f"the checkpoint's weights do not fit its spec {checkpoint.spec.name}: {detail}"
-        ) from error
+        raise Refusal(f"the checkpoint's weights do not fit its spec {checkpoint.spec.name}: {detail}") from error
     return net.eval()

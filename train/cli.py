@@ -56,9 +56,7 @@ def parse(
     hints = get_type_hints(config_type, include_extras=True)
     for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
         kind, text = (
-            get_args(hints[field.name])[:2]
-            if get_origin(hints[field.name]) is Annotated
-            else (hints[field.name], "")
+            get_args(hints[field.name])[:2] if get_origin(hints[field.name]) is Annotated else (hints[field.name], "")
         )
         _add_argument(parser, field, kind, text)
     return config_type(**vars(parser.parse_args(argv)))
@@ -69,9 +67,7 @@ class _Parser(argparse.ArgumentParser):
         raise Refusal(f"{message} (see {self.prog} --help)")
 
 
-def _add_argument(
-    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any, text: str
-) -> None:
+def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any, text: str) -> None:
     required = field.default is dataclasses.MISSING
     default = None if required else field.default
     names = [field.name] if required else ["--" + field.name.replace("_", "-")]

@@ -9,32 +9,22 @@ from train.refusal import Refusal
 
 @dataclass(frozen=True)
 class TrainConfig:
-    dataset: Annotated[
-        Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"], "what to learn"
-    ] = "digits"
+    dataset: Annotated[Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"], "what to learn"] = "digits"
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     download: Annotated[bool, "let torchvision download the data set"] = False
     image_size: Annotated[int, "side of the input in pixels, for --dataset folder"] = 32
     family: Annotated[Literal["cifar"], "architecture, Table 1"] = "cifar"
-    classes: Annotated[
-        int | None, "with --describe: RGB images of this many classes, in place of a data set"
-    ] = None
+    classes: Annotated[int | None, "with --describe: RGB images of this many classes, in place of a data set"] = None
     depth: Annotated[int, "6N + 4 layers, Table 1"] = 16
     width: Annotated[float, "width factor k of Table 1"] = 1.0
-    nonlinearity: Annotated[Literal["ncrelu", "relu"], "section 2.2; relu is the ablation of section 3.4"] = (
-        "ncrelu"
-    )
+    nonlinearity: Annotated[Literal["ncrelu", "relu"], "section 2.2; relu is the ablation of section 3.4"] = "ncrelu"
     epochs: Annotated[int, "passes over the training images"] = 30
-    batch_size: Annotated[int, "images per step"] = 128
+    batch_size: Annotated[int, "images per step"] = 64
     lr: Annotated[float, "learning rate at the start"] = 0.1
     momentum: Annotated[float, "of stochastic gradient descent"] = 0.9
     weight_decay: Annotated[float, "on all parameters, a and b too, eq. 6"] = 5e-4
-    schedule: Annotated[
-        Literal["cosine", "step"], "cosine to zero, or x0.2 at 30, 60 and 80 % as the paper"
-    ] = "cosine"
-    flip: Annotated[
-        Literal["auto", "yes", "no"], "mirror half of the images; auto: where labels allow it"
-    ] = "auto"
+    schedule: Annotated[Literal["cosine", "step"], "cosine to zero, or x0.2 at 30, 60 and 80 % as the paper"] = "cosine"
+    flip: Annotated[Literal["auto", "yes", "no"], "mirror half of the images; auto: where labels allow it"] = "auto"
     crop: Annotated[int | None, "shift images by up to N pixels; default: what suits the data set"] = None
     validation: Annotated[float, "fraction of training images held out to pick best.pt by; 0 for none"] = 0.1
     seed: Annotated[int, "of initialisation, order and augmentation"] = 0

@@ -46,7 +46,7 @@ class Dataset:
 
 def _digits_info() -> DatasetInfo:
     image = ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8)
-    return DatasetInfo(image, tuple("0123456789"), flip=False, crop=1)
+    return DatasetInfo(image, tuple("0123456789"), flip=False, crop=0)
 
 
 def _fashion_info() -> DatasetInfo:
@@ -62,7 +62,7 @@ def cifar_image() -> ImageSpec:
 
 
 def _cifar10_info() -> DatasetInfo:
-    labels = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     return DatasetInfo(cifar_image(), tuple(labels), flip=True, crop=4)
 
 

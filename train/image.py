@@ -27,7 +27,7 @@ def decode(content: bytes, spec: ImageSpec, *, max_pixels: int = MAX_PIXELS) -> 
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise TooManyPixels(
-                    f"the image is {image.width}x{image.height}, more than {max_pixels:,} pixels; send a smaller one"
+                    f"the image is {image.width}x{image.height}, over the limit of {max_pixels:,} pixels"
                 )
             return fit(image, spec)
     except Refusal:

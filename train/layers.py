@@ -93,9 +93,7 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("offset", torch.tensor([255 * m for m in mean]).view(-1, 1, 1), persistent=False)
-        self.register_buffer(
-            "scale", torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1), persistent=False
-        )
+        self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         # A permuted NHWC tensor is a channels-last NCHW one: no copy.

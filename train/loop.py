@@ -70,9 +70,7 @@ def make_optimizer(net: nn.Module, *, lr: float, momentum: float, weight_decay: 
     return torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
-def train_step(
-    net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float
-) -> tuple[float, int]:
+def train_step(net: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float) -> tuple[float, int]:
     """One step of gradient descent; gives the summed loss and the number of right answers."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -68,9 +68,7 @@ def train(config: TrainConfig) -> int:
     net = build(spec).to(device)
     optimizer = make_optimizer(net, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     state = _resume(checkpoint_path, config, spec, net, optimizer) if config.resume else _begin(config, spec)
-    console.print(
-        f"{spec.name}: {count_parameters(net):,} parameters, {config.dataset}, {device}, seed {config.seed}"
-    )
+    console.print(f"{spec.name}: {count_parameters(net):,} parameters, {config.dataset}, {device}, seed {config.seed}")
 
     with _stop_after_step() as stopped:
         state = _epochs(config, state, dataset, net, optimizer, device, console, stopped)
@@ -80,9 +78,7 @@ def train(config: TrainConfig) -> int:
         # Read once, after every choice has been made.
         state = replace(state, test_accuracy=evaluate(net, dataset.test, device=device).accuracy)
         save_checkpoint(checkpoint_path, state)
-    draw_learning_curve(
-        config.run_dir / "learning_curve.png", state.history, f"{spec.name} on {config.dataset}"
-    )
+    draw_learning_curve(config.run_dir / "learning_curve.png", state.history, f"{spec.name} on {config.dataset}")
     result = {
         "checkpoint": str(checkpoint_path),
         "parameters": count_parameters(net),
@@ -141,9 +137,7 @@ def _epochs(
                 totals["loss"] += loss
                 totals["correct"] += correct
                 totals["images"] += len(batch.targets)
-                advance(
-                    note=f"{totals['images'] / (totals['seconds'] + time.monotonic() - start):.0f} images/s"
-                )
+                advance(note=f"{totals['images'] / (totals['seconds'] + time.monotonic() - start):.0f} images/s")
                 if stopped["now"] and batch.step + 1 < num_steps:
                     totals["seconds"] += time.monotonic() - start
                     state = _snapshot(state, net, optimizer, epoch=epoch, step=batch.step + 1, totals=totals)
@@ -211,9 +205,7 @@ def _resume(
         if key not in FREE_TO_CHANGE and recorded[key] != state.config.get(key)
     ]
     if changed or state.spec != spec:
-        raise Refusal(
-            f"{path} was started with {' '.join(changed) or 'another data set'}; resume it with the same"
-        )
+        raise Refusal(f"{path} was started with {' '.join(changed) or 'another data set'}; resume it with the same")
     try:
         net.load_state_dict(state.model)
         optimizer.load_state_dict(state.optimizer)
@@ -227,9 +219,7 @@ def _recorded(config: TrainConfig) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
 
 
-def _snapshot(
-    state: Checkpoint, net: nn.Module, optimizer: torch.optim.Optimizer, **moment: Any
-) -> Checkpoint:
+def _snapshot(state: Checkpoint, net: nn.Module, optimizer: torch.optim.Optimizer, **moment: Any) -> Checkpoint:
     return replace(
         state,
         model=net.state_dict(),

@@ -26,9 +26,7 @@ class OnnxSession:
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(
-                content, options, providers=list(providers or loadable_providers())
-            )
+            self._session = ort.InferenceSession(content, options, providers=list(providers or loadable_providers()))
         except Exception as error:  # ONNX Runtime raises a private hierarchy of its own
             raise Refusal(f"{path} cannot be loaded as an ONNX model: {_first_line(error)}") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
@@ -109,9 +107,7 @@ def _layout(path: Path, tensor: ort.NodeArg) -> tuple[bool, tuple[int, int, int]
     if tensor.type not in ("tensor(uint8)", "tensor(float)", "tensor(float16)"):
         raise Refusal(f"{path} takes {tensor.type}; images must be uint8, float or float16")
     if len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
-        raise Refusal(
-            f"{path} takes {tensor.name} {shape}; export it with a fixed height, width and channels"
-        )
+        raise Refusal(f"{path} takes {tensor.name} {shape}; export it with a fixed height, width and channels")
     if shape[3] in (1, 3):
         return False, (shape[1], shape[2], shape[3])
     if shape[1] in (1, 3):

@@ -1,0 +1,182 @@
+"""From a Dirac net to a plain one: convolutions with bias, activations, pools and a classifier."""
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fold.passes import fold_batch_norm, fold_dirac, split_ncrelu
+from train.families import build
+from train.files import read_whole, sha256, write_whole
+from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize
+from train.refusal import Refusal
+from train.spec import Spec
+
+FORMAT = "diracnet-plain-1"
+PLAIN_CONVOLUTION = {DiracConv1d: nn.Conv1d, DiracConv2d: nn.Conv2d, DiracConv3d: nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A plain net read from its file."""
+
+    net: nn.Sequential
+    spec: Spec
+    provenance: dict[str, Any]
+    sha256: str
+
+
+def fold_net(net: nn.Sequential) -> nn.Sequential:
+    """A plain net in float64 with the outputs of `net` in evaluation mode; `net` stays as it was.
+
+    Layers keep their names; batch
+    normalisation disappears into the convolution before it, and an NCReLU that follows a ReLU
+    disappears with the half of the next filters that only ever reads zeros.
+    Refuses, all in one message, the layers that it does not know.
+    """
+    unknown: list[str] = []
+    plain, _ = _fold_sequential(net, "", nonnegative=False, unknown=unknown)
+    if unknown:
+        raise TypeError(f"cannot be folded: {', '.join(unknown)}")
+    return plain.eval()
+
+
+def named_layers(net: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The leaves of nested sequences in the order in which they run, with dotted names."""
+    for name, layer in net.named_children():
+        if isinstance(layer, nn.Sequential):
+            yield from named_layers(layer, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", layer
+
+
+def skeleton(spec: Spec) -> nn.Sequential:
+    """The plain net of `spec` without weights, on the meta device."""
+    with torch.device("meta"):
+        plain = fold_net(build(spec)).float()
+    plain.normalize = Normalize(spec.image.mean, spec.image.std)
+    return plain
+
+
+def save_plain(path: Path, net: nn.Sequential, spec: Spec, provenance: dict[str, Any]) -> None:
+    """plain.safetensors: weights and biases, and in the header the spec and what made them."""
+    metadata = {"format": FORMAT, "spec": spec.to_json(), "provenance": json.dumps(provenance)}
+    weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    write_whole(path, save(weights, metadata))
+
+
+def load_plain(path: Path) -> Plain:
+    """The inverse of `save_plain`; refuses what is no whole plain net of ours, or holds NaN or Inf."""
+    digest = sha256(read_whole(path))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Refusal(f"{path} is no safetensors file, or is cut short: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise Refusal(f"{path} is no {FORMAT} file; make one with fold/run.py")
+    spec = Spec.from_json(metadata.get("spec", ""))
+    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise Refusal(f"{path} holds NaN or infinite values in {', '.join(bad)}: the training diverged")
+    net = skeleton(spec)
+    try:
+        net.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise Refusal(f"{path} does not fit its spec: {' '.join(str(error).split())[:200]}") from error
+    provenance = json.loads(metadata.get("provenance", "{}"))
+    return Plain(net.eval(), spec, provenance, digest)
+
+
+def _fold_sequential(
+    net: nn.Sequential, prefix: str, *, nonnegative: bool, unknown: list[str]
+) -> tuple[nn.Sequential, bool]:
+    """One level of the nest. `nonnegative` says that no value that enters (and is returned) is below zero."""
+    plain: dict[str, nn.Module] = {}
+    dead_half = False  # the next convolution's second half reads zeros
+    for name, layer in net.named_children():
+        match layer:
+            case nn.Sequential():
+                folded, nonnegative = _fold_sequential(
+                    layer, f"{prefix}{name}.", nonnegative=nonnegative, unknown=unknown
+                )
+                plain[name] = folded
+            case DiracConv1d() | DiracConv2d() | DiracConv3d() | nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
+                plain[name] = _plain_convolution(layer, dead_half=dead_half)
+                nonnegative = dead_half = False
+            case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d() if plain and _is_convolution(plain):
+                before = next(reversed(plain))
+                plain[before] = _with_batch_norm(plain[before], layer)
+            case NCReLU() if nonnegative:
+                dead_half = True
+            case NCReLU():
+                plain[name] = NCReLU()
+            case nn.ReLU() if nonnegative:
+                pass
+            case nn.ReLU():
+                plain[name] = nn.ReLU()
+                nonnegative = True
+            case nn.MaxPool2d() | nn.AdaptiveAvgPool2d() | nn.Flatten():
+                plain[name] = deepcopy(layer)
+            case Normalize() | nn.Linear() if not dead_half:
+                plain[name] = deepcopy(layer).double().requires_grad_(False)
+                nonnegative = False
+            case _:
+                unknown.append(f"{prefix}{name} ({type(layer).__name__})")
+    result = nn.Sequential()
+    for name, layer in plain.items():
+        result.add_module(name, layer)
+    return result, nonnegative
+
+
+def _is_convolution(plain: dict[str, nn.Module]) -> bool:
+    return isinstance(plain[next(reversed(plain))], (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _plain_convolution(layer: nn.Module, *, dead_half: bool) -> nn.Module:
+    """A convolution of `layer`'s weights, Dirac ones folded (eq. 4), with a bias."""
+    if type(layer) in PLAIN_CONVOLUTION:
+        parts = (layer.a, layer.b, layer.delta, layer.weight)
+        weight = fold_dirac(*(part.detach().double() for part in parts))
+    else:
+        weight = layer.weight.detach().double()
+    if dead_half:
+        weight, _ = split_ncrelu(weight)
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
+    kind = PLAIN_CONVOLUTION.get(type(layer), type(layer))
+    plain = kind(
+        weight.shape[1] * layer.groups,
+        weight.shape[0],
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        padding_mode=layer.padding_mode,
+        device="meta",
+    )
+    return _with_weights(plain, weight, bias)
+
+
+def _with_batch_norm(plain: nn.Module, layer: nn.Module) -> nn.Module:
+    """`plain` with the batch normalisation after it folded in."""
+    statistics = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
+    gamma, beta, mean, var = (None if part is None else part.detach().double() for part in statistics)
+    weight, bias = fold_batch_norm(
+        plain.weight, plain.bias, gamma=gamma, beta=beta, mean=mean, var=var, epsilon=layer.eps
+    )
+    return _with_weights(plain, weight, bias)
+
+
+def _with_weights(plain: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = nn.Parameter(bias, requires_grad=False)
+    return plain

@@ -1,0 +1,116 @@
+"""python fold/run.py checkpoint.pt: make a Dirac net plain, and prove that nothing changed."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train.cli import run_command
+
+NUM_RANDOM = 64
+EXAMPLES = (
+    "python fold/run.py runs/digits-16-1/checkpoint.pt      # writes plain.safetensors beside it",
+    "python fold/run.py runs/digits-16-1/best.pt --out best.safetensors --json",
+)
+
+
+@dataclass(frozen=True)
+class FoldConfig:
+    checkpoint: Annotated[Path, "a checkpoint of train/run.py"]
+    out: Annotated[Path | None, "file to write (default: plain.safetensors beside the checkpoint)"] = None
+    data_dir: Annotated[Path | None, "where the data set lies (default: where training found it)"] = None
+    images: Annotated[int, "test images to prove the fold on"] = 500
+    json: Annotated[bool, "print the proof as JSON on stdout"] = False
+
+
+def command(config: FoldConfig) -> int:
+    """Fold a checkpoint into ordinary convolutions; refuses to write where any output changed."""
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from fold.plain import fold_net, save_plain
+    from fold.proof import prove
+    from train.checkpoint import load_checkpoint, load_net
+    from train.families import count_parameters
+    from train.progress import make_console, progress
+    from train.refusal import Refusal
+
+    console = make_console(json=config.json)
+    checkpoint = load_checkpoint(config.checkpoint)
+    net = load_net(checkpoint)
+    plain = fold_net(net)
+    image_sets = {"random": _random_images(checkpoint.spec)}
+    real, missing = _real_images(checkpoint, config)
+    if real is not None:
+        image_sets["real"] = real
+    else:
+        console.print(f"no real images, the proof is on random ones alone: {missing}")
+    with progress(console, "proving", 2 * sum(map(len, image_sets.values()))) as advance:
+        proof = prove(net, plain, image_sets, advance=advance)
+    _print_table(console, proof)
+    if not proof:
+        raise Refusal(f"nothing was written, the fold is not exact: {'; '.join(proof.failures())}")
+    out = config.out or config.checkpoint.with_name("plain.safetensors")
+    provenance = {
+        "training": checkpoint.training_record(),
+        "fold": {
+            "checkpoint_sha256": checkpoint.sha256,
+            "dirac_parameters": count_parameters(net),
+            **proof.to_dict(),
+        },
+    }
+    with torch.no_grad():
+        save_plain(out, plain.float(), checkpoint.spec, provenance)
+    num_plain = sum(tensor.numel() for tensor in plain.state_dict().values())
+    console.print(f"wrote {out}: {num_plain:,} numbers, {out.stat().st_size / 1e6:.2f} MB")
+    if config.json:
+        print(json.dumps({"out": str(out), "logits": [asdict(end) for end in proof.ends]}))
+    return 0
+
+
+def _random_images(spec):
+    import torch
+
+    image = spec.image
+    generator = torch.Generator().manual_seed(0)
+    shape = (NUM_RANDOM, image.height, image.width, image.channels)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+
+
+def _real_images(checkpoint, config: FoldConfig):
+    """Test images [N, H, W, C] of the data set that the net was trained on, or why there are none."""
+    import torch
+
+    from train import data
+    from train.refusal import Refusal
+
+    recorded = checkpoint.config
+    data_dir = config.data_dir or (Path(recorded["data_dir"]) if recorded.get("data_dir") else None)
+    try:
+        dataset = data.load(recorded["dataset"], data_dir=data_dir, image_size=checkpoint.spec.image.height)
+    except Refusal as refusal:
+        return None, refusal
+    return torch.from_numpy(dataset.test.images[: config.images]), None
+
+
+def _print_table(console, proof) -> None:
+    """Relative errors: a row for each layer with weights, a column for each precision and kind of images."""
+    from rich.table import Table
+
+    columns = [(end.precision, end.images, end.num_images) for end in proof.ends]
+    table = Table("relative error", *(f"{precision}, {images}" for precision, images, _ in columns))
+    errors = {(row.what, row.precision, row.images): f"{row.relative:.1e}" for row in (*proof.layers, *proof.ends)}
+    for what in dict.fromkeys(row.what for row in (*proof.layers, *proof.ends)):
+        table.add_row(what, *(errors[what, precision, images] for precision, images, _ in columns))
+    table.add_section()
+    table.add_row("top-1 changes", *(f"{end.top1_changes} of {end.num_images}" for end in proof.ends))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, FoldConfig, examples=EXAMPLES))
