@@ -32,7 +32,7 @@ def run_command(
         print("error: " + " ".join(str(refusal).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt or 'nothing was left half-written'}", file=sys.stderr)
+        print(f"interrupted: {str(interrupt) or 'nothing was left half-written'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

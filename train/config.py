@@ -18,8 +18,8 @@ class TrainConfig:
     depth: Annotated[int, "6N + 4 layers, Table 1"] = 16
     width: Annotated[float, "width factor k of Table 1"] = 1.0
     nonlinearity: Annotated[Literal["ncrelu", "relu"], "section 2.2; relu is the ablation of section 3.4"] = "ncrelu"
-    epochs: Annotated[int, "passes over the training images"] = 30
-    batch_size: Annotated[int, "images per step"] = 64
+    epochs: Annotated[int, "passes over the training images"] = 40
+    batch_size: Annotated[int, "images per step"] = 32
     lr: Annotated[float, "learning rate at the start"] = 0.1
     momentum: Annotated[float, "of stochastic gradient descent"] = 0.9
     weight_decay: Annotated[float, "on all parameters, a and b too, eq. 6"] = 5e-4

@@ -1,5 +1,7 @@
 """Data sets as uint8 arrays [N, H, W, C] with the spec of their images."""
 
+import gzip
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,14 +139,12 @@ def _every_fifth(whole: Split) -> tuple[Split, Split]:
 
 def _load_fashion_mnist(data_dir: Path | None, download: bool) -> tuple[Split, Split]:
     from torchvision.datasets import FashionMNIST
-    from torchvision.datasets.mnist import read_image_file, read_label_file
 
     def read(folder: Path, part: str) -> Split:
-        images = _find(folder, f"{part}-images-idx3-ubyte")
-        labels = _find(folder, f"{part}-labels-idx1-ubyte")
+        images, labels = _find(folder, f"{part}-images-idx3-ubyte"), _find(folder, f"{part}-labels-idx1-ubyte")
         if not images or not labels:
             raise FileNotFoundError(folder)
-        return Split(read_image_file(str(images)).numpy()[..., None], read_label_file(str(labels)).numpy())
+        return Split(_read_idx(images, 3)[..., None], _read_idx(labels, 1).astype(np.int64))
 
     folders = (data_dir,) if data_dir else FASHION_MNIST_DIRS
     if download:
@@ -155,12 +155,21 @@ def _load_fashion_mnist(data_dir: Path | None, download: bool) -> tuple[Split, S
                 return read(place, "train"), read(place, "t10k")
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError, RuntimeError, AssertionError) as error:
+            except (OSError, EOFError, ValueError, zlib.error) as error:
                 raise Refusal(f"the Fashion-MNIST files in {place} cannot be read: {error}") from error
     raise Refusal(
         f"Fashion-MNIST is not in {' or '.join(map(str, folders))}: install Debian's package "
         "dataset-fashion-mnist, name its folder with --data-dir, or let --download fetch it"
     )
+
+
+def _read_idx(path: Path, num_dims: int) -> np.ndarray:
+    """An IDX file of bytes, compressed or not; torchvision reads only the other kind."""
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if content[:4] != bytes((0, 0, 8, num_dims)):
+        raise ValueError(f"{path.name} is no IDX file of bytes in {num_dims} dimensions")
+    shape = np.frombuffer(content, ">u4", num_dims, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
 
 
 def _find(folder: Path, stem: str) -> Path | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from train.refusal import Refusal
@@ -24,7 +25,8 @@ def write_whole(path: Path, content: bytes) -> Path:
     except OSError as error:
         raise Refusal(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # renamed, or never made
+            part.unlink()
     return path
 
 

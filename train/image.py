@@ -12,6 +12,7 @@ from train.spec import ImageSpec
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # A 50-megapixel photograph passes; anything larger is refused before its pixels are decoded.
 MAX_PIXELS = 64_000_000
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is another number and names no size
 
 
 class TooManyPixels(Refusal):

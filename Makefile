@@ -1,0 +1,51 @@
+.PHONY: help setup demo serve stop test test-fast lint constraints
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+RUN := runs/demo
+BIN := $(VENV)/bin
+# The TensorRT-RTX extra builds engines without a GPU; its wheels exist for Linux and Windows on x86-64.
+EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),dev$(,)rtx,dev)
+, := ,
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## make .venv and install everything into it
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): PyTorch is several GB, this takes minutes the first time"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup ## train, fold, export, prove and serve digits; leaves the server running
+	@$(BIN)/python train/run.py --out $(RUN) $(if $(wildcard $(RUN)/checkpoint.pt),--resume)
+	@$(BIN)/python fold/run.py $(RUN)/checkpoint.pt
+	@$(BIN)/python export/to_onnx.py $(RUN)/plain.safetensors
+	@$(BIN)/python export/to_trt.py $(RUN)/plain.onnx
+	@$(BIN)/python export/parity.py $(RUN)/plain.onnx --against $(RUN)/checkpoint.pt $(RUN)/plain.safetensors
+	@$(BIN)/python train/held_out.py --out $(RUN)/held-out
+	@$(BIN)/python serve/demo.py $(RUN)/plain.onnx --images $(RUN)/held-out --port $(PORT)
+
+serve: setup ## serve the demo's net until Ctrl-C
+	@test -f $(RUN)/plain.onnx || { echo "error: $(RUN)/plain.onnx is missing: run make demo first" >&2; exit 2; }
+	@$(BIN)/python serve/run.py $(RUN)/plain.onnx --port $(PORT)
+
+stop: setup ## stop the server that make demo left running
+	@$(BIN)/python serve/demo.py $(RUN)/plain.onnx --stop
+
+test: setup ## lint, then run all tests
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest
+
+test-fast: setup ## run the tests that take less than a second each
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: setup ## format and lint
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+constraints: setup ## write the versions in .venv to constraints.txt
+	@$(BIN)/python -m pip freeze --exclude-editable > constraints.txt

@@ -1,0 +1,55 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))  # for `reference`
+
+from train.families import build
+from train.spec import ImageSpec, Spec
+
+
+@pytest.fixture
+def make_spec():
+    """A spec with everything small and every field overridable."""
+
+    def make(depth=10, width=0.25, nonlinearity="ncrelu", size=8, channels=3, num_labels=10):
+        image = ImageSpec(size, size, channels, (0.4,) * channels, (0.3,) * channels, resize=size)
+        return Spec("cifar", depth, width, nonlinearity, image, tuple(f"label {i}" for i in range(num_labels)))
+
+    return make
+
+
+@pytest.fixture
+def make_net(make_spec):
+    """A net whose every parameter and statistic lies away from its initial value, negative ones too."""
+
+    def make(seed=0, **fields):
+        torch.manual_seed(seed)
+        net = build(make_spec(**fields))
+        for name, tensor in net.state_dict().items():
+            leaf = name.rsplit(".", 1)[-1]
+            if not tensor.is_floating_point():
+                continue
+            if leaf == "running_var":
+                tensor.uniform_(0.2, 3)
+            elif leaf == "a":
+                tensor.uniform_(-1, 3)
+            elif leaf == "b" or leaf == "running_mean" or ".bn." in name:
+                tensor.normal_(0.2, 0.8)
+        return net.eval()
+
+    return make
+
+
+@pytest.fixture
+def images():
+    """Random uint8 images [N, H, W, C]."""
+
+    def make(num=4, size=8, channels=3):
+        return np.random.default_rng(1).integers(0, 256, (num, size, size, channels), dtype=np.uint8)
+
+    return make

@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fold.passes import fold_batch_norm, fold_dirac, split_ncrelu
+from fold.plain import fold_net, load_plain, named_layers, save_plain, skeleton
+from fold.proof import prove
+from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, dirac_delta
+from train.refusal import Refusal
+
+LAYERS = {1: (DiracConv1d, nn.BatchNorm1d), 2: (DiracConv2d, nn.BatchNorm2d), 3: (DiracConv3d, nn.BatchNorm3d)}
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.floats(-5, 5), st.floats(-3, 3), st.integers(0, 99))
+def test_dirac_and_batch_norm_fold_exactly_in_one_to_three_dimensions(dims, m, square, a, b, seed):
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=(square, square * m, *[3] * dims))
+    gamma, beta, mean, var = (*rng.normal(size=(3, square)), rng.uniform(0.1, 2, square))
+    x = rng.normal(size=(2, square * m, *[5] * dims))
+    convolved = reference.convolve(x, reference.folded_weight(a, b, weight), 1)
+    expected = reference.batch_norm(convolved, gamma, beta, mean, var, 1e-5)
+
+    delta = dirac_delta(weight.shape).double()
+    folded = fold_dirac(
+        torch.tensor(a, dtype=delta.dtype), torch.tensor(b, dtype=delta.dtype), delta, torch.from_numpy(weight)
+    )
+    statistics = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
+    folded, bias = fold_batch_norm(
+        folded, None, **{key: torch.from_numpy(value) for key, value in statistics.items()}, epsilon=1e-5
+    )
+    actual = reference.convolve(x, folded.numpy(), 1) + bias.numpy().reshape(1, -1, *[1] * dims)
+    # eps(float64) x terms per output x size of the values, with room to spare.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
+
+
+def test_fold_batch_norm_keeps_a_convolutions_bias():
+    torch.manual_seed(0)
+    conv, bn = nn.Conv2d(3, 4, 3).double(), nn.BatchNorm2d(4).double().eval()
+    nn.init.normal_(bn.weight), nn.init.normal_(bn.bias), nn.init.normal_(bn.running_mean)
+    x = torch.randn(2, 3, 6, 6).double()
+    plain = fold_net(nn.Sequential(conv, bn))
+    assert torch.allclose(plain(x), bn(conv(x)), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("nonlinearity", ["ncrelu", "relu"])
+@pytest.mark.parametrize("depth", [10, 16])
+def test_a_whole_net_folds_to_1e_12(make_net, images, depth, nonlinearity):
+    net = make_net(depth=depth, nonlinearity=nonlinearity)
+    x = torch.from_numpy(images())
+    plain = fold_net(net)
+    with torch.no_grad():
+        expected = net.double()(x)
+        assert (plain(x) - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def test_a_plain_net_holds_nothing_but_convolutions_activations_and_pools(make_net):
+    kinds = {type(layer).__name__ for _, layer in named_layers(fold_net(make_net()))}
+    assert kinds == {"Normalize", "Conv2d", "ReLU", "NCReLU", "MaxPool2d", "AdaptiveAvgPool2d", "Flatten", "Linear"}
+
+
+def test_the_half_that_reads_only_zeros_is_dropped(make_net):
+    plain = dict(named_layers(fold_net(make_net())))
+    assert "group0.block0.ncrelu" not in plain
+    assert plain["group0.block0.conv"].in_channels == 4
+    assert plain["group0.block1.conv"].in_channels == 8
+
+
+def test_fold_leaves_its_argument_alone(make_net):
+    net = make_net()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    text = str(net)
+    fold_net(net)
+    assert str(net) == text
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_fusing_batch_norm_before_delta_is_wrong_and_ours_is_not(make_net, images):
+    """Torch's own fusion scales W, which eq. 5 then normalises again: silently another net."""
+    block = make_net().group1.block1.double()
+    x = torch.randn(2, 8, 4, 4).double()
+    with torch.no_grad():
+        expected = block(x)
+        wrong = nn.Sequential(NCReLU(), nn.utils.fusion.fuse_conv_bn_eval(block.conv, block.bn))
+        ours = fold_net(block)
+    with torch.no_grad():
+        scale = expected.abs().max()
+        assert (wrong(x) - expected).abs().max() > 0.1 * scale
+        assert (ours(x) - expected).abs().max() < 1e-13 * scale
+
+
+def test_split_ncrelu_is_equation_10():
+    torch.manual_seed(0)
+    weight, x = torch.randn(4, 6, 3, 3).double(), torch.randn(2, 3, 5, 5).double()
+    w1, w2 = split_ncrelu(weight)
+    whole = nn.functional.conv2d(NCReLU()(x), weight)
+    halves = nn.functional.conv2d(x.relu(), w1) - nn.functional.conv2d((-x).relu(), w2)
+    assert torch.allclose(whole, halves, rtol=0, atol=1e-13)
+
+
+def test_every_unknown_layer_is_named_in_one_error():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softsign(), nn.Sequential(nn.Dropout()))
+    with pytest.raises(TypeError, match=r"cannot be folded: 1 \(Softsign\), 2\.0 \(Dropout\)"):
+        fold_net(net)
+
+
+def test_the_proof_is_true_for_the_fold_and_false_for_a_changed_weight(make_net, images):
+    net = make_net()
+    plain = fold_net(net)
+    sets = {"random": torch.from_numpy(images())}
+    assert prove(net, plain, sets)
+    plain.group1.block1.conv.weight.mul_(1 + 1e-6)
+    proof = prove(net, plain, sets)
+    assert not proof
+    assert "float64 logits on random images differ" in proof.failures()[0]
+    first_bad = next(row.what for row in proof.layers if row.relative > 1e-9)
+    assert first_bad == "group1.block1.conv"
+
+
+def test_the_proof_is_false_for_nan(make_net, images):
+    net = make_net()
+    plain = fold_net(net)
+    plain.fc.bias.data[0] = float("nan")
+    assert not prove(net, plain, {"random": torch.from_numpy(images())})
+
+
+def test_plain_file_round_trip_keeps_weights_spec_and_provenance(make_net, make_spec, images, tmp_path):
+    net = fold_net(make_net()).float()
+    path = tmp_path / "plain.safetensors"
+    save_plain(path, net, make_spec(), {"training": {"seed": 3}})
+    plain = load_plain(path)
+    assert plain.spec == make_spec()
+    assert plain.provenance == {"training": {"seed": 3}}
+    assert all(name.endswith((".weight", ".bias")) for name in plain.net.state_dict())
+    x = torch.from_numpy(images())
+    assert torch.equal(plain.net(x), net(x))
+
+
+def test_plain_files_that_are_damaged_are_refused(make_net, make_spec, tmp_path):
+    path = tmp_path / "plain.safetensors"
+    net = fold_net(make_net()).float()
+    save_plain(path, net, make_spec(), {})
+    content = path.read_bytes()
+    for damaged in (b"", content[:100], content[:-9], b"hello" * 99):
+        path.write_bytes(damaged)
+        with pytest.raises(Refusal, match="no safetensors file"):
+            load_plain(path)
+    save_plain(path, net, make_spec(depth=16), {})
+    with pytest.raises(Refusal, match="does not fit its spec"):
+        load_plain(path)
+    net.fc.bias[0] = float("inf")
+    save_plain(path, net, make_spec(), {})
+    with pytest.raises(Refusal, match=r"NaN or infinite values in fc\.bias"):
+        load_plain(path)
+    with pytest.raises(Refusal, match="cannot read"):
+        load_plain(tmp_path / "none.safetensors")
+
+
+def test_the_skeleton_has_the_shapes_of_a_folded_net(make_net, make_spec):
+    shapes = {name: tensor.shape for name, tensor in fold_net(make_net()).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in skeleton(make_spec()).state_dict().items()} == shapes

@@ -1,0 +1,68 @@
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+
+from train.cli import parse, run_command
+from train.refusal import Refusal
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = sorted(
+    str(path.relative_to(ROOT))
+    for stage in ("train", "fold", "export", "serve")
+    for path in (ROOT / stage).glob("*.py")
+    if "__main__" in path.read_text()
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    source: Annotated[Path, "what to read"]
+    rate: Annotated[float, "100 % of it"] = 0.5
+    kind: Annotated[Literal["a", "b"], "which"] = "a"
+    batch: Annotated[tuple[int, int, int], "least, usual, most"] = (1, 8, 64)
+    rest: Annotated[tuple[Path, ...], "more"] = ()
+    limit: Annotated[int | None, "no limit by default"] = None
+    loud: Annotated[bool, "say more"] = False
+
+
+def test_a_dataclass_is_the_command_line():
+    assert parse(Config, argv=["x"]) == Config(Path("x"))
+    argv = "x --rate 2 --kind b --batch 1 2 3 --rest p q --limit 5 --loud".split()
+    assert parse(Config, argv=argv) == Config(Path("x"), 2.0, "b", (1, 2, 3), (Path("p"), Path("q")), 5, True)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["x", "--rate", "fast"], ["x", "--kind", "c"], ["x", "--batch", "1"], ["x", "--ra", "1"]]
+)
+def test_a_wrong_command_line_is_refused_in_one_line(argv, capsys):
+    assert run_command(lambda config: 0, Config, argv=argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_refusal_and_interrupt_become_one_line_and_a_status(capsys):
+    def refuse(config):
+        raise Refusal("no\nroom")
+
+    def interrupt(config):
+        raise KeyboardInterrupt
+
+    assert run_command(refuse, Config, argv=["x"]) == 2
+    assert capsys.readouterr().err == "error: no room\n"
+    assert run_command(interrupt, Config, argv=["x"]) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was left half-written\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples_from_any_folder_without_torch(command, tmp_path):
+    code = "import runpy, sys; sys.argv[1:] = ['--help']\n"
+    code += f"sys.path[0] = {str((ROOT / command).parent)!r}\n"
+    code += f"try: runpy.run_path({str(ROOT / command)!r}, run_name='__main__')\n"
+    code += "except SystemExit as end: assert not end.code\n"
+    code += "assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "examples:" in result.stdout

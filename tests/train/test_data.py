@@ -1,0 +1,77 @@
+import gzip
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from train import data
+from train.augment import augment
+from train.refusal import Refusal
+
+
+def write_idx(path, array, *, compress=False):
+    """The format of MNIST's files: magic number, sizes, bytes."""
+    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    content = header + array.tobytes()
+    path.write_bytes(gzip.compress(content) if compress else content)
+
+
+def test_digits_are_split_the_same_way_each_time_and_span_the_whole_range():
+    dataset = data.load("digits")
+    assert dataset.train.images.shape == (1438, 8, 8, 1)
+    assert dataset.test.images.shape == (359, 8, 8, 1)
+    assert dataset.train.images.dtype == np.uint8
+    assert (dataset.train.images.min(), dataset.train.images.max()) == (0, 255)
+    pixels = dataset.train.images / 255
+    assert pixels.mean() == pytest.approx(dataset.info.image.mean[0], abs=1e-3)
+    assert pixels.std() == pytest.approx(dataset.info.image.std[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_fashion_mnist_files_are_read_plain_and_compressed(tmp_path, compress):
+    rng = np.random.default_rng(0)
+    for part, num in (("train", 6), ("t10k", 3)):
+        end = ".gz" if compress else ""
+        images = rng.integers(0, 256, (num, 28, 28), dtype=np.uint8)
+        with_path = tmp_path / f"{part}-images-idx3-ubyte{end}"
+        write_idx(with_path, images, compress=compress)
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte{end}", np.arange(num, dtype=np.uint8), compress=compress)
+    dataset = data.load("fashion-mnist", data_dir=tmp_path)
+    assert np.array_equal(dataset.test.images[..., 0], images)
+    assert dataset.test.targets.tolist() == [0, 1, 2]
+    assert dataset.info.labels[9] == "Ankle boot"
+
+
+@pytest.mark.parametrize(("name", "num_labels"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_files_that_are_not_torchvisions_are_refused(tmp_path, name, num_labels):
+    assert len(data.describe(name).labels) == num_labels
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "data_batch_1").write_bytes(pickle.dumps({}))
+    with pytest.raises(Refusal, match=f"{name} is not readable in"):
+        data.load(name, data_dir=tmp_path)
+
+
+def test_held_out_images_are_not_trained_on():
+    whole = data.load("digits").train
+    rest, held = data.hold_out(whole, 0.1, seed=3)
+    assert (len(rest), len(held)) == (1294, 144)
+    again = data.hold_out(whole, 0.1, seed=3)[1]
+    assert np.array_equal(held.images, again.images)
+    assert len(data.hold_out(whole, 0, seed=3)[1]) == 0
+
+
+def test_augmentation_shifts_over_a_reflected_border_and_mirrors():
+    images = torch.arange(64, dtype=torch.uint8).reshape(1, 8, 8, 1).expand(200, 8, 8, 1)
+    generator = torch.Generator().manual_seed(0)
+    out = augment(images, flip=True, crop=2, generator=generator)
+    padded = np.pad(images[0, :, :, 0].numpy(), 2, mode="reflect")
+    views = [padded[y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
+    allowed = {view[:, ::step].tobytes() for view in views for step in (1, -1)}
+    seen = {image.numpy().tobytes() for image in out[..., 0]}
+    assert seen <= allowed
+    assert len(seen) > 40  # of 50
+    same = augment(images, flip=False, crop=0, generator=generator)
+    assert torch.equal(same, images)

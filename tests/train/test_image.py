@@ -1,0 +1,82 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.image import TooManyPixels, decode
+from train.refusal import Refusal
+from train.spec import ImageSpec
+
+GRAY = ImageSpec(8, 8, 1, (0.5,), (0.5,), resize=8)
+COLOUR = ImageSpec(8, 8, 3, (0.5,) * 3, (0.5,) * 3, resize=8)
+
+
+def encode(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format=kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])
+def test_an_image_of_the_right_size_keeps_every_pixel(kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(decode(encode(Image.fromarray(pixels), kind, **options), COLOUR), pixels)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK"])
+def test_every_mode_of_a_uniform_image_becomes_the_same_gray(mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.full((20, 30), 255 << 8, np.uint16))
+    else:
+        image = Image.new("RGB", (30, 20), "white").convert(mode)
+    content = encode(image, "JPEG" if mode == "CMYK" else "PNG")
+    for spec in (GRAY, COLOUR):
+        assert decode(content, spec).min() >= 254
+
+
+def test_transparent_pixels_lie_on_white():
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert decode(encode(image), GRAY).min() == 255
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    assert decode(encode(palette, transparency=0), GRAY).min() == 255
+
+
+def test_the_shorter_side_is_resized_and_the_centre_cropped():
+    pixels = np.zeros((16, 48, 1), np.uint8)
+    pixels[:, 14:34] = 200  # the central square and, for interpolation, a rim of two pixels
+    assert decode(encode(Image.fromarray(pixels[..., 0])), GRAY).min() == 200
+    squeezed = ImageSpec(8, 8, 1, (0.5,), (0.5,), resize=None)
+    assert decode(encode(Image.fromarray(pixels[..., 0])), squeezed)[0, :, 0][[0, 4, 7]].tolist() == [0, 200, 0]
+
+
+def test_an_oriented_photograph_is_turned_upright():
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    assert decode(encode(Image.fromarray(pixels), exif=exif.tobytes()), GRAY)[7].min() == 255
+
+
+def test_extreme_aspect_ratios_cost_no_memory():
+    assert decode(encode(Image.new("L", (60_000, 1))), GRAY).shape == (8, 8, 1)
+
+
+def test_a_decompression_bomb_is_refused_from_its_header():
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
+    with pytest.raises(TooManyPixels, match="the image is 60000x60000"):
+        decode(bomb, GRAY)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"GIF89a" + bytes(100), encode(Image.new("L", (90, 90)))[:-40]])
+def test_what_is_no_whole_image_is_refused(content):
+    with pytest.raises(Refusal, match="not a readable PNG, JPEG, WEBP, BMP image"):
+        decode(content, GRAY)

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize, dirac_delta, normalize_filters
+from train.refusal import Refusal
+
+LAYERS = {1: DiracConv1d, 2: DiracConv2d, 3: DiracConv3d}
+
+
+@st.composite
+def shapes(draw):
+    square, m = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    channels = draw(st.sampled_from([(square, square * m), (square * m, square)]))
+    return (*channels, *draw(st.lists(st.integers(1, 4), min_size=1, max_size=3)))
+
+
+@given(shapes())
+def test_delta_is_equations_2_7_and_8(shape):
+    np.testing.assert_array_equal(dirac_delta(shape).numpy(), reference.delta(shape))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolving_with_delta_changes_nothing(dims):
+    layer = LAYERS[dims](4, 4, 3, padding=1)
+    x = torch.randn(2, 4, *[5] * dims)
+    assert torch.equal(layer._conv_forward(x, layer.delta, None), x)  # eq. 1
+
+
+def test_more_inputs_sum_their_blocks_and_more_outputs_repeat_them():
+    x = torch.randn(1, 6, 5, 5)
+    summed = DiracConv2d(6, 2, 3, padding=1)
+    assert torch.equal(summed._conv_forward(x, summed.delta, None), x[:, 0:2] + x[:, 2:4] + x[:, 4:6])  # eq. 7
+    repeated = DiracConv2d(6, 12, 3, padding=1)
+    assert torch.equal(repeated._conv_forward(x, repeated.delta, None), torch.cat([x, x], 1))  # eq. 8
+
+
+@settings(deadline=None)
+@given(shapes(), st.floats(-5, 5), st.floats(-3, 3), st.integers(0, 99))
+def test_the_layer_is_equation_4_in_float64(shape, a, b, seed):
+    torch.manual_seed(seed)
+    num_out, num_in, *kernel = shape
+    layer = LAYERS[len(kernel)](num_in, num_out, kernel, padding=2).double()
+    with torch.no_grad():
+        layer.a.fill_(a)
+        layer.b.fill_(b)
+    x = torch.randn(2, num_in, *[6] * len(kernel), dtype=torch.float64)
+    expected = reference.convolve(x.numpy(), reference.folded_weight(a, b, layer.weight.detach().numpy()), 2)
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=0, atol=1e-12)
+
+
+def test_initial_values_are_the_papers():
+    layer = DiracConv2d(64, 64, 3)
+    assert (layer.a.item(), layer.b.item(), layer.bias) == (5.0, pytest.approx(1e-3), None)
+    assert layer.weight.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_zero_filter_stays_zero_instead_of_dividing_by_zero():
+    weight = torch.zeros(2, 3, 3, 3, requires_grad=True)
+    normalize_filters(weight).sum().backward()
+    assert torch.equal(normalize_filters(weight), weight)
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_gradients_of_equation_4_are_right():
+    layer = DiracConv2d(4, 2, 3).double()
+    x = torch.randn(1, 4, 5, 5, dtype=torch.float64)
+    names = ("a", "b", "weight")
+
+    def output(*parts):
+        return torch.func.functional_call(layer, dict(zip(names, parts, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(output, [getattr(layer, name) for name in names])
+
+
+def test_all_of_a_b_and_w_are_parameters_and_delta_is_not():
+    layer = DiracConv2d(4, 4, 3)
+    assert {name for name, _ in layer.named_parameters()} == {"a", "b", "weight"}
+    assert set(layer.state_dict()) == {"a", "b", "weight"}
+
+
+def test_channels_that_are_no_multiples_are_refused():
+    with pytest.raises(Refusal, match=r"multiples of each other .* got 6 and 4"):
+        DiracConv2d(6, 4, 3)
+    with pytest.raises(Refusal, match="one group, got 2"):
+        DiracConv2d(4, 4, 3, groups=2)
+
+
+def test_ncrelu_is_equation_9():
+    x = torch.randn(2, 3, 4, 4)
+    np.testing.assert_array_equal(NCReLU()(x).numpy(), reference.ncrelu(x.numpy()))
+
+
+def test_normalize_gives_nchw_of_the_specs_mean_and_deviation(images):
+    pixels = images()
+    expected = ((pixels / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.4, 0.3]).transpose(0, 3, 1, 2)
+    x = Normalize((0.1, 0.2, 0.3), (0.5, 0.4, 0.3)).double()(torch.from_numpy(pixels))
+    np.testing.assert_allclose(x.numpy(), expected, rtol=0, atol=1e-6)  # the buffers are made in float32

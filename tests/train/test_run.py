@@ -1,0 +1,155 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train.checkpoint import load_checkpoint
+from train.cli import run_command
+from train.config import TrainConfig
+from train.refusal import Refusal
+from train.run import command
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--depth", "10", "--width", "0.25", "--epochs", "2", "--batch-size", "128"]
+
+
+def run(*argv):
+    return run_command(command, TrainConfig, argv=[*SMALL, *map(str, argv)])
+
+
+def weights(path):
+    checkpoint = load_checkpoint(path / "checkpoint.pt")
+    momentum = [value["momentum_buffer"] for value in checkpoint.optimizer["state"].values()]
+    return [*checkpoint.model.values(), *momentum]
+
+
+def same(left, right):
+    return len(left) == len(right) and all(torch.equal(*pair) for pair in zip(left, right, strict=True))
+
+
+def test_a_run_leaves_all_its_files_and_the_seed_decides_everything(tmp_path, capsys):
+    assert run("--out", tmp_path / "a", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["test_images"] == 359
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "checkpoint.pt",
+        "best.pt",
+        "metrics.jsonl",
+        "learning_curve.png",
+    }
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    with Image.open(tmp_path / "a" / "learning_curve.png") as curve:
+        assert curve.width > 500
+    assert load_checkpoint(tmp_path / "a" / "checkpoint.pt").test_accuracy == result["test_accuracy"]
+    assert run("--out", tmp_path / "b") == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert run("--out", tmp_path / "c", "--seed", 1) == 0
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):
+    """Ctrl-C in the middle of an epoch, then --resume: equal to a run that was left alone."""
+    argv = ["--depth", "10", "--width", "0.5", "--batch-size", "4", "--epochs", "2"]
+    program = [sys.executable, str(ROOT / "train" / "run.py"), *argv]
+    process = subprocess.Popen(
+        [*program, "--out", str(tmp_path / "cut")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline().startswith(b"DiracNet-10-0.5")
+    time.sleep(1.5)  # into the first epoch, which takes longer than that
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted: go on with --resume" in error
+    assert load_checkpoint(tmp_path / "cut" / "checkpoint.pt").step > 0
+    subprocess.run([*program, "--out", str(tmp_path / "cut"), "--resume"], check=True, capture_output=True)
+    subprocess.run([*program, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_a_finished_run_is_neither_overwritten_nor_trained_again(tmp_path, capsys):
+    assert run("--out", tmp_path) == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert run("--out", tmp_path) == 2
+    assert "add --resume to go on" in capsys.readouterr().err
+    assert run("--out", tmp_path, "--resume", "--lr", "0.5") == 2
+    assert "was started with --lr 0.1" in capsys.readouterr().err
+    assert run("--out", tmp_path, "--resume") == 0
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_checkpoint_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    assert run("--out", tmp_path) == 0
+    content = path.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"text", content[:-40]):
+        path.write_bytes(damaged)
+        with pytest.raises(Refusal, match="no checkpoint, or is cut short"):
+            load_checkpoint(path)
+    torch.save({"something": 1}, path)
+    with pytest.raises(Refusal, match="train one with train/run"):
+        load_checkpoint(path)
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_checkpoint_is_read_without_executing_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": "diracnet-checkpoint-1", "model": _Evil()}, "evil.pt")
+    with pytest.raises(Refusal, match="no checkpoint"):
+        load_checkpoint(Path("evil.pt"))
+    assert not Path("executed").exists()
+
+
+def test_describe_prints_the_spec_and_counts_without_a_data_set(capsys):
+    assert run("--describe", "--json", "--family", "cifar", "--classes", "10", "--depth", "34", "--width", "2") == 0
+    described = json.loads(capsys.readouterr().out)
+    assert (described["parameters"], described["depth"], described["image"]["channels"]) == (3_693_158, 34, 3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--depth", "20"], "depth must be 6N + 4"),
+        (["--dataset", "cifar10", "--data-dir", "/nowhere"], "cifar10 is not readable in /nowhere"),
+        (["--dataset", "fashion-mnist", "--data-dir", "/nowhere"], "Fashion-MNIST is not in /nowhere"),
+        (["--dataset", "folder"], "needs --data-dir"),
+        (["--dataset", "folder", "--data-dir", "/nowhere"], "cannot read the folder /nowhere"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--resume"], "cannot read"),
+        (["--crop", "8"], "--crop must be smaller than the image"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(argv, message, tmp_path, capsys):
+    assert run("--out", tmp_path / "run", *argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_class_folders_trains_and_names_its_unreadable_image(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for label, level in (("dark", 40), ("light", 200)):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(10):
+            pixels = np.clip(rng.normal(level, 20, (12, 16, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{index}.png")
+    argv = ("--dataset", "folder", "--data-dir", tmp_path / "data", "--image-size", "8", "--validation", "0")
+    assert run(*argv, "--out", tmp_path / "run") == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt").spec.labels == ("dark", "light")
+    (tmp_path / "data" / "dark" / "3.png").write_bytes(b"no image")
+    assert run(*argv, "--out", tmp_path / "again") == 2
+    assert "1 of 20 images cannot be read, the first is " in capsys.readouterr().err
