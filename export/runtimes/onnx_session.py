@@ -8,17 +8,14 @@ import numpy as np
 import onnxruntime as ort
 
 from export.runtimes.runtime import Model
+from export.runtimes.signature import Signature, generic_spec, pad
 from train.files import read_whole, sha256
 from train.refusal import Refusal
-from train.spec import ImageSpec, Spec
+from train.spec import Spec
 
 
 class OnnxSession:
-    """One ONNX Runtime session; `model` and `description` as in `Runtime`.
-
-    A net of ours takes `images` uint8 [N, H, W, C]. Somebody else's may take uint8 or float,
-    [N, H, W, C] or [N, C, H, W]; float input gets pixels scaled to [0, 1], and labels are generic.
-    """
+    """One ONNX Runtime session; `model` and `description` as in `Runtime`."""
 
     def __init__(self, path: Path, *, providers: tuple[str, ...] | None = None, num_threads: int = 0) -> None:
         content = read_whole(path)
@@ -30,40 +27,30 @@ class OnnxSession:
         except Exception as error:  # ONNX Runtime raises a private hierarchy of its own
             raise Refusal(f"{path} cannot be loaded as an ONNX model: {_first_line(error)}") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self._input, self._output = (
-            _only(path, "input", self._session.get_inputs()),
-            self._session.get_outputs()[0],
-        )
-        self._channels_first, sizes = _layout(path, self._input)
+        self._signature = _signature(path, self._session)
         if "spec" in metadata:
             spec = Spec.from_json(metadata["spec"])
             name, provenance = spec.name, json.loads(metadata.get("provenance", "{}"))
         else:
-            spec = _generic_spec(sizes, num_classes=self._count_classes(path, sizes))
+            spec = generic_spec(self._signature, num_classes=self._count_classes(path))
             name, provenance = path.stem, {}
         self.model = Model(name=name, digest=sha256(content), spec=spec, provenance=provenance)
         self.description = f"ONNX Runtime {ort.__version__}, {self._session.get_providers()[0]}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        batch = self._input.shape[0]
-        if isinstance(batch, int) and len(images) != batch:  # a fixed batch: in pieces, the last one padded
+        batch = self._signature.batch
+        if batch and len(images) != batch:  # a fixed batch: in pieces, the last one padded
             pieces = [images[start : start + batch] for start in range(0, len(images), batch)]
-            return np.concatenate([self._run(_pad(piece, batch))[: len(piece)] for piece in pieces])
+            return np.concatenate([self._run(pad(piece, batch))[: len(piece)] for piece in pieces])
         return self._run(images)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
-        x = images.transpose(0, 3, 1, 2) if self._channels_first else images
-        if self._input.type != "tensor(uint8)":
-            x = x.astype(np.float16 if self._input.type == "tensor(float16)" else np.float32) / 255
-        logits = self._session.run([self._output.name], {self._input.name: np.ascontiguousarray(x)})[0]
+        names = self._signature
+        logits = self._session.run([names.output_name], {names.input_name: names.to_input(images)})[0]
         return logits.reshape(len(images), -1).astype(np.float32, copy=False)
 
-    def _count_classes(self, path: Path, sizes: tuple[int, int, int]) -> int:
-        num_classes = self._output.shape[-1] if self._output.shape else None
-        if isinstance(num_classes, int):
-            return num_classes
-        batch = self._input.shape[0] if isinstance(self._input.shape[0], int) else 1
-        num_classes = self._run(np.zeros((batch, *sizes), np.uint8)).shape[-1]
+    def _count_classes(self, path: Path) -> int:
+        num_classes = self(np.zeros((1, *self._signature.sizes), np.uint8)).shape[-1]
         if num_classes < 2:
             raise Refusal(f"{path} gives {num_classes} value per image; a classifier gives one per class")
         return num_classes
@@ -95,40 +82,16 @@ def _loads(library: str) -> bool:
     return True
 
 
-def _only(path: Path, what: str, tensors: list) -> ort.NodeArg:
-    if len(tensors) != 1:
-        raise Refusal(f"{path} has {len(tensors)} {what}s; a classifier has one")
-    return tensors[0]
-
-
-def _layout(path: Path, tensor: ort.NodeArg) -> tuple[bool, tuple[int, int, int]]:
-    """Whether channels come first, and (height, width, channels)."""
-    shape = tensor.shape
-    if tensor.type not in ("tensor(uint8)", "tensor(float)", "tensor(float16)"):
-        raise Refusal(f"{path} takes {tensor.type}; images must be uint8, float or float16")
-    if len(shape) != 4 or not all(isinstance(size, int) for size in shape[1:]):
-        raise Refusal(f"{path} takes {tensor.name} {shape}; export it with a fixed height, width and channels")
-    if shape[3] in (1, 3):
-        return False, (shape[1], shape[2], shape[3])
-    if shape[1] in (1, 3):
-        return True, (shape[2], shape[3], shape[1])
-    raise Refusal(f"{path} takes {tensor.name} {shape}; images have 1 or 3 channels")
-
-
-def _generic_spec(sizes: tuple[int, int, int], *, num_classes: int) -> Spec:
-    height, width, channels = sizes
-    return Spec(
-        family="unknown",
-        depth=0,
-        width=0.0,
-        nonlinearity="relu",
-        image=ImageSpec(height, width, channels, (0.0,) * channels, (1.0,) * channels, resize=None),
-        labels=tuple(f"class {index}" for index in range(num_classes)),
-    )
-
-
-def _pad(images: np.ndarray, batch: int) -> np.ndarray:
-    return np.concatenate([images, np.zeros((batch - len(images), *images.shape[1:]), images.dtype)])
+def _signature(path: Path, session: ort.InferenceSession) -> Signature:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    if len(inputs) != 1 or not outputs:
+        raise Refusal(f"{path} has {len(inputs)} inputs and {len(outputs)} outputs; a classifier has one of each")
+    dtype = inputs[0].type.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
+    try:
+        return Signature(inputs[0].name, outputs[0].name, {"float": "float32"}.get(dtype, dtype), shape)
+    except Refusal as refusal:
+        raise Refusal(f"{path}: {refusal}") from refusal
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,68 @@
+"""The few calls of the CUDA runtime that engines need, through NVIDIA's own bindings."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from train.refusal import Refusal
+
+
+def num_devices() -> int:
+    """CUDA devices of this machine; 0 where there is no driver, or no bindings."""
+    try:
+        from cuda.bindings import runtime as cudart
+    except ImportError:
+        return 0
+    error, count = cudart.cudaGetDeviceCount()
+    return count if error == cudart.cudaError_t.cudaSuccess else 0
+
+
+def compute_capability() -> str:
+    """Of the current device: "8.9"."""
+    from cuda.bindings import runtime as cudart
+
+    device = call(cudart.cudaGetDevice())
+    major = call(cudart.cudaDeviceGetAttribute(cudart.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor, device))
+    minor = call(cudart.cudaDeviceGetAttribute(cudart.cudaDeviceAttr.cudaDevAttrComputeCapabilityMinor, device))
+    return f"{major}.{minor}"
+
+
+def call(result: tuple) -> Any:
+    """The value of a CUDA call, given as (error, value...); refuses where it failed."""
+    from cuda.bindings import runtime as cudart
+
+    error, *values = result
+    if error != cudart.cudaError_t.cudaSuccess:
+        _, text = cudart.cudaGetErrorString(error)
+        raise Refusal(f"CUDA: {text.decode() if isinstance(text, bytes) else text}")
+    return values[0] if values else None
+
+
+class Buffer:
+    """Memory on the device and, page-locked, its mirror on the host. Lives as long as the process."""
+
+    def __init__(self, num_bytes: int) -> None:
+        from cuda.bindings import runtime as cudart
+
+        self.device = call(cudart.cudaMalloc(num_bytes))
+        self._host = call(cudart.cudaHostAlloc(num_bytes, cudart.cudaHostAllocDefault))
+        self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(int(self._host)))
+
+    def upload(self, array: np.ndarray, stream: Any) -> None:
+        """Copy `array` to the device, behind what the stream already does."""
+        from cuda.bindings import runtime as cudart
+
+        kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._bytes[: array.nbytes] = array.reshape(-1).view(np.uint8)
+        call(cudart.cudaMemcpyAsync(self.device, self._host, array.nbytes, kind, stream))
+
+    def download(self, shape: tuple[int, ...], dtype: np.dtype, stream: Any) -> np.ndarray:
+        """Wait for the stream, and copy what the device holds."""
+        from cuda.bindings import runtime as cudart
+
+        num_bytes = int(np.prod(shape)) * dtype.itemsize
+        kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        call(cudart.cudaMemcpyAsync(self._host, self.device, num_bytes, kind, stream))
+        call(cudart.cudaStreamSynchronize(stream))
+        return self._bytes[:num_bytes].copy().view(dtype).reshape(shape)

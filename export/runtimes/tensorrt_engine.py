@@ -1,0 +1,108 @@
+"""TensorRT: an .engine file made callable on the GPU that it was built for."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.runtimes import gpu
+from export.runtimes.card import EngineCard, card_path, read_card
+from export.runtimes.runtime import Model
+from export.runtimes.signature import pad
+from train.files import read_whole, sha256
+from train.refusal import Refusal
+
+# NVIDIA's two libraries have one interface.
+EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+
+
+class TensorRTEngine:
+    """One engine, one execution context, one stream; `model` and `description` as in `Runtime`."""
+
+    def __init__(self, path: Path) -> None:
+        content = read_whole(path)
+        card = read_card(path)
+        trt = _fitting_library(path, content, card)
+        self.model = Model(name=card.name, digest=card.engine_sha256, spec=card.spec, provenance=card.provenance)
+        self.description = f"{card.builder} {card.builder_version}, {card.precision}"
+        self._card = card
+        self._logger = make_logger(trt)
+        self._runtime = trt.Runtime(self._logger)  # must outlive its engine
+        self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise Refusal(f"{path} cannot be loaded: {self._logger.last_error()}")
+        self._context = self._engine.create_execution_context()
+        self._allocate(trt)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        smallest, _, largest = self._card.batch
+        pieces = [images[start : start + largest] for start in range(0, len(images), largest)]
+        return np.concatenate([self._run(pad(piece, smallest))[: len(piece)] for piece in pieces])
+
+    def _allocate(self, trt: Any) -> None:
+        """Buffers for the largest batch, and a stream; both live as long as the process."""
+        from cuda.bindings import runtime as cudart
+
+        names, largest = self._card.signature, self._card.batch[2]
+        num_classes = len(self._card.spec.labels)
+        self._dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(names.output_name)))
+        self._input = gpu.Buffer(largest * int(np.prod(names.sizes)) * np.dtype(names.dtype).itemsize)
+        self._output = gpu.Buffer(largest * num_classes * self._dtype.itemsize)
+        self._stream = gpu.call(cudart.cudaStreamCreate())
+        self._context.set_tensor_address(names.input_name, int(self._input.device))
+        self._context.set_tensor_address(names.output_name, int(self._output.device))
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        names = self._card.signature
+        x = names.to_input(images)
+        if not self._context.set_input_shape(names.input_name, x.shape):
+            raise RuntimeError(f"the engine does not take {x.shape}: {self._logger.last_error()}")
+        self._input.upload(x, self._stream)
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise RuntimeError(f"the engine failed: {self._logger.last_error()}")
+        shape = (len(images), len(self._card.spec.labels))
+        return self._output.download(shape, self._dtype, self._stream).astype(np.float32, copy=False)
+
+
+def import_library(name: str) -> Any:
+    """`tensorrt` or `tensorrt_rtx`; refuses, saying what to install, where it is missing or does not load."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise Refusal(f"{name} is not installed here: pip install -e '.[{EXTRA[name]}]' ({error})") from error
+
+
+def make_logger(trt: Any) -> Any:
+    """A TensorRT logger that keeps warnings and errors in `messages` instead of printing them."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[tuple[Any, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR, trt.ILogger.WARNING):
+                self.messages.append((severity, message))
+
+        def last_error(self) -> str:
+            errors = [text for severity, text in self.messages if severity != trt.ILogger.WARNING]
+            return errors[-1] if errors else "the library does not say why"
+
+    return Logger()
+
+
+def _fitting_library(path: Path, content: bytes, card: EngineCard) -> Any:
+    """The library that built the engine; refuses whatever does not fit, field by field."""
+    again = f"(see {card_path(path).name}); build it again here with export/to_trt.py"
+    if sha256(content) != card.engine_sha256:
+        raise Refusal(f"{path} does not fit its card: engine_sha256 differs {again}")
+    trt = import_library(card.builder)
+    if trt.__version__ != card.builder_version:
+        raise Refusal(f"{path}: builder_version is {card.builder_version}, here is {trt.__version__} {again}")
+    if not gpu.num_devices():
+        raise Refusal(f"{path} needs an NVIDIA GPU and its driver, and none is found here; serve the .onnx instead")
+    if gpu.compute_capability() not in card.compute_capabilities:
+        offered = ", ".join(card.compute_capabilities)
+        raise Refusal(f"{path}: compute_capabilities are {offered}, this GPU's is {gpu.compute_capability()} {again}")
+    return trt

@@ -1,0 +1,81 @@
+import json
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+from export.compare import FLOAT32_TOLERANCE, compare
+from export.graph import to_onnx
+from export.runtimes.onnx_session import OnnxSession
+from fold.plain import fold_net, named_layers
+from train.spec import Spec
+
+
+@pytest.mark.parametrize("nonlinearity", ["ncrelu", "relu"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_onnx_runtime_answers_as_the_dirac_net(write_onnx, images, nonlinearity, channels):
+    net, path = write_onnx(depth=16, size=12, channels=channels, nonlinearity=nonlinearity)
+    pixels = images(7, 12, channels)
+    with torch.no_grad():
+        expected = net(torch.from_numpy(pixels)).numpy()
+    assert compare(("Dirac net", expected), ("ONNX Runtime", OnnxSession(path)(pixels)))
+
+
+def test_the_contract_of_the_graph(write_onnx, make_spec):
+    _, path = write_onnx(size=8)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (images,), (logits,) = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["N", 8, 8, 3])
+    assert (logits.name, logits.type, logits.shape) == ("logits", "tensor(float)", ["N", 10])
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert Spec.from_json(metadata["spec"]) == make_spec(size=8)
+    assert json.loads(metadata["provenance"]) == {"training": {"dataset": "none"}}
+
+
+def test_nodes_are_named_like_the_layers_of_the_plain_net(write_onnx):
+    net, path = write_onnx()
+    names = {node.name for node in onnx.load(path).graph.node}
+    layers = [name for name, _ in named_layers(fold_net(net))]
+    assert set(layers) <= names
+    assert "group0.block0.conv" in names
+
+
+def test_batch_norm_and_dirac_parameters_are_gone(write_onnx):
+    _, path = write_onnx()
+    graph = onnx.load(path).graph
+    assert {node.op_type for node in graph.node} == set(
+        "Cast Transpose Sub Mul Conv Relu Min Concat MaxPool GlobalAveragePool Flatten Gemm".split()
+    )
+
+
+def test_a_layer_without_an_onnx_form_is_refused_by_name(make_spec):
+    net = nn.Sequential()
+    net.add_module("odd", nn.Tanh())
+    with pytest.raises(TypeError, match="odd: Tanh has no ONNX form here"):
+        to_onnx(net, make_spec(), {})
+
+
+def test_a_comparison_fails_on_a_large_error_a_changed_class_and_nan():
+    logits = np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert compare(("a", logits), ("b", logits))
+    assert compare(("a", logits), ("b", logits + 0.9 * FLOAT32_TOLERANCE))
+    assert not compare(("a", logits), ("b", logits + 1.1 * FLOAT32_TOLERANCE))
+    changed = compare(("a", logits), ("b", logits[:, ::-1]), tolerance=1.0)
+    assert changed.relative == 1
+    other = compare(("a", logits), ("b", logits[::-1]))
+    assert (other.top1_agreement, other.worst_image, bool(other)) == (0, 0, False)
+    broken = logits.copy()
+    broken[1, 0] = np.nan
+    result = compare(("a", logits), ("b", broken))
+    assert not result
+    assert result.worst_image == 1
+
+
+def test_different_numbers_of_logits_are_never_compared():
+    with pytest.raises(ValueError, match=r"a answers \(1, 2\), b \(1, 3\)"):
+        compare(("a", np.zeros((1, 2))), ("b", np.zeros((1, 3))))

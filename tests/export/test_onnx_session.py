@@ -1,0 +1,67 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from export.runtimes.load import load_runtime
+from export.runtimes.onnx_session import OnnxSession, loadable_providers
+from train.files import sha256
+from train.refusal import Refusal
+
+
+def test_an_artefact_of_ours_says_what_it_is(write_onnx, make_spec):
+    _, path = write_onnx()
+    model = OnnxSession(path).model
+    assert (model.name, model.digest, model.spec) == ("DiracNet-10-0.25", sha256(path.read_bytes()), make_spec())
+    assert model.provenance["training"] == {"dataset": "none"}
+
+
+@pytest.mark.parametrize("shape", [("N", 3, 6, 5), ("N", 6, 5, 3), (4, 3, 6, 5), (1, 6, 5, 1)])
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.UINT8, TensorProto.FLOAT16])
+def test_a_foreign_net_answers_with_generic_labels(write_foreign, shape, kind):
+    channels = shape[1] if shape[1] == 3 else shape[3]
+    matrix = np.random.default_rng(0).normal(size=(channels, 4))
+    runtime = load_runtime(write_foreign(shape, kind, matrix=matrix))
+    assert runtime.model.name == "foreign"
+    assert runtime.model.spec.labels == ("class 0", "class 1", "class 2", "class 3")
+    assert (runtime.model.spec.image.height, runtime.model.spec.image.width) == (6, 5)
+    images = np.random.default_rng(1).integers(0, 256, (7, 6, 5, channels), dtype=np.uint8)
+    scale = 1 if kind == TensorProto.UINT8 else 255
+    expected = images.reshape(7, 30, channels).mean(axis=1) / scale @ matrix
+    tolerance = 2**-10 if kind == TensorProto.FLOAT16 else 1e-6
+    np.testing.assert_allclose(runtime(images), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "num_classes", "message"),
+    [
+        (("N", 3, "H", "W"), TensorProto.FLOAT, 4, "export it with a fixed height, width and channels"),
+        (("N", 3, 6, 5), TensorProto.DOUBLE, 4, "takes double; images must be uint8"),
+        (("N", 6, 5, 2), TensorProto.FLOAT, 4, "images have 1 or 3 channels"),
+        (("N", 3, 6, 5), TensorProto.FLOAT, 1, "gives 1 value per image"),
+    ],
+)
+def test_a_foreign_net_that_is_no_image_classifier_is_refused(write_foreign, shape, kind, num_classes, message):
+    with pytest.raises(Refusal, match=message):
+        OnnxSession(write_foreign(shape, kind, num_classes))
+
+
+def test_a_file_that_is_no_onnx_is_refused_in_one_line(tmp_path):
+    (tmp_path / "plain.onnx").write_bytes(b"text")
+    with pytest.raises(Refusal, match=r"cannot be loaded as an ONNX model") as refusal:
+        load_runtime(tmp_path / "plain.onnx")
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(Refusal, match="No such file"):
+        load_runtime(tmp_path / "missing.onnx")
+    with pytest.raises(Refusal, match=r"neither an \.onnx nor an \.engine"):
+        load_runtime(tmp_path / "plain.pt")
+
+
+def test_only_providers_that_load_are_asked_for_and_nothing_is_printed(write_onnx):
+    assert loadable_providers()[-1] == "CPUExecutionProvider"
+    _, path = write_onnx()
+    program = f"from pathlib import Path; from export.runtimes.load import load_runtime as f; f(Path({str(path)!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")

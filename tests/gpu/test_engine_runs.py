@@ -1,0 +1,43 @@
+"""Engines built and run for real: needs a CUDA device and tensorrt or tensorrt_rtx."""
+
+import numpy as np
+import pytest
+import torch
+
+from export.compare import compare
+from export.engine import build_engine
+from export.graph import to_onnx
+from export.runtimes import gpu
+from export.runtimes.card import card_path
+from export.runtimes.load import load_runtime
+from export.runtimes.onnx_session import OnnxSession
+from fold.plain import fold_net
+
+pytestmark = pytest.mark.skipif(not gpu.num_devices(), reason="no CUDA device: engines cannot be run here")
+
+
+def write_engine(path, batch):
+    engine = build_engine(path, batch=batch)
+    out = path.with_suffix(".engine")
+    out.write_bytes(engine.content)
+    card_path(out).write_text(engine.card.to_json())
+    return out
+
+
+@pytest.mark.parametrize("num", [1, 4, 9])
+def test_an_engine_answers_as_the_dirac_net(tmp_path, make_net, make_spec, images, num):
+    net = make_net(depth=16)
+    path = tmp_path / "plain.onnx"
+    path.write_bytes(to_onnx(fold_net(net), make_spec(depth=16), {}).SerializeToString())
+    pixels = images(num)
+    with torch.no_grad():
+        expected = net(torch.from_numpy(pixels)).numpy()
+    runtime = load_runtime(write_engine(path, (2, 4, 4)))
+    assert compare(("Dirac net", expected), ("engine", runtime(pixels)))
+    assert np.array_equal(runtime(pixels), runtime(pixels))
+
+
+def test_onnx_runtime_uses_the_gpu(tmp_path, make_net, make_spec, images):
+    path = tmp_path / "plain.onnx"
+    path.write_bytes(to_onnx(fold_net(make_net()), make_spec(), {}).SerializeToString())
+    assert "CPU" not in OnnxSession(path).description

@@ -1,0 +1,86 @@
+"""The arrows between the stages, and names that would shadow a library."""
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("train", "fold", "export", "serve")
+FILES = sorted(path for stage in STAGES for path in (ROOT / stage).rglob("*.py"))
+
+
+def imported(path):
+    """Modules that a file imports anywhere, functions included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+
+
+def test_a_stage_imports_no_later_stage():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in FILES
+        for module in imported(path)
+        if (first := module.split(".")[0]) in STAGES
+        and STAGES.index(first) > STAGES.index(path.relative_to(ROOT).parts[0])
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "serve.app",
+        "export.runtimes.load",
+        "export.runtimes.onnx_session",
+        "export.runtimes.tensorrt_engine",
+        "train.cli",
+        "train.spec",
+    ],
+)
+def test_serving_runs_without_torch(module):
+    program = f"import sys; sys.modules['torch'] = None; import {module}; assert 'torchvision' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["train.spec", "train.cli", "train.refusal"])
+def test_what_all_stages_share_needs_only_the_standard_library(module):
+    names = set(imported(ROOT / (module.replace(".", "/") + ".py")))
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "train"}
+
+
+def test_no_module_is_named_like_a_library_a_standard_module_or_a_stage():
+    taken = {*sys.stdlib_module_names, *STAGES, *importlib.metadata.packages_distributions()}
+    own = {path.relative_to(ROOT) for path in FILES if path.stem in taken and path.stem != "__init__"}
+    assert not own
+
+
+def test_inits_are_empty():
+    assert all(path.stat().st_size == 0 for path in FILES if path.name == "__init__.py")
+
+
+def test_no_module_is_longer_than_a_reader_has_patience():
+    assert not [path.name for path in FILES if len(path.read_text().splitlines()) > 400]
+
+
+COMMANDS = [path for path in FILES if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_runs_from_any_folder_and_helps_without_torch(path, tmp_path):
+    program = (
+        "import runpy, sys; sys.modules['torch'] = None; "
+        f"sys.argv = [{str(path)!r}, '--help']; sys.path[0] = {str(path.parent)!r}; "
+        f"runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
