@@ -1,0 +1,79 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.refusal import Refusal
+from train.spec import ImageSpec, Spec
+
+positive = st.floats(1e-3, 10)
+sizes = st.integers(1, 64)
+
+
+@st.composite
+def specs(draw):
+    channels = draw(st.sampled_from([1, 3]))
+    height, width = draw(sizes), draw(sizes)
+    image = ImageSpec(
+        height,
+        width,
+        channels,
+        mean=tuple(draw(positive) for _ in range(channels)),
+        std=tuple(draw(positive) for _ in range(channels)),
+        resize=draw(st.none() | st.integers(max(height, width), 300)),
+    )
+    labels = tuple(draw(st.lists(st.text(max_size=8), min_size=2, max_size=5)))
+    return Spec(
+        "cifar", draw(st.integers(10, 100)), draw(positive), draw(st.sampled_from(["ncrelu", "relu"])), image, labels
+    )
+
+
+@given(specs())
+def test_a_spec_survives_the_journey_as_json(spec):
+    assert Spec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "type", "image"])
+def test_a_damaged_spec_is_refused_in_one_line(make_spec, damage):
+    fields = json.loads(make_spec().to_json())
+    match damage:
+        case "missing":
+            del fields["labels"]
+        case "unknown":
+            fields["colour"] = "red"
+        case "type":
+            fields["depth"] = 10.5
+        case "image":
+            fields["image"]["height"] = "8"
+    with pytest.raises(Refusal, match="the model's spec is damaged"):
+        Spec.from_dict(fields)
+
+
+def test_text_that_is_no_json_is_refused():
+    for text in ("", "{", "[]", "null", "3"):
+        with pytest.raises(Refusal, match="the model's spec is"):
+            Spec.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"channels": 2}, "images must have 1 or 3 channels, got 2"),
+        ({"mean": (0.5,)}, "mean and std need 3 values each"),
+        ({"std": (1.0, 0.0, 1.0)}, "std must be positive"),
+        ({"height": 0}, "cannot crop 0x8"),
+        ({"resize": 7}, "cannot crop 8x8 from images resized to 7"),
+    ],
+)
+def test_an_impossible_image_is_refused(make_spec, fields, message):
+    with pytest.raises(Refusal, match=message):
+        dataclasses.replace(make_spec().image, **fields)
+
+
+def test_an_impossible_classifier_is_refused(make_spec):
+    with pytest.raises(Refusal, match="two labels or more, got 1"):
+        dataclasses.replace(make_spec(), labels=("one",))
+    with pytest.raises(Refusal, match="ncrelu or relu, got tanh"):
+        dataclasses.replace(make_spec(), nonlinearity="tanh")
