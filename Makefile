@@ -48,4 +48,5 @@ lint: setup ## format and lint
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 constraints: setup ## write the versions in .venv to constraints.txt
-	@$(BIN)/python -m pip freeze --exclude-editable > constraints.txt
+	@$(BIN)/python -m pip freeze --exclude-editable \
+		| grep -vE '^(editables|hatchling|pathspec|tomlkit|trove-classifiers)=' > constraints.txt

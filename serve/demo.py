@@ -1,0 +1,138 @@
+"""python serve/demo.py plain.onnx --images held-out: start a server and show it images whose label is known."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train.cli import run_command
+from train.refusal import Refusal
+
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 10
+RUN = Path(__file__).with_name("run.py")
+EXAMPLES = (
+    "python serve/demo.py plain.onnx --images held-out      # files named LABEL_NUMBER.png",
+    "python serve/demo.py plain.onnx --stop",
+)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    model: Annotated[Path, "plain.onnx or plain.engine"]
+    images: Annotated[Path, "folder of files named LABEL_NUMBER.png"] = Path("held-out")
+    port: Annotated[int, "port to listen on"] = 8000
+    stop: Annotated[bool, "stop the server that was started for this model"] = False
+
+
+def command(config: DemoConfig) -> int:
+    """Start a server that goes on running, post held-out images and print its answers beside the truth."""
+    stopped = stop(config.model)
+    if config.stop:
+        print(f"stopped the server of {config.model}" if stopped else f"no server of {config.model} is running")
+        return 0
+    files = sorted(config.images.glob("*_*.png"), key=_number)
+    if not files:
+        raise Refusal(f"no LABEL_NUMBER.png in {config.images}; write some with train/held_out.py")
+    url = f"http://127.0.0.1:{config.port}"
+    start(config.model, config.port, url)
+    num_right = sum(_show(url, file) for file in files)
+    print(f"{num_right} of {len(files)} right")
+    print(f"the server goes on at {url}: open it in a browser; make stop ends it")
+    return 0
+
+
+def start(model: Path, port: int, url: str) -> None:
+    """Start serve/run.py beside this process and wait until it is ready."""
+    import httpx
+
+    log = model.with_name("server.log")
+    with open(log, "wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, str(RUN), str(model), "--port", str(port)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C here is not for the server
+        )
+    _pid_file(model).write_text(str(server.pid))
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            _pid_file(model).unlink()
+            lines = log.read_text().strip().splitlines() or [f"it says nothing in {log}"]
+            raise Refusal(f"the server did not start: {lines[-1].removeprefix('error: ')}")
+        try:
+            if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass  # not listening yet
+        time.sleep(0.1)
+    stop(model)
+    raise Refusal(f"the server was not ready within {START_TIMEOUT_S} s; see {log}")
+
+
+def stop(model: Path) -> bool:
+    """End the server that was started for `model`; whether there was one."""
+    try:
+        pid = int(_pid_file(model).read_text())
+    except (OSError, ValueError):
+        return False
+    _pid_file(model).unlink()
+    if not _is_ours(pid):
+        return False
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while _is_ours(pid):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    return True
+
+
+def _pid_file(model: Path) -> Path:
+    return model.with_name("server.pid")
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether `pid` is a server of ours: after a restart the number may be anybody's."""
+    if Path("/proc").is_dir():
+        try:
+            return str(RUN) in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        except OSError:
+            return False
+    done = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True)
+    return str(RUN) in done.stdout
+
+
+def _show(url: str, file: Path) -> bool:
+    """Post one image and print the answer; whether it is the truth."""
+    import httpx
+
+    response = httpx.post(
+        f"{url}/predict", content=file.read_bytes(), headers={"Content-Type": "image/png"}, trust_env=False
+    )
+    answer = response.json()
+    if response.status_code != 200:
+        raise Refusal(f"{file}: {answer['detail']}")
+    truth, best = file.stem.rpartition("_")[0], answer["results"][0]
+    is_right = best["label"].replace("/", "-") == truth
+    mark = "✓" if is_right else "✗"
+    print(f"{file.name:20} truth {truth:12} answer {best['label']:12} {best['probability']:6.1%}  {mark}")
+    return is_right
+
+
+def _number(file: Path) -> tuple[int, str]:
+    number = file.stem.rpartition("_")[2]
+    return (int(number) if number.isdecimal() else 0, file.name)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, DemoConfig, examples=EXAMPLES))

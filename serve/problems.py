@@ -1,0 +1,130 @@
+"""Everything the server refuses, as `application/problem+json` (RFC 9457) with stable types."""
+
+from dataclasses import asdict, dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+
+MEDIA_TYPE = "application/problem+json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of the table of problems. `type` is what a client may rely on."""
+
+    name: str
+    status: int
+    title: str
+
+    @property
+    def type(self) -> str:
+        return f"urn:diracnet:problem:{self.name}"
+
+
+BAD_REQUEST = Kind("bad-request", 400, "The request cannot be understood")
+NOT_FOUND = Kind("not-found", 404, "There is nothing at this address")
+METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "This address does not take this method")
+TOO_LARGE = Kind("too-large", 413, "The request is too large")
+TOO_MANY_IMAGES = Kind("too-many-images", 413, "The request holds too many images")
+TOO_MANY_PIXELS = Kind("too-many-pixels", 413, "An image has too many pixels")
+MEDIA_TYPE_UNKNOWN = Kind("media-type", 415, "The server does not take this media type")
+UNDECODABLE = Kind("undecodable", 422, "An image cannot be decoded")
+INTERNAL = Kind("internal", 500, "The server failed")
+NOT_A_NUMBER = Kind("not-a-number", 500, "The model gave values that are no numbers")
+NOT_READY = Kind("not-ready", 503, "The model is not warm yet")
+
+
+class Problem(Exception):
+    """Ends a request with `kind`; `detail` says what was wrong, what was found and what to do."""
+
+    def __init__(self, kind: Kind, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class ProblemBody:
+    """The members of a problem document."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI `responses` of an operation that may end with one of `kinds`."""
+    schema = {
+        "type": "object",
+        "required": ["type", "title", "status", "detail"],
+        "properties": {
+            "type": {"type": "string", "format": "uri"},
+            "title": {"type": "string"},
+            "status": {"type": "integer"},
+            "detail": {"type": "string"},
+        },
+    }
+    responses: dict[int | str, dict[str, Any]] = {}
+    for kind in kinds:
+        response = responses.setdefault(
+            kind.status, {"description": "", "content": {MEDIA_TYPE: {"schema": schema, "examples": {}}}}
+        )
+        response["description"] = "; ".join(filter(None, (response["description"], kind.title)))
+        response["content"][MEDIA_TYPE]["examples"][kind.name] = {
+            "value": {"type": kind.type, "title": kind.title, "status": kind.status, "detail": "…"}
+        }
+    return responses
+
+
+def exception_handlers() -> dict[Any, Any]:
+    """For `FastAPI(exception_handlers=…)`: every way a request can fail becomes a problem document."""
+    return {
+        Problem: _answer_problem,
+        HTTPException: _answer_http_exception,
+        RequestValidationError: _answer_invalid_parameter,
+        ClientDisconnect: _answer_nobody,
+        Exception: _answer_failure,
+    }
+
+
+async def _answer_problem(request: Request, problem: Problem) -> JSONResponse:
+    return _respond(problem.kind, problem.detail)
+
+
+async def _answer_http_exception(request: Request, error: HTTPException) -> JSONResponse:
+    headers = dict(error.headers or {})
+    match error.status_code:
+        case 404:
+            detail = f"{request.url.path} does not exist; /docs lists what does"
+            return _respond(NOT_FOUND, detail, headers)
+        case 405:
+            allowed = headers.get("Allow", "another method")
+            detail = f"{request.url.path} takes {allowed}, got {request.method}"
+            return _respond(METHOD_NOT_ALLOWED, detail, headers)
+        case status:  # a status without a type of ours: RFC 9457, section 4.2.1
+            body = ProblemBody("about:blank", HTTPStatus(status).phrase, status, str(error.detail))
+            return JSONResponse(asdict(body), status, headers, MEDIA_TYPE)
+
+
+async def _answer_invalid_parameter(request: Request, error: RequestValidationError) -> JSONResponse:
+    found = (f"{fault['loc'][-1]}: {fault['msg']}, got {fault['input']!r}" for fault in error.errors())
+    return _respond(BAD_REQUEST, "; ".join(found))
+
+
+async def _answer_nobody(request: Request, error: ClientDisconnect) -> JSONResponse:
+    return _respond(BAD_REQUEST, "the client went away before its request was complete")
+
+
+async def _answer_failure(request: Request, error: Exception) -> JSONResponse:
+    # The traceback goes to the server's log; nothing of it to the client.
+    return _respond(INTERNAL, "the server failed on this request; its log says why")
+
+
+def _respond(kind: Kind, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    body = ProblemBody(kind.type, kind.title, kind.status, detail)
+    return JSONResponse(asdict(body), kind.status, headers, MEDIA_TYPE)

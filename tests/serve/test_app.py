@@ -1,0 +1,216 @@
+import base64
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from serve.app import make_app
+from serve.limits import Limits
+
+ROOT = Path(__file__).resolve().parents[2]
+PNG = {"Content-Type": "image/png"}
+
+
+def probabilities(logits):
+    """Softmax in the plainest way, in float64."""
+    powers = np.array([[np.exp(np.float64(value)) for value in row] for row in logits])
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def in_json(*files):
+    return {"images": [base64.b64encode(file).decode() for file in files]}
+
+
+def in_form(*files):
+    return [("image", (f"{index}.png", file, "image/png")) for index, file in enumerate(files)]
+
+
+def assert_problem(response, status, name, detail=""):
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert set(problem) == {"type", "title", "status", "detail"}
+    assert (response.status_code, problem["status"]) == (status, status)
+    assert problem["type"] == f"urn:diracnet:problem:{name}"
+    assert detail in problem["detail"]
+
+
+def test_an_answer_is_the_softmax_of_the_models_logits(client, runtime, pixels, encode):
+    response = client.post("/predict", content=encode(pixels[0]), headers=PNG)
+    assert response.status_code == 200
+    answer = response.json()
+    assert answer["model"] == {"name": "DiracNet-10-0.25", "digest": runtime.model.digest}
+    (result,) = answer["results"]
+    expected = probabilities(runtime(pixels[:1]))[0]
+    order = sorted(range(10), key=lambda index: -expected[index])[:5]
+    assert [guess["index"] for guess in result["top"]] == order
+    assert [guess["label"] for guess in result["top"]] == [f"label {index}" for index in order]
+    np.testing.assert_allclose([guess["probability"] for guess in result["top"]], expected[order], rtol=1e-12)
+    assert {key: result[key] for key in ("label", "index", "probability")} == result["top"][0]
+
+
+def test_raw_forms_and_json_agree_and_keep_the_order(client, pixels, encode):
+    files = [encode(image) for image in pixels[:3]]
+    one_by_one = [client.post("/predict", content=file, headers=PNG).json()["results"][0] for file in files]
+    by_form = client.post("/predict", files=in_form(*files)).json()["results"]
+    by_json = client.post("/predict", json=in_json(*files)).json()["results"]
+    for results in (by_form, by_json):
+        assert [result["index"] for result in results] == [result["index"] for result in one_by_one]
+        np.testing.assert_allclose(
+            [result["probability"] for result in results],
+            [result["probability"] for result in one_by_one],
+            rtol=1e-4,  # another batch size, another order of float32 sums
+        )
+    assert len({result["probability"] for result in one_by_one}) == 3
+
+
+@pytest.mark.parametrize(("kind", "media_type"), [("PNG", "image/png"), ("BMP", "image/bmp"), ("WEBP", "image/webp")])
+def test_lossless_formats_give_one_answer(client, pixels, encode, kind, media_type):
+    expected = client.post("/predict", content=encode(pixels[0]), headers=PNG).json()
+    options = {"lossless": True} if kind == "WEBP" else {}
+    for headers in ({"Content-Type": media_type}, {"Content-Type": "application/octet-stream"}, {}):
+        content = encode(pixels[0], kind, **options)
+        assert client.post("/predict", content=content, headers=headers).json() == expected
+
+
+def test_jpeg_of_another_size_is_taken(client, encode):
+    photograph = np.full((90, 120, 3), 128, np.uint8)
+    response = client.post("/predict", content=encode(photograph, "JPEG"), headers={"Content-Type": "image/jpeg"})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(("top_k", "num"), [(1, 1), (3, 3), (10, 10), (1000, 10)])
+def test_top_k_says_how_many_classes(client, pixels, encode, top_k, num):
+    top = client.post(f"/predict?top_k={top_k}", content=encode(pixels[0]), headers=PNG).json()["results"][0]["top"]
+    assert len(top) == num
+    shares = [guess["probability"] for guess in top]
+    assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize("top_k", ["0", "-1", "many"])
+def test_a_wrong_top_k_is_refused(client, pixels, encode, top_k):
+    response = client.post(f"/predict?top_k={top_k}", content=encode(pixels[0]), headers=PNG)
+    assert_problem(response, 400, "bad-request", f"got {top_k!r}")
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "name", "detail"),
+    [
+        (b"", PNG, 400, "bad-request", "the request has no body"),
+        (b"hello", PNG, 422, "undecodable", "not a readable PNG, JPEG, WEBP, BMP image"),
+        (b"hello", {"Content-Type": "text/plain"}, 415, "media-type", "got text/plain"),
+        (b"x", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "media-type", "add -H 'Content-Type"),
+        (b"x" * 20_001, PNG, 413, "too-large", "larger than 20,000 bytes"),
+        (b"{", {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
+        (b"[" * 19_000, {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
+        (b"[]", {"Content-Type": "application/json"}, 400, "bad-request", 'must be {"images"'),
+        (b'{"images": []}', {"Content-Type": "application/json"}, 400, "bad-request", 'must be {"images"'),
+        (b'{"images": ["?"]}', {"Content-Type": "application/json"}, 400, "bad-request", "images[0] is no base64"),
+        (b'{"images": [1]}', {"Content-Type": "application/json"}, 400, "bad-request", "images[0] is no base64"),
+        (b'{"images": ["\xff"]}', {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
+        (b"--", {"Content-Type": "multipart/form-data"}, 400, "bad-request", "the form cannot be read"),
+        (b"x", {"Content-Type": "multipart/form-data; boundary=a"}, 400, "bad-request", "the form"),
+        (b"--a--\r\n", {"Content-Type": "multipart/form-data; boundary=a"}, 400, "bad-request", "holds no file"),
+    ],
+)
+def test_what_cannot_be_used_is_a_problem(client, body, headers, status, name, detail):
+    assert_problem(client.post("/predict", content=body, headers=headers), status, name, detail)
+
+
+def test_a_body_of_unknown_length_ends_at_the_limit(client):
+    response = client.post("/predict", content=(b"x" * 1000 for _ in range(100)), headers=PNG)
+    assert_problem(response, 413, "too-large")
+
+
+def test_too_many_images_and_pixels_are_refused(client, pixels, encode):
+    files = [encode(image) for image in pixels[:4]]
+    assert_problem(client.post("/predict", json=in_json(*files)), 413, "too-many-images", "3 images at most")
+    assert_problem(client.post("/predict", files=in_form(*files)), 413, "too-many-images", "3 images at most")
+    large = encode(np.zeros((1000, 1001), np.uint8))
+    assert_problem(client.post("/predict", content=large, headers=PNG), 413, "too-many-pixels", "1001x1000")
+
+
+def test_every_bad_image_is_named(client, pixels, encode):
+    response = client.post("/predict", json=in_json(b"a", encode(pixels[0]), b"b"))
+    assert_problem(response, 422, "undecodable", "image 0: ")
+    assert "image 2: " in response.json()["detail"]
+    assert "image 1: " not in response.json()["detail"]
+
+
+def test_a_form_field_of_text_is_refused(client):
+    response = client.post("/predict", files=[("image", (None, "text"))])
+    assert_problem(response, 400, "bad-request", "the field 'image' holds text; send files")
+
+
+def test_unknown_addresses_and_methods_are_problems(client):
+    assert_problem(client.get("/nothing"), 404, "not-found", "/docs lists what does")
+    response = client.get("/predict")
+    assert_problem(response, 405, "method-not-allowed", "takes POST, got GET")
+    assert response.headers["allow"] == "POST"
+
+
+class Broken:
+    """A runtime whose GPU has gone."""
+
+    description = "broken"
+
+    def __init__(self, runtime):
+        self.model, self.calls = runtime.model, 0
+
+    def __call__(self, images):
+        self.calls += 1
+        if self.calls > 1:  # the first call warms up
+            raise RuntimeError("secret path /etc")
+        return np.zeros((len(images), 10), np.float32)
+
+
+def test_a_failure_says_nothing_of_the_inside(runtime, pixels, encode):
+    with TestClient(make_app(Broken(runtime), Limits()), raise_server_exceptions=False) as client:
+        response = client.post("/predict", content=encode(pixels[0]), headers=PNG)
+    assert_problem(response, 500, "internal", "its log says why")
+    assert "secret" not in response.text
+
+
+def test_logits_that_overflow_are_no_answer(runtime, pixels, encode):
+    def overflow(images):
+        return np.full((len(images), 10), np.inf, np.float32)
+
+    overflow.model, overflow.description = replace(runtime.model), "overflow"
+    with TestClient(make_app(overflow, Limits()), raise_server_exceptions=False) as client:
+        response = client.post("/predict", content=encode(pixels[0]), headers=PNG)
+    assert_problem(response, 500, "not-a-number", "export the model in a higher precision")
+
+
+def test_ready_only_after_the_model_has_run(runtime):
+    client = TestClient(make_app(runtime, Limits()))
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert_problem(client.get("/readyz"), 503, "not-ready")
+    with client:
+        assert client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_the_model_says_what_it_is(client, runtime):
+    card = client.get("/model").json()
+    assert (card["name"], card["digest"]) == ("DiracNet-10-0.25", runtime.model.digest)
+    assert card["input"] == {"height": 8, "width": 8, "channels": 3}
+    assert card["labels"][9] == "label 9"
+    assert card["provenance"] == {"training": {}}
+
+
+@pytest.mark.parametrize("address", ["/", "/docs"])
+def test_pages_ask_no_other_host_for_anything(client, address):
+    response = client.get(address)
+    assert response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert not re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]+", response.text)
+    assert "innerHTML" not in response.text
+
+
+def test_openapi_describes_bodies_answers_and_problems(client):
+    predict = client.get("/openapi.json").json()["paths"]["/predict"]["post"]
+    bodies = set(predict["requestBody"]["content"])
+    assert {"image/png", "image/jpeg", "multipart/form-data", "application/json"} <= bodies
+    assert {"200", "400", "413", "415", "422", "500"} <= set(predict["responses"])
+    assert list(predict["responses"]["415"]["content"]) == ["application/problem+json"]
