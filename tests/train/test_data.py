@@ -54,6 +54,30 @@ def test_cifar_files_that_are_not_torchvisions_are_refused(tmp_path, name, num_l
         data.load(name, data_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "folder", "parts", "key"),
+    [
+        ("cifar10", "cifar-10-batches-py", {f"data_batch_{i}": 2 for i in range(1, 6)} | {"test_batch": 3}, "labels"),
+        ("cifar100", "cifar-100-python", {"train": 10, "test": 3}, "fine_labels"),
+    ],
+)
+def test_cifar_files_are_read_in_their_real_format(tmp_path, monkeypatch, name, folder, parts, key):
+    """Small files as the authors pickle them; only torchvision's checksums, which they cannot have, are set aside."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    (tmp_path / folder).mkdir()
+    labels = list(data.describe(name).labels)
+    meta = {"label_names": labels, "fine_label_names": labels}
+    (tmp_path / folder / ("batches.meta" if name == "cifar10" else "meta")).write_bytes(pickle.dumps(meta))
+    rng = np.random.default_rng(0)
+    for part, num in parts.items():
+        rows = rng.integers(0, 256, (num, 3 * 32 * 32), dtype=np.uint8)  # red plane, green plane, blue plane
+        (tmp_path / folder / part).write_bytes(pickle.dumps({"data": rows, key: list(range(num))}))
+    dataset = data.load(name, data_dir=tmp_path)
+    assert dataset.train.images.shape == (10, 32, 32, 3)
+    assert np.array_equal(dataset.test.images, rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert dataset.test.targets.tolist() == [0, 1, 2]
+
+
 def test_held_out_images_are_not_trained_on():
     whole = data.load("digits").train
     rest, held = data.hold_out(whole, 0.1, seed=3)
