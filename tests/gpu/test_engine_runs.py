@@ -12,6 +12,8 @@ from export.runtimes.card import card_path
 from export.runtimes.load import load_runtime
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net
+from train import run as train
+from train.cli import run_command
 
 pytestmark = pytest.mark.skipif(not gpu.num_devices(), reason="no CUDA device: engines cannot be run here")
 
@@ -41,3 +43,9 @@ def test_onnx_runtime_uses_the_gpu(tmp_path, make_net, make_spec, images):
     path = tmp_path / "plain.onnx"
     path.write_bytes(to_onnx(fold_net(make_net()), make_spec(), {}).SerializeToString())
     assert "CPU" not in OnnxSession(path).description
+
+
+def test_training_runs_on_the_gpu(tmp_path):
+    argv = f"--device cuda --depth 10 --width 0.25 --epochs 2 --out {tmp_path} --json".split()
+    assert run_command(train.command, train.TrainConfig, argv=argv) == 0
+    assert run_command(train.command, train.TrainConfig, argv=[*argv, "--resume"]) == 0
