@@ -26,6 +26,7 @@ class Checkpoint:
     spec: Spec
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
+    scaler: dict[str, Any]  # of the loss, in fp16 training
     config: dict[str, Any]  # the command's config, with paths as text
     epoch: int
     step: int
@@ -37,7 +38,7 @@ class Checkpoint:
 
     def training_record(self) -> dict[str, Any]:
         """What later artefacts say of this run."""
-        kept = ("dataset", "seed", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule")
+        kept = ("dataset", "recipe", "seed", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule")
         return {
             **{key: self.config[key] for key in kept if key in self.config},
             "epochs_done": self.epoch,

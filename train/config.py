@@ -1,34 +1,64 @@
 """The command line of train/run.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from train.recipes import recipe
 from train.refusal import Refusal
+from train.spec import Nonlinearity, Parameterization
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """None stands for the recipe's value; `resolved` fills them in."""
+
     dataset: Annotated[Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"], "what to learn"] = "digits"
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     download: Annotated[bool, "let torchvision download the data set"] = False
     image_size: Annotated[int, "side of the input in pixels, for --dataset folder"] = 32
-    family: Annotated[Literal["cifar"], "architecture, Table 1"] = "cifar"
+    skip_unreadable: Annotated[bool, "train without the files of a folder that cannot be read"] = False
+    family: Annotated[
+        Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"],
+        "cifar: Table 1; pooled: the same at half the resolution; imagenet: section 3.5; imagenet-table3: "
+        "with the five-block last group behind Table 3's parameter counts; wrn: the residual reference",
+    ] = "cifar"
     classes: Annotated[int | None, "with --describe: RGB images of this many classes, in place of a data set"] = None
-    depth: Annotated[int, "6N + 4 layers, Table 1"] = 16
+    depth: Annotated[int, "6N + 4 layers, Table 1; 18 or 34 for imagenet"] = 16
     width: Annotated[float, "width factor k of Table 1"] = 1.0
-    nonlinearity: Annotated[Literal["ncrelu", "relu"], "section 2.2; relu is the ablation of section 3.4"] = "ncrelu"
-    epochs: Annotated[int, "passes over the training images"] = 40
-    batch_size: Annotated[int, "images per step"] = 32
-    lr: Annotated[float, "learning rate at the start"] = 0.1
-    momentum: Annotated[float, "of stochastic gradient descent"] = 0.9
-    weight_decay: Annotated[float, "on all parameters, a and b too, eq. 6"] = 5e-4
-    schedule: Annotated[Literal["cosine", "step"], "cosine to zero, or x0.2 at 30, 60 and 80 % as the paper"] = "cosine"
+    nonlinearity: Annotated[Nonlinearity, "section 2.2; relu is the ablation of section 3.4"] = "ncrelu"
+    parameterization: Annotated[
+        Parameterization,
+        "dirac: eq. 4; per-channel: a and b for each output channel, the authors' second release, with relu; "
+        "unnormalized: eq. 3; delta: eq. 14; plain: the baseline without Dirac",
+    ] = "dirac"
+    recipe: Annotated[Literal["ours", "paper"], "where the values below come from that you leave out"] = "ours"
+    epochs: Annotated[int | None, "passes over the training images"] = None
+    batch_size: Annotated[int | None, "images per step, over all processes"] = None
+    lr: Annotated[float | None, "learning rate at the start"] = None
+    momentum: Annotated[float | None, "of stochastic gradient descent"] = None
+    nesterov: Annotated[Literal["yes", "no"] | None, "Nesterov's momentum"] = None
+    weight_decay: Annotated[float | None, "on all parameters, eq. 6"] = None
+    decay_ab: Annotated[Literal["auto", "yes", "no"], "decay a and b too; auto: unless per-channel"] = "auto"
+    schedule: Annotated[
+        Literal["cosine", "wrn", "resnet"] | None, "to zero; or x0.2 at 30, 60, 80 %; or x0.1 at each third"
+    ] = None
+    warmup: Annotated[float | None, "epochs over which the rate rises to --lr"] = None
+    label_smoothing: Annotated[float | None, "probability given to all classes alike"] = None
+    a0: Annotated[float | None, "a at the start, section 3.3"] = None
+    b0: Annotated[float | None, "b at the start, section 2"] = None
+    w_std: Annotated[float | None, "standard deviation of W at the start, section 2"] = None
     flip: Annotated[Literal["auto", "yes", "no"], "mirror half of the images; auto: where labels allow it"] = "auto"
     crop: Annotated[int | None, "shift images by up to N pixels; default: what suits the data set"] = None
+    smallest_crop: Annotated[float | None, "folder: least share of an image's area that a random crop keeps"] = None
     validation: Annotated[float, "fraction of training images held out to pick best.pt by; 0 for none"] = 0.1
     seed: Annotated[int, "of initialisation, order and augmentation"] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to train"] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], "of convolutions while training; auto: bf16 where the device has it"
+    ] = "auto"
+    compile: Annotated[bool, "compile the net with torch.compile"] = False
+    workers: Annotated[int, "processes that decode the images of a folder"] = 2
     out: Annotated[Path | None, "run folder (default: runs/DATASET-DEPTH-WIDTH)"] = None
     resume: Annotated[bool, "continue the run in --out where it stopped"] = False
     describe: Annotated[bool, "print what would be trained, and train nothing"] = False
@@ -36,17 +66,26 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "image_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.validation < 1:
-            raise Refusal(f"--validation must be at least 0 and below 1, got {self.validation}")
-        if self.lr <= 0 or self.weight_decay < 0 or not 0 <= self.momentum < 1:
-            raise Refusal("--lr must be positive, --weight-decay not negative, --momentum in [0, 1)")
-        if self.crop is not None and self.crop < 0:
-            raise Refusal(f"--crop must not be negative, got {self.crop}")
+        for name in ("weight_decay", "warmup", "w_std", "crop", "workers"):
+            if (getattr(self, name) or 0) < 0:
+                raise Refusal(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
+        for name in ("validation", "momentum", "label_smoothing"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise Refusal(f"--{name.replace('_', '-')} must be at least 0 and below 1, got {getattr(self, name)}")
+        if self.lr is not None and self.lr <= 0:
+            raise Refusal(f"--lr must be positive, got {self.lr}")
+        if self.smallest_crop is not None and not 0 < self.smallest_crop <= 1:
+            raise Refusal(f"--smallest-crop must be above 0 and at most 1, got {self.smallest_crop}")
         if self.classes is not None and not self.describe:
             raise Refusal("--classes goes with --describe; to train, name a data set")
 
     @property
     def run_dir(self) -> Path:
         return self.out or Path("runs") / f"{self.dataset}-{self.depth}-{self.width:g}"
+
+    def resolved(self) -> "TrainConfig":
+        """The same with the recipe's values where none were given."""
+        values = recipe(self.recipe, family=self.family, dataset=self.dataset)
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})

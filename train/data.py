@@ -5,14 +5,15 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from train.folder import Files, class_folders, find_files
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
 FASHION_MNIST_DIRS = (Path("data"), Path("/usr/share/datasets/fashion-mnist"))  # the second is Debian's
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class DatasetInfo:
     image: ImageSpec
     labels: tuple[str, ...]
     flip: bool  # a mirrored image keeps its label
-    crop: int  # pixels by which random crops shift
+    crop: int  # pixels by which random crops shift images that are in memory
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,19 @@ class Split:
     def take(self, indices: np.ndarray) -> "Split":
         return Split(self.images[indices], self.targets[indices])
 
+    def first(self, num: int) -> np.ndarray:
+        """The first `num` images, uint8 [N, H, W, C]."""
+        return self.images[:num]
+
+
+Part = TypeVar("Part", Split, Files)
+
 
 @dataclass(frozen=True)
 class Dataset:
     info: DatasetInfo
-    train: Split
-    test: Split
+    train: Split | Files
+    test: Split | Files
 
 
 def _digits_info() -> DatasetInfo:
@@ -73,10 +81,14 @@ def _cifar100_info() -> DatasetInfo:
 
 
 def _folder_info(data_dir: Path | None, image_size: int) -> DatasetInfo:
-    labels = tuple(folder.name for folder in _class_folders(_training_folder(_given(data_dir))))
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, the usual choice for photographs
-    image = ImageSpec(image_size, image_size, 3, mean, std, resize=image_size)
-    return DatasetInfo(image, labels, flip=True, crop=max(1, image_size // 8))
+    """Photographs: ImageNet's mean and deviation, and its resize of 256 to a crop of 224 pixels."""
+    labels = tuple(folder.name for folder in class_folders(_given(data_dir)))
+    resize = round(image_size * 256 / 224) if image_size >= 64 else image_size
+    return DatasetInfo(imagenet_image(image_size, resize), labels, flip=True, crop=0)
+
+
+def imagenet_image(size: int = 224, resize: int = 256) -> ImageSpec:
+    return ImageSpec(size, size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=resize)
 
 
 def describe(name: str, *, data_dir: Path | None = None, image_size: int = 32) -> DatasetInfo:
@@ -97,10 +109,12 @@ def load(
     data_dir: Path | None = None,
     image_size: int = 32,
     download: bool = False,
-    track: Callable = iter,
+    skip_unreadable: bool = False,
+    track: Callable = lambda items, total: items,
 ) -> Dataset:
-    """Read a data set whole. `track` wraps the loop over a folder's files, to show progress.
+    """Read a data set whole, or find a folder's files: they are read when needed.
 
+    `track(items, total=...)` wraps the loop over a folder's files, to show progress.
     Refuses a data set that is not where it should be, saying where it was looked for.
     """
     info = describe(name, data_dir=data_dir, image_size=image_size)
@@ -112,11 +126,15 @@ def load(
         case "cifar10" | "cifar100":
             train, test = _load_cifar(name, data_dir, download)
         case _:
-            train, test = _load_folder(_given(data_dir), info, track)
+            train, test = find_files(
+                _given(data_dir), info.labels, info.image, skip_unreadable=skip_unreadable, track=track
+            )
+            if test is None:
+                train, test = _every_fifth(train)
     return Dataset(info, train, test)
 
 
-def hold_out(split: Split, fraction: float, *, seed: int) -> tuple[Split, Split]:
+def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
     """A random part of `split` for choosing by, and the rest for training: (rest, part)."""
     order = np.random.default_rng(seed).permutation(len(split))
     num_held = round(len(split) * fraction)
@@ -131,7 +149,7 @@ def _load_digits() -> tuple[Split, Split]:
     return _every_fifth(Split(images, targets.astype(np.int64)))
 
 
-def _every_fifth(whole: Split) -> tuple[Split, Split]:
+def _every_fifth(whole: Part) -> tuple[Part, Part]:
     """(train, test): every fifth image tests, the same ones each time."""
     index = np.arange(len(whole))
     return whole.take(index[index % 5 != 4]), whole.take(index[index % 5 == 4])
@@ -196,56 +214,6 @@ def _given(data_dir: Path | None) -> Path:
     if data_dir is None:
         raise Refusal("--dataset folder needs --data-dir, a directory with one folder of images per class")
     return data_dir
-
-
-def _training_folder(root: Path) -> Path:
-    return root / "train" if (root / "train").is_dir() else root
-
-
-def _class_folders(root: Path) -> list[Path]:
-    try:
-        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError as error:
-        raise Refusal(f"cannot read the folder {root}: {error.strerror}") from error
-    if len(folders) < 2:
-        raise Refusal(f"{root} has {len(folders)} class folders; a classifier needs two or more")
-    return folders
-
-
-def _load_folder(root: Path, info: DatasetInfo, track: Callable) -> tuple[Split, Split]:
-    """`train/` and one of `test/`, `val/` where they exist; otherwise every fifth image tests."""
-    test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    train = _read_classes(_training_folder(root), info, track)
-    if _training_folder(root) != root and test_folder:
-        return train, _read_classes(test_folder, info, track)
-    return _every_fifth(train)
-
-
-def _read_classes(root: Path, info: DatasetInfo, track: Callable) -> Split:
-    from train.image import decode
-
-    files = [
-        (path, info.labels.index(folder.name))
-        for folder in _class_folders(root)
-        if folder.name in info.labels
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    images, targets, unreadable = [], [], []
-    for path, target in track(files):
-        try:
-            images.append(decode(path.read_bytes(), info.image))
-            targets.append(target)
-        except (Refusal, OSError):
-            unreadable.append(path)
-    if unreadable:
-        raise Refusal(
-            f"{len(unreadable)} of {len(files)} images cannot be read, the first is {unreadable[0]}: "
-            "mend or remove them"
-        )
-    if not images:
-        raise Refusal(f"no {', '.join(IMAGE_SUFFIXES)} images in the class folders of {root}")
-    return Split(np.stack(images), np.asarray(targets, np.int64))
 
 
 _CIFAR100_LABELS = tuple(

@@ -1,41 +1,50 @@
-"""Table 1: from a spec to a net whose layers have names."""
+"""Table 1 and its relatives: from a spec to a net whose layers have names."""
 
 from torch import nn
 
-from train.layers import DiracConv2d, NCReLU, Normalize
+from train.layers import DiracConv2d, NCReLU, Normalize, Residual
 from train.refusal import Refusal
 from train.spec import Spec
 
-NUM_GROUPS = 3
+# Convolutions per group; those of ResNet-18 and -34, which have blocks of two (section 3.5).
+IMAGENET_GROUPS = {18: (4, 4, 4, 4), 34: (6, 8, 12, 6)}
+# The parameter counts that Table 3 prints for 34 layers (15.5M, 34.8M) are those of a last group of five
+# blocks, where ResNet-34 has three.
+TABLE3_GROUPS = {34: (6, 8, 12, 10)}
+# The factor by which each family shrinks an image before the last pool.
+REDUCTION = {"cifar": 4, "pooled": 8, "imagenet": 32, "imagenet-table3": 32, "wrn": 4}
 
 
 def build(spec: Spec) -> nn.Sequential:
-    """The Dirac net of `spec`: images uint8 [N, H, W, C] → logits [N, K].
+    """The net of `spec`: images uint8 [N, H, W, C] → logits [N, K].
 
-    Table 1 with what it omits: batch normalisation after every convolution, ReLU after the stem's.
-    Refuses a depth that is not 6N + 4, a width below one channel and images that pool away.
+    cifar: Table 1 with what it omits, batch normalisation after every convolution and ReLU after the
+    stem's. pooled: the same with a 2x2 max-pool after the stem, a quarter of the work, for machines
+    without a GPU. imagenet: 18 or 34 layers, a 7x7/2 stem without activation and four groups
+    (section 3.5). imagenet-table3: 34 layers, five blocks in the last group. wrn: Wide ResNet, the
+    paper's residual reference, Dirac-free unless the parameterization says otherwise.
+    Refuses depths, widths, parameterizations and image sizes that a family does not have.
     """
-    if spec.family != "cifar":
-        raise Refusal(f"family must be cifar, got {spec.family}")
-    image, num_layers = spec.image, _layers_per_group(spec.depth)
-    base = int(16 * spec.width)
-    if base < 1:
-        raise Refusal(f"width must be at least 1/16 (one channel in the first group), got {spec.width:g}")
-    if min(image.height, image.width) < 2 ** (NUM_GROUPS - 1):
-        raise Refusal(f"images must be at least 4x4 pixels, got {image.height}x{image.width}")
+    groups, base, image = _groups(spec), _base_channels(spec), spec.image
+    if min(image.height, image.width) < REDUCTION[spec.family]:
+        smallest = REDUCTION[spec.family]
+        raise Refusal(f"images must be at least {smallest}x{smallest} pixels, got {image.height}x{image.width}")
+    _refuse_combinations(spec)
     net = nn.Sequential()
     net.add_module("normalize", Normalize(image.mean, image.std))
-    net.add_module("stem", _stem(image.channels, base))
-    num_in = base
-    for group in range(NUM_GROUPS):
+    net.add_module("stem", _stem(spec, 16 if spec.family == "wrn" else base))
+    num_in = 16 if spec.family == "wrn" else base
+    for group, num_layers in enumerate(groups):
         num_out = base * 2**group
-        if group:
+        if group and spec.family != "wrn":
             net.add_module(f"pool{group}", nn.MaxPool2d(2))
-        blocks = nn.Sequential()
-        for layer in range(num_layers):
-            blocks.add_module(f"block{layer}", _block(num_in, num_out, spec))
-            num_in = num_out
-        net.add_module(f"group{group}", blocks)
+        make = _residual_group if spec.family == "wrn" else _plain_group
+        net.add_module(f"group{group}", make(num_in, num_out, num_layers, spec, stride=2 if group else 1))
+        num_in = num_out
+    if spec.family == "wrn":
+        net.add_module("bn", nn.BatchNorm2d(num_in))
+    if spec.family == "wrn" or spec.parameterization == "per-channel":
+        net.add_module("relu", nn.ReLU())
     net.add_module("pool", nn.AdaptiveAvgPool2d(1))
     net.add_module("flatten", nn.Flatten())
     net.add_module("fc", nn.Linear(num_in, len(spec.labels)))
@@ -47,28 +56,95 @@ def count_parameters(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def _layers_per_group(depth: int) -> int:
-    """2N of Table 1, from depth = 6N + 4."""
-    if depth < 10 or depth % 6 != 4:
-        raise Refusal(f"depth must be 6N + 4 (10, 16, 22, 28, 34, ...), got {depth}")
-    return (depth - 4) // NUM_GROUPS
+def _groups(spec: Spec) -> tuple[int, ...]:
+    """The number of convolutions in each group."""
+    if spec.family not in REDUCTION:
+        raise Refusal(f"family must be one of {', '.join(REDUCTION)}, got {spec.family}")
+    if spec.family.startswith("imagenet"):
+        groups = IMAGENET_GROUPS if spec.family == "imagenet" else TABLE3_GROUPS
+        if spec.depth not in groups:
+            raise Refusal(f"depth must be {' or '.join(map(str, groups))} for {spec.family}, got {spec.depth}")
+        return groups[spec.depth]
+    if spec.depth < 10 or spec.depth % 6 != 4:
+        raise Refusal(f"depth must be 6N + 4 (10, 16, 22, 28, 34, ...), got {spec.depth}")
+    return ((spec.depth - 4) // 3,) * 3
 
 
-def _stem(num_in: int, num_out: int) -> nn.Sequential:
-    stem = nn.Sequential()
+def _base_channels(spec: Spec) -> int:
+    """Channels of the first group."""
+    at_width_one = 64 if spec.family.startswith("imagenet") else 16
+    base = int(at_width_one * spec.width)
+    if base < 1:
+        raise Refusal(f"width must be at least 1/{at_width_one} (one channel in the first group), got {spec.width:g}")
+    return base
+
+
+def _refuse_combinations(spec: Spec) -> None:
+    if spec.parameterization == "per-channel" and spec.nonlinearity != "relu":
+        raise Refusal("per-channel a and b go with nonlinearity relu, as in the authors' second release")
+    if spec.family == "wrn" and (spec.nonlinearity, spec.parameterization) not in (
+        ("relu", "plain"),
+        ("relu", "delta"),
+    ):
+        raise Refusal("family wrn goes with nonlinearity relu and parameterization plain or delta (eq. 14)")
+
+
+def _stem(spec: Spec, num_out: int) -> nn.Sequential:
+    stem, num_in = nn.Sequential(), spec.image.channels
+    if spec.family.startswith("imagenet"):
+        stem.add_module("conv", nn.Conv2d(num_in, num_out, 7, stride=2, padding=3, bias=False))
+        stem.add_module("bn", nn.BatchNorm2d(num_out))
+        stem.add_module("pool", nn.MaxPool2d(3, stride=2, padding=1))
+        return stem
     stem.add_module("conv", nn.Conv2d(num_in, num_out, 3, padding=1, bias=False))
+    if spec.family == "wrn":  # its blocks begin with normalisation and ReLU
+        return stem
     stem.add_module("bn", nn.BatchNorm2d(num_out))
     stem.add_module("relu", nn.ReLU())
+    if spec.family == "pooled":
+        stem.add_module("pool", nn.MaxPool2d(2))
     return stem
 
 
-def _block(num_in: int, num_out: int, spec: Spec) -> nn.Sequential:
-    block = nn.Sequential()
-    if spec.nonlinearity == "ncrelu":
-        block.add_module("ncrelu", NCReLU())
-        num_in *= 2
-    else:
-        block.add_module("relu", nn.ReLU())
-    block.add_module("conv", DiracConv2d(num_in, num_out, 3, padding=1))
-    block.add_module("bn", nn.BatchNorm2d(num_out))
-    return block
+def _plain_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, stride: int) -> nn.Sequential:
+    """Convolutions in a chain; the max-pool before the group, not `stride`, lowers the resolution."""
+    group = nn.Sequential()
+    for layer in range(num_layers):
+        block, ncrelu = nn.Sequential(), spec.nonlinearity == "ncrelu"
+        block.add_module(spec.nonlinearity, NCReLU() if ncrelu else nn.ReLU())
+        block.add_module("conv", _convolution(2 * num_in if ncrelu else num_in, num_out, spec))
+        block.add_module("bn", nn.BatchNorm2d(num_out))
+        group.add_module(f"block{layer}", block)
+        num_in = num_out
+    return group
+
+
+def _residual_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, stride: int) -> nn.Sequential:
+    """Blocks of two convolutions with normalisation and ReLU before each, as Wide ResNet."""
+    group = nn.Sequential()
+    for index in range(num_layers // 2):
+        entry, body, shortcut = nn.Sequential(), nn.Sequential(), nn.Sequential()
+        stride = 1 if index else stride
+        # Where the shape changes, the shortcut reads the normalised activations too.
+        before = body if (num_in, stride) == (num_out, 1) else entry
+        before.add_module("bn0", nn.BatchNorm2d(num_in))
+        before.add_module("relu0", nn.ReLU())
+        body.add_module("conv0", _convolution(num_in, num_out, spec, stride=stride))
+        body.add_module("bn1", nn.BatchNorm2d(num_out))
+        body.add_module("relu1", nn.ReLU())
+        body.add_module("conv1", _convolution(num_out, num_out, spec))
+        if before is entry:
+            shortcut.add_module("conv", nn.Conv2d(num_in, num_out, 1, stride=stride, bias=False))
+        block = nn.Sequential()
+        for name, layer in entry.named_children():
+            block.add_module(name, layer)
+        block.add_module("sum", Residual(body, shortcut))
+        group.add_module(f"block{index}", block)
+        num_in = num_out
+    return group
+
+
+def _convolution(num_in: int, num_out: int, spec: Spec, *, stride: int = 1) -> nn.Conv2d:
+    if spec.parameterization == "plain":
+        return nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False)
+    return DiracConv2d(num_in, num_out, 3, stride=stride, padding=1, form=spec.parameterization)

@@ -1,6 +1,7 @@
 """An image file becomes pixels the way the spec says: one function for training folders and the server."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,16 @@ class TooManyPixels(Refusal):
     """The header announces more pixels than the limit."""
 
 
-def decode(content: bytes, spec: ImageSpec, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(
+    content: bytes,
+    spec: ImageSpec,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    crop: Callable[[Image.Image, ImageSpec], Image.Image] | None = None,
+) -> np.ndarray:
     """Bytes of a PNG, JPEG, WebP or BMP of any size and mode → uint8 [height, width, channels].
 
+    Resized and cropped at the centre as `spec` says, or by `crop`.
     Raises `TooManyPixels` before decoding, `Refusal` where the bytes are no such image.
     """
     try:
@@ -30,22 +38,28 @@ def decode(content: bytes, spec: ImageSpec, *, max_pixels: int = MAX_PIXELS) -> 
                 raise TooManyPixels(
                     f"the image is {image.width}x{image.height}, over the limit of {max_pixels:,} pixels"
                 )
-            return fit(image, spec)
+            upright = _upright(image, spec.channels)
+            return _pixels((crop or _centre_crop)(upright, spec), spec)
     except Refusal:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise Refusal(f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})") from error
 
 
-def fit(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """An image of any mode → uint8 [height, width, channels], oriented, resized and cropped as `spec` says.
+def _upright(image: Image.Image, channels: int) -> Image.Image:
+    """An image of any mode in RGB or grey, turned as its EXIF tag says.
 
     Transparent pixels lie on white, as a viewer shows them; 16-bit samples keep their upper eight bits.
     """
-    image = ImageOps.exif_transpose(image)
-    image = _flatten(image).convert("L" if spec.channels == 1 else "RGB")
+    return _flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+
+
+def _centre_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
     # Resampling only the box that survives the crop bounds the work for extreme aspect ratios.
-    image = image.resize((spec.width, spec.height), Image.Resampling.BILINEAR, box=_crop_box(image, spec))
+    return image.resize((spec.width, spec.height), Image.Resampling.BILINEAR, box=_crop_box(image, spec))
+
+
+def _pixels(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     return np.asarray(image, dtype=np.uint8).reshape(spec.height, spec.width, spec.channels)
 
 

@@ -1,11 +1,14 @@
 """The paper's two building blocks: Dirac-parameterised convolutions and NCReLU."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from train.refusal import Refusal
+from train.spec import Parameterization
 
 EPSILON = 1e-12  # eq. 5; the authors' value
 A_0 = 5.0  # section 3.3
@@ -36,18 +39,46 @@ def normalize_filters(weight: Tensor, epsilon: float = EPSILON) -> Tensor:
     return weight / torch.linalg.vector_norm(weight, dim=dims, keepdim=True).clamp_min(epsilon)
 
 
+def dirac_weight(a: Tensor, b: Tensor | None, delta: Tensor, weight: Tensor) -> Tensor:
+    """Ŵ = a δ + b W_norm (eq. 4), or a δ + W (eq. 3) where `b` is None.
+
+    `a` and `b` are scalars [] or have a value for every output channel [N_o].
+    """
+    per_filter = (-1, *[1] * (weight.dim() - 1))
+    if b is not None:
+        weight = b.view(per_filter) * normalize_filters(weight)
+    return a.view(per_filter) * delta + weight
+
+
 class _DiracConv(nn.modules.conv._ConvNd):
-    """Ŵ = a δ + b W_norm (eq. 4) in place of a convolution's weight; `weight` is W."""
+    """Ŵ in place of a convolution's weight; `weight` is W.
+
+    `form` says what `a` and `b` are: scalars (eq. 4, "dirac"), one for every output channel
+    ("per-channel"), a scalar `a` alone (eq. 3, "unnormalized"), or neither (eq. 14, "delta").
+    """
 
     delta: Tensor
+    a: Tensor
+    b: Tensor | None
 
-    def __init__(self, *args, bias: bool = False, **kwargs) -> None:
+    def __init__(self, *args, form: Parameterization = "dirac", bias: bool = False, **kwargs) -> None:
         super().__init__(*args, bias=bias, **kwargs)
         if self.groups != 1:
             raise Refusal(f"a Dirac convolution has one group, got {self.groups}")
-        self.a = nn.Parameter(torch.tensor(A_0))
-        self.b = nn.Parameter(torch.tensor(B_0))
         self.register_buffer("delta", dirac_delta(self.weight.shape), persistent=False)
+        match form:
+            case "dirac":
+                self.a, self.b = nn.Parameter(torch.tensor(A_0)), nn.Parameter(torch.tensor(B_0))
+            case "per-channel":
+                scale = torch.ones(self.out_channels)
+                self.a, self.b = nn.Parameter(A_0 * scale), nn.Parameter(B_0 * scale)
+            case "unnormalized":
+                self.a, self.b = nn.Parameter(torch.tensor(A_0)), None
+            case "delta":
+                self.register_buffer("a", torch.tensor(1.0), persistent=False)
+                self.b = None
+            case _:
+                raise Refusal(f"a Dirac convolution has no form {form}")
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)  # W ~ N(0, 1), section 2
@@ -55,7 +86,7 @@ class _DiracConv(nn.modules.conv._ConvNd):
             nn.init.zeros_(self.bias)
 
     def folded_weight(self) -> Tensor:
-        return self.a * self.delta + self.b * normalize_filters(self.weight)  # eq. 4
+        return dirac_weight(self.a, self.b, self.delta, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.folded_weight(), self.bias)
@@ -73,11 +104,45 @@ class DiracConv3d(_DiracConv, nn.Conv3d):
     """x [N, N_i, D, H, W] → [N, N_o, D', H', W']; arguments as `nn.Conv3d`, without groups, bias off."""
 
 
+class _NCReLU(torch.autograd.Function):
+    """Both halves written straight into their places, and only x kept: training is 8 % faster than with `cat`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        num, channels, *size = x.shape
+        y = torch.empty((num, 2 * channels, *size), dtype=x.dtype, device=x.device, memory_format=layout)
+        torch.clamp(x, min=0, out=y[:, :channels])
+        torch.clamp(x, max=0, out=y[:, channels:])  # -ρ(-x) = min(x, 0)
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        positive, negative = gradient.chunk(2, dim=1)
+        return torch.where(x > 0, positive, negative)
+
+
 class NCReLU(nn.Module):
     """x [N, C, ...] → [N, 2C, ...]: positive half, then negative half, eq. 9."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x.clamp(min=0), x.clamp(max=0)], dim=1)  # -ρ(-x) = min(x, 0)
+        return _NCReLU.apply(x)
+
+
+class Residual(nn.Module):
+    """y = body(x) + shortcut(x), eq. 13; an empty shortcut is the identity. For the nets of comparison."""
+
+    def __init__(self, body: nn.Sequential, shortcut: nn.Sequential) -> None:
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.shortcut(x)
 
 
 class Normalize(nn.Module):

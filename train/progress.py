@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINE_EVERY_S = 10.0
 
 
-def make_console(*, json: bool = False) -> Console:
+def make_console(*, json: bool = False, quiet: bool = False) -> Console:
     """Where people read: stdout, or stderr when stdout carries JSON. Lines are never wrapped for a pipe."""
     stream = sys.stderr if json else sys.stdout
     width = None if stream.isatty() else 160
-    return Console(file=stream, highlight=False, width=width, soft_wrap=True, markup=False)
+    return Console(file=stream, highlight=False, width=width, soft_wrap=True, markup=False, quiet=quiet)
 
 
 @contextmanager
@@ -37,11 +37,10 @@ def progress(console: Console, what: str, total: int, *, done: int = 0) -> Itera
 
 
 def track(console: Console, what: str) -> Callable[[Iterable], Iterator]:
-    """A wrapper for a loop over a sized collection, e.g. `for path in track(console, "reading")(paths)`."""
+    """A wrapper for a loop, e.g. `for path in track(console, "reading")(paths, total=len(paths))`."""
 
-    def wrap(items: Iterable) -> Iterator:
-        items = list(items)
-        with progress(console, what, len(items)) as advance:
+    def wrap(items: Iterable, total: int) -> Iterator:
+        with progress(console, what, total) as advance:
             for item in items:
                 yield item
                 advance()

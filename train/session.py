@@ -1,11 +1,12 @@
 """One training run from start or checkpoint to its last file."""
 
+import ctypes
 import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,52 @@ from torch import nn
 from train import data
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.config import TrainConfig
+from train.distributed import World, joined
 from train.families import build, count_parameters
-from train.loop import batches, evaluate, learning_rate, make_optimizer, steps_per_epoch, train_step
+from train.folder import Files
+from train.initialize import initialize
+from train.loop import (
+    Augmentation,
+    batches,
+    evaluate,
+    learning_rate,
+    make_optimizer,
+    steps_per_epoch,
+    train_step,
+)
 from train.progress import make_console, progress, track
 from train.refusal import Refusal
 from train.report import describe_row, draw_learning_curve, write_metrics
 from train.spec import Spec
 
 # What may differ between a run and its resumption without changing a single bit of it.
-FREE_TO_CHANGE = ("data_dir", "download", "device", "out", "resume", "json", "describe")
+FREE_TO_CHANGE = ("data_dir", "download", "device", "workers", "out", "resume", "json", "describe")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What stays the same from the first step of a run to its last."""
+
+    config: TrainConfig  # resolved
+    net: nn.Sequential
+    optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    world: World
+    console: Console
+
+    def snapshot(self, state: Checkpoint, **moment: Any) -> Checkpoint:
+        return replace(
+            state,
+            model=self.net.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            rng_state=torch.get_rng_state(),
+            **moment,
+        )
+
+    def save(self, name: str, state: Checkpoint) -> None:
+        if self.world.rank == 0:
+            save_checkpoint(self.config.run_dir / name, state)
 
 
 def describe(config: TrainConfig) -> int:
@@ -33,7 +71,8 @@ def describe(config: TrainConfig) -> int:
         info = data.describe(config.dataset, data_dir=config.data_dir, image_size=config.image_size)
         image, labels = info.image, info.labels
     else:
-        image, labels = data.cifar_image(), tuple(f"class {index}" for index in range(config.classes))
+        image = data.imagenet_image() if config.family.startswith("imagenet") else data.cifar_image()
+        labels = tuple(f"class {index}" for index in range(config.classes))
     spec = _spec(config, image, labels)
     with torch.device("meta"):
         parameters = count_parameters(build(spec))
@@ -50,122 +89,197 @@ def describe(config: TrainConfig) -> int:
 
 
 def train(config: TrainConfig) -> int:
-    """Run or resume; see `TrainConfig`."""
-    console = make_console(json=config.json)
+    """Run or resume; see `TrainConfig`. Under torchrun every process calls it, and shares each batch."""
+    config = config.resolved()
+    _keep_large_buffers()
+    with joined(_device(config.device)) as world:
+        return _train(config, world)
+
+
+def _train(config: TrainConfig, world: World) -> int:
+    console = make_console(json=config.json, quiet=world.rank > 0)
     checkpoint_path = config.run_dir / "checkpoint.pt"
     if checkpoint_path.exists() and not config.resume:
         raise Refusal(f"{checkpoint_path} exists: add --resume to go on, or name another folder with --out")
+    if config.batch_size % world.size:
+        raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {config.batch_size}")
     dataset = data.load(
         config.dataset,
         data_dir=config.data_dir,
         image_size=config.image_size,
         download=config.download,
+        skip_unreadable=config.skip_unreadable,
         track=track(console, "reading images"),
     )
     spec = _spec(config, dataset.info.image, dataset.info.labels)
-    device = _device(config.device)
-    torch.manual_seed(config.seed)
-    net = build(spec).to(device)
-    optimizer = make_optimizer(net, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    state = _resume(checkpoint_path, config, spec, net, optimizer) if config.resume else _begin(config, spec)
-    console.print(f"{spec.name}: {count_parameters(net):,} parameters, {config.dataset}, {device}, seed {config.seed}")
-
+    precision = _precision(config.precision, world.device)
+    config = replace(config, precision=precision)
+    session = _start(config, spec, world, console)
+    state = _resume(checkpoint_path, session, spec) if config.resume else _begin(config, spec)
+    many = f", {world.size} processes" if world.size > 1 else ""
+    console.print(
+        f"{spec.name}: {count_parameters(session.net):,} parameters, {config.dataset}, "
+        f"{world.device}, {precision}, seed {config.seed}{many}"
+    )
     with _stop_after_step() as stopped:
-        state = _epochs(config, state, dataset, net, optimizer, device, console, stopped)
+        state = _epochs(session, state, dataset, stopped)
     if state.epoch < config.epochs:
         raise KeyboardInterrupt(f"go on with --resume --out {config.run_dir}")
-    if state.test_accuracy is None:
-        # Read once, after every choice has been made.
-        state = replace(state, test_accuracy=evaluate(net, dataset.test, device=device).accuracy)
-        save_checkpoint(checkpoint_path, state)
-    draw_learning_curve(config.run_dir / "learning_curve.png", state.history, f"{spec.name} on {config.dataset}")
-    result = {
-        "checkpoint": str(checkpoint_path),
-        "parameters": count_parameters(net),
-        "test_accuracy": state.test_accuracy,
-        "test_images": len(dataset.test),
-        "seconds": sum(row["seconds"] for row in state.history),
-    }
-    console.print(
-        f"test accuracy {100 * state.test_accuracy:.2f} % on {len(dataset.test)} images "
-        f"after {result['seconds']:.1f} s of training"
-    )
-    console.print(f"wrote {checkpoint_path}, best.pt, metrics.jsonl and learning_curve.png")
-    if config.json:
-        print(json.dumps(result))
+    if world.rank == 0:
+        _finish(session, state, dataset)
     return 0
 
 
-def _epochs(
-    config: TrainConfig,
+def _start(config: TrainConfig, spec: Spec, world: World, console: Console) -> Session:
+    torch.manual_seed(config.seed)
+    net = build(spec)
+    initialize(net, a=config.a0, b=config.b0, std=config.w_std)
+    net = net.to(world.device, memory_format=torch.channels_last)
+    decay_ab = config.decay_ab == "yes" or (config.decay_ab == "auto" and spec.parameterization != "per-channel")
+    optimizer = make_optimizer(
+        net,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov == "yes",
+        weight_decay=config.weight_decay,
+        decay_ab=decay_ab,
+    )
+    scaler = torch.amp.GradScaler(world.device.split(":")[0], enabled=config.precision == "fp16")
+    return Session(config, net, optimizer, scaler, world, console)
+
+
+def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
+    """The test accuracy, read once, after every choice has been made; then the plot and the summary."""
+    config, net, console = session.config, session.net, session.console
+    path = config.run_dir / "checkpoint.pt"
+    if state.test_accuracy is None:
+        score = evaluate(net, dataset.test, device=session.world.device, workers=config.workers)
+        state = replace(state, test_accuracy=score.accuracy)
+        save_checkpoint(path, state)
+    spec, num_test = state.spec, len(dataset.test)
+    draw_learning_curve(config.run_dir / "learning_curve.png", state.history, f"{spec.name} on {config.dataset}")
+    result = {
+        "checkpoint": str(path),
+        "parameters": count_parameters(net),
+        "test_accuracy": state.test_accuracy,
+        "test_images": num_test,
+        "seconds": sum(row["seconds"] for row in state.history),
+    }
+    console.print(
+        f"test accuracy {100 * state.test_accuracy:.2f} % on {num_test} images "
+        f"after {result['seconds']:.1f} s of training"
+    )
+    console.print(f"wrote {path}, best.pt, metrics.jsonl and learning_curve.png")
+    if config.json:
+        print(json.dumps(result))
+
+
+def _epochs(session: Session, state: Checkpoint, dataset: data.Dataset, stopped: dict[str, bool]) -> Checkpoint:
+    """Train until the last epoch or until `stopped`, saving after each epoch and at the stop."""
+    config, world = session.config, session.world
+    rest, held = data.hold_out(dataset.train, config.validation, seed=config.seed)
+    batch_size = min(config.batch_size, len(rest) // world.size * world.size)
+    if batch_size == 0:
+        raise Refusal(f"{len(rest)} training images are too few for {world.size} processes")
+    augmentation = _augmentation(config, dataset.info)
+    net = world.wrap(session.net)
+    net = torch.compile(net) if config.compile else net
+    for epoch in range(state.epoch, config.epochs):
+        state = _epoch(session, state, net, rest, augmentation, batch_size, epoch, stopped)
+        if state.epoch == epoch:
+            return state  # stopped in the middle
+        state = _close_epoch(session, state, held, num_images=len(rest))
+        if world.any(stopped["now"]):
+            break
+    return state
+
+
+def _epoch(
+    session: Session,
     state: Checkpoint,
-    dataset: data.Dataset,
     net: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    device: str,
-    console: Console,
+    split: data.Split | Files,
+    augmentation: Augmentation,
+    batch_size: int,
+    epoch: int,
     stopped: dict[str, bool],
 ) -> Checkpoint:
-    """Train until the last epoch or until `stopped`, saving after each epoch and at the stop."""
-    info = dataset.info
-    rest, held = data.hold_out(dataset.train, config.validation, seed=config.seed)
-    flip = info.flip if config.flip == "auto" else config.flip == "yes"
+    """One epoch from `state.step` on; the sums of this epoch are in the totals of what it gives."""
+    config, world = session.config, session.world
+    num_steps = steps_per_epoch(len(split), batch_size)
+    images, sums, lr = 0, torch.zeros(2, dtype=torch.float64, device=world.device), 0.0
+    start, next_step = time.monotonic(), state.step
+    with progress(session.console, f"epoch {epoch + 1}/{config.epochs}", num_steps, done=state.step) as advance:
+        for batch in batches(
+            split,
+            augmentation,
+            batch_size=batch_size,
+            epoch=epoch,
+            first_step=state.step,
+            seed=config.seed,
+            device=world.device,
+            rank=world.rank,
+            world_size=world.size,
+            workers=config.workers,
+        ):
+            done = (epoch + batch.step / num_steps) / config.epochs
+            lr = learning_rate(config.schedule, config.lr, done, warmup=config.warmup / config.epochs)
+            sums += train_step(
+                net,
+                session.optimizer,
+                session.scaler,
+                batch,
+                lr,
+                precision=config.precision,
+                label_smoothing=config.label_smoothing,
+            )
+            images, next_step = images + len(batch.targets), batch.step + 1
+            advance(note=f"{images * world.size / (time.monotonic() - start):.0f} images/s")
+            if world.any(stopped["now"]):
+                break
+    loss, correct, images = world.sum(torch.cat([sums, sums.new_tensor([images])])).tolist()
+    fresh = {"loss": loss, "correct": correct, "images": images, "seconds": time.monotonic() - start}
+    totals = {key: value + fresh[key] for key, value in state.totals.items()} | {"lr": lr}
+    if next_step == num_steps:
+        return session.snapshot(state, epoch=epoch + 1, step=0, totals=totals)
+    state = session.snapshot(state, epoch=epoch, step=next_step, totals=totals)
+    session.save("checkpoint.pt", state)
+    return state
+
+
+def _close_epoch(session: Session, state: Checkpoint, held: data.Split | Files, *, num_images: int) -> Checkpoint:
+    """Validate, add a row to the history, save; `state.totals` holds the epoch's sums."""
+    config, world, totals = session.config, session.world, state.totals
+    best = max((row["validation_accuracy"] or 0 for row in state.history), default=-1.0)
+    score = None
+    if len(held) and world.rank == 0:
+        score = evaluate(session.net, held, device=world.device, workers=config.workers)
+    row: dict[str, Any] = {
+        "epoch": state.epoch,
+        "train_loss": totals["loss"] / totals["images"],
+        "train_accuracy": totals["correct"] / totals["images"],
+        "validation_loss": score and score.loss,
+        "validation_accuracy": score and score.accuracy,
+        "lr": totals["lr"],
+        "images_per_s": totals["images"] / totals["seconds"],
+        "seconds": totals["seconds"],
+    }
+    state = replace(state, history=[*state.history, row], totals=_no_totals())
+    if score is None or score.accuracy > best:
+        session.save("best.pt", state)
+    session.save("checkpoint.pt", state)
+    if world.rank == 0:
+        write_metrics(config.run_dir / "metrics.jsonl", state.history)
+    session.console.print(describe_row(row, config.epochs, row["seconds"] * (config.epochs - state.epoch)))
+    return state
+
+
+def _augmentation(config: TrainConfig, info: data.DatasetInfo) -> Augmentation:
     crop = info.crop if config.crop is None else config.crop
     if crop >= min(info.image.height, info.image.width):
         raise Refusal(f"--crop must be smaller than the image, got {crop}")
-    batch_size = min(config.batch_size, len(rest))
-    num_steps = steps_per_epoch(len(rest), batch_size)
-    best = max((row["validation_accuracy"] or 0 for row in state.history), default=-1.0)
-    for epoch in range(state.epoch, config.epochs):
-        totals = dict(state.totals)
-        start = time.monotonic()
-        what = f"epoch {epoch + 1}/{config.epochs}"
-        with progress(console, what, num_steps, done=state.step) as advance:
-            for batch in batches(
-                rest,
-                batch_size=batch_size,
-                epoch=epoch,
-                first_step=state.step,
-                seed=config.seed,
-                flip=flip,
-                crop=crop,
-                device=device,
-            ):
-                done = (epoch + batch.step / num_steps) / config.epochs
-                lr = learning_rate(config.schedule, config.lr, done)
-                loss, correct = train_step(net, optimizer, batch, lr)
-                totals["loss"] += loss
-                totals["correct"] += correct
-                totals["images"] += len(batch.targets)
-                advance(note=f"{totals['images'] / (totals['seconds'] + time.monotonic() - start):.0f} images/s")
-                if stopped["now"] and batch.step + 1 < num_steps:
-                    totals["seconds"] += time.monotonic() - start
-                    state = _snapshot(state, net, optimizer, epoch=epoch, step=batch.step + 1, totals=totals)
-                    save_checkpoint(config.run_dir / "checkpoint.pt", state)
-                    return state
-        totals["seconds"] += time.monotonic() - start
-        score = evaluate(net, held, device=device) if len(held) else None
-        row: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "train_loss": totals["loss"] / totals["images"],
-            "train_accuracy": totals["correct"] / totals["images"],
-            "validation_loss": score and score.loss,
-            "validation_accuracy": score and score.accuracy,
-            "lr": lr,
-            "images_per_s": totals["images"] / totals["seconds"],
-            "seconds": totals["seconds"],
-        }
-        state = replace(state, history=[*state.history, row])
-        state = _snapshot(state, net, optimizer, epoch=epoch + 1, step=0, totals=_no_totals())
-        if score is None or score.accuracy > best:
-            best = score.accuracy if score else 0.0
-            save_checkpoint(config.run_dir / "best.pt", state)
-        save_checkpoint(config.run_dir / "checkpoint.pt", state)
-        write_metrics(config.run_dir / "metrics.jsonl", state.history)
-        console.print(describe_row(row, config.epochs, row["seconds"] * (config.epochs - epoch - 1)))
-        if stopped["now"]:
-            break
-    return state
+    flip = info.flip if config.flip == "auto" else config.flip == "yes"
+    return Augmentation(flip=flip, crop=crop, smallest_crop=config.smallest_crop)
 
 
 def _spec(config: TrainConfig, image, labels: tuple[str, ...]) -> Spec:
@@ -174,6 +288,7 @@ def _spec(config: TrainConfig, image, labels: tuple[str, ...]) -> Spec:
         depth=config.depth,
         width=config.width,
         nonlinearity=config.nonlinearity,
+        parameterization=config.parameterization,
         image=image,
         labels=labels,
     )
@@ -184,6 +299,7 @@ def _begin(config: TrainConfig, spec: Spec) -> Checkpoint:
         spec=spec,
         model={},
         optimizer={},
+        scaler={},
         config=_recorded(config),
         epoch=0,
         step=0,
@@ -193,12 +309,10 @@ def _begin(config: TrainConfig, spec: Spec) -> Checkpoint:
     )
 
 
-def _resume(
-    path: Path, config: TrainConfig, spec: Spec, net: nn.Module, optimizer: torch.optim.Optimizer
-) -> Checkpoint:
-    """Load a run into `net` and `optimizer`; refuses one that was started with other settings."""
+def _resume(path: Path, session: Session, spec: Spec) -> Checkpoint:
+    """Load a run into the session's net and optimizer; refuses one that was started with other settings."""
     state = load_checkpoint(path)
-    recorded = _recorded(config)
+    recorded = _recorded(session.config)
     changed = [
         f"--{key.replace('_', '-')} {state.config.get(key)}"
         for key in recorded
@@ -207,8 +321,9 @@ def _resume(
     if changed or state.spec != spec:
         raise Refusal(f"{path} was started with {' '.join(changed) or 'another data set'}; resume it with the same")
     try:
-        net.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
+        session.net.load_state_dict(state.model)
+        session.optimizer.load_state_dict(state.optimizer)
+        session.scaler.load_state_dict(state.scaler)
     except (RuntimeError, ValueError, KeyError) as error:
         raise Refusal(f"{path} does not fit its own spec: {' '.join(str(error).split())[:200]}") from error
     torch.set_rng_state(state.rng_state)
@@ -219,16 +334,6 @@ def _recorded(config: TrainConfig) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
 
 
-def _snapshot(state: Checkpoint, net: nn.Module, optimizer: torch.optim.Optimizer, **moment: Any) -> Checkpoint:
-    return replace(
-        state,
-        model=net.state_dict(),
-        optimizer=optimizer.state_dict(),
-        rng_state=torch.get_rng_state(),
-        **moment,
-    )
-
-
 def _no_totals() -> dict[str, float]:
     return {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}
 
@@ -237,6 +342,28 @@ def _device(choice: str) -> str:
     if choice == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     return "cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _precision(choice: str, device: str) -> str:
+    if choice != "auto":
+        if choice == "fp16" and device == "cpu":
+            raise Refusal("--precision fp16 needs a CUDA device; the CPU trains in fp32 or bf16")
+        return choice
+    if device == "cpu":
+        can = torch.cpu.get_capabilities()
+        return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def _keep_large_buffers() -> None:
+    """Let glibc keep freed activations for the next step rather than return them to the system.
+
+    Training on two CPU cores is 1.4 times faster for it; elsewhere nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 30))  # M_MMAP_THRESHOLD
+        mallopt(ctypes.c_int(-1), ctypes.c_int(1 << 30))  # M_TRIM_THRESHOLD
 
 
 @contextmanager

@@ -7,6 +7,9 @@ from typing import Any, Literal, get_args
 from train.refusal import Refusal
 
 Nonlinearity = Literal["ncrelu", "relu"]
+# How a convolution's weight is made: eq. 4, eq. 4 with an a and a b for every output channel (the authors'
+# second release), eq. 3, eq. 14, and W alone (the paper's baseline).
+Parameterization = Literal["dirac", "per-channel", "unnormalized", "delta", "plain"]
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,22 @@ class Spec:
     nonlinearity: Nonlinearity
     image: ImageSpec
     labels: tuple[str, ...]
+    parameterization: Parameterization = "dirac"
 
     def __post_init__(self) -> None:
         if self.nonlinearity not in get_args(Nonlinearity):
             raise Refusal(f"nonlinearity must be ncrelu or relu, got {self.nonlinearity}")
+        if self.parameterization not in get_args(Parameterization):
+            raise Refusal(
+                f"parameterization must be one of {', '.join(get_args(Parameterization))}, got {self.parameterization}"
+            )
         if len(self.labels) < 2:
             raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
 
     @property
     def name(self) -> str:
-        return f"DiracNet-{self.depth}-{self.width:g}"
+        dirac = "Plain" if self.parameterization == "plain" else "DiracNet"
+        return f"{'WRN' if self.family == 'wrn' else dirac}-{self.depth}-{self.width:g}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,0 +1,75 @@
+"""Images from files, decoded by worker processes while the net computes."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from train.folder import Files, read
+from train.refusal import Refusal
+from train.spec import ImageSpec
+
+
+def stream(
+    files: Files,
+    picked: Sequence[np.ndarray],
+    *,
+    key: tuple[int, ...] = (),
+    smallest_crop: float = 1.0,
+    flip: bool = False,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images uint8 [N, H, W, C], targets int64 [N]) for each array of indices in `picked`.
+
+    Without `key` as the server prepares images; with one, random crops of at least `smallest_crop` of
+    the image's area and flips, which depend on `key` and the image's index alone.
+    A file that cannot be read is left out of its batch or refused, as `files` says.
+    """
+    loader = DataLoader(
+        _Images(files, key, smallest_crop, flip),
+        batch_sampler=[indices.tolist() for indices in picked],
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for images, targets, refusal in loader:
+        if refusal:
+            raise Refusal(refusal)
+        yield images, targets
+
+
+class _Images(Dataset):
+    def __init__(self, files: Files, key: tuple[int, ...], smallest_crop: float, flip: bool) -> None:
+        self.files, self.key = files, key
+        size, scale = (files.image.height, files.image.width), (smallest_crop, 1.0)
+        self.augment = v2.Compose([v2.RandomResizedCrop(size, scale=scale), v2.RandomHorizontalFlip(flip / 2)])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray | None, int, str]:
+        """(pixels or None, target, why the file was refused): a worker's exception would lose its type."""
+        path, target = self.files.paths[index], int(self.files.targets[index])
+        try:
+            if not self.key:
+                return read(path, self.files), target, ""
+            keyed = int(np.random.SeedSequence((*self.key, index)).generate_state(1, np.uint64)[0] >> 1)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(keyed)
+                return read(path, self.files, self._random_crop), target, ""
+        except Refusal as refusal:
+            return None, target, str(refusal)
+
+    def _random_crop(self, image: Any, _: ImageSpec) -> Any:
+        return self.augment(image)
+
+
+def _collate(items: list[tuple[np.ndarray | None, int, str]]) -> tuple[Tensor, Tensor, str]:
+    readable = [(pixels, target) for pixels, target, _ in items if pixels is not None]
+    refusal = next((refusal for _, _, refusal in items if refusal), "")
+    images = torch.from_numpy(np.stack([pixels for pixels, _ in readable])) if readable else torch.empty(0)
+    return images, torch.tensor([target for _, target in readable], dtype=torch.int64), refusal
