@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from fold.plain import named_layers
-from train.layers import NCReLU, Normalize
+from train.layers import NCReLU, Normalize, Residual
 from train.spec import Spec
 
 OPSET = 19  # the first with float8 types; ONNX Runtime and TensorRT 10 take it
@@ -97,6 +97,14 @@ def write_layer(graph: Graph, name: str, layer: nn.Module) -> None:
         case nn.MaxPool2d():
             size, stride, pad = layer.kernel_size, layer.stride, layer.padding
             graph.node("MaxPool", name, kernel_shape=[size] * 2, strides=[stride] * 2, pads=[pad] * 4)
+        case Residual():
+            x, ends = graph.tensor, []
+            for branch in ("body", "shortcut"):
+                graph.tensor = x
+                for part, inner in named_layers(getattr(layer, branch), f"{name}.{branch}."):
+                    write_layer(graph, part, inner)
+                ends.append(graph.tensor)
+            graph.node("Add", name, *ends)
         case nn.AdaptiveAvgPool2d(output_size=1):
             graph.node("GlobalAveragePool", name)
         case nn.Flatten():

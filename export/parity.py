@@ -109,7 +109,7 @@ def _image_sets(spec, training, config: ParityConfig, console):
         if "dataset" not in training:
             raise Refusal("the artefact does not say what it was trained on")
         dataset = data.load(training["dataset"], data_dir=config.data_dir, image_size=image.height)
-        image_sets["real"] = dataset.test.images[: config.images]
+        image_sets["real"] = dataset.test.first(config.images)
     except Refusal as refusal:
         console.print(f"no real images, parity is on random ones alone: {refusal}")
     return image_sets

@@ -3,13 +3,6 @@
 import torch
 from torch import Tensor
 
-from train.layers import EPSILON, normalize_filters
-
-
-def fold_dirac(a: Tensor, b: Tensor, delta: Tensor, weight: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """Ŵ = a δ + b W_norm [N_o, N_i, K...], eq. 4; all arguments in the precision wanted."""
-    return a * delta + b * normalize_filters(weight, epsilon)
-
 
 def fold_batch_norm(
     weight: Tensor,

@@ -12,14 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fold.passes import fold_batch_norm, fold_dirac, split_ncrelu
+from fold.passes import fold_batch_norm, split_ncrelu
 from train.families import build
 from train.files import read_whole, sha256, write_whole
-from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize
+from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize, Residual, dirac_weight
 from train.refusal import Refusal
 from train.spec import Spec
 
 FORMAT = "diracnet-plain-1"
+CONVOLUTION_BESIDE = {nn.BatchNorm1d: nn.Conv1d, nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm3d: nn.Conv3d}
 PLAIN_CONVOLUTION = {DiracConv1d: nn.Conv1d, DiracConv2d: nn.Conv2d, DiracConv3d: nn.Conv3d}
 
 
@@ -36,9 +37,9 @@ class Plain:
 def fold_net(net: nn.Sequential) -> nn.Sequential:
     """A plain net in float64 with the outputs of `net` in evaluation mode; `net` stays as it was.
 
-    Layers keep their names; batch
-    normalisation disappears into the convolution before it, and an NCReLU that follows a ReLU
-    disappears with the half of the next filters that only ever reads zeros.
+    Layers keep their names. Batch normalisation disappears into the convolution before it; where there
+    is none, as at the start of a residual block, it becomes a convolution of one weight per channel. An
+    NCReLU that follows a ReLU disappears with the half of the next filters that only ever reads zeros.
     Refuses, all in one message, the layers that it does not know.
     """
     unknown: list[str] = []
@@ -115,6 +116,16 @@ def _fold_sequential(
             case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d() if plain and _is_convolution(plain):
                 before = next(reversed(plain))
                 plain[before] = _with_batch_norm(plain[before], layer)
+            case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d() if not dead_half:
+                plain[name] = _with_batch_norm(_identity_beside(layer), layer)
+                nonnegative = False
+            case Residual() if not dead_half:
+                branches = (
+                    _fold_sequential(branch, f"{prefix}{name}.", nonnegative=nonnegative, unknown=unknown)[0]
+                    for branch in (layer.body, layer.shortcut)
+                )
+                plain[name] = Residual(*branches)
+                nonnegative = False
             case NCReLU() if nonnegative:
                 dead_half = True
             case NCReLU():
@@ -145,7 +156,7 @@ def _plain_convolution(layer: nn.Module, *, dead_half: bool) -> nn.Module:
     """A convolution of `layer`'s weights, Dirac ones folded (eq. 4), with a bias."""
     if type(layer) in PLAIN_CONVOLUTION:
         parts = (layer.a, layer.b, layer.delta, layer.weight)
-        weight = fold_dirac(*(part.detach().double() for part in parts))
+        weight = dirac_weight(*(part if part is None else part.detach().double() for part in parts))
     else:
         weight = layer.weight.detach().double()
     if dead_half:
@@ -164,6 +175,14 @@ def _plain_convolution(layer: nn.Module, *, dead_half: bool) -> nn.Module:
         device="meta",
     )
     return _with_weights(plain, weight, bias)
+
+
+def _identity_beside(layer: nn.Module) -> nn.Module:
+    """The convolution that leaves what a batch normalisation reads as it is, channel by channel."""
+    num = layer.num_features
+    plain = CONVOLUTION_BESIDE[type(layer)](num, num, 1, groups=num, device="meta")
+    weight = layer.running_mean.new_ones(plain.weight.shape, dtype=torch.float64)
+    return _with_weights(plain, weight, weight.new_zeros(num))
 
 
 def _with_batch_norm(plain: nn.Module, layer: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """The proof that folding changed nothing, in numbers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -107,7 +107,7 @@ def _compare_layers(
     dirac: nn.Sequential, plain: nn.Sequential, images: Tensor, kind: str, precision: str
 ) -> Iterator[Difference]:
     before, after = _outputs(dirac, images), _outputs(plain, images)
-    replaced = _batch_norms(dirac)
+    replaced = _batch_norms(dirac, kept=after)
     for name, layer in named_layers(plain):
         if list(layer.parameters()):
             yield _difference(name, before[replaced.get(name, name)], after[name], kind, precision, 0)
@@ -121,11 +121,14 @@ def _outputs(net: nn.Sequential, images: Tensor) -> dict[str, Tensor]:
     return outputs
 
 
-def _batch_norms(net: nn.Sequential) -> dict[str, str]:
-    """For each convolution with a batch normalisation right after it, the name of the latter."""
-    layers = list(named_layers(net))
+def _batch_norms(net: nn.Sequential, *, kept: Container[str]) -> dict[str, str]:
+    """For each convolution that took in the batch normalisation right after it, the name of the latter."""
     normalized = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return {before: name for (before, _), (name, layer) in pairwise(layers) if isinstance(layer, normalized)}
+    return {
+        before: name
+        for (before, _), (name, layer) in pairwise(named_layers(net))
+        if isinstance(layer, normalized) and name not in kept
+    }
 
 
 def _difference(what: str, before: Tensor, after: Tensor, kind: str, precision: str, top1_changes: int) -> Difference:

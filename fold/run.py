@@ -95,7 +95,7 @@ def _real_images(checkpoint, config: FoldConfig):
         dataset = data.load(recorded["dataset"], data_dir=data_dir, image_size=checkpoint.spec.image.height)
     except Refusal as refusal:
         return None, refusal
-    return torch.from_numpy(dataset.test.images[: config.images]), None
+    return torch.from_numpy(dataset.test.first(config.images)), None
 
 
 def _print_table(console, proof) -> None:

@@ -16,11 +16,55 @@ from train.spec import ImageSpec, Spec
 def make_spec():
     """A spec with everything small and every field overridable."""
 
-    def make(depth=10, width=0.25, nonlinearity="ncrelu", size=8, channels=3, num_labels=10):
+    def make(
+        family="cifar",
+        depth=10,
+        width=0.25,
+        nonlinearity="ncrelu",
+        parameterization="dirac",
+        size=8,
+        channels=3,
+        num_labels=10,
+    ):
         image = ImageSpec(size, size, channels, (0.4,) * channels, (0.3,) * channels, resize=size)
-        return Spec("cifar", depth, width, nonlinearity, image, tuple(f"label {i}" for i in range(num_labels)))
+        labels = tuple(f"label {i}" for i in range(num_labels))
+        return Spec(family, depth, width, nonlinearity, image, labels, parameterization)
 
     return make
+
+
+# One row of each family and parameterization, with the smallest images that it takes.
+ROWS = {
+    "ncrelu": {},
+    "relu": {"nonlinearity": "relu"},
+    "unnormalized": {"parameterization": "unnormalized"},
+    "unnormalized-relu": {"nonlinearity": "relu", "parameterization": "unnormalized"},
+    "plain": {"parameterization": "plain"},
+    "plain-relu": {"nonlinearity": "relu", "parameterization": "plain"},
+    "delta": {"parameterization": "delta"},
+    "per-channel": {"nonlinearity": "relu", "parameterization": "per-channel"},
+    "pooled": {"family": "pooled", "size": 13},
+    "imagenet-18": {"family": "imagenet", "depth": 18, "width": 1 / 16, "size": 32},
+    "imagenet-18-per-channel": {
+        "family": "imagenet",
+        "depth": 18,
+        "width": 1 / 16,
+        "size": 32,
+        "nonlinearity": "relu",
+        "parameterization": "per-channel",
+    },
+    "imagenet-34": {"family": "imagenet", "depth": 34, "width": 1 / 32, "size": 32},
+    "imagenet-table3": {"family": "imagenet-table3", "depth": 34, "width": 1 / 32, "size": 32},
+    "wrn": {"family": "wrn", "width": 1.0, "nonlinearity": "relu", "parameterization": "plain"},
+    "wrn-wide": {"family": "wrn", "width": 1.5, "nonlinearity": "relu", "parameterization": "plain"},
+    "wrn-delta": {"family": "wrn", "width": 1.0, "nonlinearity": "relu", "parameterization": "delta"},
+}
+
+
+@pytest.fixture(params=ROWS.values(), ids=ROWS.keys())
+def row(request):
+    """The fields of a spec for each of `ROWS` in turn."""
+    return request.param
 
 
 @pytest.fixture
@@ -38,7 +82,7 @@ def make_net(make_spec):
                 tensor.uniform_(0.2, 3)
             elif leaf == "a":
                 tensor.uniform_(-1, 3)
-            elif leaf == "b" or leaf == "running_mean" or ".bn." in name:
+            elif leaf == "b" or leaf == "running_mean" or "bn" in name:
                 tensor.normal_(0.2, 0.8)
         return net.eval()
 

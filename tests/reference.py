@@ -17,9 +17,16 @@ def delta(shape):
 
 
 def folded_weight(a, b, weight, epsilon=1e-12):
-    """Eq. 4 and 5, filter by filter."""
-    normalized = np.stack([v / max(np.sqrt((v**2).sum()), epsilon) for v in weight])
-    return a * delta(weight.shape) + b * normalized
+    """Eq. 4 and 5, filter by filter; `a` and `b` are numbers or lists with one for each filter.
+
+    Without `b` eq. 3, without `a` and `b` eq. 14.
+    """
+    scaled = []
+    for index, v in enumerate(weight):
+        factor = 1 if b is None else np.broadcast_to(b, len(weight))[index] / max(np.sqrt((v**2).sum()), epsilon)
+        identity = 1 if a is None else np.broadcast_to(a, len(weight))[index]
+        scaled.append(identity * delta(weight.shape)[index] + factor * v)
+    return np.stack(scaled)
 
 
 def convolve(x, weight, padding):
@@ -44,27 +51,68 @@ def batch_norm(x, gamma, beta, mean, var, epsilon):
     return gamma * (x - mean) / np.sqrt(var + epsilon) + beta
 
 
-def max_pool2(x):
-    n, c, h, w = x.shape
-    return x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(n, c, h // 2, 2, w // 2, 2).max(axis=(3, 5))
+def max_pool(x, size, padding=0):
+    """Stride 2, as everywhere in the paper."""
+    x = np.pad(x, [(0, 0), (0, 0), (padding, padding), (padding, padding)], constant_values=-np.inf)
+    height, width = ((side - size) // 2 + 1 for side in x.shape[2:])
+    cuts = [x[:, :, i : i + 2 * height : 2, j : j + 2 * width : 2] for i in range(size) for j in range(size)]
+    return np.max([cut[:, :, :height, :width] for cut in cuts], axis=0)
 
 
-def dirac_net(state, spec, images):
-    """Table 1 from a state dict of NumPy float64 arrays: images uint8 [N, H, W, C] → logits."""
+class Net:
+    """Table 1 and its relatives from a state dict of NumPy float64 arrays: images uint8 [N, H, W, C] → logits."""
 
-    def normalized(x, name):
-        parts = (state[f"{name}.bn.{part}"] for part in ("weight", "bias", "running_mean", "running_var"))
+    def __init__(self, state, spec):
+        self.state, self.spec = state, spec
+
+    def __call__(self, images):
+        mean, std = np.array(self.spec.image.mean), np.array(self.spec.image.std)
+        x = self.stem(((images / 255 - mean) / std).transpose(0, 3, 1, 2))
+        for group in range(4 if self.spec.family.startswith("imagenet") else 3):
+            if group and self.spec.family != "wrn":
+                x = max_pool(x, 2)
+            num_blocks = len({name.split(".")[1] for name in self.state if name.startswith(f"group{group}.")})
+            for block in range(num_blocks):
+                name = f"group{group}.block{block}"
+                if self.spec.family == "wrn":
+                    x = self.residual(x, name, stride=2 if group and not block else 1)
+                else:
+                    x = ncrelu(x) if self.spec.nonlinearity == "ncrelu" else np.maximum(x, 0)
+                    x = self.normalize(convolve(x, self.weight(f"{name}.conv"), 1), f"{name}.bn")
+        if self.spec.family == "wrn":
+            x = self.normalize(x, "bn")
+        if self.spec.family == "wrn" or self.spec.parameterization == "per-channel":
+            x = np.maximum(x, 0)
+        return x.mean(axis=(2, 3)) @ self.state["fc.weight"].T + self.state["fc.bias"]
+
+    def stem(self, x):
+        if self.spec.family.startswith("imagenet"):
+            x = convolve(x, self.state["stem.conv.weight"], 3)[:, :, ::2, ::2]
+            return max_pool(self.normalize(x, "stem.bn"), 3, padding=1)
+        x = convolve(x, self.state["stem.conv.weight"], 1)
+        if self.spec.family == "wrn":
+            return x
+        x = np.maximum(self.normalize(x, "stem.bn"), 0)
+        return max_pool(x, 2) if self.spec.family == "pooled" else x
+
+    def residual(self, x, name, stride):
+        """Wide ResNet's block; the shortcut reads x itself, or the activations where it has a weight."""
+        where = name if f"{name}.bn0.weight" in self.state else f"{name}.sum.body"
+        activations = np.maximum(self.normalize(x, f"{where}.bn0"), 0)
+        y = convolve(activations, self.weight(f"{name}.sum.body.conv0"), 1)[:, :, ::stride, ::stride]
+        y = np.maximum(self.normalize(y, f"{name}.sum.body.bn1"), 0)
+        y = convolve(y, self.weight(f"{name}.sum.body.conv1"), 1)
+        if where == name:
+            shortcut = self.state[f"{name}.sum.shortcut.conv.weight"]
+            x = convolve(activations, shortcut, 0)[:, :, ::stride, ::stride]
+        return x + y
+
+    def weight(self, name):
+        weight = self.state[f"{name}.weight"]
+        if self.spec.parameterization == "plain":
+            return weight
+        return folded_weight(self.state.get(f"{name}.a"), self.state.get(f"{name}.b"), weight)
+
+    def normalize(self, x, name):
+        parts = (self.state[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var"))
         return batch_norm(x, *parts, 1e-5)
-
-    mean, std = np.array(spec.image.mean), np.array(spec.image.std)
-    x = ((images / 255 - mean) / std).transpose(0, 3, 1, 2)
-    x = np.maximum(normalized(convolve(x, state["stem.conv.weight"], 1), "stem"), 0)
-    for group in range(3):
-        if group:
-            x = max_pool2(x)
-        for layer in range((spec.depth - 4) // 3):
-            name = f"group{group}.block{layer}"
-            x = ncrelu(x) if spec.nonlinearity == "ncrelu" else np.maximum(x, 0)
-            parts = (state[f"{name}.conv.{part}"] for part in ("a", "b", "weight"))
-            x = normalized(convolve(x, folded_weight(*parts), 1), name)
-    return x.mean(axis=(2, 3)) @ state["fc.weight"].T + state["fc.bias"]

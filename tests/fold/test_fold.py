@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fold.passes import fold_batch_norm, fold_dirac, split_ncrelu
+from fold.passes import fold_batch_norm, split_ncrelu
 from fold.plain import fold_net, load_plain, named_layers, save_plain, skeleton
 from fold.proof import prove
-from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, dirac_delta
+from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, dirac_delta, dirac_weight
 from train.refusal import Refusal
 
 LAYERS = {1: (DiracConv1d, nn.BatchNorm1d), 2: (DiracConv2d, nn.BatchNorm2d), 3: (DiracConv3d, nn.BatchNorm3d)}
@@ -26,7 +26,7 @@ def test_dirac_and_batch_norm_fold_exactly_in_one_to_three_dimensions(dims, m, s
     expected = reference.batch_norm(convolved, gamma, beta, mean, var, 1e-5)
 
     delta = dirac_delta(weight.shape).double()
-    folded = fold_dirac(
+    folded = dirac_weight(
         torch.tensor(a, dtype=delta.dtype), torch.tensor(b, dtype=delta.dtype), delta, torch.from_numpy(weight)
     )
     statistics = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
@@ -47,11 +47,9 @@ def test_fold_batch_norm_keeps_a_convolutions_bias():
     assert torch.allclose(plain(x), bn(conv(x)), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("nonlinearity", ["ncrelu", "relu"])
-@pytest.mark.parametrize("depth", [10, 16])
-def test_a_whole_net_folds_to_1e_12(make_net, images, depth, nonlinearity):
-    net = make_net(depth=depth, nonlinearity=nonlinearity)
-    x = torch.from_numpy(images())
+def test_every_family_folds_to_1e_12(make_net, images, row):
+    net = make_net(**row)
+    x = torch.from_numpy(images(4, row.get("size", 8)))
     plain = fold_net(net)
     with torch.no_grad():
         expected = net.double()(x)
@@ -92,6 +90,20 @@ def test_fusing_batch_norm_before_delta_is_wrong_and_ours_is_not(make_net, image
         scale = expected.abs().max()
         assert (wrong(x) - expected).abs().max() > 0.1 * scale
         assert (ours(x) - expected).abs().max() < 1e-13 * scale
+
+
+def test_batch_norm_without_a_convolution_before_it_becomes_one(images):
+    torch.manual_seed(0)
+    bn = nn.BatchNorm2d(3).double().eval()
+    nn.init.normal_(bn.weight), nn.init.normal_(bn.running_mean)
+    x = torch.randn(2, 3, 5, 5).double()
+    plain = fold_net(nn.Sequential(nn.ReLU(), bn, nn.ReLU()))
+    assert torch.allclose(plain(x), bn(x.relu()).relu(), rtol=0, atol=1e-14)
+
+
+def test_batch_norm_that_reads_a_dropped_half_is_refused():
+    with pytest.raises(TypeError, match=r"cannot be folded: 2 \(BatchNorm2d\)"):
+        fold_net(nn.Sequential(nn.ReLU(), NCReLU(), nn.BatchNorm2d(6)))
 
 
 def test_split_ncrelu_is_equation_10():
@@ -161,6 +173,6 @@ def test_plain_files_that_are_damaged_are_refused(make_net, make_spec, tmp_path)
         load_plain(tmp_path / "none.safetensors")
 
 
-def test_the_skeleton_has_the_shapes_of_a_folded_net(make_net, make_spec):
-    shapes = {name: tensor.shape for name, tensor in fold_net(make_net()).state_dict().items()}
-    assert {name: tensor.shape for name, tensor in skeleton(make_spec()).state_dict().items()} == shapes
+def test_the_skeleton_has_the_shapes_of_a_folded_net(make_net, make_spec, row):
+    shapes = {name: tensor.shape for name, tensor in fold_net(make_net(**row)).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in skeleton(make_spec(**row)).state_dict().items()} == shapes

@@ -7,18 +7,37 @@ from train.families import build, count_parameters
 from train.refusal import Refusal
 
 
-@pytest.mark.parametrize(("depth", "width", "expected"), [(34, 2, 3_693_158), (34, 8, 59_009_222)])
-def test_parameter_counts_are_those_of_the_authors_code(make_spec, depth, width, expected):
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"depth": 34, "width": 2}, 3_693_158),
+        ({"depth": 34, "width": 8}, 59_009_222),
+        ({"family": "imagenet", "depth": 18, "width": 0.75}, 12_756_600),
+        ({"family": "imagenet", "depth": 34, "width": 0.5}, 10_812_488),
+        ({"family": "imagenet", "depth": 34, "width": 0.75}, 24_125_528),
+        # Table 3 prints 15.5M and 34.8M.
+        ({"family": "imagenet-table3", "depth": 34, "width": 0.5}, 15_533_136),
+        ({"family": "imagenet-table3", "depth": 34, "width": 0.75}, 34_745_440),
+        # Table 2 prints 36.5M; 8.9M is Wide ResNet 40-4's published figure.
+        ({"family": "wrn", "depth": 28, "width": 10}, 36_479_194),
+        ({"family": "wrn", "depth": 40, "width": 4}, 8_949_210),
+    ],
+)
+def test_parameter_counts_are_those_of_the_paper_and_the_authors_code(make_spec, fields, expected):
+    imagenet = fields.get("family", "").startswith("imagenet")
+    fields |= {"size": 224, "num_labels": 1000} if imagenet else {"size": 32}
+    if fields.get("family") == "wrn":
+        fields |= {"nonlinearity": "relu", "parameterization": "plain"}
     with torch.device("meta"):
-        assert count_parameters(build(make_spec(depth=depth, width=width, size=32))) == expected
+        assert count_parameters(build(make_spec(**fields))) == expected
 
 
-@pytest.mark.parametrize("nonlinearity", ["ncrelu", "relu"])
-def test_the_net_is_table_1_in_float64(make_net, make_spec, images, nonlinearity):
-    net = make_net(nonlinearity=nonlinearity).double()
+def test_every_family_is_the_papers_in_float64(make_net, make_spec, images, row):
+    net = make_net(**row).double()
     state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
-    expected = reference.dirac_net(state, make_spec(nonlinearity=nonlinearity), images())
-    logits = net(torch.from_numpy(images())).detach().numpy()
+    pixels = images(2, row.get("size", 8))
+    expected = reference.Net(state, make_spec(**row))(pixels)
+    logits = net(torch.from_numpy(pixels)).detach().numpy()
     # Normalize's buffers are float32 numbers, which moves its output by 1e-7.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
@@ -39,3 +58,20 @@ def test_a_width_without_a_channel_and_images_that_pool_away_are_refused(make_sp
         build(make_spec(width=0.05))
     with pytest.raises(Refusal, match="at least 4x4 pixels, got 3x3"):
         build(make_spec(size=3))
+    with pytest.raises(Refusal, match="at least 32x32 pixels, got 31x31"):
+        build(make_spec(family="imagenet", depth=18, size=31))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"family": "vgg"}, "family must be one of cifar, pooled, imagenet, imagenet-table3, wrn, got vgg"),
+        ({"family": "imagenet", "depth": 16, "size": 32}, "depth must be 18 or 34 for imagenet, got 16"),
+        ({"family": "imagenet-table3", "depth": 18, "size": 32}, "depth must be 34 for imagenet-table3, got 18"),
+        ({"parameterization": "per-channel"}, "per-channel a and b go with nonlinearity relu"),
+        ({"family": "wrn"}, "family wrn goes with nonlinearity relu and parameterization plain or delta"),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(make_spec, fields, message):
+    with pytest.raises(Refusal, match=message):
+        build(make_spec(**fields))

@@ -1,0 +1,189 @@
+"""python fold/original.py AUTHORS.pt7: the authors' published weights as a checkpoint of ours."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train.cli import run_command
+
+BLOCK_PARTS = {"conv": "conv.weight", "alpha": "conv.a", "beta": "conv.b"}
+EXAMPLES = (
+    "python fold/original.py model.pt7 --out runs/diracnet-34-8/checkpoint.pt",
+    "python fold/run.py runs/diracnet-34-8/checkpoint.pt",
+)
+
+
+@dataclass(frozen=True)
+class OriginalConfig:
+    authors: Annotated[Path, "a model.pt7 of the authors' training code, first or second release"]
+    out: Annotated[Path, "checkpoint to write"] = Path("checkpoint.pt")
+    image_size: Annotated[int | None, "side of the input in pixels (default: 32 for CIFAR, 224 for ImageNet)"] = None
+
+
+def command(config: OriginalConfig) -> int:
+    """Import a checkpoint that the authors of the paper published; nothing in the file is executed."""
+    from train.checkpoint import save_checkpoint
+    from train.families import build, count_parameters
+
+    if config.out.exists() and config.out.samefile(config.authors):
+        from train.refusal import Refusal
+
+        raise Refusal(f"--out {config.out} is the authors' file itself: name another")
+    checkpoint = import_original(config.authors, image_size=config.image_size)
+    save_checkpoint(config.out, checkpoint)
+    spec = checkpoint.spec
+    print(
+        f"wrote {config.out}: {spec.name}, {spec.family}, {spec.nonlinearity}, {spec.parameterization}, "
+        f"{len(spec.labels)} classes, {count_parameters(build(spec)):,} parameters"
+    )
+    return 0
+
+
+def import_original(path: Path, *, image_size: int | None = None):
+    """The checkpoint in an authors' file of either release.
+
+    Family, depth, width and classes come from the shapes of the tensors. Refuses a file with anything
+    but tensors and plain containers in it, and names or shapes that no published net has.
+    """
+    import torch
+
+    from train.checkpoint import Checkpoint, load_net
+    from train.files import read_whole, sha256
+
+    digest = sha256(read_whole(path))
+    numbers = _read(path)
+    spec = _infer_spec(path, numbers, image_size)
+    checkpoint = Checkpoint(
+        spec=spec,
+        model=_renamed(numbers),
+        optimizer={},
+        scaler={},
+        config={"dataset": {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder"), "authors_sha256": digest},
+        epoch=0,
+        step=0,
+        totals={},
+        history=[],
+        rng_state=torch.get_rng_state(),
+    )
+    load_net(checkpoint)  # refuses tensors that do not fit the spec
+    return checkpoint
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """`params` and `stats` as one flat dict of float32 tensors, without the cached deltas."""
+    import torch
+
+    from train.refusal import Refusal
+
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load raises half a dozen unrelated kinds
+        raise Refusal(
+            f"{path} is no file of tensors in plain containers, or is cut short ({type(error).__name__}); "
+            "nothing in it was executed"
+        ) from error
+    parts = [content.get(name, {}) for name in ("params", "stats")] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or not parts[0]:
+        raise Refusal(f"{path} has no dictionary `params`: it is none of the authors' layouts")
+    numbers = {name: value for part in parts for name, value in part.items() if not str(name).startswith("eye")}
+    strange = [str(name) for name, value in numbers.items() if not isinstance(value, torch.Tensor)]
+    if strange:
+        raise Refusal(f"{path}: {', '.join(strange[:5])} are no tensors")
+    return {str(name): value.detach().float() for name, value in numbers.items()}
+
+
+def _infer_spec(path: Path, numbers: dict[str, Any], image_size: int | None):
+    from train import data
+    from train.families import IMAGENET_GROUPS, TABLE3_GROUPS
+    from train.refusal import Refusal
+    from train.spec import Spec
+
+    def refuse(why: str) -> Refusal:
+        return Refusal(f"{path} is none of the authors' layouts: {why}")
+
+    first = ("conv", "fc.weight", "group0.block0.conv", "group0.block0.alpha", "group0.block0.beta")
+    missing = [name for name in first if name not in numbers]
+    if missing:
+        raise refuse(f"{', '.join(missing)} missing")
+    stem, block = numbers["conv"].shape, numbers["group0.block0.conv"].shape
+    if len(stem) != 4 or len(block) != 4 or stem[1:] not in ((3, 3, 3), (3, 7, 7)):
+        raise refuse(f"the first convolution is {tuple(stem)}, the first block's {tuple(block)}")
+    groups = _count_blocks(numbers)
+    if tuple(stem[1:]) == (3, 3, 3):
+        if len(groups) != 3 or len(set(groups)) != 1:
+            raise refuse(f"a CIFAR net has three equal groups, found {groups}")
+        family, depth, base, image = "cifar", 3 * groups[0] + 4, 16, data.cifar_image()
+    else:
+        named = [("imagenet", IMAGENET_GROUPS), ("imagenet-table3", TABLE3_GROUPS)]
+        found = [(family, depth) for family, table in named for depth, layers in table.items() if layers == groups]
+        if not found:
+            raise refuse(f"no ImageNet net has groups of {groups} convolutions")
+        (family, depth), base, image = found[0], 64, data.imagenet_image()
+    ncrelu = block[1] == 2 * stem[0]
+    per_channel = numbers["group0.block0.alpha"].numel() > 1
+    if ncrelu == per_channel:
+        raise refuse("NCReLU goes with scalar alpha and beta, ReLU with one for every channel")
+    return Spec(
+        family=family,
+        depth=depth,
+        width=stem[0] / base,
+        nonlinearity="ncrelu" if ncrelu else "relu",
+        image=_resized(image, image_size),
+        labels=_labels(len(numbers["fc.weight"])),
+        parameterization="per-channel" if per_channel else "dirac",
+    )
+
+
+def _count_blocks(numbers: dict[str, Any]) -> tuple[int, ...]:
+    """Convolutions in each group, from names such as group0.block3.conv."""
+    blocks = [name.split(".")[0] for name in numbers if name.startswith("group") and name.endswith(".conv")]
+    return tuple(blocks.count(f"group{index}") for index in range(len(set(blocks))))
+
+
+def _resized(image, size: int | None):
+    from dataclasses import replace
+
+    if size is None:
+        return image
+    return replace(image, height=size, width=size, resize=round(size * image.resize / image.height))
+
+
+def _labels(num: int) -> tuple[str, ...]:
+    """The classes' names where the number of classes says which data set it was."""
+    from train import data
+
+    if num in (10, 100):
+        return data.describe(f"cifar{num}").labels
+    if num == 1000:
+        from torchvision.models import ResNet18_Weights
+
+        return tuple(ResNet18_Weights.DEFAULT.meta["categories"])
+    return tuple(f"class {index}" for index in range(num))
+
+
+def _renamed(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The authors' names as ours; scalars of shape [1] become shape []."""
+    import torch
+
+    model = {}
+    for name, value in numbers.items():
+        where, _, leaf = name.rpartition(".")
+        if name == "conv":
+            name = "stem.conv.weight"
+        elif name.startswith("bn."):
+            name = f"stem.{name}"
+        elif where.startswith("group") and leaf in BLOCK_PARTS:
+            name = f"{where}.{BLOCK_PARTS[leaf]}"
+            value = value.squeeze() if leaf != "conv" and value.numel() == 1 else value
+        model[name] = value
+        if leaf == "running_mean":
+            model[name.replace("running_mean", "num_batches_tracked")] = torch.tensor(0)
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, OriginalConfig, examples=EXAMPLES))
