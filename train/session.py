@@ -239,7 +239,7 @@ def _epoch(
                 break
     loss, correct, images = world.sum(torch.cat([sums, sums.new_tensor([images])])).tolist()
     fresh = {"loss": loss, "correct": correct, "images": images, "seconds": time.monotonic() - start}
-    totals = {key: value + fresh[key] for key, value in state.totals.items()} | {"lr": lr}
+    totals = {key: state.totals[key] + value for key, value in fresh.items()} | {"lr": lr}
     if next_step == num_steps:
         return session.snapshot(state, epoch=epoch + 1, step=0, totals=totals)
     state = session.snapshot(state, epoch=epoch, step=next_step, totals=totals)

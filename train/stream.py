@@ -35,6 +35,7 @@ def stream(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or it would draw from the global one
     )
     for images, targets, refusal in loader:
         if refusal:

@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train import data
+from train.cli import run_command
+from train.config import TrainConfig
+from train.image import decode
+from train.loop import Augmentation, batches, evaluate
+from train.refusal import Refusal
+from train.run import command
+
+AUGMENTATION = Augmentation(flip=True, crop=0, smallest_crop=0.3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of ten photographs, dark and bright, with structure; wider than high."""
+    rng = np.random.default_rng(0)
+    for label, base in (("dark", 40), ("light", 200)):
+        (tmp_path / label).mkdir()
+        for index in range(10):
+            pixels = (base + rng.integers(-40, 40, (20, 30, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / label / f"{index}.png")
+    return tmp_path
+
+
+def all_batches(split, **options):
+    settings = {"batch_size": 4, "epoch": 1, "first_step": 0, "seed": 5} | options
+    return list(batches(split, AUGMENTATION, **settings))
+
+
+def test_a_folder_without_parts_is_split_and_its_files_are_not_read_into_memory(folder):
+    dataset = data.load("folder", data_dir=folder, image_size=8)
+    assert dataset.info.labels == ("dark", "light")
+    assert (len(dataset.train), len(dataset.test)) == (16, 4)
+    assert not set(dataset.train.paths) & set(dataset.test.paths)
+    assert all(isinstance(path, str) for path in dataset.train.paths)
+
+
+def test_parts_are_taken_from_their_folders_and_strange_classes_refused(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("parts")
+    (root / "train").symlink_to(folder)
+    (root / "val").symlink_to(folder)
+    dataset = data.load("folder", data_dir=root, image_size=8)
+    assert (len(dataset.train), len(dataset.test)) == (20, 20)
+    with pytest.raises(Refusal, match="has 0 class folders"):
+        data.load("folder", data_dir=folder / "dark", image_size=8)
+    (root / "test").mkdir()
+    for name in ("dark", "strange"):
+        (root / "test" / name).mkdir()
+    with pytest.raises(Refusal, match="has classes that training has not: strange"):
+        data.load("folder", data_dir=root, image_size=8)
+
+
+def test_evaluation_sees_what_the_server_sees(folder):
+    test = data.load("folder", data_dir=folder, image_size=8).test
+    expected = np.stack([decode(Path(path).read_bytes(), test.image) for path in test.paths])
+    seen = []
+
+    class Recorder(torch.nn.Module):
+        def forward(self, images):
+            seen.append(images)
+            return torch.zeros(len(images), 2)
+
+    evaluate(Recorder(), test, batch_size=3)
+    np.testing.assert_array_equal(torch.cat(seen).numpy(), expected)
+    np.testing.assert_array_equal(test.first(4), expected)
+
+
+def test_photographs_are_resized_and_cropped_as_imagenets():
+    image = data.imagenet_image()
+    assert (image.height, image.width, image.resize) == (224, 224, 256)
+
+
+def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder):
+    train = data.load("folder", data_dir=folder, image_size=8).train
+    whole = all_batches(train)
+    assert [batch.step for batch in whole] == [0, 1, 2, 3]
+    assert whole[0].images.shape == (4, 8, 8, 3)
+    assert whole[0].images.dtype == torch.uint8
+    state = torch.get_rng_state()
+    for options in ({"workers": 2}, {"first_step": 2}, {}):
+        again = all_batches(train, **options)
+        for left, right in zip(reversed(whole), reversed(again)):  # noqa: B905
+            assert torch.equal(left.images, right.images)
+            assert torch.equal(left.targets, right.targets)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = all_batches(train, epoch=2)
+    assert not any(torch.equal(left.images, right.images) for left, right in zip(whole, other, strict=True))
+
+
+def test_processes_share_a_batch_without_overlap(folder):
+    for split in (data.load("folder", data_dir=folder, image_size=8).train, data.load("digits").train):
+        whole = all_batches(split)[1]
+        shares = [all_batches(split, rank=rank, world_size=2)[1] for rank in (0, 1)]
+        assert torch.equal(torch.cat([share.images for share in shares]), whole.images)
+        assert torch.equal(torch.cat([share.targets for share in shares]), whole.targets)
+
+
+def test_an_unreadable_file_is_named_counted_and_skipped_only_when_told(folder, capsys):
+    (folder / "dark" / "0.png").write_bytes(b"no image")
+    (folder / "light" / "3.png").write_bytes((folder / "light" / "3.png").read_bytes()[:300])
+    with pytest.raises(Refusal, match=r"2 of 20 images cannot be read, the first is .*dark/0\.png.*--skip-unreadable"):
+        data.load("folder", data_dir=folder, image_size=8)
+    dataset = data.load("folder", data_dir=folder, image_size=8, skip_unreadable=True)
+    assert len(dataset.train) + len(dataset.test) == 18
+
+
+def test_a_body_cut_short_shows_when_it_is_decoded(folder):
+    """A JPEG has no checksum: its header is sound and its pixels end early."""
+    path = folder / "dark" / "0.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    for workers in (0, 1):
+        train = data.load("folder", data_dir=folder, image_size=8).train
+        with pytest.raises(Refusal, match=r"dark/0\.jpg cannot be read"):
+            all_batches(train, workers=workers)
+    train = data.load("folder", data_dir=folder, image_size=8, skip_unreadable=True).train
+    assert sum(len(batch.targets) for batch in all_batches(train, batch_size=17)) == 16
+
+
+def test_training_on_a_folder_learns_it(folder, tmp_path_factory, capsys):
+    out = tmp_path_factory.mktemp("run")
+    argv = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "8", "--depth", "10", "--width", "0.25"]
+    argv += ["--epochs", "6", "--batch-size", "4", "--validation", "0", "--out", str(out), "--workers", "0"]
+    assert run_command(command, TrainConfig, argv=argv) == 0
+    assert "test accuracy 100.00 % on 4 images" in capsys.readouterr().out
