@@ -33,7 +33,7 @@ from train.loop import (
 from train.progress import make_console, progress, track
 from train.refusal import Refusal
 from train.report import describe_row, draw_learning_curve, write_metrics
-from train.spec import Spec
+from train.spec import ImageSpec, Spec
 
 # What may differ between a run and its resumption without changing a single bit of it.
 FREE_TO_CHANGE = ("data_dir", "download", "device", "workers", "out", "resume", "json", "describe")
@@ -73,7 +73,7 @@ def describe(config: TrainConfig) -> int:
     else:
         image = data.imagenet_image() if config.family.startswith("imagenet") else data.cifar_image()
         labels = tuple(f"class {index}" for index in range(config.classes))
-    spec = _spec(config, image, labels)
+    spec = make_spec(config, image, labels)
     with torch.device("meta"):
         parameters = count_parameters(build(spec))
     if config.json:
@@ -92,7 +92,7 @@ def train(config: TrainConfig) -> int:
     """Run or resume; see `TrainConfig`. Under torchrun every process calls it, and shares each batch."""
     config = config.resolved()
     _keep_large_buffers()
-    with joined(_device(config.device)) as world:
+    with joined(choose_device(config.device)) as world:
         return _train(config, world)
 
 
@@ -111,10 +111,10 @@ def _train(config: TrainConfig, world: World) -> int:
         skip_unreadable=config.skip_unreadable,
         track=track(console, "reading images"),
     )
-    spec = _spec(config, dataset.info.image, dataset.info.labels)
+    spec = make_spec(config, dataset.info.image, dataset.info.labels)
     precision = _precision(config.precision, world.device)
     config = replace(config, precision=precision)
-    session = _start(config, spec, world, console)
+    session = start(config, spec, world, console)
     state = _resume(checkpoint_path, session, spec) if config.resume else _begin(config, spec)
     many = f", {world.size} processes" if world.size > 1 else ""
     console.print(
@@ -130,7 +130,8 @@ def _train(config: TrainConfig, world: World) -> int:
     return 0
 
 
-def _start(config: TrainConfig, spec: Spec, world: World, console: Console) -> Session:
+def start(config: TrainConfig, spec: Spec, world: World, console: Console) -> Session:
+    """A net of `spec` before its first step, and what trains it; `config` is a resolved one."""
     torch.manual_seed(config.seed)
     net = build(spec)
     initialize(net, a=config.a0, b=config.b0, std=config.w_std)
@@ -181,7 +182,7 @@ def _epochs(session: Session, state: Checkpoint, dataset: data.Dataset, stopped:
     batch_size = min(config.batch_size, len(rest) // world.size * world.size)
     if batch_size == 0:
         raise Refusal(f"{len(rest)} training images are too few for {world.size} processes")
-    augmentation = _augmentation(config, dataset.info)
+    augmentation = make_augmentation(config, dataset.info)
     net = world.wrap(session.net)
     net = torch.compile(net) if config.compile else net
     for epoch in range(state.epoch, config.epochs):
@@ -274,7 +275,8 @@ def _close_epoch(session: Session, state: Checkpoint, held: data.Split | Files, 
     return state
 
 
-def _augmentation(config: TrainConfig, info: data.DatasetInfo) -> Augmentation:
+def make_augmentation(config: TrainConfig, info: data.DatasetInfo) -> Augmentation:
+    """What `config` says of flips and crops, or what suits the data set."""
     crop = info.crop if config.crop is None else config.crop
     if crop >= min(info.image.height, info.image.width):
         raise Refusal(f"--crop must be smaller than the image, got {crop}")
@@ -282,7 +284,8 @@ def _augmentation(config: TrainConfig, info: data.DatasetInfo) -> Augmentation:
     return Augmentation(flip=flip, crop=crop, smallest_crop=config.smallest_crop)
 
 
-def _spec(config: TrainConfig, image, labels: tuple[str, ...]) -> Spec:
+def make_spec(config: TrainConfig, image: ImageSpec, labels: tuple[str, ...]) -> Spec:
+    """The net that `config` asks for, on these images."""
     return Spec(
         family=config.family,
         depth=config.depth,
@@ -338,7 +341,8 @@ def _no_totals() -> dict[str, float]:
     return {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}
 
 
-def _device(choice: str) -> str:
+def choose_device(choice: str) -> str:
+    """ "cuda" or "cpu"; refuses a GPU that is not there."""
     if choice == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     return "cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu"

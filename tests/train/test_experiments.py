@@ -1,0 +1,73 @@
+"""Each experiment in its smallest form: it ends, and leaves a figure and numbers that say what was run."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from train.cli import run_command
+from train.experiments.sparsity import measure
+from train.experiments.trial import ExperimentConfig, mean_and_spread
+
+SMALL = ["--epochs", "1", "--seeds", "1", "--width", "0.0625"]
+RUNS = {
+    "depth": ["--depths", "10", "16", *SMALL],
+    "scaling": ["--depth", "10", *SMALL],
+    "sparsity": ["--depth", "10", *SMALL],
+    "convergence": ["--depth", "10", *SMALL],
+    "initialization": ["--depth", "10", "--sigmas", "0", "1e-2", *SMALL],
+    "delta": [],
+}
+
+
+def run(name, out, *argv):
+    module = importlib.import_module(f"train.experiments.{name}")
+    config = next(value for key, value in vars(module).items() if key == f"{name.capitalize()}Config")
+    status = run_command(module.command, config, argv=[*argv, "--out", str(out)])
+    assert status == 0
+    return json.loads((out / f"{name}.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_an_experiment_leaves_its_figure_and_its_numbers(name, tmp_path):
+    numbers = run(name, tmp_path, *RUNS[name])
+    with Image.open(tmp_path / f"{name}.png") as figure:
+        assert np.asarray(figure.convert("L")).std() > 5  # not blank
+    if name == "delta":
+        assert numbers["ones"] == [[i, i % 16, 1, 1] for i in range(32)]  # eq. 8
+        return
+    assert numbers["settings"]["epochs"] == 1
+    assert all(np.isfinite(row.get("test_accuracy", row.get("mean"))) for row in numbers["rows"])
+
+
+def test_scaling_starts_where_it_says(tmp_path):
+    for row in run("scaling", tmp_path, *RUNS["scaling"])["rows"]:
+        assert set(row["a"][0]) == {float(row["start"][0])}
+        assert row["a"][1] != row["a"][0]
+
+
+def test_the_cheap_and_the_papers_settings():
+    cheap = ExperimentConfig().training()
+    assert (cheap.dataset, cheap.width, cheap.epochs, cheap.a0, cheap.schedule) == ("digits", 0.25, 10, 5.0, "wrn")
+    paper = ExperimentConfig(paper=True).training(depth=34)
+    assert (paper.dataset, paper.width, paper.epochs, paper.batch_size) == ("cifar10", 1.0, 200, 128)
+    assert (paper.lr, paper.weight_decay, paper.w_std, paper.depth) == (0.1, 5e-4, 1.0, 34)
+    assert ExperimentConfig(epochs=3).training().epochs == 3
+
+
+def test_kurtosis_and_dead_rows_are_counted_right():
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(32, 64, 3, 3))
+    assert measure([weights])["kurtosis"] == pytest.approx(3, abs=0.1)
+    assert measure([weights])["dead_rows"] == 0
+    weights[2] = 0  # one filter of 32, ...
+    weights[:, 5:8] = 0  # ... three inputs of 64
+    assert measure([weights])["dead_rows"] == 4 / 96
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
+    assert mean_and_spread([0.5]) == (0.5, 0.0)

@@ -1,0 +1,75 @@
+"""python train/experiments/scaling.py: how a of every layer moves during training (section 3.3, Fig. 4)."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from train.cli import run_command
+from train.experiments.trial import ExperimentConfig
+
+# name: (a at the start, weight decay on a and b)
+STARTS = {"5, decay": (5.0, "yes"), "5, no decay": (5.0, "no"), "1, decay": (1.0, "yes"), "1, no decay": (1.0, "no")}
+COLOURS = ("Blues", "Greens", "Reds")
+EXAMPLES = (
+    "python train/experiments/scaling.py --depth 16 --epochs 5",
+    "python train/experiments/scaling.py --paper --depth 100 --data-dir data --device cuda",
+)
+
+
+@dataclass(frozen=True)
+class ScalingConfig(ExperimentConfig):
+    depth: Annotated[int, "6N + 4; the paper's Fig. 4 has 100"] = 34
+    seeds: Annotated[int, "how often each net is trained; the figure shows the first"] = 1
+
+
+def command(config: ScalingConfig) -> int:
+    """Follow a over training from 5 and from 1, with and without weight decay on it."""
+    import numpy as np
+    from matplotlib import colormaps
+
+    from train.experiments.trial import describe, load_dataset, new_figure, run_trial, write_results
+    from train.layers import DiracConv2d
+    from train.progress import make_console, progress
+
+    dataset, rows = load_dataset(config), []
+    with progress(make_console(), "training", len(STARTS) * config.seeds) as advance:
+        for name, (a0, decay) in STARTS.items():
+            for seed in range(config.seeds):
+                settings = config.training(depth=config.depth, a0=a0, decay_ab=decay, seed=seed)
+                values: list[list[float]] = []
+
+                def observe(net, values=values):
+                    values.append([layer.a.item() for layer in net.modules() if isinstance(layer, DiracConv2d)])
+
+                trial = run_trial(settings, dataset, observe=observe)
+                rows.append({"start": name, "seed": seed, "a": values, "test_accuracy": trial.test_accuracy})
+                advance(note=name)
+                last = values[-1]
+                print(
+                    f"a from {name:12s} ends at {min(last):.2f} to {max(last):.2f}, mean {np.mean(last):.2f}; "
+                    f"test accuracy {100 * trial.test_accuracy:.1f} %"
+                )
+
+    figure, all_axes = new_figure(len(STARTS))
+    for axes, (name, _) in zip(all_axes, STARTS.items(), strict=True):
+        values = np.array(next(row["a"] for row in rows if row["start"] == name))
+        per_group = values.shape[1] // 3
+        for layer in range(values.shape[1]):
+            group, place = divmod(layer, per_group)
+            shade = colormaps[COLOURS[group]](0.3 + 0.7 * (place + 1) / per_group)  # deeper is later, as in Fig. 4
+            first = f"group {group + 1}" if place == per_group - 1 else None
+            axes.plot(values[:, layer], color=shade, label=first)
+        axes.set(xlabel="epoch", title=f"a from {name}")
+    all_axes[0].set_ylabel("a")
+    all_axes[0].legend()
+    figure.suptitle(f"DiracNet-{config.depth}, {describe(config)}")
+    write_results(config.out, "scaling", figure, {"settings": config.training(depth=config.depth), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, ScalingConfig, examples=EXAMPLES))

@@ -1,0 +1,84 @@
+"""python train/experiments/sparsity.py: weights under NCReLU and under ReLU (section 3.4, Fig. 3b and Fig. 5)."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from train.cli import run_command
+from train.experiments.trial import ExperimentConfig
+
+DEAD = 1e-3  # a row is dead where its norm is below this share of its layer's largest
+EXAMPLES = (
+    "python train/experiments/sparsity.py --depth 16 --epochs 5",
+    "python train/experiments/sparsity.py --paper --depth 100 --data-dir data --device cuda",
+)
+
+
+@dataclass(frozen=True)
+class SparsityConfig(ExperimentConfig):
+    depth: Annotated[int, "6N + 4; the paper's Fig. 5 has 100"] = 34
+
+
+def command(config: SparsityConfig) -> int:
+    """Histograms and central slices of W_norm with both nonlinearities, and the share of dead rows."""
+    import numpy as np
+
+    from train.experiments.trial import describe, load_dataset, mean_and_spread, new_figure, run_trial, write_results
+    from train.layers import DiracConv2d
+    from train.progress import make_console, progress
+
+    dataset, rows, slices, weights = load_dataset(config), [], {}, {}
+    with progress(make_console(), "training", 2 * config.seeds) as advance:
+        for nonlinearity in ("ncrelu", "relu"):
+            for seed in range(config.seeds):
+                settings = config.training(depth=config.depth, nonlinearity=nonlinearity, seed=seed)
+                trial = run_trial(settings, dataset)
+                layers = [layer for layer in trial.net.modules() if isinstance(layer, DiracConv2d)]
+                folded = [layer.folded_weight().detach().cpu().numpy() for layer in layers]
+                rows.append({"nonlinearity": nonlinearity, "seed": seed, "test_accuracy": trial.test_accuracy})
+                rows[-1] |= measure(folded)
+                if not seed:
+                    slices[nonlinearity] = folded[len(folded) // 2][:, :, 1, 1]
+                    weights[nonlinearity] = np.concatenate([w.ravel() / w.std() for w in folded])
+                advance(note=nonlinearity)
+            for key in ("test_accuracy", "kurtosis", "dead_rows"):
+                mean, spread = mean_and_spread([row[key] for row in rows if row["nonlinearity"] == nonlinearity])
+                print(f"{nonlinearity:6s} {key:13s} {mean:.4f} ± {spread:.4f}")
+
+    figure, (histogram, *pictures) = new_figure(3)
+    for nonlinearity, values in weights.items():
+        histogram.hist(values, bins=np.linspace(-4, 4, 121), density=True, histtype="step", label=nonlinearity)
+    histogram.set(xlabel="folded weight / its layer's deviation", ylabel="density", yscale="log")
+    histogram.legend()
+    for axes, (nonlinearity, picture) in zip(pictures, slices.items(), strict=True):
+        limit = np.abs(picture).max()
+        axes.imshow(picture, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
+        axes.set(title=f"{nonlinearity}: central slice, middle layer", xlabel="input channel", ylabel="output channel")
+    figure.suptitle(f"DiracNet-{config.depth}, {describe(config)}")
+    write_results(config.out, "sparsity", figure, {"settings": config.training(depth=config.depth), "rows": rows})
+    return 0
+
+
+def measure(weights) -> dict[str, float]:
+    """Kurtosis of W̃ scaled to unit deviation (3 for a normal distribution), and the share of dead rows.
+
+    A row holds all weights between one input and one output channel's filter bank: weights[:, input] for
+    inputs that nothing reads, weights[output] for filters that read nothing.
+    """
+    import numpy as np
+
+    scaled = np.concatenate([w.ravel() / w.std() for w in weights])
+    dead, total = 0, 0
+    for w in weights:
+        for axes in ((0, 2, 3), (1, 2, 3)):
+            norms = np.sqrt((w.astype(np.float64) ** 2).sum(axis=axes))
+            dead, total = dead + int((norms < DEAD * norms.max()).sum()), total + len(norms)
+    return {"kurtosis": float((scaled**4).mean() / (scaled**2).mean() ** 2), "dead_rows": dead / total}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, SparsityConfig, examples=EXAMPLES))

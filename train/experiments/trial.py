@@ -1,0 +1,136 @@
+"""One training of an experiment: in memory, no files; and what experiments leave behind."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from train.config import TrainConfig
+from train.refusal import Refusal
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import nn
+
+    from train.data import Dataset
+
+# The paper's recipe in small: minutes on two cores. W's deviation is that of the authors' code.
+CHEAP = {"dataset": "digits", "width": 0.25, "epochs": 10, "batch_size": 32, "w_std": 0.1}
+PAPER = {"dataset": "cifar10", "width": 1.0}
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """What all experiments have in common; None stands for the cheap or the paper's value."""
+
+    paper: Annotated[bool, "the paper's settings: CIFAR-10, 200 epochs, full width; days without a GPU"] = False
+    dataset: Annotated[Literal["digits", "fashion-mnist", "cifar10", "cifar100"] | None, "what to learn"] = None
+    data_dir: Annotated[Path | None, "where the data set lies"] = None
+    width: Annotated[float | None, "width factor k of Table 1 (cheap: 0.25)"] = None
+    epochs: Annotated[int | None, "passes over the training images (cheap: 10)"] = None
+    seeds: Annotated[int, "how often each net is trained"] = 3
+    device: Annotated[Literal["auto", "cpu", "cuda"], "where to train"] = "auto"
+    out: Annotated[Path, "folder for the figure and the numbers"] = Path("runs/experiments")
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or (self.epochs or 1) < 1:
+            raise Refusal("--seeds and --epochs must be at least 1")
+
+    def training(self, **fields: Any) -> TrainConfig:
+        """The settings of one training in this experiment."""
+        given = {
+            name: getattr(self, name) for name in ("dataset", "width", "epochs") if getattr(self, name) is not None
+        }
+        common = (PAPER if self.paper else CHEAP) | given
+        config = TrainConfig(recipe="paper", data_dir=self.data_dir, device=self.device, precision="fp32")
+        return replace(config, **(common | fields)).resolved()
+
+
+@dataclass(frozen=True)
+class Trial:
+    net: "nn.Sequential"
+    history: list[dict[str, float]]  # per epoch: training loss and accuracy, validation accuracy
+    test_accuracy: float  # read once, at the end
+
+
+def run_trial(
+    config: TrainConfig,
+    dataset: "Dataset",
+    *,
+    prepare: Callable[["nn.Sequential"], None] = lambda net: None,
+    observe: Callable[["nn.Sequential"], None] = lambda net: None,
+) -> Trial:
+    """Train one net. `prepare` may change it before the first step; `observe` sees it before and after each epoch."""
+    from train import data, loop, session
+    from train.distributed import World
+    from train.progress import make_console
+
+    world = World(device=session.choose_device(config.device))
+    spec = session.make_spec(config, dataset.info.image, dataset.info.labels)
+    run = session.start(config, spec, world, make_console(quiet=True))
+    prepare(run.net)
+    observe(run.net)
+    rest, held = data.hold_out(dataset.train, config.validation, seed=0)
+    augmentation = session.make_augmentation(config, dataset.info)
+    num_steps, history = loop.steps_per_epoch(len(rest), config.batch_size), []
+    for epoch in range(config.epochs):
+        sums = 0
+        for batch in loop.batches(
+            rest,
+            augmentation,
+            batch_size=config.batch_size,
+            epoch=epoch,
+            first_step=0,
+            seed=config.seed,
+            device=world.device,
+        ):
+            lr = loop.learning_rate(config.schedule, config.lr, (epoch + batch.step / num_steps) / config.epochs)
+            sums = sums + loop.train_step(run.net, run.optimizer, run.scaler, batch, lr)
+        loss, correct = (sums / (num_steps * config.batch_size)).tolist()
+        validation = loop.evaluate(run.net, held, device=world.device).accuracy
+        history.append({"train_loss": loss, "train_accuracy": correct, "validation_accuracy": validation})
+        observe(run.net)
+    return Trial(run.net, history, loop.evaluate(run.net, dataset.test, device=world.device).accuracy)
+
+
+def describe(config: ExperimentConfig) -> str:
+    """The part of a plot's title that all experiments share."""
+    settings = config.training()
+    return f"{settings.dataset}, {settings.epochs} epochs"
+
+
+def load_dataset(config: ExperimentConfig) -> "Dataset":
+    from train import data
+
+    return data.load(config.training().dataset, data_dir=config.data_dir)
+
+
+def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any]) -> None:
+    """NAME.png and NAME.json in `out`."""
+    from train.files import write_whole
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_whole(out / f"{name}.png", buffer.getvalue())
+    text = json.dumps(numbers, indent=1, default=lambda value: asdict(value) if is_dataclass(value) else str(value))
+    write_whole(out / f"{name}.json", f"{text}\n".encode())
+    print(f"wrote {out / name}.png and .json")
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation (0 for a single value)."""
+    import numpy as np
+
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def new_figure(num_columns: int, *, height: float = 3.8) -> tuple["Figure", list[Any]]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, num_columns, figsize=(4.6 * num_columns, height), constrained_layout=True)
+    return figure, [axes] if num_columns == 1 else list(axes)
