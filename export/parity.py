@@ -23,7 +23,8 @@ class ParityConfig:
     against: Annotated[tuple[Path, ...], "what it is checked against, the same kinds"] = ()
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     images: Annotated[int, "test images to compare on"] = 500
-    json: Annotated[bool, "print the comparisons as JSON on stdout"] = False
+    report: Annotated[Path | None, "write the comparisons, and how the artefact was made, to this JSON file"] = None
+    json: Annotated[bool, "print the same as JSON on stdout"] = False
 
 
 def command(config: ParityConfig) -> int:
@@ -33,6 +34,7 @@ def command(config: ParityConfig) -> int:
     from rich.table import Table
 
     from export.compare import answer_all, compare
+    from train.files import write_whole
     from train.progress import make_console, progress
     from train.refusal import Refusal
 
@@ -41,11 +43,11 @@ def command(config: ParityConfig) -> int:
     console = make_console(json=config.json)
     paths = (config.artefact, *config.against)
     forms = [_open(path) for path in paths]
-    spec, training = forms[0][1], forms[0][2]
+    _, spec, provenance = forms[0]
     for path, (_, other, _) in zip(paths, forms, strict=True):
         if other.image != spec.image or len(other.labels) != len(spec.labels):
             raise Refusal(f"{path} is another model than {config.artefact}: {other.name}, not {spec.name}")
-    image_sets = _image_sets(spec, training, config, console)
+    image_sets = _image_sets(spec, provenance.get("training", {}), config, console)
     comparisons = []
     total = len(forms) * sum(map(len, image_sets.values()))
     with progress(console, "comparing", total) as advance:
@@ -60,29 +62,37 @@ def command(config: ParityConfig) -> int:
         agreement = f"{100 * row.top1_agreement:.2f} %"
         table.add_row(row.reference, f"{row.num_images} {kind}", *numbers, agreement, "same" if row else "DIFFERENT")
     console.print(table)
+    report = {
+        "model": spec.name,
+        "parity": [{"images": kind, **row.to_dict()} for kind, row in comparisons],
+        **provenance,
+    }
+    if config.report:
+        write_whole(config.report, (json.dumps(report, indent=1) + "\n").encode())
+        console.print(f"wrote {config.report}")
     if config.json:
-        print(json.dumps([{"images": kind, **row.to_dict()} for kind, row in comparisons]))
+        print(json.dumps(report))
     return 0 if all(row for _, row in comparisons) else 1
 
 
 def _open(path: Path):
-    """An artefact as (images → logits, spec, training record)."""
+    """An artefact as (images → logits, spec, provenance)."""
     match path.suffix:
         case ".pt":
             from train.checkpoint import load_checkpoint, load_net
 
             checkpoint = load_checkpoint(path)
-            return _from_torch(load_net(checkpoint)), checkpoint.spec, checkpoint.training_record()
+            return _from_torch(load_net(checkpoint)), checkpoint.spec, {"training": checkpoint.training_record()}
         case ".safetensors":
             from fold.plain import load_plain
 
             plain = load_plain(path)
-            return _from_torch(plain.net), plain.spec, plain.provenance.get("training", {})
+            return _from_torch(plain.net), plain.spec, plain.provenance
         case _:
             from export.runtimes.load import load_runtime
 
             runtime = load_runtime(path)
-            return runtime, runtime.model.spec, runtime.model.provenance.get("training", {})
+            return runtime, runtime.model.spec, runtime.model.provenance
 
 
 def _from_torch(net):

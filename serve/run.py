@@ -9,15 +9,17 @@ from typing import Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
+from train.cli import POSITIONAL, run_command
 from train.refusal import Refusal
+
+BUNDLED = Path(__file__).resolve().parents[1] / "models" / "fashion-mnist.onnx"
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     """Which model is served, and where."""
 
-    model: Annotated[Path, "plain.onnx or plain.engine"]
+    model: Annotated[Path | None, "plain.onnx or plain.engine (default: models/fashion-mnist.onnx)", POSITIONAL] = None
     host: Annotated[str, "address to listen on; 0.0.0.0 is every one of this machine"] = "127.0.0.1"
     port: Annotated[int, "port to listen on; 0 lets the system choose"] = 8000
 
@@ -31,7 +33,7 @@ def serve(config: ServeConfig) -> int:
         from serve.app import make_app
         from serve.limits import Limits
 
-        runtime = load_runtime(config.model)
+        runtime = load_runtime(config.model or BUNDLED)
         url = f"http://{_for_url(config.host)}:{listener.getsockname()[1]}"
 
         class Server(uvicorn.Server):
@@ -72,6 +74,7 @@ if __name__ == "__main__":
             serve,
             ServeConfig,
             examples=(
+                "python serve/run.py                 # the Fashion-MNIST model that comes along",
                 "python serve/run.py plain.onnx",
                 "curl --data-binary @image.png -H 'Content-Type: image/png' localhost:8000/predict",
             ),

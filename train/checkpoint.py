@@ -38,7 +38,18 @@ class Checkpoint:
 
     def training_record(self) -> dict[str, Any]:
         """What later artefacts say of this run."""
-        kept = ("dataset", "recipe", "seed", "epochs", "batch_size", "lr", "momentum", "weight_decay", "schedule")
+        kept = (
+            "command",
+            "dataset",
+            "recipe",
+            "seed",
+            "epochs",
+            "batch_size",
+            "lr",
+            "momentum",
+            "weight_decay",
+            "schedule",
+        )
         return {
             **{key: self.config[key] for key in kept if key in self.config},
             "epochs_done": self.epoch,

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 from train.refusal import Refusal
 
 Config = TypeVar("Config")
+# Third in an Annotated: an argument without dashes although it has a default.
+POSITIONAL = "positional"
 
 
 def run_command(
@@ -46,7 +49,7 @@ def parse(
     examples: Sequence[str] = (),
     argv: Sequence[str] | None = None,
 ) -> Config:
-    """A `config_type` from `argv`. A field without a default is a positional argument."""
+    """A `config_type` from `argv`. A field without a default, or marked POSITIONAL, has no dashes."""
     parser = _Parser(
         description=description,
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None,
@@ -55,11 +58,23 @@ def parse(
     )
     hints = get_type_hints(config_type, include_extras=True)
     for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
-        kind, text = (
-            get_args(hints[field.name])[:2] if get_origin(hints[field.name]) is Annotated else (hints[field.name], "")
+        kind, *notes = (
+            get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else [hints[field.name]]
         )
-        _add_argument(parser, field, kind, text)
+        _add_argument(parser, field, kind, notes[0] if notes else "", positional=POSITIONAL in notes[1:])
     return config_type(**vars(parser.parse_args(argv)))
+
+
+def given_arguments(config: Any) -> str:
+    """The arguments that make `config` of the defaults, as one would type them."""
+    words = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value == field.default:
+            continue
+        words += [] if field.default is dataclasses.MISSING else ["--" + field.name.replace("_", "-")]
+        words += [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
+    return shlex.join(words)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,10 +82,12 @@ class _Parser(argparse.ArgumentParser):
         raise Refusal(f"{message} (see {self.prog} --help)")
 
 
-def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any, text: str) -> None:
+def _add_argument(
+    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any, text: str, *, positional: bool
+) -> None:
     required = field.default is dataclasses.MISSING
     default = None if required else field.default
-    names = [field.name] if required else ["--" + field.name.replace("_", "-")]
+    names = [field.name] if required or positional else ["--" + field.name.replace("_", "-")]
     text = text.replace("%", "%%")
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         kind = next(member for member in get_args(kind) if member is not type(None))
@@ -80,6 +97,8 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]
         parser.add_argument(*names, action="store_true", default=default, help=text)
         return
     options: dict[str, Any] = {"help": text} if required else {"help": text, "default": default}
+    if positional:
+        options["nargs"] = "?"
     if get_origin(kind) is tuple:
         members = get_args(kind)
         kind = members[0]
@@ -89,7 +108,7 @@ def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]
         options["choices"] = get_args(kind)
         kind = str
     options["type"] = Path if kind is Path else kind
-    if not required and "choices" not in options:
+    if names[0].startswith("--") and "choices" not in options:
         options["metavar"] = {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
     parser.add_argument(*names, **options)
 

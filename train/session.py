@@ -1,11 +1,10 @@
 """One training run from start or checkpoint to its last file."""
 
-import ctypes
 import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 
 from train import data
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from train.cli import given_arguments
 from train.config import TrainConfig
 from train.distributed import World, joined
 from train.families import build, count_parameters
@@ -30,6 +30,7 @@ from train.loop import (
     steps_per_epoch,
     train_step,
 )
+from train.machine import choose_device, choose_precision, keep_large_buffers
 from train.progress import make_console, progress, track
 from train.refusal import Refusal
 from train.report import describe_row, draw_learning_curve, write_metrics
@@ -90,13 +91,12 @@ def describe(config: TrainConfig) -> int:
 
 def train(config: TrainConfig) -> int:
     """Run or resume; see `TrainConfig`. Under torchrun every process calls it, and shares each batch."""
-    config = config.resolved()
-    _keep_large_buffers()
+    keep_large_buffers()
     with joined(choose_device(config.device)) as world:
-        return _train(config, world)
+        return _train(config.resolved(), world, command=f"python train/run.py {given_arguments(config)}".strip())
 
 
-def _train(config: TrainConfig, world: World) -> int:
+def _train(config: TrainConfig, world: World, *, command: str) -> int:
     console = make_console(json=config.json, quiet=world.rank > 0)
     checkpoint_path = config.run_dir / "checkpoint.pt"
     if checkpoint_path.exists() and not config.resume:
@@ -112,10 +112,10 @@ def _train(config: TrainConfig, world: World) -> int:
         track=track(console, "reading images"),
     )
     spec = make_spec(config, dataset.info.image, dataset.info.labels)
-    precision = _precision(config.precision, world.device)
+    precision = choose_precision(config.precision, world.device)
     config = replace(config, precision=precision)
     session = start(config, spec, world, console)
-    state = _resume(checkpoint_path, session, spec) if config.resume else _begin(config, spec)
+    state = _resume(checkpoint_path, session, spec) if config.resume else _begin(config, spec, command)
     many = f", {world.size} processes" if world.size > 1 else ""
     console.print(
         f"{spec.name}: {count_parameters(session.net):,} parameters, {config.dataset}, "
@@ -297,13 +297,13 @@ def make_spec(config: TrainConfig, image: ImageSpec, labels: tuple[str, ...]) ->
     )
 
 
-def _begin(config: TrainConfig, spec: Spec) -> Checkpoint:
+def _begin(config: TrainConfig, spec: Spec, command: str) -> Checkpoint:
     return Checkpoint(
         spec=spec,
         model={},
         optimizer={},
         scaler={},
-        config=_recorded(config),
+        config={**_recorded(config), "command": command},
         epoch=0,
         step=0,
         totals=_no_totals(),
@@ -339,35 +339,6 @@ def _recorded(config: TrainConfig) -> dict[str, Any]:
 
 def _no_totals() -> dict[str, float]:
     return {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}
-
-
-def choose_device(choice: str) -> str:
-    """ "cuda" or "cpu"; refuses a GPU that is not there."""
-    if choice == "cuda" and not torch.cuda.is_available():
-        raise Refusal("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
-    return "cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def _precision(choice: str, device: str) -> str:
-    if choice != "auto":
-        if choice == "fp16" and device == "cpu":
-            raise Refusal("--precision fp16 needs a CUDA device; the CPU trains in fp32 or bf16")
-        return choice
-    if device == "cpu":
-        can = torch.cpu.get_capabilities()
-        return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def _keep_large_buffers() -> None:
-    """Let glibc keep freed activations for the next step rather than return them to the system.
-
-    Training on two CPU cores is 1.4 times faster for it; elsewhere nothing happens.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 30))  # M_MMAP_THRESHOLD
-        mallopt(ctypes.c_int(-1), ctypes.c_int(1 << 30))  # M_TRIM_THRESHOLD
 
 
 @contextmanager

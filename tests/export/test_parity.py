@@ -28,9 +28,15 @@ def run(*argv):
 def test_all_forms_agree_on_real_and_random_images(road, capsys):
     against = [road / "checkpoint.pt", road / "plain.safetensors"]
     assert run(road / "plain.onnx", "--against", *against, "--json") == 0
-    rows = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
+    rows = report["parity"]
+    assert report["training"]["command"].startswith("python train/run.py --depth 10 --width 0.25 --epochs 1 --out")
+    assert report["fold"]["logits"][0]["precision"] == "float64"
     assert [(row["images"], row["num_images"]) for row in rows] == [("random", 64)] * 2 + [("real", 359)] * 2
     assert all(row["within_tolerance"] and row["top1_agreement"] == 1 for row in rows)
+    written = road / "report.json"
+    assert run(road / "plain.onnx", "--against", *against, "--report", written) == 0
+    assert json.loads(written.read_text()) == report
 
 
 def test_a_form_that_differs_ends_in_status_one(road, tmp_path, capsys):

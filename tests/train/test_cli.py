@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -6,7 +7,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from train.cli import parse, run_command
+from train.cli import POSITIONAL, given_arguments, parse, run_command
 from train.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +34,22 @@ def test_a_dataclass_is_the_command_line():
     assert parse(Config, argv=["x"]) == Config(Path("x"))
     argv = "x --rate 2 --kind b --batch 1 2 3 --rest p q --limit 5 --loud".split()
     assert parse(Config, argv=argv) == Config(Path("x"), 2.0, "b", (1, 2, 3), (Path("p"), Path("q")), 5, True)
+
+
+def test_the_arguments_that_were_given_make_the_same_config_again():
+    for line in ("x", "'a b' --rate 2.0 --kind b --batch 1 2 3 --rest p q --limit 5 --loud"):
+        config = parse(Config, argv=shlex.split(line))
+        assert given_arguments(config) == line
+
+
+def test_an_argument_without_dashes_may_have_a_default():
+    @dataclass(frozen=True)
+    class Optional:
+        source: Annotated[Path | None, "what to read", POSITIONAL] = None
+        loud: Annotated[bool, "say more"] = False
+
+    assert parse(Optional, argv=["--loud"]) == Optional(None, True)
+    assert parse(Optional, argv=["x"]) == Optional(Path("x"))
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,31 @@ def test_initial_values_are_the_papers():
     assert layer.weight.std().item() == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("form", ["dirac", "per-channel", "unnormalized", "delta"])
+def test_every_form_is_its_equation(form):
+    torch.manual_seed(0)
+    layer = DiracConv2d(8, 4, 3, form=form).double()
+    with torch.no_grad():
+        for scale in (layer.a, layer.b):
+            if isinstance(scale, torch.nn.Parameter):
+                scale.normal_()
+    a = layer.a.detach().numpy()
+    b = None if layer.b is None else layer.b.detach().numpy()
+    expected = reference.folded_weight(None if form == "delta" else a, b, layer.weight.detach().numpy())
+    np.testing.assert_allclose(layer.folded_weight().detach().numpy(), expected, rtol=0, atol=1e-13)
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters() if name != "weight"} == {
+        "dirac": {"a": (), "b": ()},
+        "per-channel": {"a": (4,), "b": (4,)},
+        "unnormalized": {"a": ()},
+        "delta": {},
+    }[form]
+
+
+def test_an_unknown_form_is_refused():
+    with pytest.raises(Refusal, match="no form plain"):
+        DiracConv2d(4, 4, 3, form="plain")
+
+
 def test_a_zero_filter_stays_zero_instead_of_dividing_by_zero():
     weight = torch.zeros(2, 3, 3, 3, requires_grad=True)
     normalize_filters(weight).sum().backward()
@@ -89,9 +114,17 @@ def test_channels_that_are_no_multiples_are_refused():
         DiracConv2d(4, 4, 3, groups=2)
 
 
-def test_ncrelu_is_equation_9():
-    x = torch.randn(2, 3, 4, 4)
+@pytest.mark.parametrize("size", [(), (5,), (4, 4), (3, 4, 5)])
+def test_ncrelu_is_equation_9(size):
+    x = torch.randn(2, 3, *size)
     np.testing.assert_array_equal(NCReLU()(x).numpy(), reference.ncrelu(x.numpy()))
+
+
+def test_ncrelu_keeps_the_layout_and_has_the_right_gradient():
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    assert NCReLU()(x).is_contiguous(memory_format=torch.channels_last)
+    assert NCReLU()(x.contiguous()).is_contiguous()
+    assert torch.autograd.gradcheck(NCReLU(), x.double().requires_grad_())
 
 
 def test_normalize_gives_nchw_of_the_specs_mean_and_deviation(images):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from train.checkpoint import load_checkpoint
+from fold.plain import fold_net
+from fold.proof import prove
+from train.checkpoint import load_checkpoint, load_net
 from train.cli import run_command
 from train.config import TrainConfig
 from train.refusal import Refusal
@@ -154,3 +157,28 @@ def test_a_folder_of_class_folders_trains_and_names_its_unreadable_image(tmp_pat
     (tmp_path / "data" / "dark" / "3.png").write_bytes(b"no image")
     assert run(*argv, "--out", tmp_path / "again") == 2
     assert "1 of 20 images cannot be read, the first is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "parameters"),
+    [
+        ("--family imagenet --classes 1000 --depth 18 --width 0.75", 12_756_600),
+        ("--family imagenet-table3 --classes 1000 --depth 34 --width 0.75", 34_745_440),
+        ("--family wrn --nonlinearity relu --parameterization plain --classes 10 --depth 28 --width 10", 36_479_194),
+    ],
+)
+def test_describe_counts_every_family(argv, parameters, capsys):
+    assert run_command(command, TrainConfig, argv=["--describe", "--json", *argv.split()]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == parameters
+
+
+@pytest.mark.slow
+def test_a_compiled_net_trains_and_folds_like_any_other(tmp_path):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    # As a process: torch.compile's own warnings are none of ours.
+    argv = [*SMALL, "--compile", "--precision", "fp32", "--epochs", "1", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, str(ROOT / "train" / "run.py"), *argv], check=True, capture_output=True)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert not any("_orig_mod" in name for name in checkpoint.model)
+    assert prove(net := load_net(checkpoint), fold_net(net), {"random": torch.zeros(1, 8, 8, 1, dtype=torch.uint8)})

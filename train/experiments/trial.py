@@ -65,9 +65,10 @@ def run_trial(
     """Train one net. `prepare` may change it before the first step; `observe` sees it before and after each epoch."""
     from train import data, loop, session
     from train.distributed import World
+    from train.machine import choose_device
     from train.progress import make_console
 
-    world = World(device=session.choose_device(config.device))
+    world = World(device=choose_device(config.device))
     spec = session.make_spec(config, dataset.info.image, dataset.info.labels)
     run = session.start(config, spec, world, make_console(quiet=True))
     prepare(run.net)

@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from train.config import TrainConfig
+from train.families import build
+from train.initialize import initialize
+from train.layers import DiracConv2d
+from train.loop import Batch, learning_rate, make_optimizer, train_step
+from train.machine import choose_precision
+from train.recipes import recipe
+from train.refusal import Refusal
+
+
+def test_the_schedules():
+    assert [learning_rate("cosine", 0.2, done) for done in (0, 0.5, 1)] == pytest.approx([0.2, 0.1, 0])
+    wrn = [learning_rate("wrn", 0.1, epoch / 200) for epoch in (0, 59, 60, 119, 120, 159, 160)]
+    assert wrn == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008])
+    resnet = [learning_rate("resnet", 0.1, epoch / 90) for epoch in (0, 29, 30, 59, 60)]
+    assert resnet == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+    assert [learning_rate("wrn", 1.0, done, warmup=0.1) for done in (0, 0.05, 0.1)] == pytest.approx([0, 0.5, 1])
+
+
+def test_the_papers_recipe_and_what_is_given_instead():
+    config = TrainConfig(recipe="paper", dataset="cifar10", epochs=3).resolved()
+    assert (config.epochs, config.batch_size, config.lr, config.momentum, config.nesterov) == (3, 128, 0.1, 0.9, "no")
+    assert (config.weight_decay, config.schedule, config.a0, config.b0, config.w_std) == (5e-4, "wrn", 5.0, 1e-3, 1.0)
+    imagenet = TrainConfig(recipe="paper", dataset="folder", family="imagenet", depth=18).resolved()
+    assert (imagenet.epochs, imagenet.batch_size, imagenet.weight_decay) == (90, 256, 1e-4)
+    assert (imagenet.schedule, imagenet.smallest_crop) == ("resnet", 0.08)
+    zeros = TrainConfig(warmup=0.0, weight_decay=0.0, momentum=0.0).resolved()
+    assert (zeros.warmup, zeros.weight_decay, zeros.momentum) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["ours", "paper"])
+def test_a_recipe_leaves_nothing_open(name):
+    for dataset, family in (("digits", "cifar"), ("cifar10", "cifar"), ("folder", "imagenet")):
+        values = recipe(name, family=family, dataset=dataset)
+        open_before = {key for key, value in vars(TrainConfig()).items() if value is None}
+        assert set(values) == open_before - {"data_dir", "classes", "crop", "out"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+        ({"lr": 0.0}, "--lr must be positive"),
+        ({"momentum": 1.0}, "--momentum must be at least 0 and below 1"),
+        ({"label_smoothing": 1.5}, "--label-smoothing must be at least 0 and below 1"),
+        ({"warmup": -1.0}, "--warmup must not be negative"),
+        ({"smallest_crop": 0.0}, "--smallest-crop must be above 0"),
+        ({"classes": 3}, "--classes goes with --describe"),
+    ],
+)
+def test_values_out_of_range_are_refused(fields, message):
+    with pytest.raises(Refusal, match=message):
+        TrainConfig(**fields)
+
+
+def test_initialize_sets_a_b_and_w(make_spec):
+    torch.manual_seed(0)
+    net = build(make_spec(width=2))
+    initialize(net, a=2.0, b=0.5, std=0.03)
+    for layer in net.modules():
+        if isinstance(layer, DiracConv2d):
+            assert (layer.a.item(), layer.b.item()) == (2.0, 0.5)
+            assert layer.weight.std().item() == pytest.approx(0.03, rel=0.05)
+    net = build(make_spec(parameterization="delta"))
+    initialize(net, a=2.0, b=0.5, std=0.03)
+    assert all(layer.a.item() == 1 for layer in net.modules() if isinstance(layer, DiracConv2d))
+
+
+def test_weight_decay_reaches_everything_or_all_but_a_and_b(make_spec):
+    net = build(make_spec())
+    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4}
+    (everything,) = make_optimizer(net, decay_ab=True, **settings).param_groups
+    assert (len(everything["params"]), everything["weight_decay"]) == (len(list(net.parameters())), 5e-4)
+    decayed, free = make_optimizer(net, decay_ab=False, **settings).param_groups
+    scales = {id(parameter) for name, parameter in net.named_parameters() if name.endswith((".a", ".b"))}
+    assert {id(parameter) for parameter in free["params"]} == scales
+    assert (decayed["weight_decay"], free["weight_decay"]) == (5e-4, 0)
+
+
+def test_bf16_changes_a_step_by_no_more_than_its_precision(make_net, images):
+    batch = Batch(0, 0, torch.from_numpy(images(16)), torch.arange(16) % 10)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        net = make_net()
+        optimizer = make_optimizer(net, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0, decay_ab=True)
+        losses[precision] = train_step(net, optimizer, scaler, batch, 0.1, precision=precision)
+        assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
+    # 8 bits of mantissa, ten layers in a row.
+    assert losses["bf16"][0] != losses["fp32"][0]
+    torch.testing.assert_close(losses["bf16"][0], losses["fp32"][0], rtol=0.05, atol=0)
+
+
+def test_precision_is_what_the_device_has(monkeypatch):
+    for capable, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: {"avx512_bf16": capable})
+        assert choose_precision("auto", "cpu") == expected
+    assert choose_precision("fp32", "cpu") == "fp32"
+    with pytest.raises(Refusal, match="fp16 needs a CUDA device"):
+        choose_precision("fp16", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert choose_precision("auto", "cuda") == "fp16"
