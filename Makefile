@@ -1,10 +1,12 @@
-.PHONY: help setup demo serve stop test test-fast lint constraints
+.PHONY: help setup demo serve stop model experiments test test-fast lint constraints
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
 PORT ?= 8000
 VENV := .venv
 RUN := runs/demo
+# The Fashion-MNIST model that comes along.
+BUNDLED := models/fashion-mnist.onnx
 BIN := $(VENV)/bin
 # The TensorRT-RTX extra builds engines without a GPU; its wheels exist for Linux and Windows on x86-64.
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),dev$(,)rtx,dev)
@@ -21,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-demo: setup ## train, fold, export, prove and serve digits; leaves the server running
+demo: setup ## train, fold, export, prove and serve digits; show the Fashion-MNIST model beside it
 	@$(BIN)/python train/run.py --out $(RUN) $(if $(wildcard $(RUN)/checkpoint.pt),--resume)
 	@$(BIN)/python fold/run.py $(RUN)/checkpoint.pt
 	@$(BIN)/python export/to_onnx.py $(RUN)/plain.safetensors
@@ -29,13 +31,28 @@ demo: setup ## train, fold, export, prove and serve digits; leaves the server ru
 	@$(BIN)/python export/parity.py $(RUN)/plain.onnx --against $(RUN)/checkpoint.pt $(RUN)/plain.safetensors
 	@$(BIN)/python train/held_out.py --out $(RUN)/held-out
 	@$(BIN)/python serve/demo.py $(RUN)/plain.onnx --images $(RUN)/held-out --port $(PORT)
+	@$(BIN)/python serve/demo.py $(BUNDLED) --images models/held-out --port $$(($(PORT) + 1))
 
 serve: setup ## serve the demo's net until Ctrl-C
 	@test -f $(RUN)/plain.onnx || { echo "error: $(RUN)/plain.onnx is missing: run make demo first" >&2; exit 2; }
 	@$(BIN)/python serve/run.py $(RUN)/plain.onnx --port $(PORT)
 
-stop: setup ## stop the server that make demo left running
+stop: setup ## stop the servers that make demo left running
 	@$(BIN)/python serve/demo.py $(RUN)/plain.onnx --stop
+	@$(BIN)/python serve/demo.py $(BUNDLED) --stop
+
+model: setup ## train the Fashion-MNIST model in models/ again: a quarter of an hour on two cores
+	@$(BIN)/python train/run.py --dataset fashion-mnist --depth 16 --width 1 --epochs 12 --out runs/model \
+		$(if $(wildcard runs/model/checkpoint.pt),--resume)
+	@$(BIN)/python fold/run.py runs/model/checkpoint.pt
+	@$(BIN)/python export/to_onnx.py runs/model/plain.safetensors --out $(BUNDLED)
+	@$(BIN)/python export/parity.py $(BUNDLED) --report $(BUNDLED:.onnx=.json) \
+		--against runs/model/checkpoint.pt runs/model/plain.safetensors
+	@$(BIN)/python train/held_out.py --dataset fashion-mnist --out models/held-out
+
+experiments: setup ## run all experiments of docs/paper.md in their cheap form: minutes each on two cores
+	@for name in delta depth scaling sparsity convergence initialization; do \
+		$(BIN)/python train/experiments/$$name.py --out docs/experiments || exit; done
 
 test: setup ## lint, then run all tests
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

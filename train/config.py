@@ -51,6 +51,7 @@ class TrainConfig:
     flip: Annotated[Literal["auto", "yes", "no"], "mirror half of the images; auto: where labels allow it"] = "auto"
     crop: Annotated[int | None, "shift images by up to N pixels; default: what suits the data set"] = None
     smallest_crop: Annotated[float | None, "folder: least share of an image's area that a random crop keeps"] = None
+    erase: Annotated[float | None, "share of images that lose a random rectangle"] = None
     validation: Annotated[float, "fraction of training images held out to pick best.pt by; 0 for none"] = 0.1
     seed: Annotated[int, "of initialisation, order and augmentation"] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to train"] = "auto"
@@ -74,6 +75,8 @@ class TrainConfig:
         for name in ("validation", "momentum", "label_smoothing"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 <= (self.erase or 0) <= 1:
+            raise Refusal(f"--erase must be from 0 to 1, got {self.erase}")
         if self.lr is not None and self.lr <= 0:
             raise Refusal(f"--lr must be positive, got {self.lr}")
         if self.smallest_crop is not None and not 0 < self.smallest_crop <= 1:

@@ -28,7 +28,7 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Split:
-    """images uint8 [N, H, W, C]; targets int64 [N], indices into the labels."""
+    """images uint8 [N, H, W, C]; targets int64 [N], indices into the labels. Arrays, or tensors on a device."""
 
     images: np.ndarray
     targets: np.ndarray
@@ -187,7 +187,7 @@ def _read_idx(path: Path, num_dims: int) -> np.ndarray:
     if content[:4] != bytes((0, 0, 8, num_dims)):
         raise ValueError(f"{path.name} is no IDX file of bytes in {num_dims} dimensions")
     shape = np.frombuffer(content, ">u4", num_dims, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape).copy()  # writable
 
 
 def _find(folder: Path, stem: str) -> Path | None:

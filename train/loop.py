@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.augment import augment
+from train.augment import augment, erase
 from train.data import Split
 from train.folder import Files
 from train.layers import DiracConv2d
@@ -44,6 +44,8 @@ class Augmentation:
     flip: bool
     crop: int  # pixels by which crops of images in memory shift
     smallest_crop: float  # the smallest share of a file's image that a crop keeps
+    erase: float = 0.0  # the share of images that lose a rectangle
+    fill: tuple[int, ...] = ()  # its colour, 0 to 255 per channel
 
 
 def learning_rate(schedule: str, lr: float, done: float, *, warmup: float = 0.0) -> float:
@@ -79,30 +81,58 @@ def batches(
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(split))
     steps = range(first_step, steps_per_epoch(len(split), batch_size))
+    picked = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
     share = batch_size // world_size
     mine = slice(rank * share, (rank + 1) * share)
     if isinstance(split, Files):
-        picked = [order[step * batch_size : (step + 1) * batch_size][mine] for step in steps]
-        loader = stream(
+        loaded = stream(
             split,
-            picked,
+            [indices[mine] for indices in picked],
             key=(seed, epoch),
             smallest_crop=augmentation.smallest_crop,
             flip=augmentation.flip,
             workers=workers,
         )
-        for step, (pixels, targets) in zip(steps, loader, strict=True):
-            if len(targets):
-                yield Batch(epoch, step, pixels.to(device), targets.to(device))
-        return
-    # The whole set goes to the device once an epoch; every batch is picked and augmented there.
-    pixels, targets = torch.from_numpy(split.images).to(device), torch.from_numpy(split.targets).to(device)
-    for step in steps:
-        picked = torch.from_numpy(order[step * batch_size : (step + 1) * batch_size]).to(device)
-        keyed = int(np.random.SeedSequence((seed, epoch, step)).generate_state(1, np.uint64)[0] >> 1)
-        generator = torch.Generator().manual_seed(keyed)
-        images = augment(pixels[picked], flip=augmentation.flip, crop=augmentation.crop, generator=generator, rows=mine)
-        yield Batch(epoch, step, images, targets[picked[mine]])
+    else:
+        loaded = _from_memory(split, picked, augmentation, mine, [(seed, epoch, step) for step in steps], device)
+    for step, (images, targets) in zip(steps, loaded, strict=True):
+        if not len(targets):
+            continue  # a batch of files none of which could be read
+        images, targets = images.to(device), targets.to(device)
+        if augmentation.erase:
+            generator = _keyed((seed, epoch, step, 1))
+            images = erase(
+                images, augmentation.erase, augmentation.fill, num=batch_size, rows=mine, generator=generator
+            )
+        yield Batch(epoch, step, images, targets)
+
+
+def _from_memory(
+    split: Split,
+    picked: list[np.ndarray],
+    augmentation: Augmentation,
+    mine: slice,
+    keys: list[tuple[int, ...]],
+    device: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Picked and augmented on the device, where `split` already is if `to_device` put it there."""
+    pixels, targets = (torch.as_tensor(part, device=device) for part in (split.images, split.targets))
+    for indices, key in zip(picked, keys, strict=True):
+        rows = torch.from_numpy(indices).to(device)
+        images = augment(pixels[rows], flip=augmentation.flip, crop=augmentation.crop, generator=_keyed(key), rows=mine)
+        yield images, targets[rows[mine]]
+
+
+def _keyed(key: tuple[int, ...]) -> torch.Generator:
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(seed)
+
+
+def to_device(split: Split | Files, device: str) -> Split | Files:
+    """Images in memory moved to `device`, once and as bytes; files stay where they are."""
+    if isinstance(split, Files):
+        return split
+    return Split(torch.as_tensor(split.images, device=device), torch.as_tensor(split.targets, device=device))
 
 
 def make_optimizer(
@@ -176,4 +206,4 @@ def _in_order(split: Split | Files, batch_size: int, workers: int) -> Iterator[t
         yield from stream(split, picked, workers=workers)
         return
     for indices in picked:
-        yield torch.from_numpy(split.images[indices]), torch.from_numpy(split.targets[indices])
+        yield torch.as_tensor(split.images[indices]), torch.as_tensor(split.targets[indices])

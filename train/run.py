@@ -11,8 +11,10 @@ from train.config import TrainConfig
 
 EXAMPLES = (
     "python train/run.py                                    # digits, bundled with scikit-learn",
-    "python train/run.py --dataset fashion-mnist --depth 10 --epochs 10",
+    "python train/run.py --dataset fashion-mnist --depth 16 --epochs 12",
     "python train/run.py --dataset folder --data-dir photos --image-size 64",
+    "python train/run.py --recipe paper --dataset cifar10 --download --depth 34 --width 2",
+    "torchrun --nproc-per-node 2 train/run.py --dataset fashion-mnist",
     "python train/run.py --out runs/digits-16-1 --resume    # go on where it stopped",
     "python train/run.py --describe --json --family cifar --classes 10 --depth 34 --width 2",
 )

@@ -28,6 +28,7 @@ from train.loop import (
     learning_rate,
     make_optimizer,
     steps_per_epoch,
+    to_device,
     train_step,
 )
 from train.machine import choose_device, choose_precision, keep_large_buffers
@@ -182,6 +183,7 @@ def _epochs(session: Session, state: Checkpoint, dataset: data.Dataset, stopped:
     batch_size = min(config.batch_size, len(rest) // world.size * world.size)
     if batch_size == 0:
         raise Refusal(f"{len(rest)} training images are too few for {world.size} processes")
+    rest, held = (to_device(split, world.device) for split in (rest, held))
     augmentation = make_augmentation(config, dataset.info)
     net = world.wrap(session.net)
     net = torch.compile(net) if config.compile else net
@@ -281,7 +283,8 @@ def make_augmentation(config: TrainConfig, info: data.DatasetInfo) -> Augmentati
     if crop >= min(info.image.height, info.image.width):
         raise Refusal(f"--crop must be smaller than the image, got {crop}")
     flip = info.flip if config.flip == "auto" else config.flip == "yes"
-    return Augmentation(flip=flip, crop=crop, smallest_crop=config.smallest_crop)
+    fill = tuple(round(255 * mean) for mean in info.image.mean)
+    return Augmentation(flip, crop, smallest_crop=config.smallest_crop, erase=config.erase, fill=fill)
 
 
 def make_spec(config: TrainConfig, image: ImageSpec, labels: tuple[str, ...]) -> Spec:

@@ -1,5 +1,7 @@
 """Engines built and run for real: needs a CUDA device and tensorrt or tensorrt_rtx."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,9 @@ def test_onnx_runtime_uses_the_gpu(tmp_path, make_net, make_spec, images):
     assert "CPU" not in OnnxSession(path).description
 
 
-def test_training_runs_on_the_gpu(tmp_path):
-    argv = f"--device cuda --depth 10 --width 0.25 --epochs 2 --out {tmp_path} --json".split()
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16"])
+def test_training_on_the_gpu_learns_digits(tmp_path, capsys, precision):
+    argv = f"--device cuda --depth 10 --epochs 4 --precision {precision} --out {tmp_path} --json".split()
     assert run_command(train.command, train.TrainConfig, argv=argv) == 0
+    assert json.loads(capsys.readouterr().out)["test_accuracy"] > 0.95
     assert run_command(train.command, train.TrainConfig, argv=[*argv, "--resume"]) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from train import data
-from train.augment import augment
+from train.augment import augment, erase
 from train.refusal import Refusal
 
 
@@ -99,3 +99,25 @@ def test_augmentation_shifts_over_a_reflected_border_and_mirrors():
     assert len(seen) > 40  # of 50
     same = augment(images, flip=False, crop=0, generator=generator)
     assert torch.equal(same, images)
+
+
+def test_erasing_fills_one_rectangle_in_the_share_of_images_that_was_asked_for():
+    images = torch.zeros(1000, 20, 30, 2, dtype=torch.uint8)
+
+    def run(share, rows=slice(None), batch=images):
+        generator = torch.Generator().manual_seed(0)
+        return erase(batch, share, (7, 9), num=1000, rows=rows, generator=generator)
+
+    out = run(0.5)
+    erased = (out[..., 0] == 7) & (out[..., 1] == 9)
+    assert torch.equal(erased, out.sum(-1) > 0)
+    num = erased.sum((1, 2))
+    assert (num > 0).float().mean() == pytest.approx(0.5, abs=0.05)
+    areas = num[num > 0] / 600
+    assert 0.01 < areas.min() < 0.04
+    assert 0.28 < areas.max() < 0.36
+    for mask in erased[num > 0][:50]:  # filled from edge to edge
+        lines, columns = mask.any(1), mask.any(0)
+        assert mask.sum() == lines.sum() * columns.sum()
+    assert torch.equal(run(0.5, slice(300, 500), images[300:500]), out[300:500])
+    assert torch.equal(run(0.0), images)

@@ -181,4 +181,5 @@ def test_a_compiled_net_trains_and_folds_like_any_other(tmp_path):
     subprocess.run([sys.executable, str(ROOT / "train" / "run.py"), *argv], check=True, capture_output=True)
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
     assert not any("_orig_mod" in name for name in checkpoint.model)
-    assert prove(net := load_net(checkpoint), fold_net(net), {"random": torch.zeros(1, 8, 8, 1, dtype=torch.uint8)})
+    net = load_net(checkpoint)
+    assert prove(net, fold_net(net), {"random": torch.zeros(1, 8, 8, 1, dtype=torch.uint8)})

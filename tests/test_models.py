@@ -1,0 +1,74 @@
+"""The model that comes along is whole, small, what its card says, and served when none is named."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from export.runtimes.onnx_session import OnnxSession
+from train.image import decode
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "models"
+CARD = json.loads((MODELS / "fashion-mnist.json").read_text())
+HELD_OUT = sorted((MODELS / "held-out").glob("*.png"))
+
+
+def test_the_card_is_the_record_inside_the_file():
+    path = MODELS / "fashion-mnist.onnx"
+    assert path.stat().st_size <= 3_000_000
+    model = OnnxSession(path).model
+    assert model.name == CARD["model"]
+    assert {key: CARD[key] for key in model.provenance} == model.provenance
+    assert len(model.spec.labels) == 10
+
+
+def test_the_card_says_how_it_was_made_and_that_nothing_changed():
+    training = CARD["training"]
+    assert training["command"].startswith("python train/run.py --dataset fashion-mnist")
+    assert training["epochs_done"] == training["epochs"]
+    assert training["test_accuracy"] > 0.93
+    assert all(row["relative"] < 1e-12 for row in CARD["fold"]["logits"] if row["precision"] == "float64")
+    assert all(row["within_tolerance"] and row["top1_agreement"] == 1 for row in CARD["parity"])
+    assert {row["images"] for row in CARD["parity"]} == {"random", "real"}
+
+
+def test_the_models_readme_has_the_cards_figures():
+    text = (MODELS / "README.md").read_text()
+    assert f"`{CARD['training']['command']}`" in text
+    assert f"{100 * CARD['training']['test_accuracy']:.2f} %" in text
+    assert f"{CARD['fold']['dirac_parameters']:,}" in text
+
+
+def test_the_held_out_images_are_recognised():
+    model = OnnxSession(MODELS / "fashion-mnist.onnx")
+    images = np.stack([decode(path.read_bytes(), model.model.spec.image) for path in HELD_OUT])
+    answers = [model.model.spec.labels[index].replace("/", "-") for index in model(images).argmax(1)]
+    truth = [path.stem.rpartition("_")[0] for path in HELD_OUT]
+    assert len(truth) == 10
+    assert sum(map(str.__eq__, answers, truth)) >= 9
+
+
+@pytest.mark.slow
+def test_a_server_without_a_model_serves_it(tmp_path):
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / "serve" / "run.py"), "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    )
+    try:
+        assert server.stdout.readline().startswith(CARD["model"])
+        url = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline()).group()
+        response = httpx.post(f"{url}/predict", content=HELD_OUT[0].read_bytes(), headers={"Content-Type": "image/png"})
+        assert response.json()["results"][0]["label"] == HELD_OUT[0].stem.rpartition("_")[0].replace(
+            "T-shirt-", "T-shirt/"
+        )
+    finally:
+        server.terminate()
+        server.communicate(timeout=30)
