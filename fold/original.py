@@ -54,15 +54,18 @@ def import_original(path: Path, *, image_size: int | None = None):
     from train.checkpoint import Checkpoint, load_net
     from train.files import read_whole, sha256
 
-    digest = sha256(read_whole(path))
-    numbers = _read(path)
+    content = read_whole(path)
+    numbers = _read(path, content)
     spec = _infer_spec(path, numbers, image_size)
     checkpoint = Checkpoint(
         spec=spec,
         model=_renamed(numbers),
         optimizer={},
         scaler={},
-        config={"dataset": {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder"), "authors_sha256": digest},
+        config={
+            "dataset": {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder"),
+            "authors_sha256": sha256(content),
+        },
         epoch=0,
         step=0,
         totals={},
@@ -73,14 +76,16 @@ def import_original(path: Path, *, image_size: int | None = None):
     return checkpoint
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, file: bytes) -> dict[str, Any]:
     """`params` and `stats` as one flat dict of float32 tensors, without the cached deltas."""
+    import io
+
     import torch
 
     from train.refusal import Refusal
 
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        content = torch.load(io.BytesIO(file), weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises half a dozen unrelated kinds
         raise Refusal(
             f"{path} is no file of tensors in plain containers, or is cut short ({type(error).__name__}); "

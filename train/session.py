@@ -240,6 +240,8 @@ def _epoch(
             advance(note=f"{images * world.size / (time.monotonic() - start):.0f} images/s")
             if world.any(stopped["now"]):
                 break
+        else:
+            next_step = num_steps  # also where the last batch held no readable file
     loss, correct, images = world.sum(torch.cat([sums, sums.new_tensor([images])])).tolist()
     fresh = {"loss": loss, "correct": correct, "images": images, "seconds": time.monotonic() - start}
     totals = {key: state.totals[key] + value for key, value in fresh.items()} | {"lr": lr}
