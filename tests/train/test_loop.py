@@ -94,6 +94,25 @@ def test_bf16_changes_a_step_by_no_more_than_its_precision(make_net, images):
     torch.testing.assert_close(losses["bf16"][0], losses["fp32"][0], rtol=0.05, atol=0)
 
 
+def test_a_step_divides_by_the_images_of_all_processes_and_an_empty_batch_changes_no_gradient(make_net, images):
+    whole = Batch(0, 0, torch.from_numpy(images(4)), torch.arange(4))
+    empty = Batch(0, 0, whole.images[:0], whole.targets[:0])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    gradients, sums = [], []
+    for batch, num_images in ((whole, None), (whole, 8.0), (empty, 2.0)):
+        net = make_net()
+        before = {name: tensor.clone() for name, tensor in net.named_buffers()}
+        optimizer = make_optimizer(net, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0, decay_ab=True)
+        sums.append(train_step(net, optimizer, scaler, batch, 0.1, num_images=num_images))
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    assert torch.equal(sums[0], sums[1])
+    for one, half, none in zip(*gradients, strict=True):
+        torch.testing.assert_close(half, one / 2)
+        assert torch.equal(none, torch.zeros_like(none))
+    assert sums[2].tolist() == [0, 0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.named_buffers())
+
+
 def test_precision_is_what_the_device_has(monkeypatch):
     for capable, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: {"avx512_bf16": capable})

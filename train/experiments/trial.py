@@ -63,33 +63,22 @@ def run_trial(
     observe: Callable[["nn.Sequential"], None] = lambda net: None,
 ) -> Trial:
     """Train one net. `prepare` may change it before the first step; `observe` sees it before and after each epoch."""
-    from train import data, loop, session
+    from train import data, loop, steps
     from train.distributed import World
     from train.machine import choose_device
     from train.progress import make_console
 
     world = World(device=choose_device(config.device))
-    spec = session.make_spec(config, dataset.info.image, dataset.info.labels)
-    run = session.start(config, spec, world, make_console(quiet=True))
+    spec = steps.make_spec(config, dataset.info.image, dataset.info.labels)
+    run = steps.start(config, spec, world, make_console(quiet=True))
     prepare(run.net)
     observe(run.net)
     rest, held = data.hold_out(dataset.train, config.validation, seed=0)
-    augmentation = session.make_augmentation(config, dataset.info)
-    num_steps, history = loop.steps_per_epoch(len(rest), config.batch_size), []
+    augmentation = steps.make_augmentation(config, dataset.info)
+    history = []
     for epoch in range(config.epochs):
-        sums = 0
-        for batch in loop.batches(
-            rest,
-            augmentation,
-            batch_size=config.batch_size,
-            epoch=epoch,
-            first_step=0,
-            seed=config.seed,
-            device=world.device,
-        ):
-            lr = loop.learning_rate(config.schedule, config.lr, (epoch + batch.step / num_steps) / config.epochs)
-            sums = sums + loop.train_step(run.net, run.optimizer, run.scaler, batch, lr)
-        loss, correct = (sums / (num_steps * config.batch_size)).tolist()
+        done = list(steps.take_steps(run, run.net, rest, augmentation, batch_size=config.batch_size, epoch=epoch))
+        loss, correct = (sum(step.sums for step in done) / sum(step.images for step in done)).tolist()
         validation = loop.evaluate(run.net, held, device=world.device).accuracy
         history.append({"train_loss": loss, "train_accuracy": correct, "validation_accuracy": validation})
         observe(run.net)
