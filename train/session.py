@@ -76,6 +76,8 @@ def _train(config: TrainConfig, world: World, *, command: str) -> int:
         skip_unreadable=config.skip_unreadable,
         track=track(console, "reading images"),
     )
+    if dataset.left_out:
+        console.print(f"{len(dataset.left_out)} files cannot be read and are left out, first {dataset.left_out[0]}")
     spec = make_spec(config, dataset.info.image, dataset.info.labels)
     precision = choose_precision(config.precision, world.device)
     config = replace(config, precision=precision)

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from train import data
+from train.checkpoint import load_checkpoint
 from train.cli import run_command
 from train.config import TrainConfig
 from train.image import decode
@@ -108,6 +109,7 @@ def test_an_unreadable_file_is_named_counted_and_skipped_only_when_told(folder, 
         data.load("folder", data_dir=folder, image_size=8)
     dataset = data.load("folder", data_dir=folder, image_size=8, skip_unreadable=True)
     assert len(dataset.train) + len(dataset.test) == 18
+    assert dataset.left_out == [folder / "dark" / "0.png", folder / "light" / "3.png"]
 
 
 def test_a_body_cut_short_shows_when_it_is_decoded(folder):
@@ -121,6 +123,38 @@ def test_a_body_cut_short_shows_when_it_is_decoded(folder):
             all_batches(train, workers=workers)
     train = data.load("folder", data_dir=folder, image_size=8, skip_unreadable=True).train
     assert sum(len(batch.targets) for batch in all_batches(train, batch_size=17)) == 16
+    alone = all_batches(train.take(np.flatnonzero(train.paths == str(path))), batch_size=1)
+    assert [batch.images.shape for batch in alone] == [(0, 8, 8, 3)]
+    with pytest.raises(Refusal, match=r"none of .*dark/0\.jpg can be read"):
+        train.first(1)
+
+
+def test_a_folder_with_unreadable_files_trains_when_told_and_says_how_many_were_missing(
+    folder, tmp_path_factory, capsys
+):
+    out = tmp_path_factory.mktemp("run")
+    (folder / "dark" / "0.png").write_bytes(b"no image")
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    for path in sorted(folder.glob("*/[1-9].png")):
+        Image.fromarray(noise).save(path.with_suffix(".jpg"))
+        path.unlink()
+        path = path.with_suffix(".jpg")
+        if path.parent.name == "dark":
+            path.write_bytes(path.read_bytes()[:2000])
+    argv = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "8", "--depth", "10", "--width", "0.25"]
+    argv += ["--epochs", "1", "--batch-size", "4", "--validation", "0", "--workers", "0", "--skip-unreadable"]
+    assert run_command(command, TrainConfig, argv=[*argv, "--out", str(out / "some")]) == 0
+    output = capsys.readouterr().out
+    assert f"1 files cannot be read and are left out, first {folder / 'dark' / '0.png'}" in output
+    assert "epoch 1: 8 of 16 images could not be read" in output
+    assert load_checkpoint(out / "some" / "checkpoint.pt").history[0]["train_loss"] > 0
+    for path in folder.glob("light/*.*"):
+        if path.suffix == ".jpg":
+            path.write_bytes(path.read_bytes()[:2000])
+        else:
+            path.unlink()
+    assert run_command(command, TrainConfig, argv=[*argv, "--out", str(out / "none")]) == 2
+    assert "none of the 12 training images of epoch 1 could be read" in capsys.readouterr().err
 
 
 def test_training_on_a_folder_learns_it(folder, tmp_path_factory, capsys):
