@@ -32,7 +32,7 @@ FREE_TO_CHANGE = ("data_dir", "download", "device", "workers", "out", "resume", 
 
 
 def describe(config: TrainConfig) -> int:
-    """Print the spec and its number of parameters."""
+    """Print the spec and its number of parameters; `config` is a resolved one."""
     if config.classes is None:
         info = data.describe(config.dataset, data_dir=config.data_dir, image_size=config.image_size)
         image, labels = info.image, info.labels
@@ -45,12 +45,8 @@ def describe(config: TrainConfig) -> int:
     if config.json:
         print(json.dumps({**spec.to_dict(), "parameters": parameters}))
     else:
-        image = spec.image
-        print(
-            f"{spec.name}, {spec.nonlinearity}, {image.height}x{image.width}x{image.channels} images, ",
-            end="",
-        )
-        print(f"{len(spec.labels)} classes: {parameters:,} parameters")
+        form, size = f"{spec.nonlinearity}, {spec.parameterization}", f"{image.height}x{image.width}x{image.channels}"
+        print(f"{spec.name}, {form}, {size} images, {len(labels)} classes: {parameters:,} parameters")
     return 0
 
 

@@ -15,7 +15,7 @@ from train.experiments.trial import ExperimentConfig
 NETS = {
     "plain": {"parameterization": "plain"},
     "Dirac": {"parameterization": "dirac"},
-    "residual": {"family": "wrn", "nonlinearity": "relu", "parameterization": "plain"},
+    "residual": {"family": "wrn"},
 }
 EXAMPLES = (
     "python train/experiments/convergence.py --depth 34 --epochs 20",

@@ -49,7 +49,6 @@ def command(config: InitializationConfig) -> int:
                     depth=config.depth,
                     width=width,
                     family="wrn",
-                    nonlinearity="relu",
                     parameterization=kind,
                     seed=seed,
                 )
