@@ -88,7 +88,11 @@ def run_trial(
 def describe(config: ExperimentConfig) -> str:
     """The part of a plot's title that all experiments share."""
     settings = config.training()
-    return f"{settings.dataset}, {settings.epochs} epochs"
+    return f"{settings.dataset}, {plural(settings.epochs, 'epoch')}, {plural(config.seeds, 'seed')}"
+
+
+def plural(num: int, noun: str) -> str:
+    return f"{num} {noun}" if num == 1 else f"{num} {noun}s"
 
 
 def load_dataset(config: ExperimentConfig) -> "Dataset":
@@ -116,11 +120,12 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def new_figure(num_columns: int, *, height: float = 3.8) -> tuple["Figure", list[Any]]:
+def new_figure(num_columns: int, *, height: float = 3.8, sharey: bool = False) -> tuple["Figure", list[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, num_columns, figsize=(4.6 * num_columns, height), constrained_layout=True)
+    size = (4.6 * num_columns, height)
+    figure, axes = pyplot.subplots(1, num_columns, figsize=size, sharey=sharey, constrained_layout=True)
     return figure, [axes] if num_columns == 1 else list(axes)
