@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from train.folder import Files, read
+from train.machine import num_cores
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
@@ -33,7 +34,7 @@ def stream(
     loader = DataLoader(
         _Images(files, key, smallest_crop, flip),
         batch_sampler=[indices.tolist() for indices in picked],
-        num_workers=workers,
+        num_workers=min(workers, num_cores()),  # torch warns of more
         collate_fn=partial(_collate, shape=(files.image.height, files.image.width, files.image.channels)),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one

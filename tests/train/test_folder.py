@@ -94,6 +94,14 @@ def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder
     assert not any(torch.equal(left.images, right.images) for left, right in zip(whole, other, strict=True))
 
 
+def test_no_more_workers_than_cores(folder, monkeypatch):
+    """PyTorch would warn, which the tests make an error."""
+    monkeypatch.setattr("train.stream.num_cores", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    train = data.load("folder", data_dir=folder, image_size=8).train
+    assert len(all_batches(train, workers=2)) == 4
+
+
 def test_processes_share_a_batch_without_overlap(folder):
     for split in (data.load("folder", data_dir=folder, image_size=8).train, data.load("digits").train):
         whole = all_batches(split)[1]
@@ -160,6 +168,19 @@ def test_a_folder_with_unreadable_files_trains_when_told_and_says_how_many_were_
 def test_training_on_a_folder_learns_it(folder, tmp_path_factory, capsys):
     out = tmp_path_factory.mktemp("run")
     argv = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "8", "--depth", "10", "--width", "0.25"]
-    argv += ["--epochs", "6", "--batch-size", "4", "--validation", "0", "--out", str(out), "--workers", "0"]
+    argv += [
+        "--epochs",
+        "12",
+        "--lr",
+        "0.05",
+        "--batch-size",
+        "4",
+        "--validation",
+        "0",
+        "--out",
+        str(out),
+        "--workers",
+        "0",
+    ]
     assert run_command(command, TrainConfig, argv=argv) == 0
     assert "test accuracy 100.00 % on 4 images" in capsys.readouterr().out
