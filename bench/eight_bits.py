@@ -87,13 +87,14 @@ def _measure(net: "nn.Sequential", settings: "TrainConfig", dataset: Any, num_im
 
     from export.quantize import quantize
     from fold.plain import fold_net
-    from train import data, session
+    from train import data
     from train.layers import DiracConv2d
+    from train.steps import make_spec
 
     _, held = data.hold_out(dataset.train, settings.validation, seed=0)
     pixels = held.first(num_images)
     observed, chosen_by = pixels[: len(pixels) // 4], pixels[len(pixels) // 4 :]
-    spec = session.make_spec(settings, dataset.info.image, dataset.info.labels)
+    spec = make_spec(settings, dataset.info.image, dataset.info.labels)
     found = quantize(
         fold_net(net.eval()).float(),
         spec,
