@@ -124,6 +124,11 @@ BUILD_RULES = (
         "leave 7.5 out of --compute-capability",
     ),
     Rule(
+        r"libnvinfer_lean",
+        "a version-compatible engine carries the lean runtime, and that is not found here",
+        "pip install tensorrt-lean, or leave out --version-compatible",
+    ),
+    Rule(
         r"(?i)workspace|OutOfMemory",
         "the builder has too little memory for its scratch space",
         "give a larger --workspace",

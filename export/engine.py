@@ -179,7 +179,7 @@ def _add_profile(builder: Any, config: Any, file: OnnxFile, batch: tuple[int, in
     """The optimisation profile of a free batch; the batch that results."""
     signature = file.signature
     if signature.batch is not None:
-        return (signature.batch,) * 3
+        return signature.batch, signature.batch, signature.batch
     profile = builder.create_optimization_profile()
     profile.set_shape(signature.input_name, *((size, *signature.shape[1:]) for size in batch))
     config.add_optimization_profile(profile)

@@ -5,6 +5,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from export import engine
 from export.advice import build_advice
 from export.engine import BuildOptions, build_engine
 from train.refusal import Refusal
@@ -184,6 +185,14 @@ def test_a_build_without_enough_workspace_asks_for_more(write_onnx):
     _, path = write_onnx(width=8.0, size=64)
     with pytest.raises(Refusal, match="too little memory for its scratch space; do: give a larger --workspace"):
         build_engine(path, batch=(1, 64, 256), options=BuildOptions(workspace_mib=1))
+
+
+def test_a_version_compatible_build_without_the_lean_runtime_says_what_to_install(write_onnx, monkeypatch):
+    """tensorrt_rtx has no such runtime, so its library fails as tensorrt does where that is not installed."""
+    monkeypatch.setattr(engine, "_refuse_options", lambda *_: None)
+    _, path = write_onnx()
+    with pytest.raises(Refusal, match="lean runtime, and that is not found here; do: pip install tensorrt-lean"):
+        build_engine(path, batch=(1, 2, 4), options=BuildOptions(version_compatible=True))
 
 
 def test_an_unknown_build_error_is_told_in_short():

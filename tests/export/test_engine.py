@@ -18,6 +18,7 @@ from export import engine, to_trt
 from export.runtimes import gpu, tensorrt_engine
 from export.runtimes.card import card_path, layers_path, read_card
 from export.runtimes.load import load_runtime
+from train import files
 from train.cli import run_command
 from train.files import sha256
 from train.refusal import Refusal
@@ -298,9 +299,9 @@ def test_json_prints_the_card(write_onnx, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(card_path(path.with_suffix(".engine")).read_text())
 
 
-def test_a_build_can_be_cancelled(write_onnx):
+def test_ctrl_c_during_a_build_leaves_what_was_there(built, write_onnx, monkeypatch, capsys):
     """The monitor's refusal to go on ends the build; Ctrl-C is turned into it."""
-    _, path = write_onnx(depth=34)
+    before, real = {path: path.read_bytes() for path in (built, card_path(built))}, engine.build_engine
     main, steps = threading.main_thread().ident, []
 
     def interrupt(phase, done, total):
@@ -308,8 +309,26 @@ def test_a_build_can_be_cancelled(write_onnx):
         if len(steps) == 1:  # a second one could reach the test runner
             signal.pthread_kill(main, signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        engine.build_engine(path, batch=(1, 2, 4), report=interrupt)
+    _, path = write_onnx(depth=34)
+    monkeypatch.setattr(engine, "build_engine", lambda path, **fields: real(path, **{**fields, "report": interrupt}))
+    assert run(path) == 130
+    assert "interrupted: nothing was left half-written" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.name for path in built.parent.iterdir()} == {"plain.onnx", "plain.engine", "plain.engine.json"}
+
+
+def test_an_engine_interrupted_before_its_card_is_not_served(built, monkeypatch):
+    write_whole = files.write_whole
+
+    def interrupt(path, content):
+        if path == card_path(built):
+            raise KeyboardInterrupt
+        return write_whole(path, content)
+
+    monkeypatch.setattr(files, "write_whole", interrupt)
+    assert run(built.with_suffix(".onnx"), "--batch", 1, 1, 2) == 130
+    with pytest.raises(Refusal, match="does not fit its card: engine_sha256 differs"):
+        load_runtime(built)
 
 
 @pytest.mark.parametrize(
