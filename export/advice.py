@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
-from onnx import NodeProto, TensorProto, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from export.onnx_file import FLOATS, dtype_name, listed
 
@@ -106,6 +106,11 @@ PARSER_RULES = (
         "TensorRT has no such operator",
         "replace it in the net with operators that TensorRT has, or serve the .onnx",
     ),
+    Rule(
+        r"(?s)Failed to import initializer.*: (\S+)$",
+        "TensorRT cannot read its weight {0}",
+        "keep weights to float, int8, int32, int64 and bool",
+    ),
     Rule(r"Unsupported data type", "TensorRT has no such type", "keep to float, int8, int32, int64 and bool"),
 )
 # TensorRT takes these graphs without an error and computes something else.
@@ -121,7 +126,7 @@ BUILD_RULES = (
     Rule(
         r"Cannot compile operation '(.*?)' for Turing",
         "compute capability 7.5 has no kernel for {0} in this precision",
-        "leave 7.5 out of --compute-capability",
+        "leave 7.5 out of --compute-capability, or export the net in fp16",
     ),
     Rule(
         r"libnvinfer_lean",
@@ -145,8 +150,7 @@ def parser_advice(model: onnx.ModelProto, errors: Iterable[Any]) -> str:
     groups: dict[tuple[str, str], dict[str, NodeProto]] = {}  # (reason, remedy) to nodes by their output
     for error in errors:
         rule, reason = _match(PARSER_RULES, error.desc())
-        culprit = graph.nodes[error.node()] if error.node() >= 0 else None  # -1: no single node
-        nodes = [node for node in (culprit, *_concerned(rule, graph)) if node is not None]
+        nodes = [*_culprit(error, graph), *_concerned(rule, graph)]
         groups.setdefault((reason, rule.remedy), {}).update({node.output[0]: node for node in nodes})
     for rule in SILENT_RULES:
         if nodes := _concerned(rule, graph):
@@ -171,13 +175,24 @@ def _match(rules: tuple[Rule, ...], message: str) -> tuple[Rule, str]:
     return Rule("", "", "change what the message names, and export the net again"), _in_short(message)
 
 
+def _culprit(error: Any, graph: Graph) -> list[NodeProto]:
+    """The node of an error; one inside a function or a branch counts there, so only its name is known."""
+    index, kind, name = error.node(), error.node_operator(), error.node_name()
+    if index < 0:
+        return []
+    if index < len(graph.nodes) and (graph.nodes[index].op_type, graph.nodes[index].name) == (kind, name):
+        return [graph.nodes[index]]
+    return [helper.make_node(kind, [], [name], name=name)]
+
+
 def _concerned(rule: Rule, graph: Graph) -> list[NodeProto]:
     return [node for node in graph.nodes if rule.concerns(node, graph)]
 
 
 def _described(node: NodeProto, graph: Graph) -> str:
     name = f"'{node.name}'" if node.name else f"that writes '{node.output[0]}'"
-    return f"{node.op_type} {name} ({', '.join(dtype_name(kind) for kind in graph.types(node))})"
+    types = ", ".join(dtype_name(kind) for kind in graph.types(node))
+    return f"{node.op_type} {name}" + (f" ({types})" if types else "")
 
 
 def _in_short(message: str) -> str:

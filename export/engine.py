@@ -85,24 +85,7 @@ def build_engine(
     content = _build(trt, builder, network, config, report)
     if content is None:
         raise Refusal(f"{path} cannot be built by {builder_name}: {build_advice(logger.last_error())}")
-    card = EngineCard(
-        name=file.name,
-        builder=builder_name,  # type: ignore[arg-type]
-        builder_version=trt.__version__,
-        precision=precision(file.model),
-        batch=batch,
-        compute_capabilities=capabilities,
-        workspace_mib=options.workspace_mib,
-        version_compatible=options.version_compatible,
-        refittable=options.refittable,
-        onnx_sha256=file.sha256,
-        engine_sha256=sha256(content),
-        signature=file.signature,
-        output_dtype=file.output_dtype,
-        spec=file.spec,
-        provenance=file.provenance,
-        parity=None,
-    )
+    card = _card(file, content, options, trt=trt, batch=batch, capabilities=capabilities)
     return Engine(content, card, cache and bytes(cache.serialize()), inspect_layers(trt, content, card))
 
 
@@ -212,6 +195,35 @@ def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions) -
     for index, capability in enumerate(wanted):
         config.set_compute_capability(offered[capability], index)
     return wanted
+
+
+def _card(
+    file: OnnxFile,
+    content: bytes,
+    options: BuildOptions,
+    *,
+    trt: Any,
+    batch: tuple[int, int, int],
+    capabilities: tuple[str, ...],
+) -> EngineCard:
+    return EngineCard(
+        name=file.name,
+        builder=trt.__name__,
+        builder_version=trt.__version__,
+        precision=precision(file.model),
+        batch=batch,
+        compute_capabilities=capabilities,
+        workspace_mib=options.workspace_mib,
+        version_compatible=options.version_compatible,
+        refittable=options.refittable,
+        onnx_sha256=file.sha256,
+        engine_sha256=sha256(content),
+        signature=file.signature,
+        output_dtype=file.output_dtype,
+        spec=file.spec,
+        provenance=file.provenance,
+        parity=None,
+    )
 
 
 def _build(trt: Any, builder: Any, network: Any, config: Any, report: Report) -> bytes | None:

@@ -22,20 +22,24 @@ def conv(*inputs, name="conv"):
     return node("Conv", list(inputs), ["c"], name=name, pads=[1] * 4)
 
 
+def save(path, nodes, *, kind=TensorProto.FLOAT, shape=("N", 3, 8, 8), out=TensorProto.FLOAT, opset=19, **weights):
+    """A graph of `nodes` from x to logits y [N, 4]."""
+    graph = helper.make_graph(
+        nodes,
+        "odd",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info("y", out, ["N", 4])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
+
+
 @pytest.fixture
 def refusal(tmp_path):
     """What is said of a graph of `nodes` and `weights` that reads x."""
 
-    def build(nodes, *, kind=TensorProto.FLOAT, shape=("N", 3, 8, 8), out=TensorProto.FLOAT, opset=19, **weights):
-        graph = helper.make_graph(
-            nodes,
-            "odd",
-            [helper.make_tensor_value_info("x", kind, shape)],
-            [helper.make_tensor_value_info("y", out, ["N", 4])],
-            [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
-        onnx.save(model, tmp_path / "odd.onnx")
+    def build(nodes, **fields):
+        save(tmp_path / "odd.onnx", nodes, **fields)
         with pytest.raises(Refusal) as refused:
             build_engine(tmp_path / "odd.onnx", batch=(1, 2, 4))
         text = str(refused.value)
@@ -145,6 +149,28 @@ def test_operators_that_tensorrt_lacks_are_listed_together(refusal):
     assert text.startswith("NonZero that writes 'n' (float32): TensorRT has no such operator; do: ")
 
 
+def test_a_node_inside_a_function_is_named_without_that_of_the_same_number_outside(tmp_path):
+    inner = [node("Identity", ["x"], ["i"]), node("Det", ["i"], ["c"], name="inner")]
+    function = helper.make_function("my", "F", ["x"], ["c"], inner, [helper.make_opsetid("", 19)])
+    graph = helper.make_graph(
+        [node("F", ["x"], ["c"], name="outer", domain="my"), *TAIL],
+        "odd",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
+    )
+    opsets = [helper.make_opsetid("", 19), helper.make_opsetid("my", 1)]
+    onnx.save(
+        helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=[function]), tmp_path / "function.onnx"
+    )
+    with pytest.raises(Refusal, match="tensorrt_rtx: Det 'inner': TensorRT has no such operator"):
+        build_engine(tmp_path / "function.onnx", batch=(1, 2, 4))
+
+
+def test_an_objection_to_no_single_node_is_one_to_the_graph(refusal):
+    text = refusal([conv("x", "w"), *TAIL], w=KERNEL, text=np.array(["odd"], object))
+    assert text.startswith("the graph: TensorRT cannot read its weight text; do: keep weights to float, ")
+
+
 def test_a_type_that_tensorrt_lacks_is_named(refusal, capfd):
     nodes = [
         node("Cast", ["x"], ["t"], name="to text", to=TensorProto.STRING),
@@ -175,9 +201,18 @@ def test_an_opset_that_tensorrt_does_not_document_is_refused(refusal, opset):
 
 def test_a_build_for_turing_says_why_it_fails(write_onnx):
     _, path = write_onnx()
-    message = "compute capability 7.5 has no kernel for fc in this precision; do: leave 7.5 out of --compute-capability"
+    message = "compute capability 7.5 has no kernel for fc in this precision; do: leave 7.5 out"
     with pytest.raises(Refusal, match=message):
         build_engine(path, batch=(1, 2, 4), options=BuildOptions(compute_capabilities=("7.5",)))
+
+
+def test_turing_runs_a_classifier_in_fp16(tmp_path):
+    nodes = [conv("x", "w"), TAIL[0], node("Flatten", ["g"], ["f"]), node("Gemm", ["f", "m"], ["y"], name="fc")]
+    weights = {"w": KERNEL.astype(np.float16), "m": np.ones((4, 4), np.float16)}
+    save(tmp_path / "half.onnx", nodes, kind=TensorProto.FLOAT16, out=TensorProto.FLOAT16, **weights)
+    options = BuildOptions(compute_capabilities=("8.9", "7.5"))
+    card = build_engine(tmp_path / "half.onnx", batch=(1, 2, 4), options=options).card
+    assert (card.compute_capabilities, card.precision, card.output_dtype) == (("7.5", "8.9"), "fp16", "float16")
 
 
 @pytest.mark.slow
