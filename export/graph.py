@@ -10,25 +10,37 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from fold.lower import Mirror, Negate, Repeat, SharedReLU
 from fold.plain import named_layers
 from train.layers import NCReLU, Normalize, Residual
+from train.refusal import Refusal
 from train.spec import Spec
 
 OPSET = 19  # the first with float8 types; ONNX Runtime and TensorRT 10 take it
 IR_VERSION = 9
+FLOATS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
 class Graph:
     """Nodes and weights under construction. `tensor` is the output of the layer written last."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: np.dtype = FLOATS["fp32"]) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.tensor = "images"
+        self.dtype = dtype  # of the weights of layers
 
     def weight(self, name: str, value: Tensor | np.ndarray) -> str:
+        """A layer's weights, in the graph's precision; refuses those that it cannot hold."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
-        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        largest = float(np.abs(array).max(initial=0))
+        if not largest <= np.finfo(self.dtype).max:
+            raise Refusal(f"{name} holds {largest:.3g}, beyond {self.dtype}; export with --precision fp32")
+        return self.constant(name, array.astype(self.dtype))
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        """Numbers of exactly this type."""
+        self.initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
@@ -38,14 +50,25 @@ class Graph:
         return name
 
 
-def to_onnx(net: nn.Sequential, spec: Spec, provenance: Mapping[str, Any]) -> onnx.ModelProto:
+def to_onnx(
+    net: nn.Sequential, spec: Spec, provenance: Mapping[str, Any], *, precision: str = "fp32"
+) -> onnx.ModelProto:
     """images uint8 [N, H, W, C] → logits float32 [N, K], checked, with spec and provenance as metadata.
 
-    `net` is a plain net (fold/plain.py); a layer that is none of its kinds raises TypeError.
+    `net` is a plain net (fold/plain.py) in any lowering (fold/lower.py); a layer that is none of their
+    kinds raises TypeError. `precision` is fp32 or fp16: of everything between normalisation and logits.
     """
-    graph, image = Graph(), spec.image
+    graph = Graph(FLOATS[precision])
     for name, layer in named_layers(deepcopy(net).float()):
         write_layer(graph, name, layer)
+    return finish(graph, spec, provenance)
+
+
+def finish(graph: Graph, spec: Spec, provenance: Mapping[str, Any]) -> onnx.ModelProto:
+    """The model of a graph whose last node gives the logits."""
+    image = spec.image
+    if graph.dtype != np.float32:
+        graph.node("Cast", "logits", to=TensorProto.FLOAT)
     graph.nodes[-1].output[0] = "logits"
     shape = ["N", image.height, image.width, image.channels]
     model = helper.make_model(
@@ -72,31 +95,35 @@ def write_layer(graph: Graph, name: str, layer: nn.Module) -> None:
             # TensorRT lets only Cast read uint8, so the transposition comes after it.
             graph.node("Cast", f"{name}.cast", to=TensorProto.FLOAT)
             graph.node("Transpose", f"{name}.transpose", perm=[0, 3, 1, 2])
-            graph.node("Sub", f"{name}.sub", graph.tensor, graph.weight(f"{name}.offset", layer.offset))
-            graph.node("Mul", name, graph.tensor, graph.weight(f"{name}.scale", layer.scale))
+            # In float32 whatever the precision: the rounding of a pixel would be the largest of all.
+            offset, scale = (part.numpy() for part in (layer.offset, layer.scale))
+            graph.node("Sub", f"{name}.sub", graph.tensor, graph.constant(f"{name}.offset", offset))
+            graph.node("Mul", name, graph.tensor, graph.constant(f"{name}.scale", scale))
+            if graph.dtype != np.float32:
+                graph.node("Cast", f"{name}.rounded", to=helper.np_dtype_to_tensor_dtype(graph.dtype))
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            weights = (graph.weight(f"{name}.weight", layer.weight), graph.weight(f"{name}.bias", layer.bias))
-            graph.node(
-                "Conv",
-                name,
-                graph.tensor,
-                *weights,
-                kernel_shape=layer.kernel_size,
-                strides=layer.stride,
-                pads=[*layer.padding, *layer.padding],
-                dilations=layer.dilation,
-                group=layer.groups,
-            )
+            parts = {"weight": layer.weight, "bias": layer.bias}
+            weights = [graph.weight(f"{name}.{key}", value) for key, value in parts.items() if value is not None]
+            graph.node("Conv", name, graph.tensor, *weights, **window(layer))
         case NCReLU():
-            x, zero = graph.tensor, graph.weight(f"{name}.zero", np.zeros((), np.float32))
+            x, zero = graph.tensor, graph.weight(f"{name}.zero", np.zeros(()))
             positive = graph.node("Relu", f"{name}.positive", x)
             negative = graph.node("Min", f"{name}.negative", x, zero)
             graph.node("Concat", name, positive, negative, axis=1)
+        case SharedReLU():
+            x = graph.tensor
+            graph.node("Concat", name, graph.node("Relu", f"{name}.positive", x), x, axis=1)
+        case Mirror():
+            x = graph.tensor
+            graph.node("Concat", name, x, graph.node("Neg", f"{name}.negative", x), axis=1)
+        case Negate():
+            graph.node("Neg", name)
+        case Repeat():
+            graph.node("Concat", name, graph.tensor, graph.tensor, axis=1)
         case nn.ReLU():
             graph.node("Relu", name)
         case nn.MaxPool2d():
-            size, stride, pad = layer.kernel_size, layer.stride, layer.padding
-            graph.node("MaxPool", name, kernel_shape=[size] * 2, strides=[stride] * 2, pads=[pad] * 4)
+            graph.node("MaxPool", name, **window(layer))
         case Residual():
             x, ends = graph.tensor, []
             for branch in ("body", "shortcut"):
@@ -114,3 +141,17 @@ def write_layer(graph: Graph, name: str, layer: nn.Module) -> None:
             graph.node("Gemm", name, graph.tensor, *weights, transB=1)
         case _:
             raise TypeError(f"{name}: {type(layer).__name__} has no ONNX form here")
+
+
+def window(layer: nn.Module) -> dict[str, Any]:
+    """ONNX's attributes of a convolution's or a max-pool's window."""
+    if isinstance(layer, nn.MaxPool2d):
+        size, stride, pad = layer.kernel_size, layer.stride, layer.padding
+        return {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [pad] * 4}
+    return {
+        "kernel_shape": layer.kernel_size,
+        "strides": layer.stride,
+        "pads": [*layer.padding, *layer.padding],
+        "dilations": layer.dilation,
+        "group": layer.groups,
+    }

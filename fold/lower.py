@@ -1,0 +1,226 @@
+"""One plain net, several graphs: exact ways to write an NCReLU and the convolution after it.
+
+With W' = [W1 W2] split along its inputs (eq. 10) a layer computes W1 ⊙ max(x, 0) + W2 ⊙ min(x, 0). As
+min(x, 0) = x − max(x, 0), the same is (W1 − W2) ⊙ ρ(x) + W2 ⊙ x. The forms are equal in exact
+arithmetic; they differ in what a runtime can fuse, and in what eight bits can hold.
+"""
+
+from collections.abc import Iterable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from fold.passes import split_ncrelu
+from fold.plain import named_layers
+from train.layers import NCReLU, Residual, dirac_delta
+from train.refusal import Refusal
+
+LOWERINGS = ("concat", "shared", "shared-split", "split", "mirror", "skip")
+# Rescaling by δ's taps keeps a channel whose tap is this much below the median where it is: its
+# activations would outgrow all others and take the range of eight bits for themselves.
+SMALLEST_TAP = 1 / 8
+
+
+class SharedReLU(nn.Module):
+    """x [N, C, ...] → [ρ(x); x], [N, 2C, ...]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.relu(), x], dim=1)
+
+
+class Mirror(nn.Module):
+    """x [N, C, ...] → [x; −x], [N, 2C, ...]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, -x], dim=1)
+
+
+class Negate(nn.Module):
+    """x → −x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -x
+
+
+class Repeat(nn.Module):
+    """x [N, C, ...] → [x; x], [N, 2C, ...]: δ of eq. 8 for twice as many outputs as inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x], dim=1)
+
+
+def lower(net: nn.Sequential, lowering: str) -> nn.Sequential:
+    """`net`, a plain net (fold/plain.py), written as `lowering`: other layers, the same logits.
+
+    concat: as it is. shared: one convolution of [ρ(x); x]. shared-split: two convolutions, of ρ(x) and
+    of x, and their sum. split: two, of ρ(x) and of ρ(−x). mirror: the convolution before emits
+    [z; −z], and a ReLU is all that remains. skip: δ leaves the filters again and becomes an identity
+    beside them, for eight-bit weights; see `_skip`.
+    A layer keeps its name and, but for mirror (z first) and skip (up to a positive factor per channel),
+    its output. `net` stays as it was. Refuses other lowerings.
+    """
+    layers = list(named_layers(deepcopy(net)))
+    match lowering:
+        case "concat":
+            return _nest(layers)
+        case "shared" | "shared-split" | "split":
+            return _nest(_rewrite_pairs(layers, lowering))
+        case "mirror":
+            return _nest(_mirror(layers))
+        case "skip":
+            return _nest(_skip(layers))
+    raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
+
+
+def has_ncrelu(net: nn.Sequential) -> bool:
+    """Whether the lowerings of `net` differ: one of ReLU alone has a single form beside skip."""
+    return any(isinstance(layer, NCReLU) for _, layer in named_layers(net))
+
+
+def _rewrite_pairs(layers: list[tuple[str, nn.Module]], lowering: str) -> Iterable[tuple[str, nn.Module]]:
+    """Every NCReLU with the convolution after it in another form; the rest as it is."""
+    layers = iter(layers)
+    for name, layer in layers:
+        if not isinstance(layer, NCReLU):
+            yield name, layer
+            continue
+        conv_name, conv = next(layers)
+        w1, w2 = split_ncrelu(conv.weight)
+        match lowering:
+            case "shared":
+                yield name, SharedReLU()
+                yield conv_name, _like(conv, torch.cat([w1 - w2, w2], dim=1), conv.bias)
+            case "shared-split":
+                body = _sequence(relu=nn.ReLU(), conv=_like(conv, w1 - w2, conv.bias))
+                yield conv_name, Residual(body, _sequence(conv=_like(conv, w2)))
+            case "split":
+                body = _sequence(relu=nn.ReLU(), conv=_like(conv, w1, conv.bias))
+                yield conv_name, Residual(body, _sequence(negate=Negate(), relu=nn.ReLU(), conv=_like(conv, -w2)))
+
+
+def _mirror(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Convolutions and ReLUs alone. A max-pool hides −z from what follows: there [x; −x] is made after it."""
+    lowered: list[tuple[str, nn.Module]] = []
+    after_ncrelu = False
+    for name, layer in layers:
+        if isinstance(layer, NCReLU):
+            before, last = lowered[-1]
+            if isinstance(last, nn.Conv2d):
+                both = (torch.cat([part, -part]) for part in (last.weight, last.bias))
+                lowered[-1] = (before, _like(last, *both))
+            else:
+                lowered.append((f"{name}.mirror", Mirror()))
+            lowered.append((name if isinstance(last, nn.Conv2d) else f"{name}.relu", nn.ReLU()))
+        elif after_ncrelu:
+            w1, w2 = split_ncrelu(layer.weight)
+            lowered.append((name, _like(layer, torch.cat([w1, -w2], dim=1), layer.bias)))
+        else:
+            lowered.append((name, layer))
+        after_ncrelu = isinstance(layer, NCReLU)
+    return lowered
+
+
+def _skip(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """δ outside the filters: y = W̃ ⊙ u + δ ⊙ u, the residual net that a Dirac net implies (eq. 12).
+
+    Activations and max-pools commute with positive factors, so every channel may be measured in units
+    t of its own: x = t x̃. In them a filter is W t / t', and with t' the filter's taps under δ, δ itself
+    remains (no factor at all) beside W̃ = W t / t' − δ, which has lost its largest weights. δ ⊙ NCReLU(x)
+    of eq. 7 is x. Where W̃ holds larger weights than δ's ones, as in a net without Dirac
+    parameterization, the filter stays whole and the units start again at 1.
+    """
+    lowered: list[tuple[str, nn.Module]] = []
+    units: Tensor | None = None  # of the channels that the next layer reads; None: all 1
+    for name, layer in layers:
+        match layer:
+            case NCReLU():
+                units = None if units is None else units.repeat(2)
+                lowered.append((name, layer))
+            case nn.Conv2d():
+                weight = layer.weight if units is None else layer.weight * units.view(-1, 1, 1)
+                rescaled = _without_delta(layer, weight)
+                if rescaled is None:
+                    lowered.append((name, _like(layer, weight, layer.bias)))
+                    units = None
+                    continue
+                weight, units = rescaled
+                lowered += _beside_delta(lowered, name, _like(layer, weight, layer.bias / units))
+            case nn.Linear():
+                lowered.append((name, layer))
+                if units is not None:
+                    layer.weight = nn.Parameter(layer.weight * units, requires_grad=False)
+                units = None
+            case nn.ReLU() | nn.MaxPool2d() | nn.AdaptiveAvgPool2d() | nn.Flatten():
+                lowered.append((name, layer))
+            case _:
+                if units is not None:
+                    raise TypeError(f"{name}: {type(layer).__name__} does not commute with positive factors")
+                lowered.append((name, layer))
+    return lowered
+
+
+def _without_delta(conv: nn.Conv2d, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(W̃, units of the outputs) of a convolution whose filters are `weight`; None where δ does not pay."""
+    num_out, num_in = weight.shape[:2]
+    centred = all(2 * pad + 1 == size for pad, size in zip(conv.padding, conv.kernel_size, strict=True))
+    if not centred or conv.stride != (1, 1) or conv.groups != 1 or num_in not in (num_out / 2, num_out, 2 * num_out):
+        return None
+    delta = dirac_delta(weight.shape).to(weight)
+    taps = (weight * delta).sum(dim=(1, 2, 3)) / delta.sum(dim=(1, 2, 3))
+    if taps.median() <= 0:
+        return None
+    units = taps.clamp_min(SMALLEST_TAP * taps.median())
+    rest = weight / units.view(-1, 1, 1, 1) - delta
+    pays = rest.abs().amax(dim=(1, 2, 3)).median() < 1
+    return (rest, units) if pays else None
+
+
+def _beside_delta(lowered: list[tuple[str, nn.Module]], name: str, conv: nn.Conv2d) -> list[tuple[str, nn.Module]]:
+    """The convolution and, beside it, δ; takes the NCReLU before both off `lowered` where δ ⊙ NCReLU(x) is x."""
+    num_out, num_in = conv.weight.shape[:2]
+    if num_in == 2 * num_out:
+        _, ncrelu = lowered.pop()
+        return [(name, Residual(_sequence(ncrelu=ncrelu, conv=conv), nn.Sequential()))]
+    shortcut = nn.Sequential() if num_in == num_out else _sequence(repeat=Repeat())
+    return [(name, Residual(_sequence(conv=conv), shortcut))]
+
+
+def _like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
+    """A convolution that strides and pads like `conv`."""
+    plain = nn.Conv2d(
+        weight.shape[1] * conv.groups,
+        weight.shape[0],
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        bias=bias is not None,
+        device="meta",
+    )
+    plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
+
+
+def _sequence(**layers: nn.Module) -> nn.Sequential:
+    sequence = nn.Sequential()
+    for name, layer in layers.items():
+        sequence.add_module(name, layer)
+    return sequence
+
+
+def _nest(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
+    """The inverse of `named_layers`."""
+    net = nn.Sequential()
+    for name, layer in layers:
+        *path, leaf = name.split(".")
+        place = net
+        for part in path:
+            if part not in dict(place.named_children()):
+                place.add_module(part, nn.Sequential())
+            place = place.get_submodule(part)
+        place.add_module(leaf, layer)
+    return net.eval()
