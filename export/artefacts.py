@@ -150,7 +150,16 @@ def _onnx_layers(path: Path, spec: Spec, images: np.ndarray, provider: str) -> d
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensors[name]))
     session = ort.InferenceSession(model.SerializeToString(), providers=[provider])
     values = session.run([tensors[name] for name in names], {model.graph.input[0].name: images})
-    return dict(zip(names, values, strict=True))
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return {name: _dequantize(name, value, constants) for name, value in zip(names, values, strict=True)}
+
+
+def _dequantize(name: str, value: np.ndarray, constants: dict[str, np.ndarray]) -> np.ndarray:
+    """A layer's output as floats [N, C, ...]; in an integer graph it is uint8 with channels last."""
+    if value.dtype != np.uint8:
+        return value.astype(np.float32)
+    scale, zero = constants[f"{name}.scale"], constants[f"{name}.zero"]
+    return np.moveaxis(scale * (value.astype(np.float32) - zero), -1, 1)
 
 
 def _open_engine(path: Path) -> Form:

@@ -83,13 +83,13 @@ def draw_layers(comparisons: Sequence[LayerComparison]) -> bytes:
         # An error of zero has no place on a logarithmic scale; it is drawn as one rounding of float64.
         errors = [max(layer.error, 2**-53) for layer in comparison.layers]
         names = [layer.name for layer in comparison.layers]
-        label = f"{comparison.candidate} against {comparison.reference}"
+        label = " against ".join(name.rpartition("/")[2] for name in (comparison.candidate, comparison.reference))
         axes.plot(names, errors, marker="o", markersize=3, color=f"C{index}", label=label)
     for limit in sorted({layer.limit for comparison in comparisons for layer in comparison.layers}):
         axes.axhline(limit, linestyle="--", color="grey", label=f"tolerance {limit:g}")
     axes.set(yscale="log", ylabel="error as a share of the layer's outputs")
     axes.tick_params(axis="x", labelrotation=90, labelsize=7)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7).set_in_layout(False)  # long names shall not squeeze the axes
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
