@@ -34,7 +34,7 @@ class Graph:
         """A layer's weights, in the graph's precision; refuses those that it cannot hold."""
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         largest = float(np.abs(array).max(initial=0))
-        if not largest <= np.finfo(self.dtype).max:
+        if not largest <= float(np.finfo(self.dtype).max):
             raise Refusal(f"{name} holds {largest:.3g}, beyond {self.dtype}; export with --precision fp32")
         return self.constant(name, array.astype(self.dtype))
 
@@ -71,6 +71,7 @@ def finish(graph: Graph, spec: Spec, provenance: Mapping[str, Any]) -> onnx.Mode
         graph.node("Cast", "logits", to=TensorProto.FLOAT)
     graph.nodes[-1].output[0] = "logits"
     shape = ["N", image.height, image.width, image.channels]
+    domains = sorted({node.domain for node in graph.nodes} - {""})
     model = helper.make_model(
         helper.make_graph(
             graph.nodes,
@@ -79,13 +80,19 @@ def finish(graph: Graph, spec: Spec, provenance: Mapping[str, Any]) -> onnx.Mode
             [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(spec.labels)])],
             graph.initializers,
         ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
+        opset_imports=[helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)],
         ir_version=IR_VERSION,
         producer_name="diracnet-road",
     )
     helper.set_model_props(model, {"spec": spec.to_json(), "provenance": json.dumps(provenance)})
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def set_provenance(model: onnx.ModelProto, provenance: Mapping[str, Any]) -> None:
+    """Put `provenance` into the metadata in place of what is there."""
+    entry = next(entry for entry in model.metadata_props if entry.key == "provenance")
+    entry.value = json.dumps(provenance)
 
 
 def write_layer(graph: Graph, name: str, layer: nn.Module) -> None:

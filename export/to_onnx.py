@@ -3,46 +3,235 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.cli import run_command
+from train.refusal import Refusal
+
+if TYPE_CHECKING:
+    import onnx
+    from rich.console import Console
+
+    from export.quantize import Candidate, Drop
+    from fold.plain import Plain
 
 EXAMPLES = (
     "python export/to_onnx.py plain.safetensors             # writes plain.onnx beside it",
-    "python export/to_onnx.py plain.safetensors --out net.onnx --json",
+    "python export/to_onnx.py plain.safetensors --lowering auto --batch-sizes 1 8 32",
+    "python export/to_onnx.py plain.safetensors --precision int8 --out plain-int8.onnx",
+    "python export/to_onnx.py plain.safetensors --precision int8 --target tensorrt --out for-trt.onnx",
 )
+EIGHT_BITS = ("int8", "fp8")
+DEFAULT_LOWERING = "shared"  # of the forms with one convolution per layer the fastest on CPUs
+
+Made = tuple["onnx.ModelProto", dict[str, Any], bool]  # a graph, what it says of itself, whether it loses too much
 
 
 @dataclass(frozen=True)
 class ToOnnxConfig:
     plain: Annotated[Path, "a plain net of fold/run.py"]
     out: Annotated[Path | None, "file to write (default: the same name with .onnx)"] = None
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8", "fp8"], "of the convolutions; int8 and fp8 are calibrated on training images"
+    ] = "fp32"
+    lowering: Annotated[
+        Literal["auto", "concat", "shared", "shared-split", "split", "mirror", "skip"] | None,
+        "how NCReLU and convolution are written; auto: the fastest in ONNX Runtime on this machine "
+        "(default: shared; in eight bits the one of skip and concat that loses least)",
+    ] = None
+    batch_sizes: Annotated[tuple[int, ...], "with --lowering auto: the batches to be fast at"] = (1, 8, 32)
+    target: Annotated[Literal["onnxruntime", "tensorrt"], "with int8: who runs it; fp8 is for tensorrt"] = "onnxruntime"
+    dataset: Annotated[str | None, "eight bits: calibrate and test on this (default: what the net learnt)"] = None
+    data_dir: Annotated[Path | None, "where the data set lies"] = None
+    calibration_images: Annotated[int, "training images whose activations set the ranges"] = 512
+    allow_drop: Annotated[bool, "exit 0 even where eight bits lose more than 0.3 points of test accuracy"] = False
     json: Annotated[bool, "print the result as JSON on stdout"] = False
+
+    def __post_init__(self) -> None:
+        if self.calibration_images < 1 or min(self.batch_sizes, default=0) < 1:
+            raise Refusal("--calibration-images and --batch-sizes must be at least 1")
+        if self.precision == "fp8" and self.target != "tensorrt":
+            raise Refusal("--precision fp8 is for TensorRT: add --target tensorrt")
+        if self.precision in EIGHT_BITS and self.lowering == "auto":
+            raise Refusal("--lowering auto compares speed; leave it out to have eight bits chosen by what they lose")
+        if self.precision not in EIGHT_BITS and (self.target, self.dataset) != ("onnxruntime", None):
+            raise Refusal(f"--target and --dataset go with int8 and fp8, not with {self.precision}")
 
 
 def command(config: ToOnnxConfig) -> int:
     """Write a plain net as ONNX: uint8 images in, logits out, its spec in the metadata."""
     import json
 
-    from export.graph import OPSET, to_onnx
+    from export.graph import OPSET, set_provenance
     from fold.plain import load_plain
     from train.files import sha256, write_whole
+    from train.progress import make_console
 
+    console = make_console(json=config.json)
     plain = load_plain(config.plain)
-    provenance = {
-        **plain.provenance,
-        "export": {"plain_sha256": plain.sha256, "precision": "fp32", "opset": OPSET},
-    }
-    content = to_onnx(plain.net, plain.spec, provenance).SerializeToString()
+    model, record, lost = (_eight_bits if config.precision in EIGHT_BITS else _floats)(plain, config, console)
+    record = {"plain_sha256": plain.sha256, "precision": config.precision, "opset": OPSET, **record}
+    set_provenance(model, {**plain.provenance, "export": record})
+    content = model.SerializeToString()
     out = write_whole(config.out or config.plain.with_suffix(".onnx"), content)
+    what = f"{plain.spec.name}, {config.precision}, {record['lowering']}, opset {OPSET}"
+    console.print(f"wrote {out}: {what}, {len(content) / 1e6:.2f} MB")
     if config.json:
-        print(json.dumps({"out": str(out), "sha256": sha256(content), "bytes": len(content)}))
-    else:
-        print(f"wrote {out}: {plain.spec.name}, fp32, opset {OPSET}, {len(content) / 1e6:.2f} MB")
-    return 0
+        print(json.dumps({"out": str(out), "sha256": sha256(content), "bytes": len(content), **record}))
+    return int(lost and not config.allow_drop)
+
+
+def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
+    from export.graph import to_onnx
+    from fold.lower import lower
+
+    record: dict[str, Any] = {"lowering": config.lowering or DEFAULT_LOWERING}
+    if config.lowering == "auto":
+        record = _fastest(plain, config, console)
+    model = to_onnx(lower(plain.net, record["lowering"]), plain.spec, {}, precision=config.precision)
+    return model, record, False
+
+
+def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
+    """Time every lowering here; the record says what was chosen, and all that was measured."""
+    import os
+    from dataclasses import asdict
+
+    import onnxruntime as ort
+    from rich.table import Table
+
+    from export.graph import to_onnx
+    from export.timing import ROUNDS, fastest, time_models
+    from fold.lower import LOWERINGS, has_ncrelu, lower
+    from train.progress import progress
+
+    candidates = LOWERINGS if has_ncrelu(plain.net) else ("concat", "skip")
+    models = {
+        lowering: to_onnx(lower(plain.net, lowering), plain.spec, {}, precision=config.precision).SerializeToString()
+        for lowering in candidates
+    }
+    with progress(console, "timing lowerings", ROUNDS * len(config.batch_sizes)) as advance:
+        rows = time_models(models, plain.spec.image, config.batch_sizes, advance=advance)
+    table = Table("lowering", *(f"batch {size}, ms" for size in config.batch_sizes))
+    for lowering in candidates:
+        of_it = [row for row in rows if row.name == lowering]
+        table.add_row(lowering, *(f"{row.median_ms:.2f} ({row.min_ms:.2f} to {row.max_ms:.2f})" for row in of_it))
+    console.print(table)
+    return {
+        "lowering": fastest(rows),
+        "timings": [asdict(row) for row in rows],
+        "timed_on": f"ONNX Runtime {ort.__version__}, CPU, {len(os.sched_getaffinity(0))} cores",
+    }
+
+
+def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
+    """The candidate that loses least on training images; the record says what it costs on the test images."""
+    from dataclasses import asdict
+
+    from export.graph import to_onnx
+    from export.quantize import ALLOWED_DROP, TRIED, num_images_run, quantize
+    from train.progress import progress
+
+    observed, chosen_by, test = _images(plain, config)
+    lowerings = TRIED if config.lowering is None else (config.lowering,)
+    with progress(console, "calibrating", num_images_run(lowerings, len(observed), len(chosen_by))) as advance:
+        quantized = quantize(
+            plain.net,
+            plain.spec,
+            precision=config.precision,
+            target=config.target,
+            lowerings=lowerings,
+            observed=observed,
+            chosen_by=chosen_by,
+            advance=advance,
+        )
+    drop = _test(to_onnx(plain.net, plain.spec, {}), quantized.model, test, console)
+    _print(console, quantized.candidates, drop)
+    lost = bool(drop)
+    if lost:
+        print(
+            f"more than {100 * ALLOWED_DROP:.1f} points of test accuracy are lost"
+            + ("" if config.allow_drop else ": exit status 1; --allow-drop accepts it"),
+            file=sys.stderr,
+        )
+    record = {
+        "lowering": quantized.candidates[0].lowering,
+        "target": config.target,
+        "calibration": {
+            "images": len(observed),
+            "chosen_by": len(chosen_by),
+            "candidates": [asdict(candidate) for candidate in quantized.candidates],
+        },
+        "test": asdict(drop),
+    }
+    return quantized.model, record, lost
+
+
+def _images(plain: "Plain", config: ToOnnxConfig) -> tuple[Any, Any, Any]:
+    """Training images to observe, training images to choose by, and the test split."""
+    import numpy as np
+
+    from train import data
+
+    name = config.dataset or plain.provenance.get("training", {}).get("dataset")
+    if name is None:
+        raise Refusal(
+            f"{config.plain} does not say what it was trained on: name images to calibrate on, "
+            "--dataset folder --data-dir FOLDER"
+        )
+    image = plain.spec.image
+    dataset = data.load(name, data_dir=config.data_dir, image_size=image.height)
+    found, needed = dataset.info.image, (image.height, image.width, image.channels)
+    if (found.height, found.width, found.channels) != needed or len(dataset.info.labels) != len(plain.spec.labels):
+        raise Refusal(
+            f"{name} has {found.height}x{found.width}x{found.channels} images of {len(dataset.info.labels)} classes; "
+            f"{plain.spec.name} takes {'x'.join(map(str, needed))} of {len(plain.spec.labels)}: calibrate on such"
+        )
+    num = config.calibration_images
+    if len(dataset.train) < 2 * num:
+        raise Refusal(
+            f"--calibration-images {num} takes {2 * num} training images or more, {name} has {len(dataset.train)}"
+        )
+    order = np.random.default_rng(0).permutation(len(dataset.train))
+    observed, chosen_by = (dataset.train.take(part) for part in (order[:num], order[num : 3 * num]))
+    return observed.first(len(observed)), chosen_by.first(len(chosen_by)), dataset.test
+
+
+def _test(reference: "onnx.ModelProto", model: "onnx.ModelProto", test: Any, console: "Console") -> "Drop":
+    """Both graphs on the whole test split, read a piece at a time."""
+    import numpy as np
+
+    from export.compare import BATCH_SIZE
+    from export.quantize import answerer, measure_drop
+    from train.progress import progress
+
+    answers, logits = (answerer(reference), answerer(model)), ([], [])
+    with progress(console, "testing", len(test)) as advance:
+        for indices in np.array_split(np.arange(len(test)), -(-len(test) // BATCH_SIZE)):
+            images = test.take(indices).first(len(indices))
+            for answer, of_it in zip(answers, logits, strict=True):
+                of_it.append(answer(images))
+            advance(len(indices))
+    before, after = map(np.concatenate, logits)
+    return measure_drop(before, after, np.asarray(test.targets))
+
+
+def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:
+    from rich.table import Table
+
+    table = Table("lowering", "ranges", "logit error", "top-1 agreement")
+    for row in candidates:
+        table.add_row(
+            row.lowering, row.method, f"{100 * row.relative_error:.2f} %", f"{100 * row.top1_agreement:.2f} %"
+        )
+    console.print(table)
+    console.print(
+        f"test accuracy {100 * drop.accuracy:.2f} %, float32 {100 * drop.float32_accuracy:.2f} %, "
+        f"same class on {100 * drop.top1_agreement:.2f} % of {drop.num_images:,} images"
+    )
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from train.layers import NCReLU, Residual, dirac_delta
 from train.refusal import Refusal
 
 LOWERINGS = ("concat", "shared", "shared-split", "split", "mirror", "skip")
-# Rescaling by δ's taps keeps a channel whose tap is this much below the median where it is: its
-# activations would outgrow all others and take the range of eight bits for themselves.
-SMALLEST_TAP = 1 / 8
+# A channel whose tap is below this share of the median, or negative, is rescaled by the median: by its own
+# tap its activations would outgrow all others, layer by layer, and take the range of eight bits for themselves.
+SMALLEST_TAP = 1 / 4
 
 
 class SharedReLU(nn.Module):
@@ -168,9 +168,10 @@ def _without_delta(conv: nn.Conv2d, weight: Tensor) -> tuple[Tensor, Tensor] | N
         return None
     delta = dirac_delta(weight.shape).to(weight)
     taps = (weight * delta).sum(dim=(1, 2, 3)) / delta.sum(dim=(1, 2, 3))
-    if taps.median() <= 0:
+    median = taps.median()
+    if median <= 0:
         return None
-    units = taps.clamp_min(SMALLEST_TAP * taps.median())
+    units = torch.where(taps < SMALLEST_TAP * median, median, taps)
     rest = weight / units.view(-1, 1, 1, 1) - delta
     pays = rest.abs().amax(dim=(1, 2, 3)).median() < 1
     return (rest, units) if pays else None

@@ -1,0 +1,125 @@
+"""What values the tensors of a float graph take on real images, and the range that eight bits should cover."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+METHODS = ("min-max", "percentile", "entropy")
+NUM_BINS = 2048
+LEVELS = 255
+# The share of all values that percentile covers; the rest is clipped, half of it at either end.
+COVERED = 0.9999
+# The shares of the whole range among which entropy looks for the best.
+CANDIDATES = np.linspace(0.25, 1.0, 61)
+
+Range = tuple[float, float]  # the lowest and the highest value that is not clipped; 0 is always between them
+Ranges = Mapping[str, Range]  # by the name of a tensor in the float graph
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often a tensor's values fall into `NUM_BINS` bins of equal width between `low` and `high`."""
+
+    low: float
+    high: float
+    counts: np.ndarray
+
+
+def observe(
+    model: onnx.ModelProto, images: np.ndarray, *, batch_size: int = 32, advance: Callable[[int], None] = lambda n: None
+) -> dict[str, Histogram]:
+    """A histogram of every float tensor that a node of `model` gives, by name, on images uint8 [N, H, W, C].
+
+    Two passes over the images: the first finds the ends of the bins. `advance` is called with the
+    number of images after each batch, 2 N in all.
+    """
+    ends: dict[str, Range] = {}
+    for tensors in _run_all(model, images, batch_size, advance):
+        for name, values in tensors.items():
+            low, high = ends.get(name, (0.0, 0.0))
+            ends[name] = (min(low, float(values.min())), max(high, float(values.max())))
+    counts = {name: np.zeros(NUM_BINS, np.int64) for name in ends}
+    for tensors in _run_all(model, images, batch_size, advance):
+        for name, values in tensors.items():
+            counts[name] += np.histogram(values, NUM_BINS, _bins_of(ends[name]))[0]
+    return {name: Histogram(*_bins_of(ends[name]), counts[name]) for name in ends}
+
+
+def covered(histogram: Histogram, method: str) -> Range:
+    """The range that `method`, one of METHODS, covers.
+
+    min-max: everything seen. percentile: all but one value in 10,000. entropy: the range whose
+    quantised distribution loses least information, measured by the Kullback-Leibler divergence.
+    """
+    low, high = histogram.low, histogram.high
+    match method:
+        case "min-max":
+            return low, high
+        case "percentile":
+            cumulative = np.cumsum(histogram.counts) / histogram.counts.sum()
+            edges = np.linspace(low, high, NUM_BINS + 1)
+            first = int(np.searchsorted(cumulative, (1 - COVERED) / 2, side="right"))
+            last = int(np.searchsorted(cumulative, (1 + COVERED) / 2))
+            return min(0.0, float(edges[first])), max(0.0, float(edges[last + 1]))
+        case "entropy":
+            share = min(CANDIDATES[::-1], key=lambda share: _information_lost(histogram, share))
+            return share * low, share * high
+    raise ValueError(f"{method} is none of {METHODS}")
+
+
+def _bins_of(ends: Range) -> Range:
+    low, high = ends
+    return (low, high) if high > low else (low, low + 1.0)  # a tensor of zeros
+
+
+def _run_all(
+    model: onnx.ModelProto, images: np.ndarray, batch_size: int, advance: Callable[[int], None]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every node's output, a batch at a time."""
+    names = [name for node in model.graph.node for name in node.output if name != "logits"]
+    observed = onnx.ModelProto()
+    observed.CopyFrom(model)
+    observed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(observed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        yield dict(zip(names, session.run(names, {"images": batch}), strict=True))
+        advance(len(batch))
+
+
+def _information_lost(histogram: Histogram, share: float) -> float:
+    """KL(P || Q): P is the distribution clipped to `share` of the range, Q the same in LEVELS steps.
+
+    The bin at 0, where a ReLU piles up what eight bits hold exactly, counts for nothing: its peak would
+    ask for narrow levels whatever they clip.
+    """
+    counts = histogram.counts.copy()
+    centres = histogram.low + (np.arange(NUM_BINS) + 0.5) * (histogram.high - histogram.low) / NUM_BINS
+    counts[np.abs(centres).argmin()] = 0
+    if not counts.any():
+        return 0.0
+    inside = np.flatnonzero((centres >= share * histogram.low) & (centres <= share * histogram.high))
+    first, last = inside[0], inside[-1]
+    p = counts[first : last + 1].astype(np.float64)
+    kept = p > 0
+    level = np.arange(len(p)) * LEVELS // len(p)
+    # A level spreads its count evenly over those of its bins that hold anything.
+    q = np.bincount(level, p, LEVELS)[level] / np.maximum(np.bincount(level, kept, LEVELS)[level], 1)
+    p[0] += counts[:first].sum()
+    p[-1] += counts[last + 1 :].sum()
+    kept = (p > 0) & (q > 0)
+    total_p, total_q = p.sum(), q[kept].sum()
+    lost = p[(p > 0) & ~kept].sum() / total_p  # what is clipped into a bin that is empty
+    p, q = p[kept] / total_p, q[kept] / total_q
+    return float((p * np.log(p / q)).sum() + lost * np.log(NUM_BINS))
+
+
+def ranges(histograms: Mapping[str, Histogram], method: str, names: Iterable[str] | None = None) -> dict[str, Range]:
+    """`covered` for many tensors."""
+    return {name: covered(histograms[name], method) for name in (histograms if names is None else names)}

@@ -1,0 +1,168 @@
+"""Eight-bit graphs against an independent simulation of their arithmetic, and against float32."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch.nn import functional
+
+from export.calibrate import observe, ranges
+from export.graph import to_onnx
+from export.integer import quantize_filters, to_integer_onnx
+from export.qdq import to_qdq_onnx
+from export.quantize import answerer, measure_drop, quantize, relative_error, top1_agreement
+from fold.lower import lower
+from fold.plain import fold_net
+from train.refusal import Refusal
+
+INT8_LOWERINGS = ("concat", "shared", "shared-split", "skip")
+
+
+@pytest.fixture
+def calibrated(make_net, make_spec, images):
+    """(plain net, spec, lowered net, float graph, ranges, pixels) of a row in a lowering."""
+
+    def make(lowering, **fields):
+        spec, pixels = make_spec(**fields), images(24, fields.get("size", 8))
+        plain = fold_net(make_net(**fields)).float()
+        lowered = lower(plain, lowering)
+        floats = to_onnx(lowered, spec, {})
+        return plain, spec, lowered, floats, ranges(observe(floats, pixels), "min-max"), pixels
+
+    return make
+
+
+def answers(model, pixels):
+    return answerer(model)(pixels)
+
+
+# Random nets are harder than trained ones: a tenth is what min-max ranges leave of the deepest here.
+@pytest.mark.parametrize("lowering", INT8_LOWERINGS)
+def test_integers_answer_nearly_as_float32(calibrated, row, lowering):
+    plain, spec, lowered, _, reach, pixels = calibrated(lowering, **row)
+    expected = answers(to_onnx(plain, spec, {}), pixels)
+    assert relative_error(expected, answers(to_integer_onnx(lowered, spec, {}, reach), pixels)) < 0.25
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("lowering", [*INT8_LOWERINGS, "split", "mirror"])
+def test_qdq_answers_nearly_as_float32(calibrated, lowering, precision):
+    plain, spec, _, floats, reach, pixels = calibrated(lowering)
+    model = to_qdq_onnx(floats, reach, precision=precision)
+    assert relative_error(answers(to_onnx(plain, spec, {}), pixels), answers(model, pixels)) < 0.15
+
+
+def test_integer_arithmetic_is_what_it_says(calibrated):
+    """A second writing of the graph in torch: floats that hold the same integers."""
+    _, spec, lowered, _, reach, pixels = calibrated("concat", depth=10)
+
+    def eight_bits(x, name):
+        low, high = min(reach[name][0], 0), max(reach[name][1], 0)
+        scale = np.float32((high - low) / 255)
+        zero = np.rint(-low / scale)
+        return ((x / scale + zero).round().clamp(0, 255) - zero) * scale
+
+    with torch.no_grad():
+        x = lowered.stem(lowered.normalize(torch.from_numpy(pixels)))
+        x = eight_bits(x, "stem.relu")
+        for name, layer in list(lowered.named_children())[2:]:
+            if not name.startswith("group"):
+                x = layer(x)
+                continue
+            for block, parts in layer.named_children():
+                x = parts.ncrelu(x) if hasattr(parts, "ncrelu") else x
+                weight, scales = quantize_filters(parts.conv.weight.numpy())
+                filters = torch.from_numpy(weight * scales.reshape(-1, 1, 1, 1))
+                x = functional.conv2d(x, filters, parts.conv.bias, padding=1)
+                x = eight_bits(x, f"{name}.{block}.conv")
+    found = answers(to_integer_onnx(lowered, spec, {}, reach), pixels)
+    # Levels that lie within float32's rounding of a half may go either way.
+    assert relative_error(x.numpy(), found) < 0.01
+
+
+def test_integers_are_all_there_is_between_stem_and_pool(calibrated):
+    _, spec, lowered, _, reach, _ = calibrated("skip", depth=16)
+    model = to_integer_onnx(lowered, spec, {}, reach)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Conv") == kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear") == 1
+    assert kinds.count("QLinearConv") == 12
+    between = set(kinds[kinds.index("QuantizeLinear") + 1 : kinds.index("DequantizeLinear")])
+    assert between <= {"QLinearConv", "QLinearAdd", "Max", "Min", "Concat", "NhwcMaxPool"}
+
+
+def test_tensorrt_gets_signed_symmetric_eight_bits_and_float_biases(calibrated):
+    *_, floats, reach, _ = calibrated("skip", depth=16)
+    model = to_qdq_onnx(floats, reach, precision="int8")
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    for node in pairs:
+        zero = stored[node.input[2]]
+        assert zero.data_type == onnx.TensorProto.INT8
+        assert not numpy_helper.to_array(zero).any()
+    for node in model.graph.node:
+        if node.op_type == "Conv" and node.name != "stem.conv":
+            assert node.input[0].endswith(".dq")
+            assert node.input[1].endswith(".weight.dq")
+            assert stored[node.input[2]].data_type == onnx.TensorProto.FLOAT
+    assert floats.graph.node[0].op_type == "Cast"
+    assert not [node for node in floats.graph.node if "Linear" in node.op_type]  # the argument is as it was
+
+
+def test_a_filter_of_zeros_and_the_largest_weight_survive():
+    weight = np.zeros((2, 3, 3, 3), np.float32)
+    weight[1, 0, 1, 1], weight[1, 1, 1, 1] = -2.54, 1.0
+    levels, scales = quantize_filters(weight)
+    assert levels[1, :2, 1, 1].tolist() == [-127, 50]
+    assert scales.tolist() == pytest.approx([1.0, 0.02])
+    assert not levels[0].any()
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, images, target):
+    """What eight bits lose with δ in the filters is lost by the filters: their other weights round away."""
+    net = make_net(depth=16)
+    with torch.no_grad():
+        for name, tensor in net.state_dict().items():
+            if name.endswith(".a"):
+                tensor.fill_(5)
+            if name.endswith("bn.weight"):
+                tensor.abs_().add_(0.2)
+            if name.endswith(".b"):
+                tensor.mul_(0.5)
+    pixels = images(96)
+    found = quantize(
+        fold_net(net).float(),
+        make_spec(depth=16),
+        precision="int8",
+        target=target,
+        lowerings=("concat", "skip"),
+        observed=pixels[:48],
+        chosen_by=pixels[48:],
+    )
+    assert found.candidates[0].lowering == "skip"
+    assert len(found.candidates) == 6
+    errors = [candidate.relative_error for candidate in found.candidates]
+    assert errors == sorted(errors)
+    best = min(row.relative_error for row in found.candidates if row.lowering == "concat")
+    assert errors[0] < 0.6 * best
+    expected = answers(to_onnx(fold_net(net), make_spec(depth=16), {}), pixels[48:])
+    assert relative_error(expected, answers(found.model, pixels[48:])) == pytest.approx(errors[0])
+
+
+def test_a_lowering_without_an_eight_bit_form_is_refused(calibrated):
+    _, spec, lowered, _, reach, _ = calibrated("mirror")
+    with pytest.raises(Refusal, match="Mirror has no eight-bit form; export int8 as concat, shared or skip"):
+        to_integer_onnx(lowered, spec, {}, reach)
+
+
+def test_a_drop_counts_what_is_lost():
+    reference = np.eye(4)[[0, 1, 2, 3]] * 3.0
+    logits = reference.copy()
+    logits[3] = [9, 0, 0, 0]
+    drop = measure_drop(reference, logits, np.arange(4))
+    assert (drop.float32_accuracy, drop.accuracy, drop.top1_agreement, drop.num_images) == (1, 0.75, 0.75, 4)
+    assert drop
+    assert not measure_drop(reference, reference + 7.0, np.arange(4))  # what all classes share changes nothing
+    assert relative_error(reference, reference + 7.0) == pytest.approx(0, abs=1e-12)
+    assert top1_agreement(reference, -reference) == 0

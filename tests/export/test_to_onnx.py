@@ -1,0 +1,157 @@
+"""The command, on a net trained for two epochs on digits."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from export import to_onnx
+from export.runtimes.onnx_session import OnnxSession
+from export.timing import ROUNDS, Timing, fastest, time_models
+from fold import run as fold
+from fold.lower import LOWERINGS
+from train import data
+from train import run as train
+from train.cli import run_command
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    argv = ["--depth", "10", "--width", "0.5", "--epochs", "2", "--out", str(folder)]
+    assert run_command(train.command, train.TrainConfig, argv=argv) == 0
+    assert run_command(fold.command, fold.FoldConfig, argv=[str(folder / "checkpoint.pt")]) == 0
+    return folder / "plain.safetensors"
+
+
+def run(*argv):
+    return run_command(to_onnx.command, to_onnx.ToOnnxConfig, argv=[str(part) for part in argv])
+
+
+def record_of(path):
+    return OnnxSession(path).model.provenance["export"]
+
+
+def test_float32_is_written_as_shared_and_says_so(plain):
+    assert run(plain) == 0
+    path = plain.with_suffix(".onnx")
+    assert record_of(path).items() >= {"precision": "fp32", "lowering": "shared", "opset": 19}.items()
+    assert "Min" not in {node.op_type for node in onnx.load(path).graph.node}
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_every_lowering_can_be_asked_for(plain, tmp_path, lowering):
+    assert run(plain, "--lowering", lowering, "--out", tmp_path / "net.onnx") == 0
+    assert record_of(tmp_path / "net.onnx")["lowering"] == lowering
+
+
+def test_auto_records_the_table_that_it_chose_by(plain, tmp_path, capsys):
+    out = tmp_path / "net.onnx"
+    assert run(plain, "--lowering", "auto", "--batch-sizes", 1, 4, "--out", out, "--json") == 0
+    printed, record = json.loads(capsys.readouterr().out), record_of(out)
+    assert printed["lowering"] == record["lowering"] in LOWERINGS
+    assert [(row["name"], row["batch_size"]) for row in record["timings"]] == [
+        (lowering, size) for size in (1, 4) for lowering in LOWERINGS
+    ]
+    assert all(0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"] for row in record["timings"])
+    assert record["timed_on"].startswith("ONNX Runtime ")
+
+
+def test_the_fastest_is_so_over_all_batch_sizes():
+    times = {"steady": (2.0, 2.0), "small": (1.0, 6.0), "large": (5.0, 1.0)}
+    rows = [
+        Timing(name, size, ms, ms, ms) for name, pair in times.items() for size, ms in zip((1, 8), pair, strict=True)
+    ]
+    assert fastest(rows) == "steady"
+    assert fastest([row for row in rows if row.batch_size == 8]) == "large"
+
+
+def test_models_are_timed_in_turns(plain, tmp_path):
+    assert run(plain, "--out", tmp_path / "net.onnx") == 0
+    content, steps = (tmp_path / "net.onnx").read_bytes(), []
+    image = OnnxSession(tmp_path / "net.onnx").model.spec.image
+    rows = time_models({"a": content, "b": content}, image, [1, 2], advance=steps.append)
+    assert [(row.name, row.batch_size) for row in rows] == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert len(steps) == 2 * ROUNDS
+
+
+@pytest.mark.parametrize(("target", "operator"), [("onnxruntime", "QLinearConv"), ("tensorrt", "DequantizeLinear")])
+def test_int8_says_how_it_was_calibrated_and_what_it_costs(plain, tmp_path, capsys, target, operator):
+    out = tmp_path / "int8.onnx"
+    assert run(plain, "--precision", "int8", "--target", target, "--calibration-images", 64, "--out", out) in (0, 1)
+    assert "same class on" in capsys.readouterr().out
+    record = record_of(out)
+    assert (record["precision"], record["target"]) == ("int8", target)
+    calibration = record["calibration"]
+    assert (calibration["images"], calibration["chosen_by"]) == (64, 128)
+    assert {(row["lowering"], row["method"]) for row in calibration["candidates"]} == {
+        (lowering, method) for lowering in ("skip", "concat") for method in ("min-max", "percentile", "entropy")
+    }
+    assert record["lowering"] == calibration["candidates"][0]["lowering"]
+    assert operator in {node.op_type for node in onnx.load(out).graph.node}
+    # The figures are those of the file, on the test images.
+    test = data.load("digits").test
+    accuracy = (OnnxSession(out)(test.images).argmax(1) == test.targets).mean()
+    assert record["test"]["accuracy"] == pytest.approx(accuracy)
+    assert record["test"]["num_images"] == len(test) == 359
+
+
+def test_a_loss_beyond_the_limit_ends_in_status_one_and_is_written_all_the_same(plain, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("export.quantize.ALLOWED_DROP", -1.0)
+    argv = (
+        plain,
+        "--precision",
+        "int8",
+        "--lowering",
+        "concat",
+        "--calibration-images",
+        32,
+        "--out",
+        tmp_path / "x.onnx",
+    )
+    assert run(*argv) == 1
+    assert "--allow-drop accepts it" in capsys.readouterr().err
+    assert (tmp_path / "x.onnx").exists()
+    assert run(*argv, "--allow-drop") == 0
+
+
+def test_images_of_another_kind_do_not_calibrate(plain, tmp_path, capsys):
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for index in range(3):
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / label / f"{index}.png")
+    argv = (plain, "--precision", "int8", "--dataset", "folder", "--data-dir", tmp_path)
+    assert run(*argv) == 2
+    assert "folder has 8x8x3 images of 2 classes; DiracNet-10-0.5 takes 8x8x1 of 10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--precision", "fp8"), "fp8 is for TensorRT: add --target tensorrt"),
+        (("--precision", "int8", "--lowering", "auto"), "--lowering auto compares speed"),
+        (("--target", "tensorrt"), "--target and --dataset go with int8 and fp8, not with fp32"),
+        (("--lowering", "auto", "--batch-sizes", "0"), "must be at least 1"),
+        (("--precision", "int8", "--calibration-images", "9999"), "takes 19998 training images or more"),
+        (("--precision", "int8", "--lowering", "mirror"), "has no eight-bit form"),
+        (("--precision", "int4"), "invalid choice: 'int4'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(plain, tmp_path, capsys, argv, message):
+    assert run(plain, *argv, "--out", tmp_path / "x.onnx") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_a_net_that_does_not_say_what_it_learnt_needs_a_data_set(plain, tmp_path, capsys):
+    from fold.plain import load_plain, save_plain
+
+    loaded = load_plain(plain)
+    save_plain(tmp_path / "orphan.safetensors", loaded.net, loaded.spec, {})
+    assert run(tmp_path / "orphan.safetensors", "--precision", "int8") == 2
+    assert "name images to calibrate on" in capsys.readouterr().err
+    assert run(tmp_path / "orphan.safetensors", "--precision", "int8", "--dataset", "digits", "--allow-drop") == 0
