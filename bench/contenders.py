@@ -14,6 +14,7 @@ from bench.nets import Net
 from export.artefacts import Provider, open_artefact
 from export.compare import Answer
 from export.graph import to_onnx
+from export.quantize import TRIED, Target, quantize
 from export.to_trt import ToTrtConfig
 from export.to_trt import command as build_engine_file
 from fold.lower import lower
@@ -44,6 +45,7 @@ def contenders(device: str) -> tuple[Contender, ...]:
         return (
             *_torch_rows("cpu", "fp32"),
             Contender("ONNX Runtime CPU", "fp32", partial(open_onnx, "cpu", "fp32")),
+            Contender("ONNX Runtime CPU", "int8", partial(open_onnx, "cpu", "int8")),
         )
     return (
         *_torch_rows("cuda", "fp16"),
@@ -52,6 +54,7 @@ def contenders(device: str) -> tuple[Contender, ...]:
         Contender("ONNX Runtime TensorRT", "fp16", partial(open_onnx, "tensorrt", "fp16")),
         Contender("TensorRT", "fp32", partial(open_engine, "fp32")),
         Contender("TensorRT", "fp16", partial(open_engine, "fp16")),
+        Contender("TensorRT", "int8", partial(open_engine, "int8")),
     )
 
 
@@ -80,22 +83,35 @@ def open_torch(
 
 
 def open_onnx(provider: Provider, precision: str, net: Net, folder: Path, profile: Profile) -> Answer:
-    return open_artefact(graph_file(net, precision, folder), provider=provider).answer
+    return open_artefact(graph_file(net, precision, folder, target="onnxruntime"), provider=provider).answer
 
 
 def open_engine(precision: str, net: Net, folder: Path, profile: Profile) -> Answer:
     """Built and loaded as export/to_trt.py does it."""
-    onnx = graph_file(net, precision, folder)
+    onnx = graph_file(net, precision, folder, target="tensorrt")
     build_engine_file(ToTrtConfig(onnx, batch=profile))
     return open_artefact(onnx.with_suffix(".engine")).answer
 
 
-def graph_file(net: Net, precision: str, folder: Path) -> Path:
-    """The ONNX file of a net, written once."""
-    path = folder / f"{net.name}-{precision}.onnx"
-    if not path.exists():
-        model = to_onnx(lower(net.plain, LOWERING), net.spec, {"export": {"lowering": LOWERING}}, precision=precision)
-        write_whole(path, model.SerializeToString())
+def graph_file(net: Net, precision: str, folder: Path, *, target: Target) -> Path:
+    """The ONNX file of a net, written once; in eight bits the best candidate of export/quantize.py."""
+    path = folder / f"{net.name}-{precision}-{target}.onnx"
+    if path.exists():
+        return path
+    if precision == "int8":
+        observed, chosen_by = np.array_split(net.calibration, 2)
+        model = quantize(
+            net.plain,
+            net.spec,
+            precision="int8",
+            target=target,
+            lowerings=TRIED,
+            observed=observed,
+            chosen_by=chosen_by,
+        ).model
+    else:
+        model = to_onnx(lower(net.plain, LOWERING), net.spec, {}, precision=precision)
+    write_whole(path, model.SerializeToString())
     return path
 
 

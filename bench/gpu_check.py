@@ -50,19 +50,18 @@ class GpuCheckConfig:
 def command(config: GpuCheckConfig) -> int:
     """Build engines, run tests/gpu, time every runtime against eager PyTorch, and compare all logits.
 
-    A runtime that fails becomes a row with its reason. Exit status 1 where a test fails or a form that
-    runs is beyond its tolerance.
+    A runtime that fails becomes a row with its reason. Exit status 1 where a test fails, nothing runs, or
+    a form that runs is beyond its tolerance.
     """
     import json
     import os
 
-    from train.files import read_whole
+    from train.files import read_whole, write_whole
     from train.progress import make_console
 
     console = make_console()
     if config.render:
-        record = json.loads(read_whole(config.render))
-        _write(config.out, config.render.stem, record, console)
+        _write_page(config.out / f"{config.render.stem}.md", json.loads(read_whole(config.render)), console)
         return 0
     if config.device == "cuda":
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for every library of NVIDIA, before any is loaded
@@ -85,9 +84,10 @@ def command(config: GpuCheckConfig) -> int:
     name = ("gpu-" if config.device == "cuda" else "cpu-") + _slug(machine["device"])
     for net in nets:
         record["nets"].append(_measure(net, config, console))
-        _write(config.out, name, record, console)  # what is measured survives a runtime that ends the process
-    verdicts = [row["parity"]["within_tolerance"] for net in record["nets"] for row in net["rows"] if _is_compared(row)]
-    return int(False in verdicts or bool(record["tests"] and not record["tests"]["passed"]))
+        # After every net: what is measured survives a runtime that ends the process.
+        write_whole(config.out / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
+        _write_page(config.out / f"{name}.md", record, console)
+    return 0 if _is_green(record) else 1
 
 
 def _measure(net: "Net", config: GpuCheckConfig, console: "Console") -> dict[str, Any]:
@@ -172,8 +172,11 @@ def _typed(config: GpuCheckConfig) -> str:
     return " ".join(["python bench/gpu_check.py", *map(str, config.plain), options]).rstrip()
 
 
-def _is_compared(row: dict[str, Any]) -> bool:
-    return isinstance(row["parity"], dict)
+def _is_green(record: dict[str, Any]) -> bool:
+    """Whether the tests pass, something was compared, and nothing that was is beyond its tolerance."""
+    compared = [row["parity"] for net in record["nets"] for row in net["rows"] if isinstance(row["parity"], dict)]
+    fine = bool(compared) and all(parity["within_tolerance"] is not False for parity in compared)
+    return fine and (record["tests"] is None or record["tests"]["passed"])
 
 
 def _run_tests(console: "Console") -> dict[str, Any]:
@@ -202,22 +205,21 @@ def _machine(device: str) -> dict[str, str]:
     packages = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx")
     installed = {dist.metadata["Name"].replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
     machine = {
-        "device": _cpu_name(),
         "cores": str(len(os.sched_getaffinity(0))),
         "python": platform.python_version(),
         **{name: installed[name] for name in packages if name in installed},
         "date": date.today().isoformat(),
     }
     if device == "cpu":
-        return machine
+        return {"device": _cpu_name(), **machine}
     major, minor = torch.cuda.get_device_capability()
     return {
         "device": torch.cuda.get_device_name(),
         "compute_capability": f"{major}.{minor}",
         "driver": _driver_version(),
         "cuda": str(torch.version.cuda),
+        "host": _cpu_name(),
         **machine,
-        "host": machine["device"],
     }
 
 
@@ -237,16 +239,11 @@ def _driver_version() -> str:
         return f"unknown ({error})"
 
 
-def _write(folder: Path, name: str, record: dict[str, Any], console: "Console") -> None:
-    """NAME.md and NAME.json."""
-    import json
-
+def _write_page(path: Path, record: dict[str, Any], console: "Console") -> None:
     from bench.gpu_report import markdown
     from train.files import write_whole
 
-    write_whole(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
-    page = write_whole(folder / f"{name}.md", markdown(record).encode())
-    console.print(f"wrote {page} and .json")
+    console.print(f"wrote {write_whole(path, markdown(record).encode())}")
 
 
 def _slug(name: str) -> str:

@@ -41,4 +41,8 @@ def real_images(
         dataset = data.load(training["dataset"], data_dir=data_dir, image_size=image.height)
     except Refusal as refusal:
         return None, str(refusal)
-    return dataset.test.first(num), ""
+    images = dataset.test.first(num)
+    found, needed = images.shape[1:], (image.height, image.width, image.channels)
+    if found != needed:
+        return None, f"{training['dataset']} has images of shape {found}, the net takes {needed}"
+    return images, ""

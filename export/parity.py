@@ -170,15 +170,18 @@ def _compare_logits(
 def _compare_layers(
     pairs: list[tuple["Form", "Form"]], image_sets: dict[str, "np.ndarray"], console: "Console"
 ) -> list["LayerComparison"]:
-    """Layer by layer on a few images of each kind, shown as a table for each pair."""
+    """Layer by layer on a few images of each kind that is judged, shown as a table for each pair."""
     import numpy as np
     from rich.table import Table
 
+    from export.compare import TOLERANCES
     from export.layers import NUM_IMAGES, compare_layers
 
-    images = np.concatenate([images[:NUM_IMAGES] for images in image_sets.values()])
+    few = {kind: images[:NUM_IMAGES] for kind, images in image_sets.items()}
     comparisons = []
     for reference, candidate in pairs:
+        is_statistical = TOLERANCES[candidate.precision].is_statistical
+        images = few["real"] if is_statistical else np.concatenate(list(few.values()))
         result = compare_layers(reference, candidate, images)
         for form in (reference, candidate):
             if form.path.suffix == ".engine":

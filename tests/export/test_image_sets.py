@@ -30,4 +30,6 @@ def test_real_images_are_the_first_test_images_or_a_reason(tmp_path):
     images, missing = real_images(digits, {"dataset": "fashion-mnist"}, num=7, data_dir=tmp_path)
     assert images is None
     assert "Fashion-MNIST is not in" in missing
+    reason = "digits has images of shape (8, 8, 1), the net takes (6, 5, 3)"
+    assert real_images(IMAGE, {"dataset": "digits"}, num=7) == (None, reason)
     assert real_images(digits, {}, num=7) == (None, "no artefact says what it was trained on")
