@@ -1,7 +1,6 @@
 """From ONNX to a TensorRT engine: one strongly typed path for `tensorrt` and `tensorrt_rtx`."""
 
 import importlib.util
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,15 +9,30 @@ from typing import Any
 
 import onnx
 
+from export.advice import build_advice, parser_advice
+from export.onnx_file import OnnxFile, read_onnx
 from export.runtimes import gpu
 from export.runtimes.card import EngineCard
-from export.runtimes.signature import Signature, generic_spec
-from export.runtimes.tensorrt_engine import import_library, make_logger
-from train.files import read_whole, sha256
+from export.runtimes.tensorrt_engine import import_library, make_logger, make_runtime
+from train.files import sha256
 from train.refusal import Refusal
-from train.spec import Spec
 
 Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
+OPSETS = range(9, 26)  # what TensorRT 11 documents; its parser takes any number and guesses
+MAX_WORKSPACE_MIB = 2**20
+# Turing has no kernels for a classifier's fp32 matrix product, so by default no build is for it.
+LEFT_OUT = ("7.5",)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build may be asked for beyond its batch."""
+
+    workspace_mib: int | None = None  # the builder's scratch memory; None is all that the device has
+    compute_capabilities: tuple[str, ...] = ()  # "8.9"; () is all from Ampere on that tensorrt_rtx offers
+    version_compatible: bool = False
+    refittable: bool = False
+    timing_cache: bytes | None = None  # of an earlier build; b"" begins one
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,8 @@ class Engine:
 
     content: bytes
     card: EngineCard
+    timing_cache: bytes | None  # to hand to the next build, where one was asked for
+    layers: str | None  # JSON of the inspector; None without a GPU that can load the engine
 
 
 def choose_builder() -> str:
@@ -41,44 +57,36 @@ def choose_builder() -> str:
     )
 
 
-def build_engine(path: Path, *, batch: tuple[int, int, int], report: Report = lambda *_: None) -> Engine:
+def build_engine(
+    path: Path,
+    *,
+    batch: tuple[int, int, int],
+    options: BuildOptions = BuildOptions(),
+    report: Report = lambda *_: None,
+) -> Engine:
     """Parse and build the ONNX file `path` for batches of MIN, OPT and MAX images.
 
-    Precision is that of the graph. Refuses a file that is no ONNX, all parser errors at once, inputs
-    that are no images, and a batch that a fixed one contradicts.
+    Precision is that of the graph. Refuses what `read_onnx` refuses, opsets and options that the library
+    does not have, and every node that it objects to, all at once with what to do.
     """
     if not 1 <= batch[0] <= batch[1] <= batch[2]:
         raise Refusal(f"--batch must be MIN <= OPT <= MAX from 1 on, got {' '.join(map(str, batch))}")
-    content = read_whole(path)
-    model = _read_onnx(path, content)
     builder_name = choose_builder()
+    _refuse_options(builder_name, options)
+    file = read_onnx(path)
     trt = import_library(builder_name)
     logger = make_logger(trt)
     builder = trt.Builder(logger)
-    network = _parse(trt, builder, logger, path)
-    signature = _signature(trt, network, path)
+    network = _parse(trt, builder, logger, file)
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits of mantissa would pass for fp32
-    batch = _add_profile(builder, config, network, signature, batch)
-    capabilities = _target_devices(trt, builder_name, config)
-    engine = _build(trt, builder, network, config, report)
-    if engine is None:
-        raise Refusal(f"{path}: {builder_name} cannot build it: {logger.last_error()}")
-    name, spec, provenance = _identity(path, model, network, signature)
-    card = EngineCard(
-        name=name,
-        builder=builder_name,  # type: ignore[arg-type]
-        builder_version=trt.__version__,
-        precision=precision(model),
-        batch=batch,
-        compute_capabilities=capabilities,
-        onnx_sha256=sha256(content),
-        engine_sha256=sha256(engine),
-        signature=signature,
-        spec=spec,
-        provenance=provenance,
-    )
-    return Engine(engine, card)
+    batch = _add_profile(builder, config, file, batch)
+    capabilities = configure(trt, builder_name, config, options)
+    cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
+    content = _build(trt, builder, network, config, report)
+    if content is None:
+        raise Refusal(f"{path} cannot be built by {builder_name}: {build_advice(logger.last_error())}")
+    card = _card(file, content, options, trt=trt, batch=batch, capabilities=capabilities)
+    return Engine(content, card, cache and bytes(cache.serialize()), inspect_layers(trt, content, card))
 
 
 def precision(model: onnx.ModelProto) -> str:
@@ -91,63 +99,131 @@ def precision(model: onnx.ModelProto) -> str:
     return "fp16" if onnx.TensorProto.FLOAT16 in kinds else "fp32"
 
 
-def _read_onnx(path: Path, content: bytes) -> onnx.ModelProto:
-    try:
-        model = onnx.load_model_from_string(content)
-        onnx.checker.check_model(str(path))  # by path: weights may lie in files beside it
-    except Exception as error:  # protobuf and the checker raise hierarchies of their own
-        reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{path} is no valid ONNX file: {reason}") from error
-    return model
+def attach_timing_cache(config: Any, logger: Any, content: bytes) -> Any:
+    """Let a build use the timings of earlier ones, and add to them. The cache must outlive the build.
+
+    Refuses timings of another GPU or version.
+    """
+    num_messages = len(logger.messages)
+    cache = config.create_timing_cache(content)
+    taken = cache is not None and config.set_timing_cache(cache, ignore_mismatch=False)
+    # A cache that does not fit is silently replaced by an empty one, with a warning.
+    complaints = [text for _, text in logger.messages[num_messages:] if "timing cache" in text]
+    if not taken or complaints:
+        reason = complaints[-1] if complaints else logger.last_error()
+        raise Refusal(f"--timing-cache does not fit this GPU and TensorRT ({reason}); name a new file to begin one")
+    return cache
 
 
-def _parse(trt: Any, builder: Any, logger: Any, path: Path) -> Any:
+def inspect_layers(trt: Any, content: bytes, card: EngineCard) -> str | None:
+    """What the engine's layers are and which kernels run them, as JSON; None where no GPU can load it."""
+    if not gpu.num_devices() or gpu.compute_capability() not in card.compute_capabilities:
+        return None
+    logger = make_logger(trt)
+    runtime = make_runtime(trt, logger, card)
+    engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise Refusal(f"the engine that was built cannot be loaded: {logger.last_error()}")
+    return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+
+
+def _refuse_options(builder_name: str, options: BuildOptions) -> None:
+    mib = options.workspace_mib
+    if mib is not None and not 1 <= mib <= MAX_WORKSPACE_MIB:
+        raise Refusal(f"--workspace is in MiB, from 1 to {MAX_WORKSPACE_MIB}; got {mib}")
+    if builder_name == "tensorrt":
+        if options.compute_capabilities:
+            raise Refusal("--compute-capability is for tensorrt_rtx; tensorrt builds for the GPU of this machine")
+        return
+    if options.timing_cache is not None:
+        raise Refusal("--timing-cache is for tensorrt; tensorrt_rtx builds without timing kernels and keeps no cache")
+    if options.version_compatible:
+        raise Refusal("--version-compatible is for tensorrt; tensorrt_rtx comes without the lean runtime that it needs")
+    if options.refittable and not gpu.num_devices():
+        raise Refusal("--refittable needs a GPU: tensorrt_rtx compiles what can be refitted for the GPU at hand")
+
+
+def _parse(trt: Any, builder: Any, logger: Any, file: OnnxFile) -> Any:
+    if file.opset not in OPSETS:
+        known = f"{OPSETS[0]} to {OPSETS[-1]}"
+        raise Refusal(f"{file.path} has opset {file.opset}; TensorRT knows {known}: export it with one of these")
     # TensorRT 10 needs the flag for what 11 always does; where it is gone, so is the choice.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(path)):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        shown = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
-        raise Refusal(f"{path} cannot be parsed by {trt.__name__}: {shown or logger.last_error()}")
+    parsed = parser.parse_from_file(str(file.path))
+    advice = parser_advice(file.model, [parser.get_error(index) for index in range(parser.num_errors)])
+    if advice or not parsed:
+        raise Refusal(f"{file.path} cannot be built by {trt.__name__}: {advice or logger.last_error()}")
     return network
 
 
-def _signature(trt: Any, network: Any, path: Path) -> Signature:
-    if network.num_inputs != 1 or network.num_outputs < 1:
-        raise Refusal(f"{path} has {network.num_inputs} inputs and {network.num_outputs} outputs, not one of each")
-    tensor = network.get_input(0)
-    dtype = {trt.uint8: "uint8", trt.float32: "float32", trt.float16: "float16"}.get(tensor.dtype, str(tensor.dtype))
-    shape = tuple(None if size < 0 else int(size) for size in tensor.shape)
-    try:
-        return Signature(tensor.name, network.get_output(0).name, dtype, shape)  # type: ignore[arg-type]
-    except Refusal as refusal:
-        raise Refusal(f"{path}: {refusal}") from refusal
-
-
-def _add_profile(
-    builder: Any, config: Any, network: Any, signature: Signature, batch: tuple[int, int, int]
-) -> tuple[int, int, int]:
+def _add_profile(builder: Any, config: Any, file: OnnxFile, batch: tuple[int, int, int]) -> tuple[int, int, int]:
     """The optimisation profile of a free batch; the batch that results."""
+    signature = file.signature
     if signature.batch is not None:
-        return (signature.batch,) * 3
+        return signature.batch, signature.batch, signature.batch
     profile = builder.create_optimization_profile()
     profile.set_shape(signature.input_name, *((size, *signature.shape[1:]) for size in batch))
     config.add_optimization_profile(profile)
     return batch
 
 
-def _target_devices(trt: Any, builder_name: str, config: Any) -> tuple[str, ...]:
-    """Compute capabilities that the engine will run on: this GPU's, or all from Ampere on that RTX offers."""
+def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions) -> tuple[str, ...]:
+    """Flags and limits of a build; the compute capabilities of the GPUs that its engine will run on."""
+    config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits of mantissa would pass for fp32
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector has only names
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 2**20)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
     if builder_name == "tensorrt":
         return (gpu.compute_capability(),)
-    members = trt.ComputeCapability.__members__.items()
-    # Turing (SM75) has no kernels for a classifier's fp32 matrix product, so a build for it fails.
-    offered = [kind for name, kind in members if name.startswith("SM") and name != "SM75"]
-    config.num_compute_capabilities = len(offered)
-    for index, kind in enumerate(offered):
-        config.set_compute_capability(kind, index)
-    return tuple(f"{digits[:-1]}.{digits[-1]}" for digits in (kind.name.removeprefix("SM") for kind in offered))
+    offered = {
+        f"{name[2:-1]}.{name[-1]}": kind for name, kind in trt.ComputeCapability.__members__.items() if name[:2] == "SM"
+    }
+    if unknown := [capability for capability in options.compute_capabilities if capability not in offered]:
+        raise Refusal(
+            f"{builder_name} {trt.__version__} builds for compute capability {', '.join(offered)}, not for "
+            f"{', '.join(unknown)}; on such a GPU build with tensorrt"
+        )
+    asked = options.compute_capabilities or set(offered) - set(LEFT_OUT)
+    wanted = tuple(capability for capability in offered if capability in asked)
+    config.num_compute_capabilities = len(wanted)
+    for index, capability in enumerate(wanted):
+        config.set_compute_capability(offered[capability], index)
+    return wanted
+
+
+def _card(
+    file: OnnxFile,
+    content: bytes,
+    options: BuildOptions,
+    *,
+    trt: Any,
+    batch: tuple[int, int, int],
+    capabilities: tuple[str, ...],
+) -> EngineCard:
+    return EngineCard(
+        name=file.name,
+        builder=trt.__name__,
+        builder_version=trt.__version__,
+        precision=precision(file.model),
+        batch=batch,
+        compute_capabilities=capabilities,
+        workspace_mib=options.workspace_mib,
+        version_compatible=options.version_compatible,
+        refittable=options.refittable,
+        onnx_sha256=file.sha256,
+        engine_sha256=sha256(content),
+        signature=file.signature,
+        output_dtype=file.output_dtype,
+        spec=file.spec,
+        provenance=file.provenance,
+        parity=None,
+    )
 
 
 def _build(trt: Any, builder: Any, network: Any, config: Any, report: Report) -> bytes | None:
@@ -179,17 +255,3 @@ def _build(trt: Any, builder: Any, network: Any, config: Any, report: Report) ->
             monitor.is_cancelled = True
             raise
     return None if memory is None else bytes(memory)
-
-
-def _identity(
-    path: Path, model: onnx.ModelProto, network: Any, signature: Signature
-) -> tuple[str, Spec, dict[str, Any]]:
-    """Name, spec and provenance from the metadata, or generic ones."""
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    if "spec" in metadata:
-        spec = Spec.from_json(metadata["spec"])
-        return spec.name, spec, json.loads(metadata.get("provenance", "{}"))
-    num_classes = network.get_output(0).shape[-1]
-    if num_classes < 2:
-        raise Refusal(f"{path} gives {num_classes} values per image; a classifier gives one per class")
-    return path.stem, generic_spec(signature, num_classes=num_classes), {}

@@ -1,18 +1,21 @@
 """python export/to_trt.py plain.onnx: build a TensorRT engine."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.cli import run_command
+from train.refusal import Refusal
 
 EXAMPLES = (
     "python export/to_trt.py plain.onnx                     # writes plain.engine and plain.engine.json beside it",
     "python export/to_trt.py plain.onnx --batch 1 16 256 --out large.engine",
+    "python export/to_trt.py plain.onnx --compute-capability 8.9 12.0      # tensorrt_rtx, for two kinds of GPU",
+    "python export/to_trt.py plain.onnx --timing-cache timings --workspace 2048        # tensorrt, on its GPU",
 )
 
 
@@ -21,6 +24,12 @@ class ToTrtConfig:
     onnx: Annotated[Path, "an ONNX classifier, ours or somebody else's"]
     out: Annotated[Path | None, "file to write (default: the same name with .engine)"] = None
     batch: Annotated[tuple[int, int, int], "smallest, best and largest batch"] = (1, 8, 64)
+    compute_capability: Annotated[tuple[str, ...], "tensorrt_rtx: GPUs to build for, e.g. 8.9 (default: 8.0 on)"] = ()
+    workspace: Annotated[int | None, "scratch memory of the builder in MiB (default: all of the GPU's)"] = None
+    timing_cache: Annotated[Path | None, "tensorrt: file with kernel timings, read if there and written"] = None
+    version_compatible: Annotated[bool, "tensorrt: let later versions run the engine too"] = False
+    refittable: Annotated[bool, "let the engine's weights be exchanged"] = False
+    parity: Annotated[Path | None, "report of export/parity.py for the card (default: plain.parity.json)"] = None
     json: Annotated[bool, "print the engine's card as JSON on stdout"] = False
 
 
@@ -29,8 +38,6 @@ def command(config: ToTrtConfig) -> int:
     import time
 
     from export.engine import build_engine
-    from export.runtimes.card import card_path
-    from train.files import write_whole
     from train.progress import make_console
 
     console = make_console(json=config.json)
@@ -42,20 +49,84 @@ def command(config: ToTrtConfig) -> int:
             shown = time.monotonic()
             console.print(f"{shown - start:.0f} s  {phase}: {done}/{total}", end="\r" if console.is_terminal else "\n")
 
-    engine = build_engine(config.onnx, batch=config.batch, report=report)
     out = config.out or config.onnx.with_suffix(".engine")
-    # The card last: an engine without its own card is refused, never served by mistake.
-    write_whole(out, engine.content)
-    write_whole(card_path(out), engine.card.to_json().encode())
+    if out.suffix != ".engine":
+        raise Refusal(f"--out must end in .engine, by which the server knows one; got {out}")
+    parity = _parity(config, console)
+    engine = build_engine(config.onnx, batch=config.batch, options=_options(config), report=report)
+    engine = replace(engine, card=replace(engine.card, parity=parity))
     card = engine.card
+    _write(engine, out, config.timing_cache, console)
     console.print(
         f"wrote {out}: {card.name}, {card.precision}, {card.builder} {card.builder_version}, batch "
         f"{'/'.join(map(str, card.batch))}, {len(engine.content) / 1e6:.2f} MB in {time.monotonic() - start:.1f} s"
     )
-    console.print(f"wrote {card_path(out)}: runs on compute capability {', '.join(card.compute_capabilities)}")
     if config.json:
         print(card.to_json())
     return 0
+
+
+def _options(config: ToTrtConfig) -> Any:
+    from export.engine import BuildOptions
+    from train.files import read_whole
+
+    path = config.timing_cache
+    return BuildOptions(
+        workspace_mib=config.workspace,
+        compute_capabilities=config.compute_capability,
+        version_compatible=config.version_compatible,
+        refittable=config.refittable,
+        timing_cache=None if path is None else read_whole(path) if path.exists() else b"",
+    )
+
+
+def _parity(config: ToTrtConfig, console: Any) -> dict[str, Any] | None:
+    """The parity report on this ONNX file: the one asked for must fit, one that lies beside it may."""
+    if config.parity:
+        return _read_parity(config.parity, config.onnx)
+    beside = config.onnx.with_suffix(".parity.json")
+    try:
+        return _read_parity(beside, config.onnx) if beside.exists() else None
+    except Refusal as refusal:
+        console.print(f"the card carries no parity: {refusal}")
+        return None
+
+
+def _read_parity(path: Path, onnx: Path) -> dict[str, Any]:
+    import json
+
+    from train.files import read_whole, sha256
+
+    try:
+        record = json.loads(read_whole(path))
+    except ValueError as error:
+        raise Refusal(f"{path} is no JSON: {error}; run export/parity.py again") from error
+    if not isinstance(record, dict) or not isinstance(record.get("artefacts"), dict):
+        raise Refusal(f"{path} is no report of export/parity.py: it names no artefacts")
+    if sha256(read_whole(onnx)) not in record["artefacts"].values():
+        raise Refusal(f"{path} is about another file than {onnx}; run export/parity.py on this one")
+    return record
+
+
+def _write(engine: Any, out: Path, timing_cache: Path | None, console: Any) -> None:
+    """The engine and what belongs to it."""
+    from export.runtimes.card import card_path, layers_path
+    from train.files import write_whole
+
+    if timing_cache is not None:
+        write_whole(timing_cache, engine.timing_cache)
+    # The card last: an engine without its own card is refused, never served by mistake.
+    write_whole(out, engine.content)
+    layers = layers_path(out)
+    if engine.layers is None:
+        layers.unlink(missing_ok=True)  # of an earlier engine
+        console.print(f"no {layers.name}: layers can be read only on a GPU that the engine is for")
+    else:
+        write_whole(layers, engine.layers.encode())
+        console.print(f"wrote {layers}")
+    write_whole(card_path(out), engine.card.to_json().encode())
+    capabilities = ", ".join(engine.card.compute_capabilities)
+    console.print(f"wrote {card_path(out)}: runs on compute capability {capabilities}")
 
 
 if __name__ == "__main__":

@@ -95,9 +95,13 @@ def _read(path: Path, file: bytes) -> dict[str, Any]:
     if not all(isinstance(part, dict) for part in parts) or not parts[0]:
         raise Refusal(f"{path} has no dictionary `params`: it is none of the authors' layouts")
     numbers = {name: value for part in parts for name, value in part.items() if not str(name).startswith("eye")}
-    strange = [str(name) for name, value in numbers.items() if not isinstance(value, torch.Tensor)]
+    strange = [
+        str(name)
+        for name, value in numbers.items()
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not torch.isfinite(value).all()
+    ]
     if strange:
-        raise Refusal(f"{path}: {', '.join(strange[:5])} are no tensors")
+        raise Refusal(f"{path}: {', '.join(strange[:5])}: no tensors of finite real numbers")
     return {str(name): value.detach().float() for name, value in numbers.items()}
 
 
@@ -115,8 +119,10 @@ def _infer_spec(path: Path, numbers: dict[str, Any], image_size: int | None):
     if missing:
         raise refuse(f"{', '.join(missing)} missing")
     stem, block = numbers["conv"].shape, numbers["group0.block0.conv"].shape
-    if len(stem) != 4 or len(block) != 4 or stem[1:] not in ((3, 3, 3), (3, 7, 7)):
-        raise refuse(f"the first convolution is {tuple(stem)}, the first block's {tuple(block)}")
+    classifier = numbers["fc.weight"].shape
+    if len(stem) != 4 or len(block) != 4 or stem[1:] not in ((3, 3, 3), (3, 7, 7)) or len(classifier) != 2:
+        shapes = f"{tuple(stem)}, the first block's {tuple(block)}, the classifier {tuple(classifier)}"
+        raise refuse(f"the first convolution is {shapes}")
     groups = _count_blocks(numbers)
     if tuple(stem[1:]) == (3, 3, 3):
         if len(groups) != 3 or len(set(groups)) != 1:
@@ -138,7 +144,7 @@ def _infer_spec(path: Path, numbers: dict[str, Any], image_size: int | None):
         width=stem[0] / base,
         nonlinearity="ncrelu" if ncrelu else "relu",
         image=_resized(image, image_size),
-        labels=_labels(len(numbers["fc.weight"])),
+        labels=_labels(classifier[0]),
         parameterization="per-channel" if per_channel else "dirac",
     )
 

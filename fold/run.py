@@ -92,10 +92,15 @@ def _real_images(checkpoint, config: FoldConfig):
     recorded = checkpoint.config
     data_dir = config.data_dir or (Path(recorded["data_dir"]) if recorded.get("data_dir") else None)
     try:
-        dataset = data.load(recorded["dataset"], data_dir=data_dir, image_size=checkpoint.spec.image.height)
+        dataset = data.load(
+            recorded["dataset"],
+            data_dir=data_dir,
+            image_size=checkpoint.spec.image.height,
+            skip_unreadable=recorded.get("skip_unreadable", False),
+        )
+        return torch.from_numpy(dataset.test.first(config.images)), None
     except Refusal as refusal:
         return None, refusal
-    return torch.from_numpy(dataset.test.first(config.images)), None
 
 
 def _print_table(console, proof) -> None:

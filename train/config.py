@@ -11,7 +11,7 @@ from train.spec import Nonlinearity, Parameterization
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """None stands for the recipe's value; `resolved` fills them in."""
+    """None stands for what suits the family, or for the recipe's value; `resolved` fills them in."""
 
     dataset: Annotated[Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"], "what to learn"] = "digits"
     data_dir: Annotated[Path | None, "where the data set lies"] = None
@@ -26,12 +26,15 @@ class TrainConfig:
     classes: Annotated[int | None, "with --describe: RGB images of this many classes, in place of a data set"] = None
     depth: Annotated[int, "6N + 4 layers, Table 1; 18 or 34 for imagenet"] = 16
     width: Annotated[float, "width factor k of Table 1"] = 1.0
-    nonlinearity: Annotated[Nonlinearity, "section 2.2; relu is the ablation of section 3.4"] = "ncrelu"
+    nonlinearity: Annotated[
+        Nonlinearity | None,
+        "section 2.2; relu is the ablation of section 3.4 (default: ncrelu, or relu with wrn and per-channel)",
+    ] = None
     parameterization: Annotated[
-        Parameterization,
+        Parameterization | None,
         "dirac: eq. 4; per-channel: a and b for each output channel, the authors' second release, with relu; "
-        "unnormalized: eq. 3; delta: eq. 14; plain: the baseline without Dirac",
-    ] = "dirac"
+        "unnormalized: eq. 3; delta: eq. 14; plain: the baseline without Dirac (default: dirac, or plain with wrn)",
+    ] = None
     recipe: Annotated[Literal["ours", "paper"], "where the values below come from that you leave out"] = "ours"
     epochs: Annotated[int | None, "passes over the training images"] = None
     batch_size: Annotated[int | None, "images per step, over all processes"] = None
@@ -89,6 +92,10 @@ class TrainConfig:
         return self.out or Path("runs") / f"{self.dataset}-{self.depth}-{self.width:g}"
 
     def resolved(self) -> "TrainConfig":
-        """The same with the recipe's values where none were given."""
+        """The same with the family's form and the recipe's values where none were given."""
+        wrn = self.family == "wrn"
+        form = self.parameterization or ("plain" if wrn else "dirac")
+        nonlinearity = "relu" if wrn or form == "per-channel" else "ncrelu"
         values = recipe(self.recipe, family=self.family, dataset=self.dataset)
+        values = values | {"parameterization": form, "nonlinearity": nonlinearity}
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})

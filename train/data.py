@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -52,6 +52,7 @@ class Dataset:
     info: DatasetInfo
     train: Split | Files
     test: Split | Files
+    left_out: Sequence[Path] = ()  # files of a folder that cannot be read
 
 
 def _digits_info() -> DatasetInfo:
@@ -117,7 +118,7 @@ def load(
     `track(items, total=...)` wraps the loop over a folder's files, to show progress.
     Refuses a data set that is not where it should be, saying where it was looked for.
     """
-    info = describe(name, data_dir=data_dir, image_size=image_size)
+    info, left_out = describe(name, data_dir=data_dir, image_size=image_size), []
     match name:
         case "digits":
             train, test = _load_digits()
@@ -126,12 +127,12 @@ def load(
         case "cifar10" | "cifar100":
             train, test = _load_cifar(name, data_dir, download)
         case _:
-            train, test = find_files(
+            train, test, left_out = find_files(
                 _given(data_dir), info.labels, info.image, skip_unreadable=skip_unreadable, track=track
             )
             if test is None:
                 train, test = _every_fifth(train)
-    return Dataset(info, train, test)
+    return Dataset(info, train, test, left_out)
 
 
 def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:

@@ -33,9 +33,13 @@ class World:
             distributed.all_reduce(total)
         return total
 
+    def count(self, number: int) -> int:
+        """The sum over all processes of a number on the host: all learn it at the same step."""
+        return int(self.sum(torch.tensor(number, device=self.device))) if self.size > 1 else number
+
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process: all learn it at the same step."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0) if self.size > 1 else flag
+        """Whether it is true in any process."""
+        return self.count(int(flag)) > 0
 
 
 @contextmanager

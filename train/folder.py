@@ -32,9 +32,11 @@ class Files:
         return replace(self, paths=self.paths[indices], targets=self.targets[indices])
 
     def first(self, num: int) -> np.ndarray:
-        """The first `num` readable images, uint8 [N, H, W, C], as the server sees them."""
-        pixels = (read(path, self) for path in self.paths[:num])
-        return np.stack([image for image in pixels if image is not None])
+        """The first `num` images, those that can be read, uint8 [N, H, W, C] as the server sees them."""
+        pixels = [image for path in self.paths[:num] if (image := read(path, self)) is not None]
+        if not pixels:
+            raise Refusal(f"none of {', '.join(self.paths[:num])} can be read")
+        return np.stack(pixels)
 
 
 def read(path: str, files: Files, crop: Callable | None = None) -> np.ndarray | None:
@@ -61,16 +63,20 @@ def class_folders(root: Path) -> list[Path]:
 
 def find_files(
     root: Path, labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Callable
-) -> tuple[Files, Files | None]:
-    """(train, test): `train/` and one of `test/`, `val/` where they exist, else all of `root` and None."""
-    train = _find(class_folders(root), labels, image, skip_unreadable=skip_unreadable, track=track)
+) -> tuple[Files, Files | None, list[Path]]:
+    """(train, test, left out): `train/` and one of `test/`, `val/` where they exist, else all of `root` and None."""
+    train, left_out = _find(class_folders(root), labels, image, skip_unreadable=skip_unreadable, track=track)
     part = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or part is None:
-        return train, None
-    return train, _find(class_folders(part), labels, image, skip_unreadable=skip_unreadable, track=track)
+        return train, None, left_out
+    test, more = _find(class_folders(part), labels, image, skip_unreadable=skip_unreadable, track=track)
+    return train, test, [*left_out, *more]
 
 
-def _find(folders: list[Path], labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Callable):
+def _find(
+    folders: list[Path], labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Callable
+) -> tuple[Files, list[Path]]:
+    """The images of the class folders, and the files that were left out because they cannot be read."""
     strangers = [folder.name for folder in folders if folder.name not in labels]
     if strangers:
         raise Refusal(f"{folders[0].parent} has classes that training has not: {', '.join(strangers[:5])}")
@@ -94,7 +100,8 @@ def _find(folders: list[Path], labels: tuple[str, ...], image: ImageSpec, *, ski
     if not kept:
         raise Refusal(f"none of the {len(found)} images under {folders[0].parent} can be read")
     paths, targets = zip(*kept, strict=True)
-    return Files(np.array([str(path) for path in paths]), np.array(targets, np.int64), image, skip_unreadable)
+    files = Files(np.array([str(path) for path in paths]), np.array(targets, np.int64), image, skip_unreadable)
+    return files, unreadable
 
 
 def _is_sound(path: Path) -> bool:

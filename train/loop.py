@@ -78,6 +78,7 @@ def batches(
     """One epoch from `first_step` on: the part of each batch that falls to process `rank` of `world_size`.
 
     What a batch holds depends on (seed, epoch, step) alone, not on how many processes or workers share it.
+    Files that cannot be read are missing from it, so that it may be empty.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(split))
     steps = range(first_step, steps_per_epoch(len(split), batch_size))
@@ -96,8 +97,6 @@ def batches(
     else:
         loaded = _from_memory(split, picked, augmentation, mine, [(seed, epoch, step) for step in steps], device)
     for step, (images, targets) in zip(steps, loaded, strict=True):
-        if not len(targets):
-            continue  # a batch of files none of which could be read
         images, targets = images.to(device), targets.to(device)
         if augmentation.erase:
             generator = _keyed((seed, epoch, step, 1))
@@ -163,24 +162,27 @@ def train_step(
     *,
     precision: str = "fp32",
     label_smoothing: float = 0.0,
+    num_images: float | None = None,
 ) -> Tensor:
     """One step of gradient descent; gives [summed loss, right answers] in float64 on the batch's device.
 
-    Sums stay on the device, so that a GPU need not wait for the host after every step.
+    `num_images` divides the summed loss: the images of a process in this step, on average over all
+    processes, whose gradients are averaged as well (default: those of `batch`). An empty batch takes part
+    with a gradient of zero. Sums stay on the device, so that a GPU need not wait for the host after every step.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    net.train()
+    net.train(len(batch.targets) > 0)  # an empty batch has no statistics
     with torch.autocast(batch.images.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
         logits = net(batch.images)
     logits = logits.float()
-    loss = functional.cross_entropy(logits, batch.targets, label_smoothing=label_smoothing)
+    loss = functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
     optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    scaler.scale(loss / (num_images or len(batch.targets))).backward()
     scaler.step(optimizer)
     scaler.update()
     right = (logits.argmax(1) == batch.targets).sum()
-    return torch.stack([loss.detach().double() * len(batch.targets), right.double()])
+    return torch.stack([loss.detach().double(), right.double()])
 
 
 @torch.no_grad()

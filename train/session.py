@@ -5,12 +5,11 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from train import data
@@ -20,55 +19,20 @@ from train.config import TrainConfig
 from train.distributed import World, joined
 from train.families import build, count_parameters
 from train.folder import Files
-from train.initialize import initialize
-from train.loop import (
-    Augmentation,
-    batches,
-    evaluate,
-    learning_rate,
-    make_optimizer,
-    steps_per_epoch,
-    to_device,
-    train_step,
-)
+from train.loop import Augmentation, evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, keep_large_buffers
 from train.progress import make_console, progress, track
 from train.refusal import Refusal
 from train.report import describe_row, draw_learning_curve, write_metrics
-from train.spec import ImageSpec, Spec
+from train.spec import Spec
+from train.steps import Session, make_augmentation, make_spec, start, take_steps
 
 # What may differ between a run and its resumption without changing a single bit of it.
 FREE_TO_CHANGE = ("data_dir", "download", "device", "workers", "out", "resume", "json", "describe")
 
 
-@dataclass(frozen=True)
-class Session:
-    """What stays the same from the first step of a run to its last."""
-
-    config: TrainConfig  # resolved
-    net: nn.Sequential
-    optimizer: torch.optim.SGD
-    scaler: torch.amp.GradScaler
-    world: World
-    console: Console
-
-    def snapshot(self, state: Checkpoint, **moment: Any) -> Checkpoint:
-        return replace(
-            state,
-            model=self.net.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            scaler=self.scaler.state_dict(),
-            rng_state=torch.get_rng_state(),
-            **moment,
-        )
-
-    def save(self, name: str, state: Checkpoint) -> None:
-        if self.world.rank == 0:
-            save_checkpoint(self.config.run_dir / name, state)
-
-
 def describe(config: TrainConfig) -> int:
-    """Print the spec and its number of parameters."""
+    """Print the spec and its number of parameters; `config` is a resolved one."""
     if config.classes is None:
         info = data.describe(config.dataset, data_dir=config.data_dir, image_size=config.image_size)
         image, labels = info.image, info.labels
@@ -81,12 +45,8 @@ def describe(config: TrainConfig) -> int:
     if config.json:
         print(json.dumps({**spec.to_dict(), "parameters": parameters}))
     else:
-        image = spec.image
-        print(
-            f"{spec.name}, {spec.nonlinearity}, {image.height}x{image.width}x{image.channels} images, ",
-            end="",
-        )
-        print(f"{len(spec.labels)} classes: {parameters:,} parameters")
+        form, size = f"{spec.nonlinearity}, {spec.parameterization}", f"{image.height}x{image.width}x{image.channels}"
+        print(f"{spec.name}, {form}, {size} images, {len(labels)} classes: {parameters:,} parameters")
     return 0
 
 
@@ -112,6 +72,8 @@ def _train(config: TrainConfig, world: World, *, command: str) -> int:
         skip_unreadable=config.skip_unreadable,
         track=track(console, "reading images"),
     )
+    if dataset.left_out:
+        console.print(f"{len(dataset.left_out)} files cannot be read and are left out, first {dataset.left_out[0]}")
     spec = make_spec(config, dataset.info.image, dataset.info.labels)
     precision = choose_precision(config.precision, world.device)
     config = replace(config, precision=precision)
@@ -129,25 +91,6 @@ def _train(config: TrainConfig, world: World, *, command: str) -> int:
     if world.rank == 0:
         _finish(session, state, dataset)
     return 0
-
-
-def start(config: TrainConfig, spec: Spec, world: World, console: Console) -> Session:
-    """A net of `spec` before its first step, and what trains it; `config` is a resolved one."""
-    torch.manual_seed(config.seed)
-    net = build(spec)
-    initialize(net, a=config.a0, b=config.b0, std=config.w_std)
-    net = net.to(world.device, memory_format=torch.channels_last)
-    decay_ab = config.decay_ab == "yes" or (config.decay_ab == "auto" and spec.parameterization != "per-channel")
-    optimizer = make_optimizer(
-        net,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov == "yes",
-        weight_decay=config.weight_decay,
-        decay_ab=decay_ab,
-    )
-    scaler = torch.amp.GradScaler(world.device.split(":")[0], enabled=config.precision == "fp16")
-    return Session(config, net, optimizer, scaler, world, console)
 
 
 def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
@@ -191,7 +134,8 @@ def _epochs(session: Session, state: Checkpoint, dataset: data.Dataset, stopped:
         state = _epoch(session, state, net, rest, augmentation, batch_size, epoch, stopped)
         if state.epoch == epoch:
             return state  # stopped in the middle
-        state = _close_epoch(session, state, held, num_images=len(rest))
+        num_picked = batch_size * steps_per_epoch(len(rest), batch_size)
+        state = _close_epoch(session, state, held, num_picked=num_picked)
         if world.any(stopped["now"]):
             break
     return state
@@ -212,36 +156,13 @@ def _epoch(
     num_steps = steps_per_epoch(len(split), batch_size)
     images, sums, lr = 0, torch.zeros(2, dtype=torch.float64, device=world.device), 0.0
     start, next_step = time.monotonic(), state.step
+    steps = take_steps(session, net, split, augmentation, batch_size=batch_size, epoch=epoch, first=state.step)
     with progress(session.console, f"epoch {epoch + 1}/{config.epochs}", num_steps, done=state.step) as advance:
-        for batch in batches(
-            split,
-            augmentation,
-            batch_size=batch_size,
-            epoch=epoch,
-            first_step=state.step,
-            seed=config.seed,
-            device=world.device,
-            rank=world.rank,
-            world_size=world.size,
-            workers=config.workers,
-        ):
-            done = (epoch + batch.step / num_steps) / config.epochs
-            lr = learning_rate(config.schedule, config.lr, done, warmup=config.warmup / config.epochs)
-            sums += train_step(
-                net,
-                session.optimizer,
-                session.scaler,
-                batch,
-                lr,
-                precision=config.precision,
-                label_smoothing=config.label_smoothing,
-            )
-            images, next_step = images + len(batch.targets), batch.step + 1
+        for step in steps:
+            images, sums, lr, next_step = images + step.images, sums + step.sums, step.lr, step.number + 1
             advance(note=f"{images * world.size / (time.monotonic() - start):.0f} images/s")
             if world.any(stopped["now"]):
                 break
-        else:
-            next_step = num_steps  # also where the last batch held no readable file
     loss, correct, images = world.sum(torch.cat([sums, sums.new_tensor([images])])).tolist()
     fresh = {"loss": loss, "correct": correct, "images": images, "seconds": time.monotonic() - start}
     totals = {key: state.totals[key] + value for key, value in fresh.items()} | {"lr": lr}
@@ -252,9 +173,13 @@ def _epoch(
     return state
 
 
-def _close_epoch(session: Session, state: Checkpoint, held: data.Split | Files, *, num_images: int) -> Checkpoint:
-    """Validate, add a row to the history, save; `state.totals` holds the epoch's sums."""
+def _close_epoch(session: Session, state: Checkpoint, held: data.Split | Files, *, num_picked: int) -> Checkpoint:
+    """Validate, add a row to the history, save; `state.totals` holds the sums of `num_picked` images."""
     config, world, totals = session.config, session.world, state.totals
+    if lost := round(num_picked - totals["images"]):
+        session.console.print(f"epoch {state.epoch}: {lost} of {num_picked} images could not be read")
+    if not totals["images"]:
+        raise Refusal(f"none of the {num_picked} training images of epoch {state.epoch} could be read: mend them")
     best = max((row["validation_accuracy"] or 0 for row in state.history), default=-1.0)
     score = None
     if len(held) and world.rank == 0:
@@ -277,29 +202,6 @@ def _close_epoch(session: Session, state: Checkpoint, held: data.Split | Files, 
         write_metrics(config.run_dir / "metrics.jsonl", state.history)
     session.console.print(describe_row(row, config.epochs, row["seconds"] * (config.epochs - state.epoch)))
     return state
-
-
-def make_augmentation(config: TrainConfig, info: data.DatasetInfo) -> Augmentation:
-    """What `config` says of flips and crops, or what suits the data set."""
-    crop = info.crop if config.crop is None else config.crop
-    if crop >= min(info.image.height, info.image.width):
-        raise Refusal(f"--crop must be smaller than the image, got {crop}")
-    flip = info.flip if config.flip == "auto" else config.flip == "yes"
-    fill = tuple(round(255 * mean) for mean in info.image.mean)
-    return Augmentation(flip, crop, smallest_crop=config.smallest_crop, erase=config.erase, fill=fill)
-
-
-def make_spec(config: TrainConfig, image: ImageSpec, labels: tuple[str, ...]) -> Spec:
-    """The net that `config` asks for, on these images."""
-    return Spec(
-        family=config.family,
-        depth=config.depth,
-        width=config.width,
-        nonlinearity=config.nonlinearity,
-        parameterization=config.parameterization,
-        image=image,
-        labels=labels,
-    )
 
 
 def _begin(config: TrainConfig, spec: Spec, command: str) -> Checkpoint:

@@ -1,6 +1,7 @@
 """Images from files, decoded by worker processes while the net computes."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from train.folder import Files, read
+from train.machine import num_cores
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
@@ -32,8 +34,8 @@ def stream(
     loader = DataLoader(
         _Images(files, key, smallest_crop, flip),
         batch_sampler=[indices.tolist() for indices in picked],
-        num_workers=workers,
-        collate_fn=_collate,
+        num_workers=min(workers, num_cores()),  # torch warns of more
+        collate_fn=partial(_collate, shape=(files.image.height, files.image.width, files.image.channels)),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one
     )
@@ -69,8 +71,11 @@ class _Images(Dataset):
         return self.augment(image)
 
 
-def _collate(items: list[tuple[np.ndarray | None, int, str]]) -> tuple[Tensor, Tensor, str]:
+def _collate(
+    items: list[tuple[np.ndarray | None, int, str]], shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor, str]:
+    """The readable ones of `items` as a batch of images [N, *shape], N of 0 if there are none."""
     readable = [(pixels, target) for pixels, target, _ in items if pixels is not None]
     refusal = next((refusal for _, _, refusal in items if refusal), "")
-    images = torch.from_numpy(np.stack([pixels for pixels, _ in readable])) if readable else torch.empty(0)
+    images = torch.from_numpy(np.array([pixels for pixels, _ in readable], np.uint8).reshape(-1, *shape))
     return images, torch.tensor([target for _, target in readable], dtype=torch.int64), refusal

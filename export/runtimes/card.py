@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from export.runtimes.signature import Signature
@@ -22,11 +23,16 @@ class EngineCard:
     precision: str  # fp32, fp16 or int8; from the ONNX graph, which decides it
     batch: tuple[int, int, int]  # smallest, best and largest batch of the optimisation profile
     compute_capabilities: tuple[str, ...]  # of the GPUs that can run the engine: "8.9"
+    workspace_mib: int | None  # what the builder's scratch memory was limited to
+    version_compatible: bool  # later versions of the library run it too
+    refittable: bool  # its weights can be exchanged
     onnx_sha256: str
     engine_sha256: str
     signature: Signature
+    output_dtype: str  # of the logits
     spec: Spec
     provenance: dict[str, Any]
+    parity: dict[str, Any] | None  # the report of export/parity.py on the ONNX file, where there was one
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
@@ -34,6 +40,10 @@ class EngineCard:
 
 def card_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".json")
+
+
+def layers_path(engine: Path) -> Path:
+    return engine.with_name(engine.name + ".layers.json")
 
 
 def read_card(engine: Path) -> EngineCard:
@@ -55,15 +65,22 @@ def read_card(engine: Path) -> EngineCard:
         precision=_check(path, record, "precision", str),
         batch=_batch(path, record),
         compute_capabilities=tuple(map(str, _check(path, record, "compute_capabilities", list))),
+        workspace_mib=_check(path, record, "workspace_mib", (int, NoneType)),
+        version_compatible=_check(path, record, "version_compatible", bool),
+        refittable=_check(path, record, "refittable", bool),
         onnx_sha256=_check(path, record, "onnx_sha256", str),
         engine_sha256=_check(path, record, "engine_sha256", str),
         signature=_signature(path, record),
+        output_dtype=_check(path, record, "output_dtype", str),
         spec=Spec.from_dict(record["spec"]),
         provenance=_check(path, record, "provenance", dict),
+        parity=_check(path, record, "parity", (dict, NoneType)),
     )
 
 
-def _check(path: Path, record: dict[str, Any], name: str, kind: type, allowed: tuple[str, ...] = ()) -> Any:
+def _check(
+    path: Path, record: dict[str, Any], name: str, kind: type | tuple[type, ...], allowed: tuple[str, ...] = ()
+) -> Any:
     value = record[name]
     if not isinstance(value, kind) or (allowed and value not in allowed):
         raise Refusal(f"{path}: {name} cannot be {value!r}; build the engine again with export/to_trt.py")

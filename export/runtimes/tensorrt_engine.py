@@ -28,7 +28,7 @@ class TensorRTEngine:
         self.description = f"{card.builder} {card.builder_version}, {card.precision}"
         self._card = card
         self._logger = make_logger(trt)
-        self._runtime = trt.Runtime(self._logger)  # must outlive its engine
+        self._runtime = make_runtime(trt, self._logger, card)  # must outlive its engine
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise Refusal(f"{path} cannot be loaded: {self._logger.last_error()}")
@@ -92,13 +92,20 @@ def make_logger(trt: Any) -> Any:
     return Logger()
 
 
+def make_runtime(trt: Any, logger: Any, card: EngineCard) -> Any:
+    """What deserialises an engine; a version-compatible one brings the code that runs it along."""
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = card.version_compatible
+    return runtime
+
+
 def _fitting_library(path: Path, content: bytes, card: EngineCard) -> Any:
     """The library that built the engine; refuses whatever does not fit, field by field."""
     again = f"(see {card_path(path).name}); build it again here with export/to_trt.py"
     if sha256(content) != card.engine_sha256:
         raise Refusal(f"{path} does not fit its card: engine_sha256 differs {again}")
     trt = import_library(card.builder)
-    if trt.__version__ != card.builder_version:
+    if trt.__version__ != card.builder_version and not _runs_older(trt, card):
         raise Refusal(f"{path}: builder_version is {card.builder_version}, here is {trt.__version__} {again}")
     if not gpu.num_devices():
         raise Refusal(f"{path} needs an NVIDIA GPU and its driver, and none is found here; serve the .onnx instead")
@@ -106,3 +113,11 @@ def _fitting_library(path: Path, content: bytes, card: EngineCard) -> Any:
         offered = ", ".join(card.compute_capabilities)
         raise Refusal(f"{path}: compute_capabilities are {offered}, this GPU's is {gpu.compute_capability()} {again}")
     return trt
+
+
+def _runs_older(trt: Any, card: EngineCard) -> bool:
+    """Whether the engine is version-compatible and the library here is no older than its builder."""
+    here, builder = (
+        [int(part) for part in version.split(".")[:2]] for version in (trt.__version__, card.builder_version)
+    )
+    return card.version_compatible and here >= builder

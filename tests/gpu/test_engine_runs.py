@@ -1,4 +1,4 @@
-"""Engines built and run for real: needs a CUDA device and tensorrt or tensorrt_rtx."""
+"""Engines built, inspected and run for real: needs a CUDA device and tensorrt or tensorrt_rtx."""
 
 import json
 
@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from export import to_trt
 from export.compare import compare
-from export.engine import build_engine
+from export.engine import build_engine, choose_builder
 from export.graph import to_onnx
 from export.runtimes import gpu
-from export.runtimes.card import card_path
+from export.runtimes.card import card_path, layers_path, read_card
 from export.runtimes.load import load_runtime
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net
@@ -18,6 +19,11 @@ from train import run as train
 from train.cli import run_command
 
 pytestmark = pytest.mark.skipif(not gpu.num_devices(), reason="no CUDA device: engines cannot be run here")
+
+
+def write_onnx(path, net, spec):
+    path.write_bytes(to_onnx(fold_net(net), spec, {}).SerializeToString())
+    return path
 
 
 def write_engine(path, batch):
@@ -31,8 +37,7 @@ def write_engine(path, batch):
 @pytest.mark.parametrize("num", [1, 4, 9])
 def test_an_engine_answers_as_the_dirac_net(tmp_path, make_net, make_spec, images, num):
     net = make_net(depth=16)
-    path = tmp_path / "plain.onnx"
-    path.write_bytes(to_onnx(fold_net(net), make_spec(depth=16), {}).SerializeToString())
+    path = write_onnx(tmp_path / "plain.onnx", net, make_spec(depth=16))
     pixels = images(num)
     with torch.no_grad():
         expected = net(torch.from_numpy(pixels)).numpy()
@@ -41,9 +46,44 @@ def test_an_engine_answers_as_the_dirac_net(tmp_path, make_net, make_spec, image
     assert np.array_equal(runtime(pixels), runtime(pixels))
 
 
+@pytest.mark.parametrize("flags", [["--refittable"], ["--workspace", "512"], ["--version-compatible"]])
+def test_engines_of_every_kind_answer_alike(tmp_path, capsys, make_net, make_spec, images, flags):
+    net, pixels = make_net(), images(4)
+    path = write_onnx(tmp_path / "plain.onnx", net, make_spec())
+    status = run_command(to_trt.command, to_trt.ToTrtConfig, argv=[str(path), "--batch", "1", "2", "4", *flags])
+    if status == 2 and "lean runtime" in (error := capsys.readouterr().err):
+        pytest.skip(error)
+    assert status == 0
+    with torch.no_grad():
+        expected = net(torch.from_numpy(pixels)).numpy()
+    assert compare(("Dirac net", expected), ("engine", load_runtime(path.with_suffix(".engine"))(pixels)))
+
+
+def test_layers_are_written_beside_the_engine(tmp_path, make_net, make_spec):
+    path = write_onnx(tmp_path / "plain.onnx", make_net(), make_spec())
+    assert run_command(to_trt.command, to_trt.ToTrtConfig, argv=[str(path)]) == 0
+    if gpu.compute_capability() not in read_card(path.with_suffix(".engine")).compute_capabilities:
+        pytest.skip("tensorrt_rtx builds nothing for this GPU")
+    layers = json.loads(layers_path(path.with_suffix(".engine")).read_text())["Layers"]
+    assert layers
+    assert "stem.conv" in json.dumps(layers)
+
+
+def test_timings_are_kept_and_those_of_another_machine_are_refused(tmp_path, capsys, make_net, make_spec):
+    if choose_builder() != "tensorrt":
+        pytest.skip("tensorrt is not installed: tensorrt_rtx keeps no timings")
+    path, timings = write_onnx(tmp_path / "plain.onnx", make_net(), make_spec()), tmp_path / "timings"
+    argv = [str(path), "--timing-cache", str(timings)]
+    for _ in range(2):
+        assert run_command(to_trt.command, to_trt.ToTrtConfig, argv=argv) == 0
+        assert timings.stat().st_size > 100
+    timings.write_bytes(b"timings of another machine")
+    assert run_command(to_trt.command, to_trt.ToTrtConfig, argv=argv) == 2
+    assert "--timing-cache does not fit this GPU" in capsys.readouterr().err
+
+
 def test_onnx_runtime_uses_the_gpu(tmp_path, make_net, make_spec, images):
-    path = tmp_path / "plain.onnx"
-    path.write_bytes(to_onnx(fold_net(make_net()), make_spec(), {}).SerializeToString())
+    path = write_onnx(tmp_path / "plain.onnx", make_net(), make_spec())
     assert "CPU" not in OnnxSession(path).description
 
 

@@ -8,8 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from train import data
@@ -96,6 +98,37 @@ def test_two_processes_train_stop_and_resume_bit_for_bit(tmp_path):
     whole, cut = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
     assert all(torch.equal(tensor, cut.model[name]) for name, tensor in whole.model.items())
     assert cut.test_accuracy == result["test_accuracy"]
+
+
+def make_photos(root, unreadable):
+    """16 photographs to train on and two to test with; a JPEG without checksum shows only late that it is cut."""
+    rng = np.random.default_rng(0)
+    for part, num in (("train", 8), ("val", 1)):
+        for label in ("dark", "light"):
+            (root / part / label).mkdir(parents=True)
+            for index in range(num):
+                pixels = rng.integers(0, 256, (60, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / label / f"{index}.jpg")
+    for index in unreadable:
+        path = root / "train" / ("dark", "light")[index // 8] / f"{index % 8}.jpg"
+        path.write_bytes(path.read_bytes()[:1000])
+
+
+def test_a_share_without_a_readable_file_neither_hangs_nor_weighs_on_the_step(tmp_path):
+    """Of four batches, two processes can read the first's share, nothing, and twice the second's share."""
+    order = np.random.default_rng((0, 0)).permutation(16)
+    make_photos(tmp_path / "photos", unreadable=[*order[2:10], *order[12:14]])
+    argv = [ROOT / "train" / "run.py", "--dataset", "folder", "--data-dir", tmp_path / "photos", "--image-size", 8]
+    argv += ["--skip-unreadable", "--validation", 0, "--workers", 0, "--depth", 10, "--width", 0.25]
+    argv += ["--batch-size", 4, "--epochs", 1, "--precision", "fp32", "--warmup", 0]
+    output = run(*argv, "--out", tmp_path / "two")
+    assert "epoch 1: 10 of 16 images could not be read" in output
+    run(*argv, "--out", tmp_path / "one", processes=1)
+    two, one = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("two", "one"))
+    assert two.history[0]["train_loss"] == pytest.approx(one.history[0]["train_loss"], rel=1e-5)
+    for name, tensor in one.model.items():
+        if "running" not in name and "num_batches" not in name:  # those are the first process's own
+            torch.testing.assert_close(two.model[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_in_one_line(tmp_path):

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train import data
 from train.cli import run_command
+from train.experiments import trial
+from train.experiments.convergence import ConvergenceConfig, _width_of_equal_size
 from train.experiments.sparsity import measure
 from train.experiments.trial import ExperimentConfig, mean_and_spread
 
@@ -56,6 +59,44 @@ def test_the_cheap_and_the_papers_settings():
     assert (paper.dataset, paper.width, paper.epochs, paper.batch_size) == ("cifar10", 1.0, 200, 128)
     assert (paper.lr, paper.weight_decay, paper.w_std, paper.depth) == (0.1, 5e-4, 1.0, 34)
     assert ExperimentConfig(epochs=3).training().epochs == 3
+
+
+PAPER_DEPTH = {"depth": 10, "scaling": 100, "sparsity": 100, "convergence": 34, "initialization": 28}
+
+
+@pytest.mark.parametrize("name", PAPER_DEPTH)
+def test_the_papers_settings_reach_the_training(name, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def see(settings, dataset, **_):
+        raise Seen(settings)
+
+    monkeypatch.setattr(trial, "run_trial", see)
+    monkeypatch.setattr(trial, "load_dataset", lambda config: data.load("digits"))
+    with pytest.raises(Seen) as seen:
+        run(name, tmp_path, "--paper")
+    (settings,) = seen.value.args
+    assert (settings.dataset, settings.epochs, settings.width, settings.w_std) == ("cifar10", 200, 1.0, 1.0)
+    assert settings.depth == PAPER_DEPTH[name]
+
+
+@pytest.mark.slow
+def test_depth_has_mean_and_spread_of_every_kind_depth_and_width(tmp_path):
+    argv = ["--epochs", "1", "--seeds", "2", "--depths", "10", "--widths", "0.0625", "0.125"]
+    rows = run("depth", tmp_path, *argv)["rows"]
+    cases = [(row["kind"], row["width"]) for row in rows]
+    assert cases == [(kind, width) for kind in ("Dirac", "plain", "residual") for width in (0.0625, 0.125)]
+    for row in rows:
+        assert len(set(row["accuracies"])) == 2
+        assert (row["mean"], row["spread"]) == mean_and_spread(row["accuracies"])
+
+
+def test_the_residual_net_of_the_convergence_has_as_many_parameters(tmp_path):
+    info = data.describe("cifar10")
+    config = ConvergenceConfig(paper=True)
+    width = _width_of_equal_size(config, info)
+    assert width == pytest.approx(2**0.5, rel=0.05)
 
 
 def test_kurtosis_and_dead_rows_are_counted_right():

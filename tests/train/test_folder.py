@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from train import data
+from train.checkpoint import load_checkpoint
 from train.cli import run_command
 from train.config import TrainConfig
 from train.image import decode
@@ -93,6 +94,14 @@ def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder
     assert not any(torch.equal(left.images, right.images) for left, right in zip(whole, other, strict=True))
 
 
+def test_no_more_workers_than_cores(folder, monkeypatch):
+    """PyTorch would warn, which the tests make an error."""
+    monkeypatch.setattr("train.stream.num_cores", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
+    train = data.load("folder", data_dir=folder, image_size=8).train
+    assert len(all_batches(train, workers=2)) == 4
+
+
 def test_processes_share_a_batch_without_overlap(folder):
     for split in (data.load("folder", data_dir=folder, image_size=8).train, data.load("digits").train):
         whole = all_batches(split)[1]
@@ -108,6 +117,7 @@ def test_an_unreadable_file_is_named_counted_and_skipped_only_when_told(folder, 
         data.load("folder", data_dir=folder, image_size=8)
     dataset = data.load("folder", data_dir=folder, image_size=8, skip_unreadable=True)
     assert len(dataset.train) + len(dataset.test) == 18
+    assert dataset.left_out == [folder / "dark" / "0.png", folder / "light" / "3.png"]
 
 
 def test_a_body_cut_short_shows_when_it_is_decoded(folder):
@@ -121,11 +131,56 @@ def test_a_body_cut_short_shows_when_it_is_decoded(folder):
             all_batches(train, workers=workers)
     train = data.load("folder", data_dir=folder, image_size=8, skip_unreadable=True).train
     assert sum(len(batch.targets) for batch in all_batches(train, batch_size=17)) == 16
+    alone = all_batches(train.take(np.flatnonzero(train.paths == str(path))), batch_size=1)
+    assert [batch.images.shape for batch in alone] == [(0, 8, 8, 3)]
+    with pytest.raises(Refusal, match=r"none of .*dark/0\.jpg can be read"):
+        train.first(1)
+
+
+def test_a_folder_with_unreadable_files_trains_when_told_and_says_how_many_were_missing(
+    folder, tmp_path_factory, capsys
+):
+    out = tmp_path_factory.mktemp("run")
+    (folder / "dark" / "0.png").write_bytes(b"no image")
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    for path in sorted(folder.glob("*/[1-9].png")):
+        Image.fromarray(noise).save(path.with_suffix(".jpg"))
+        path.unlink()
+        path = path.with_suffix(".jpg")
+        if path.parent.name == "dark":
+            path.write_bytes(path.read_bytes()[:2000])
+    argv = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "8", "--depth", "10", "--width", "0.25"]
+    argv += ["--epochs", "1", "--batch-size", "4", "--validation", "0", "--workers", "0", "--skip-unreadable"]
+    assert run_command(command, TrainConfig, argv=[*argv, "--out", str(out / "some")]) == 0
+    output = capsys.readouterr().out
+    assert f"1 files cannot be read and are left out, first {folder / 'dark' / '0.png'}" in output
+    assert "epoch 1: 8 of 16 images could not be read" in output
+    assert load_checkpoint(out / "some" / "checkpoint.pt").history[0]["train_loss"] > 0
+    for path in folder.glob("light/*.*"):
+        if path.suffix == ".jpg":
+            path.write_bytes(path.read_bytes()[:2000])
+        else:
+            path.unlink()
+    assert run_command(command, TrainConfig, argv=[*argv, "--out", str(out / "none")]) == 2
+    assert "none of the 12 training images of epoch 1 could be read" in capsys.readouterr().err
 
 
 def test_training_on_a_folder_learns_it(folder, tmp_path_factory, capsys):
     out = tmp_path_factory.mktemp("run")
     argv = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "8", "--depth", "10", "--width", "0.25"]
-    argv += ["--epochs", "6", "--batch-size", "4", "--validation", "0", "--out", str(out), "--workers", "0"]
+    argv += [
+        "--epochs",
+        "12",
+        "--lr",
+        "0.05",
+        "--batch-size",
+        "4",
+        "--validation",
+        "0",
+        "--out",
+        str(out),
+        "--workers",
+        "0",
+    ]
     assert run_command(command, TrainConfig, argv=argv) == 0
     assert "test accuracy 100.00 % on 4 images" in capsys.readouterr().out

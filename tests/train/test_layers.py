@@ -120,6 +120,14 @@ def test_ncrelu_is_equation_9(size):
     np.testing.assert_array_equal(NCReLU()(x).numpy(), reference.ncrelu(x.numpy()))
 
 
+def test_at_the_start_a_layer_multiplies_by_a():
+    """Eq. 11: with W of 0, δ sums the halves of NCReLU to x again."""
+    layer = DiracConv2d(8, 4, 3, padding=1)
+    torch.nn.init.zeros_(layer.weight)
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(NCReLU()(x)), layer.a * x)
+
+
 def test_ncrelu_keeps_the_layout_and_has_the_right_gradient():
     x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     assert NCReLU()(x).is_contiguous(memory_format=torch.channels_last)

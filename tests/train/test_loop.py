@@ -36,7 +36,7 @@ def test_a_recipe_leaves_nothing_open(name):
     for dataset, family in (("digits", "cifar"), ("cifar10", "cifar"), ("folder", "imagenet")):
         values = recipe(name, family=family, dataset=dataset)
         open_before = {key for key, value in vars(TrainConfig()).items() if value is None}
-        assert set(values) == open_before - {"data_dir", "classes", "crop", "out"}
+        assert set(values) == open_before - {"data_dir", "classes", "nonlinearity", "parameterization", "crop", "out"}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,25 @@ def test_bf16_changes_a_step_by_no_more_than_its_precision(make_net, images):
     # 8 bits of mantissa, ten layers in a row.
     assert losses["bf16"][0] != losses["fp32"][0]
     torch.testing.assert_close(losses["bf16"][0], losses["fp32"][0], rtol=0.05, atol=0)
+
+
+def test_a_step_divides_by_the_images_of_all_processes_and_an_empty_batch_changes_no_gradient(make_net, images):
+    whole = Batch(0, 0, torch.from_numpy(images(4)), torch.arange(4))
+    empty = Batch(0, 0, whole.images[:0], whole.targets[:0])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    gradients, sums = [], []
+    for batch, num_images in ((whole, None), (whole, 8.0), (empty, 2.0)):
+        net = make_net()
+        before = {name: tensor.clone() for name, tensor in net.named_buffers()}
+        optimizer = make_optimizer(net, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0, decay_ab=True)
+        sums.append(train_step(net, optimizer, scaler, batch, 0.1, num_images=num_images))
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    assert torch.equal(sums[0], sums[1])
+    for one, half, none in zip(*gradients, strict=True):
+        torch.testing.assert_close(half, one / 2)
+        assert torch.equal(none, torch.zeros_like(none))
+    assert sums[2].tolist() == [0, 0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.named_buffers())
 
 
 def test_precision_is_what_the_device_has(monkeypatch):

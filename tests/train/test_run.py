@@ -164,12 +164,54 @@ def test_a_folder_of_class_folders_trains_and_names_its_unreadable_image(tmp_pat
     [
         ("--family imagenet --classes 1000 --depth 18 --width 0.75", 12_756_600),
         ("--family imagenet-table3 --classes 1000 --depth 34 --width 0.75", 34_745_440),
-        ("--family wrn --nonlinearity relu --parameterization plain --classes 10 --depth 28 --width 10", 36_479_194),
+        ("--family wrn --classes 10 --depth 28 --width 10", 36_479_194),
     ],
 )
 def test_describe_counts_every_family(argv, parameters, capsys):
     assert run_command(command, TrainConfig, argv=["--describe", "--json", *argv.split()]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == parameters
+
+
+@pytest.mark.parametrize(
+    ("argv", "form"),
+    [
+        ("", "ncrelu, dirac"),
+        ("--nonlinearity relu", "relu, dirac"),
+        ("--parameterization per-channel", "relu, per-channel"),
+        ("--parameterization plain", "ncrelu, plain"),
+        ("--family wrn", "relu, plain"),
+        ("--family wrn --parameterization delta", "relu, delta"),
+    ],
+)
+def test_a_net_takes_the_form_that_suits_what_was_given(argv, form, capsys):
+    assert run_command(command, TrainConfig, argv=["--describe", *argv.split()]) == 0
+    assert f"-16-1, {form}, 8x8x1 images, 10 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--family wrn --nonlinearity ncrelu", "family wrn goes with nonlinearity relu"),
+        ("--family wrn --parameterization dirac", "family wrn goes with nonlinearity relu"),
+        ("--parameterization per-channel --nonlinearity ncrelu", "per-channel a and b go with nonlinearity relu"),
+    ],
+)
+def test_a_form_that_was_given_and_does_not_fit_is_refused(argv, message, capsys):
+    assert run_command(command, TrainConfig, argv=["--describe", *argv.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_form_that_was_chosen_is_recorded_and_resumed(tmp_path, capsys):
+    argv = ["--depth", "10", "--width", "0.25", "--epochs", "1", "--out", str(tmp_path)]
+    assert run_command(command, TrainConfig, argv=["--family", "wrn", *argv]) == 0
+    recorded = load_checkpoint(tmp_path / "checkpoint.pt").config
+    assert (recorded["nonlinearity"], recorded["parameterization"]) == ("relu", "plain")
+    assert "--nonlinearity" not in recorded["command"]
+    explicit = ["--family", "wrn", "--nonlinearity", "relu", "--parameterization", "plain", *argv, "--resume"]
+    assert run_command(command, TrainConfig, argv=explicit) == 0
+    assert run_command(command, TrainConfig, argv=[*argv, "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "was started with --family wrn --nonlinearity relu --parameterization plain" in error
 
 
 @pytest.mark.slow

@@ -11,11 +11,10 @@ if __name__ == "__main__":
 from train.cli import run_command
 from train.experiments.trial import ExperimentConfig
 
-# The residual net is sqrt(2) wider: without NCReLU its convolutions have half the weights.
 NETS = {
     "plain": {"parameterization": "plain"},
     "Dirac": {"parameterization": "dirac"},
-    "residual": {"family": "wrn", "nonlinearity": "relu", "parameterization": "plain"},
+    "residual": {"family": "wrn"},
 }
 EXAMPLES = (
     "python train/experiments/convergence.py --depth 34 --epochs 20",
@@ -39,11 +38,12 @@ def command(config: ConvergenceConfig) -> int:
 
     dataset, rows = load_dataset(config), []
     width = config.training().width
+    residual_width = _width_of_equal_size(config, dataset.info)
     with progress(make_console(), "training", len(NETS) * config.seeds) as advance:
         for name, fields in NETS.items():
-            scale = 2**0.5 if name == "residual" else 1.0
             for seed in range(config.seeds):
-                settings = config.training(depth=config.depth, **fields, seed=seed, width=width * scale)
+                net_width = residual_width if name == "residual" else width
+                settings = config.training(depth=config.depth, **fields, seed=seed, width=net_width)
                 trial = run_trial(settings, dataset)
                 rows.append({"net": name, "seed": seed, "parameters": count_parameters(trial.net)})
                 rows[-1] |= {"history": trial.history, "test_accuracy": trial.test_accuracy}
@@ -53,15 +53,42 @@ def command(config: ConvergenceConfig) -> int:
 
     figure, (axes,) = new_figure(1)
     for index, name in enumerate(NETS):
-        histories = [row["history"] for row in rows if row["net"] == name]
+        of_net = [row for row in rows if row["net"] == name]
+        histories, parameters = [row["history"] for row in of_net], of_net[0]["parameters"]
         for key, style in (("train_accuracy", "--"), ("validation_accuracy", "-")):
             error = 100 * (1 - np.mean([[epoch[key] for epoch in history] for history in histories], axis=0))
-            label = name if style == "-" else None
-            axes.plot(np.arange(1, len(error) + 1), error, style, color=f"C{index}", label=label)
-    axes.set(xlabel="epoch", ylabel="error, % (dashed: training)", title=f"{config.depth} layers, {describe(config)}")
+            label = f"{name}, {parameters:,} parameters" if style == "-" else None
+            axes.plot(np.arange(1, len(error) + 1), error, f".{style}", color=f"C{index}", label=label)
+    axes.set(
+        xlabel="epoch",
+        ylabel="error, % (solid: validation, dashed: training)",
+        title=f"{config.depth} layers, {describe(config)}",
+    )
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     write_results(config.out, "convergence", figure, {"settings": config.training(depth=config.depth), "rows": rows})
     return 0
+
+
+def _width_of_equal_size(config: ConvergenceConfig, info) -> float:
+    """The width at which the residual net's number of parameters is nearest to the Dirac net's.
+
+    It is about sqrt(2) times as wide: without NCReLU its convolutions have half the weights.
+    """
+    import torch
+
+    from train.families import build, count_parameters
+    from train.steps import make_spec
+
+    def size(name: str, width: float) -> int:
+        settings = config.training(depth=config.depth, width=width, **NETS[name])
+        with torch.device("meta"):
+            return count_parameters(build(make_spec(settings, info.image, info.labels)))
+
+    width = config.training().width
+    wanted = size("Dirac", width)
+    widths = [channels / 16 for channels in range(1, int(32 * width) + 1)]
+    return min(widths, key=lambda residual: abs(size("residual", residual) - wanted))
 
 
 if __name__ == "__main__":

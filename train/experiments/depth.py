@@ -1,7 +1,8 @@
-"""python train/experiments/depth.py: Dirac nets train at depths where plain nets fail (section 3.1, Fig. 2)."""
+"""python train/experiments/depth.py: accuracy over depth and width, Dirac, plain and residual (3.1, 3.2, Fig. 2)."""
 
 import sys
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated
 
@@ -11,21 +12,25 @@ if __name__ == "__main__":
 from train.cli import run_command
 from train.experiments.trial import ExperimentConfig
 
-KINDS = {"Dirac": "dirac", "plain": "plain"}
+KINDS = {"Dirac": {"parameterization": "dirac"}, "plain": {"parameterization": "plain"}, "residual": {"family": "wrn"}}
+CHEAP_DEPTHS = (10, 16, 34, 52, 100)
+PAPER_DEPTHS = (10, 16, 22, 28, 34, 40, 52, 100, 200, 400)
+STYLES = ("-", "--", ":", "-.")  # of the widths
 EXAMPLES = (
     "python train/experiments/depth.py --depths 10 34 100 --seeds 1",
-    "python train/experiments/depth.py --paper --data-dir data --device cuda",
+    "python train/experiments/depth.py --paper --widths 1 2 4 --data-dir data --device cuda",
 )
 
 
 @dataclass(frozen=True)
 class DepthConfig(ExperimentConfig):
-    depths: Annotated[tuple[int, ...], "6N + 4 each"] = (10, 16, 34, 52, 100)
+    depths: Annotated[tuple[int, ...], "6N + 4 each (cheap: 10 16 34 52 100; paper: 10 to 400)"] = ()
+    widths: Annotated[tuple[float, ...], "several width factors, each a line (default: --width alone)"] = ()
 
 
 def command(config: DepthConfig) -> int:
-    """Train plain nets with and without Dirac parameterization at several depths, NCReLU in both."""
-    from dataclasses import asdict
+    """Train plain nets with and without Dirac parameterization, NCReLU in both, and Wide ResNets at several depths."""
+    from itertools import product
 
     from train.experiments.trial import (
         describe,
@@ -35,34 +40,47 @@ def command(config: DepthConfig) -> int:
         run_trial,
         write_results,
     )
+    from train.families import count_parameters
     from train.progress import make_console, progress
 
     dataset, rows = load_dataset(config), []
-    total = len(config.depths) * len(KINDS) * config.seeds
-    with progress(make_console(), "training", total) as advance:
-        for depth in config.depths:
-            for kind, parameterization in KINDS.items():
-                accuracies = []
-                for seed in range(config.seeds):
-                    settings = config.training(depth=depth, parameterization=parameterization, seed=seed)
-                    accuracies.append(run_trial(settings, dataset).test_accuracy)
-                    advance(note=f"{kind} {depth}: {100 * accuracies[-1]:.1f} %")
-                mean, spread = mean_and_spread(accuracies)
-                rows.append({"kind": kind, "depth": depth, "accuracies": accuracies, "mean": mean, "spread": spread})
-                print(f"{kind:6s} {depth:4d} layers: {100 * mean:5.1f} ± {100 * spread:.1f} %")
+    depths = config.depths or (PAPER_DEPTHS if config.paper else CHEAP_DEPTHS)
+    cases = list(product(depths, KINDS, config.widths or (config.training().width,)))
+    with progress(make_console(), "training", len(cases) * config.seeds) as advance:
+        for depth, kind, width in cases:
+            trials = []
+            for seed in range(config.seeds):
+                settings = config.training(depth=depth, width=width, seed=seed, **KINDS[kind])
+                trials.append(run_trial(settings, dataset))
+                advance(note=f"{kind}-{depth}-{width:g}: {100 * trials[-1].test_accuracy:.1f} %")
+            accuracies, parameters = [trial.test_accuracy for trial in trials], count_parameters(trials[0].net)
+            mean, spread = mean_and_spread(accuracies)
+            rows.append({"kind": kind, "depth": depth, "width": width, "parameters": parameters})
+            rows[-1] |= {"accuracies": accuracies, "mean": mean, "spread": spread}
+            print(f"{kind}-{depth}-{width:g}, {parameters:,} parameters: {100 * mean:.1f} ± {100 * spread:.1f} %")
 
-    figure, (axes,) = new_figure(1)
-    for kind in KINDS:
-        of_kind = [row for row in rows if row["kind"] == kind]
-        depths = [row["depth"] for row in of_kind]
-        means, spreads = ([100 * row[key] for row in of_kind] for key in ("mean", "spread"))
-        axes.errorbar(depths, means, spreads, marker="o", capsize=3, label=kind)
-    axes.set(xlabel="layers", ylabel="test accuracy, %", xscale="log", title=describe(config))
-    axes.set_xticks(config.depths, [str(depth) for depth in config.depths])
+    figure, (axes,) = new_figure(1, height=4.8)
+    _draw(axes, rows)
+    axes.set(xlabel="layers", ylabel="test accuracy, % (area: parameters)", xscale="log", title=describe(config))
+    axes.set_xticks(depths, [str(depth) for depth in depths])
     axes.minorticks_off()
-    axes.legend()
-    write_results(config.out, "depth", figure, {"settings": asdict(config.training()), "rows": rows})
+    figure.legend(loc="outside lower center", ncols=len(KINDS))
+    write_results(config.out, "depth", figure, {"settings": config.training(), "rows": rows})
     return 0
+
+
+def _draw(axes, rows) -> None:
+    """A line for each kind and width, with a circle for each depth whose area says how many parameters there are."""
+    widths = list(dict.fromkeys(row["width"] for row in rows))
+    most = max(row["parameters"] for row in rows)
+    for index, kind in enumerate(KINDS):
+        for width, style in zip(widths, cycle(STYLES)):
+            line = [row for row in rows if (row["kind"], row["width"]) == (kind, width)]
+            depths = [row["depth"] for row in line]
+            means, spreads = ([100 * row[key] for row in line] for key in ("mean", "spread"))
+            label = kind if len(widths) == 1 else f"{kind}, width {width:g}"
+            axes.errorbar(depths, means, spreads, color=f"C{index}", linestyle=style, capsize=3, label=label)
+            axes.scatter(depths, means, [20 + 200 * row["parameters"] / most for row in line], f"C{index}", alpha=0.5)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,6 @@ def command(config: InitializationConfig) -> int:
                     depth=config.depth,
                     width=width,
                     family="wrn",
-                    nonlinearity="relu",
                     parameterization=kind,
                     seed=seed,
                 )
@@ -74,9 +73,9 @@ def command(config: InitializationConfig) -> int:
         of_kind = [row for row in rows if row["kind"] == kind and row["drawn"] == "convolutions"]
         means, spreads = ([100 * row[key] for row in of_kind] for key in ("mean", "spread"))
         axes.errorbar([row["sigma"] for row in of_kind], means, spreads, marker="o", capsize=3, label=label)
-    axes.plot([0], [100 * rows[-1]["mean"]], "kx", label="all weights zero")
+    axes.plot([0], [100 * rows[-1]["mean"]], "kx", markersize=9, zorder=3, label="all weights zero")
     smallest = min((sigma for sigma in config.sigmas if sigma), default=1.0)
-    axes.set_xscale("symlog", linthresh=smallest, linscale=0.5)
+    axes.set_xscale("symlog", linthresh=smallest, linscale=1)
     axes.set(xlabel="σ", ylabel="test accuracy, %", title=f"ResNet-{config.depth}, {describe(config)}")
     axes.legend()
     write_results(config.out, "initialization", figure, {"settings": config.training(depth=config.depth), "rows": rows})

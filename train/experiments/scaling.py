@@ -16,13 +16,13 @@ STARTS = {"5, decay": (5.0, "yes"), "5, no decay": (5.0, "no"), "1, decay": (1.0
 COLOURS = ("Blues", "Greens", "Reds")
 EXAMPLES = (
     "python train/experiments/scaling.py --depth 16 --epochs 5",
-    "python train/experiments/scaling.py --paper --depth 100 --data-dir data --device cuda",
+    "python train/experiments/scaling.py --paper --data-dir data --device cuda",
 )
 
 
 @dataclass(frozen=True)
 class ScalingConfig(ExperimentConfig):
-    depth: Annotated[int, "6N + 4; the paper's Fig. 4 has 100"] = 34
+    depth: Annotated[int | None, "6N + 4 layers (cheap: 34; paper: 100)"] = None
     seeds: Annotated[int, "how often each net is trained; the figure shows the first"] = 1
 
 
@@ -35,11 +35,12 @@ def command(config: ScalingConfig) -> int:
     from train.layers import DiracConv2d
     from train.progress import make_console, progress
 
+    depth = config.depth or (100 if config.paper else 34)
     dataset, rows = load_dataset(config), []
     with progress(make_console(), "training", len(STARTS) * config.seeds) as advance:
         for name, (a0, decay) in STARTS.items():
             for seed in range(config.seeds):
-                settings = config.training(depth=config.depth, a0=a0, decay_ab=decay, seed=seed)
+                settings = config.training(depth=depth, a0=a0, decay_ab=decay, seed=seed)
                 values: list[list[float]] = []
 
                 def observe(net, values=values):
@@ -54,20 +55,21 @@ def command(config: ScalingConfig) -> int:
                     f"test accuracy {100 * trial.test_accuracy:.1f} %"
                 )
 
-    figure, all_axes = new_figure(len(STARTS))
+    figure, all_axes = new_figure(len(STARTS), sharey=True)
     for axes, (name, _) in zip(all_axes, STARTS.items(), strict=True):
         values = np.array(next(row["a"] for row in rows if row["start"] == name))
         per_group = values.shape[1] // 3
         for layer in range(values.shape[1]):
             group, place = divmod(layer, per_group)
-            shade = colormaps[COLOURS[group]](0.3 + 0.7 * (place + 1) / per_group)  # deeper is later, as in Fig. 4
-            first = f"group {group + 1}" if place == per_group - 1 else None
+            shade = colormaps[COLOURS[group]](0.3 + 0.5 * (place + 1) / per_group)  # deeper is later, as in Fig. 4
+            first = f"group {group + 1}, deeper: later" if place == per_group - 1 else None
             axes.plot(values[:, layer], color=shade, label=first)
         axes.set(xlabel="epoch", title=f"a from {name}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     all_axes[0].set_ylabel("a")
     all_axes[0].legend()
-    figure.suptitle(f"DiracNet-{config.depth}, {describe(config)}")
-    write_results(config.out, "scaling", figure, {"settings": config.training(depth=config.depth), "rows": rows})
+    figure.suptitle(f"DiracNet-{depth}, {describe(config)}")
+    write_results(config.out, "scaling", figure, {"settings": config.training(depth=depth), "rows": rows})
     return 0
 
 

@@ -14,36 +14,40 @@ from train.experiments.trial import ExperimentConfig
 DEAD = 1e-3  # a row is dead where its norm is below this share of its layer's largest
 EXAMPLES = (
     "python train/experiments/sparsity.py --depth 16 --epochs 5",
-    "python train/experiments/sparsity.py --paper --depth 100 --data-dir data --device cuda",
+    "python train/experiments/sparsity.py --paper --data-dir data --device cuda",
 )
 
 
 @dataclass(frozen=True)
 class SparsityConfig(ExperimentConfig):
-    depth: Annotated[int, "6N + 4; the paper's Fig. 5 has 100"] = 34
+    depth: Annotated[int | None, "6N + 4 layers (cheap: 34; paper: 100)"] = None
 
 
 def command(config: SparsityConfig) -> int:
-    """Histograms and central slices of W_norm with both nonlinearities, and the share of dead rows."""
+    """Histograms and central slices of W_norm with both nonlinearities, and the share of dead rows.
+
+    δ is left out: with it no row could vanish, and its one value would hide all others.
+    """
     import numpy as np
 
     from train.experiments.trial import describe, load_dataset, mean_and_spread, new_figure, run_trial, write_results
-    from train.layers import DiracConv2d
+    from train.layers import DiracConv2d, normalize_filters
     from train.progress import make_console, progress
 
+    depth = config.depth or (100 if config.paper else 34)
     dataset, rows, slices, weights = load_dataset(config), [], {}, {}
     with progress(make_console(), "training", 2 * config.seeds) as advance:
         for nonlinearity in ("ncrelu", "relu"):
             for seed in range(config.seeds):
-                settings = config.training(depth=config.depth, nonlinearity=nonlinearity, seed=seed)
+                settings = config.training(depth=depth, nonlinearity=nonlinearity, seed=seed)
                 trial = run_trial(settings, dataset)
                 layers = [layer for layer in trial.net.modules() if isinstance(layer, DiracConv2d)]
-                folded = [layer.folded_weight().detach().cpu().numpy() for layer in layers]
+                learned = [normalize_filters(layer.weight).detach().cpu().numpy() for layer in layers]
                 rows.append({"nonlinearity": nonlinearity, "seed": seed, "test_accuracy": trial.test_accuracy})
-                rows[-1] |= measure(folded)
+                rows[-1] |= measure(learned)
                 if not seed:
-                    slices[nonlinearity] = folded[len(folded) // 2][:, :, 1, 1]
-                    weights[nonlinearity] = np.concatenate([w.ravel() / w.std() for w in folded])
+                    slices[nonlinearity] = learned[len(learned) // 2][:, :, 1, 1]
+                    weights[nonlinearity] = np.concatenate([w.ravel() / w.std() for w in learned])
                 advance(note=nonlinearity)
             for key in ("test_accuracy", "kurtosis", "dead_rows"):
                 mean, spread = mean_and_spread([row[key] for row in rows if row["nonlinearity"] == nonlinearity])
@@ -52,19 +56,23 @@ def command(config: SparsityConfig) -> int:
     figure, (histogram, *pictures) = new_figure(3)
     for nonlinearity, values in weights.items():
         histogram.hist(values, bins=np.linspace(-4, 4, 121), density=True, histtype="step", label=nonlinearity)
-    histogram.set(xlabel="folded weight / its layer's deviation", ylabel="density", yscale="log")
+    histogram.set(xlabel="W_norm / its layer's deviation", ylabel="density", yscale="log")
     histogram.legend()
     for axes, (nonlinearity, picture) in zip(pictures, slices.items(), strict=True):
         limit = np.abs(picture).max()
         axes.imshow(picture, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        axes.set(title=f"{nonlinearity}: central slice, middle layer", xlabel="input channel", ylabel="output channel")
-    figure.suptitle(f"DiracNet-{config.depth}, {describe(config)}")
-    write_results(config.out, "sparsity", figure, {"settings": config.training(depth=config.depth), "rows": rows})
+        axes.set(
+            title=f"{nonlinearity}: W_norm, central slice, middle layer",
+            xlabel="input channel",
+            ylabel="output channel",
+        )
+    figure.suptitle(f"DiracNet-{depth}, {describe(config)}")
+    write_results(config.out, "sparsity", figure, {"settings": config.training(depth=depth), "rows": rows})
     return 0
 
 
 def measure(weights) -> dict[str, float]:
-    """Kurtosis of W̃ scaled to unit deviation (3 for a normal distribution), and the share of dead rows.
+    """Kurtosis of the weights, each layer of unit deviation (3 for a normal distribution), and the share of dead rows.
 
     A row holds all weights between one input and one output channel's filter bank: weights[:, input] for
     inputs that nothing reads, weights[output] for filters that read nothing.

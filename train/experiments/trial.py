@@ -63,33 +63,22 @@ def run_trial(
     observe: Callable[["nn.Sequential"], None] = lambda net: None,
 ) -> Trial:
     """Train one net. `prepare` may change it before the first step; `observe` sees it before and after each epoch."""
-    from train import data, loop, session
+    from train import data, loop, steps
     from train.distributed import World
     from train.machine import choose_device
     from train.progress import make_console
 
     world = World(device=choose_device(config.device))
-    spec = session.make_spec(config, dataset.info.image, dataset.info.labels)
-    run = session.start(config, spec, world, make_console(quiet=True))
+    spec = steps.make_spec(config, dataset.info.image, dataset.info.labels)
+    run = steps.start(config, spec, world, make_console(quiet=True))
     prepare(run.net)
     observe(run.net)
     rest, held = data.hold_out(dataset.train, config.validation, seed=0)
-    augmentation = session.make_augmentation(config, dataset.info)
-    num_steps, history = loop.steps_per_epoch(len(rest), config.batch_size), []
+    augmentation = steps.make_augmentation(config, dataset.info)
+    history = []
     for epoch in range(config.epochs):
-        sums = 0
-        for batch in loop.batches(
-            rest,
-            augmentation,
-            batch_size=config.batch_size,
-            epoch=epoch,
-            first_step=0,
-            seed=config.seed,
-            device=world.device,
-        ):
-            lr = loop.learning_rate(config.schedule, config.lr, (epoch + batch.step / num_steps) / config.epochs)
-            sums = sums + loop.train_step(run.net, run.optimizer, run.scaler, batch, lr)
-        loss, correct = (sums / (num_steps * config.batch_size)).tolist()
+        done = list(steps.take_steps(run, run.net, rest, augmentation, batch_size=config.batch_size, epoch=epoch))
+        loss, correct = (sum(step.sums for step in done) / sum(step.images for step in done)).tolist()
         validation = loop.evaluate(run.net, held, device=world.device).accuracy
         history.append({"train_loss": loss, "train_accuracy": correct, "validation_accuracy": validation})
         observe(run.net)
@@ -99,7 +88,11 @@ def run_trial(
 def describe(config: ExperimentConfig) -> str:
     """The part of a plot's title that all experiments share."""
     settings = config.training()
-    return f"{settings.dataset}, {settings.epochs} epochs"
+    return f"{settings.dataset}, {plural(settings.epochs, 'epoch')}, {plural(config.seeds, 'seed')}"
+
+
+def plural(num: int, noun: str) -> str:
+    return f"{num} {noun}" if num == 1 else f"{num} {noun}s"
 
 
 def load_dataset(config: ExperimentConfig) -> "Dataset":
@@ -127,11 +120,12 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def new_figure(num_columns: int, *, height: float = 3.8) -> tuple["Figure", list[Any]]:
+def new_figure(num_columns: int, *, height: float = 3.8, sharey: bool = False) -> tuple["Figure", list[Any]]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, num_columns, figsize=(4.6 * num_columns, height), constrained_layout=True)
+    size = (4.6 * num_columns, height)
+    figure, axes = pyplot.subplots(1, num_columns, figsize=size, sharey=sharey, constrained_layout=True)
     return figure, [axes] if num_columns == 1 else list(axes)

@@ -1,0 +1,143 @@
+"""What trains a net, and the steps of an epoch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from train import data
+from train.checkpoint import Checkpoint, save_checkpoint
+from train.config import TrainConfig
+from train.distributed import World
+from train.families import build
+from train.folder import Files
+from train.initialize import initialize
+from train.loop import Augmentation, batches, learning_rate, make_optimizer, steps_per_epoch, train_step
+from train.refusal import Refusal
+from train.spec import ImageSpec, Spec
+
+
+@dataclass(frozen=True)
+class Session:
+    """What stays the same from the first step of a run to its last."""
+
+    config: TrainConfig  # resolved
+    net: nn.Sequential
+    optimizer: torch.optim.SGD
+    scaler: torch.amp.GradScaler
+    world: World
+    console: Console
+
+    def snapshot(self, state: Checkpoint, **moment: Any) -> Checkpoint:
+        return replace(
+            state,
+            model=self.net.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            rng_state=torch.get_rng_state(),
+            **moment,
+        )
+
+    def save(self, name: str, state: Checkpoint) -> None:
+        if self.world.rank == 0:
+            save_checkpoint(self.config.run_dir / name, state)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of an epoch did in this process."""
+
+    number: int  # within the epoch
+    lr: float
+    images: int
+    sums: torch.Tensor  # [loss, right answers], float64
+
+
+def start(config: TrainConfig, spec: Spec, world: World, console: Console) -> Session:
+    """A net of `spec` before its first step, and what trains it; `config` is a resolved one."""
+    torch.manual_seed(config.seed)
+    net = build(spec)
+    initialize(net, a=config.a0, b=config.b0, std=config.w_std)
+    net = net.to(world.device, memory_format=torch.channels_last)
+    decay_ab = config.decay_ab == "yes" or (config.decay_ab == "auto" and spec.parameterization != "per-channel")
+    optimizer = make_optimizer(
+        net,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov == "yes",
+        weight_decay=config.weight_decay,
+        decay_ab=decay_ab,
+    )
+    scaler = torch.amp.GradScaler(world.device.split(":")[0], enabled=config.precision == "fp16")
+    return Session(config, net, optimizer, scaler, world, console)
+
+
+def take_steps(
+    session: Session,
+    net: nn.Module,
+    split: data.Split | Files,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    epoch: int,
+    first: int = 0,
+) -> Iterator[Step]:
+    """Train `net`, the session's own as it was wrapped, from step `first` to the end of an epoch.
+
+    A step is left out by all processes together, where none of them could read a file of its batch.
+    """
+    config, world = session.config, session.world
+    num_steps = steps_per_epoch(len(split), batch_size)
+    for batch in batches(
+        split,
+        augmentation,
+        batch_size=batch_size,
+        epoch=epoch,
+        first_step=first,
+        seed=config.seed,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.size,
+        workers=config.workers,
+    ):
+        done = (epoch + batch.step / num_steps) / config.epochs
+        lr = learning_rate(config.schedule, config.lr, done, warmup=config.warmup / config.epochs)
+        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        if num_images := world.count(len(batch.targets)):
+            sums = train_step(
+                net,
+                session.optimizer,
+                session.scaler,
+                batch,
+                lr,
+                precision=config.precision,
+                label_smoothing=config.label_smoothing,
+                num_images=num_images / world.size,
+            )
+        yield Step(batch.step, lr, len(batch.targets), sums)
+
+
+def make_augmentation(config: TrainConfig, info: data.DatasetInfo) -> Augmentation:
+    """What `config` says of flips and crops, or what suits the data set."""
+    crop = info.crop if config.crop is None else config.crop
+    if crop >= min(info.image.height, info.image.width):
+        raise Refusal(f"--crop must be smaller than the image, got {crop}")
+    flip = info.flip if config.flip == "auto" else config.flip == "yes"
+    fill = tuple(round(255 * mean) for mean in info.image.mean)
+    return Augmentation(flip, crop, smallest_crop=config.smallest_crop, erase=config.erase, fill=fill)
+
+
+def make_spec(config: TrainConfig, image: ImageSpec, labels: tuple[str, ...]) -> Spec:
+    """The net that `config` asks for, on these images."""
+    return Spec(
+        family=config.family,
+        depth=config.depth,
+        width=config.width,
+        nonlinearity=config.nonlinearity,
+        parameterization=config.parameterization,
+        image=image,
+        labels=labels,
+    )
