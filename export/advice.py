@@ -147,6 +147,11 @@ BUILD_RULES = (
         "leave 7.5 out of --compute-capability, or export the net in fp16",
     ),
     Rule(
+        r"Cannot compile for target\(s\) (.*?), because .* datatypes: (\w+)",
+        "GPUs of {0} have no {1}",
+        "name only others with --compute-capability, or export the net in fp16",
+    ),
+    Rule(
         r"libnvinfer_lean",
         "a version-compatible engine carries the lean runtime, and that is not found here",
         "pip install tensorrt-lean, or leave out --version-compatible",

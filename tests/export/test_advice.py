@@ -233,6 +233,23 @@ def test_a_build_for_turing_says_why_it_fails(write_onnx):
         build_engine(path, batch=(1, 2, 4), options=BuildOptions(compute_capabilities=("7.5",)))
 
 
+def test_fp8_is_built_for_gpus_that_have_it(tmp_path):
+    zero = helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+    quantizers = [
+        node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q"),
+        node("DequantizeLinear", ["q", "s", "z"], ["f"], name="dq"),
+    ]
+    path = tmp_path / "fp8.onnx"
+    save(path, [*quantizers, conv("f", "w"), *TAIL], w=KERNEL, s=np.float32(1))
+    model = onnx.load(path)
+    model.graph.initializer.append(zero)
+    onnx.save(model, path)
+    card = build_engine(path, batch=(1, 2, 4)).card
+    assert (card.precision, card.compute_capabilities[0]) == ("fp8", "8.9")
+    with pytest.raises(Refusal, match=r"GPUs of sm80 have no fp8_e4m3; do: name only others with --compute-capability"):
+        build_engine(path, batch=(1, 2, 4), options=BuildOptions(compute_capabilities=("8.0", "8.9")))
+
+
 def test_turing_runs_a_classifier_in_fp16(tmp_path):
     nodes = [conv("x", "w"), TAIL[0], node("Flatten", ["g"], ["f"]), node("Gemm", ["f", "m"], ["y"], name="fc")]
     weights = {"w": KERNEL.astype(np.float16), "m": np.ones((4, 4), np.float16)}
