@@ -126,9 +126,13 @@ def test_many_images_come_back_in_order(live, runtime, make_client, pixels):
 
 def test_the_first_failure_ends_many_and_names_it(live, runtime, make_client, pixels):
     images = [pixels[0], b"hello", *pixels]
-    with live(make_app(runtime, Limits())) as url, make_client(url) as client:
-        with pytest.raises(ServerProblem, match="not a readable"):
-            list(client.predict_many(images, bounds=Bounds(images_per_request=1)))
+    one_each = Bounds(images_per_request=1)
+    with (
+        live(make_app(runtime, Limits())) as url,
+        make_client(url) as client,
+        pytest.raises(ServerProblem, match="not a readable"),
+    ):
+        list(client.predict_many(images, bounds=one_each))
 
 
 def test_overload_is_tried_again_and_then_answered(scripted, make_client):
