@@ -151,7 +151,7 @@ def _onnx_layers(path: Path, spec: Spec, images: np.ndarray, provider: str) -> d
     session = ort.InferenceSession(model.SerializeToString(), providers=[provider])
     values = session.run([tensors[name] for name in names], {model.graph.input[0].name: images})
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    return {name: _dequantize(name, value, constants) for name, value in zip(names, values, strict=True)}
+    return {name: _dequantize(name, np.asarray(value), constants) for name, value in zip(names, values, strict=True)}
 
 
 def _dequantize(name: str, value: np.ndarray, constants: dict[str, np.ndarray]) -> np.ndarray:
