@@ -20,9 +20,13 @@ PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 class OnnxSession:
     """One ONNX Runtime session; `model` and `description` as in `Runtime`."""
 
-    def __init__(self, path: Path, *, providers: tuple[str, ...] | None = None, num_threads: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, providers: tuple[str, ...] | None = None, num_threads: int = 0, optimize: bool = True
+    ) -> None:
         content = read_whole(path)
         options = ort.SessionOptions()
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         asked = [(name, PROVIDER_OPTIONS.get(name, {})) for name in providers or loadable_providers()]
