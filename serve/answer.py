@@ -1,23 +1,17 @@
-"""From logits to the answer of `POST /predict`."""
-
-from dataclasses import dataclass
+"""From logits to the results of `POST /predict`."""
 
 import numpy as np
-
-from export.runtimes.runtime import Model
-from serve.problems import NOT_A_NUMBER, Problem
+from typing_extensions import TypedDict  # pydantic reads no other one on Python 3.11
 
 
-@dataclass(frozen=True)
-class ModelName:
+class ModelName(TypedDict):
     """Which model answered; `digest` is the sha256 of its file."""
 
     name: str
     digest: str
 
 
-@dataclass(frozen=True)
-class Guess:
+class Guess(TypedDict):
     """One class and the probability the model gives it."""
 
     label: str
@@ -25,31 +19,25 @@ class Guess:
     probability: float
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Guess):
     """The most probable class of one image, and the best `top_k`, the most probable first."""
 
-    label: str
-    index: int
-    probability: float
     top: list[Guess]
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(TypedDict):
     """One result per image, in the order of the request."""
 
     model: ModelName
     results: list[Result]
 
 
-def answer(model: Model, logits: np.ndarray, *, top_k: int) -> Prediction:
-    """Logits [N, K] → the answer; `top_k` above K gives all K classes."""
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if bad.size:
-        raise Problem(NOT_A_NUMBER, f"image {bad[0]} overflows {model.name}; export the model in a higher precision")
-    results = [_result(row, model.spec.labels, top_k) for row in softmax(logits)]
-    return Prediction(ModelName(model.name, model.digest), results)
+def results_of(logits: np.ndarray, labels: tuple[str, ...], top_k: list[int]) -> list[Result]:
+    """Finite logits [N, K] → N results; the i-th has `top_k[i]` classes, or all K."""
+    probabilities = softmax(logits)
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, : max(top_k)]  # equal classes: the lower index first
+    ranked = np.take_along_axis(probabilities, order, axis=1)
+    return [_result(*row, labels) for row in zip(order.tolist(), ranked.tolist(), top_k, strict=True)]
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -58,7 +46,9 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def _result(probabilities: np.ndarray, labels: tuple[str, ...], top_k: int) -> Result:
-    order = np.argsort(-probabilities, kind="stable")[:top_k]  # equal classes: the lower index first
-    top = [Guess(labels[index], int(index), float(probabilities[index])) for index in order]
-    return Result(top[0].label, top[0].index, top[0].probability, top)
+def _result(order: list[int], probabilities: list[float], top_k: int, labels: tuple[str, ...]) -> Result:
+    top: list[Guess] = [
+        {"label": labels[index], "index": index, "probability": probability}
+        for index, probability in zip(order[:top_k], probabilities, strict=False)
+    ]
+    return {**top[0], "top": top}

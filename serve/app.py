@@ -1,23 +1,23 @@
 """One request, top to bottom: bytes → decode → batch → run → answer."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import HTMLResponse
 
 from export.runtimes.runtime import Runtime
 from serve import problems
-from serve.answer import Prediction, answer
-from serve.decode import decode_images
+from serve.answer import Prediction
+from serve.batcher import Batcher, Served
+from serve.hot import TOP_K, Hot
 from serve.limits import Limits
 from serve.problems import Problem
-from serve.wire import REQUEST_BODY, read_images
+from serve.wire import REQUEST_BODY
 
 # A browser that shows a page of ours asks no other host for anything, whatever the page holds.
 _PAGE_HEADERS = {
@@ -39,16 +39,17 @@ _PREDICT_PROBLEMS = problems.documented(
 
 def make_app(runtime: Runtime, limits: Limits) -> FastAPI:
     """The whole server around one loaded model. It is ready once its lifespan has warmed the model up."""
+    batcher = Batcher(Served((runtime,)), limits)
     model = runtime.model
-    decoders = CapacityLimiter(limits.num_decoders)
-    run = partial(to_thread.run_sync, limiter=CapacityLimiter(1))  # a runtime takes one call at a time
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await run(warm_up, runtime)
+        await asyncio.to_thread(warm_up, runtime)
+        batcher.start()
         app.state.is_ready = True
         yield
         app.state.is_ready = False
+        await batcher.close(timeout_s=10)
 
     app = FastAPI(
         title=model.name,
@@ -59,18 +60,15 @@ def make_app(runtime: Runtime, limits: Limits) -> FastAPI:
         lifespan=lifespan,
         exception_handlers=problems.exception_handlers(),
     )
+    app.add_middleware(Hot, batcher=batcher, limits=limits)
     app.state.is_ready = False
 
     @app.post("/predict", responses=_PREDICT_PROBLEMS, openapi_extra={"requestBody": REQUEST_BODY})
     async def predict(
-        request: Request,
-        top_k: Annotated[int, Query(ge=1, description="classes per image; above the model's number: all")] = 5,
+        top_k: Annotated[int, Query(ge=1, description="classes per image; above the model's number: all")] = TOP_K,
     ) -> Prediction:
         """Classify one image or many."""
-        contents = await read_images(request, limits)
-        images = await decode_images(contents, model.spec.image, max_pixels=limits.max_pixels, decoders=decoders)
-        logits = await run(runtime, images)
-        return answer(model, logits, top_k=top_k)
+        raise AssertionError("serve/hot.py answers it; what stands here describes it")
 
     @app.get("/model")
     async def card() -> dict[str, Any]:

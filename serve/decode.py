@@ -1,10 +1,8 @@
-"""From the bytes of images to one batch of pixels, in threads beside the event loop."""
+"""From the bytes of an image to its pixels, and from bad images to one problem."""
 
-import asyncio
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
-from anyio import CapacityLimiter, to_thread
 
 from serve.problems import TOO_MANY_PIXELS, UNDECODABLE, Problem
 from train.image import TooManyPixels, decode
@@ -12,21 +10,18 @@ from train.refusal import Refusal
 from train.spec import ImageSpec
 
 
-async def decode_images(
-    contents: list[bytes], spec: ImageSpec, *, max_pixels: int, decoders: CapacityLimiter
-) -> np.ndarray:
-    """Files of N images → uint8 [N, H, W, C]. Looks at all of them, then names each bad one."""
-    work = partial(_decode, spec=spec, max_pixels=max_pixels)
-    images = await asyncio.gather(*(to_thread.run_sync(work, content, limiter=decoders) for content in contents))
-    bad = {index: image for index, image in enumerate(images) if isinstance(image, Refusal)}
-    if bad:
-        kind = TOO_MANY_PIXELS if isinstance(next(iter(bad.values())), TooManyPixels) else UNDECODABLE
-        raise Problem(kind, "; ".join(f"image {index}: {refusal}" for index, refusal in bad.items()))
-    return np.stack([image for image in images if not isinstance(image, Refusal)])
-
-
-def _decode(content: bytes, *, spec: ImageSpec, max_pixels: int) -> np.ndarray | Refusal:
+def decode_image(content: bytes, spec: ImageSpec, *, max_pixels: int) -> np.ndarray | Refusal:
+    """uint8 [H, W, C], or why there is none."""
     try:
         return decode(content, spec, max_pixels=max_pixels)
     except Refusal as refusal:
         return refusal
+
+
+def find_problem(images: Sequence[np.ndarray | Refusal | None]) -> Problem | None:
+    """One problem that names every image which could not be decoded; None where all could."""
+    bad = {index: image for index, image in enumerate(images) if isinstance(image, Refusal)}
+    if not bad:
+        return None
+    kind = TOO_MANY_PIXELS if isinstance(next(iter(bad.values())), TooManyPixels) else UNDECODABLE
+    return Problem(kind, "; ".join(f"image {index}: {refusal}" for index, refusal in bad.items()))

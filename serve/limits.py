@@ -1,15 +1,29 @@
-"""What one request may ask of the server."""
+"""What requests may ask of the server, each alone and all together."""
 
 from dataclasses import dataclass
 
 from train.image import MAX_PIXELS
+from train.refusal import Refusal
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request. The server holds no more of a body than `max_body_bytes`."""
+    """The server holds no more of a body than `max_body_bytes`, and no more images than `max_queue`."""
 
     max_body_bytes: int = 20 * 2**20
-    max_images: int = 64
+    max_images: int = 64  # of one request
     max_pixels: int = MAX_PIXELS  # of each image, as its header announces
-    num_decoders: int = 4  # images decoded at once, over all requests; bounds memory and processors
+    max_batch: int = 32  # images that the model computes at once
+    max_queue: int = 1024  # images accepted and not answered yet
+    deadline_s: float = 30.0  # from a request's first byte to its answer
+    decode_threads: int = 1  # 0: the thread that runs the model decodes too
+
+    def __post_init__(self) -> None:
+        counts = ("max_body_bytes", "max_images", "max_pixels", "max_batch", "max_queue", "deadline_s")
+        wrong = [f"{name} must be positive, got {getattr(self, name)}" for name in counts if getattr(self, name) <= 0]
+        if self.decode_threads < 0:
+            wrong.append(f"decode_threads must not be negative, got {self.decode_threads}")
+        if self.max_queue < self.max_images:
+            wrong.append(f"max_queue must hold one request of {self.max_images} images, got {self.max_queue}")
+        if wrong:
+            raise Refusal("; ".join(wrong))

@@ -1,13 +1,14 @@
 """Everything the server refuses, as `application/problem+json` (RFC 9457) with stable types."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
+import orjson
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import Response
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -26,8 +27,11 @@ class Kind:
 
 
 BAD_REQUEST = Kind("bad-request", 400, "The request cannot be understood")
+UNAUTHORIZED = Kind("unauthorized", 401, "The server asks for its API key")
 NOT_FOUND = Kind("not-found", 404, "There is nothing at this address")
 METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "This address does not take this method")
+TIMEOUT = Kind("timeout", 408, "The request came too slowly")
+BAD_MODEL = Kind("bad-model", 409, "The new model cannot be served; the old one goes on")
 TOO_LARGE = Kind("too-large", 413, "The request is too large")
 TOO_MANY_IMAGES = Kind("too-many-images", 413, "The request holds too many images")
 TOO_MANY_PIXELS = Kind("too-many-pixels", 413, "An image has too many pixels")
@@ -35,16 +39,23 @@ MEDIA_TYPE_UNKNOWN = Kind("media-type", 415, "The server does not take this medi
 UNDECODABLE = Kind("undecodable", 422, "An image cannot be decoded")
 INTERNAL = Kind("internal", 500, "The server failed")
 NOT_A_NUMBER = Kind("not-a-number", 500, "The model gave values that are no numbers")
-NOT_READY = Kind("not-ready", 503, "The model is not warm yet")
+NOT_READY = Kind("not-ready", 503, "The server is starting or stopping")
+OVERLOADED = Kind("overloaded", 503, "Too many images are waiting")
+DEADLINE = Kind("deadline", 504, "The answer took too long")
 
 
 class Problem(Exception):
     """Ends a request with `kind`; `detail` says what was wrong, what was found and what to do."""
 
-    def __init__(self, kind: Kind, detail: str) -> None:
+    def __init__(self, kind: Kind, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
         self.kind = kind
         self.detail = detail
+        self.headers = headers or {}
+
+    def body(self) -> bytes:
+        """The problem document."""
+        return orjson.dumps(ProblemBody(self.kind.type, self.kind.title, self.kind.status, self.detail))
 
 
 @dataclass(frozen=True)
@@ -82,49 +93,33 @@ def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
 
 
 def exception_handlers() -> dict[Any, Any]:
-    """For `FastAPI(exception_handlers=…)`: every way a request can fail becomes a problem document."""
+    """For `FastAPI(exception_handlers=…)`: every refusal becomes a problem document."""
     return {
         Problem: _answer_problem,
         HTTPException: _answer_http_exception,
         RequestValidationError: _answer_invalid_parameter,
-        ClientDisconnect: _answer_nobody,
-        Exception: _answer_failure,
     }
 
 
-async def _answer_problem(request: Request, problem: Problem) -> JSONResponse:
-    return _respond(problem.kind, problem.detail)
+async def _answer_problem(request: Request, problem: Problem) -> Response:
+    return Response(problem.body(), problem.kind.status, problem.headers, MEDIA_TYPE)
 
 
-async def _answer_http_exception(request: Request, error: HTTPException) -> JSONResponse:
+async def _answer_http_exception(request: Request, error: HTTPException) -> Response:
     headers = dict(error.headers or {})
     match error.status_code:
         case 404:
             detail = f"{request.url.path} does not exist; /docs lists what does"
-            return _respond(NOT_FOUND, detail, headers)
+            return await _answer_problem(request, Problem(NOT_FOUND, detail, headers))
         case 405:
             allowed = headers.get("Allow", "another method")
             detail = f"{request.url.path} takes {allowed}, got {request.method}"
-            return _respond(METHOD_NOT_ALLOWED, detail, headers)
+            return await _answer_problem(request, Problem(METHOD_NOT_ALLOWED, detail, headers))
         case status:  # a status without a type of ours: RFC 9457, section 4.2.1
             body = ProblemBody("about:blank", HTTPStatus(status).phrase, status, str(error.detail))
-            return JSONResponse(asdict(body), status, headers, MEDIA_TYPE)
+            return Response(orjson.dumps(body), status, headers, MEDIA_TYPE)
 
 
-async def _answer_invalid_parameter(request: Request, error: RequestValidationError) -> JSONResponse:
+async def _answer_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
     found = (f"{fault['loc'][-1]}: {fault['msg']}, got {fault['input']!r}" for fault in error.errors())
-    return _respond(BAD_REQUEST, "; ".join(found))
-
-
-async def _answer_nobody(request: Request, error: ClientDisconnect) -> JSONResponse:
-    return _respond(BAD_REQUEST, "the client went away before its request was complete")
-
-
-async def _answer_failure(request: Request, error: Exception) -> JSONResponse:
-    # The traceback goes to the server's log; nothing of it to the client.
-    return _respond(INTERNAL, "the server failed on this request; its log says why")
-
-
-def _respond(kind: Kind, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    body = ProblemBody(kind.type, kind.title, kind.status, detail)
-    return JSONResponse(asdict(body), kind.status, headers, MEDIA_TYPE)
+    return await _answer_problem(request, Problem(BAD_REQUEST, "; ".join(found)))

@@ -1,21 +1,22 @@
 """From a request to the bytes of its images: raw, multipart/form-data or JSON."""
 
+import asyncio
 import base64
-import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncIterator
 from typing import Any
 
-from anyio import to_thread
+import orjson
 from python_multipart.exceptions import FormParserError
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from serve.limits import Limits
 from serve.problems import BAD_REQUEST, MEDIA_TYPE_UNKNOWN, TOO_LARGE, TOO_MANY_IMAGES, Problem
 
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "application/octet-stream")
 _RAW_ALIASES = ("", "image/jpg", "image/x-ms-bmp", "image/x-bmp")  # what some clients say instead
+_LONG_JSON_BYTES = 2**16  # longer ones are read in a thread, as they would hold up the event loop
 
 _BINARY = {"type": "string", "format": "binary"}
 REQUEST_BODY: dict[str, Any] = {
@@ -48,69 +49,123 @@ REQUEST_BODY: dict[str, Any] = {
 }
 
 
-async def read_images(request: Request, limits: Limits) -> list[bytes]:
+async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> list[bytes]:
     """The bytes of the request's images, in its order: one at least, `limits.max_images` at most."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = headers.get(b"content-type", b"").decode("latin-1")
+    media_type = content_type.partition(";")[0].strip().lower()
     if media_type in RAW_TYPES or media_type in _RAW_ALIASES:
-        contents = [await _read_body(request, limits)]
-    elif media_type == "multipart/form-data":
-        contents = await _images_of_form(request, await _read_body(request, limits), limits)
-    elif media_type == "application/json":
-        contents = await to_thread.run_sync(_images_of_json, await _read_body(request, limits), limits)
-    else:
-        raise Problem(MEDIA_TYPE_UNKNOWN, _media_type_detail(media_type))
-    return contents
+        return [await _read_body(receive, headers, limits)]
+    if media_type == "multipart/form-data":
+        form = _Form(content_type, limits)
+        async for chunk in _chunks(receive, headers, limits):
+            form.feed(chunk)
+        return form.finish()
+    if media_type == "application/json":
+        body = await _read_body(receive, headers, limits)
+        if len(body) > _LONG_JSON_BYTES:
+            return await asyncio.to_thread(_images_of_json, body, limits)
+        return _images_of_json(body, limits)
+    raise Problem(MEDIA_TYPE_UNKNOWN, _media_type_detail(media_type))
 
 
-async def _read_body(request: Request, limits: Limits) -> bytes:
-    """The whole body; refused by its announced length, or as soon as more than the limit has come."""
+async def _chunks(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> AsyncIterator[bytes]:
+    """The body as it comes; refused by its announced length, or as soon as more than the limit has come."""
     too_large = Problem(TOO_LARGE, f"the body is larger than {limits.max_body_bytes:,} bytes; send less at once")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limits.max_body_bytes:
+    announced = headers.get(b"content-length", b"")
+    if announced.isdigit() and int(announced) > limits.max_body_bytes:
         raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        if len(body) + len(chunk) > limits.max_body_bytes:
+    num_bytes, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk, more = message.get("body", b""), message.get("more_body", False)
+        num_bytes += len(chunk)
+        if num_bytes > limits.max_body_bytes:
             raise too_large
-        body += chunk
+        yield chunk
+
+
+async def _read_body(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> bytes:
+    body = b"".join([chunk async for chunk in _chunks(receive, headers, limits)])
     if not body:
         raise Problem(BAD_REQUEST, "the request has no body; with curl: --data-binary @image.png")
-    return bytes(body)
+    return body
 
 
-async def _images_of_form(request: Request, body: bytes, limits: Limits) -> list[bytes]:
-    parser = MultiPartParser(request.headers, _once(body), max_files=limits.max_images)
-    try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        if error.message.startswith("Too many files"):
-            raise _too_many_images(limits) from error
-        raise Problem(BAD_REQUEST, f"the form cannot be read: {error.message}") from error
-    except FormParserError as error:
-        raise Problem(BAD_REQUEST, f"the form cannot be read: {error}") from error
-    try:
-        contents = []
-        for name, part in form.multi_items():
-            if not isinstance(part, UploadFile):
-                raise Problem(
-                    BAD_REQUEST, f"the field {name!r} holds text; send files, with curl: -F {name}=@image.png"
-                )
-            contents.append(await part.read())
-    finally:
-        await form.close()
-    if not contents:
-        raise Problem(BAD_REQUEST, "the form holds no file; with curl: -F image=@image.png")
-    return contents
+class _Form:
+    """The files of a form, part by part as they come. What is no file, or one too many, ends it at once."""
 
+    def __init__(self, content_type: str, limits: Limits) -> None:
+        boundary = parse_options_header(content_type)[1].get(b"boundary")
+        if not boundary:
+            raise Problem(BAD_REQUEST, "the form cannot be read: its Content-Type has no boundary")
+        self._limits = limits
+        self._files: list[bytearray] = []
+        self._header_name = self._disposition = b""
+        self._is_whole = False
+        callbacks: Any = {
+            "on_part_begin": self._begin_part,
+            "on_header_field": self._read_header_name,
+            "on_header_value": self._read_header_value,
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._end_headers,
+            "on_part_data": self._read_data,
+            "on_end": self._end,
+        }
+        try:
+            self._parser = MultipartParser(boundary, callbacks)
+        except FormParserError as error:
+            raise Problem(BAD_REQUEST, f"the form cannot be read: {error}") from error
 
-async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
-    yield body
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes of the body."""
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise Problem(BAD_REQUEST, f"the form cannot be read: {error}") from error
+
+    def finish(self) -> list[bytes]:
+        """The bytes of every file; refuses a form that ends too early or holds none."""
+        if not self._is_whole:
+            raise Problem(BAD_REQUEST, "the form cannot be read: it ends before its last boundary")
+        if not self._files:
+            raise Problem(BAD_REQUEST, "the form holds no file; with curl: -F image=@image.png")
+        return [bytes(file) for file in self._files]
+
+    def _begin_part(self) -> None:
+        if len(self._files) == self._limits.max_images:
+            raise _too_many_images(self._limits)
+        self._header_name = self._disposition = b""
+        self._files.append(bytearray())
+
+    def _read_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _read_header_value(self, data: bytes, start: int, end: int) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            self._disposition += data[start:end]
+
+    def _end_header(self) -> None:
+        self._header_name = b""
+
+    def _end_headers(self) -> None:
+        options = parse_options_header(self._disposition)[1]
+        if b"filename" not in options:
+            name = options.get(b"name", b"").decode(errors="replace")
+            raise Problem(BAD_REQUEST, f"the field {name!r} holds text; send files, with curl: -F {name}=@image.png")
+
+    def _read_data(self, data: bytes, start: int, end: int) -> None:
+        self._files[-1] += data[start:end]
+
+    def _end(self) -> None:
+        self._is_whole = True
 
 
 def _images_of_json(body: bytes, limits: Limits) -> list[bytes]:
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        document = orjson.loads(body)
+    except ValueError as error:
         raise Problem(BAD_REQUEST, f"the body is no JSON: {error}") from error
     images = document.get("images") if isinstance(document, dict) else None
     if not isinstance(images, list) or not images:

@@ -1,0 +1,257 @@
+"""From the bytes of a request's images to its results: one queue, decoders, and one thread for each runtime.
+
+The life of a job, top to bottom:
+
+    classify       event loop      refuses what is too much, puts the job's images into a queue
+    _decode_jobs   decoder thread  bytes → pixels
+    _run_jobs      model thread    all that is decoded by now → one batch → logits → results
+    _deliver       event loop      every answer of the batch in one call
+
+No timer holds a job back: a lone one runs at once, and while the model is busy the next batch gathers.
+A job whose future is done (answered, late, or its client gone) is skipped by whoever takes it next.
+"""
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from queue import Empty, SimpleQueue
+from time import monotonic
+
+import numpy as np
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from export.runtimes.runtime import Model, Runtime
+from serve.answer import ModelName, Result, results_of
+from serve.decode import decode_image, find_problem
+from serve.limits import Limits
+from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
+from train.refusal import Refusal
+
+_SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """One loaded model: a runtime for each device."""
+
+    runtimes: tuple[Runtime, ...]
+
+    @property
+    def model(self) -> Model:
+        return self.runtimes[0].model
+
+    @cached_property
+    def name(self) -> ModelName:
+        """How answers name it."""
+        return {"name": self.model.name, "digest": self.model.digest}
+
+
+class Job:
+    """One request on its way. `served` computes all of it, whatever is swapped in meanwhile."""
+
+    __slots__ = ("accepted", "contents", "decode_s", "future", "model_s", "num_undecoded", "pixels", "queue_s")
+    __slots__ += ("outcome", "served", "top_k")
+
+    def __init__(
+        self, contents: list[bytes], served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
+    ) -> None:
+        self.contents, self.served, self.top_k, self.future = contents, served, top_k, future
+        self.num_undecoded = len(contents)
+        self.pixels: list[np.ndarray | Refusal | None] = [None] * len(contents)
+        self.outcome: list[Result] | Exception = []
+        self.accepted = monotonic()
+        self.decode_s = self.queue_s = self.model_s = 0.0
+
+
+class Batcher:
+    """All jobs of one server; lives on the event loop that calls `start`."""
+
+    def __init__(self, served: Served, limits: Limits) -> None:
+        self.served = served
+        self._limits = limits
+        self._undecoded: SimpleQueue[tuple[Job, int] | None] = SimpleQueue()
+        self._decoded: SimpleQueue[Job | None] = SimpleQueue()
+        self._lock = threading.Lock()  # of `num_undecoded`
+        self._decoders: list[threading.Thread] = []
+        self._runners: list[threading.Thread] = []
+        self._is_open = False
+        self._s_per_image = 0.0
+        self.num_held = 0  # images accepted and not answered
+        self.observe_batch: Callable[[int], None] = lambda num_images: None
+
+    def start(self) -> None:
+        """Take jobs from now on."""
+        self._loop = asyncio.get_running_loop()
+        self._decoders = [
+            threading.Thread(target=self._decode_jobs, name=f"decode-{index}", daemon=True)
+            for index in range(self._limits.decode_threads)
+        ]
+        self._runners = [
+            threading.Thread(target=self._run_jobs, args=(index,), name=f"model-{index}", daemon=True)
+            for index in range(len(self.served.runtimes))
+        ]
+        for thread in self._decoders + self._runners:
+            thread.start()
+        self._is_open = True
+
+    async def close(self, *, timeout_s: float) -> None:
+        """Take no more jobs; run or drop the accepted ones, and leave a model that takes longer behind."""
+        self._is_open = False
+        await asyncio.to_thread(self._end_threads, monotonic() + timeout_s)
+
+    async def classify(self, contents: list[bytes], *, top_k: int, deadline: float, receive: Receive) -> Job:
+        """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client is gone."""
+        if not self._is_open:
+            raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
+        if self.num_held + len(contents) > self._limits.max_queue:
+            raise self._overloaded()
+        job = Job(contents, self.served, top_k, self._loop.create_future())
+        self.num_held += len(contents)
+        expiry = self._loop.call_at(deadline, _expire, job.future, self._limits.deadline_s)
+        watch = self._loop.create_task(receive())  # type: ignore[arg-type]
+        watch.add_done_callback(lambda _: job.future.cancel())
+        try:
+            self._enqueue(job)
+            await job.future
+        except asyncio.CancelledError:
+            if watch.done():
+                raise ClientDisconnect from None
+            raise
+        finally:
+            watch.cancel()
+            expiry.cancel()
+            self.num_held -= len(contents)
+        return job
+
+    def _enqueue(self, job: Job) -> None:
+        if self._decoders:
+            for index in range(len(job.contents)):
+                self._undecoded.put((job, index))
+        else:
+            self._decoded.put(job)
+
+    def _decode_jobs(self) -> None:
+        while item := self._undecoded.get():
+            job, index = item
+            self._decode(job, index)
+            with self._lock:
+                job.num_undecoded -= 1
+                is_last = not job.num_undecoded
+            if is_last and self._is_runnable(job):
+                self._decoded.put(job)
+
+    def _decode(self, job: Job, index: int) -> None:
+        if not job.future.done():
+            start = monotonic()
+            spec = job.served.model.spec.image
+            job.pixels[index] = decode_image(job.contents[index], spec, max_pixels=self._limits.max_pixels)
+            job.decode_s += monotonic() - start
+
+    def _is_runnable(self, job: Job) -> bool:
+        """Whether all images of a job are there and still wanted; answers it where one is bad."""
+        if job.future.done():
+            return False
+        if problem := find_problem(job.pixels):
+            job.outcome = problem
+            self._loop.call_soon_threadsafe(_deliver, [job])
+            return False
+        return True
+
+    def _run_jobs(self, device: int) -> None:
+        while first := self._decoded.get():
+            for served, jobs in groupby(self._gather(first), key=lambda job: job.served):
+                self._run(served.runtimes[device], list(jobs))
+
+    def _gather(self, job: Job) -> list[Job]:
+        """`job` and those that wait behind it, until `max_batch` images are together or none waits."""
+        jobs: list[Job] = []
+        num_images = 0
+        while True:
+            for index in range(job.num_undecoded):  # there are no decoder threads
+                self._decode(job, index)
+            if self._is_runnable(job):
+                jobs.append(job)
+                num_images += len(job.contents)
+            if num_images >= self._limits.max_batch or not (next_job := self._next()):
+                return jobs
+            job = next_job
+
+    def _next(self) -> Job | None:
+        try:
+            job = self._decoded.get_nowait()
+        except Empty:
+            return None
+        if job is None:
+            self._decoded.put(None)  # the end: for the one who waits
+        return job
+
+    def _run(self, runtime: Runtime, jobs: list[Job]) -> None:
+        start = monotonic()
+        try:
+            logits = self._compute(runtime, [image for job in jobs for image in job.pixels])  # type: ignore[misc]
+            top_k = [job.top_k for job in jobs for _ in job.contents]
+            _share(jobs, runtime.model, logits, top_k)
+        except Exception as error:  # whatever a runtime raises is the answer of all its jobs
+            for job in jobs:
+                job.outcome = error
+        end = monotonic()
+        for job in jobs:
+            job.model_s = end - start
+            job.queue_s = start - job.accepted - job.decode_s
+        per_image = (end - start) / sum(len(job.contents) for job in jobs)
+        self._s_per_image = _SMOOTHING * (self._s_per_image or per_image) + (1 - _SMOOTHING) * per_image
+        self._loop.call_soon_threadsafe(_deliver, jobs)
+
+    def _compute(self, runtime: Runtime, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Images → logits [N, K], `max_batch` at a time."""
+        size = self._limits.max_batch
+        batches = [np.stack(images[start : start + size]) for start in range(0, len(images), size)]
+        for batch in batches:
+            self.observe_batch(len(batch))
+        return np.concatenate([runtime(batch) for batch in batches])
+
+    def _overloaded(self) -> Problem:
+        wait_s = max(1, math.ceil(self.num_held * self._s_per_image / len(self.served.runtimes)))
+        detail = f"{self.num_held} images are waiting; ask again in {wait_s} s"
+        return Problem(OVERLOADED, detail, {"Retry-After": str(wait_s)})
+
+    def _end_threads(self, until: float) -> None:
+        for queue, threads in ((self._undecoded, self._decoders), (self._decoded, self._runners)):
+            for _ in threads:
+                queue.put(None)
+            for thread in threads:
+                thread.join(max(0.0, until - monotonic()))
+
+
+def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
+    if not future.done():
+        future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
+
+
+def _share(jobs: list[Job], model: Model, logits: np.ndarray, top_k: list[int]) -> None:
+    """Give each job its rows; rows that are no numbers are the problem of their own job only."""
+    is_finite = np.isfinite(logits).all(axis=1)
+    results = results_of(np.where(is_finite[:, None], logits, 0), model.spec.labels, top_k)
+    start = 0
+    for job in jobs:
+        rows = slice(start, start := start + len(job.contents))
+        job.outcome = results[rows]
+        if not is_finite[rows].all():
+            index = int(np.argmin(is_finite[rows]))
+            detail = f"image {index} overflows {model.name}; export the model in a higher precision"
+            job.outcome = Problem(NOT_A_NUMBER, detail)
+
+
+def _deliver(jobs: list[Job]) -> None:
+    for job in jobs:
+        if job.future.done():
+            continue
+        if isinstance(job.outcome, Exception):
+            job.future.set_exception(job.outcome)
+        else:
+            job.future.set_result(job.outcome)

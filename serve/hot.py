@@ -1,0 +1,151 @@
+"""What every request passes first, and all of `POST /predict`: neither routing nor validation by schema is paid."""
+
+import asyncio
+import itertools
+import logging
+import re
+import secrets
+from time import monotonic
+from urllib.parse import parse_qs
+
+import orjson
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve import problems
+from serve.batcher import Batcher, Job
+from serve.limits import Limits
+from serve.problems import Problem
+from serve.wire import read_images
+
+TOP_K = 5
+_NOBODY = 499  # the client went away: no status is sent, this one is logged
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_log = logging.getLogger(__name__)
+_PROCESS_ID = secrets.token_hex(6)
+_numbers = itertools.count(1)
+
+
+class Exchange:
+    """One request and what became of it. Times in seconds; those of the job are 0 where there was none."""
+
+    __slots__ = ("decode_s", "id", "method", "model_s", "num_images", "path", "queue_s", "start", "status", "total_s")
+
+    def __init__(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        self.start = monotonic()
+        self.method, self.path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
+        given = headers.get(b"x-request-id", b"")
+        self.id = given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS_ID}-{next(_numbers)}".encode()
+        self.status = self.num_images = 0
+        self.decode_s = self.queue_s = self.model_s = self.total_s = 0.0
+
+    def take(self, job: Job) -> None:
+        """Remember what a job cost."""
+        self.num_images = len(job.contents)
+        self.decode_s, self.queue_s, self.model_s = job.decode_s, job.queue_s, job.model_s
+
+    def server_timing(self) -> bytes:
+        """The header of that name, in milliseconds."""
+        return b"decode;dur=%.2f, queue;dur=%.2f, model;dur=%.2f, total;dur=%.2f" % (
+            1000 * self.decode_s,
+            1000 * self.queue_s,
+            1000 * self.model_s,
+            1000 * self.total_s,
+        )
+
+
+class Hot:
+    """Middleware of the FastAPI app, which answers what is not `POST /predict`."""
+
+    def __init__(self, app: ASGIApp, *, batcher: Batcher, limits: Limits) -> None:
+        self._app = app
+        self._batcher = batcher
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = dict(scope["headers"])
+        exchange = Exchange(scope, headers)
+        try:
+            if exchange.path == "/predict" and exchange.method == "POST":
+                body = await self._predict(scope, headers, receive, exchange)
+                await _answer(send, exchange, 200, body)
+            else:
+                await self._app(scope, receive, _with_id(send, exchange))
+        except Problem as problem:
+            await _refuse(send, exchange, problem)
+        except ClientDisconnect:
+            exchange.status = _NOBODY
+        except Exception:
+            _log.exception("request %s failed", exchange.id.decode())
+            if exchange.status:  # the answer has begun: the server can only cut it off
+                raise
+            await _refuse(send, exchange, Problem(problems.INTERNAL, "the server failed; its log says why"))
+
+    async def _predict(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, exchange: Exchange) -> bytes:
+        """Bytes of images in, the JSON of their answer out."""
+        top_k = _top_k(scope["query_string"])
+        deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                contents = await read_images(receive, headers, self._limits)
+        except TimeoutError:
+            raise _too_slow(self._limits) from None
+        job = await self._batcher.classify(contents, top_k=top_k, deadline=deadline, receive=receive)
+        exchange.take(job)
+        return orjson.dumps({"model": job.served.name, "results": job.outcome})
+
+
+def _top_k(query: bytes) -> int:
+    if not query:
+        return TOP_K
+    given = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("top_k", [str(TOP_K)])[-1]
+    if not re.fullmatch(r"[0-9]{1,9}", given) or int(given) < 1:
+        raise Problem(problems.BAD_REQUEST, f"top_k must be a whole number above 0, got {given!r}")
+    return int(given)
+
+
+def _too_slow(limits: Limits) -> Problem:
+    detail = f"the request was not complete within {limits.deadline_s:g} s; send less at once"
+    return Problem(problems.TIMEOUT, detail, {"Connection": "close"})
+
+
+async def _answer(
+    send: Send,
+    exchange: Exchange,
+    status: int,
+    body: bytes,
+    *,
+    media_type: bytes = b"application/json",
+    headers: dict[str, str] | None = None,
+) -> None:
+    exchange.status, exchange.total_s = status, monotonic() - exchange.start
+    fields = [
+        (b"content-type", media_type),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", exchange.id),
+        (b"server-timing", exchange.server_timing()),
+    ]
+    if headers:
+        fields += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _refuse(send: Send, exchange: Exchange, problem: Problem) -> None:
+    media_type = problems.MEDIA_TYPE.encode()
+    status, body = problem.kind.status, problem.body()
+    await _answer(send, exchange, status, body, media_type=media_type, headers=problem.headers)
+
+
+def _with_id(send: Send, exchange: Exchange) -> Send:
+    """`send` that adds the request's id and remembers the status."""
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            exchange.status = message["status"]
+            message = {**message, "headers": [*message["headers"], (b"x-request-id", exchange.id)]}
+        await send(message)
+
+    return send_with_id
