@@ -1,4 +1,4 @@
-.PHONY: help setup demo serve stop model experiments test test-fast lint constraints
+.PHONY: help setup demo serve stop model experiments gpu-check have-gpu test test-fast lint constraints
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -53,6 +53,14 @@ model: setup ## train the Fashion-MNIST model in models/ again: a quarter of an 
 experiments: setup ## run all experiments of docs/paper.md in their cheap form: minutes each on two cores
 	@for name in delta depth scaling sparsity convergence initialization; do \
 		$(BIN)/python train/experiments/$$name.py --out docs/experiments || exit; done
+
+gpu-check: have-gpu setup ## with an NVIDIA GPU: build engines, run tests/gpu, compare, time; writes docs/gpu-NAME.md
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),tensorrt]'
+	@$(BIN)/python bench/gpu_check.py
+
+have-gpu:
+	@command -v nvidia-smi >/dev/null || { echo "error: nvidia-smi is missing: make gpu-check needs an NVIDIA GPU \
+	and its driver; python bench/gpu_check.py --device cpu measures the CPU" >&2; exit 2; }
 
 test: setup ## lint, then run all tests
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
@@ -57,6 +58,11 @@ def _reads_int32(node: NodeProto, graph: Graph) -> bool:
     return node.op_type == "DequantizeLinear" and graph.types(node)[:1] == [TensorProto.INT32]
 
 
+def _reads_uint8_weights(node: NodeProto, graph: Graph) -> bool:
+    weights = graph.constant(node.input[0]) if node.op_type == "DequantizeLinear" else None
+    return weights is not None and weights.dtype == np.uint8
+
+
 def _has_a_shifted_zero(node: NodeProto, graph: Graph) -> bool:
     zero = graph.constant(node.input[2]) if _is_quantizer(node) and len(node.input) > 2 else None
     return zero is not None and bool(zero.astype(float).any())
@@ -71,11 +77,16 @@ def _is_unsigned(node: NodeProto, graph: Graph) -> bool:
     )
 
 
+def _is_for_onnx_runtime(node: NodeProto, graph: Graph) -> bool:
+    return node.domain == "com.microsoft" or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
+
+
 def _mixes_types(node: NodeProto, graph: Graph) -> bool:
     same = ("Add", "Concat", "Conv", "ConvTranspose", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub", "Sum")
     return node.op_type in same and len({kind for kind in graph.types(node) if kind in FLOATS}) > 1
 
 
+OUR_INT8 = "export with --precision int8 --target tensorrt (export/to_onnx.py)"
 PARSER_RULES = (
     Rule(
         r"has type UInt8 but must",
@@ -86,14 +97,20 @@ PARSER_RULES = (
     Rule(
         r"has type Int32 but must have type FP8",
         "its bias is quantized to int32",
-        "leave biases in float: QuantizeBias=False in ONNX Runtime's quantizer",
+        f"{OUR_INT8}, or with QuantizeBias=False in ONNX Runtime's quantizer",
         _reads_int32,
     ),
     Rule(
         r"Non-zero zero point",
         "its zero point is not 0",
-        "quantize symmetrically: ActivationSymmetric=True and WeightSymmetric=True in ONNX Runtime's quantizer",
+        f"{OUR_INT8}, or with ActivationSymmetric=True and WeightSymmetric=True in ONNX Runtime's quantizer",
         _has_a_shifted_zero,
+    ),
+    Rule(
+        r"unsupported input type of UINT8",
+        "its weights are quantized to uint8, and TensorRT knows int8 alone",
+        f"{OUR_INT8}, or with weight_type=QInt8 in ONNX Runtime's quantizer",
+        _reads_uint8_weights,
     ),
     Rule(
         r"must be of same type|must have same input types",
@@ -113,20 +130,26 @@ PARSER_RULES = (
     ),
     Rule(r"Unsupported data type", "TensorRT has no such type", "keep to float, int8, int32, int64 and bool"),
 )
-# TensorRT takes these graphs without an error and computes something else.
-SILENT_RULES = (
+# Seen in the graph, whatever the parser says: it takes uint8 for int8 without a word.
+GRAPH_RULES = (
     Rule(
         r"",
         "quantizes to uint8, which TensorRT reads as int8: values beyond 127 are cut off",
-        "quantize activations to int8",
+        f"{OUR_INT8}, or with activation_type=QInt8 in ONNX Runtime's quantizer",
         _is_unsigned,
     ),
+    Rule(r"", "computes in integers, which only ONNX Runtime does", OUR_INT8, _is_for_onnx_runtime),
 )
 BUILD_RULES = (
     Rule(
         r"Cannot compile operation '(.*?)' for Turing",
         "compute capability 7.5 has no kernel for {0} in this precision",
         "leave 7.5 out of --compute-capability, or export the net in fp16",
+    ),
+    Rule(
+        r"Cannot compile for target\(s\) (.*?), because .* datatypes: (\w+)",
+        "GPUs of {0} have no {1}",
+        "name only others with --compute-capability, or export the net in fp16",
     ),
     Rule(
         r"libnvinfer_lean",
@@ -148,13 +171,16 @@ def parser_advice(model: onnx.ModelProto, errors: Iterable[Any]) -> str:
     """
     graph = Graph(model)
     groups: dict[tuple[str, str], dict[str, NodeProto]] = {}  # (reason, remedy) to nodes by their output
-    for error in errors:
-        rule, reason = _match(PARSER_RULES, error.desc())
-        nodes = [*_culprit(error, graph), *_concerned(rule, graph)]
-        groups.setdefault((reason, rule.remedy), {}).update({node.output[0]: node for node in nodes})
-    for rule in SILENT_RULES:
+    for rule in GRAPH_RULES:
         if nodes := _concerned(rule, graph):
             groups[rule.reason, rule.remedy] = {node.output[0]: node for node in nodes}
+    explained = {name for nodes in groups.values() for name in nodes}
+    for error in errors:
+        culprit = _culprit(error, graph)
+        if explained.isdisjoint(node.output[0] for node in culprit):
+            rule, reason = _match(PARSER_RULES, error.desc())
+            nodes = [*culprit, *_concerned(rule, graph)]
+            groups.setdefault((reason, rule.remedy), {}).update({node.output[0]: node for node in nodes})
     return "; ".join(
         f"{listed([_described(node, graph) for node in nodes.values()]) or 'the graph'}: {reason}; do: {remedy}"
         for (reason, remedy), nodes in groups.items()

@@ -20,8 +20,10 @@ from train.refusal import Refusal
 Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
 OPSETS = range(9, 26)  # what TensorRT 11 documents; its parser takes any number and guesses
 MAX_WORKSPACE_MIB = 2**20
-# Turing has no kernels for a classifier's fp32 matrix product, so by default no build is for it.
-LEFT_OUT = ("7.5",)
+# GPUs that by default no build is for: Turing has no kernels for a classifier's fp32 matrix product, and
+# what came before Ada has no fp8.
+LEFT_OUT = {"7.5"}
+WITHOUT_FP8 = {"7.5", "8.0", "8.6"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def build_engine(
     network = _parse(trt, builder, logger, file)
     config = builder.create_builder_config()
     batch = _add_profile(builder, config, file, batch)
-    capabilities = configure(trt, builder_name, config, options)
+    capabilities = configure(trt, builder_name, config, options, kind=precision(file.model))
     cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
     content = _build(trt, builder, network, config, report)
     if content is None:
@@ -169,8 +171,11 @@ def _add_profile(builder: Any, config: Any, file: OnnxFile, batch: tuple[int, in
     return batch
 
 
-def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions) -> tuple[str, ...]:
-    """Flags and limits of a build; the compute capabilities of the GPUs that its engine will run on."""
+def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions, *, kind: str) -> tuple[str, ...]:
+    """Flags and limits of a build; the compute capabilities of the GPUs that its engine will run on.
+
+    `kind` is the graph's precision.
+    """
     config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits of mantissa would pass for fp32
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector has only names
     if options.workspace_mib is not None:
@@ -189,7 +194,7 @@ def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions) -
             f"{builder_name} {trt.__version__} builds for compute capability {', '.join(offered)}, not for "
             f"{', '.join(unknown)}; on such a GPU build with tensorrt"
         )
-    asked = options.compute_capabilities or set(offered) - set(LEFT_OUT)
+    asked = options.compute_capabilities or set(offered) - (WITHOUT_FP8 if kind == "fp8" else LEFT_OUT)
     wanted = tuple(capability for capability in offered if capability in asked)
     config.num_compute_capabilities = len(wanted)
     for index, capability in enumerate(wanted):

@@ -15,7 +15,13 @@ from train.files import read_whole, sha256
 from train.refusal import Refusal
 from train.spec import Spec
 
-FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+FLOATS = (
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.DOUBLE,
+    TensorProto.FLOAT8E4M3FN,
+)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,27 @@
 
 import sys
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.cli import run_command
 
-NUM_RANDOM = 64
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from export.artefacts import Form
+    from export.compare import Comparison
+    from export.layers import LayerComparison
+
 EXAMPLES = (
     "python export/parity.py plain.onnx --against runs/digits-16-1/checkpoint.pt plain.safetensors",
+    "python export/parity.py plain.onnx --against plain.safetensors --layers --plot layers.png",
+    "python export/parity.py plain.onnx --against plain.safetensors --providers cpu cuda tensorrt",
     "python export/parity.py plain.onnx --against plain.engine --json        # where there is a GPU",
 )
 
@@ -21,6 +31,11 @@ EXAMPLES = (
 class ParityConfig:
     artefact: Annotated[Path, "what is checked: .onnx, .safetensors, .engine or checkpoint .pt"]
     against: Annotated[tuple[Path, ...], "what it is checked against, the same kinds"] = ()
+    providers: Annotated[
+        tuple[Literal["cpu", "cuda", "tensorrt"], ...], "check an .onnx on each of these (default: on the best one)"
+    ] = ()
+    layers: Annotated[bool, "compare every layer, and name the first beyond tolerance; engines by their .onnx"] = False
+    plot: Annotated[Path | None, "draw the error of every layer to this PNG; implies --layers"] = None
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     images: Annotated[int, "test images to compare on"] = 500
     report: Annotated[Path | None, "write the comparisons, and how the artefact was made, to this JSON file"] = None
@@ -28,101 +43,192 @@ class ParityConfig:
 
 
 def command(config: ParityConfig) -> int:
-    """Compare the forms of one net on real and random images; exit status 1 beyond tolerance."""
+    """Compare the forms of one net on real, random and extreme images; exit status 1 beyond tolerance.
+
+    The more precise of two forms is the reference, and the precision of the other sets the tolerance.
+    """
     import json
 
-    from rich.table import Table
-
-    from export.compare import answer_all, compare
+    from export.layers import draw_layers
     from train.files import write_whole
-    from train.progress import make_console, progress
-    from train.refusal import Refusal
+    from train.progress import make_console
 
-    if not config.against:
-        raise Refusal("name what to compare with: --against runs/NAME/checkpoint.pt, plain.safetensors, ...")
     console = make_console(json=config.json)
-    paths = (config.artefact, *config.against)
-    forms = [_open(path) for path in paths]
-    _, spec, provenance = forms[0]
-    for path, (_, other, _) in zip(paths, forms, strict=True):
-        if other.image != spec.image or len(other.labels) != len(spec.labels):
-            raise Refusal(f"{path} is another model than {config.artefact}: {other.name}, not {spec.name}")
-    image_sets = _image_sets(spec, provenance.get("training", {}), config, console)
-    comparisons = []
-    total = len(forms) * sum(map(len, image_sets.values()))
-    with progress(console, "comparing", total) as advance:
-        for kind, images in image_sets.items():
-            logits = [answer_all(answer, images, advance) for answer, _, _ in forms]
-            for path, reference in zip(config.against, logits[1:], strict=True):
-                row = compare((str(path), reference), (str(config.artefact), logits[0]))
-                comparisons.append((kind, row))
-    table = Table("against", "images", "max abs", "relative", "tolerance", "top-1 agreement", "verdict")
-    for kind, row in comparisons:
-        numbers = (f"{row.max_abs:.1e}", f"{row.relative:.1e}", f"{row.tolerance:.0e}")
-        agreement = f"{100 * row.top1_agreement:.2f} %"
-        table.add_row(row.reference, f"{row.num_images} {kind}", *numbers, agreement, "same" if row else "DIFFERENT")
-    console.print(table)
-    report = {
-        "model": spec.name,
-        "parity": [{"images": kind, **row.to_dict()} for kind, row in comparisons],
-        **provenance,
-    }
+    forms, others = _open(config, console)
+    pairs = [_by_precision(form, other) for form in forms for other in others]
+    image_sets = _image_sets([*forms, *others], config, console)
+    rows = _compare_logits(pairs, image_sets, console)
+    _print_table(console, rows)
+    layers = _compare_layers(pairs, image_sets, console) if config.layers or config.plot else []
+    if config.plot:
+        console.print(f"wrote {write_whole(config.plot, draw_layers(layers))}")
+    report = _report(forms, others, rows, layers)
     if config.report:
         write_whole(config.report, (json.dumps(report, indent=1) + "\n").encode())
         console.print(f"wrote {config.report}")
     if config.json:
         print(json.dumps(report))
-    return 0 if all(row for _, row in comparisons) else 1
+    return 1 if any(row.verdict is False for row in rows) else 0
 
 
-def _open(path: Path):
-    """An artefact as (images → logits, spec, provenance)."""
-    match path.suffix:
-        case ".pt":
-            from train.checkpoint import load_checkpoint, load_net
+@dataclass(frozen=True)
+class Row:
+    """One comparison on one kind of images: real, random or extreme."""
 
-            checkpoint = load_checkpoint(path)
-            return _from_torch(load_net(checkpoint)), checkpoint.spec, {"training": checkpoint.training_record()}
-        case ".safetensors":
-            from fold.plain import load_plain
+    images: str
+    comparison: "Comparison"
 
-            plain = load_plain(path)
-            return _from_torch(plain.net), plain.spec, plain.provenance
-        case _:
-            from export.runtimes.load import load_runtime
+    @property
+    def verdict(self) -> bool | None:
+        """None where nothing can be said: statistics hold for images like those that a net was trained on."""
+        row = self.comparison
+        if row.tolerance.is_statistical and self.images != "real" and isfinite(row.difference.rms):
+            return None
+        return bool(row)
 
-            runtime = load_runtime(path)
-            return runtime, runtime.model.spec, runtime.model.provenance
+    @property
+    def worst(self) -> str:
+        from export.image_sets import EXTREMES
 
+        index = self.comparison.worst_image
+        return EXTREMES[index] if self.images == "extreme" else f"image {index}"
 
-def _from_torch(net):
-    import torch
-
-    def answer(images):
-        with torch.no_grad():
-            return net(torch.from_numpy(images)).numpy()
-
-    return answer
+    def to_dict(self) -> dict[str, Any]:
+        fields = self.comparison.to_dict()
+        return {"images": self.images, **fields, "worst": self.worst, "within_tolerance": self.verdict}
 
 
-def _image_sets(spec, training, config: ParityConfig, console):
-    """Real test images where the data set is at hand, and random ones."""
-    import numpy as np
-
-    from train import data
+def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list["Form"]]:
+    """The artefact, on each provider asked for, and the others; refuses forms of different models."""
+    from export.artefacts import open_artefact, open_providers
     from train.refusal import Refusal
 
-    image = spec.image
-    shape = (NUM_RANDOM, image.height, image.width, image.channels)
-    image_sets = {"random": np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)}
-    try:
-        if "dataset" not in training:
-            raise Refusal("the artefact does not say what it was trained on")
-        dataset = data.load(training["dataset"], data_dir=config.data_dir, image_size=image.height)
-        image_sets["real"] = dataset.test.first(config.images)
-    except Refusal as refusal:
-        console.print(f"no real images, parity is on random ones alone: {refusal}")
+    if not config.against:
+        raise Refusal("name what to compare with: --against runs/NAME/checkpoint.pt, plain.safetensors, ...")
+    if config.providers and config.artefact.suffix != ".onnx":
+        raise Refusal(f"--providers are ONNX Runtime's, and {config.artefact} is no .onnx file; leave them out")
+    if config.providers:
+        forms, missing = open_providers(config.artefact, config.providers)
+        for line in missing:
+            console.print(line)
+    else:
+        forms = [open_artefact(config.artefact)]
+    others = [open_artefact(path) for path in config.against]
+    spec = forms[0].spec
+    for other in others:
+        if other.spec.image != spec.image or len(other.spec.labels) != len(spec.labels):
+            raise Refusal(f"{other.path} is another model than {config.artefact}: {other.spec.name}, not {spec.name}")
+    return forms, others
+
+
+def _by_precision(form: "Form", other: "Form") -> tuple["Form", "Form"]:
+    """(reference, candidate): the more precise form first, `other` where they are alike."""
+    from export.compare import TOLERANCES
+
+    ranks = list(TOLERANCES)
+    first, second = sorted((other, form), key=lambda form: ranks.index(form.precision))
+    return first, second
+
+
+def _image_sets(forms: list["Form"], config: ParityConfig, console: "Console") -> dict[str, "np.ndarray"]:
+    """Real images where the data set is at hand, random and extreme ones; refuses int8 and fp8 without real ones."""
+    from export.compare import TOLERANCES
+    from export.image_sets import extreme_images, random_images, real_images
+    from train.refusal import Refusal
+
+    image = forms[0].spec.image
+    trainings = [form.provenance.get("training", {}) for form in forms]
+    training = next((training for training in trainings if "dataset" in training), {})
+    real, missing = real_images(image, training, num=config.images, data_dir=config.data_dir)
+    image_sets = {"random": random_images(image), "extreme": extreme_images(image)}
+    if real is not None:
+        return {"real": real, **image_sets}
+    statistical = {form.precision for form in forms if TOLERANCES[form.precision].is_statistical}
+    if statistical:
+        raise Refusal(f"{' and '.join(statistical)} can only be judged on real images, and there are none: {missing}")
+    console.print(f"no real images, parity is on random and extreme ones alone: {missing}")
     return image_sets
+
+
+def _compare_logits(
+    pairs: list[tuple["Form", "Form"]], image_sets: dict[str, "np.ndarray"], console: "Console"
+) -> list[Row]:
+    from export.compare import TOLERANCES, answer_all, compare
+    from train.progress import progress
+
+    forms = {form.name: form for pair in pairs for form in pair}
+    rows = []
+    with progress(console, "comparing", len(forms) * sum(map(len, image_sets.values()))) as advance:
+        for kind, images in image_sets.items():
+            logits = {name: answer_all(form.answer, images, advance) for name, form in forms.items()}
+            for reference, candidate in pairs:
+                before, after = ((form.name, logits[form.name]) for form in (reference, candidate))
+                rows.append(Row(kind, compare(before, after, tolerance=TOLERANCES[candidate.precision])))
+    return rows
+
+
+def _compare_layers(
+    pairs: list[tuple["Form", "Form"]], image_sets: dict[str, "np.ndarray"], console: "Console"
+) -> list["LayerComparison"]:
+    """Layer by layer on a few images of each kind that is judged, shown as a table for each pair."""
+    import numpy as np
+    from rich.table import Table
+
+    from export.compare import TOLERANCES
+    from export.layers import NUM_IMAGES, compare_layers
+
+    few = {kind: images[:NUM_IMAGES] for kind, images in image_sets.items()}
+    comparisons = []
+    for reference, candidate in pairs:
+        is_statistical = TOLERANCES[candidate.precision].is_statistical
+        images = few["real"] if is_statistical else np.concatenate(list(few.values()))
+        result = compare_layers(reference, candidate, images)
+        for form in (reference, candidate):
+            if form.path.suffix == ".engine":
+                console.print(f"{form.name}: an engine shows no layers, these are its ONNX file's")
+        table = Table("layer", "error", "tolerance", "")
+        for layer in result.layers:
+            table.add_row(layer.name, f"{layer.error:.1e}", f"{layer.limit:.2g}", "" if layer else "BEYOND")
+        console.print(table)
+        first = result.first_beyond()
+        verdict = f"the first layer beyond tolerance is {first}" if first else "every layer is within tolerance"
+        console.print(f"{candidate.name} against {reference.name}: {verdict}")
+        comparisons.append(result)
+    return comparisons
+
+
+def _print_table(console: "Console", rows: list[Row]) -> None:
+    from rich.table import Table
+
+    table = Table("form", "reference", "images", "largest", "rms", "top-1 agreement", "tolerance", "verdict")
+    for row in rows:
+        result = row.comparison
+        table.add_row(
+            result.candidate,
+            result.reference,
+            f"{result.num_images} {row.images}",
+            f"{result.difference.relative:.1e}",
+            f"{result.difference.rms:.1e}",
+            f"{100 * result.top1_agreement:.2f} %",
+            str(result.tolerance),
+            {True: "same", False: f"DIFFERENT: {row.worst}", None: "not judged"}[row.verdict],
+        )
+    console.print(table)
+
+
+def _report(
+    forms: list["Form"], others: list["Form"], rows: list[Row], layers: list["LayerComparison"]
+) -> dict[str, Any]:
+    """What was compared, by digest, with what result; and how the artefact that was checked came to be."""
+    report = {
+        "model": forms[0].spec.name,
+        "artefacts": {str(form.path): form.digest for form in (*forms, *others)},
+        "parity": [row.to_dict() for row in rows],
+        **forms[0].provenance,
+    }
+    if layers:
+        report["layers"] = [comparison.to_dict() for comparison in layers]
+    return report
 
 
 if __name__ == "__main__":

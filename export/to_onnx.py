@@ -66,6 +66,8 @@ def command(config: ToOnnxConfig) -> int:
     import json
 
     from export.graph import OPSET, set_provenance
+    from export.quantize import answerer
+    from export.runtimes.probe import probe_images, record_probe
     from fold.plain import load_plain
     from train.files import sha256, write_whole
     from train.progress import make_console
@@ -74,7 +76,8 @@ def command(config: ToOnnxConfig) -> int:
     plain = load_plain(config.plain)
     model, record, lost = (_eight_bits if config.precision in EIGHT_BITS else _floats)(plain, config, console)
     record = {"plain_sha256": plain.sha256, "precision": config.precision, "opset": OPSET, **record}
-    set_provenance(model, {**plain.provenance, "export": record})
+    probe = record_probe(answerer(model)(probe_images(plain.spec.image)))
+    set_provenance(model, {**plain.provenance, "export": {**record, "probe": probe}})
     content = model.SerializeToString()
     out = write_whole(config.out or config.plain.with_suffix(".onnx"), content)
     what = f"{plain.spec.name}, {config.precision}, {record['lowering']}, opset {OPSET}"

@@ -106,19 +106,27 @@ def _compare_logits(
 def _compare_layers(
     dirac: nn.Sequential, plain: nn.Sequential, images: Tensor, kind: str, precision: str
 ) -> Iterator[Difference]:
-    before, after = _outputs(dirac, images), _outputs(plain, images)
-    replaced = _batch_norms(dirac, kept=after)
-    for name, layer in named_layers(plain):
-        if list(layer.parameters()):
-            yield _difference(name, before[replaced.get(name, name)], after[name], kind, precision, 0)
+    names = weighted_layers(plain)
+    before, after = layer_outputs(dirac, images, names), layer_outputs(plain, images, names)
+    for name in names:
+        yield _difference(name, before[name], after[name], kind, precision, 0)
 
 
-def _outputs(net: nn.Sequential, images: Tensor) -> dict[str, Tensor]:
-    """The output of every layer, by name."""
+def weighted_layers(plain: nn.Sequential) -> list[str]:
+    """Names of the layers with weights, in the order in which they run."""
+    return [name for name, layer in named_layers(plain) if list(layer.parameters())]
+
+
+def layer_outputs(net: nn.Sequential, images: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """The outputs of the layers that a plain net calls `names`, of that net or of the Dirac net before it.
+
+    A convolution that took in the batch normalisation after it has the output of the latter.
+    """
     outputs, x = {}, images
     for name, layer in named_layers(net):
         x = outputs[name] = layer(x)
-    return outputs
+    replaced = _batch_norms(net, kept=names)
+    return {name: outputs[replaced.get(name, name)] for name in names}
 
 
 def _batch_norms(net: nn.Sequential, *, kept: Container[str]) -> dict[str, str]:

@@ -118,6 +118,7 @@ def model_card(runtime: Runtime) -> dict[str, Any]:
         "depth": spec.depth,
         "width": spec.width,
         "nonlinearity": spec.nonlinearity,
+        "parameterization": spec.parameterization,
         "input": {"height": image.height, "width": image.width, "channels": image.channels},
         "labels": list(spec.labels),
         "provenance": model.provenance,

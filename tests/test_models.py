@@ -35,7 +35,7 @@ def test_the_card_says_how_it_was_made_and_that_nothing_changed():
     assert training["test_accuracy"] > 0.93
     assert all(row["relative"] < 1e-12 for row in CARD["fold"]["logits"] if row["precision"] == "float64")
     assert all(row["within_tolerance"] and row["top1_agreement"] == 1 for row in CARD["parity"])
-    assert {row["images"] for row in CARD["parity"]} == {"random", "real"}
+    assert {row["images"] for row in CARD["parity"]} >= {"random", "real"}
 
 
 def test_the_models_readme_has_the_cards_figures():

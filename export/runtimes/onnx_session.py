@@ -13,6 +13,9 @@ from train.files import read_whole, sha256
 from train.refusal import Refusal
 from train.spec import Spec
 
+# TF32's 10 bits of mantissa would pass for fp32.
+PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
+
 
 class OnnxSession:
     """One ONNX Runtime session; `model` and `description` as in `Runtime`."""
@@ -22,8 +25,9 @@ class OnnxSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
+        asked = [(name, PROVIDER_OPTIONS.get(name, {})) for name in providers or loadable_providers()]
         try:
-            self._session = ort.InferenceSession(content, options, providers=list(providers or loadable_providers()))
+            self._session = ort.InferenceSession(content, options, providers=asked)
         except Exception as error:  # ONNX Runtime raises a private hierarchy of its own
             raise Refusal(f"{path} cannot be loaded as an ONNX model: {_first_line(error)}") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
@@ -35,7 +39,8 @@ class OnnxSession:
             spec = generic_spec(self._signature, num_classes=self._count_classes(path))
             name, provenance = path.stem, {}
         self.model = Model(name=name, digest=sha256(content), spec=spec, provenance=provenance)
-        self.description = f"ONNX Runtime {ort.__version__}, {self._session.get_providers()[0]}"
+        self.provider = self._session.get_providers()[0]  # what it really uses
+        self.description = f"ONNX Runtime {ort.__version__}, {self.provider}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         batch = self._signature.batch

@@ -31,7 +31,8 @@ def save(path, nodes, *, kind=TensorProto.FLOAT, shape=("N", 3, 8, 8), out=Tenso
         [helper.make_tensor_value_info("y", out, ["N", 4])],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()],
     )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
 
 
 @pytest.fixture
@@ -85,26 +86,36 @@ def test_all_biases_that_are_quantized_to_int32_are_named(refusal):
     assert text.startswith(
         "DequantizeLinear 'bias0' (int32, float32), DequantizeLinear 'bias1' (int32, float32): its bias is quantized"
     )
-    assert text.endswith("do: leave biases in float: QuantizeBias=False in ONNX Runtime's quantizer")
+    assert text.endswith(
+        "--target tensorrt (export/to_onnx.py), or with QuantizeBias=False in ONNX Runtime's quantizer"
+    )
 
 
-@pytest.mark.parametrize(("dtype", "shift"), [(np.int8, 12), (np.uint8, 128)])
-def test_a_zero_point_that_is_not_zero_is_named_in_both_quantizers(refusal, dtype, shift):
+def test_a_zero_point_that_is_not_zero_is_named_in_both_quantizers(refusal):
     nodes = [
         node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q"),
         node("DequantizeLinear", ["q", "s", "z"], ["f"], name="dq"),
         conv("f", "w"),
         *TAIL,
     ]
-    text = refusal(nodes, w=KERNEL, s=np.float32(1), z=dtype(shift))
-    kind = np.dtype(dtype).name
+    text = refusal(nodes, w=KERNEL, s=np.float32(1), z=np.int8(12))
     assert text.startswith(
-        f"QuantizeLinear 'q' (float32, float32, {kind}), DequantizeLinear 'dq' ({kind}, float32, {kind}): "
-        "its zero point is not 0; do: quantize symmetrically"
+        "QuantizeLinear 'q' (float32, float32, int8), DequantizeLinear 'dq' (int8, float32, int8): "
+        "its zero point is not 0; do: export with --precision int8 --target tensorrt (export/to_onnx.py), or with Activ"
     )
 
 
-@pytest.mark.parametrize("weights", [{"z": np.uint8(0)}, {}])
+def test_all_weights_that_are_quantized_to_uint8_are_named(refusal):
+    dequantized = [node("DequantizeLinear", [f"w{i}", "s"], [f"f{i}"], name=f"weight{i}") for i in range(2)]
+    nodes = [*dequantized, node("Conv", ["x", "f0"], ["d"], pads=[1] * 4), conv("d", "f1"), *TAIL]
+    text = refusal(nodes, s=np.float32(1), w0=np.ones((4, 3, 3, 3), np.uint8), w1=np.ones((4, 4, 3, 3), np.uint8))
+    assert text.startswith(
+        "DequantizeLinear 'weight0' (uint8, float32), DequantizeLinear 'weight1' (uint8, float32): "
+        "its weights are quantized to uint8"
+    )
+
+
+@pytest.mark.parametrize("weights", [{"z": np.uint8(0)}, {"z": np.uint8(128)}, {}])
 def test_unsigned_activations_which_tensorrt_would_cut_off_are_refused(refusal, weights):
     nodes = [
         node("QuantizeLinear", ["x", "s", *weights], ["q"], name="q"),
@@ -115,6 +126,22 @@ def test_unsigned_activations_which_tensorrt_would_cut_off_are_refused(refusal, 
     text = refusal(nodes, w=KERNEL, s=np.float32(1), **weights)
     assert text.startswith("QuantizeLinear 'q' (float32, float32")
     assert "quantizes to uint8, which TensorRT reads as int8" in text
+    assert text.count("do: ") == 1
+
+
+def test_integer_operators_of_onnx_runtime_are_told_apart(refusal):
+    nodes = [
+        node("QLinearAdd", ["x", "s", "z", "x", "s", "z", "s", "z"], ["a"], name="add", domain="com.microsoft"),
+        node("ConvInteger", ["i", "i"], ["p"], name="integer"),
+        node("Det", ["x"], ["d"], name="det"),
+        conv("x", "w"),
+        *TAIL,
+    ]
+    text = refusal(nodes, w=KERNEL, i=np.ones((1, 3, 3, 3), np.uint8), s=np.float32(1), z=np.int8(0))
+    assert text.startswith("QLinearAdd 'add' (")
+    assert "ConvInteger 'integer' (uint8, uint8): computes in integers, which only ONNX Runtime does; do: " in text
+    assert text.count("do: ") == 2
+    assert "Det 'det' (float32): TensorRT has no such operator" in text
 
 
 def test_a_weakly_typed_graph_names_every_node_that_mixes_types(refusal):
@@ -137,13 +164,13 @@ def test_operators_that_tensorrt_lacks_are_listed_together(refusal):
     nodes = [
         node("Det", ["x"], ["d"], name="det"),
         node("NonZero", ["x"], ["n"]),
-        node("ConvInteger", ["i", "i"], ["p"], name="integer"),
+        node("StringNormalizer", ["x"], ["t"], name="text"),
         conv("x", "w"),
         *TAIL,
     ]
-    text = refusal(nodes, w=KERNEL, i=np.ones((1, 3, 3, 3), np.uint8))
+    text = refusal(nodes, w=KERNEL)
     assert text.startswith(
-        "Det 'det' (float32), ConvInteger 'integer' (uint8, uint8): TensorRT has no such operator; do: "
+        "Det 'det' (float32), StringNormalizer 'text' (float32): TensorRT has no such operator; do: "
     )
     text = refusal([node("NonZero", ["x"], ["n"]), conv("x", "w"), *TAIL], w=KERNEL)
     assert text.startswith("NonZero that writes 'n' (float32): TensorRT has no such operator; do: ")
@@ -204,6 +231,23 @@ def test_a_build_for_turing_says_why_it_fails(write_onnx):
     message = "compute capability 7.5 has no kernel for fc in this precision; do: leave 7.5 out"
     with pytest.raises(Refusal, match=message):
         build_engine(path, batch=(1, 2, 4), options=BuildOptions(compute_capabilities=("7.5",)))
+
+
+def test_fp8_is_built_for_gpus_that_have_it(tmp_path):
+    zero = helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+    quantizers = [
+        node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q"),
+        node("DequantizeLinear", ["q", "s", "z"], ["f"], name="dq"),
+    ]
+    path = tmp_path / "fp8.onnx"
+    save(path, [*quantizers, conv("f", "w"), *TAIL], w=KERNEL, s=np.float32(1))
+    model = onnx.load(path)
+    model.graph.initializer.append(zero)
+    onnx.save(model, path)
+    card = build_engine(path, batch=(1, 2, 4)).card
+    assert (card.precision, card.compute_capabilities[0]) == ("fp8", "8.9")
+    with pytest.raises(Refusal, match=r"GPUs of sm80 have no fp8_e4m3; do: name only others with --compute-capability"):
+        build_engine(path, batch=(1, 2, 4), options=BuildOptions(compute_capabilities=("8.0", "8.9")))
 
 
 def test_turing_runs_a_classifier_in_fp16(tmp_path):

@@ -194,7 +194,7 @@ def test_options_of_tensorrt_are_asked_of_it(write_onnx, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "compute_capability", lambda: "9.0")
     config = trt.Builder(tensorrt_engine.make_logger(trt)).create_builder_config()
     options = engine.BuildOptions(version_compatible=True, refittable=True, workspace_mib=64)
-    assert engine.configure(trt, "tensorrt", config, options) == ("9.0",)
+    assert engine.configure(trt, "tensorrt", config, options, kind="fp32") == ("9.0",)
     flags = trt.BuilderFlag
     assert [config.get_flag(flag) for flag in (flags.VERSION_COMPATIBLE, flags.REFIT, flags.TF32)] == [
         True,

@@ -40,11 +40,13 @@ def test_every_weight_that_is_not_finite_is_named(write_onnx):
         read_onnx(path)
 
 
-@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE])
+@pytest.mark.parametrize(
+    "kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.FLOAT8E4M3FN]
+)
 def test_weights_of_every_float_type_are_looked_at(write_foreign, kind):
     path = write_foreign()
     model = onnx.load(path)
-    model.graph.initializer.append(helper.make_tensor("odd", kind, [2], [1.0, np.inf]))
+    model.graph.initializer.append(helper.make_tensor("odd", kind, [2], [1.0, np.nan]))
     onnx.save(model, path)
     with pytest.raises(Refusal, match=r"in odd \(1 of 2\)"):
         read_onnx(path)

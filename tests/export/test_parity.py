@@ -3,11 +3,19 @@ import json
 import numpy as np
 import onnx
 import pytest
+import torch
 
-from export import parity, to_onnx
+from export import parity
+from export import to_onnx as to_onnx_command
+from export.compare import TOLERANCES, compare
+from export.graph import to_onnx
+from export.image_sets import EXTREMES
 from fold import run as fold
+from fold.plain import load_plain, save_plain
 from train import run as train
 from train.cli import run_command
+from train.files import sha256
+from train.refusal import Refusal
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +25,15 @@ def road(tmp_path_factory):
     argv = "--depth 10 --width 0.25 --epochs 1 --out".split()
     assert run_command(train.command, train.TrainConfig, argv=[*argv, str(folder)]) == 0
     assert run_command(fold.command, fold.FoldConfig, argv=[str(folder / "checkpoint.pt")]) == 0
-    assert run_command(to_onnx.command, to_onnx.ToOnnxConfig, argv=[str(folder / "plain.safetensors")]) == 0
+    assert (
+        run_command(to_onnx_command.command, to_onnx_command.ToOnnxConfig, argv=[str(folder / "plain.safetensors")])
+        == 0
+    )
     return folder
+
+
+def refuse(*_, **__):
+    raise Refusal("it is elsewhere")
 
 
 def run(*argv):
@@ -32,11 +47,85 @@ def test_all_forms_agree_on_real_and_random_images(road, capsys):
     rows = report["parity"]
     assert report["training"]["command"].startswith("python train/run.py --depth 10 --width 0.25 --epochs 1 --out")
     assert report["fold"]["logits"][0]["precision"] == "float64"
-    assert [(row["images"], row["num_images"]) for row in rows] == [("random", 64)] * 2 + [("real", 359)] * 2
+    kinds = [("real", 359)] * 2 + [("random", 64)] * 2 + [("extreme", 5)] * 2
+    assert [(row["images"], row["num_images"]) for row in rows] == kinds
     assert all(row["within_tolerance"] and row["top1_agreement"] == 1 for row in rows)
+    assert {row["worst"] for row in rows if row["images"] == "extreme"} <= set(EXTREMES)
+    files = [road / "plain.onnx", *against]
+    assert report["artefacts"] == {str(path): sha256(path.read_bytes()) for path in files}
     written = road / "report.json"
     assert run(road / "plain.onnx", "--against", *against, "--report", written) == 0
     assert json.loads(written.read_text()) == report
+
+
+@pytest.mark.slow
+def test_layers_are_shown_drawn_and_reported(road, tmp_path, capsys):
+    plot, report = tmp_path / "layers.png", tmp_path / "report.json"
+    argv = [road / "plain.onnx", "--against", road / "checkpoint.pt", "--plot", plot, "--report", report]
+    assert run(*argv) == 0
+    assert "plain.onnx against " in capsys.readouterr().out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    (comparison,) = json.loads(report.read_text())["layers"]
+    assert comparison["first_beyond_tolerance"] is None
+    assert [row["name"] for row in comparison["layers"]][:2] == ["stem.conv", "group0.block0.conv"]
+    assert all(row["within_tolerance"] and row["error"] < 1e-5 for row in comparison["layers"])
+
+
+def test_the_first_layer_beyond_tolerance_is_named(road, tmp_path, capsys):
+    plain = load_plain(road / "plain.safetensors")
+    with torch.no_grad():
+        plain.net.group1.block0.conv.bias.add_(0.1)
+    save_plain(tmp_path / "bent.safetensors", plain.net, plain.spec, plain.provenance)
+    assert run(tmp_path / "bent.safetensors", "--against", road / "checkpoint.pt", "--layers") == 1
+    assert "the first layer beyond tolerance is group1.block0.conv" in capsys.readouterr().out
+
+
+def test_the_more_precise_form_is_the_reference_whichever_is_named_first(road, tmp_path, capsys):
+    half = tmp_path / "half.onnx"
+    plain = load_plain(road / "plain.safetensors")
+    half.write_bytes(to_onnx(plain.net, plain.spec, plain.provenance, precision="fp16").SerializeToString())
+    for argv in ((half, "--against", road / "checkpoint.pt"), (road / "checkpoint.pt", "--against", half)):
+        assert run(*argv, "--json") == 0
+        for row in json.loads(capsys.readouterr().out)["parity"]:
+            assert (row["reference"], row["candidate"]) == (str(road / "checkpoint.pt"), str(half))
+            assert row["tolerance"] == {"largest": 0.01, "agreement": 1.0}
+            assert 1e-5 < row["relative"] < 0.01
+
+
+def test_providers_are_compared_one_by_one_and_missing_ones_named(road, capsys, monkeypatch):
+    monkeypatch.setattr("export.runtimes.onnx_session.loadable_providers", lambda: ("CPUExecutionProvider",))
+    argv = [road / "plain.onnx", "--against", road / "checkpoint.pt", "--json", "--providers", "tensorrt", "cpu"]
+    assert run(*argv) == 0
+    output = capsys.readouterr()
+    assert "tensorrt is not compared: ONNX Runtime's TensorrtExecutionProvider does not load here\n" in output.err
+    candidates = {row["candidate"] for row in json.loads(output.out)["parity"]}
+    assert candidates == {f"{road / 'plain.onnx'} on cpu"}
+    assert run(road / "checkpoint.pt", "--against", road / "plain.onnx", "--providers", "cpu") == 2
+    assert "--providers are ONNX Runtime's, and" in capsys.readouterr().err
+
+
+def test_eight_bits_are_judged_by_real_images_alone(road, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("export.engine.precision", lambda model: "int8")
+    assert run(road / "plain.onnx", "--against", road / "checkpoint.pt", "--json") == 0
+    verdicts = {row["images"]: row["within_tolerance"] for row in json.loads(capsys.readouterr().out)["parity"]}
+    assert verdicts == {"real": True, "random": None, "extreme": None}
+    monkeypatch.setattr("train.data.load", refuse)
+    assert run(road / "plain.onnx", "--against", road / "checkpoint.pt") == 2
+    assert "int8 can only be judged on real images, and there are none: it is elsewhere" in capsys.readouterr().err
+
+
+def test_without_real_images_floats_are_judged_on_the_others(road, capsys, monkeypatch):
+    monkeypatch.setattr("train.data.load", refuse)
+    assert run(road / "plain.onnx", "--against", road / "checkpoint.pt") == 0
+    output = capsys.readouterr().out
+    assert "no real images, parity is on random and extreme ones alone: it is elsewhere" in output
+    assert "359 real" not in output
+
+
+def test_nan_on_any_images_is_a_verdict_in_every_precision():
+    broken = np.full((2, 3), np.nan)
+    comparison = compare(("a", np.ones((2, 3))), ("b", broken), tolerance=TOLERANCES["int8"])
+    assert parity.Row("extreme", comparison).verdict is False
 
 
 def test_a_form_that_differs_ends_in_status_one(road, tmp_path, capsys):
@@ -59,10 +148,12 @@ def test_another_model_and_nothing_to_compare_with_are_refused(road, write_onnx,
 
 def test_a_second_export_writes_the_same_bytes(road):
     before = (road / "plain.onnx").read_bytes()
-    assert run_command(to_onnx.command, to_onnx.ToOnnxConfig, argv=[str(road / "plain.safetensors")]) == 0
+    assert (
+        run_command(to_onnx_command.command, to_onnx_command.ToOnnxConfig, argv=[str(road / "plain.safetensors")]) == 0
+    )
     assert (road / "plain.onnx").read_bytes() == before
 
 
 def test_what_is_no_plain_net_is_not_exported(road, capsys):
-    assert run_command(to_onnx.command, to_onnx.ToOnnxConfig, argv=[str(road / "checkpoint.pt")]) == 2
+    assert run_command(to_onnx_command.command, to_onnx_command.ToOnnxConfig, argv=[str(road / "checkpoint.pt")]) == 2
     assert "is no safetensors file" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from PIL import Image
 
 from export import to_onnx
 from export.runtimes.onnx_session import OnnxSession
+from export.runtimes.probe import probe_images
 from export.timing import ROUNDS, Timing, fastest, time_models
 from fold import run as fold
 from fold.lower import LOWERINGS
@@ -39,6 +40,13 @@ def test_float32_is_written_as_shared_and_says_so(plain):
     path = plain.with_suffix(".onnx")
     assert record_of(path).items() >= {"precision": "fp32", "lowering": "shared", "opset": 19}.items()
     assert "Min" not in {node.op_type for node in onnx.load(path).graph.node}
+
+
+def test_a_file_says_what_it_answered_when_it_was_written(plain):
+    assert run(plain) == 0
+    runtime = OnnxSession(plain.with_suffix(".onnx"))
+    probe, spec = record_of(plain.with_suffix(".onnx"))["probe"], runtime.model.spec
+    np.testing.assert_allclose(runtime(probe_images(spec.image, probe["seed"])), probe["logits"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

@@ -1,7 +1,10 @@
 import io
+import threading
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -46,3 +49,34 @@ def encode():
         return file.getvalue()
 
     return encode
+
+
+class _Live(uvicorn.Server):
+    """A server in a thread of this process, which says when it listens."""
+
+    def __init__(self, app):
+        super().__init__(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+        self.listening = threading.Event()
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets=sockets)
+        self.listening.set()
+
+
+@pytest.fixture
+def live():
+    """`with live(app) as url`: the app over real HTTP on a free port."""
+
+    @contextmanager
+    def live(app):
+        server = _Live(app)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            assert server.listening.wait(30)
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+    return live

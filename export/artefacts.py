@@ -1,0 +1,181 @@
+"""Every kind of artefact as the same thing: images in, logits out, and the outputs of its layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from export.compare import TOLERANCES, Answer
+from train.refusal import Refusal
+from train.spec import Spec
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+
+
+@dataclass(frozen=True)
+class Form:
+    """One artefact made callable."""
+
+    name: str  # its path, and the provider where several were asked for
+    path: Path
+    digest: str  # sha256 of the file
+    precision: str  # a key of TOLERANCES
+    spec: Spec
+    provenance: dict[str, Any]
+    answer: Answer
+    layers: Callable[[np.ndarray], dict[str, np.ndarray]]  # images → outputs [N, ...] by the plain net's names
+
+    def __post_init__(self) -> None:
+        if self.precision not in TOLERANCES:
+            raise Refusal(f"{self.path} computes in {self.precision}; known are {', '.join(TOLERANCES)}")
+
+    @property
+    def lowering(self) -> str:
+        return self.provenance.get("export", {}).get("lowering", "concat")
+
+
+def open_artefact(path: Path, *, provider: Provider | None = None) -> Form:
+    """A checkpoint, plain net, ONNX or engine; an ONNX on the best provider that loads, or on `provider`.
+
+    Refuses what is none of these, and a provider that does not load.
+    """
+    match path.suffix:
+        case ".pt":
+            return _open_checkpoint(path)
+        case ".safetensors":
+            return _open_plain(path)
+        case ".onnx":
+            return _open_onnx(path, provider)
+        case ".engine":
+            return _open_engine(path)
+    raise Refusal(f"{path} is no artefact of this project: name a .pt, .safetensors, .onnx or .engine file")
+
+
+def open_providers(path: Path, providers: tuple[Provider, ...]) -> tuple[list[Form], list[str]]:
+    """An ONNX file on each of `providers` that loads, and a line for each that does not."""
+    forms, missing = [], []
+    for provider in providers:
+        try:
+            forms.append(open_artefact(path, provider=provider))
+        except ProviderMissing as refusal:
+            missing.append(str(refusal))
+    if not forms:
+        raise Refusal("; ".join(missing))
+    return forms, missing
+
+
+class ProviderMissing(Refusal):
+    """An execution provider of ONNX Runtime does not load on this machine."""
+
+
+def _open_checkpoint(path: Path) -> Form:
+    from train.checkpoint import load_checkpoint, load_net
+
+    checkpoint = load_checkpoint(path)
+    record = {"training": checkpoint.training_record()}
+    return _from_torch(path, load_net(checkpoint), checkpoint.spec, digest=checkpoint.sha256, provenance=record)
+
+
+def _open_plain(path: Path) -> Form:
+    from fold.plain import load_plain
+
+    plain = load_plain(path)
+    return _from_torch(path, plain.net, plain.spec, digest=plain.sha256, provenance=plain.provenance)
+
+
+def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: dict[str, Any]) -> Form:
+    import torch
+
+    from fold.plain import skeleton
+    from fold.proof import layer_outputs, weighted_layers
+
+    @torch.no_grad()
+    def answer(images: np.ndarray) -> np.ndarray:
+        return net(torch.from_numpy(images)).numpy()
+
+    @torch.no_grad()
+    def layers(images: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = layer_outputs(net, torch.from_numpy(images), weighted_layers(skeleton(spec)))
+        return {name: output.numpy() for name, output in outputs.items()}
+
+    return Form(str(path), path, digest, "fp32", spec, provenance, answer, layers)
+
+
+def _open_onnx(path: Path, provider: Provider | None) -> Form:
+    import onnx
+
+    from export.engine import precision
+    from export.runtimes.onnx_session import OnnxSession, loadable_providers
+
+    if provider and PROVIDERS[provider] not in loadable_providers():
+        raise ProviderMissing(f"{provider} is not compared: ONNX Runtime's {PROVIDERS[provider]} does not load here")
+    session = OnnxSession(path, providers=(PROVIDERS[provider],) if provider else None)
+    if provider and session.provider != PROVIDERS[provider]:
+        raise ProviderMissing(f"{provider} is not compared: ONNX Runtime fell back to {session.provider}")
+    return Form(
+        name=f"{path} on {provider}" if provider else str(path),
+        path=path,
+        digest=session.model.digest,
+        precision=precision(onnx.load(path)),
+        spec=session.model.spec,
+        provenance=session.model.provenance,
+        answer=session,
+        layers=lambda images: _onnx_layers(path, session.model.spec, images, session.provider),
+    )
+
+
+def _onnx_layers(path: Path, spec: Spec, images: np.ndarray, provider: str) -> dict[str, np.ndarray]:
+    """The tensors named like layers, made outputs of the graph: a runtime no longer fuses across them."""
+    import onnx
+    import onnxruntime as ort
+
+    from fold.plain import skeleton
+    from fold.proof import weighted_layers
+
+    model = onnx.load(path)
+    # The classifier's output is called logits; its node has the layer's name.
+    tensors = {node.name: node.output[0] for node in model.graph.node}
+    tensors |= {output: output for node in model.graph.node for output in node.output}
+    names = [name for name in weighted_layers(skeleton(spec)) if name in tensors]
+    outputs = {output.name for output in model.graph.output}
+    for name in names:
+        if tensors[name] not in outputs:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensors[name]))
+    session = ort.InferenceSession(model.SerializeToString(), providers=[provider])
+    values = session.run([tensors[name] for name in names], {model.graph.input[0].name: images})
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return {name: _dequantize(name, value, constants) for name, value in zip(names, values, strict=True)}
+
+
+def _dequantize(name: str, value: np.ndarray, constants: dict[str, np.ndarray]) -> np.ndarray:
+    """A layer's output as floats [N, C, ...]; in an integer graph it is uint8 with channels last."""
+    if value.dtype != np.uint8:
+        return value.astype(np.float32)
+    scale, zero = constants[f"{name}.scale"], constants[f"{name}.zero"]
+    return np.moveaxis(scale * (value.astype(np.float32) - zero), -1, 1)
+
+
+def _open_engine(path: Path) -> Form:
+    from export.runtimes.card import read_card
+    from export.runtimes.tensorrt_engine import TensorRTEngine
+
+    runtime, card = TensorRTEngine(path), read_card(path)
+
+    def layers(images: np.ndarray) -> dict[str, np.ndarray]:
+        source = path.with_suffix(".onnx")
+        form = open_artefact(source)
+        if form.digest != card.onnx_sha256:
+            raise Refusal(
+                f"{path}: its layers can only be seen in its ONNX, and {source} is another file; export again"
+            )
+        return form.layers(images)
+
+    model = runtime.model
+    return Form(str(path), path, model.digest, card.precision, model.spec, model.provenance, runtime, layers)

@@ -1,0 +1,48 @@
+"""The images that forms are compared on: real ones, random ones, and those that strain arithmetic most."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.refusal import Refusal
+from train.spec import ImageSpec
+
+NUM_RANDOM = 64
+EXTREMES = ("all black", "all white", "one hot pixel", "noise of full contrast", "checkerboard")
+
+
+def random_images(image: ImageSpec, num: int = NUM_RANDOM) -> np.ndarray:
+    """uint8 [num, H, W, C], every value as likely as every other."""
+    shape = (num, image.height, image.width, image.channels)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def extreme_images(image: ImageSpec) -> np.ndarray:
+    """One image for each of EXTREMES: the ends of the range, alone, side by side and at random."""
+    shape = (image.height, image.width, image.channels)
+    hot = np.zeros(shape, np.uint8)
+    hot[image.height // 2, image.width // 2] = 255
+    noise = np.random.default_rng(1).integers(0, 2, shape, dtype=np.uint8) * 255
+    row, column, _ = np.indices(shape)
+    checkers = ((row + column) % 2 * 255).astype(np.uint8)
+    return np.stack([np.zeros_like(hot), np.full_like(hot, 255), hot, noise, checkers])
+
+
+def real_images(
+    image: ImageSpec, training: dict[str, Any], *, num: int, data_dir: Path | None = None
+) -> tuple[np.ndarray | None, str]:
+    """The first test images of the data set that `training` names, or None and why."""
+    from train import data
+
+    if "dataset" not in training:
+        return None, "no artefact says what it was trained on"
+    try:
+        dataset = data.load(training["dataset"], data_dir=data_dir, image_size=image.height)
+    except Refusal as refusal:
+        return None, str(refusal)
+    images = dataset.test.first(num)
+    found, needed = images.shape[1:], (image.height, image.width, image.channels)
+    if found != needed:
+        return None, f"{training['dataset']} has images of shape {found}, the net takes {needed}"
+    return images, ""

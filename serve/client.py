@@ -1,0 +1,268 @@
+"""Ask a server: `Client` and `AsyncClient` for programs, `python serve/client.py image.png` for people."""
+
+import asyncio
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from serve.exchange import (
+    DEFAULT_RETRY,
+    Answer,
+    Conversation,
+    Image,
+    Lost,
+    Result,
+    Retry,
+    Send,
+    encode_all,
+    in_requests,
+    model_card,
+    predict,
+)
+from train.cli import run_command
+from train.refusal import Refusal
+
+if TYPE_CHECKING:
+    import httpx
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+KEY_VARIABLE = "DIRACNET_API_KEY"
+EXAMPLES = (
+    "python serve/client.py image.png",
+    "python serve/client.py photos/*.jpg --top-k 1 --json --url http://other:8000",
+    "DIRACNET_API_KEY=... python serve/client.py image.png      # a server that asks for a key",
+)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How many images are cut into requests, and how many requests run at once."""
+
+    images_per_request: int = 32
+    bytes_per_request: int = 8 * 2**20
+    requests_at_once: int = 4
+
+
+class Client:
+    """Predictions from one server, in this thread. `with Client(url) as client: client.predict(["a.png"])`.
+
+    `api_key` is that of the environment variable DIRACNET_API_KEY unless it is given.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        retry: Retry = DEFAULT_RETRY,
+        timeout_s: float = 30.0,
+    ) -> None:
+        import httpx
+
+        self._retry = retry
+        self._http = httpx.Client(**_settings(url, api_key, timeout_s))
+
+    def predict(self, images: Iterable[Image], *, top_k: int = 5) -> list[Result]:
+        """One request: paths, bytes or pixels uint8 [H, W, C] → one result each, in order."""
+        return self._carry_out(predict(encode_all(images), top_k=top_k, retry=self._retry))
+
+    def predict_many(
+        self,
+        images: Iterable[Image],
+        *,
+        top_k: int = 5,
+        bounds: Bounds = Bounds(),
+    ) -> Iterator[Result]:
+        """Any number of images in several requests; yields in order, and reads files as it goes on."""
+        pending: deque[Future[list[Result]]] = deque()
+        with ThreadPoolExecutor(bounds.requests_at_once) as pool:
+            try:
+                for contents in _requests(images, bounds):
+                    if len(pending) == bounds.requests_at_once:
+                        yield from pending.popleft().result()
+                    conversation = predict(contents, top_k=top_k, retry=self._retry)
+                    pending.append(pool.submit(self._carry_out, conversation))
+                while pending:
+                    yield from pending.popleft().result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def model(self) -> dict[str, Any]:
+        """The card of the server's model, as `GET /model` gives it."""
+        return self._carry_out(model_card(retry=self._retry))
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _carry_out(self, conversation: Conversation[Answer]) -> Answer:
+        send = next(conversation)
+        while True:
+            outcome = self._send(send)
+            try:
+                send = conversation.send(outcome)
+            except StopIteration as end:
+                return end.value
+
+    def _send(self, send: Send) -> "httpx.Response | Lost":
+        import httpx
+
+        time.sleep(send.after_s)
+        try:
+            return self._http.request(send.method, send.path, **send.body)
+        except httpx.TransportError as error:
+            return _lost(error, self._http.base_url)
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same arguments, the same results."""
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        retry: Retry = DEFAULT_RETRY,
+        timeout_s: float = 30.0,
+    ) -> None:
+        import httpx
+
+        self._retry = retry
+        self._http = httpx.AsyncClient(**_settings(url, api_key, timeout_s))
+
+    async def predict(self, images: Iterable[Image], *, top_k: int = 5) -> list[Result]:
+        contents = await asyncio.to_thread(encode_all, images)
+        return await self._carry_out(predict(contents, top_k=top_k, retry=self._retry))
+
+    async def predict_many(
+        self,
+        images: Iterable[Image],
+        *,
+        top_k: int = 5,
+        bounds: Bounds = Bounds(),
+    ) -> AsyncIterator[Result]:
+        requests = _requests(images, bounds)
+        pending: deque[asyncio.Task[list[Result]]] = deque()
+        try:
+            while contents := await asyncio.to_thread(next, requests, None):
+                if len(pending) == bounds.requests_at_once:
+                    for result in await pending.popleft():
+                        yield result
+                conversation = predict(contents, top_k=top_k, retry=self._retry)
+                pending.append(asyncio.create_task(self._carry_out(conversation)))
+            while pending:
+                for result in await pending.popleft():
+                    yield result
+        finally:
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+
+    async def model(self) -> dict[str, Any]:
+        return await self._carry_out(model_card(retry=self._retry))
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def _carry_out(self, conversation: Conversation[Answer]) -> Answer:
+        send = next(conversation)
+        while True:
+            outcome = await self._send(send)
+            try:
+                send = conversation.send(outcome)
+            except StopIteration as end:
+                return end.value
+
+    async def _send(self, send: Send) -> "httpx.Response | Lost":
+        import httpx
+
+        await asyncio.sleep(send.after_s)
+        try:
+            return await self._http.request(send.method, send.path, **send.body)
+        except httpx.TransportError as error:
+            return _lost(error, self._http.base_url)
+
+
+def _settings(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
+    import httpx
+
+    try:
+        address = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise Refusal(f"{url!r} is no address ({error}); it looks like {DEFAULT_URL}") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise Refusal(f"{url!r} is no address; it looks like {DEFAULT_URL}")
+    key = api_key or os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return {"base_url": address, "headers": headers, "timeout": timeout_s}
+
+
+def _requests(images: Iterable[Image], bounds: Bounds) -> Iterator[list[bytes]]:
+    return in_requests(images, max_images=bounds.images_per_request, max_bytes=bounds.bytes_per_request)
+
+
+def _lost(error: "httpx.TransportError", url: "httpx.URL") -> Lost:
+    import httpx
+
+    brief = (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError)
+    return Lost(str(url), str(error) or type(error).__name__, isinstance(error, brief))
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    images: Annotated[tuple[Path, ...], "PNG, JPEG, WebP or BMP files"]
+    url: Annotated[str, "where the server is"] = DEFAULT_URL
+    top_k: Annotated[int, "classes per image"] = 3
+    json: Annotated[bool, "print the results as JSON on stdout"] = False
+
+
+def command(config: ClientConfig) -> int:
+    """Ask a server what it sees in images."""
+    import json
+
+    from rich.table import Table
+
+    from train.progress import make_console, progress
+
+    if not config.images:
+        raise Refusal("name one image or more: python serve/client.py image.png")
+    console = make_console(json=config.json)
+    results = []
+    with Client(config.url) as client, progress(console, "asking", len(config.images)) as advance:
+        for result in client.predict_many(config.images, top_k=config.top_k):
+            results.append(result)
+            advance()
+    if config.json:
+        rows = [{"image": str(path), **asdict(row)} for path, row in zip(config.images, results, strict=True)]
+        print(json.dumps(rows))
+        return 0
+    table = Table("image", "class", "probability", "then")
+    for path, (best, *rest) in zip(config.images, (result.top for result in results), strict=True):
+        others = ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in rest)
+        table.add_row(str(path), best.label, f"{best.probability:.1%}", others)
+    console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, ClientConfig, examples=EXAMPLES))
