@@ -23,7 +23,7 @@ from time import monotonic
 
 import numpy as np
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from export.runtimes.runtime import Model, Runtime
 from serve.answer import ModelName, Result, results_of
@@ -32,6 +32,7 @@ from serve.limits import Limits
 from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
 from train.refusal import Refusal
 
+_PATIENCE_S = 0.02  # most jobs are done by then, and a watch costs a tenth of a request
 _SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
 
 
@@ -55,7 +56,7 @@ class Job:
     """One request on its way. `served` computes all of it, whatever is swapped in meanwhile."""
 
     __slots__ = ("accepted", "contents", "decode_s", "future", "model_s", "num_undecoded", "pixels", "queue_s")
-    __slots__ += ("outcome", "served", "top_k")
+    __slots__ += ("outcome", "served", "timer", "top_k", "watch")
 
     def __init__(
         self, contents: list[bytes], served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
@@ -66,6 +67,8 @@ class Job:
         self.outcome: list[Result] | Exception = []
         self.accepted = monotonic()
         self.decode_s = self.queue_s = self.model_s = 0.0
+        self.timer: asyncio.TimerHandle
+        self.watch: asyncio.Future[Message] | None = None
 
 
 class Batcher:
@@ -112,21 +115,26 @@ class Batcher:
             raise self._overloaded()
         job = Job(contents, self.served, top_k, self._loop.create_future())
         self.num_held += len(contents)
-        expiry = self._loop.call_at(deadline, _expire, job.future, self._limits.deadline_s)
-        watch = self._loop.create_task(receive())  # type: ignore[arg-type]
-        watch.add_done_callback(lambda _: job.future.cancel())
+        job.timer = self._loop.call_later(_PATIENCE_S, self._watch, job, deadline, receive)
         try:
             self._enqueue(job)
             await job.future
         except asyncio.CancelledError:
-            if watch.done():
+            if job.watch and job.watch.done():
                 raise ClientDisconnect from None
             raise
         finally:
-            watch.cancel()
-            expiry.cancel()
+            job.timer.cancel()
+            if job.watch:
+                job.watch.cancel()
             self.num_held -= len(contents)
         return job
+
+    def _watch(self, job: Job, deadline: float, receive: Receive) -> None:
+        """A job that is not answered at once: its client may go away and its deadline pass."""
+        job.watch = asyncio.ensure_future(receive())
+        job.watch.add_done_callback(lambda _: job.future.cancel())
+        job.timer = self._loop.call_at(deadline, _expire, job.future, self._limits.deadline_s)
 
     def _enqueue(self, job: Job) -> None:
         if self._decoders:
