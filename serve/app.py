@@ -17,6 +17,7 @@ from serve.batcher import Batcher, Served
 from serve.hot import TOP_K, Hot
 from serve.limits import Limits
 from serve.problems import Problem
+from serve.v2 import make_router
 from serve.wire import REQUEST_BODY
 
 # A browser that shows a page of ours asks no other host for anything, whatever the page holds.
@@ -86,6 +87,8 @@ def make_app(runtime: Runtime, limits: Limits) -> FastAPI:
         if not request.app.state.is_ready:
             raise Problem(problems.NOT_READY, "the model has not run yet; ask again in a moment")
         return {"status": "ready"}
+
+    app.include_router(make_router(batcher, limits))
 
     page, docs = (_read_page(name) for name in ("page.html", "docs.html"))
 

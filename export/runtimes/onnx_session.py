@@ -20,6 +20,8 @@ PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 class OnnxSession:
     """One ONNX Runtime session; `model` and `description` as in `Runtime`."""
 
+    platform = "onnxruntime_onnx"
+
     def __init__(
         self, path: Path, *, providers: tuple[str, ...] | None = None, num_threads: int = 0, optimize: bool = True
     ) -> None:
