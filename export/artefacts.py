@@ -129,11 +129,11 @@ def _open_onnx(path: Path, provider: Provider | None) -> Form:
         spec=session.model.spec,
         provenance=session.model.provenance,
         answer=session,
-        layers=lambda images: _onnx_layers(path, session.model.spec, images, session.provider),
+        layers=lambda images: _onnx_layers(path, session.model.spec, images, session.provider, optimize=kind != "fp8"),
     )
 
 
-def _onnx_layers(path: Path, spec: Spec, images: np.ndarray, provider: str) -> dict[str, np.ndarray]:
+def _onnx_layers(path: Path, spec: Spec, images: np.ndarray, provider: str, *, optimize: bool) -> dict[str, np.ndarray]:
     """The tensors named like layers, made outputs of the graph: a runtime no longer fuses across them."""
     import onnx
     import onnxruntime as ort
@@ -150,7 +150,10 @@ def _onnx_layers(path: Path, spec: Spec, images: np.ndarray, provider: str) -> d
     for name in names:
         if tensors[name] not in outputs:
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensors[name]))
-    session = ort.InferenceSession(model.SerializeToString(), providers=[provider])
+    options = ort.SessionOptions()
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
     values = session.run([tensors[name] for name in names], {model.graph.input[0].name: images})
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     return {name: _dequantize(name, np.asarray(value), constants) for name, value in zip(names, values, strict=True)}

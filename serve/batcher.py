@@ -33,6 +33,7 @@ from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Proble
 from train.refusal import Refusal
 
 _PATIENCE_S = 0.02  # most jobs are done by then, and a watch costs a tenth of a request
+_LAST_BATCH_S = 1.0
 _SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
 
 
@@ -88,7 +89,7 @@ class Batcher:
         self._decoders: list[threading.Thread] = []
         self._runners: list[threading.Thread] = []
         self._is_open = False
-        self._s_per_image = 0.0
+        self.seconds_per_image = 0.0
         self.num_held = 0  # images accepted and not answered
         self.observe_batch: Callable[[int], None] = lambda num_images: None
 
@@ -107,10 +108,10 @@ class Batcher:
             thread.start()
         self._is_open = True
 
-    async def close(self, *, timeout_s: float) -> None:
-        """Take no more jobs; run or drop the accepted ones, and leave a model that takes longer behind."""
+    async def close(self) -> None:
+        """Take no more jobs; whoever waited is answered or gone by now. A model that hangs is left behind."""
         self._is_open = False
-        await asyncio.to_thread(self._end_threads, monotonic() + timeout_s)
+        await asyncio.to_thread(self._end_threads, monotonic() + _LAST_BATCH_S)
 
     async def classify(
         self, contents: list[bytes] | np.ndarray, *, top_k: int, deadline: float, receive: Receive
@@ -219,7 +220,7 @@ class Batcher:
             job.model_s = end - start
             job.queue_s = start - job.accepted - job.decode_s
         per_image = (end - start) / sum(len(job.contents) for job in jobs)
-        self._s_per_image = _SMOOTHING * (self._s_per_image or per_image) + (1 - _SMOOTHING) * per_image
+        self.seconds_per_image = _SMOOTHING * (self.seconds_per_image or per_image) + (1 - _SMOOTHING) * per_image
         self._loop.call_soon_threadsafe(_deliver, jobs)
 
     def _compute(self, runtime: Runtime, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -231,7 +232,7 @@ class Batcher:
         return np.concatenate([runtime(batch) for batch in batches])
 
     def _overloaded(self) -> Problem:
-        wait_s = max(1, math.ceil(self.num_held * self._s_per_image / len(self.served.runtimes)))
+        wait_s = max(1, math.ceil(self.num_held * self.seconds_per_image / len(self.served.runtimes)))
         detail = f"{self.num_held} images are waiting; ask again in {wait_s} s"
         return Problem(OVERLOADED, detail, {"Retry-After": str(wait_s)})
 

@@ -19,6 +19,13 @@ def num_devices() -> int:
     return count if error == cudart.cudaError_t.cudaSuccess else 0
 
 
+def use(device: int) -> None:
+    """Make `device` the current one of this thread."""
+    from cuda.bindings import runtime as cudart
+
+    call(cudart.cudaSetDevice(device))
+
+
 def compute_capability() -> str:
     """Of the current device: "8.9"."""
     from cuda.bindings import runtime as cudart

@@ -25,13 +25,14 @@ class TensorRTEngine:
 
     platform = "tensorrt_plan"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, device: int = 0) -> None:
         content = read_whole(path)
         card = read_card(path)
-        trt = _fitting_library(path, content, card)
+        trt = _fitting_library(path, content, card, device)
         self.model = Model(name=card.name, digest=card.engine_sha256, spec=card.spec, provenance=card.provenance)
         self.description = f"{card.builder} {card.builder_version}, {card.precision}"
         self._card = card
+        self._device = device
         self._logger = make_logger(trt)
         self._runtime = make_runtime(trt, self._logger, card)  # must outlive its engine
         self._engine = self._runtime.deserialize_cuda_engine(content)
@@ -43,6 +44,7 @@ class TensorRTEngine:
         self._captured: list[Any] = []  # contexts, which must outlive their graphs
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
+        gpu.use(self._device)  # CUDA keeps the current device per thread
         smallest, _, largest = self._card.batch
         pieces = [images[start : start + largest] for start in range(0, len(images), largest)]
         return np.concatenate([self._run(pad(piece, smallest))[: len(piece)] for piece in pieces])
@@ -132,7 +134,7 @@ def make_runtime(trt: Any, logger: Any, card: EngineCard) -> Any:
     return runtime
 
 
-def _fitting_library(path: Path, content: bytes, card: EngineCard) -> Any:
+def _fitting_library(path: Path, content: bytes, card: EngineCard, device: int) -> Any:
     """The library that built the engine; refuses whatever does not fit, field by field."""
     again = f"(see {card_path(path).name}); build it again here with export/to_trt.py"
     if sha256(content) != card.engine_sha256:
@@ -142,6 +144,7 @@ def _fitting_library(path: Path, content: bytes, card: EngineCard) -> Any:
         raise Refusal(f"{path}: builder_version is {card.builder_version}, here is {trt.__version__} {again}")
     if not gpu.num_devices():
         raise Refusal(f"{path} needs an NVIDIA GPU and its driver, and none is found here; serve the .onnx instead")
+    gpu.use(device)
     if gpu.compute_capability() not in card.compute_capabilities:
         offered = ", ".join(card.compute_capabilities)
         raise Refusal(f"{path}: compute_capabilities are {offered}, this GPU's is {gpu.compute_capability()} {again}")

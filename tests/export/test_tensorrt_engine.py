@@ -61,7 +61,15 @@ class Device:
 
 
 @pytest.fixture
-def on_a_gpu(write_onnx, monkeypatch):
+def device_in_use(monkeypatch):
+    """The number of every device that was made the current one."""
+    used = []
+    monkeypatch.setattr(gpu, "use", used.append)
+    return used
+
+
+@pytest.fixture
+def on_a_gpu(write_onnx, monkeypatch, device_in_use):
     """(runtime, device, session): an engine for batches of 2 to 4 on the device of this file."""
     _, path = write_onnx()
     engine = build_engine(path, batch=(2, 3, 4))
@@ -76,7 +84,7 @@ def on_a_gpu(write_onnx, monkeypatch):
     monkeypatch.setattr(gpu, "launch", lambda graph, stream: graph())
     monkeypatch.setattr(cudart, "cudaStreamCreate", lambda: (cudart.cudaError_t.cudaSuccess, cudart.cudaStream_t(0)))
     monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", lambda self, content: device)
-    return load_runtime(path.with_suffix(".engine")), device, session
+    return load_runtime(path.with_suffix(".engine"), device=3), device, session
 
 
 @pytest.mark.parametrize(("num", "batches"), [(1, [2]), (2, [2]), (3, [3]), (4, [4]), (9, [4, 4, 2])])
@@ -144,6 +152,13 @@ def test_a_capture_becomes_an_executable_graph(monkeypatch):
     assert done == [*names[:2], "work", *names[2:]]
 
 
+def test_an_engine_runs_on_its_device_in_whatever_thread(on_a_gpu, images, device_in_use):
+    runtime, _, _ = on_a_gpu
+    assert device_in_use == [3]
+    runtime(images(2))
+    assert device_in_use == [3, 3]
+
+
 def test_a_failed_run_says_so(on_a_gpu, images, monkeypatch):
     runtime, device, _ = on_a_gpu
     assert runtime.description == f"tensorrt_rtx {trt.__version__}, fp32"
@@ -152,7 +167,7 @@ def test_a_failed_run_says_so(on_a_gpu, images, monkeypatch):
         runtime(images(2))
 
 
-def test_an_engine_that_the_library_refuses_is_refused(write_onnx, monkeypatch):
+def test_an_engine_that_the_library_refuses_is_refused(write_onnx, monkeypatch, device_in_use):
     """On a machine without a driver the real library refuses every engine."""
     if gpu.num_devices():
         pytest.skip("this machine has a CUDA device, which loads the engine")
