@@ -9,6 +9,7 @@ import tritonclient.http as triton
 from starlette.testclient import TestClient
 from tritonclient.utils import InferenceServerException
 
+from serve.access import Access
 from serve.app import make_app
 from serve.limits import Limits
 from serve.v2 import model_name
@@ -353,3 +354,12 @@ def test_an_answer_says_where_the_time_went(client, pixels):
 def test_a_name_for_an_address_has_no_spaces(runtime):
     model = runtime.model.__class__("My net (v2)/é", "", runtime.model.spec, {})
     assert model_name(model) == "My-net--v2---"
+
+
+def test_a_key_guards_the_model_and_not_the_probes(runtime):
+    with TestClient(make_app(runtime, Limits(), access=Access(api_key=b"key"))) as client:
+        assert client.get("/v2/health/live").status_code == 200
+        assert client.get("/v2/health/ready").status_code == 200
+        assert_protocol_problem(client.get(f"/v2/models/{NAME}"), 401, "unauthorized")
+        assert_protocol_problem(client.post(INFER, content=b"{}"), 401, "unauthorized")
+        assert client.get(f"/v2/models/{NAME}", headers={"X-Api-Key": "key"}).json()["name"] == NAME
