@@ -1,17 +1,23 @@
 """The commands, as processes, over real HTTP."""
 
+import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PNG = {"Content-Type": "image/png"}
 
 
 def command(name, *argv):
@@ -24,23 +30,134 @@ def taken_port():
         yield server.getsockname()[1]
 
 
+@pytest.fixture
+def start():
+    """`start(*argv)` is a server that listens, with its `url`; all are killed at the end."""
+    servers = []
+
+    def start(*argv):
+        server = subprocess.Popen(
+            command("run.py", *argv, "--port", 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        servers.append(server)
+        server.greeting = server.stdout.readline()
+        server.url = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline()).group()
+        return server
+
+    yield start
+    for server in servers:
+        server.kill()
+        server.communicate()
+
+
+def ask(server, file, **options):
+    return httpx.post(f"{server.url}/predict", content=file, headers=PNG, timeout=60, **options)
+
+
+def wait_for(server, message):
+    """The next line of the log that holds `message`."""
+    for line in server.stderr:
+        if message in line:
+            return line
+    raise AssertionError(f"the server ended without saying {message!r}")
+
+
+@contextmanager
+def half_sent(server, file):
+    """A connection whose request the server has begun to read."""
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+        lines = ("POST /predict HTTP/1.1", "Host: a", f"Content-Length: {len(file)}", "Expect: 100-continue", "", "")
+        connection.sendall("\r\n".join(lines).encode())
+        assert connection.recv(1000).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(file[:10])
+        yield connection
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_a_server_says_where_it_is_answers_and_stops(artefact, pixels, encode, end):
-    server = subprocess.Popen(
-        command("run.py", artefact, "--port", 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout.readline().startswith("DiracNet-10-0.25")
-        url = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline()).group()
-        response = httpx.post(f"{url}/predict", content=encode(pixels[0]), headers={"Content-Type": "image/png"})
-        assert response.json()["results"][0]["label"].startswith("label ")
-    finally:
-        server.send_signal(end)
-        output, error = server.communicate(timeout=30)
-    assert error == ""
-    assert "stopped" in output or end == signal.SIGTERM
-    assert server.returncode in (0, -signal.SIGTERM)
+def test_a_server_says_where_it_is_answers_and_stops(start, artefact, pixels, encode, end):
+    server = start(artefact)
+    assert server.greeting.startswith("DiracNet-10-0.25")
+    response = ask(server, encode(pixels[0]))
+    assert response.json()["results"][0]["label"].startswith("label ")
+    assert "server" not in response.headers
+    server.send_signal(end)
+    output, error = server.communicate(timeout=30)
+    (line,) = error.splitlines()
+    assert json.loads(line)["id"] == response.headers["x-request-id"]
+    assert ("stopped" in output) == (end == signal.SIGINT)
+    assert server.returncode == 0
+
+
+@pytest.mark.slow
+def test_sigterm_waits_for_what_was_begun(start, artefact, pixels, encode):
+    server, file = start(artefact, "--log-level", "error"), encode(pixels[0])
+    with half_sent(server, file) as connection:
+        server.send_signal(signal.SIGTERM)
+        connection.sendall(file[10:])
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert server.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_sigterm_waits_no_longer_than_it_was_told(start, artefact, pixels, encode):
+    server = start(artefact, "--drain-seconds", 1)
+    with half_sent(server, encode(pixels[0])) as connection:
+        server.send_signal(signal.SIGTERM)
+        answer = connection.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert server.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_sighup_reads_the_file_again_and_keeps_the_old_model_if_it_is_bad(
+    start, artefact, other_artefact, pixels, encode
+):
+    server, file = start(artefact), encode(pixels[0])
+    before = ask(server, file).json()["model"]["digest"]
+    artefact.write_bytes(other_artefact.read_bytes())
+    server.send_signal(signal.SIGHUP)
+    wait_for(server, "now serving DiracNet-10-0.25")
+    after = ask(server, file).json()["model"]["digest"]
+    assert before != after == sha256(other_artefact.read_bytes()).hexdigest()
+    artefact.write_bytes(b"no model")
+    server.send_signal(signal.SIGHUP)
+    line = wait_for(server, "the old model goes on: plain.onnx cannot be loaded")
+    assert str(artefact.parent) not in line
+    assert ask(server, file).json()["model"]["digest"] == after
+
+
+@pytest.mark.slow
+def test_workers_share_a_port_are_replaced_and_reload_together(start, artefact, other_artefact, pixels, encode):
+    server, file = start(artefact, "--workers", 2), encode(pixels[0])
+    assert server.greeting == "2 workers\n"
+    for worker in workers_of(server):
+        os.kill(worker, signal.SIGKILL)
+    for _ in range(2):
+        wait_for(server, " died")
+    assert ask(server, file).status_code == 200  # by one that took the place of a killed one
+    artefact.write_bytes(other_artefact.read_bytes())
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_one_reload_reaches_all_workers(start, artefact, other_artefact, tmp_path):
+    key = tmp_path / "key"
+    key.write_text("key")
+    server = start(artefact, "--workers", 2, "--api-key-file", key)
+    artefact.write_bytes(other_artefact.read_bytes())
+    response = httpx.post(f"{server.url}/admin/reload", headers={"X-Api-Key": "key"}, timeout=60)
+    assert response.json()["digest"] == sha256(other_artefact.read_bytes()).hexdigest()
+    for _ in range(3):  # the worker that was asked, and then both
+        wait_for(server, "now serving")
+
+
+def workers_of(server):
+    """The processes that serve, of Linux."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 @pytest.mark.slow
@@ -52,11 +169,25 @@ def test_what_cannot_be_served_is_one_line(artefact, tmp_path, taken_port):
         ([artefact, "--port", 99999], "cannot listen on 127.0.0.1 port 99999"),
         ([tmp_path / "text.onnx", "--port", 0], "cannot be loaded as an ONNX model"),
         ([tmp_path / "missing.onnx", "--port", 0], "No such file"),
+        ([artefact, "--port", 0, "--max-queue", 3], "max_queue must hold one request of 64 images, got 3"),
+        ([artefact, "--port", 0, "--workers", 0], "--workers must be 1 or more, got 0"),
+        ([artefact, "--port", 0, "--devices", 0, 1], "ONNX Runtime finds no CUDA device 0 here"),
+        ([artefact, "--port", 0, "--api-key-file", tmp_path / "text.onnx", "--max-batch", 0], "max_batch must be"),
     ):
         done = subprocess.run(command("run.py", *argv), capture_output=True, text=True)
         assert done.returncode == 2
         assert message in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_start_end_the_supervisor(tmp_path):
+    (tmp_path / "text.onnx").write_text("hello")
+    argv = command("run.py", tmp_path / "text.onnx", "--port", 0, "--workers", 2)
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: text.onnx cannot be loaded as an ONNX model" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,142 @@
+"""A model that takes another's place, good or bad, while requests come in."""
+
+import shutil
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from export.runtimes.onnx_session import OnnxSession
+from export.runtimes.probe import probe_images, record_probe
+from serve.access import Access
+from serve.app import make_app
+from serve.limits import Limits
+from serve.reload import batch_sizes, check, warm_up
+from train.refusal import Refusal
+
+KEY = {"X-Api-Key": "key"}
+
+
+def fake(runtime, answer, **model):
+    """`runtime` with other answers and another word of itself."""
+
+    class Fake:
+        description = "fake"
+
+        def __init__(self):
+            self.model = replace(runtime.model, **model)
+
+        def __call__(self, images):
+            return answer(images)
+
+    return Fake()
+
+
+def test_an_honest_model_passes(runtime):
+    check(runtime)
+    images = probe_images(runtime.model.spec.image)
+    record = {"export": {"precision": "fp32", "probe": record_probe(runtime(images))}}
+    check(fake(runtime, runtime, provenance=record))
+
+
+def test_a_model_that_does_not_prove_itself_is_refused(runtime):
+    count = iter(range(100))
+    images = probe_images(runtime.model.spec.image)
+    record = {"export": {"precision": "fp32", "probe": record_probe(runtime(images))}}
+
+    def fail(images):
+        raise RuntimeError("/secret/path")
+
+    for bad, message in (
+        (fake(runtime, lambda images: runtime(images)[:, :9]), "gives 9 values per image for 10 labels"),
+        (fake(runtime, lambda images: runtime(images) * np.nan), "gives values that are no numbers"),
+        (fake(runtime, lambda images: runtime(images) + next(count)), "gives two answers to the same images"),
+        (fake(runtime, fail), r"fails on its probe images \(RuntimeError\)"),
+        (fake(runtime, lambda images: 1.01 * runtime(images), provenance=record), "away from what its file recorded"),
+    ):
+        with pytest.raises(Refusal, match=message):
+            check(bad)
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "sizes"), [(1, [1]), (2, [1, 2]), (32, [1, 2, 4, 8, 16, 32]), (12, [1, 2, 4, 8, 12])]
+)
+def test_every_batch_size_is_warm(runtime, max_batch, sizes):
+    seen = []
+    warm_up(fake(runtime, lambda images: seen.append(len(images))), max_batch)
+    assert batch_sizes(max_batch) == seen == sizes
+
+
+@pytest.fixture
+def served(artefact):
+    """An app around a file that the tests may replace."""
+    return SimpleNamespace(
+        app=make_app(
+            OnnxSession(artefact),
+            Limits(),
+            access=Access(b"key"),
+            load=lambda: [OnnxSession(artefact)],
+        ),
+        file=artefact,
+    )
+
+
+def test_reload_takes_the_new_file_and_answers_with_it(served, other_artefact, other_runtime, pixels, encode):
+    with TestClient(served.app) as client:
+        shutil.copy(other_artefact, served.file)
+        response = client.post("/admin/reload", headers=KEY)
+        assert (response.status_code, response.json()["digest"]) == (200, other_runtime.model.digest)
+        answer = client.post("/predict", content=encode(pixels[0]), headers=KEY).json()
+        assert client.get("/model", headers=KEY).json()["digest"] == other_runtime.model.digest
+    assert answer["model"]["digest"] == other_runtime.model.digest
+    assert answer["results"][0]["index"] == other_runtime(pixels[:1]).argmax()
+
+
+@pytest.mark.parametrize("content", [b"", b"no model"])
+def test_a_bad_file_leaves_the_old_model_there(served, runtime, pixels, encode, content, caplog):
+    with TestClient(served.app) as client:
+        served.file.write_bytes(content)
+        response = client.post("/admin/reload", headers=KEY)
+        assert response.status_code == 409
+        assert response.json()["type"] == "urn:diracnet:problem:bad-model"
+        assert "cannot be loaded as an ONNX model" in response.json()["detail"]
+        answer = client.post("/predict", content=encode(pixels[0]), headers=KEY).json()
+    assert answer["model"]["digest"] == runtime.model.digest
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "serve.reload"]
+    assert line.startswith("the old model goes on: ")
+
+
+def test_no_request_is_lost_and_every_answer_is_of_the_model_it_names(
+    served, live, runtime, other_artefact, other_runtime, pixels, encode
+):
+    """Four clients ask without a pause while the file is replaced twenty times."""
+    original, other = served.file.read_bytes(), other_artefact.read_bytes()
+    files = [encode(image) for image in pixels[:4]]
+    expected = {one.model.digest: one(pixels[:4]).argmax(1).tolist() for one in (runtime, other_runtime)}
+    assert len(set(map(tuple, expected.values()))) == 2
+    done, answers = threading.Event(), []
+
+    def ask(index):
+        with httpx.Client() as client:
+            while not done.is_set():
+                response = client.post(f"{url}/predict", content=files[index], headers=KEY, timeout=60)
+                answers.append((index, response.status_code, response.json()))
+
+    with live(served.app) as url:
+        clients = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
+        for client in clients:
+            client.start()
+        for turn in range(20):
+            served.file.write_bytes(original if turn % 2 else other)
+            assert httpx.post(f"{url}/admin/reload", headers=KEY, timeout=60).status_code == 200
+        done.set()
+        for client in clients:
+            client.join(60)
+    assert {status for _, status, _ in answers} == {200}
+    assert {answer["model"]["digest"] for _, _, answer in answers} == set(expected)
+    for index, _, answer in answers:
+        assert answer["results"][0]["index"] == expected[answer["model"]["digest"]][index]
