@@ -1,23 +1,28 @@
 """One request, top to bottom: bytes → decode → batch → run → answer."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-from fastapi import FastAPI, Query, Request
-from fastapi.responses import HTMLResponse
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import HTMLResponse, PlainTextResponse
 
 from export.runtimes.runtime import Runtime
 from serve import problems
-from serve.answer import Prediction
+from serve.access import EVERYBODY, Access
+from serve.answer import ModelName, Prediction
 from serve.batcher import Batcher, Served
-from serve.hot import TOP_K, Hot
+from serve.hot import TOP_K, Hot, Observer
 from serve.limits import Limits
+from serve.metrics import MEDIA_TYPE, Metrics
 from serve.problems import Problem
+from serve.reload import Load, Reloader, warm_up
+from serve.signals import heed_signals
 from serve.wire import REQUEST_BODY
+from train.refusal import Refusal
 
 # A browser that shows a page of ours asks no other host for anything, whatever the page holds.
 _PAGE_HEADERS = {
@@ -27,6 +32,8 @@ _PAGE_HEADERS = {
 }
 _PREDICT_PROBLEMS = problems.documented(
     problems.BAD_REQUEST,
+    problems.UNAUTHORIZED,
+    problems.TIMEOUT,
     problems.TOO_LARGE,
     problems.TOO_MANY_IMAGES,
     problems.TOO_MANY_PIXELS,
@@ -34,35 +41,73 @@ _PREDICT_PROBLEMS = problems.documented(
     problems.UNDECODABLE,
     problems.INTERNAL,
     problems.NOT_A_NUMBER,
+    problems.NOT_READY,
+    problems.OVERLOADED,
+    problems.DEADLINE,
 )
 
 
-def make_app(runtime: Runtime, limits: Limits) -> FastAPI:
-    """The whole server around one loaded model. It is ready once its lifespan has warmed the model up."""
-    batcher = Batcher(Served((runtime,)), limits)
-    model = runtime.model
+def make_app(
+    runtime: Runtime | Sequence[Runtime],
+    limits: Limits,
+    *,
+    access: Access = EVERYBODY,
+    load: Load | None = None,
+    observers: Sequence[Observer] = (),
+    reload_everywhere: Callable[[], None] | None = None,
+) -> FastAPI:
+    """The whole server around one loaded model, in one runtime or one for each device.
+
+    It is ready once its lifespan has warmed the model up. `load` makes the runtimes anew, on SIGHUP and, where there
+    is a key, on POST /admin/reload, which then calls `reload_everywhere`. `observers` learn of every finished request.
+    """
+    runtimes = tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)
+    batcher = Batcher(Served(runtimes), limits)
+    metrics = Metrics(batcher)
+    reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(warm_up, runtime)
+        for runtime in runtimes:
+            await asyncio.to_thread(warm_up, runtime, limits.max_batch)
         batcher.start()
         app.state.is_ready = True
-        yield
+        with heed_signals(before_stop=no_longer_ready, reload=reloader.reload if reloader else None):
+            yield
+        no_longer_ready()
+        await batcher.close()
+
+    def no_longer_ready() -> None:
         app.state.is_ready = False
-        await batcher.close(timeout_s=10)
 
     app = FastAPI(
-        title=model.name,
-        version=model.digest[:12],
+        title="DiracNet",
+        version="1",
         description="Classifies images. Every refusal is an RFC 9457 problem document.",
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
         exception_handlers=problems.exception_handlers(),
     )
-    app.add_middleware(Hot, batcher=batcher, limits=limits)
+    app.add_middleware(Hot, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
+    if access.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=access.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"),
+            expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
+        )
     app.state.is_ready = False
+    _add_predict(app)
+    _add_operation(app, batcher, metrics)
+    if access.api_key and reloader:
+        _add_admin(app, reloader, reload_everywhere)
+    _add_pages(app)
+    return app
 
+
+def _add_predict(app: FastAPI) -> None:
     @app.post("/predict", responses=_PREDICT_PROBLEMS, openapi_extra={"requestBody": REQUEST_BODY})
     async def predict(
         top_k: Annotated[int, Query(ge=1, description="classes per image; above the model's number: all")] = TOP_K,
@@ -70,10 +115,17 @@ def make_app(runtime: Runtime, limits: Limits) -> FastAPI:
         """Classify one image or many."""
         raise AssertionError("serve/hot.py answers it; what stands here describes it")
 
-    @app.get("/model")
+
+def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
+    @app.get("/model", responses=problems.documented(problems.UNAUTHORIZED))
     async def card() -> dict[str, Any]:
         """What the model says of itself."""
-        return model_card(runtime)
+        return model_card(batcher.served.runtimes[0])
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=problems.documented(problems.UNAUTHORIZED))
+    async def show_metrics() -> Response:
+        """Requests, latencies, batches, queue, model and memory for Prometheus."""
+        return Response(metrics.render(), headers={"Content-Type": MEDIA_TYPE})
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -82,11 +134,26 @@ def make_app(runtime: Runtime, limits: Limits) -> FastAPI:
 
     @app.get("/readyz", responses=problems.documented(problems.NOT_READY))
     async def readyz(request: Request) -> dict[str, str]:
-        """The model has run once and predictions are quick."""
+        """The model has run at every batch size and the server is not stopping."""
         if not request.app.state.is_ready:
-            raise Problem(problems.NOT_READY, "the model has not run yet; ask again in a moment")
+            raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
         return {"status": "ready"}
 
+
+def _add_admin(app: FastAPI, reloader: Reloader, reload_everywhere: Callable[[], None] | None) -> None:
+    @app.post("/admin/reload", responses=problems.documented(problems.UNAUTHORIZED, problems.BAD_MODEL))
+    async def reload() -> ModelName:
+        """Read the model's file again; the old model goes on if the new one is bad."""
+        try:
+            served = await reloader.reload()
+        except Refusal as refusal:
+            raise Problem(problems.BAD_MODEL, str(refusal)) from refusal
+        if reload_everywhere:
+            reload_everywhere()
+        return served.name
+
+
+def _add_pages(app: FastAPI) -> None:
     page, docs = (_read_page(name) for name in ("page.html", "docs.html"))
 
     @app.get("/", include_in_schema=False)
@@ -96,14 +163,6 @@ def make_app(runtime: Runtime, limits: Limits) -> FastAPI:
     @app.get("/docs", include_in_schema=False)
     async def show_docs() -> HTMLResponse:
         return HTMLResponse(docs, headers=_PAGE_HEADERS)
-
-    return app
-
-
-def warm_up(runtime: Runtime) -> None:
-    """Run the model once on a black image: first calls allocate and choose kernels."""
-    image = runtime.model.spec.image
-    runtime(np.zeros((1, image.height, image.width, image.channels), np.uint8))
 
 
 def model_card(runtime: Runtime) -> dict[str, Any]:

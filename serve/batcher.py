@@ -23,7 +23,7 @@ from time import monotonic
 
 import numpy as np
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive
+from starlette.types import Message, Receive
 
 from export.runtimes.runtime import Model, Runtime
 from serve.answer import ModelName, Result, results_of
@@ -32,6 +32,8 @@ from serve.limits import Limits
 from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
 from train.refusal import Refusal
 
+_PATIENCE_S = 0.02  # most jobs are done by then, and a watch costs a tenth of a request
+_LAST_BATCH_S = 1.0
 _SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
 
 
@@ -55,7 +57,7 @@ class Job:
     """One request on its way. `served` computes all of it, whatever is swapped in meanwhile."""
 
     __slots__ = ("accepted", "contents", "decode_s", "future", "model_s", "num_undecoded", "pixels", "queue_s")
-    __slots__ += ("outcome", "served", "top_k")
+    __slots__ += ("outcome", "served", "timer", "top_k", "watch")
 
     def __init__(
         self, contents: list[bytes], served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
@@ -66,6 +68,8 @@ class Job:
         self.outcome: list[Result] | Exception = []
         self.accepted = monotonic()
         self.decode_s = self.queue_s = self.model_s = 0.0
+        self.timer: asyncio.TimerHandle
+        self.watch: asyncio.Future[Message] | None = None
 
 
 class Batcher:
@@ -80,7 +84,7 @@ class Batcher:
         self._decoders: list[threading.Thread] = []
         self._runners: list[threading.Thread] = []
         self._is_open = False
-        self._s_per_image = 0.0
+        self.seconds_per_image = 0.0
         self.num_held = 0  # images accepted and not answered
         self.observe_batch: Callable[[int], None] = lambda num_images: None
 
@@ -99,10 +103,10 @@ class Batcher:
             thread.start()
         self._is_open = True
 
-    async def close(self, *, timeout_s: float) -> None:
-        """Take no more jobs; run or drop the accepted ones, and leave a model that takes longer behind."""
+    async def close(self) -> None:
+        """Take no more jobs; whoever waited is answered or gone by now. A model that hangs is left behind."""
         self._is_open = False
-        await asyncio.to_thread(self._end_threads, monotonic() + timeout_s)
+        await asyncio.to_thread(self._end_threads, monotonic() + _LAST_BATCH_S)
 
     async def classify(self, contents: list[bytes], *, top_k: int, deadline: float, receive: Receive) -> Job:
         """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client is gone."""
@@ -112,21 +116,26 @@ class Batcher:
             raise self._overloaded()
         job = Job(contents, self.served, top_k, self._loop.create_future())
         self.num_held += len(contents)
-        expiry = self._loop.call_at(deadline, _expire, job.future, self._limits.deadline_s)
-        watch = self._loop.create_task(receive())  # type: ignore[arg-type]
-        watch.add_done_callback(lambda _: job.future.cancel())
+        job.timer = self._loop.call_later(_PATIENCE_S, self._watch, job, deadline, receive)
         try:
             self._enqueue(job)
             await job.future
         except asyncio.CancelledError:
-            if watch.done():
+            if job.watch and job.watch.done():
                 raise ClientDisconnect from None
             raise
         finally:
-            watch.cancel()
-            expiry.cancel()
+            job.timer.cancel()
+            if job.watch:
+                job.watch.cancel()
             self.num_held -= len(contents)
         return job
+
+    def _watch(self, job: Job, deadline: float, receive: Receive) -> None:
+        """A job that is not answered at once: its client may go away and its deadline pass."""
+        job.watch = asyncio.ensure_future(receive())
+        job.watch.add_done_callback(lambda _: job.future.cancel())
+        job.timer = self._loop.call_at(deadline, _expire, job.future, self._limits.deadline_s)
 
     def _enqueue(self, job: Job) -> None:
         if self._decoders:
@@ -204,7 +213,7 @@ class Batcher:
             job.model_s = end - start
             job.queue_s = start - job.accepted - job.decode_s
         per_image = (end - start) / sum(len(job.contents) for job in jobs)
-        self._s_per_image = _SMOOTHING * (self._s_per_image or per_image) + (1 - _SMOOTHING) * per_image
+        self.seconds_per_image = _SMOOTHING * (self.seconds_per_image or per_image) + (1 - _SMOOTHING) * per_image
         self._loop.call_soon_threadsafe(_deliver, jobs)
 
     def _compute(self, runtime: Runtime, images: Sequence[np.ndarray]) -> np.ndarray:
@@ -216,7 +225,7 @@ class Batcher:
         return np.concatenate([runtime(batch) for batch in batches])
 
     def _overloaded(self) -> Problem:
-        wait_s = max(1, math.ceil(self.num_held * self._s_per_image / len(self.served.runtimes)))
+        wait_s = max(1, math.ceil(self.num_held * self.seconds_per_image / len(self.served.runtimes)))
         detail = f"{self.num_held} images are waiting; ask again in {wait_s} s"
         return Problem(OVERLOADED, detail, {"Retry-After": str(wait_s)})
 

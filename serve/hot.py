@@ -5,6 +5,7 @@ import itertools
 import logging
 import re
 import secrets
+from collections.abc import Callable, Sequence
 from time import monotonic
 from urllib.parse import parse_qs
 
@@ -13,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve import problems
+from serve.access import Access
 from serve.batcher import Batcher, Job
 from serve.limits import Limits
 from serve.problems import Problem
@@ -26,16 +28,18 @@ _PROCESS_ID = secrets.token_hex(6)
 _numbers = itertools.count(1)
 
 
-class Exchange:
+class Visit:
     """One request and what became of it. Times in seconds; those of the job are 0 where there was none."""
 
     __slots__ = ("decode_s", "id", "method", "model_s", "num_images", "path", "queue_s", "start", "status", "total_s")
+    __slots__ += ("traceparent",)
 
     def __init__(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         self.start = monotonic()
         self.method, self.path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
         given = headers.get(b"x-request-id", b"")
         self.id = given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS_ID}-{next(_numbers)}".encode()
+        self.traceparent = headers.get(b"traceparent", b"")
         self.status = self.num_images = 0
         self.decode_s = self.queue_s = self.model_s = self.total_s = 0.0
 
@@ -54,36 +58,52 @@ class Exchange:
         )
 
 
+Observer = Callable[[Visit], None]  # learns of every finished request
+
+
 class Hot:
     """Middleware of the FastAPI app, which answers what is not `POST /predict`."""
 
-    def __init__(self, app: ASGIApp, *, batcher: Batcher, limits: Limits) -> None:
+    def __init__(
+        self, app: ASGIApp, *, batcher: Batcher, limits: Limits, access: Access, observers: Sequence[Observer]
+    ) -> None:
         self._app = app
         self._batcher = batcher
         self._limits = limits
+        self._access = access
+        self._observers = observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
-        exchange = Exchange(scope, headers)
+        visit = Visit(scope, headers)
         try:
-            if exchange.path == "/predict" and exchange.method == "POST":
-                body = await self._predict(scope, headers, receive, exchange)
-                await _answer(send, exchange, 200, body)
+            self._access.check(visit.path, headers)
+            if visit.path == "/predict" and visit.method == "POST":
+                body = await self._predict(scope, headers, receive, visit)
+                await _answer(send, visit, 200, body)
             else:
-                await self._app(scope, receive, _with_id(send, exchange))
+                await self._app(scope, receive, _with_id(send, visit))
         except Problem as problem:
-            await _refuse(send, exchange, problem)
+            await _refuse(send, visit, problem)
         except ClientDisconnect:
-            exchange.status = _NOBODY
+            visit.status = _NOBODY
+        except asyncio.CancelledError:  # the server stops and will not wait any longer
+            if not visit.status:
+                await _refuse(send, visit, Problem(problems.NOT_READY, "the server is stopping; ask another one"))
+            raise
         except Exception:
-            _log.exception("request %s failed", exchange.id.decode())
-            if exchange.status:  # the answer has begun: the server can only cut it off
+            _log.exception("request %s failed", visit.id.decode())
+            if visit.status:  # the answer has begun: the server can only cut it off
                 raise
-            await _refuse(send, exchange, Problem(problems.INTERNAL, "the server failed; its log says why"))
+            await _refuse(send, visit, Problem(problems.INTERNAL, "the server failed; its log says why"))
+        finally:
+            visit.total_s = monotonic() - visit.start
+            for observe in self._observers:
+                observe(visit)
 
-    async def _predict(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, exchange: Exchange) -> bytes:
+    async def _predict(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, visit: Visit) -> bytes:
         """Bytes of images in, the JSON of their answer out."""
         top_k = _top_k(scope["query_string"])
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
@@ -93,7 +113,7 @@ class Hot:
         except TimeoutError:
             raise _too_slow(self._limits) from None
         job = await self._batcher.classify(contents, top_k=top_k, deadline=deadline, receive=receive)
-        exchange.take(job)
+        visit.take(job)
         return orjson.dumps({"model": job.served.name, "results": job.outcome})
 
 
@@ -113,19 +133,19 @@ def _too_slow(limits: Limits) -> Problem:
 
 async def _answer(
     send: Send,
-    exchange: Exchange,
+    visit: Visit,
     status: int,
     body: bytes,
     *,
     media_type: bytes = b"application/json",
     headers: dict[str, str] | None = None,
 ) -> None:
-    exchange.status, exchange.total_s = status, monotonic() - exchange.start
+    visit.status, visit.total_s = status, monotonic() - visit.start
     fields = [
         (b"content-type", media_type),
         (b"content-length", b"%d" % len(body)),
-        (b"x-request-id", exchange.id),
-        (b"server-timing", exchange.server_timing()),
+        (b"x-request-id", visit.id),
+        (b"server-timing", visit.server_timing()),
     ]
     if headers:
         fields += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -133,19 +153,19 @@ async def _answer(
     await send({"type": "http.response.body", "body": body})
 
 
-async def _refuse(send: Send, exchange: Exchange, problem: Problem) -> None:
+async def _refuse(send: Send, visit: Visit, problem: Problem) -> None:
     media_type = problems.MEDIA_TYPE.encode()
     status, body = problem.kind.status, problem.body()
-    await _answer(send, exchange, status, body, media_type=media_type, headers=problem.headers)
+    await _answer(send, visit, status, body, media_type=media_type, headers=problem.headers)
 
 
-def _with_id(send: Send, exchange: Exchange) -> Send:
+def _with_id(send: Send, visit: Visit) -> Send:
     """`send` that adds the request's id and remembers the status."""
 
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":
-            exchange.status = message["status"]
-            message = {**message, "headers": [*message["headers"], (b"x-request-id", exchange.id)]}
+            visit.status = message["status"]
+            message = {**message, "headers": [*message["headers"], (b"x-request-id", visit.id)]}
         await send(message)
 
     return send_with_id

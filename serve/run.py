@@ -4,7 +4,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -17,39 +17,50 @@ BUNDLED = Path(__file__).resolve().parents[1] / "models" / "fashion-mnist.onnx"
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """Which model is served, and where."""
+    """Which model is served, where, to whom, and within which limits."""
 
     model: Annotated[Path | None, "plain.onnx or plain.engine (default: models/fashion-mnist.onnx)", POSITIONAL] = None
     host: Annotated[str, "address to listen on; 0.0.0.0 is every one of this machine"] = "127.0.0.1"
     port: Annotated[int, "port to listen on; 0 lets the system choose"] = 8000
+    api_key_file: Annotated[Path | None, "file with the key that clients must send; or set DIRACNET_API_KEY"] = None
+    cors_origin: Annotated[tuple[str, ...], "origins whose web pages may ask, like https://example.org"] = ()
+    max_batch: Annotated[int, "images that the model computes at once"] = 32
+    max_images: Annotated[int, "images in one request"] = 64
+    max_body_mb: Annotated[float, "megabytes in one request"] = 20.0
+    max_queue: Annotated[int, "images accepted and not answered; what comes on top is told to come again"] = 1024
+    deadline_ms: Annotated[int, "milliseconds from a request's start to its answer"] = 30_000
+    drain_seconds: Annotated[int, "how long SIGTERM waits for requests under way"] = 20
+    workers: Annotated[int, "processes that share the port; one that ends is replaced"] = 1
+    devices: Annotated[tuple[int, ...], "CUDA devices, one copy of the model on each (default: the first)"] = ()
+    model_threads: Annotated[int | None, "threads of one model on the CPU (default: a core each)"] = None
+    decode_threads: Annotated[
+        int | None,
+        "threads that decode images; 0: the model's thread does (default: spare cores, up to 4)",
+    ] = None
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], "lowest level on stderr; info has a line for each request"
+    ] = "info"
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "model_threads", "drain_seconds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+
+    @property
+    def model_path(self) -> Path:
+        return self.model or BUNDLED
 
 
 def serve(config: ServeConfig) -> int:
-    """Serve a model over HTTP: a page at /, an API at /predict, its description at /docs."""
+    """Serve a model over HTTP: a page at /, an API at /predict, its description at /docs, figures at /metrics.
+
+    SIGTERM finishes what was accepted; SIGHUP reads the model's file again and swaps it without losing a request.
+    """
     with listen(config.host, config.port) as listener:
-        import uvicorn
+        from serve import process
 
-        from export.runtimes.load import load_runtime
-        from serve.app import make_app
-        from serve.limits import Limits
-
-        runtime = load_runtime(config.model or BUNDLED)
-        url = f"http://{_for_url(config.host)}:{listener.getsockname()[1]}"
-
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets=sockets)
-                if self.started:
-                    print(f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description}")
-                    print(f"serving at {url}  (Ctrl-C stops)", flush=True)
-
-        app = make_app(runtime, Limits())
-        server = Server(uvicorn.Config(app, log_level="warning", ws="none"))
-        try:
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:  # uvicorn has finished its requests and hands the signal on
-            print("stopped", flush=True)
-    return 0 if server.started else 1
+        return process.run(config, listener, f"http://{_for_url(config.host)}:{listener.getsockname()[1]}")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -76,6 +87,9 @@ if __name__ == "__main__":
             examples=(
                 "python serve/run.py                 # the Fashion-MNIST model that comes along",
                 "python serve/run.py plain.onnx",
+                "python serve/run.py plain.onnx --host 0.0.0.0 --api-key-file key.txt --workers 4",
+                "python serve/run.py plain.engine --devices 0 1 --max-batch 128",
+                "kill -HUP PID                       # read the model's file again",
                 "curl --data-binary @image.png -H 'Content-Type: image/png' localhost:8000/predict",
             ),
         )

@@ -13,19 +13,26 @@ from train.files import read_whole, sha256
 from train.refusal import Refusal
 from train.spec import Spec
 
-# TF32's 10 bits of mantissa would pass for fp32.
-PROVIDER_OPTIONS = {"CUDAExecutionProvider": {"use_tf32": "0"}}
-
 
 class OnnxSession:
     """One ONNX Runtime session; `model` and `description` as in `Runtime`."""
 
-    def __init__(self, path: Path, *, providers: tuple[str, ...] | None = None, num_threads: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        providers: tuple[str, ...] | None = None,
+        device: int = 0,
+        num_threads: int = 0,
+        optimize: bool = True,
+    ) -> None:
         content = read_whole(path)
         options = ort.SessionOptions()
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
-        asked = [(name, PROVIDER_OPTIONS.get(name, {})) for name in providers or loadable_providers()]
+        asked = [(name, provider_options(name, device)) for name in providers or loadable_providers()]
         try:
             self._session = ort.InferenceSession(content, options, providers=asked)
         except Exception as error:  # ONNX Runtime raises a private hierarchy of its own
@@ -59,6 +66,17 @@ class OnnxSession:
         if num_classes < 2:
             raise Refusal(f"{path} gives {num_classes} value per image; a classifier gives one per class")
         return num_classes
+
+
+def provider_options(name: str, device: int) -> dict[str, str]:
+    """What a provider is told: the CUDA device, and no TF32, whose 10 bits of mantissa would pass for fp32."""
+    match name:
+        case "CUDAExecutionProvider":
+            return {"device_id": str(device), "use_tf32": "0"}
+        case "TensorrtExecutionProvider":
+            return {"device_id": str(device)}
+        case _:
+            return {}
 
 
 def loadable_providers() -> tuple[str, ...]:

@@ -1,6 +1,8 @@
+import asyncio
 import io
 import threading
 from contextlib import contextmanager
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -26,6 +28,60 @@ def artefact(tmp_path, make_net, make_spec):
 @pytest.fixture
 def runtime(artefact):
     return OnnxSession(artefact)
+
+
+@pytest.fixture
+def other_artefact(tmp_path, make_net, make_spec):
+    """A plain.onnx of the same shape with other weights."""
+    path = tmp_path / "other.onnx"
+    path.write_bytes(to_onnx(fold_net(make_net(seed=1)), make_spec(), {"training": {}}).SerializeToString())
+    return path
+
+
+@pytest.fixture
+def other_runtime(other_artefact):
+    return OnnxSession(other_artefact)
+
+
+class Gated:
+    """A runtime that holds every batch until its gate is open."""
+
+    description = "gated"
+
+    def __init__(self, runtime):
+        self.model, self.batches, self.spoil = runtime.model, [], None
+        self._runtime, self._gate, self._arrivals = runtime, threading.Event(), SimpleQueue()
+
+    def __call__(self, images):
+        self.batches.append(len(images))
+        self._arrivals.put(len(images))
+        assert self._gate.wait(60)
+        logits = self._runtime(images)
+        return logits + self.spoil(images) if self.spoil else logits
+
+    async def entered(self):
+        """Until a batch is at the gate."""
+        await asyncio.to_thread(self.wait)
+
+    def wait(self):
+        self._arrivals.get(timeout=60)
+
+    def open(self):
+        self._gate.set()
+
+    def close(self):
+        """From now on; what ran before, as a warm-up does, is forgotten."""
+        self._gate.clear()
+        self.batches.clear()
+        self._arrivals = SimpleQueue()
+
+
+@pytest.fixture
+def gated(runtime):
+    """Closed; a test that fails leaves no thread behind."""
+    gated = Gated(runtime)
+    yield gated
+    gated.open()
 
 
 @pytest.fixture

@@ -1,0 +1,162 @@
+"""One process that serves, or several that share one socket under a supervisor."""
+
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
+
+from export.runtimes.load import load_runtime
+from export.runtimes.runtime import Runtime
+from serve import logs
+from serve.access import Access, read_api_key
+from serve.app import make_app
+from serve.limits import Limits
+from serve.reload import check
+from serve.tracing import find_tracing
+from train.refusal import Refusal
+
+if TYPE_CHECKING:
+    from serve.run import ServeConfig
+
+_START_S = 120.0  # for a worker to load its model
+
+
+def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
+    """Serve on `listener` until a signal ends it; the exit status."""
+    logs.configure(config.log_level)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after a clean end, which has status 0
+    if config.workers > 1:
+        supervisor = _Supervisor(config, listener, url)
+        supervisor.run()
+        return 0 if supervisor.has_served else 2
+    runtimes = load(config)
+    server = _Server(_settings(config, _make_app(config, runtimes)))
+    server.greeting = f"{_describe(runtimes[0])}\n{_serving_at(url)}"
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # uvicorn has finished its requests and hands the signal on
+        print("stopped", flush=True)
+    return 0 if server.started else 1
+
+
+def load(config: "ServeConfig") -> list[Runtime]:
+    """The model, checked, once for each device. What is refused is said without the file's folder."""
+    path = config.model_path
+    num_threads = config.model_threads or max(1, num_cores() // config.workers)
+    try:
+        runtimes = [load_runtime(path, device=device, num_threads=num_threads) for device in config.devices or (None,)]
+        for runtime in runtimes:
+            check(runtime)
+    except Refusal as refusal:
+        raise Refusal(str(refusal).replace(str(path), path.name)) from refusal
+    return runtimes
+
+
+def num_cores() -> int:
+    """Those that this process may use, where the system tells; else those of the machine."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def limits_of(config: "ServeConfig") -> Limits:
+    """What was asked for, and what suits the machine."""
+    spare = num_cores() // config.workers - 1  # one core has the event loop and the model
+    return Limits(
+        max_body_bytes=int(config.max_body_mb * 1e6),
+        max_images=config.max_images,
+        max_batch=config.max_batch,
+        max_queue=config.max_queue,
+        deadline_s=config.deadline_ms / 1000,
+        decode_threads=min(max(spare, 0), 4) if config.decode_threads is None else config.decode_threads,
+    )
+
+
+def _make_app(config: "ServeConfig", runtimes: Sequence[Runtime]) -> FastAPI:
+    observers = [logs.RequestLog(sys.stderr.buffer)] if logging.getLogger().isEnabledFor(logging.INFO) else []
+    tracing = find_tracing()
+    return make_app(
+        runtimes,
+        limits_of(config),
+        access=Access(read_api_key(config.api_key_file, os.environ), config.cors_origin),
+        load=partial(load, config),
+        observers=[*observers, *([tracing] if tracing else [])],
+        reload_everywhere=_tell_supervisor if config.workers > 1 else None,
+    )
+
+
+def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers: int = 1) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        factory=isinstance(app, partial),
+        workers=workers,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nobody's word for where a request comes from is needed, or taken
+        ws="none",
+        timeout_graceful_shutdown=config.drain_seconds,
+    )
+
+
+class _Server(uvicorn.Server):
+    """Says where it is once it listens."""
+
+    greeting = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            print(self.greeting, flush=True)
+
+
+class _Supervisor(Multiprocess):
+    """Replaces a worker that ends; hands SIGHUP on to all of them."""
+
+    def __init__(self, config: "ServeConfig", listener: socket.socket, url: str) -> None:
+        super().__init__(_settings(config, partial(_make_worker, config), workers=config.workers), [listener])
+        logging.getLogger("uvicorn.error").setLevel(logging.INFO)  # which worker ended and when
+        self._url = url
+        self.has_served = False
+
+    def init_processes(self) -> None:
+        super().init_processes()
+        self.has_served = all(process.wait_until_ready(_START_S, self.should_exit) for process in self.processes)
+        if self.has_served:
+            print(f"{self.processes_num} workers\n{_serving_at(self._url)}", flush=True)
+
+    def handle_hup(self) -> None:
+        for process in self.processes:
+            if process.pid:
+                os.kill(process.pid, signal.SIGHUP)
+
+
+def _make_worker(config: "ServeConfig") -> FastAPI:
+    logs.configure(config.log_level)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the supervisor ends the workers
+    try:
+        return _make_app(config, load(config))
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        sys.exit(STARTUP_FAILURE)
+
+
+def _tell_supervisor() -> None:
+    os.kill(os.getppid(), signal.SIGHUP)
+
+
+def _describe(runtime: Runtime) -> str:
+    return f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description}"
+
+
+def _serving_at(url: str) -> str:
+    return f"serving at {url}  (Ctrl-C stops)"

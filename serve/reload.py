@@ -1,0 +1,94 @@
+"""A model proves itself before it answers anybody: at the start, and when its file is read again."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from export.compare import TOLERANCES, difference
+from export.runtimes.probe import SEED, probe_images
+from export.runtimes.runtime import Runtime
+from serve.batcher import Batcher, Served
+from train.refusal import Refusal
+
+_log = logging.getLogger(__name__)
+
+Load = Callable[[], Sequence[Runtime]]
+
+
+class Reloader:
+    """Reads the served artefact again. One at a time; requests go on meanwhile, and none is lost."""
+
+    def __init__(self, batcher: Batcher, load: Load, *, max_batch: int) -> None:
+        self._batcher = batcher
+        self._load = load
+        self._max_batch = max_batch
+        self._turn = asyncio.Lock()
+
+    async def reload(self) -> Served:
+        """Load, check and warm up beside the old model, then swap. Refuses a bad one; the old one goes on."""
+        async with self._turn:
+            try:
+                served = await asyncio.to_thread(self._prepare)
+            except Refusal as refusal:
+                _log.error("the old model goes on: %s", refusal)
+                raise
+            self._batcher.served = served
+            _log.warning("now serving %s %s", served.model.name, served.model.digest)
+            return served
+
+    def _prepare(self) -> Served:
+        runtimes = tuple(self._load())
+        for runtime in runtimes:
+            check(runtime)
+            warm_up(runtime, self._max_batch)
+        return Served(runtimes)
+
+
+def check(runtime: Runtime) -> None:
+    """Refuses a model that answers noise wrongly: in shape, with what is no number, or not twice the same.
+
+    Where the file records what it answered when it was exported, that is compared too.
+    """
+    model = runtime.model
+    record = model.provenance.get("export", {})
+    probe = record.get("probe", {"seed": SEED})
+    images = probe_images(model.spec.image, probe["seed"])
+    try:
+        logits, again = runtime(images), runtime(images)
+    except Refusal:
+        raise
+    except Exception as error:  # a runtime raises its library's own
+        _log.exception("the model fails")
+        raise Refusal(f"{model.name} fails on its probe images ({type(error).__name__}); export it again") from error
+    expected = (len(images), len(model.spec.labels))
+    if logits.shape != expected:
+        raise Refusal(f"{model.name} gives {logits.shape[1]} values per image for {expected[1]} labels")
+    if not np.isfinite(logits).all():
+        raise Refusal(f"{model.name} gives values that are no numbers; export it in a higher precision")
+    if not np.array_equal(logits, again):
+        raise Refusal(f"{model.name} gives two answers to the same images; its file or this machine is damaged")
+    if "logits" in probe:
+        _compare(model.name, record["precision"], np.array(probe["logits"]), logits)
+
+
+def _compare(name: str, precision: str, recorded: np.ndarray, logits: np.ndarray) -> None:
+    found = difference(recorded, logits)
+    if not TOLERANCES[precision].covers(found):
+        raise Refusal(
+            f"{name} answers its probe images {found.relative:.1e} away from what its file recorded "
+            f"(tolerance {TOLERANCES[precision]}); export it again"
+        )
+
+
+def warm_up(runtime: Runtime, max_batch: int) -> None:
+    """Run each batch size once: first calls allocate and choose kernels."""
+    image = runtime.model.spec.image
+    for size in batch_sizes(max_batch):
+        runtime(np.zeros((size, image.height, image.width, image.channels), np.uint8))
+
+
+def batch_sizes(max_batch: int) -> list[int]:
+    """1, 2, 4, ... and `max_batch`."""
+    return sorted({*(2**power for power in range(max_batch.bit_length())), max_batch})
