@@ -100,7 +100,7 @@ def command(config: ClusterConfig) -> int:
         serve.start(proxy_location=location, http_options={"host": http.host, "port": http.port})
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         serve.run(application(files, settings.replicas), name=APPLICATION, logging_config=quiet)
-        print(f"serving at http://{http.host}:{http.port} on {len(ray.nodes())} machines  (Ctrl-C stops)", flush=True)
+        print(f"serving at http://{http.host}:{http.port}, machines: {len(ray.nodes())}  (Ctrl-C stops)", flush=True)
         stop.wait()
         serve.shutdown()
     finally:
