@@ -54,17 +54,22 @@ class Served:
 
 
 class Job:
-    """One request on its way. `served` computes all of it, whatever is swapped in meanwhile."""
+    """One request on its way. `served` computes all of it, whatever is swapped in meanwhile.
+
+    `contents` are files to decode, or pixels uint8 [N, H, W, C] as the model takes them.
+    """
 
     __slots__ = ("accepted", "contents", "decode_s", "future", "model_s", "num_undecoded", "pixels", "queue_s")
-    __slots__ += ("outcome", "served", "timer", "top_k", "watch")
+    __slots__ += ("logits", "outcome", "served", "timer", "top_k", "watch")
 
     def __init__(
-        self, contents: list[bytes], served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
+        self, contents: list[bytes] | np.ndarray, served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
     ) -> None:
         self.contents, self.served, self.top_k, self.future = contents, served, top_k, future
-        self.num_undecoded = len(contents)
-        self.pixels: list[np.ndarray | Refusal | None] = [None] * len(contents)
+        is_decoded = isinstance(contents, np.ndarray)
+        self.num_undecoded = 0 if is_decoded else len(contents)
+        self.pixels: list[np.ndarray | Refusal | None] = list(contents) if is_decoded else [None] * len(contents)
+        self.logits: np.ndarray  # [N, K], once the outcome is there
         self.outcome: list[Result] | Exception = []
         self.accepted = monotonic()
         self.decode_s = self.queue_s = self.model_s = 0.0
@@ -108,7 +113,9 @@ class Batcher:
         self._is_open = False
         await asyncio.to_thread(self._end_threads, monotonic() + _LAST_BATCH_S)
 
-    async def classify(self, contents: list[bytes], *, top_k: int, deadline: float, receive: Receive) -> Job:
+    async def classify(
+        self, contents: list[bytes] | np.ndarray, *, top_k: int, deadline: float, receive: Receive
+    ) -> Job:
         """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client is gone."""
         if not self._is_open:
             raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
@@ -138,7 +145,7 @@ class Batcher:
         job.timer = self._loop.call_at(deadline, _expire, job.future, self._limits.deadline_s)
 
     def _enqueue(self, job: Job) -> None:
-        if self._decoders:
+        if self._decoders and job.num_undecoded:
             for index in range(len(job.contents)):
                 self._undecoded.put((job, index))
         else:
@@ -249,7 +256,7 @@ def _share(jobs: list[Job], model: Model, logits: np.ndarray, top_k: list[int]) 
     start = 0
     for job in jobs:
         rows = slice(start, start := start + len(job.contents))
-        job.outcome = results[rows]
+        job.outcome, job.logits = results[rows], logits[rows]
         if not is_finite[rows].all():
             index = int(np.argmin(is_finite[rows]))
             detail = f"image {index} overflows {model.name}; export the model in a higher precision"

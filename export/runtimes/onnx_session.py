@@ -17,6 +17,8 @@ from train.spec import Spec
 class OnnxSession:
     """One ONNX Runtime session; `model` and `description` as in `Runtime`."""
 
+    platform = "onnxruntime_onnx"
+
     def __init__(
         self,
         path: Path,

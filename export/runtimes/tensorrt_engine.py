@@ -23,6 +23,8 @@ class TensorRTEngine:
     Batches of 1, 2, 4, ... images run as CUDA graphs, all others node by node.
     """
 
+    platform = "tensorrt_plan"
+
     def __init__(self, path: Path, *, device: int = 0) -> None:
         content = read_whole(path)
         card = read_card(path)
