@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
 
+    from serve.access import Access
+
 ROOT = Path(__file__).resolve().parents[1]
 APPLICATION = "diracnet"
 EXAMPLES = (
     "python serve/cluster.py plain.onnx                              # a cluster of this machine alone",
     "python serve/cluster.py plain.onnx --config deploy/cluster.toml",
+    "DIRACNET_API_KEY=... python serve/cluster.py plain.onnx         # clients must send this key",
     'ray start --head; python serve/cluster.py plain.onnx --config cluster.toml     # with cluster.address = "auto"',
 )
 
@@ -84,9 +87,10 @@ class Settings:
 
 def command(config: ClusterConfig) -> int:
     """Serve a model over HTTP with replicas that Ray Serve starts, watches and replaces, until Ctrl-C."""
+    from serve.access import Access, read_api_key
     from serve.run import BUNDLED, listen
 
-    settings = read_settings(config.config)
+    settings, access = read_settings(config.config), Access(read_api_key(None, os.environ))
     http = settings.http
     files = read_artefact(config.model or BUNDLED)
     if settings.cluster.address == "local":
@@ -99,7 +103,7 @@ def command(config: ClusterConfig) -> int:
         location = "EveryNode" if http.on_every_machine else "HeadOnly"
         serve.start(proxy_location=location, http_options={"host": http.host, "port": http.port})
         quiet = {"log_level": "WARNING", "enable_access_log": False}
-        serve.run(application(files, settings.replicas), name=APPLICATION, logging_config=quiet)
+        serve.run(application(files, settings.replicas, access), name=APPLICATION, logging_config=quiet)
         print(f"serving at http://{http.host}:{http.port}, machines: {len(ray.nodes())}  (Ctrl-C stops)", flush=True)
         stop.wait()
         serve.shutdown()
@@ -180,7 +184,7 @@ def start_ray(cluster: Cluster) -> tuple[Any, Any]:
     return serve, ray
 
 
-def application(files: dict[str, bytes], replicas: Replicas) -> "Application":
+def application(files: dict[str, bytes], replicas: Replicas, access: "Access") -> "Application":
     """The app of `serve/app.py` as a deployment; each replica writes the files to a folder of its own."""
     from ray import serve
 
@@ -193,9 +197,9 @@ def application(files: dict[str, bytes], replicas: Replicas) -> "Application":
         folder = Path(tempfile.mkdtemp(prefix="diracnet-"))
         for name, content in files.items():
             (folder / name).write_bytes(content)
-        runtime = load_runtime(folder / next(iter(files)))
+        runtime = load_runtime(folder / next(iter(files)), num_threads=max(1, int(replicas.cpus)))
         shutil.rmtree(folder)
-        return make_app(runtime, Limits())
+        return make_app(runtime, Limits(), access=access)
 
     deployment = serve.deployment(
         name="serve",

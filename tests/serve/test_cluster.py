@@ -19,7 +19,7 @@ from train.refusal import Refusal
 ROOT = Path(__file__).resolve().parents[2]
 NUM_REQUESTS = 300
 # Workers of Ray are nicer than everything else unless told otherwise; on a busy machine they would not start in time.
-ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "DIRACNET_API_KEY": "secret"}
 TWO_NODES = """
 from ray.cluster_utils import Cluster
 
@@ -90,12 +90,13 @@ def test_a_killed_replica_loses_no_request_that_is_tried_once_more(two_nodes, ar
         f'[cluster]\naddress = "{address}"\n[http]\nport = {port}\n[replicas]\nfewest = 2\nmost = 2\ncpus = 1\n'
     )
     server = start(ROOT / "serve" / "cluster.py", artefact, "--config", config)
+    key = {"Authorization": "Bearer secret"}
     url, body = f"http://127.0.0.1:{port}", encode(pixels[0])
     is_under_load, num_tries = threading.Event(), []
 
     def ask(index):
         for num in (1, 2):
-            response = httpx.post(f"{url}/predict", content=body, timeout=30)
+            response = httpx.post(f"{url}/predict", content=body, headers=key, timeout=30)
             if response.status_code == 200:
                 num_tries.append(num)
                 break
@@ -112,6 +113,7 @@ def test_a_killed_replica_loses_no_request_that_is_tried_once_more(two_nodes, ar
             assert is_under_load.wait(60)
             os.kill(next(iter(processes)), signal.SIGKILL)
             results = [answer.result() for answer in answers]
+        assert httpx.post(f"{url}/predict", content=body).status_code == 401
         assert httpx.get(f"{url}/readyz").json() == {"status": "ready"}
     finally:
         server.send_signal(signal.SIGTERM)
