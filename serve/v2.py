@@ -67,7 +67,7 @@ def make_router(batcher: Batcher, limits: Limits) -> APIRouter:
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
     unready = problems.documented(problems.NOT_READY)
 
-    @router.get("")
+    @router.get("", responses=problems.documented(problems.UNAUTHORIZED))
     async def describe_server(request: Request) -> ServerMetadata:
         """The server and its extensions of the protocol."""
         return {"name": request.app.title, "version": request.app.version, "extensions": _EXTENSIONS}
@@ -101,8 +101,8 @@ def model_name(model: Model) -> str:
 
 def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: Batcher, limits: Limits) -> None:
     known = [Depends(find)]
-    unknown = problems.documented(problems.NOT_FOUND)
-    unready = problems.documented(problems.NOT_FOUND, problems.NOT_READY)
+    unknown = problems.documented(problems.UNAUTHORIZED, problems.NOT_FOUND)
+    unready = problems.documented(problems.UNAUTHORIZED, problems.NOT_FOUND, problems.NOT_READY)
 
     @router.get(path, dependencies=known, responses=unknown)
     async def describe_model() -> ModelMetadata:

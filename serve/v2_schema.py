@@ -77,6 +77,7 @@ INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "One row per image.", "content": {"application/json": {"schema": _ANSWER}, **_BINARY}},
     **problems.documented(
         problems.BAD_REQUEST,
+        problems.UNAUTHORIZED,
         problems.NOT_FOUND,
         problems.TIMEOUT,
         problems.TOO_LARGE,

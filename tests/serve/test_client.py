@@ -323,7 +323,7 @@ def test_unreachable_is_said_of_the_address(make_client):
 
 @pytest.mark.slow
 def test_the_program_in_the_docs_runs_as_written(live, runtime, pixels, encode, tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "http.md").read_text(), flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deployment.md").read_text(), flags=re.DOTALL)
     (tmp_path / "image.png").write_bytes(encode(pixels[0]))
     with live(make_app(runtime, Limits())) as url:
         program = code.replace("http://127.0.0.1:8000", url)
