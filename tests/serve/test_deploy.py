@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 
 from serve.app import make_app
 from serve.limits import Limits
+from serve.run import ServeConfig
+from train.cli import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -221,6 +223,21 @@ def test_a_pod_has_time_to_finish_what_it_accepted():
     pause_s = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] > pause_s + Limits().deadline_s
     assert int(COMPOSE["services"]["serve"]["stop_grace_period"].removesuffix("s")) > Limits().deadline_s
+
+
+def test_threads_fit_the_limits():
+    service, (container,) = (
+        COMPOSE["services"]["serve"],
+        manifest("Deployment")["spec"]["template"]["spec"]["containers"],
+    )
+    for argv, limits in (
+        (service["command"], service["deploy"]["resources"]["limits"]["cpus"]),
+        (container["args"], container["resources"]["limits"]["cpu"]),
+    ):
+        config = parse(ServeConfig, argv=argv)
+        assert argv[: len(json.loads(last("CMD")))] == json.loads(last("CMD"))
+        assert config.model_threads == int(limits)
+        assert config.drain_seconds < Limits().deadline_s
 
 
 def test_the_compose_file_fits_its_specification():
