@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from bench.nets import Net
 from export.artefacts import Provider, open_artefact
@@ -66,7 +65,7 @@ def open_torch(
     # NCReLU's own gradient would cut the compiled graph in pieces; LOWERING has none.
     whole = (deepcopy(net.dirac) if is_dirac else lower(net.plain, LOWERING)).float().eval()
     normalize, dtype = whole[0].to(device), DTYPES[precision]
-    rest: nn.Module = whole[1:].to(device, dtype, memory_format=torch.channels_last)
+    rest: Callable = whole[1:].to(device, dtype).to(memory_format=torch.channels_last)
     if is_compiled:
         # Recompilations are limited, those of earlier nets count, and what is over the limit would run eagerly.
         torch.compiler.reset()

@@ -11,7 +11,7 @@ from train.refusal import Refusal
 
 KEY_VARIABLE = "DIRACNET_API_KEY"
 # Probes and browsers that open a page send no key; nothing here says anything of the model.
-_OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/healthz", "/readyz"})
+_OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
 
 
 @dataclass(frozen=True)

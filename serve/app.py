@@ -21,6 +21,7 @@ from serve.metrics import MEDIA_TYPE, Metrics
 from serve.problems import Problem
 from serve.reload import Load, Reloader, warm_up
 from serve.signals import heed_signals
+from serve.v2 import make_router
 from serve.wire import REQUEST_BODY
 from train.refusal import Refusal
 
@@ -101,6 +102,7 @@ def make_app(
     app.state.is_ready = False
     _add_predict(app)
     _add_operation(app, batcher, metrics)
+    app.include_router(make_router(batcher, limits))
     if access.api_key and reloader:
         _add_admin(app, reloader, reload_everywhere)
     _add_pages(app)

@@ -55,9 +55,12 @@ class Served:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on its way. `served` computes all of it, whatever is swapped in meanwhile."""
+    """One request on its way. `served` computes all of it, whatever is swapped in meanwhile.
 
-    contents: list[bytes]
+    `contents` are files to decode, or pixels uint8 [N, H, W, C] as the model takes them.
+    """
+
+    contents: list[bytes] | np.ndarray
     served: Served
     top_k: int
     future: "asyncio.Future[list[Result]]"
@@ -65,6 +68,7 @@ class Job:
     pixels: list[np.ndarray | Refusal | None]
     num_undecoded: int
     outcome: list[Result] | Exception = field(default_factory=list)
+    logits: np.ndarray = field(init=False)  # [N, K], once the outcome is there
     decode_s: float = 0.0
     queue_s: float = 0.0
     model_s: float = 0.0
@@ -108,7 +112,9 @@ class Batcher:
         self._is_open = False
         await asyncio.to_thread(self._end_threads, monotonic() + _LAST_BATCH_S)
 
-    async def classify(self, contents: list[bytes], *, top_k: int, deadline: float, receive: Receive) -> Job:
+    async def classify(
+        self, contents: list[bytes] | np.ndarray, *, top_k: int, deadline: float, receive: Receive
+    ) -> Job:
         """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client is gone."""
         if not self._is_open:
             raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
@@ -116,7 +122,7 @@ class Batcher:
         if self.num_held + num_images > self._limits.max_queue:
             raise self._overloaded()
         future = self._loop.create_future()
-        job = Job(contents, self.served, top_k, future, monotonic(), [None] * num_images, num_images)
+        job = _make_job(contents, self.served, top_k, future)
         self.num_held += num_images
         job.timer = self._loop.call_later(_PATIENCE_S, self._watch, job, deadline, receive)
         try:
@@ -140,7 +146,7 @@ class Batcher:
         job.timer = self._loop.call_at(deadline, _expire, job.future, self._limits.deadline_s)
 
     def _enqueue(self, job: Job) -> None:
-        if self._decoders:
+        if self._decoders and job.num_undecoded:
             for index in range(len(job.contents)):
                 self._undecoded.put((job, index))
         else:
@@ -239,6 +245,15 @@ class Batcher:
                 thread.join(max(0.0, until - monotonic()))
 
 
+def _make_job(
+    contents: list[bytes] | np.ndarray, served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
+) -> Job:
+    if isinstance(contents, np.ndarray):
+        return Job(contents, served, top_k, future, monotonic(), pixels=list(contents), num_undecoded=0)
+    num_images = len(contents)
+    return Job(contents, served, top_k, future, monotonic(), [None] * num_images, num_images)
+
+
 def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
     if not future.done():
         future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
@@ -251,7 +266,7 @@ def _share(jobs: list[Job], model: Model, logits: np.ndarray, top_k: list[int]) 
     start = 0
     for job in jobs:
         rows = slice(start, start := start + len(job.contents))
-        job.outcome = results[rows]
+        job.outcome, job.logits = results[rows], logits[rows]
         if not is_finite[rows].all():
             index = int(np.argmin(is_finite[rows]))
             detail = f"image {index} overflows {model.name}; export the model in a higher precision"

@@ -18,7 +18,7 @@ from serve.access import Access
 from serve.batcher import Batcher, Job
 from serve.limits import Limits
 from serve.problems import Problem
-from serve.wire import read_images
+from serve.wire import read_images, within_deadline
 
 TOP_K = 5
 _NOBODY = 499  # the client went away: no status is sent, this one is logged
@@ -88,7 +88,7 @@ class Hot:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
-        visit = Visit(scope, headers)
+        scope["visit"] = visit = Visit(scope, headers)
         try:
             self._access.check(visit.path, headers)
             if visit.path == "/predict" and visit.method == "POST":
@@ -118,11 +118,7 @@ class Hot:
         """Bytes of images in, the JSON of their answer out."""
         top_k = _top_k(scope["query_string"])
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
-        try:
-            async with asyncio.timeout_at(deadline):
-                contents = await read_images(receive, headers, self._limits)
-        except TimeoutError:
-            raise _too_slow(self._limits) from None
+        contents = await within_deadline(read_images(receive, headers, self._limits), deadline, self._limits)
         job = await self._batcher.classify(contents, top_k=top_k, deadline=deadline, receive=receive)
         visit.take(job)
         return orjson.dumps({"model": job.served.name, "results": job.outcome})
@@ -135,11 +131,6 @@ def _top_k(query: bytes) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", given) or int(given) < 1:
         raise Problem(problems.BAD_REQUEST, f"top_k must be a whole number above 0, got {given!r}")
     return int(given)
-
-
-def _too_slow(limits: Limits) -> Problem:
-    detail = f"the request was not complete within {limits.deadline_s:g} s; send less at once"
-    return Problem(problems.TIMEOUT, detail, {"Connection": "close"})
 
 
 async def _answer(
@@ -166,17 +157,21 @@ async def _answer(
 
 async def _refuse(send: Send, visit: Visit, problem: Problem) -> None:
     media_type = problems.MEDIA_TYPE.encode()
-    status, body = problem.kind.status, problem.body()
+    status, body = problem.kind.status, problem.body(visit.path)
     await _answer(send, visit, status, body, media_type=media_type, headers=problem.headers)
 
 
 def _with_id(send: Send, visit: Visit) -> Send:
-    """`send` that adds the request's id and remembers the status."""
+    """`send` that adds the request's id and what its images cost, and remembers the status."""
 
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":
             visit.status = message["status"]
-            message = {**message, "headers": [*message["headers"], (b"x-request-id", visit.id)]}
+            added = [(b"x-request-id", visit.id)]
+            if visit.num_images:
+                visit.total_s = monotonic() - visit.start
+                added += [(b"server-timing", visit.server_timing())]
+            message = {**message, "headers": [*message["headers"], *added]}
         await send(message)
 
     return send_with_id

@@ -1,6 +1,6 @@
 """Everything the server refuses, as `application/problem+json` (RFC 9457) with stable types."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -53,9 +53,9 @@ class Problem(Exception):
         self.detail = detail
         self.headers = headers or {}
 
-    def body(self) -> bytes:
-        """The problem document."""
-        return orjson.dumps(ProblemBody(self.kind.type, self.kind.title, self.kind.status, self.detail))
+    def body(self, path: str) -> bytes:
+        """The problem document for a request to `path`."""
+        return ProblemBody(self.kind.type, self.kind.title, self.kind.status, self.detail).to_json(path)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class ProblemBody:
     title: str
     status: int
     detail: str
+
+    def to_json(self, path: str) -> bytes:
+        """With the member `error` under /v2, where the Open Inference Protocol looks for the reason."""
+        reason = {"error": self.detail} if f"{path}/".startswith("/v2/") else {}
+        return orjson.dumps({**asdict(self), **reason})
 
 
 def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
@@ -102,7 +107,7 @@ def exception_handlers() -> dict[Any, Any]:
 
 
 async def _answer_problem(request: Request, problem: Problem) -> Response:
-    return Response(problem.body(), problem.kind.status, problem.headers, MEDIA_TYPE)
+    return Response(problem.body(_path(request)), problem.kind.status, problem.headers, MEDIA_TYPE)
 
 
 async def _answer_http_exception(request: Request, error: HTTPException) -> Response:
@@ -117,9 +122,13 @@ async def _answer_http_exception(request: Request, error: HTTPException) -> Resp
             return await _answer_problem(request, Problem(METHOD_NOT_ALLOWED, detail, headers))
         case status:  # a status without a type of ours: RFC 9457, section 4.2.1
             body = ProblemBody("about:blank", HTTPStatus(status).phrase, status, str(error.detail))
-            return Response(orjson.dumps(body), status, headers, MEDIA_TYPE)
+            return Response(body.to_json(_path(request)), status, headers, MEDIA_TYPE)
 
 
 async def _answer_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
     found = (f"{fault['loc'][-1]}: {fault['msg']}, got {fault['input']!r}" for fault in error.errors())
     return await _answer_problem(request, Problem(BAD_REQUEST, "; ".join(found)))
+
+
+def _path(request: Request) -> str:
+    return request["path"].removeprefix(request.get("root_path", ""))

@@ -2,8 +2,8 @@
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, TypeVar
 
 import orjson
 from python_multipart.exceptions import FormParserError
@@ -12,11 +12,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from serve.limits import Limits
-from serve.problems import BAD_REQUEST, MEDIA_TYPE_UNKNOWN, TOO_LARGE, TOO_MANY_IMAGES, Problem
+from serve.problems import BAD_REQUEST, MEDIA_TYPE_UNKNOWN, TIMEOUT, TOO_LARGE, TOO_MANY_IMAGES, Problem
 
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "application/octet-stream")
 _RAW_ALIASES = ("", "image/jpg", "image/x-ms-bmp", "image/x-bmp")  # what some clients say instead
-_LONG_JSON_BYTES = 2**16  # longer ones are read in a thread, as they would hold up the event loop
+LONG_JSON_BYTES = 2**16  # longer ones are read in a thread, as they would hold up the event loop
+Read = TypeVar("Read")
 
 _BINARY = {"type": "string", "format": "binary"}
 REQUEST_BODY: dict[str, Any] = {
@@ -54,18 +55,36 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
     content_type = headers.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type in RAW_TYPES or media_type in _RAW_ALIASES:
-        return [await _read_body(receive, headers, limits)]
+        return [await read_body(receive, headers, limits)]
     if media_type == "multipart/form-data":
         form = _Form(content_type, limits)
         async for chunk in _chunks(receive, headers, limits):
             form.feed(chunk)
         return form.finish()
     if media_type == "application/json":
-        body = await _read_body(receive, headers, limits)
-        if len(body) > _LONG_JSON_BYTES:
+        body = await read_body(receive, headers, limits)
+        if len(body) > LONG_JSON_BYTES:
             return await asyncio.to_thread(_images_of_json, body, limits)
         return _images_of_json(body, limits)
     raise Problem(MEDIA_TYPE_UNKNOWN, _media_type_detail(media_type))
+
+
+async def within_deadline(reading: Awaitable[Read], deadline: float, limits: Limits) -> Read:
+    """What `reading` gives; refuses a request that is not complete at the loop's time `deadline`."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await reading
+    except TimeoutError:
+        detail = f"the request was not complete within {limits.deadline_s:g} s; send less at once"
+        raise Problem(TIMEOUT, detail, {"Connection": "close"}) from None
+
+
+async def read_body(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> bytes:
+    """The whole body, which is neither empty nor over the limit."""
+    body = b"".join([chunk async for chunk in _chunks(receive, headers, limits)])
+    if not body:
+        raise Problem(BAD_REQUEST, "the request has no body; with curl: --data-binary @FILE")
+    return body
 
 
 async def _chunks(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> AsyncIterator[bytes]:
@@ -84,13 +103,6 @@ async def _chunks(receive: Receive, headers: dict[bytes, bytes], limits: Limits)
         if num_bytes > limits.max_body_bytes:
             raise too_large
         yield chunk
-
-
-async def _read_body(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> bytes:
-    body = b"".join([chunk async for chunk in _chunks(receive, headers, limits)])
-    if not body:
-        raise Problem(BAD_REQUEST, "the request has no body; with curl: --data-binary @image.png")
-    return body
 
 
 class _Form:

@@ -1,6 +1,7 @@
 """The few calls of the CUDA runtime that engines need, through NVIDIA's own bindings."""
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -73,3 +74,34 @@ class Buffer:
         call(cudart.cudaMemcpyAsync(self._host, self.device, num_bytes, kind, stream))
         call(cudart.cudaStreamSynchronize(stream))
         return self._bytes[:num_bytes].copy().view(dtype).reshape(shape)
+
+
+def capture(stream: Any, work: Callable[[], None]) -> Any:
+    """What `work` puts on the stream as an executable CUDA graph, or None where it cannot be captured.
+
+    A capture is broken by whatever must run at once, such as an allocation; `work` may raise
+    RuntimeError then, and nothing of it has run.
+    """
+    from cuda.bindings import runtime as cudart
+
+    call(cudart.cudaStreamSynchronize(stream))
+    call(cudart.cudaStreamBeginCapture(stream, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+    try:
+        work()
+        is_whole = True
+    except RuntimeError:
+        is_whole = False
+    error, graph = cudart.cudaStreamEndCapture(stream)  # ends the capture even where it reports that it is broken
+    if not is_whole or error != cudart.cudaError_t.cudaSuccess:
+        cudart.cudaGetLastError()  # or the next call would report it
+        return None
+    executable = call(cudart.cudaGraphInstantiate(graph, 0))
+    call(cudart.cudaGraphDestroy(graph))
+    return executable
+
+
+def launch(graph: Any, stream: Any) -> None:
+    """Run a captured graph, behind what the stream already does."""
+    from cuda.bindings import runtime as cudart
+
+    call(cudart.cudaGraphLaunch(graph, stream))

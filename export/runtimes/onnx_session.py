@@ -17,11 +17,21 @@ from train.spec import Spec
 class OnnxSession:
     """One ONNX Runtime session; `model` and `description` as in `Runtime`."""
 
+    platform = "onnxruntime_onnx"
+
     def __init__(
-        self, path: Path, *, providers: tuple[str, ...] | None = None, device: int = 0, num_threads: int = 0
+        self,
+        path: Path,
+        *,
+        providers: tuple[str, ...] | None = None,
+        device: int = 0,
+        num_threads: int = 0,
+        optimize: bool = True,
     ) -> None:
         content = read_whole(path)
         options = ort.SessionOptions()
+        if not optimize:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         asked = [(name, provider_options(name, device)) for name in providers or loadable_providers()]

@@ -22,6 +22,7 @@ class Runtime(Protocol):
     """An exported file made callable. Safe to call from one thread at a time."""
 
     model: Model
+    platform: str  # for programs, as the Open Inference Protocol spells it: "onnxruntime_onnx"
     description: str  # for people: "ONNX Runtime 1.31.1, CPUExecutionProvider"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

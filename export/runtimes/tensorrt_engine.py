@@ -18,7 +18,12 @@ EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 
 
 class TensorRTEngine:
-    """One engine, one execution context, one stream; `model` and `description` as in `Runtime`."""
+    """One engine on one stream; `model` and `description` as in `Runtime`.
+
+    Batches of 1, 2, 4, ... images run as CUDA graphs, all others node by node.
+    """
+
+    platform = "tensorrt_plan"
 
     def __init__(self, path: Path, *, device: int = 0) -> None:
         content = read_whole(path)
@@ -33,8 +38,10 @@ class TensorRTEngine:
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise Refusal(f"{path} cannot be loaded: {self._logger.last_error()}")
-        self._context = self._engine.create_execution_context()
         self._allocate(trt)
+        self._context = self._make_context()
+        self._graphs: dict[int, Any] = {}  # by batch size; None where the engine cannot be captured
+        self._captured: list[Any] = []  # contexts, which must outlive their graphs
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         gpu.use(self._device)  # CUDA keeps the current device per thread
@@ -52,19 +59,45 @@ class TensorRTEngine:
         self._input = gpu.Buffer(largest * int(np.prod(names.sizes)) * np.dtype(names.dtype).itemsize)
         self._output = gpu.Buffer(largest * num_classes * self._dtype.itemsize)
         self._stream = gpu.call(cudart.cudaStreamCreate())
-        self._context.set_tensor_address(names.input_name, int(self._input.device))
-        self._context.set_tensor_address(names.output_name, int(self._output.device))
+
+    def _make_context(self) -> Any:
+        context, names = self._engine.create_execution_context(), self._card.signature
+        context.set_tensor_address(names.input_name, int(self._input.device))
+        context.set_tensor_address(names.output_name, int(self._output.device))
+        return context
 
     def _run(self, images: np.ndarray) -> np.ndarray:
-        names = self._card.signature
-        x = names.to_input(images)
-        if not self._context.set_input_shape(names.input_name, x.shape):
-            raise RuntimeError(f"the engine does not take {x.shape}: {self._logger.last_error()}")
+        x, batch = self._card.signature.to_input(images), len(images)
+        if batch not in self._graphs:
+            usual = batch & (batch - 1) == 0
+            self._graphs[batch] = self._capture(x.shape) if usual else None
         self._input.upload(x, self._stream)
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise RuntimeError(f"the engine failed: {self._logger.last_error()}")
-        shape = (len(images), len(self._card.spec.labels))
+        graph = self._graphs[batch]
+        if graph is None:
+            self._enqueue(self._context, x.shape)
+        else:
+            gpu.launch(graph, self._stream)
+        shape = (batch, len(self._card.spec.labels))
         return self._output.download(shape, self._dtype, self._stream).astype(np.float32, copy=False)
+
+    def _capture(self, shape: tuple[int, ...]) -> Any:
+        """A graph of the engine for inputs of `shape`; None where it does what a graph cannot hold.
+
+        It has a context of its own: to give one another shape would change it under its graph. The first
+        run is not captured, since it may still allocate.
+        """
+        context = self._make_context()
+        self._enqueue(context, shape)
+        graph = gpu.capture(self._stream, lambda: self._enqueue(context, shape))
+        if graph is not None:
+            self._captured.append(context)
+        return graph
+
+    def _enqueue(self, context: Any, shape: tuple[int, ...]) -> None:
+        if not context.set_input_shape(self._card.signature.input_name, shape):
+            raise RuntimeError(f"the engine does not take {shape}: {self._logger.last_error()}")
+        if not context.execute_async_v3(int(self._stream)):
+            raise RuntimeError(f"the engine failed: {self._logger.last_error()}")
 
 
 def import_library(name: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from bench import contenders, gpu_check, gpu_report, nets
 from bench.contenders import Contender
-from export.compare import TOLERANCES
+from export.compare import TOLERANCES, compare
 from export.runtimes import gpu
 from fold.plain import fold_net, save_plain
 from train.cli import run_command
@@ -133,6 +133,18 @@ def test_seeded_nets_are_whole_repeatable_and_compared_in_both_forms():
     assert extremes.std(dim=0).max() > 0.01 * extremes.abs().max()  # logits depend on the image
     assert net.is_same
     assert not (net.calibration[:64] == net.image_sets["random"]).all()
+
+
+@pytest.mark.parametrize("is_dirac", [True, False])
+def test_half_precision_in_pytorch_is_within_its_tolerance(tmp_path, is_dirac):
+    net = nets.seeded_net(10, 0.25)
+    answer = contenders.open_torch("cpu", "fp16", net, tmp_path, (1, 1, 1), is_dirac=is_dirac, is_compiled=False)
+    images = net.image_sets["random"][:4]
+    with torch.no_grad():
+        expected = net.plain(torch.from_numpy(images)).numpy()
+    result = compare(("plain", expected), ("fp16", answer(images)), tolerance=TOLERANCES["fp16"])
+    assert result
+    assert result.relative > 1e-5
 
 
 def test_a_net_that_learnt_a_data_set_is_compared_on_its_images_and_calibrated_on_others(tmp_path, make_net, make_spec):

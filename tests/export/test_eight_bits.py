@@ -7,6 +7,7 @@ import torch
 from onnx import numpy_helper
 from torch.nn import functional
 
+from export.artefacts import open_artefact
 from export.calibrate import observe, ranges
 from export.graph import to_onnx
 from export.integer import quantize_filters, to_integer_onnx
@@ -166,3 +167,15 @@ def test_a_drop_counts_what_is_lost():
     assert not measure_drop(reference, reference + 7.0, np.arange(4))  # what all classes share changes nothing
     assert relative_error(reference, reference + 7.0) == pytest.approx(0, abs=1e-12)
     assert top1_agreement(reference, -reference) == 0
+
+
+def test_an_fp8_file_is_compared_with_the_optimiser_off(calibrated, tmp_path):
+    """With it ONNX Runtime 1.31 answers such graphs wrongly."""
+    plain, spec, _, floats, reach, pixels = calibrated("split")
+    path = tmp_path / "fp8.onnx"
+    path.write_bytes(to_qdq_onnx(floats, reach, precision="fp8").SerializeToString())
+    form = open_artefact(path)
+    expected = answers(to_onnx(plain, spec, {}), pixels)
+    assert form.precision == "fp8"
+    assert relative_error(expected, form.answer(pixels)) < 0.15
+    assert relative_error(expected, form.layers(pixels)["fc"]) < 0.15

@@ -37,12 +37,13 @@ class Device:
     """Stands for a deserialised engine and its context: ONNX Runtime computes in its place."""
 
     def __init__(self, session, batch):
-        self.session, self.batch, self.memory, self.seen = session, batch, {}, []
+        self.session, self.batch, self.memory, self.seen, self.num_contexts = session, batch, {}, [], 0
 
     def get_tensor_dtype(self, name):
         return trt.float32
 
     def create_execution_context(self):
+        self.num_contexts += 1
         return self
 
     def set_tensor_address(self, name, address):
@@ -79,16 +80,76 @@ def on_a_gpu(write_onnx, monkeypatch, device_in_use):
     monkeypatch.setattr(gpu, "num_devices", lambda: 1)
     monkeypatch.setattr(gpu, "compute_capability", lambda: engine.card.compute_capabilities[0])
     monkeypatch.setattr(gpu, "Buffer", Memory)
+    monkeypatch.setattr(gpu, "capture", lambda stream, work: work)
+    monkeypatch.setattr(gpu, "launch", lambda graph, stream: graph())
     monkeypatch.setattr(cudart, "cudaStreamCreate", lambda: (cudart.cudaError_t.cudaSuccess, cudart.cudaStream_t(0)))
     monkeypatch.setattr(trt.Runtime, "deserialize_cuda_engine", lambda self, content: device)
     return load_runtime(path.with_suffix(".engine"), device=3), device, session
 
 
-@pytest.mark.parametrize(("num", "batches"), [(1, [2]), (2, [2]), (4, [4]), (9, [4, 4, 2])])
+@pytest.mark.parametrize(("num", "batches"), [(1, [2]), (2, [2]), (3, [3]), (4, [4]), (9, [4, 4, 2])])
 def test_batches_are_cut_and_padded_to_the_profile(on_a_gpu, images, num, batches):
     runtime, device, session = on_a_gpu
     assert compare(("ONNX Runtime", session(images(num))), ("engine", runtime(images(num))))
+    device.seen.clear()
+    assert compare(("ONNX Runtime", session(images(num))), ("engine", runtime(images(num))))
     assert device.seen == batches
+
+
+def test_usual_batches_are_captured_once_in_a_context_of_their_own(on_a_gpu, images):
+    runtime, device, _ = on_a_gpu
+    assert device.num_contexts == 1
+    for num in (2, 3, 4, 2, 3, 4):
+        runtime(images(num))
+    assert device.num_contexts == 3
+    assert [graph is not None for graph in runtime._graphs.values()] == [True, False, True]
+
+
+def test_an_engine_that_cannot_be_captured_runs_node_by_node(on_a_gpu, images, monkeypatch):
+    runtime, _, session = on_a_gpu
+    monkeypatch.setattr(gpu, "capture", lambda stream, work: None)
+    for _ in range(2):
+        assert compare(("ONNX Runtime", session(images(4))), ("engine", runtime(images(4))))
+    assert runtime._graphs == {4: None}
+
+
+@pytest.mark.parametrize("broken", ["work", "end"])
+def test_a_broken_capture_is_ended_and_forgotten(monkeypatch, broken):
+    """The order of the calls, with the driver played: what the real one takes is tested below."""
+    success, done = cudart.cudaError_t.cudaSuccess, []
+
+    def played(name, *values, error=success):
+        monkeypatch.setattr(cudart, name, lambda *arguments: (done.append(name), (error, *values))[1])
+
+    played("cudaStreamSynchronize")
+    played("cudaStreamBeginCapture")
+    played("cudaStreamEndCapture", "graph", error=success if broken == "work" else cudart.cudaError_t.cudaErrorUnknown)
+    played("cudaGetLastError")
+
+    def work():
+        if broken == "work":
+            raise RuntimeError("an allocation in the middle")
+
+    assert gpu.capture("stream", work) is None
+    assert done == ["cudaStreamSynchronize", "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGetLastError"]
+
+
+def test_a_capture_becomes_an_executable_graph(monkeypatch):
+    success, done = cudart.cudaError_t.cudaSuccess, []
+    values = {
+        "cudaStreamSynchronize": (),
+        "cudaStreamBeginCapture": (),
+        "cudaStreamEndCapture": ("graph",),
+        "cudaGraphInstantiate": ("executable",),
+        "cudaGraphDestroy": (),
+    }
+    for name, found in values.items():
+        monkeypatch.setattr(
+            cudart, name, lambda *arguments, name=name, found=found: (done.append(name), (success, *found))[1]
+        )
+    assert gpu.capture("stream", lambda: done.append("work")) == "executable"
+    names = list(values)
+    assert done == [*names[:2], "work", *names[2:]]
 
 
 def test_an_engine_runs_on_its_device_in_whatever_thread(on_a_gpu, images, device_in_use):
@@ -136,4 +197,16 @@ def test_cuda_calls_fit_the_installed_bindings_and_say_what_is_missing():
         buffer.download((4,), np.dtype(np.int32), cudart.cudaStream_t(0))
     with pytest.raises(Refusal, match="CUDA: "):
         gpu.call(cudart.cudaStreamCreate())
+    with pytest.raises(Refusal, match="CUDA: "):
+        gpu.launch(cudart.cudaGraphExec_t(0), cudart.cudaStream_t(0))
+    for made in (
+        cudart.cudaStreamBeginCapture(
+            cudart.cudaStream_t(0), cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        ),
+        cudart.cudaStreamEndCapture(cudart.cudaStream_t(0)),
+        cudart.cudaGraphInstantiate(cudart.cudaGraph_t(0), 0),
+        cudart.cudaGraphDestroy(cudart.cudaGraph_t(0)),
+    ):
+        with pytest.raises(Refusal, match="CUDA: "):
+            gpu.call(made)
     assert tensorrt_engine.import_library("tensorrt_rtx") is trt

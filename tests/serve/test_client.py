@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -317,3 +319,21 @@ def test_unreachable_is_said_of_the_address(make_client):
         pytest.raises(Unreachable, match=r"127\.0\.0\.1:9"),
     ):
         client.predict([b"image"])
+
+
+@pytest.mark.slow
+def test_the_program_in_the_docs_runs_as_written(live, runtime, pixels, encode, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "deployment.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "image.png").write_bytes(encode(pixels[0]))
+    with live(make_app(runtime, Limits())) as url:
+        program = code.replace("http://127.0.0.1:8000", url)
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("label ") >= 100

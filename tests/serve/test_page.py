@@ -1,6 +1,7 @@
 """The page, in a real browser."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -68,13 +69,11 @@ def page(live, make_net, make_spec, tmp_path, browser):
             app = make_app(OnnxSession(path), Limits())
 
             @app.middleware("http")
-            async def guard(request, call_next):
+            async def let_in(request, call_next):
                 is_let_in = request.headers.get("Authorization") in (f"Bearer {api_key}", api_key)
                 if request.url.path in ("/model", "/predict") and not is_let_in:
                     return JSONResponse({"title": "A key is needed", "detail": "send one"}, 401)
-                response = await call_next(request)
-                response.headers["Server-Timing"] = "decode;dur=0.25, model;desc=run;dur=2.5"
-                return response
+                return await call_next(request)
 
             url = stack.enter_context(live(app))
             browser.get(url)
@@ -119,7 +118,7 @@ def test_a_chosen_image_is_classified_and_its_time_told(page, browser, tmp_path)
     choose(browser, write_image(tmp_path / "image.png"))
     status = wait_for(browser, "status", "ms from sending")
     assert "label " in status
-    assert "in the server: decode 0.3 ms, model 2.5 ms" in status
+    assert re.search(r"in the server: decode [0-9.]+ ms, queue [0-9.]+ ms, model [0-9.]+ ms, total [0-9.]+ ms", status)
     rows = browser.find_elements("css selector", "#bars li")
     assert len(rows) == 5
     shares = [float(row.text.split("\n")[-1].removesuffix(" %")) for row in rows]
@@ -194,7 +193,7 @@ def test_keys_draw_too_in_the_order_of_the_page(page, browser):
     for _ in range(6):
         ActionChains(browser).send_keys(Keys.TAB).perform()
         order.append(browser.switch_to.active_element.get_attribute("id") or "docs")
-    assert order == ["file", "pad", "clear", "curl", "docs", "copy"]
+    assert order == ["file", "clear", "pad", "curl", "docs", "copy"]
     browser.execute_script("pad.focus()")
     ActionChains(browser).send_keys(Keys.ARROW_LEFT).perform()
     assert ink(browser) == 0

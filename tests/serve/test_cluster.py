@@ -1,0 +1,175 @@
+"""Ray Serve, in a real cluster of two nodes on this machine."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve.cluster import Settings, read_artefact, read_settings
+from train.refusal import Refusal
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_REQUESTS = 300
+# Workers of Ray are nicer than everything else unless told otherwise; on a busy machine they would not start in time.
+ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "DIRACNET_API_KEY": "secret"}
+TWO_NODES = """
+from ray.cluster_utils import Cluster
+
+node = dict(num_cpus=1, object_store_memory=100 * 2**20, include_dashboard=False)
+cluster = Cluster(initialize_head=True, head_node_args=node)
+cluster.add_node(**node)
+print("address", cluster.address, flush=True)
+input()
+cluster.shutdown()
+"""
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra `cluster` is not installed")
+
+
+def lines_until(process, beginning):
+    """The first line of a process that starts so."""
+    for line in iter(process.stdout.readline, ""):
+        if line.startswith(beginning):
+            return line
+    raise AssertionError(f"{process.args} ended: {process.communicate()}")
+
+
+def start(*argv):
+    return subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+@pytest.fixture
+def two_nodes():
+    cluster = start("-c", TWO_NODES)
+    try:
+        yield cluster, lines_until(cluster, "address").split()[1]
+    finally:
+        cluster.communicate("\n", timeout=60)
+
+
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def replicas(cluster):
+    """{process: its raylet} of the replicas that run on the nodes of `cluster`."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            is_replica = (folder / "cmdline").read_bytes().startswith(b"ray::ServeReplica")
+            raylet = parent(folder.name) if is_replica else 0
+            if is_replica and parent(raylet) == cluster.pid:
+                found[int(folder.name)] = raylet
+        except OSError:
+            continue  # it has ended meanwhile
+    return found
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_killed_replica_loses_no_request_that_is_tried_once_more(two_nodes, artefact, pixels, encode, tmp_path):
+    cluster, address = two_nodes
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    config = tmp_path / "cluster.toml"
+    config.write_text(
+        f'[cluster]\naddress = "{address}"\n[http]\nport = {port}\n[replicas]\nfewest = 2\nmost = 2\ncpus = 1\n'
+    )
+    server = start(ROOT / "serve" / "cluster.py", artefact, "--config", config)
+    key = {"Authorization": "Bearer secret"}
+    url, body = f"http://127.0.0.1:{port}", encode(pixels[0])
+    is_under_load, num_tries = threading.Event(), []
+
+    def ask(index):
+        for num in (1, 2):
+            response = httpx.post(f"{url}/predict", content=body, headers=key, timeout=30)
+            if response.status_code == 200:
+                num_tries.append(num)
+                break
+        if index == NUM_REQUESTS // 5:
+            is_under_load.set()
+        return response.json()["results"][0]["label"] if response.status_code == 200 else response.text
+
+    try:
+        assert url in lines_until(server, "serving at")
+        processes = replicas(cluster)
+        assert len(set(processes.values())) == 2  # one on each node
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(ask, index) for index in range(NUM_REQUESTS)]
+            assert is_under_load.wait(60)
+            os.kill(next(iter(processes)), signal.SIGKILL)
+            results = [answer.result() for answer in answers]
+        assert httpx.post(f"{url}/predict", content=body).status_code == 401
+        assert httpx.get(f"{url}/readyz").json() == {"status": "ready"}
+    finally:
+        server.send_signal(signal.SIGTERM)
+        output, error = server.communicate(timeout=60)
+    assert len(set(results)) == 1, set(results)
+    assert len(num_tries) == NUM_REQUESTS
+    assert (server.returncode, output.splitlines()[-1]) == (0, "stopped"), error
+
+
+def test_the_example_holds_the_defaults():
+    assert read_settings(ROOT / "deploy" / "cluster.toml") == read_settings(None) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "is no TOML"),
+        ("http = 1", "http must be a table"),
+        ("[htpp]\nport = 1", r"there is no table \[htpp\]"),
+        ('[http]\nport = "80"\nprot = 1', r"\[http\] has no prot; \[http\] port must be int, got '80'"),
+        ("[http]\nport = true", r"port must be int, got True"),
+        ("[http]\non_every_machine = 1", r"on_every_machine must be bool, got 1"),
+        ("[replicas]\ncpus = true", r"cpus must be float, got True"),
+        ("[replicas]\nfewest = 5", "fewest must be from 1 to most, got 5 and 4"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path, text, message):
+    (tmp_path / "cluster.toml").write_text(text)
+    with pytest.raises(Refusal, match=message):
+        read_settings(tmp_path / "cluster.toml")
+
+
+def test_whole_numbers_are_numbers(tmp_path):
+    (tmp_path / "cluster.toml").write_text("[replicas]\ncpus = 2")
+    assert read_settings(tmp_path / "cluster.toml").replicas.cpus == 2
+
+
+def test_an_artefact_travels_whole_or_is_refused(artefact, tmp_path):
+    assert read_artefact(artefact) == {"plain.onnx": artefact.read_bytes()}
+    (tmp_path / "plain.engine").write_bytes(b"")
+    for path, message in (
+        (tmp_path / "plain.engine", "cannot read"),
+        (tmp_path / "missing.onnx", "No such file"),
+        (tmp_path / "plain.pt", "neither an .onnx nor"),
+    ):
+        with pytest.raises(Refusal, match=message):
+            read_artefact(path)
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "auto", "nowhere:port"])
+def test_a_cluster_that_is_not_there_is_one_line(artefact, tmp_path, address):
+    (tmp_path / "cluster.toml").write_text(f'[cluster]\naddress = "{address}"')
+    server = start(ROOT / "serve" / "cluster.py", artefact, "--config", tmp_path / "cluster.toml")
+    output, error = server.communicate(timeout=60)
+    assert (server.returncode, output) == (2, "")
+    assert f"no Ray cluster at '{address}'" in error
+    assert error.count("\n") == 1

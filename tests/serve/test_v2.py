@@ -1,0 +1,355 @@
+"""The Open Inference Protocol, asked by NVIDIA's client over real HTTP and by hand."""
+
+import base64
+import json
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from starlette.testclient import TestClient
+from tritonclient.utils import InferenceServerException
+
+from serve.app import make_app
+from serve.limits import Limits
+from serve.v2 import model_name
+
+NAME = "DiracNet-10-0.25"
+INFER = f"/v2/models/{NAME}/infer"
+LENGTH = "Inference-Header-Content-Length"
+
+
+@pytest.fixture
+def triton_client(live, runtime):
+    """NVIDIA's client of a real server."""
+    with (
+        live(make_app(runtime, Limits(max_images=40))) as url,
+        triton.InferenceServerClient(url.removeprefix("http://")) as client,
+    ):
+        yield client
+
+
+def images_of(array, datatype="UINT8", *, binary=True, name="images"):
+    tensor = triton.InferInput(name, list(array.shape), datatype)
+    tensor.set_data_from_numpy(array, binary_data=binary)
+    return [tensor]
+
+
+def in_json(pixels, **members):
+    tensor = {"name": "images", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}
+    return {"inputs": [{**tensor, **members}]}
+
+
+def assert_protocol_problem(response, status, name, detail=""):
+    problem = response.json()
+    assert response.headers["content-type"] == "application/problem+json"
+    assert (response.status_code, problem["status"]) == (status, status), problem
+    assert problem["type"] == f"urn:diracnet:problem:{name}"
+    assert problem["error"] == problem["detail"]
+    assert detail in problem["error"]
+
+
+def test_nvidias_client_reads_health_and_metadata(triton_client):
+    assert triton_client.is_server_live()
+    assert triton_client.is_server_ready()
+    assert triton_client.is_model_ready(NAME)
+    assert triton_client.is_model_ready(NAME, "1")
+    assert not triton_client.is_model_ready("other")
+    assert not triton_client.is_model_ready(NAME, "2")
+    server = triton_client.get_server_metadata()
+    assert set(server) == {"name", "version", "extensions"}
+    assert server["extensions"] == ["binary_tensor_data", "classification"]
+    expected = {
+        "name": NAME,
+        "versions": ["1"],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, 8, 8, 3]}],
+        "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 10]}],
+    }
+    assert triton_client.get_model_metadata(NAME) == expected
+    assert triton_client.get_model_metadata(NAME, "1") == expected
+
+
+@pytest.mark.parametrize("sends_bytes", [True, False])
+@pytest.mark.parametrize("takes_bytes", [True, False, None])
+def test_nvidias_client_gets_the_models_logits(triton_client, runtime, pixels, sends_bytes, takes_bytes):
+    outputs = None if takes_bytes is None else [triton.InferRequestedOutput("logits", binary_data=takes_bytes)]
+    for num_images in (1, 5):
+        images = pixels[:num_images]
+        result = triton_client.infer(
+            NAME, images_of(images, binary=sends_bytes), outputs=outputs, request_id="a b", model_version="1"
+        )
+        answer = result.get_response()
+        assert (answer["id"], answer["model_name"], answer["model_version"]) == ("a b", NAME, "1")
+        logits = result.as_numpy("logits")
+        assert (logits.dtype, logits.shape) == (np.float32, (num_images, 10))
+        np.testing.assert_allclose(logits, runtime(images), rtol=1e-5, atol=1e-5)
+
+
+def test_more_images_than_a_batch_keep_their_order(triton_client, runtime, images):
+    many = images(40)
+    logits = triton_client.infer(NAME, images_of(many)).as_numpy("logits")
+    np.testing.assert_allclose(logits, runtime(many), rtol=1e-4, atol=1e-4)
+
+
+def test_files_are_decoded_as_predict_does(triton_client, runtime, pixels, encode):
+    files = np.array([encode(image) for image in pixels[:3]], dtype=np.object_)
+    logits = triton_client.infer(NAME, images_of(files, "BYTES")).as_numpy("logits")
+    np.testing.assert_allclose(logits, runtime(pixels[:3]), rtol=1e-5, atol=1e-5)
+    texts = np.array([base64.b64encode(file) for file in files], dtype=np.object_)
+    by_json = triton_client.infer(NAME, images_of(texts, "BYTES", binary=False)).as_numpy("logits")
+    np.testing.assert_array_equal(by_json, logits)
+
+
+@pytest.mark.parametrize("takes_bytes", [True, False])
+@pytest.mark.parametrize(("asked", "given"), [(1, 1), (3, 3), (99, 10)])
+def test_classification_gives_score_index_and_label(triton_client, runtime, pixels, takes_bytes, asked, given):
+    outputs = [triton.InferRequestedOutput("logits", binary_data=takes_bytes, class_count=asked)]
+    result = triton_client.infer(NAME, images_of(pixels[:2]), outputs=outputs)
+    assert result.get_output("logits")["datatype"] == "BYTES"
+    classes = result.as_numpy("logits")
+    assert classes.shape == (2, given)
+    for row, logits in zip(classes, runtime(pixels[:2]), strict=True):
+        best = sorted(range(10), key=lambda index: -logits[index])[:given]
+        for text, index in zip(row, best, strict=True):
+            score, number, label = (text.decode() if isinstance(text, bytes) else text).split(":")
+            assert (int(number), label) == (index, f"label {index}")
+            assert float(score) == pytest.approx(logits[index], abs=1e-5)
+            assert len(score.partition(".")[2]) == 6
+
+
+@pytest.mark.parametrize(
+    ("array", "datatype", "name", "message"),
+    [
+        (
+            np.zeros((1, 9, 8, 3), np.uint8),
+            "UINT8",
+            "images",
+            r"of shape \[N, 8, 8, 3\], got \[1, 9, 8, 3",
+        ),
+        (np.zeros((8, 8, 3), np.uint8), "UINT8", "images", r"must be \[N, H, W, C\], got \[8, 8, 3\]"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "UINT8", "images", r"must be \[N, H, W, C\], got \[0"),
+        (np.zeros((41, 8, 8, 3), np.uint8), "UINT8", "images", "40 images at most, got 41"),
+        (np.full((1, 8, 8, 3), np.nan, np.float32), "FP32", "images", "must be UINT8 pixels or BYTES of .*'FP32'"),
+        (np.zeros((1, 8, 8, 3), bool), "BOOL", "images", "got 'BOOL'"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "UINT8", "input", "inputs must be one tensor named 'images', got 'input'"),
+        (np.array([b"no image"], np.object_), "BYTES", "images", "image 0: not a readable PNG"),
+        (np.array([[b"no image"]], np.object_), "BYTES", "images", r"must be \[N\], got \[1, 1\]"),
+    ],
+)
+def test_nvidias_client_learns_what_was_wrong(triton_client, array, datatype, name, message):
+    with pytest.raises(InferenceServerException, match=message):
+        triton_client.infer(NAME, images_of(array, datatype, name=name))
+
+
+def test_nvidias_client_learns_of_wrong_names(triton_client, pixels):
+    with pytest.raises(InferenceServerException, match=f"the model here is '{NAME}', version '1'; got 'other'"):
+        triton_client.infer("other", images_of(pixels))
+    with pytest.raises(InferenceServerException, match="outputs must be one tensor named 'logits', got 'other'"):
+        triton_client.infer(NAME, images_of(pixels), outputs=[triton.InferRequestedOutput("other")])
+    with pytest.raises(InferenceServerException, match="without Content-Encoding 'gzip'"):
+        triton_client.infer(NAME, images_of(pixels), request_compression_algorithm="gzip")
+
+
+def test_data_may_be_nested_as_the_shape(client, pixels):
+    flat = client.post(INFER, json=in_json(pixels[:2])).json()
+    nested = client.post(INFER, json=in_json(pixels[:2], data=pixels[:2].tolist())).json()
+    assert nested == flat
+    assert flat["outputs"][0]["shape"] == [2, 10]
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        ({"data": [256] * 192}, "must be from 0 to 255, got 256"),
+        ({"data": [-1] * 192}, "must be from 0 to 255, got -1"),
+        ({"data": [2**63] * 192}, "must be from 0 to 255"),
+        ({"data": [0.5] * 192}, "must be whole numbers, got 0.5"),
+        ({"data": [10**40] * 192}, "must be whole numbers, got 1e+40"),
+        ({"data": [0] * 191 + [True]}, "must be whole numbers, got true"),
+        ({"data": ["0"] * 192}, "must be whole numbers, got '0'"),
+        ({"data": [None] * 192}, "must be whole numbers, got null"),
+        ({"data": [0] * 191 + [[0]]}, "must be whole numbers, got a list"),
+        ({"data": [{}] * 192}, "must be whole numbers, got an object"),
+        ({"data": [0] * 191}, "need 192 elements, got 191"),
+        ({"data": []}, "need 192 elements, got 0"),
+        ({"data": None}, "need 192 elements, got 0"),
+        ({"data": "0" * 192}, "data of images must be a list, got '000"),
+        ({"data": {"0": 0}}, "data of images must be a list, got an object"),
+        ({"data": [[0] * 192]}, "neither flat nor nested as its shape"),
+        ({"data": [[[[0] * 3] * 8] * 7 + [0]]}, "neither flat nor nested as its shape"),
+        ({"data": [[[[0] * 3] * 8] * 8] * 2}, "neither flat nor nested as its shape"),
+        ({"data": [[[[[0]] * 3] * 8] * 8]}, "must be whole numbers, got a list"),
+        ({"shape": [-1, 8, 8, 3]}, "must be [N, H, W, C], got [-1, 8, 8, 3]"),
+        ({"shape": [True, 8, 8, 3]}, "must be [N, H, W, C], got [true, 8, 8, 3]"),
+        ({"shape": [1.0, 8, 8, 3]}, "must be [N, H, W, C], got [1.0, 8, 8, 3]"),
+        ({"shape": [1, "8", 8, 3]}, "must be [N, H, W, C], got [1, '8', 8, 3]"),
+        ({"shape": [1, 2**62, 2**62, 3]}, "elements, got 192"),
+        ({"shape": [1] * 5000}, "must be [N, H, W, C], got [1, 1"),
+        ({"shape": []}, "must be [N, H, W, C], got []"),
+        ({"shape": 1}, "shape of images must be a list, got 1"),
+        ({"shape": None}, "must be [N, H, W, C], got []"),
+        ({"datatype": None}, "got null"),
+        ({"datatype": 8}, "datatype of images must be a string, got 8"),
+        ({"datatype": "x" * 5000}, "got 'xxx"),
+        ({"name": None}, "must be one tensor named 'images', got null"),
+        ({"name": ["images"]}, "must be one tensor named 'images', got a list"),
+        ({"parameters": []}, "parameters of images must be an object, got a list"),
+        ({"parameters": {"binary_data_size": 192}}, "binary_data_size of images is 192, and 0 bytes follow"),
+        ({"parameters": {"binary_data_size": 0}}, "data in the header and binary_data_size"),
+        ({"parameters": {"binary_data_size": True}}, "binary_data_size of images must be a whole number, got true"),
+        ({"datatype": "BYTES", "shape": [1]}, "base64 text in JSON"),
+        ({"datatype": "BYTES", "shape": [1], "data": ["?"]}, "base64 text in JSON"),
+        ({"datatype": "BYTES", "shape": [2], "data": ["AAAA"]}, "need 2 elements, got 1"),
+    ],
+)
+def test_hostile_tensors_are_problems(client, pixels, change, detail):
+    assert_protocol_problem(client.post(INFER, json=in_json(pixels[:1], **change)), 400, "bad-request", detail)
+
+
+@pytest.mark.parametrize(
+    ("change", "detail"),
+    [
+        ({"inputs": None}, "inputs must be one tensor named 'images', got none"),
+        ({"inputs": {}}, "inputs of the request must be a list, got an object"),
+        ({"inputs": [1, [], "x"]}, "must be one tensor named 'images', got 1, a list, 'x'"),
+        ({"id": 7}, "id of the request must be a string, got 7"),
+        ({"parameters": "x"}, "parameters of the request must be an object"),
+        ({"parameters": {"binary_data_output": 1}}, "binary_data_output of the request must be true or false, got 1"),
+        ({"outputs": [{"name": "logits"}] * 2}, "outputs must be one tensor named 'logits', got 'logits', 'logits'"),
+        ({"outputs": [{"name": "logits", "parameters": {"binary_data": "yes"}}]}, "must be true or false, got 'yes'"),
+        ({"outputs": [{"name": "logits", "parameters": {"classification": 0}}]}, "must be 1 or more, got 0"),
+        ({"outputs": [{"name": "logits", "parameters": {"classification": True}}]}, "a whole number, got true"),
+    ],
+)
+def test_hostile_requests_are_problems(client, pixels, change, detail):
+    response = client.post(INFER, json={**in_json(pixels[:1]), **change})
+    assert_protocol_problem(response, 400, "bad-request", detail)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff" * 50,
+        b"[" * 19_000,
+        b'{"inputs": ' * 1000,
+        b'{"id": "\xed\xa0\x80"}',
+        b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": [NaN]}]}',
+        b'{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": '
+        + b"[" * 900
+        + b"]" * 900
+        + b"}]}",
+    ],
+)
+def test_what_is_no_request_is_a_problem(client, body):
+    assert_protocol_problem(client.post(INFER, content=body), 400, "bad-request")
+
+
+def binary_request(content, *, datatype="UINT8", shape=(1, 8, 8, 3), size=None):
+    size = len(content) if size is None else size
+    tensor = {"name": "images", "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": size}}
+    header = json.dumps({"inputs": [tensor]}).encode()
+    return header + content, len(header)
+
+
+@pytest.mark.parametrize(
+    ("header_bytes", "detail"),
+    [
+        ("0", "is 0, and the body has"),
+        ("99999", "is 99999, and the body has"),
+        ("9" * 5000, "must be a whole number"),
+        ("-1", "must be a whole number, got '-1'"),
+        ("1.5", "must be a whole number"),
+        ("", "must be a whole number, got ''"),
+        ("²", "must be a whole number"),
+        ("20", "the inference header is no JSON"),
+    ],
+)
+def test_hostile_header_lengths_are_problems(client, header_bytes, detail):
+    body, _ = binary_request(bytes(192))
+    response = client.post(INFER, content=body, headers={LENGTH: header_bytes.encode("latin-1")})
+    assert_protocol_problem(response, 400, "bad-request", detail)
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "detail"),
+    [
+        (bytes(191), {}, "need 192 elements, got 191"),
+        (bytes(192), {"size": 191}, "binary_data_size of images is 191, and 192 bytes follow"),
+        (bytes(192), {"size": -1}, "binary_data_size of images is -1"),
+        (bytes(192), {"size": 10**15}, "and 192 bytes follow"),
+        (b"\x05\0\0\0hell", {"datatype": "BYTES", "shape": [1]}, "ends at byte 9 of 8"),
+        (b"\xff\xff\xff\xff", {"datatype": "BYTES", "shape": [1]}, "ends at byte 4294967299 of 4"),
+        (b"\0\0", {"datatype": "BYTES", "shape": [1]}, "of type BYTES ends at byte 4 of 2"),
+        (bytes(4 * 4000), {"datatype": "BYTES", "shape": [3]}, "need 3 elements, got 4,000"),
+        (b"", {"datatype": "BYTES", "shape": [3]}, "need 3 elements, got 0"),
+    ],
+)
+def test_wrong_byte_counts_are_problems(client, content, fields, detail):
+    body, header_bytes = binary_request(content, **fields)
+    response = client.post(INFER, content=body, headers={LENGTH: str(header_bytes)})
+    assert_protocol_problem(response, 400, "bad-request", detail)
+
+
+def test_bytes_without_a_size_are_a_problem(client, pixels):
+    header = json.dumps(in_json(pixels[:1])).encode()
+    response = client.post(INFER, content=header + b"12345", headers={LENGTH: str(len(header))})
+    assert_protocol_problem(response, 400, "bad-request", "have no binary_data_size, and 5 bytes follow")
+
+
+def test_the_limits_are_those_of_predict(client, encode):
+    assert_protocol_problem(client.post(INFER, content=b"x" * 20_001), 413, "too-large")
+    body, header_bytes = binary_request(bytes(768), shape=(4, 8, 8, 3))
+    response = client.post(INFER, content=body, headers={LENGTH: str(header_bytes)})
+    assert_protocol_problem(response, 413, "too-many-images", "3 images at most, got 4")
+    file = base64.b64encode(encode(np.zeros((1000, 1001), np.uint8))).decode()
+    tensor = {"name": "images", "datatype": "BYTES", "shape": [1], "data": [file]}
+    assert_protocol_problem(client.post(INFER, json={"inputs": [tensor]}), 413, "too-many-pixels", "1001x1000")
+
+
+def test_every_refusal_under_v2_has_the_protocols_member(client):
+    assert_protocol_problem(client.get("/v2/nothing"), 404, "not-found")
+    assert_protocol_problem(client.get(INFER), 405, "method-not-allowed", "takes POST, got GET")
+    assert_protocol_problem(client.get(f"/v2/models/{NAME}/versions/2"), 404, "not-found", "got 'DiracNet")
+    assert "error" not in client.get("/v3").json()
+
+
+def test_not_ready_before_the_model_has_run(runtime):
+    client = TestClient(make_app(runtime, Limits()))
+    assert client.get("/v2/health/live").json() == {"live": True}
+    for path in ("/v2/health/ready", f"/v2/models/{NAME}/ready", f"/v2/models/{NAME}/versions/1/ready"):
+        assert_protocol_problem(client.get(path), 503, "not-ready")
+    with client:
+        assert client.get("/v2/health/ready").json() == {"ready": True}
+
+
+def test_a_broken_model_is_a_problem_of_its_own(runtime, pixels):
+    def overflow(images):
+        return np.full((len(images), 10), np.inf, np.float32)
+
+    def fail(images):
+        if images.any():  # the black image warms up
+            raise RuntimeError("secret")
+        return np.zeros((len(images), 10), np.float32)
+
+    for broken, name in ((overflow, "not-a-number"), (fail, "internal")):
+        broken.model, broken.description, broken.platform = runtime.model, "broken", "none"
+        with TestClient(make_app(broken, Limits()), raise_server_exceptions=False) as client:
+            response = client.post(INFER, json=in_json(pixels[:1]))
+        assert_protocol_problem(response, 500, name)
+        assert "secret" not in response.text
+
+
+def test_an_answer_says_where_the_time_went(client, pixels):
+    response = client.post(INFER, json=in_json(pixels[:1]), headers={"X-Request-Id": "mine"})
+    assert response.headers["x-request-id"] == "mine"
+    assert "model;dur=" in response.headers["server-timing"]
+
+
+def test_a_name_for_an_address_has_no_spaces(runtime):
+    model = runtime.model.__class__("My net (v2)/é", "", runtime.model.spec, {})
+    assert model_name(model) == "My-net--v2---"
