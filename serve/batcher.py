@@ -15,7 +15,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from queue import Empty, SimpleQueue
@@ -53,28 +53,27 @@ class Served:
         return {"name": self.model.name, "digest": self.model.digest}
 
 
+@dataclass(slots=True, eq=False)
 class Job:
     """One request on its way. `served` computes all of it, whatever is swapped in meanwhile.
 
     `contents` are files to decode, or pixels uint8 [N, H, W, C] as the model takes them.
     """
 
-    __slots__ = ("accepted", "contents", "decode_s", "future", "model_s", "num_undecoded", "pixels", "queue_s")
-    __slots__ += ("logits", "outcome", "served", "timer", "top_k", "watch")
-
-    def __init__(
-        self, contents: list[bytes] | np.ndarray, served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
-    ) -> None:
-        self.contents, self.served, self.top_k, self.future = contents, served, top_k, future
-        is_decoded = isinstance(contents, np.ndarray)
-        self.num_undecoded = 0 if is_decoded else len(contents)
-        self.pixels: list[np.ndarray | Refusal | None] = list(contents) if is_decoded else [None] * len(contents)
-        self.logits: np.ndarray  # [N, K], once the outcome is there
-        self.outcome: list[Result] | Exception = []
-        self.accepted = monotonic()
-        self.decode_s = self.queue_s = self.model_s = 0.0
-        self.timer: asyncio.TimerHandle
-        self.watch: asyncio.Future[Message] | None = None
+    contents: list[bytes] | np.ndarray
+    served: Served
+    top_k: int
+    future: "asyncio.Future[list[Result]]"
+    accepted: float
+    pixels: list[np.ndarray | Refusal | None]
+    num_undecoded: int
+    outcome: list[Result] | Exception = field(default_factory=list)
+    logits: np.ndarray = field(init=False)  # [N, K], once the outcome is there
+    decode_s: float = 0.0
+    queue_s: float = 0.0
+    model_s: float = 0.0
+    timer: asyncio.TimerHandle | None = None
+    watch: "asyncio.Future[Message] | None" = None
 
 
 class Batcher:
@@ -119,23 +118,25 @@ class Batcher:
         """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client is gone."""
         if not self._is_open:
             raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
-        if self.num_held + len(contents) > self._limits.max_queue:
+        num_images = len(contents)
+        if self.num_held + num_images > self._limits.max_queue:
             raise self._overloaded()
-        job = Job(contents, self.served, top_k, self._loop.create_future())
-        self.num_held += len(contents)
+        future = self._loop.create_future()
+        job = _make_job(contents, self.served, top_k, future)
+        self.num_held += num_images
         job.timer = self._loop.call_later(_PATIENCE_S, self._watch, job, deadline, receive)
         try:
             self._enqueue(job)
-            await job.future
+            await future
         except asyncio.CancelledError:
             if job.watch and job.watch.done():
                 raise ClientDisconnect from None
             raise
         finally:
-            job.timer.cancel()
-            if job.watch:
-                job.watch.cancel()
-            self.num_held -= len(contents)
+            for pending in (job.timer, job.watch):
+                if pending:
+                    pending.cancel()
+            self.num_held -= num_images
         return job
 
     def _watch(self, job: Job, deadline: float, receive: Receive) -> None:
@@ -244,6 +245,15 @@ class Batcher:
                 thread.join(max(0.0, until - monotonic()))
 
 
+def _make_job(
+    contents: list[bytes] | np.ndarray, served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
+) -> Job:
+    if isinstance(contents, np.ndarray):
+        return Job(contents, served, top_k, future, monotonic(), pixels=list(contents), num_undecoded=0)
+    num_images = len(contents)
+    return Job(contents, served, top_k, future, monotonic(), [None] * num_images, num_images)
+
+
 def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
     if not future.done():
         future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
@@ -251,7 +261,7 @@ def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
 
 def _share(jobs: list[Job], model: Model, logits: np.ndarray, top_k: list[int]) -> None:
     """Give each job its rows; rows that are no numbers are the problem of their own job only."""
-    is_finite = np.isfinite(logits).all(axis=1)
+    is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
     results = results_of(np.where(is_finite[:, None], logits, 0), model.spec.labels, top_k)
     start = 0
     for job in jobs:

@@ -31,8 +31,19 @@ _numbers = itertools.count(1)
 class Visit:
     """One request and what became of it. Times in seconds; those of the job are 0 where there was none."""
 
-    __slots__ = ("decode_s", "id", "method", "model_s", "num_images", "path", "queue_s", "start", "status", "total_s")
-    __slots__ += ("traceparent",)
+    __slots__ = (
+        "decode_s",
+        "id",
+        "method",
+        "model_s",
+        "num_images",
+        "path",
+        "queue_s",
+        "start",
+        "status",
+        "total_s",
+        "traceparent",
+    )
 
     def __init__(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         self.start = monotonic()

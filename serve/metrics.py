@@ -53,5 +53,6 @@ class Metrics:
     def render(self) -> bytes:
         """All values now."""
         served = self._batcher.served
-        self._served.info({**served.name, "runtime": served.runtimes[0].description})
+        model, runtime = served.model, served.runtimes[0].description
+        self._served.info({"name": model.name, "digest": model.digest, "runtime": runtime})
         return generate_latest(self._registry)

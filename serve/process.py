@@ -1,5 +1,6 @@
 """One process that serves, or several that share one socket under a supervisor."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -27,6 +28,7 @@ from train.refusal import Refusal
 if TYPE_CHECKING:
     from serve.run import ServeConfig
 
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _START_S = 120.0  # for a worker to load its model
 
 
@@ -141,8 +143,9 @@ class _Supervisor(Multiprocess):
 
 def _make_worker(config: "ServeConfig") -> FastAPI:
     logs.configure(config.log_level)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the supervisor ends the workers
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is about to be read anyway
+    if sys.platform == "linux":  # a supervisor that is killed leaves no worker behind that holds the port
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         return _make_app(config, load(config))
     except Refusal as refusal:

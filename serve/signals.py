@@ -26,14 +26,14 @@ def heed_signals(*, before_stop: Callable[[], None], reload: Callable[[], Awaita
         if callable(previous):
             previous(number, frame)
 
-    def start_reload() -> None:
+    def start_reload(reload: Callable[[], Awaitable[Any]]) -> None:
         task = loop.create_task(_reload(reload))
         running.add(task)  # the loop itself would let it be collected
         task.add_done_callback(running.discard)
 
     signal.signal(signal.SIGTERM, stop)
     if reload:
-        loop.add_signal_handler(signal.SIGHUP, start_reload)
+        loop.add_signal_handler(signal.SIGHUP, start_reload, reload)
     try:
         yield
     finally:

@@ -38,6 +38,7 @@ def test_a_stage_imports_no_later_stage():
     "module",
     [
         "serve.app",
+        "serve.process",
         "export.runtimes.load",
         "export.runtimes.onnx_session",
         "export.runtimes.tensorrt_engine",

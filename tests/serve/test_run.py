@@ -129,7 +129,7 @@ def test_sighup_reads_the_file_again_and_keeps_the_old_model_if_it_is_bad(
 
 
 @pytest.mark.slow
-def test_workers_share_a_port_are_replaced_and_reload_together(start, artefact, other_artefact, pixels, encode):
+def test_workers_share_a_port_are_replaced_and_reload(start, artefact, other_artefact, pixels, encode):
     server, file = start(artefact, "--workers", 2), encode(pixels[0])
     assert server.greeting == "2 workers\n"
     for worker in workers_of(server):
@@ -138,8 +138,19 @@ def test_workers_share_a_port_are_replaced_and_reload_together(start, artefact, 
         wait_for(server, " died")
     assert ask(server, file).status_code == 200  # by one that took the place of a killed one
     artefact.write_bytes(other_artefact.read_bytes())
+    wait_for(server, "POST /predict")  # so one worker at least heeds signals
+    server.send_signal(signal.SIGHUP)
+    wait_for(server, "now serving DiracNet-10-0.25")
     server.send_signal(signal.SIGTERM)
     assert server.wait(60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent ended")
+def test_workers_end_with_their_supervisor(start, artefact):
+    server = start(artefact, "--workers", 2)
+    server.kill()
+    server.communicate(timeout=60)  # its pipes close when the last of its workers has ended
 
 
 @pytest.mark.slow
