@@ -68,7 +68,7 @@ class Job:
     pixels: list[np.ndarray | Refusal | None]
     num_undecoded: int
     outcome: list[Result] | Exception = field(default_factory=list)
-    logits: np.ndarray | None = None  # [N, K], once the outcome is there
+    logits: np.ndarray = field(init=False)  # [N, K], once the outcome is there
     decode_s: float = 0.0
     queue_s: float = 0.0
     model_s: float = 0.0
@@ -122,9 +122,7 @@ class Batcher:
         if self.num_held + num_images > self._limits.max_queue:
             raise self._overloaded()
         future = self._loop.create_future()
-        job = Job(contents, self.served, top_k, future, monotonic(), [None] * num_images, num_images)
-        if isinstance(contents, np.ndarray):
-            job.pixels, job.num_undecoded = list(contents), 0
+        job = _make_job(contents, self.served, top_k, future)
         self.num_held += num_images
         job.timer = self._loop.call_later(_PATIENCE_S, self._watch, job, deadline, receive)
         try:
@@ -245,6 +243,15 @@ class Batcher:
                 queue.put(None)
             for thread in threads:
                 thread.join(max(0.0, until - monotonic()))
+
+
+def _make_job(
+    contents: list[bytes] | np.ndarray, served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
+) -> Job:
+    if isinstance(contents, np.ndarray):
+        return Job(contents, served, top_k, future, monotonic(), pixels=list(contents), num_undecoded=0)
+    num_images = len(contents)
+    return Job(contents, served, top_k, future, monotonic(), [None] * num_images, num_images)
 
 
 def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:

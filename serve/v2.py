@@ -153,7 +153,6 @@ async def _read(request: Request, body: bytes, limits: Limits) -> Inference:
 def _answer(inference: Inference, job: Job) -> Response:
     model = job.served.model
     named = {"model_name": model_name(model), "model_version": VERSION}
-    assert job.logits is not None
     header, binary = write_answer(inference, job.logits, named, model.spec.labels)
     if binary is None:
         return Response(header, media_type="application/json")

@@ -263,6 +263,7 @@ def test_a_parity_report_that_does_not_fit_is_refused_or_left_out(write_onnx, ca
 def test_a_version_compatible_engine_is_taken_by_later_libraries_alone(built, monkeypatch):
     trt = tensorrt_engine.import_library("tensorrt_rtx")
     monkeypatch.setattr(gpu, "num_devices", lambda: 1)
+    monkeypatch.setattr(gpu, "use", lambda device: None)
     monkeypatch.setattr(gpu, "compute_capability", lambda: "8.9")
     allowed = []
     monkeypatch.setattr(
@@ -375,6 +376,7 @@ def test_an_engine_needs_a_gpu_that_it_was_built_for(built, monkeypatch):
     with pytest.raises(Refusal, match=r"needs an NVIDIA GPU and its driver, and none is found here; serve the \.onnx"):
         load_runtime(built)
     monkeypatch.setattr(gpu, "num_devices", lambda: 1)
+    monkeypatch.setattr(gpu, "use", lambda device: None)
     monkeypatch.setattr(gpu, "compute_capability", lambda: "5.2")
     with pytest.raises(Refusal, match=r"compute_capabilities are .*8\.6.*, this GPU's is 5\.2"):
         load_runtime(built)
