@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from export.compare import TOLERANCES, Answer
+from train.files import read_whole
 from train.refusal import Refusal
 from train.spec import Spec
 
@@ -110,13 +111,17 @@ def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: di
 
 def _open_onnx(path: Path, provider: Provider | None) -> Form:
     import onnx
+    from google.protobuf.message import DecodeError
 
     from export.engine import precision
     from export.runtimes.onnx_session import OnnxSession, loadable_providers
 
     if provider and PROVIDERS[provider] not in loadable_providers():
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime's {PROVIDERS[provider]} does not load here")
-    kind = precision(onnx.load(path))
+    try:
+        kind = precision(onnx.load_model_from_string(read_whole(path)))
+    except DecodeError as error:
+        raise Refusal(f"{path} is no valid ONNX file: {error}; export it again") from error
     # The optimiser moves fp8 pairs over nodes that then answer wrongly (export/quantize.py).
     session = OnnxSession(path, providers=(PROVIDERS[provider],) if provider else None, optimize=kind != "fp8")
     if provider and session.provider != PROVIDERS[provider]:

@@ -157,3 +157,13 @@ def test_a_second_export_writes_the_same_bytes(road):
 def test_what_is_no_plain_net_is_not_exported(road, capsys):
     assert run_command(to_onnx_command.command, to_onnx_command.ToOnnxConfig, argv=[str(road / "checkpoint.pt")]) == 2
     assert "is no safetensors file" in capsys.readouterr().err
+
+
+def test_a_damaged_and_a_missing_onnx_are_refused_in_one_line(road, tmp_path, capsys):
+    damaged = tmp_path / "cut.onnx"
+    damaged.write_bytes((road / "plain.onnx").read_bytes()[:5000])
+    for path, message in ((damaged, "is no valid ONNX file"), (tmp_path / "missing.onnx", "No such file")):
+        assert run(path, "--against", road / "plain.safetensors") == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
