@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fold.passes import split_ncrelu
-from fold.plain import named_layers
+from fold.plain import convolution_like, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
 from train.refusal import Refusal
 
@@ -90,13 +90,16 @@ def _rewrite_pairs(layers: list[tuple[str, nn.Module]], lowering: str) -> Iterab
         match lowering:
             case "shared":
                 yield name, SharedReLU()
-                yield conv_name, _like(conv, torch.cat([w1 - w2, w2], dim=1), conv.bias)
+                yield conv_name, convolution_like(conv, torch.cat([w1 - w2, w2], dim=1), conv.bias)
             case "shared-split":
-                body = _sequence(relu=nn.ReLU(), conv=_like(conv, w1 - w2, conv.bias))
-                yield conv_name, Residual(body, _sequence(conv=_like(conv, w2)))
+                body = _sequence(relu=nn.ReLU(), conv=convolution_like(conv, w1 - w2, conv.bias))
+                yield conv_name, Residual(body, _sequence(conv=convolution_like(conv, w2, None)))
             case "split":
-                body = _sequence(relu=nn.ReLU(), conv=_like(conv, w1, conv.bias))
-                yield conv_name, Residual(body, _sequence(negate=Negate(), relu=nn.ReLU(), conv=_like(conv, -w2)))
+                body = _sequence(relu=nn.ReLU(), conv=convolution_like(conv, w1, conv.bias))
+                yield (
+                    conv_name,
+                    Residual(body, _sequence(negate=Negate(), relu=nn.ReLU(), conv=convolution_like(conv, -w2, None))),
+                )
 
 
 def _mirror(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
@@ -108,13 +111,13 @@ def _mirror(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
             before, last = lowered[-1]
             if isinstance(last, nn.Conv2d):
                 both = (torch.cat([part, -part]) for part in (last.weight, last.bias))
-                lowered[-1] = (before, _like(last, *both))
+                lowered[-1] = (before, convolution_like(last, *both))
             else:
                 lowered.append((f"{name}.mirror", Mirror()))
             lowered.append((name if isinstance(last, nn.Conv2d) else f"{name}.relu", nn.ReLU()))
         elif after_ncrelu:
             w1, w2 = split_ncrelu(layer.weight)
-            lowered.append((name, _like(layer, torch.cat([w1, -w2], dim=1), layer.bias)))
+            lowered.append((name, convolution_like(layer, torch.cat([w1, -w2], dim=1), layer.bias)))
         else:
             lowered.append((name, layer))
         after_ncrelu = isinstance(layer, NCReLU)
@@ -141,11 +144,11 @@ def _skip(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
                 weight = layer.weight if units is None else layer.weight * units.view(-1, 1, 1)
                 rescaled = _without_delta(layer, weight)
                 if rescaled is None:
-                    lowered.append((name, _like(layer, weight, layer.bias)))
+                    lowered.append((name, convolution_like(layer, weight, layer.bias)))
                     units = None
                     continue
                 weight, units = rescaled
-                lowered += _beside_delta(lowered, name, _like(layer, weight, layer.bias / units))
+                lowered += _beside_delta(lowered, name, convolution_like(layer, weight, layer.bias / units))
             case nn.Linear():
                 lowered.append((name, layer))
                 if units is not None:
@@ -185,25 +188,6 @@ def _beside_delta(lowered: list[tuple[str, nn.Module]], name: str, conv: nn.Conv
         return [(name, Residual(_sequence(ncrelu=ncrelu, conv=conv), nn.Sequential()))]
     shortcut = nn.Sequential() if num_in == num_out else _sequence(repeat=Repeat())
     return [(name, Residual(_sequence(conv=conv), shortcut))]
-
-
-def _like(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
-    """A convolution that strides and pads like `conv`."""
-    plain = nn.Conv2d(
-        weight.shape[1] * conv.groups,
-        weight.shape[0],
-        conv.kernel_size,
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        groups=conv.groups,
-        bias=bias is not None,
-        device="meta",
-    )
-    plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return plain
 
 
 def _sequence(**layers: nn.Module) -> nn.Sequential:

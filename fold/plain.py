@@ -58,6 +58,23 @@ def named_layers(net: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn
             yield f"{prefix}{name}", layer
 
 
+def convolution_like(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """An ordinary convolution of weights [N_o, N_i, ...] that strides and pads like `layer`, a Dirac one or not."""
+    plain = PLAIN_CONVOLUTION.get(type(layer), type(layer))(
+        weight.shape[1] * layer.groups,
+        weight.shape[0],
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        bias=bias is not None,
+        padding_mode=layer.padding_mode,
+        device="meta",
+    )
+    return _with_weights(plain, weight, bias)
+
+
 def skeleton(spec: Spec) -> nn.Sequential:
     """The plain net of `spec` without weights, on the meta device."""
     with torch.device("meta"):
@@ -162,19 +179,7 @@ def _plain_convolution(layer: nn.Module, *, dead_half: bool) -> nn.Module:
     if dead_half:
         weight, _ = split_ncrelu(weight)
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
-    kind = PLAIN_CONVOLUTION.get(type(layer), type(layer))
-    plain = kind(
-        weight.shape[1] * layer.groups,
-        weight.shape[0],
-        layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        groups=layer.groups,
-        padding_mode=layer.padding_mode,
-        device="meta",
-    )
-    return _with_weights(plain, weight, bias)
+    return convolution_like(layer, weight, bias)
 
 
 def _identity_beside(layer: nn.Module) -> nn.Module:
@@ -195,7 +200,8 @@ def _with_batch_norm(plain: nn.Module, layer: nn.Module) -> nn.Module:
     return _with_weights(plain, weight, bias)
 
 
-def _with_weights(plain: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
-    plain.weight = nn.Parameter(weight, requires_grad=False)
-    plain.bias = nn.Parameter(bias, requires_grad=False)
+def _with_weights(plain: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return plain
