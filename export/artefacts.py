@@ -157,8 +157,8 @@ def _open_mnn(path: Path) -> Form:
 def _onnx_layers(path: Path, spec: Spec, images: np.ndarray, provider: str, *, optimize: bool) -> dict[str, np.ndarray]:
     """The tensors named like layers, made outputs of the graph: a runtime no longer fuses across them."""
     import onnx
-    import onnxruntime as ort
 
+    from export.runtimes.offline import ort
     from fold.plain import skeleton
     from fold.proof import weighted_layers
 
