@@ -134,8 +134,9 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Mad
     """The candidate that loses least on training images; the record says what it costs on the test images."""
     from dataclasses import asdict
 
+    from export.compare import ALLOWED_DROP
     from export.graph import to_onnx
-    from export.quantize import ALLOWED_DROP, TRIED, num_images_run, quantize
+    from export.quantize import TRIED, num_images_run, quantize
     from train.progress import progress
 
     observed, chosen_by, test = _images(plain, config)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from export.runtimes.header import read_header
+from export.runtimes.header import Header, read_header
 from export.runtimes.runtime import Model
 from train.cores import num_cores
 from train.files import read_whole, sha256
@@ -41,9 +41,12 @@ class MnnModule:
         if not is_installed():
             raise Refusal("MNN is not installed here: pip install '.[mnn]', or use --runtime onnxruntime")
         content = read_whole(path)
-        spec, provenance = _identity(path, content)
+        header = read_header(path, content)
+        if reason := why_not(header):
+            raise Refusal(f"{path} {reason}; use --runtime onnxruntime")
+        spec = Spec.from_json(header.metadata["spec"])
         self._forward, self._to_input = _load(path, content, num_threads or num_cores())
-        self.model = Model(name=spec.name, digest=sha256(content), spec=spec, provenance=provenance)
+        self.model = Model(name=spec.name, digest=sha256(content), spec=spec, provenance=_provenance(header))
         self.description = f"MNN {version()}, CPU"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -59,16 +62,18 @@ def version() -> str:
     return importlib.metadata.version("MNN")
 
 
-def _identity(path: Path, content: bytes) -> tuple[Spec, dict[str, Any]]:
-    """Spec and provenance; refuses what MNN does not run as it is meant: foreign nets, eight bits, float16."""
-    header = read_header(path, content)
+def why_not(header: Header) -> str | None:
+    """Why MNN does not run a file as it is meant, or None: foreign nets, float16 and eight bits are not for it."""
     if "spec" not in header.metadata:
-        raise Refusal(f"{path} is no model of this project; MNN runs only those: use --runtime onnxruntime")
-    provenance = json.loads(header.metadata.get("provenance", "{}"))
-    precision = provenance.get("export", {}).get("precision", "fp32")
+        return "is no model of this project"
+    precision = _provenance(header).get("export", {}).get("precision", "fp32")
     if precision != "fp32" or set(header.domains) != {""}:
-        raise Refusal(f"{path} is {precision} with operators that MNN does not run; use --runtime onnxruntime")
-    return Spec.from_json(header.metadata["spec"]), provenance
+        return f"is {precision} with operators that MNN does not run"
+    return None
+
+
+def _provenance(header: Header) -> dict[str, Any]:
+    return json.loads(header.metadata.get("provenance", "{}"))
 
 
 def _load(path: Path, content: bytes, num_threads: int) -> tuple[Any, Any]:

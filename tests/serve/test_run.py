@@ -36,8 +36,9 @@ def start():
     servers = []
 
     def start(*argv):
+        chosen = () if "--runtime" in argv else ("--runtime", "onnxruntime")
         server = subprocess.Popen(
-            command("run.py", *argv, "--port", 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command("run.py", *argv, *chosen, "--port", 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         servers.append(server)
         server.greeting = server.stdout.readline()
