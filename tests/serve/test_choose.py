@@ -87,9 +87,7 @@ def machine():
 def test_the_least_geometric_mean_serves_and_its_reason_is_said(machine, forms):
     choice = machine.choose(*forms)
     assert (choice.path, choice.runtime) == (forms[1], "onnxruntime")
-    assert choice.reason == (
-        f"plain-int8.onnx on onnxruntime is 1.9x the next of 3, kept in {record_path(forms[0])}"
-    )
+    assert choice.reason == (f"plain-int8.onnx on onnxruntime is 1.9x the next of 3, kept in {record_path(forms[0])}")
     assert machine.options == {"device": None, "num_threads": 2}
     assert machine.choose(forms[0]).runtime == "mnn"
     machine.ms["plain.onnx", "mnn"] = (8, 0.1)
