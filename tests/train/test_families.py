@@ -6,7 +6,7 @@ import reference
 import torch
 from rows import ROWS
 
-from train.families import build, count_parameters
+from train.families import REDUCTION, build, count_parameters
 from train.refusal import Refusal
 from train.spec import Family
 
@@ -38,6 +38,15 @@ def test_parameter_counts_are_those_of_the_paper_and_the_authors_code(make_spec,
 
 def test_every_family_that_can_be_asked_for_is_among_the_rows():
     assert {row.get("family", "cifar") for row in ROWS.values()} == set(get_args(Family))
+
+
+@pytest.mark.parametrize("family", get_args(Family))
+def test_the_smallest_images_that_a_family_takes_reach_its_end(make_net, make_spec, images, family):
+    fields = next(row for row in ROWS.values() if row.get("family", "cifar") == family)
+    smallest = REDUCTION[family]
+    assert make_net(**fields | {"size": smallest})(torch.from_numpy(images(2, smallest))).shape == (2, 10)
+    with pytest.raises(Refusal, match=f"at least {smallest}x{smallest} pixels"):
+        build(make_spec(**fields | {"size": smallest - 1}))
 
 
 def test_every_family_is_the_papers_in_float64(make_net, make_spec, images, row):
