@@ -20,8 +20,9 @@ class TrainConfig:
     skip_unreadable: Annotated[bool, "train without the files of a folder that cannot be read"] = False
     family: Annotated[
         Family,
-        "cifar: Table 1; pooled: the same at half the resolution; imagenet: section 3.5; imagenet-table3: "
-        "with the five-block last group behind Table 3's parameter counts; wrn: the residual reference",
+        "cifar: Table 1; pooled: the same at half the resolution; "
+        "imagenet: section 3.5; imagenet-table3: with the five-block last group behind Table 3's parameter counts; "
+        "wrn: the residual reference",
     ] = "cifar"
     classes: Annotated[int | None, "with --describe: RGB images of this many classes, in place of a data set"] = None
     depth: Annotated[int, "6N + 4 layers, Table 1; 18 or 34 for imagenet"] = 16

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from train.refusal import Refusal
 
-Family = Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"]  # train/families.py says what each is
+Family = Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"]
 Nonlinearity = Literal["ncrelu", "relu"]
 # How a convolution's weight is made: eq. 4, eq. 4 with an a and a b for every output channel (the authors'
 # second release), eq. 3, eq. 14, and W alone (the paper's baseline).
