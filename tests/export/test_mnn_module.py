@@ -14,7 +14,8 @@ from export.graph import to_onnx
 from export.runtimes.header import read_header
 from export.runtimes.load import load_runtime
 from export.runtimes.mnn_module import MnnModule
-from fold.lower import LOWERINGS, lower
+from fold.lower import lower
+from fold.lowerings import LOWERINGS
 from fold.plain import fold_net
 from train.files import sha256
 from train.refusal import Refusal
