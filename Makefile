@@ -1,4 +1,4 @@
-.PHONY: help setup demo serve stop model experiments pictures gpu-check have-gpu test test-fast lint constraints
+.PHONY: help setup demo serve stop model experiments pictures gpu-check have-gpu check test test-fast lint constraints
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -13,6 +13,8 @@ BIN := $(VENV)/bin
 # The TensorRT-RTX extra builds engines without a GPU; its wheels exist for Linux and Windows on x86-64.
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),dev$(,)rtx,dev)
 , := ,
+# Or pyright asks its registry for a newer version at every run.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -74,8 +76,11 @@ have-gpu:
 	@command -v nvidia-smi >/dev/null || { echo "error: nvidia-smi is missing: make gpu-check needs an NVIDIA GPU \
 	and its driver; python bench/gpu_check.py --device cpu measures the CPU" >&2; exit 2; }
 
-test: setup ## lint, then run all tests
+check: setup ## lint, format and types, as CI sees them; changes nothing
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+test: check ## check, then run all tests
 	@$(BIN)/python -m pytest
 
 test-fast: setup ## run the tests that take less than a second each

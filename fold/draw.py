@@ -13,6 +13,8 @@ from train.cli import run_command
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from train.layers import DiracConv2d
+
 PARTS = ("a δ", "b W_norm", "a δ + b W_norm", "folded with batch norm")
 EXAMPLES = (
     "python fold/draw.py runs/digits-16-1/checkpoint.pt     # writes fold.png beside it",
@@ -39,16 +41,16 @@ def command(config: DrawConfig) -> int:
 
     net = load_net(load_checkpoint(config.checkpoint))
     dirac = _dirac_layers(net, config)
-    plain = fold_net(net)
+    plain = dict(fold_net(net).named_parameters())
     figure = Figure(figsize=(11, 2.6 * len(dirac)), layout="constrained")
     for row, (name, layer) in zip(figure.subplots(len(dirac), len(PARTS), squeeze=False), dirac.items(), strict=True):
-        slices = [*central_slices(layer), _centre(plain.get_submodule(name).weight)]
+        slices = [*central_slices(layer), _centre(plain[f"{name}.weight"].detach())]
         for axes, title, values in zip(row, PARTS, slices, strict=True):
             shown = values[: config.channels, : config.channels].numpy()
             limit = max(abs(shown).max(), 1e-12)
             picture = axes.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set(title=title, xticks=[], yticks=[])
-            figure.colorbar(picture, ax=axes, shrink=0.8)
+            figure.colorbar(picture, ax=axes, shrink=0.8)  # pyright: ignore[reportUnknownMemberType]: open in its stubs
         num_out, num_in = slices[0].shape
         row[0].set(ylabel=f"{name}\nof {num_out} outputs", xlabel=f"of {num_in} inputs")
     out = config.out or config.checkpoint.with_name("fold.png")
@@ -56,7 +58,7 @@ def command(config: DrawConfig) -> int:
     return 0
 
 
-def central_slices(layer: "nn.Module") -> tuple["Tensor", "Tensor", "Tensor"]:
+def central_slices(layer: "DiracConv2d") -> tuple["Tensor", "Tensor", "Tensor"]:
     """a δ, b W_norm and their sum (eq. 4) at the centre of the filters, each [N_o, N_i]."""
     import torch
 
@@ -72,12 +74,14 @@ def _centre(weight: "Tensor") -> "Tensor":
     return weight[(slice(None), slice(None), *(size // 2 for size in weight.shape[2:]))]
 
 
-def _dirac_layers(net: "nn.Module", config: DrawConfig) -> "dict[str, nn.Module]":
+def _dirac_layers(net: "nn.Module", config: DrawConfig) -> "dict[str, DiracConv2d]":
     """The layers to draw by name; refuses names of none, and a net without Dirac convolutions."""
     from train.layers import DiracConv2d
     from train.refusal import Refusal
 
-    found = {name: layer for name, layer in net.named_modules() if isinstance(layer, DiracConv2d)}
+    owners = dict.fromkeys(key.rpartition(".")[0] for key in net.state_dict())  # in the order of the net
+    modules = {name: net.get_submodule(name) for name in owners}
+    found = {name: layer for name, layer in modules.items() if isinstance(layer, DiracConv2d)}
     if not found:
         raise Refusal(f"{config.checkpoint} has no Dirac convolution to draw: it was trained as plain")
     names = list(found)
