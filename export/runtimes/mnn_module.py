@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -81,7 +82,8 @@ def _load(path: Path, content: bytes, num_threads: int) -> tuple[Any, Any]:
     with _temporary_folder(path) as folder:
         converted = _convert(path, content, folder)
         with _stdout_silenced():  # both the import and the loading print
-            from MNN import expr, nn
+            expr: Any = import_module("MNN.expr")  # its names are of C code: no type checker finds them
+            nn: Any = import_module("MNN.nn")
 
             options = {"backend": 0, "numThread": num_threads, "precision": "high"}
             manager = nn.create_runtime_manager((options,))
