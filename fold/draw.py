@@ -40,7 +40,7 @@ def command(config: DrawConfig) -> int:
     net = load_net(load_checkpoint(config.checkpoint))
     dirac = _dirac_layers(net, config)
     plain = fold_net(net)
-    figure = Figure(figsize=(11, 2.6 * len(dirac)), layout="constrained")
+    figure = Figure(figsize=(12, 2.7 * len(dirac)), layout="constrained")
     for row, (name, layer) in zip(figure.subplots(len(dirac), len(PARTS), squeeze=False), dirac.items(), strict=True):
         slices = [*central_slices(layer), _centre(plain.get_submodule(name).weight)]
         for axes, title, values in zip(row, PARTS, slices, strict=True):
@@ -48,7 +48,7 @@ def command(config: DrawConfig) -> int:
             limit = max(abs(shown).max(), 1e-12)
             picture = axes.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set(title=title, xticks=[], yticks=[])
-            figure.colorbar(picture, ax=axes, shrink=0.8)
+            figure.colorbar(picture, ax=axes, format="%.2g")
         num_out, num_in = slices[0].shape
         row[0].set(ylabel=f"{name}\nof {num_out} outputs", xlabel=f"of {num_in} inputs")
     out = config.out or config.checkpoint.with_name("fold.png")
