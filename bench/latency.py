@@ -20,7 +20,7 @@ def draw_latencies(curves: Mapping[str, Sequence[tuple[float, float]]], title: s
         axes.plot(
             [_place(percentile) for percentile in percentiles], latencies_ms, marker="o", markersize=3, label=name
         )
-    axes.set_xticks([_place(percentile) for percentile in SHOWN], [f"{percentile:g} %" for percentile in SHOWN])
+    axes.set_xticks(list(map(_place, SHOWN)), [f"{percentile:g} %" for percentile in SHOWN])
     axes.set(xlabel="requests answered within", ylabel="latency, ms", yscale="log", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
