@@ -13,6 +13,8 @@ from train.cli import run_command
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from train.layers import DiracConv2d
+
 PARTS = ("a δ", "b W_norm", "a δ + b W_norm", "folded with batch norm")
 EXAMPLES = (
     "python fold/draw.py runs/digits-16-1/checkpoint.pt     # writes fold.png beside it",
@@ -42,7 +44,7 @@ def command(config: DrawConfig) -> int:
     plain = fold_net(net)
     figure = Figure(figsize=(12, 2.7 * len(dirac)), layout="constrained")
     for row, (name, layer) in zip(figure.subplots(len(dirac), len(PARTS), squeeze=False), dirac.items(), strict=True):
-        slices = [*central_slices(layer), _centre(plain.get_submodule(name).weight)]
+        slices = [*central_slices(layer), _centre(plain.get_parameter(f"{name}.weight"))]
         for axes, title, values in zip(row, PARTS, slices, strict=True):
             shown = values[: config.channels, : config.channels].numpy()
             limit = max(abs(shown).max(), 1e-12)
@@ -56,7 +58,7 @@ def command(config: DrawConfig) -> int:
     return 0
 
 
-def central_slices(layer: "nn.Module") -> tuple["Tensor", "Tensor", "Tensor"]:
+def central_slices(layer: "DiracConv2d") -> tuple["Tensor", "Tensor", "Tensor"]:
     """a δ, b W_norm and their sum (eq. 4) at the centre of the filters, each [N_o, N_i]."""
     import torch
 
@@ -72,7 +74,7 @@ def _centre(weight: "Tensor") -> "Tensor":
     return weight[(slice(None), slice(None), *(size // 2 for size in weight.shape[2:]))]
 
 
-def _dirac_layers(net: "nn.Module", config: DrawConfig) -> "dict[str, nn.Module]":
+def _dirac_layers(net: "nn.Module", config: DrawConfig) -> "dict[str, DiracConv2d]":
     """The layers to draw by name; refuses names of none, and a net without Dirac convolutions."""
     from train.layers import DiracConv2d
     from train.refusal import Refusal
