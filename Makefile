@@ -53,6 +53,7 @@ model: setup ## train the Fashion-MNIST model in models/ again: over an hour on 
 	@$(BIN)/python export/to_onnx.py runs/model/plain.safetensors --out $(BUNDLED)
 	@$(BIN)/python export/parity.py $(BUNDLED) --report $(BUNDLED:.onnx=.json) \
 		--against runs/model/checkpoint.pt runs/model/plain.safetensors
+	@$(BIN)/python export/to_onnx.py runs/model/plain.safetensors --precision int8 --out $(BUNDLED:.onnx=-int8.onnx)
 	@$(BIN)/python train/held_out.py --dataset fashion-mnist --out models/held-out
 
 experiments: setup ## run all experiments of docs/paper.md in their cheap form: minutes each on two cores
