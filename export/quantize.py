@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from torch import nn
 
 from export.calibrate import METHODS, Ranges, observe, ranges
@@ -14,6 +13,7 @@ from export.compare import Answer, answer_all
 from export.graph import to_onnx
 from export.integer import to_integer_onnx
 from export.qdq import to_qdq_onnx
+from export.runtimes.offline import ort
 from fold.lower import lower
 from train.refusal import Refusal
 from train.spec import Spec

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime as ort
 
+from export.runtimes.offline import ort
 from train.spec import ImageSpec
 
 ROUNDS = 9

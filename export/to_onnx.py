@@ -103,10 +103,10 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     import os
     from dataclasses import asdict
 
-    import onnxruntime as ort
     from rich.table import Table
 
     from export.graph import to_onnx
+    from export.runtimes.offline import ort
     from export.timing import ROUNDS, fastest, time_models
     from fold.lower import LOWERINGS, has_ncrelu, lower
     from train.progress import progress

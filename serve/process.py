@@ -23,6 +23,7 @@ from serve.app import make_app
 from serve.limits import Limits
 from serve.reload import check
 from serve.tracing import find_tracing
+from train.cores import num_cores
 from train.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -61,11 +62,6 @@ def load(config: "ServeConfig") -> list[Runtime]:
     except Refusal as refusal:
         raise Refusal(str(refusal).replace(str(path), path.name)) from refusal
     return runtimes
-
-
-def num_cores() -> int:
-    """Those that this process may use, where the system tells; else those of the machine."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def limits_of(config: "ServeConfig") -> Limits:

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
+from export.runtimes.offline import ort
 from export.runtimes.runtime import Model
 from export.runtimes.signature import Signature, generic_spec, pad
 from train.files import read_whole, sha256
