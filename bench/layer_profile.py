@@ -16,7 +16,7 @@ LAYOUTS = ("ReorderInput", "ReorderOutput", "Transpose")
 
 def profile_graph(path: Path, images: np.ndarray, *, num_threads: int, folder: Path) -> dict[str, Any]:
     """The times of all nodes for one call on `images`; `folder` takes ONNX Runtime's own file."""
-    import onnxruntime as ort
+    from export.runtimes.offline import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
