@@ -21,6 +21,7 @@ from export.integer import to_integer_onnx
 from export.qdq import to_qdq_onnx
 from export.quantize import relative_error
 from fold.lower import lower
+from fold.lowerings import LOWERINGS
 from train.families import count_parameters
 from train.files import write_whole
 from train.spec import Spec
@@ -86,8 +87,6 @@ def judge_logits(row: Row, expected: np.ndarray, logits: np.ndarray) -> dict[str
 
 
 def _float_graphs(net: Entrant) -> dict[str, Callable[[], Any]]:
-    from fold.lower import LOWERINGS
-
     return {
         graph_name(net.name, lowering): lambda lowering=lowering: to_onnx(lower(net.plain, lowering), net.spec, {})
         for lowering in LOWERINGS

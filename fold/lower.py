@@ -11,12 +11,12 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from fold.lowerings import LOWERINGS, Lowering
 from fold.passes import split_ncrelu
 from fold.plain import convolution_like, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
 from train.refusal import Refusal
 
-LOWERINGS = ("concat", "shared", "shared-split", "split", "mirror", "skip")
 # A channel whose tap is below this share of the median, or negative, is rescaled by the median: by its own
 # tap its activations would outgrow all others, layer by layer, and take the range of eight bits for themselves.
 SMALLEST_TAP = 1 / 4
@@ -73,9 +73,10 @@ def lower(net: nn.Sequential, lowering: str) -> nn.Sequential:
     raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
 
 
-def has_ncrelu(net: nn.Sequential) -> bool:
-    """Whether the lowerings of `net` differ: one of ReLU alone has a single form beside skip."""
-    return any(isinstance(layer, NCReLU) for _, layer in named_layers(net))
+def distinct_lowerings(net: nn.Sequential) -> tuple[Lowering, ...]:
+    """Those that write `net` differently: a net of ReLU alone has a single form beside skip."""
+    has_ncrelu = any(isinstance(layer, NCReLU) for _, layer in named_layers(net))
+    return LOWERINGS if has_ncrelu else ("concat", "skip")
 
 
 def _rewrite_pairs(layers: list[tuple[str, nn.Module]], lowering: str) -> Iterable[tuple[str, nn.Module]]:

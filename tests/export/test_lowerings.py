@@ -7,7 +7,8 @@ import torch
 
 from export.graph import to_onnx
 from export.runtimes.offline import ort
-from fold.lower import LOWERINGS, lower
+from fold.lower import lower
+from fold.lowerings import LOWERINGS
 from fold.plain import fold_net
 from train.refusal import Refusal
 
