@@ -32,8 +32,8 @@ class ModelConfig:
     threads: Annotated[tuple[int, ...], "numbers of threads (default: 1 2; quick: 2)"] = ()
     batches: Annotated[tuple[int, ...], "images per call (default: 1 8 32; quick: 1 32)"] = ()
     rows: Annotated[tuple[str, ...], "only rows whose title, net or precision contains one of these"] = ()
-    rounds: Annotated[int | None, "rounds in which the rows take turns (default: that of the net; quick: 3)"] = None
-    round_s: Annotated[float | None, "seconds of one row in one round (default: 0.2; quick: 0.05)"] = None
+    rounds: Annotated[int | None, "rounds in which the rows take turns (default: 5, ImageNet 3; quick: 2)"] = None
+    round_s: Annotated[float | None, "seconds of one row in one round (default: 0.1; quick: 0.05)"] = None
     quick: Annotated[bool, "the short form, under two minutes on two cores"] = False
     out: Annotated[Path | None, "folder for the page and its JSON (default: docs/benchmarks; quick: runs/bench)"] = None
     render: Annotated[bool, "measure nothing: write the page of the record in the folder again"] = False
@@ -52,8 +52,8 @@ class ModelConfig:
             nets=self.nets or (("34-2",) if quick else tuple(RACES)),
             threads=self.threads or ((2,) if quick else (1, 2)),
             batches=self.batches or ((1, 32) if quick else (1, 8, 32)),
-            rounds=self.rounds or (3 if quick else None),
-            round_s=self.round_s or (0.05 if quick else 0.2),
+            rounds=self.rounds or (2 if quick else None),
+            round_s=self.round_s or (0.05 if quick else 0.1),
             out=self.out or Path("runs/bench" if quick else "docs/benchmarks"),
         )
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Read by OpenMP, MKL and OpenBLAS when they are loaded, so set before the process starts.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
 PATIENCE_S = 180.0  # a compiler may need most of it
+# Threads of the row before spin after its last call: 40 ms in ONNX Runtime 1.31, 100 ms in OpenBLAS.
+SETTLE_S = 0.1
 
 Open = Callable[[Path, int], "Answer"]  # (folder of the net's files, number of threads) → images to logits
 
@@ -43,7 +45,7 @@ class Worker:
         self._receive()
 
     def time(self, batch_size: int, seconds: float) -> float:
-        """The median milliseconds of a call, over `seconds` and one call at least."""
+        """The median milliseconds of a call, over `seconds` and one call at least, after a pause."""
         return self._ask("time", batch_size, seconds)
 
     def answer(self, num_images: int) -> Any:
@@ -93,8 +95,11 @@ class _Contender:
         self._image = image
 
     def time(self, batch_size: int, seconds: float) -> float:
+        from time import sleep
+
         from bench.rounds import median_ms
 
+        sleep(SETTLE_S)
         return median_ms(self._answer, self._images(batch_size), seconds, min_calls=1)
 
     def answer(self, num_images: int) -> Any:
