@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from bench.model_nets import Entrant
 
-PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "MNN", "numpy")
+PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "mnn", "numpy")
 EXAMPLES = (
     "python bench/model.py                                   # all nets: writes docs/benchmarks/model.md and .json",
     "python bench/model.py --nets 34-2                       # this net again, the others stay in the record",
@@ -65,26 +65,32 @@ def command(config: ModelConfig) -> int:
     written, so that an interrupted run goes on with --nets. Exit status 1 where a row in float32
     answers other logits than the plain net.
     """
-    import json
-
     from bench.model_report import markdown
     from bench.page import write_page
-    from train.files import read_whole
     from train.progress import make_console
 
     console, typed = make_console(), " ".join(["python bench/model.py", given_arguments(replace(config, out=None))])
     config = config.resolved()
     path = config.out / "model.json"
-    record = json.loads(read_whole(path)) if config.render or path.exists() else {"nets": {}}
+    record = _read(path) if config.render or path.exists() else {"nets": {}}
     for key in () if config.render else config.nets:
-        measured = {"command": typed.rstrip(), **_measure(key, config, console)}
-        record["nets"] = {
-            name: {**record["nets"], key: measured}[name] for name in RACES if name in {*record["nets"], key}
-        }
+        nets = record["nets"] | {key: {"command": typed.rstrip(), **_measure(key, config, console)}}
+        record["nets"] = {name: nets[name] for name in RACES if name in nets}
         console.print(write_page(config.out, "model", markdown(record), record))
     if config.render:
         console.print(write_page(config.out, "model", markdown(record), record))
     return int(any(row["strays"] for net in record["nets"].values() for row in net["rows"]))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import json
+
+    from train.files import read_whole
+
+    try:
+        return json.loads(read_whole(path))
+    except ValueError as error:
+        raise Refusal(f"{path} is no JSON: {error}; move it away, or name another folder with --out") from error
 
 
 def _measure(key: str, config: ModelConfig, console: "Console") -> dict[str, Any]:

@@ -301,6 +301,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, capsys):
     assert run("--threads", 0) == 2
     assert run("--render", "--out", tmp_path) == 2
     assert "cannot read" in capsys.readouterr().err
+    (tmp_path / "model.json").write_text("{")
+    assert run("--render", "--out", tmp_path) == 2
+    assert "is no JSON" in capsys.readouterr().err
 
 
 def test_the_short_form_leaves_the_recorded_figures_alone():
