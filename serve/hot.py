@@ -116,6 +116,7 @@ class Hot:
 
     async def _predict(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, visit: Visit) -> bytes:
         """Bytes of images in, the JSON of their answer out."""
+        self._batcher.check_room(1)  # before the body is read: what is refused anyway costs as little as possible
         top_k = _top_k(scope["query_string"])
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
         contents = await within_deadline(read_images(receive, headers, self._limits), deadline, self._limits)

@@ -1,6 +1,6 @@
 """Everything the server refuses, as `application/problem+json` (RFC 9457) with stable types."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -70,7 +70,7 @@ class ProblemBody:
     def to_json(self, path: str) -> bytes:
         """With the member `error` under /v2, where the Open Inference Protocol looks for the reason."""
         reason = {"error": self.detail} if f"{path}/".startswith("/v2/") else {}
-        return orjson.dumps({**asdict(self), **reason})
+        return orjson.dumps({**vars(self), **reason})
 
 
 def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
