@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 HOST = "127.0.0.1"
@@ -45,9 +46,10 @@ class Load:
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_over = False
+        self._over = asyncio.Event()
         self._quiet = asyncio.Event()  # over, and no answer is under way
         self._send_next: Callable[[_Connection], None] = self._idle.append
+        self.start = 0.0  # the loop's time when all connections were open
         self.num_sent = 0
         self.num_refused = 0  # connections that the server did not take
 
@@ -55,7 +57,8 @@ class Load:
         """Every connection sends its next request as soon as it has an answer."""
         self._send_next = lambda connection: self._send(connection, self._loop.time())
         await self._connect_all()
-        await asyncio.sleep(seconds)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), seconds)
         await self._end()
 
     async def offer(self, rate: float, seconds: float) -> int:
@@ -64,21 +67,22 @@ class Load:
         Those due while every connection waits for an answer go out as soon as one has it.
         """
         await self._connect_all()
-        start, due = self._loop.time(), 0
-        while not self._is_over and (passed := self._loop.time() - start) < seconds:
+        due = 0
+        while not self._over.is_set() and (passed := self._loop.time() - self.start) < seconds:
             due = int(passed * rate)
             while self.num_sent < due and self._idle:
-                self._send(self._idle.pop(), start + self.num_sent / rate)
+                self._send(self._idle.pop(), self.start + self.num_sent / rate)
             await asyncio.sleep(TICK_S)
         await self._end()
         return due
 
     def stop(self) -> None:
-        """Send nothing more; the load ends at its next tick."""
-        self._is_over = True
+        """Send nothing more; the load ends when what is under way has its answer."""
+        self._over.set()
 
     async def _connect_all(self) -> None:
         await asyncio.gather(*(self._connect() for _ in range(self._num_connections)))
+        self.start = self._loop.time()
 
     async def _connect(self) -> None:
         try:
@@ -87,14 +91,14 @@ class Load:
             self.num_refused += 1
 
     async def _end(self) -> None:
-        self._is_over = True
+        self._over.set()
         if self._busy:
             try:
                 await asyncio.wait_for(self._quiet.wait(), self._patience_s)
             except TimeoutError:
                 for connection in tuple(self._busy):
                     connection.abort()
-        for connection in self._idle:
+        for connection in tuple(self._idle):
             connection.abort()
         await asyncio.gather(*self._tasks)
 
@@ -121,19 +125,19 @@ class Load:
         if unanswered:
             self._take(unanswered)
         self._check_quiet()
-        if not self._is_over:
+        if not self._over.is_set():
             task = self._loop.create_task(self._connect())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     def _go_on(self, connection: "_Connection") -> None:
-        if self._is_over:
+        if self._over.is_set():
             connection.abort()
         else:
             self._send_next(connection)
 
     def _check_quiet(self) -> None:
-        if self._is_over and not self._busy:
+        if self._over.is_set() and not self._busy:
             self._quiet.set()
 
 
