@@ -141,7 +141,8 @@ def markdown(record: dict[str, Any]) -> str:
     parts = [
         "# What a server survives",
         f"Written by `{record['command']}` on {record['date']}: {record['machine']}. It serves `{record['model']}` "
-        "with `serve/run.py` and asks it from the same machine: server and clients share its cores. The record is [reliability.json](benchmarks/reliability.json).",
+        "with `serve/run.py` and asks it from the same machine: server and clients share its cores. The record is "
+        "[reliability.json](benchmarks/reliability.json).",
         _table(("", "bar", ""), [(TITLES[name], bar, "met" if met else "MISSED") for name, bar, met in _bars(record)]),
     ]
     for name, explain in (("overload", _overload), ("drain", _drain), ("reload", _reload), ("kill", _kill)):
