@@ -40,7 +40,7 @@ UNDECODABLE = Kind("undecodable", 422, "An image cannot be decoded")
 INTERNAL = Kind("internal", 500, "The server failed")
 NOT_A_NUMBER = Kind("not-a-number", 500, "The model gave values that are no numbers")
 NOT_READY = Kind("not-ready", 503, "The server is starting or stopping")
-OVERLOADED = Kind("overloaded", 503, "Too many images are waiting")
+OVERLOADED = Kind("overloaded", 503, "Too much is waiting")
 DEADLINE = Kind("deadline", 504, "The answer took too long")
 
 

@@ -6,12 +6,14 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
@@ -20,8 +22,11 @@ from export.runtimes.runtime import Runtime
 from serve import logs
 from serve.access import Access, read_api_key
 from serve.app import make_app
+from serve.connection import Connection
 from serve.limits import Limits
+from serve.metrics import COUNTS_VARIABLE
 from serve.reload import check
+from serve.report import with_report
 from serve.tracing import find_tracing
 from train.refusal import Refusal
 
@@ -37,17 +42,29 @@ def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
     logs.configure(config.log_level)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after a clean end, which has status 0
     if config.workers > 1:
-        supervisor = _Supervisor(config, listener, url)
-        supervisor.run()
-        return 0 if supervisor.has_served else 2
-    runtimes = load(config)
-    server = _Server(_settings(config, _make_app(config, runtimes)))
-    server.greeting = f"{_describe(runtimes[0])}\n{_serving_at(url)}"
+        return _supervise(config, listener, url)
+    server = _make_server(config, url)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn has finished its requests and hands the signal on
         print("stopped", flush=True)
     return 0 if server.started else 1
+
+
+def _supervise(config: "ServeConfig", listener: socket.socket, url: str) -> int:
+    """Several workers, which count requests together in files of a folder of their own."""
+    with tempfile.TemporaryDirectory(prefix="diracnet-metrics-") as folder:
+        os.environ[COUNTS_VARIABLE] = folder  # the workers inherit it
+        supervisor = _Supervisor(config, listener, url)
+        supervisor.run()
+    return 0 if supervisor.has_served else 2
+
+
+def _make_server(config: "ServeConfig", url: str) -> "_Server":
+    runtimes = load(config)
+    server = _Server(_settings(config, _make_app(config, runtimes)))
+    server.greeting = f"{_describe(runtimes[0])}\n{_serving_at(url)}"
+    return server
 
 
 def load(config: "ServeConfig") -> list[Runtime]:
@@ -57,6 +74,7 @@ def load(config: "ServeConfig") -> list[Runtime]:
     try:
         runtimes = [load_runtime(path, device=device, num_threads=num_threads) for device in config.devices or (None,)]
         for runtime in runtimes:
+            runtime.model = with_report(runtime.model, path)
             check(runtime)
     except Refusal as refusal:
         raise Refusal(str(refusal).replace(str(path), path.name)) from refusal
@@ -73,6 +91,7 @@ def limits_of(config: "ServeConfig") -> Limits:
     spare = num_cores() // config.workers - 1  # one core has the event loop and the model
     return Limits(
         max_body_bytes=int(config.max_body_mb * 1e6),
+        max_held_bytes=int(config.max_held_mb * 1e6),
         max_images=config.max_images,
         max_batch=config.max_batch,
         max_queue=config.max_queue,
@@ -104,6 +123,7 @@ def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nobody's word for where a request comes from is needed, or taken
+        http=Connection,
         ws="none",
         timeout_graceful_shutdown=config.drain_seconds,
     )
@@ -135,6 +155,13 @@ class _Supervisor(Multiprocess):
         if self.has_served:
             print(f"{self.processes_num} workers\n{_serving_at(self._url)}", flush=True)
 
+    def keep_subprocess_alive(self) -> None:
+        before = {process.pid for process in self.processes}
+        super().keep_subprocess_alive()
+        for pid in before - {process.pid for process in self.processes}:
+            if pid:
+                mark_process_dead(pid)  # what it counted stays; what it held is gone
+
     def handle_hup(self) -> None:
         for process in self.processes:
             if process.pid:
@@ -158,7 +185,7 @@ def _tell_supervisor() -> None:
 
 
 def _describe(runtime: Runtime) -> str:
-    return f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description}"
+    return f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description} ({runtime.library})"
 
 
 def _serving_at(url: str) -> str:
