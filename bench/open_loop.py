@@ -180,7 +180,7 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
         self._finish(int(head[9:12]), head, body)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         unanswered = None if self._number is None else self._answer(LOST, b"", b"")
         self._number = None
         self._load.closed(self, unanswered)
