@@ -35,9 +35,9 @@ class Server:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
+        with self._process:  # which closes its pipes
+            self._process.kill()
+            self._reader.join()
 
     def _read(self) -> None:
         assert self._process.stderr
