@@ -33,7 +33,7 @@ _tools.mnnconvert(["mnnconvert", "-f", "ONNX", "--modelFile", sys.argv[1], "--MN
 
 
 class MnnModule:
-    """One module of MNN; `model` and `description` as in `Runtime`."""
+    """One module of MNN; the rest as in `Runtime`."""
 
     platform = "mnn"
 
@@ -46,8 +46,10 @@ class MnnModule:
             raise Refusal(f"{path} {reason}; use --runtime onnxruntime")
         spec = Spec.from_json(header.metadata["spec"])
         self._forward, self._to_input = _load(path, content, num_threads or num_cores())
-        self.model = Model(name=spec.name, digest=sha256(content), spec=spec, provenance=_provenance(header))
-        self.description = f"MNN {version()}, CPU"
+        digest, provenance = sha256(content), _provenance(header)
+        self.model = Model(name=spec.name, digest=digest, spec=spec, provenance=provenance, num_bytes=len(content))
+        self.description = "MNN, CPU"
+        self.library = f"MNN {version()}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         (logits,) = self._forward([self._to_input(np.ascontiguousarray(images))])
