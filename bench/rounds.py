@@ -1,9 +1,10 @@
-"""Wall-clock time of several ways to answer the same images, in rounds that alternate between them."""
+"""Wall-clock time of several ways to do the same, in rounds that alternate between them."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -63,18 +64,34 @@ def time_rounds(
     as long as a round. Every second round runs in reverse order.
     """
     results: dict[str, Timing | Failure] = {}
-    rounds: dict[str, list[float]] = {}
-    for name, answer in answers.items():
-        warm_up = attempt(lambda answer=answer: _median_ms(answer, images, round_s))
+    actions = {name: partial(answer, images) for name, answer in answers.items()}
+    for name in answers:
+        warm_up = attempt(partial(_median_ms, actions[name], round_s))
         if isinstance(warm_up, Failure):
             results[name] = warm_up
-        else:
-            rounds[name] = []
+            del actions[name]
+    rounds = alternate(actions, num_rounds=num_rounds, round_s=round_s, advance=advance)
+    return results | {name: Timing(len(images), times) for name, times in rounds.items()}
+
+
+def alternate(
+    actions: Mapping[str, Callable[[], object]],
+    *,
+    num_rounds: int,
+    round_s: float,
+    min_calls: int = MIN_CALLS,
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[str, tuple[float, ...]]:
+    """For each name the milliseconds of one call in each round: the median of `min_calls` and of all in `round_s`.
+
+    Every second round runs in reverse order.
+    """
+    rounds: dict[str, list[float]] = {name: [] for name in actions}
     for index in range(num_rounds):
-        for name in list(rounds)[:: 1 if index % 2 == 0 else -1]:
-            rounds[name].append(_median_ms(answers[name], images, round_s))
+        for name in list(actions)[:: 1 if index % 2 == 0 else -1]:
+            rounds[name].append(_median_ms(actions[name], round_s, min_calls))
         advance(1)
-    return results | {name: Timing(len(images), tuple(times)) for name, times in rounds.items()}
+    return {name: tuple(times) for name, times in rounds.items()}
 
 
 def attempt(action: Callable[[], Result]) -> Result | Failure:
@@ -86,12 +103,12 @@ def attempt(action: Callable[[], Result]) -> Result | Failure:
         return Failure(f"{type(error).__name__}: {lines[0]}"[:200])
 
 
-def _median_ms(answer: Answer, images: np.ndarray, seconds: float) -> float:
-    """The median of calls over `seconds`, MIN_CALLS at least."""
+def _median_ms(action: Callable[[], object], seconds: float, min_calls: int = MIN_CALLS) -> float:
+    """The median of calls over `seconds`, `min_calls` at least."""
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < MIN_CALLS or time.perf_counter() < end:
+    while len(times) < min_calls or time.perf_counter() < end:
         start = time.perf_counter()
-        answer(images)
+        action()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)
