@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fold.passes import fold_batch_norm, split_ncrelu
-from train.families import build
+from train.families import outline
 from train.files import read_whole, sha256, write_whole
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize, Residual, dirac_weight
 from train.refusal import Refusal
@@ -77,8 +77,7 @@ def convolution_like(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> n
 
 def skeleton(spec: Spec) -> nn.Sequential:
     """The plain net of `spec` without weights, on the meta device."""
-    with torch.device("meta"):
-        plain = fold_net(build(spec)).float()
+    plain = fold_net(outline(spec)).float()
     plain.normalize = Normalize(spec.image.mean, spec.image.std)
     return plain
 
@@ -171,7 +170,7 @@ def _is_convolution(plain: dict[str, nn.Module]) -> bool:
 
 def _plain_convolution(layer: nn.Module, *, dead_half: bool) -> nn.Module:
     """A convolution of `layer`'s weights, Dirac ones folded (eq. 4), with a bias."""
-    if type(layer) in PLAIN_CONVOLUTION:
+    if type(layer) in PLAIN_CONVOLUTION and not layer.weight.is_meta:
         parts = (layer.a, layer.b, layer.delta, layer.weight)
         weight = dirac_weight(*(part if part is None else part.detach().double() for part in parts))
     else:
@@ -192,6 +191,8 @@ def _identity_beside(layer: nn.Module) -> nn.Module:
 
 def _with_batch_norm(plain: nn.Module, layer: nn.Module) -> nn.Module:
     """`plain` with the batch normalisation after it folded in."""
+    if plain.weight.is_meta:  # of a skeleton: PyTorch imports its compiler, a second's work, to compute with shapes
+        return plain
     statistics = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
     gamma, beta, mean, var = (None if part is None else part.detach().double() for part in statistics)
     weight, bias = fold_batch_norm(
