@@ -21,6 +21,7 @@ from serve import logs
 from serve.access import Access, read_api_key
 from serve.app import make_app
 from serve.limits import Limits
+from serve.protocol import JoiningProtocol
 from serve.reload import check
 from serve.tracing import find_tracing
 from train.refusal import Refusal
@@ -98,6 +99,7 @@ def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers
     return uvicorn.Config(
         app,
         factory=isinstance(app, partial),
+        http=JoiningProtocol,
         workers=workers,
         log_config=None,
         log_level="warning",
