@@ -66,7 +66,8 @@ def _wait_for_port(process: subprocess.Popen, port: int, log: Path) -> None:
         if process.poll() is not None:
             lines = read_whole(log).decode(errors="replace").strip().splitlines() or ["no message"]
             raise Refusal(f"ends with status {process.returncode}: {lines[-1][:300]}")
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return
         time.sleep(_POLL_S)
     raise Refusal(f"does not listen after {_START_S:g} s; see {log}")
