@@ -89,7 +89,7 @@ def _run_all(
     session = ort.InferenceSession(observed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        yield dict(zip(names, session.run(names, {"images": batch}), strict=True))
+        yield dict(zip(names, map(np.asarray, session.run(names, {"images": batch})), strict=True))
         advance(len(batch))
 
 

@@ -127,7 +127,7 @@ def answerer(model: onnx.ModelProto) -> Answer:
         # Its optimiser moves fp8 pairs over nodes that then answer wrongly (1.31: errors of 70 %).
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0]
+    return lambda images: np.asarray(session.run(None, {"images": images})[0])
 
 
 def _write(
