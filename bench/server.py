@@ -82,6 +82,8 @@ def command(config: ServerConfig) -> int:
         "models": [],
     }
     nets = [write_net(size, field.folder, field.pngs) for size in config.models]
+    for net in nets:
+        console.print(f"{net.title}: {net.num_macs:,} multiplications per image, {net.path}")
     for net, rows, alone in _measure(field, nets, config, console):
         model = {"title": net.title, "macs": net.num_macs, "alone": alone, "rows": [asdict(row) for row in rows]}
         record["models"].append(model)

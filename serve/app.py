@@ -50,7 +50,7 @@ _PREDICT_PROBLEMS = problems.documented(
 
 
 class _App(FastAPI):
-    """FastAPI behind `front`, so that a prediction passes none of its middleware: an eighth of a request's time."""
+    """FastAPI behind `front`: a prediction passes none of its middleware, which would take an eighth of its time."""
 
     front: ASGIApp
 
