@@ -198,7 +198,7 @@ def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypat
 
 def test_the_served_nets_tell_the_images_apart(tmp_path):
     pngs = [path.read_bytes() for path in sorted((ROOT / "models" / "held-out").glob("*.png"))]
-    assert len(set(write_net("small", tmp_path, pngs).expected)) > 1
+    assert len(set(write_net("small", tmp_path, pngs).expected)) >= 4
 
 
 def test_a_body_of_each_kind_holds_the_png():
