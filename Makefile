@@ -1,4 +1,4 @@
-.PHONY: help setup demo serve stop model experiments gpu-check have-gpu check test test-fast lint constraints
+.PHONY: help setup demo serve stop model experiments pictures gpu-check have-gpu check test test-fast lint constraints
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -7,6 +7,8 @@ VENV := .venv
 RUN := runs/demo
 # The Fashion-MNIST model that comes along.
 BUNDLED := models/fashion-mnist.onnx
+# Its checkpoint, which make model leaves; the plain net lies beside it.
+CHECKPOINT ?= runs/model/checkpoint.pt
 BIN := $(VENV)/bin
 # The TensorRT-RTX extra builds engines without a GPU; its wheels exist for Linux and Windows on x86-64.
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),dev$(,)rtx,dev)
@@ -56,6 +58,14 @@ model: setup ## train the Fashion-MNIST model in models/ again: over an hour on 
 experiments: setup ## run all experiments of docs/paper.md in their cheap form: minutes each on two cores
 	@for name in delta depth scaling sparsity convergence initialization; do \
 		$(BIN)/python train/experiments/$$name.py --out docs/experiments || exit; done
+
+pictures: setup ## draw docs/pictures again, from models/ and the checkpoint of make model
+	@test -f $(CHECKPOINT) || { echo "error: $(CHECKPOINT) is missing: run make model, or name one with CHECKPOINT=" >&2; exit 2; }
+	@$(BIN)/python fold/draw.py $(CHECKPOINT) --out docs/pictures/fold.png
+	@$(BIN)/python export/draw.py $(BUNDLED) --out docs/pictures/graph.svg
+	@$(BIN)/python export/parity.py $(BUNDLED) --plot docs/pictures/parity.png \
+		--against $(CHECKPOINT) $(dir $(CHECKPOINT))plain.safetensors
+	@$(BIN)/python bench/confusion.py $(BUNDLED) --out docs/pictures/confusion.png
 
 gpu-check: have-gpu setup ## with an NVIDIA GPU: build engines, run tests/gpu, compare, time; writes docs/gpu-NAME.md
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),tensorrt]'

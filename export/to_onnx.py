@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from fold.lowerings import Lowering
 from train.cli import run_command
 from train.refusal import Refusal
 
@@ -39,7 +40,7 @@ class ToOnnxConfig:
         Literal["fp32", "fp16", "int8", "fp8"], "of the convolutions; int8 and fp8 are calibrated on training images"
     ] = "fp32"
     lowering: Annotated[
-        Literal["auto", "concat", "shared", "shared-split", "split", "mirror", "skip"] | None,
+        Literal["auto", Lowering] | None,
         "how NCReLU and convolution are written; auto: the fastest in ONNX Runtime on this machine "
         "(default: shared; in eight bits the one of skip and concat that loses least)",
     ] = None
@@ -112,10 +113,10 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
 
     from export.graph import to_onnx
     from export.timing import ROUNDS, fastest, time_models
-    from fold.lower import LOWERINGS, has_ncrelu, lower
+    from fold.lower import distinct_lowerings, lower
     from train.progress import progress
 
-    candidates = LOWERINGS if has_ncrelu(plain.net) else ("concat", "skip")
+    candidates = distinct_lowerings(plain.net)
     models = {
         lowering: to_onnx(lower(plain.net, lowering), plain.spec, {}, precision=config.precision).SerializeToString()
         for lowering in candidates

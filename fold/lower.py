@@ -11,6 +11,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from fold.lowerings import LOWERINGS, Lowering
 from fold.passes import split_ncrelu
 from fold.plain import Convolution, convolution_like, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
@@ -18,7 +19,6 @@ from train.refusal import Refusal
 
 Layers = list[tuple[str, nn.Module]]  # as `named_layers` gives them
 
-LOWERINGS = ("concat", "shared", "shared-split", "split", "mirror", "skip")
 # A channel whose tap is below this share of the median, or negative, is rescaled by the median: by its own
 # tap its activations would outgrow all others, layer by layer, and take the range of eight bits for themselves.
 SMALLEST_TAP = 1 / 4
@@ -76,9 +76,10 @@ def lower(net: nn.Sequential, lowering: str) -> nn.Sequential:
             raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
 
 
-def has_ncrelu(net: nn.Sequential) -> bool:
-    """Whether the lowerings of `net` differ: one of ReLU alone has a single form beside skip."""
-    return any(isinstance(layer, NCReLU) for _, layer in named_layers(net))
+def distinct_lowerings(net: nn.Sequential) -> tuple[Lowering, ...]:
+    """Those that write `net` differently: a net of ReLU alone has a single form beside skip."""
+    has_ncrelu = any(isinstance(layer, NCReLU) for _, layer in named_layers(net))
+    return LOWERINGS if has_ncrelu else ("concat", "skip")
 
 
 def _rewrite_pairs(layers: Layers, lowering: str) -> Iterator[tuple[str, nn.Module]]:

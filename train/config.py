@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from train.recipes import Recipe, Schedule, recipe
 from train.refusal import Refusal
-from train.spec import Nonlinearity, Parameterization
+from train.spec import Family, Nonlinearity, Parameterization
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,10 @@ class TrainConfig:
     image_size: Annotated[int, "side of the input in pixels, for --dataset folder"] = 32
     skip_unreadable: Annotated[bool, "train without the files of a folder that cannot be read"] = False
     family: Annotated[
-        Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"],
-        "cifar: Table 1; pooled: the same at half the resolution; imagenet: section 3.5; imagenet-table3: "
-        "with the five-block last group behind Table 3's parameter counts; wrn: the residual reference",
+        Family,
+        "cifar: Table 1; pooled: the same at half the resolution; "
+        "imagenet: section 3.5; imagenet-table3: with the five-block last group behind Table 3's parameter counts; "
+        "wrn: the residual reference",
     ] = "cifar"
     classes: Annotated[int | None, "with --describe: RGB images of this many classes, in place of a data set"] = None
     depth: Annotated[int, "6N + 4 layers, Table 1; 18 or 34 for imagenet"] = 16

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from export.graph import to_onnx
-from fold.lower import LOWERINGS, lower
+from fold.lower import lower
+from fold.lowerings import LOWERINGS
 from fold.plain import fold_net
 from train.refusal import Refusal
 

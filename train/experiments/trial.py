@@ -1,6 +1,5 @@
 """One training of an experiment: in memory, no files; and what experiments leave behind."""
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -106,11 +105,10 @@ def load_dataset(config: ExperimentConfig) -> "Dataset":
 
 def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any]) -> None:
     """NAME.png and NAME.json in `out`."""
+    from train.figure import png
     from train.files import write_whole
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_whole(out / f"{name}.png", buffer.getvalue())
+    write_whole(out / f"{name}.png", png(figure))
     text = json.dumps(
         numbers, indent=1, default=lambda value: asdict(value) if isinstance(value, Settings) else str(value)
     )
@@ -126,11 +124,7 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
 
 
 def new_figure(num_columns: int, *, height: float = 3.8, sharey: bool = False) -> tuple["Figure", list[Any]]:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (4.6 * num_columns, height)
-    figure, axes = pyplot.subplots(1, num_columns, figsize=size, sharey=sharey, constrained_layout=True)
-    return figure, [axes] if num_columns == 1 else list(axes)
+    figure = Figure(figsize=(4.6 * num_columns, height), layout="constrained")
+    return figure, list(figure.subplots(1, num_columns, sharey=sharey, squeeze=False)[0])
