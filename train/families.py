@@ -1,6 +1,10 @@
 """Table 1 and its relatives: from a spec to a net whose layers have names."""
 
+from typing import Any
+
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
 from train.refusal import Refusal
@@ -18,11 +22,12 @@ REDUCTION = {"cifar": 4, "pooled": 8, "imagenet": 32, "imagenet-table3": 32, "wr
 def build(spec: Spec) -> nn.Sequential:
     """The net of `spec`: images uint8 [N, H, W, C] → logits [N, K].
 
-    cifar: Table 1 with what it omits, batch normalisation after every convolution and ReLU after the
-    stem's. pooled: the same with a 2x2 max-pool after the stem, a quarter of the work, for machines
-    without a GPU. imagenet: 18 or 34 layers, a 7x7/2 stem without activation and four groups
-    (section 3.5). imagenet-table3: 34 layers, five blocks in the last group. wrn: Wide ResNet, the
-    paper's residual reference, Dirac-free unless the parameterization says otherwise.
+    cifar: Table 1 with what it omits, batch normalisation after every convolution and ReLU after the stem's.
+    pooled: the same with a 2x2 max-pool after the stem, a quarter of the work, for machines without a GPU.
+    imagenet: 18 or 34 layers, a 7x7/2 stem without activation and four groups (section 3.5).
+    imagenet-table3: 34 layers, five blocks in the last group.
+    wrn: Wide ResNet, the paper's residual reference, Dirac-free unless the parameterization says otherwise.
+
     Refuses depths, widths, parameterizations and image sizes that a family does not have.
     """
     groups, base, image = _groups(spec), _base_channels(spec), spec.image
@@ -51,9 +56,23 @@ def build(spec: Spec) -> nn.Sequential:
     return net
 
 
+def outline(spec: Spec) -> nn.Sequential:
+    """The net of `spec` on the meta device: shapes without numbers."""
+    with torch.device("meta"), _Unfilled():
+        return build(spec)
+
+
 def count_parameters(net: nn.Module) -> int:
     """Trainable numbers of a net: W, a, b, batch normalisation's γ and β, the classifier."""
     return sum(parameter.numel() for parameter in net.parameters())
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves initial values out: to fill what has no memory, PyTorch imports its compiler, a second's work."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, module = kwargs or {}, getattr(function, "__module__", None)  # a tensor's method has none
+        return kwargs["tensor"] if module == "torch.nn.init" else function(*args, **kwargs)
 
 
 def _groups(spec: Spec) -> tuple[int, ...]:

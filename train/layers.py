@@ -27,7 +27,7 @@ def dirac_delta(shape: Sequence[int]) -> Tensor:
             f"got {num_in} and {num_out}"
         )
     delta = torch.zeros(tuple(shape))
-    i = torch.arange(max(num_out, num_in))
+    i = torch.arange(max(num_out, num_in), device="cpu")
     centre = [size // 2 for size in kernel]
     delta[(i % num_out, i % num_in, *centre)] = 1
     return delta
@@ -88,8 +88,8 @@ class _DiracConv(nn.modules.conv._ConvNd):
     def folded_weight(self) -> Tensor:
         return dirac_weight(self.a, self.b, self.delta, self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.folded_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.folded_weight(), self.bias)
 
 
 class DiracConv1d(_DiracConv, nn.Conv1d):
@@ -120,7 +120,7 @@ class _NCReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # as torch calls it
         (x,) = ctx.saved_tensors
         positive, negative = gradient.chunk(2, dim=1)
         return torch.where(x > 0, positive, negative)

@@ -53,7 +53,7 @@ class TensorRTEngine:
 
     def _allocate(self, trt: Any) -> None:
         """Buffers for the largest batch, and a stream."""
-        from cuda.bindings import runtime as cudart
+        import cuda.bindings.runtime as cudart
 
         names, largest = self._card.signature, self._card.batch[2]
         num_classes = len(self._card.spec.labels)
