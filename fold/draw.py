@@ -44,13 +44,14 @@ def command(config: DrawConfig) -> int:
     plain = fold_net(net)
     figure = Figure(figsize=(12, 2.7 * len(dirac)), layout="constrained")
     for row, (name, layer) in zip(figure.subplots(len(dirac), len(PARTS), squeeze=False), dirac.items(), strict=True):
-        slices = [*central_slices(layer), _centre(plain.get_parameter(f"{name}.weight"))]
+        slices = [*central_slices(layer), _centre(plain.get_parameter(f"{name}.weight").detach())]
         for axes, title, values in zip(row, PARTS, slices, strict=True):
             shown = values[: config.channels, : config.channels].numpy()
             limit = max(abs(shown).max(), 1e-12)
             picture = axes.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set(title=title, xticks=[], yticks=[])
-            figure.colorbar(picture, ax=axes, format="%.2g")
+            # matplotlib's types leave this one open.
+            figure.colorbar(picture, ax=axes, format="%.2g")  # pyright: ignore[reportUnknownMemberType]
         num_out, num_in = slices[0].shape
         row[0].set(ylabel=f"{name}\nof {num_out} outputs", xlabel=f"of {num_in} inputs")
     out = config.out or config.checkpoint.with_name("fold.png")
@@ -79,7 +80,9 @@ def _dirac_layers(net: "nn.Module", config: DrawConfig) -> "dict[str, DiracConv2
     from train.layers import DiracConv2d
     from train.refusal import Refusal
 
-    found = {name: layer for name, layer in net.named_modules() if isinstance(layer, DiracConv2d)}
+    owners = dict.fromkeys(key.rpartition(".")[0] for key in net.state_dict())  # in the order of the net
+    modules = {name: net.get_submodule(name) for name in owners}
+    found = {name: layer for name, layer in modules.items() if isinstance(layer, DiracConv2d)}
     if not found:
         raise Refusal(f"{config.checkpoint} has no Dirac convolution to draw: it was trained as plain")
     names = list(found)

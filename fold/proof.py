@@ -71,7 +71,8 @@ def prove(
         "float64": (deepcopy(net).double().eval(), plain),
         "float32": (net.eval(), deepcopy(plain).float()),
     }
-    ends, layers = [], []
+    ends: list[Difference] = []
+    layers: list[Difference] = []
     for kind, images in image_sets.items():
         for precision, (dirac, folded) in nets.items():
             layers += _compare_layers(dirac, folded, images[:BATCH_SIZE], kind, precision)
@@ -88,8 +89,9 @@ def _compare_logits(
     precision: str,
     advance: Callable[[int], None],
 ) -> Difference:
-    reference, logits = [], []
-    for batch in images.split(BATCH_SIZE):
+    reference: list[Tensor] = []
+    logits: list[Tensor] = []
+    for batch in torch.split(images, BATCH_SIZE):
         reference.append(dirac(batch).double())
         logits.append(plain(batch).double())
         advance(len(batch))

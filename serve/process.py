@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,11 @@ from export.runtimes.runtime import Runtime
 from serve import logs
 from serve.access import Access, read_api_key
 from serve.app import make_app
+from serve.choose import choose
 from serve.limits import Limits
 from serve.reload import check
 from serve.tracing import find_tracing
+from train.cores import num_cores
 from train.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -36,13 +39,15 @@ def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
     """Serve on `listener` until a signal ends it; the exit status."""
     logs.configure(config.log_level)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after a clean end, which has status 0
+    limits_of(config)  # what is refused is refused before anything is measured
+    config, reason = decide(config)
     if config.workers > 1:
-        supervisor = _Supervisor(config, listener, url)
+        supervisor = _Supervisor(config, listener, url, reason)
         supervisor.run()
         return 0 if supervisor.has_served else 2
     runtimes = load(config)
     server = _Server(_settings(config, _make_app(config, runtimes)))
-    server.greeting = f"{_describe(runtimes[0])}\n{_serving_at(url)}"
+    server.greeting = f"{_because(_describe(runtimes[0]), reason)}\n{_serving_at(url)}"
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn has finished its requests and hands the signal on
@@ -50,12 +55,26 @@ def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
     return 0 if server.started else 1
 
 
+def decide(config: "ServeConfig") -> tuple["ServeConfig", str]:
+    """The config with one file and its runtime, which workers and reloads keep; and why these."""
+    choice = choose(
+        config.model_paths,
+        runtime=config.runtime_name,
+        devices=config.devices,
+        num_threads=_num_threads(config),
+        max_batch=config.max_batch,
+    )
+    return replace(config, models=(choice.path,), runtime=choice.runtime or "auto"), choice.reason
+
+
 def load(config: "ServeConfig") -> list[Runtime]:
     """The model, checked, once for each device. What is refused is said without the file's folder."""
-    path = config.model_path
-    num_threads = config.model_threads or max(1, num_cores() // config.workers)
+    (path,), name, num_threads = config.model_paths, config.runtime_name, _num_threads(config)
     try:
-        runtimes = [load_runtime(path, device=device, num_threads=num_threads) for device in config.devices or (None,)]
+        runtimes = [
+            load_runtime(path, name=name, device=device, num_threads=num_threads)
+            for device in config.devices or (None,)
+        ]
         for runtime in runtimes:
             check(runtime)
     except Refusal as refusal:
@@ -63,9 +82,9 @@ def load(config: "ServeConfig") -> list[Runtime]:
     return runtimes
 
 
-def num_cores() -> int:
-    """Those that this process may use, where the system tells; else those of the machine."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+def _num_threads(config: "ServeConfig") -> int:
+    """Of one model on the CPU."""
+    return config.model_threads or max(1, num_cores() // config.workers)
 
 
 def limits_of(config: "ServeConfig") -> Limits:
@@ -123,17 +142,17 @@ class _Server(uvicorn.Server):
 class _Supervisor(Multiprocess):
     """Replaces a worker that ends; hands SIGHUP on to all of them."""
 
-    def __init__(self, config: "ServeConfig", listener: socket.socket, url: str) -> None:
+    def __init__(self, config: "ServeConfig", listener: socket.socket, url: str, reason: str) -> None:
         super().__init__(_settings(config, partial(_make_worker, config), workers=config.workers), [listener])
         logging.getLogger("uvicorn.error").setLevel(logging.INFO)  # which worker ended and when
-        self._url = url
+        self._url, self._reason = url, reason
         self.has_served = False
 
     def init_processes(self) -> None:
         super().init_processes()
         self.has_served = all(process.wait_until_ready(_START_S, self.should_exit) for process in self.processes)
         if self.has_served:
-            print(f"{self.processes_num} workers\n{_serving_at(self._url)}", flush=True)
+            print(f"{_because(f'{self.processes_num} workers', self._reason)}\n{_serving_at(self._url)}", flush=True)
 
     def handle_hup(self) -> None:
         for process in self.processes:
@@ -159,6 +178,10 @@ def _tell_supervisor() -> None:
 
 def _describe(runtime: Runtime) -> str:
     return f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description}"
+
+
+def _because(what: str, reason: str) -> str:
+    return f"{what}: {reason}" if reason else what
 
 
 def _serving_at(url: str) -> str:

@@ -12,7 +12,7 @@ from train.refusal import Refusal
 def num_devices() -> int:
     """CUDA devices of this machine; 0 where there is no driver, or no bindings."""
     try:
-        from cuda.bindings import runtime as cudart
+        import cuda.bindings.runtime as cudart
     except ImportError:
         return 0
     error, count = cudart.cudaGetDeviceCount()
@@ -21,14 +21,14 @@ def num_devices() -> int:
 
 def use(device: int) -> None:
     """Make `device` the current one of this thread."""
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     call(cudart.cudaSetDevice(device))
 
 
 def compute_capability() -> str:
     """Of the current device: "8.9"."""
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     device = call(cudart.cudaGetDevice())
     major = call(cudart.cudaDeviceGetAttribute(cudart.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor, device))
@@ -38,7 +38,7 @@ def compute_capability() -> str:
 
 def call(result: tuple) -> Any:
     """The value of a CUDA call, given as (error, value...); refuses where it failed."""
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     error, *values = result
     if error != cudart.cudaError_t.cudaSuccess:
@@ -51,7 +51,7 @@ class Buffer:
     """Memory on the device and, page-locked, its mirror on the host. Lives as long as the process."""
 
     def __init__(self, num_bytes: int) -> None:
-        from cuda.bindings import runtime as cudart
+        import cuda.bindings.runtime as cudart
 
         self.device = call(cudart.cudaMalloc(num_bytes))
         self._host = call(cudart.cudaHostAlloc(num_bytes, cudart.cudaHostAllocDefault))
@@ -59,7 +59,7 @@ class Buffer:
 
     def upload(self, array: np.ndarray, stream: Any) -> None:
         """Copy `array` to the device, behind what the stream already does."""
-        from cuda.bindings import runtime as cudart
+        import cuda.bindings.runtime as cudart
 
         kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._bytes[: array.nbytes] = array.reshape(-1).view(np.uint8)
@@ -67,7 +67,7 @@ class Buffer:
 
     def download(self, shape: tuple[int, ...], dtype: np.dtype, stream: Any) -> np.ndarray:
         """Wait for the stream, and copy what the device holds."""
-        from cuda.bindings import runtime as cudart
+        import cuda.bindings.runtime as cudart
 
         num_bytes = int(np.prod(shape)) * dtype.itemsize
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -82,7 +82,7 @@ def capture(stream: Any, work: Callable[[], None]) -> Any:
     A capture is broken by whatever must run at once, such as an allocation; `work` may raise
     RuntimeError then, and nothing of it has run.
     """
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     call(cudart.cudaStreamSynchronize(stream))
     call(cudart.cudaStreamBeginCapture(stream, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
@@ -102,6 +102,6 @@ def capture(stream: Any, work: Callable[[], None]) -> Any:
 
 def launch(graph: Any, stream: Any) -> None:
     """Run a captured graph, behind what the stream already does."""
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     call(cudart.cudaGraphLaunch(graph, stream))

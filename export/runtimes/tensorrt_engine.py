@@ -51,7 +51,7 @@ class TensorRTEngine:
 
     def _allocate(self, trt: Any) -> None:
         """Buffers for the largest batch, and a stream; both live as long as the process."""
-        from cuda.bindings import runtime as cudart
+        import cuda.bindings.runtime as cudart
 
         names, largest = self._card.signature, self._card.batch[2]
         num_classes = len(self._card.spec.labels)

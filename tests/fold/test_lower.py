@@ -131,3 +131,10 @@ def test_skip_stands_a_negative_and_a_vanishing_tap(plain, images):
 def test_an_unknown_lowering_is_refused(plain):
     with pytest.raises(Refusal, match=r"lowering must be one of concat, shared, .*, got fast"):
         lower(plain(), "fast")
+
+
+@pytest.mark.parametrize("lowering", ["shared", "shared-split", "split", "mirror"])
+def test_what_is_no_convolution_after_an_ncrelu_is_refused(lowering):
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), NCReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 1, 1))
+    with pytest.raises(TypeError, match="2: MaxPool2d after an NCReLU is written as concat alone"):
+        lower(net, lowering)

@@ -36,8 +36,9 @@ def start():
     servers = []
 
     def start(*argv):
+        chosen = () if "--runtime" in argv else ("--runtime", "onnxruntime")
         server = subprocess.Popen(
-            command("run.py", *argv, "--port", 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command("run.py", *argv, *chosen, "--port", 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         servers.append(server)
         server.greeting = server.stdout.readline()
@@ -129,6 +130,27 @@ def test_sighup_reads_the_file_again_and_keeps_the_old_model_if_it_is_bad(
 
 
 @pytest.mark.slow
+def test_a_choice_is_measured_once_kept_and_survives_a_reload(start, artefact, other_artefact, pixels, encode):
+    server = start(artefact, "--runtime", "auto")
+    reason = r": plain\.onnx on (onnxruntime|mnn) is \d+\.\dx the next of 2, "
+    chosen = re.search(reason + r"kept in .*plain\.onnx\.runtime\.json\n", server.greeting).group(1)
+    artefact.write_bytes(other_artefact.read_bytes())
+    server.send_signal(signal.SIGHUP)
+    wait_for(server, "now serving DiracNet-10-0.25")
+    assert ask(server, encode(pixels[0])).json()["model"]["digest"] == sha256(artefact.read_bytes()).hexdigest()
+    before = start(artefact, "--runtime", "auto", "--workers", 2)
+    assert re.match(r"2 workers" + reason + "kept in ", before.greeting)  # another file, other threads
+    again = start(artefact, "--runtime", "auto", "--workers", 2)
+    assert re.match(r"2 workers" + reason + "as .* says", again.greeting)
+    runtimes = {"onnxruntime": "onnxruntime/capi", "mnn": "_mnncengine"}
+    unused = runtimes[next(name for name in runtimes if f"on {name} " not in again.greeting)]
+    assert chosen in runtimes
+    if sys.platform == "linux":
+        for process in (again.pid, *workers_of(again)):
+            assert unused not in Path(f"/proc/{process}/maps").read_text()
+
+
+@pytest.mark.slow
 def test_workers_share_a_port_are_replaced_and_reload(start, artefact, other_artefact, pixels, encode):
     server, file = start(artefact, "--workers", 2), encode(pixels[0])
     assert server.greeting == "2 workers\n"
@@ -181,6 +203,10 @@ def test_what_cannot_be_served_is_one_line(artefact, tmp_path, taken_port):
         ([tmp_path / "text.onnx", "--port", 0], "cannot be loaded as an ONNX model"),
         ([tmp_path / "missing.onnx", "--port", 0], "No such file"),
         ([artefact, "--port", 0, "--max-queue", 3], "max_queue must hold one request of 64 images, got 3"),
+        ([artefact, "--port", 0, "--runtime", "openvino"], "invalid choice: 'openvino' (choose from "),
+        ([artefact, "--port", 0, "--runtime", "tensorrt"], "tensorrt does not run plain.onnx; .onnx files are for"),
+        ([artefact, tmp_path / "text.onnx", "--port", 0], "text.onnx cannot be loaded as an ONNX model"),
+        ([artefact, "--port", 0, "--runtime", "mnn", "--devices", 0], "MNN runs on the CPU alone; leave device 0 out"),
         ([artefact, "--port", 0, "--workers", 0], "--workers must be 1 or more, got 0"),
         ([artefact, "--port", 0, "--devices", 0, 1], "ONNX Runtime finds no CUDA device 0 here"),
         ([artefact, "--port", 0, "--api-key-file", tmp_path / "text.onnx", "--max-batch", 0], "max_batch must be"),

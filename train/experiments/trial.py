@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from train.config import TrainConfig
+from train.config import Settings, TrainConfig
 from train.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class ExperimentConfig:
         if self.seeds < 1 or (self.epochs or 1) < 1:
             raise Refusal("--seeds and --epochs must be at least 1")
 
-    def training(self, **fields: Any) -> TrainConfig:
+    def training(self, **fields: Any) -> Settings:
         """The settings of one training in this experiment."""
         given = {
             name: getattr(self, name) for name in ("dataset", "width", "epochs") if getattr(self, name) is not None
@@ -55,13 +55,15 @@ class Trial:
 
 
 def run_trial(
-    config: TrainConfig,
+    config: Settings,
     dataset: "Dataset",
     *,
     prepare: Callable[["nn.Sequential"], None] = lambda net: None,
     observe: Callable[["nn.Sequential"], None] = lambda net: None,
 ) -> Trial:
     """Train one net. `prepare` may change it before the first step; `observe` sees it before and after each epoch."""
+    import torch
+
     from train import data, loop, steps
     from train.distributed import World
     from train.machine import choose_device
@@ -77,7 +79,8 @@ def run_trial(
     history = []
     for epoch in range(config.epochs):
         done = list(steps.take_steps(run, run.net, rest, augmentation, batch_size=config.batch_size, epoch=epoch))
-        loss, correct = (sum(step.sums for step in done) / sum(step.images for step in done)).tolist()
+        sums = torch.stack([step.sums for step in done]).sum(0)
+        loss, correct = (sums / sum(step.images for step in done)).tolist()
         validation = loop.evaluate(run.net, held, device=world.device).accuracy
         history.append({"train_loss": loss, "train_accuracy": correct, "validation_accuracy": validation})
         observe(run.net)
@@ -106,7 +109,9 @@ def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any
     from train.files import write_whole
 
     write_whole(out / f"{name}.png", png(figure))
-    text = json.dumps(numbers, indent=1, default=lambda value: asdict(value) if is_dataclass(value) else str(value))
+    text = json.dumps(
+        numbers, indent=1, default=lambda value: asdict(value) if isinstance(value, Settings) else str(value)
+    )
     write_whole(out / f"{name}.json", f"{text}\n".encode())
     print(f"wrote {out / name}.png and .json")
 
