@@ -141,14 +141,15 @@ def _spec(form: Form) -> dict[str, Any]:
 def _candidates(forms: Sequence[Form], runtime: RuntimeName | None, *, has_devices: bool) -> list[Candidate]:
     """What is worth loading, by what the files say of themselves; refuses where that is nothing."""
     found: list[Candidate] = []
-    names: list[RuntimeName] = [name for name in RUNTIMES[".onnx"] if runtime in (None, name)]
     for form in forms:
         reason = why_unfit(form.export) if len(forms) > 1 else None
         if reason:
             _log.warning("%s is not chosen: %s", form.path.name, reason)
             continue
         on_mnn = is_installed() and not has_devices and why_not(form.header) is None
-        found.extend((form, name) for name in names if name != "mnn" or on_mnn)
+        for name in RUNTIMES[".onnx"]:
+            if runtime in (None, name) and (name != "mnn" or on_mnn):
+                found.append((form, name))
     if not found:
         named = " and ".join(form.path.name for form in forms)
         raise Refusal(f"neither of {named} can be chosen{f' for {runtime}' if runtime else ''}; name one file alone")

@@ -2,7 +2,6 @@
 
 import ast
 import importlib.metadata
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -49,15 +48,6 @@ def test_serving_runs_without_torch(module):
 def test_what_all_stages_share_needs_only_the_standard_library(module):
     names = set(imported(ROOT / (module.replace(".", "/") + ".py")))
     assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "train"}
-
-
-def test_onnx_runtime_is_imported_in_one_place_which_ends_its_telemetry():
-    files = [*FILES, *(ROOT / "bench").rglob("*.py")]
-    assert [path.stem for path in files if "onnxruntime" in imported(path)] == ["offline"]
-    program = "import os, export.runtimes.onnx_session; print(os.environ['ORT_DISABLE_TELEMETRY'])"
-    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.stdout == "1\n"
 
 
 def test_no_module_is_named_like_a_library_a_standard_module_or_a_stage():
