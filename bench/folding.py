@@ -15,7 +15,7 @@ NETS = ((34, 1.0), (34, 2.0), (34, 4.0), (34, 8.0), (400, 1.0))  # depth and wid
 QUICK_NETS = ((34, 0.5), (34, 1.0), (34, 2.0), (100, 1.0))
 # What each command has imported before its work begins.
 MODULES = {
-    "fold/run.py": ("fold.plain", "fold.proof", "train.checkpoint", "train.data", "rich.table"),
+    "fold/run.py": ("fold.plain", "fold.proof", "train.checkpoint", "torchvision.datasets", "rich.table"),
     "export/to_onnx.py": ("export.graph", "export.quantize", "export.runtimes.onnx_session", "fold.lower"),
 }
 EXAMPLES = (
@@ -26,7 +26,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class FoldingConfig:
-    rounds: Annotated[int, "how often every net is folded and exported"] = 3
+    rounds: Annotated[int, "how often every net is folded and exported"] = 2
     quick: Annotated[bool, "small nets, once: under a minute"] = False
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs/benchmarks")
 

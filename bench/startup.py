@@ -1,4 +1,4 @@
-"""python bench/startup.py: from `serve/run.py MODEL` to its first answer, where the time goes, and its memory."""
+"""python bench/startup.py: from starting the server to its first answer, where the time goes, and its memory."""
 
 import sys
 from collections.abc import Iterator
@@ -30,9 +30,7 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class StartupConfig:
     models: Annotated[
-        tuple[Path, ...],
-        "what to serve (default: a DiracNet-10-0.25 of random weights, and the bundled model)",
-        POSITIONAL,
+        tuple[Path, ...], "what to serve (default: a small net of random weights, and the bundled model)", POSITIONAL
     ] = ()
     rounds: Annotated[int, "starts of each model"] = 11
     quick: Annotated[bool, "three starts"] = False
@@ -91,10 +89,8 @@ def page(record: dict[str, Any]) -> str:
         loads = "yes" if any(start["has_torch"] for start in starts) else "no"
         size = f"{model['file_bytes'] / 1e6:.2f}"
         rows.append([model["name"], size, *(spread(column, ".2f") for column in columns), spread(memory, ".0f"), loads])
-        names = model["phases"][0]
-        phases.append(
-            [model["name"], *(spread([1000 * run[name] for run in model["phases"]], ".0f") for name in names)]
-        )
+        steps = {name: [1000 * run[name] for run in model["phases"]] for name in model["phases"][0]}
+        phases.append([model["name"], *(spread(times, ".0f") for times in steps.values())])
     imports = sorted(record["imports_ms"].items(), key=lambda item: -item[1][0])
     total = sum(times[0] for _, times in imports)
     lines = [[name, f"{times[0]:.0f}"] for name, times in imports if times[0] >= 2]
@@ -104,20 +100,10 @@ def page(record: dict[str, Any]) -> str:
         "for each model, in turns; the page cache is warm. A client asks every 2 ms until the server takes its "
         "connection and `/readyz` answers 200. Figures are medians, and in brackets the smallest and the largest.",
         machine_table(record["machine"]),
-        table(
-            [
-                "model",
-                "MB",
-                "s until ready",
-                "s until the first /predict",
-                f"MB resident after {NUM_REQUESTS} requests",
-                "torch loaded",
-            ],
-            rows,
-        ),
+        table(["model", "MB", "s until ready", "s until /predict", "MB resident", "torch loaded"], rows),
+        f"The first `/predict` is asked once the server is ready; memory is resident after {NUM_REQUESTS} of them.",
         "## Where the time goes",
-        "Milliseconds of each step in a process that does nothing else, in order. The server imports its application "
-        "while another thread loads the model; the two sums are therefore more than the whole.",
+        "Milliseconds of each step, one after another in a fresh process:",
         table(["model", *record["models"][0]["phases"][0]], phases),
         f"Milliseconds of imports by package, each without what it imports in turn (`python -X importtime`, fastest of "
         f"{record['rounds']}, packages of 2 ms and more; {total:.0f} in all, measuring included):",

@@ -37,7 +37,7 @@ class TrainingConfig:
     runs: Annotated[
         tuple[Path, ...], "checkpoints of finished Fashion-MNIST runs, for the time to an accuracy", POSITIONAL
     ] = ()
-    rounds: Annotated[int, "rounds in which the forms alternate"] = 9
+    rounds: Annotated[int, "rounds in which the forms alternate"] = 7
     round_s: Annotated[float, "seconds of one form in one round"] = 0.6
     quick: Annotated[bool, "one net, two rounds, no net of 400 layers: under a minute"] = False
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs/benchmarks")
@@ -54,7 +54,7 @@ def command(config: TrainingConfig) -> int:
     from train.machine import keep_large_buffers
     from train.progress import make_console
 
-    runs = [_read_run(path) for path in config.runs]
+    runs, typed = [_read_run(path) for path in config.runs], _typed(config)
     if config.quick:
         config = replace(config, rounds=2, round_s=0.2)
     console = make_console()
@@ -62,7 +62,7 @@ def command(config: TrainingConfig) -> int:
     processes = _measure_processes(config, console)
     keep_large_buffers()
     record = {
-        "command": f"python bench/training.py {given_arguments(replace(config, out=TrainingConfig.out))}".rstrip(),
+        "command": typed,
         "machine": describe_machine("torch"),
         "batch_size": BATCH_SIZE,
         "rounds": config.rounds,
@@ -74,6 +74,12 @@ def command(config: TrainingConfig) -> int:
     }
     console.print(write_page(config.out, "training", page(record), record))
     return 0
+
+
+def _typed(config: TrainingConfig) -> str:
+    """The command as one would type it, without where its results go."""
+    options = given_arguments(replace(config, runs=(), out=TrainingConfig.out))
+    return " ".join(["python bench/training.py", *map(str, config.runs), options]).rstrip()
 
 
 def _measure_net(net: tuple[int, float], config: TrainingConfig, console: Any) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _compare(
     names = weighted_layers(plain)
     logits: list[tuple[Tensor, Tensor]] = []
     largest: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
-    for batch in images.split(BATCH_SIZE):
+    for batch in torch.split(images, BATCH_SIZE):
         before = after = batch
         sides = (layer_outputs(net, batch, names) for net in (dirac, plain))
         for (name, before), (_, after) in zip(*sides, strict=True):

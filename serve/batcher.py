@@ -32,7 +32,7 @@ from serve.limits import Limits
 from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
 from train.refusal import Refusal
 
-_PATIENCE_S = 0.02  # most jobs are done by then, and a watch costs a tenth of a request
+_PATIENCE_S = 0.1  # nearly all jobs are done by then, and a watch costs a tenth of a request
 _LAST_BATCH_S = 1.0
 _SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
 
@@ -128,7 +128,8 @@ class Batcher:
         future = self._loop.create_future()
         job = _make_job(contents, self.served, top_k, future)
         self.num_held += num_images
-        job.timer = self._loop.call_later(_PATIENCE_S, self._watch, job, deadline, receive)
+        until = min(self._loop.time() + _PATIENCE_S, deadline)
+        job.timer = self._loop.call_at(until, self._watch, job, deadline, receive)
         try:
             self._enqueue(job)
             await future

@@ -1,6 +1,7 @@
-"""One connection of uvicorn's, on which nobody may be slow or endless with headers."""
+"""One connection of uvicorn's: nobody is slow or endless with headers on it, and an answer leaves in one write."""
 
 import asyncio
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -12,6 +13,7 @@ class Connection(HttpToolsProtocol):
     """Closes a connection whose headers take longer than `headers_s` or are longer than MAX_HEADER_BYTES.
 
     A body has the deadline of its request (serve/wire.py), and a connection between two requests uvicorn's own limit.
+    The head and the body of an answer leave in one write, where uvicorn makes two.
     """
 
     headers_s = HEADERS_S
@@ -19,7 +21,7 @@ class Connection(HttpToolsProtocol):
     _num_header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, Joining(transport, self.loop)))
         self._await_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -53,3 +55,32 @@ class Connection(HttpToolsProtocol):
 
     def _close_slow(self) -> None:
         self.transport.close()
+
+
+class Joining:
+    """A transport. The first write waits for the second or for the end of this turn of the event loop."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._held = b""
+
+    def write(self, data: bytes) -> None:
+        if self._held:
+            data, self._held = self._held + data, b""
+            self._transport.write(data)
+        else:
+            self._held = data
+            self._loop.call_soon(self._flush)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def _flush(self) -> None:
+        if self._held:
+            self._transport.write(self._held)
+            self._held = b""

@@ -74,7 +74,7 @@ Observer = Callable[[Visit], None]  # learns of every finished request
 
 
 class Hot:
-    """Middleware of the FastAPI app, which answers what is not `POST /predict`."""
+    """In front of the FastAPI app, which answers what is not `POST /predict`."""
 
     def __init__(
         self, app: ASGIApp, *, batcher: Batcher, limits: Limits, access: Access, observers: Sequence[Observer]

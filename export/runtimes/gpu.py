@@ -85,7 +85,7 @@ def when_gone(owner: object, release: Callable[..., None], *arguments: Any) -> N
 
 def release(stream: Any, graphs: dict[int, Any]) -> None:
     """Destroy a stream on which nothing runs, and the graphs that ran on it."""
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     for graph in filter(None, graphs.values()):
         call(cudart.cudaGraphExecDestroy(graph))
@@ -93,7 +93,7 @@ def release(stream: Any, graphs: dict[int, Any]) -> None:
 
 
 def _free(device: Any, host: Any) -> None:
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     call(cudart.cudaFree(device))
     call(cudart.cudaFreeHost(host))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -83,7 +83,10 @@ def _load(path: Path, content: bytes, num_threads: int) -> tuple[Any, Any]:
     with _temporary_folder(path) as folder:
         converted = _convert(path, content, folder)
         with _stdout_silenced():  # both the import and the loading print
-            from MNN import expr, nn
+            from MNN import expr as mnn_expr
+            from MNN import nn as mnn_nn
+
+            expr, nn = cast(Any, mnn_expr), cast(Any, mnn_nn)  # both take their names from an extension module
 
             options = {"backend": 0, "numThread": num_threads, "precision": "high"}
             manager = nn.create_runtime_manager((options,))
