@@ -1,4 +1,4 @@
-"""Wall-clock time of several ways to answer the same images, in rounds that alternate between them."""
+"""Wall-clock time of several ways to do the same, in rounds that alternate between them."""
 
 import statistics
 import time
@@ -13,6 +13,7 @@ from export.compare import Answer
 
 MIN_CALLS = 3
 Result = TypeVar("Result")
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -66,24 +67,24 @@ def time_rounds(
 
     A call ends with its logits in the host's memory, so the clock waits for the device.
     """
-    racers = {name: partial(median_ms, answer, images, round_s) for name, answer in answers.items()}
+    racers = {name: partial(median_ms, partial(answer, images), round_s) for name, answer in answers.items()}
     return alternate(racers, batch_size=len(images), num_rounds=num_rounds, advance=advance)
 
 
 def alternate(
-    racers: Mapping[str, Callable[[], float]],
+    racers: Mapping[Name, Callable[[], float]],
     *,
     batch_size: int,
     num_rounds: int,
     advance: Callable[[int], None] = lambda n: None,
-) -> dict[str, Timing | Failure]:
+) -> dict[Name, Timing | Failure]:
     """Runs racers in turn; each runs for one round and gives the milliseconds of a call.
 
     The first round is warm-up and counts for nothing. Every second one runs in reverse order. A racer
     that fails is left out from then on.
     """
-    failed: dict[str, Failure] = {}
-    rounds: dict[str, list[float]] = {name: [] for name in racers}
+    failed: dict[Name, Failure] = {}
+    rounds: dict[Name, list[float]] = {name: [] for name in racers}
     for index in range(-1, num_rounds):
         for name in list(rounds)[:: -1 if index > 0 and index % 2 else 1]:
             result = attempt(racers[name])
@@ -106,12 +107,12 @@ def attempt(action: Callable[[], Result]) -> Result | Failure:
         return Failure(f"{type(error).__name__}: {lines[0]}"[:200])
 
 
-def median_ms(answer: Answer, images: np.ndarray, seconds: float, *, min_calls: int = MIN_CALLS) -> float:
+def median_ms(action: Callable[[], object], seconds: float, *, min_calls: int = MIN_CALLS) -> float:
     """The median of calls over `seconds`, `min_calls` at least."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < min_calls or time.perf_counter() < end:
         start = time.perf_counter()
-        answer(images)
+        action()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)

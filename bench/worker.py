@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ class _Contender:
         from bench.rounds import median_ms
 
         sleep(SETTLE_S)
-        return median_ms(self._answer, self._images(batch_size), seconds, min_calls=1)
+        return median_ms(partial(self._answer, self._images(batch_size)), seconds, min_calls=1)
 
     def answer(self, num_images: int) -> Any:
         return self._answer(self._images(num_images))

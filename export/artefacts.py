@@ -106,7 +106,7 @@ def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: di
     @torch.no_grad()
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
         outputs = layer_outputs(net, torch.from_numpy(images), weighted_layers(skeleton(spec)))
-        return {name: output.numpy() for name, output in outputs.items()}
+        return {name: output.numpy() for name, output in outputs}
 
     return Form(str(path), path, digest, "fp32", spec, provenance, answer, layers)
 

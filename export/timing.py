@@ -44,7 +44,7 @@ def time_models(
     options.log_severity_level = 3
 
     def answer(session: ort.InferenceSession, images: np.ndarray) -> np.ndarray:
-        return session.run(None, {"images": images})[0]
+        return np.asarray(session.run(None, {"images": images})[0])
 
     answers = {
         name: partial(answer, ort.InferenceSession(model, options, providers=list(providers)))

@@ -147,8 +147,9 @@ def _candidates(forms: Sequence[Form], runtime: RuntimeName | None, *, has_devic
             _log.warning("%s is not chosen: %s", form.path.name, reason)
             continue
         on_mnn = is_installed() and not has_devices and why_not(form.header) is None
-        names = [name for name in RUNTIMES[".onnx"] if runtime in (None, name) and (name != "mnn" or on_mnn)]
-        found += [(form, name) for name in names]
+        for name in RUNTIMES[".onnx"]:
+            if runtime in (None, name) and (name != "mnn" or on_mnn):
+                found.append((form, name))
     if not found:
         named = " and ".join(form.path.name for form in forms)
         raise Refusal(f"neither of {named} can be chosen{f' for {runtime}' if runtime else ''}; name one file alone")

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
@@ -22,8 +24,11 @@ from serve import logs
 from serve.access import Access, read_api_key
 from serve.app import make_app
 from serve.choose import choose
+from serve.connection import Connection
 from serve.limits import Limits
+from serve.metrics import COUNTS_VARIABLE
 from serve.reload import check
+from serve.report import with_report
 from serve.tracing import find_tracing
 from train.cores import num_cores
 from train.refusal import Refusal
@@ -42,12 +47,8 @@ def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
     limits_of(config)  # what is refused is refused before anything is measured
     config, reason = decide(config)
     if config.workers > 1:
-        supervisor = _Supervisor(config, listener, url, reason)
-        supervisor.run()
-        return 0 if supervisor.has_served else 2
-    runtimes = load(config)
-    server = _Server(_settings(config, _make_app(config, runtimes)))
-    server.greeting = f"{_because(_describe(runtimes[0]), reason)}\n{_serving_at(url)}"
+        return _supervise(config, listener, url, reason)
+    server = _make_server(config, url, reason)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn has finished its requests and hands the signal on
@@ -67,6 +68,22 @@ def decide(config: "ServeConfig") -> tuple["ServeConfig", str]:
     return replace(config, models=(choice.path,), runtime=choice.runtime or "auto"), choice.reason
 
 
+def _supervise(config: "ServeConfig", listener: socket.socket, url: str, reason: str) -> int:
+    """Several workers, which count requests together in files of a folder of their own."""
+    with tempfile.TemporaryDirectory(prefix="diracnet-metrics-") as folder:
+        os.environ[COUNTS_VARIABLE] = folder  # the workers inherit it
+        supervisor = _Supervisor(config, listener, url, reason)
+        supervisor.run()
+    return 0 if supervisor.has_served else 2
+
+
+def _make_server(config: "ServeConfig", url: str, reason: str) -> "_Server":
+    runtimes = load(config)
+    server = _Server(_settings(config, _make_app(config, runtimes)))
+    server.greeting = f"{_because(_describe(runtimes[0]), reason)}\n{_serving_at(url)}"
+    return server
+
+
 def load(config: "ServeConfig") -> list[Runtime]:
     """The model, checked, once for each device. What is refused is said without the file's folder."""
     (path,), name, num_threads = config.model_paths, config.runtime_name, _num_threads(config)
@@ -76,6 +93,7 @@ def load(config: "ServeConfig") -> list[Runtime]:
             for device in config.devices or (None,)
         ]
         for runtime in runtimes:
+            runtime.model = with_report(runtime.model, path)
             check(runtime)
     except Refusal as refusal:
         raise Refusal(str(refusal).replace(str(path), path.name)) from refusal
@@ -92,6 +110,7 @@ def limits_of(config: "ServeConfig") -> Limits:
     spare = num_cores() // config.workers - 1  # one core has the event loop and the model
     return Limits(
         max_body_bytes=int(config.max_body_mb * 1e6),
+        max_held_bytes=int(config.max_held_mb * 1e6),
         max_images=config.max_images,
         max_batch=config.max_batch,
         max_queue=config.max_queue,
@@ -123,6 +142,7 @@ def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers
         access_log=False,
         server_header=False,
         proxy_headers=False,  # nobody's word for where a request comes from is needed, or taken
+        http=Connection,
         ws="none",
         timeout_graceful_shutdown=config.drain_seconds,
     )
@@ -154,6 +174,13 @@ class _Supervisor(Multiprocess):
         if self.has_served:
             print(f"{_because(f'{self.processes_num} workers', self._reason)}\n{_serving_at(self._url)}", flush=True)
 
+    def keep_subprocess_alive(self) -> None:
+        before = {process.pid for process in self.processes}
+        super().keep_subprocess_alive()
+        for pid in before - {process.pid for process in self.processes}:
+            if pid:
+                mark_process_dead(pid)  # what it counted stays; what it held is gone
+
     def handle_hup(self) -> None:
         for process in self.processes:
             if process.pid:
@@ -177,7 +204,7 @@ def _tell_supervisor() -> None:
 
 
 def _describe(runtime: Runtime) -> str:
-    return f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description}"
+    return f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description} ({runtime.library})"
 
 
 def _because(what: str, reason: str) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -33,7 +33,7 @@ _tools.mnnconvert(["mnnconvert", "-f", "ONNX", "--modelFile", sys.argv[1], "--MN
 
 
 class MnnModule:
-    """One module of MNN; `model` and `description` as in `Runtime`."""
+    """One module of MNN; the rest as in `Runtime`."""
 
     platform = "mnn"
 
@@ -46,8 +46,10 @@ class MnnModule:
             raise Refusal(f"{path} {reason}; use --runtime onnxruntime")
         spec = Spec.from_json(header.metadata["spec"])
         self._forward, self._to_input = _load(path, content, num_threads or num_cores())
-        self.model = Model(name=spec.name, digest=sha256(content), spec=spec, provenance=_provenance(header))
-        self.description = f"MNN {version()}, CPU"
+        digest, provenance = sha256(content), _provenance(header)
+        self.model = Model(name=spec.name, digest=digest, spec=spec, provenance=provenance, num_bytes=len(content))
+        self.description = "MNN, CPU"
+        self.library = f"MNN {version()}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         (logits,) = self._forward([self._to_input(np.ascontiguousarray(images))])
@@ -81,7 +83,10 @@ def _load(path: Path, content: bytes, num_threads: int) -> tuple[Any, Any]:
     with _temporary_folder(path) as folder:
         converted = _convert(path, content, folder)
         with _stdout_silenced():  # both the import and the loading print
-            from MNN import expr, nn
+            from MNN import expr as mnn_expr
+            from MNN import nn as mnn_nn
+
+            expr, nn = cast(Any, mnn_expr), cast(Any, mnn_nn)  # both take their names from an extension module
 
             options = {"backend": 0, "numThread": num_threads, "precision": "high"}
             manager = nn.create_runtime_manager((options,))
