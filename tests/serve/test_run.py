@@ -129,8 +129,6 @@ class Hanging(OnnxSession):
         return super().__call__(images)
 
 process.load_runtime = lambda path, **options: Hanging(path)
-limits = {"drain_seconds": 1, "deadline_ms": 60_000}
-config = run.ServeConfig((Path(sys.argv[2]),), runtime="onnxruntime", port=0, **limits)
 config = run.ServeConfig((Path(sys.argv[2]),), runtime="onnxruntime", port=0, drain_seconds=1, deadline_ms=60_000)
 sys.exit(run.serve(config))
 """
