@@ -5,17 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from export.image_sets import extreme_images, random_images, real_images
 from fold.plain import fold_net, load_plain
-from train.data import cifar_image
+from train.data import cifar_image, imagenet_image
 from train.families import build
-from train.spec import ImageSpec, Spec
+from train.spec import Spec
 
 SEEDED = ((16, 1.0), (34, 2.0))  # depth and width
 NUM_CALIBRATION = 256
-WITH_WEIGHTS = (nn.Conv2d, nn.Linear)
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class Net:
     calibration: np.ndarray  # other images, for the ranges of eight bits
 
 
-def seeded_net(depth: int, width: float, *, seed: int = 0) -> Net:
-    """A DiracNet for CIFAR images with random weights."""
-    labels = tuple(f"class {index}" for index in range(10))
-    spec = Spec("cifar", depth, width, "ncrelu", cifar_image(), labels)
+def seeded_net(depth: int, width: float, *, family: str = "cifar", seed: int = 0) -> Net:
+    """A DiracNet of random weights for images of CIFAR or, in the families of ImageNet, of ImageNet."""
+    image, num_labels = (imagenet_image(), 1000) if family.startswith("imagenet") else (cifar_image(), 10)
+    spec = Spec(family, depth, width, "ncrelu", image, tuple(f"class {index}" for index in range(num_labels)))
     net = random_net(spec, seed=seed)
     images = random_images(spec.image, NUM_CALIBRATION + 64)
     image_sets = {"random": images[NUM_CALIBRATION:], "extreme": extreme_images(spec.image)}
@@ -43,8 +42,8 @@ def seeded_net(depth: int, width: float, *, seed: int = 0) -> Net:
     return Net(spec.name, f"random, seed {seed}", spec, net, True, plain, image_sets, images[:NUM_CALIBRATION])
 
 
-def random_net(spec: Spec, *, seed: int) -> nn.Sequential:
-    """The Dirac net of `spec` with every parameter and statistic off its initial value."""
+def random_net(spec: Spec, *, seed: int = 0) -> nn.Sequential:
+    """The net of `spec` with every parameter and statistic off its initial value."""
     torch.manual_seed(seed)
     net = build(spec).eval()
     with torch.no_grad():
@@ -58,24 +57,9 @@ def random_net(spec: Spec, *, seed: int) -> nn.Sequential:
                     tensor.normal_(0, 0.5)
                 case "running_mean" | "bias":
                     tensor.normal_(0, 0.2)
-                case "weight" if ".bn." in name:
+                case "weight" if ".bn" in name:
                     tensor.uniform_(0.7, 1.2)
     return net
-
-
-def count_macs(plain: nn.Sequential, image: ImageSpec) -> int:
-    """Multiplications of a plain net's convolutions and classifier for one image."""
-    counts: list[int] = []
-
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        counts.append(layer.weight[0].numel() * output[0].numel())
-
-    hooks = [layer.register_forward_hook(count) for layer in plain.modules() if isinstance(layer, WITH_WEIGHTS)]
-    with torch.inference_mode():
-        plain(torch.zeros(1, image.height, image.width, image.channels, dtype=torch.uint8))
-    for hook in hooks:
-        hook.remove()
-    return sum(counts)
 
 
 def net_of_file(path: Path) -> Net:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.nets import count_macs, random_net
+from bench.macs import count_macs
+from bench.nets import random_net
 from export.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from export.to_onnx import DEFAULT_LOWERING

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.gpu_report import table
+from bench.page import table
 
 OURS = "ours, raw body"
 # Times the throughput of each, at the most connections, for a model of up to so many multiplications.

@@ -16,6 +16,7 @@ from serve import problems
 from serve.access import EVERYBODY, Access
 from serve.answer import ModelName, Prediction
 from serve.batcher import Batcher, Served
+from serve.decode import warm_up_decoders
 from serve.hot import TOP_K, Hot, Observer
 from serve.limits import Limits
 from serve.metrics import MEDIA_TYPE, Metrics
@@ -76,15 +77,13 @@ def make_app(
     It is ready once its lifespan has warmed the model up. `load` makes the runtimes anew, on SIGHUP and, where there
     is a key, on POST /admin/reload, which then calls `reload_everywhere`. `observers` learn of every finished request.
     """
-    runtimes = tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)
-    batcher = Batcher(Served(runtimes), limits)
+    batcher = Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
     metrics = Metrics(batcher)
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        for runtime in runtimes:
-            await asyncio.to_thread(warm_up, runtime, limits.max_batch)
+        await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
         batcher.start()
         app.state.is_ready = True
         with heed_signals(before_stop=no_longer_ready, reload=reloader.reload if reloader else None):
@@ -121,6 +120,12 @@ def make_app(
         _add_admin(app, reloader, reload_everywhere)
     _add_pages(app)
     return app
+
+
+def _warm_up(served: Served, max_batch: int) -> None:
+    for runtime in served.runtimes:
+        warm_up(runtime, max_batch)
+    warm_up_decoders(served.model.spec.image)
 
 
 def _add_predict(app: FastAPI) -> None:
@@ -188,6 +193,7 @@ def model_card(runtime: Runtime) -> dict[str, Any]:
     return {
         "name": model.name,
         "digest": model.digest,
+        "file_bytes": model.num_bytes,
         "runtime": runtime.description,
         "family": spec.family,
         "depth": spec.depth,

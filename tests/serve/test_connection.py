@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from serve.protocol import _Joining
+from serve.connection import Joining
 
 
 class Recorder:
@@ -36,7 +36,7 @@ class Recorder:
 def test_the_second_write_takes_the_first_along_and_a_lone_one_goes_with_the_turn(written, expected):
     async def turn():
         transport = Recorder()
-        joining = _Joining(transport, asyncio.get_running_loop())
+        joining = Joining(transport, asyncio.get_running_loop())
         for data in written:
             joining.write(data)
         await asyncio.sleep(0)
@@ -49,7 +49,7 @@ def test_the_second_write_takes_the_first_along_and_a_lone_one_goes_with_the_tur
 def test_what_is_held_leaves_before_the_connection_closes():
     async def turn():
         transport = Recorder()
-        joining = _Joining(transport, asyncio.get_running_loop())
+        joining = Joining(transport, asyncio.get_running_loop())
         joining.write(b"last")
         joining.close()
         return transport.writes, joining.is_closing()
