@@ -81,8 +81,8 @@ OURS = Server(
         Way("ours, raw body", "/predict", "image/png", bytes, _of_results),
         Way("ours, form", "/predict", _FORM, as_form("image"), _of_results),
     ),
-    "`serve/run.py`, its ordinary command but for `--runtime onnxruntime`, which all others have too; it logs every request, answers with the five best classes and keeps "
-    "its limits, deadlines and metrics",
+    "`serve/run.py --runtime onnxruntime`, since all others run that; else its ordinary command, which logs every "
+    "request, answers with the five best classes and keeps its limits, deadlines and metrics",
 )
 SERVERS = (
     OURS,
