@@ -1,10 +1,16 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import reference
 import torch
 
-from train.families import build, count_parameters
+from train.families import build, count_parameters, outline
 from train.refusal import Refusal
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -28,8 +34,31 @@ def test_parameter_counts_are_those_of_the_paper_and_the_authors_code(make_spec,
     fields |= {"size": 224, "num_labels": 1000} if imagenet else {"size": 32}
     if fields.get("family") == "wrn":
         fields |= {"nonlinearity": "relu", "parameterization": "plain"}
-    with torch.device("meta"):
-        assert count_parameters(build(make_spec(**fields))) == expected
+    assert count_parameters(outline(make_spec(**fields))) == expected
+
+
+def test_an_outline_is_the_net_without_numbers(make_spec, row):
+    net, shapes = build(make_spec(**row)), outline(make_spec(**row))
+    assert str(net) == str(shapes)
+    tensors = shapes.state_dict()
+    assert {name: tensor.shape for name, tensor in net.state_dict().items()} == {
+        name: tensor.shape for name, tensor in tensors.items()
+    }
+    assert all(tensor.is_meta for tensor in tensors.values())
+
+
+@pytest.mark.slow
+def test_neither_an_outline_nor_a_plain_one_imports_pytorchs_compiler():
+    """It takes over a second, at every load of a plain net."""
+    program = """
+import sys
+from fold.plain import skeleton
+from train.data import cifar_image
+from train.spec import Spec
+skeleton(Spec("cifar", 10, 1.0, "ncrelu", cifar_image(), ("one", "other")))
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_every_family_is_the_papers_in_float64(make_net, make_spec, images, row):
