@@ -1,4 +1,5 @@
-.PHONY: help setup demo serve stop model experiments gpu-check have-gpu test test-fast lint constraints
+.PHONY: help setup demo serve stop model experiments pictures bench gpu-check have-gpu check test test-fast lint \
+	constraints
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -7,10 +8,16 @@ VENV := .venv
 RUN := runs/demo
 # The Fashion-MNIST model that comes along.
 BUNDLED := models/fashion-mnist.onnx
+# Its checkpoint, which make model leaves; the plain net lies beside it.
+CHECKPOINT ?= runs/model/checkpoint.pt
 BIN := $(VENV)/bin
+# In the order in which make bench runs them.
+BENCHMARKS := $(wildcard $(patsubst %,bench/%.py,model folding training server startup reliability))
 # The TensorRT-RTX extra builds engines without a GPU; its wheels exist for Linux and Windows on x86-64.
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),dev$(,)rtx,dev)
 , := ,
+# Or pyright asks its registry for a newer version at every run.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -49,11 +56,24 @@ model: setup ## train the Fashion-MNIST model in models/ again: over an hour on 
 	@$(BIN)/python export/to_onnx.py runs/model/plain.safetensors --out $(BUNDLED)
 	@$(BIN)/python export/parity.py $(BUNDLED) --report $(BUNDLED:.onnx=.json) \
 		--against runs/model/checkpoint.pt runs/model/plain.safetensors
+	@$(BIN)/python export/to_onnx.py runs/model/plain.safetensors --precision int8 --out $(BUNDLED:.onnx=-int8.onnx)
 	@$(BIN)/python train/held_out.py --dataset fashion-mnist --out models/held-out
 
 experiments: setup ## run all experiments of docs/paper.md in their cheap form: minutes each on two cores
 	@for name in delta depth scaling sparsity convergence initialization; do \
 		$(BIN)/python train/experiments/$$name.py --out docs/experiments || exit; done
+
+pictures: setup ## draw docs/pictures again, from models/ and the checkpoint of make model
+	@test -f $(CHECKPOINT) || { echo "error: $(CHECKPOINT) is missing: run make model, or name one with CHECKPOINT=" >&2; exit 2; }
+	@$(BIN)/python fold/draw.py $(CHECKPOINT) --out docs/pictures/fold.png
+	@$(BIN)/python export/draw.py $(BUNDLED) --out docs/pictures/graph.svg
+	@$(BIN)/python export/parity.py $(BUNDLED) --plot docs/pictures/parity.png \
+		--against $(CHECKPOINT) $(dir $(CHECKPOINT))plain.safetensors
+	@$(BIN)/python bench/confusion.py $(BUNDLED) --out docs/pictures/confusion.png
+
+bench: setup ## the short form of every benchmark, into runs/bench; the full figures are in docs/benchmarks
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
+	@for script in $(BENCHMARKS); do $(BIN)/python $$script --quick --out runs/bench || exit; done
 
 gpu-check: have-gpu setup ## with an NVIDIA GPU: build engines, run tests/gpu, compare, time; writes docs/gpu-NAME.md
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),tensorrt]'
@@ -63,8 +83,11 @@ have-gpu:
 	@command -v nvidia-smi >/dev/null || { echo "error: nvidia-smi is missing: make gpu-check needs an NVIDIA GPU \
 	and its driver; python bench/gpu_check.py --device cpu measures the CPU" >&2; exit 2; }
 
-test: setup ## lint, then run all tests
+check: setup ## lint, format and types, as CI sees them; changes nothing
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+test: check ## check, then run all tests
 	@$(BIN)/python -m pytest
 
 test-fast: setup ## run the tests that take less than a second each

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from export.compare import Answer
 
 MIN_CALLS = 3
 Result = TypeVar("Result")
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class Timing:
     def speedup_over(self, other: "Timing") -> float:
         """The median of the rounds' ratios: what slows down the machine for a while slows down both."""
         return statistics.median(before / after for before, after in zip(other.round_ms, self.round_ms, strict=True))
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Timing":
+        return cls(record["batch_size"], tuple(record["round_ms"]))
 
     def to_dict(self) -> dict[str, float | list[float]]:
         return {
@@ -60,38 +65,37 @@ def time_rounds(
 ) -> dict[str, Timing | Failure]:
     """For each name its timing on the batch `images`, or why it failed.
 
-    A call ends with its logits in the host's memory, so the clock waits for the device. Warm-up lasts
-    as long as a round. Every second round runs in reverse order.
+    A call ends with its logits in the host's memory, so the clock waits for the device.
     """
-    results: dict[str, Timing | Failure] = {}
-    actions = {name: partial(answer, images) for name, answer in answers.items()}
-    for name in answers:
-        warm_up = attempt(partial(_median_ms, actions[name], round_s))
-        if isinstance(warm_up, Failure):
-            results[name] = warm_up
-            del actions[name]
-    rounds = alternate(actions, num_rounds=num_rounds, round_s=round_s, advance=advance)
-    return results | {name: Timing(len(images), times) for name, times in rounds.items()}
+    racers = {name: partial(median_ms, partial(answer, images), round_s) for name, answer in answers.items()}
+    return alternate(racers, batch_size=len(images), num_rounds=num_rounds, advance=advance)
 
 
 def alternate(
-    actions: Mapping[str, Callable[[], object]],
+    racers: Mapping[Name, Callable[[], float]],
     *,
+    batch_size: int,
     num_rounds: int,
-    round_s: float,
-    min_calls: int = MIN_CALLS,
     advance: Callable[[int], None] = lambda n: None,
-) -> dict[str, tuple[float, ...]]:
-    """For each name the milliseconds of one call in each round: the median of `min_calls` and of all in `round_s`.
+) -> dict[Name, Timing | Failure]:
+    """Runs racers in turn; each runs for one round and gives the milliseconds of a call.
 
-    Every second round runs in reverse order.
+    The first round is warm-up and counts for nothing. Every second one runs in reverse order. A racer
+    that fails is left out from then on.
     """
-    rounds: dict[str, list[float]] = {name: [] for name in actions}
-    for index in range(num_rounds):
-        for name in list(actions)[:: 1 if index % 2 == 0 else -1]:
-            rounds[name].append(_median_ms(actions[name], round_s, min_calls))
-        advance(1)
-    return {name: tuple(times) for name, times in rounds.items()}
+    failed: dict[Name, Failure] = {}
+    rounds: dict[Name, list[float]] = {name: [] for name in racers}
+    for index in range(-1, num_rounds):
+        for name in list(rounds)[:: -1 if index > 0 and index % 2 else 1]:
+            result = attempt(racers[name])
+            if isinstance(result, Failure):
+                failed[name] = result
+                del rounds[name]
+            elif index >= 0:
+                rounds[name].append(result)
+        if index >= 0:
+            advance(1)
+    return failed | {name: Timing(batch_size, tuple(times)) for name, times in rounds.items()}
 
 
 def attempt(action: Callable[[], Result]) -> Result | Failure:
@@ -103,7 +107,7 @@ def attempt(action: Callable[[], Result]) -> Result | Failure:
         return Failure(f"{type(error).__name__}: {lines[0]}"[:200])
 
 
-def _median_ms(action: Callable[[], object], seconds: float, min_calls: int = MIN_CALLS) -> float:
+def median_ms(action: Callable[[], object], seconds: float, *, min_calls: int = MIN_CALLS) -> float:
     """The median of calls over `seconds`, `min_calls` at least."""
     times: list[float] = []
     end = time.perf_counter() + seconds

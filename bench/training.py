@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -12,8 +12,12 @@ from train.cli import POSITIONAL, given_arguments, run_command
 from train.refusal import Refusal
 
 if TYPE_CHECKING:
-    from bench.forms import Workload
+    from collections.abc import Callable, Mapping
 
+    from bench.forms import Workload
+    from bench.rounds import Timing
+
+Name = TypeVar("Name")
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_SIZE = 128
 PRECISIONS = ("bf16", "fp32")
@@ -81,7 +85,6 @@ def _typed(config: TrainingConfig) -> str:
 def _measure_net(net: tuple[int, float], config: TrainingConfig, console: Any) -> dict[str, Any]:
     """Steps of every form and precision in one alternation, and Ŵ with its gradients alone."""
     from bench.forms import Workload, make_step, make_weights
-    from bench.rounds import Timing, alternate
     from train.progress import progress
 
     workload = Workload(*net, 28, BATCH_SIZE)
@@ -91,11 +94,8 @@ def _measure_net(net: tuple[int, float], config: TrainingConfig, console: Any) -
         for form in FORMS
     }
     actions |= {("weights", form): make_weights(form, workload) for form in FORMS[1:]}
-    with progress(console, f"steps of {workload.depth}-{workload.width:g}", config.rounds + 1) as advance:
-        timing = {"round_s": config.round_s, "min_calls": 1, "advance": advance}
-        alternate(actions, num_rounds=1, **timing)  # warm-up
-        rounds = alternate(actions, num_rounds=config.rounds, **timing)
-    timings = {key: Timing(BATCH_SIZE, times) for key, times in rounds.items()}
+    with progress(console, f"steps of {workload.depth}-{workload.width:g}", config.rounds) as advance:
+        timings = _race(actions, num_rounds=config.rounds, round_s=config.round_s, advance=advance)
     rows = [
         {
             "precision": precision,
@@ -106,7 +106,7 @@ def _measure_net(net: tuple[int, float], config: TrainingConfig, console: Any) -
         for precision in PRECISIONS
         for form in FORMS
     ]
-    weights = [{"form": form, "round_ms": list(rounds["weights", form])} for form in FORMS[1:]]
+    weights = [{"form": form, "round_ms": list(timings["weights", form].round_ms)} for form in FORMS[1:]]
     return {"net": _describe(workload), "rows": rows, "weights": weights}
 
 
@@ -146,16 +146,34 @@ def _measure_memory(config: TrainingConfig, console: Any) -> list[dict[str, Any]
 
 def _measure_depths(config: TrainingConfig, console: Any) -> list[dict[str, Any]]:
     from bench.forms import Workload, make_step
-    from bench.rounds import Timing, alternate
     from train.progress import progress
 
     depths = DEPTHS[:3] if config.quick else DEPTHS
     steps = {depth: make_step("Dirac", Workload(depth, 0.25, 8, BATCH_SIZE)) for depth in depths}
-    with progress(console, "depths", config.rounds + 1) as advance:
-        timing = {"round_s": 0.1, "min_calls": 1, "advance": advance}
-        alternate(steps, num_rounds=1, **timing)
-        rounds = alternate(steps, num_rounds=config.rounds, **timing)
-    return [{"depth": depth, **Timing(BATCH_SIZE, times).to_dict()} for depth, times in rounds.items()]
+    with progress(console, "depths", config.rounds) as advance:
+        timings = _race(steps, num_rounds=config.rounds, round_s=0.1, advance=advance)
+    return [{"depth": depth, **timing.to_dict()} for depth, timing in timings.items()]
+
+
+def _race(
+    actions: "Mapping[Name, Callable[[], object]]",
+    *,
+    num_rounds: int,
+    round_s: float,
+    advance: "Callable[[int], None]",
+) -> "dict[Name, Timing]":
+    """The time of each action by its name; refuses where one fails, as nothing here may."""
+    from functools import partial
+
+    from bench.rounds import Failure, alternate, median_ms
+
+    racers = {name: partial(median_ms, action, round_s, min_calls=1) for name, action in actions.items()}
+    timings = {}
+    for name, found in alternate(racers, batch_size=BATCH_SIZE, num_rounds=num_rounds, advance=advance).items():
+        if isinstance(found, Failure):
+            raise Refusal(f"{name}: {found.reason}")
+        timings[name] = found
+    return timings
 
 
 def _measure_processes(config: TrainingConfig, console: Any) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper
+
+from export.runtimes.offline import ort
 
 METHODS = ("min-max", "percentile", "entropy")
 NUM_BINS = 2048
@@ -89,7 +90,7 @@ def _run_all(
     session = ort.InferenceSession(observed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
-        yield dict(zip(names, session.run(names, {"images": batch}), strict=True))
+        yield dict(zip(names, map(np.asarray, session.run(names, {"images": batch})), strict=True))
         advance(len(batch))
 
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from fold.lower import Mirror, Negate, Repeat, SharedReLU
-from fold.plain import named_layers
+from fold.plain import Convolution, named_layers
 from train.layers import NCReLU, Normalize, Residual
 from train.refusal import Refusal
 from train.spec import Spec
@@ -150,7 +150,7 @@ def write_layer(graph: Graph, name: str, layer: nn.Module) -> None:
             raise TypeError(f"{name}: {type(layer).__name__} has no ONNX form here")
 
 
-def window(layer: nn.Module) -> dict[str, Any]:
+def window(layer: Convolution | nn.MaxPool2d) -> dict[str, Any]:
     """ONNX's attributes of a convolution's or a max-pool's window."""
     if isinstance(layer, nn.MaxPool2d):
         size, stride, pad = layer.kernel_size, layer.stride, layer.padding

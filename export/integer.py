@@ -144,7 +144,10 @@ def _parameters(graph: Graph, name: str, reach: Range) -> tuple[float, int, tupl
     low, high = min(reach[0], 0.0), max(reach[1], 0.0)
     scale = np.float32((high - low) / 255) if high > low else np.float32(1.0)
     zero = int(np.clip(np.rint(-low / scale), 0, 255))
-    names = graph.constant(f"{name}.scale", scale), graph.constant(f"{name}.zero", np.uint8(zero))
+    names = (
+        graph.constant(f"{name}.scale", np.asarray(scale)),
+        graph.constant(f"{name}.zero", np.asarray(zero, np.uint8)),
+    )
     return float(scale), zero, names
 
 

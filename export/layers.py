@@ -1,6 +1,5 @@
 """Where two forms part: the difference of every layer, in the order of the graph."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 
 from export.artefacts import Form
 from export.compare import TOLERANCES, Difference, Tolerance, difference
+from train.figure import png
 from train.refusal import Refusal
 
 NUM_IMAGES = 8  # of each kind: the outputs of all layers of both forms are in memory at once
@@ -90,9 +90,7 @@ def draw_layers(comparisons: Sequence[LayerComparison]) -> bytes:
     axes.set(yscale="log", ylabel="error as a share of the layer's outputs")
     axes.tick_params(axis="x", labelrotation=90, labelsize=7)
     axes.legend(fontsize=7).set_in_layout(False)  # long names shall not squeeze the axes
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _first_channels(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

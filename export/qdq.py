@@ -70,7 +70,7 @@ class _Writer:
         """The name of tensor `name` after a Q/DQ pair."""
         if name not in self._done:
             largest = max(map(abs, self._ranges[name])) or 1.0
-            scale = self._constant(f"{name}.q.scale", np.float32(largest / LARGEST[self._precision]))
+            scale = self._constant(f"{name}.q.scale", np.asarray(largest / LARGEST[self._precision], np.float32))
             zero = self._zero(f"{name}.q.zero", ())
             self._pending += [
                 helper.make_node("QuantizeLinear", [name, scale, zero], [f"{name}.q"], name=f"{name}.q"),
@@ -94,7 +94,7 @@ class _Writer:
         return f"{name}.dq"
 
     def _constant(self, name: str, array: np.ndarray) -> str:
-        return self._add(numpy_helper.from_array(np.asarray(array), name))
+        return self._add(numpy_helper.from_array(array, name))
 
     def _zero(self, name: str, shape: tuple[int, ...]) -> str:
         return self._add(_tensor(name, np.zeros(shape, np.float32), self._precision))

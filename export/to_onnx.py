@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from fold.lowerings import Lowering
 from train.cli import run_command
 from train.refusal import Refusal
 
@@ -24,7 +25,8 @@ EXAMPLES = (
     "python export/to_onnx.py plain.safetensors --precision int8 --out plain-int8.onnx",
     "python export/to_onnx.py plain.safetensors --precision int8 --target tensorrt --out for-trt.onnx",
 )
-EIGHT_BITS = ("int8", "fp8")
+EightBits = Literal["int8", "fp8"]
+EIGHT_BITS: tuple[EightBits, ...] = ("int8", "fp8")
 DEFAULT_LOWERING = "shared"  # of the forms with one convolution per layer the fastest on CPUs
 
 Made = tuple["onnx.ModelProto", dict[str, Any], bool]  # a graph, what it says of itself, whether it loses too much
@@ -38,7 +40,7 @@ class ToOnnxConfig:
         Literal["fp32", "fp16", "int8", "fp8"], "of the convolutions; int8 and fp8 are calibrated on training images"
     ] = "fp32"
     lowering: Annotated[
-        Literal["auto", "concat", "shared", "shared-split", "split", "mirror", "skip"] | None,
+        Literal["auto", Lowering] | None,
         "how NCReLU and convolution are written; auto: the fastest in ONNX Runtime on this machine "
         "(default: shared; in eight bits the one of skip and concat that loses least)",
     ] = None
@@ -74,7 +76,10 @@ def command(config: ToOnnxConfig) -> int:
 
     console = make_console(json=config.json)
     plain = load_plain(config.plain)
-    model, record, lost = (_eight_bits if config.precision in EIGHT_BITS else _floats)(plain, config, console)
+    if config.precision in EIGHT_BITS:
+        model, record, lost = _eight_bits(plain, config, config.precision, console)
+    else:
+        model, record, lost = _floats(plain, config, console)
     record = {"plain_sha256": plain.sha256, "precision": config.precision, "opset": OPSET, **record}
     probe = record_probe(answerer(model)(probe_images(plain.spec.image)))
     set_provenance(model, {**plain.provenance, "export": {**record, "probe": probe}})
@@ -103,15 +108,15 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     import os
     from dataclasses import asdict
 
-    import onnxruntime as ort
     from rich.table import Table
 
     from export.graph import to_onnx
+    from export.runtimes.offline import ort
     from export.timing import ROUNDS, fastest, time_models
-    from fold.lower import LOWERINGS, has_ncrelu, lower
+    from fold.lower import distinct_lowerings, lower
     from train.progress import progress
 
-    candidates = LOWERINGS if has_ncrelu(plain.net) else ("concat", "skip")
+    candidates = distinct_lowerings(plain.net)
     models = {
         lowering: to_onnx(lower(plain.net, lowering), plain.spec, {}, precision=config.precision).SerializeToString()
         for lowering in candidates
@@ -130,12 +135,13 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     }
 
 
-def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
+def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, console: "Console") -> Made:
     """The candidate that loses least on training images; the record says what it costs on the test images."""
     from dataclasses import asdict
 
+    from export.compare import ALLOWED_DROP
     from export.graph import to_onnx
-    from export.quantize import ALLOWED_DROP, TRIED, num_images_run, quantize
+    from export.quantize import TRIED, num_images_run, quantize
     from train.progress import progress
 
     observed, chosen_by, test = _images(plain, config)
@@ -144,7 +150,7 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Mad
         quantized = quantize(
             plain.net,
             plain.spec,
-            precision=config.precision,
+            precision=precision,
             target=config.target,
             lowerings=lowerings,
             observed=observed,

@@ -5,18 +5,20 @@ min(x, 0) = x − max(x, 0), the same is (W1 − W2) ⊙ ρ(x) + W2 ⊙ x. The f
 arithmetic; they differ in what a runtime can fuse, and in what eight bits can hold.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
+from fold.lowerings import LOWERINGS, Lowering
 from fold.passes import split_ncrelu
-from fold.plain import convolution_like, named_layers
+from fold.plain import Convolution, convolution_like, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
 from train.refusal import Refusal
 
-LOWERINGS = ("concat", "shared", "shared-split", "split", "mirror", "skip")
+Layers = list[tuple[str, nn.Module]]  # as `named_layers` gives them
+
 # A channel whose tap is below this share of the median, or negative, is rescaled by the median: by its own
 # tap its activations would outgrow all others, layer by layer, and take the range of eight bits for themselves.
 SMALLEST_TAP = 1 / 4
@@ -70,22 +72,24 @@ def lower(net: nn.Sequential, lowering: str) -> nn.Sequential:
             return _nest(_mirror(layers))
         case "skip":
             return _nest(_skip(layers))
-    raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
+        case _:
+            raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
 
 
-def has_ncrelu(net: nn.Sequential) -> bool:
-    """Whether the lowerings of `net` differ: one of ReLU alone has a single form beside skip."""
-    return any(isinstance(layer, NCReLU) for _, layer in named_layers(net))
+def distinct_lowerings(net: nn.Sequential) -> tuple[Lowering, ...]:
+    """Those that write `net` differently: a net of ReLU alone has a single form beside skip."""
+    has_ncrelu = any(isinstance(layer, NCReLU) for _, layer in named_layers(net))
+    return LOWERINGS if has_ncrelu else ("concat", "skip")
 
 
-def _rewrite_pairs(layers: list[tuple[str, nn.Module]], lowering: str) -> Iterable[tuple[str, nn.Module]]:
+def _rewrite_pairs(layers: Layers, lowering: str) -> Iterator[tuple[str, nn.Module]]:
     """Every NCReLU with the convolution after it in another form; the rest as it is."""
-    layers = iter(layers)
-    for name, layer in layers:
+    rest = iter(layers)
+    for name, layer in rest:
         if not isinstance(layer, NCReLU):
             yield name, layer
             continue
-        conv_name, conv = next(layers)
+        conv_name, conv = _convolution(*next(rest))
         w1, w2 = split_ncrelu(conv.weight)
         match lowering:
             case "shared":
@@ -94,37 +98,43 @@ def _rewrite_pairs(layers: list[tuple[str, nn.Module]], lowering: str) -> Iterab
             case "shared-split":
                 body = _sequence(relu=nn.ReLU(), conv=convolution_like(conv, w1 - w2, conv.bias))
                 yield conv_name, Residual(body, _sequence(conv=convolution_like(conv, w2, None)))
-            case "split":
+            case _:
                 body = _sequence(relu=nn.ReLU(), conv=convolution_like(conv, w1, conv.bias))
-                yield (
-                    conv_name,
-                    Residual(body, _sequence(negate=Negate(), relu=nn.ReLU(), conv=convolution_like(conv, -w2, None))),
-                )
+                other = _sequence(negate=Negate(), relu=nn.ReLU(), conv=convolution_like(conv, -w2, None))
+                yield conv_name, Residual(body, other)
 
 
-def _mirror(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+def _convolution(name: str, layer: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The layer that reads an NCReLU; refuses what is no convolution."""
+    if not isinstance(layer, nn.Conv2d):
+        raise TypeError(f"{name}: {type(layer).__name__} after an NCReLU is written as concat alone")
+    return name, layer
+
+
+def _mirror(layers: Layers) -> Layers:
     """Convolutions and ReLUs alone. A max-pool hides −z from what follows: there [x; −x] is made after it."""
-    lowered: list[tuple[str, nn.Module]] = []
+    lowered: Layers = []
     after_ncrelu = False
     for name, layer in layers:
         if isinstance(layer, NCReLU):
             before, last = lowered[-1]
             if isinstance(last, nn.Conv2d):
-                both = (torch.cat([part, -part]) for part in (last.weight, last.bias))
-                lowered[-1] = (before, convolution_like(last, *both))
+                weight, bias = (torch.cat([part, -part]) for part in (last.weight, last.get_parameter("bias")))
+                lowered[-1] = (before, convolution_like(last, weight, bias))
             else:
                 lowered.append((f"{name}.mirror", Mirror()))
             lowered.append((name if isinstance(last, nn.Conv2d) else f"{name}.relu", nn.ReLU()))
         elif after_ncrelu:
-            w1, w2 = split_ncrelu(layer.weight)
-            lowered.append((name, convolution_like(layer, torch.cat([w1, -w2], dim=1), layer.bias)))
+            _, conv = _convolution(name, layer)
+            w1, w2 = split_ncrelu(conv.weight)
+            lowered.append((name, convolution_like(conv, torch.cat([w1, -w2], dim=1), conv.bias)))
         else:
             lowered.append((name, layer))
         after_ncrelu = isinstance(layer, NCReLU)
     return lowered
 
 
-def _skip(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+def _skip(layers: Layers) -> Layers:
     """δ outside the filters: y = W̃ ⊙ u + δ ⊙ u, the residual net that a Dirac net implies (eq. 12).
 
     Activations and max-pools commute with positive factors, so every channel may be measured in units
@@ -133,7 +143,7 @@ def _skip(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     of eq. 7 is x. Where W̃ holds larger weights than δ's ones, as in a net without Dirac
     parameterization, the filter stays whole and the units start again at 1.
     """
-    lowered: list[tuple[str, nn.Module]] = []
+    lowered: Layers = []
     units: Tensor | None = None  # of the channels that the next layer reads; None: all 1
     for name, layer in layers:
         match layer:
@@ -148,7 +158,8 @@ def _skip(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
                     units = None
                     continue
                 weight, units = rescaled
-                lowered += _beside_delta(lowered, name, convolution_like(layer, weight, layer.bias / units))
+                bias = layer.get_parameter("bias") / units
+                lowered += _beside_delta(lowered, name, convolution_like(layer, weight, bias))
             case nn.Linear():
                 lowered.append((name, layer))
                 if units is not None:
@@ -166,7 +177,7 @@ def _skip(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
 def _without_delta(conv: nn.Conv2d, weight: Tensor) -> tuple[Tensor, Tensor] | None:
     """(W̃, units of the outputs) of a convolution whose filters are `weight`; None where δ does not pay."""
     num_out, num_in = weight.shape[:2]
-    centred = all(2 * pad + 1 == size for pad, size in zip(conv.padding, conv.kernel_size, strict=True))
+    centred = conv.padding == tuple((size - 1) / 2 for size in conv.kernel_size)
     if not centred or conv.stride != (1, 1) or conv.groups != 1 or num_in not in (num_out / 2, num_out, 2 * num_out):
         return None
     delta = dirac_delta(weight.shape).to(weight)
@@ -180,7 +191,7 @@ def _without_delta(conv: nn.Conv2d, weight: Tensor) -> tuple[Tensor, Tensor] | N
     return (rest, units) if pays else None
 
 
-def _beside_delta(lowered: list[tuple[str, nn.Module]], name: str, conv: nn.Conv2d) -> list[tuple[str, nn.Module]]:
+def _beside_delta(lowered: Layers, name: str, conv: Convolution) -> Layers:
     """The convolution and, beside it, δ; takes the NCReLU before both off `lowered` where δ ⊙ NCReLU(x) is x."""
     num_out, num_in = conv.weight.shape[:2]
     if num_in == 2 * num_out:

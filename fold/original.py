@@ -3,12 +3,18 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.cli import run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train.checkpoint import Checkpoint
+    from train.spec import ImageSpec, Spec
 
 BLOCK_PARTS = {"conv": "conv.weight", "alpha": "conv.a", "beta": "conv.b"}
 EXAMPLES = (
@@ -43,7 +49,7 @@ def command(config: OriginalConfig) -> int:
     return 0
 
 
-def import_original(path: Path, *, image_size: int | None = None):
+def import_original(path: Path, *, image_size: int | None = None) -> "Checkpoint":
     """The checkpoint in an authors' file of either release.
 
     Family, depth, width and classes come from the shapes of the tensors. Refuses a file with anything
@@ -76,7 +82,7 @@ def import_original(path: Path, *, image_size: int | None = None):
     return checkpoint
 
 
-def _read(path: Path, file: bytes) -> dict[str, Any]:
+def _read(path: Path, file: bytes) -> dict[str, "Tensor"]:
     """`params` and `stats` as one flat dict of float32 tensors, without the cached deltas."""
     import io
 
@@ -91,21 +97,26 @@ def _read(path: Path, file: bytes) -> dict[str, Any]:
             f"{path} is no file of tensors in plain containers, or is cut short ({type(error).__name__}); "
             "nothing in it was executed"
         ) from error
-    parts = [content.get(name, {}) for name in ("params", "stats")] if isinstance(content, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts) or not parts[0]:
+    parts = [content.get(name, {}) for name in ("params", "stats")] if _is_dict(content) else []
+    dicts = [part for part in parts if _is_dict(part)]
+    if len(dicts) != 2 or not dicts[0]:
         raise Refusal(f"{path} has no dictionary `params`: it is none of the authors' layouts")
-    numbers = {name: value for part in parts for name, value in part.items() if not str(name).startswith("eye")}
+    numbers = {str(name): value for part in dicts for name, value in part.items() if not str(name).startswith("eye")}
     strange = [
-        str(name)
+        name
         for name, value in numbers.items()
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or not torch.isfinite(value).all()
     ]
     if strange:
         raise Refusal(f"{path}: {', '.join(strange[:5])}: no tensors of finite real numbers")
-    return {str(name): value.detach().float() for name, value in numbers.items()}
+    return {name: value.detach().float() for name, value in numbers.items()}
 
 
-def _infer_spec(path: Path, numbers: dict[str, Any], image_size: int | None):
+def _is_dict(value: Any) -> TypeGuard[dict[Any, Any]]:
+    return isinstance(value, dict)
+
+
+def _infer_spec(path: Path, numbers: dict[str, "Tensor"], image_size: int | None) -> "Spec":
     from train import data
     from train.families import IMAGENET_GROUPS, TABLE3_GROUPS
     from train.refusal import Refusal
@@ -149,18 +160,18 @@ def _infer_spec(path: Path, numbers: dict[str, Any], image_size: int | None):
     )
 
 
-def _count_blocks(numbers: dict[str, Any]) -> tuple[int, ...]:
+def _count_blocks(numbers: dict[str, "Tensor"]) -> tuple[int, ...]:
     """Convolutions in each group, from names such as group0.block3.conv."""
     blocks = [name.split(".")[0] for name in numbers if name.startswith("group") and name.endswith(".conv")]
     return tuple(blocks.count(f"group{index}") for index in range(len(set(blocks))))
 
 
-def _resized(image, size: int | None):
+def _resized(image: "ImageSpec", size: int | None) -> "ImageSpec":
     from dataclasses import replace
 
     if size is None:
         return image
-    return replace(image, height=size, width=size, resize=round(size * image.resize / image.height))
+    return replace(image, height=size, width=size, resize=round(size * (image.resize or image.height) / image.height))
 
 
 def _labels(num: int) -> tuple[str, ...]:
@@ -170,17 +181,17 @@ def _labels(num: int) -> tuple[str, ...]:
     if num in (10, 100):
         return data.describe(f"cifar{num}").labels
     if num == 1000:
-        from torchvision.models import ResNet18_Weights
+        from torchvision.models import ResNet18_Weights  # pyright: ignore[reportMissingTypeStubs]  # it has none
 
         return tuple(ResNet18_Weights.DEFAULT.meta["categories"])
     return tuple(f"class {index}" for index in range(num))
 
 
-def _renamed(numbers: dict[str, Any]) -> dict[str, Any]:
+def _renamed(numbers: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
     """The authors' names as ours; scalars of shape [1] become shape []."""
     import torch
 
-    model = {}
+    model: dict[str, Tensor] = {}
     for name, value in numbers.items():
         where, _, leaf = name.rpartition(".")
         if name == "conv":

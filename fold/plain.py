@@ -1,15 +1,15 @@
 """From a Dirac net to a plain one: convolutions with bias, activations, pools and a classifier."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fold.passes import fold_batch_norm, split_ncrelu
@@ -20,8 +20,20 @@ from train.refusal import Refusal
 from train.spec import Spec
 
 FORMAT = "diracnet-plain-1"
-CONVOLUTION_BESIDE = {nn.BatchNorm1d: nn.Conv1d, nn.BatchNorm2d: nn.Conv2d, nn.BatchNorm3d: nn.Conv3d}
-PLAIN_CONVOLUTION = {DiracConv1d: nn.Conv1d, DiracConv2d: nn.Conv2d, DiracConv3d: nn.Conv3d}
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+DiracConvolution = DiracConv1d | DiracConv2d | DiracConv3d
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+MakeConvolution = Callable[..., Convolution]
+CONVOLUTION_BESIDE: dict[type[BatchNorm], MakeConvolution] = {
+    nn.BatchNorm1d: nn.Conv1d,
+    nn.BatchNorm2d: nn.Conv2d,
+    nn.BatchNorm3d: nn.Conv3d,
+}
+PLAIN_CONVOLUTION: dict[type[Convolution], MakeConvolution] = {
+    DiracConv1d: nn.Conv1d,
+    DiracConv2d: nn.Conv2d,
+    DiracConv3d: nn.Conv3d,
+}
 
 
 @dataclass(frozen=True)
@@ -58,9 +70,10 @@ def named_layers(net: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn
             yield f"{prefix}{name}", layer
 
 
-def convolution_like(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def convolution_like(layer: Convolution, weight: Tensor, bias: Tensor | None) -> Convolution:
     """An ordinary convolution of weights [N_o, N_i, ...] that strides and pads like `layer`, a Dirac one or not."""
-    plain = PLAIN_CONVOLUTION.get(type(layer), type(layer))(
+    make = PLAIN_CONVOLUTION.get(type(layer), type(layer))
+    plain = make(
         weight.shape[1] * layer.groups,
         weight.shape[0],
         layer.kernel_size,
@@ -91,13 +104,12 @@ def save_plain(path: Path, net: nn.Sequential, spec: Spec, provenance: dict[str,
 
 def load_plain(path: Path) -> Plain:
     """The inverse of `save_plain`; refuses what is no whole plain net of ours, or holds NaN or Inf."""
-    digest = sha256(read_whole(path))
+    content = read_whole(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        weights = load(content)
+    except SafetensorError as error:
         raise Refusal(f"{path} is no safetensors file, or is cut short: {error}") from error
+    metadata = _metadata(content)
     if metadata.get("format") != FORMAT:
         raise Refusal(f"{path} is no {FORMAT} file; make one with fold/run.py")
     spec = Spec.from_json(metadata.get("spec", ""))
@@ -110,7 +122,13 @@ def load_plain(path: Path) -> Plain:
     except RuntimeError as error:
         raise Refusal(f"{path} does not fit its spec: {' '.join(str(error).split())[:200]}") from error
     provenance = json.loads(metadata.get("provenance", "{}"))
-    return Plain(net.eval(), spec, provenance, digest)
+    return Plain(net.eval(), spec, provenance, sha256(content))
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """What a safetensors file says of itself: JSON behind its length in eight bytes, sound where `load` reads it."""
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]).get("__metadata__") or {}
 
 
 def _fold_sequential(
@@ -120,6 +138,7 @@ def _fold_sequential(
     plain: dict[str, nn.Module] = {}
     dead_half = False  # the next convolution's second half reads zeros
     for name, layer in net.named_children():
+        before, last = next(reversed(plain.items()), (name, None))
         match layer:
             case nn.Sequential():
                 folded, nonnegative = _fold_sequential(
@@ -129,9 +148,8 @@ def _fold_sequential(
             case DiracConv1d() | DiracConv2d() | DiracConv3d() | nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
                 plain[name] = _plain_convolution(layer, dead_half=dead_half)
                 nonnegative = dead_half = False
-            case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d() if plain and _is_convolution(plain):
-                before = next(reversed(plain))
-                plain[before] = _with_batch_norm(plain[before], layer)
+            case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d() if isinstance(last, Convolution):
+                plain[before] = _with_batch_norm(last, layer)
             case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d() if not dead_half:
                 plain[name] = _with_batch_norm(_identity_beside(layer), layer)
                 nonnegative = False
@@ -164,44 +182,44 @@ def _fold_sequential(
     return result, nonnegative
 
 
-def _is_convolution(plain: dict[str, nn.Module]) -> bool:
-    return isinstance(plain[next(reversed(plain))], (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-
-
-def _plain_convolution(layer: nn.Module, *, dead_half: bool) -> nn.Module:
+def _plain_convolution(layer: Convolution, *, dead_half: bool) -> Convolution:
     """A convolution of `layer`'s weights, Dirac ones folded (eq. 4), with a bias."""
-    if type(layer) in PLAIN_CONVOLUTION and not layer.weight.is_meta:
-        parts = (layer.a, layer.b, layer.delta, layer.weight)
-        weight = dirac_weight(*(part if part is None else part.detach().double() for part in parts))
-    else:
-        weight = layer.weight.detach().double()
+    weight = layer.weight.detach().double()
+    if isinstance(layer, DiracConvolution) and not weight.is_meta:
+        b = None if layer.b is None else layer.b.detach().double()
+        weight = dirac_weight(layer.a.detach().double(), b, layer.delta.double(), weight)
     if dead_half:
         weight, _ = split_ncrelu(weight)
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
     return convolution_like(layer, weight, bias)
 
 
-def _identity_beside(layer: nn.Module) -> nn.Module:
+def _identity_beside(layer: BatchNorm) -> Convolution:
     """The convolution that leaves what a batch normalisation reads as it is, channel by channel."""
     num = layer.num_features
     plain = CONVOLUTION_BESIDE[type(layer)](num, num, 1, groups=num, device="meta")
-    weight = layer.running_mean.new_ones(plain.weight.shape, dtype=torch.float64)
+    weight = layer.get_buffer("running_mean").new_ones(plain.weight.shape, dtype=torch.float64)
     return _with_weights(plain, weight, weight.new_zeros(num))
 
 
-def _with_batch_norm(plain: nn.Module, layer: nn.Module) -> nn.Module:
+def _with_batch_norm(plain: Convolution, layer: BatchNorm) -> Convolution:
     """`plain` with the batch normalisation after it folded in."""
     if plain.weight.is_meta:  # of a skeleton: PyTorch imports its compiler, a second's work, to compute with shapes
         return plain
-    statistics = (layer.weight, layer.bias, layer.running_mean, layer.running_var)
-    gamma, beta, mean, var = (None if part is None else part.detach().double() for part in statistics)
+    parts: dict[str, Tensor] = {name: part.double() for name, part in layer.state_dict().items()}
     weight, bias = fold_batch_norm(
-        plain.weight, plain.bias, gamma=gamma, beta=beta, mean=mean, var=var, epsilon=layer.eps
+        plain.weight,
+        plain.bias,
+        gamma=parts.get("weight"),
+        beta=parts.get("bias"),
+        mean=parts["running_mean"],
+        var=parts["running_var"],
+        epsilon=layer.eps,
     )
     return _with_weights(plain, weight, bias)
 
 
-def _with_weights(plain: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _with_weights(plain: Convolution, weight: Tensor, bias: Tensor | None) -> Convolution:
     plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
         plain.bias = nn.Parameter(bias.detach(), requires_grad=False)

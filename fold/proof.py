@@ -73,7 +73,8 @@ def prove(
         "float64": (deepcopy(net).double().eval(), plain),
         "float32": (net.eval(), deepcopy(plain).float()),
     }
-    ends, layers = [], []
+    ends: list[Difference] = []
+    layers: list[Difference] = []
     for kind, images in image_sets.items():
         for precision, pair in nets.items():
             of_layers, end = _compare(*pair, images, kind, precision, advance)
@@ -92,20 +93,22 @@ def _compare(
     advance: Callable[[int], None],
 ) -> tuple[list[Difference], Difference]:
     """All layers and the logits; both nets run side by side, so that no more than a layer's outputs are held."""
-    names, logits = weighted_layers(plain), []
+    names = weighted_layers(plain)
+    logits: list[tuple[Tensor, Tensor]] = []
     largest: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
-    for batch in images.split(BATCH_SIZE):
+    for batch in torch.split(images, BATCH_SIZE):
         before = after = batch
         sides = (layer_outputs(net, batch, names) for net in (dirac, plain))
         for (name, before), (_, after) in zip(*sides, strict=True):
             largest[name].append(((before - after).abs().max(), before.abs().max()))
         logits.append((before.double(), after.double()))  # a net ends in its classifier
         advance(len(batch))
-    layers = []
+    layers: list[Difference] = []
     for name, found in largest.items():
         max_abs, scale = (torch.stack(part).max().item() for part in zip(*found, strict=True))
         layers.append(Difference(name, kind, precision, len(images), max_abs, _relative(max_abs, scale), 0))
-    return layers, _compare_logits(*map(torch.cat, zip(*logits, strict=True)), kind, precision)
+    before, after = (torch.cat(side) for side in zip(*logits, strict=True))
+    return layers, _compare_logits(before, after, kind, precision)
 
 
 def _compare_logits(before: Tensor, after: Tensor, kind: str, precision: str) -> Difference:

@@ -3,12 +3,20 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.cli import run_command
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from fold.proof import Proof
+    from train.checkpoint import Checkpoint
+    from train.spec import ImageSpec
 
 NUM_RANDOM = 64
 EXAMPLES = (
@@ -46,12 +54,11 @@ def command(config: FoldConfig) -> int:
     checkpoint = load_checkpoint(config.checkpoint)
     net = load_net(checkpoint)
     plain = fold_net(net)
-    image_sets = {"random": _random_images(checkpoint.spec)}
-    real, missing = _real_images(checkpoint, config)
-    if real is not None:
-        image_sets["real"] = real
-    else:
-        console.print(f"no real images, the proof is on random ones alone: {missing}")
+    image_sets = {"random": _random_images(checkpoint.spec.image)}
+    try:
+        image_sets["real"] = _real_images(checkpoint, config)
+    except Refusal as refusal:
+        console.print(f"no real images, the proof is on random ones alone: {refusal}")
     with progress(console, "proving", 2 * sum(map(len, image_sets.values()))) as advance:
         proof = prove(net, plain, image_sets, advance=advance)
     _print_table(console, proof)
@@ -75,37 +82,32 @@ def command(config: FoldConfig) -> int:
     return 0
 
 
-def _random_images(spec):
+def _random_images(image: "ImageSpec") -> "Tensor":
     import torch
 
-    image = spec.image
     generator = torch.Generator().manual_seed(0)
     shape = (NUM_RANDOM, image.height, image.width, image.channels)
     return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
 
-def _real_images(checkpoint, config: FoldConfig):
-    """Test images [N, H, W, C] of the data set that the net was trained on, or why there are none."""
+def _real_images(checkpoint: "Checkpoint", config: FoldConfig) -> "Tensor":
+    """Test images [N, H, W, C] of the data set that the net was trained on; refuses where it is not here."""
     import torch
 
     from train import data
-    from train.refusal import Refusal
 
     recorded = checkpoint.config
     data_dir = config.data_dir or (Path(recorded["data_dir"]) if recorded.get("data_dir") else None)
-    try:
-        dataset = data.load(
-            recorded["dataset"],
-            data_dir=data_dir,
-            image_size=checkpoint.spec.image.height,
-            skip_unreadable=recorded.get("skip_unreadable", False),
-        )
-        return torch.from_numpy(dataset.test.first(config.images)), None
-    except Refusal as refusal:
-        return None, refusal
+    dataset = data.load(
+        recorded["dataset"],
+        data_dir=data_dir,
+        image_size=checkpoint.spec.image.height,
+        skip_unreadable=recorded.get("skip_unreadable", False),
+    )
+    return torch.as_tensor(dataset.test.first(config.images))
 
 
-def _print_table(console, proof) -> None:
+def _print_table(console: "Console", proof: "Proof") -> None:
     """Relative errors: a row for each layer with weights, a column for each precision and kind of images."""
     from rich.table import Table
 

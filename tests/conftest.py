@@ -6,7 +6,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # for `reference`
+sys.path.insert(0, str(ROOT / "tests"))  # for `reference` and `rows`
+
+from rows import ROWS
 
 from train.families import build
 from train.spec import ImageSpec, Spec
@@ -31,34 +33,6 @@ def make_spec():
         return Spec(family, depth, width, nonlinearity, image, labels, parameterization)
 
     return make
-
-
-# One row of each family and parameterization, with the smallest images that it takes.
-ROWS = {
-    "ncrelu": {},
-    "relu": {"nonlinearity": "relu"},
-    "unnormalized": {"parameterization": "unnormalized"},
-    "unnormalized-relu": {"nonlinearity": "relu", "parameterization": "unnormalized"},
-    "plain": {"parameterization": "plain"},
-    "plain-relu": {"nonlinearity": "relu", "parameterization": "plain"},
-    "delta": {"parameterization": "delta"},
-    "per-channel": {"nonlinearity": "relu", "parameterization": "per-channel"},
-    "pooled": {"family": "pooled", "size": 13},
-    "imagenet-18": {"family": "imagenet", "depth": 18, "width": 1 / 16, "size": 32},
-    "imagenet-18-per-channel": {
-        "family": "imagenet",
-        "depth": 18,
-        "width": 1 / 16,
-        "size": 32,
-        "nonlinearity": "relu",
-        "parameterization": "per-channel",
-    },
-    "imagenet-34": {"family": "imagenet", "depth": 34, "width": 1 / 32, "size": 32},
-    "imagenet-table3": {"family": "imagenet-table3", "depth": 34, "width": 1 / 32, "size": 32},
-    "wrn": {"family": "wrn", "width": 1.0, "nonlinearity": "relu", "parameterization": "plain"},
-    "wrn-wide": {"family": "wrn", "width": 1.5, "nonlinearity": "relu", "parameterization": "plain"},
-    "wrn-delta": {"family": "wrn", "width": 1.0, "nonlinearity": "relu", "parameterization": "delta"},
-}
 
 
 @pytest.fixture(params=ROWS.values(), ids=ROWS.keys())

@@ -54,8 +54,3 @@ def test_every_target_that_the_readme_names_is_in_the_makefile():
     named = set(re.findall(r"^make ([a-z-]+)", "\n".join(LINES), flags=re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
     assert LINES[0] == "make demo"
-
-
-def test_every_file_that_the_readme_links_to_exists():
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", README)
-    assert not [link for link in links if not (ROOT / link).exists()]

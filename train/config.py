@@ -1,12 +1,12 @@
 """The command line of train/run.py."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from train.recipes import recipe
+from train.recipes import Recipe, Schedule, recipe
 from train.refusal import Refusal
-from train.spec import Nonlinearity, Parameterization
+from train.spec import Family, Nonlinearity, Parameterization
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,10 @@ class TrainConfig:
     image_size: Annotated[int, "side of the input in pixels, for --dataset folder"] = 32
     skip_unreadable: Annotated[bool, "train without the files of a folder that cannot be read"] = False
     family: Annotated[
-        Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"],
-        "cifar: Table 1; pooled: the same at half the resolution; imagenet: section 3.5; imagenet-table3: "
-        "with the five-block last group behind Table 3's parameter counts; wrn: the residual reference",
+        Family,
+        "cifar: Table 1; pooled: the same at half the resolution; "
+        "imagenet: section 3.5; imagenet-table3: with the five-block last group behind Table 3's parameter counts; "
+        "wrn: the residual reference",
     ] = "cifar"
     classes: Annotated[int | None, "with --describe: RGB images of this many classes, in place of a data set"] = None
     depth: Annotated[int, "6N + 4 layers, Table 1; 18 or 34 for imagenet"] = 16
@@ -43,9 +44,7 @@ class TrainConfig:
     nesterov: Annotated[Literal["yes", "no"] | None, "Nesterov's momentum"] = None
     weight_decay: Annotated[float | None, "on all parameters, eq. 6"] = None
     decay_ab: Annotated[Literal["auto", "yes", "no"], "decay a and b too; auto: unless per-channel"] = "auto"
-    schedule: Annotated[
-        Literal["cosine", "wrn", "resnet"] | None, "to zero; or x0.2 at 30, 60, 80 %; or x0.1 at each third"
-    ] = None
+    schedule: Annotated[Schedule | None, "to zero; or x0.2 at 30, 60, 80 %; or x0.1 at each third"] = None
     warmup: Annotated[float | None, "epochs over which the rate rises to --lr"] = None
     label_smoothing: Annotated[float | None, "probability given to all classes alike"] = None
     a0: Annotated[float | None, "a at the start, section 3.3"] = None
@@ -91,11 +90,20 @@ class TrainConfig:
     def run_dir(self) -> Path:
         return self.out or Path("runs") / f"{self.dataset}-{self.depth}-{self.width:g}"
 
-    def resolved(self) -> "TrainConfig":
+    def resolved(self) -> "Settings":
         """The same with the family's form and the recipe's values where none were given."""
         wrn = self.family == "wrn"
         form = self.parameterization or ("plain" if wrn else "dirac")
-        nonlinearity = "relu" if wrn or form == "per-channel" else "ncrelu"
-        values = recipe(self.recipe, family=self.family, dataset=self.dataset)
-        values = values | {"parameterization": form, "nonlinearity": nonlinearity}
-        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
+        values = asdict(recipe(self.recipe, family=self.family, dataset=self.dataset))
+        values["parameterization"] = form
+        values["nonlinearity"] = "relu" if wrn or form == "per-channel" else "ncrelu"
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Settings(**values | {name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Settings(Recipe, TrainConfig):
+    """What a net is trained with: a `TrainConfig` that leaves no value of its recipe open."""
+
+    nonlinearity: Nonlinearity = "ncrelu"
+    parameterization: Parameterization = "dirac"

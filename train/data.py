@@ -2,16 +2,19 @@
 
 import gzip
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.folder import Files, class_folders, find_files
+from train.folder import Files, Track, class_folders, find_files
 from train.refusal import Refusal
 from train.spec import ImageSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FASHION_MNIST_DIRS = (Path("data"), Path("/usr/share/datasets/fashion-mnist"))  # the second is Debian's
 
@@ -30,8 +33,8 @@ class DatasetInfo:
 class Split:
     """images uint8 [N, H, W, C]; targets int64 [N], indices into the labels. Arrays, or tensors on a device."""
 
-    images: np.ndarray
-    targets: np.ndarray
+    images: "np.ndarray | Tensor"
+    targets: "np.ndarray | Tensor"
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -41,17 +44,17 @@ class Split:
 
     def first(self, num: int) -> np.ndarray:
         """The first `num` images, uint8 [N, H, W, C]."""
-        return self.images[:num]
+        return np.asarray(self.images[:num])
 
 
-Part = TypeVar("Part", Split, Files)
+Part = Split | Files  # of a data set, in memory or on the disk
 
 
 @dataclass(frozen=True)
 class Dataset:
     info: DatasetInfo
-    train: Split | Files
-    test: Split | Files
+    train: Part
+    test: Part
     left_out: Sequence[Path] = ()  # files of a folder that cannot be read
 
 
@@ -111,11 +114,11 @@ def load(
     image_size: int = 32,
     download: bool = False,
     skip_unreadable: bool = False,
-    track: Callable = lambda items, total: items,
+    track: Track = lambda items, total: items,
 ) -> Dataset:
     """Read a data set whole, or find a folder's files: they are read when needed.
 
-    `track(items, total=...)` wraps the loop over a folder's files, to show progress.
+    `track(items, total)` wraps the loop over a folder's files, to show progress.
     Refuses a data set that is not where it should be, saying where it was looked for.
     """
     info, left_out = describe(name, data_dir=data_dir, image_size=image_size), []
@@ -142,7 +145,7 @@ def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
     return split.take(np.sort(order[num_held:])), split.take(np.sort(order[:num_held]))
 
 
-def _load_digits() -> tuple[Split, Split]:
+def _load_digits() -> tuple[Part, Part]:
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)

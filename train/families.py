@@ -22,11 +22,12 @@ REDUCTION = {"cifar": 4, "pooled": 8, "imagenet": 32, "imagenet-table3": 32, "wr
 def build(spec: Spec) -> nn.Sequential:
     """The net of `spec`: images uint8 [N, H, W, C] → logits [N, K].
 
-    cifar: Table 1 with what it omits, batch normalisation after every convolution and ReLU after the
-    stem's. pooled: the same with a 2x2 max-pool after the stem, a quarter of the work, for machines
-    without a GPU. imagenet: 18 or 34 layers, a 7x7/2 stem without activation and four groups
-    (section 3.5). imagenet-table3: 34 layers, five blocks in the last group. wrn: Wide ResNet, the
-    paper's residual reference, Dirac-free unless the parameterization says otherwise.
+    cifar: Table 1 with what it omits, batch normalisation after every convolution and ReLU after the stem's.
+    pooled: the same with a 2x2 max-pool after the stem, a quarter of the work, for machines without a GPU.
+    imagenet: 18 or 34 layers, a 7x7/2 stem without activation and four groups (section 3.5).
+    imagenet-table3: 34 layers, five blocks in the last group.
+    wrn: Wide ResNet, the paper's residual reference, Dirac-free unless the parameterization says otherwise.
+
     Refuses depths, widths, parameterizations and image sizes that a family does not have.
     """
     groups, base, image = _groups(spec), _base_channels(spec), spec.image

@@ -1,9 +1,10 @@
 """A folder of images per class: found and checked at the start, decoded only when needed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,8 @@ from train.spec import ImageSpec
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CHECK_THREADS = 8
+
+Track = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, total): gives the items, and shows progress
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def class_folders(root: Path) -> list[Path]:
 
 
 def find_files(
-    root: Path, labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Callable
+    root: Path, labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Track
 ) -> tuple[Files, Files | None, list[Path]]:
     """(train, test, left out): `train/` and one of `test/`, `val/` where they exist, else all of `root` and None."""
     train, left_out = _find(class_folders(root), labels, image, skip_unreadable=skip_unreadable, track=track)
@@ -74,7 +77,7 @@ def find_files(
 
 
 def _find(
-    folders: list[Path], labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Callable
+    folders: list[Path], labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Track
 ) -> tuple[Files, list[Path]]:
     """The images of the class folders, and the files that were left out because they cannot be read."""
     strangers = [folder.name for folder in folders if folder.name not in labels]
@@ -89,7 +92,7 @@ def _find(
     if not found:
         raise Refusal(f"no {', '.join(SUFFIXES)} images in the class folders of {folders[0].parent}")
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        sound = list(track(pool.map(_is_sound, (path for path, _ in found)), total=len(found)))
+        sound = list(track(pool.map(_is_sound, (path for path, _ in found)), len(found)))
     unreadable = [path for (path, _), fine in zip(found, sound, strict=True) if not fine]
     if unreadable and not skip_unreadable:
         raise Refusal(

@@ -31,13 +31,13 @@ def command(config: HeldOutConfig) -> int:
     from train.files import write_whole
 
     dataset = data.load(config.dataset, data_dir=config.data_dir)
-    for index in range(min(config.count, len(dataset.test))):
-        pixels = dataset.test.images[index]
+    images = dataset.test.first(config.count)
+    for index, pixels in enumerate(images):
         label = dataset.info.labels[dataset.test.targets[index]].replace("/", "-")
         file = io.BytesIO()
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
         write_whole(config.out / f"{label}_{index}.png", file.getvalue())
-    print(f"wrote {min(config.count, len(dataset.test))} images to {config.out}")
+    print(f"wrote {len(images)} images to {config.out}")
     return 0
 
 

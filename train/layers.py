@@ -88,8 +88,8 @@ class _DiracConv(nn.modules.conv._ConvNd):
     def folded_weight(self) -> Tensor:
         return dirac_weight(self.a, self.b, self.delta, self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.folded_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.folded_weight(), self.bias)
 
 
 class DiracConv1d(_DiracConv, nn.Conv1d):
@@ -120,7 +120,7 @@ class _NCReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # as torch calls it
         (x,) = ctx.saved_tensors
         positive, negative = gradient.chunk(2, dim=1)
         return torch.where(x > 0, positive, negative)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from train.augment import augment, erase
-from train.data import Split
+from train.data import Part, Split
 from train.folder import Files
 from train.layers import DiracConv2d
 from train.stream import stream
@@ -63,7 +63,7 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 
 
 def batches(
-    split: Split | Files,
+    split: Part,
     augmentation: Augmentation,
     *,
     batch_size: int,
@@ -127,7 +127,7 @@ def _keyed(key: tuple[int, ...]) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def to_device(split: Split | Files, device: str) -> Split | Files:
+def to_device(split: Part, device: str) -> Part:
     """Images in memory moved to `device`, once and as bytes; files stay where they are."""
     if isinstance(split, Files):
         return split
@@ -186,9 +186,7 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(
-    net: nn.Module, split: Split | Files, *, device: str = "cpu", batch_size: int = 500, workers: int = 0
-) -> Score:
+def evaluate(net: nn.Module, split: Part, *, device: str = "cpu", batch_size: int = 500, workers: int = 0) -> Score:
     """Loss and accuracy over a split in float32, prepared as the server prepares its images."""
     net.eval()
     sums, num_images = torch.zeros(2, dtype=torch.float64, device=device), 0
@@ -202,7 +200,7 @@ def evaluate(
     return Score(loss, correct)
 
 
-def _in_order(split: Split | Files, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _in_order(split: Part, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     picked = np.array_split(np.arange(len(split)), math.ceil(len(split) / batch_size))
     if isinstance(split, Files):
         yield from stream(split, picked, workers=workers)

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -36,10 +37,10 @@ def progress(console: Console, what: str, total: int, *, done: int = 0) -> Itera
         yield lambda n=1, note="": bar.update(task, advance=n, note=note)
 
 
-def track(console: Console, what: str) -> Callable[[Iterable], Iterator]:
-    """A wrapper for a loop, e.g. `for path in track(console, "reading")(paths, total=len(paths))`."""
+def track(console: Console, what: str) -> Callable[[Iterable[Any], int], Iterator[Any]]:
+    """A wrapper for a loop, e.g. `for path in track(console, "reading")(paths, len(paths))`."""
 
-    def wrap(items: Iterable, total: int) -> Iterator:
+    def wrap(items: Iterable[Any], total: int) -> Iterator[Any]:
         with progress(console, what, total) as advance:
             for item in items:
                 yield item

@@ -1,48 +1,72 @@
 """How to train what: hyperparameters as sets, each with where it comes from."""
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Schedule = Literal["cosine", "wrn", "resnet"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """See the options of the same names in train/config.py."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    nesterov: Literal["yes", "no"]
+    weight_decay: float
+    schedule: Schedule
+    warmup: float
+    label_smoothing: float
+    a0: float
+    b0: float
+    w_std: float
+    smallest_crop: float
+    erase: float
+
 
 # What reached the best accuracy per minute on two CPU cores; docs/results.md has the numbers.
-OURS: dict[str, Any] = {
-    "epochs": 30,
-    "batch_size": 128,
-    "lr": 0.2,
-    "momentum": 0.9,
-    "nesterov": "yes",
-    "weight_decay": 5e-4,
-    "schedule": "cosine",
-    "warmup": 1.0,
-    "label_smoothing": 0.0,
-    "a0": 1.0,
-    "b0": 0.1,
-    "w_std": 0.03,
-    "smallest_crop": 0.35,
-    "erase": 0.0,
-}
+OURS = Recipe(
+    epochs=30,
+    batch_size=128,
+    lr=0.2,
+    momentum=0.9,
+    nesterov="yes",
+    weight_decay=5e-4,
+    schedule="cosine",
+    warmup=1.0,
+    label_smoothing=0.0,
+    a0=1.0,
+    b0=0.1,
+    w_std=0.03,
+    smallest_crop=0.35,
+    erase=0.0,
+)
 # 1,438 images of 8x8 pixels: small batches take enough steps.
-OURS_DIGITS = OURS | {"epochs": 12, "batch_size": 32, "lr": 0.1}
+OURS_DIGITS = replace(OURS, epochs=12, batch_size=32, lr=0.1)
 # Section 3 takes them from Wide ResNet; the start is section 2's and 3.3's.
-PAPER_CIFAR: dict[str, Any] = {
-    "epochs": 200,
-    "batch_size": 128,
-    "lr": 0.1,
-    "momentum": 0.9,
-    "nesterov": "no",
-    "weight_decay": 5e-4,
-    "schedule": "wrn",
-    "warmup": 0.0,
-    "label_smoothing": 0.0,
-    "a0": 5.0,
-    "b0": 1e-3,
-    "w_std": 1.0,
-    "smallest_crop": 0.08,
-    "erase": 0.0,
-}
+PAPER_CIFAR = Recipe(
+    epochs=200,
+    batch_size=128,
+    lr=0.1,
+    momentum=0.9,
+    nesterov="no",
+    weight_decay=5e-4,
+    schedule="wrn",
+    warmup=0.0,
+    label_smoothing=0.0,
+    a0=5.0,
+    b0=1e-3,
+    w_std=1.0,
+    smallest_crop=0.08,
+    erase=0.0,
+)
 # Section 3.5: the setup of ResNet training.
-PAPER_IMAGENET = PAPER_CIFAR | {"epochs": 90, "batch_size": 256, "weight_decay": 1e-4, "schedule": "resnet"}
+PAPER_IMAGENET = replace(PAPER_CIFAR, epochs=90, batch_size=256, weight_decay=1e-4, schedule="resnet")
 
 
-def recipe(name: str, *, family: str, dataset: str) -> dict[str, Any]:
+def recipe(name: str, *, family: str, dataset: str) -> Recipe:
     """The hyperparameters that `name` ("ours" or "paper") has for a family and a data set."""
     if name == "paper":
         return PAPER_IMAGENET if family.startswith("imagenet") else PAPER_CIFAR

@@ -1,10 +1,10 @@
 """What a run leaves to look at: metrics.jsonl and learning_curve.png."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
+from train.figure import png
 from train.files import write_whole
 
 
@@ -15,13 +15,11 @@ def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
 
 def draw_learning_curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
     """Loss and error over epochs, training and validation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     epochs = [row["epoch"] for row in history]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for part, colour in (("train", "tab:blue"), ("validation", "tab:orange")):
         if all(row[f"{part}_loss"] is not None for row in history):
             left.plot(epochs, [row[f"{part}_loss"] for row in history], color=colour, label=part)
@@ -31,10 +29,7 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], title: str) -
     right.set(xlabel="epoch", ylabel="error, %", yscale="symlog", ylim=(0, None))
     left.legend()
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    pyplot.close(figure)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, png(figure))
 
 
 def describe_row(row: dict[str, Any], num_epochs: int, left_s: float) -> str:

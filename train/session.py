@@ -15,10 +15,9 @@ from torch import nn
 from train import data
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.cli import given_arguments
-from train.config import TrainConfig
+from train.config import Settings, TrainConfig
 from train.distributed import World, joined
 from train.families import count_parameters, outline
-from train.folder import Files
 from train.loop import Augmentation, evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, keep_large_buffers
 from train.progress import make_console, progress, track
@@ -31,8 +30,8 @@ from train.steps import Session, make_augmentation, make_spec, start, take_steps
 FREE_TO_CHANGE = ("data_dir", "download", "device", "workers", "out", "resume", "json", "describe")
 
 
-def describe(config: TrainConfig) -> int:
-    """Print the spec and its number of parameters; `config` is a resolved one."""
+def describe(config: Settings) -> int:
+    """Print the spec and its number of parameters."""
     if config.classes is None:
         info = data.describe(config.dataset, data_dir=config.data_dir, image_size=config.image_size)
         image, labels = info.image, info.labels
@@ -56,7 +55,7 @@ def train(config: TrainConfig) -> int:
         return _train(config.resolved(), world, command=f"python train/run.py {given_arguments(config)}".strip())
 
 
-def _train(config: TrainConfig, world: World, *, command: str) -> int:
+def _train(config: Settings, world: World, *, command: str) -> int:
     console = make_console(json=config.json, quiet=world.rank > 0)
     checkpoint_path = config.run_dir / "checkpoint.pt"
     if checkpoint_path.exists() and not config.resume:
@@ -96,22 +95,21 @@ def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
     """The test accuracy, read once, after every choice has been made; then the plot and the summary."""
     config, net, console = session.config, session.net, session.console
     path = config.run_dir / "checkpoint.pt"
-    if state.test_accuracy is None:
-        score = evaluate(net, dataset.test, device=session.world.device, workers=config.workers)
-        state = replace(state, test_accuracy=score.accuracy)
-        save_checkpoint(path, state)
+    accuracy = state.test_accuracy
+    if accuracy is None:
+        accuracy = evaluate(net, dataset.test, device=session.world.device, workers=config.workers).accuracy
+        save_checkpoint(path, replace(state, test_accuracy=accuracy))
     spec, num_test = state.spec, len(dataset.test)
     draw_learning_curve(config.run_dir / "learning_curve.png", state.history, f"{spec.name} on {config.dataset}")
     result = {
         "checkpoint": str(path),
         "parameters": count_parameters(net),
-        "test_accuracy": state.test_accuracy,
+        "test_accuracy": accuracy,
         "test_images": num_test,
         "seconds": sum(row["seconds"] for row in state.history),
     }
     console.print(
-        f"test accuracy {100 * state.test_accuracy:.2f} % on {num_test} images "
-        f"after {result['seconds']:.1f} s of training"
+        f"test accuracy {100 * accuracy:.2f} % on {num_test} images after {result['seconds']:.1f} s of training"
     )
     console.print(f"wrote {path}, best.pt, metrics.jsonl and learning_curve.png")
     if config.json:
@@ -128,7 +126,9 @@ def _epochs(session: Session, state: Checkpoint, dataset: data.Dataset, stopped:
     rest, held = (to_device(split, world.device) for split in (rest, held))
     augmentation = make_augmentation(config, dataset.info)
     net = world.wrap(session.net)
-    net = torch.compile(net) if config.compile else net
+    if config.compile:
+        net = torch.compile(net)  # a Module, whatever torch's annotations say
+        assert isinstance(net, nn.Module)
     for epoch in range(state.epoch, config.epochs):
         state = _epoch(session, state, net, rest, augmentation, batch_size, epoch, stopped)
         if state.epoch == epoch:
@@ -144,7 +144,7 @@ def _epoch(
     session: Session,
     state: Checkpoint,
     net: nn.Module,
-    split: data.Split | Files,
+    split: data.Part,
     augmentation: Augmentation,
     batch_size: int,
     epoch: int,
@@ -172,7 +172,7 @@ def _epoch(
     return state
 
 
-def _close_epoch(session: Session, state: Checkpoint, held: data.Split | Files, *, num_picked: int) -> Checkpoint:
+def _close_epoch(session: Session, state: Checkpoint, held: data.Part, *, num_picked: int) -> Checkpoint:
     """Validate, add a row to the history, save; `state.totals` holds the sums of `num_picked` images."""
     config, world, totals = session.config, session.world, state.totals
     if lost := round(num_picked - totals["images"]):
@@ -203,7 +203,7 @@ def _close_epoch(session: Session, state: Checkpoint, held: data.Split | Files, 
     return state
 
 
-def _begin(config: TrainConfig, spec: Spec, command: str) -> Checkpoint:
+def _begin(config: Settings, spec: Spec, command: str) -> Checkpoint:
     return Checkpoint(
         spec=spec,
         model={},
@@ -239,7 +239,7 @@ def _resume(path: Path, session: Session, spec: Spec) -> Checkpoint:
     return state
 
 
-def _recorded(config: TrainConfig) -> dict[str, Any]:
+def _recorded(config: Settings) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
 
 

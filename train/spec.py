@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 from train.refusal import Refusal
 
+Family = Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"]
 Nonlinearity = Literal["ncrelu", "relu"]
 # How a convolution's weight is made: eq. 4, eq. 4 with an a and a b for every output channel (the authors'
 # second release), eq. 3, eq. 14, and W alone (the paper's baseline).
@@ -45,7 +46,7 @@ class ImageSpec:
 class Spec:
     """One model: its architecture (Table 1), its input and the meaning of its outputs."""
 
-    family: str
+    family: str  # a Family, or "unknown" for somebody else's net
     depth: int
     width: float
     nonlinearity: Nonlinearity

@@ -10,10 +10,9 @@ from torch import nn
 
 from train import data
 from train.checkpoint import Checkpoint, save_checkpoint
-from train.config import TrainConfig
+from train.config import Settings
 from train.distributed import World
 from train.families import build
-from train.folder import Files
 from train.initialize import initialize
 from train.loop import Augmentation, batches, learning_rate, make_optimizer, steps_per_epoch, train_step
 from train.refusal import Refusal
@@ -24,7 +23,7 @@ from train.spec import ImageSpec, Spec
 class Session:
     """What stays the same from the first step of a run to its last."""
 
-    config: TrainConfig  # resolved
+    config: Settings
     net: nn.Sequential
     optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
@@ -56,12 +55,12 @@ class Step:
     sums: torch.Tensor  # [loss, right answers], float64
 
 
-def start(config: TrainConfig, spec: Spec, world: World, console: Console) -> Session:
-    """A net of `spec` before its first step, and what trains it; `config` is a resolved one."""
+def start(config: Settings, spec: Spec, world: World, console: Console) -> Session:
+    """A net of `spec` before its first step, and what trains it."""
     torch.manual_seed(config.seed)
     net = build(spec)
     initialize(net, a=config.a0, b=config.b0, std=config.w_std)
-    net = net.to(world.device, memory_format=torch.channels_last)
+    net = net.to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
     decay_ab = config.decay_ab == "yes" or (config.decay_ab == "auto" and spec.parameterization != "per-channel")
     optimizer = make_optimizer(
         net,
@@ -78,7 +77,7 @@ def start(config: TrainConfig, spec: Spec, world: World, console: Console) -> Se
 def take_steps(
     session: Session,
     net: nn.Module,
-    split: data.Split | Files,
+    split: data.Part,
     augmentation: Augmentation,
     *,
     batch_size: int,
@@ -120,7 +119,7 @@ def take_steps(
         yield Step(batch.step, lr, len(batch.targets), sums)
 
 
-def make_augmentation(config: TrainConfig, info: data.DatasetInfo) -> Augmentation:
+def make_augmentation(config: Settings, info: data.DatasetInfo) -> Augmentation:
     """What `config` says of flips and crops, or what suits the data set."""
     crop = info.crop if config.crop is None else config.crop
     if crop >= min(info.image.height, info.image.width):
@@ -130,7 +129,7 @@ def make_augmentation(config: TrainConfig, info: data.DatasetInfo) -> Augmentati
     return Augmentation(flip, crop, smallest_crop=config.smallest_crop, erase=config.erase, fill=fill)
 
 
-def make_spec(config: TrainConfig, image: ImageSpec, labels: tuple[str, ...]) -> Spec:
+def make_spec(config: Settings, image: ImageSpec, labels: tuple[str, ...]) -> Spec:
     """The net that `config` asks for, on these images."""
     return Spec(
         family=config.family,

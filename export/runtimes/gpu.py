@@ -1,6 +1,7 @@
 """The few calls of the CUDA runtime that engines need, through NVIDIA's own bindings."""
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from train.refusal import Refusal
 def num_devices() -> int:
     """CUDA devices of this machine; 0 where there is no driver, or no bindings."""
     try:
-        from cuda.bindings import runtime as cudart
+        import cuda.bindings.runtime as cudart
     except ImportError:
         return 0
     error, count = cudart.cudaGetDeviceCount()
@@ -21,14 +22,14 @@ def num_devices() -> int:
 
 def use(device: int) -> None:
     """Make `device` the current one of this thread."""
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     call(cudart.cudaSetDevice(device))
 
 
 def compute_capability() -> str:
     """Of the current device: "8.9"."""
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     device = call(cudart.cudaGetDevice())
     major = call(cudart.cudaDeviceGetAttribute(cudart.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor, device))
@@ -38,7 +39,7 @@ def compute_capability() -> str:
 
 def call(result: tuple) -> Any:
     """The value of a CUDA call, given as (error, value...); refuses where it failed."""
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     error, *values = result
     if error != cudart.cudaError_t.cudaSuccess:
@@ -48,18 +49,19 @@ def call(result: tuple) -> Any:
 
 
 class Buffer:
-    """Memory on the device and, page-locked, its mirror on the host. Lives as long as the process."""
+    """Memory on the device and, page-locked, its mirror on the host; freed with the last reference to it."""
 
     def __init__(self, num_bytes: int) -> None:
-        from cuda.bindings import runtime as cudart
+        import cuda.bindings.runtime as cudart
 
         self.device = call(cudart.cudaMalloc(num_bytes))
         self._host = call(cudart.cudaHostAlloc(num_bytes, cudart.cudaHostAllocDefault))
+        when_gone(self, _free, self.device, self._host)
         self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(int(self._host)))
 
     def upload(self, array: np.ndarray, stream: Any) -> None:
         """Copy `array` to the device, behind what the stream already does."""
-        from cuda.bindings import runtime as cudart
+        import cuda.bindings.runtime as cudart
 
         kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._bytes[: array.nbytes] = array.reshape(-1).view(np.uint8)
@@ -67,7 +69,7 @@ class Buffer:
 
     def download(self, shape: tuple[int, ...], dtype: np.dtype, stream: Any) -> np.ndarray:
         """Wait for the stream, and copy what the device holds."""
-        from cuda.bindings import runtime as cudart
+        import cuda.bindings.runtime as cudart
 
         num_bytes = int(np.prod(shape)) * dtype.itemsize
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -76,13 +78,34 @@ class Buffer:
         return self._bytes[:num_bytes].copy().view(dtype).reshape(shape)
 
 
+def when_gone(owner: object, release: Callable[..., None], *arguments: Any) -> None:
+    """Call `release` when `owner` is no longer referred to; not at the end of the process, which frees all itself."""
+    weakref.finalize(owner, release, *arguments).atexit = False
+
+
+def release(stream: Any, graphs: dict[int, Any]) -> None:
+    """Destroy a stream on which nothing runs, and the graphs that ran on it."""
+    import cuda.bindings.runtime as cudart
+
+    for graph in filter(None, graphs.values()):
+        call(cudart.cudaGraphExecDestroy(graph))
+    call(cudart.cudaStreamDestroy(stream))
+
+
+def _free(device: Any, host: Any) -> None:
+    import cuda.bindings.runtime as cudart
+
+    call(cudart.cudaFree(device))
+    call(cudart.cudaFreeHost(host))
+
+
 def capture(stream: Any, work: Callable[[], None]) -> Any:
     """What `work` puts on the stream as an executable CUDA graph, or None where it cannot be captured.
 
     A capture is broken by whatever must run at once, such as an allocation; `work` may raise
     RuntimeError then, and nothing of it has run.
     """
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     call(cudart.cudaStreamSynchronize(stream))
     call(cudart.cudaStreamBeginCapture(stream, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
@@ -102,6 +125,6 @@ def capture(stream: Any, work: Callable[[], None]) -> Any:
 
 def launch(graph: Any, stream: Any) -> None:
     """Run a captured graph, behind what the stream already does."""
-    from cuda.bindings import runtime as cudart
+    import cuda.bindings.runtime as cudart
 
     call(cudart.cudaGraphLaunch(graph, stream))

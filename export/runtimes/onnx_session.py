@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
+from export.runtimes.offline import ort
 from export.runtimes.runtime import Model
 from export.runtimes.signature import Signature, generic_spec, pad
 from train.files import read_whole, sha256
@@ -47,9 +47,10 @@ class OnnxSession:
         else:
             spec = generic_spec(self._signature, num_classes=self._count_classes(path))
             name, provenance = path.stem, {}
-        self.model = Model(name=name, digest=sha256(content), spec=spec, provenance=provenance)
+        self.model = Model(name, sha256(content), spec, provenance, num_bytes=len(content))
         self.provider = self._session.get_providers()[0]  # what it really uses
-        self.description = f"ONNX Runtime {ort.__version__}, {self.provider}"
+        self.description = f"ONNX Runtime, {self.provider}"
+        self.library = f"onnxruntime {ort.__version__}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         batch = self._signature.batch
@@ -61,7 +62,7 @@ class OnnxSession:
     def _run(self, images: np.ndarray) -> np.ndarray:
         names = self._signature
         logits = self._session.run([names.output_name], {names.input_name: names.to_input(images)})[0]
-        return logits.reshape(len(images), -1).astype(np.float32, copy=False)
+        return np.asarray(logits).reshape(len(images), -1).astype(np.float32, copy=False)
 
     def _count_classes(self, path: Path) -> int:
         num_classes = self(np.zeros((1, *self._signature.sizes), np.uint8)).shape[-1]
@@ -86,7 +87,7 @@ def loadable_providers() -> tuple[str, ...]:
 
     Asking a session for one that does not load prints red errors, so the libraries are probed first.
     """
-    needs = {
+    needs: dict[str, tuple[str, ...]] = {
         "TensorrtExecutionProvider": ("libcuda.so.1", "libnvinfer.so.10"),
         "CUDAExecutionProvider": ("libcuda.so.1", "libcudart.so.12"),
     }
@@ -114,7 +115,7 @@ def _signature(path: Path, session: ort.InferenceSession) -> Signature:
     dtype = inputs[0].type.removeprefix("tensor(").removesuffix(")")
     shape = tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
     try:
-        return Signature(inputs[0].name, outputs[0].name, {"float": "float32"}.get(dtype, dtype), shape)
+        return Signature(inputs[0].name, outputs[0].name, "float32" if dtype == "float" else dtype, shape)
     except Refusal as refusal:
         raise Refusal(f"{path}: {refusal}") from refusal
 

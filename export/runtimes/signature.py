@@ -1,7 +1,6 @@
 """What an exported net takes and gives, ours or somebody else's, and how pixels become its input."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -19,7 +18,7 @@ class Signature:
 
     input_name: str
     output_name: str
-    dtype: Literal["uint8", "float16", "float32"]
+    dtype: str  # uint8, float16 or float32
     shape: tuple[int | None, ...]  # of the input; None where it is free
 
     def __post_init__(self) -> None:

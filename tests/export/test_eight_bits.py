@@ -14,6 +14,7 @@ from export.integer import quantize_filters, to_integer_onnx
 from export.qdq import to_qdq_onnx
 from export.quantize import answerer, measure_drop, quantize, relative_error, top1_agreement
 from fold.lower import lower
+from fold.lowerings import LOWERINGS
 from fold.plain import fold_net
 from train.refusal import Refusal
 
@@ -47,7 +48,7 @@ def test_integers_answer_nearly_as_float32(calibrated, row, lowering):
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-@pytest.mark.parametrize("lowering", [*INT8_LOWERINGS, "split", "mirror"])
+@pytest.mark.parametrize("lowering", LOWERINGS)
 def test_qdq_answers_nearly_as_float32(calibrated, lowering, precision):
     plain, spec, _, floats, reach, pixels = calibrated(lowering)
     model = to_qdq_onnx(floats, reach, precision=precision)
@@ -151,9 +152,10 @@ def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, 
     assert relative_error(expected, answers(found.model, pixels[48:])) == pytest.approx(errors[0])
 
 
-def test_a_lowering_without_an_eight_bit_form_is_refused(calibrated):
-    _, spec, lowered, _, reach, _ = calibrated("mirror")
-    with pytest.raises(Refusal, match="Mirror has no eight-bit form; export int8 as concat, shared or skip"):
+@pytest.mark.parametrize("lowering", [lowering for lowering in LOWERINGS if lowering not in INT8_LOWERINGS])
+def test_a_lowering_without_an_eight_bit_form_is_refused(calibrated, lowering):
+    _, spec, lowered, _, reach, _ = calibrated(lowering)
+    with pytest.raises(Refusal, match=r": \w+ has no eight-bit form; export int8 as concat, shared or skip"):
         to_integer_onnx(lowered, spec, {}, reach)
 
 

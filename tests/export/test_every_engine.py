@@ -8,7 +8,7 @@ from export.engine import build_engine, precision
 from export.graph import to_onnx
 from export.qdq import to_qdq_onnx
 from export.quantize import answerer
-from fold.lower import LOWERINGS, has_ncrelu, lower
+from fold.lower import distinct_lowerings, lower
 from fold.plain import fold_net
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows")
@@ -24,7 +24,7 @@ def test_every_lowering_becomes_an_engine(make_net, make_spec, images, row, tmp_
     spec, pixels = make_spec(**row), images(24, row.get("size", 8))
     plain = fold_net(make_net(**row)).float()
     expected = answerer(to_onnx(plain, spec, {}))(pixels)
-    for lowering in LOWERINGS if has_ncrelu(plain) else ("concat", "skip"):
+    for lowering in distinct_lowerings(plain):
         floats = to_onnx(lower(plain, lowering), spec, {}, precision="fp16" if kind == "fp16" else "fp32")
         model = floats
         if kind in EIGHT_BITS:

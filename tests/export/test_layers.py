@@ -12,7 +12,8 @@ from export.artefacts import open_artefact, open_providers
 from export.compare import TOLERANCES
 from export.graph import to_onnx
 from export.layers import compare_layers, draw_layers
-from fold.lower import LOWERINGS, lower
+from fold.lower import lower
+from fold.lowerings import LOWERINGS
 from fold.plain import fold_net, save_plain
 from train.refusal import Refusal
 

@@ -12,7 +12,7 @@ from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.probe import probe_images
 from export.timing import ROUNDS, Timing, fastest, time_models
 from fold import run as fold
-from fold.lower import LOWERINGS
+from fold.lowerings import LOWERINGS
 from train import data
 from train import run as train
 from train.cli import run_command

@@ -1,10 +1,13 @@
 """Lowerings: other layers, the same logits, in float64 and for every family."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
-from fold.lower import LOWERINGS, Mirror, SharedReLU, has_ncrelu, lower
+from fold.lower import Mirror, SharedReLU, distinct_lowerings, lower
+from fold.lowerings import LOWERINGS
 from fold.plain import fold_net, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
 from train.refusal import Refusal
@@ -19,6 +22,12 @@ def outputs(net, images):
         for name, layer in named_layers(net):
             x = found[name] = layer(x)
     return found
+
+
+def layers_and_weights(net):
+    """What a net computes, as text: its layers and the sum of every tensor."""
+    yield net
+    yield from (tensor.sum() for tensor in net.state_dict().values())
 
 
 def kinds(net):
@@ -78,8 +87,16 @@ def test_each_lowering_has_the_layers_that_its_name_promises(plain):
     assert sum(isinstance(layer, Mirror) for layer in forms["mirror"].modules()) == 2
     assert sum(isinstance(layer, Residual) for layer in forms["skip"].modules()) == 12
     assert not [name for name, _ in named_layers(net) if "mirror" in name]  # the argument is as it was
-    assert has_ncrelu(net)
-    assert not has_ncrelu(plain(nonlinearity="relu"))
+
+
+@pytest.mark.parametrize("nonlinearity", ["ncrelu", "relu"])
+def test_no_lowering_is_another_one_under_a_second_name(plain, nonlinearity):
+    net = plain(depth=16, nonlinearity=nonlinearity)
+    distinct = distinct_lowerings(net)
+    forms = {lowering: [*map(str, layers_and_weights(lower(net, lowering)))] for lowering in LOWERINGS}
+    pairs = itertools.combinations(distinct, 2)
+    assert not [pair for pair in pairs if forms[pair[0]] == forms[pair[1]]]
+    assert all(forms[lowering] == forms["concat"] for lowering in LOWERINGS if lowering not in distinct)
 
 
 @pytest.mark.parametrize("nonlinearity", ["ncrelu", "relu"])
@@ -114,3 +131,10 @@ def test_skip_stands_a_negative_and_a_vanishing_tap(plain, images):
 def test_an_unknown_lowering_is_refused(plain):
     with pytest.raises(Refusal, match=r"lowering must be one of concat, shared, .*, got fast"):
         lower(plain(), "fast")
+
+
+@pytest.mark.parametrize("lowering", ["shared", "shared-split", "split", "mirror"])
+def test_what_is_no_convolution_after_an_ncrelu_is_refused(lowering):
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), NCReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 1, 1))
+    with pytest.raises(TypeError, match="2: MaxPool2d after an NCReLU is written as concat alone"):
+        lower(net, lowering)

@@ -1,14 +1,17 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import reference
 import torch
+from rows import ROWS
 
-from train.families import build, count_parameters, outline
+from train.families import REDUCTION, build, count_parameters, outline
 from train.refusal import Refusal
+from train.spec import Family
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +64,19 @@ assert "torch._dynamo" not in sys.modules
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+def test_every_family_that_can_be_asked_for_is_among_the_rows():
+    assert {row.get("family", "cifar") for row in ROWS.values()} == set(get_args(Family))
+
+
+@pytest.mark.parametrize("family", get_args(Family))
+def test_the_smallest_images_that_a_family_takes_reach_its_end(make_net, make_spec, images, family):
+    fields = next(row for row in ROWS.values() if row.get("family", "cifar") == family)
+    smallest = REDUCTION[family]
+    assert make_net(**fields | {"size": smallest})(torch.from_numpy(images(2, smallest))).shape == (2, 10)
+    with pytest.raises(Refusal, match=f"at least {smallest}x{smallest} pixels"):
+        build(make_spec(**fields | {"size": smallest - 1}))
+
+
 def test_every_family_is_the_papers_in_float64(make_net, make_spec, images, row):
     net = make_net(**row).double()
     state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
@@ -94,7 +110,7 @@ def test_a_width_without_a_channel_and_images_that_pool_away_are_refused(make_sp
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"family": "vgg"}, "family must be one of cifar, pooled, imagenet, imagenet-table3, wrn, got vgg"),
+        ({"family": "vgg"}, rf"family must be one of {', '.join(get_args(Family))}, got vgg"),
         ({"family": "imagenet", "depth": 16, "size": 32}, "depth must be 18 or 34 for imagenet, got 16"),
         ({"family": "imagenet-table3", "depth": 18, "size": 32}, "depth must be 34 for imagenet-table3, got 18"),
         ({"parameterization": "per-channel"}, "per-channel a and b go with nonlinearity relu"),

@@ -34,7 +34,7 @@ def test_the_papers_recipe_and_what_is_given_instead():
 @pytest.mark.parametrize("name", ["ours", "paper"])
 def test_a_recipe_leaves_nothing_open(name):
     for dataset, family in (("digits", "cifar"), ("cifar10", "cifar"), ("folder", "imagenet")):
-        values = recipe(name, family=family, dataset=dataset)
+        values = vars(recipe(name, family=family, dataset=dataset))
         open_before = {key for key, value in vars(TrainConfig()).items() if value is None}
         assert set(values) == open_before - {"data_dir", "classes", "nonlinearity", "parameterization", "crop", "out"}
 

@@ -57,13 +57,13 @@ def command(config: ScalingConfig) -> int:
 
     figure, all_axes = new_figure(len(STARTS), sharey=True)
     for axes, (name, _) in zip(all_axes, STARTS.items(), strict=True):
-        values = np.array(next(row["a"] for row in rows if row["start"] == name))
-        per_group = values.shape[1] // 3
-        for layer in range(values.shape[1]):
+        curves = np.array(next(row["a"] for row in rows if row["start"] == name))  # [epochs + 1, layers]
+        per_group = curves.shape[1] // 3
+        for layer in range(curves.shape[1]):
             group, place = divmod(layer, per_group)
             shade = colormaps[COLOURS[group]](0.3 + 0.5 * (place + 1) / per_group)  # deeper is later, as in Fig. 4
             first = f"group {group + 1}, deeper: later" if place == per_group - 1 else None
-            axes.plot(values[:, layer], color=shade, label=first)
+            axes.plot(curves[:, layer], color=shade, label=first)
         axes.set(xlabel="epoch", title=f"a from {name}")
         axes.xaxis.get_major_locator().set_params(integer=True)
     all_axes[0].set_ylabel("a")

@@ -1,13 +1,12 @@
 """One training of an experiment: in memory, no files; and what experiments leave behind."""
 
-import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from train.config import TrainConfig
+from train.config import Settings, TrainConfig
 from train.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class ExperimentConfig:
         if self.seeds < 1 or (self.epochs or 1) < 1:
             raise Refusal("--seeds and --epochs must be at least 1")
 
-    def training(self, **fields: Any) -> TrainConfig:
+    def training(self, **fields: Any) -> Settings:
         """The settings of one training in this experiment."""
         given = {
             name: getattr(self, name) for name in ("dataset", "width", "epochs") if getattr(self, name) is not None
@@ -56,13 +55,15 @@ class Trial:
 
 
 def run_trial(
-    config: TrainConfig,
+    config: Settings,
     dataset: "Dataset",
     *,
     prepare: Callable[["nn.Sequential"], None] = lambda net: None,
     observe: Callable[["nn.Sequential"], None] = lambda net: None,
 ) -> Trial:
     """Train one net. `prepare` may change it before the first step; `observe` sees it before and after each epoch."""
+    import torch
+
     from train import data, loop, steps
     from train.distributed import World
     from train.machine import choose_device
@@ -78,7 +79,8 @@ def run_trial(
     history = []
     for epoch in range(config.epochs):
         done = list(steps.take_steps(run, run.net, rest, augmentation, batch_size=config.batch_size, epoch=epoch))
-        loss, correct = (sum(step.sums for step in done) / sum(step.images for step in done)).tolist()
+        sums = torch.stack([step.sums for step in done]).sum(0)
+        loss, correct = (sums / sum(step.images for step in done)).tolist()
         validation = loop.evaluate(run.net, held, device=world.device).accuracy
         history.append({"train_loss": loss, "train_accuracy": correct, "validation_accuracy": validation})
         observe(run.net)
@@ -103,12 +105,13 @@ def load_dataset(config: ExperimentConfig) -> "Dataset":
 
 def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any]) -> None:
     """NAME.png and NAME.json in `out`."""
+    from train.figure import png
     from train.files import write_whole
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    write_whole(out / f"{name}.png", buffer.getvalue())
-    text = json.dumps(numbers, indent=1, default=lambda value: asdict(value) if is_dataclass(value) else str(value))
+    write_whole(out / f"{name}.png", png(figure))
+    text = json.dumps(
+        numbers, indent=1, default=lambda value: asdict(value) if isinstance(value, Settings) else str(value)
+    )
     write_whole(out / f"{name}.json", f"{text}\n".encode())
     print(f"wrote {out / name}.png and .json")
 
@@ -121,11 +124,7 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
 
 
 def new_figure(num_columns: int, *, height: float = 3.8, sharey: bool = False) -> tuple["Figure", list[Any]]:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (4.6 * num_columns, height)
-    figure, axes = pyplot.subplots(1, num_columns, figsize=size, sharey=sharey, constrained_layout=True)
-    return figure, [axes] if num_columns == 1 else list(axes)
+    figure = Figure(figsize=(4.6 * num_columns, height), layout="constrained")
+    return figure, list(figure.subplots(1, num_columns, sharey=sharey, squeeze=False)[0])
