@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -52,28 +52,46 @@ class Bounds:
     requests_at_once: int = 4
 
 
-class Client:
-    """Predictions from one server, in this thread. `with Client(url) as client: client.predict(["a.png"])`.
+@dataclass(eq=False)
+class _Server:
+    """Where a server is and how it is asked.
 
     `api_key` is that of the environment variable DIRACNET_API_KEY unless it is given.
     """
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        *,
-        api_key: str | None = None,
-        retry: Retry = DEFAULT_RETRY,
-        timeout_s: float = 30.0,
-    ) -> None:
+    url: str = DEFAULT_URL
+    _: KW_ONLY
+    api_key: str | None = field(default=None, repr=False)
+    retry: Retry = DEFAULT_RETRY
+    timeout_s: float = 30.0
+
+    def _settings(self) -> dict[str, Any]:
+        """What httpx's clients are made with; refuses an address that is none."""
         import httpx
 
-        self._retry = retry
-        self._http = httpx.Client(**_settings(url, api_key, timeout_s))
+        try:
+            address = httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise Refusal(f"{self.url!r} is no address ({error}); it looks like {DEFAULT_URL}") from error
+        if address.scheme not in ("http", "https") or not address.host:
+            raise Refusal(f"{self.url!r} is no address; it looks like {DEFAULT_URL}")
+        key = self.api_key or os.environ.get(KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return {"base_url": address, "headers": headers, "timeout": self.timeout_s}
+
+
+@dataclass(eq=False)
+class Client(_Server):
+    """Predictions from one server, in this thread. `with Client(url) as client: client.predict(["a.png"])`."""
+
+    def __post_init__(self) -> None:
+        import httpx
+
+        self._http = httpx.Client(**self._settings())
 
     def predict(self, images: Iterable[Image], *, top_k: int = 5) -> list[Result]:
         """One request: paths, bytes or pixels uint8 [H, W, C] → one result each, in order."""
-        return self._carry_out(predict(encode_all(images), top_k=top_k, retry=self._retry))
+        return self._carry_out(predict(encode_all(images), top_k=top_k, retry=self.retry))
 
     def predict_many(
         self,
@@ -89,7 +107,7 @@ class Client:
                 for contents in _requests(images, bounds):
                     if len(pending) == bounds.requests_at_once:
                         yield from pending.popleft().result()
-                    conversation = predict(contents, top_k=top_k, retry=self._retry)
+                    conversation = predict(contents, top_k=top_k, retry=self.retry)
                     pending.append(pool.submit(self._carry_out, conversation))
                 while pending:
                     yield from pending.popleft().result()
@@ -98,7 +116,7 @@ class Client:
 
     def model(self) -> dict[str, Any]:
         """The card of the server's model, as `GET /model` gives it."""
-        return self._carry_out(model_card(retry=self._retry))
+        return self._carry_out(model_card(retry=self.retry))
 
     def close(self) -> None:
         self._http.close()
@@ -128,25 +146,18 @@ class Client:
             return _lost(error, self._http.base_url)
 
 
-class AsyncClient:
+@dataclass(eq=False)
+class AsyncClient(_Server):
     """`Client` for asyncio: the same arguments, the same results."""
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        *,
-        api_key: str | None = None,
-        retry: Retry = DEFAULT_RETRY,
-        timeout_s: float = 30.0,
-    ) -> None:
+    def __post_init__(self) -> None:
         import httpx
 
-        self._retry = retry
-        self._http = httpx.AsyncClient(**_settings(url, api_key, timeout_s))
+        self._http = httpx.AsyncClient(**self._settings())
 
     async def predict(self, images: Iterable[Image], *, top_k: int = 5) -> list[Result]:
         contents = await asyncio.to_thread(encode_all, images)
-        return await self._carry_out(predict(contents, top_k=top_k, retry=self._retry))
+        return await self._carry_out(predict(contents, top_k=top_k, retry=self.retry))
 
     async def predict_many(
         self,
@@ -162,7 +173,7 @@ class AsyncClient:
                 if len(pending) == bounds.requests_at_once:
                     for result in await pending.popleft():
                         yield result
-                conversation = predict(contents, top_k=top_k, retry=self._retry)
+                conversation = predict(contents, top_k=top_k, retry=self.retry)
                 pending.append(asyncio.create_task(self._carry_out(conversation)))
             while pending:
                 for result in await pending.popleft():
@@ -173,7 +184,7 @@ class AsyncClient:
             await asyncio.gather(*pending, return_exceptions=True)
 
     async def model(self) -> dict[str, Any]:
-        return await self._carry_out(model_card(retry=self._retry))
+        return await self._carry_out(model_card(retry=self.retry))
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -201,20 +212,6 @@ class AsyncClient:
             return await self._http.request(send.method, send.path, **send.body)
         except httpx.TransportError as error:
             return _lost(error, self._http.base_url)
-
-
-def _settings(url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
-    import httpx
-
-    try:
-        address = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise Refusal(f"{url!r} is no address ({error}); it looks like {DEFAULT_URL}") from error
-    if address.scheme not in ("http", "https") or not address.host:
-        raise Refusal(f"{url!r} is no address; it looks like {DEFAULT_URL}")
-    key = api_key or os.environ.get(KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return {"base_url": address, "headers": headers, "timeout": timeout_s}
 
 
 def _requests(images: Iterable[Image], bounds: Bounds) -> Iterator[list[bytes]]:
