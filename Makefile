@@ -1,4 +1,5 @@
-.PHONY: help setup demo serve stop model experiments pictures gpu-check have-gpu check test test-fast lint constraints
+.PHONY: help setup demo serve stop model experiments pictures bench gpu-check have-gpu check test test-fast lint \
+	constraints
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -10,6 +11,8 @@ BUNDLED := models/fashion-mnist.onnx
 # Its checkpoint, which make model leaves; the plain net lies beside it.
 CHECKPOINT ?= runs/model/checkpoint.pt
 BIN := $(VENV)/bin
+# In the order in which make bench runs them.
+BENCHMARKS := $(wildcard $(patsubst %,bench/%.py,model folding training server startup reliability))
 # The TensorRT-RTX extra builds engines without a GPU; its wheels exist for Linux and Windows on x86-64.
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),dev$(,)rtx,dev)
 , := ,
@@ -53,6 +56,7 @@ model: setup ## train the Fashion-MNIST model in models/ again: over an hour on 
 	@$(BIN)/python export/to_onnx.py runs/model/plain.safetensors --out $(BUNDLED)
 	@$(BIN)/python export/parity.py $(BUNDLED) --report $(BUNDLED:.onnx=.json) \
 		--against runs/model/checkpoint.pt runs/model/plain.safetensors
+	@$(BIN)/python export/to_onnx.py runs/model/plain.safetensors --precision int8 --out $(BUNDLED:.onnx=-int8.onnx)
 	@$(BIN)/python train/held_out.py --dataset fashion-mnist --out models/held-out
 
 experiments: setup ## run all experiments of docs/paper.md in their cheap form: minutes each on two cores
@@ -66,6 +70,10 @@ pictures: setup ## draw docs/pictures again, from models/ and the checkpoint of 
 	@$(BIN)/python export/parity.py $(BUNDLED) --plot docs/pictures/parity.png \
 		--against $(CHECKPOINT) $(dir $(CHECKPOINT))plain.safetensors
 	@$(BIN)/python bench/confusion.py $(BUNDLED) --out docs/pictures/confusion.png
+
+bench: setup ## the short form of every benchmark, into runs/bench; the full figures are in docs/benchmarks
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
+	@for script in $(BENCHMARKS); do $(BIN)/python $$script --quick --out runs/bench || exit; done
 
 gpu-check: have-gpu setup ## with an NVIDIA GPU: build engines, run tests/gpu, compare, time; writes docs/gpu-NAME.md
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),tensorrt]'

@@ -19,7 +19,7 @@ from export.to_trt import command as build_engine_file
 from fold.lower import lower
 from train.files import write_whole
 
-LOWERING = "shared"  # of every plain net
+LOWERING = "shared"  # of every plain net in the table
 Profile = tuple[int, int, int]  # smallest, best and largest batch of engines
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -58,12 +58,23 @@ def contenders(device: str) -> tuple[Contender, ...]:
 
 
 def open_torch(
-    device: str, precision: str, net: Net, folder: Path, profile: Profile, *, is_dirac: bool, is_compiled: bool
+    device: str,
+    precision: str,
+    net: Net,
+    folder: Path,
+    profile: Profile,
+    *,
+    is_dirac: bool,
+    is_compiled: bool,
+    lowering: str = LOWERING,
 ) -> Answer:
-    """A net of PyTorch, channels last. Pixels are normalised in float32, as in the ONNX graph."""
+    """A net of PyTorch, the Dirac one or the plain one in `lowering`, channels last.
+
+    Pixels are normalised in float32, as in the ONNX graph.
+    """
     torch.backends.cudnn.benchmark = True
     # NCReLU's own gradient would cut the compiled graph in pieces; LOWERING has none.
-    whole = (deepcopy(net.dirac) if is_dirac else lower(net.plain, LOWERING)).float().eval()
+    whole = (deepcopy(net.dirac) if is_dirac else lower(net.plain, lowering)).float().eval()
     normalize, dtype = whole[0].to(device), DTYPES[precision]
     rest: Callable = whole[1:].to(device, dtype).to(memory_format=torch.channels_last)
     if is_compiled:

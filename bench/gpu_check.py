@@ -193,40 +193,24 @@ def _run_tests(console: "Console") -> dict[str, Any]:
 
 def _machine(device: str) -> dict[str, str]:
     """What was measured on, all as text; refuses where there is no CUDA device."""
-    import importlib.metadata
-    import os
-    import platform
-    from datetime import date
-
     import torch
+
+    from bench.page import describe_machine
 
     if device == "cuda" and not torch.cuda.is_available():
         raise Refusal("no CUDA device: this needs an NVIDIA GPU and its driver; --device cpu measures the CPU")
-    packages = ("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx")
-    installed = {dist.metadata["Name"].replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
-    machine = {
-        "cores": str(len(os.sched_getaffinity(0))),
-        "python": platform.python_version(),
-        **{name: installed[name] for name in packages if name in installed},
-        "date": date.today().isoformat(),
-    }
+    machine = describe_machine("torch", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx")
     if device == "cpu":
-        return {"device": _cpu_name(), **machine}
+        return machine
     major, minor = torch.cuda.get_device_capability()
     return {
         "device": torch.cuda.get_device_name(),
         "compute_capability": f"{major}.{minor}",
         "driver": _driver_version(),
         "cuda": str(torch.version.cuda),
-        "host": _cpu_name(),
+        "host": machine.pop("device"),
         **machine,
     }
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "CPU"
 
 
 def _driver_version() -> str:

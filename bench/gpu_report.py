@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from bench.page import machine_table, table
+
 SAMPLE_TITLE = "SAMPLE: no GPU was measured"
 SAMPLE_NOTE = (
     "**Every figure on this page is invented**; all times are 1 ms. It shows what `make gpu-check` writes, and comes "
@@ -19,7 +21,7 @@ def markdown(record: dict[str, Any]) -> str:
         f"there: the median of {record['rounds']} rounds of {record['round_s']:g} s that alternate between all "
         "rows, and in brackets the fastest and the slowest round. Throughput is that of calls one after another. "
         "Speedups are medians of ratios within a round. float32 is float32: TF32 is off.",
-        _table(["", ""], [[name.replace("_", " "), value] for name, value in machine.items()]),
+        machine_table(machine),
     ]
     if record["tests"]:
         parts.append(f"`tests/gpu`: {record['tests']['summary']}")
@@ -39,11 +41,11 @@ def _net(net: dict[str, Any]) -> list[str]:
     return [
         f"## {net['name']}, weights: {net['weights']}",
         "Milliseconds:",
-        _table(["", *batches], times),
+        table(["", *batches], times),
         f"Images per second, and speedup over {first}:",
-        _table(["", *batches], speeds),
+        table(["", *batches], speeds),
         "Parity with the plain net in float32 on the CPU; the worst kind of images that is judged:",
-        _table(["", "images", "largest", "rms", "top-1", "tolerance", "verdict"], parity),
+        table(["", "images", "largest", "rms", "top-1", "tolerance", "verdict"], parity),
     ]
 
 
@@ -75,9 +77,3 @@ def _parity(parity: dict[str, Any] | str) -> list[str]:
         parity["stated_tolerance"],
         {True: "same", False: "DIFFERENT", None: "not judged"}[parity["within_tolerance"]],
     ]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    # A pipe in a runtime's message would end its cell.
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)

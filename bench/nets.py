@@ -9,7 +9,7 @@ from torch import nn
 
 from export.image_sets import extreme_images, random_images, real_images
 from fold.plain import fold_net, load_plain
-from train.data import cifar_image
+from train.data import cifar_image, imagenet_image
 from train.families import build
 from train.spec import Spec
 
@@ -31,10 +31,19 @@ class Net:
     calibration: np.ndarray  # other images, for the ranges of eight bits
 
 
-def seeded_net(depth: int, width: float, *, seed: int = 0) -> Net:
-    """A DiracNet for CIFAR images with random weights; every parameter and statistic is off its initial value."""
-    labels = tuple(f"class {index}" for index in range(10))
-    spec = Spec("cifar", depth, width, "ncrelu", cifar_image(), labels)
+def seeded_net(depth: int, width: float, *, family: str = "cifar", seed: int = 0) -> Net:
+    """A DiracNet of random weights for images of CIFAR or, in the families of ImageNet, of ImageNet."""
+    image, num_labels = (imagenet_image(), 1000) if family.startswith("imagenet") else (cifar_image(), 10)
+    spec = Spec(family, depth, width, "ncrelu", image, tuple(f"class {index}" for index in range(num_labels)))
+    net = random_net(spec, seed=seed)
+    images = random_images(spec.image, NUM_CALIBRATION + 64)
+    image_sets = {"random": images[NUM_CALIBRATION:], "extreme": extreme_images(spec.image)}
+    plain = fold_net(net).float()
+    return Net(spec.name, f"random, seed {seed}", spec, net, True, plain, image_sets, images[:NUM_CALIBRATION])
+
+
+def random_net(spec: Spec, *, seed: int = 0) -> nn.Sequential:
+    """The net of `spec` with every parameter and statistic off its initial value."""
     torch.manual_seed(seed)
     net = build(spec).eval()
     with torch.no_grad():
@@ -48,12 +57,9 @@ def seeded_net(depth: int, width: float, *, seed: int = 0) -> Net:
                     tensor.normal_(0, 0.5)
                 case "running_mean" | "bias":
                     tensor.normal_(0, 0.2)
-                case "weight" if ".bn." in name:
+                case "weight" if ".bn" in name:
                     tensor.uniform_(0.7, 1.2)
-    images = random_images(spec.image, NUM_CALIBRATION + 64)
-    image_sets = {"random": images[NUM_CALIBRATION:], "extreme": extreme_images(spec.image)}
-    plain = fold_net(net).float()
-    return Net(spec.name, f"random, seed {seed}", spec, net, True, plain, image_sets, images[:NUM_CALIBRATION])
+    return net
 
 
 def net_of_file(path: Path) -> Net:

@@ -1,10 +1,11 @@
-"""Wall-clock time of several ways to answer the same images, in rounds that alternate between them."""
+"""Wall-clock time of several ways to do the same, in rounds that alternate between them."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from export.compare import Answer
 
 MIN_CALLS = 3
 Result = TypeVar("Result")
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Timing:
     def speedup_over(self, other: "Timing") -> float:
         """The median of the rounds' ratios: what slows down the machine for a while slows down both."""
         return statistics.median(before / after for before, after in zip(other.round_ms, self.round_ms, strict=True))
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Timing":
+        return cls(record["batch_size"], tuple(record["round_ms"]))
 
     def to_dict(self) -> dict[str, float | list[float]]:
         return {
@@ -59,22 +65,37 @@ def time_rounds(
 ) -> dict[str, Timing | Failure]:
     """For each name its timing on the batch `images`, or why it failed.
 
-    A call ends with its logits in the host's memory, so the clock waits for the device. Warm-up lasts
-    as long as a round. Every second round runs in reverse order.
+    A call ends with its logits in the host's memory, so the clock waits for the device.
     """
-    results: dict[str, Timing | Failure] = {}
-    rounds: dict[str, list[float]] = {}
-    for name, answer in answers.items():
-        warm_up = attempt(lambda answer=answer: _median_ms(answer, images, round_s))
-        if isinstance(warm_up, Failure):
-            results[name] = warm_up
-        else:
-            rounds[name] = []
-    for index in range(num_rounds):
-        for name in list(rounds)[:: 1 if index % 2 == 0 else -1]:
-            rounds[name].append(_median_ms(answers[name], images, round_s))
-        advance(1)
-    return results | {name: Timing(len(images), tuple(times)) for name, times in rounds.items()}
+    racers = {name: partial(median_ms, partial(answer, images), round_s) for name, answer in answers.items()}
+    return alternate(racers, batch_size=len(images), num_rounds=num_rounds, advance=advance)
+
+
+def alternate(
+    racers: Mapping[Name, Callable[[], float]],
+    *,
+    batch_size: int,
+    num_rounds: int,
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[Name, Timing | Failure]:
+    """Runs racers in turn; each runs for one round and gives the milliseconds of a call.
+
+    The first round is warm-up and counts for nothing. Every second one runs in reverse order. A racer
+    that fails is left out from then on.
+    """
+    failed: dict[Name, Failure] = {}
+    rounds: dict[Name, list[float]] = {name: [] for name in racers}
+    for index in range(-1, num_rounds):
+        for name in list(rounds)[:: -1 if index > 0 and index % 2 else 1]:
+            result = attempt(racers[name])
+            if isinstance(result, Failure):
+                failed[name] = result
+                del rounds[name]
+            elif index >= 0:
+                rounds[name].append(result)
+        if index >= 0:
+            advance(1)
+    return failed | {name: Timing(batch_size, tuple(times)) for name, times in rounds.items()}
 
 
 def attempt(action: Callable[[], Result]) -> Result | Failure:
@@ -86,12 +107,12 @@ def attempt(action: Callable[[], Result]) -> Result | Failure:
         return Failure(f"{type(error).__name__}: {lines[0]}"[:200])
 
 
-def _median_ms(answer: Answer, images: np.ndarray, seconds: float) -> float:
-    """The median of calls over `seconds`, MIN_CALLS at least."""
+def median_ms(action: Callable[[], object], seconds: float, *, min_calls: int = MIN_CALLS) -> float:
+    """The median of calls over `seconds`, `min_calls` at least."""
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while len(times) < MIN_CALLS or time.perf_counter() < end:
+    while len(times) < min_calls or time.perf_counter() < end:
         start = time.perf_counter()
-        answer(images)
+        action()
         times.append(1000 * (time.perf_counter() - start))
     return statistics.median(times)

@@ -12,7 +12,7 @@ from train.files import read_whole
 from train.refusal import Refusal
 from train.spec import Spec
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
+Provider = Literal["cpu", "cuda", "tensorrt", "mnn"]  # ONNX Runtime's, or MNN in its place
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -52,6 +52,8 @@ def open_artefact(path: Path, *, provider: Provider | None = None) -> Form:
             return _open_checkpoint(path)
         case ".safetensors":
             return _open_plain(path)
+        case ".onnx" if provider == "mnn":
+            return _open_mnn(path)
         case ".onnx":
             return _open_onnx(path, provider)
         case ".engine":
@@ -73,7 +75,7 @@ def open_providers(path: Path, providers: tuple[Provider, ...]) -> tuple[list[Fo
 
 
 class ProviderMissing(Refusal):
-    """An execution provider of ONNX Runtime does not load on this machine."""
+    """An execution provider of ONNX Runtime, or MNN, does not load on this machine."""
 
 
 def _open_checkpoint(path: Path) -> Form:
@@ -104,7 +106,7 @@ def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: di
     @torch.no_grad()
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
         outputs = layer_outputs(net, torch.from_numpy(images), weighted_layers(skeleton(spec)))
-        return {name: output.numpy() for name, output in outputs.items()}
+        return {name: output.numpy() for name, output in outputs}
 
     return Form(str(path), path, digest, "fp32", spec, provenance, answer, layers)
 
@@ -138,11 +140,25 @@ def _open_onnx(path: Path, provider: Provider | None) -> Form:
     )
 
 
+def _open_mnn(path: Path) -> Form:
+    from export.runtimes.mnn_module import MnnModule, is_installed
+
+    if not is_installed():
+        raise ProviderMissing("mnn is not compared: MNN is not installed here")
+    runtime = MnnModule(path)
+    model = runtime.model
+
+    def layers(images: np.ndarray) -> dict[str, np.ndarray]:
+        raise Refusal(f"{path}: MNN shows no layers; leave --layers and --plot out")
+
+    return Form(f"{path} on mnn", path, model.digest, "fp32", model.spec, model.provenance, runtime, layers)
+
+
 def _onnx_layers(path: Path, spec: Spec, images: np.ndarray, provider: str, *, optimize: bool) -> dict[str, np.ndarray]:
     """The tensors named like layers, made outputs of the graph: a runtime no longer fuses across them."""
     import onnx
-    import onnxruntime as ort
 
+    from export.runtimes.offline import ort
     from fold.plain import skeleton
     from fold.proof import weighted_layers
 

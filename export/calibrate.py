@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import TensorProto, helper
+
+from export.runtimes.offline import ort
 
 METHODS = ("min-max", "percentile", "entropy")
 NUM_BINS = 2048

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "python export/parity.py plain.onnx --against runs/digits-16-1/checkpoint.pt plain.safetensors",
     "python export/parity.py plain.onnx --against plain.safetensors --layers --plot layers.png",
-    "python export/parity.py plain.onnx --against plain.safetensors --providers cpu cuda tensorrt",
+    "python export/parity.py plain.onnx --against plain.safetensors --providers cpu cuda tensorrt mnn",
     "python export/parity.py plain.onnx --against plain.engine --json        # where there is a GPU",
 )
 
@@ -32,7 +32,8 @@ class ParityConfig:
     artefact: Annotated[Path, "what is checked: .onnx, .safetensors, .engine or checkpoint .pt"]
     against: Annotated[tuple[Path, ...], "what it is checked against, the same kinds"] = ()
     providers: Annotated[
-        tuple[Literal["cpu", "cuda", "tensorrt"], ...], "check an .onnx on each of these (default: on the best one)"
+        tuple[Literal["cpu", "cuda", "tensorrt", "mnn"], ...],
+        "check an .onnx on each of these of ONNX Runtime, and on MNN (default: on ONNX Runtime's best)",
     ] = ()
     layers: Annotated[bool, "compare every layer, and name the first beyond tolerance; engines by their .onnx"] = False
     plot: Annotated[Path | None, "draw the error of every layer to this PNG; implies --layers"] = None
@@ -106,7 +107,7 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list[
     if not config.against:
         raise Refusal("name what to compare with: --against runs/NAME/checkpoint.pt, plain.safetensors, ...")
     if config.providers and config.artefact.suffix != ".onnx":
-        raise Refusal(f"--providers are ONNX Runtime's, and {config.artefact} is no .onnx file; leave them out")
+        raise Refusal(f"--providers are for .onnx files, and {config.artefact} is none; leave them out")
     if config.providers:
         forms, missing = open_providers(config.artefact, config.providers)
         for line in missing:

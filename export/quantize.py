@@ -6,14 +6,14 @@ from typing import Literal
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from torch import nn
 
 from export.calibrate import METHODS, Ranges, observe, ranges
-from export.compare import Answer, answer_all
+from export.compare import ALLOWED_DROP, Answer, answer_all
 from export.graph import to_onnx
 from export.integer import to_integer_onnx
 from export.qdq import to_qdq_onnx
+from export.runtimes.offline import ort
 from fold.lower import lower
 from train.refusal import Refusal
 from train.spec import Spec
@@ -22,7 +22,6 @@ Target = Literal["onnxruntime", "tensorrt"]
 # Lowerings that are tried where none is asked for. The others quantise no better: shared and
 # shared-split hold W1 - W2, whose range is wider than that of either.
 TRIED = ("skip", "concat")
-ALLOWED_DROP = 0.003  # of test accuracy
 
 Advance = Callable[[int], None]
 

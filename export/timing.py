@@ -1,24 +1,26 @@
-"""Which of several ONNX graphs ONNX Runtime runs fastest on this machine."""
+"""Which of several forms of one net runs fastest on this machine."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import onnxruntime as ort
 
+from export.compare import Answer
 from train.spec import ImageSpec
 
 ROUNDS = 9
+MIN_ROUNDS = 3
 # Calls within one round: enough for the clock, and for a thread pool to wake up.
 ROUND_S = 0.02
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds for one batch: the median of `ROUNDS` alternating rounds, and the extremes."""
+    """Milliseconds for one batch: the median of alternating rounds, and the extremes."""
 
     name: str
     batch_size: int
@@ -35,41 +37,74 @@ def time_models(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[Timing]:
-    """Time serialised graphs of one net, in rounds that alternate between them."""
+    """Time serialised graphs of one net in ONNX Runtime."""
+    from export.runtimes.offline import ort
+
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    sessions = {name: ort.InferenceSession(model, options, providers=list(providers)) for name, model in models.items()}
+
+    def answer(session: ort.InferenceSession, images: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run(None, {"images": images})[0])
+
+    answers = {
+        name: partial(answer, ort.InferenceSession(model, options, providers=list(providers)))
+        for name, model in models.items()
+    }
+    return time_answers(answers, image, batch_sizes, advance=advance)
+
+
+def time_answers(
+    answers: Mapping[str, Answer],
+    image: ImageSpec,
+    batch_sizes: Sequence[int],
+    *,
+    limit_s: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[Timing]:
+    """Time ways to answer the same images, in `ROUNDS` rounds that alternate between them.
+
+    Of slow nets fewer rounds, MIN_ROUNDS at least: no round begins that is expected to end after `limit_s`.
+    """
     rows = []
     for batch_size in batch_sizes:
-        images = np.random.default_rng(0).integers(
-            0, 256, (batch_size, image.height, image.width, image.channels), dtype=np.uint8
-        )
-        times: dict[str, list[float]] = {name: [] for name in sessions}
-        calls = {name: _calls_per_round(session, images) for name, session in sessions.items()}
-        for _ in range(ROUNDS):
-            for name, session in sessions.items():
-                start = time.perf_counter()
+        shape = (batch_size, image.height, image.width, image.channels)
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        start = clock()
+        calls = {name: _calls_per_round(answer, images, clock) for name, answer in answers.items()}
+        times: dict[str, list[float]] = {name: [] for name in answers}
+        for num_rounds in range(ROUNDS):
+            spent = sum(calls[name] * sum(of_it) / 1000 for name, of_it in times.items())
+            if num_rounds >= MIN_ROUNDS and clock() - start + spent / num_rounds > limit_s / len(batch_sizes):
+                break
+            for name, answer in answers.items():
+                begun = clock()
                 for _ in range(calls[name]):
-                    session.run(None, {"images": images})
-                times[name].append(1000 * (time.perf_counter() - start) / calls[name])
+                    answer(images)
+                times[name].append(1000 * (clock() - begun) / calls[name])
             advance(1)
         rows += [
-            Timing(name, batch_size, statistics.median(of_name), min(of_name), max(of_name))
-            for name, of_name in times.items()
+            Timing(name, batch_size, statistics.median(of_it), min(of_it), max(of_it)) for name, of_it in times.items()
         ]
     return rows
 
 
+def geometric_means(rows: Sequence[Timing]) -> dict[str, float]:
+    """Milliseconds of each name over all its batch sizes, the least first."""
+    logs: dict[str, list[float]] = {}
+    for row in rows:
+        logs.setdefault(row.name, []).append(math.log(row.median_ms))
+    means = {name: math.exp(statistics.fmean(of_it)) for name, of_it in logs.items()}
+    return dict(sorted(means.items(), key=lambda pair: pair[1]))
+
+
 def fastest(rows: Sequence[Timing]) -> str:
     """The name with the least time over all batch sizes, as a geometric mean."""
-    logs: dict[str, float] = {}
-    for row in rows:
-        logs[row.name] = logs.get(row.name, 0.0) + math.log(row.median_ms)
-    return min(logs, key=lambda name: logs[name])
+    return next(iter(geometric_means(rows)))
 
 
-def _calls_per_round(session: ort.InferenceSession, images: np.ndarray) -> int:
-    session.run(None, {"images": images})
-    start = time.perf_counter()
-    session.run(None, {"images": images})
-    return max(1, round(ROUND_S / (time.perf_counter() - start)))
+def _calls_per_round(answer: Answer, images: np.ndarray, clock: Callable[[], float]) -> int:
+    answer(images)
+    start = clock()
+    answer(images)
+    return max(1, round(ROUND_S / (clock() - start)))

@@ -108,10 +108,10 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     import os
     from dataclasses import asdict
 
-    import onnxruntime as ort
     from rich.table import Table
 
     from export.graph import to_onnx
+    from export.runtimes.offline import ort
     from export.timing import ROUNDS, fastest, time_models
     from fold.lower import distinct_lowerings, lower
     from train.progress import progress
@@ -139,8 +139,9 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
     """The candidate that loses least on training images; the record says what it costs on the test images."""
     from dataclasses import asdict
 
+    from export.compare import ALLOWED_DROP
     from export.graph import to_onnx
-    from export.quantize import ALLOWED_DROP, TRIED, num_images_run, quantize
+    from export.quantize import TRIED, num_images_run, quantize
     from train.progress import progress
 
     observed, chosen_by, test = _images(plain, config)

@@ -41,16 +41,17 @@ def command(config: DrawConfig) -> int:
 
     net = load_net(load_checkpoint(config.checkpoint))
     dirac = _dirac_layers(net, config)
-    plain = dict(fold_net(net).named_parameters())
-    figure = Figure(figsize=(11, 2.6 * len(dirac)), layout="constrained")
+    plain = fold_net(net)
+    figure = Figure(figsize=(12, 2.7 * len(dirac)), layout="constrained")
     for row, (name, layer) in zip(figure.subplots(len(dirac), len(PARTS), squeeze=False), dirac.items(), strict=True):
-        slices = [*central_slices(layer), _centre(plain[f"{name}.weight"].detach())]
+        slices = [*central_slices(layer), _centre(plain.get_parameter(f"{name}.weight").detach())]
         for axes, title, values in zip(row, PARTS, slices, strict=True):
             shown = values[: config.channels, : config.channels].numpy()
             limit = max(abs(shown).max(), 1e-12)
             picture = axes.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set(title=title, xticks=[], yticks=[])
-            figure.colorbar(picture, ax=axes, shrink=0.8)  # pyright: ignore[reportUnknownMemberType]: open in its stubs
+            # matplotlib's types leave this one open.
+            figure.colorbar(picture, ax=axes, format="%.2g")  # pyright: ignore[reportUnknownMemberType]
         num_out, num_in = slices[0].shape
         row[0].set(ylabel=f"{name}\nof {num_out} outputs", xlabel=f"of {num_in} inputs")
     out = config.out or config.checkpoint.with_name("fold.png")

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from fold.passes import fold_batch_norm, split_ncrelu
-from train.families import build
+from train.families import outline
 from train.files import read_whole, sha256, write_whole
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize, Residual, dirac_weight
 from train.refusal import Refusal
@@ -90,8 +90,7 @@ def convolution_like(layer: Convolution, weight: Tensor, bias: Tensor | None) ->
 
 def skeleton(spec: Spec) -> nn.Sequential:
     """The plain net of `spec` without weights, on the meta device."""
-    with torch.device("meta"):
-        plain = fold_net(build(spec)).float()
+    plain = fold_net(outline(spec)).float()
     plain.normalize = Normalize(spec.image.mean, spec.image.std)
     return plain
 
@@ -186,7 +185,7 @@ def _fold_sequential(
 def _plain_convolution(layer: Convolution, *, dead_half: bool) -> Convolution:
     """A convolution of `layer`'s weights, Dirac ones folded (eq. 4), with a bias."""
     weight = layer.weight.detach().double()
-    if isinstance(layer, DiracConvolution):
+    if isinstance(layer, DiracConvolution) and not weight.is_meta:
         b = None if layer.b is None else layer.b.detach().double()
         weight = dirac_weight(layer.a.detach().double(), b, layer.delta.double(), weight)
     if dead_half:
@@ -205,6 +204,8 @@ def _identity_beside(layer: BatchNorm) -> Convolution:
 
 def _with_batch_norm(plain: Convolution, layer: BatchNorm) -> Convolution:
     """`plain` with the batch normalisation after it folded in."""
+    if plain.weight.is_meta:  # of a skeleton: PyTorch imports its compiler, a second's work, to compute with shapes
+        return plain
     parts: dict[str, Tensor] = {name: part.double() for name, part in layer.state_dict().items()}
     weight, bias = fold_batch_norm(
         plain.weight,

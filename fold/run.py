@@ -45,9 +45,11 @@ def command(config: FoldConfig) -> int:
     from fold.proof import prove
     from train.checkpoint import load_checkpoint, load_net
     from train.families import count_parameters
+    from train.machine import keep_large_buffers
     from train.progress import make_console, progress
     from train.refusal import Refusal
 
+    keep_large_buffers()
     console = make_console(json=config.json)
     checkpoint = load_checkpoint(config.checkpoint)
     net = load_net(checkpoint)

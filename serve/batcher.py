@@ -32,7 +32,7 @@ from serve.limits import Limits
 from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
 from train.refusal import Refusal
 
-_PATIENCE_S = 0.02  # most jobs are done by then, and a watch costs a tenth of a request
+_PATIENCE_S = 0.1  # nearly all jobs are done by then, and a watch costs a tenth of a request
 _LAST_BATCH_S = 1.0
 _SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
 
@@ -112,19 +112,24 @@ class Batcher:
         self._is_open = False
         await asyncio.to_thread(self._end_threads, monotonic() + _LAST_BATCH_S)
 
+    def check_room(self, num_images: int) -> None:
+        """Refuses so many more images where they would be too many, or the server does not run."""
+        if not self._is_open:
+            raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
+        if self.num_held + num_images > self._limits.max_queue:
+            raise self._overloaded()
+
     async def classify(
         self, contents: list[bytes] | np.ndarray, *, top_k: int, deadline: float, receive: Receive
     ) -> Job:
         """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client is gone."""
-        if not self._is_open:
-            raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
         num_images = len(contents)
-        if self.num_held + num_images > self._limits.max_queue:
-            raise self._overloaded()
+        self.check_room(num_images)
         future = self._loop.create_future()
         job = _make_job(contents, self.served, top_k, future)
         self.num_held += num_images
-        job.timer = self._loop.call_later(_PATIENCE_S, self._watch, job, deadline, receive)
+        until = min(self._loop.time() + _PATIENCE_S, deadline)
+        job.timer = self._loop.call_at(until, self._watch, job, deadline, receive)
         try:
             self._enqueue(job)
             await future

@@ -1,11 +1,13 @@
 """From the bytes of an image to its pixels, and from bad images to one problem."""
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 
 from serve.problems import TOO_MANY_PIXELS, UNDECODABLE, Problem
-from train.image import TooManyPixels, decode
+from train.image import FORMATS, TooManyPixels, decode
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
@@ -16,6 +18,14 @@ def decode_image(content: bytes, spec: ImageSpec, *, max_pixels: int) -> np.ndar
         return decode(content, spec, max_pixels=max_pixels)
     except Refusal as refusal:
         return refusal
+
+
+def warm_up_decoders(spec: ImageSpec) -> None:
+    """Decode a pixel in every format: Pillow loads a format's code when it meets the first image of it."""
+    for kind in FORMATS:
+        file = io.BytesIO()
+        Image.new("RGB", (1, 1)).save(file, kind)
+        decode(file.getvalue(), spec)
 
 
 def find_problem(images: Sequence[np.ndarray | Refusal | None]) -> Problem | None:

@@ -25,8 +25,10 @@ Image = Union[str, Path, bytes, "np.ndarray"]
 Answer = TypeVar("Answer")
 Conversation = Generator["Send", Union["httpx.Response", "Lost"], Answer]
 
-# Overload and a proxy that counts requests; a prediction changes nothing, so asking again is safe.
-RETRIED = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+# Overload, a proxy that counts requests, and one that lost its server; a prediction changes nothing, so asking again
+# is safe. Ray's proxy says 500 where a replica was killed; the server's own 500 is a problem document and stays.
+RETRIED = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
+PROBLEM = "application/problem+json"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Retry:
-    """How often and how long a request is tried again after 429, 503 or a lost connection."""
+    """How often and how long a request is tried again after 429, 502, 503, a proxy's 500 or a lost connection."""
 
     attempts: int = 5
     total_s: float = 30.0  # no attempt starts later than this after the first
@@ -99,7 +101,7 @@ DEFAULT_RETRY = Retry()
 def exchange(
     send: Send, retry: Retry, *, clock: Callable[[], float] = time.monotonic
 ) -> "Conversation[httpx.Response]":
-    """Send until an answer comes that is neither overload nor a lost connection, within the bounds of `retry`."""
+    """Send until an answer comes that will not pass (`_is_passing`), within the bounds of `retry`."""
     start, attempt = clock(), 1
     outcome = yield send
     while _is_passing(outcome) and attempt < retry.attempts:
@@ -204,7 +206,11 @@ def read_results(response: "httpx.Response", num_images: int) -> list[Result]:
 
 
 def _is_passing(outcome: "httpx.Response | Lost") -> bool:
-    return outcome.is_brief if isinstance(outcome, Lost) else outcome.status_code in RETRIED
+    """Whether the same request may bring another outcome soon."""
+    if isinstance(outcome, Lost):
+        return outcome.is_brief
+    is_problem = outcome.headers.get("Content-Type", "").startswith(PROBLEM)
+    return outcome.status_code in RETRIED or (outcome.status_code == 500 and not is_problem)
 
 
 def _date(text: str) -> datetime | None:

@@ -32,6 +32,7 @@ class Visit:
     """One request and what became of it. Times in seconds; those of the job are 0 where there was none."""
 
     __slots__ = (
+        "body_bytes",
         "decode_s",
         "id",
         "method",
@@ -51,7 +52,7 @@ class Visit:
         given = headers.get(b"x-request-id", b"")
         self.id = given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS_ID}-{next(_numbers)}".encode()
         self.traceparent = headers.get(b"traceparent", b"")
-        self.status = self.num_images = 0
+        self.status = self.num_images = self.body_bytes = 0
         self.decode_s = self.queue_s = self.model_s = self.total_s = 0.0
 
     def take(self, job: Job) -> None:
@@ -73,7 +74,7 @@ Observer = Callable[[Visit], None]  # learns of every finished request
 
 
 class Hot:
-    """Middleware of the FastAPI app, which answers what is not `POST /predict`."""
+    """In front of the FastAPI app, which answers what is not `POST /predict`."""
 
     def __init__(
         self, app: ASGIApp, *, batcher: Batcher, limits: Limits, access: Access, observers: Sequence[Observer]
@@ -83,12 +84,14 @@ class Hot:
         self._limits = limits
         self._access = access
         self._observers = observers
+        self._held_bytes = 0  # of bodies whose requests are not answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
         scope["visit"] = visit = Visit(scope, headers)
+        receive = self._holding(receive, visit)
         try:
             self._access.check(visit.path, headers)
             if visit.path == "/predict" and visit.method == "POST":
@@ -110,12 +113,29 @@ class Hot:
                 raise
             await _refuse(send, visit, Problem(problems.INTERNAL, "the server failed; its log says why"))
         finally:
+            self._held_bytes -= visit.body_bytes
             visit.total_s = monotonic() - visit.start
             for observe in self._observers:
                 observe(visit)
 
+    def _holding(self, receive: Receive, visit: Visit) -> Receive:
+        """`receive` that counts what is held of all bodies, and refuses more of it than the limit."""
+
+        async def receive_and_count() -> Message:
+            message = await receive()
+            num_bytes = len(message.get("body", b""))
+            visit.body_bytes += num_bytes
+            self._held_bytes += num_bytes
+            if self._held_bytes > self._limits.max_held_bytes:
+                detail = f"{self._limits.max_held_bytes:,} bytes of requests are held already; ask again in 1 s"
+                raise Problem(problems.OVERLOADED, detail, {"Retry-After": "1"})
+            return message
+
+        return receive_and_count
+
     async def _predict(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, visit: Visit) -> bytes:
         """Bytes of images in, the JSON of their answer out."""
+        self._batcher.check_room(1)  # before the body is read: what is refused anyway costs as little as possible
         top_k = _top_k(scope["query_string"])
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
         contents = await within_deadline(read_images(receive, headers, self._limits), deadline, self._limits)

@@ -8,9 +8,10 @@ from train.refusal import Refusal
 
 @dataclass(frozen=True)
 class Limits:
-    """The server holds no more of a body than `max_body_bytes`, and no more images than `max_queue`."""
+    """What the server holds at most: `max_body_bytes` of one body, `max_held_bytes` of all, `max_queue` images."""
 
     max_body_bytes: int = 20 * 2**20
+    max_held_bytes: int = 256 * 2**20  # of all requests that are not answered yet
     max_images: int = 64  # of one request
     max_pixels: int = MAX_PIXELS  # of each image, as its header announces
     max_batch: int = 32  # images that the model computes at once
@@ -19,10 +20,12 @@ class Limits:
     decode_threads: int = 1  # 0: the thread that runs the model decodes too
 
     def __post_init__(self) -> None:
-        counts = ("max_body_bytes", "max_images", "max_pixels", "max_batch", "max_queue", "deadline_s")
-        wrong = [f"{name} must be positive, got {getattr(self, name)}" for name in counts if getattr(self, name) <= 0]
+        counts = {name: value for name, value in vars(self).items() if name != "decode_threads"}
+        wrong = [f"{name} must be positive, got {value}" for name, value in counts.items() if value <= 0]
         if self.decode_threads < 0:
             wrong.append(f"decode_threads must not be negative, got {self.decode_threads}")
+        if self.max_held_bytes < self.max_body_bytes:
+            wrong.append(f"max_held_bytes must hold one body of {self.max_body_bytes:,}, got {self.max_held_bytes:,}")
         if self.max_queue < self.max_images:
             wrong.append(f"max_queue must hold one request of {self.max_images} images, got {self.max_queue}")
         if wrong:

@@ -32,17 +32,19 @@ class JsonFormatter(logging.Formatter):
 
 
 class RequestLog:
-    """Call it with every finished request. Lines of one turn of the event loop are written together."""
+    """Call it with every finished request. Lines of one turn of the event loop share a time and one write."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._lines: list[bytes] = []
+        self._time = ""
 
     def __call__(self, visit: "Visit") -> None:
         if not self._lines:
             asyncio.get_running_loop().call_soon(self._write)
+            self._time = _now()
         line = {
-            "time": _now(),
+            "time": self._time,
             "level": "info",
             "message": f"{visit.method} {visit.path[:_PATH_LENGTH]}",
             "id": visit.id.decode(),

@@ -1,8 +1,12 @@
-"""What an operator watches, in the format of Prometheus. Every app counts for itself."""
+"""What an operator watches, in the format of Prometheus. Every app counts for itself, but workers count together."""
 
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import InfoMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from serve.batcher import Batcher
 
@@ -10,6 +14,9 @@ if TYPE_CHECKING:
     from serve.hot import Visit
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Where prometheus_client finds the folder in which processes count together; it must stand before its import.
+COUNTS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_INFER = "/v2/…/infer"
 _STAGES = ("decode", "queue", "model", "total")
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -20,30 +27,35 @@ class Metrics:
 
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
+        own = CollectorRegistry()
         self._requests = Counter(
-            "diracnet_requests", "Requests by address and status", ("path", "status"), registry=self._registry
+            "diracnet_requests", "Requests by address and status", ("path", "status"), registry=own
         )
         seconds = Histogram(
             "diracnet_predict_seconds",
             "Answered predictions: where their time went",
             ("stage",),
             buckets=_SECONDS,
-            registry=self._registry,
+            registry=own,
         )
         self._decode, self._queue, self._model, self._total = (seconds.labels(stage) for stage in _STAGES)
         self._images = Histogram(
-            "diracnet_batch_images", "Images that the model computed at once", buckets=_IMAGES, registry=self._registry
+            "diracnet_batch_images", "Images that the model computed at once", buckets=_IMAGES, registry=own
         )
-        held = Gauge("diracnet_queue_images", "Images accepted and not answered", registry=self._registry)
-        held.set_function(lambda: batcher.num_held)
-        self._served = Info("diracnet_model", "The model that answers", registry=self._registry)
+        self._held = Gauge(
+            "diracnet_queue_images", "Images accepted and not answered", registry=own, multiprocess_mode="livesum"
+        )
+        self._shown = own
+        if COUNTS_VARIABLE in os.environ:
+            self._shown = CollectorRegistry()
+            MultiProcessCollector(self._shown)
+        ProcessCollector(registry=self._shown)
+        self._shown.register(_ServedModel(batcher))
         batcher.observe_batch = self._images.observe
 
     def __call__(self, visit: "Visit") -> None:
-        path = "/predict" if visit.path == "/predict" else "other"  # as many series as we choose, not as clients do
-        self._requests.labels(path, visit.status).inc()
+        self._requests.labels(_label(visit.path), visit.status).inc()
+        self._held.set(self._batcher.num_held)
         if visit.num_images:
             self._decode.observe(visit.decode_s)
             self._queue.observe(visit.queue_s)
@@ -52,7 +64,24 @@ class Metrics:
 
     def render(self) -> bytes:
         """All values now."""
+        self._held.set(self._batcher.num_held)
+        return generate_latest(self._shown)
+
+
+class _ServedModel:
+    """Says which model answers, as whoever asks for the metrics finds it."""
+
+    def __init__(self, batcher: Batcher) -> None:
+        self._batcher = batcher
+
+    def collect(self) -> Iterator[InfoMetricFamily]:
         served = self._batcher.served
-        model, runtime = served.model, served.runtimes[0].description
-        self._served.info({"name": model.name, "digest": model.digest, "runtime": runtime})
-        return generate_latest(self._registry)
+        info = {"name": served.model.name, "digest": served.model.digest, "runtime": served.runtimes[0].description}
+        yield InfoMetricFamily("diracnet_model", "The model that answers", value=info)
+
+
+def _label(path: str) -> str:
+    """As many series as we choose, not as clients do."""
+    if path.startswith("/v2/") and path.endswith("/infer"):
+        return _INFER
+    return path if path == "/predict" else "other"

@@ -1,6 +1,6 @@
 """Everything the server refuses, as `application/problem+json` (RFC 9457) with stable types."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -40,7 +40,7 @@ UNDECODABLE = Kind("undecodable", 422, "An image cannot be decoded")
 INTERNAL = Kind("internal", 500, "The server failed")
 NOT_A_NUMBER = Kind("not-a-number", 500, "The model gave values that are no numbers")
 NOT_READY = Kind("not-ready", 503, "The server is starting or stopping")
-OVERLOADED = Kind("overloaded", 503, "Too many images are waiting")
+OVERLOADED = Kind("overloaded", 503, "Too much is waiting")
 DEADLINE = Kind("deadline", 504, "The answer took too long")
 
 
@@ -70,7 +70,7 @@ class ProblemBody:
     def to_json(self, path: str) -> bytes:
         """With the member `error` under /v2, where the Open Inference Protocol looks for the reason."""
         reason = {"error": self.detail} if f"{path}/".startswith("/v2/") else {}
-        return orjson.dumps({**asdict(self), **reason})
+        return orjson.dumps({**vars(self), **reason})
 
 
 def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:

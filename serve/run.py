@@ -4,7 +4,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -12,14 +12,26 @@ if __name__ == "__main__":
 from train.cli import POSITIONAL, run_command
 from train.refusal import Refusal
 
+if TYPE_CHECKING:
+    from export.runtimes.load import RuntimeName
+
 BUNDLED = Path(__file__).resolve().parents[1] / "models" / "fashion-mnist.onnx"
+BUNDLED_FORMS = (BUNDLED, BUNDLED.with_stem("fashion-mnist-int8"))
 
 
 @dataclass(frozen=True)
 class ServeConfig:
     """Which model is served, where, to whom, and within which limits."""
 
-    model: Annotated[Path | None, "plain.onnx or plain.engine (default: models/fashion-mnist.onnx)", POSITIONAL] = None
+    models: Annotated[
+        tuple[Path, ...],
+        "plain.onnx or plain.engine; of several .onnx of one net the fastest serves (default: the two in models/)",
+        POSITIONAL,
+    ] = ()
+    runtime: Annotated[
+        Literal["auto", "onnxruntime", "mnn", "tensorrt"],
+        "what runs the model; auto: the fastest here, measured in about a second and kept beside the model",
+    ] = "auto"
     host: Annotated[str, "address to listen on; 0.0.0.0 is every one of this machine"] = "127.0.0.1"
     port: Annotated[int, "port to listen on; 0 lets the system choose"] = 8000
     api_key_file: Annotated[Path | None, "file with the key that clients must send; or set DIRACNET_API_KEY"] = None
@@ -27,6 +39,7 @@ class ServeConfig:
     max_batch: Annotated[int, "images that the model computes at once"] = 32
     max_images: Annotated[int, "images in one request"] = 64
     max_body_mb: Annotated[float, "megabytes in one request"] = 20.0
+    max_held_mb: Annotated[float, "megabytes of all requests that are not answered yet"] = 256.0
     max_queue: Annotated[int, "images accepted and not answered; what comes on top is told to come again"] = 1024
     deadline_ms: Annotated[int, "milliseconds from a request's start to its answer"] = 30_000
     drain_seconds: Annotated[int, "how long SIGTERM waits for requests under way"] = 20
@@ -48,8 +61,12 @@ class ServeConfig:
                 raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
 
     @property
-    def model_path(self) -> Path:
-        return self.model or BUNDLED
+    def model_paths(self) -> tuple[Path, ...]:
+        return self.models or BUNDLED_FORMS
+
+    @property
+    def runtime_name(self) -> "RuntimeName | None":
+        return None if self.runtime == "auto" else self.runtime
 
 
 def serve(config: ServeConfig) -> int:
@@ -87,6 +104,7 @@ if __name__ == "__main__":
             examples=(
                 "python serve/run.py                 # the Fashion-MNIST model that comes along",
                 "python serve/run.py plain.onnx",
+                "python serve/run.py plain.onnx plain-int8.onnx      # the faster one on this machine",
                 "python serve/run.py plain.onnx --host 0.0.0.0 --api-key-file key.txt --workers 4",
                 "python serve/run.py plain.engine --devices 0 1 --max-batch 128",
                 "kill -HUP PID                       # read the model's file again",

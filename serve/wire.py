@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import orjson
@@ -58,8 +58,7 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
         return [await read_body(receive, headers, limits)]
     if media_type == "multipart/form-data":
         form = _Form(content_type, limits)
-        async for chunk in _chunks(receive, headers, limits):
-            form.feed(chunk)
+        await _receive_body(form.feed, receive, headers, limits)
         return form.finish()
     if media_type == "application/json":
         body = await read_body(receive, headers, limits)
@@ -81,18 +80,21 @@ async def within_deadline(reading: Awaitable[Read], deadline: float, limits: Lim
 
 async def read_body(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> bytes:
     """The whole body, which is neither empty nor over the limit."""
-    body = b"".join([chunk async for chunk in _chunks(receive, headers, limits)])
+    chunks: list[bytes] = []
+    await _receive_body(chunks.append, receive, headers, limits)
+    body = b"".join(chunks)
     if not body:
         raise Problem(BAD_REQUEST, "the request has no body; with curl: --data-binary @FILE")
     return body
 
 
-async def _chunks(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> AsyncIterator[bytes]:
-    """The body as it comes; refused by its announced length, or as soon as more than the limit has come."""
-    too_large = Problem(TOO_LARGE, f"the body is larger than {limits.max_body_bytes:,} bytes; send less at once")
+async def _receive_body(
+    take: Callable[[bytes], None], receive: Receive, headers: dict[bytes, bytes], limits: Limits
+) -> None:
+    """Give `take` the body as it comes; refused by its announced length, or as soon as more than the limit has come."""
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced) > limits.max_body_bytes:
-        raise too_large
+        raise _too_large(limits)
     num_bytes, more = 0, True
     while more:
         message = await receive()
@@ -101,8 +103,8 @@ async def _chunks(receive: Receive, headers: dict[bytes, bytes], limits: Limits)
         chunk, more = message.get("body", b""), message.get("more_body", False)
         num_bytes += len(chunk)
         if num_bytes > limits.max_body_bytes:
-            raise too_large
-        yield chunk
+            raise _too_large(limits)
+        take(chunk)
 
 
 class _Form:
@@ -192,6 +194,10 @@ def _from_base64(index: int, text: Any) -> bytes:
         return base64.b64decode(text, validate=True)
     except (ValueError, TypeError) as error:
         raise Problem(BAD_REQUEST, f"images[{index}] is no base64 text: {error}") from error
+
+
+def _too_large(limits: Limits) -> Problem:
+    return Problem(TOO_LARGE, f"the body is larger than {limits.max_body_bytes:,} bytes; send less at once")
 
 
 def _too_many_images(limits: Limits) -> Problem:

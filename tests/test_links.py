@@ -45,8 +45,9 @@ def test_every_function_that_is_said_to_be_in_a_file_is_there(page):
 
 def test_the_index_leads_to_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
-    pages = [str(page.relative_to(ROOT / "docs")) for page in DOCS if page.parent == ROOT / "docs"]
-    assert not [page for page in pages if page != "README.md" and f"]({page})" not in index]
+    pages = [page.name for page in DOCS if page.parent == ROOT / "docs"]
+    listed = [name for name in pages if name != "README.md" and not name.startswith("gpu-")]  # make gpu-check adds such
+    assert not [name for name in listed if f"]({name})" not in index]
 
 
 def test_every_picture_is_shown_somewhere():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from export.runtimes.onnx_session import OnnxSession
+from serve.choose import why_unfit
 from train.image import decode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,19 @@ def test_the_card_is_the_record_inside_the_file():
     assert model.name == CARD["model"]
     assert {key: CARD[key] for key in model.provenance} == model.provenance
     assert len(model.spec.labels) == 10
+
+
+def test_the_int8_form_is_of_the_same_net_and_costs_what_the_readme_says():
+    path = MODELS / "fashion-mnist-int8.onnx"
+    assert path.stat().st_size <= 1_000_000
+    form, net = OnnxSession(path).model, OnnxSession(MODELS / "fashion-mnist.onnx").model
+    export = form.provenance["export"]
+    assert form.spec == net.spec
+    assert export["plain_sha256"] == net.provenance["export"]["plain_sha256"]
+    assert why_unfit(export) is None
+    test, text = export["test"], (MODELS / "README.md").read_text()
+    assert f"| {100 * test['accuracy']:.2f} %, the same class as fp32 on {100 * test['top1_agreement']:.2f} %" in text
+    assert test["num_images"] == 10_000
 
 
 def test_the_card_says_how_it_was_made_and_that_nothing_changed():
@@ -45,8 +59,9 @@ def test_the_models_readme_has_the_cards_figures():
     assert f"{CARD['fold']['dirac_parameters']:,}" in text
 
 
-def test_the_held_out_images_are_recognised():
-    model = OnnxSession(MODELS / "fashion-mnist.onnx")
+@pytest.mark.parametrize("name", ["fashion-mnist.onnx", "fashion-mnist-int8.onnx"])
+def test_the_held_out_images_are_recognised(name):
+    model = OnnxSession(MODELS / name)
     images = np.stack([decode(path.read_bytes(), model.model.spec.image) for path in HELD_OUT])
     answers = [model.model.spec.labels[index].replace("/", "-") for index in model(images).argmax(1)]
     truth = [path.stem.rpartition("_")[0] for path in HELD_OUT]

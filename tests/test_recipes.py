@@ -66,7 +66,9 @@ def test_a_recipe_works_and_its_mistakes_are_noticed(page, tree):
     assert status == 0, output
     for mistake, said in mistakes:
         patch(tree, mistake)
-        status, output = run_tests(tree, arguments)
+        failing = re.findall(r"^FAILED (\S+)", said, flags=re.MULTILINE)
+        assert failing, f"{page.name} does not say which test fails with\n{mistake}"
+        status, output = run_tests(tree, failing)
         assert status == 1, f"nothing fails with\n{mistake}\n{output}"
         assert not [line for line in said.splitlines() if line not in output], output
         patch(tree, mistake, "--reverse")

@@ -1,6 +1,10 @@
 """Table 1 and its relatives: from a spec to a net whose layers have names."""
 
+from typing import Any
+
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
 from train.refusal import Refusal
@@ -52,9 +56,23 @@ def build(spec: Spec) -> nn.Sequential:
     return net
 
 
+def outline(spec: Spec) -> nn.Sequential:
+    """The net of `spec` on the meta device: shapes without numbers."""
+    with torch.device("meta"), _Unfilled():
+        return build(spec)
+
+
 def count_parameters(net: nn.Module) -> int:
     """Trainable numbers of a net: W, a, b, batch normalisation's γ and β, the classifier."""
     return sum(parameter.numel() for parameter in net.parameters())
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves initial values out: to fill what has no memory, PyTorch imports its compiler, a second's work."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, module = kwargs or {}, getattr(function, "__module__", None)  # a tensor's method has none
+        return kwargs["tensor"] if module == "torch.nn.init" else function(*args, **kwargs)
 
 
 def _groups(spec: Spec) -> tuple[int, ...]:

@@ -1,7 +1,10 @@
 """An image file becomes pixels the way the spec says: one function for training folders and the server."""
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from train.spec import ImageSpec
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # A 50-megapixel photograph passes; anything larger is refused before its pixels are decoded.
 MAX_PIXELS = 64_000_000
+_PNG_END = bytes(4) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is another number and names no size
 
 
@@ -32,6 +36,8 @@ def decode(
     Resized and cropped at the centre as `spec` says, or by `crop`.
     Raises `TooManyPixels` before decoding, `Refusal` where the bytes are no such image.
     """
+    if crop is None and spec.width * spec.height <= max_pixels and (plain := _plain_png(content, spec)):
+        return _pixels(plain, spec)
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
@@ -44,6 +50,33 @@ def decode(
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise Refusal(f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})") from error
+
+
+def _plain_png(content: bytes, spec: ImageSpec) -> Image.Image | None:
+    """A PNG that is the input as it stands: its size and mode, 8 bits, one IDAT chunk, no other that could matter.
+
+    Half the time of the general way, which takes every other file, damaged ones too.
+    """
+    head = _plain_png_head(spec)
+    start, end = len(head) + 8, len(content) - len(_PNG_END) - 4
+    chunk = struct.pack(">I4s", max(0, end - start), b"IDAT")
+    if not head or not content.startswith(head + chunk) or not content.endswith(_PNG_END):
+        return None
+    mode = "L" if spec.channels == 1 else "RGB"
+    try:
+        return Image.frombytes(mode, (spec.width, spec.height), content[start:end], "zip", mode, 0)
+    except ValueError:
+        return None
+
+
+@lru_cache
+def _plain_png_head(spec: ImageSpec) -> bytes:
+    """Signature and IHDR chunk of such a PNG; empty where an image of the input's size is resized or cropped."""
+    if spec.resize not in (None, min(spec.width, spec.height)):
+        return b""
+    fields = struct.pack(">IIBBBBB", spec.width, spec.height, 8, 0 if spec.channels == 1 else 2, 0, 0, 0)
+    header = b"IHDR" + fields
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(fields)) + header + struct.pack(">I", zlib.crc32(header))
 
 
 def _upright(image: Image.Image, channels: int) -> Image.Image:

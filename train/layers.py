@@ -27,7 +27,7 @@ def dirac_delta(shape: Sequence[int]) -> Tensor:
             f"got {num_in} and {num_out}"
         )
     delta = torch.zeros(tuple(shape))
-    i = torch.arange(max(num_out, num_in))
+    i = torch.arange(max(num_out, num_in), device="cpu")
     centre = [size // 2 for size in kernel]
     delta[(i % num_out, i % num_in, *centre)] = 1
     return delta

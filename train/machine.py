@@ -1,8 +1,6 @@
 """What the machine that trains can do."""
 
 import ctypes
-import os
-import sys
 from contextlib import suppress
 
 import torch
@@ -27,11 +25,6 @@ def choose_precision(choice: str, device: str) -> str:
         can = torch.cpu.get_capabilities()
         return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def num_cores() -> int:
-    """Those that this process may use, where the system tells; else those of the machine."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def keep_large_buffers() -> None:

@@ -17,7 +17,7 @@ from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.cli import given_arguments
 from train.config import Settings, TrainConfig
 from train.distributed import World, joined
-from train.families import build, count_parameters
+from train.families import count_parameters, outline
 from train.loop import Augmentation, evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, keep_large_buffers
 from train.progress import make_console, progress, track
@@ -39,8 +39,7 @@ def describe(config: Settings) -> int:
         image = data.imagenet_image() if config.family.startswith("imagenet") else data.cifar_image()
         labels = tuple(f"class {index}" for index in range(config.classes))
     spec = make_spec(config, image, labels)
-    with torch.device("meta"):
-        parameters = count_parameters(build(spec))
+    parameters = count_parameters(outline(spec))
     if config.json:
         print(json.dumps({**spec.to_dict(), "parameters": parameters}))
     else:

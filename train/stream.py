@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from train.cores import num_cores
 from train.folder import Files, read
-from train.machine import num_cores
 from train.refusal import Refusal
 from train.spec import ImageSpec
 

@@ -1,6 +1,7 @@
 """The few calls of the CUDA runtime that engines need, through NVIDIA's own bindings."""
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -48,13 +49,14 @@ def call(result: tuple) -> Any:
 
 
 class Buffer:
-    """Memory on the device and, page-locked, its mirror on the host. Lives as long as the process."""
+    """Memory on the device and, page-locked, its mirror on the host; freed with the last reference to it."""
 
     def __init__(self, num_bytes: int) -> None:
         import cuda.bindings.runtime as cudart
 
         self.device = call(cudart.cudaMalloc(num_bytes))
         self._host = call(cudart.cudaHostAlloc(num_bytes, cudart.cudaHostAllocDefault))
+        when_gone(self, _free, self.device, self._host)
         self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(int(self._host)))
 
     def upload(self, array: np.ndarray, stream: Any) -> None:
@@ -74,6 +76,27 @@ class Buffer:
         call(cudart.cudaMemcpyAsync(self._host, self.device, num_bytes, kind, stream))
         call(cudart.cudaStreamSynchronize(stream))
         return self._bytes[:num_bytes].copy().view(dtype).reshape(shape)
+
+
+def when_gone(owner: object, release: Callable[..., None], *arguments: Any) -> None:
+    """Call `release` when `owner` is no longer referred to; not at the end of the process, which frees all itself."""
+    weakref.finalize(owner, release, *arguments).atexit = False
+
+
+def release(stream: Any, graphs: dict[int, Any]) -> None:
+    """Destroy a stream on which nothing runs, and the graphs that ran on it."""
+    import cuda.bindings.runtime as cudart
+
+    for graph in filter(None, graphs.values()):
+        call(cudart.cudaGraphExecDestroy(graph))
+    call(cudart.cudaStreamDestroy(stream))
+
+
+def _free(device: Any, host: Any) -> None:
+    import cuda.bindings.runtime as cudart
+
+    call(cudart.cudaFree(device))
+    call(cudart.cudaFreeHost(host))
 
 
 def capture(stream: Any, work: Callable[[], None]) -> Any:

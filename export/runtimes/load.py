@@ -1,27 +1,43 @@
-"""From a file to a runtime, by its suffix."""
+"""From a file to a runtime, by its suffix and by name."""
 
 from pathlib import Path
+from typing import Literal
 
 from export.runtimes.runtime import Runtime
 from train.refusal import Refusal
 
+RuntimeName = Literal["onnxruntime", "mnn", "tensorrt"]
+# By suffix; the first one is taken where none is named.
+RUNTIMES: dict[str, tuple[RuntimeName, ...]] = {".onnx": ("onnxruntime", "mnn"), ".engine": ("tensorrt",)}
 
-def load_runtime(path: Path, *, device: int | None = None, num_threads: int = 0) -> Runtime:
-    """`.onnx` through ONNX Runtime, `.engine` through TensorRT; anything else is refused.
+
+def load_runtime(
+    path: Path, *, name: RuntimeName | None = None, device: int | None = None, num_threads: int = 0
+) -> Runtime:
+    """`.onnx` through ONNX Runtime or MNN, `.engine` through TensorRT; anything else is refused.
 
     `device` is the number of a CUDA device; None takes the first one, or the CPU where there is none.
-    `num_threads` is for the CPU; 0 lets ONNX Runtime choose.
+    `num_threads` is for the CPU; 0 lets the runtime choose.
     """
-    match path.suffix:
-        case ".onnx":
+    if path.suffix not in RUNTIMES:
+        raise Refusal(f"{path} is neither an .onnx nor an .engine file; make one with export/to_onnx.py")
+    names = RUNTIMES[path.suffix]
+    match name or names[0]:
+        case other if other not in names:
+            raise Refusal(f"{other} does not run {path}; {path.suffix} files are for {' or '.join(names)}")
+        case "onnxruntime":
             from export.runtimes.onnx_session import OnnxSession, loadable_providers
 
             if device is not None and loadable_providers() == ("CPUExecutionProvider",):
                 raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
             return OnnxSession(path, device=device or 0, num_threads=num_threads)
-        case ".engine":
+        case "mnn":
+            from export.runtimes.mnn_module import MnnModule
+
+            if device is not None:
+                raise Refusal(f"MNN runs on the CPU alone; leave device {device} out, or use --runtime onnxruntime")
+            return MnnModule(path, num_threads=num_threads)
+        case "tensorrt":
             from export.runtimes.tensorrt_engine import TensorRTEngine
 
             return TensorRTEngine(path, device=device or 0)
-        case _:
-            raise Refusal(f"{path} is neither an .onnx nor an .engine file; make one with export/to_onnx.py")

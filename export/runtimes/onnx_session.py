@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
+from export.runtimes.offline import ort
 from export.runtimes.runtime import Model
 from export.runtimes.signature import Signature, generic_spec, pad
 from train.files import read_whole, sha256
@@ -47,9 +47,10 @@ class OnnxSession:
         else:
             spec = generic_spec(self._signature, num_classes=self._count_classes(path))
             name, provenance = path.stem, {}
-        self.model = Model(name=name, digest=sha256(content), spec=spec, provenance=provenance)
+        self.model = Model(name, sha256(content), spec, provenance, num_bytes=len(content))
         self.provider = self._session.get_providers()[0]  # what it really uses
-        self.description = f"ONNX Runtime {ort.__version__}, {self.provider}"
+        self.description = f"ONNX Runtime, {self.provider}"
+        self.library = f"onnxruntime {ort.__version__}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         batch = self._signature.batch

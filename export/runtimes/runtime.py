@@ -16,6 +16,7 @@ class Model:
     digest: str  # sha256 of the artefact, hex
     spec: Spec
     provenance: dict[str, Any]  # what training, fold and export recorded; empty for somebody else's net
+    num_bytes: int = 0  # of the artefact
 
 
 class Runtime(Protocol):
@@ -23,7 +24,8 @@ class Runtime(Protocol):
 
     model: Model
     platform: str  # for programs, as the Open Inference Protocol spells it: "onnxruntime_onnx"
-    description: str  # for people: "ONNX Runtime 1.31.1, CPUExecutionProvider"
+    description: str  # for people: "ONNX Runtime, CPUExecutionProvider"
+    library: str  # for the log and never for clients: "onnxruntime 1.31.1"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N, H, W, C] → logits float32 [N, K], for any N ≥ 1."""

@@ -20,7 +20,8 @@ EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
 class TensorRTEngine:
     """One engine on one stream; `model` and `description` as in `Runtime`.
 
-    Batches of 1, 2, 4, ... images run as CUDA graphs, all others node by node.
+    Batches of 1, 2, 4, ... images run as CUDA graphs, all others node by node. What it holds on the device is freed
+    with the last reference to it.
     """
 
     platform = "tensorrt_plan"
@@ -29,8 +30,9 @@ class TensorRTEngine:
         content = read_whole(path)
         card = read_card(path)
         trt = _fitting_library(path, content, card, device)
-        self.model = Model(name=card.name, digest=card.engine_sha256, spec=card.spec, provenance=card.provenance)
-        self.description = f"{card.builder} {card.builder_version}, {card.precision}"
+        self.model = Model(card.name, card.engine_sha256, card.spec, card.provenance, num_bytes=len(content))
+        self.description = f"{card.builder}, {card.precision}"
+        self.library = f"{card.builder} {trt.__version__}"
         self._card = card
         self._device = device
         self._logger = make_logger(trt)
@@ -38,9 +40,9 @@ class TensorRTEngine:
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise Refusal(f"{path} cannot be loaded: {self._logger.last_error()}")
+        self._graphs: dict[int, Any] = {}  # by batch size; None where the engine cannot be captured
         self._allocate(trt)
         self._context = self._make_context()
-        self._graphs: dict[int, Any] = {}  # by batch size; None where the engine cannot be captured
         self._captured: list[Any] = []  # contexts, which must outlive their graphs
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -50,7 +52,7 @@ class TensorRTEngine:
         return np.concatenate([self._run(pad(piece, smallest))[: len(piece)] for piece in pieces])
 
     def _allocate(self, trt: Any) -> None:
-        """Buffers for the largest batch, and a stream; both live as long as the process."""
+        """Buffers for the largest batch, and a stream."""
         import cuda.bindings.runtime as cudart
 
         names, largest = self._card.signature, self._card.batch[2]
@@ -59,6 +61,7 @@ class TensorRTEngine:
         self._input = gpu.Buffer(largest * int(np.prod(names.sizes)) * np.dtype(names.dtype).itemsize)
         self._output = gpu.Buffer(largest * num_classes * self._dtype.itemsize)
         self._stream = gpu.call(cudart.cudaStreamCreate())
+        gpu.when_gone(self, gpu.release, self._stream, self._graphs)
 
     def _make_context(self) -> Any:
         context, names = self._engine.create_execution_context(), self._card.signature

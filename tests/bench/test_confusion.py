@@ -1,10 +1,4 @@
-import sys
-from pathlib import Path
-
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 from bench.confusion import ConfusionConfig, accuracy, command, confusion, draw
 from train import data

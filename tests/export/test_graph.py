@@ -1,13 +1,13 @@
 import json
 
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
 
 from export.compare import compare
 from export.graph import to_onnx
+from export.runtimes.offline import ort
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net, named_layers
 from train.spec import Spec

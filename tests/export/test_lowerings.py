@@ -2,11 +2,11 @@
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 
 from export.graph import to_onnx
+from export.runtimes.offline import ort
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from fold.plain import fold_net

@@ -101,7 +101,19 @@ def test_providers_are_compared_one_by_one_and_missing_ones_named(road, capsys, 
     candidates = {row["candidate"] for row in json.loads(output.out)["parity"]}
     assert candidates == {f"{road / 'plain.onnx'} on cpu"}
     assert run(road / "checkpoint.pt", "--against", road / "plain.onnx", "--providers", "cpu") == 2
-    assert "--providers are ONNX Runtime's, and" in capsys.readouterr().err
+    assert "--providers are for .onnx files, and" in capsys.readouterr().err
+
+
+def test_mnn_is_compared_like_a_provider(road, capsys, monkeypatch):
+    argv = [road / "plain.onnx", "--against", road / "checkpoint.pt", "--providers", "mnn"]
+    assert run(*argv, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["parity"]
+    assert {row["candidate"] for row in rows} == {f"{road / 'plain.onnx'} on mnn"}
+    assert run(*argv, "--layers") == 2
+    assert "MNN shows no layers; leave --layers and --plot out" in capsys.readouterr().err
+    monkeypatch.setattr("export.runtimes.mnn_module.find_spec", lambda name: None)
+    assert run(*argv) == 2
+    assert "mnn is not compared: MNN is not installed here" in capsys.readouterr().err
 
 
 def test_eight_bits_are_judged_by_real_images_alone(road, tmp_path, capsys, monkeypatch):

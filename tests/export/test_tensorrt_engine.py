@@ -1,5 +1,7 @@
 """What surrounds the GPU, with the GPU itself played by arrays. The real one is in tests/gpu."""
 
+import ctypes
+
 import numpy as np
 import pytest
 
@@ -80,6 +82,7 @@ def on_a_gpu(write_onnx, monkeypatch, device_in_use):
     monkeypatch.setattr(gpu, "num_devices", lambda: 1)
     monkeypatch.setattr(gpu, "compute_capability", lambda: engine.card.compute_capabilities[0])
     monkeypatch.setattr(gpu, "Buffer", Memory)
+    monkeypatch.setattr(gpu, "when_gone", lambda *arguments: None)
     monkeypatch.setattr(gpu, "capture", lambda stream, work: work)
     monkeypatch.setattr(gpu, "launch", lambda graph, stream: graph())
     monkeypatch.setattr(cudart, "cudaStreamCreate", lambda: (cudart.cudaError_t.cudaSuccess, cudart.cudaStream_t(0)))
@@ -161,7 +164,8 @@ def test_an_engine_runs_on_its_device_in_whatever_thread(on_a_gpu, images, devic
 
 def test_a_failed_run_says_so(on_a_gpu, images, monkeypatch):
     runtime, device, _ = on_a_gpu
-    assert runtime.description == f"tensorrt_rtx {trt.__version__}, fp32"
+    assert runtime.description == "tensorrt_rtx, fp32"
+    assert runtime.library == f"tensorrt_rtx {trt.__version__}"
     device.execute_async_v3 = lambda stream: False
     with pytest.raises(RuntimeError, match="the engine failed: the library does not say why"):
         runtime(images(2))
@@ -210,3 +214,37 @@ def test_cuda_calls_fit_the_installed_bindings_and_say_what_is_missing():
         with pytest.raises(Refusal, match="CUDA: "):
             gpu.call(made)
     assert tensorrt_engine.import_library("tensorrt_rtx") is trt
+
+
+@pytest.fixture
+def freed(monkeypatch):
+    """What was given back to a played CUDA, in order."""
+    success, freed = cudart.cudaError_t.cudaSuccess, []
+    for name in ("cudaFree", "cudaFreeHost", "cudaGraphExecDestroy", "cudaStreamDestroy"):
+        monkeypatch.setattr(cudart, name, lambda what, name=name: (freed.append((name, what)), (success,))[1])
+    return freed
+
+
+def test_a_buffer_is_freed_with_its_last_reference(monkeypatch, freed):
+    success, host = cudart.cudaError_t.cudaSuccess, (ctypes.c_uint8 * 16)()
+    monkeypatch.setattr(cudart, "cudaMalloc", lambda num_bytes: (success, 4096))
+    monkeypatch.setattr(cudart, "cudaHostAlloc", lambda num_bytes, flags: (success, ctypes.addressof(host)))
+    buffer = gpu.Buffer(16)
+    assert freed == []
+    del buffer
+    assert freed == [("cudaFree", 4096), ("cudaFreeHost", ctypes.addressof(host))]
+
+
+def test_graphs_are_destroyed_before_their_stream(freed):
+    gpu.release("stream", {1: "graph", 2: None})
+    assert freed == [("cudaGraphExecDestroy", "graph"), ("cudaStreamDestroy", "stream")]
+
+
+def test_an_engine_gives_its_stream_and_graphs_back(on_a_gpu, images, monkeypatch):
+    released = []
+    monkeypatch.setattr(gpu, "when_gone", lambda owner, release, *arguments: released.append((release, *arguments)))
+    runtime, _, _ = on_a_gpu
+    runtime._allocate(trt)
+    runtime(images(2))
+    assert released == [(gpu.release, runtime._stream, runtime._graphs)]
+    assert list(runtime._graphs) == [2]

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from google.protobuf import text_format
 from onnx import TensorProto
@@ -14,6 +13,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from export import to_triton, triton_repository
 from export.engine import build_engine
 from export.runtimes.card import card_path
+from export.runtimes.offline import ort
 from export.runtimes.onnx_session import OnnxSession
 from export.triton_config import ONNX_RUNTIME, TritonModel, config_text
 from train.cli import run_command

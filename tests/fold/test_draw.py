@@ -43,6 +43,7 @@ def test_slices_are_the_terms_of_equation_4(make_net, parameterization):
     assert skip == pytest.approx(expected - reference.folded_weight(0, b, weight)[:, :, 1, 1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_row_for_each_layer(checkpoint, tmp_path, capsys):
     path = checkpoint()
     assert run_command(command, DrawConfig, argv=[str(path)]) == 0

@@ -110,8 +110,8 @@ def encode():
 class _Live(uvicorn.Server):
     """A server in a thread of this process, which says when it listens."""
 
-    def __init__(self, app):
-        super().__init__(uvicorn.Config(app, port=0, log_level="warning", ws="none"))
+    def __init__(self, app, **settings):
+        super().__init__(uvicorn.Config(app, port=0, log_level="warning", ws="none", **settings))
         self.listening = threading.Event()
 
     async def startup(self, sockets=None):
@@ -121,11 +121,11 @@ class _Live(uvicorn.Server):
 
 @pytest.fixture
 def live():
-    """`with live(app) as url`: the app over real HTTP on a free port."""
+    """`with live(app) as url`: the app over real HTTP on a free port, with uvicorn's settings."""
 
     @contextmanager
-    def live(app):
-        server = _Live(app)
+    def live(app, **settings):
+        server = _Live(app, **settings)
         thread = threading.Thread(target=server.run)
         thread.start()
         try:

@@ -160,12 +160,26 @@ def test_attempts_are_bounded_and_the_problem_comes_with_the_error(scripted, mak
     assert len(server.requests) == 3
 
 
-@pytest.mark.parametrize("status", [400, 401, 500, 504])
+def test_a_proxy_that_lost_its_server_is_asked_again(scripted, make_client):
+    server = scripted((500, b"<html>a proxy</html>"), (502, b""), (200, ANSWER))
+    with make_client(server.url, retry=AT_ONCE) as client:
+        assert client.predict([b"image"])[0].label == "Coat"
+
+
+@pytest.mark.parametrize("status", [400, 401, 504])
 def test_other_errors_are_not_tried_again(scripted, make_client, status):
     server = scripted((status, b"<html>a proxy</html>"))
     with make_client(server.url, retry=AT_ONCE) as client, pytest.raises(ServerProblem) as raised:
         client.predict([b"image"])
     assert (raised.value.type, raised.value.status) == ("about:blank", status)
+    assert len(server.requests) == 1
+
+
+def test_the_servers_own_failure_is_not_tried_again(scripted, make_client):
+    failed = {"type": "urn:diracnet:problem:not-a-number", "title": "No number", "status": 500, "detail": "overflow"}
+    server = scripted((500, failed, ("Content-Type", "application/problem+json")))
+    with make_client(server.url, retry=AT_ONCE) as client, pytest.raises(ServerProblem, match="overflow"):
+        client.predict([b"image"])
     assert len(server.requests) == 1
 
 

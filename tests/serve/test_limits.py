@@ -2,13 +2,16 @@
 
 import socket
 import threading
+from queue import SimpleQueue
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from serve.app import make_app
+from serve.connection import MAX_HEADER_BYTES, Connection
 from serve.limits import Limits
+from train.refusal import Refusal
 
 PNG = {"Content-Type": "image/png"}
 
@@ -159,3 +162,105 @@ def test_long_json_is_read_beside_the_event_loop(runtime, live, encode):
     with live(make_app(runtime, Limits())) as url:
         answer = httpx.post(f"{url}/predict", json={"images": [base64.b64encode(large).decode()]}, timeout=60)
     assert answer.status_code == 200
+
+
+def test_overload_leaves_the_accepted_their_answers(live, gated, connect, pixels, encode):
+    """Forty requests at once for a queue of four, on connections of their own."""
+    gated.open()
+    file, num_requests, max_queue = encode(pixels[0]), 40, 4
+    refused = threading.Semaphore(0)
+
+    def observe(visit):
+        if visit.status == 503:
+            refused.release()
+
+    with live(make_app(gated, Limits(max_images=1, max_queue=max_queue), observers=[observe])) as url:
+        gated.close()
+        connections = [connect(url) for _ in range(num_requests)]
+        for connection in connections:
+            connection.sendall(head(len(file)) + file)
+        for _ in range(num_requests - max_queue):
+            assert refused.acquire(timeout=60)
+        gated.open()
+        answers = [connection.recv(65536) for connection in connections]
+    statuses = [answer[9:12] for answer in answers]
+    assert statuses.count(b"200") == max_queue
+    assert statuses.count(b"503") == num_requests - max_queue
+    assert all(b"retry-after: " in answer for answer in answers if answer[9:12] == b"503")
+
+
+def test_a_full_server_refuses_before_the_body_has_come(live, gated, connect, pixels, encode):
+    gated.open()
+    file = encode(pixels[0])
+    with live(make_app(gated, Limits(max_images=1, max_queue=1))) as url:
+        gated.close()
+        accepted, refused = connect(url), connect(url)
+        accepted.sendall(head(len(file)) + file)
+        gated.wait()
+        refused.sendall(head(len(file)))
+        assert refused.recv(65536).startswith(b"HTTP/1.1 503 ")
+        gated.open()
+        assert accepted.recv(65536).startswith(b"HTTP/1.1 200 ")
+        refused.sendall(file + head(len(file)) + file)  # the body was dropped; the connection is good for more
+        assert refused.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_all_bodies_together_are_bounded(live, gated, connect, pixels, encode):
+    gated.open()
+    file = encode(pixels[0])
+    limits = Limits(max_body_bytes=len(file), max_held_bytes=len(file) + 10)
+    with live(make_app(gated, limits)) as url:
+        gated.close()
+        first, second = connect(url), connect(url)
+        first.sendall(head(len(file)) + file)
+        gated.wait()
+        second.sendall(head(len(file)) + file)
+        refused = second.recv(65536)
+        gated.open()
+        assert first.recv(65536).startswith(b"HTTP/1.1 200 ")
+        second.sendall(head(len(file)) + file)  # what was held is free again
+        assert second.recv(65536).startswith(b"HTTP/1.1 200 ")
+    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert b"urn:diracnet:problem:overloaded" in refused
+    assert b"retry-after: 1" in refused
+    with pytest.raises(Refusal, match="max_held_bytes must hold one body of 100, got 99"):
+        Limits(max_body_bytes=100, max_held_bytes=99)
+
+
+class Hasty(Connection):
+    headers_s = 0.1
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /predict HTTP/1.1\r\nHost: a\r\n"])
+@pytest.mark.parametrize("requests_before", [0, 1])
+def test_a_connection_that_is_slow_with_its_headers_is_closed(live, runtime, connect, sent, requests_before):
+    with live(make_app(runtime, Limits()), http=Hasty, timeout_keep_alive=1) as url:
+        connection = connect(url)
+        for _ in range(requests_before):
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(sent)
+        assert everything(connection) == b""
+
+
+def test_headers_without_an_end_are_cut_off(live, runtime, connect):
+    with live(make_app(runtime, Limits()), http=Connection) as url:
+        connection = connect(url)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Endless: " + b"a" * MAX_HEADER_BYTES)
+        assert connection.recv(1) == b""
+
+
+def test_a_body_may_take_longer_than_headers(live, runtime, connect, pixels, encode):
+    file, timers = encode(pixels[0]), SimpleQueue()
+
+    class Told(Connection):
+        def on_headers_complete(self):
+            super().on_headers_complete()
+            timers.put(self._timer)
+
+    with live(make_app(runtime, Limits()), http=Told) as url:
+        connection = connect(url)
+        connection.sendall(head(len(file)))
+        assert timers.get(timeout=60) is None
+        connection.sendall(file)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")

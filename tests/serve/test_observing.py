@@ -29,6 +29,7 @@ def seen(runtime, pixels, encode):
             client.post("/predict", content=encode(pixels[0]), headers=headers)
             client.post("/predict", content=b"hello")
             client.get("/healthz")
+            client.post("/v2/models/other/infer")
             return client.get("/metrics").text
 
     return seen
@@ -61,6 +62,7 @@ def test_metrics_count_requests_and_measure_their_stages(seen, runtime):
     assert 'diracnet_requests_total{path="other",status="200"} 1.0' in lines
     for stage in ("decode", "queue", "model", "total"):
         assert f'diracnet_predict_seconds_count{{stage="{stage}"}} 1.0' in lines
+    assert 'diracnet_requests_total{path="/v2/…/infer",status="404"} 1.0' in lines
     assert "diracnet_batch_images_count 1.0" in lines
     assert "diracnet_queue_images 0.0" in lines
     assert any(line.startswith("diracnet_model_info{") and runtime.model.digest in line for line in lines)
@@ -80,6 +82,7 @@ def test_each_request_is_one_line_of_json(seen):
         ("POST /predict", 200, 1),
         ("POST /predict", 422, 0),
         ("GET /healthz", 200, 0),
+        ("POST /v2/models/other/infer", 404, 0),
         ("GET /metrics", 200, 0),
     ]
     assert lines[0]["id"] == "mine"
@@ -103,7 +106,7 @@ def test_each_request_is_a_span_below_its_clients(seen):
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     seen(tracing.Tracing(provider))
-    predicted, refused, health, _ = exporter.get_finished_spans()
+    predicted, refused, health, *_ = exporter.get_finished_spans()
     assert predicted.name == "POST /predict"
     assert f"{predicted.context.trace_id:032x}" == PARENT.split("-")[1]
     assert f"{predicted.parent.span_id:016x}" == PARENT.split("-")[2]

@@ -1,9 +1,11 @@
 """A model that takes another's place, good or bad, while requests come in."""
 
+import gc
 import shutil
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
+from weakref import ref
 
 import httpx
 import numpy as np
@@ -140,3 +142,17 @@ def test_no_request_is_lost_and_every_answer_is_of_the_model_it_names(
     assert {answer["model"]["digest"] for _, _, answer in answers} == set(expected)
     for index, _, answer in answers:
         assert answer["results"][0]["index"] == expected[answer["model"]["digest"]][index]
+
+
+def test_the_old_model_is_let_go_with_its_last_answer(artefact, other_artefact, pixels, encode):
+    first = OnnxSession(artefact)
+    old = ref(first)
+    app = make_app([first], Limits(), access=Access(b"key"), load=lambda: [OnnxSession(other_artefact)])
+    del first
+    with TestClient(app) as client:
+        client.post("/predict", content=encode(pixels[0]), headers=KEY)
+        assert old()
+        assert client.post("/admin/reload", headers=KEY).status_code == 200
+        client.post("/predict", content=encode(pixels[0]), headers=KEY)  # threads forget a job with the next one
+        gc.collect()
+        assert old() is None

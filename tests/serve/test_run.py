@@ -35,9 +35,13 @@ def start():
     """`start(*argv)` is a server that listens, with its `url`; all are killed at the end."""
     servers = []
 
-    def start(*argv):
+    def start(*argv, program=None):
+        chosen = () if "--runtime" in argv else ("--runtime", "onnxruntime")
         server = subprocess.Popen(
-            command("run.py", *argv, "--port", 0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            program or command("run.py", *argv, *chosen, "--port", 0),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         servers.append(server)
         server.greeting = server.stdout.readline()
@@ -110,6 +114,68 @@ def test_sigterm_waits_no_longer_than_it_was_told(start, artefact, pixels, encod
     assert server.wait(30) == 0
 
 
+HANGING = """
+import sys, threading
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from export.runtimes.onnx_session import OnnxSession
+from serve import process, run
+
+class Hanging(OnnxSession):
+    def __call__(self, images):
+        if images.min() == 255:
+            print("hangs", flush=True)
+            threading.Event().wait()
+        return super().__call__(images)
+
+process.load_runtime = lambda path, **options: Hanging(path)
+sys.exit(run.serve(run.ServeConfig(Path(sys.argv[2]), port=0, drain_seconds=1, deadline_ms=60_000)))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_hangs_does_not_keep_the_server(start, artefact, encode):
+    server = start(program=[sys.executable, "-c", HANGING, str(ROOT), str(artefact)])
+    white = encode(np.full((8, 8, 3), 255, np.uint8))
+    address = urlsplit(server.url)
+    with socket.create_connection((address.hostname, address.port), timeout=60) as connection:
+        connection.sendall(f"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: {len(white)}\r\n\r\n".encode())
+        connection.sendall(white)
+        assert server.stdout.readline() == "hangs\n"
+        server.send_signal(signal.SIGTERM)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 503 ")
+    assert server.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_workers_count_together(start, artefact, pixels, encode):
+    server, file, num_requests = start(artefact, "--workers", 2), encode(pixels[0]), 12
+    for _ in range(num_requests):  # each on a connection of its own, for whichever worker takes it
+        ask(server, file)
+    for _ in range(num_requests):
+        wait_for(server, "POST /predict")  # logged once it is counted
+    for _ in range(2):
+        lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+        assert f'diracnet_requests_total{{path="/predict",status="200"}} {num_requests}.0' in lines
+        assert f'diracnet_predict_seconds_count{{stage="total"}} {num_requests}.0' in lines
+        assert "diracnet_queue_images 0.0" in lines
+        assert any(line.startswith("diracnet_model_info{") for line in lines)
+
+
+@pytest.mark.slow
+def test_the_report_beside_a_model_is_shown_where_it_is_of_this_file(start, artefact):
+    digest = sha256(artefact.read_bytes()).hexdigest()
+    row = {"images": "real", "num_images": 9, "relative": 1e-6, "top1_agreement": 1.0, "within_tolerance": True}
+    report = {"artefacts": {"plain.onnx": digest}, "parity": [{**row, "candidate": "/secret/plain.onnx"}]}
+    artefact.with_suffix(".json").write_text(json.dumps(report))
+    server = start(artefact)
+    assert re.search(r" on ONNX Runtime, \w+ \(onnxruntime [\d.]+\)", server.greeting)
+    card = httpx.get(f"{server.url}/model", timeout=60).json()
+    assert card["provenance"]["parity"] == [row]
+    assert card["file_bytes"] == artefact.stat().st_size
+    assert card["runtime"].startswith("ONNX Runtime, ")
+
+
 @pytest.mark.slow
 def test_sighup_reads_the_file_again_and_keeps_the_old_model_if_it_is_bad(
     start, artefact, other_artefact, pixels, encode
@@ -126,6 +192,27 @@ def test_sighup_reads_the_file_again_and_keeps_the_old_model_if_it_is_bad(
     line = wait_for(server, "the old model goes on: plain.onnx cannot be loaded")
     assert str(artefact.parent) not in line
     assert ask(server, file).json()["model"]["digest"] == after
+
+
+@pytest.mark.slow
+def test_a_choice_is_measured_once_kept_and_survives_a_reload(start, artefact, other_artefact, pixels, encode):
+    server = start(artefact, "--runtime", "auto")
+    reason = r": plain\.onnx on (onnxruntime|mnn) is \d+\.\dx the next of 2, "
+    chosen = re.search(reason + r"kept in .*plain\.onnx\.runtime\.json\n", server.greeting).group(1)
+    artefact.write_bytes(other_artefact.read_bytes())
+    server.send_signal(signal.SIGHUP)
+    wait_for(server, "now serving DiracNet-10-0.25")
+    assert ask(server, encode(pixels[0])).json()["model"]["digest"] == sha256(artefact.read_bytes()).hexdigest()
+    before = start(artefact, "--runtime", "auto", "--workers", 2)
+    assert re.match(r"2 workers" + reason + "kept in ", before.greeting)  # another file, other threads
+    again = start(artefact, "--runtime", "auto", "--workers", 2)
+    assert re.match(r"2 workers" + reason + "as .* says", again.greeting)
+    runtimes = {"onnxruntime": "onnxruntime/capi", "mnn": "_mnncengine"}
+    unused = runtimes[next(name for name in runtimes if f"on {name} " not in again.greeting)]
+    assert chosen in runtimes
+    if sys.platform == "linux":
+        for process in (again.pid, *workers_of(again)):
+            assert unused not in Path(f"/proc/{process}/maps").read_text()
 
 
 @pytest.mark.slow
@@ -181,6 +268,10 @@ def test_what_cannot_be_served_is_one_line(artefact, tmp_path, taken_port):
         ([tmp_path / "text.onnx", "--port", 0], "cannot be loaded as an ONNX model"),
         ([tmp_path / "missing.onnx", "--port", 0], "No such file"),
         ([artefact, "--port", 0, "--max-queue", 3], "max_queue must hold one request of 64 images, got 3"),
+        ([artefact, "--port", 0, "--runtime", "openvino"], "invalid choice: 'openvino' (choose from "),
+        ([artefact, "--port", 0, "--runtime", "tensorrt"], "tensorrt does not run plain.onnx; .onnx files are for"),
+        ([artefact, tmp_path / "text.onnx", "--port", 0], "text.onnx cannot be loaded as an ONNX model"),
+        ([artefact, "--port", 0, "--runtime", "mnn", "--devices", 0], "MNN runs on the CPU alone; leave device 0 out"),
         ([artefact, "--port", 0, "--workers", 0], "--workers must be 1 or more, got 0"),
         ([artefact, "--port", 0, "--devices", 0, 1], "ONNX Runtime finds no CUDA device 0 here"),
         ([artefact, "--port", 0, "--api-key-file", tmp_path / "text.onnx", "--max-batch", 0], "max_batch must be"),

@@ -46,6 +46,7 @@ def test_an_experiment_leaves_its_figure_and_its_numbers(name, tmp_path):
     assert all(np.isfinite(row.get("test_accuracy", row.get("mean"))) for row in numbers["rows"])
 
 
+@pytest.mark.slow
 def test_scaling_starts_where_it_says(tmp_path):
     for row in run("scaling", tmp_path, *RUNS["scaling"])["rows"]:
         assert set(row["a"][0]) == {float(row["start"][0])}

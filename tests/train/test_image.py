@@ -80,3 +80,68 @@ def test_a_decompression_bomb_is_refused_from_its_header():
 def test_what_is_no_whole_image_is_refused(content):
     with pytest.raises(Refusal, match="not a readable PNG, JPEG, WEBP, BMP image"):
         decode(content, GRAY)
+
+
+def general(content, spec):
+    """The same pixels by the way that every file but a plain PNG takes."""
+    return decode(content, spec, crop=lambda image, spec: image)
+
+
+@pytest.mark.parametrize(("spec", "mode"), [(GRAY, "L"), (COLOUR, "RGB")])
+@pytest.mark.parametrize("level", [0, 1, 9])
+def test_a_plain_png_has_the_pixels_that_pillow_reads(spec, mode, level, monkeypatch):
+    smooth = np.add.outer(np.arange(8), np.arange(8))[..., None] * np.arange(1, spec.channels + 1)
+    noise = np.random.default_rng(0).integers(0, 256, smooth.shape)
+    for pixels in (smooth, noise):
+        content = encode(Image.fromarray(pixels.astype(np.uint8).squeeze(), mode=mode), compress_level=level)
+        expected = general(content, spec)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "open", None)  # the general way is not taken
+            assert np.array_equal(decode(content, spec), expected)
+
+
+def test_a_png_that_is_not_plain_is_read_in_the_general_way():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    gray = Image.fromarray(pixels)
+    palette = gray.convert("P")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    oriented, other_mode = encode(gray, exif=exif.tobytes()), encode(gray.convert("RGB"))
+    transparent = encode(gray, transparency=int(pixels[0, 0]))
+    for content in (oriented, other_mode, transparent, encode(palette), encode(gray) + b"more"):
+        assert np.array_equal(decode(content, GRAY), general(content, GRAY))
+    assert np.array_equal(decode(oriented, GRAY)[..., 0], pixels[::-1, ::-1])
+    assert decode(transparent, GRAY)[0, 0, 0] == 255
+
+
+def test_a_model_that_crops_crops_a_plain_png_too():
+    spec = ImageSpec(8, 8, 1, (0.5,), (0.5,), resize=16)
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[2:6, 2:6] = 200
+    assert decode(encode(Image.fromarray(pixels)), spec).mean() > 150
+
+
+def test_the_limit_on_pixels_holds_for_a_plain_png():
+    with pytest.raises(TooManyPixels, match="the image is 8x8, over the limit of 63 pixels"):
+        decode(encode(Image.new("L", (8, 8))), GRAY, max_pixels=63)
+
+
+def test_a_damaged_plain_png_is_refused_or_read_as_pillow_does():
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 8), dtype=np.uint8)
+    content = encode(Image.fromarray(pixels))
+    outcomes = set()
+    for position in range(len(content)):
+        for damaged in (
+            content[:position] + bytes([content[position] ^ 0x55]) + content[position + 1 :],
+            content[:position] + content[position + 1 :],
+            content[:position],
+        ):
+            results = []
+            for read in (decode, general):
+                try:
+                    results.append(read(damaged, GRAY).tobytes())
+                except Refusal as refusal:
+                    results.append(str(refusal))
+            assert results[0] == results[1], position
+            outcomes.add(type(results[0]))
+    assert outcomes == {str, bytes}

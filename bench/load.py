@@ -1,0 +1,39 @@
+"""wrk as the client: a number of connections, each of which asks again as soon as it is answered."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.refusal import Refusal
+
+_SCRIPT = Path(__file__).with_name("load.lua")
+_CORE = "1"  # the servers have core 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one run of wrk measured. `failures` are statuses above 399, broken connections and timeouts."""
+
+    requests_per_s: float
+    p50_ms: float
+    p99_ms: float
+    failures: int
+
+
+def refuse_without_tools() -> None:
+    """Both are Debian packages; neither can be had from a package of Python."""
+    if missing := [name for name in ("wrk", "taskset") if not shutil.which(name)]:
+        raise Refusal(f"{' and '.join(missing)} missing: install the Debian packages wrk and util-linux")
+
+
+def put_load(url: str, path: str, media_type: str, bodies: list[Path], *, num_connections: int, seconds: float) -> Load:
+    """Post the files `bodies` in turn for about `seconds`; wrk counts whole ones."""
+    argv = ["taskset", "-c", _CORE, "wrk", "--threads", "1", "--connections", str(num_connections)]
+    argv += ["--duration", f"{max(1, round(seconds))}s", "--timeout", "10s", "--script", str(_SCRIPT), url]
+    done = subprocess.run([*argv, "--", media_type, path, *map(str, bodies)], capture_output=True, text=True)
+    if done.returncode:
+        raise Refusal(f"wrk failed: {(done.stderr or done.stdout).strip()[-200:]}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    return Load(result["requests"] / result["seconds"], result["p50_ms"], result["p99_ms"], result["failures"])

@@ -1,0 +1,196 @@
+"""What bench/model.py recorded, as a page of Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.bars import Verdict, judge, peak
+from bench.layer_profile import CONVOLUTIONS, LAYOUTS
+from bench.page import machine_table, table
+from bench.rounds import Timing
+
+NUM_LAYERS_SHOWN = 6
+INTRODUCTION = """\
+Images go in as uint8 `[N, H, W, C]` in the host's memory, logits come out there; normalisation is inside every form. \
+Every row runs in a process of its own, whose number of threads is set before its libraries load. The processes take \
+turns: one round each, forwards, then backwards. A round's time is the median of its calls, a row's the median of its \
+rounds; in brackets are its fastest and slowest round. Speedups are medians of the ratios within a round.
+
+All weights are random: they change no time, and no accuracy is measured here. *Error*: of the logits of the same \
+images, against the plain net in PyTorch and float32; in fp32 the largest difference as a share of the largest logit, \
+in int8 root mean squares without the mean over classes, which on random weights say little. A row in fp32 beyond \
+1e-4 is marked as straying and counts for no bar. *Peak*: operations of the fastest matrix product of the same \
+precision in the same rounds; a row's share of it is in the operations of direct convolution (2 × MACs of the plain \
+net), whatever the row computes. So Winograd's method, and a lowering that computes more, show for what they are: \
+above or below. *Memory* is the most that the process held, libraries and all.
+
+What eight bits lose is measured on a trained net: 0.00 points of test accuracy on the one in `models/` \
+([results.md](../results.md)); at most 0.3 are allowed."""
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The page of a record with one entry for each net."""
+    parts = ["# The plain net against its Dirac net, runtimes and other nets", INTRODUCTION, "## Bars"]
+    nets = record["nets"].values()
+    bars = [line for net in nets for line in _bars(net)]
+    head = ["net, threads", "bar", "against", "best row", "speedup", "share of peak", ""]
+    parts.append(table(head, bars) if bars else "Nothing was measured that a bar asks for.")
+    parts += [part for net in nets for part in _limits(net)]
+    for net in nets:
+        parts += _net(net)
+    return "\n\n".join(parts) + "\n"
+
+
+def _bars(net: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            f"{net['entrants'][0]['name']}, {num_threads}",
+            _stated(verdict),
+            _short(verdict.baseline),
+            verdict.best,
+            f"{verdict.speedup:.2f}×",
+            _percent(verdict.share),
+            "met" if verdict.is_met else "**not met**",
+        ]
+        for num_threads in net["threads"]
+        for verdict in judge(net, num_threads)
+    ]
+
+
+def _stated(verdict: Verdict) -> str:
+    bar = verdict.bar
+    text = f"{bar.precision}, batch {bar.batch_size}: ≥ {bar.factor:g}×"
+    return f"{text} and above the peak" if bar.above_peak else text
+
+
+def _limits(net: Mapping[str, Any]) -> list[str]:
+    """For every bar that is missed: what the baseline reaches already, and what the bar would take."""
+    lines = []
+    for num_threads in net["threads"]:
+        for verdict in judge(net, num_threads):
+            if verdict.is_met or verdict.share is None or verdict.share_demanded is None:
+                continue
+            bar, demanded = verdict.bar, verdict.share_demanded
+            beyond = ", more than there is for direct convolution" if demanded > 1 else ""
+            lines.append(
+                f"- {net['entrants'][0]['name']}, {_threads(num_threads)}, {bar.precision}, batch {bar.batch_size}, "
+                f"{_short(verdict.baseline)}: eager fp32 reaches "
+                f"{_percent(demanded / bar.factor)} of the {bar.precision} peak, so {bar.factor:g}× of it is "
+                f"{_percent(demanded)}{beyond}; the best row is at {_percent(verdict.share)}."
+            )
+    return ["What a bar that is missed would take:", "\n".join(lines)] if lines else []
+
+
+def _net(net: Mapping[str, Any]) -> list[str]:
+    entrants = [
+        [
+            entrant["name"],
+            f"{entrant['macs'] / 1e6:,.1f} M",
+            f"{entrant['parameters'] / 1e6:.2f} M",
+            entrant["published"],
+        ]
+        for entrant in net["entrants"]
+    ]
+    parts = [
+        f"## {net['entrants'][0]['name']}",
+        f"`{net['command']}`: {net['rounds']} rounds of {net['round_s']:g} s.",
+        machine_table(net["machine"]),
+        table(["net", "MACs", "parameters, folded", "published accuracy"], entrants),
+    ]
+    for num_threads in net["threads"]:
+        parts += _rows(net, num_threads)
+    failures = [
+        f"- {row['net']}, {row['title']}, {row['precision']}: {row['failed']}" for row in net["rows"] if row["failed"]
+    ]
+    if failures:
+        parts += ["Rows that failed:", "\n".join(failures)]
+    for profile in net["profiles"]:
+        parts += _profile(profile)
+    return parts
+
+
+def _rows(net: Mapping[str, Any], num_threads: int) -> list[str]:
+    """The table of one number of threads."""
+    batches = net["batches"]
+    macs = {entrant["name"]: entrant["macs"] for entrant in net["entrants"]}
+    limits = {(kind, size): peak(net, kind, num_threads, size) for kind in ("fp32", "int8") for size in batches}
+    lines = []
+    for row in net["rows"]:
+        times = row["timings"].get(str(num_threads), {})
+        if row["net"] == "GEMM":
+            continue
+        cells = [_speed(times.get(str(size)), 2 * macs[row["net"]], limits[row["precision"], size]) for size in batches]
+        memory = row["peak_bytes"].get(str(num_threads))
+        lines.append(
+            [
+                row["net"],
+                f"{row['title']}, {row['precision']}",
+                *cells,
+                _error(row),
+                "" if memory is None else f"{memory / 1e6:,.0f} MB",
+            ]
+        )
+    peaks = ["peak", "", *(_peaks(limits, size) for size in batches), "", ""]
+    head = ["net", "row", *(f"batch {size}: images/s, share of peak, ms" for size in batches), "error", "memory"]
+    return [f"### {_threads(num_threads)}", table(head, [*lines, peaks])]
+
+
+def _speed(record: Mapping[str, Any] | str | None, operations: int, limit: float | None) -> str:
+    if not isinstance(record, Mapping):
+        return record or ""
+    timing = Timing.from_dict(record)
+    share = f" ({_percent(operations * timing.images_per_s / limit)})" if limit else ""
+    spread = f"{timing.median_ms:.3g} ({min(timing.round_ms):.3g}–{max(timing.round_ms):.3g})"
+    return f"**{timing.images_per_s:,.0f}**{share}, {spread}"
+
+
+def _peaks(limits: Mapping[tuple[str, int], float | None], size: int) -> str:
+    kinds = [f"{kind} {limit / 1e9:.0f} GOP/s" for kind in ("fp32", "int8") if (limit := limits[kind, size])]
+    return ", ".join(kinds)
+
+
+def _error(row: Mapping[str, Any]) -> str:
+    if row["error"] is None:
+        return ""
+    return f"{row['error']:.1e}" + (" **strays**" if row["strays"] else "")
+
+
+def _profile(profile: Mapping[str, Any]) -> list[str]:
+    operators = profile["operators"]
+    total = sum(operators.values())
+    shares = {
+        "convolutions": sum(operators.get(name, 0.0) for name in CONVOLUTIONS) / total,
+        "changes of layout": sum(operators.get(name, 0.0) for name in LAYOUTS) / total,
+    }
+    rest = [(name, ms) for name, ms in operators.items() if name not in (*CONVOLUTIONS, *LAYOUTS)]
+    shown = [*(f"{_percent(share)} {name}" for name, share in shares.items())]
+    shown += [f"{_percent(ms / total)} {name}" for name, ms in rest[:3]]
+    parts = [
+        f"ONNX Runtime's own profile of *{profile['title']}*, batch {profile['batch_size']}, "
+        f"{_threads(profile['num_threads'])}: {total:.3g} ms in nodes; {', '.join(shown)}."
+    ]
+    layers: Sequence[Mapping[str, Any]] = profile["layers"][:NUM_LAYERS_SHOWN]
+    if layers:
+        lines = [
+            [
+                "×".join(map(str, layer["weight"])),
+                "×".join(map(str, layer["output"])),
+                str(layer["num_layers"]),
+                f"{layer['ms']:.3g}",
+                f"{layer['gflop_per_s']:.0f}",
+            ]
+            for layer in layers
+        ]
+        parts.append(table(["filters", "output", "convolutions", "ms", "GFLOP/s"], lines))
+    return parts
+
+
+def _percent(share: float | None) -> str:
+    return "not measured" if share is None else f"{100 * share:.0f} %"
+
+
+def _threads(num: int) -> str:
+    return "1 thread" if num == 1 else f"{num} threads"
+
+
+def _short(baseline: str) -> str:
+    return baseline.removeprefix("PyTorch eager, ")

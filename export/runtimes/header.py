@@ -1,0 +1,66 @@
+"""What an ONNX file says of itself, read without any library: the graph is skipped over."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.refusal import Refusal
+
+# Field numbers of onnx.proto.
+_MODEL_OPSETS, _MODEL_METADATA = 8, 14
+_FIRST, _SECOND = 1, 2  # a metadata entry's key and value; the domain of a set of operators
+
+
+@dataclass(frozen=True)
+class Header:
+    metadata: dict[str, str]  # "spec" and "provenance", as JSON, in a file of ours
+    domains: tuple[str, ...]  # of its operators; "" is ONNX's own
+
+
+def read_header(path: Path, content: bytes) -> Header:
+    """The header of an ONNX file; `path` is for the refusal of what is none."""
+    metadata, domains = {}, []
+    try:
+        for number, message in _fields(memoryview(content)):
+            if number == _MODEL_METADATA:
+                entry = dict(_fields(message))
+                metadata[str(entry[_FIRST], "utf-8")] = str(entry.get(_SECOND, b""), "utf-8")
+            elif number == _MODEL_OPSETS:
+                domains.append(str(dict(_fields(message)).get(_FIRST, b""), "utf-8"))
+    except (ValueError, IndexError, KeyError) as error:
+        raise Refusal(f"{path} cannot be loaded as an ONNX model: its encoding is damaged; export it again") from error
+    return Header(metadata, tuple(domains))
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(number, content) of each field that holds bytes; numbers are skipped over."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        match tag & 7:  # the wire types of Protocol Buffers
+            case 0:
+                _, at = _varint(message, at)
+            case 1:
+                at += 8
+            case 5:
+                at += 4
+            case 2:
+                size, at = _varint(message, at)
+                at += size
+                if at <= len(message):
+                    yield tag >> 3, message[at - size : at]
+            case kind:
+                raise ValueError(f"wire type {kind}")
+    if at > len(message):
+        raise ValueError("cut off")
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, the lowest first, and where the next field starts."""
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        shift, at = shift + 7, at + 1
+        if byte < 128:
+            return value, at

@@ -1,0 +1,145 @@
+"""MNN: an .onnx file of ours in float32 made callable on the CPU, with convolutions by Winograd's method."""
+
+import ctypes
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import numpy as np
+
+from export.runtimes.header import Header, read_header
+from export.runtimes.runtime import Model
+from train.cores import num_cores
+from train.files import read_whole, sha256
+from train.refusal import Refusal
+from train.spec import Spec
+
+_CONVERT_S = 60.0  # far beyond any conversion
+# The converter is run in a process of its own: some damaged graphs end it with a segmentation fault. It is
+# the bare extension module, because the package around it, MNN.tools, installs another one from the network.
+_CONVERT = """
+import sys, _tools
+_tools.mnnconvert(["mnnconvert", "-f", "ONNX", "--modelFile", sys.argv[1], "--MNNModel", sys.argv[2],
+                   "--bizCode", "diracnet"])
+"""
+
+
+class MnnModule:
+    """One module of MNN; the rest as in `Runtime`."""
+
+    platform = "mnn"
+
+    def __init__(self, path: Path, *, num_threads: int = 0) -> None:
+        if not is_installed():
+            raise Refusal("MNN is not installed here: pip install '.[mnn]', or use --runtime onnxruntime")
+        content = read_whole(path)
+        header = read_header(path, content)
+        if reason := why_not(header):
+            raise Refusal(f"{path} {reason}; use --runtime onnxruntime")
+        spec = Spec.from_json(header.metadata["spec"])
+        self._forward, self._to_input = _load(path, content, num_threads or num_cores())
+        digest, provenance = sha256(content), _provenance(header)
+        self.model = Model(name=spec.name, digest=digest, spec=spec, provenance=provenance, num_bytes=len(content))
+        self.description = "MNN, CPU"
+        self.library = f"MNN {version()}"
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        (logits,) = self._forward([self._to_input(np.ascontiguousarray(images))])
+        return np.array(logits.read())  # a copy: the array of `read` lies in the module's own memory
+
+
+def is_installed() -> bool:
+    return find_spec("MNN") is not None
+
+
+def version() -> str:
+    return importlib.metadata.version("MNN")
+
+
+def why_not(header: Header) -> str | None:
+    """Why MNN does not run a file as it is meant, or None: foreign nets, float16 and eight bits are not for it."""
+    if "spec" not in header.metadata:
+        return "is no model of this project"
+    precision = _provenance(header).get("export", {}).get("precision", "fp32")
+    if precision != "fp32" or set(header.domains) != {""}:
+        return f"is {precision} with operators that MNN does not run"
+    return None
+
+
+def _provenance(header: Header) -> dict[str, Any]:
+    return json.loads(header.metadata.get("provenance", "{}"))
+
+
+def _load(path: Path, content: bytes, num_threads: int) -> tuple[Any, Any]:
+    """(call of the module, images uint8 [N, H, W, C] → its input)."""
+    with _temporary_folder(path) as folder:
+        converted = _convert(path, content, folder)
+        with _stdout_silenced():  # both the import and the loading print
+            from MNN import expr as mnn_expr
+            from MNN import nn as mnn_nn
+
+            expr, nn = cast(Any, mnn_expr), cast(Any, mnn_nn)  # both take their names from an extension module
+
+            options = {"backend": 0, "numThread": num_threads, "precision": "high"}
+            manager = nn.create_runtime_manager((options,))
+            try:
+                module = nn.load_module_from_file(str(converted), ["images"], ["logits"], runtime_manager=manager)
+            except SystemError as error:  # its answer to any file that it does not take
+                raise Refusal(f"{path} cannot be loaded by MNN; use --runtime onnxruntime") from error
+
+    def to_input(images: np.ndarray) -> Any:
+        # Called NCHW although channels are last: MNN would move what is called NHWC, and the graph does it itself.
+        return expr.const(images, list(images.shape), expr.NCHW, expr.dtype.uint8)
+
+    return module.forward, to_input
+
+
+def _convert(path: Path, content: bytes, folder: Path) -> Path:
+    """The model in MNN's own format, in `folder`; the converter leaves files in its working directory too."""
+    source, converted = folder / "plain.onnx", folder / "plain.mnn"
+    source.write_bytes(content)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _CONVERT, source, converted], cwd=folder, capture_output=True, timeout=_CONVERT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Refusal(f"{path}: MNN's converter does not end; use --runtime onnxruntime") from error
+    if done.returncode != 0 or not converted.exists():
+        raise Refusal(f"{path} cannot be loaded: MNN's converter does not take it; export it again")
+    return converted
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """Removed at the end; refuses where none can be made, as in a container whose files are read-only."""
+    try:
+        folder = TemporaryDirectory(prefix="mnn-")
+    except OSError as error:
+        reason = error.strerror or error
+        raise Refusal(f"{path}: MNN converts it in a temporary folder, and none can be made: {reason}") from error
+    with folder as name:
+        yield Path(name)
+
+
+@contextmanager
+def _stdout_silenced() -> Iterator[None]:
+    """What C code prints on stdout goes nowhere."""
+    flush = ctypes.CDLL(None).fflush if sys.platform != "win32" else lambda _: None
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -1,0 +1,143 @@
+"""The faults of bench/reliability.py in their quick form, on a small net: what is lost, not how long it takes."""
+
+import asyncio
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench import faults, reliability
+from bench.faults import Subject, Tally
+from bench.open_loop import LOST, Answer, Load, predict_request
+from export.graph import to_onnx
+from export.runtimes.onnx_session import OnnxSession
+from fold.plain import fold_net
+from serve.answer import softmax
+from train.cli import run_command
+
+
+@pytest.fixture
+def subject(tmp_path, make_net, make_spec):
+    pixels = np.random.default_rng(5).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
+    file, paths = io.BytesIO(), []
+    Image.fromarray(pixels[0]).save(file, format="PNG")
+    for seed in range(2):
+        paths.append(tmp_path / f"{seed}.onnx")
+        model = to_onnx(fold_net(make_net(seed=seed)), make_spec(), {"training": {}})
+        paths[-1].write_bytes(model.SerializeToString())
+    expected = {one.model.digest: softmax(one(pixels))[0] for one in map(OnnxSession, paths)}
+    return Subject(*paths, file.getvalue(), expected)
+
+
+def is_met(result):
+    return all(result["bars"].values()) or result
+
+
+@pytest.mark.slow
+def test_sigterm_loses_no_request_that_was_begun(subject):
+    result = asyncio.run(faults.drain(subject))
+    assert is_met(result) is True
+    assert result["begun"] > 0
+
+
+@pytest.mark.slow
+def test_reloads_lose_no_request_and_answers_fit_their_model(subject, tmp_path):
+    assert is_met(asyncio.run(faults.reload(subject, tmp_path, times=3))) is True
+
+
+@pytest.mark.slow
+def test_what_a_killed_worker_was_answering_succeeds_on_one_retry(subject):
+    assert is_met(asyncio.run(faults.kill(subject))) is True
+
+
+class Scripted(asyncio.Protocol):
+    """Answers every request with the next of `script`; None closes the connection instead."""
+
+    def __init__(self, script):
+        self._script = script
+
+    def connection_made(self, transport):
+        self._transport = transport
+
+    def data_received(self, data):
+        answer = next(self._script)
+        if answer is None:
+            self._transport.close()
+        else:
+            self._transport.write(answer)
+
+
+def answer(status, body=b"", *fields):
+    head = (b"HTTP/1.1 %d X" % status, b"Content-Length: %d" % len(body), *fields, b"", b"")
+    return b"\r\n".join(head) + body
+
+
+def offered(script, *, num_requests):
+    """What a load on one connection takes of a server that follows `script`."""
+
+    async def scenario():
+        server = await asyncio.get_running_loop().create_server(lambda: Scripted(iter_script), "127.0.0.1", 0)
+        taken, tally = [], Tally()
+
+        def take(answer):
+            taken.append(answer)
+            tally(answer)
+            if len(taken) == num_requests:
+                load.stop()
+
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            load = Load(port, predict_request(b"image"), take, num_connections=1)
+            await load.saturate(60)
+        return load, taken, tally
+
+    iter_script = iter(script)
+    return asyncio.run(scenario())
+
+
+def test_a_load_reads_answers_whole_and_opens_lost_connections_again():
+    refused = answer(503, b"no", b"Retry-After: 1")
+    load, taken, tally = offered([answer(200, b"yes"), None, refused, answer(503)], num_requests=4)
+    assert [(one.number, one.status, one.body) for one in taken] == [
+        (0, 200, b"yes"),
+        (1, LOST, b""),
+        (2, 503, b"no"),
+        (3, 503, b""),
+    ]
+    assert load.num_sent == 4
+    assert tally.statuses() == {"lost": 1, "200": 1, "503": 2}
+    assert tally.num_without_retry_after == 1
+
+
+def test_an_answer_fits_its_model_or_not():
+    expected = np.array([0.25, 0.75])
+    top = [{"index": 1, "probability": 0.75}, {"index": 0, "probability": 0.25}]
+    body = json.dumps({"results": [{**top[0], "top": top}]}).encode()
+    assert faults._fits(body, expected)
+    assert not faults._fits(body, np.array([0.75, 0.25]))
+    assert not faults._fits(body, None)
+
+
+def test_a_request_names_itself():
+    assert predict_request(b"100%d")(7).endswith(b"X-Request-Id: load-7\r\n\r\n100%d")
+    assert Answer(1, 200, b"", b"", 0.5).seconds == 0.5
+
+
+def test_the_page_is_that_of_the_record(tmp_path):
+    folder = reliability.ROOT / "docs"
+    record = folder / "benchmarks" / "reliability.json"
+    argv = ["--render", str(record), "--out", str(tmp_path)]
+    assert run_command(reliability.command, reliability.ReliabilityConfig, argv=argv) == 0
+    assert (tmp_path / "reliability.md").read_text() == (folder / "reliability.md").read_text()
+
+
+def test_a_missed_bar_is_named_and_fails(tmp_path, capsys):
+    record = json.loads((reliability.ROOT / "docs" / "benchmarks" / "reliability.json").read_text())
+    record["drain"][1]["bars"]["exit status 0"] = False
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    argv = ["--render", str(tmp_path / "record.json"), "--out", str(tmp_path)]
+    assert run_command(reliability.command, reliability.ReliabilityConfig, argv=argv) == 1
+    assert "missed: drain: exit status 0" in capsys.readouterr().out
+    assert "| SIGTERM under load | exit status 0 | MISSED |" in (tmp_path / "reliability.md").read_text()

@@ -1,0 +1,314 @@
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bench import model, model_rows
+from bench.bars import BARS, judge, peak
+from bench.layer_profile import profile_graph, summarize
+from bench.macs import count_macs
+from bench.model_nets import entrants, expected_logits, judge_logits, write_graphs
+from bench.model_report import markdown
+from bench.model_rows import OURS, RACES, REFERENCE, Race, Row, gemm_rows, graph_name, rows_of
+from bench.nets import seeded_net
+from bench.other_nets import PEERS
+from bench.reference_form import reference_form
+from export.runtimes.onnx_session import OnnxSession
+from train.cli import run_command
+from train.data import cifar_image, imagenet_image
+from train.families import build
+from train.spec import Spec
+
+
+def spec_of(family: str, depth: int, width: float) -> Spec:
+    image, num = (imagenet_image(), 1000) if family == "imagenet" else (cifar_image(), 10)
+    return Spec(family, depth, width, "ncrelu", image, tuple(map(str, range(num))))
+
+
+def timing(batch_size: int, ms: float) -> dict:
+    return {"batch_size": batch_size, "median_ms": ms, "images_per_s": 1000 * batch_size / ms, "round_ms": [ms] * 3}
+
+
+def row(title: str, precision: str, batch_ms: dict[int, float], *, net: str = "Net", **fields) -> dict:
+    times = {"2": {str(size): timing(size, ms) for size, ms in batch_ms.items()}}
+    empty = {"failed": None, "error": 1e-7, "strays": False, "peak_bytes": {"2": 10**8}}
+    return {"net": net, "title": title, "precision": precision, "timings": times, **empty, **fields}
+
+
+@pytest.fixture
+def record() -> dict:
+    """A net of 10 M MACs, a peak of 1 TFLOP/s in fp32 and of 4 in int8."""
+    operations = {"fp32": 2 * model_rows.NUM_GEMM["fp32"] ** 3, "int8": 2 * model_rows.NUM_GEMM["int8"] ** 3}
+    fp32, int8 = operations["fp32"] / 1e9, operations["int8"] / 4e9
+    net = {
+        "command": "python bench/model.py",
+        "machine": {"device": "Imaginary CPU", "cores": "2"},
+        "rounds": 3,
+        "round_s": 0.1,
+        "threads": [2],
+        "batches": [1, 32],
+        "entrants": [
+            {"name": "Net", "macs": 10_000_000, "parameters": 5, "published": "none"},
+            {"name": "Peer", "macs": 20_000_000, "parameters": 5, "published": "all"},
+        ],
+        "rows": [
+            row(REFERENCE, "fp32", {1: 10.0, 32: 2.0}),
+            row(OURS, "fp32", {1: 20.0, 32: 1.0}),
+            row("quick", "fp32", {1: 2.0, 32: 0.5}),
+            row("quicker but wrong", "fp32", {1: 0.1, 32: 0.1}, strays=True),
+            row("bytes", "int8", {1: 1.0}),
+            row("absent", "fp32", {}, failed="ImportError: no | such library", error=None),
+            row("quick", "fp32", {1: 0.001, 32: 0.001}, net="Peer"),
+            row("product", "fp32", {1: fp32, 32: fp32}, net="GEMM", error=None),
+            row("slow product", "fp32", {1: 2 * fp32, 32: 2 * fp32}, net="GEMM", error=None),
+            row("bytes", "int8", {1: int8, 32: int8}, net="GEMM", error=None),
+        ],
+        "profiles": [
+            {
+                "title": "ONNX Runtime, shared, fp32",
+                "batch_size": 1,
+                "num_threads": 2,
+                "operators": {"Conv": 9.0, "Relu": 0.5, "Transpose": 0.5},
+                "layers": [
+                    {"weight": [8, 4, 3, 3], "output": [1, 8, 2, 2], "num_layers": 3, "ms": 9.0, "gflop_per_s": 77.7}
+                ],
+            }
+        ],
+    }
+    return {"nets": {"34-2": net}}
+
+
+@pytest.mark.slow
+def test_macs_are_those_that_are_published():
+    resnet18 = PEERS["ResNet-18"].make(spec_of("imagenet", 18, 0.75))
+    assert count_macs(resnet18, imagenet_image()) == pytest.approx(1.814e9, rel=1e-3)
+    repvgg = PEERS["RepVGG-A0"].make(spec_of("imagenet", 18, 0.75))
+    assert count_macs(repvgg, imagenet_image()) == pytest.approx(1.361e9, rel=1e-3)
+    assert sum(parameter.numel() for parameter in repvgg.parameters()) == pytest.approx(8.309e6, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_macs_of_a_dirac_net_are_those_of_its_convolutions():
+    # Stem, three groups of ten, of which the first of a group reads what the group before gives, classifier.
+    groups = [(32, 32, 32), (16, 64, 32), (8, 128, 64)]
+    expected = 1024 * 9 * 3 * 32 + 1280
+    for side, width, before in groups:
+        expected += side**2 * 9 * width * (2 * before + 9 * 2 * width)
+    assert count_macs(build(spec_of("cifar", 34, 2.0)), cifar_image()) == expected
+
+
+def test_macs_of_a_linear_layer_are_its_weights():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    image = replace(cifar_image(), height=2, width=2)
+    net.insert(0, build(spec_of("cifar", 10, 1.0)).normalize)
+    assert count_macs(net, image) == 60
+
+
+def test_the_reference_form_answers_what_our_dirac_net_answers():
+    net = seeded_net(10, 0.25)
+    images = torch.from_numpy(net.image_sets["random"][:4])
+    other = reference_form(net.dirac)
+    with torch.no_grad():
+        expected, logits = net.dirac(images), other(images)
+    assert torch.allclose(expected, logits, atol=1e-5 * expected.abs().max())
+    assert not any(type(layer).__module__ == "train.layers" for layer in list(other)[1:])
+
+
+def test_bars_are_judged_against_both_baselines(record):
+    verdicts = {(v.bar.precision, v.bar.batch_size, v.baseline): v for v in judge(record["nets"]["34-2"], 2)}
+    assert verdicts["fp32", 1, REFERENCE].speedup == 5
+    assert verdicts["fp32", 1, REFERENCE].is_met
+    assert verdicts["fp32", 1, OURS].speedup == 10
+    # 32 images of 20 MFLOP in 0.5 ms: 1.28 TFLOP/s.
+    assert verdicts["fp32", 32, REFERENCE].share == pytest.approx(1.28)
+    assert verdicts["fp32", 32, REFERENCE].is_met
+    assert verdicts["fp32", 32, OURS].speedup == 2
+    assert not verdicts["fp32", 32, OURS].is_met
+    assert verdicts["fp32", 32, OURS].share_demanded == pytest.approx(2.4 * 0.64)
+    assert not verdicts["int8", 1, REFERENCE].is_met
+    # 20 MOP in 1 ms of 4 TOP/s.
+    assert verdicts["int8", 1, REFERENCE].share == pytest.approx(0.005)
+    assert {v.best for v in verdicts.values()} == {"quick", "bytes"}
+    assert len(verdicts) == 6  # nothing in int8 was timed with batches of 32
+
+
+def test_a_speedup_is_not_enough_where_the_peak_is_to_be_exceeded(record):
+    net = record["nets"]["34-2"]
+    net["entrants"][0]["macs"] //= 2
+    verdict = next(v for v in judge(net, 2) if v.bar == BARS[1] and v.baseline == REFERENCE)
+    assert verdict.speedup == 4
+    assert verdict.share == pytest.approx(0.64)
+    assert not verdict.is_met
+
+
+def test_the_peak_is_that_of_the_fastest_product_of_the_precision(record):
+    net = record["nets"]["34-2"]
+    assert peak(net, "fp32", 2, 1) == pytest.approx(1e12)
+    assert peak(net, "int8", 2, 1) == pytest.approx(4e12)
+    assert peak(net, "fp32", 1, 1) is None
+
+
+def test_the_page_shows_bars_limits_rows_failures_and_the_profile(record):
+    page = markdown(record)
+    assert "| Net, 2 | fp32, batch 1: ≥ 5× | Dirac net, reference form | quick | 5.00× | 1 % | met |" in page
+    assert "≥ 2.4× and above the peak | Dirac net, ours | quick | 2.00× | 128 % | **not met** |" in page
+    assert "eager fp32 reaches 64 % of the fp32 peak, so 2.4× of it is 154 %, more than there is" in page
+    assert (
+        "| Net | quick, fp32 | **500** (1 %), 2 (2–2) | **64,000** (128 %), 0.5 (0.5–0.5) | 1.0e-07 | 100 MB |" in page
+    )
+    assert "| 1.0e-07 **strays** |" in page
+    assert "- Net, absent, fp32: ImportError: no | such library" in page
+    assert "fp32 1000 GOP/s, int8 4000 GOP/s" in page
+    assert "10 ms in nodes; 90 % convolutions, 5 % changes of layout, 5 % Relu." in page
+    assert "| 8×4×3×3 | 1×8×2×2 | 3 | 9 | 78 |" in page
+
+
+def test_the_page_of_a_race_without_products_and_baselines_says_so(record):
+    net = record["nets"]["34-2"]
+    net["rows"] = [row("quick", "fp32", {1: 2.0})]
+    net["profiles"] = []
+    page = markdown(record)
+    assert "Nothing was measured that a bar asks for." in page
+    assert "| Net | quick, fp32 | **500**, 2 (2–2) |" in page
+
+
+@pytest.mark.parametrize("key", RACES)
+def test_rows_have_names_of_their_own_and_both_baselines(key):
+    rows = rows_of(key, name="Net") + gemm_rows()
+    assert len({(row.net, row.title, row.precision) for row in rows}) == len(rows)
+    assert {REFERENCE, OURS} < {row.title for row in rows}
+    assert set(RACES[key].peers) < {row.net for row in rows}
+    assert all(peer in PEERS for peer in RACES[key].peers)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A race of a small net, under the key of a large one."""
+    monkeypatch.setitem(RACES, "16-1", Race("cifar", 10, 1.0, ("WRN-16-1",), ("concat", "shared")))
+
+
+@pytest.mark.slow
+def test_graphs_answer_what_the_plain_net_answers(small, tmp_path):
+    nets = entrants("16-1")
+    rows = [row for row in rows_of("16-1", name=nets[0].name) if row.file]
+    written = []
+    write_graphs(nets, {row.file for row in rows}, tmp_path, lambda note="": written.append(note))
+    assert {path.name for path in tmp_path.iterdir()} == {row.file for row in rows} == set(written)
+    expected = expected_logits(nets)
+    for row in rows:
+        if row.title.startswith("ONNX Runtime"):
+            logits = row.open(tmp_path, 1)(model_rows_images(len(expected[row.net])))
+            judged = judge_logits(row, expected[row.net], logits)
+            assert not judged["strays"], row
+            assert judged["error"] < (1e-5 if row.precision == "fp32" else 0.5), row
+    bent = judge_logits(rows[0], expected[nets[0].name], 1.01 * expected[nets[0].name])
+    assert bent["strays"]
+
+
+def model_rows_images(num: int) -> np.ndarray:
+    from export.image_sets import random_images
+
+    return random_images(cifar_image(), num)
+
+
+def test_a_profile_counts_the_operations_of_every_convolution(small, tmp_path):
+    nets = entrants("16-1")
+    file = graph_name(nets[0].name, "concat")
+    write_graphs(nets, {file}, tmp_path, lambda note="": None)
+    found = profile_graph(tmp_path / file, model_rows_images(2), num_threads=1, folder=tmp_path)
+    operations = sum(1e6 * layer["gflop_per_s"] * layer["ms"] for layer in found["layers"])
+    classifier = 2 * 64 * 10
+    assert operations == pytest.approx(2 * (2 * count_macs(nets[0].plain, cifar_image()) - classifier), rel=1e-6)
+    assert set(found["operators"]) > {"Conv"}
+    assert summarize([{"cat": "Session", "name": "run"}], num_runs=1) == {"operators": {}, "layers": []}
+
+
+def open_session(file: str, folder: Path, num_threads: int):
+    return OnnxSession(folder / file, providers=("CPUExecutionProvider",), num_threads=num_threads)
+
+
+def open_wrong(file: str, folder: Path, num_threads: int):
+    session = open_session(file, folder, num_threads)
+    return lambda images: session(images) + 1e6
+
+
+def open_nothing(folder: Path, num_threads: int):
+    raise ImportError("no such library")
+
+
+@pytest.fixture
+def few_rows(small, monkeypatch):
+    """Rows without torch, the second of which is another form of the first."""
+    file = graph_name("DiracNet-10-1", "concat")
+
+    def rows(key: str, *, name: str) -> list[Row]:
+        return [
+            Row(REFERENCE, name, "fp32", partial(open_session, file), file),
+            Row("ONNX Runtime, concat", name, "fp32", partial(open_session, file), file),
+            Row("absent", name, "fp32", open_nothing),
+        ]
+
+    monkeypatch.setattr(model, "rows_of", rows)
+    monkeypatch.setattr(model, "gemm_rows", lambda: [])
+    return rows, file
+
+
+def run(*words) -> int:
+    return run_command(model.command, model.ModelConfig, argv=list(map(str, words)))
+
+
+SHORT = ("--rounds", 2, "--round-s", 1e-9, "--threads", 1, "--batches", 1)
+
+
+@pytest.mark.slow
+def test_the_command_races_keeps_other_nets_and_writes_the_page_again(few_rows, record, tmp_path, capsys):
+    (tmp_path / "model.json").write_text(json.dumps(record))
+    assert run("--nets", "16-1", *SHORT, "--out", tmp_path) == 1  # a row of the record strays
+    nets = json.loads((tmp_path / "model.json").read_text())["nets"]
+    assert list(nets) == ["34-2", "16-1"]
+    assert nets["34-2"] == record["nets"]["34-2"]
+    rows = {row["title"]: row for row in nets["16-1"]["rows"]}
+    assert rows["absent"]["failed"] == "ImportError: no such library"
+    assert len(rows[REFERENCE]["timings"]["1"]["1"]["round_ms"]) == 2
+    assert rows["ONNX Runtime, concat"]["error"] < 1e-5
+    assert rows["ONNX Runtime, concat"]["peak_bytes"]["1"] > 1e6
+    assert nets["16-1"]["command"].startswith("python bench/model.py --nets 16-1 --threads 1")
+    assert [profile["title"] for profile in nets["16-1"]["profiles"]] == ["ONNX Runtime, concat, fp32"]
+    page = (tmp_path / "model.md").read_text()
+    assert "## DiracNet-10-1" in page
+    (tmp_path / "model.md").unlink()
+    assert run("--render", "--out", tmp_path) == 1
+    assert (tmp_path / "model.md").read_text() == page
+
+
+@pytest.mark.slow
+def test_a_row_with_other_logits_is_marked_and_ends_in_status_one(few_rows, tmp_path, monkeypatch, capsys):
+    rows, file = few_rows
+    bent = Row("bent", "DiracNet-10-1", "fp32", partial(open_wrong, file), file)
+    monkeypatch.setattr(model, "rows_of", lambda key, name: [*rows(key, name=name), bent])
+    assert run("--nets", "16-1", *SHORT, "--out", tmp_path) == 1
+    assert "**strays**" in (tmp_path / "model.md").read_text()
+
+
+def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, capsys):
+    assert run("--nets", "20-1") == 2
+    assert "--nets must be among 34-2, 16-1, 18-0.75, got 20-1" in capsys.readouterr().err
+    assert run("--threads", 0) == 2
+    assert run("--render", "--out", tmp_path) == 2
+    assert "cannot read" in capsys.readouterr().err
+    (tmp_path / "model.json").write_text("{")
+    assert run("--render", "--out", tmp_path) == 2
+    assert "is no JSON" in capsys.readouterr().err
+
+
+def test_the_short_form_leaves_the_recorded_figures_alone():
+    full, quick = model.ModelConfig().resolved(), model.ModelConfig(quick=True).resolved()
+    assert full.out == Path("docs/benchmarks")
+    assert quick.out == Path("runs/bench")
+    assert (full.nets, quick.nets) == (tuple(RACES), ("34-2",))
+    assert model.ModelConfig(quick=True, batches=(8,), out=Path("x")).resolved().out == Path("x")
