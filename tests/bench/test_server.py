@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import environments, load, running, server, server_rounds
+from bench.latency import PERCENTILES
 from bench.load import Load
 from bench.served_nets import write_net
 from bench.server_page import OURS, bars_of, markdown
@@ -184,8 +185,11 @@ def test_load_counts_what_fails(tmp_path):
 @needs_wrk
 @pytest.mark.slow
 def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypatch, capsys):
+    milliseconds = dict.fromkeys(PERCENTILES, 2.0)
     monkeypatch.setattr(
-        server_rounds, "put_load", lambda *_, num_connections, **__: Load(100.0 * num_connections, 1.0, 2.0, 0)
+        server_rounds,
+        "put_load",
+        lambda *_, num_connections, **__: Load(100.0 * num_connections, failures=0, **milliseconds),
     )
     argv = ("--servers", "ours", "--models", "small", "--quick", "--work", tmp_path, "--out", tmp_path / "out")
     assert run(*argv) == 0
@@ -194,6 +198,7 @@ def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypat
     assert model["macs"] == pytest.approx(4.66e6, rel=0.01)
     assert [row["title"] for row in model["rows"]] == ["ours, raw body", "ours, form"]
     assert not any(row["failed"] for row in model["rows"])
+    assert (tmp_path / "out" / model["picture"]).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "server.md").read_text() == markdown(record)
 
 
