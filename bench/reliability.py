@@ -78,7 +78,7 @@ def _measure(config: ReliabilityConfig) -> dict[str, Any]:
     import uvloop
 
     from bench import faults
-    from serve.process import num_cores
+    from train.cores import num_cores
     from train.progress import make_console, progress
 
     seconds, rounds, reloads = (3.0, 1, 4) if config.quick else (config.seconds, config.rounds, config.reloads)

@@ -129,7 +129,7 @@ def _measure_memory(config: TrainingConfig, console: Any) -> list[dict[str, Any]
 
     from bench.cost import cost_of
     from bench.forms import Workload, take
-    from train.machine import num_cores
+    from train.cores import num_cores
     from train.progress import progress
 
     rows, net = [], NETS[0]
@@ -196,7 +196,7 @@ def _steps_in(num_processes: int, *, num_steps: int) -> float:
     import os
     import subprocess
 
-    from train.machine import num_cores
+    from train.cores import num_cores
 
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     argv = [sys.executable, *launcher, str(ROOT / "bench" / "step_in_world.py"), "--steps", str(num_steps)]

@@ -105,7 +105,6 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
-    import os
     from dataclasses import asdict
 
     from rich.table import Table
@@ -114,6 +113,7 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     from export.runtimes.offline import ort
     from export.timing import ROUNDS, fastest, time_models
     from fold.lower import distinct_lowerings, lower
+    from train.cores import num_cores
     from train.progress import progress
 
     candidates = distinct_lowerings(plain.net)
@@ -131,7 +131,7 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     return {
         "lowering": fastest(rows),
         "timings": [asdict(row) for row in rows],
-        "timed_on": f"ONNX Runtime {ort.__version__}, CPU, {len(os.sched_getaffinity(0))} cores",
+        "timed_on": f"ONNX Runtime {ort.__version__}, CPU, {num_cores()} cores",
     }
 
 
