@@ -80,6 +80,7 @@ class _Server:
         return {"base_url": address, "headers": headers, "timeout": self.timeout_s}
 
 
+@dataclass(eq=False)
 class Client(_Server):
     """Predictions from one server, in this thread. `with Client(url) as client: client.predict(["a.png"])`."""
 
@@ -145,6 +146,7 @@ class Client(_Server):
             return _lost(error, self._http.base_url)
 
 
+@dataclass(eq=False)
 class AsyncClient(_Server):
     """`Client` for asyncio: the same arguments, the same results."""
 

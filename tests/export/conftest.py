@@ -3,8 +3,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from export import to_trt
 from export.graph import to_onnx
 from fold.plain import fold_net
+from train.cli import run_command
 
 
 @pytest.fixture
@@ -51,3 +53,11 @@ def write_foreign(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def built(write_onnx):
+    """The engine of a small plain.onnx, by tensorrt_rtx for batches of 1 to 4, with its card beside it."""
+    _, path = write_onnx()
+    assert run_command(to_trt.command, to_trt.ToTrtConfig, argv=[str(path), "--batch", "1", "2", "4"]) == 0
+    return path.with_suffix(".engine")

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import sys
 import threading
 import warnings
 from dataclasses import replace
@@ -28,13 +27,6 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its w
 
 def run(*argv):
     return run_command(to_trt.command, to_trt.ToTrtConfig, argv=[str(part) for part in argv])
-
-
-@pytest.fixture
-def built(write_onnx):
-    _, path = write_onnx()
-    assert run(path, "--batch", 1, 2, 4) == 0
-    return path.with_suffix(".engine")
 
 
 def change(path, **fields):
@@ -330,76 +322,6 @@ def test_an_engine_interrupted_before_its_card_is_not_served(built, monkeypatch)
     assert run(built.with_suffix(".onnx"), "--batch", 1, 1, 2) == 130
     with pytest.raises(Refusal, match="does not fit its card: engine_sha256 differs"):
         load_runtime(built)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"format": "other"}, "format is not diracnet-engine-1"),
-        ({"builder": "os"}, "builder cannot be 'os'"),
-        ({"builder_version": "0.1"}, "builder_version is 0.1, here is"),
-        ({"engine_sha256": "0"}, "engine_sha256 differs"),
-        ({"batch": [4, 2, 1]}, r"batch cannot be \[4, 2, 1\]"),
-        ({"compute_capabilities": "8.9"}, "compute_capabilities cannot be '8.9'"),
-        ({"signature": {}}, "signature is damaged"),
-        ({"spec": {}}, "the model's spec is damaged"),
-        ({"provenance": None}, "provenance cannot be None"),
-        ({"parity": []}, r"parity cannot be \[\]"),
-        ({"workspace_mib": "1"}, "workspace_mib cannot be '1'"),
-        ({"version_compatible": None}, "version_compatible cannot be None"),
-        ({"refittable": 2}, "refittable cannot be 2"),
-        ({"output_dtype": 1}, "output_dtype cannot be 1"),
-    ],
-)
-def test_an_engine_whose_card_does_not_fit_is_refused_by_field(built, fields, message):
-    change(built, **fields)
-    with pytest.raises(Refusal, match=message):
-        load_runtime(built)
-
-
-def test_an_engine_without_a_whole_card_is_refused(built):
-    record = json.loads(card_path(built).read_text())
-    del record["spec"], record["batch"]
-    card_path(built).write_text(json.dumps(record))
-    with pytest.raises(Refusal, match="lacks batch, spec"):
-        load_runtime(built)
-    card_path(built).write_text("{")
-    with pytest.raises(Refusal, match="is no JSON"):
-        load_runtime(built)
-    card_path(built).unlink()
-    with pytest.raises(Refusal, match=r"plain\.engine\.json: No such file"):
-        load_runtime(built)
-
-
-def test_an_engine_needs_a_gpu_that_it_was_built_for(built, monkeypatch):
-    monkeypatch.setattr(gpu, "num_devices", lambda: 0)
-    with pytest.raises(Refusal, match=r"needs an NVIDIA GPU and its driver, and none is found here; serve the \.onnx"):
-        load_runtime(built)
-    monkeypatch.setattr(gpu, "num_devices", lambda: 1)
-    monkeypatch.setattr(gpu, "use", lambda device: None)
-    monkeypatch.setattr(gpu, "compute_capability", lambda: "5.2")
-    with pytest.raises(Refusal, match=r"compute_capabilities are .*8\.6.*, this GPU's is 5\.2"):
-        load_runtime(built)
-
-
-def test_an_engine_of_a_library_that_is_missing_says_what_to_install(built, monkeypatch):
-    change(built, builder="tensorrt")
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(Refusal, match=r"tensorrt is not installed here: pip install -e '\.\[tensorrt\]'"):
-        load_runtime(built)
-
-
-def test_library_warnings_are_kept_not_printed(capfd):
-    import tensorrt_rtx as trt
-
-    logger = tensorrt_engine.make_logger(trt)
-    assert logger.last_error() == "the library does not say why"
-    logger.log(trt.ILogger.WARNING, "careful")
-    logger.log(trt.ILogger.ERROR, "broken")
-    logger.log(trt.ILogger.INFO, "chatter")
-    assert [text for _, text in logger.messages] == ["careful", "broken"]
-    assert logger.last_error() == "broken"
-    assert capfd.readouterr() == ("", "")
 
 
 def test_precision_is_that_of_the_graph(write_onnx):
