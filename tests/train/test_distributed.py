@@ -49,7 +49,8 @@ def gradients(mode, world, wrap=lambda net: net):
     augmentation = Augmentation(flip=True, crop=1, smallest_crop=1.0)
     settings = {"batch_size": 64, "epoch": 0, "first_step": 0, "seed": 0, "world": world}
     batch = next(batches(digits.train, augmentation, **settings))
-    functional.cross_entropy(wrap(net)(batch.images), batch.targets).backward()
+    shared = wrap(net)
+    functional.cross_entropy(shared(batch.images), batch.targets).backward()
     return {name: parameter.grad for name, parameter in net.named_parameters()}
 
 
