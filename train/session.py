@@ -196,18 +196,7 @@ def _close_epoch(session: Session, state: Checkpoint, held: data.Part, *, num_pi
 
 
 def _begin(config: Settings, spec: Spec, command: str) -> Checkpoint:
-    return Checkpoint(
-        spec=spec,
-        model={},
-        optimizer={},
-        scaler={},
-        config={**_recorded(config), "command": command},
-        epoch=0,
-        step=0,
-        totals=_no_totals(),
-        history=[],
-        rng_state=torch.get_rng_state(),
-    )
+    return Checkpoint.fresh(spec, {}, {**_recorded(config), "command": command}, totals=_no_totals())
 
 
 def _resume(path: Path, session: Session, spec: Spec) -> Checkpoint:
