@@ -185,7 +185,7 @@ def test_load_counts_what_fails(tmp_path):
 @pytest.mark.slow
 def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        server_rounds, "put_load", lambda *_, num_connections, **__: Load(100.0 * num_connections, 1.0, 2.0, 0)
+        server_rounds, "put_load", lambda *_, num_connections, **__: Load(100.0 * num_connections, *[1.0] * 6, 0)
     )
     argv = ("--servers", "ours", "--models", "small", "--quick", "--work", tmp_path, "--out", tmp_path / "out")
     assert run(*argv) == 0
