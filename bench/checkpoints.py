@@ -31,20 +31,8 @@ def make_checkpoint(depth: int, width: float, path: Path, *, seed: int = 0) -> i
     images = torch.randint(256, (BATCH_SIZE, 32, 32, 3), dtype=torch.uint8)
     batch = Batch(0, 0, images, torch.randint(10, (BATCH_SIZE,)))
     train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, 1e-3)
-    save_checkpoint(
-        path,
-        Checkpoint(
-            spec=spec,
-            model=net.state_dict(),
-            optimizer=optimizer.state_dict(),
-            scaler={},
-            # No data set lies beside the checkpoint, so that none is read wherever this runs.
-            config={"dataset": "cifar10", "data_dir": str(path.parent), "seed": seed},
-            epoch=1,
-            step=0,
-            totals={},
-            history=[],
-            rng_state=torch.get_rng_state(),
-        ),
-    )
+    # No data set lies beside the checkpoint, so that none is read wherever this runs.
+    config = {"dataset": "cifar10", "data_dir": str(path.parent), "seed": seed}
+    state = Checkpoint.fresh(spec, net.state_dict(), config, optimizer=optimizer.state_dict(), epoch=1)
+    save_checkpoint(path, state)
     return count_parameters(net)

@@ -9,6 +9,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.cli import run_command
+from train.spec import Published
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +30,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class EightBitsConfig:
-    dataset: Annotated[Literal["digits", "fashion-mnist", "cifar10"], "what to learn"] = "fashion-mnist"
+    dataset: Annotated[Published, "what to learn"] = "fashion-mnist"
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     family: Annotated[Literal["cifar", "pooled"], "pooled trains four times faster"] = "pooled"
     depth: Annotated[int, "6N + 4 layers"] = 16

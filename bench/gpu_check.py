@@ -96,7 +96,7 @@ def _measure(net: "Net", config: GpuCheckConfig, console: "Console") -> dict[str
 
     from bench.contenders import contenders
     from bench.rounds import Failure, attempt, time_rounds
-    from export.image_sets import random_images
+    from fold.image_sets import random_images
     from train.progress import progress
 
     sizes = sorted(config.batch_sizes)

@@ -190,7 +190,7 @@ class _Race:
 def _profiles(record: dict[str, Any], rows: list[Row], nets: "list[Entrant]", folder: Path) -> list[dict[str, Any]]:
     """ONNX Runtime's own, of the fastest of its rows in either precision, for the extreme batches."""
     from bench.layer_profile import profile_graph
-    from export.image_sets import random_images
+    from fold.image_sets import random_images
 
     profiles, num_threads = [], max(record["threads"])
     for precision in ("fp32", "int8"):

@@ -16,10 +16,10 @@ from bench.other_nets import PEERS, PUBLISHED
 from export.calibrate import observe, ranges
 from export.compare import TOLERANCES, compare
 from export.graph import to_onnx
-from export.image_sets import random_images
 from export.integer import to_integer_onnx
 from export.qdq import to_qdq_onnx
 from export.quantize import relative_error
+from fold.image_sets import random_images
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from train.families import count_parameters

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.image_sets import extreme_images, random_images, real_images
+from fold.image_sets import extreme_images, random_images, real_images
 from fold.plain import fold_net, load_plain
 from train.data import cifar_image, imagenet_image
 from train.families import build

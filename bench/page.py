@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from train.cores import num_cores
 from train.files import write_whole
 
 
@@ -35,7 +35,7 @@ def describe_machine(*packages: str) -> dict[str, str]:
     installed = {dist.metadata["Name"].replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
     return {
         "device": _cpu_name(),
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(num_cores()),
         "python": platform.python_version(),
         **{name: installed[name] for name in packages if name in installed},
         "date": date.today().isoformat(),

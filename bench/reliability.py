@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.page import machine_table, table
 from train.cli import POSITIONAL, given_arguments, run_command
 from train.refusal import Refusal
 
@@ -69,24 +70,18 @@ def command(config: ReliabilityConfig) -> int:
 
 
 def _measure(config: ReliabilityConfig) -> dict[str, Any]:
-    import platform
     import tempfile
-    from datetime import UTC, datetime
 
-    import onnxruntime
-    import uvicorn
     import uvloop
 
     from bench import faults
-    from train.cores import num_cores
+    from bench.page import describe_machine
     from train.progress import make_console, progress
 
     seconds, rounds, reloads = (3.0, 1, 4) if config.quick else (config.seconds, config.rounds, config.reloads)
     record: dict[str, Any] = {
         "command": f"python bench/reliability.py {given_arguments(config)}".strip(),
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "machine": f"{num_cores()} cores, {platform.machine()}, Python {platform.python_version()}, "
-        f"ONNX Runtime {onnxruntime.__version__}, uvicorn {uvicorn.__version__}",
+        "machine": describe_machine("onnxruntime-gpu", "onnxruntime", "uvicorn"),
     }
     with tempfile.TemporaryDirectory() as folder, progress(make_console(), "reliability", 2 + 2 * rounds) as advance:
         subject = _subject(config, Path(folder))
@@ -140,10 +135,11 @@ def markdown(record: dict[str, Any]) -> str:
     """The page of one record."""
     parts = [
         "# What a server survives",
-        f"Written by `{record['command']}` on {record['date']}: {record['machine']}. It serves `{record['model']}` "
-        "with `serve/run.py` and asks it from the same machine: server and clients share its cores. The record is "
+        f"Written by `{record['command']}`. It serves `{record['model']}` with `serve/run.py` and asks it from the "
+        "same machine: server and clients share its cores. The record is "
         "[reliability.json](benchmarks/reliability.json).",
-        _table(("", "bar", ""), [(TITLES[name], bar, "met" if met else "MISSED") for name, bar, met in _bars(record)]),
+        machine_table(record["machine"]),
+        table(("", "bar", ""), [(TITLES[name], bar, "met" if met else "MISSED") for name, bar, met in _bars(record)]),
     ]
     for name, explain in (("overload", _overload), ("drain", _drain), ("reload", _reload), ("kill", _kill)):
         parts += [f"## {TITLES[name]}", *explain(record[name])]
@@ -160,10 +156,10 @@ def _overload(rounds: list[dict[str, Any]]) -> list[str]:
     rss, accepted, refused = result["rss_mb"], result["accepted_ms"], result["refused_ms"]
     return [
         f"The server runs with `{' '.join(result['server'])}`. Clients that wait for their answer find its maximum:",
-        _table(("", "before", "after"), rows),
+        table(("", "before", "after"), rows),
         f"Then {result['offered_per_s']:.0f} requests a second are due for {result['seconds']:g} s, whatever becomes "
         f"of them; {result['sent']:,} of {result['due']:,} were sent. Times count from when a request was due.",
-        _table(
+        table(
             ("", ""),
             [
                 ("answers", _counts(result["statuses"])),
@@ -194,7 +190,7 @@ def _drain(rounds: list[dict[str, Any]]) -> list[str]:
         "32 connections ask without a pause. The server's log names every request that it began; each must have its "
         "answer. `lost` are requests that reached a connection when the server had closed it: it never read them, and "
         "a client may send them elsewhere.",
-        _table(("begun", "begun and lost", "answers", "time to leave", "exit status"), rows),
+        table(("begun", "begun and lost", "answers", "time to leave", "exit status"), rows),
     ]
 
 
@@ -220,7 +216,7 @@ def _kill(rounds: list[dict[str, Any]]) -> list[str]:
     return [
         "16 connections ask without a pause. What the killed worker was answering is lost, and asked once more with "
         "`serve/client.py`. Recovery is the time until a new process answers; the other worker answers meanwhile.",
-        _table(("answers", "answered on one retry", "recovery"), rows),
+        table(("answers", "answered on one retry", "recovery"), rows),
     ]
 
 
@@ -230,11 +226,6 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _times(milliseconds: dict[str, float]) -> str:
     return ", ".join(f"{value:.0f}" for value in milliseconds.values()) + " ms"
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

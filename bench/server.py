@@ -56,15 +56,16 @@ def command(config: ServerConfig) -> int:
     Answers are compared with the model's own first. A server that cannot be installed or started, answers wrongly
     or fails a request is a row with its reason. Exit status 1 where that is ours.
     """
-    import json
     from dataclasses import asdict
 
     from bench.latency import curves_of, draw_latencies
     from bench.load import refuse_without_tools
+    from bench.page import describe_machine, write_page
     from bench.served_nets import write_net
     from bench.server_page import markdown
     from bench.server_rounds import CONNECTIONS, open_field
     from bench.servers import SERVERS
+    from train.cores import num_cores
     from train.figure import png
     from train.files import write_whole
     from train.progress import make_console
@@ -79,7 +80,7 @@ def command(config: ServerConfig) -> int:
         "rounds": num_rounds,
         "seconds": seconds,
         "connections": CONNECTIONS,
-        "machine": _machine(),
+        "machine": describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
         "servers": [{"name": server.name, "note": server.note} for server in field.servers],
         "models": [],
     }
@@ -93,8 +94,7 @@ def command(config: ServerConfig) -> int:
     for model in record["models"]:
         figure = draw_latencies(curves_of(model["rows"], most), f"{model['title']}: {most} connections")
         console.print(f"wrote {write_whole(config.out / model['picture'], png(figure))}")
-    for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", markdown(record))):
-        console.print(f"wrote {write_whole(config.out / f'server{suffix}', text.encode())}")
+    console.print(write_page(config.out, "server", markdown(record), record))
     rows = [row for model in record["models"] for row in model["rows"]]
     return int(any(row["failed"] for row in rows if row["server"] == "ours"))
 
@@ -119,21 +119,6 @@ def _measure(
                     field.measure(server, net, rows, seconds=seconds, warm_up=not config.quick)
                     advance(note=f"{net.title}: {server.name}")
     return [(net, list(rows.values()), times) for net, rows, times in zip(nets, tables, alone, strict=True)]
-
-
-def _machine() -> dict[str, str]:
-    import os
-    import platform
-    from datetime import date
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return {
-        "processor": processor,
-        "cores": f"{len(os.sched_getaffinity(0))}: the server on core 0, wrk on core 1",
-        "python": platform.python_version(),
-        "date": date.today().isoformat(),
-    }
 
 
 if __name__ == "__main__":

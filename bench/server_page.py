@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.page import table
+from bench.page import machine_table, table
 
 OURS = "ours, raw body"
 # Times the throughput of each, at the most connections, for a model of up to so many multiplications.
@@ -38,7 +38,7 @@ def markdown(record: dict[str, Any]) -> str:
         "the model's own classes, and runs the servers in the other order than the round before. A row fails with "
         "its first status above 399, broken connection or timeout of 10 s. Ratios are medians of ratios within a "
         "round.",
-        table(["", ""], [[name, value] for name, value in record["machine"].items()]),
+        machine_table(record["machine"]),
         "How each server is set up; access logs of the others are off, and ONNX Runtime has one thread in all:",
         table(["server", "setup"], [[server["name"], server["note"]] for server in record["servers"]]),
         "Versions are in `bench/peers/*.txt` and `constraints.txt`.",

@@ -113,7 +113,7 @@ class _Contender:
         return 1024 * int(kibibytes[0]) if kibibytes else None
 
     def _images(self, num: int) -> Any:
-        from export.image_sets import random_images
+        from fold.image_sets import random_images
 
         return random_images(self._image, num)
 

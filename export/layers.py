@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from export.artefacts import Form
-from export.compare import TOLERANCES, Difference, Tolerance, difference
+from export.compare import TOLERANCES, Tolerance
+from train.difference import Difference, difference
 from train.figure import png
 from train.refusal import Refusal
 

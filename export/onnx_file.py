@@ -1,6 +1,5 @@
 """An ONNX file before any library builds it: whole, finite, and what it takes and gives."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from export.runtimes.header import read_header
 from export.runtimes.signature import Signature, generic_spec
 from train.files import read_whole, sha256
 from train.refusal import Refusal
@@ -63,8 +63,14 @@ def read_onnx(path: Path) -> OnnxFile:
     _refuse_what_is_not_finite(path, model)
     signature = _signature(path, model)
     output_dtype, num_classes = _answer(path, model)
-    name, spec, provenance = _identity(path, model, signature, num_classes)
-    return OnnxFile(path, model, sha256(content), weight_files, name, signature, output_dtype, spec, provenance)
+    header = read_header(path, content)
+    spec = header.spec or generic_spec(signature, num_classes=num_classes)
+    if len(spec.labels) != num_classes:
+        raise Refusal(
+            f"{path}: its spec has {len(spec.labels)} labels, its graph {num_classes} logits; export it again"
+        )
+    name = spec.name if header.spec else path.stem
+    return OnnxFile(path, model, sha256(content), weight_files, name, signature, output_dtype, spec, header.provenance)
 
 
 def dtype_name(kind: int) -> str:
@@ -122,21 +128,6 @@ def _answer(path: Path, model: onnx.ModelProto) -> tuple[str, int]:
         shown = [size or "N" for size in shape]
         raise Refusal(f"{path} answers {shown}; a classifier answers [N, K], one value for each of its K classes")
     return dtype_name(kind.elem_type), shape[1]
-
-
-def _identity(
-    path: Path, model: onnx.ModelProto, signature: Signature, num_classes: int
-) -> tuple[str, Spec, dict[str, Any]]:
-    """Name, spec and provenance from the metadata, or generic ones."""
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    if "spec" not in metadata:
-        return path.stem, generic_spec(signature, num_classes=num_classes), {}
-    spec = Spec.from_json(metadata["spec"])
-    if len(spec.labels) != num_classes:
-        raise Refusal(
-            f"{path}: its spec has {len(spec.labels)} labels, its graph {num_classes} logits; export it again"
-        )
-    return spec.name, spec, json.loads(metadata.get("provenance", "{}"))
 
 
 def _shape(kind: Any) -> tuple[int | None, ...]:

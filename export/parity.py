@@ -89,7 +89,7 @@ class Row:
 
     @property
     def worst(self) -> str:
-        from export.image_sets import EXTREMES
+        from fold.image_sets import EXTREMES
 
         index = self.comparison.worst_image
         return EXTREMES[index] if self.images == "extreme" else f"image {index}"
@@ -134,7 +134,7 @@ def _by_precision(form: "Form", other: "Form") -> tuple["Form", "Form"]:
 def _image_sets(forms: list["Form"], config: ParityConfig, console: "Console") -> dict[str, "np.ndarray"]:
     """Real images where the data set is at hand, random and extreme ones; refuses int8 and fp8 without real ones."""
     from export.compare import TOLERANCES
-    from export.image_sets import extreme_images, random_images, real_images
+    from fold.image_sets import extreme_images, random_images, real_images
     from train.refusal import Refusal
 
     image = forms[0].spec.image

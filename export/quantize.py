@@ -38,17 +38,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Drop:
-    """What eight bits cost on test images: top-1 accuracies, and the share of images that keep their class."""
+    """What eight bits cost on test images; true where they lose no more accuracy than allowed."""
 
     num_images: int
     float32_accuracy: float
-    accuracy: float
-    top1_agreement: float
+    accuracy: float  # top-1, as float32's
+    top1_agreement: float  # share of images that keep their class
     relative_error: float
 
     def __bool__(self) -> bool:
-        """Whether more accuracy is lost than allowed."""
-        return self.float32_accuracy - self.accuracy > ALLOWED_DROP
+        return self.float32_accuracy - self.accuracy <= ALLOWED_DROP
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ EightBits = Literal["int8", "fp8"]
 EIGHT_BITS: tuple[EightBits, ...] = ("int8", "fp8")
 DEFAULT_LOWERING = "shared"  # of the forms with one convolution per layer the fastest on CPUs
 
-Made = tuple["onnx.ModelProto", dict[str, Any], bool]  # a graph, what it says of itself, whether it loses too much
+Made = tuple["onnx.ModelProto", dict[str, Any], bool]  # a graph, what it says of itself, whether accuracy is kept
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def command(config: ToOnnxConfig) -> int:
     console = make_console(json=config.json)
     plain = load_plain(config.plain)
     if config.precision in EIGHT_BITS:
-        model, record, lost = _eight_bits(plain, config, config.precision, console)
+        model, record, kept = _eight_bits(plain, config, config.precision, console)
     else:
-        model, record, lost = _floats(plain, config, console)
+        model, record, kept = _floats(plain, config, console)
     record = {"plain_sha256": plain.sha256, "precision": config.precision, "opset": OPSET, **record}
     probe = record_probe(answerer(model)(probe_images(plain.spec.image)))
     set_provenance(model, {**plain.provenance, "export": {**record, "probe": probe}})
@@ -89,7 +89,7 @@ def command(config: ToOnnxConfig) -> int:
     console.print(f"wrote {out}: {what}, {len(content) / 1e6:.2f} MB")
     if config.json:
         print(json.dumps({"out": str(out), "sha256": sha256(content), "bytes": len(content), **record}))
-    return int(lost and not config.allow_drop)
+    return int(not kept and not config.allow_drop)
 
 
 def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
@@ -100,12 +100,11 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     if config.lowering == "auto":
         record = _fastest(plain, config, console)
     model = to_onnx(lower(plain.net, record["lowering"]), plain.spec, {}, precision=config.precision)
-    return model, record, False
+    return model, record, True
 
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
-    import os
     from dataclasses import asdict
 
     from rich.table import Table
@@ -114,6 +113,7 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     from export.runtimes.offline import ort
     from export.timing import ROUNDS, fastest, time_models
     from fold.lower import distinct_lowerings, lower
+    from train.cores import num_cores
     from train.progress import progress
 
     candidates = distinct_lowerings(plain.net)
@@ -131,7 +131,7 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     return {
         "lowering": fastest(rows),
         "timings": [asdict(row) for row in rows],
-        "timed_on": f"ONNX Runtime {ort.__version__}, CPU, {len(os.sched_getaffinity(0))} cores",
+        "timed_on": f"ONNX Runtime {ort.__version__}, CPU, {num_cores()} cores",
     }
 
 
@@ -159,8 +159,7 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
         )
     drop = _test(to_onnx(plain.net, plain.spec, {}), quantized.model, test, console)
     _print(console, quantized.candidates, drop)
-    lost = bool(drop)
-    if lost:
+    if not drop:
         print(
             f"more than {100 * ALLOWED_DROP:.1f} points of test accuracy are lost"
             + ("" if config.allow_drop else ": exit status 1; --allow-drop accepts it"),
@@ -176,7 +175,7 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
         },
         "test": asdict(drop),
     }
-    return quantized.model, record, lost
+    return quantized.model, record, bool(drop)
 
 
 def _images(plain: "Plain", config: ToOnnxConfig) -> tuple[Any, Any, Any]:

@@ -55,29 +55,17 @@ def import_original(path: Path, *, image_size: int | None = None) -> "Checkpoint
     Family, depth, width and classes come from the shapes of the tensors. Refuses a file with anything
     but tensors and plain containers in it, and names or shapes that no published net has.
     """
-    import torch
-
     from train.checkpoint import Checkpoint, load_net
     from train.files import read_whole, sha256
 
     content = read_whole(path)
     numbers = _read(path, content)
     spec = _infer_spec(path, numbers, image_size)
-    checkpoint = Checkpoint(
-        spec=spec,
-        model=_renamed(numbers),
-        optimizer={},
-        scaler={},
-        config={
-            "dataset": {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder"),
-            "authors_sha256": sha256(content),
-        },
-        epoch=0,
-        step=0,
-        totals={},
-        history=[],
-        rng_state=torch.get_rng_state(),
-    )
+    config = {
+        "dataset": {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder"),
+        "authors_sha256": sha256(content),
+    }
+    checkpoint = Checkpoint.fresh(spec, _renamed(numbers), config)
     load_net(checkpoint)  # refuses tensors that do not fit the spec
     return checkpoint
 

@@ -10,21 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from fold.plain import named_layers
+from train.difference import FLOAT32_TOLERANCE, difference, keeps_class, share
 
-# Folding reorders a few hundred roundings of 2^-53 per layer, which leaves 1e-15 to 1e-13 of the output;
+# In float64 folding reorders a few hundred roundings of 2^-53 per layer, which leaves 1e-15 to 1e-13 of the output;
 # a wrong fold changes its first digits. Anything between the two is a bug.
-FLOAT64_TOLERANCE = 1e-9
-# Roundings of 2^-24 in sums of n terms over L layers add up to about sqrt(L n) 2^-24 of the output: 2e-5
-# for 34 layers of 2,304 terms, 5e-5 for 400 layers; twice that is allowed.
-FLOAT32_TOLERANCE = 1e-4
+TOLERANCES = {"float64": 1e-9, "float32": FLOAT32_TOLERANCE}
 # PyTorch's float64 convolution spreads a whole batch out before it multiplies: 64 images at once take ten times
 # as long as eight at a time.
 BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Two answers to the same images: the largest difference, and the same as a share of the largest output."""
+class Row:
+    """What one kind of images says of a layer or of the logits; differences as in `Difference`."""
 
     what: str  # "logits" or a layer's name
     images: str  # "random" or "real"
@@ -39,8 +37,8 @@ class Difference:
 class Proof:
     """True where every difference is within tolerance; carries all of them."""
 
-    ends: tuple[Difference, ...]
-    layers: tuple[Difference, ...]
+    ends: tuple[Row, ...]
+    layers: tuple[Row, ...]
 
     def __bool__(self) -> bool:
         return not self.failures()
@@ -49,9 +47,9 @@ class Proof:
         """A clause for each difference beyond tolerance; NaN is beyond it."""
         return [
             f"{end.precision} logits on {end.images} images differ by {end.relative:.1e} (tolerance "
-            f"{_tolerance(end.precision):.0e}), top-1 on {end.top1_changes} of {end.num_images}"
+            f"{TOLERANCES[end.precision]:.0e}), top-1 on {end.top1_changes} of {end.num_images}"
             for end in self.ends
-            if not end.relative <= _tolerance(end.precision) or end.top1_changes
+            if not end.relative <= TOLERANCES[end.precision] or end.top1_changes
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,8 +71,8 @@ def prove(
         "float64": (deepcopy(net).double().eval(), plain),
         "float32": (net.eval(), deepcopy(plain).float()),
     }
-    ends: list[Difference] = []
-    layers: list[Difference] = []
+    ends: list[Row] = []
+    layers: list[Row] = []
     for kind, images in image_sets.items():
         for precision, pair in nets.items():
             of_layers, end = _compare(*pair, images, kind, precision, advance)
@@ -91,7 +89,7 @@ def _compare(
     kind: str,
     precision: str,
     advance: Callable[[int], None],
-) -> tuple[list[Difference], Difference]:
+) -> tuple[list[Row], Row]:
     """All layers and the logits; both nets run side by side, so that no more than a layer's outputs are held."""
     names = weighted_layers(plain)
     logits: list[tuple[Tensor, Tensor]] = []
@@ -103,21 +101,14 @@ def _compare(
             largest[name].append(((before - after).abs().max(), before.abs().max()))
         logits.append((before.double(), after.double()))  # a net ends in its classifier
         advance(len(batch))
-    layers: list[Difference] = []
+    layers: list[Row] = []
     for name, found in largest.items():
         max_abs, scale = (torch.stack(part).max().item() for part in zip(*found, strict=True))
-        layers.append(Difference(name, kind, precision, len(images), max_abs, _relative(max_abs, scale), 0))
-    before, after = (torch.cat(side) for side in zip(*logits, strict=True))
-    return layers, _compare_logits(before, after, kind, precision)
-
-
-def _compare_logits(before: Tensor, after: Tensor, kind: str, precision: str) -> Difference:
-    max_abs, scale = (before - after).abs().max().item(), before.abs().max().item()
-    # A class that the reference itself puts within the tolerance of the best one is a tie, not a change.
-    chosen = before.gather(1, after.argmax(1, keepdim=True))
-    behind = before.max(1, keepdim=True).values - chosen
-    changes = int((behind > 2 * _tolerance(precision) * scale).sum())
-    return Difference("logits", kind, precision, len(before), max_abs, _relative(max_abs, scale), changes)
+        layers.append(Row(name, kind, precision, len(images), max_abs, share(max_abs, scale), 0))
+    before, after = (torch.cat(side).numpy() for side in zip(*logits, strict=True))
+    end = difference(before, after)
+    changes = int((~keeps_class(before, after, tolerance=TOLERANCES[precision])).sum())
+    return layers, Row("logits", kind, precision, len(images), end.max_abs, end.relative, changes)
 
 
 def weighted_layers(plain: nn.Sequential) -> list[str]:
@@ -147,11 +138,3 @@ def _batch_norms(net: nn.Sequential, *, kept: Container[str]) -> dict[str, str]:
         for (before, _), (name, layer) in pairwise(named_layers(net))
         if isinstance(layer, normalized) and name not in kept
     }
-
-
-def _relative(max_abs: float, scale: float) -> float:
-    return max_abs / scale if scale else (0.0 if max_abs == 0 else float("inf"))
-
-
-def _tolerance(precision: str) -> float:
-    return {"float64": FLOAT64_TOLERANCE, "float32": FLOAT32_TOLERANCE}[precision]

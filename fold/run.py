@@ -12,13 +12,9 @@ from train.cli import run_command
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
     from fold.proof import Proof
-    from train.checkpoint import Checkpoint
-    from train.spec import ImageSpec
 
-NUM_RANDOM = 64
 EXAMPLES = (
     "python fold/run.py runs/digits-16-1/checkpoint.pt      # writes plain.safetensors beside it",
     "python fold/run.py runs/digits-16-1/best.pt --out best.safetensors --json",
@@ -41,6 +37,7 @@ def command(config: FoldConfig) -> int:
 
     import torch
 
+    from fold.image_sets import random_images, real_images
     from fold.plain import fold_net, save_plain
     from fold.proof import prove
     from train.checkpoint import load_checkpoint, load_net
@@ -54,11 +51,13 @@ def command(config: FoldConfig) -> int:
     checkpoint = load_checkpoint(config.checkpoint)
     net = load_net(checkpoint)
     plain = fold_net(net)
-    image_sets = {"random": _random_images(checkpoint.spec.image)}
-    try:
-        image_sets["real"] = _real_images(checkpoint, config)
-    except Refusal as refusal:
-        console.print(f"no real images, the proof is on random ones alone: {refusal}")
+    image = checkpoint.spec.image
+    image_sets = {"random": torch.as_tensor(random_images(image))}
+    real, missing = real_images(image, checkpoint.config, num=config.images, data_dir=config.data_dir)
+    if real is None:
+        console.print(f"no real images, the proof is on random ones alone: {missing}")
+    else:
+        image_sets["real"] = torch.as_tensor(real)
     with progress(console, "proving", 2 * sum(map(len, image_sets.values()))) as advance:
         proof = prove(net, plain, image_sets, advance=advance)
     _print_table(console, proof)
@@ -80,31 +79,6 @@ def command(config: FoldConfig) -> int:
     if config.json:
         print(json.dumps({"out": str(out), "logits": [asdict(end) for end in proof.ends]}))
     return 0
-
-
-def _random_images(image: "ImageSpec") -> "Tensor":
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    shape = (NUM_RANDOM, image.height, image.width, image.channels)
-    return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-
-
-def _real_images(checkpoint: "Checkpoint", config: FoldConfig) -> "Tensor":
-    """Test images [N, H, W, C] of the data set that the net was trained on; refuses where it is not here."""
-    import torch
-
-    from train import data
-
-    recorded = checkpoint.config
-    data_dir = config.data_dir or (Path(recorded["data_dir"]) if recorded.get("data_dir") else None)
-    dataset = data.load(
-        recorded["dataset"],
-        data_dir=data_dir,
-        image_size=checkpoint.spec.image.height,
-        skip_unreadable=recorded.get("skip_unreadable", False),
-    )
-    return torch.as_tensor(dataset.test.first(config.images))
 
 
 def _print_table(console: "Console", proof: "Proof") -> None:

@@ -34,21 +34,6 @@ _PAGE_HEADERS = {
     "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
 }
-_PREDICT_PROBLEMS = problems.documented(
-    problems.BAD_REQUEST,
-    problems.UNAUTHORIZED,
-    problems.TIMEOUT,
-    problems.TOO_LARGE,
-    problems.TOO_MANY_IMAGES,
-    problems.TOO_MANY_PIXELS,
-    problems.MEDIA_TYPE_UNKNOWN,
-    problems.UNDECODABLE,
-    problems.INTERNAL,
-    problems.NOT_A_NUMBER,
-    problems.NOT_READY,
-    problems.OVERLOADED,
-    problems.DEADLINE,
-)
 
 
 class _App(FastAPI):
@@ -136,7 +121,9 @@ def _warm_up(served: Served, max_batch: int) -> None:
 
 
 def _add_predict(app: FastAPI) -> None:
-    @app.post("/predict", responses=_PREDICT_PROBLEMS, openapi_extra={"requestBody": REQUEST_BODY})
+    @app.post(
+        "/predict", responses=problems.documented(*problems.OF_PREDICTION), openapi_extra={"requestBody": REQUEST_BODY}
+    )
     async def predict(
         top_k: Annotated[int, Query(ge=1, description="classes per image; above the model's number: all")] = TOP_K,
     ) -> Prediction:

@@ -44,8 +44,7 @@ class Form:
     @property
     def export(self) -> dict[str, Any]:
         """What the export recorded; empty for somebody else's net."""
-        own = "spec" in self.header.metadata
-        return json.loads(self.header.metadata.get("provenance", "{}")).get("export", {}) if own else {}
+        return self.header.provenance.get("export", {})
 
 
 Candidate = tuple[Form, RuntimeName]

@@ -42,6 +42,22 @@ NOT_A_NUMBER = Kind("not-a-number", 500, "The model gave values that are no numb
 NOT_READY = Kind("not-ready", 503, "The server is starting or stopping")
 OVERLOADED = Kind("overloaded", 503, "Too much is waiting")
 DEADLINE = Kind("deadline", 504, "The answer took too long")
+# What a request for a prediction may end with, whichever way it is asked.
+OF_PREDICTION = (
+    BAD_REQUEST,
+    UNAUTHORIZED,
+    TIMEOUT,
+    TOO_LARGE,
+    TOO_MANY_IMAGES,
+    TOO_MANY_PIXELS,
+    MEDIA_TYPE_UNKNOWN,
+    UNDECODABLE,
+    INTERNAL,
+    NOT_A_NUMBER,
+    NOT_READY,
+    OVERLOADED,
+    DEADLINE,
+)
 
 
 class Problem(Exception):

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from export.compare import TOLERANCES, difference
+from export.compare import TOLERANCES
 from export.runtimes.probe import SEED, probe_images
 from export.runtimes.runtime import Runtime
 from serve.batcher import Batcher, Served
+from train.difference import difference
 from train.refusal import Refusal
 
 _log = logging.getLogger(__name__)

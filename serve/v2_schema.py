@@ -75,20 +75,5 @@ INFER_REQUEST: dict[str, Any] = {
 }
 INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "One row per image.", "content": {"application/json": {"schema": _ANSWER}, **_BINARY}},
-    **problems.documented(
-        problems.BAD_REQUEST,
-        problems.UNAUTHORIZED,
-        problems.NOT_FOUND,
-        problems.TIMEOUT,
-        problems.TOO_LARGE,
-        problems.TOO_MANY_IMAGES,
-        problems.TOO_MANY_PIXELS,
-        problems.MEDIA_TYPE_UNKNOWN,
-        problems.UNDECODABLE,
-        problems.INTERNAL,
-        problems.NOT_A_NUMBER,
-        problems.NOT_READY,
-        problems.OVERLOADED,
-        problems.DEADLINE,
-    ),
+    **problems.documented(*problems.OF_PREDICTION, problems.NOT_FOUND),
 }

@@ -1,3 +1,4 @@
+import socket
 import sys
 from pathlib import Path
 
@@ -61,6 +62,13 @@ def make_net(make_spec):
         return net.eval()
 
     return make
+
+
+@pytest.fixture
+def port():
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
 
 
 @pytest.fixture

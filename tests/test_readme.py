@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +24,7 @@ def argv_of(line, port):
 
 
 @pytest.mark.slow
-def test_the_road_one_step_at_a_time_works_as_written(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+def test_the_road_one_step_at_a_time_works_as_written(tmp_path, port):
     servers = []
     try:
         for line in LINES:

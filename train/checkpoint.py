@@ -3,7 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -35,6 +35,12 @@ class Checkpoint:
     rng_state: torch.Tensor  # torch's global generator
     test_accuracy: float | None = None  # read once, after the last epoch
     sha256: str = ""  # of the file it came from
+
+    @classmethod
+    def fresh(cls, spec: Spec, model: dict[str, torch.Tensor], config: dict[str, Any], **moment: Any) -> Self:
+        """A net that has no training behind it; `moment` is what it has of the rest."""
+        start = {"optimizer": {}, "scaler": {}, "epoch": 0, "step": 0, "totals": {}, "history": []}
+        return cls(spec=spec, model=model, config=config, rng_state=torch.get_rng_state(), **start | moment)
 
     def training_record(self) -> dict[str, Any]:
         """What later artefacts say of this run."""

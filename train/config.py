@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 from train.recipes import Recipe, Schedule, recipe
 from train.refusal import Refusal
-from train.spec import Family, Nonlinearity, Parameterization
+from train.spec import DatasetName, Family, Nonlinearity, Parameterization
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """None stands for what suits the family, or for the recipe's value; `resolved` fills them in."""
 
-    dataset: Annotated[Literal["digits", "fashion-mnist", "cifar10", "cifar100", "folder"], "what to learn"] = "digits"
+    dataset: Annotated[DatasetName, "what to learn"] = "digits"
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     download: Annotated[bool, "let torchvision download the data set"] = False
     image_size: Annotated[int, "side of the input in pixels, for --dataset folder"] = 32

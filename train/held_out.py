@@ -3,19 +3,20 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.cli import run_command
+from train.spec import Published
 
 EXAMPLES = ("python train/held_out.py --dataset digits --out held-out --count 10",)
 
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    dataset: Annotated[Literal["digits", "fashion-mnist", "cifar10", "cifar100"], "whose test images"] = "digits"
+    dataset: Annotated[Published, "whose test images"] = "digits"
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     out: Annotated[Path, "folder for files named LABEL_INDEX.png"] = Path("held-out")
     count: Annotated[int, "how many, from the start of the test images"] = 10

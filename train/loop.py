@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from train.augment import augment, erase
 from train.data import Part, Split
+from train.distributed import World
 from train.folder import Files
 from train.layers import DiracConv2d
 from train.stream import stream
@@ -70,12 +71,10 @@ def batches(
     epoch: int,
     first_step: int,
     seed: int,
-    device: str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
+    world: World,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """One epoch from `first_step` on: the part of each batch that falls to process `rank` of `world_size`.
+    """One epoch from `first_step` on: the part of each batch that falls to this process of `world`.
 
     What a batch holds depends on (seed, epoch, step) alone, not on how many processes or workers share it.
     Files that cannot be read are missing from it, so that it may be empty.
@@ -83,8 +82,8 @@ def batches(
     order = np.random.default_rng((seed, epoch)).permutation(len(split))
     steps = range(first_step, steps_per_epoch(len(split), batch_size))
     picked = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
-    share = batch_size // world_size
-    mine = slice(rank * share, (rank + 1) * share)
+    share = batch_size // world.size
+    mine = slice(world.rank * share, (world.rank + 1) * share)
     if isinstance(split, Files):
         loaded = stream(
             split,
@@ -95,9 +94,9 @@ def batches(
             workers=workers,
         )
     else:
-        loaded = _from_memory(split, picked, augmentation, mine, [(seed, epoch, step) for step in steps], device)
+        loaded = _from_memory(split, picked, augmentation, mine, [(seed, epoch, step) for step in steps], world.device)
     for step, (images, targets) in zip(steps, loaded, strict=True):
-        images, targets = images.to(device), targets.to(device)
+        images, targets = images.to(world.device), targets.to(world.device)
         if augmentation.erase:
             generator = _keyed((seed, epoch, step, 1))
             images = erase(

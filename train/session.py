@@ -18,13 +18,13 @@ from train.cli import given_arguments
 from train.config import Settings, TrainConfig
 from train.distributed import World, joined
 from train.families import count_parameters, outline
-from train.loop import Augmentation, evaluate, steps_per_epoch, to_device
+from train.loop import evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, keep_large_buffers
 from train.progress import make_console, progress, track
 from train.refusal import Refusal
 from train.report import describe_row, draw_learning_curve, write_metrics
 from train.spec import Spec
-from train.steps import Session, make_augmentation, make_spec, start, take_steps
+from train.steps import Session, Step, make_augmentation, make_spec, start, take_steps
 
 # What may differ between a run and its resumption without changing a single bit of it.
 FREE_TO_CHANGE = ("data_dir", "download", "device", "workers", "out", "resume", "json", "describe")
@@ -129,33 +129,25 @@ def _epochs(session: Session, state: Checkpoint, dataset: data.Dataset, stopped:
     if config.compile:
         net = torch.compile(net)  # a Module, whatever torch's annotations say
         assert isinstance(net, nn.Module)
+    num_steps = steps_per_epoch(len(rest), batch_size)
     for epoch in range(state.epoch, config.epochs):
-        state = _epoch(session, state, net, rest, augmentation, batch_size, epoch, stopped)
+        steps = take_steps(session, net, rest, augmentation, batch_size=batch_size, epoch=epoch, first=state.step)
+        state = _epoch(session, state, steps, num_steps, stopped)
         if state.epoch == epoch:
             return state  # stopped in the middle
-        num_picked = batch_size * steps_per_epoch(len(rest), batch_size)
-        state = _close_epoch(session, state, held, num_picked=num_picked)
+        state = _close_epoch(session, state, held, num_picked=batch_size * num_steps)
         if world.any(stopped["now"]):
             break
     return state
 
 
 def _epoch(
-    session: Session,
-    state: Checkpoint,
-    net: nn.Module,
-    split: data.Part,
-    augmentation: Augmentation,
-    batch_size: int,
-    epoch: int,
-    stopped: dict[str, bool],
+    session: Session, state: Checkpoint, steps: Iterator[Step], num_steps: int, stopped: dict[str, bool]
 ) -> Checkpoint:
-    """One epoch from `state.step` on; the sums of this epoch are in the totals of what it gives."""
-    config, world = session.config, session.world
-    num_steps = steps_per_epoch(len(split), batch_size)
+    """Take an epoch's `steps` from `state.step` on; the sums of this epoch are in the totals of what it gives."""
+    config, world, epoch = session.config, session.world, state.epoch
     images, sums, lr = 0, torch.zeros(2, dtype=torch.float64, device=world.device), 0.0
     start, next_step = time.monotonic(), state.step
-    steps = take_steps(session, net, split, augmentation, batch_size=batch_size, epoch=epoch, first=state.step)
     with progress(session.console, f"epoch {epoch + 1}/{config.epochs}", num_steps, done=state.step) as advance:
         for step in steps:
             images, sums, lr, next_step = images + step.images, sums + step.sums, step.lr, step.number + 1
@@ -204,18 +196,7 @@ def _close_epoch(session: Session, state: Checkpoint, held: data.Part, *, num_pi
 
 
 def _begin(config: Settings, spec: Spec, command: str) -> Checkpoint:
-    return Checkpoint(
-        spec=spec,
-        model={},
-        optimizer={},
-        scaler={},
-        config={**_recorded(config), "command": command},
-        epoch=0,
-        step=0,
-        totals=_no_totals(),
-        history=[],
-        rng_state=torch.get_rng_state(),
-    )
+    return Checkpoint.fresh(spec, {}, {**_recorded(config), "command": command}, totals=_no_totals())
 
 
 def _resume(path: Path, session: Session, spec: Spec) -> Checkpoint:

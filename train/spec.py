@@ -11,6 +11,8 @@ Nonlinearity = Literal["ncrelu", "relu"]
 # How a convolution's weight is made: eq. 4, eq. 4 with an a and a b for every output channel (the authors'
 # second release), eq. 3, eq. 14, and W alone (the paper's baseline).
 Parameterization = Literal["dirac", "per-channel", "unnormalized", "delta", "plain"]
+Published = Literal["digits", "fashion-mnist", "cifar10", "cifar100"]  # data sets of one content and one set of labels
+DatasetName = Literal[Published, "folder"]
 
 
 @dataclass(frozen=True)

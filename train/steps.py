@@ -97,9 +97,7 @@ def take_steps(
         epoch=epoch,
         first_step=first,
         seed=config.seed,
-        device=world.device,
-        rank=world.rank,
-        world_size=world.size,
+        world=world,
         workers=config.workers,
     ):
         done = (epoch + batch.step / num_steps) / config.epochs

@@ -1,10 +1,13 @@
 """What an ONNX file says of itself, read without any library: the graph is skipped over."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.refusal import Refusal
+from train.spec import Spec
 
 # Field numbers of onnx.proto.
 _MODEL_OPSETS, _MODEL_METADATA = 8, 14
@@ -15,6 +18,16 @@ _FIRST, _SECOND = 1, 2  # a metadata entry's key and value; the domain of a set 
 class Header:
     metadata: dict[str, str]  # "spec" and "provenance", as JSON, in a file of ours
     domains: tuple[str, ...]  # of its operators; "" is ONNX's own
+
+    @property
+    def spec(self) -> Spec | None:
+        """None in somebody else's file."""
+        return Spec.from_json(self.metadata["spec"]) if "spec" in self.metadata else None
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What training, fold and export recorded; empty in somebody else's file."""
+        return json.loads(self.metadata.get("provenance", "{}")) if "spec" in self.metadata else {}
 
 
 def read_header(path: Path, content: bytes) -> Header:

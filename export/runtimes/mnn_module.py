@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -46,8 +45,7 @@ class MnnModule:
             raise Refusal(f"{path} {reason}; use --runtime onnxruntime")
         spec = Spec.from_json(header.metadata["spec"])
         self._forward, self._to_input = _load(path, content, num_threads or num_cores())
-        digest, provenance = sha256(content), _provenance(header)
-        self.model = Model(name=spec.name, digest=digest, spec=spec, provenance=provenance, num_bytes=len(content))
+        self.model = Model(spec.name, sha256(content), spec, header.provenance, num_bytes=len(content))
         self.description = "MNN, CPU"
         self.library = f"MNN {version()}"
 
@@ -68,14 +66,10 @@ def why_not(header: Header) -> str | None:
     """Why MNN does not run a file as it is meant, or None: foreign nets, float16 and eight bits are not for it."""
     if "spec" not in header.metadata:
         return "is no model of this project"
-    precision = _provenance(header).get("export", {}).get("precision", "fp32")
+    precision = header.provenance.get("export", {}).get("precision", "fp32")
     if precision != "fp32" or set(header.domains) != {""}:
         return f"is {precision} with operators that MNN does not run"
     return None
-
-
-def _provenance(header: Header) -> dict[str, Any]:
-    return json.loads(header.metadata.get("provenance", "{}"))
 
 
 def _load(path: Path, content: bytes, num_threads: int) -> tuple[Any, Any]:

@@ -1,17 +1,16 @@
 """ONNX Runtime: an .onnx file made callable on the best provider that can really load."""
 
 import ctypes
-import json
 from pathlib import Path
 
 import numpy as np
 
+from export.runtimes.header import read_header
 from export.runtimes.offline import ort
 from export.runtimes.runtime import Model
 from export.runtimes.signature import Signature, generic_spec, pad
 from train.files import read_whole, sha256
 from train.refusal import Refusal
-from train.spec import Spec
 
 
 class OnnxSession:
@@ -39,15 +38,11 @@ class OnnxSession:
             self._session = ort.InferenceSession(content, options, providers=asked)
         except Exception as error:  # ONNX Runtime raises a private hierarchy of its own
             raise Refusal(f"{path} cannot be loaded as an ONNX model: {_first_line(error)}") from error
-        metadata = self._session.get_modelmeta().custom_metadata_map
         self._signature = _signature(path, self._session)
-        if "spec" in metadata:
-            spec = Spec.from_json(metadata["spec"])
-            name, provenance = spec.name, json.loads(metadata.get("provenance", "{}"))
-        else:
-            spec = generic_spec(self._signature, num_classes=self._count_classes(path))
-            name, provenance = path.stem, {}
-        self.model = Model(name, sha256(content), spec, provenance, num_bytes=len(content))
+        header = read_header(path, content)
+        spec = header.spec or generic_spec(self._signature, num_classes=self._count_classes(path))
+        name = spec.name if header.spec else path.stem
+        self.model = Model(name, sha256(content), spec, header.provenance, num_bytes=len(content))
         self.provider = self._session.get_providers()[0]  # what it really uses
         self.description = f"ONNX Runtime, {self.provider}"
         self.library = f"onnxruntime {ort.__version__}"

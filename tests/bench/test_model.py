@@ -211,7 +211,7 @@ def test_graphs_answer_what_the_plain_net_answers(small, tmp_path):
 
 
 def model_rows_images(num: int) -> np.ndarray:
-    from export.image_sets import random_images
+    from fold.image_sets import random_images
 
     return random_images(cifar_image(), num)
 

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from export.compare import FLOAT32_TOLERANCE, TOLERANCES, Tolerance, compare, difference
+from export.compare import TOLERANCES, Tolerance, compare
+from train.difference import FLOAT32_TOLERANCE, difference
 
 LOGITS = np.array([[1.0, 0.0], [0.0, 1.0]])
 

@@ -165,8 +165,8 @@ def test_a_drop_counts_what_is_lost():
     logits[3] = [9, 0, 0, 0]
     drop = measure_drop(reference, logits, np.arange(4))
     assert (drop.float32_accuracy, drop.accuracy, drop.top1_agreement, drop.num_images) == (1, 0.75, 0.75, 4)
-    assert drop
-    assert not measure_drop(reference, reference + 7.0, np.arange(4))  # what all classes share changes nothing
+    assert not drop
+    assert measure_drop(reference, reference + 7.0, np.arange(4))  # what all classes share changes nothing
     assert relative_error(reference, reference + 7.0) == pytest.approx(0, abs=1e-12)
     assert top1_agreement(reference, -reference) == 0
 

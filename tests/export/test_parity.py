@@ -9,8 +9,8 @@ from export import parity
 from export import to_onnx as to_onnx_command
 from export.compare import TOLERANCES, compare
 from export.graph import to_onnx
-from export.image_sets import EXTREMES
 from fold import run as fold
+from fold.image_sets import EXTREMES
 from fold.plain import load_plain, save_plain
 from train import run as train
 from train.cli import run_command

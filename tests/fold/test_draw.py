@@ -1,6 +1,5 @@
 import pytest
 import reference
-import torch
 from PIL import Image
 
 from fold.draw import DrawConfig, central_slices, command
@@ -13,18 +12,7 @@ def checkpoint(tmp_path, make_net, make_spec):
     """`checkpoint(**fields)` gives the path of a small net's checkpoint."""
 
     def make(**fields):
-        state = Checkpoint(
-            spec=make_spec(**fields),
-            model=make_net(**fields).state_dict(),
-            optimizer={},
-            scaler={},
-            config={},
-            epoch=1,
-            step=0,
-            totals={},
-            history=[],
-            rng_state=torch.get_rng_state(),
-        )
+        state = Checkpoint.fresh(make_spec(**fields), make_net(**fields).state_dict(), {}, epoch=1)
         save_checkpoint(tmp_path / "checkpoint.pt", state)
         return tmp_path / "checkpoint.pt"
 

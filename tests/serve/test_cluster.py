@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -83,10 +82,8 @@ def replicas(cluster):
 
 @needs_ray
 @pytest.mark.slow
-def test_a_killed_replica_loses_no_request_that_is_tried_once_more(two_nodes, artefact, pixels, encode, tmp_path):
+def test_a_killed_replica_loses_no_request_that_is_tried_once_more(two_nodes, artefact, pixels, encode, tmp_path, port):
     cluster, address = two_nodes
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     config = tmp_path / "cluster.toml"
     config.write_text(
         f'[cluster]\naddress = "{address}"\n[http]\nport = {port}\n[replicas]\nfewest = 2\nmost = 2\ncpus = 1\n'

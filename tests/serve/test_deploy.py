@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
@@ -137,7 +136,7 @@ def image(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_image_holds_is_enough_to_serve(image, pixels, encode):
+def test_what_the_image_holds_is_enough_to_serve(image, pixels, encode, port):
     allowed = in_the_image()
     absent = {
         module
@@ -146,8 +145,6 @@ def test_what_the_image_holds_is_enough_to_serve(image, pixels, encode):
     }
     absent = (absent | {"fold", "tests"}) - {"train", "export", "serve"}
     assert {"torch", "onnx", "httpx", "rich"} <= absent
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     _, entry = json.loads(last("ENTRYPOINT"))
     model, *rest = json.loads(last("CMD"))
     program = f"ABSENT = {absent!r}\n{PROGRAM}"

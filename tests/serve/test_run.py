@@ -294,13 +294,11 @@ def test_workers_that_cannot_start_end_the_supervisor(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_starts_asks_and_stops(artefact, tmp_path, pixels, encode, taken_port):
+def test_the_demo_starts_asks_and_stops(artefact, tmp_path, pixels, encode, taken_port, port):
     folder = tmp_path / "held-out"
     folder.mkdir()
     for index in range(10):  # whatever the net says of one image, one of ten labels is right
         (folder / f"label {index}_{index}.png").write_bytes(encode(pixels[0]))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     for _ in range(2):  # the second run replaces the first one's server
         done = subprocess.run(
             command("demo.py", artefact, "--images", folder, "--port", port), capture_output=True, text=True

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from train import data
 from train.checkpoint import load_checkpoint
+from train.distributed import World
 from train.families import build
 from train.initialize import initialize
 from train.loop import Augmentation, batches
@@ -32,13 +33,13 @@ from test_distributed import gradients
 from train.distributed import joined
 with joined("cpu") as world:
     for mode in ("train", "eval"):
-        found = gradients(mode, world.rank, world.size, wrap=world.wrap)
+        found = gradients(mode, world, wrap=world.wrap)
         torch.save(found, f"{{sys.argv[1]}}/{{mode}}{{world.rank}}.pt")
     assert world.any(world.rank == 1) and not world.any(False)
 """
 
 
-def gradients(mode, rank=0, world_size=1, wrap=lambda net: net):
+def gradients(mode, world, wrap=lambda net: net):
     """Of the mean loss over a process's share of one augmented batch; "eval" leaves batch statistics out."""
     digits = data.load("digits")
     torch.manual_seed(0)
@@ -46,8 +47,8 @@ def gradients(mode, rank=0, world_size=1, wrap=lambda net: net):
     initialize(net, a=1.0, b=0.1, std=0.03)
     net.train(mode == "train")
     augmentation = Augmentation(flip=True, crop=1, smallest_crop=1.0)
-    settings = {"batch_size": 64, "epoch": 0, "first_step": 0, "seed": 0}
-    batch = next(batches(digits.train, augmentation, rank=rank, world_size=world_size, **settings))
+    settings = {"batch_size": 64, "epoch": 0, "first_step": 0, "seed": 0, "world": world}
+    batch = next(batches(digits.train, augmentation, **settings))
     shared = wrap(net)
     functional.cross_entropy(shared(batch.images), batch.targets).backward()
     return {name: parameter.grad for name, parameter in net.named_parameters()}
@@ -72,8 +73,8 @@ def test_the_gradients_of_two_processes_are_those_of_one(tmp_path):
     for mode in ("train", "eval"):
         of_two = [torch.load(tmp_path / f"{mode}{rank}.pt", weights_only=True) for rank in (0, 1)]
         # Batch statistics are each process's own: one process has them when it takes the shares one by one.
-        shares = [gradients(mode, rank, 2) for rank in (0, 1)]
-        whole = gradients(mode)
+        shares = [gradients(mode, World(rank, 2)) for rank in (0, 1)]
+        whole = gradients(mode, World())
         for name, gradient in of_two[0].items():
             assert torch.equal(gradient, of_two[1][name])
             tolerance = {"rtol": 0, "atol": 1e-6 * max(1.0, gradient.abs().max().item())}

@@ -9,6 +9,7 @@ from train import data
 from train.checkpoint import load_checkpoint
 from train.cli import run_command
 from train.config import TrainConfig
+from train.distributed import World
 from train.image import decode
 from train.loop import Augmentation, batches, evaluate
 from train.refusal import Refusal
@@ -30,7 +31,7 @@ def folder(tmp_path):
 
 
 def all_batches(split, **options):
-    settings = {"batch_size": 4, "epoch": 1, "first_step": 0, "seed": 5} | options
+    settings = {"batch_size": 4, "epoch": 1, "first_step": 0, "seed": 5, "world": World()} | options
     return list(batches(split, AUGMENTATION, **settings))
 
 
@@ -105,7 +106,7 @@ def test_no_more_workers_than_cores(folder, monkeypatch):
 def test_processes_share_a_batch_without_overlap(folder):
     for split in (data.load("folder", data_dir=folder, image_size=8).train, data.load("digits").train):
         whole = all_batches(split)[1]
-        shares = [all_batches(split, rank=rank, world_size=2)[1] for rank in (0, 1)]
+        shares = [all_batches(split, world=World(rank, 2))[1] for rank in (0, 1)]
         assert torch.equal(torch.cat([share.images for share in shares]), whole.images)
         assert torch.equal(torch.cat([share.targets for share in shares]), whole.targets)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from train.config import Settings, TrainConfig
 from train.refusal import Refusal
+from train.spec import Published
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ class ExperimentConfig:
     """What all experiments have in common; None stands for the cheap or the paper's value."""
 
     paper: Annotated[bool, "the paper's settings: CIFAR-10, 200 epochs, full width; days without a GPU"] = False
-    dataset: Annotated[Literal["digits", "fashion-mnist", "cifar10", "cifar100"] | None, "what to learn"] = None
+    dataset: Annotated[Published | None, "what to learn"] = None
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     width: Annotated[float | None, "width factor k of Table 1 (cheap: 0.25)"] = None
     epochs: Annotated[int | None, "passes over the training images (cheap: 10)"] = None

@@ -1,4 +1,4 @@
-"""The images that forms are compared on: real ones, random ones, and those that strain arithmetic most."""
+"""The images that nets are compared on: real ones, random ones, and those that strain arithmetic most."""
 
 from pathlib import Path
 from typing import Any
@@ -32,16 +32,24 @@ def extreme_images(image: ImageSpec) -> np.ndarray:
 def real_images(
     image: ImageSpec, training: dict[str, Any], *, num: int, data_dir: Path | None = None
 ) -> tuple[np.ndarray | None, str]:
-    """The first test images of the data set that `training` names, or None and why."""
+    """The first test images of the data set that `training` names, or None and why.
+
+    `training` is a checkpoint's config, or what later artefacts keep of it. `data_dir` goes before the one in it.
+    """
     from train import data
 
     if "dataset" not in training:
         return None, "no artefact says what it was trained on"
+    recorded = training.get("data_dir")
     try:
-        dataset = data.load(training["dataset"], data_dir=data_dir, image_size=image.height)
+        images = data.load(
+            training["dataset"],
+            data_dir=data_dir or (Path(recorded) if recorded else None),
+            image_size=image.height,
+            skip_unreadable=training.get("skip_unreadable", False),
+        ).test.first(num)
     except Refusal as refusal:
         return None, str(refusal)
-    images = dataset.test.first(num)
     found, needed = images.shape[1:], (image.height, image.width, image.channels)
     if found != needed:
         return None, f"{training['dataset']} has images of shape {found}, the net takes {needed}"

@@ -1,6 +1,6 @@
 import numpy as np
 
-from export.image_sets import EXTREMES, extreme_images, random_images, real_images
+from fold.image_sets import EXTREMES, extreme_images, random_images, real_images
 from train.spec import ImageSpec
 
 IMAGE = ImageSpec(6, 5, 3, (0.5,) * 3, (0.5,) * 3, resize=None)
