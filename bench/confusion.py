@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from serve.run import BUNDLED
 from train.cli import POSITIONAL, run_command
 from train.refusal import Refusal
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
-BUNDLED = Path(__file__).resolve().parents[1] / "models" / "fashion-mnist.onnx"
 EXAMPLES = (
     "python bench/confusion.py                              # the Fashion-MNIST model that comes along",
     "python bench/confusion.py runs/demo/plain.onnx --out digits.png",

@@ -1,11 +1,25 @@
 """The distribution of a server's latencies, drawn so that its tail is seen."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from math import log10
+from typing import Any
 
 from matplotlib.figure import Figure
 
-SHOWN = (50, 75, 90, 95, 99, 99.9)  # percentiles
+PERCENTILES = {"p50_ms": 50, "p75_ms": 75, "p90_ms": 90, "p95_ms": 95, "p99_ms": 99, "p99_9_ms": 99.9}
+
+
+def curves_of(rows: Sequence[dict[str, Any]], num_connections: int) -> dict[str, list[tuple[float, float]]]:
+    """Of each row of bench/server.py that did not fail, (percentile, ms): the median of its rounds."""
+    return {
+        row["title"]: [
+            (percentile, statistics.median(load[name] for load in row["loads"][str(num_connections)]))
+            for name, percentile in PERCENTILES.items()
+        ]
+        for row in rows
+        if not row["failed"]
+    }
 
 
 def draw_latencies(curves: Mapping[str, Sequence[tuple[float, float]]], title: str) -> Figure:
@@ -20,7 +34,9 @@ def draw_latencies(curves: Mapping[str, Sequence[tuple[float, float]]], title: s
         axes.plot(
             [_place(percentile) for percentile in percentiles], latencies_ms, marker="o", markersize=3, label=name
         )
-    axes.set_xticks(list(map(_place, SHOWN)), [f"{percentile:g} %" for percentile in SHOWN])
+    axes.set_xticks(
+        list(map(_place, PERCENTILES.values())), [f"{percentile:g} %" for percentile in PERCENTILES.values()]
+    )
     axes.set(xlabel="requests answered within", ylabel="latency, ms", yscale="log", title=title)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -18,7 +18,11 @@ end
 function done(summary, latency)
    local errors = summary.errors
    local failures = errors.status + errors.connect + errors.read + errors.write + errors.timeout
-   io.write(string.format('\n{"requests": %d, "seconds": %f, "failures": %d, "p50_ms": %f, "p99_ms": %f}\n',
-      summary.requests, summary.duration / 1e6, failures,
-      latency:percentile(50) / 1e3, latency:percentile(99) / 1e3))
+   local percentiles = { p50_ms = 50, p75_ms = 75, p90_ms = 90, p95_ms = 95, p99_ms = 99, p99_9_ms = 99.9 }
+   local fields = {}
+   for name, percentile in pairs(percentiles) do
+      fields[#fields + 1] = string.format('"%s": %f', name, latency:percentile(percentile) / 1e3)
+   end
+   io.write(string.format('\n{"requests": %d, "seconds": %f, "failures": %d, %s}\n',
+      summary.requests, summary.duration / 1e6, failures, table.concat(fields, ", ")))
 end

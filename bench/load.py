@@ -18,7 +18,11 @@ class Load:
 
     requests_per_s: float
     p50_ms: float
+    p75_ms: float
+    p90_ms: float
+    p95_ms: float
     p99_ms: float
+    p99_9_ms: float
     failures: int
 
 
@@ -36,4 +40,4 @@ def put_load(url: str, path: str, media_type: str, bodies: list[Path], *, num_co
     if done.returncode:
         raise Refusal(f"wrk failed: {(done.stderr or done.stdout).strip()[-200:]}")
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    return Load(result["requests"] / result["seconds"], result["p50_ms"], result["p99_ms"], result["failures"])
+    return Load(result.pop("requests") / result.pop("seconds"), **result)

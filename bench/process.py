@@ -17,7 +17,7 @@ class Server:
     """`with Server(model, "--workers", 2) as server`: it listens; what is left of it at the end is killed."""
 
     def __init__(self, model: Path, *argv: Any) -> None:
-        self.argv = [str(part) for part in argv]
+        self.argv = ["--runtime", "onnxruntime", *map(str, argv)]  # the choice would be made anew at every start
         command = [sys.executable, str(ROOT / "serve" / "run.py"), str(model), "--port", "0", *self.argv]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self._process.stdout

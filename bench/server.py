@@ -59,11 +59,13 @@ def command(config: ServerConfig) -> int:
     import json
     from dataclasses import asdict
 
+    from bench.latency import curves_of, draw_latencies
     from bench.load import refuse_without_tools
     from bench.served_nets import write_net
     from bench.server_page import markdown
     from bench.server_rounds import CONNECTIONS, open_field
     from bench.servers import SERVERS
+    from train.figure import png
     from train.files import write_whole
     from train.progress import make_console
 
@@ -84,9 +86,13 @@ def command(config: ServerConfig) -> int:
     nets = [write_net(size, field.folder, field.pngs) for size in config.models]
     for net in nets:
         console.print(f"{net.title}: {net.num_macs:,} multiplications per image, {net.path}")
-    for net, rows, alone in _measure(field, nets, config, console):
+    for size, (net, rows, alone) in zip(config.models, _measure(field, nets, config, console), strict=True):
         model = {"title": net.title, "macs": net.num_macs, "alone": alone, "rows": [asdict(row) for row in rows]}
-        record["models"].append(model)
+        record["models"].append({"picture": f"server-{size}.png", **model})
+    most = CONNECTIONS[-1]
+    for model in record["models"]:
+        figure = draw_latencies(curves_of(model["rows"], most), f"{model['title']}: {most} connections")
+        console.print(f"wrote {write_whole(config.out / model['picture'], png(figure))}")
     for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".md", markdown(record))):
         console.print(f"wrote {write_whole(config.out / f'server{suffix}', text.encode())}")
     rows = [row for model in record["models"] for row in model["rows"]]

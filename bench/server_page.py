@@ -97,6 +97,7 @@ def _model(model: dict[str, Any], connections: Sequence[int]) -> list[str]:
         _by_connections(model, connections, "p50_ms", "{:.2f}"),
         "Latency that 99 % stay below, ms:",
         _by_connections(model, connections, "p99_ms", "{:.1f}"),
+        f"![latency by percentile at {connections[-1]} connections]({model['picture']})",
         f"Ours ({OURS.partition(', ')[2]}), in times the requests per second of each:",
         _ratios(model, connections),
     ]

@@ -186,7 +186,7 @@ def _phases(model: Path) -> dict[str, float]:
     from serve.run import ServeConfig
 
     marks.append(time.perf_counter())
-    config = ServeConfig(model)
+    config = ServeConfig((model,))
     runtimes = process.load(config)
     marks.append(time.perf_counter())
     process._make_app(config, runtimes)

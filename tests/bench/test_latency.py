@@ -1,6 +1,6 @@
 import pytest
 
-from bench.latency import draw_latencies
+from bench.latency import PERCENTILES, curves_of, draw_latencies
 from train.figure import png
 
 
@@ -12,6 +12,13 @@ def test_each_nine_is_as_far_as_the_one_before():
     assert list(ours.get_ydata()) == [1.0, 2.0, 4.0, 9.0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["ours", "theirs"]
     assert list(theirs.get_ydata()) == [3.0, 30.0]
+
+
+def test_a_curve_is_the_median_of_rounds_of_each_row_that_did_not_fail():
+    rounds = [{name: factor * percentile for name, percentile in PERCENTILES.items()} for factor in (1, 5, 2)]
+    row = {"title": "ours", "failed": None, "loads": {"64": rounds}}
+    failed = {"title": "theirs", "failed": "3 failures", "loads": {"64": []}}
+    assert curves_of([row, failed], 64) == {"ours": [(value, 2 * value) for value in PERCENTILES.values()]}
 
 
 def test_it_becomes_a_png():

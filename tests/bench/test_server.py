@@ -55,6 +55,7 @@ def model_of(rows, *, macs=4_700_000):
     alone = {"model_1": [0.2, 0.2], "model_32": [3.2, 3.2], "decode_and_model_1": [0.3, 0.3]}
     return {
         "title": "a net",
+        "picture": "server-small.png",
         "macs": macs,
         "alone": alone,
         "rows": [

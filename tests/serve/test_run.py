@@ -129,7 +129,8 @@ class Hanging(OnnxSession):
         return super().__call__(images)
 
 process.load_runtime = lambda path, **options: Hanging(path)
-sys.exit(run.serve(run.ServeConfig(Path(sys.argv[2]), port=0, drain_seconds=1, deadline_ms=60_000)))
+config = run.ServeConfig((Path(sys.argv[2]),), runtime="onnxruntime", port=0, drain_seconds=1, deadline_ms=60_000)
+sys.exit(run.serve(config))
 """
 
 

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -6,9 +9,11 @@ import reference
 import torch
 from rows import ROWS
 
-from train.families import REDUCTION, build, count_parameters
+from train.families import REDUCTION, build, count_parameters, outline
 from train.refusal import Refusal
 from train.spec import Family
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -32,8 +37,31 @@ def test_parameter_counts_are_those_of_the_paper_and_the_authors_code(make_spec,
     fields |= {"size": 224, "num_labels": 1000} if imagenet else {"size": 32}
     if fields.get("family") == "wrn":
         fields |= {"nonlinearity": "relu", "parameterization": "plain"}
-    with torch.device("meta"):
-        assert count_parameters(build(make_spec(**fields))) == expected
+    assert count_parameters(outline(make_spec(**fields))) == expected
+
+
+def test_an_outline_is_the_net_without_numbers(make_spec, row):
+    net, shapes = build(make_spec(**row)), outline(make_spec(**row))
+    assert str(net) == str(shapes)
+    tensors = shapes.state_dict()
+    assert {name: tensor.shape for name, tensor in net.state_dict().items()} == {
+        name: tensor.shape for name, tensor in tensors.items()
+    }
+    assert all(tensor.is_meta for tensor in tensors.values())
+
+
+@pytest.mark.slow
+def test_neither_an_outline_nor_a_plain_one_imports_pytorchs_compiler():
+    """It takes over a second, at every load of a plain net."""
+    program = """
+import sys
+from fold.plain import skeleton
+from train.data import cifar_image
+from train.spec import Spec
+skeleton(Spec("cifar", 10, 1.0, "ncrelu", cifar_image(), ("one", "other")))
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_every_family_that_can_be_asked_for_is_among_the_rows():
