@@ -99,6 +99,7 @@ def test_every_runtime_that_a_machine_lacks_is_a_row_with_its_reason(plain, tmp_
     assert "TensorrtExecutionProvider does not load here" in page
 
 
+@pytest.mark.slow
 def test_a_form_beyond_its_tolerance_and_a_failing_call_end_in_status_one(plain, tmp_path, capsys, monkeypatch):
     def bent(net, folder, profile):
         answer = contenders.open_torch("cpu", "fp32", net, folder, profile, is_dirac=False, is_compiled=False)
