@@ -3,19 +3,23 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # for `reference` and `rows`
 
-from rows import ROWS
+from rows import ROWS, SLOW
 
 from train.families import build
 from train.spec import ImageSpec, Spec
 
+NET_SEED, IMAGES_SEED = 0, 1
 
-@pytest.fixture
+
+@pytest.fixture(scope="session")
 def make_spec():
     """A spec with everything small and every field overridable."""
 
@@ -36,17 +40,25 @@ def make_spec():
     return make
 
 
-@pytest.fixture(params=ROWS.values(), ids=ROWS.keys())
+def pytest_report_header():
+    """What a result depends on besides the code."""
+    versions = ", ".join(f"{library.__name__} {library.__version__}" for library in (torch, np, onnx, onnxruntime))
+    return f"{versions}, {torch.get_num_threads()} threads; seeds: nets {NET_SEED}, images {IMAGES_SEED}"
+
+
+@pytest.fixture(
+    params=[pytest.param(row, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, row in ROWS.items()]
+)
 def row(request):
     """The fields of a spec for each of `ROWS` in turn."""
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_net(make_spec):
     """A net whose every parameter and statistic lies away from its initial value, negative ones too."""
 
-    def make(seed=0, **fields):
+    def make(seed=NET_SEED, **fields):
         torch.manual_seed(seed)
         net = build(make_spec(**fields))
         for name, tensor in net.state_dict().items():
@@ -71,11 +83,11 @@ def port():
         return probe.getsockname()[1]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def images():
     """Random uint8 images [N, H, W, C]."""
 
     def make(num=4, size=8, channels=3):
-        return np.random.default_rng(1).integers(0, 256, (num, size, size, channels), dtype=np.uint8)
+        return np.random.default_rng(IMAGES_SEED).integers(0, 256, (num, size, size, channels), dtype=np.uint8)
 
     return make

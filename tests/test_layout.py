@@ -37,7 +37,7 @@ def test_a_stage_imports_no_later_stage():
         if (first := module.split(".")[0]) in STAGES
         and STAGES.index(first) > STAGES.index(path.relative_to(ROOT).parts[0])
     ]
-    assert not wrong
+    assert not wrong, "what both need belongs to the earlier stage"
 
 
 def test_no_two_modules_import_each_other():

@@ -50,7 +50,8 @@ def test_the_whole_road(make_spec, images, row, tmp_path):
     runtime = OnnxSession(tmp_path / "plain.onnx")
     with torch.no_grad():
         expected = net(torch.from_numpy(pixels)).numpy()
-    assert compare(("Dirac net", expected), ("ONNX Runtime", runtime(pixels)))
+    parity = compare(("Dirac net", expected), ("ONNX Runtime", runtime(pixels)))
+    assert parity, f"{parity}: export/graph.py, or the runtime"
 
     file = io.BytesIO()
     Image.fromarray(pixels[0]).save(file, format="PNG")

@@ -31,6 +31,7 @@ def test_the_optimizer_trains_the_references_own_parameters():
     assert held == {id(parameter) for parameter in session.net.parameters()}
 
 
+@pytest.mark.slow
 def test_the_forms_start_alike_and_learn_alike():
     """What the forms compute is the same; only the ordinary net is another one."""
     sums = {}

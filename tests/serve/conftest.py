@@ -17,11 +17,18 @@ from serve.app import make_app
 from serve.limits import Limits
 
 
+@pytest.fixture(scope="session")
+def exported(make_net, make_spec):
+    """Two real, small nets as ONNX, alike in shape."""
+    nets = (fold_net(make_net(seed=seed)) for seed in (0, 1))
+    return [to_onnx(net, make_spec(), {"training": {}}).SerializeToString() for net in nets]
+
+
 @pytest.fixture
-def artefact(tmp_path, make_net, make_spec):
-    """A real, small plain.onnx."""
+def artefact(tmp_path, exported):
+    """A plain.onnx."""
     path = tmp_path / "plain.onnx"
-    path.write_bytes(to_onnx(fold_net(make_net()), make_spec(), {"training": {}}).SerializeToString())
+    path.write_bytes(exported[0])
     return path
 
 
@@ -31,10 +38,10 @@ def runtime(artefact):
 
 
 @pytest.fixture
-def other_artefact(tmp_path, make_net, make_spec):
+def other_artefact(tmp_path, exported):
     """A plain.onnx of the same shape with other weights."""
     path = tmp_path / "other.onnx"
-    path.write_bytes(to_onnx(fold_net(make_net(seed=1)), make_spec(), {"training": {}}).SerializeToString())
+    path.write_bytes(exported[1])
     return path
 
 

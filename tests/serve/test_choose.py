@@ -101,6 +101,7 @@ def test_a_kept_choice_is_taken_without_loading_anything(machine, forms):
     assert second.reason.endswith(f"is 1.9x the next of 3, as {record_path(forms[0])} says")
 
 
+@pytest.mark.slow
 def test_whatever_can_change_the_choice_is_measured_again(machine, forms, write, monkeypatch):
     machine.choose(*forms)
     for change in ({"num_threads": 1}, {"max_batch": 4}, {"runtime": "onnxruntime"}):

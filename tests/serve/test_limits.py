@@ -124,6 +124,7 @@ def test_a_client_that_goes_in_the_middle_of_its_body_costs_nothing(live, gated,
     assert gated.batches == []
 
 
+@pytest.mark.slow
 def test_a_form_ends_with_its_first_part_too_many(live, runtime, connect):
     part = b'--a\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nx\r\n'
     with live(make_app(runtime, Limits(max_images=2))) as url:

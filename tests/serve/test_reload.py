@@ -112,6 +112,7 @@ def test_a_bad_file_leaves_the_old_model_there(served, runtime, pixels, encode, 
     assert line.startswith("the old model goes on: ")
 
 
+@pytest.mark.slow
 def test_no_request_is_lost_and_every_answer_is_of_the_model_it_names(
     served, live, runtime, other_artefact, other_runtime, pixels, encode
 ):

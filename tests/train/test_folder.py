@@ -138,6 +138,7 @@ def test_a_body_cut_short_shows_when_it_is_decoded(folder):
         train.first(1)
 
 
+@pytest.mark.slow
 def test_a_folder_with_unreadable_files_trains_when_told_and_says_how_many_were_missing(
     folder, tmp_path_factory, capsys
 ):
@@ -166,6 +167,7 @@ def test_a_folder_with_unreadable_files_trains_when_told_and_says_how_many_were_
     assert "none of the 12 training images of epoch 1 could be read" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_on_a_folder_learns_it(folder, tmp_path_factory, capsys):
     out = tmp_path_factory.mktemp("run")
     argv = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "8", "--depth", "10", "--width", "0.25"]

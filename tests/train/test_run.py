@@ -38,6 +38,7 @@ def same(left, right):
     return len(left) == len(right) and all(torch.equal(*pair) for pair in zip(left, right, strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_all_its_files_and_the_seed_decides_everything(tmp_path, capsys):
     assert run("--out", tmp_path / "a", "--json") == 0
     result = json.loads(capsys.readouterr().out)
@@ -80,6 +81,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_neither_overwritten_nor_trained_again(tmp_path, capsys):
     assert run("--out", tmp_path) == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
@@ -91,6 +93,7 @@ def test_a_finished_run_is_neither_overwritten_nor_trained_again(tmp_path, capsy
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_none_is_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
     assert run("--out", tmp_path) == 0
@@ -201,6 +204,7 @@ def test_a_form_that_was_given_and_does_not_fit_is_refused(argv, message, capsys
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_form_that_was_chosen_is_recorded_and_resumed(tmp_path, capsys):
     argv = ["--depth", "10", "--width", "0.25", "--epochs", "1", "--out", str(tmp_path)]
     assert run_command(command, TrainConfig, argv=["--family", "wrn", *argv]) == 0
