@@ -27,7 +27,7 @@ def draw_latencies(curves: Mapping[str, Sequence[tuple[float, float]]], title: s
 
     The axis of percentiles is logarithmic in what is left above them, so that 90, 99 and 99.9 are equally far apart.
     """
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, points in curves.items():
         percentiles, latencies_ms = zip(*sorted(points), strict=True)
@@ -39,7 +39,7 @@ def draw_latencies(curves: Mapping[str, Sequence[tuple[float, float]]], title: s
     )
     axes.set(xlabel="requests answered within", ylabel="latency, ms", yscale="log", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center", frameon=False)
     return figure
 
 

@@ -131,6 +131,6 @@ SERVERS = (
             ),
         ),
         "V2 protocol: JSON with the PNG in base64, which a runtime written for it decodes; adaptive batching, "
-        "32 at most, 2 ms; no worker process, which on one core only adds a hand-over",
+        "32 at most, 2 ms; metrics off; no worker process, which on one core only adds a hand-over",
     ),
 )

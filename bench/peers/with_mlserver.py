@@ -24,8 +24,9 @@ class Model(MLModel):
 async def serve(port: int) -> None:
     model = ModelSettings(name="classifier", implementation=Model, max_batch_size=32, max_batch_time=0.002)
     # On one core a worker process beside the server's own only adds a hand-over. debug is what logs every access.
+    # Nobody asks for gRPC, which takes any free port, or for metrics.
     settings = Settings(
-        host="127.0.0.1", http_port=port, grpc_port=port + 1, metrics_port=port + 2, parallel_workers=0, debug=False
+        host="127.0.0.1", http_port=port, grpc_port=0, metrics_endpoint=None, parallel_workers=0, debug=False
     )
     await MLServer(settings).start([model])
 
