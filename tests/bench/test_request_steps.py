@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from bench import request_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_every_part_is_timed_on_the_real_server_and_takes_time(monkeypatch):
     monkeypatch.setattr(request_steps, "NUM_ROUNDS", 3)
     png = next((ROOT / "models" / "held-out").glob("*.png")).read_bytes()
