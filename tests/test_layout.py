@@ -50,6 +50,7 @@ RUNTIMES = [name for name in MODULES if name.startswith("export.runtimes.")]
 SERVE = ", ".join(name for name in MODULES if name.startswith("serve."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [SERVE, *RUNTIMES], ids=["all of serve", *RUNTIMES])
 def test_serving_runs_without_torch(modules):
     program = f"import sys; sys.modules['torch'] = None; import {modules}; assert 'torchvision' not in sys.modules"

@@ -9,6 +9,7 @@ from train.refusal import Refusal
 SIZE = 200_000_000
 
 
+@pytest.mark.slow
 def test_the_memory_of_the_work_is_not_that_of_the_imports_or_of_this_process():
     here = operator.mul(b"x", SIZE)
     cost = cost_of(("json",), operator.mul, b"x", SIZE)

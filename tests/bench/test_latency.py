@@ -10,7 +10,7 @@ def test_each_nine_is_as_far_as_the_one_before():
     ours, theirs = axes.lines
     assert ours.get_xdata()[1:] == pytest.approx([1, 2, 3])
     assert list(ours.get_ydata()) == [1.0, 2.0, 4.0, 9.0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["ours", "theirs"]
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == ["ours", "theirs"]
     assert list(theirs.get_ydata()) == [3.0, 30.0]
 
 

@@ -120,6 +120,7 @@ def test_a_filter_of_zeros_and_the_largest_weight_survive():
     assert not levels[0].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, images, target):
     """What eight bits lose with δ in the filters is lost by the filters: their other weights round away."""

@@ -55,6 +55,7 @@ def test_every_lowering_can_be_asked_for(plain, tmp_path, lowering):
     assert record_of(tmp_path / "net.onnx")["lowering"] == lowering
 
 
+@pytest.mark.slow
 def test_auto_records_the_table_that_it_chose_by(plain, tmp_path, capsys):
     out = tmp_path / "net.onnx"
     assert run(plain, "--lowering", "auto", "--batch-sizes", 1, 4, "--out", out, "--json") == 0
@@ -76,6 +77,7 @@ def test_the_fastest_is_so_over_all_batch_sizes():
     assert fastest([row for row in rows if row.batch_size == 8]) == "large"
 
 
+@pytest.mark.slow
 def test_models_are_timed_in_turns(plain, tmp_path):
     assert run(plain, "--out", tmp_path / "net.onnx") == 0
     content, steps = (tmp_path / "net.onnx").read_bytes(), []
@@ -155,6 +157,7 @@ def test_what_cannot_be_is_refused_in_one_line(plain, tmp_path, capsys, argv, me
     assert not (tmp_path / "x.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_net_that_does_not_say_what_it_learnt_needs_a_data_set(plain, tmp_path, capsys):
     from fold.plain import load_plain, save_plain
 

@@ -205,6 +205,7 @@ def test_wrong_arguments_are_refused_in_one_line_and_write_nothing(write_onnx, w
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_engines_that_triton_cannot_run_are_refused(write_engine, tmp_path, capsys):
     for batch, fields, argv, message in (
         ((1, 4, 16), {"builder": "tensorrt_rtx"}, [], "Triton runs those of tensorrt alone; give the .onnx"),

@@ -232,6 +232,7 @@ class Hasty(Connection):
     headers_s = 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [b"", b"POST /predict HTTP/1.1\r\nHost: a\r\n"])
 @pytest.mark.parametrize("requests_before", [0, 1])
 def test_a_connection_that_is_slow_with_its_headers_is_closed(live, runtime, connect, sent, requests_before):

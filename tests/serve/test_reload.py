@@ -145,6 +145,7 @@ def test_no_request_is_lost_and_every_answer_is_of_the_model_it_names(
         assert answer["results"][0]["index"] == expected[answer["model"]["digest"]][index]
 
 
+@pytest.mark.slow
 def test_the_old_model_is_let_go_with_its_last_answer(artefact, other_artefact, pixels, encode):
     first = OnnxSession(artefact)
     old = ref(first)

@@ -147,6 +147,7 @@ def test_what_a_user_gets_wrong_is_one_line(argv, message, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_class_folders_trains_and_names_its_unreadable_image(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for label, level in (("dark", 40), ("light", 200)):
