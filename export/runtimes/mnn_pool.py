@@ -16,7 +16,13 @@ from time import monotonic
 import numpy as np
 
 _START_S = 60.0  # far beyond any start
-_WORKER = Path(__file__).with_name("mnn_worker.py")
+_ROOT = Path(__file__).resolve().parents[2]
+_WORKER = """
+import sys
+sys.path[0] = sys.argv[1]
+from export.runtimes.mnn_worker import run
+run(*sys.argv[2:])
+"""
 
 
 class WorkerFailed(RuntimeError):
@@ -83,7 +89,7 @@ class _Worker:
         self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", _WORKER, f"/dev/fd/{file}", *map(str, sizes)],
+                [sys.executable, "-c", _WORKER, _ROOT, f"/dev/fd/{file}", *map(str, sizes)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,  # MNN prints on it
                 pass_fds=(file,),
@@ -97,7 +103,7 @@ class _Worker:
 
     def send(self, images: np.ndarray) -> None:
         try:
-            self._connection.send_bytes(images.reshape(-1))
+            self._connection.send_bytes(images.tobytes())
         except OSError as error:
             raise self._failed() from error
 

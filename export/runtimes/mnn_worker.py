@@ -17,10 +17,7 @@ def run(converted: str, *sizes: str) -> None:
 
     `sizes` are height, width and channels of an image.
     """
-    try:
-        module = _load(converted)
-    except SystemError:  # MNN's answer to any file that it does not take
-        sys.exit(1)
+    module = _load(converted)
     connection, shape = Connection(0), (-1, *map(int, sizes))
     with suppress(EOFError, OSError):
         connection.send_bytes(b"")
@@ -35,7 +32,10 @@ def _load(converted: str) -> Any:
 
     nn = cast(Any, mnn_nn)  # takes its names from an extension module
     manager = nn.create_runtime_manager(({"backend": 0, "numThread": 1, "precision": "high"},))
-    return nn.load_module_from_file(converted, ["images"], ["logits"], runtime_manager=manager)
+    try:
+        return nn.load_module_from_file(converted, ["images"], ["logits"], runtime_manager=manager)
+    except SystemError:  # its answer to any file that it does not take
+        sys.exit(1)
 
 
 def _to_input(images: np.ndarray) -> Any:
@@ -44,7 +44,3 @@ def _to_input(images: np.ndarray) -> Any:
     expr = cast(Any, mnn_expr)
     # Called NCHW although channels are last: MNN would move what is called NHWC, and the graph does it itself.
     return expr.const(images, list(images.shape), expr.NCHW, expr.dtype.uint8)
-
-
-if __name__ == "__main__":
-    run(*sys.argv[1:])
