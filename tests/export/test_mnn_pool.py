@@ -1,6 +1,5 @@
 """MNN's processes: what they answer together, how they fail, and that none is left behind."""
 
-import gc
 import os
 import select
 import signal
@@ -11,23 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from starlette.testclient import TestClient
 
 from export.runtimes.mnn_module import MnnModule
 from export.runtimes.mnn_pool import WorkerFailed, _Worker
-from serve.access import Access
-from serve.app import make_app
 from serve.choose import choose
-from serve.limits import Limits
 from train.refusal import Refusal
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which processes one has started")
 ROOT = Path(__file__).resolve().parents[2]
-HELD_OUT = ROOT / "models" / "held-out" / "Sneaker_9.png"
-KEY = {"X-Api-Key": "key"}
 
 
-def workers():
+def started():
     """The processes of MNN that this one has started and that run, in the order of their start."""
     threads = Path("/proc/self/task").iterdir()
     children = {int(pid) for thread in threads for pid in (thread / "children").read_text().split()}
@@ -35,9 +28,14 @@ def workers():
 
 
 @pytest.fixture(autouse=True)
-def none_is_left():
-    """Whatever a test did with its modules, their processes end with them."""
-    yield
+def workers():
+    """`workers()`: those of this test. Whatever it does with its modules, they end with them."""
+    before = {*started()}
+
+    def workers():
+        return [pid for pid in started() if pid not in before]
+
+    yield workers
     assert workers() == []
 
 
@@ -62,20 +60,13 @@ def in_the_middle(monkeypatch):
     return in_the_middle
 
 
-@pytest.fixture
-def collected():
-    """For what refers to itself: an app, or an error with its traceback."""
-    yield
-    gc.collect()
-
-
 def kill(pid):
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 3, 33])
-def test_a_batch_is_shared_out_and_put_together_again(path, images, num_images):
+def test_a_batch_is_shared_out_and_put_together_again(path, images, num_images, workers):
     one, three = MnnModule(path, num_threads=1), MnnModule(path, num_threads=3)
     pixels = images(num_images)
     expected = np.concatenate([one(part) for part in np.array_split(pixels, min(num_images, 3))])
@@ -95,7 +86,7 @@ def test_images_of_another_size_are_an_error(path, images):
         MnnModule(path)(images(size=9))
 
 
-def test_other_threads_go_on_while_it_computes(path, images, in_the_middle):
+def test_other_threads_go_on_while_it_computes(path, images, in_the_middle, workers):
     """A worker that stands still computes for ever: whoever lets it go on must be free to."""
     module, waits, answers = MnnModule(path, num_threads=2), threading.Event(), []
     expected = module(images())
@@ -125,7 +116,7 @@ def test_two_threads_take_turns(path, images):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_killed_process_fails_its_call_and_the_next_one_starts_anew(path, images, in_the_middle, index):
+def test_a_killed_process_fails_its_call_and_the_next_one_starts_anew(path, images, in_the_middle, index, workers):
     module, pixels = MnnModule(path, num_threads=2), images(5)
     expected, before = module(pixels), workers()
 
@@ -209,32 +200,6 @@ def test_they_end_with_their_parent_however_it_ends(path, end):
 
 
 @pytest.mark.slow
-def test_a_killed_process_fails_one_batch_of_the_server(path, monkeypatch, collected):
-    image, errors = HELD_OUT.read_bytes(), []
-    monkeypatch.setattr("serve.hot._log.exception", lambda *arguments: errors.append(str(sys.exception())))
-    with TestClient(make_app(MnnModule(path, num_threads=2), Limits())) as client:
-        kill(workers()[0])
-        failed, answered = (client.post("/predict", content=image) for _ in range(2))
-    assert (failed.status_code, failed.json()["type"]) == (500, "urn:diracnet:problem:internal")
-    assert answered.status_code == 200
-    assert errors == ["a process of MNN ended with status -9"]
-
-
-@pytest.mark.slow
-def test_a_reload_ends_the_processes_of_the_old_model(path, collected):
-    def load():
-        return [MnnModule(path, num_threads=2)]
-
-    with TestClient(make_app(load(), Limits(), access=Access(b"key"), load=load)) as client:
-        for _ in range(3):
-            before = workers()
-            assert client.post("/predict", content=HELD_OUT.read_bytes(), headers=KEY).status_code == 200
-            assert client.post("/admin/reload", headers=KEY).status_code == 200
-            assert len(workers()) == 2
-            assert not {*before} & {*workers()}
-
-
-@pytest.mark.slow
-def test_a_choice_leaves_none_of_its_candidates_running(path):
+def test_a_choice_leaves_none_of_its_candidates_running(path, workers):
     assert "the next of 2" in choose([path], runtime=None, devices=(), num_threads=2, max_batch=2).reason
     assert workers() == []
