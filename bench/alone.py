@@ -19,9 +19,14 @@ BATCH_SIZES = (1, 32)
 
 def time_alone(model: Path, png: bytes, seconds: float) -> dict[str, float]:
     """Milliseconds, in a process on the servers' core: `model_1` and `model_32` of a batch, `decode_and_model_1`."""
+    return in_a_process(_time, model, png, seconds)
+
+
+def in_a_process(function: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
+    """What a function of a module gives in a process of its own on core 0."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=os.sched_setaffinity, initargs=(0, {0})) as pool:
-        return pool.submit(_time, model, png, seconds).result()
+        return pool.submit(function, *arguments).result()
 
 
 def _time(model: Path, png: bytes, seconds: float) -> dict[str, float]:

@@ -61,6 +61,7 @@ def command(config: ServerConfig) -> int:
     from bench.latency import curves_of, draw_latencies
     from bench.load import refuse_without_tools
     from bench.page import describe_machine, write_page
+    from bench.request_steps import time_steps
     from bench.served_nets import write_net
     from bench.server_page import markdown
     from bench.server_rounds import CONNECTIONS, open_field
@@ -88,7 +89,14 @@ def command(config: ServerConfig) -> int:
     for net in nets:
         console.print(f"{net.title}: {net.num_macs:,} multiplications per image, {net.path}")
     for size, (net, rows, alone) in zip(config.models, _measure(field, nets, config, console), strict=True):
-        model = {"title": net.title, "macs": net.num_macs, "alone": alone, "rows": [asdict(row) for row in rows]}
+        steps = time_steps(net.path, field.pngs[0])
+        model = {
+            "title": net.title,
+            "macs": net.num_macs,
+            "alone": alone,
+            "steps": steps,
+            "rows": [asdict(row) for row in rows],
+        }
         record["models"].append({"picture": f"server-{size}.png", **model})
     most = CONNECTIONS[-1]
     for model in record["models"]:

@@ -100,6 +100,23 @@ def _model(model: dict[str, Any], connections: Sequence[int]) -> list[str]:
         f"![latency by percentile at {connections[-1]} connections]({model['picture']})",
         f"Ours ({OURS.partition(', ')[2]}), in times the requests per second of each:",
         _ratios(model, connections),
+        *_steps(model, str(connections[-1])),
+    ]
+
+
+def _steps(model: dict[str, Any], most: str) -> list[str]:
+    """Where the time of one of our requests goes; nothing where ours was not measured."""
+    ours = next((row for row in model["rows"] if row["title"] == OURS and not row["failed"]), None)
+    if ours is None:
+        return []
+    whole = 1e6 / _median(ours, most, "requests_per_s")
+    steps = model["steps"] | {"the rest: sockets, and two threads and their caches on one core": 0.0}
+    steps[list(steps)[-1]] = whole - sum(steps.values())
+    lines = [[name, f"{us:.1f}", f"{us / whole:.0%}"] for name, us in steps.items()]
+    return [
+        f"Where the time of a request goes, with {most} connections ({OURS}). Each part but the last is timed by "
+        "itself in a process on the servers' core, without sockets (`bench/request_steps.py`):",
+        table(["", "µs", ""], [*lines, ["a request", f"{whole:.1f}", "100%"]]),
     ]
 
 

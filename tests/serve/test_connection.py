@@ -1,57 +1,81 @@
-"""Head and body of an answer leave in one write, and nothing that is written is lost or reordered."""
+"""An answer of one known piece leaves in one write, and every other one just as uvicorn writes it."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
-from serve.connection import Joining
+from serve.connection import AtOnce
+
+PIECES = [(b"content-type", b"text/plain"), (b"content-length", b"4")]
 
 
-class Recorder:
-    """A transport that remembers."""
+class Cycle:
+    """What uvicorn keeps of a request, with a `send` that remembers."""
 
-    def __init__(self):
-        self.writes, self.is_closed = [], False
+    def __init__(self, method="POST", *, keep_alive=True, disconnected=False, write_paused=False):
+        self.scope = {"method": method}
+        self.keep_alive, self.disconnected = keep_alive, disconnected
+        self.flow = SimpleNamespace(write_paused=write_paused)
+        self.default_headers = [(b"date", b"today")]
+        self.response_started = self.response_complete = False
+        self.message_event = asyncio.Event()
+        self.writes, self.sent, self.num_responses = [], [], 0
+        self.transport = SimpleNamespace(write=self.writes.append)
 
-    def write(self, data):
-        self.writes.append(data)
+    async def send(self, message):
+        self.sent.append(message)
 
-    def close(self):
-        self.is_closed = True
+    def on_response(self):
+        self.num_responses += 1
 
-    def is_closing(self):
-        return self.is_closed
+
+def send_all(cycle, headers, *bodies):
+    async def send():
+        at_once = AtOnce(cycle)
+        await at_once({"type": "http.response.start", "status": 200, "headers": headers})
+        assert cycle.sent == cycle.writes == []
+        for index, body in enumerate(bodies, 1):
+            await at_once({"type": "http.response.body", "body": body, "more_body": index < len(bodies)})
+
+    asyncio.run(send())
+
+
+def test_a_whole_answer_leaves_in_one_write_and_ends_the_request():
+    cycle = Cycle()
+    send_all(cycle, PIECES, b"body")
+    assert cycle.writes == [
+        b"HTTP/1.1 200 OK\r\ndate: today\r\ncontent-type: text/plain\r\ncontent-length: 4\r\n\r\nbody"
+    ]
+    assert cycle.response_started
+    assert cycle.response_complete
+    assert cycle.message_event.is_set()
+    assert cycle.num_responses == 1
+    assert cycle.sent == []
 
 
 @pytest.mark.parametrize(
-    ("written", "expected"),
+    ("cycle", "headers", "bodies"),
     [
-        ([b"head", b"body"], [b"headbody"]),
-        ([b"head"], [b"head"]),
-        ([b"head", b"a", b"b"], [b"heada", b"b"]),
-        ([b"head", b""], [b"head"]),
-        ([b"1", b"2", b"3", b"4"], [b"12", b"34"]),
+        (Cycle(), PIECES, [b"bo", b"dy"]),
+        (Cycle(), PIECES[:1], [b"body"]),
+        (Cycle(), PIECES, [b"longer"]),
+        (Cycle(), [*PIECES, (b"connection", b"close")], [b"body"]),
+        (Cycle("HEAD"), PIECES, [b"body"]),
+        (Cycle(keep_alive=False), PIECES, [b"body"]),
+        (Cycle(disconnected=True), PIECES, [b"body"]),
+        (Cycle(write_paused=True), PIECES, [b"body"]),
     ],
 )
-def test_the_second_write_takes_the_first_along_and_a_lone_one_goes_with_the_turn(written, expected):
-    async def turn():
-        transport = Recorder()
-        joining = Joining(transport, asyncio.get_running_loop())
-        for data in written:
-            joining.write(data)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        return transport.writes
-
-    assert asyncio.run(turn()) == expected
+def test_any_other_answer_is_left_to_uvicorn_message_by_message(cycle, headers, bodies):
+    send_all(cycle, headers, *bodies)
+    assert cycle.writes == []
+    assert cycle.sent[0] == {"type": "http.response.start", "status": 200, "headers": headers}
+    assert [message["body"] for message in cycle.sent[1:]] == bodies
 
 
-def test_what_is_held_leaves_before_the_connection_closes():
-    async def turn():
-        transport = Recorder()
-        joining = Joining(transport, asyncio.get_running_loop())
-        joining.write(b"last")
-        joining.close()
-        return transport.writes, joining.is_closing()
-
-    assert asyncio.run(turn()) == ([b"last"], True)
+def test_a_line_break_in_a_header_goes_nowhere():
+    cycle = Cycle()
+    with pytest.raises(ValueError, match="line break"):
+        send_all(cycle, [*PIECES, (b"x-request-id", b"a\r\nset-cookie: b")], b"body")
+    assert cycle.writes == []

@@ -1,0 +1,182 @@
+"""Where the server's time goes for one request: the server's own parts, timed one on top of another in a process.
+
+Nothing crosses a socket here. What a real request takes beyond the sum is the kernel's, and the price of threads and
+caches that a model and a server share on one core.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from email.utils import formatdate
+from io import BytesIO
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from bench.alone import in_a_process
+from export.runtimes.onnx_session import OnnxSession
+from serve.access import EVERYBODY
+from serve.batcher import Batcher, Served
+from serve.connection import Connection
+from serve.hot import Hot
+from serve.limits import Limits
+from serve.logs import RequestLog
+from serve.metrics import Metrics
+from train.image import decode
+
+BATCH_SIZE = 32  # requests at once, and images in a batch of the model
+NUM_ROUNDS = 200
+
+
+def time_steps(model: Path, png: bytes) -> dict[str, float]:
+    """Microseconds of processor time for each part of a request, the fastest of many rounds, on the servers' core."""
+    return in_a_process(_time_steps, model, png)
+
+
+def _time_steps(model: Path, png: bytes) -> dict[str, float]:
+    runtime = OnnxSession(model, num_threads=1)
+    image = decode(png, runtime.model.spec.image)
+    batch = np.repeat(image[None], BATCH_SIZE, 0)
+    steps = {
+        "model, in batches of 32": _fastest_us(lambda: runtime(batch), num_rounds=20),
+        "decoding": _fastest_us(lambda: [decode(png, runtime.model.spec.image) for _ in range(BATCH_SIZE)]),
+    }
+    before = 0.0
+    for name, us in uvloop.run(_time_layers(_Instant(runtime, batch), png)).items():
+        # The last layer decodes too.
+        steps[name] = us - before - (steps["decoding"] if name == _QUEUE else 0.0)
+        before = us
+    return steps
+
+
+_QUEUE = "queue, batch, results, JSON"
+
+
+async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
+    """A server that grows: its connection alone, then its front, then metrics and log, then the batcher."""
+    batcher = Batcher(Served((instant,)), Limits(decode_threads=0))
+    batcher.start()
+    observers = (Metrics(batcher), RequestLog(BytesIO()))
+
+    def front(inner: Batcher, *, observed: bool) -> ASGIApp:
+        app = cast(ASGIApp, None)  # nothing but predictions is asked
+        used = observers if observed else ()
+        return Hot(app, batcher=inner, limits=Limits(), access=EVERYBODY, observers=used)
+
+    prompt = cast(Batcher, _Prompt(await _first_job(batcher, png)))
+    layers = {
+        "HTTP: uvicorn's protocol and one task": _answer_at_once,
+        "body, limits, headers, ids": front(prompt, observed=False),
+        "metrics and log": front(prompt, observed=True),
+        _QUEUE: front(batcher, observed=True),
+    }
+    times = {name: await _time_app(app, png) for name, app in layers.items()}
+    await batcher.close()
+    return times
+
+
+class _Instant:
+    """A runtime that has computed everything before."""
+
+    description = library = "none"
+
+    def __init__(self, runtime: OnnxSession, batch: np.ndarray) -> None:
+        self.model = runtime.model
+        self._logits = runtime(batch)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self._logits[: len(images)]
+
+
+class _Prompt:
+    """A batcher whose every job is one that is done."""
+
+    def __init__(self, job: Any) -> None:
+        self._job = job
+
+    def check_room(self, num_images: int) -> None:
+        pass
+
+    async def classify(self, *_: Any, **__: Any) -> Any:
+        return self._job
+
+
+class _Transport:
+    """A socket that takes everything."""
+
+    def __init__(self) -> None:
+        self.num_writes = 0
+
+    def write(self, data: bytes) -> None:
+        self.num_writes += 1
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_extra_info(self, name: str) -> None:
+        return None
+
+    def resume_reading(self) -> None:
+        pass
+
+
+async def _first_job(batcher: Batcher, png: bytes) -> Any:
+    deadline = asyncio.get_running_loop().time() + 60
+    return await batcher.classify([png], top_k=5, deadline=deadline, receive=asyncio.Event().wait)  # type: ignore[arg-type]
+
+
+async def _answer_at_once(scope: Scope, receive: Receive, send: Send) -> None:
+    await receive()
+    headers = [(b"content-type", b"text/plain"), (b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+async def _time_app(app: ASGIApp, png: bytes) -> float:
+    """Microseconds of one request among `BATCH_SIZE` that come at once, each on a connection of its own."""
+    config = uvicorn.Config(app, log_config=None, access_log=False, http=Connection, ws="none", lifespan="off")
+    config.load()
+    state = ServerState()
+    state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
+    transports = [_Transport() for _ in range(BATCH_SIZE)]
+    connections = [Connection(config, state, {}) for _ in transports]
+    for connection, transport in zip(connections, transports, strict=True):
+        connection.connection_made(cast(asyncio.Transport, transport))
+    head = f"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Type: image/png\r\nContent-Length: {len(png)}\r\n\r\n"
+    request = head.encode() + png
+
+    async def ask_all() -> None:
+        num_writes = transports[-1].num_writes
+        for connection in connections:
+            connection.data_received(request)
+        while any(transport.num_writes == num_writes for transport in transports):
+            await asyncio.sleep(0)
+
+    fastest = await _fastest_of(ask_all)
+    for connection in connections:
+        connection.connection_lost(ConnectionResetError())
+    return fastest
+
+
+async def _fastest_of(action: Callable[[], Coroutine[Any, Any, None]]) -> float:
+    times: list[float] = []
+    for _ in range(NUM_ROUNDS):
+        start = time.process_time()
+        await action()
+        times.append(time.process_time() - start)
+    return 1e6 * min(times) / BATCH_SIZE
+
+
+def _fastest_us(action: Callable[[], object], *, num_rounds: int = NUM_ROUNDS) -> float:
+    """Of one image among `BATCH_SIZE`."""
+    times: list[float] = []
+    for _ in range(num_rounds):
+        start = time.process_time()
+        action()
+        times.append(time.process_time() - start)
+    return 1e6 * min(times) / BATCH_SIZE
