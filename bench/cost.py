@@ -44,6 +44,13 @@ def memory_bytes(field: str = "VmHWM", process: int | str = "self") -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
+def family_bytes(field: str = "VmHWM", process: int | str = "self") -> int:
+    """`memory_bytes` of a process and of all that it started and that still run; what they share counts for each."""
+    threads = Path(f"/proc/{process}/task").iterdir()
+    children = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
+    return memory_bytes(field, process) + sum(family_bytes(field, child) for child in children)
+
+
 def _measure(modules: Sequence[str], work: Callable[..., object], args: tuple[Any, ...]) -> Cost:
     for module in modules:
         import_module(module)

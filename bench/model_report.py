@@ -23,7 +23,8 @@ in int8 root mean squares without the mean over classes, which on random weights
 1e-4 is marked as straying and counts for no bar. *Peak*: operations of the fastest matrix product of the same \
 precision in the same rounds; a row's share of it is in the operations of direct convolution (2 × MACs of the plain \
 net), whatever the row computes. So Winograd's method, and a lowering that computes more, show for what they are: \
-above or below. *Memory* is the most that the process held, libraries and all.
+above or below. *Memory* is the most that the process held, libraries and \
+all, and for MNN the sum with the processes that it computes in.
 
 What eight bits lose is measured on a trained net: 0.00 points of test accuracy on the one in `models/` \
 ([results.md](../results.md)); at most 0.3 are allowed."""

@@ -101,7 +101,8 @@ def page(record: dict[str, Any]) -> str:
         "connection and `/readyz` answers 200. Figures are medians, and in brackets the smallest and the largest.",
         machine_table(record["machine"]),
         table(["model", "MB", "s until ready", "s until /predict", "MB resident", "torch loaded"], rows),
-        f"The first `/predict` is asked once the server is ready; memory is resident after {NUM_REQUESTS} of them.",
+        f"The first `/predict` is asked once the server is ready; memory is resident after {NUM_REQUESTS} of them, "
+        "in the server and in the processes of its model.",
         "## Where the time goes",
         "Milliseconds of each step, one after another in a fresh process:",
         table(["model", *record["models"][0]["phases"][0]], phases),
@@ -116,7 +117,7 @@ def _start(model: Path) -> dict[str, Any]:
     """One server from its first instruction to its last request."""
     import time
 
-    from bench.cost import memory_bytes
+    from bench.cost import family_bytes
 
     begin = time.perf_counter()
     with _server(model) as (process, port):
@@ -127,7 +128,7 @@ def _start(model: Path) -> dict[str, Any]:
         for _ in range(NUM_REQUESTS - 1):
             _ask(port, "POST", "/predict", begin + LONGEST_S, content)
         has_torch = "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
-        resident = memory_bytes("VmRSS", process.pid)
+        resident = family_bytes("VmRSS", process.pid)
     return {"ready_s": ready_s, "answer_s": answer_s, "resident_bytes": resident, "has_torch": has_torch}
 
 

@@ -54,7 +54,7 @@ class Worker:
         return self._ask("answer", num_images)
 
     def peak_bytes(self) -> int | None:
-        """The most memory that the process has held so far; None where the system does not tell."""
+        """The most memory of the process and of those it started; None where the system does not tell."""
         return self._ask("peak_bytes")
 
     def close(self) -> None:
@@ -107,10 +107,10 @@ class _Contender:
         return self._answer(self._images(num_images))
 
     def peak_bytes(self) -> int | None:
+        from bench.cost import family_bytes
+
         # getrusage would count what the parent held when it started the process.
-        status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else ""
-        kibibytes = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
-        return 1024 * int(kibibytes[0]) if kibibytes else None
+        return family_bytes() if Path("/proc/self/status").exists() else None
 
     def _images(self, num: int) -> Any:
         from fold.image_sets import random_images

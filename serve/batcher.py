@@ -158,14 +158,22 @@ class Batcher:
             self._decoded.put(job)
 
     def _decode_jobs(self) -> None:
-        while item := self._undecoded.get():
-            job, index = item
-            self._decode(job, index)
-            with self._lock:
-                job.num_undecoded -= 1
-                is_last = not job.num_undecoded
-            if is_last and self._is_runnable(job):
-                self._decoded.put(job)
+        while self._decode_next():
+            pass
+
+    def _decode_next(self) -> bool:
+        """One image; False at the end. Who waits for it holds no job, and so no model that was swapped out."""
+        item = self._undecoded.get()
+        if item is None:
+            return False
+        job, index = item
+        self._decode(job, index)
+        with self._lock:
+            job.num_undecoded -= 1
+            is_last = not job.num_undecoded
+        if is_last and self._is_runnable(job):
+            self._decoded.put(job)
+        return True
 
     def _decode(self, job: Job, index: int) -> None:
         if not job.future.done():
@@ -185,9 +193,17 @@ class Batcher:
         return True
 
     def _run_jobs(self, device: int) -> None:
-        while first := self._decoded.get():
-            for served, jobs in groupby(self._gather(first), key=lambda job: job.served):
-                self._run(served.runtimes[device], list(jobs))
+        while self._run_next(device):
+            pass
+
+    def _run_next(self, device: int) -> bool:
+        """One batch; False at the end. Who waits for it holds no job, as in `_decode_next`."""
+        first = self._decoded.get()
+        if first is None:
+            return False
+        for served, jobs in groupby(self._gather(first), key=lambda job: job.served):
+            self._run(served.runtimes[device], list(jobs))
+        return True
 
     def _gather(self, job: Job) -> list[Job]:
         """`job` and those that wait behind it, until `max_batch` images are together or none waits."""

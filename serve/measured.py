@@ -14,7 +14,7 @@ from train.cores import num_cores
 from train.files import write_whole
 from train.refusal import Refusal
 
-FORMAT = "diracnet-runtime-1"
+FORMAT = "diracnet-runtime-2"  # another number where a runtime computes in another way
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "MNN", "numpy")
 
 

@@ -1,8 +1,6 @@
 """MNN: an .onnx file of ours in float32 made callable on the CPU, with convolutions by Winograd's method."""
 
-import ctypes
 import importlib.metadata
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,16 +8,16 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
 
 import numpy as np
 
 from export.runtimes.header import Header, read_header
+from export.runtimes.mnn_pool import MnnPool, WorkerFailed
 from export.runtimes.runtime import Model
 from train.cores import num_cores
 from train.files import read_whole, sha256
 from train.refusal import Refusal
-from train.spec import Spec
+from train.spec import ImageSpec, Spec
 
 _CONVERT_S = 60.0  # far beyond any conversion
 # The converter is run in a process of its own: some damaged graphs end it with a segmentation fault. It is
@@ -32,7 +30,7 @@ _tools.mnnconvert(["mnnconvert", "-f", "ONNX", "--modelFile", sys.argv[1], "--MN
 
 
 class MnnModule:
-    """One module of MNN; the rest as in `Runtime`."""
+    """MNN in processes of its own, as many as it gets threads; the rest as in `Runtime`."""
 
     platform = "mnn"
 
@@ -44,14 +42,14 @@ class MnnModule:
         if reason := why_not(header):
             raise Refusal(f"{path} {reason}; use --runtime onnxruntime")
         spec = Spec.from_json(header.metadata["spec"])
-        self._forward, self._to_input = _load(path, content, num_threads or num_cores())
+        num_workers = num_threads or num_cores()
+        self._pool = _start(path, content, spec.image, num_workers)
         self.model = Model(spec.name, sha256(content), spec, header.provenance, num_bytes=len(content))
-        self.description = "MNN, CPU"
+        self.description = f"MNN, {num_workers} process{'es' if num_workers > 1 else ''}"
         self.library = f"MNN {version()}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        (logits,) = self._forward([self._to_input(np.ascontiguousarray(images))])
-        return np.array(logits.read())  # a copy: the array of `read` lies in the module's own memory
+        return self._pool(images)
 
 
 def is_installed() -> bool:
@@ -72,28 +70,13 @@ def why_not(header: Header) -> str | None:
     return None
 
 
-def _load(path: Path, content: bytes, num_threads: int) -> tuple[Any, Any]:
-    """(call of the module, images uint8 [N, H, W, C] → its input)."""
+def _start(path: Path, content: bytes, image: ImageSpec, num_workers: int) -> MnnPool:
+    sizes = (image.height, image.width, image.channels)
     with _temporary_folder(path) as folder:
-        converted = _convert(path, content, folder)
-        with _stdout_silenced():  # both the import and the loading print
-            from MNN import expr as mnn_expr
-            from MNN import nn as mnn_nn
-
-            expr, nn = cast(Any, mnn_expr), cast(Any, mnn_nn)  # both take their names from an extension module
-
-            options = {"backend": 0, "numThread": num_threads, "precision": "high"}
-            manager = nn.create_runtime_manager((options,))
-            try:
-                module = nn.load_module_from_file(str(converted), ["images"], ["logits"], runtime_manager=manager)
-            except SystemError as error:  # its answer to any file that it does not take
-                raise Refusal(f"{path} cannot be loaded by MNN; use --runtime onnxruntime") from error
-
-    def to_input(images: np.ndarray) -> Any:
-        # Called NCHW although channels are last: MNN would move what is called NHWC, and the graph does it itself.
-        return expr.const(images, list(images.shape), expr.NCHW, expr.dtype.uint8)
-
-    return module.forward, to_input
+        try:
+            return MnnPool(_convert(path, content, folder), sizes, num_workers=num_workers)
+        except (WorkerFailed, OSError) as error:
+            raise Refusal(f"{path} cannot be loaded by MNN: {error}; use --runtime onnxruntime") from error
 
 
 def _convert(path: Path, content: bytes, folder: Path) -> Path:
@@ -121,19 +104,3 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
         raise Refusal(f"{path}: MNN converts it in a temporary folder, and none can be made: {reason}") from error
     with folder as name:
         yield Path(name)
-
-
-@contextmanager
-def _stdout_silenced() -> Iterator[None]:
-    """What C code prints on stdout goes nowhere."""
-    flush = ctypes.CDLL(None).fflush if sys.platform != "win32" else lambda _: None
-    sys.stdout.flush()
-    kept = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        flush(None)
-        os.dup2(kept, 1)
-        os.close(kept)

@@ -20,7 +20,7 @@ class Model:
 
 
 class Runtime(Protocol):
-    """An exported file made callable. Safe to call from one thread at a time."""
+    """An exported file made callable. Safe to call from one thread at a time; what it holds ends with it."""
 
     model: Model
     platform: str  # for programs, as the Open Inference Protocol spells it: "onnxruntime_onnx"

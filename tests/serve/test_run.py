@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -208,12 +209,37 @@ def test_a_choice_is_measured_once_kept_and_survives_a_reload(start, artefact, o
     assert re.match(r"2 workers" + reason + "kept in ", before.greeting)  # another file, other threads
     again = start(artefact, "--runtime", "auto", "--workers", 2)
     assert re.match(r"2 workers" + reason + "as .* says", again.greeting)
-    runtimes = {"onnxruntime": "onnxruntime/capi", "mnn": "_mnncengine"}
-    unused = runtimes[next(name for name in runtimes if f"on {name} " not in again.greeting)]
-    assert chosen in runtimes
+    assert chosen in ("onnxruntime", "mnn")
     if sys.platform == "linux":
-        for process in (again.pid, *workers_of(again)):
-            assert unused not in Path(f"/proc/{process}/maps").read_text()
+        for process in workers_of(again):
+            has_session = "onnxruntime/capi" in Path(f"/proc/{process}/maps").read_text()
+            assert (has_session, bool(children_of(process, "mnn_worker"))) == (chosen == "onnxruntime", chosen == "mnn")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which processes a server has started")
+def test_processes_of_mnn_are_replaced_when_they_die_and_end_with_their_model(start, artefact, pixels, encode):
+    server, file = start(artefact, "--runtime", "mnn", "--model-threads", 2), encode(pixels[0])
+    assert "on MNN, 2 processes (MNN 3." in server.greeting
+    ends = []
+    for _ in range(3):
+        ends += map(os.pidfd_open, children_of(server.pid, "mnn_worker"))
+        server.send_signal(signal.SIGHUP)
+        wait_for(server, "now serving")
+        assert ask(server, file).status_code == 200
+    os.kill(children_of(server.pid, "mnn_worker")[0], signal.SIGKILL)
+    failed, answered = ask(server, file), ask(server, file)
+    assert (failed.status_code, failed.json()["type"]) == (500, "urn:diracnet:problem:internal")
+    assert answered.status_code == 200
+    assert "a process of MNN ended with status -9" in wait_for(server, "WorkerFailed")
+    last = children_of(server.pid, "mnn_worker")
+    assert len(ends) == 3 * len(last) == 6
+    ends += map(os.pidfd_open, last)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(60) == 0
+    for end in ends:
+        assert select.select([end], [], [], 60)[0], "a process of MNN has outlived its model"
+        os.close(end)
 
 
 @pytest.mark.slow
@@ -255,8 +281,14 @@ def test_one_reload_reaches_all_workers(start, artefact, other_artefact, tmp_pat
 
 def workers_of(server):
     """The processes that serve, of Linux."""
-    children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
-    return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    return children_of(server.pid, "spawn_main")
+
+
+def children_of(process, word):
+    """Those that any of its threads has started, with `word` in their command, of Linux."""
+    threads = Path(f"/proc/{process}/task").iterdir()
+    children = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
+    return [pid for pid in children if word in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 @pytest.mark.slow
