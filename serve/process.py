@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from serve.run import ServeConfig
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-_GARBAGE = 10_000  # objects that may be garbage before it is looked for
 _START_S = 120.0  # for a worker to load its model
 
 
@@ -135,7 +134,6 @@ def _make_app(config: "ServeConfig", runtimes: Sequence[Runtime]) -> FastAPI:
     # What is there by now stays. Collections that walk through all of it hold up every hundredth answer for 30 ms.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(_GARBAGE)
     return app
 
 
