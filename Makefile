@@ -71,7 +71,7 @@ pictures: setup ## draw docs/pictures again, from models/ and the checkpoint of 
 		--against $(CHECKPOINT) $(dir $(CHECKPOINT))plain.safetensors
 	@$(BIN)/python bench/confusion.py $(BUNDLED) --out docs/pictures/confusion.png
 
-bench: setup ## the short form of every benchmark, into runs/bench; the full figures are in docs/benchmarks
+bench: setup ## the short form of every benchmark, five minutes, into runs/bench; full figures are in docs/benchmarks
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
 	@for script in $(BENCHMARKS); do $(BIN)/python $$script --quick --out runs/bench || exit; done
 
