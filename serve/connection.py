@@ -106,6 +106,7 @@ class AtOnce:
             if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
                 raise ValueError("a header of the answer holds a line break")
             cycle.response_started = cycle.response_complete = True
+            cycle.waiting_for_100_continue = False
             cycle.transport.write(b"%b%b\r\n%b" % (STATUS_LINE[status], head, body))
             cycle.message_event.set()
             cycle.on_response()

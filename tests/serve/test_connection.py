@@ -19,6 +19,7 @@ class Cycle:
         self.flow = SimpleNamespace(write_paused=write_paused)
         self.default_headers = [(b"date", b"today")]
         self.response_started = self.response_complete = False
+        self.waiting_for_100_continue = True
         self.message_event = asyncio.Event()
         self.writes, self.sent, self.num_responses = [], [], 0
         self.transport = SimpleNamespace(write=self.writes.append)
@@ -50,6 +51,7 @@ def test_a_whole_answer_leaves_in_one_write_and_ends_the_request():
     assert cycle.response_started
     assert cycle.response_complete
     assert cycle.message_event.is_set()
+    assert not cycle.waiting_for_100_continue
     assert cycle.num_responses == 1
     assert cycle.sent == []
 
