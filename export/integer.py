@@ -132,11 +132,25 @@ def _write_convolution(graph: Graph, name: str, conv: nn.Conv2d, x: Quantized, r
 
 
 def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[N_o, ...] → int8 from -127 to 127, and scales float32 [N_o]: symmetric, one for each filter."""
-    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-    scales = np.where(largest > 0, largest / 127, 1.0).astype(np.float32)
+    """[N_o, ...] → int8 from -127 to 127, and scales float32 [N_o]: symmetric, one for each filter.
+
+    No two weights of a filter add up beyond ±128, so that no processor's sum of two products with unsigned bytes
+    leaves 16 bits: 255 · 128 = 32,640. Those without VNNI saturate there. A filter whose weights would is given a
+    larger scale: the two largest add up to 127 steps, and rounding both adds one at most.
+    """
+    filters = weight.reshape(len(weight), -1).astype(np.float64)
+    largest = np.abs(filters).max(axis=1)
+    scales = np.where(largest > 0, np.maximum(largest, _largest_pair(filters)) / 127, 1.0).astype(np.float32)
     per_filter = scales.reshape(-1, *[1] * (weight.ndim - 1))
     return np.clip(np.rint(weight / per_filter), -127, 127).astype(np.int8), scales
+
+
+def _largest_pair(filters: np.ndarray) -> np.ndarray:
+    """[N_o, N] → [N_o]: the largest magnitude of a sum of two weights of one sign."""
+    if filters.shape[1] < 2:
+        return np.abs(filters).max(axis=1)
+    positive, negative = (np.partition(np.maximum(part, 0), -2, axis=1)[:, -2:].sum(1) for part in (filters, -filters))
+    return np.maximum(positive, negative)
 
 
 def _parameters(graph: Graph, name: str, reach: Range) -> tuple[float, int, tuple[str, str]]:
