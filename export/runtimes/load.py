@@ -30,7 +30,7 @@ def load_runtime(
 
             if device is not None and loadable_providers() == ("CPUExecutionProvider",):
                 raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
-            return OnnxSession(path, device=device or 0, num_threads=num_threads)
+            return OnnxSession(path, device=device, num_threads=num_threads)
         case "mnn":
             from export.runtimes.mnn_module import MnnModule
 

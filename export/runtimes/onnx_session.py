@@ -23,7 +23,7 @@ class OnnxSession:
         path: Path,
         *,
         providers: tuple[str, ...] | None = None,
-        device: int = 0,
+        device: int | None = None,
         num_threads: int = 0,
         optimize: bool = True,
     ) -> None:
@@ -33,7 +33,7 @@ class OnnxSession:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
-        asked = [(name, provider_options(name, device)) for name in providers or loadable_providers()]
+        asked = [(name, provider_options(name, device or 0)) for name in providers or loadable_providers()]
         try:
             self._session = ort.InferenceSession(content, options, providers=asked)
         except Exception as error:  # ONNX Runtime raises a private hierarchy of its own
@@ -44,6 +44,9 @@ class OnnxSession:
         name = spec.name if header.spec else path.stem
         self.model = Model(name, sha256(content), spec, header.provenance, num_bytes=len(content))
         self.provider = self._session.get_providers()[0]  # what it really uses
+        is_named = providers is not None or device is not None
+        if is_named and self.provider != asked[0][0]:  # ONNX Runtime only prints that it falls back to the CPU
+            raise Refusal(f"{asked[0][0]} does not start here for {path}; its libraries do not fit the driver or GPU")
         self.description = f"ONNX Runtime, {self.provider}"
         self.library = f"onnxruntime {ort.__version__}"
 
@@ -67,10 +70,14 @@ class OnnxSession:
 
 
 def provider_options(name: str, device: int) -> dict[str, str]:
-    """What a provider is told: the CUDA device, and no TF32, whose 10 bits of mantissa would pass for fp32."""
+    """What a provider is told: the CUDA device, and no TF32, whose 10 bits of mantissa would pass for fp32.
+
+    The default search for convolution algorithms times all of them, again for each new batch size, and a server's
+    batches are of any size: cuDNN's own estimate takes its place.
+    """
     match name:
         case "CUDAExecutionProvider":
-            return {"device_id": str(device), "use_tf32": "0"}
+            return {"device_id": str(device), "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
         case "TensorrtExecutionProvider":
             return {"device_id": str(device)}
         case _:
@@ -84,13 +91,12 @@ def loadable_providers() -> tuple[str, ...]:
     """
     needs: dict[str, tuple[str, ...]] = {
         "TensorrtExecutionProvider": ("libcuda.so.1", "libnvinfer.so.10"),
-        "CUDAExecutionProvider": ("libcuda.so.1", "libcudart.so.12"),
+        "CUDAExecutionProvider": ("libcuda.so.1",),
     }
     available = ort.get_available_providers()
     if "CUDAExecutionProvider" in available and _loads("libcuda.so.1"):
         # cuDNN and the CUDA runtime lie in pip packages; this puts them where the provider finds them.
         ort.preload_dlls()
-        needs["CUDAExecutionProvider"] = ("libcuda.so.1",)
     gpu = [name for name, libraries in needs.items() if name in available and all(map(_loads, libraries))]
     return (*gpu, "CPUExecutionProvider")
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
+from export.runtimes import onnx_session
 from export.runtimes.load import load_runtime
 from export.runtimes.onnx_session import OnnxSession, loadable_providers
 from train.files import sha256
@@ -65,3 +66,25 @@ def test_only_providers_that_load_are_asked_for_and_nothing_is_printed(write_onn
     program = f"from pathlib import Path; from export.runtimes.load import load_runtime as f; f(Path({str(path)!r}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert (done.stdout, done.stderr) == (b"", b"")
+
+
+def test_a_named_device_that_does_not_start_is_refused_not_served_on_the_cpu(monkeypatch, write_onnx):
+    _, path = write_onnx()
+    monkeypatch.setattr(onnx_session, "loadable_providers", lambda: ("CUDAExecutionProvider", "CPUExecutionProvider"))
+    monkeypatch.setattr(onnx_session, "provider_options", lambda name, device: {})
+    real = onnx_session.ort.InferenceSession
+
+    def falls_back(content, options, providers):  # as ONNX Runtime does, after printing it
+        return real(content, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnx_session.ort, "InferenceSession", falls_back)
+    with pytest.raises(Refusal, match="CUDAExecutionProvider does not start here"):
+        load_runtime(path, device=0)
+    with pytest.raises(Refusal, match="CUDAExecutionProvider does not start here"):
+        OnnxSession(path, providers=("CUDAExecutionProvider",))
+    assert load_runtime(path).description == "ONNX Runtime, CPUExecutionProvider"  # nothing was named
+
+
+def test_a_new_batch_size_starts_no_search_of_algorithms_and_fp32_is_no_tf32():
+    options = onnx_session.provider_options("CUDAExecutionProvider", 1)
+    assert options == {"device_id": "1", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}

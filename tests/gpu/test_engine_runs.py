@@ -1,5 +1,6 @@
 """Engines built, inspected and run for real: needs a CUDA device and tensorrt or tensorrt_rtx."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -13,12 +14,15 @@ from export.graph import to_onnx
 from export.runtimes import gpu
 from export.runtimes.card import card_path, layers_path, read_card
 from export.runtimes.load import load_runtime
-from export.runtimes.onnx_session import OnnxSession
+from export.runtimes.onnx_session import OnnxSession, loadable_providers
 from fold.plain import fold_net
 from train import run as train
 from train.cli import run_command
 
 pytestmark = pytest.mark.skipif(not gpu.num_devices(), reason="no CUDA device: engines cannot be run here")
+needs_builder = pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, ("tensorrt", "tensorrt_rtx"))), reason="no TensorRT: engines cannot be built"
+)
 
 
 def write_onnx(path, net, spec):
@@ -34,6 +38,7 @@ def write_engine(path, batch):
     return out
 
 
+@needs_builder
 @pytest.mark.parametrize("num", [1, 4, 9])
 def test_an_engine_answers_as_the_dirac_net(tmp_path, make_net, make_spec, images, num):
     net = make_net(depth=16)
@@ -46,6 +51,7 @@ def test_an_engine_answers_as_the_dirac_net(tmp_path, make_net, make_spec, image
     assert np.array_equal(runtime(pixels), runtime(pixels))
 
 
+@needs_builder
 @pytest.mark.parametrize("flags", [["--refittable"], ["--workspace", "512"], ["--version-compatible"]])
 def test_engines_of_every_kind_answer_alike(tmp_path, capsys, make_net, make_spec, images, flags):
     net, pixels = make_net(), images(4)
@@ -59,6 +65,7 @@ def test_engines_of_every_kind_answer_alike(tmp_path, capsys, make_net, make_spe
     assert compare(("Dirac net", expected), ("engine", load_runtime(path.with_suffix(".engine"))(pixels)))
 
 
+@needs_builder
 def test_layers_are_written_beside_the_engine(tmp_path, make_net, make_spec):
     path = write_onnx(tmp_path / "plain.onnx", make_net(), make_spec())
     assert run_command(to_trt.command, to_trt.ToTrtConfig, argv=[str(path)]) == 0
@@ -69,6 +76,7 @@ def test_layers_are_written_beside_the_engine(tmp_path, make_net, make_spec):
     assert "stem.conv" in json.dumps(layers)
 
 
+@needs_builder
 def test_timings_are_kept_and_those_of_another_machine_are_refused(tmp_path, capsys, make_net, make_spec):
     if choose_builder() != "tensorrt":
         pytest.skip("tensorrt is not installed: tensorrt_rtx keeps no timings")
@@ -82,6 +90,9 @@ def test_timings_are_kept_and_those_of_another_machine_are_refused(tmp_path, cap
     assert "--timing-cache does not fit this GPU" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(
+    loadable_providers() == ("CPUExecutionProvider",), reason="ONNX Runtime has no CUDA provider that loads here"
+)
 def test_onnx_runtime_uses_the_gpu(tmp_path, make_net, make_spec, images):
     path = write_onnx(tmp_path / "plain.onnx", make_net(), make_spec())
     assert "CPU" not in OnnxSession(path).description
