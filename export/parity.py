@@ -140,7 +140,9 @@ def _image_sets(forms: list["Form"], config: ParityConfig, console: "Console") -
     image = forms[0].spec.image
     trainings = [form.provenance.get("training", {}) for form in forms]
     training = next((training for training in trainings if "dataset" in training), {})
-    real, missing = real_images(image, training, num=config.images, data_dir=config.data_dir)
+    real, missing = real_images(
+        image, training, num=config.images, data_dir=config.data_dir, beside=config.artefact.parent
+    )
     image_sets = {"random": random_images(image), "extreme": extreme_images(image)}
     if real is not None:
         return {"real": real, **image_sets}

@@ -15,6 +15,7 @@ from export.integer import to_integer_onnx
 from export.qdq import to_qdq_onnx
 from export.runtimes.offline import ort
 from fold.lower import lower
+from train.interval import Z_TWO, interval
 from train.refusal import Refusal
 from train.spec import Spec
 
@@ -45,6 +46,9 @@ class Drop:
     accuracy: float  # top-1, as float32's
     top1_agreement: float  # share of images that keep their class
     relative_error: float
+    # Shares of the images: what was lost lies between them with 95 % certainty, see `_lost`.
+    lost_low: float
+    lost_high: float
 
     def __bool__(self) -> bool:
         return self.float32_accuracy - self.accuracy <= ALLOWED_DROP
@@ -95,13 +99,26 @@ def num_images_run(lowerings: Sequence[str], num_observed: int, num_chosen_by: i
 
 def measure_drop(reference: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> Drop:
     """Float32's logits and eight bits' [N, K] on the same labelled test images."""
+    low, high = _lost(reference.argmax(1) == targets, logits.argmax(1) == targets)
     return Drop(
         num_images=len(targets),
         float32_accuracy=float((reference.argmax(1) == targets).mean()),
         accuracy=float((logits.argmax(1) == targets).mean()),
         top1_agreement=top1_agreement(reference, logits),
         relative_error=relative_error(reference, logits),
+        lost_low=low,
+        lost_high=high,
     )
+
+
+def _lost(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """An interval for the accuracy that is lost: bool [N] each, right before and after.
+
+    The difference of the shares that turned wrong and that turned right, each between the ends of its own
+    interval of 97.5 %, so that both hold together with 95 % (Bonferroni).
+    """
+    wrong, right = (interval(int(turned.sum()), len(before), z=Z_TWO) for turned in (before & ~after, after & ~before))
+    return wrong[0] - right[1], wrong[1] - right[0]
 
 
 def relative_error(reference: np.ndarray, logits: np.ndarray) -> float:

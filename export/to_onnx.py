@@ -144,7 +144,7 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
     from export.quantize import TRIED, num_images_run, quantize
     from train.progress import progress
 
-    observed, chosen_by, test = _images(plain, config)
+    observed, chosen_by, test = _images(plain, config, console)
     lowerings = TRIED if config.lowering is None else (config.lowering,)
     with progress(console, "calibrating", num_images_run(lowerings, len(observed), len(chosen_by))) as advance:
         quantized = quantize(
@@ -178,31 +178,35 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
     return quantized.model, record, bool(drop)
 
 
-def _images(plain: "Plain", config: ToOnnxConfig) -> tuple[Any, Any, Any]:
+def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[Any, Any, Any]:
     """Training images to observe, training images to choose by, and the test split."""
     import numpy as np
 
     from train import data
 
-    name = config.dataset or plain.provenance.get("training", {}).get("dataset")
+    training = plain.provenance.get("training", {})
+    name = config.dataset or training.get("dataset")
     if name is None:
         raise Refusal(
             f"{config.plain} does not say what it was trained on: name images to calibrate on, "
             "--dataset folder --data-dir FOLDER"
         )
     image = plain.spec.image
-    dataset = data.load(name, data_dir=config.data_dir, image_size=image.height)
+    if config.dataset:
+        dataset = data.load(name, data_dir=config.data_dir, image_size=image.height)
+    else:
+        dataset = data.load_as_trained(
+            training, data_dir=config.data_dir, beside=config.plain.parent, image_size=image.height
+        )
     found, needed = dataset.info.image, (image.height, image.width, image.channels)
     if (found.height, found.width, found.channels) != needed or len(dataset.info.labels) != len(plain.spec.labels):
         raise Refusal(
             f"{name} has {found.height}x{found.width}x{found.channels} images of {len(dataset.info.labels)} classes; "
             f"{plain.spec.name} takes {'x'.join(map(str, needed))} of {len(plain.spec.labels)}: calibrate on such"
         )
-    num = config.calibration_images
-    if len(dataset.train) < 2 * num:
-        raise Refusal(
-            f"--calibration-images {num} takes {2 * num} training images or more, {name} has {len(dataset.train)}"
-        )
+    num = min(config.calibration_images, max(1, len(dataset.train) // 3))  # one third sets ranges, the rest chooses
+    if num < config.calibration_images:
+        console.print(f"{len(dataset.train)} training images: ranges are set by {num}, not {config.calibration_images}")
     order = np.random.default_rng(0).permutation(len(dataset.train))
     observed, chosen_by = (dataset.train.take(part) for part in (order[:num], order[num : 3 * num]))
     return observed.first(len(observed)), chosen_by.first(len(chosen_by)), dataset.test
@@ -230,6 +234,8 @@ def _test(reference: "onnx.ModelProto", model: "onnx.ModelProto", test: Any, con
 def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:
     from rich.table import Table
 
+    from export.compare import ALLOWED_DROP
+
     table = Table("lowering", "ranges", "logit error", "top-1 agreement")
     for row in candidates:
         table.add_row(
@@ -240,6 +246,13 @@ def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> N
         f"test accuracy {100 * drop.accuracy:.2f} %, float32 {100 * drop.float32_accuracy:.2f} %, "
         f"same class on {100 * drop.top1_agreement:.2f} % of {drop.num_images:,} images"
     )
+    lost = drop.float32_accuracy - drop.accuracy
+    console.print(
+        f"lost: {100 * lost:.2f} points, with 95 % certainty {100 * drop.lost_low:.2f} to {100 * drop.lost_high:.2f}; "
+        f"one image is {100 / drop.num_images:.2g} points"
+    )
+    if drop and drop.lost_high > ALLOWED_DROP:
+        console.print(f"so few images cannot show that no more than {100 * ALLOWED_DROP:.1f} points are lost")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 
 from train.refusal import Refusal
 from train.spec import ImageSpec
+from train.split import Changed
 
 NUM_RANDOM = 64
 EXTREMES = ("all black", "all white", "one hot pixel", "noise of full contrast", "checkerboard")
@@ -30,26 +31,36 @@ def extreme_images(image: ImageSpec) -> np.ndarray:
 
 
 def real_images(
-    image: ImageSpec, training: dict[str, Any], *, num: int, data_dir: Path | None = None
+    image: ImageSpec,
+    training: dict[str, Any],
+    *,
+    num: int,
+    data_dir: Path | None = None,
+    beside: Path | None = None,
 ) -> tuple[np.ndarray | None, str]:
     """The first test images of the data set that `training` names, or None and why.
 
-    `training` is a checkpoint's config, or what later artefacts keep of it. `data_dir` goes before the one in it.
+    `training` is a checkpoint's config, or what later artefacts keep of it; `data_dir` goes before the one in it,
+    and must then have the images. `beside` is the model's folder. Refuses a data set that has changed.
     """
     from train import data
 
     if "dataset" not in training:
         return None, "no artefact says what it was trained on"
-    recorded = training.get("data_dir")
+    if data_dir is None and training["dataset"] == "folder" and not Path(training.get("data_dir") or "").is_absolute():
+        return None, "no file says where the photographs lie: name their folder with --data-dir"
+    given = data_dir or (Path(training["data_dir"]) if training.get("data_dir") else None)
+    if data_dir is None and given and not given.is_dir():
+        return None, f"{given} is not there any more: name the data set's folder with --data-dir"
     try:
-        images = data.load(
-            training["dataset"],
-            data_dir=data_dir or (Path(recorded) if recorded else None),
-            image_size=image.height,
-            skip_unreadable=training.get("skip_unreadable", False),
-        ).test.first(num)
+        test = data.load_as_trained(training, data_dir=given, beside=beside, image_size=image.height).test
+    except Changed:
+        raise
     except Refusal as refusal:
+        if data_dir:
+            raise
         return None, str(refusal)
+    images = test.first(num)
     found, needed = images.shape[1:], (image.height, image.width, image.channels)
     if found != needed:
         return None, f"{training['dataset']} has images of shape {found}, the net takes {needed}"

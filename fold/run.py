@@ -53,7 +53,9 @@ def command(config: FoldConfig) -> int:
     plain = fold_net(net)
     image = checkpoint.spec.image
     image_sets = {"random": torch.as_tensor(random_images(image))}
-    real, missing = real_images(image, checkpoint.config, num=config.images, data_dir=config.data_dir)
+    real, missing = real_images(
+        image, checkpoint.config, num=config.images, data_dir=config.data_dir, beside=config.checkpoint.parent
+    )
     if real is None:
         console.print(f"no real images, the proof is on random ones alone: {missing}")
     else:

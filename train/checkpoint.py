@@ -55,6 +55,9 @@ class Checkpoint:
             "momentum",
             "weight_decay",
             "schedule",
+            "validation",
+            "skip_unreadable",
+            "split",
         )
         return {
             **{key: self.config[key] for key in kept if key in self.config},

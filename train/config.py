@@ -13,7 +13,7 @@ from train.spec import DatasetName, Family, Nonlinearity, Parameterization
 class TrainConfig:
     """None stands for what suits the family, or for the recipe's value; `resolved` fills them in."""
 
-    dataset: Annotated[DatasetName, "what to learn"] = "digits"
+    dataset: Annotated[DatasetName | None, "what to learn (default: digits, or folder with --data-dir)"] = None
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     download: Annotated[bool, "let torchvision download the data set"] = False
     image_size: Annotated[int, "side of the input in pixels, for --dataset folder"] = 32
@@ -87,14 +87,19 @@ class TrainConfig:
             raise Refusal("--classes goes with --describe; to train, name a data set")
 
     @property
+    def learnt(self) -> DatasetName:
+        return self.dataset or ("folder" if self.data_dir else "digits")
+
+    @property
     def run_dir(self) -> Path:
-        return self.out or Path("runs") / f"{self.dataset}-{self.depth}-{self.width:g}"
+        return self.out or Path("runs") / f"{self.learnt}-{self.depth}-{self.width:g}"
 
     def resolved(self) -> "Settings":
         """The same with the family's form and the recipe's values where none were given."""
         wrn = self.family == "wrn"
         form = self.parameterization or ("plain" if wrn else "dirac")
-        values = asdict(recipe(self.recipe, family=self.family, dataset=self.dataset))
+        values = asdict(recipe(self.recipe, family=self.family, dataset=self.learnt))
+        values["dataset"] = self.learnt
         values["parameterization"] = form
         values["nonlinearity"] = "relu" if wrn or form == "per-channel" else "ncrelu"
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -105,5 +110,6 @@ class TrainConfig:
 class Settings(Recipe, TrainConfig):
     """What a net is trained with: a `TrainConfig` that leaves no value of its recipe open."""
 
+    dataset: DatasetName = "digits"
     nonlinearity: Nonlinearity = "ncrelu"
     parameterization: Parameterization = "dirac"

@@ -2,16 +2,29 @@
 
 import gzip
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.folder import Files, Track, class_folders, find_files
+from train.folder import Files, LeftOut, Track, class_folders, find_files, make_files
 from train.refusal import Refusal
 from train.spec import ImageSpec
+from train.split import (
+    FILE,
+    PARTS,
+    TEST_SHARE,
+    Changed,
+    Record,
+    Sizes,
+    check_same,
+    picked_by_name,
+    read_record,
+    record_arrays,
+    record_files,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +68,9 @@ class Dataset:
     info: DatasetInfo
     train: Part
     test: Part
-    left_out: Sequence[Path] = ()  # files of a folder that cannot be read
+    validation: Part | None = None  # where a folder names it, or `divide` has cut it from `train`
+    left_out: Sequence[LeftOut] = ()  # of a folder
+    sizes: Sequence[tuple[int, int]] = ()  # width and height of a folder's images
 
 
 def _digits_info() -> DatasetInfo:
@@ -121,25 +136,105 @@ def load(
     `track(items, total)` wraps the loop over a folder's files, to show progress.
     Refuses a data set that is not where it should be, saying where it was looked for.
     """
-    info, left_out = describe(name, data_dir=data_dir, image_size=image_size), []
+    info = describe(name, data_dir=data_dir, image_size=image_size)
     match name:
         case "digits":
-            train, test = _load_digits()
+            if data_dir:
+                raise Refusal("digits come with scikit-learn: leave out --data-dir, or add --dataset folder")
+            return Dataset(info, *_load_digits())
         case "fashion-mnist":
-            train, test = _load_fashion_mnist(data_dir, download)
+            return Dataset(info, *_load_fashion_mnist(data_dir, download))
         case "cifar10" | "cifar100":
-            train, test = _load_cifar(name, data_dir, download)
-        case _:
-            train, test, left_out = find_files(
-                _given(data_dir), info.labels, info.image, skip_unreadable=skip_unreadable, track=track
-            )
-            if test is None:
-                train, test = _every_fifth(train)
-    return Dataset(info, train, test, left_out)
+            return Dataset(info, *_load_cifar(name, data_dir, download))
+    found = find_files(_given(data_dir), info.labels, info.image, skip_unreadable=skip_unreadable, track=track)
+    train, test = found.train, found.test
+    if test is None:
+        picked = picked_by_name(train.names, train.targets, TEST_SHARE, purpose="test")
+        train, test = train.take(np.flatnonzero(~picked)), train.take(np.flatnonzero(picked))
+    if not len(test):
+        raise Refusal(f"no image of {data_dir} is left to test on: a class needs two or more")
+    return Dataset(info, train, test, found.validation, found.left_out, found.sizes)
+
+
+def load_as_trained(
+    training: Mapping[str, Any], *, data_dir: Path | None = None, beside: Path | None = None, image_size: int = 32
+) -> Dataset:
+    """The data set of a run, divided as it was; refuses one that has changed.
+
+    `training` is a checkpoint's config, or what later artefacts keep of it; `data_dir` goes before the one
+    in it. A folder that has grown is divided by the run's split.json, where that lies in the folder `beside`.
+    """
+    name, recorded, split = training["dataset"], training.get("data_dir"), training.get("split") or {}
+    data_dir = data_dir or (Path(recorded) if recorded else None)
+    parts = read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
+    skip_unreadable = training.get("skip_unreadable", False)
+    if parts:
+        return recorded_files(_given(data_dir), parts, image_size=image_size, skip_unreadable=skip_unreadable)
+    dataset = load(name, data_dir=data_dir, image_size=image_size, skip_unreadable=skip_unreadable)
+    dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
+    if split:
+        check_same(record(dataset), split, where=str(data_dir or name))
+    return dataset
+
+
+def recorded_files(
+    root: Path, parts: Mapping[str, Sizes], *, image_size: int, skip_unreadable: bool = False
+) -> Dataset:
+    """A folder divided as a run recorded it in `parts`; refuses it if an image is gone or has another size."""
+    changed = [name for sizes in parts.values() for name, size in sizes.items() if _num_bytes(root / name) != size]
+    if changed:
+        raise Changed(
+            f"{len(changed)} images of the run are gone from {root} or changed, the first is {changed[0]}: "
+            "put them back, or train anew"
+        )
+    labels = tuple(sorted({Path(name).parent.name for name in parts["train"]}))
+    info = replace(_folder_info(root, image_size), labels=labels)
+
+    def files(part: str) -> Files:
+        pairs = [(root / name, labels.index(Path(name).parent.name)) for name in parts[part]]
+        return make_files(root, pairs, info.image, skip_unreadable=skip_unreadable)
+
+    return Dataset(info, files("train"), files("test"), files("validation"))
+
+
+def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:
+    """The data set with a validation part: the one that its folder names, or `fraction` of the training images."""
+    if dataset.validation is not None and fraction:
+        return dataset
+    rest, held = hold_out(dataset.train, fraction, seed=seed)
+    return replace(dataset, train=rest, validation=held)
+
+
+def record(dataset: Dataset) -> Record:
+    """What is in the parts of a divided data set: names and sizes of files, or the digest of arrays."""
+    parts = dict(zip(PARTS, (dataset.train, dataset.validation, dataset.test), strict=True))
+    files = {part: split for part, split in parts.items() if isinstance(split, Files)}
+    if files:
+        return record_files(
+            {part: {name: _num_bytes(Path(split.root) / name) for name in split.names} for part, split in files.items()}
+        )
+    arrays = {part: split for part, split in parts.items() if isinstance(split, Split)}
+    return record_arrays(
+        {part: (np.asarray(split.images), np.asarray(split.targets)) for part, split in arrays.items()}
+    )
+
+
+def _num_bytes(path: Path) -> int:
+    """The size of a file, -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
-    """A random part of `split` for choosing by, and the rest for training: (rest, part)."""
+    """A part of `split` for choosing by, and the rest for training: (rest, part).
+
+    A folder's images by their names, of each class alike; others at random.
+    """
+    if isinstance(split, Files):
+        picked = picked_by_name(split.names, split.targets, fraction, purpose="validation")
+        return split.take(np.flatnonzero(~picked)), split.take(np.flatnonzero(picked))
     order = np.random.default_rng(seed).permutation(len(split))
     num_held = round(len(split) * fraction)
     return split.take(np.sort(order[num_held:])), split.take(np.sort(order[:num_held]))
@@ -166,7 +261,10 @@ def _load_fashion_mnist(data_dir: Path | None, download: bool) -> tuple[Split, S
         images, labels = _find(folder, f"{part}-images-idx3-ubyte"), _find(folder, f"{part}-labels-idx1-ubyte")
         if not images or not labels:
             raise FileNotFoundError(folder)
-        return Split(_read_idx(images, 3)[..., None], _read_idx(labels, 1).astype(np.int64))
+        pixels, targets = _read_idx(images, 3)[..., None], _read_idx(labels, 1).astype(np.int64)
+        if len(pixels) != len(targets):
+            raise ValueError(f"{images.name} has {len(pixels)} images, {labels.name} {len(targets)} labels")
+        return Split(pixels, targets)
 
     folders = (data_dir,) if data_dir else FASHION_MNIST_DIRS
     if download:

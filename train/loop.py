@@ -200,7 +200,7 @@ def evaluate(net: nn.Module, split: Part, *, device: str = "cpu", batch_size: in
 
 
 def _in_order(split: Part, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    picked = np.array_split(np.arange(len(split)), math.ceil(len(split) / batch_size))
+    picked = np.array_split(np.arange(len(split)), max(1, math.ceil(len(split) / batch_size)))
     if isinstance(split, Files):
         yield from stream(split, picked, workers=workers)
         return

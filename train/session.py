@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from train import data
@@ -18,13 +19,17 @@ from train.cli import given_arguments
 from train.config import Settings, TrainConfig
 from train.distributed import World, joined
 from train.families import count_parameters, outline
+from train.files import write_whole
+from train.interval import interval, percent
 from train.loop import evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, keep_large_buffers
 from train.progress import make_console, progress, track
 from train.refusal import Refusal
 from train.report import describe_row, draw_learning_curve, write_metrics
 from train.spec import Spec
+from train.split import FILE, Record
 from train.steps import Session, Step, make_augmentation, make_spec, start, take_steps
+from train.survey import print_survey
 
 # What may differ between a run and its resumption without changing a single bit of it.
 FREE_TO_CHANGE = ("data_dir", "download", "device", "workers", "out", "resume", "json", "describe")
@@ -52,7 +57,7 @@ def train(config: TrainConfig) -> int:
     """Run or resume; see `TrainConfig`. Under torchrun every process calls it, and shares each batch."""
     keep_large_buffers()
     with joined(choose_device(config.device)) as world:
-        return _train(config.resolved(), world, command=f"python train/run.py {given_arguments(config)}".strip())
+        return _train(config.resolved(), world, command=_typed(config))
 
 
 def _train(config: Settings, world: World, *, command: str) -> int:
@@ -62,25 +67,18 @@ def _train(config: Settings, world: World, *, command: str) -> int:
         raise Refusal(f"{checkpoint_path} exists: add --resume to go on, or name another folder with --out")
     if config.batch_size % world.size:
         raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {config.batch_size}")
-    dataset = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        download=config.download,
-        skip_unreadable=config.skip_unreadable,
-        track=track(console, "reading images"),
-    )
-    if dataset.left_out:
-        console.print(f"{len(dataset.left_out)} files cannot be read and are left out, first {dataset.left_out[0]}")
-    spec = make_spec(config, dataset.info.image, dataset.info.labels)
-    precision = choose_precision(config.precision, world.device)
-    config = replace(config, precision=precision)
+    config = replace(config, precision=choose_precision(config.precision, world.device))
+    earlier = _earlier(checkpoint_path, config) if config.resume else None
+    dataset = _load(config, earlier, console)
+    spec, split = make_spec(config, dataset.info.image, dataset.info.labels), data.record(dataset)
     session = start(config, spec, world, console)
-    state = _resume(checkpoint_path, session, spec) if config.resume else _begin(config, spec, command)
+    state = _resume(checkpoint_path, earlier, session, spec) if earlier else _begin(config, spec, command, split)
+    if split.content and not earlier and world.rank == 0:
+        write_whole(config.run_dir / FILE, split.content)
     many = f", {world.size} processes" if world.size > 1 else ""
     console.print(
         f"{spec.name}: {count_parameters(session.net):,} parameters, {config.dataset}, "
-        f"{world.device}, {precision}, seed {config.seed}{many}"
+        f"{world.device}, {config.precision}, seed {config.seed}{many}"
     )
     with _stop_after_step() as stopped:
         state = _epochs(session, state, dataset, stopped)
@@ -89,6 +87,26 @@ def _train(config: Settings, world: World, *, command: str) -> int:
     if world.rank == 0:
         _finish(session, state, dataset)
     return 0
+
+
+def _load(config: Settings, earlier: Checkpoint | None, console: Console) -> data.Dataset:
+    """The data set in its three parts: as the run that goes on divided it, or anew; a folder's is shown."""
+    if earlier and "split" in earlier.config:
+        return data.load_as_trained(
+            earlier.config, data_dir=config.data_dir, beside=config.run_dir, image_size=config.image_size
+        )
+    dataset = data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        image_size=config.image_size,
+        download=config.download,
+        skip_unreadable=config.skip_unreadable,
+        track=track(console, "reading images"),
+    )
+    dataset = data.divide(dataset, config.validation, seed=config.seed)
+    if config.dataset == "folder":
+        print_survey(console, dataset)
+    return dataset
 
 
 def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
@@ -109,7 +127,8 @@ def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
         "seconds": sum(row["seconds"] for row in state.history),
     }
     console.print(
-        f"test accuracy {100 * accuracy:.2f} % on {num_test} images after {result['seconds']:.1f} s of training"
+        f"test accuracy {100 * accuracy:.2f} % on {num_test} images after {result['seconds']:.1f} s of training; "
+        f"95 % interval {percent(interval(accuracy * num_test, num_test))}"
     )
     console.print(f"wrote {path}, best.pt, metrics.jsonl and learning_curve.png")
     if config.json:
@@ -119,7 +138,8 @@ def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
 def _epochs(session: Session, state: Checkpoint, dataset: data.Dataset, stopped: dict[str, bool]) -> Checkpoint:
     """Train until the last epoch or until `stopped`, saving after each epoch and at the stop."""
     config, world = session.config, session.world
-    rest, held = data.hold_out(dataset.train, config.validation, seed=config.seed)
+    rest, held = dataset.train, dataset.validation
+    assert held is not None  # `divide` made it
     batch_size = min(config.batch_size, len(rest) // world.size * world.size)
     if batch_size == 0:
         raise Refusal(f"{len(rest)} training images are too few for {world.size} processes")
@@ -195,21 +215,29 @@ def _close_epoch(session: Session, state: Checkpoint, held: data.Part, *, num_pi
     return state
 
 
-def _begin(config: Settings, spec: Spec, command: str) -> Checkpoint:
-    return Checkpoint.fresh(spec, {}, {**_recorded(config), "command": command}, totals=_no_totals())
+def _begin(config: Settings, spec: Spec, command: str, split: Record) -> Checkpoint:
+    record = {**_recorded(config), "command": command, "split": split.to_dict()}
+    return Checkpoint.fresh(spec, {}, record, totals=_no_totals())
 
 
-def _resume(path: Path, session: Session, spec: Spec) -> Checkpoint:
-    """Load a run into the session's net and optimizer; refuses one that was started with other settings."""
+def _earlier(path: Path, config: Settings) -> Checkpoint:
+    """The run to go on with; refuses one that was started with other settings."""
     state = load_checkpoint(path)
-    recorded = _recorded(session.config)
+    recorded = _recorded(config)
     changed = [
         f"--{key.replace('_', '-')} {state.config.get(key)}"
         for key in recorded
         if key not in FREE_TO_CHANGE and recorded[key] != state.config.get(key)
     ]
-    if changed or state.spec != spec:
-        raise Refusal(f"{path} was started with {' '.join(changed) or 'another data set'}; resume it with the same")
+    if changed:
+        raise Refusal(f"{path} was started with {' '.join(changed)}; resume it with the same")
+    return state
+
+
+def _resume(path: Path, state: Checkpoint, session: Session, spec: Spec) -> Checkpoint:
+    """Load a run into the session's net and optimizer; refuses one that learns another data set."""
+    if state.spec != spec:
+        raise Refusal(f"{path} was started with another data set; resume it with the same")
     try:
         session.net.load_state_dict(state.model)
         session.optimizer.load_state_dict(state.optimizer)
@@ -221,7 +249,16 @@ def _resume(path: Path, session: Session, spec: Spec) -> Checkpoint:
 
 
 def _recorded(config: Settings) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    """Paths as text; the data set's whole, so that later commands find it from any folder."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+    return values | {"data_dir": str(config.data_dir.resolve()) if config.data_dir else None}
+
+
+def _typed(config: TrainConfig) -> str:
+    """The command without the places of this machine: it travels with the model."""
+    data_dir = Path(config.data_dir.resolve().name) if config.data_dir else None
+    out = Path(config.out.name) if config.out and config.out.is_absolute() else config.out
+    return f"python train/run.py {given_arguments(replace(config, data_dir=data_dir, out=out))}".strip()
 
 
 def _no_totals() -> dict[str, float]:

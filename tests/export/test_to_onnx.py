@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from export import to_onnx
+from export.quantize import measure_drop
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.probe import probe_images
 from export.timing import ROUNDS, Timing, fastest, time_models
@@ -127,6 +128,37 @@ def test_a_loss_beyond_the_limit_ends_in_status_one_and_is_written_all_the_same(
     assert run(*argv, "--allow-drop") == 0
 
 
+def test_few_training_images_are_shared_out_and_few_test_images_are_said_to_show_little(plain, tmp_path, capsys):
+    argv = ("--precision", "int8", "--lowering", "concat", "--calibration-images", 9999, "--out", tmp_path / "x.onnx")
+    run(plain, *argv)
+    output = capsys.readouterr().out
+    record = record_of(tmp_path / "x.onnx")
+    calibration = record["calibration"]
+    assert (calibration["images"], calibration["chosen_by"]) == (431, 862)
+    assert "1294 training images: ranges are set by 431, not 9999" in output
+    assert "one image is 0.28 points" in output
+    test = record["test"]
+    assert test["lost_low"] < test["float32_accuracy"] - test["accuracy"] < test["lost_high"]
+
+
+def test_what_was_lost_lies_between_the_bounds_of_what_turned_wrong_and_right():
+    """Two of 36 turned wrong and one turned right: Wilson's bounds by their own equation."""
+    logits = np.eye(2)[np.zeros(36, int)]
+    changed = logits.copy()
+    changed[:3] = changed[:3, ::-1]
+    targets = np.zeros(36, int)
+    targets[[0, 3]] = 1  # image 0 turns right, image 3 stays wrong, images 1 and 2 turn wrong
+    drop = measure_drop(logits, changed, targets)
+    assert drop.float32_accuracy - drop.accuracy == pytest.approx(1 / 36)
+    bounds = {}
+    for hits in (1, 2):
+        share, z = hits / 36, 2.241403
+        ends = np.roots([1 + z**2 / 36, -2 * share - z**2 / 36, share**2])  # (p - share)² = z² p (1 - p) / n
+        bounds[hits] = sorted(ends.real)
+    assert drop.lost_low == pytest.approx(bounds[2][0] - bounds[1][1], abs=1e-9)
+    assert drop.lost_high == pytest.approx(bounds[2][1] - bounds[1][0], abs=1e-9)
+
+
 def test_images_of_another_kind_do_not_calibrate(plain, tmp_path, capsys):
     for label in "ab":
         (tmp_path / label).mkdir()
@@ -144,7 +176,6 @@ def test_images_of_another_kind_do_not_calibrate(plain, tmp_path, capsys):
         (("--precision", "int8", "--lowering", "auto"), "--lowering auto compares speed"),
         (("--target", "tensorrt"), "--target and --dataset go with int8 and fp8, not with fp32"),
         (("--lowering", "auto", "--batch-sizes", "0"), "must be at least 1"),
-        (("--precision", "int8", "--calibration-images", "9999"), "takes 19998 training images or more"),
         (("--precision", "int8", "--lowering", "mirror"), "has no eight-bit form"),
         (("--precision", "int4"), "invalid choice: 'int4'"),
     ],

@@ -1,6 +1,8 @@
 import numpy as np
+import pytest
 
 from fold.image_sets import EXTREMES, extreme_images, random_images, real_images
+from train.refusal import Refusal
 from train.spec import ImageSpec
 
 IMAGE = ImageSpec(6, 5, 3, (0.5,) * 3, (0.5,) * 3, resize=None)
@@ -27,9 +29,13 @@ def test_real_images_are_the_first_test_images_or_a_reason(tmp_path):
     digits = ImageSpec(8, 8, 1, (0.3,), (0.4,), resize=8)
     images, missing = real_images(digits, {"dataset": "digits"}, num=7)
     assert (images.shape, missing) == ((7, 8, 8, 1), "")
-    images, missing = real_images(digits, {"dataset": "fashion-mnist"}, num=7, data_dir=tmp_path)
-    assert images is None
-    assert "Fashion-MNIST is not in" in missing
+    with pytest.raises(Refusal, match="Fashion-MNIST is not in"):
+        real_images(digits, {"dataset": "fashion-mnist"}, num=7, data_dir=tmp_path)
+    gone = {"dataset": "cifar10", "data_dir": str(tmp_path / "gone")}
+    reason = f"{tmp_path / 'gone'} is not there any more: name the data set's folder with --data-dir"
+    assert real_images(digits, gone, num=7) == (None, reason)
+    reason = "no file says where the photographs lie: name their folder with --data-dir"
+    assert real_images(digits, {"dataset": "folder"}, num=7) == (None, reason)
     reason = "digits has images of shape (8, 8, 1), the net takes (6, 5, 3)"
     assert real_images(IMAGE, {"dataset": "digits"}, num=7) == (None, reason)
     assert real_images(digits, {}, num=7) == (None, "no artefact says what it was trained on")

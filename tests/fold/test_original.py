@@ -129,7 +129,7 @@ def test_the_command_writes_a_checkpoint_that_folds_like_any_other(tmp_path, cap
     assert run_command(command, OriginalConfig, argv=[str(tmp_path / "model.pt7"), "--out", str(out)]) == 0
     assert "DiracNet-10-0.25, cifar, ncrelu, dirac, 10 classes" in capsys.readouterr().out
     assert load_checkpoint(out).config["dataset"] == "cifar10"
-    assert run_command(fold, FoldConfig, argv=[str(out), "--data-dir", str(tmp_path)]) == 0
+    assert run_command(fold, FoldConfig, argv=[str(out)]) == 0
     assert (tmp_path / "plain.safetensors").exists()
 
 

@@ -44,6 +44,14 @@ def test_fashion_mnist_files_are_read_plain_and_compressed(tmp_path, compress):
     assert dataset.info.labels[9] == "Ankle boot"
 
 
+def test_images_and_labels_of_different_number_are_refused(tmp_path):
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / f"{part}-images-idx3-ubyte", np.zeros((3, 28, 28), np.uint8))
+        write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.zeros(1, np.uint8))
+    with pytest.raises(Refusal, match="train-images-idx3-ubyte has 3 images, train-labels-idx1-ubyte 1 labels"):
+        data.load("fashion-mnist", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize(("name", "num_labels"), [("cifar10", 10), ("cifar100", 100)])
 def test_cifar_files_that_are_not_torchvisions_are_refused(tmp_path, name, num_labels):
     assert len(data.describe(name).labels) == num_labels

@@ -36,7 +36,15 @@ def test_a_recipe_leaves_nothing_open(name):
     for dataset, family in (("digits", "cifar"), ("cifar10", "cifar"), ("folder", "imagenet")):
         values = vars(recipe(name, family=family, dataset=dataset))
         open_before = {key for key, value in vars(TrainConfig()).items() if value is None}
-        assert set(values) == open_before - {"data_dir", "classes", "nonlinearity", "parameterization", "crop", "out"}
+        assert set(values) == open_before - {
+            "dataset",
+            "data_dir",
+            "classes",
+            "nonlinearity",
+            "parameterization",
+            "crop",
+            "out",
+        }
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""A split belongs to a run: names decide it, split.json records it, later commands keep to it."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fold.image_sets import real_images
+from train import data
+from train.checkpoint import load_checkpoint
+from train.cli import run_command
+from train.config import TrainConfig
+from train.refusal import Refusal
+from train.run import command
+from train.spec import ImageSpec
+from train.split import picked_by_name
+
+SMALL = (
+    "--image-size",
+    "8",
+    "--depth",
+    "10",
+    "--width",
+    "0.25",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "8",
+    "--workers",
+    "0",
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of twenty photographs."""
+    rng = np.random.default_rng(0)
+    for label, base in (("dunkel ä", 40), ("light", 200)):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(20):
+            add(tmp_path / "photos" / label / f"{index}.png", base, rng)
+    return tmp_path / "photos"
+
+
+def add(path, base, rng):
+    Image.fromarray((base + rng.integers(-40, 40, (12, 14, 3))).astype(np.uint8)).save(path)
+
+
+def parts(dataset):
+    dataset = data.divide(dataset, 0.2, seed=0)
+    return set(dataset.train.names), set(dataset.validation.names), set(dataset.test.names)
+
+
+def run(*argv):
+    return run_command(command, TrainConfig, argv=[*map(str, argv)])
+
+
+def test_names_pick_about_the_share_of_each_class_and_never_all_or_none():
+    names = [f"{index}.jpg" for index in range(4000)]
+    targets = np.repeat([0, 1], [3000, 1000])
+    picked = picked_by_name(names, targets, 0.2, purpose="test")
+    for target, num in ((0, 3000), (1, 1000)):
+        share = picked[targets == target].mean()
+        assert abs(share - 0.2) < 4 * (0.2 * 0.8 / num) ** 0.5  # four standard deviations
+    for num in range(2, 12):
+        few = picked_by_name([f"a/{index}" for index in range(num)], np.zeros(num, int), 0.2, purpose="test")
+        assert 0 < few.sum() < num
+    assert not picked_by_name(["a/0"], np.zeros(1, int), 0.999, purpose="test").any()
+    assert not picked_by_name(names, targets, 0.0, purpose="test").any()
+    composed, decomposed = (picked_by_name([f"{name}.png" for name in names], np.zeros(2, int), 0.5, purpose="test")
+                            for names in (("ä", "b"), ("a\u0308", "b")))  # fmt: skip
+    assert np.array_equal(composed, decomposed)
+
+
+def test_more_photographs_move_no_training_image_to_the_test_images(folder):
+    before = parts(data.load("folder", data_dir=folder, image_size=8))
+    assert sum(map(len, before)) == 40
+    assert all(before)
+    rng = np.random.default_rng(1)
+    for name in ("00.png", "5b.png", "aa.png", "zz.png"):
+        add(folder / "dunkel ä" / name, 40, rng)
+    after = parts(data.load("folder", data_dir=folder, image_size=8))
+    assert sum(map(len, after)) == 44
+    assert not before[0] & after[2]
+    assert before[2] <= after[2]
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_images_when_the_folder_grows_and_refuses_another_one(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ("--data-dir", "photos", *SMALL, "--out", tmp_path / "run")
+    assert run(*argv) == 0
+    output = capsys.readouterr().out
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    num_test = state.config["split"]["test"]
+    assert f"on {num_test} images" in output
+    dataset = data.load_as_trained(state.config, beside=tmp_path / "run", image_size=8)
+
+    rng = np.random.default_rng(2)
+    for index in range(4):
+        add(folder / "light" / f"new{index}.png", 200, rng)
+    assert run(*argv, "--resume") == 0
+    assert f"on {num_test} images" in capsys.readouterr().out
+    again = data.load_as_trained(state.config, beside=tmp_path / "run", image_size=8)
+    for part in ("train", "validation", "test"):
+        assert getattr(again, part).names == getattr(dataset, part).names
+    with pytest.raises(Refusal, match=r"does not hold the images .* keep the run's split\.json beside the model"):
+        data.load_as_trained(state.config, image_size=8)
+    monkeypatch.chdir("/")
+    image = ImageSpec(8, 8, 3, (0.5,) * 3, (0.5,) * 3, resize=8)
+    images, _ = real_images(image, state.config, num=99, beside=tmp_path / "run")
+    assert len(images) == num_test  # although the folder was given by a relative path
+
+    other = shutil.copytree(folder, tmp_path / "other")
+    add(other / "light" / "3.png", 90, rng)
+    assert run("--data-dir", other, *SMALL, "--out", tmp_path / "run", "--resume") == 2
+    output = capsys.readouterr()
+    assert "1 images of the run are gone from" in output.err
+    assert "test accuracy" not in output.out
+
+
+@pytest.mark.slow
+def test_no_file_but_the_checkpoint_says_where_the_photographs_lie(folder, tmp_path):
+    from export.to_onnx import ToOnnxConfig
+    from export.to_onnx import command as to_onnx
+    from fold.run import FoldConfig
+    from fold.run import command as fold
+
+    assert run("--data-dir", folder, *SMALL, "--out", tmp_path / "run") == 0
+    assert run_command(fold, FoldConfig, argv=[str(tmp_path / "run" / "checkpoint.pt")]) == 0
+    assert run_command(to_onnx, ToOnnxConfig, argv=[str(tmp_path / "run" / "plain.safetensors")]) == 0
+    for name in ("plain.safetensors", "plain.onnx"):
+        content = (tmp_path / "run" / name).read_bytes()
+        assert str(tmp_path).encode() not in content
+        assert b"--data-dir photos" in content
+
+
+def test_images_in_memory_that_are_not_the_runs_are_refused():
+    dataset = data.divide(data.load("digits"), 0.1, seed=0)
+    split = data.record(dataset).to_dict()
+    training = {"dataset": "digits", "validation": 0.1, "seed": 0, "split": split}
+    assert len(data.load_as_trained(training).test) == 359
+    with pytest.raises(Refusal, match="digits does not hold the images"):
+        data.load_as_trained(training | {"seed": 1})
