@@ -1,6 +1,6 @@
 """From a graph to named layers: a chain, with sums of two branches, as an `nn.Sequential`."""
 
-# pyright: basic, reportPrivateUsage=false
+# pyright: basic, reportPrivateUsage=false, reportArgumentType=false
 # Layers and traced values have no types that a checker could follow.
 
 from collections.abc import Callable, Iterable

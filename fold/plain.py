@@ -22,14 +22,7 @@ from train.spec import Spec
 
 FORMAT = "diracnet-plain-1"
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-DiracConvolution = DiracConv1d | DiracConv2d | DiracConv3d
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 MakeConvolution = Callable[..., Convolution]
-CONVOLUTION_BESIDE: dict[type[BatchNorm], MakeConvolution] = {
-    nn.BatchNorm1d: nn.Conv1d,
-    nn.BatchNorm2d: nn.Conv2d,
-    nn.BatchNorm3d: nn.Conv3d,
-}
 PLAIN_CONVOLUTION: dict[type[Convolution], MakeConvolution] = {
     DiracConv1d: nn.Conv1d,
     DiracConv2d: nn.Conv2d,
