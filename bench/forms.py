@@ -102,5 +102,6 @@ def _use_reference(net: nn.Module) -> None:
         for name, child in layer.named_children():
             if isinstance(child, DiracConv2d):
                 twin = ReferenceDiracConv2d(child.in_channels, child.out_channels, child.kernel_size, padding=1)
-                twin.a, twin.b, twin.weight = child.a, child.b, child.weight
+                twin.a, twin.b = child.a, child.b
+                twin.register_parameter("weight", child.weight)
                 setattr(layer, name, twin.to(memory_format=torch.channels_last))

@@ -5,12 +5,13 @@ min(x, 0) = x − max(x, 0), the same is (W1 − W2) ⊙ ρ(x) + W2 ⊙ x. The f
 arithmetic; they differ in what a runtime can fuse, and in what eight bits can hold.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
+from fold.layers import nest
 from fold.lowerings import LOWERINGS, Lowering
 from fold.passes import split_ncrelu
 from fold.plain import Convolution, convolution_like, named_layers
@@ -65,13 +66,13 @@ def lower(net: nn.Sequential, lowering: str) -> nn.Sequential:
     layers = list(named_layers(deepcopy(net)))
     match lowering:
         case "concat":
-            return _nest(layers)
+            return nest(layers)
         case "shared" | "shared-split" | "split":
-            return _nest(_rewrite_pairs(layers, lowering))
+            return nest(_rewrite_pairs(layers, lowering))
         case "mirror":
-            return _nest(_mirror(layers))
+            return nest(_mirror(layers))
         case "skip":
-            return _nest(_skip(layers))
+            return nest(_skip(layers))
         case _:
             raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
 
@@ -206,17 +207,3 @@ def _sequence(**layers: nn.Module) -> nn.Sequential:
     for name, layer in layers.items():
         sequence.add_module(name, layer)
     return sequence
-
-
-def _nest(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
-    """The inverse of `named_layers`."""
-    net = nn.Sequential()
-    for name, layer in layers:
-        *path, leaf = name.split(".")
-        place = net
-        for part in path:
-            if part not in dict(place.named_children()):
-                place.add_module(part, nn.Sequential())
-            place = place.get_submodule(part)
-        place.add_module(leaf, layer)
-    return net.eval()

@@ -130,7 +130,7 @@ def _plain_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, stri
     group = nn.Sequential()
     for layer in range(num_layers):
         block, ncrelu = nn.Sequential(), spec.nonlinearity == "ncrelu"
-        block.add_module(spec.nonlinearity, NCReLU() if ncrelu else nn.ReLU())
+        block.add_module(spec.nonlinearity, NCReLU(dims=2) if ncrelu else nn.ReLU())
         block.add_module("conv", _convolution(2 * num_in if ncrelu else num_in, num_out, spec))
         block.add_module("bn", nn.BatchNorm2d(num_out))
         group.add_module(f"block{layer}", block)

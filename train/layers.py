@@ -80,6 +80,19 @@ class _DiracConv(nn.modules.conv._ConvNd):
             case _:
                 raise Refusal(f"a Dirac convolution has no form {form}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuses another weight or bias: `fuse_conv_bn_eval` would scale W, which eq. 5 then normalises again."""
+        if (
+            name in ("weight", "bias")
+            and isinstance(value, nn.Parameter)
+            and name in self.__dict__.get("_parameters", {})
+        ):
+            raise Refusal(
+                f"the {name} of a Dirac convolution is not replaced: batch norm is not fused into it before the fold "
+                f"(use fold.graph.fold); to load numbers, copy them into {name} under torch.no_grad()"
+            )
+        super().__setattr__(name, value)
+
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)  # W ~ N(0, 1), section 2
         if self.bias is not None:
@@ -126,11 +139,31 @@ class _NCReLU(torch.autograd.Function):
         return torch.where(x > 0, positive, negative)
 
 
+@torch.fx.wrap  # a single node of a trace: the halves' own memory cannot be traced
+def ncrelu(x: Tensor, dims: int | None = None) -> Tensor:
+    """x [N, C, ...] → [N, 2C, ...], eq. 9; with `dims` spatial dimensions also [C, ...] → [2C, ...]."""
+    if dims is None or x.dim() == dims + 2:
+        return _NCReLU.apply(x)
+    if x.dim() != dims + 1:
+        raise Refusal(f"NCReLU of {dims} spatial dimensions takes [C, ...] or [N, C, ...], got {list(x.shape)}")
+    return _NCReLU.apply(x.unsqueeze(0)).squeeze(0)
+
+
 class NCReLU(nn.Module):
-    """x [N, C, ...] → [N, 2C, ...]: positive half, then negative half, eq. 9."""
+    """x [N, C, ...] → [N, 2C, ...]: positive half, then negative half, eq. 9.
+
+    `dims` is the number of spatial dimensions, where x may come without N: [C, H, W] with `dims` of 2.
+    Left out, x is a batch: nothing tells an unbatched image [C, H, W] from a batch of signals [N, C, L].
+    """
+
+    def __init__(self, dims: int | None = None) -> None:
+        super().__init__()
+        self.dims = dims
 
     def forward(self, x: Tensor) -> Tensor:
-        return _NCReLU.apply(x)
+        if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]  # which knows no autograd function
+            return torch.cat([x.clamp(min=0), x.clamp(max=0)], dim=1 if self.dims is None else -1 - self.dims)
+        return ncrelu(x, self.dims)
 
 
 class Residual(nn.Module):

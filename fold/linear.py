@@ -1,0 +1,203 @@
+"""Linear maps with a window: convolutions, matrices, affine maps, average pools, and what they are together."""
+
+from dataclasses import dataclass, replace
+from math import gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fold.nodes import Node
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x → W ⊙ x + bias. W is [N_o, N_i / groups, K...]; a matrix has no K.
+
+    `groups` of 0: one filter [1, 1, K...] for every channel, however many there are.
+    """
+
+    source: str  # what it reads
+    weight: Tensor
+    bias: Tensor
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+    name: str
+
+    @property
+    def num_in(self) -> int:
+        """0: open."""
+        return self.groups * self.weight.shape[1]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def span(self) -> tuple[int, ...]:
+        """From the first to the last tap, in pixels."""
+        return tuple(d * (size - 1) for d, size in zip(self.dilation, self.kernel, strict=True))
+
+
+def of_node(node: Node) -> Linear:
+    """A convolution or a matrix."""
+    weight, how = node.tensors["weight"], node.attributes
+    return Linear(
+        node.inputs[0],
+        weight,
+        node.tensors["bias"],
+        tuple(how.get("stride", ())),
+        tuple((before, after) for before, after in how.get("padding", ())),
+        tuple(how.get("dilation", ())),
+        how.get("groups", 1),
+        node.name,
+    )
+
+
+def per_channel(source: str, name: str, scale: Tensor, shift: Tensor, dims: int) -> Linear:
+    """s x + t as a depthwise map of one tap; [1] for all channels, however many."""
+    weight = scale.view(-1, *[1] * (dims + 1))
+    groups = len(scale) if len(scale) > 1 else 0
+    return Linear(source, weight, shift.expand(len(scale)), (1,) * dims, ((0, 0),) * dims, (1,) * dims, groups, name)
+
+
+def average_pool(node: Node) -> Linear:
+    """A mean is a depthwise convolution of equal taps."""
+    how, dims = node.attributes, len(node.attributes["size"])
+    weight = torch.full((1, 1, *how["size"]), 1 / prod(how["size"]), dtype=torch.float64)
+    padding = tuple((size, size) for size in how["padding"])
+    stride = tuple(how["stride"])
+    return Linear(node.inputs[0], weight, weight.new_zeros(1), stride, padding, (1,) * dims, 0, node.name)
+
+
+def to_node(linear: Linear, *, equals: str) -> Node:
+    """The convolution, or where there is no window the matrix."""
+    if not linear.kernel:
+        weight = with_groups(linear, 1).weight
+        return Node(linear.name, "linear", (linear.source,), {}, {"weight": weight, "bias": linear.bias}, equals)
+    attributes: dict[str, Any] = {
+        "stride": list(linear.stride),
+        "padding": [list(pair) for pair in linear.padding],
+        "dilation": list(linear.dilation),
+        "groups": linear.groups,
+    }
+    tensors = {"weight": linear.weight, "bias": linear.bias}
+    return Node(linear.name, "conv", (linear.source,), attributes, tensors, equals)
+
+
+def added(one: Linear, other: Linear) -> Linear | str:
+    """W1 ⊙ x + W2 ⊙ x as one map, or what is in the way."""
+    num_in = one.num_in or other.num_in
+    one, other = _sized(one, num_in), _sized(other, num_in)
+    if len(one.weight) != len(other.weight) or one.num_in != other.num_in or len(one.kernel) != len(other.kernel):
+        return f"{one.num_in} to {len(one.weight)} channels beside {other.num_in} to {len(other.weight)}"
+    if one.stride != other.stride:
+        what = (
+            "identity"
+            if prod(min(one.kernel, other.kernel) or (1,)) == 1
+            else f"stride {min(one.stride, other.stride)}"
+        )
+        return f"stride {_largest(one.stride, other.stride)} beside {what}"
+    if _outputs(one) != _outputs(other):
+        return "their outputs have different sizes"
+    groups = gcd(one.groups, other.groups)
+    parts = [_on_dilation_of(with_groups(part, groups), beside) for part, beside in ((one, other), (other, one))]
+    offsets = (a - b for (a, _), (b, _) in zip(one.padding, other.padding, strict=True))
+    if parts[0].dilation != parts[1].dilation or any(
+        offset % d for offset, d in zip(offsets, parts[0].dilation, strict=True)
+    ):
+        parts = [_undilated(part) for part in parts]
+    total = _aligned_sum(*parts)
+    # A small dense kernel beside a large depthwise one would become a large dense one.
+    if total.weight.numel() > one.weight.numel() + other.weight.numel():
+        ratio = total.weight.numel() / (one.weight.numel() + other.weight.numel())
+        return f"one convolution would have {ratio:.2g} times the work"
+    return total
+
+
+def chained(first: Linear, second: Linear) -> Linear | str:
+    """W2 ⊙ (W1 ⊙ x) as one map, or what is in the way. One of the kernels has a single tap."""
+    if first.groups != 1 or second.groups != 1:
+        return "a convolution with groups"
+    if prod(second.kernel) != 1 and (prod(first.kernel) != 1 or any(size != 1 for size in first.stride)):
+        return "neither kernel is 1x1, or the first has a stride"
+    if prod(second.kernel) == 1:
+        if any(map(any, second.padding)):
+            return "zeros are padded between them"
+        matrix = second.weight.flatten(1)
+        weight = torch.einsum("om,mi...->oi...", matrix, first.weight)
+        stride = tuple(a * b for a, b in zip(first.stride, second.stride, strict=True))
+        merged = replace(first, weight=weight, bias=matrix @ first.bias + second.bias, stride=stride)
+    else:
+        if any(map(any, first.padding)) or (any(map(any, second.padding)) and first.bias.any()):
+            return "a bias would be missing in the zeros that are padded between them"
+        matrix = first.weight.flatten(1)
+        weight = torch.einsum("om...,mi->oi...", second.weight, matrix)
+        bias = second.bias + second.weight.flatten(2).sum(2) @ first.bias
+        merged = replace(second, weight=weight, bias=bias)
+    if merged.weight.numel() > first.weight.numel() + second.weight.numel():
+        return "one convolution would have more work than both"
+    return replace(merged, source=first.source, name=second.name)
+
+
+def with_groups(linear: Linear, groups: int) -> Linear:
+    """The same map with fewer groups: zeros where a filter of one group reads channels of another."""
+    if groups == linear.groups:
+        return linear
+    weight, ratio = linear.weight, linear.groups // groups
+    num_out, per_group = weight.shape[:2]
+    wide = weight.new_zeros(num_out, ratio * per_group, *weight.shape[2:])
+    group = torch.arange(num_out) // (num_out // linear.groups)
+    columns = (group % ratio)[:, None] * per_group + torch.arange(per_group)
+    wide[torch.arange(num_out)[:, None], columns] = weight
+    return replace(linear, weight=wide, groups=groups)
+
+
+def _sized(linear: Linear, num: int) -> Linear:
+    """With its filter for each of `num` channels, where their number was open."""
+    if linear.groups:
+        return linear
+    weight = linear.weight.expand(num, *linear.weight.shape[1:])
+    return replace(linear, weight=weight, bias=linear.bias.expand(num), groups=num)
+
+
+def _outputs(linear: Linear) -> tuple[int, ...]:
+    """By how much the output is larger than the input, before the stride."""
+    return tuple(before + after - span for (before, after), span in zip(linear.padding, linear.span, strict=True))
+
+
+def _on_dilation_of(linear: Linear, other: Linear) -> Linear:
+    """A single tap has any dilation."""
+    return replace(linear, dilation=other.dilation) if prod(linear.kernel) == 1 else linear
+
+
+def _undilated(linear: Linear) -> Linear:
+    """The same taps in a kernel without gaps."""
+    weight = linear.weight.new_zeros(*linear.weight.shape[:2], *(span + 1 for span in linear.span))
+    weight[(slice(None), slice(None), *(slice(None, None, d) for d in linear.dilation))] = linear.weight
+    return replace(linear, weight=weight, dilation=(1,) * len(linear.dilation))
+
+
+def _aligned_sum(one: Linear, other: Linear) -> Linear:
+    """The sum of kernels whose taps lie on one grid; the window covers both."""
+    largest = one if one.weight.numel() >= other.weight.numel() else other
+    befores, afters = ([max(a[end], b[end]) for a, b in zip(one.padding, other.padding, strict=True)] for end in (0, 1))
+    sizes = [
+        (max(a - pa, b - pb) + before) // d + 1
+        for a, b, (pa, _), (pb, _), before, d in zip(
+            one.span, other.span, one.padding, other.padding, befores, one.dilation, strict=True
+        )
+    ]
+    weight = one.weight.new_zeros(*one.weight.shape[:2], *sizes)
+    for part in (one, other):
+        starts = [(b - p) // d for b, (p, _), d in zip(befores, part.padding, part.dilation, strict=True)]
+        window = tuple(slice(start, start + size) for start, size in zip(starts, part.kernel, strict=True))
+        weight[(slice(None), slice(None), *window)] += part.weight
+    padding = tuple(zip(befores, afters, strict=True))
+    return replace(largest, weight=weight, bias=one.bias + other.bias, padding=padding, source=one.source)
+
+
+def _largest(*strides: tuple[int, ...]) -> int:
+    return max(size for stride in strides for size in stride)

@@ -1,0 +1,239 @@
+"""A net as plain data: operations by name, what they read, their numbers. No code travels in it.
+
+fold/tracing.py makes a graph of a net, fold/rules.py simplifies it, fold/graph.py runs it.
+"""
+
+# pyright: basic
+# Operations take what the graph says, as many inputs as each has.
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.layers import ncrelu
+from train.refusal import Refusal
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation. `name` is unique, and of the user's module where there is one."""
+
+    name: str
+    op: str  # a key of OPERATIONS
+    inputs: tuple[str, ...] = ()
+    attributes: Mapping[str, Any] = field(default_factory=dict[str, Any])  # JSON
+    tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    equals: str = ""  # the node of the traced graph that has this output; empty: the one of this name
+
+    @property
+    def origin(self) -> str:
+        return self.equals or self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the tensors; those have names of their own in a file."""
+        return {
+            "name": self.name,
+            "op": self.op,
+            "inputs": list(self.inputs),
+            "attributes": dict(self.attributes),
+            "tensors": sorted(self.tensors),
+            "equals": self.equals,
+        }
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in an order in which they can run: the first is the input, the last has the output."""
+
+    nodes: tuple[Node, ...]
+    blocked: tuple[str, ...] = ()  # what was not merged, and why
+
+    def __getitem__(self, name: str) -> Node:
+        return self._by_name[name]
+
+    def readers(self, name: str) -> list[Node]:
+        return self._readers.get(name, [])
+
+    def rank(self, name: str) -> int | None:
+        """See `rank_after`."""
+        return self._ranks[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def _readers(self) -> dict[str, list[Node]]:
+        readers: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.inputs):
+                readers.setdefault(name, []).append(node)
+        return readers
+
+    @cached_property
+    def _ranks(self) -> dict[str, int | None]:
+        ranks: dict[str, int | None] = {}
+        for node in self.nodes:
+            ranks[node.name] = rank_after(node, ranks)
+        return ranks
+
+    def count(self, op: str) -> int:
+        return sum(node.op == op for node in self.nodes)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        return [node.to_dict() for node in self.nodes]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{node.name}.{key}": value for node in self.nodes for key, value in node.tensors.items()}
+
+    def convert(self, dtype: torch.dtype) -> "Graph":
+        nodes = (
+            replace(node, tensors={key: value.to(dtype) for key, value in node.tensors.items()}) for node in self.nodes
+        )
+        return replace(self, nodes=tuple(nodes))
+
+    @classmethod
+    def from_dict(cls, entries: Any, tensors: Mapping[str, Tensor]) -> "Graph":
+        """The inverse of `to_dict` and `tensors`; refuses operations that are not listed, and what does not fit."""
+        nodes: list[Node] = []
+        try:
+            for entry in entries:
+                name = str(entry["name"])
+                node = Node(
+                    name,
+                    str(entry["op"]),
+                    tuple(str(value) for value in entry["inputs"]),
+                    dict(entry["attributes"]),
+                    {str(key): tensors[f"{name}.{key}"] for key in entry["tensors"]},
+                    str(entry["equals"]),
+                )
+                nodes.append(node)
+        except (TypeError, KeyError, ValueError) as error:
+            raise Refusal(f"the graph in the file is damaged: {error!r}") from error
+        graph = cls(tuple(nodes))
+        graph.check()
+        unread = tensors.keys() - graph.tensors().keys()
+        if unread:
+            raise Refusal(f"the graph in the file reads none of {', '.join(sorted(unread))}")
+        return graph
+
+    def check(self) -> None:
+        """Refuses operations that are not listed, names used twice, and inputs that are not there yet."""
+        seen: set[str] = set()
+        for index, node in enumerate(self.nodes):
+            if node.op not in OPERATIONS or (node.op == "input") != (index == 0):
+                raise Refusal(f"{node.name}: {node.op} is not one of {', '.join(OPERATIONS)}")
+            if node.name in seen or not seen.issuperset(node.inputs):
+                raise Refusal(f"{node.name}: the graph uses a name twice, or reads {node.inputs} too early")
+            needed = TENSORS.get(node.op, ())
+            if set(node.tensors) != set(needed):
+                raise Refusal(f"{node.name}: {node.op} has tensors {sorted(node.tensors)}, not {sorted(needed)}")
+            seen.add(node.name)
+        if len(self.nodes) < 2:
+            raise Refusal("the graph has no operation")
+
+
+def rank_after(node: Node, ranks: Mapping[str, int | None]) -> int | None:
+    """The number of dimensions of a node's output, the batch among them, from those of nodes before it; None: open."""
+    match node.op:
+        case "input":
+            return node.attributes.get("rank")
+        case "normalize":
+            return 4
+        case "conv":
+            return node.tensors["weight"].dim()
+        case "max_pool" | "avg_pool":
+            return len(node.attributes["size"]) + 2
+        case "flatten":
+            return 2
+        case "affine" if "rank" in node.attributes:
+            return node.attributes["rank"]
+        case _:
+            return next((ranks[name] for name in node.inputs if ranks[name] is not None), None)
+
+
+def run(node: Node, inputs: Sequence[Tensor]) -> Tensor:
+    """What a node makes of its inputs."""
+    return OPERATIONS[node.op](node, *inputs)
+
+
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """[C] beside x [N, C, ...]."""
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
+def _normalize(node: Node, images: Tensor) -> Tensor:
+    offset, scale = node.tensors["offset"], node.tensors["scale"]
+    return (images.permute(0, 3, 1, 2).to(scale.dtype) - offset) * scale
+
+
+def _padded(x: Tensor, padding: Sequence[Sequence[int]], value: float = 0.0) -> Tensor:
+    flat = [end for pair in reversed(padding) for end in pair]
+    return F.pad(x, flat, value=value) if any(flat) else x
+
+
+def _conv(node: Node, x: Tensor) -> Tensor:
+    weight, how = node.tensors["weight"], node.attributes
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+    padding: list[int] | int = 0
+    if all(before == after for before, after in how["padding"]):
+        padding = [before for before, _ in how["padding"]]
+    else:
+        x = _padded(x, how["padding"])
+    return convolve(x, weight, node.tensors["bias"], how["stride"], padding, how["dilation"], how["groups"])
+
+
+def _max_pool(node: Node, x: Tensor) -> Tensor:
+    how, pool = node.attributes, (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(node.attributes["size"]) - 1]
+    return pool(x, how["size"], how["stride"], how["padding"], how["dilation"], ceil_mode=how["ceil"])
+
+
+def _avg_pool(node: Node, x: Tensor) -> Tensor:
+    how, pool = node.attributes, (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(node.attributes["size"]) - 1]
+    return pool(x, how["size"], how["stride"], how["padding"], how["ceil"], how["count_padding"])
+
+
+def _add(node: Node, *inputs: Tensor) -> Tensor:
+    total = inputs[0]
+    for value in inputs[1:]:
+        total = total + value
+    return total
+
+
+OPERATIONS: dict[str, Callable[..., Tensor]] = {
+    "input": lambda node, x: x,
+    "normalize": _normalize,
+    "conv": _conv,
+    "linear": lambda node, x: F.linear(x, node.tensors["weight"], node.tensors["bias"]),
+    "affine": lambda node, x: per_channel(node.tensors["scale"], x) * x + per_channel(node.tensors["shift"], x),
+    "add": _add,
+    "mul": lambda node, x, y: x * y,
+    "cat": lambda node, *inputs: torch.cat(inputs, dim=1),
+    "slice": lambda node, x: x[:, node.attributes["start"] : node.attributes["stop"]],
+    "pad": lambda node, x: _padded(x, node.attributes["padding"]),
+    "relu": lambda node, x: F.relu(x),
+    "ncrelu": lambda node, x: ncrelu(x),
+    "clip": lambda node, x: x.clamp(node.attributes["low"], node.attributes["high"]),
+    "leaky_relu": lambda node, x: F.leaky_relu(x, node.attributes["slope"]),
+    "gelu": lambda node, x: F.gelu(x, approximate=node.attributes["approximate"]),
+    "silu": lambda node, x: F.silu(x),
+    "sigmoid": lambda node, x: torch.sigmoid(x),
+    "hardswish": lambda node, x: F.hardswish(x),
+    "hardsigmoid": lambda node, x: F.hardsigmoid(x),
+    "tanh": lambda node, x: torch.tanh(x),
+    "max_pool": _max_pool,
+    "avg_pool": _avg_pool,
+    "global_pool": lambda node, x: x.mean(dim=list(range(2, x.dim())), keepdim=True),
+    "flatten": lambda node, x: x.flatten(1),
+}
+TENSORS = {
+    "normalize": ("offset", "scale"),
+    "conv": ("weight", "bias"),
+    "linear": ("weight", "bias"),
+    "affine": ("scale", "shift"),
+}

@@ -1,0 +1,376 @@
+"""What PyTorch's layers and functions are in a graph. Each takes the arguments of its namesake."""
+
+# pyright: basic, reportPrivateUsage=false
+# Layers and traced values have no types that a checker could follow.
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fold.nodes import Node, rank_after
+from fold.passes import fold_batch_norm
+from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize, dirac_weight
+
+
+class NotListed(Exception):
+    """An operation, or a form of it, that has no place in a graph; says what and why."""
+
+
+class Ref(str):
+    """The name of a node: what a traced value is while the graph is written."""
+
+    __slots__ = ()
+
+
+class Builder:
+    """A graph under construction; `path` is where in the user's net the next node belongs."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.path = ""
+        self._names: set[str] = set()
+        self._ranks: dict[str, int | None] = {}
+
+    def add(self, op: str, *inputs: Ref, tensors: dict[str, Tensor] | None = None, **attributes: Any) -> Ref:
+        """Append a node; its name is the path's, made unique."""
+        name, number = self.path or op, 1
+        if name in self._names:
+            name = f"{name}.{op}"
+        while name in self._names:
+            number += 1
+            name = f"{self.path or op}.{op}{number}"
+        self._names.add(name)
+        node = Node(name, op, tuple(inputs), attributes, tensors or {})
+        self._ranks[name] = rank_after(node, self._ranks)
+        self.nodes.append(node)
+        return Ref(name)
+
+    def rank(self, source: Ref) -> int | None:
+        return self._ranks[source]
+
+
+def double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double()
+
+
+def each(value: Any, dims: int) -> list[int]:
+    """A number for each spatial dimension."""
+    values = [value] if isinstance(value, int) else list(cast("Iterable[int]", value))
+    return [int(size) for size in (values * dims if len(values) == 1 else values)]
+
+
+def convolve(
+    b: Builder,
+    input: Ref,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Ref:
+    dims = weight.dim() - 2
+    stride, dilation = each(stride, dims), each(dilation, dims)
+    if b.rank(input) not in (None, dims + 2):
+        raise NotListed(f"a convolution of {dims} spatial dimensions reads {b.rank(input)} dimensions: give a batch")
+    spans = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+    match padding:
+        case "same":
+            pairs = [[span // 2, span - span // 2] for span in spans]
+        case "valid":
+            pairs = [[0, 0]] * dims
+        case _:
+            pairs = [[size, size] for size in each(padding, dims)]
+    weight = double(weight)
+    tensors = {"weight": weight, "bias": weight.new_zeros(len(weight)) if bias is None else double(bias)}
+    return b.add("conv", input, tensors=tensors, stride=stride, padding=pairs, dilation=dilation, groups=groups)
+
+
+def linear(b: Builder, input: Ref, weight: Tensor, bias: Tensor | None = None) -> Ref:
+    weight = double(weight)
+    return b.add(
+        "linear",
+        input,
+        tensors={"weight": weight, "bias": weight.new_zeros(len(weight)) if bias is None else double(bias)},
+    )
+
+
+def batch_norm(
+    b: Builder,
+    input: Ref,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    **known: Any,
+) -> Ref:
+    """y = s x + (β − s mean), s = γ / √(var + ε)."""
+    if running_mean is None or running_var is None:
+        raise NotListed("batch norm without running statistics depends on the batch: train with track_running_stats")
+    if training:
+        raise NotListed("batch norm in training mode depends on the batch: call net.eval()")
+    mean, var = double(running_mean), double(running_var)
+    if mean.is_meta:  # of a skeleton: PyTorch imports its compiler, a second's work, to compute with shapes
+        return b.add("affine", input, tensors={"scale": mean, "shift": mean}, **known)
+    parts = {"gamma": None if weight is None else double(weight), "beta": None if bias is None else double(bias)}
+    scale, shift = fold_batch_norm(torch.ones_like(mean), None, **parts, mean=mean, var=var, epsilon=eps)
+    return b.add("affine", input, tensors={"scale": scale, "shift": shift}, **known)
+
+
+def add(b: Builder, input: Any, other: Any, alpha: float = 1) -> Any:
+    if alpha != 1:
+        raise NotListed("a sum with alpha")
+    return combine(b, "add", input, other)
+
+
+def sub(b: Builder, input: Any, other: Any, alpha: float = 1) -> Any:
+    """x − y = x + (−1) y."""
+    return add(b, input, combine(b, "mul", other, -1.0) if isinstance(other, Ref) else -other, alpha)
+
+
+def combine(b: Builder, op: str, left: Any, right: Any) -> Any:
+    """A sum or a product of two traced values, or of one with constants per channel."""
+    if isinstance(left, Ref) and isinstance(right, Ref):
+        return b.add(op, left, right)
+    value, constant = (left, right) if isinstance(left, Ref) else (right, left)
+    if op == "add" and isinstance(constant, int | float) and constant == 0:  # sum() begins with 0 +
+        return value
+    values = channel_constants(b, value, constant)
+    scale, shift = (values, torch.zeros_like(values)) if op == "mul" else (torch.ones_like(values), values)
+    return b.add("affine", value, tensors={"scale": scale, "shift": shift})
+
+
+def channel_constants(b: Builder, value: Ref, constant: Any) -> Tensor:
+    """A number, or one for each channel, as [C] or [1]; refuses others."""
+    if isinstance(constant, int | float):
+        return torch.tensor([float(constant)], dtype=torch.float64)
+    constants = double(constant)
+    if constants.numel() == 1:
+        return constants.reshape(1)
+    large = [axis for axis, size in enumerate(constants.shape) if size > 1]
+    rank = b.rank(value)
+    # Axes are matched from the right: the channels of [N, C, ...] are the one before its spatial dimensions.
+    if len(large) != 1 or rank is None or constants.dim() - large[0] != rank - 1:
+        raise NotListed(f"constants of shape {list(constants.shape)} that are not one for each channel")
+    return constants.flatten()
+
+
+def max_pool(
+    b: Builder,
+    dims: int,
+    input: Ref,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Ref:
+    if return_indices:
+        raise NotListed("max-pooling that returns indices")
+    size = each(kernel_size, dims)
+    how = {"padding": each(padding, dims), "dilation": each(dilation, dims), "ceil": bool(ceil_mode)}
+    return b.add("max_pool", input, size=size, stride=each(stride, dims) if stride else size, **how)
+
+
+def avg_pool(
+    b: Builder,
+    dims: int,
+    input: Ref,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Ref:
+    if divisor_override is not None:
+        raise NotListed("average pooling with a divisor of its own")
+    size = each(kernel_size, dims)
+    how = {"padding": each(padding, dims), "ceil": bool(ceil_mode), "count_padding": bool(count_include_pad)}
+    return b.add("avg_pool", input, size=size, stride=each(stride, dims) if stride else size, **how)
+
+
+def adaptive_avg_pool(b: Builder, dims: int, input: Ref, output_size: Any) -> Ref:
+    if any(size != 1 for size in each(output_size, dims)):
+        raise NotListed(f"adaptive pooling to {output_size}: to 1 alone")
+    if b.rank(input) not in (None, dims + 2):
+        raise NotListed(f"pooling of {dims} spatial dimensions reads {b.rank(input)} dimensions: give a batch")
+    return b.add("global_pool", input)
+
+
+def mean(b: Builder, input: Ref, dim: Any = None, keepdim: bool = False) -> Ref:
+    rank = b.rank(input)
+    axes = sorted(axis % rank for axis in each(dim, 1)) if rank and dim is not None else []
+    if not rank or axes != list(range(2, rank)) or not axes:
+        raise NotListed(f"a mean over {dim}: over all spatial dimensions alone")
+    pooled = b.add("global_pool", input)
+    return pooled if keepdim else b.add("flatten", pooled)
+
+
+def flatten(b: Builder, input: Ref, start_dim: int = 0, end_dim: int = -1) -> Ref:
+    rank = b.rank(input)
+    if start_dim != 1 or end_dim not in (-1, (rank or 0) - 1):
+        raise NotListed(f"flatten from {start_dim} to {end_dim}: from 1 to the end alone")
+    return input if rank == 2 else b.add("flatten", input)
+
+
+def cat(b: Builder, tensors: Sequence[Any], dim: int = 0) -> Ref:
+    rank = b.rank(tensors[0])
+    if (dim if dim >= 0 or rank is None else dim + rank) != 1 or not all(isinstance(part, Ref) for part in tensors):
+        raise NotListed(f"a concatenation along {dim}: of channels alone")
+    return b.add("cat", *tensors)
+
+
+def pad(b: Builder, input: Ref, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Ref:
+    rank, ends = b.rank(input), [int(end) for end in pad]
+    if mode != "constant" or value not in (None, 0) or rank is None or len(ends) > 2 * (rank - 2) or min(ends) < 0:
+        raise NotListed("padding with anything but zeros around an image")
+    if not any(ends):
+        return input
+    ends += [0] * (2 * (rank - 2) - len(ends))
+    pairs = [[ends[at], ends[at + 1]] for at in range(len(ends) - 2, -1, -2)]
+    return b.add("pad", input, padding=pairs)
+
+
+def getitem(b: Builder, input: Ref, index: Any) -> Ref:
+    whole = slice(None)
+    match index:
+        case (first, slice(start=start, stop=stop, step=None), *rest) if first == whole and all(
+            part in (whole, Ellipsis) for part in rest
+        ):
+            return b.add("slice", input, start=start or 0, stop=stop)
+        case _:
+            raise NotListed(f"indexing with {index}: of channels alone")
+
+
+def hardtanh(b: Builder, input: Ref, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Ref:
+    return b.add("clip", input, low=float(min_val), high=float(max_val))
+
+
+def leaky_relu(b: Builder, input: Ref, negative_slope: float = 0.01, inplace: bool = False) -> Ref:
+    return b.add("leaky_relu", input, slope=float(negative_slope))
+
+
+def gelu(b: Builder, input: Ref, approximate: str = "none") -> Ref:
+    return b.add("gelu", input, approximate=approximate)
+
+
+def unchanged(b: Builder, input: Ref, *args: Any, **how: Any) -> Ref:
+    return input
+
+
+def dropout(b: Builder, input: Ref, p: float = 0.5, training: bool = True, inplace: bool = False) -> Ref:
+    if training and p:
+        raise NotListed("dropout in training mode: call net.eval()")
+    return input
+
+
+def elementwise(op: str) -> Callable[..., Ref]:
+    def write(b: Builder, input: Ref, inplace: bool = False) -> Ref:
+        return b.add(op, input)
+
+    return write
+
+
+def by_dims(function: Callable[..., Ref], dims: int) -> Callable[..., Ref]:
+    return lambda b, *args, **how: function(b, dims, *args, **how)
+
+
+ELEMENTWISE = ("relu", "silu", "sigmoid", "hardswish", "hardsigmoid", "tanh")
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{op: elementwise(op) for op in ELEMENTWISE},
+    **{f"conv{dims}d": convolve for dims in (1, 2, 3)},
+    **{f"max_pool{dims}d": by_dims(max_pool, dims) for dims in (1, 2, 3)},
+    **{f"avg_pool{dims}d": by_dims(avg_pool, dims) for dims in (1, 2, 3)},
+    **{f"adaptive_avg_pool{dims}d": by_dims(adaptive_avg_pool, dims) for dims in (1, 2, 3)},
+    **dict.fromkeys(("add", "iadd"), add),
+    **dict.fromkeys(("mul", "imul"), lambda b, x, y: combine(b, "mul", x, y)),
+    **dict.fromkeys(("cat", "concat", "concatenate"), cat),
+    **dict.fromkeys(("contiguous", "clone", "detach"), unchanged),
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), dropout),
+    "sub": sub,
+    "linear": linear,
+    "batch_norm": batch_norm,
+    "mean": mean,
+    "flatten": flatten,
+    "pad": pad,
+    "getitem": getitem,
+    "relu6": lambda b, input, inplace=False: hardtanh(b, input, 0.0, 6.0),
+    "hardtanh": hardtanh,
+    "leaky_relu": leaky_relu,
+    "gelu": gelu,
+    "ncrelu": lambda b, x, dims=None: b.add("ncrelu", x),
+}
+
+
+def convolution_layer(b: Builder, layer: Any, x: Ref) -> Ref:
+    if layer.padding_mode != "zeros":
+        raise NotListed(f"padding with {layer.padding_mode}: with zeros alone")
+    weight = layer.weight
+    if isinstance(layer, DiracConv1d | DiracConv2d | DiracConv3d) and not weight.is_meta:
+        b_norm = None if layer.b is None else double(layer.b)
+        weight = dirac_weight(double(layer.a), b_norm, double(layer.delta), double(weight))  # eq. 4
+    return convolve(b, x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+
+
+def batch_norm_layer(b: Builder, layer: Any, x: Ref) -> Ref:
+    # A layer without running statistics takes the batch's in any mode.
+    whole = (layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.training)
+    known = (
+        {"rank": 4} if isinstance(layer, nn.BatchNorm2d) else {"rank": 5} if isinstance(layer, nn.BatchNorm3d) else {}
+    )
+    return batch_norm(b, x, *whole, eps=layer.eps, **known)
+
+
+def pool_layer(b: Builder, layer: Any, x: Ref) -> Ref:
+    dims = int(type(layer).__name__[-2])
+    match layer:
+        case nn.MaxPool1d() | nn.MaxPool2d() | nn.MaxPool3d():
+            window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            return max_pool(b, dims, x, *window, layer.ceil_mode, layer.return_indices)
+        case nn.AvgPool1d():
+            window = (layer.kernel_size, layer.stride, layer.padding)
+            return avg_pool(b, dims, x, *window, layer.ceil_mode, layer.count_include_pad)
+        case nn.AvgPool2d() | nn.AvgPool3d():
+            window = (layer.kernel_size, layer.stride, layer.padding)
+            return avg_pool(b, dims, x, *window, layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
+        case _:
+            return adaptive_avg_pool(b, dims, x, layer.output_size)
+
+
+def normalize_layer(b: Builder, layer: Normalize, x: Ref) -> Ref:
+    return b.add("normalize", x, tensors={"offset": double(layer.offset), "scale": double(layer.scale)})
+
+
+def dropout_layer(b: Builder, layer: Any, x: Ref) -> Ref:
+    return dropout(b, x, layer.p, layer.training)
+
+
+LAYERS: dict[type[nn.Module], Callable[[Builder, Any, Ref], Ref]] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, DiracConv1d, DiracConv2d, DiracConv3d), convolution_layer),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), batch_norm_layer),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), pool_layer),
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), pool_layer),
+    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), dropout_layer),
+    nn.Linear: lambda b, layer, x: linear(b, x, layer.weight, layer.bias),
+    nn.Identity: lambda b, layer, x: x,
+    nn.Flatten: lambda b, layer, x: flatten(b, x, layer.start_dim, layer.end_dim),
+    nn.ReLU: lambda b, layer, x: b.add("relu", x),
+    nn.ReLU6: lambda b, layer, x: hardtanh(b, x, 0.0, 6.0),
+    nn.Hardtanh: lambda b, layer, x: hardtanh(b, x, layer.min_val, layer.max_val),
+    nn.LeakyReLU: lambda b, layer, x: leaky_relu(b, x, layer.negative_slope),
+    nn.GELU: lambda b, layer, x: gelu(b, x, layer.approximate),
+    nn.SiLU: lambda b, layer, x: b.add("silu", x),
+    nn.Sigmoid: lambda b, layer, x: b.add("sigmoid", x),
+    nn.Hardswish: lambda b, layer, x: b.add("hardswish", x),
+    nn.Hardsigmoid: lambda b, layer, x: b.add("hardsigmoid", x),
+    nn.Tanh: lambda b, layer, x: b.add("tanh", x),
+    NCReLU: lambda b, layer, x: b.add("ncrelu", x),
+    Normalize: normalize_layer,
+}

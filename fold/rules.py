@@ -1,0 +1,330 @@
+"""The algebra of the fold. Each rule: what it matches, its equation, and what keeps it from being applied.
+
+W ⊙ x is a convolution with zeros around x, s and t have a value per channel. A rule gives nodes in place of
+others, or a `Blocked` with the reason, or None where its pattern is not there. `simplify` applies all of
+them until none applies.
+"""
+
+# pyright: basic, reportPrivateUsage=false
+# Layers and traced values have no types that a checker could follow.
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fold.linear import Linear, added, average_pool, chained, of_node, per_channel, to_node
+from fold.nodes import Graph, Node
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """`nodes` take the place of the node `old`, and of those whose names they have; none: its readers read `source`.
+
+    `bypass` says, for more nodes, what their readers read instead. What nothing reads any more goes.
+    """
+
+    old: str
+    nodes: tuple[Node, ...] = ()
+    source: str = ""
+    bypass: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class Blocked:
+    reason: str
+
+
+Outcome = Rewrite | Blocked | None
+# Max-pools, means and flattening keep each channel's sign and place.
+KEEP_CHANNELS = ("max_pool", "avg_pool", "global_pool", "flatten", "relu")
+
+
+def simplify(graph: Graph) -> Graph:
+    """All rules applied to a fixed point. Each application leaves fewer nodes or fewer numbers, so there is an end."""
+    while (after := _step(graph)) is not None:
+        graph = after
+    reasons = dict.fromkeys(
+        f"{node.name}: {outcome.reason}"
+        for node in graph.nodes
+        for rule in RULES
+        if isinstance(outcome := rule(graph, node), Blocked)
+    )
+    return replace(_with_convolutions(graph), blocked=tuple(reasons))
+
+
+def _step(graph: Graph) -> Graph | None:
+    """One pass over the nodes with the first rewrite of each; None where nothing is left to do."""
+    changed = False
+    for name in [node.name for node in graph.nodes]:
+        if name not in {node.name for node in graph.nodes}:
+            continue
+        for rule in RULES:
+            outcome = rule(graph, graph[name])
+            if isinstance(outcome, Rewrite):
+                graph, changed = _apply(graph, outcome), True
+                break
+    return graph if changed else None
+
+
+def _apply(graph: Graph, rewrite: Rewrite) -> Graph:
+    """The graph with the rewrite done and without nodes that nothing reads."""
+    target = rewrite.nodes[-1].name if rewrite.nodes else rewrite.source
+    instead = {**rewrite.bypass, rewrite.old: target}
+    taken_in = {node.name for node in rewrite.nodes}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        for part in rewrite.nodes if node.name == rewrite.old else () if node.name in taken_in else (node,):
+            # The new node still reads what the old one's name stands for, if that is its own source.
+            inputs = tuple(
+                instead.get(name, name) if name != rewrite.old or part is node else name for name in part.inputs
+            )
+            nodes.append(part if inputs == part.inputs else replace(part, inputs=inputs))
+    last = graph.nodes[-1].name
+    read = {instead.get(last, last)}
+    for node in reversed(nodes):
+        if node.name in read:
+            read.update(node.inputs)
+    return replace(graph, nodes=tuple(node for node in nodes if node.name in read))
+
+
+def _alone(graph: Graph, name: str) -> bool:
+    """Whether a node has one reader, and is not the output."""
+    return len(graph.readers(name)) == 1 and graph.nodes[-1].name != name
+
+
+def affine_of_affine(graph: Graph, node: Node) -> Outcome:
+    """s2 (s1 x + t1) + t2 = (s2 s1) x + (s2 t1 + t2)."""
+    if node.op != "affine" or graph[node.inputs[0]].op != "affine" or not _alone(graph, node.inputs[0]):
+        return None
+    first = graph[node.inputs[0]]
+    (s1, t1), (s2, t2) = (_scale_shift(part) for part in (first, node))
+    return Rewrite(node.name, (replace(node, inputs=first.inputs, tensors={"scale": s2 * s1, "shift": s2 * t1 + t2}),))
+
+
+def affine_after_linear(graph: Graph, node: Node) -> Outcome:
+    """s (W ⊙ x + c) + t = (s W) ⊙ x + (s c + t): batch norm and scaling after a convolution or a matrix."""
+    before = graph[node.inputs[0]] if node.inputs else node
+    if node.op != "affine" or before.op not in ("conv", "linear"):
+        return None
+    if not _alone(graph, before.name):
+        return Blocked(f"not merged into {before.name}, which {len(graph.readers(before.name))} read")
+    if before.op == "linear" and graph.rank(before.name) != 2:
+        return Blocked(f"not merged into {before.name}: its channels are not known to be the matrix's rows")
+    weight, bias = before.tensors["weight"], before.tensors["bias"]
+    if not weight.is_meta:
+        scale, shift = _scale_shift(node)
+        weight, bias = scale.view(-1, *[1] * (weight.dim() - 1)) * weight, scale * bias + shift
+    merged = replace(before, tensors={"weight": weight, "bias": bias}, equals=node.origin)
+    return Rewrite(node.name, (merged,))
+
+
+def affine_before_linear(graph: Graph, node: Node) -> Outcome:
+    """W ⊙ (s x + t) + c = (W s) ⊙ x + (Σ W t + c), where no zeros are padded beside t."""
+    before = graph[node.inputs[0]] if node.inputs else node
+    if node.op not in ("conv", "linear") or before.op != "affine":
+        return None
+    if not _alone(graph, before.name):
+        return Blocked(f"{before.name} not merged: {len(graph.readers(before.name))} nodes read it")
+    if node.op == "linear" and graph.rank(before.name) != 2:
+        return Blocked(f"{before.name} not merged: its channels are not known to be the matrix's columns")
+    scale, shift = _scale_shift(before)
+    if not scale.is_meta and shift.any() and any(map(any, node.attributes.get("padding", ()))):
+        return Blocked(f"{before.name} not merged: its shift is missing in the zeros that are padded")
+    weight, bias = node.tensors["weight"], node.tensors["bias"]
+    if not weight.is_meta:
+        groups = node.attributes.get("groups", 1)
+        of_inputs = (part.expand(weight.shape[1] * groups) for part in (scale, shift))
+        # [G, 1, N_i / G, 1...] beside filters [G, N_o / G, N_i / G, ...]
+        shape = (groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
+        filters = weight.unflatten(0, (groups, -1))
+        s, t = (part.reshape(shape) for part in of_inputs)
+        bias = bias + (filters * t).flatten(2).sum(2).flatten()
+        weight = (filters * s).flatten(0, 1)
+    return Rewrite(node.name, (replace(node, inputs=before.inputs, tensors={"weight": weight, "bias": bias}),))
+
+
+def pad_before_convolution(graph: Graph, node: Node) -> Outcome:
+    """Zeros around x, then a convolution with zeros around that: a convolution with both."""
+    before = graph[node.inputs[0]] if node.inputs else node
+    if node.op != "conv" or before.op != "pad" or not _alone(graph, before.name):
+        return None
+    pairs = zip(node.attributes["padding"], before.attributes["padding"], strict=True)
+    padding = [[a + b for a, b in zip(own, added, strict=True)] for own, added in pairs]
+    attributes = {**node.attributes, "padding": padding}
+    return Rewrite(node.name, (replace(node, inputs=before.inputs, attributes=attributes),))
+
+
+def flat_sum(graph: Graph, node: Node) -> Outcome:
+    """(x + y) + z = x + y + z, so that every pair of terms is seen."""
+    inner = [name for name in node.inputs if graph[name].op == "add" and _alone(graph, name)]
+    if node.op != "add" or not inner:
+        return None
+    terms = [term for name in node.inputs for term in (graph[name].inputs if name in inner else (name,))]
+    return Rewrite(node.name, (replace(node, inputs=tuple(terms)),))
+
+
+def sum_of_linear(graph: Graph, node: Node) -> Outcome:
+    """W1 ⊙ x + W2 ⊙ x = (W1 + W2) ⊙ x: kernels of other sizes get zeros around, groups become common ones.
+
+    A term is a convolution of x, an affine map (1x1, depthwise), an average pool (all taps equal), or x itself.
+    """
+    if node.op != "add":
+        return None
+    blocked: list[str] = []
+    for pair in combinations(range(len(node.inputs)), 2):
+        maps = _maps_of_one_source(graph, *(graph[node.inputs[index]] for index in pair))
+        if maps is None:
+            continue
+        merged = added(*maps)
+        if isinstance(merged, Linear):
+            rest = tuple(name for index, name in enumerate(node.inputs) if index not in pair)
+            if not rest:
+                return Rewrite(node.name, (to_node(merged, equals=node.origin),))
+            partial = to_node(merged, equals="-")  # no node of the traced graph has this output
+            return Rewrite(node.name, (partial, replace(node, inputs=(partial.name, *rest))))
+        blocked.append(f"{' and '.join(node.inputs[index] for index in pair)} not merged: {merged}")
+    return Blocked("; ".join(blocked)) if blocked else None
+
+
+def _maps_of_one_source(graph: Graph, one: Node, other: Node) -> tuple[Linear, Linear] | None:
+    """Both terms as maps of what both read, or of one of them; None where there is no such source."""
+    maps = [_map(graph, node) for node in (one, other)]
+    for own, beside in ((maps[0], other), (maps[1], one)):
+        if own and own.source == beside.name and own.num_in:
+            ones = torch.ones(1, dtype=own.weight.dtype)
+            return own, per_channel(beside.name, beside.name, ones, torch.zeros_like(ones), len(own.kernel))
+    if maps[0] and maps[1] and maps[0].source == maps[1].source and (maps[0].num_in or maps[1].num_in):
+        return maps[0], maps[1]
+    return None
+
+
+def _map(graph: Graph, node: Node) -> Linear | None:
+    """A term as a linear map of what it reads; None where it is none, or where others read it too."""
+    rank = graph.rank(node.name)
+    if not _alone(graph, node.name):
+        return None
+    match node.op:
+        case "conv":
+            return of_node(node)
+        case "linear" if rank == 2:
+            return of_node(node)
+        case "affine" if rank is not None:
+            return per_channel(node.inputs[0], node.name, *_scale_shift(node), rank - 2)
+        case "avg_pool" if not node.attributes["ceil"]:
+            counts_all = node.attributes["count_padding"] or not any(node.attributes["padding"])
+            return average_pool(node) if counts_all else None
+        case _:
+            return None
+
+
+def linear_of_linear(graph: Graph, node: Node) -> Outcome:
+    """W2 ⊙ (W1 ⊙ x + c1) + c2 = (W2 W1) ⊙ x + (Σ W2 c1 + c2), where one of the kernels is 1x1."""
+    before = graph[node.inputs[0]] if node.inputs else node
+    if node.op not in ("conv", "linear") or before.op != node.op:
+        return None
+    if not _alone(graph, before.name):
+        return Blocked(f"not merged with {before.name}, which {len(graph.readers(before.name))} read")
+    merged = chained(of_node(before), of_node(node))
+    if isinstance(merged, str):
+        return Blocked(f"not merged with {before.name}: {merged}")
+    return Rewrite(node.name, (to_node(merged, equals=node.origin),))
+
+
+def relu_of_nonnegative(graph: Graph, node: Node) -> Outcome:
+    """ρ(x) = x where x ≥ 0."""
+    if node.op == "relu" and is_nonnegative(graph, node.inputs[0]):
+        return Rewrite(node.name, source=node.inputs[0])
+    return None
+
+
+def zero_half(graph: Graph, node: Node) -> Outcome:
+    """[W1 W2] ⊙ NCReLU(x) = W1 ⊙ x where x ≥ 0: min(x, 0) is zero, through pools as well (eq. 9, 10)."""
+    if node.op not in ("conv", "linear"):
+        return None
+    above = node.inputs[0]
+    while graph[above].op in KEEP_CHANNELS and _alone(graph, above):
+        above = graph[above].inputs[0]
+    ncrelu = graph[above]
+    if ncrelu.op != "ncrelu" or not is_nonnegative(graph, ncrelu.inputs[0]):
+        return None
+    if not _alone(graph, above):
+        return Blocked(f"half of {above} is zero and stays: {len(graph.readers(above))} nodes read it")
+    if node.attributes.get("groups", 1) != 1:
+        return Blocked(f"half of {above} is zero and stays: the convolution has groups")
+    weight = node.tensors["weight"]
+    tensors = {**node.tensors, "weight": weight[:, : weight.shape[1] // 2]}
+    return Rewrite(node.name, (replace(node, tensors=tensors),), bypass={above: ncrelu.inputs[0]})
+
+
+def no_operation(graph: Graph, node: Node) -> Outcome:
+    """1 x + 0 = x; flattening what is flat."""
+    if node.op == "affine":
+        scale, shift = _scale_shift(node)
+        if not scale.is_meta and not shift.any() and torch.equal(scale, torch.ones_like(scale)):
+            return Rewrite(node.name, source=node.inputs[0])
+    return None
+
+
+def depthwise_point(graph: Graph, node: Node) -> Outcome:
+    """A depthwise 1x1 convolution is s x + t."""
+    if node.op != "conv":
+        return None
+    weight, how = node.tensors["weight"], node.attributes
+    if (
+        weight.is_meta
+        or prod(weight.shape[1:]) != 1
+        or how["groups"] != len(weight)
+        or any(size != 1 for size in how["stride"])
+        or any(map(any, how["padding"]))
+    ):
+        return None
+    tensors = {"scale": weight.flatten(), "shift": node.tensors["bias"]}
+    return Rewrite(node.name, (replace(node, op="affine", attributes={}, tensors=tensors),))
+
+
+RULES: Sequence[Callable[[Graph, Node], Outcome]] = (
+    no_operation,
+    relu_of_nonnegative,
+    depthwise_point,
+    zero_half,
+    affine_of_affine,
+    affine_after_linear,
+    pad_before_convolution,
+    affine_before_linear,
+    flat_sum,
+    sum_of_linear,
+    linear_of_linear,
+)
+
+
+def is_nonnegative(graph: Graph, name: str) -> bool:
+    """Whether no value of a node's output can be below zero, by what made it."""
+    node = graph[name]
+    match node.op:
+        case "relu" | "sigmoid" | "hardsigmoid":
+            return True
+        case "clip":
+            return node.attributes["low"] >= 0
+        case "max_pool" | "avg_pool" | "global_pool" | "flatten" | "slice":
+            return is_nonnegative(graph, node.inputs[0])
+        case _:
+            return False
+
+
+def _scale_shift(node: Node) -> tuple[Tensor, Tensor]:
+    return node.tensors["scale"], node.tensors["shift"]
+
+
+def _with_convolutions(graph: Graph) -> Graph:
+    """Affine maps of images that are left become depthwise convolutions: runtimes know those best."""
+    nodes = list(graph.nodes)
+    for index, node in enumerate(nodes):
+        rank = graph.rank(node.name)
+        if node.op == "affine" and len(node.tensors["scale"]) > 1 and rank is not None and rank > 2:
+            linear = per_channel(node.inputs[0], node.name, *_scale_shift(node), rank - 2)
+            nodes[index] = to_node(linear, equals=node.equals)
+    return replace(graph, nodes=tuple(nodes))
