@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from train.recipes import Recipe, Schedule, recipe
 from train.refusal import Refusal
-from train.spec import DatasetName, Family, Nonlinearity, Parameterization
+from train.spec import DatasetName, Delta, Family, Nonlinearity, Parameterization
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,13 @@ class TrainConfig:
     ] = None
     parameterization: Annotated[
         Parameterization | None,
-        "dirac: eq. 4; per-channel: a and b for each output channel, the authors' second release, with relu; "
+        "dirac: eq. 4; per-output-b: b for each output channel, the authors' published 18-0.75; "
+        "per-channel: a and b for each output channel, with relu; "
         "unnormalized: eq. 3; delta: eq. 14; plain: the baseline without Dirac (default: dirac, or plain with wrn)",
     ] = None
+    delta: Annotated[
+        Delta, "ones where channels widen: repeated, eq. 8; first: on the first channels alone, the second release"
+    ] = "repeated"
     recipe: Annotated[Literal["ours", "paper"], "where the values below come from that you leave out"] = "ours"
     epochs: Annotated[int | None, "passes over the training images"] = None
     batch_size: Annotated[int | None, "images per step, over all processes"] = None
