@@ -1,5 +1,6 @@
 """The command line of train/run.py."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -83,8 +84,8 @@ class TrainConfig:
                 raise Refusal(f"--{name.replace('_', '-')} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 0 <= (self.erase or 0) <= 1:
             raise Refusal(f"--erase must be from 0 to 1, got {self.erase}")
-        if self.lr is not None and self.lr <= 0:
-            raise Refusal(f"--lr must be positive, got {self.lr}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise Refusal(f"--lr must be positive and finite, got {self.lr}")
         if self.smallest_crop is not None and not 0 < self.smallest_crop <= 1:
             raise Refusal(f"--smallest-crop must be above 0 and at most 1, got {self.smallest_crop}")
         if self.classes is not None and not self.describe:
