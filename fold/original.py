@@ -64,7 +64,8 @@ def import_original(path: Path, *, image_size: int | None = None) -> "Checkpoint
 
     content = read_whole(path)
     numbers, eyes = _read(path, content)
-    spec = replace(_infer_spec(path, numbers, image_size), delta=_delta_form(path, numbers, eyes))
+    delta: Delta = _delta_form(path, numbers, eyes)
+    spec = replace(_infer_spec(path, numbers, image_size), delta=delta)
     config = {
         "dataset": {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder"),
         "authors_sha256": sha256(content),
@@ -125,7 +126,7 @@ def _delta_form(path: Path, numbers: dict[str, "Tensor"], eyes: dict[str, "Tenso
     for name, eye in eyes.items():
         if name not in shapes:
             continue
-        fits = [form for form in forms if torch.equal(eye, dirac_delta(shapes[name], form))]
+        fits: list[Delta] = [form for form in forms if torch.equal(eye, dirac_delta(shapes[name], form))]
         if not fits:
             raise Refusal(f"{path}: {name} is neither the repeated δ of eq. 7 and 8 nor that of torch.nn.init.dirac_")
         if len(fits) == 1:
