@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from train.checkpoint import Checkpoint
-    from train.spec import ImageSpec, Spec
+    from train.spec import Delta, ImageSpec, Parameterization, Spec
 
 BLOCK_PARTS = {"conv": "conv.weight", "alpha": "conv.a", "beta": "conv.b"}
+# The first release as published with its notebook names them by the convolution.
+NOTEBOOK_PARTS = {"conv.gamma": "conv.a", "conv.beta": "conv.b"}
 EXAMPLES = (
     "python fold/original.py model.pt7 --out runs/diracnet-34-8/checkpoint.pt",
     "python fold/run.py runs/diracnet-34-8/checkpoint.pt",
@@ -55,12 +57,15 @@ def import_original(path: Path, *, image_size: int | None = None) -> "Checkpoint
     Family, depth, width and classes come from the shapes of the tensors. Refuses a file with anything
     but tensors and plain containers in it, and names or shapes that no published net has.
     """
+    from dataclasses import replace
+
     from train.checkpoint import Checkpoint, load_net
     from train.files import read_whole, sha256
 
     content = read_whole(path)
-    numbers = _read(path, content)
-    spec = _infer_spec(path, numbers, image_size)
+    numbers, eyes = _read(path, content)
+    delta: Delta = _delta_form(path, numbers, eyes)
+    spec = replace(_infer_spec(path, numbers, image_size), delta=delta)
     config = {
         "dataset": {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder"),
         "authors_sha256": sha256(content),
@@ -70,8 +75,8 @@ def import_original(path: Path, *, image_size: int | None = None) -> "Checkpoint
     return checkpoint
 
 
-def _read(path: Path, file: bytes) -> dict[str, "Tensor"]:
-    """`params` and `stats` as one flat dict of float32 tensors, without the cached deltas."""
+def _read(path: Path, file: bytes) -> tuple[dict[str, "Tensor"], dict[str, "Tensor"]]:
+    """`params` and `stats` as one flat dict of float32 tensors, and the deltas that were cached in either."""
     import io
 
     import torch
@@ -89,7 +94,7 @@ def _read(path: Path, file: bytes) -> dict[str, "Tensor"]:
     dicts = [part for part in parts if _is_dict(part)]
     if len(dicts) != 2 or not dicts[0]:
         raise Refusal(f"{path} has no dictionary `params`: it is none of the authors' layouts")
-    numbers = {str(name): value for part in dicts for name, value in part.items() if not str(name).startswith("eye")}
+    numbers = {str(name): value for part in dicts for name, value in part.items()}
     strange = [
         name
         for name, value in numbers.items()
@@ -97,7 +102,44 @@ def _read(path: Path, file: bytes) -> dict[str, "Tensor"]:
     ]
     if strange:
         raise Refusal(f"{path}: {', '.join(strange[:5])}: no tensors of finite real numbers")
-    return {name: value.detach().float() for name, value in numbers.items()}
+    tensors = {name.removeprefix("module."): value.detach().float() for name, value in numbers.items()}
+    eyes = {name: tensors.pop(name) for name in list(tensors) if name.startswith("eye")}
+    return tensors, eyes
+
+
+def _delta_form(path: Path, numbers: dict[str, "Tensor"], eyes: dict[str, "Tensor"]) -> "Delta":
+    """Which δ the file's net was trained with, from the tensors that its code cached as `eyeN_o_N_i_H_W`.
+
+    Where N_i = N_o all forms are one. Refuses a δ that is of neither form, and one that is missing.
+    """
+    import torch
+
+    from train.layers import dirac_delta
+    from train.refusal import Refusal
+
+    shapes = {"eye" + "_".join(map(str, value.shape)): value.shape for name, value in numbers.items() if _is_conv(name)}
+    missing = [name for name, shape in shapes.items() if shape[0] != shape[1] and name not in eyes]
+    if missing:
+        raise Refusal(f"{path}: {missing[0]} missing: what the layers of this shape were trained with is not known")
+    found: dict[str, Delta] = {}
+    forms: tuple[Delta, ...] = ("repeated", "first")
+    for name, eye in eyes.items():
+        if name not in shapes:
+            continue
+        fits: list[Delta] = [form for form in forms if torch.equal(eye, dirac_delta(shapes[name], form))]
+        if not fits:
+            raise Refusal(f"{path}: {name} is neither the repeated δ of eq. 7 and 8 nor that of torch.nn.init.dirac_")
+        if len(fits) == 1:
+            found[name] = fits[0]
+    if len(set(found.values())) > 1:
+        raise Refusal(f"{path}: δ is of two forms: {', '.join(f'{name} {form}' for name, form in found.items())}")
+    for form in found.values():
+        return form
+    return "repeated"
+
+
+def _is_conv(name: str) -> bool:
+    return name.startswith("group") and name.endswith(".conv")
 
 
 def _is_dict(value: Any) -> TypeGuard[dict[Any, Any]]:
@@ -113,7 +155,9 @@ def _infer_spec(path: Path, numbers: dict[str, "Tensor"], image_size: int | None
     def refuse(why: str) -> Refusal:
         return Refusal(f"{path} is none of the authors' layouts: {why}")
 
-    first = ("conv", "fc.weight", "group0.block0.conv", "group0.block0.alpha", "group0.block0.beta")
+    notebook = "group0.block0.conv.gamma" in numbers
+    scales = ("conv.gamma", "conv.beta") if notebook else ("alpha", "beta")
+    first = ("conv", "fc.weight", *(f"group0.block0.{part}" for part in ("conv", *scales)))
     missing = [name for name in first if name not in numbers]
     if missing:
         raise refuse(f"{', '.join(missing)} missing")
@@ -134,9 +178,18 @@ def _infer_spec(path: Path, numbers: dict[str, "Tensor"], image_size: int | None
             raise refuse(f"no ImageNet net has groups of {groups} convolutions")
         (family, depth), base, image = found[0], 64, data.imagenet_image()
     ncrelu = block[1] == 2 * stem[0]
-    per_channel = numbers["group0.block0.alpha"].numel() > 1
-    if ncrelu == per_channel:
-        raise refuse("NCReLU goes with scalar alpha and beta, ReLU with one for every channel")
+    num_scales = tuple(numbers[f"group0.block0.{part}"].numel() for part in scales)
+    known: dict[tuple[bool, bool, bool], Parameterization] = {  # NCReLU; more than one alpha, more than one beta
+        (True, False, False): "dirac",
+        (True, False, True): "per-output-b",
+        (False, True, True): "per-channel",
+    }
+    form = known.get((ncrelu, num_scales[0] > 1, num_scales[1] > 1 or notebook))
+    if form is None:
+        raise refuse(
+            f"group0.block0.{scales[0]} and {scales[1]} hold {num_scales[0]} and {num_scales[1]} numbers: "
+            f"NCReLU goes with 1 and 1 or with 1 and one for each output, ReLU with one for each output"
+        )
     return Spec(
         family=family,
         depth=depth,
@@ -144,13 +197,13 @@ def _infer_spec(path: Path, numbers: dict[str, "Tensor"], image_size: int | None
         nonlinearity="ncrelu" if ncrelu else "relu",
         image=_resized(image, image_size),
         labels=_labels(classifier[0]),
-        parameterization="per-channel" if per_channel else "dirac",
+        parameterization=form,
     )
 
 
 def _count_blocks(numbers: dict[str, "Tensor"]) -> tuple[int, ...]:
     """Convolutions in each group, from names such as group0.block3.conv."""
-    blocks = [name.split(".")[0] for name in numbers if name.startswith("group") and name.endswith(".conv")]
+    blocks = [name.split(".")[0] for name in numbers if _is_conv(name)]
     return tuple(blocks.count(f"group{index}") for index in range(len(set(blocks))))
 
 
@@ -186,6 +239,9 @@ def _renamed(numbers: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
             name = "stem.conv.weight"
         elif name.startswith("bn."):
             name = f"stem.{name}"
+        elif (parts := name.split(".", 2)) and len(parts) == 3 and parts[2] in NOTEBOOK_PARTS:
+            name = f"{parts[0]}.{parts[1]}.{NOTEBOOK_PARTS[parts[2]]}"
+            value = value.squeeze() if parts[2] == "conv.gamma" else value
         elif where.startswith("group") and leaf in BLOCK_PARTS:
             name = f"{where}.{BLOCK_PARTS[leaf]}"
             value = value.squeeze() if leaf != "conv" and value.numel() == 1 else value

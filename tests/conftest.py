@@ -32,10 +32,11 @@ def make_spec():
         size=8,
         channels=3,
         num_labels=10,
+        delta="repeated",
     ):
         image = ImageSpec(size, size, channels, (0.4,) * channels, (0.3,) * channels, resize=size)
         labels = tuple(f"label {i}" for i in range(num_labels))
-        return Spec(family, depth, width, nonlinearity, image, labels, parameterization)
+        return Spec(family, depth, width, nonlinearity, image, labels, parameterization, delta)
 
     return make
 

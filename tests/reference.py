@@ -4,19 +4,19 @@ import numpy as np
 from scipy import signal
 
 
-def delta(shape):
-    """Eq. 2, 7 and 8 entry by entry."""
+def delta(shape, form="repeated"):
+    """Eq. 2, 7 and 8 entry by entry; `first` has ones on the first channels alone, as `torch.nn.init.dirac_`."""
     num_out, num_in, *kernel = shape
     square = min(num_out, num_in)
     result = np.zeros(shape)
     for i in range(num_out):
         for j in range(num_in):
-            if i % square == j % square:
+            if (i % square == j % square) if form == "repeated" else i == j:
                 result[(i, j, *(size // 2 for size in kernel))] = 1
     return result
 
 
-def folded_weight(a, b, weight, epsilon=1e-12):
+def folded_weight(a, b, weight, epsilon=1e-12, form="repeated"):
     """Eq. 4 and 5, filter by filter; `a` and `b` are numbers or lists with one for each filter.
 
     Without `b` eq. 3, without `a` and `b` eq. 14.
@@ -25,7 +25,7 @@ def folded_weight(a, b, weight, epsilon=1e-12):
     for index, v in enumerate(weight):
         factor = 1 if b is None else np.broadcast_to(b, len(weight))[index] / max(np.sqrt((v**2).sum()), epsilon)
         identity = 1 if a is None else np.broadcast_to(a, len(weight))[index]
-        scaled.append(identity * delta(weight.shape)[index] + factor * v)
+        scaled.append(identity * delta(weight.shape, form)[index] + factor * v)
     return np.stack(scaled)
 
 
@@ -81,7 +81,7 @@ class Net:
                     x = self.normalize(convolve(x, self.weight(f"{name}.conv"), 1), f"{name}.bn")
         if self.spec.family == "wrn":
             x = self.normalize(x, "bn")
-        if self.spec.family == "wrn" or self.spec.parameterization == "per-channel":
+        if self.spec.family == "wrn" or self.spec.parameterization in ("per-output-b", "per-channel"):
             x = np.maximum(x, 0)
         return x.mean(axis=(2, 3)) @ self.state["fc.weight"].T + self.state["fc.bias"]
 
@@ -111,7 +111,7 @@ class Net:
         weight = self.state[f"{name}.weight"]
         if self.spec.parameterization == "plain":
             return weight
-        return folded_weight(self.state.get(f"{name}.a"), self.state.get(f"{name}.b"), weight)
+        return folded_weight(self.state.get(f"{name}.a"), self.state.get(f"{name}.b"), weight, form=self.spec.delta)
 
     def normalize(self, x, name):
         parts = (self.state[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var"))

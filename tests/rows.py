@@ -25,6 +25,8 @@ ROWS = {
     "wrn": {"family": "wrn", "width": 1.0, "nonlinearity": "relu", "parameterization": "plain"},
     "wrn-wide": {"family": "wrn", "width": 1.5, "nonlinearity": "relu", "parameterization": "plain"},
     "wrn-delta": {"family": "wrn", "width": 1.0, "nonlinearity": "relu", "parameterization": "delta"},
+    "per-output-b": {"parameterization": "per-output-b"},
+    "first-delta": {"nonlinearity": "relu", "parameterization": "per-channel", "delta": "first"},
 }
 # A second or more in most tests; a smaller row of their family stays among the fast ones.
 SLOW = ("imagenet-18-per-channel", "imagenet-34", "imagenet-table3", "wrn-wide", "wrn-delta")

@@ -1,12 +1,13 @@
 """The command line of train/run.py."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 from train.recipes import Recipe, Schedule, recipe
 from train.refusal import Refusal
-from train.spec import DatasetName, Family, Nonlinearity, Parameterization
+from train.spec import DatasetName, Delta, Family, Nonlinearity, Parameterization
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,13 @@ class TrainConfig:
     ] = None
     parameterization: Annotated[
         Parameterization | None,
-        "dirac: eq. 4; per-channel: a and b for each output channel, the authors' second release, with relu; "
+        "dirac: eq. 4; per-output-b: b for each output channel, the authors' published 18-0.75; "
+        "per-channel: a and b for each output channel, with relu; "
         "unnormalized: eq. 3; delta: eq. 14; plain: the baseline without Dirac (default: dirac, or plain with wrn)",
     ] = None
+    delta: Annotated[
+        Delta, "ones where channels widen: repeated, eq. 8; first: on the first channels alone, the second release"
+    ] = "repeated"
     recipe: Annotated[Literal["ours", "paper"], "where the values below come from that you leave out"] = "ours"
     epochs: Annotated[int | None, "passes over the training images"] = None
     batch_size: Annotated[int | None, "images per step, over all processes"] = None
@@ -79,8 +84,8 @@ class TrainConfig:
                 raise Refusal(f"--{name.replace('_', '-')} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 0 <= (self.erase or 0) <= 1:
             raise Refusal(f"--erase must be from 0 to 1, got {self.erase}")
-        if self.lr is not None and self.lr <= 0:
-            raise Refusal(f"--lr must be positive, got {self.lr}")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise Refusal(f"--lr must be positive and finite, got {self.lr}")
         if self.smallest_crop is not None and not 0 < self.smallest_crop <= 1:
             raise Refusal(f"--smallest-crop must be above 0 and at most 1, got {self.smallest_crop}")
         if self.classes is not None and not self.describe:

@@ -48,7 +48,7 @@ def build(spec: Spec) -> nn.Sequential:
         num_in = num_out
     if spec.family == "wrn":
         net.add_module("bn", nn.BatchNorm2d(num_in))
-    if spec.family == "wrn" or spec.parameterization == "per-channel":
+    if spec.family == "wrn" or spec.parameterization in ("per-output-b", "per-channel"):
         net.add_module("relu", nn.ReLU())
     net.add_module("pool", nn.AdaptiveAvgPool2d(1))
     net.add_module("flatten", nn.Flatten())
@@ -101,6 +101,8 @@ def _base_channels(spec: Spec) -> int:
 def _refuse_combinations(spec: Spec) -> None:
     if spec.parameterization == "per-channel" and spec.nonlinearity != "relu":
         raise Refusal("per-channel a and b go with nonlinearity relu, as in the authors' second release")
+    if spec.parameterization == "per-output-b" and spec.nonlinearity != "ncrelu":
+        raise Refusal("a b for each output goes with nonlinearity ncrelu, as in the authors' first published net")
     if spec.family == "wrn" and (spec.nonlinearity, spec.parameterization) not in (
         ("relu", "plain"),
         ("relu", "delta"),
@@ -166,4 +168,4 @@ def _residual_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, s
 def _convolution(num_in: int, num_out: int, spec: Spec, *, stride: int = 1) -> nn.Conv2d:
     if spec.parameterization == "plain":
         return nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False)
-    return DiracConv2d(num_in, num_out, 3, stride=stride, padding=1, form=spec.parameterization)
+    return DiracConv2d(num_in, num_out, 3, stride=stride, padding=1, form=spec.parameterization, delta_form=spec.delta)

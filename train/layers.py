@@ -8,15 +8,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from train.refusal import Refusal
-from train.spec import Parameterization
+from train.spec import Delta, Parameterization
 
 EPSILON = 1e-12  # eq. 5; the authors' value
 A_0 = 5.0  # section 3.3
 B_0 = 1e-3  # section 2
 
 
-def dirac_delta(shape: Sequence[int]) -> Tensor:
+def dirac_delta(shape: Sequence[int], form: Delta = "repeated") -> Tensor:
     """The δ tensor of eq. 2, repeated as eq. 7 and eq. 8 say where N_i and N_o differ.
+
+    `form` "first" leaves the repetitions out: ones on the first min(N_i, N_o) channels alone.
 
     `shape` is [N_o, N_i, K_1, ..., K_L]. Refuses N_o and N_i of which neither is a multiple of the other.
     """
@@ -27,7 +29,7 @@ def dirac_delta(shape: Sequence[int]) -> Tensor:
             f"got {num_in} and {num_out}"
         )
     delta = torch.zeros(tuple(shape))
-    i = torch.arange(max(num_out, num_in), device="cpu")
+    i = torch.arange(max(num_out, num_in) if form == "repeated" else min(num_out, num_in), device="cpu")
     centre = [size // 2 for size in kernel]
     delta[(i % num_out, i % num_in, *centre)] = 1
     return delta
@@ -54,24 +56,35 @@ class _DiracConv(nn.modules.conv._ConvNd):
     """Ŵ in place of a convolution's weight; `weight` is W.
 
     `form` says what `a` and `b` are: scalars (eq. 4, "dirac"), one for every output channel
-    ("per-channel"), a scalar `a` alone (eq. 3, "unnormalized"), or neither (eq. 14, "delta").
+    ("per-channel"), a scalar `a` and a `b` for every output channel ("per-output-b"), a scalar `a` alone
+    (eq. 3, "unnormalized"), or neither (eq. 14, "delta"). `delta_form`: see `dirac_delta`.
     """
 
     delta: Tensor
     a: Tensor
     b: Tensor | None
 
-    def __init__(self, *args, form: Parameterization = "dirac", bias: bool = False, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        form: Parameterization = "dirac",
+        delta_form: Delta = "repeated",
+        bias: bool = False,
+        **kwargs,
+    ) -> None:
         super().__init__(*args, bias=bias, **kwargs)
         if self.groups != 1:
             raise Refusal(f"a Dirac convolution has one group, got {self.groups}")
-        self.register_buffer("delta", dirac_delta(self.weight.shape), persistent=False)
+        self.register_buffer("delta", dirac_delta(self.weight.shape, delta_form), persistent=False)
         match form:
             case "dirac":
                 self.a, self.b = nn.Parameter(torch.tensor(A_0)), nn.Parameter(torch.tensor(B_0))
             case "per-channel":
                 scale = torch.ones(self.out_channels)
                 self.a, self.b = nn.Parameter(A_0 * scale), nn.Parameter(B_0 * scale)
+            case "per-output-b":
+                self.a = nn.Parameter(torch.tensor(A_0))
+                self.b = nn.Parameter(B_0 * torch.ones(self.out_channels))
             case "unnormalized":
                 self.a, self.b = nn.Parameter(torch.tensor(A_0)), None
             case "delta":

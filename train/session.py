@@ -1,6 +1,7 @@
 """One training run from start or checkpoint to its last file."""
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -177,6 +178,7 @@ def _epoch(
     loss, correct, images = world.sum(torch.cat([sums, sums.new_tensor([images])])).tolist()
     fresh = {"loss": loss, "correct": correct, "images": images, "seconds": time.monotonic() - start}
     totals = {key: state.totals[key] + value for key, value in fresh.items()} | {"lr": lr}
+    _refuse_divergence(config, epoch + 1, "loss", totals["loss"])  # in every process alike: the sum is over all
     if next_step == num_steps:
         return session.snapshot(state, epoch=epoch + 1, step=0, totals=totals)
     state = session.snapshot(state, epoch=epoch, step=next_step, totals=totals)
@@ -195,6 +197,8 @@ def _close_epoch(session: Session, state: Checkpoint, held: data.Part, *, num_pi
     score = None
     if len(held) and world.rank == 0:
         score = evaluate(session.net, held, device=world.device, workers=config.workers)
+    validation_loss = world.sum(torch.tensor(score.loss if score else 0.0, device=world.device)).item()
+    _refuse_divergence(config, state.epoch, "validation loss", validation_loss)
     row: dict[str, Any] = {
         "epoch": state.epoch,
         "train_loss": totals["loss"] / totals["images"],
@@ -213,6 +217,15 @@ def _close_epoch(session: Session, state: Checkpoint, held: data.Part, *, num_pi
         write_metrics(config.run_dir / "metrics.jsonl", state.history)
     session.console.print(describe_row(row, config.epochs, row["seconds"] * (config.epochs - state.epoch)))
     return state
+
+
+def _refuse_divergence(config: Settings, epoch: int, what: str, loss: float) -> None:
+    """Before anything of this epoch is saved: the files stay those of the last good one."""
+    if not math.isfinite(loss):
+        raise Refusal(
+            f"training diverged, the {what} of epoch {epoch} is {loss}: lower --lr {config.lr:g}; "
+            f"{config.run_dir} keeps the files of the epoch before, if there was one"
+        )
 
 
 def _begin(config: Settings, spec: Spec, command: str, split: Record) -> Checkpoint:

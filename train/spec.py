@@ -8,9 +8,12 @@ from train.refusal import Refusal
 
 Family = Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"]
 Nonlinearity = Literal["ncrelu", "relu"]
-# How a convolution's weight is made: eq. 4, eq. 4 with an a and a b for every output channel (the authors'
-# second release), eq. 3, eq. 14, and W alone (the paper's baseline).
-Parameterization = Literal["dirac", "per-channel", "unnormalized", "delta", "plain"]
+# How a convolution's weight is made: eq. 4, eq. 4 with a b for every output channel (the authors' first release as
+# published with its notebook), with an a and a b for each (their second), eq. 3, eq. 14, and W alone (the baseline).
+Parameterization = Literal["dirac", "per-output-b", "per-channel", "unnormalized", "delta", "plain"]
+# Where a layer with other numbers of inputs and outputs has its ones: repeated as eq. 7 and 8 say, or on the
+# first min(N_i, N_o) channels alone, as `torch.nn.init.dirac_` writes them (the authors' second release).
+Delta = Literal["repeated", "first"]
 Published = Literal["digits", "fashion-mnist", "cifar10", "cifar100"]  # data sets of one content and one set of labels
 DatasetName = Literal[Published, "folder"]
 
@@ -55,6 +58,7 @@ class Spec:
     image: ImageSpec
     labels: tuple[str, ...]
     parameterization: Parameterization = "dirac"
+    delta: Delta = "repeated"
 
     def __post_init__(self) -> None:
         if self.nonlinearity not in get_args(Nonlinearity):
@@ -63,6 +67,8 @@ class Spec:
             raise Refusal(
                 f"parameterization must be one of {', '.join(get_args(Parameterization))}, got {self.parameterization}"
             )
+        if self.delta not in get_args(Delta):
+            raise Refusal(f"delta must be repeated or first, got {self.delta}")
         if len(self.labels) < 2:
             raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
 

@@ -135,6 +135,7 @@ def make_spec(config: Settings, image: ImageSpec, labels: tuple[str, ...]) -> Sp
         width=config.width,
         nonlinearity=config.nonlinearity,
         parameterization=config.parameterization,
+        delta=config.delta,
         image=image,
         labels=labels,
     )

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import reference
 import torch
 from torch.nn import functional
 
@@ -20,9 +21,12 @@ GROUPS = {"cifar": (2, 2, 2), "imagenet": (4, 4, 4, 4), "imagenet-table3": (6, 8
 
 
 def authors_file(release, family, *, base=4, num_classes=10, seed=0):
-    """What torch.save was given: params, and in the first release stats."""
+    """What torch.save was given: params, and in the first release stats.
+
+    "notebook" is the first release as published: other names, a beta for each output, a last ReLU.
+    """
     rng = torch.Generator().manual_seed(seed)
-    ncrelu = 2 if release == 1 else 1
+    ncrelu = 1 if release == 2 else 2
     params, stats = {}, {}
 
     def random(*shape):
@@ -30,7 +34,7 @@ def authors_file(release, family, *, base=4, num_classes=10, seed=0):
 
     def add_batch_norm(name, num):
         params[f"{name}.weight"], params[f"{name}.bias"] = random(num), random(num)
-        where = stats if release == 1 else params
+        where = params if release == 2 else stats
         where[f"{name}.running_mean"], where[f"{name}.running_var"] = random(num), random(num).abs() + 0.5
 
     size = 3 if family == "cifar" else 7
@@ -42,10 +46,15 @@ def authors_file(release, family, *, base=4, num_classes=10, seed=0):
         for block in range(num_blocks):
             name = f"group{group}.block{block}"
             params[f"{name}.conv"] = 0.1 * random(num_out, ncrelu * num_in, 3, 3)
-            scales = 1 if release == 1 else num_out
-            params[f"{name}.alpha"], params[f"{name}.beta"] = 1 + random(scales), random(scales)
+            shape = (num_out, ncrelu * num_in, 3, 3)
+            alpha, beta = 1 + random(num_out if release == 2 else 1), random(1 if release == 1 else num_out)
+            if release == "notebook":
+                params[f"{name}.conv.gamma"], params[f"{name}.conv.beta"] = alpha, beta
+            else:
+                params[f"{name}.alpha"], params[f"{name}.beta"] = alpha, beta
             add_batch_norm(f"{name}.bn", num_out)
-            stats[f"eye{num_out}_{num_in}_3_3"] = torch.ones(1)
+            eye = reference.delta(shape, "first" if release == 2 else "repeated")
+            (params if release == 2 else stats)["eye" + "_".join(map(str, shape))] = torch.from_numpy(eye).float()
             num_in = num_out
     params["fc.weight"], params["fc.bias"] = random(num_classes, num_in), random(num_classes)
     return {"params": params, "stats": stats, "epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}
@@ -54,7 +63,9 @@ def authors_file(release, family, *, base=4, num_classes=10, seed=0):
 def authors_forward(content, family, images):
     """Both releases in float64 from the description of their code."""
     numbers = {name: value.double() for part in ("params", "stats") for name, value in content[part].items()}
-    first_release = numbers["group0.block0.alpha"].numel() == 1
+    notebook = "group0.block0.conv.gamma" in numbers
+    scales = ("conv.gamma", "conv.beta") if notebook else ("alpha", "beta")
+    first_release = numbers[f"group0.block0.{scales[0]}"].numel() == 1
     mean, std = (
         ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7])
         if family == "cifar"
@@ -66,10 +77,6 @@ def authors_forward(content, family, images):
     def batch_norm(x, name):
         parts = (numbers[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
         return functional.batch_norm(x, *parts)
-
-    def eye(num_out, num_in):
-        square = torch.eye(min(num_out, num_in), dtype=torch.float64)
-        return square.repeat(max(num_out // num_in, 1), max(num_in // num_out, 1))
 
     if family == "cifar":
         x = functional.conv2d(x, numbers["conv"], padding=1)
@@ -83,17 +90,16 @@ def authors_forward(content, family, images):
         for block in range(num_blocks):
             name = f"group{group}.block{block}"
             w = numbers[f"{name}.conv"]
-            alpha, beta = (numbers[f"{name}.{part}"].view(-1, 1, 1, 1) for part in ("alpha", "beta"))
-            delta = torch.zeros_like(w)
-            delta[:, :, 1, 1] = eye(*w.shape[:2])
+            alpha, beta = (numbers[f"{name}.{part}"].view(-1, 1, 1, 1) for part in scales)
+            delta = torch.from_numpy(reference.delta(w.shape, "repeated" if first_release else "first"))
             w = beta * functional.normalize(w.view(len(w), -1)).view_as(w) + alpha * delta
             activations = torch.cat([x.clamp(min=0), x.clamp(max=0)], 1) if first_release else x.relu()
             x = batch_norm(functional.conv2d(activations, w, padding=1), f"{name}.bn")
-    x = x if first_release else x.relu()
+    x = x if first_release and not notebook else x.relu()
     return functional.linear(x.mean((2, 3)), numbers["fc.weight"], numbers["fc.bias"])
 
 
-@pytest.mark.parametrize("release", [1, 2])
+@pytest.mark.parametrize("release", [1, "notebook", 2])
 @pytest.mark.parametrize(
     ("family", "depth", "num_classes", "labels"),
     [
@@ -138,6 +144,26 @@ class _Evil:
         return os.mkdir, ("executed",)
 
 
+def test_an_imported_net_of_the_second_release_keeps_its_delta_in_training(tmp_path):
+    """A step moves every a, and no δ that their net has not: outputs beyond the inputs stay without a one."""
+    torch.save(authors_file(2, "cifar"), tmp_path / "model.pt7")
+    checkpoint = import_original(tmp_path / "model.pt7")
+    assert checkpoint.spec.delta == "first"
+    net = load_net(checkpoint).train()
+    layer = net.group1.block0.conv
+    before = layer.a.detach().clone()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
+    functional.cross_entropy(net(images), torch.arange(4)).backward()
+    optimizer.step()
+    moved = (layer.a != before).numpy()
+    np.testing.assert_array_equal(moved, np.arange(8) < 4)  # the loss does not see the other a
+    expected = reference.folded_weight(
+        layer.a.detach().numpy(), layer.b.detach().numpy(), layer.weight.detach().numpy(), form="first"
+    )
+    np.testing.assert_allclose(layer.folded_weight().detach(), expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_with_anything_else_in_it_is_refused_and_not_executed(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
@@ -150,6 +176,14 @@ def test_a_pickle_with_anything_else_in_it_is_refused_and_not_executed(tmp_path,
 
 def _without(content, *names):
     return content | {"params": {name: value for name, value in content["params"].items() if name not in names}}
+
+
+def _without_eyes(stats):
+    return {name: value for name, value in stats.items() if not name.startswith("eye")}
+
+
+def _with_eye(content, eye):
+    return content | {"stats": content["stats"] | {"eye" + "_".join(map(str, eye.shape)): eye}}
 
 
 def _with(content, **parts):
@@ -171,7 +205,13 @@ def _with(content, **parts):
         (lambda content: _without(content, "group1.block0.bn.weight"), "do not fit its spec"),
         (
             lambda content: _with(content, **{"group0.block0.alpha": torch.ones(4)}),
-            "NCReLU goes with scalar alpha and beta",
+            "group0.block0.alpha and beta hold 4 and 1 numbers",
+        ),
+        (lambda content: _with_eye(content, torch.zeros(8, 16, 3, 3)), "eye8_16_3_3 is neither"),
+        (lambda content: content | {"stats": _without_eyes(content["stats"])}, "eye4_8_3_3 missing"),
+        (
+            lambda content: _with_eye(content, torch.from_numpy(reference.delta((4, 8, 3, 3), "first"))),
+            "δ is of two forms",
         ),
     ],
 )

@@ -58,7 +58,7 @@ def test_initial_values_are_the_papers():
     assert layer.weight.std().item() == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("form", ["dirac", "per-channel", "unnormalized", "delta"])
+@pytest.mark.parametrize("form", ["dirac", "per-output-b", "per-channel", "unnormalized", "delta"])
 def test_every_form_is_its_equation(form):
     torch.manual_seed(0)
     layer = DiracConv2d(8, 4, 3, form=form).double()
@@ -72,10 +72,17 @@ def test_every_form_is_its_equation(form):
     np.testing.assert_allclose(layer.folded_weight().detach().numpy(), expected, rtol=0, atol=1e-13)
     assert {name: tuple(p.shape) for name, p in layer.named_parameters() if name != "weight"} == {
         "dirac": {"a": (), "b": ()},
+        "per-output-b": {"a": (), "b": (4,)},
         "per-channel": {"a": (4,), "b": (4,)},
         "unnormalized": {"a": ()},
         "delta": {},
     }[form]
+
+
+@pytest.mark.parametrize("form", ["repeated", "first"])
+@pytest.mark.parametrize("shape", [(8, 4, 3, 3), (4, 8, 3, 3), (6, 6, 5), (4, 12, 3, 3, 3)])
+def test_delta_has_its_ones_where_its_form_says(shape, form):
+    np.testing.assert_array_equal(dirac_delta(shape, form).numpy(), reference.delta(shape, form))
 
 
 def test_an_unknown_form_is_refused():

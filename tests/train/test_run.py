@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from fold.plain import fold_net
 from fold.proof import prove
+from train import session
 from train.checkpoint import load_checkpoint, load_net
 from train.cli import run_command
 from train.config import TrainConfig
@@ -118,6 +120,36 @@ def test_a_checkpoint_is_read_without_executing_it(tmp_path, monkeypatch):
     with pytest.raises(Refusal, match="no checkpoint"):
         load_checkpoint(Path("evil.pt"))
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("lr", ["nan", "inf", "-inf", "0", "-0.1"])
+def test_a_rate_that_is_not_positive_and_finite_is_refused(lr, tmp_path, capsys):
+    assert run(f"--lr={lr}", "--out", tmp_path) == 2
+    assert "--lr must be positive and finite" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_ends_at_that_epoch_and_keeps_the_files_of_the_one_before(tmp_path, capsys, monkeypatch):
+    original = session.take_steps
+
+    def diverge(*args, epoch, **kwargs):
+        for step in original(*args, epoch=epoch, **kwargs):
+            yield replace(step, sums=step.sums * float("nan")) if epoch == 1 else step
+
+    monkeypatch.setattr(session, "take_steps", diverge)
+    assert run("--epochs", 3, "--out", tmp_path) == 2
+    assert "training diverged, the loss of epoch 2 is nan: lower --lr" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "checkpoint.pt").epoch == 1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1]
+
+
+@pytest.mark.slow
+def test_a_rate_far_too_high_ends_with_one_line(tmp_path, capsys):
+    assert run("--lr", "1e30", "--out", tmp_path) == 2
+    assert "training diverged" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_describe_prints_the_spec_and_counts_without_a_data_set(capsys):
