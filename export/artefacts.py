@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from export.compare import TOLERANCES, Answer
+from export.runtimes.described import NOTHING, Described
 from train.files import read_whole
 from train.refusal import Refusal
 from train.spec import Spec
@@ -42,9 +43,10 @@ class Form:
         return self.provenance.get("export", {}).get("lowering", "concat")
 
 
-def open_artefact(path: Path, *, provider: Provider | None = None) -> Form:
+def open_artefact(path: Path, *, provider: Provider | None = None, said: Described = NOTHING) -> Form:
     """A checkpoint, plain net, ONNX or engine; an ONNX on the best provider that loads, or on `provider`.
 
+    `said` is what its user says of somebody else's ONNX.
     Refuses what is none of these, and a provider that does not load.
     """
     match path.suffix:
@@ -55,18 +57,20 @@ def open_artefact(path: Path, *, provider: Provider | None = None) -> Form:
         case ".onnx" if provider == "mnn":
             return _open_mnn(path)
         case ".onnx":
-            return _open_onnx(path, provider)
+            return _open_onnx(path, provider, said)
         case ".engine":
             return _open_engine(path)
     raise Refusal(f"{path} is no artefact of this project: name a .pt, .safetensors, .onnx or .engine file")
 
 
-def open_providers(path: Path, providers: tuple[Provider, ...]) -> tuple[list[Form], list[str]]:
+def open_providers(
+    path: Path, providers: tuple[Provider, ...], *, said: Described = NOTHING
+) -> tuple[list[Form], list[str]]:
     """An ONNX file on each of `providers` that loads, and a line for each that does not."""
     forms, missing = [], []
     for provider in providers:
         try:
-            forms.append(open_artefact(path, provider=provider))
+            forms.append(open_artefact(path, provider=provider, said=said))
         except ProviderMissing as refusal:
             missing.append(str(refusal))
     if not forms:
@@ -111,7 +115,7 @@ def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: di
     return Form(str(path), path, digest, "fp32", spec, provenance, answer, layers)
 
 
-def _open_onnx(path: Path, provider: Provider | None) -> Form:
+def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -125,7 +129,9 @@ def _open_onnx(path: Path, provider: Provider | None) -> Form:
     except DecodeError as error:
         raise Refusal(f"{path} is no valid ONNX file: {error}; export it again") from error
     # The optimiser moves fp8 pairs over nodes that then answer wrongly (export/quantize.py).
-    session = OnnxSession(path, providers=(PROVIDERS[provider],) if provider else None, optimize=kind != "fp8")
+    session = OnnxSession(
+        path, providers=(PROVIDERS[provider],) if provider else None, optimize=kind != "fp8", said=said
+    )
     if provider and session.provider != PROVIDERS[provider]:
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime fell back to {session.provider}")
     return Form(

@@ -9,6 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from export.runtimes.described import (
+    NOTHING,
+    ChannelsFlag,
+    Described,
+    LabelsFlag,
+    LogitsFlag,
+    MeanFlag,
+    OutputFlag,
+    ProbabilitiesFlag,
+    ResizeFlag,
+    StdFlag,
+    from_flags,
+)
 from train.cli import run_command
 
 if TYPE_CHECKING:
@@ -40,6 +53,14 @@ class ParityConfig:
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     images: Annotated[int, "test images to compare on"] = 500
     report: Annotated[Path | None, "write the comparisons, and how the artefact was made, to this JSON file"] = None
+    mean: MeanFlag = ()
+    std: StdFlag = ()
+    resize: ResizeFlag = None
+    labels: LabelsFlag = None
+    channels: ChannelsFlag = None
+    probabilities: ProbabilitiesFlag = False
+    logits: LogitsFlag = False
+    output: OutputFlag = None
     json: Annotated[bool, "print the same as JSON on stdout"] = False
 
 
@@ -109,17 +130,26 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list[
     if config.providers and config.artefact.suffix != ".onnx":
         raise Refusal(f"--providers are for .onnx files, and {config.artefact} is none; leave them out")
     if config.providers:
-        forms, missing = open_providers(config.artefact, config.providers)
+        forms, missing = open_providers(config.artefact, config.providers, said=from_flags(config))
         for line in missing:
             console.print(line)
     else:
-        forms = [open_artefact(config.artefact)]
-    others = [open_artefact(path) for path in config.against]
+        forms = [open_artefact(config.artefact, said=from_flags(config))]
+    others = [open_artefact(path, said=_said_of(path, config)) for path in config.against]
     spec = forms[0].spec
     for other in others:
         if other.spec.image != spec.image or len(other.spec.labels) != len(spec.labels):
             raise Refusal(f"{other.path} is another model than {config.artefact}: {other.spec.name}, not {spec.name}")
     return forms, others
+
+
+def _said_of(path: Path, config: ParityConfig) -> Described:
+    """What the user says, of a file that does not say it itself."""
+    from export.runtimes.header import read_header
+    from train.files import read_whole
+
+    is_foreign = path.suffix == ".onnx" and read_header(path, read_whole(path)).spec is None
+    return from_flags(config) if is_foreign else NOTHING
 
 
 def _by_precision(form: "Form", other: "Form") -> tuple["Form", "Form"]:
