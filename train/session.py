@@ -18,6 +18,7 @@ from train.cli import given_arguments
 from train.config import Settings, TrainConfig
 from train.distributed import World, joined
 from train.families import count_parameters, outline
+from train.folder import Files, refuse_what_cannot_be_judged
 from train.loop import evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, keep_large_buffers
 from train.progress import make_console, progress, track
@@ -72,6 +73,11 @@ def _train(config: Settings, world: World, *, command: str) -> int:
     )
     if dataset.left_out:
         console.print(f"{len(dataset.left_out)} files cannot be read and are left out, first {dataset.left_out[0]}")
+    if not config.skip_unreadable:
+        _, held = data.hold_out(dataset.train, config.validation, seed=config.seed)
+        for part in (held, dataset.test):
+            if isinstance(part, Files) and len(part):
+                refuse_what_cannot_be_judged(part, track(console, "decoding what will be judged"))
     spec = make_spec(config, dataset.info.image, dataset.info.labels)
     precision = choose_precision(config.precision, world.device)
     config = replace(config, precision=precision)
