@@ -51,6 +51,7 @@ class Described:
 
 
 NOTHING = Described()
+_CONFIGS = ("preprocessor_config.json", "config.json")
 
 
 def from_flags(config: Any) -> Described:
@@ -75,6 +76,11 @@ def read_labels(path: Path) -> tuple[str, ...]:
 def description_path(model: Path) -> Path:
     """model.onnx → model.onnx.json"""
     return model.with_name(model.name + ".json")
+
+
+def descriptions(model: Path) -> list[Path]:
+    """The files beside a model in which something is said of it."""
+    return [file for file in (description_path(model), *map(model.with_name, _CONFIGS)) if file.is_file()]
 
 
 def found(path: Path, metadata: dict[str, str]) -> Described:
@@ -125,7 +131,7 @@ def _of_ultralytics(metadata: dict[str, str]) -> Described:
 def _of_configs(path: Path) -> Described:
     """Files that go with a model of Hugging Face's or timm's; what cannot be read as one says nothing."""
     said = NOTHING
-    for name, read in (("preprocessor_config.json", _of_preprocessor), ("config.json", _of_config)):
+    for name, read in zip(_CONFIGS, (_of_preprocessor, _of_config), strict=True):
         file = path.with_name(name)
         if file.is_file():
             try:

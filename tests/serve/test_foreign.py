@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from export.runtimes.described import from_flags
 from export.runtimes.onnx_session import OnnxSession
 from serve.app import make_app
+from serve.cluster import read_artefact
 from serve.limits import Limits
 from serve.process import _describe, load
 from serve.run import ServeConfig
@@ -197,6 +198,13 @@ def test_the_digest_covers_the_weights_and_a_reload_sees_them_change(tmp_path, e
     after = load(config)[0]
     assert before.model.digest != after.model.digest
     assert np.array_equal(after(sample.images), OnnxSession(other.path)(sample.images))
+
+
+def test_all_files_of_a_model_travel_to_replicas(tmp_path):
+    path = SHEET["external data"](tmp_path).path
+    (tmp_path / "external.onnx.json").write_text('{"resize": 40}')
+    (tmp_path / "other.json").write_text("{}")
+    assert read_artefact(path).keys() == {"external.onnx", "external.onnx.data", "external.onnx.json"}
 
 
 @pytest.mark.parametrize("name", ["../weights", "/etc/hostname", "link"])
