@@ -33,6 +33,8 @@ class Form:
     provenance: dict[str, Any]
     answer: Answer
     layers: Callable[[np.ndarray], dict[str, np.ndarray]]  # images → outputs [N, ...] by the plain net's names
+    # images → the first node that overflows in float16, where it computes in more than its graph says
+    overflow: Callable[[np.ndarray], str | None] = lambda images: None
 
     def __post_init__(self) -> None:
         if self.precision not in TOLERANCES:
@@ -120,12 +122,14 @@ def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
     from google.protobuf.message import DecodeError
 
     from export.engine import precision
+    from export.half import first_overflow
     from export.runtimes.onnx_session import OnnxSession, loadable_providers
 
     if provider and PROVIDERS[provider] not in loadable_providers():
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime's {PROVIDERS[provider]} does not load here")
     try:
-        kind = precision(onnx.load_model_from_string(read_whole(path)))
+        model = onnx.load_model_from_string(read_whole(path))
+        kind = precision(model)
     except DecodeError as error:
         raise Refusal(f"{path} is no valid ONNX file: {error}; export it again") from error
     # The optimiser moves fp8 pairs over nodes that then answer wrongly (export/quantize.py).
@@ -134,6 +138,12 @@ def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
     )
     if provider and session.provider != PROVIDERS[provider]:
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime fell back to {session.provider}")
+
+    def overflow(images: np.ndarray) -> str | None:
+        if kind != "fp16" or session.provider != PROVIDERS["cpu"]:
+            return None
+        return first_overflow(model, session.to_input(images), path.parent)
+
     return Form(
         name=f"{path} on {provider}" if provider else str(path),
         path=path,
@@ -143,6 +153,7 @@ def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
         provenance=session.model.provenance,
         answer=session,
         layers=lambda images: _onnx_layers(path, session.model.spec, images, session.provider, optimize=kind != "fp8"),
+        overflow=overflow,
     )
 
 

@@ -99,11 +99,14 @@ class Row:
 
     images: str
     comparison: "Comparison"
+    overflow: str | None = None  # the node that leaves float16's range, where the CPU computed in more
 
     @property
     def verdict(self) -> bool | None:
         """None where nothing can be said: statistics hold for images like those that a net was trained on."""
         row = self.comparison
+        if self.overflow:
+            return False
         if row.tolerance.is_statistical and self.images != "real" and isfinite(row.difference.rms):
             return None
         return bool(row)
@@ -117,7 +120,13 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         fields = self.comparison.to_dict()
-        return {"images": self.images, **fields, "worst": self.worst, "within_tolerance": self.verdict}
+        return {
+            "images": self.images,
+            **fields,
+            "worst": self.worst,
+            "within_tolerance": self.verdict,
+            "overflow": self.overflow,
+        }
 
 
 def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list["Form"]]:
@@ -194,7 +203,8 @@ def _compare_logits(
             logits = {name: answer_all(form.answer, images, advance) for name, form in forms.items()}
             for reference, candidate in pairs:
                 before, after = ((form.name, logits[form.name]) for form in (reference, candidate))
-                rows.append(Row(kind, compare(before, after, tolerance=TOLERANCES[candidate.precision])))
+                comparison = compare(before, after, tolerance=TOLERANCES[candidate.precision])
+                rows.append(Row(kind, comparison, reference.overflow(images) or candidate.overflow(images)))
     return rows
 
 
@@ -242,7 +252,11 @@ def _print_table(console: "Console", rows: list[Row]) -> None:
             f"{result.difference.rms:.1e}",
             f"{100 * result.top1_agreement:.2f} %",
             str(result.tolerance),
-            {True: "same", False: f"DIFFERENT: {row.worst}", None: "not judged"}[row.verdict],
+            {
+                True: "same",
+                False: f"OVERFLOWS float16: {row.overflow}" if row.overflow else f"DIFFERENT: {row.worst}",
+                None: "not judged",
+            }[row.verdict],
         )
     console.print(table)
 

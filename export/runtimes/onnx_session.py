@@ -74,6 +74,10 @@ class OnnxSession:
             return np.concatenate([self._run(pad(piece, batch))[: len(piece)] for piece in pieces])
         return self._run(images)
 
+    def to_input(self, images: np.ndarray) -> np.ndarray:
+        """Pixels uint8 [N, H, W, C] → what the graph takes."""
+        return self._signature.to_input(images)
+
     def _run(self, images: np.ndarray) -> np.ndarray:
         names = self._signature
         logits = self._session.run([names.output_name], {names.input_name: names.to_input(images)})[0]
