@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from export.compare import TOLERANCES, Answer
+from export.runtimes.described import NOTHING, Described
 from train.files import read_whole
 from train.refusal import Refusal
 from train.spec import Spec
@@ -32,6 +33,8 @@ class Form:
     provenance: dict[str, Any]
     answer: Answer
     layers: Callable[[np.ndarray], dict[str, np.ndarray]]  # images → outputs [N, ...] by the plain net's names
+    # images → the first node that overflows in float16, where it computes in more than its graph says
+    overflow: Callable[[np.ndarray], str | None] = lambda images: None
 
     def __post_init__(self) -> None:
         if self.precision not in TOLERANCES:
@@ -42,9 +45,10 @@ class Form:
         return self.provenance.get("export", {}).get("lowering", "concat")
 
 
-def open_artefact(path: Path, *, provider: Provider | None = None) -> Form:
+def open_artefact(path: Path, *, provider: Provider | None = None, said: Described = NOTHING) -> Form:
     """A checkpoint, plain net, ONNX or engine; an ONNX on the best provider that loads, or on `provider`.
 
+    `said` is what its user says of somebody else's ONNX.
     Refuses what is none of these, and a provider that does not load.
     """
     match path.suffix:
@@ -55,18 +59,20 @@ def open_artefact(path: Path, *, provider: Provider | None = None) -> Form:
         case ".onnx" if provider == "mnn":
             return _open_mnn(path)
         case ".onnx":
-            return _open_onnx(path, provider)
+            return _open_onnx(path, provider, said)
         case ".engine":
             return _open_engine(path)
     raise Refusal(f"{path} is no artefact of this project: name a .pt, .safetensors, .onnx or .engine file")
 
 
-def open_providers(path: Path, providers: tuple[Provider, ...]) -> tuple[list[Form], list[str]]:
+def open_providers(
+    path: Path, providers: tuple[Provider, ...], *, said: Described = NOTHING
+) -> tuple[list[Form], list[str]]:
     """An ONNX file on each of `providers` that loads, and a line for each that does not."""
     forms, missing = [], []
     for provider in providers:
         try:
-            forms.append(open_artefact(path, provider=provider))
+            forms.append(open_artefact(path, provider=provider, said=said))
         except ProviderMissing as refusal:
             missing.append(str(refusal))
     if not forms:
@@ -111,23 +117,33 @@ def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: di
     return Form(str(path), path, digest, "fp32", spec, provenance, answer, layers)
 
 
-def _open_onnx(path: Path, provider: Provider | None) -> Form:
+def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
     import onnx
     from google.protobuf.message import DecodeError
 
     from export.engine import precision
+    from export.half import first_overflow
     from export.runtimes.onnx_session import OnnxSession, loadable_providers
 
     if provider and PROVIDERS[provider] not in loadable_providers():
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime's {PROVIDERS[provider]} does not load here")
     try:
-        kind = precision(onnx.load_model_from_string(read_whole(path)))
+        model = onnx.load_model_from_string(read_whole(path))
+        kind = precision(model)
     except DecodeError as error:
         raise Refusal(f"{path} is no valid ONNX file: {error}; export it again") from error
     # The optimiser moves fp8 pairs over nodes that then answer wrongly (export/quantize.py).
-    session = OnnxSession(path, providers=(PROVIDERS[provider],) if provider else None, optimize=kind != "fp8")
+    session = OnnxSession(
+        path, providers=(PROVIDERS[provider],) if provider else None, optimize=kind != "fp8", said=said
+    )
     if provider and session.provider != PROVIDERS[provider]:
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime fell back to {session.provider}")
+
+    def overflow(images: np.ndarray) -> str | None:
+        if kind != "fp16" or session.provider != PROVIDERS["cpu"]:
+            return None
+        return first_overflow(model, session.to_input(images), path.parent)
+
     return Form(
         name=f"{path} on {provider}" if provider else str(path),
         path=path,
@@ -137,6 +153,7 @@ def _open_onnx(path: Path, provider: Provider | None) -> Form:
         provenance=session.model.provenance,
         answer=session,
         layers=lambda images: _onnx_layers(path, session.model.spec, images, session.provider, optimize=kind != "fp8"),
+        overflow=overflow,
     )
 
 

@@ -13,12 +13,14 @@ from export.advice import build_advice, parser_advice
 from export.onnx_file import OnnxFile, read_onnx
 from export.runtimes import gpu
 from export.runtimes.card import EngineCard
+from export.runtimes.described import NOTHING, Described
 from export.runtimes.tensorrt_engine import import_library, make_logger, make_runtime
 from train.files import sha256
 from train.refusal import Refusal
 
 Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
 OPSETS = range(9, 26)  # what TensorRT 11 documents; its parser takes any number and guesses
+BATCH = (1, 8, 64)  # smallest, best and largest, where the graph leaves it free
 MAX_WORKSPACE_MIB = 2**20
 # GPUs that by default no build is for: Turing has no kernels for a classifier's fp32 matrix product, and
 # what came before Ada has no fp8.
@@ -62,26 +64,28 @@ def choose_builder() -> str:
 def build_engine(
     path: Path,
     *,
-    batch: tuple[int, int, int],
+    batch: tuple[int, int, int] | None = None,
+    said: Described = NOTHING,
     options: BuildOptions = BuildOptions(),
     report: Report = lambda *_: None,
 ) -> Engine:
-    """Parse and build the ONNX file `path` for batches of MIN, OPT and MAX images.
+    """Parse and build the ONNX file `path` for batches of MIN, OPT and MAX images (default: BATCH, or the only one).
 
     Precision is that of the graph. Refuses what `read_onnx` refuses, opsets and options that the library
     does not have, and every node that it objects to, all at once with what to do.
     """
-    if not 1 <= batch[0] <= batch[1] <= batch[2]:
+    if batch and not 1 <= batch[0] <= batch[1] <= batch[2]:
         raise Refusal(f"--batch must be MIN <= OPT <= MAX from 1 on, got {' '.join(map(str, batch))}")
     builder_name = choose_builder()
     _refuse_options(builder_name, options)
-    file = read_onnx(path)
+    file = read_onnx(path, said)
+    batch = _fitting_batch(file, batch)
     trt = import_library(builder_name)
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     network = _parse(trt, builder, logger, file)
     config = builder.create_builder_config()
-    batch = _add_profile(builder, config, file, batch)
+    _add_profile(builder, config, file, batch)
     capabilities = configure(trt, builder_name, config, options, kind=precision(file.model))
     cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
     content = _build(trt, builder, network, config, report)
@@ -157,18 +161,33 @@ def _parse(trt: Any, builder: Any, logger: Any, file: OnnxFile) -> Any:
     advice = parser_advice(file.model, [parser.get_error(index) for index in range(parser.num_errors)])
     if advice or not parsed:
         raise Refusal(f"{file.path} cannot be built by {trt.__name__}: {advice or logger.last_error()}")
+    for index in reversed(range(network.num_outputs)):  # the engine is given memory for one
+        if (tensor := network.get_output(index)).name != file.signature.output_name:
+            network.unmark_output(tensor)
     return network
 
 
-def _add_profile(builder: Any, config: Any, file: OnnxFile, batch: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The optimisation profile of a free batch; the batch that results."""
+def _fitting_batch(file: OnnxFile, asked: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """The batch asked for, or by default; refuses another one than a graph's only one."""
+    only = file.signature.batch
+    if only is None:
+        return asked or BATCH
+    if asked not in (None, (only, only, only)):
+        raise Refusal(
+            f"{file.path} takes {only} image{'s' * (only > 1)} at a time, no more and no fewer: leave out --batch, or "
+            "export it with a free batch (dynamic_axes, dynamic_shapes)"
+        )
+    return only, only, only
+
+
+def _add_profile(builder: Any, config: Any, file: OnnxFile, batch: tuple[int, int, int]) -> None:
+    """The optimisation profile of a free batch."""
     signature = file.signature
     if signature.batch is not None:
-        return signature.batch, signature.batch, signature.batch
+        return
     profile = builder.create_optimization_profile()
     profile.set_shape(signature.input_name, *((size, *signature.shape[1:]) for size in batch))
     config.add_optimization_profile(profile)
-    return batch
 
 
 def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions, *, kind: str) -> tuple[str, ...]:

@@ -9,6 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from export.runtimes.described import (
+    NOTHING,
+    ChannelsFlag,
+    Described,
+    LabelsFlag,
+    LogitsFlag,
+    MeanFlag,
+    OutputFlag,
+    ProbabilitiesFlag,
+    ResizeFlag,
+    StdFlag,
+    from_flags,
+)
 from train.cli import run_command
 
 if TYPE_CHECKING:
@@ -40,6 +53,14 @@ class ParityConfig:
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     images: Annotated[int, "test images to compare on"] = 500
     report: Annotated[Path | None, "write the comparisons, and how the artefact was made, to this JSON file"] = None
+    mean: MeanFlag = ()
+    std: StdFlag = ()
+    resize: ResizeFlag = None
+    labels: LabelsFlag = None
+    channels: ChannelsFlag = None
+    probabilities: ProbabilitiesFlag = False
+    logits: LogitsFlag = False
+    output: OutputFlag = None
     json: Annotated[bool, "print the same as JSON on stdout"] = False
 
 
@@ -78,11 +99,14 @@ class Row:
 
     images: str
     comparison: "Comparison"
+    overflow: str | None = None  # the node that leaves float16's range, where the CPU computed in more
 
     @property
     def verdict(self) -> bool | None:
         """None where nothing can be said: statistics hold for images like those that a net was trained on."""
         row = self.comparison
+        if self.overflow:
+            return False
         if row.tolerance.is_statistical and self.images != "real" and isfinite(row.difference.rms):
             return None
         return bool(row)
@@ -96,7 +120,13 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         fields = self.comparison.to_dict()
-        return {"images": self.images, **fields, "worst": self.worst, "within_tolerance": self.verdict}
+        return {
+            "images": self.images,
+            **fields,
+            "worst": self.worst,
+            "within_tolerance": self.verdict,
+            "overflow": self.overflow,
+        }
 
 
 def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list["Form"]]:
@@ -109,17 +139,26 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list[
     if config.providers and config.artefact.suffix != ".onnx":
         raise Refusal(f"--providers are for .onnx files, and {config.artefact} is none; leave them out")
     if config.providers:
-        forms, missing = open_providers(config.artefact, config.providers)
+        forms, missing = open_providers(config.artefact, config.providers, said=from_flags(config))
         for line in missing:
             console.print(line)
     else:
-        forms = [open_artefact(config.artefact)]
-    others = [open_artefact(path) for path in config.against]
+        forms = [open_artefact(config.artefact, said=from_flags(config))]
+    others = [open_artefact(path, said=_said_of(path, config)) for path in config.against]
     spec = forms[0].spec
     for other in others:
         if other.spec.image != spec.image or len(other.spec.labels) != len(spec.labels):
             raise Refusal(f"{other.path} is another model than {config.artefact}: {other.spec.name}, not {spec.name}")
     return forms, others
+
+
+def _said_of(path: Path, config: ParityConfig) -> Described:
+    """What the user says, of a file that does not say it itself."""
+    from export.runtimes.header import read_header
+    from train.files import read_whole
+
+    is_foreign = path.suffix == ".onnx" and read_header(path, read_whole(path)).spec is None
+    return from_flags(config) if is_foreign else NOTHING
 
 
 def _by_precision(form: "Form", other: "Form") -> tuple["Form", "Form"]:
@@ -166,7 +205,8 @@ def _compare_logits(
             logits = {name: answer_all(form.answer, images, advance) for name, form in forms.items()}
             for reference, candidate in pairs:
                 before, after = ((form.name, logits[form.name]) for form in (reference, candidate))
-                rows.append(Row(kind, compare(before, after, tolerance=TOLERANCES[candidate.precision])))
+                comparison = compare(before, after, tolerance=TOLERANCES[candidate.precision])
+                rows.append(Row(kind, comparison, reference.overflow(images) or candidate.overflow(images)))
     return rows
 
 
@@ -214,7 +254,11 @@ def _print_table(console: "Console", rows: list[Row]) -> None:
             f"{result.difference.rms:.1e}",
             f"{100 * result.top1_agreement:.2f} %",
             str(result.tolerance),
-            {True: "same", False: f"DIFFERENT: {row.worst}", None: "not judged"}[row.verdict],
+            {
+                True: "same",
+                False: f"OVERFLOWS float16: {row.overflow}" if row.overflow else f"DIFFERENT: {row.worst}",
+                None: "not judged",
+            }[row.verdict],
         )
     console.print(table)
 

@@ -100,7 +100,25 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     if config.lowering == "auto":
         record = _fastest(plain, config, console)
     model = to_onnx(lower(plain.net, record["lowering"]), plain.spec, {}, precision=config.precision)
+    if config.precision == "fp16":
+        _refuse_overflow(plain, model, config)
     return model, record, True
+
+
+def _refuse_overflow(plain: "Plain", model: "onnx.ModelProto", config: ToOnnxConfig) -> None:
+    """Refuses a graph one of whose nodes leaves float16's range on random, extreme or real images."""
+    from export.half import first_overflow
+    from fold.image_sets import extreme_images, random_images, real_images
+
+    image, training = plain.spec.image, plain.provenance.get("training", {})
+    real, _ = real_images(image, training, num=config.calibration_images, data_dir=config.data_dir)
+    sets = {"extreme": extreme_images(image), "random": random_images(image), "real": real}
+    for kind, images in sets.items():
+        if images is not None and (node := first_overflow(model, images)):
+            raise Refusal(
+                f"{config.plain} overflows in float16: the output of {node} is beyond 65,504 on {kind} images; "
+                "export it with --precision fp32"
+            )
 
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:

@@ -9,6 +9,17 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from export.runtimes.described import (
+    ChannelsFlag,
+    LabelsFlag,
+    LogitsFlag,
+    MeanFlag,
+    OutputFlag,
+    ProbabilitiesFlag,
+    ResizeFlag,
+    StdFlag,
+    from_flags,
+)
 from train.cli import run_command
 from train.refusal import Refusal
 
@@ -29,6 +40,14 @@ class ToTritonConfig:
     max_batch: Annotated[int | None, "largest batch to form (default: the engine's, 64 for ONNX)"] = None
     max_queue_delay: Annotated[int, "microseconds that a request may wait for a fuller batch"] = 0
     kind: Annotated[Literal["auto", "cpu", "gpu"], "where it runs; auto is on GPUs where there are any"] = "auto"
+    mean: MeanFlag = ()
+    std: StdFlag = ()
+    resize: ResizeFlag = None
+    labels: LabelsFlag = None
+    channels: ChannelsFlag = None
+    probabilities: ProbabilitiesFlag = False
+    logits: LogitsFlag = False
+    output: OutputFlag = None
     json: Annotated[bool, "print the result as JSON on stdout"] = False
 
 
@@ -75,6 +94,7 @@ class Source:
     files: dict[str, bytes]
     signature: Any
     output_dtype: str
+    num_ones: int
     labels: tuple[str, ...]
     best_batch: int
     max_batch: int | None  # None where any will do
@@ -86,13 +106,14 @@ def _read_onnx(config: ToTritonConfig) -> Source:
     from export.triton_config import ONNX_RUNTIME
     from train.files import read_whole
 
-    file = read_onnx(config.model)
+    file = read_onnx(config.model, from_flags(config))
     files = {name: read_whole(config.model.parent / name) for name in file.weight_files}
     return Source(
         backend=ONNX_RUNTIME,
         files={ONNX_RUNTIME[2]: read_whole(config.model), **files},
         signature=file.signature,
         output_dtype=file.output_dtype,
+        num_ones=len(file.output_shape) - 2,
         labels=file.spec.labels,
         best_batch=8,
         max_batch=None,
@@ -125,6 +146,7 @@ def _read_engine(config: ToTritonConfig) -> Source:
         files={TENSORRT[2]: content},
         signature=card.signature,
         output_dtype=card.output_dtype,
+        num_ones=0,
         labels=card.spec.labels,
         best_batch=card.batch[1],
         max_batch=card.batch[2],
@@ -149,6 +171,7 @@ def _triton_model(config: ToTritonConfig, source: Source, name: str) -> Any:
         signature=source.signature,
         output_dtype=source.output_dtype,
         num_classes=len(source.labels),
+        num_ones=source.num_ones,
         max_batch=max_batch,
         preferred=() if fixed else tuple(sorted({min(source.best_batch, max_batch), max_batch})),
         kind=config.kind,

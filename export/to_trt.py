@@ -8,6 +8,17 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from export.runtimes.described import (
+    ChannelsFlag,
+    LabelsFlag,
+    LogitsFlag,
+    MeanFlag,
+    OutputFlag,
+    ProbabilitiesFlag,
+    ResizeFlag,
+    StdFlag,
+    from_flags,
+)
 from train.cli import run_command
 from train.refusal import Refusal
 
@@ -23,13 +34,23 @@ EXAMPLES = (
 class ToTrtConfig:
     onnx: Annotated[Path, "an ONNX classifier, ours or somebody else's"]
     out: Annotated[Path | None, "file to write (default: the same name with .engine)"] = None
-    batch: Annotated[tuple[int, int, int], "smallest, best and largest batch"] = (1, 8, 64)
+    batch: Annotated[
+        tuple[int, int, int] | None, "smallest, best and largest batch (default: 1 8 64, or the graph's only one)"
+    ] = None
     compute_capability: Annotated[tuple[str, ...], "tensorrt_rtx: GPUs to build for, e.g. 8.9 (default: 8.0 on)"] = ()
     workspace: Annotated[int | None, "scratch memory of the builder in MiB (default: all of the GPU's)"] = None
     timing_cache: Annotated[Path | None, "tensorrt: file with kernel timings, read if there and written"] = None
     version_compatible: Annotated[bool, "tensorrt: let later versions run the engine too"] = False
     refittable: Annotated[bool, "let the engine's weights be exchanged"] = False
     parity: Annotated[Path | None, "report of export/parity.py for the card (default: plain.parity.json)"] = None
+    mean: MeanFlag = ()
+    std: StdFlag = ()
+    resize: ResizeFlag = None
+    labels: LabelsFlag = None
+    channels: ChannelsFlag = None
+    probabilities: ProbabilitiesFlag = False
+    logits: LogitsFlag = False
+    output: OutputFlag = None
     json: Annotated[bool, "print the engine's card as JSON on stdout"] = False
 
 
@@ -53,7 +74,9 @@ def command(config: ToTrtConfig) -> int:
     if out.suffix != ".engine":
         raise Refusal(f"--out must end in .engine, by which the server knows one; got {out}")
     parity = _parity(config, console)
-    engine = build_engine(config.onnx, batch=config.batch, options=_options(config), report=report)
+    engine = build_engine(
+        config.onnx, batch=config.batch, said=from_flags(config), options=_options(config), report=report
+    )
     engine = replace(engine, card=replace(engine.card, parity=parity))
     card = engine.card
     _write(engine, out, config.timing_cache, console)
@@ -61,6 +84,8 @@ def command(config: ToTrtConfig) -> int:
         f"wrote {out}: {card.name}, {card.precision}, {card.builder} {card.builder_version}, batch "
         f"{'/'.join(map(str, card.batch))}, {len(engine.content) / 1e6:.2f} MB in {time.monotonic() - start:.1f} s"
     )
+    if card.signature.reading:
+        console.print(f"{card.name} is not a file of this project; {card.signature.reading}")
     if config.json:
         print(card.to_json())
     return 0
@@ -95,7 +120,8 @@ def _parity(config: ToTrtConfig, console: Any) -> dict[str, Any] | None:
 def _read_parity(path: Path, onnx: Path) -> dict[str, Any]:
     import json
 
-    from train.files import read_whole, sha256
+    from export.runtimes.nodes import digest_of
+    from train.files import read_whole
 
     try:
         record = json.loads(read_whole(path))
@@ -103,7 +129,7 @@ def _read_parity(path: Path, onnx: Path) -> dict[str, Any]:
         raise Refusal(f"{path} is no JSON: {error}; run export/parity.py again") from error
     if not isinstance(record, dict) or not isinstance(record.get("artefacts"), dict):
         raise Refusal(f"{path} is no report of export/parity.py: it names no artefacts")
-    if sha256(read_whole(onnx)) not in record["artefacts"].values():
+    if digest_of(onnx, read_whole(onnx)) not in record["artefacts"].values():
         raise Refusal(f"{path} is about another file than {onnx}; run export/parity.py on this one")
     return record
 

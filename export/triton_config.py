@@ -27,6 +27,7 @@ class TritonModel:
     signature: Signature
     output_dtype: str
     num_classes: int
+    num_ones: int  # of the output [N, K, 1, ...] behind its classes
     max_batch: int
     preferred: tuple[int, ...]  # batches that the dynamic batcher aims at
     kind: str
@@ -48,7 +49,7 @@ def config_text(model: TritonModel) -> str:
             {
                 "name": model.signature.output_name,
                 "data_type": Word(TYPES[model.output_dtype]),
-                "dims": [*([fixed] if fixed else []), model.num_classes],
+                "dims": [*([fixed] if fixed else []), model.num_classes, *[1] * model.num_ones],
                 "label_filename": "labels.txt",
             }
         ],

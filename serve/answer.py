@@ -32,9 +32,11 @@ class Prediction(TypedDict):
     results: list[Result]
 
 
-def results_of(logits: np.ndarray, labels: tuple[str, ...], top_k: list[int]) -> list[Result]:
-    """Finite logits [N, K] → N results; the i-th has `top_k[i]` classes, or all K."""
-    probabilities = softmax(logits)
+def results_of(
+    logits: np.ndarray, labels: tuple[str, ...], top_k: list[int], *, are_probabilities: bool = False
+) -> list[Result]:
+    """Finite logits [N, K], or probabilities, → N results; the i-th has `top_k[i]` classes, or all K."""
+    probabilities = logits.astype(np.float64) if are_probabilities else softmax(logits)
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, : max(top_k)]  # equal classes: the lower index first
     ranked = np.take_along_axis(probabilities, order, axis=1)
     return [_result(*row, labels) for row in zip(order.tolist(), ranked.tolist(), top_k, strict=True)]

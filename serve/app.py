@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -181,19 +182,25 @@ def _add_pages(app: FastAPI) -> None:
 
 
 def model_card(runtime: Runtime) -> dict[str, Any]:
-    """Name, digest, architecture, input and labels of the model, and how it came to be."""
+    """Name, digest, architecture, input and labels of the model, and how it came to be.
+
+    Of somebody else's: how it is read, in place of its architecture, and who says so.
+    """
     model, spec = runtime.model, runtime.model.spec
     image = spec.image
-    return {
-        "name": model.name,
-        "digest": model.digest,
-        "file_bytes": model.num_bytes,
-        "runtime": runtime.description,
+    net = {
         "family": spec.family,
         "depth": spec.depth,
         "width": spec.width,
         "nonlinearity": spec.nonlinearity,
         "parameterization": spec.parameterization,
+    }
+    return {
+        "name": model.name,
+        "digest": model.digest,
+        "file_bytes": model.num_bytes,
+        "runtime": runtime.description,
+        **({"reading": asdict(model.reading)} if model.reading else net),
         "input": {"height": image.height, "width": image.width, "channels": image.channels},
         "labels": list(spec.labels),
         "provenance": model.provenance,

@@ -283,7 +283,8 @@ def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
 def _share(jobs: list[Job], model: Model, logits: np.ndarray, top_k: list[int]) -> None:
     """Give each job its rows; rows that are no numbers are the problem of their own job only."""
     is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
-    results = results_of(np.where(is_finite[:, None], logits, 0), model.spec.labels, top_k)
+    finite = np.where(is_finite[:, None], logits, 0)
+    results = results_of(finite, model.spec.labels, top_k, are_probabilities=model.gives_probabilities)
     start = 0
     for job in jobs:
         rows = slice(start, start := start + len(job.contents))

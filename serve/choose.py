@@ -12,11 +12,12 @@ from export.compare import ALLOWED_DROP, INT8_AGREEMENT, TOLERANCES
 from export.runtimes.header import Header, read_header
 from export.runtimes.load import RUNTIMES, RuntimeName, load_runtime
 from export.runtimes.mnn_module import is_installed, why_not
+from export.runtimes.nodes import digest_of
 from export.runtimes.runtime import Runtime
 from export.timing import geometric_means, time_answers
 from serve.measured import Conditions, recall, remember
 from serve.reload import check
-from train.files import read_whole, sha256
+from train.files import read_whole
 from train.refusal import Refusal
 
 _log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def _read(path: Path) -> Form:
     if path.suffix != ".onnx":
         raise Refusal(f"{path} is no .onnx file, and only those can be chosen from; serve it alone")
     content = read_whole(path)
-    return Form(path, sha256(content), read_header(Path(path.name), content))
+    return Form(path, digest_of(path, content), read_header(Path(path.name), content))
 
 
 def _refuse_different_nets(forms: Sequence[Form]) -> None:

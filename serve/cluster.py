@@ -144,13 +144,17 @@ def _faults(name: str, table: Any, kinds: dict[str, type]) -> list[str]:
 def read_artefact(path: Path) -> dict[str, bytes]:
     """The files that make up a model, by name. They travel to the replicas, so that no disk need be shared."""
     from export.runtimes.card import card_path, read_card
+    from export.runtimes.described import descriptions
     from export.runtimes.load import load_runtime
+    from export.runtimes.nodes import find_weights, read_graph
 
     if path.suffix == ".engine":  # loads only where the replicas run
         read_card(path)
         return {file.name: read_whole(file) for file in (path, card_path(path))}
     load_runtime(path)
-    return {path.name: read_whole(path)}
+    content = read_whole(path)
+    beside = [*find_weights(path, read_graph(path, content)), *descriptions(path)]
+    return {path.name: content, **{file.name: read_whole(file) for file in beside}}
 
 
 def start_ray(cluster: Cluster) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
+from export.runtimes.described import from_flags
 from export.runtimes.load import load_runtime
 from export.runtimes.runtime import Runtime
 from serve import logs
@@ -90,7 +91,7 @@ def load(config: "ServeConfig") -> list[Runtime]:
     (path,), name, num_threads = config.model_paths, config.runtime_name, _num_threads(config)
     try:
         runtimes = [
-            load_runtime(path, name=name, device=device, num_threads=num_threads)
+            load_runtime(path, name=name, device=device, num_threads=num_threads, said=from_flags(config))
             for device in config.devices or (None,)
         ]
         for runtime in runtimes:
@@ -209,7 +210,12 @@ def _tell_supervisor() -> None:
 
 
 def _describe(runtime: Runtime) -> str:
-    return f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description} ({runtime.library})"
+    what = f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description} ({runtime.library})"
+    reading = runtime.model.reading
+    if reading is None:
+        return what
+    more = "; say otherwise with --mean, --std, --resize, --labels and the like" if reading.assumed else ""
+    return f"{what}, not a file of this project; {reading}{more}"
 
 
 def _because(what: str, reason: str) -> str:

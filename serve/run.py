@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from export.runtimes.described import (
+    ChannelsFlag,
+    LabelsFlag,
+    LogitsFlag,
+    MeanFlag,
+    OutputFlag,
+    ProbabilitiesFlag,
+    ResizeFlag,
+    StdFlag,
+)
 from train.cli import POSITIONAL, run_command
 from train.refusal import Refusal
 
@@ -50,6 +60,14 @@ class ServeConfig:
         int | None,
         "threads that decode images; 0: the model's thread does (default: spare cores, up to 4)",
     ] = None
+    mean: MeanFlag = ()
+    std: StdFlag = ()
+    resize: ResizeFlag = None
+    labels: LabelsFlag = None
+    channels: ChannelsFlag = None
+    probabilities: ProbabilitiesFlag = False
+    logits: LogitsFlag = False
+    output: OutputFlag = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], "lowest level on stderr; info has a line for each request"
     ] = "info"
@@ -107,6 +125,7 @@ if __name__ == "__main__":
                 "python serve/run.py plain.onnx plain-int8.onnx      # the faster one on this machine",
                 "python serve/run.py plain.onnx --host 0.0.0.0 --api-key-file key.txt --workers 4",
                 "python serve/run.py plain.engine --devices 0 1 --max-batch 128",
+                "python serve/run.py theirs.onnx --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --labels names.txt",
                 "kill -HUP PID                       # read the model's file again",
                 "curl --data-binary @image.png -H 'Content-Type: image/png' localhost:8000/predict",
             ),

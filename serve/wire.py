@@ -17,6 +17,7 @@ from serve.problems import BAD_REQUEST, MEDIA_TYPE_UNKNOWN, TIMEOUT, TOO_LARGE, 
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "application/octet-stream")
 _RAW_ALIASES = ("", "image/jpg", "image/x-ms-bmp", "image/x-bmp")  # what some clients say instead
 LONG_JSON_BYTES = 2**16  # longer ones are read in a thread, as they would hold up the event loop
+_URL_SAFE = str.maketrans("-_", "+/")
 Read = TypeVar("Read")
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -52,6 +53,10 @@ REQUEST_BODY: dict[str, Any] = {
 
 async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> list[bytes]:
     """The bytes of the request's images, in its order: one at least, `limits.max_images` at most."""
+    encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
+    if encoding not in ("", "identity"):
+        detail = f"the body is encoded as {encoding}; send it as it is, without Content-Encoding"
+        raise Problem(MEDIA_TYPE_UNKNOWN, detail)
     content_type = headers.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type in RAW_TYPES or media_type in _RAW_ALIASES:
@@ -116,6 +121,7 @@ class _Form:
             raise Problem(BAD_REQUEST, "the form cannot be read: its Content-Type has no boundary")
         self._limits = limits
         self._files: list[bytearray] = []
+        self._unchosen: set[int] = set()  # what a browser sends of a file input that was left empty
         self._header_name = self._disposition = b""
         self._is_whole = False
         callbacks: Any = {
@@ -143,9 +149,10 @@ class _Form:
         """The bytes of every file; refuses a form that ends too early or holds none."""
         if not self._is_whole:
             raise Problem(BAD_REQUEST, "the form cannot be read: it ends before its last boundary")
-        if not self._files:
+        files = [bytes(file) for index, file in enumerate(self._files) if file or index not in self._unchosen]
+        if not files:
             raise Problem(BAD_REQUEST, "the form holds no file; with curl: -F image=@image.png")
-        return [bytes(file) for file in self._files]
+        return files
 
     def _begin_part(self) -> None:
         if len(self._files) == self._limits.max_images:
@@ -168,6 +175,8 @@ class _Form:
         if b"filename" not in options:
             name = options.get(b"name", b"").decode(errors="replace")
             raise Problem(BAD_REQUEST, f"the field {name!r} holds text; send files, with curl: -F {name}=@image.png")
+        if not options[b"filename"]:
+            self._unchosen.add(len(self._files) - 1)
 
     def _read_data(self, data: bytes, start: int, end: int) -> None:
         self._files[-1] += data[start:end]
@@ -190,9 +199,16 @@ def _images_of_json(body: bytes, limits: Limits) -> list[bytes]:
 
 
 def _from_base64(index: int, text: Any) -> bytes:
+    """Plain or URL-safe base64, in one line or many, with or without `data:image/png;base64,` before it."""
+    if not isinstance(text, str):
+        raise Problem(BAD_REQUEST, f"images[{index}] is no base64 text: it is no string")
+    if text[:5].lower() == "data:":
+        head, _, text = text.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise Problem(BAD_REQUEST, f"images[{index}] is a data URL without base64; send data:image/png;base64,...")
     try:
-        return base64.b64decode(text, validate=True)
-    except (ValueError, TypeError) as error:
+        return base64.b64decode("".join(text.split()).translate(_URL_SAFE), validate=True)
+    except ValueError as error:
         raise Problem(BAD_REQUEST, f"images[{index}] is no base64 text: {error}") from error
 
 
@@ -206,5 +222,5 @@ def _too_many_images(limits: Limits) -> Problem:
 
 def _media_type_detail(media_type: str) -> str:
     if media_type == "application/x-www-form-urlencoded":  # what curl -d and --data-binary say unless told
-        return f"{media_type} is no image; add -H 'Content-Type: image/png' (any image type will do)"
+        return f"{media_type} is no image; add -H 'Content-Type: image/png' (or {', '.join(RAW_TYPES[1:4])})"
     return f"send {', '.join(RAW_TYPES)}, multipart/form-data or application/json, got {media_type}"

@@ -78,6 +78,25 @@ def read(path: str, files: Files, crop: Callable | None = None) -> np.ndarray | 
         raise Refusal(f"{path} cannot be read ({error}): mend or remove it, or add --skip-unreadable") from error
 
 
+def refuse_what_cannot_be_judged(files: Files, track: Track) -> None:
+    """Decodes every file; refuses those that cannot be read, all in one line, unless they may be skipped.
+
+    What is judged after the last epoch is decoded before the first: a body cut short shows only then.
+    """
+
+    def fault(path: str) -> str | None:
+        try:
+            read(path, replace(files, skip_unreadable=False))
+        except Refusal as refusal:
+            return str(refusal)
+        return None
+
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        faults = [fault for fault in track(pool.map(fault, files.paths), len(files)) if fault]
+    if faults:
+        raise Refusal(f"{len(faults)} of {len(files)} images to be judged are damaged: {faults[0]}")
+
+
 def class_folders(root: Path) -> list[Path]:
     """The folders of the training classes in alphabetical order; refuses fewer than two."""
     folders = _folders(part := part_folders(root)["train"])

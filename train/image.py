@@ -49,6 +49,8 @@ def decode(
     except Refusal:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        if isinstance(error, OSError) and "truncated" in str(error):
+            raise Refusal("the image is cut short: its last bytes are missing; send the whole file") from error
         raise Refusal(f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})") from error
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
 
-from export.runtimes.signature import Signature
+from export.runtimes.signature import Signature, signature_of
 from train.files import read_whole
 from train.refusal import Refusal
 from train.spec import Spec
@@ -49,6 +49,11 @@ def layers_path(engine: Path) -> Path:
 def read_card(engine: Path) -> EngineCard:
     """The card beside an engine; refuses a missing, damaged or foreign one, naming the field."""
     path = card_path(engine)
+    if engine.is_file() and not path.exists():
+        raise Refusal(
+            f"{engine} has no card: {path.name} is not beside it; copy it there, "
+            "or build the engine again with export/to_trt.py"
+        )
     try:
         record = json.loads(read_whole(path))
     except ValueError as error:
@@ -97,6 +102,6 @@ def _batch(path: Path, record: dict[str, Any]) -> tuple[int, int, int]:
 def _signature(path: Path, record: dict[str, Any]) -> Signature:
     try:
         names = _check(path, record, "signature", dict)
-        return Signature(**{**names, "shape": tuple(names["shape"])})
+        return signature_of(names)
     except (TypeError, KeyError) as error:
         raise Refusal(f"{path}: signature is damaged ({error}); build the engine again") from error

@@ -34,25 +34,31 @@ def read_header(path: Path, content: bytes) -> Header:
     """The header of an ONNX file; `path` is for the refusal of what is none."""
     metadata, domains = {}, []
     try:
-        for number, message in _fields(memoryview(content)):
+        for number, message in contents(memoryview(content)):
             if number == _MODEL_METADATA:
-                entry = dict(_fields(message))
+                entry = dict(contents(message))
                 metadata[str(entry[_FIRST], "utf-8")] = str(entry.get(_SECOND, b""), "utf-8")
             elif number == _MODEL_OPSETS:
-                domains.append(str(dict(_fields(message)).get(_FIRST, b""), "utf-8"))
+                domains.append(str(dict(contents(message)).get(_FIRST, b""), "utf-8"))
     except (ValueError, IndexError, KeyError) as error:
         raise Refusal(f"{path} cannot be loaded as an ONNX model: its encoding is damaged; export it again") from error
     return Header(metadata, tuple(domains))
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+def contents(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     """(number, content) of each field that holds bytes; numbers are skipped over."""
+    return ((number, value) for number, value in every_field(message) if isinstance(value, memoryview))
+
+
+def every_field(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """(number, content) of each field that holds bytes or a whole number; floats are skipped over."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
         match tag & 7:  # the wire types of Protocol Buffers
             case 0:
-                _, at = _varint(message, at)
+                value, at = _varint(message, at)
+                yield tag >> 3, value
             case 1:
                 at += 8
             case 5:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from export.runtimes.described import NOTHING, Described
 from export.runtimes.runtime import Runtime
 from train.refusal import Refusal
 
@@ -12,15 +13,22 @@ RUNTIMES: dict[str, tuple[RuntimeName, ...]] = {".onnx": ("onnxruntime", "mnn"),
 
 
 def load_runtime(
-    path: Path, *, name: RuntimeName | None = None, device: int | None = None, num_threads: int = 0
+    path: Path,
+    *,
+    name: RuntimeName | None = None,
+    device: int | None = None,
+    num_threads: int = 0,
+    said: Described = NOTHING,
 ) -> Runtime:
     """`.onnx` through ONNX Runtime or MNN, `.engine` through TensorRT; anything else is refused.
 
     `device` is the number of a CUDA device; None takes the first one, or the CPU where there is none.
-    `num_threads` is for the CPU; 0 lets the runtime choose.
+    `num_threads` is for the CPU; 0 lets the runtime choose. `said` is what a user says of somebody else's .onnx.
     """
     if path.suffix not in RUNTIMES:
         raise Refusal(f"{path} is neither an .onnx nor an .engine file; make one with export/to_onnx.py")
+    if said.sources and path.suffix != ".onnx":
+        raise Refusal(f"{path} keeps how it is read in its card; give --mean and the like to export/to_trt.py")
     names = RUNTIMES[path.suffix]
     match name or names[0]:
         case other if other not in names:
@@ -30,7 +38,7 @@ def load_runtime(
 
             if device is not None and loadable_providers() == ("CPUExecutionProvider",):
                 raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
-            return OnnxSession(path, device=device, num_threads=num_threads)
+            return OnnxSession(path, device=device, num_threads=num_threads, said=said)
         case "mnn":
             from export.runtimes.mnn_module import MnnModule
 

@@ -2,15 +2,22 @@
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from export.runtimes.classifier import Value, find_signature, find_spec
+from export.runtimes.companions import refuse_companions
+from export.runtimes.described import NOTHING, Described
 from export.runtimes.header import read_header
+from export.runtimes.nodes import digest_of, find_weights, read_graph
 from export.runtimes.offline import ort
 from export.runtimes.runtime import Model
-from export.runtimes.signature import Signature, generic_spec, pad
-from train.files import read_whole, sha256
+from export.runtimes.signature import pad
+from train.files import read_whole
 from train.refusal import Refusal
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxSession:
@@ -26,9 +33,13 @@ class OnnxSession:
         device: int | None = None,
         num_threads: int = 0,
         optimize: bool = True,
+        said: Described = NOTHING,
     ) -> None:
         content = read_whole(path)
+        header, graph = read_header(path, content), read_graph(path, content)
         options = ort.SessionOptions()
+        if find_weights(path, graph):  # else they would be looked for in the working directory
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent.resolve()))
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = num_threads
@@ -38,11 +49,20 @@ class OnnxSession:
             self._session = ort.InferenceSession(content, options, providers=asked)
         except Exception as error:  # ONNX Runtime raises a private hierarchy of its own
             raise Refusal(f"{path} cannot be loaded as an ONNX model: {_first_line(error)}") from error
-        self._signature = _signature(path, self._session)
-        header = read_header(path, content)
-        spec = header.spec or generic_spec(self._signature, num_classes=self._count_classes(path))
-        name = spec.name if header.spec else path.stem
-        self.model = Model(name, sha256(content), spec, header.provenance, num_bytes=len(content))
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self._signature, said = find_signature(
+            path, header, graph, [*map(_value, inputs)], [*map(_value, outputs)], said
+        )
+        num_classes = len(header.spec.labels) if header.spec else self._count_classes(path)
+        spec = find_spec(path, header, self._signature, said, num_classes)
+        self.model = Model(
+            spec.name if header.spec else path.stem,
+            digest_of(path, content),
+            spec,
+            header.provenance,
+            num_bytes=len(content),
+            reading=self._signature.reading,
+        )
         self.provider = self._session.get_providers()[0]  # what it really uses
         is_named = providers is not None or device is not None
         if is_named and self.provider != asked[0][0]:  # ONNX Runtime only prints that it falls back to the CPU
@@ -57,16 +77,18 @@ class OnnxSession:
             return np.concatenate([self._run(pad(piece, batch))[: len(piece)] for piece in pieces])
         return self._run(images)
 
+    def to_input(self, images: np.ndarray) -> np.ndarray:
+        """Pixels uint8 [N, H, W, C] → what the graph takes."""
+        return self._signature.to_input(images)
+
     def _run(self, images: np.ndarray) -> np.ndarray:
         names = self._signature
         logits = self._session.run([names.output_name], {names.input_name: names.to_input(images)})[0]
-        return np.asarray(logits).reshape(len(images), -1).astype(np.float32, copy=False)
+        return names.to_output(np.asarray(logits))
 
     def _count_classes(self, path: Path) -> int:
-        num_classes = self(np.zeros((1, *self._signature.sizes), np.uint8)).shape[-1]
-        if num_classes < 2:
-            raise Refusal(f"{path} gives {num_classes} value per image; a classifier gives one per class")
-        return num_classes
+        """Of somebody else's net, which gives an image the same answer alone and among others, or is refused."""
+        return refuse_companions(path, self, self._signature.sizes).shape[1]
 
 
 def provider_options(name: str, device: int) -> dict[str, str]:
@@ -109,16 +131,10 @@ def _loads(library: str) -> bool:
     return True
 
 
-def _signature(path: Path, session: ort.InferenceSession) -> Signature:
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    if len(inputs) != 1 or not outputs:
-        raise Refusal(f"{path} has {len(inputs)} inputs and {len(outputs)} outputs; a classifier has one of each")
-    dtype = inputs[0].type.removeprefix("tensor(").removesuffix(")")
-    shape = tuple(size if isinstance(size, int) else None for size in inputs[0].shape)
-    try:
-        return Signature(inputs[0].name, outputs[0].name, "float32" if dtype == "float" else dtype, shape)
-    except Refusal as refusal:
-        raise Refusal(f"{path}: {refusal}") from refusal
+def _value(node: Any) -> Value:
+    dtype: str = node.type.removeprefix("tensor(").removesuffix(")")
+    shape = tuple(size if isinstance(size, int) else None for size in node.shape)
+    return Value(node.name, {"float": "float32", "double": "float64"}.get(dtype) or dtype, shape)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from export.runtimes.signature import Reading
 from train.spec import Spec
 
 
@@ -17,6 +18,12 @@ class Model:
     spec: Spec
     provenance: dict[str, Any]  # what training, fold and export recorded; empty for somebody else's net
     num_bytes: int = 0  # of the artefact
+    reading: Reading | None = None  # how somebody else's net is read; None for ours
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether what the net gives are probabilities already."""
+        return self.reading is not None and self.reading.scores == "probabilities"
 
 
 class Runtime(Protocol):

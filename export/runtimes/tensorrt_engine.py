@@ -30,7 +30,14 @@ class TensorRTEngine:
         content = read_whole(path)
         card = read_card(path)
         trt = _fitting_library(path, content, card, device)
-        self.model = Model(card.name, card.engine_sha256, card.spec, card.provenance, num_bytes=len(content))
+        self.model = Model(
+            card.name,
+            card.engine_sha256,
+            card.spec,
+            card.provenance,
+            num_bytes=len(content),
+            reading=card.signature.reading,
+        )
         self.description = f"{card.builder}, {card.precision}"
         self.library = f"{card.builder} {trt.__version__}"
         self._card = card

@@ -53,7 +53,9 @@ def test_an_engine_without_a_whole_card_is_refused(built):
     with pytest.raises(Refusal, match="is no JSON"):
         load_runtime(built)
     card_path(built).unlink()
-    with pytest.raises(Refusal, match=r"plain\.engine\.json: No such file"):
+    with pytest.raises(
+        Refusal, match=r"plain\.engine has no card: plain\.engine\.json is not beside it; copy it there"
+    ):
         load_runtime(built)
 
 

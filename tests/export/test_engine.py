@@ -51,9 +51,16 @@ def test_the_card_says_what_was_built(built, make_spec):
     [(("N", 3, 6, 5), TensorProto.FLOAT, (1, 8, 64)), ((4, 6, 5, 3), TensorProto.FLOAT, (4, 4, 4))],
 )
 def test_a_foreign_net_builds_with_generic_labels(write_foreign, shape, kind, batch):
-    card = engine.build_engine(write_foreign(shape, kind), batch=(1, 8, 64)).card
+    card = engine.build_engine(write_foreign(shape, kind)).card
     assert (card.name, card.batch, card.provenance) == ("foreign", batch, {})
     assert card.spec.labels == ("class 0", "class 1", "class 2", "class 3")
+
+
+def test_a_batch_that_the_graph_does_not_take_is_refused(write_foreign):
+    path = write_foreign((1, 3, 6, 5))
+    with pytest.raises(Refusal, match="takes 1 image at a time, no more and no fewer: leave out --batch"):
+        engine.build_engine(path, batch=(1, 16, 256))
+    assert engine.build_engine(path, batch=(1, 1, 1)).card.batch == (1, 1, 1)
 
 
 @pytest.mark.slow
@@ -205,7 +212,7 @@ def test_timings_are_read_handed_on_and_written(write_onnx, tmp_path, monkeypatc
     _, path = write_onnx()
     real, timings, seen = engine.build_engine(path, batch=(1, 2, 4)), tmp_path / "timings", []
 
-    def build(path, *, batch, options, report):
+    def build(path, *, batch, said, options, report):
         seen.append(options.timing_cache)
         return replace(real, timing_cache=b"more " + options.timing_cache)
 

@@ -130,7 +130,7 @@ def test_a_provider_that_falls_back_is_not_taken_for_the_one_asked_for(write, mo
     )
 
     class FallenBack:
-        def __init__(self, path, providers, optimize):
+        def __init__(self, path, providers, optimize, said):
             self.provider = "CPUExecutionProvider"
 
     monkeypatch.setattr("export.runtimes.onnx_session.OnnxSession", FallenBack)

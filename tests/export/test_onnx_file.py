@@ -1,9 +1,11 @@
 import numpy as np
 import onnx
 import pytest
+from foreign import SHEET, write_with_nan
 from onnx import TensorProto, helper, numpy_helper
 
 from export.onnx_file import read_onnx
+from export.runtimes.onnx_session import OnnxSession
 from train.files import sha256
 from train.refusal import Refusal
 
@@ -52,6 +54,20 @@ def test_weights_of_every_float_type_are_looked_at(write_foreign, kind):
         read_onnx(path)
 
 
+def test_constants_of_nodes_are_looked_at_too(tmp_path):
+    with pytest.raises(Refusal, match=r"NaN or infinite weights in nan \(1 of 1\)"):
+        read_onnx(write_with_nan(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHEET)
+def test_a_file_is_the_same_classifier_to_every_command(name, tmp_path):
+    path = SHEET[name](tmp_path).path
+    file, session = read_onnx(path), OnnxSession(path)
+    assert (file.spec, file.sha256, file.name) == (session.model.spec, session.model.digest, session.model.name)
+    assert file.signature.reading == session.model.reading
+
+
 def test_weights_in_files_of_their_own_are_read_and_missed(write_onnx):
     _, path = write_onnx()
     inside = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
@@ -86,7 +102,7 @@ def test_a_truncated_file_is_refused(write_onnx):
         (("N", 3, "H", "W"), TensorProto.FLOAT, 4, "export it with a fixed height, width and channels"),
         (("N", 3, 6, 5), TensorProto.DOUBLE, 4, "takes float64; images must be uint8"),
         (("N", 6, 5, 2), TensorProto.FLOAT, 4, "images have 1 or 3 channels"),
-        (("N", 3, 6, 5), TensorProto.FLOAT, 1, r"answers \['N', 1\]; a classifier answers \[N, K\]"),
+        (("N", 3, 6, 5), TensorProto.FLOAT, 1, r"answers y float32 \['N', 1\]; a classifier answers \[N, K\]"),
     ],
 )
 def test_a_net_that_is_no_image_classifier_is_refused(write_foreign, shape, kind, num_classes, message):
@@ -105,7 +121,8 @@ def test_a_net_with_two_outputs_and_labels_that_do_not_fit_are_refused(write_onn
         read_onnx(path)
     path.write_bytes(whole)
     model = onnx.load(path)
-    model.graph.output.append(helper.make_tensor_value_info("stem.conv", TensorProto.FLOAT, list("abcd")))
+    model.graph.node.append(helper.make_node("Neg", ["logits"], ["negated"]))
+    model.graph.output.append(helper.make_tensor_value_info("negated", TensorProto.FLOAT, ["N", 10]))
     onnx.save(model, path)
-    with pytest.raises(Refusal, match="has 1 inputs and 2 outputs, not one of each"):
+    with pytest.raises(Refusal, match="has the outputs logits, negated; choose the one that holds the classes"):
         read_onnx(path)

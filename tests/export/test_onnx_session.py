@@ -39,9 +39,9 @@ def test_a_foreign_net_answers_with_generic_labels(write_foreign, shape, kind):
     ("shape", "kind", "num_classes", "message"),
     [
         (("N", 3, "H", "W"), TensorProto.FLOAT, 4, "export it with a fixed height, width and channels"),
-        (("N", 3, 6, 5), TensorProto.DOUBLE, 4, "takes double; images must be uint8"),
+        (("N", 3, 6, 5), TensorProto.DOUBLE, 4, "takes float64; images must be uint8"),
         (("N", 6, 5, 2), TensorProto.FLOAT, 4, "images have 1 or 3 channels"),
-        (("N", 3, 6, 5), TensorProto.FLOAT, 1, "gives 1 value per image"),
+        (("N", 3, 6, 5), TensorProto.FLOAT, 1, "a classifier answers \\[N, K\\]"),
     ],
 )
 def test_a_foreign_net_that_is_no_image_classifier_is_refused(write_foreign, shape, kind, num_classes, message):

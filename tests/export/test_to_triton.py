@@ -132,7 +132,7 @@ def test_every_name_survives_the_text_format(write_onnx, name):
     from export.onnx_file import read_onnx
 
     signature = replace(read_onnx(write_onnx()[1]).signature, input_name=name)
-    model = TritonModel("m", ONNX_RUNTIME, signature, "float32", 10, 8, (8,), "auto", 0)
+    model = TritonModel("m", ONNX_RUNTIME, signature, "float32", 10, 0, 8, (8,), "auto", 0)
     config = text_format.Parse(config_text(model), ModelConfig())
     assert config.input[0].name == name
     assert list(config.model_warmup[0].inputs) == [name]

@@ -12,6 +12,7 @@ from serve.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = {"Content-Type": "image/png"}
+JSON = {"Content-Type": "application/json"}
 
 
 def probabilities(logits):
@@ -109,6 +110,9 @@ def test_a_wrong_top_k_is_refused(client, pixels, encode, top_k):
         (b'{"images": []}', {"Content-Type": "application/json"}, 400, "bad-request", 'must be {"images"'),
         (b'{"images": ["?"]}', {"Content-Type": "application/json"}, 400, "bad-request", "images[0] is no base64"),
         (b'{"images": [1]}', {"Content-Type": "application/json"}, 400, "bad-request", "images[0] is no base64"),
+        (b'{"images": ["data:,abc"]}', JSON, 400, "bad-request", "images[0] is a data URL without base64"),
+        (b"x", {"Content-Type": "image/png", "Content-Encoding": "gzip"}, 415, "media-type", "encoded as gzip; send"),
+        (b"x", {"Content-Type": "image/gif"}, 415, "media-type", "send image/png"),
         (b'{"images": ["\xff"]}', {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
         (b"--", {"Content-Type": "multipart/form-data"}, 400, "bad-request", "the form cannot be read"),
         (b"x", {"Content-Type": "multipart/form-data; boundary=a"}, 400, "bad-request", "the form"),
@@ -117,6 +121,38 @@ def test_a_wrong_top_k_is_refused(client, pixels, encode, top_k):
 )
 def test_what_cannot_be_used_is_a_problem(client, body, headers, status, name, detail):
     assert_problem(client.post("/predict", content=body, headers=headers), status, name, detail)
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        base64.b64encode,
+        base64.encodebytes,  # lines of 76 characters, as `base64 FILE` writes them
+        base64.urlsafe_b64encode,
+        lambda content: b"data:image/png;base64," + base64.b64encode(content),
+    ],
+)
+def test_base64_is_taken_as_it_is_usually_spelt(client, runtime, pixels, encode, spell):
+    content = encode(pixels[0])
+    assert {"+", "/"} <= set(base64.b64encode(content).decode())  # or the URL-safe spelling is the plain one
+    response = client.post("/predict", json={"images": [spell(content).decode()]})
+    assert response.json()["results"][0]["index"] == runtime(pixels[:1]).argmax()
+
+
+def test_a_file_input_that_was_left_empty_is_left_out(client, pixels, encode):
+    head = '--a\r\nContent-Disposition: form-data; name="image"; filename="{}"\r\nContent-Type: image/png\r\n\r\n'
+    chosen, unchosen = (head.format(name).encode() for name in ("a.png", ""))
+    headers = {"Content-Type": "multipart/form-data; boundary=a"}
+    body = chosen + encode(pixels[0]) + b"\r\n" + unchosen + b"\r\n--a--\r\n"
+    assert len(client.post("/predict", content=body, headers=headers).json()["results"]) == 1
+    response = client.post("/predict", content=unchosen + b"\r\n--a--\r\n", headers=headers)
+    assert_problem(response, 400, "bad-request", "the form holds no file")
+
+
+def test_a_jpeg_without_its_last_bytes_is_said_to_be_cut_short(client, pixels, encode):
+    content = encode(np.tile(pixels[0], (8, 8, 1)), "JPEG")
+    response = client.post("/predict", content=content[: len(content) // 2], headers=PNG)
+    assert_problem(response, 422, "undecodable", "image 0: the image is cut short: its last bytes are missing")
 
 
 def test_a_body_of_unknown_length_ends_at_the_limit(client):

@@ -149,7 +149,7 @@ def test_an_artefact_travels_whole_or_is_refused(artefact, tmp_path):
     assert read_artefact(artefact) == {"plain.onnx": artefact.read_bytes()}
     (tmp_path / "plain.engine").write_bytes(b"")
     for path, message in (
-        (tmp_path / "plain.engine", "cannot read"),
+        (tmp_path / "plain.engine", "has no card"),
         (tmp_path / "missing.onnx", "No such file"),
         (tmp_path / "plain.pt", "neither an .onnx nor"),
     ):

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,28 @@ def test_a_body_cut_short_shows_when_it_is_decoded(folder):
     assert [batch.images.shape for batch in alone] == [(0, 8, 8, 3)]
     with pytest.raises(Refusal, match=r"none of .*dark/0\.jpg can be read"):
         train.first(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("validation", "part"), [("0", "test"), ("0.5", "train")])
+def test_what_will_be_judged_is_decoded_before_the_first_epoch(folder, tmp_path_factory, capsys, validation, part):
+    root = tmp_path_factory.mktemp("parts")
+    for name in ("train", "test"):
+        shutil.copytree(folder, root / name)
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    for path in (root / part).glob("*/*.png"):
+        Image.fromarray(noise).save(path.with_suffix(".jpg"))
+        path.with_suffix(".jpg").write_bytes(path.with_suffix(".jpg").read_bytes()[:2000])
+        path.unlink()
+    argv = ["--dataset", "folder", "--data-dir", str(root), "--image-size", "8", "--depth", "10", "--width", "0.25"]
+    argv += ["--epochs", "1", "--batch-size", "4", "--validation", validation, "--workers", "0"]
+    assert run_command(command, TrainConfig, argv=[*argv, "--out", str(root / "run")]) == 2
+    output = capsys.readouterr()
+    assert "images to be judged are damaged: " in output.err
+    assert "is cut short" in output.err
+    assert "mend or remove it" in output.err
+    assert "epoch 1" not in output.out
+    assert not (root / "run" / "checkpoint.pt").exists()
 
 
 @pytest.mark.slow

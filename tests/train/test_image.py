@@ -78,7 +78,7 @@ def test_a_decompression_bomb_is_refused_from_its_header():
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"GIF89a" + bytes(100), encode(Image.new("L", (90, 90)))[:-40]])
 def test_what_is_no_whole_image_is_refused(content):
-    with pytest.raises(Refusal, match="not a readable PNG, JPEG, WEBP, BMP image"):
+    with pytest.raises(Refusal, match=r"not a readable PNG, JPEG, WEBP, BMP image|the image is cut short"):
         decode(content, GRAY)
 
 

@@ -1,0 +1,77 @@
+"""python export/describe.py model.onnx: write beside somebody else's classifier how it is read."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from export.runtimes.described import (
+    ChannelsFlag,
+    LabelsFlag,
+    LogitsFlag,
+    MeanFlag,
+    OutputFlag,
+    ProbabilitiesFlag,
+    ResizeFlag,
+    StdFlag,
+    from_flags,
+)
+from train.cli import run_command
+
+EXAMPLES = (
+    "python export/describe.py model.onnx --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --resize 256",
+    "python export/describe.py model.onnx --labels names.txt --channels bgr --output scores",
+    "python export/describe.py model.onnx              # writes nothing, and says how it is read now",
+)
+
+
+@dataclass(frozen=True)
+class DescribeConfig:
+    onnx: Annotated[Path, "somebody else's classifier"]
+    mean: MeanFlag = ()
+    std: StdFlag = ()
+    resize: ResizeFlag = None
+    labels: LabelsFlag = None
+    channels: ChannelsFlag = None
+    probabilities: ProbabilitiesFlag = False
+    logits: LogitsFlag = False
+    output: OutputFlag = None
+    json: Annotated[bool, "print how the net is read as JSON on stdout"] = False
+
+
+def command(config: DescribeConfig) -> int:
+    """Write model.onnx.json beside model.onnx: how pixels become its input, and what its answers mean.
+
+    Every command that takes the file reads it. What it said before and is not said now stays.
+    """
+    import json
+    from dataclasses import asdict
+
+    from export.onnx_file import read_onnx
+    from export.runtimes.described import NOTHING, description_path, read_description
+    from train.files import write_whole
+    from train.progress import make_console
+
+    console = make_console(json=config.json)
+    said = from_flags(config)
+    file = read_onnx(config.onnx, said)  # refuses what does not fit
+    if said.sources:
+        path = description_path(config.onnx)
+        before = read_description(path) if path.exists() else NOTHING
+        console.print(f"wrote {write_whole(path, said.over(before).to_json().encode())}")
+    reading = file.signature.reading
+    console.print(f"{file.name}: {reading or 'a file of this project, which says itself how it is read'}")
+    if config.json:
+        print(
+            json.dumps(
+                {"labels": file.spec.labels, "output": file.signature.output_name, **asdict(reading)} if reading else {}
+            )
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, DescribeConfig, examples=EXAMPLES))
