@@ -20,12 +20,9 @@ from train.cli import given_arguments
 from train.config import Settings, TrainConfig
 from train.distributed import World, joined
 from train.families import count_parameters, outline
-<<<<<<< HEAD
 from train.files import write_whole
-from train.interval import interval, percent
-=======
 from train.folder import Files, refuse_what_cannot_be_judged
->>>>>>> K
+from train.interval import interval, percent
 from train.loop import evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, keep_large_buffers
 from train.progress import make_console, progress, track
@@ -38,6 +35,8 @@ from train.survey import print_survey
 
 # What may differ between a run and its resumption without changing a single bit of it.
 FREE_TO_CHANGE = ("data_dir", "download", "device", "workers", "out", "resume", "json", "describe")
+# What a run that recorded no such setting did.
+ADDED_LATER = {"delta": "repeated"}
 
 
 def describe(config: Settings) -> int:
@@ -72,31 +71,14 @@ def _train(config: Settings, world: World, *, command: str) -> int:
         raise Refusal(f"{checkpoint_path} exists: add --resume to go on, or name another folder with --out")
     if config.batch_size % world.size:
         raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {config.batch_size}")
-<<<<<<< HEAD
     config = replace(config, precision=choose_precision(config.precision, world.device))
     earlier = _earlier(checkpoint_path, config) if config.resume else None
     dataset = _load(config, earlier, console)
-    spec, split = make_spec(config, dataset.info.image, dataset.info.labels), data.record(dataset)
-=======
-    dataset = data.load(
-        config.dataset,
-        data_dir=config.data_dir,
-        image_size=config.image_size,
-        download=config.download,
-        skip_unreadable=config.skip_unreadable,
-        track=track(console, "reading images"),
-    )
-    if dataset.left_out:
-        console.print(f"{len(dataset.left_out)} files cannot be read and are left out, first {dataset.left_out[0]}")
     if not config.skip_unreadable:
-        _, held = data.hold_out(dataset.train, config.validation, seed=config.seed)
-        for part in (held, dataset.test):
+        for part in (dataset.validation, dataset.test):
             if isinstance(part, Files) and len(part):
                 refuse_what_cannot_be_judged(part, track(console, "decoding what will be judged"))
-    spec = make_spec(config, dataset.info.image, dataset.info.labels)
-    precision = choose_precision(config.precision, world.device)
-    config = replace(config, precision=precision)
->>>>>>> K
+    spec, split = make_spec(config, dataset.info.image, dataset.info.labels), data.record(dataset)
     session = start(config, spec, world, console)
     state = _resume(checkpoint_path, earlier, session, spec) if earlier else _begin(config, spec, command, split)
     if split.content and not earlier and world.rank == 0:
@@ -263,9 +245,9 @@ def _earlier(path: Path, config: Settings) -> Checkpoint:
     state = load_checkpoint(path)
     recorded = _recorded(config)
     changed = [
-        f"--{key.replace('_', '-')} {state.config.get(key)}"
+        f"--{key.replace('_', '-')} {state.config.get(key, ADDED_LATER.get(key))}"
         for key in recorded
-        if key not in FREE_TO_CHANGE and recorded[key] != state.config.get(key)
+        if key not in FREE_TO_CHANGE and recorded[key] != state.config.get(key, ADDED_LATER.get(key))
     ]
     if changed:
         raise Refusal(f"{path} was started with {' '.join(changed)}; resume it with the same")
