@@ -17,6 +17,7 @@ from torch import nn
 
 from export.calibrate import Range, Ranges
 from export.graph import Graph, finish, window, write_layer
+from export.runtimes.saturation import largest_pair
 from fold.lower import Repeat, SharedReLU
 from fold.plain import named_layers
 from train.layers import NCReLU, Residual
@@ -140,17 +141,9 @@ def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     filters = weight.reshape(len(weight), -1).astype(np.float64)
     largest = np.abs(filters).max(axis=1)
-    scales = np.where(largest > 0, np.maximum(largest, _largest_pair(filters)) / 127, 1.0).astype(np.float32)
+    scales = np.where(largest > 0, np.maximum(largest, largest_pair(filters)) / 127, 1.0).astype(np.float32)
     per_filter = scales.reshape(-1, *[1] * (weight.ndim - 1))
     return np.clip(np.rint(weight / per_filter), -127, 127).astype(np.int8), scales
-
-
-def _largest_pair(filters: np.ndarray) -> np.ndarray:
-    """[N_o, N] → [N_o]: the largest magnitude of a sum of two weights of one sign."""
-    if filters.shape[1] < 2:
-        return np.abs(filters).max(axis=1)
-    positive, negative = (np.partition(np.maximum(part, 0), -2, axis=1)[:, -2:].sum(1) for part in (filters, -filters))
-    return np.maximum(positive, negative)
 
 
 def _parameters(graph: Graph, name: str, reach: Range) -> tuple[float, int, tuple[str, str]]:

@@ -9,7 +9,7 @@ import onnx
 from torch import nn
 
 from export.calibrate import METHODS, Ranges, observe, ranges
-from export.compare import ALLOWED_DROP, Answer, answer_all
+from export.compare import ALLOWED_DROP, INT8_AGREEMENT, Answer, answer_all
 from export.graph import to_onnx
 from export.integer import to_integer_onnx
 from export.qdq import to_qdq_onnx
@@ -39,7 +39,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Drop:
-    """What eight bits cost on test images; true where they lose no more accuracy than allowed."""
+    """What eight bits cost on test images; true where accuracy and classes are kept as parity demands."""
 
     num_images: int
     float32_accuracy: float
@@ -51,7 +51,7 @@ class Drop:
     lost_high: float
 
     def __bool__(self) -> bool:
-        return self.float32_accuracy - self.accuracy <= ALLOWED_DROP
+        return self.float32_accuracy - self.accuracy <= ALLOWED_DROP and self.top1_agreement >= INT8_AGREEMENT
 
 
 @dataclass(frozen=True)

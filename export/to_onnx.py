@@ -70,6 +70,7 @@ def command(config: ToOnnxConfig) -> int:
     from export.graph import OPSET, set_provenance
     from export.quantize import answerer
     from export.runtimes.probe import probe_images, record_probe
+    from export.runtimes.saturation import may_saturate
     from fold.plain import load_plain
     from train.files import sha256, write_whole
     from train.progress import make_console
@@ -81,6 +82,8 @@ def command(config: ToOnnxConfig) -> int:
     else:
         model, record, kept = _floats(plain, config, console)
     record = {"plain_sha256": plain.sha256, "precision": config.precision, "opset": OPSET, **record}
+    if config.precision == "int8":  # a note for people: readers compute it from the weights
+        record["cannot_saturate"] = not may_saturate(config.plain, model.SerializeToString())
     probe = record_probe(answerer(model)(probe_images(plain.spec.image)))
     set_provenance(model, {**plain.provenance, "export": {**record, "probe": probe}})
     content = model.SerializeToString()
@@ -157,7 +160,7 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
     """The candidate that loses least on training images; the record says what it costs on the test images."""
     from dataclasses import asdict
 
-    from export.compare import ALLOWED_DROP
+    from export.compare import ALLOWED_DROP, INT8_AGREEMENT
     from export.graph import to_onnx
     from export.quantize import TRIED, num_images_run, quantize
     from train.progress import progress
@@ -179,7 +182,8 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
     _print(console, quantized.candidates, drop)
     if not drop:
         print(
-            f"more than {100 * ALLOWED_DROP:.1f} points of test accuracy are lost"
+            f"more than {100 * ALLOWED_DROP:.1f} points of test accuracy are lost, "
+            f"or fewer than {100 * INT8_AGREEMENT:.0f} % of the images keep their class"
             + ("" if config.allow_drop else ": exit status 1; --allow-drop accepts it"),
             file=sys.stderr,
         )

@@ -14,6 +14,7 @@ from export.runtimes.load import RUNTIMES, RuntimeName, load_runtime
 from export.runtimes.mnn_module import is_installed, why_not
 from export.runtimes.nodes import digest_of
 from export.runtimes.runtime import Runtime
+from export.runtimes.saturation import warning
 from export.timing import geometric_means, time_answers
 from serve.measured import Conditions, recall, remember
 from serve.reload import check
@@ -142,7 +143,7 @@ def _candidates(forms: Sequence[Form], runtime: RuntimeName | None, *, has_devic
     """What is worth loading, by what the files say of themselves; refuses where that is nothing."""
     found: list[Candidate] = []
     for form in forms:
-        reason = why_unfit(form.export) if len(forms) > 1 else None
+        reason = why_unfit(form.export) or warning(form.path, read_whole(form.path)) if len(forms) > 1 else None
         if reason:
             _log.warning("%s is not chosen: %s", form.path.name, reason)
             continue

@@ -22,6 +22,7 @@ from uvicorn.supervisors import Multiprocess
 from export.runtimes.described import from_flags
 from export.runtimes.load import load_runtime
 from export.runtimes.runtime import Runtime
+from export.runtimes.saturation import warning
 from serve import logs
 from serve.access import Access, read_api_key
 from serve.app import make_app
@@ -33,10 +34,13 @@ from serve.reload import check
 from serve.report import with_report
 from serve.tracing import find_tracing
 from train.cores import num_cores
+from train.files import read_whole
 from train.refusal import Refusal
 
 if TYPE_CHECKING:
     from serve.run import ServeConfig
+
+_log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _START_S = 120.0  # for a worker to load its model
@@ -97,6 +101,8 @@ def load(config: "ServeConfig") -> list[Runtime]:
         for runtime in runtimes:
             runtime.model = with_report(runtime.model, path)
             check(runtime)
+        if path.suffix == ".onnx" and not config.devices and (doubt := warning(path, read_whole(path))):
+            _log.warning(doubt)
     except Refusal as refusal:
         raise Refusal(str(refusal).replace(str(path), path.name)) from refusal
     return runtimes

@@ -74,6 +74,15 @@ def every_field(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
         raise ValueError("cut off")
 
 
+def unpack(message: memoryview) -> list[int]:
+    """The whole numbers of a packed field."""
+    numbers, at = [], 0
+    while at < len(message):
+        value, at = _varint(message, at)
+        numbers.append(value)
+    return numbers
+
+
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
     """A number of seven bits a byte, the lowest first, and where the next field starts."""
     value = shift = 0

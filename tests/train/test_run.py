@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +14,11 @@ from PIL import Image
 
 from fold.plain import fold_net
 from fold.proof import prove
-from train import session
+from train import session, steps
 from train.checkpoint import load_checkpoint, load_net
 from train.cli import run_command
 from train.config import TrainConfig
+from train.loop import train_step
 from train.refusal import Refusal
 from train.run import command
 
@@ -63,23 +63,26 @@ def test_a_run_leaves_all_its_files_and_the_seed_decides_everything(tmp_path, ca
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):
-    """Ctrl-C in the middle of an epoch, then --resume: equal to a run that was left alone."""
-    argv = ["--depth", "10", "--width", "0.5", "--batch-size", "2", "--epochs", "2"]
-    program = [sys.executable, str(ROOT / "train" / "run.py"), *argv]
-    process = subprocess.Popen(
-        [*program, "--out", str(tmp_path / "cut")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert process.stdout.readline().startswith(b"DiracNet-10-0.5")
-    time.sleep(1.5)  # into the first epoch, which takes longer than that
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"interrupted: go on with --resume" in error
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the third step of an epoch, then --resume: equal to a run that was left alone."""
+    argv = ["--depth", "10", "--width", "0.25", "--batch-size", "256", "--epochs", "2"]
+    num_steps = 0
+
+    def step(*arguments, **options):
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 3:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(steps, "train_step", step)
+        assert run(*argv, "--out", tmp_path / "cut") == 130
+    assert "interrupted: go on with --resume" in capsys.readouterr().err
     cut = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")
-    assert (0, 0) < (cut.epoch, cut.step) < (2, 0)
-    subprocess.run([*program, "--out", str(tmp_path / "cut"), "--resume"], check=True, capture_output=True)
-    subprocess.run([*program, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    assert (cut.epoch, cut.step) == (0, 3)
+    assert run(*argv, "--out", tmp_path / "cut", "--resume") == 0
+    assert run(*argv, "--out", tmp_path / "whole") == 0
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 

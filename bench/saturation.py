@@ -1,0 +1,127 @@
+"""python bench/saturation.py PLAIN: what each bound against 16-bit saturation costs an eight-bit net."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from export.runtimes.saturation import largest_pair
+from train.cli import run_command
+from train.spec import Published
+
+if TYPE_CHECKING:
+    import onnx
+
+Bound = Callable[[np.ndarray], np.ndarray]  # filters [N_o, C, kh, kw] → what 127 steps must hold, [N_o]
+EXAMPLES = ("python bench/saturation.py runs/model/plain.safetensors     # five minutes on two cores",)
+
+
+@dataclass(frozen=True)
+class SaturationConfig:
+    plain: Annotated[Path, "plain net of fold/run.py"]
+    dataset: Annotated[Published, "what it was trained on"] = "fashion-mnist"
+    data_dir: Annotated[Path | None, "where the data set lies"] = None
+    lowering: Annotated[str, "form of the filters"] = "concat"
+    images: Annotated[int, "training images that set the ranges"] = 512
+
+
+def command(config: SaturationConfig) -> int:
+    """Quantise a net under each bound and compare it with float32 on the whole test split, as a Markdown table."""
+    from export.calibrate import observe, ranges
+    from export.compare import answer_all
+    from export.graph import to_onnx
+    from export.integer import to_integer_onnx
+    from export.quantize import answerer, measure_drop
+    from export.runtimes.saturation import saturates
+    from fold.lower import lower
+    from fold.plain import load_plain
+    from train import data
+
+    plain, dataset = load_plain(config.plain), data.load(config.dataset, data_dir=config.data_dir)
+    lowered = lower(plain.net, config.lowering)
+    floats = to_onnx(lowered, plain.spec, {})
+    order = np.random.default_rng(0).permutation(len(dataset.train))[: config.images]
+    reach = ranges(observe(floats, dataset.train.take(order).first(len(order))), "min-max")
+    model = to_integer_onnx(lowered, plain.spec, {}, reach)
+    pixels, targets = dataset.test.first(len(dataset.test)), np.asarray(dataset.test.targets)
+    reference = answer_all(answerer(floats), pixels)
+    filters = {name: conv.detach().numpy() for name, conv in lowered.named_parameters()}
+    print(f"this processor {'saturates' if saturates() else 'does not saturate'}")
+    print("| bound | filters with a larger scale | top-1 | same class | logit error |\n| --- | --- | --- | --- | --- |")
+    for name, bound in BOUNDS.items():
+        widened = requantize(model, filters, bound)
+        drop = measure_drop(reference, answer_all(answerer(model), pixels), targets)
+        print(
+            f"| {name} | {100 * widened:.0f} % | {100 * drop.accuracy:.2f} % | {100 * drop.top1_agreement:.2f} % "
+            f"| {100 * drop.relative_error:.2f} % |",
+            flush=True,
+        )
+    print(f"| float32 | | {100 * drop.float32_accuracy:.2f} % | | |")
+    return 0
+
+
+def largest(filters: np.ndarray) -> np.ndarray:
+    return np.abs(filters).reshape(len(filters), -1).max(axis=1)
+
+
+def side_by_side(filters: np.ndarray) -> np.ndarray:
+    """Two input channels of one tap, in the kernel's order: taps outermost, channels innermost."""
+    rows = np.moveaxis(filters, 1, -1)
+    rows = rows.reshape(len(rows), -1)
+    pairs = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2))).reshape(len(rows), -1, 2)
+    signed = np.maximum(np.maximum(pairs, 0).sum(2), np.maximum(-pairs, 0).sum(2)).max(axis=1)
+    return np.maximum(signed, largest(filters))
+
+
+def permuted(filters: np.ndarray) -> np.ndarray:
+    """`side_by_side` after a permutation: each channel in turn beside the one that asks least of all filters."""
+    left, order = list(range(filters.shape[1])), []
+    while left:
+        channel = left.pop(0)
+        order.append(channel)
+        if left:
+            cost = [(side_by_side(filters[:, [channel, other]]) / largest(filters).clip(1e-30)).sum() for other in left]
+            order.append(left.pop(int(np.argmin(cost))))
+    return np.maximum(side_by_side(filters[:, order]), largest(filters))
+
+
+BOUNDS: dict[str, Bound] = {
+    "none (saturates without VNNI)": largest,
+    "pairs side by side in the kernel": side_by_side,
+    "the same, channels permuted": permuted,
+    "any two weights of a filter": lambda filters: np.maximum(
+        largest(filters), largest_pair(filters.reshape(len(filters), -1))
+    ),
+    "seven bits": lambda filters: largest(filters) * 127 / 63,
+}
+
+
+def requantize(model: "onnx.ModelProto", filters: dict[str, np.ndarray], bound: Bound) -> float:
+    """Write the weights of an integer graph anew, in place; the share of filters whose scale the bound makes larger."""
+    from onnx import numpy_helper
+
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    widened = []
+    for node in model.graph.node:
+        if node.op_type != "QLinearConv":
+            continue
+        weight, bias = filters[f"{node.name}.weight"], filters[f"{node.name}.bias"].astype(np.float64)
+        needed = bound(weight.astype(np.float64))
+        widened.append(needed > 1.0001 * largest(weight))
+        scales = np.where(needed > 0, needed / 127, 1).astype(np.float32)
+        levels = np.rint(weight / scales.reshape(-1, 1, 1, 1)).clip(-127, 127).astype(np.int8)
+        x_scale = float(numpy_helper.to_array(stored[node.input[1]]))
+        units = np.rint(bias / (x_scale * scales.astype(np.float64))).astype(np.int32)
+        for name, array in ((node.input[3], levels), (node.input[4], scales), (node.input[8], units)):
+            stored[name].CopyFrom(numpy_helper.from_array(array, name))
+    return float(np.concatenate(widened).mean())
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, SaturationConfig, examples=EXAMPLES))
