@@ -88,3 +88,31 @@ def test_a_named_device_that_does_not_start_is_refused_not_served_on_the_cpu(mon
 def test_a_new_batch_size_starts_no_search_of_algorithms_and_fp32_is_no_tf32():
     options = onnx_session.provider_options("CUDAExecutionProvider", 1)
     assert options == {"device_id": "1", "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+
+
+def test_on_cuda_every_session_sees_batches_of_one_size_alone(monkeypatch, write_onnx, images):
+    """With the CPU in the device's place: it plans convolutions anew for each other size."""
+    _, path = write_onnx()
+    expected, seen = OnnxSession(path)(images(11)), {}
+    real = onnx_session.ort.InferenceSession
+
+    class Played:
+        def __init__(self, content, options, providers):
+            self._session = real(content, options, providers=["CPUExecutionProvider"])
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider"]
+
+        def run(self, outputs, feeds):
+            (fed,) = feeds.values()
+            seen.setdefault(id(self), []).append(len(fed))
+            return self._session.run(outputs, feeds)
+
+        def __getattr__(self, name):
+            return getattr(self._session, name)
+
+    monkeypatch.setattr(onnx_session.ort, "InferenceSession", Played)
+    session = OnnxSession(path, providers=("CUDAExecutionProvider",))
+    for num in (1, 8, 3, 11, 8, 5, 1, 4):
+        np.testing.assert_allclose(session(images(11)[:num]), expected[:num], rtol=1e-4, atol=1e-5)
+    assert sorted(map(tuple, seen.values())) == [(1, 1), (4, 4), (8, 8, 8), (16,)]
