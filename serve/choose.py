@@ -116,7 +116,8 @@ def _read(path: Path) -> Form:
     if path.suffix != ".onnx":
         raise Refusal(f"{path} is no .onnx file, and only those can be chosen from; serve it alone")
     content = read_whole(path)
-    return Form(path, digest_of(path, content), read_header(Path(path.name), content))
+    header = read_header(Path(path.name), content)
+    return Form(path, digest_of(path, content), header)
 
 
 def _refuse_different_nets(forms: Sequence[Form]) -> None:
