@@ -13,6 +13,7 @@ import numpy as np
 
 from export.runtimes.saturation import largest_pair
 from train.cli import run_command
+from train.refusal import Refusal
 from train.spec import Published
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ def command(config: SaturationConfig) -> int:
     from train import data
 
     plain, dataset = load_plain(config.plain), data.load(config.dataset, data_dir=config.data_dir)
+    trained_on = plain.provenance.get("training", {}).get("dataset")
+    if trained_on != config.dataset:
+        raise Refusal(
+            f"{config.plain} was trained on {trained_on}, not on {config.dataset}: name its own with --dataset"
+        )
     lowered = lower(plain.net, config.lowering)
     floats = to_onnx(lowered, plain.spec, {})
     order = np.random.default_rng(0).permutation(len(dataset.train))[: config.images]

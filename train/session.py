@@ -103,6 +103,11 @@ def _load(config: Settings, earlier: Checkpoint | None, console: Console) -> dat
         return data.load_as_trained(
             earlier.config, data_dir=config.data_dir, beside=config.run_dir, image_size=config.image_size
         )
+    if earlier and config.dataset == "folder":
+        raise Refusal(
+            f"{config.run_dir} does not record which images it trained on, and a new division would test on some of "
+            "them: train anew with another --out"
+        )
     dataset = data.load(
         config.dataset,
         data_dir=config.data_dir,

@@ -15,7 +15,7 @@ from export.runtimes.offline import ort
 
 LARGEST_PAIR = 128  # 255 · 128 = 32,640 fits in 16 bits, 255 · 129 does not
 
-# Node → (position of its weights, axis of their filters); "" is what reads dequantised weights.
+# Node → (position of its weights, axis of their filters).
 _WEIGHTS = {
     "QLinearConv": (3, 0),
     "ConvInteger": (1, 0),
@@ -25,8 +25,8 @@ _WEIGHTS = {
 _FLOATS = {"Conv": (1, 0), "MatMul": (1, -1)}  # which runtimes fuse with a DequantizeLinear before them
 # Integer nodes that multiply no weights.
 _HARMLESS = {
-    "QuantizeLinear", "DequantizeLinear", "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSigmoid",
-    "QLinearLeakyRelu", "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSoftmax",
+    "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSigmoid", "QLinearLeakyRelu",
+    "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSoftmax",
 }  # fmt: skip
 
 _MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5  # field numbers of onnx.proto
@@ -116,7 +116,10 @@ def _eight_bit_weights(content: bytes) -> dict[str, np.ndarray | None]:
     found: dict[str, np.ndarray | None] = {}
     for graph in (value for number, value in contents(memoryview(content)) if number == _MODEL_GRAPH):
         for tensor in (value for number, value in contents(graph) if number == _GRAPH_INITIALIZER):
-            name, weight = _int8_tensor(tensor)
+            try:
+                name, weight = _int8_tensor(tensor)
+            except (ValueError, IndexError):  # damaged: nothing is known of it
+                continue
             found[name] = weight
     return found
 

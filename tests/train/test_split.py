@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fold.image_sets import real_images
@@ -118,6 +119,19 @@ def test_a_run_keeps_its_images_when_the_folder_grows_and_refuses_another_one(fo
     output = capsys.readouterr()
     assert "1 images of the run are gone from" in output.err
     assert "test accuracy" not in output.out
+
+
+@pytest.mark.slow
+def test_a_run_that_recorded_no_division_of_its_folder_is_not_resumed(folder, tmp_path, capsys):
+    """A new one would test on images that it trained on."""
+    argv = ("--data-dir", folder, *SMALL, "--out", tmp_path / "run")
+    assert run(*argv) == 0
+    path = tmp_path / "run" / "checkpoint.pt"
+    content = torch.load(path, weights_only=True)
+    del content["config"]["split"]
+    torch.save(content, path)
+    assert run(*argv, "--resume") == 2
+    assert "does not record which images it trained on" in capsys.readouterr().err
 
 
 @pytest.mark.slow
