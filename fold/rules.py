@@ -158,6 +158,19 @@ def pad_before_convolution(graph: Graph, node: Node) -> Outcome:
     return Rewrite(node.name, (replace(node, inputs=before.inputs, attributes=attributes),))
 
 
+def subsampling_before_point(graph: Graph, node: Node) -> Outcome:
+    """W ⊙ x(s i) = the 1x1 convolution of stride s: a pool of one-pixel windows only leaves pixels out."""
+    before = graph[node.inputs[0]] if node.inputs else node
+    if node.op != "conv" or before.op not in ("max_pool", "avg_pool") or not _alone(graph, before.name):
+        return None
+    how, pool = node.attributes, before.attributes
+    one_pixel = prod(pool["size"]) == 1 and not any(pool["padding"])
+    if not one_pixel or prod(node.tensors["weight"].shape[2:]) != 1 or any(map(any, how["padding"])):
+        return None
+    stride = [own * left for own, left in zip(how["stride"], pool["stride"], strict=True)]
+    return Rewrite(node.name, (replace(node, inputs=before.inputs, attributes={**how, "stride": stride}),))
+
+
 def flat_sum(graph: Graph, node: Node) -> Outcome:
     """(x + y) + z = x + y + z, so that every pair of terms is seen."""
     inner = [name for name in node.inputs if graph[name].op == "add" and _alone(graph, name)]
@@ -294,6 +307,7 @@ RULES: Sequence[Callable[[Graph, Node], Outcome]] = (
     affine_of_affine,
     affine_after_linear,
     pad_before_convolution,
+    subsampling_before_point,
     affine_before_linear,
     flat_sum,
     sum_of_linear,

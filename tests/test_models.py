@@ -80,7 +80,8 @@ def test_a_server_without_a_model_serves_it(tmp_path):
     try:
         assert server.stdout.readline().startswith(CARD["model"])
         url = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline()).group()
-        response = httpx.post(f"{url}/predict", content=HELD_OUT[0].read_bytes(), headers={"Content-Type": "image/png"})
+        image = {"content": HELD_OUT[0].read_bytes(), "headers": {"Content-Type": "image/png"}}
+        response = httpx.post(f"{url}/predict", timeout=60, **image)
         assert response.json()["results"][0]["label"] == HELD_OUT[0].stem.rpartition("_")[0].replace(
             "T-shirt-", "T-shirt/"
         )

@@ -155,7 +155,10 @@ def _residual_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, s
         body.add_module("relu1", nn.ReLU())
         body.add_module("conv1", _convolution(num_out, num_out, spec))
         if before is entry:
-            shortcut.add_module("conv", nn.Conv2d(num_in, num_out, 1, stride=stride, bias=False))
+            if stride > 1:  # of windows of one pixel: PyTorch 2.14's gradient of a 1x1 convolution with a stride
+                # writes out of bounds (channels last, one thread, AVX2 without AVX-512); the fold joins the two again
+                shortcut.add_module("subsample", nn.AvgPool2d(1, stride))
+            shortcut.add_module("conv", nn.Conv2d(num_in, num_out, 1, bias=False))
         block = nn.Sequential()
         for name, layer in entry.named_children():
             block.add_module(name, layer)

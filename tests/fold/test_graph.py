@@ -117,6 +117,10 @@ RIGHT = {
     "batch norm before no padding": (nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2)), X),
     "1x1 before 3x3 with padding": (nn.Sequential(nn.Conv2d(4, 4, 1), conv()), X),
     "1x1 before 3x3": (nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3)), X),
+    "every other pixel before 1x1": (nn.Sequential(nn.AvgPool2d(1, 2), nn.MaxPool2d(1, 1), conv(size=1, stride=2)), X),
+    "every other pixel before 3x3": (nn.Sequential(nn.MaxPool2d(1, 2), conv()), X),
+    "3x3 means before 1x1": (nn.Sequential(nn.AvgPool2d(3, 2), conv(size=1)), X),
+    "every other pixel before padded 1x1": (nn.Sequential(nn.AvgPool2d(1, 2), nn.Conv2d(4, 4, 1, padding=1)), X),
     "strided 3x3 before 1x1": (nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 1, 1)), X),
     "branches of other sizes": (Sum(conv(), conv(size=1), conv(size=5), nn.BatchNorm2d(4), nn.Identity()), X),
     "depthwise beside dense": (Sum(conv(groups=4), conv(), conv(groups=2)), X),
@@ -141,6 +145,12 @@ MERGED = {
     "batch norm before no padding": 1,
     "batch norm before padding": 2,
 }
+
+
+def test_a_1x1_convolution_takes_the_stride_of_a_pool_that_only_leaves_pixels_out():
+    net, shape = RIGHT["every other pixel before 1x1"]
+    graph = fold(net.eval(), noise(*shape)).graph
+    assert [(node.op, node.attributes["stride"]) for node in graph.nodes if node.op != "input"] == [("conv", [4, 4])]
 
 
 @pytest.mark.parametrize("name", [name for name in RIGHT if name not in UNLISTED])

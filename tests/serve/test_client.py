@@ -105,7 +105,7 @@ def test_paths_bytes_and_pixels_give_what_the_server_answers(
     path = tmp_path / "image.png"
     path.write_bytes(encode(pixels[0]))
     with live(make_app(runtime, Limits())) as url, make_client(url) as client:
-        expected = httpx.post(f"{url}/predict?top_k=3", content=path.read_bytes()).json()["results"][0]
+        expected = httpx.post(f"{url}/predict?top_k=3", content=path.read_bytes(), timeout=60).json()["results"][0]
         for image in (path, str(path), path.read_bytes(), pixels[0]):
             (result,) = client.predict([image], top_k=3)
             assert (result.label, result.index, result.probability) == tuple(expected[key] for key in GUESS)

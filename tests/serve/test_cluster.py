@@ -108,8 +108,8 @@ def test_a_killed_replica_loses_no_request_that_is_tried_once_more(two_nodes, ar
             assert is_under_load.wait(60)
             os.kill(next(iter(processes)), signal.SIGKILL)
             results = [answer.result() for answer in answers]
-        assert httpx.post(f"{url}/predict", content=body).status_code == 401
-        assert httpx.get(f"{url}/readyz").json() == {"status": "ready"}
+        assert httpx.post(f"{url}/predict", content=body, timeout=60).status_code == 401
+        assert httpx.get(f"{url}/readyz", timeout=60).json() == {"status": "ready"}
     finally:
         server.send_signal(signal.SIGTERM)
         output, error = server.communicate(timeout=60)

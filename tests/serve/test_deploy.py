@@ -155,7 +155,7 @@ def test_what_the_image_holds_is_enough_to_serve(image, pixels, encode, port):
     try:
         lines = iter(server.stdout.readline, "")
         assert any("serving at" in line for line in lines), server.stderr.read()
-        answer = httpx.post(f"http://127.0.0.1:{port}/predict", content=encode(pixels[0]))
+        answer = httpx.post(f"http://127.0.0.1:{port}/predict", content=encode(pixels[0]), timeout=60)
         health = last("HEALTHCHECK").partition("CMD ")[2].replace(":8000", f":{port}")
         code = json.loads(health)[1:]
         health_while_up = subprocess.run([sys.executable, *code]).returncode

@@ -58,10 +58,10 @@ def test_overload_deadline_and_retry_over_http(live, gated, pixels, encode):
         gated.close()
         thread, answers = in_thread(lambda: httpx.post(f"{url}/predict", content=file, headers=PNG, timeout=60))
         gated.wait()
-        refused = httpx.post(f"{url}/predict", content=file, headers=PNG)
+        refused = httpx.post(f"{url}/predict", content=file, headers=PNG, timeout=60)
         gated.open()
         thread.join(60)
-        again = httpx.post(f"{url}/predict", content=file, headers=PNG)
+        again = httpx.post(f"{url}/predict", content=file, headers=PNG, timeout=60)
     assert refused.status_code == 503
     assert refused.json()["type"] == "urn:diracnet:problem:overloaded"
     assert int(refused.headers["retry-after"]) >= 1

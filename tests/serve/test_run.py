@@ -338,11 +338,11 @@ def test_the_demo_starts_asks_and_stops(artefact, tmp_path, pixels, encode, take
         assert done.returncode == 0, done.stderr
         assert "\n1 of 10 right\n" in done.stdout
         assert f"http://127.0.0.1:{port}" in done.stdout
-    assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=60).status_code == 200
     stop = command("demo.py", artefact, "--stop")
     assert "stopped the server" in subprocess.run(stop, capture_output=True, text=True).stdout
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{port}/healthz")
+        httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=60)
     again = subprocess.run(stop, capture_output=True, text=True)
     assert (again.returncode, "no server" in again.stdout) == (0, True)
     failed = subprocess.run(

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +34,33 @@ with joined("cpu") as world:
         found = gradients(mode, world, wrap=world.wrap)
         torch.save(found, f"{{sys.argv[1]}}/{{mode}}{{world.rank}}.pt")
     assert world.any(world.rank == 1) and not world.any(False)
+"""
+
+# Ctrl-C in the third step: the first process asks torchrun for it, and goes on when it has come.
+CUT = f"""
+import os
+import signal
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from train import steps
+from train.cli import run_command
+from train.config import TrainConfig
+from train.run import command
+num_steps, train_step = 0, steps.train_step
+
+def step(*arguments, **options):
+    global num_steps
+    num_steps += 1
+    if num_steps == 3 and os.environ["RANK"] == "0":
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        os.kill(os.getppid(), signal.SIGINT)
+        came = signal.sigwait((signal.SIGINT, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+        signal.raise_signal(came)
+    return train_step(*arguments, **options)
+
+steps.train_step = step
+sys.exit(run_command(command, TrainConfig))
 """
 
 
@@ -84,18 +109,17 @@ def test_the_gradients_of_two_processes_are_those_of_one(tmp_path):
 
 
 def test_two_processes_train_stop_and_resume_bit_for_bit(tmp_path):
-    argv = [ROOT / "train" / "run.py", "--depth", 10, "--width", 0.25, "--batch-size", 8, "--epochs", 3, "--json"]
-    result = json.loads(run(*argv, "--out", tmp_path / "whole"))
+    argv = ["--depth", 10, "--width", 0.25, "--batch-size", 16, "--epochs", 2, "--json"]
+    command, interrupted = ROOT / "train" / "run.py", tmp_path / "interrupted.py"
+    result = json.loads(run(command, *argv, "--out", tmp_path / "whole"))
     assert result["test_accuracy"] > 0.8
-    process = torchrun(*argv, "--out", tmp_path / "cut", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (tmp_path / "cut" / "metrics.jsonl").exists():  # the first epoch's
-        time.sleep(0.05)
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    interrupted.write_text(CUT)
+    process = torchrun(interrupted, *argv, "--out", tmp_path / "cut", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode, error
     cut = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")
-    assert cut.epoch < 3
-    run(*argv, "--out", tmp_path / "cut", "--resume")
+    assert (cut.epoch, cut.step) == (0, 3), error
+    run(command, *argv, "--out", tmp_path / "cut", "--resume")
     whole, cut = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
     assert all(torch.equal(tensor, cut.model[name]) for name, tensor in whole.model.items())
     assert cut.test_accuracy == result["test_accuracy"]
@@ -135,6 +159,6 @@ def test_a_share_without_a_readable_file_neither_hangs_nor_weighs_on_the_step(tm
 def test_a_batch_that_the_processes_cannot_share_is_refused_in_one_line(tmp_path):
     argv = [ROOT / "train" / "run.py", "--batch-size", 33, "--out", tmp_path]
     process = torchrun(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=240)
     assert process.returncode != 0
     assert "error: --batch-size must be a multiple of the 2 processes, got 33" in error
