@@ -12,6 +12,7 @@ import torch
 from bench.nets import Net
 from export.artefacts import Provider, open_artefact
 from export.compare import Answer
+from export.engine import choose_builder
 from export.graph import to_onnx
 from export.quantize import TRIED, Target, quantize
 from export.to_trt import ToTrtConfig
@@ -98,6 +99,7 @@ def open_onnx(provider: Provider, precision: str, net: Net, folder: Path, profil
 
 def open_engine(precision: str, net: Net, folder: Path, profile: Profile) -> Answer:
     """Built and loaded as export/to_trt.py does it."""
+    choose_builder()  # refuses before eight bits are chosen, which takes longer than all else
     onnx = graph_file(net, precision, folder, target="tensorrt")
     build_engine_file(ToTrtConfig(onnx, batch=profile))
     return open_artefact(onnx.with_suffix(".engine")).answer

@@ -14,7 +14,7 @@ from export.onnx_file import OnnxFile, read_onnx
 from export.runtimes import gpu
 from export.runtimes.card import EngineCard
 from export.runtimes.described import NOTHING, Described
-from export.runtimes.tensorrt_engine import import_library, make_logger, make_runtime
+from export.runtimes.tensorrt_engine import INSTALL_TENSORRT, import_library, make_logger, make_runtime
 from train.files import sha256
 from train.refusal import Refusal
 
@@ -56,7 +56,7 @@ def choose_builder() -> str:
     if importlib.util.find_spec("tensorrt_rtx"):
         return "tensorrt_rtx"
     raise Refusal(
-        "no TensorRT here: pip install -e '.[tensorrt]' on a machine with an NVIDIA GPU, "
+        f"no TensorRT here: {INSTALL_TENSORRT} on a machine with an NVIDIA GPU, "
         "or pip install -e '.[rtx]' to build ahead of time without one"
     )
 
@@ -87,6 +87,7 @@ def build_engine(
     config = builder.create_builder_config()
     _add_profile(builder, config, file, batch)
     capabilities = configure(trt, builder_name, config, options, kind=precision(file.model))
+    _refuse_useless(builder_name, options, capabilities)
     cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
     content = _build(trt, builder, network, config, report)
     if content is None:
@@ -147,6 +148,17 @@ def _refuse_options(builder_name: str, options: BuildOptions) -> None:
         raise Refusal("--version-compatible is for tensorrt; tensorrt_rtx comes without the lean runtime that it needs")
     if options.refittable and not gpu.num_devices():
         raise Refusal("--refittable needs a GPU: tensorrt_rtx compiles what can be refitted for the GPU at hand")
+
+
+def _refuse_useless(builder_name: str, options: BuildOptions, capabilities: tuple[str, ...]) -> None:
+    """An engine that this machine's GPU cannot load, unless others were asked for by name."""
+    if builder_name != "tensorrt_rtx" or options.compute_capabilities or not gpu.num_devices():
+        return
+    if (here := gpu.compute_capability()) not in capabilities:
+        raise Refusal(
+            f"tensorrt_rtx builds for compute capability {', '.join(capabilities)}, and the GPU here has {here}: "
+            f"{INSTALL_TENSORRT}, or name other GPUs with --compute-capability"
+        )
 
 
 def _parse(trt: Any, builder: Any, logger: Any, file: OnnxFile) -> Any:
@@ -237,6 +249,7 @@ def _card(
         precision=precision(file.model),
         batch=batch,
         compute_capabilities=capabilities,
+        gpu=gpu.device_name() if trt.__name__ == "tensorrt" else None,
         workspace_mib=options.workspace_mib,
         version_compatible=options.version_compatible,
         refittable=options.refittable,

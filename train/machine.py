@@ -27,6 +27,11 @@ def choose_precision(choice: str, device: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def forbid_tf32() -> None:
+    """Let float32 be float32: by default cuDNN rounds what a convolution multiplies to 10 bits of mantissa."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def keep_large_buffers() -> None:
     """Let glibc keep freed activations for the next step rather than return them to the system.
 

@@ -24,7 +24,7 @@ from train.files import write_whole
 from train.folder import Files, refuse_what_cannot_be_judged
 from train.interval import interval, percent
 from train.loop import evaluate, steps_per_epoch, to_device
-from train.machine import choose_device, choose_precision, keep_large_buffers
+from train.machine import choose_device, choose_precision, forbid_tf32, keep_large_buffers
 from train.progress import make_console, progress, track
 from train.refusal import Refusal
 from train.report import describe_row, draw_learning_curve, write_metrics
@@ -60,6 +60,7 @@ def describe(config: Settings) -> int:
 def train(config: TrainConfig) -> int:
     """Run or resume; see `TrainConfig`. Under torchrun every process calls it, and shares each batch."""
     keep_large_buffers()
+    forbid_tf32()
     with joined(choose_device(config.device)) as world:
         return _train(config.resolved(), world, command=_typed(config))
 

@@ -11,7 +11,7 @@ from train.files import read_whole
 from train.refusal import Refusal
 from train.spec import Spec
 
-FORMAT = "diracnet-engine-1"
+FORMAT = "diracnet-engine-2"  # 1 did not name the GPU
 Builder = Literal["tensorrt", "tensorrt_rtx"]
 
 
@@ -23,6 +23,7 @@ class EngineCard:
     precision: str  # fp32, fp16 or int8; from the ONNX graph, which decides it
     batch: tuple[int, int, int]  # smallest, best and largest batch of the optimisation profile
     compute_capabilities: tuple[str, ...]  # of the GPUs that can run the engine: "8.9"
+    gpu: str | None  # the model that tensorrt built for: "NVIDIA A10"; None where every one of these GPUs will do
     workspace_mib: int | None  # what the builder's scratch memory was limited to
     version_compatible: bool  # later versions of the library run it too
     refittable: bool  # its weights can be exchanged
@@ -70,6 +71,7 @@ def read_card(engine: Path) -> EngineCard:
         precision=_check(path, record, "precision", str),
         batch=_batch(path, record),
         compute_capabilities=tuple(map(str, _check(path, record, "compute_capabilities", list))),
+        gpu=_check(path, record, "gpu", (str, NoneType)),
         workspace_mib=_check(path, record, "workspace_mib", (int, NoneType)),
         version_compatible=_check(path, record, "version_compatible", bool),
         refittable=_check(path, record, "refittable", bool),

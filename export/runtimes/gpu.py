@@ -37,6 +37,14 @@ def compute_capability() -> str:
     return f"{major}.{minor}"
 
 
+def device_name() -> str:
+    """The model of the current device: "NVIDIA A10"."""
+    import cuda.bindings.runtime as cudart
+
+    name = call(cudart.cudaGetDeviceProperties(call(cudart.cudaGetDevice()))).name
+    return name.split(b"\0")[0].decode()
+
+
 def call(result: tuple) -> Any:
     """The value of a CUDA call, given as (error, value...); refuses where it failed."""
     import cuda.bindings.runtime as cudart

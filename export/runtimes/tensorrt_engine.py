@@ -15,13 +15,14 @@ from train.refusal import Refusal
 
 # NVIDIA's two libraries have one interface.
 EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+INSTALL_TENSORRT = "pip install -e '.[tensorrt]' (its libraries come from NVIDIA's own package index)"
 
 
 class TensorRTEngine:
     """One engine on one stream; `model` and `description` as in `Runtime`.
 
-    Batches of 1, 2, 4, ... images run as CUDA graphs, all others node by node. What it holds on the device is freed
-    with the last reference to it.
+    Batches run as CUDA graphs of 1, 2, 4, ... images and the profile's smallest and largest number; others are padded
+    to the next of them. What it holds on the device is freed with the last reference to it.
     """
 
     platform = "tensorrt_plan"
@@ -54,9 +55,14 @@ class TensorRTEngine:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         gpu.use(self._device)  # CUDA keeps the current device per thread
-        smallest, _, largest = self._card.batch
+        largest = self._card.batch[2]
         pieces = [images[start : start + largest] for start in range(0, len(images), largest)]
-        return np.concatenate([self._run(pad(piece, smallest))[: len(piece)] for piece in pieces])
+        return np.concatenate([self._run(pad(piece, self._next_size(len(piece))))[: len(piece)] for piece in pieces])
+
+    def _next_size(self, num: int) -> int:
+        """The smallest batch with a graph that holds `num` images."""
+        smallest, _, largest = self._card.batch
+        return smallest if num <= smallest else min(1 << (num - 1).bit_length(), largest)
 
     def _allocate(self, trt: Any) -> None:
         """Buffers for the largest batch, and a stream."""
@@ -79,8 +85,7 @@ class TensorRTEngine:
     def _run(self, images: np.ndarray) -> np.ndarray:
         x, batch = self._card.signature.to_input(images), len(images)
         if batch not in self._graphs:
-            usual = batch & (batch - 1) == 0
-            self._graphs[batch] = self._capture(x.shape) if usual else None
+            self._graphs[batch] = self._capture(x.shape)
         self._input.upload(x, self._stream)
         graph = self._graphs[batch]
         if graph is None:
@@ -115,7 +120,8 @@ def import_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        raise Refusal(f"{name} is not installed here: pip install -e '.[{EXTRA[name]}]' ({error})") from error
+        how = INSTALL_TENSORRT if name == "tensorrt" else f"pip install -e '.[{EXTRA[name]}]'"
+        raise Refusal(f"{name} is not installed here: {how} ({error})") from error
 
 
 def make_logger(trt: Any) -> Any:
@@ -157,7 +163,12 @@ def _fitting_library(path: Path, content: bytes, card: EngineCard, device: int) 
     gpu.use(device)
     if gpu.compute_capability() not in card.compute_capabilities:
         offered = ", ".join(card.compute_capabilities)
+        if card.builder == "tensorrt_rtx":
+            again = f"(see {card_path(path).name}); build it with tensorrt instead: {INSTALL_TENSORRT}"
         raise Refusal(f"{path}: compute_capabilities are {offered}, this GPU's is {gpu.compute_capability()} {again}")
+    # TensorRT chooses kernels for the model at hand; another one of the same architecture may not have its memory.
+    if card.gpu and card.gpu != (here := gpu.device_name()):
+        raise Refusal(f"{path}: gpu is {card.gpu}, here is {here} {again}")
     return trt
 
 

@@ -21,7 +21,7 @@ def change(path, **fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format": "other"}, "format is not diracnet-engine-1"),
+        ({"format": "other"}, "format is not diracnet-engine-2"),
         ({"builder": "os"}, "builder cannot be 'os'"),
         ({"builder_version": "0.1"}, "builder_version is 0.1, here is"),
         ({"engine_sha256": "0"}, "engine_sha256 differs"),
@@ -31,6 +31,7 @@ def change(path, **fields):
         ({"spec": {}}, "the model's spec is damaged"),
         ({"provenance": None}, "provenance cannot be None"),
         ({"parity": []}, r"parity cannot be \[\]"),
+        ({"gpu": 1}, "gpu cannot be 1"),
         ({"workspace_mib": "1"}, "workspace_mib cannot be '1'"),
         ({"version_compatible": None}, "version_compatible cannot be None"),
         ({"refittable": 2}, "refittable cannot be 2"),
@@ -67,6 +68,27 @@ def test_an_engine_needs_a_gpu_that_it_was_built_for(built, monkeypatch):
     monkeypatch.setattr(gpu, "use", lambda device: None)
     monkeypatch.setattr(gpu, "compute_capability", lambda: "5.2")
     with pytest.raises(Refusal, match=r"compute_capabilities are .*8\.6.*, this GPU's is 5\.2"):
+        load_runtime(built)
+
+
+def test_an_engine_of_tensorrt_is_for_one_model_of_gpu(built, monkeypatch):
+    """An A10's engine does not fit a 3090, though both have compute capability 8.6."""
+    monkeypatch.setattr(gpu, "num_devices", lambda: 1)
+    monkeypatch.setattr(gpu, "use", lambda device: None)
+    monkeypatch.setattr(gpu, "compute_capability", lambda: "8.6")
+    monkeypatch.setattr(gpu, "device_name", lambda: "NVIDIA GeForce RTX 3090")
+    change(built, gpu="NVIDIA A10")
+    with pytest.raises(
+        Refusal, match=r"gpu is NVIDIA A10, here is NVIDIA GeForce RTX 3090 \(see .*build it again here"
+    ):
+        load_runtime(built)
+
+
+def test_a_gpu_that_rtx_has_no_engines_for_is_told_of_tensorrt(built, monkeypatch):
+    monkeypatch.setattr(gpu, "num_devices", lambda: 1)
+    monkeypatch.setattr(gpu, "use", lambda device: None)
+    monkeypatch.setattr(gpu, "compute_capability", lambda: "9.0")
+    with pytest.raises(Refusal, match=r"this GPU's is 9\.0 .*build it with tensorrt instead: pip install"):
         load_runtime(built)
 
 

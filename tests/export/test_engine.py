@@ -170,6 +170,18 @@ def test_layers_are_written_where_a_gpu_can_read_them(built, monkeypatch, capsys
         engine.inspect_layers(trt, b"", read_card(built))
 
 
+def test_rtx_builds_nothing_that_the_gpu_here_cannot_load(built, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "num_devices", lambda: 1)
+    monkeypatch.setattr(gpu, "compute_capability", lambda: "9.0")
+    monkeypatch.setattr(engine, "choose_builder", lambda: "tensorrt_rtx")
+    before = built.read_bytes()
+    assert run(built.with_suffix(".onnx")) == 2
+    error = capsys.readouterr().err
+    assert "builds for compute capability 8.0, 8.6, 8.9, 12.0, 12.1, and the GPU here has 9.0: pip install" in error
+    assert built.read_bytes() == before
+    assert run(built.with_suffix(".onnx"), "--compute-capability", "8.9") == 0  # asked for, for another machine
+
+
 def test_timings_of_another_machine_are_refused():
     """tensorrt_rtx has the calls of tensorrt, which it declares to be without effect."""
     import tensorrt_rtx as trt

@@ -1,6 +1,7 @@
 """What surrounds the GPU, with the GPU itself played by arrays. The real one is in tests/gpu."""
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,8 +91,8 @@ def on_a_gpu(write_onnx, monkeypatch, device_in_use):
     return load_runtime(path.with_suffix(".engine"), device=3), device, session
 
 
-@pytest.mark.parametrize(("num", "batches"), [(1, [2]), (2, [2]), (3, [3]), (4, [4]), (9, [4, 4, 2])])
-def test_batches_are_cut_and_padded_to_the_profile(on_a_gpu, images, num, batches):
+@pytest.mark.parametrize(("num", "batches"), [(1, [2]), (2, [2]), (3, [4]), (4, [4]), (9, [4, 4, 2])])
+def test_batches_are_cut_and_padded_to_the_next_graph(on_a_gpu, images, num, batches):
     runtime, device, session = on_a_gpu
     assert compare(("ONNX Runtime", session(images(num))), ("engine", runtime(images(num))))
     device.seen.clear()
@@ -102,10 +103,24 @@ def test_batches_are_cut_and_padded_to_the_profile(on_a_gpu, images, num, batche
 def test_usual_batches_are_captured_once_in_a_context_of_their_own(on_a_gpu, images):
     runtime, device, _ = on_a_gpu
     assert device.num_contexts == 1
-    for num in (2, 3, 4, 2, 3, 4):
+    for num in (1, 2, 3, 4, 2, 3, 4, 9):
         runtime(images(num))
     assert device.num_contexts == 3
-    assert [graph is not None for graph in runtime._graphs.values()] == [True, False, True]
+    assert all(runtime._graphs.values())
+
+
+@pytest.mark.parametrize(
+    ("profile", "sizes"),
+    [
+        ((1, 8, 64), {1: 1, 2: 2, 3: 4, 5: 8, 33: 64, 64: 64}),
+        ((3, 3, 48), {1: 3, 3: 3, 4: 4, 33: 48}),
+        ((5, 5, 5), {1: 5}),
+    ],
+)
+def test_a_batch_is_padded_to_the_next_size_that_has_a_graph(on_a_gpu, profile, sizes):
+    runtime, _, _ = on_a_gpu
+    runtime._card = replace(runtime._card, batch=profile)
+    assert {num: runtime._next_size(num) for num in sizes} == sizes
 
 
 def test_an_engine_that_cannot_be_captured_runs_node_by_node(on_a_gpu, images, monkeypatch):
@@ -192,6 +207,8 @@ def test_cuda_calls_fit_the_installed_bindings_and_say_what_is_missing():
         gpu.Buffer(16)
     with pytest.raises(Refusal, match="CUDA: "):
         gpu.compute_capability()
+    with pytest.raises(Refusal, match="CUDA: "):
+        gpu.device_name()
     buffer = object.__new__(gpu.Buffer)
     buffer.device, buffer._host, buffer._bytes = 0, 0, np.zeros(16, np.uint8)
     with pytest.raises(Refusal, match="CUDA: "):

@@ -45,6 +45,11 @@ def test_an_honest_model_passes(runtime):
     check(fake(runtime, runtime, provenance=record))
 
 
+def test_a_model_may_round_in_another_order_each_time(runtime):
+    count = iter(range(100))
+    check(fake(runtime, lambda images: runtime(images) * (1 + 1e-7 * next(count))))
+
+
 def test_a_model_that_does_not_prove_itself_is_refused(runtime):
     count = iter(range(100))
     images = probe_images(runtime.model.spec.image)
