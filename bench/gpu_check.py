@@ -25,6 +25,8 @@ EXAMPLES = (
     "python bench/gpu_check.py                               # writes docs/gpu-NAME.md and .json",
     "python bench/gpu_check.py runs/NAME/plain.safetensors --batch-sizes 1 32",
     "python bench/gpu_check.py --device cpu --batch-sizes 1 8 --rounds 5 --out runs/cpu",
+    "python bench/gpu_check.py --offline --budget-s 480 --out runs/gpu      # the whole road, installing nothing",
+    "python bench/gpu_check.py --needs                       # packages to carry to a machine without a network",
 )
 
 
@@ -40,11 +42,17 @@ class GpuCheckConfig:
     rounds: Annotated[int, "rounds in which the rows alternate"] = 7
     round_s: Annotated[float, "seconds of one row in one round"] = 0.2
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs")
+    offline: Annotated[bool, "train, fold, export, compare, time and serve with what is installed, step by step"] = (
+        False
+    )
+    budget_s: Annotated[float, "--offline: seconds for all steps"] = 480.0
+    data_dir: Annotated[Path | None, "--offline: folder of Fashion-MNIST (default: digits)"] = None
+    needs: Annotated[bool, "list the packages that --offline needs, with the sizes of their wheels"] = False
     render: Annotated[Path | None, "measure nothing: write the page of this JSON record"] = None
 
     def __post_init__(self) -> None:
-        if min(self.batch_sizes, default=0) < 1 or self.rounds < 1 or self.round_s <= 0:
-            raise Refusal("--batch-sizes, --rounds and --round-s must be positive")
+        if min(self.batch_sizes, default=0) < 1 or min(self.rounds, self.round_s, self.budget_s) <= 0:
+            raise Refusal("--batch-sizes, --rounds, --round-s and --budget-s must be positive")
 
 
 def command(config: GpuCheckConfig) -> int:
@@ -63,6 +71,13 @@ def command(config: GpuCheckConfig) -> int:
     if config.render:
         _write_page(config.out / f"{config.render.stem}.md", json.loads(read_whole(config.render)), console)
         return 0
+    if config.needs:
+        from bench.gpu_plan import needs
+
+        print(needs())
+        return 0
+    if config.offline:
+        return _offline(config, console)
     if config.device == "cuda":
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for every library of NVIDIA, before any is loaded
     machine = _machine(config.device)
@@ -88,6 +103,19 @@ def command(config: GpuCheckConfig) -> int:
         write_whole(config.out / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
         _write_page(config.out / f"{name}.md", record, console)
     return 0 if _is_green(record) else 1
+
+
+def _offline(config: GpuCheckConfig, console: "Console") -> int:
+    """Every step of bench/gpu_plan.py; exit status 1 where one did not end well."""
+    from bench.gpu_plan import outcomes, run_plan, steps
+
+    config.out.mkdir(parents=True, exist_ok=True)
+    out = config.out.resolve()
+    plan = steps(config.device, out, config.data_dir and config.data_dir.resolve())
+    rows = run_plan(plan, config.budget_s, out, console.print)
+    console.print(outcomes(rows))
+    console.print(f"wrote {out / 'gpu-offline.md'} and gpu-offline.json")
+    return 0 if all(row["outcome"] == "done" for row in rows) else 1
 
 
 def _measure(net: "Net", config: GpuCheckConfig, console: "Console") -> dict[str, Any]:
