@@ -40,8 +40,9 @@ def test_a_step_that_fails_or_crashes_is_a_row_with_its_reason(text, outcome):
 @pytest.mark.slow
 def test_a_step_over_its_limit_gets_ctrl_c_and_is_killed_if_it_goes_on(tmp_path, monkeypatch):
     """Each says that it has begun; what comes after Ctrl-C tells whether it heard it."""
-    obeys = "import signal\ntry:\n    print('begun', flush=True)\n    signal.pause()\nexcept KeyboardInterrupt:\n    print('saved')"
-    deaf = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('begun', flush=True)\nsignal.pause()"
+    begin = "import signal\nprint('begun', flush=True)\n"
+    obeys = begin + "try:\n    signal.pause()\nexcept KeyboardInterrupt:\n    print('saved')"
+    deaf = begin + "signal.signal(signal.SIGINT, signal.SIG_IGN)\nsignal.pause()"
     row = run_step(Step("obeys", 5, code(obeys)), 5)
     assert (row["outcome"], row["said"][-1]) == ("stopped by its limit of 5 s", "saved")
     monkeypatch.setattr(gpu_plan, "GRACE_S", 0.5)
