@@ -1,4 +1,4 @@
-.PHONY: help setup demo serve stop model experiments pictures bench gpu-check have-gpu check test test-fast lint \
+.PHONY: help setup demo serve stop model experiments pictures bench gpu-check have-gpu check test test-fast floors lint \
 	constraints
 .DEFAULT_GOAL := help
 
@@ -92,6 +92,15 @@ test: check ## check, then run all tests
 
 test-fast: setup ## run the tests that take less than half a second each, on all cores: under a minute on two
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+
+FLOORS := runs/floors
+floors: setup ## run the server's quick tests with the lowest versions that pyproject.toml allows, but today's PyTorch
+	@test -x $(FLOORS)/bin/python || $(BIN)/python -m venv $(FLOORS)
+	@$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python tests/floors.py)
+	@# PyTorch and what the tests need are found in .venv, behind the lowest versions.
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(FLOORS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth
+	@$(FLOORS)/bin/python -m pytest tests/serve tests/test_layout.py -m "not slow" -o filterwarnings=
 
 lint: setup ## format and lint
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

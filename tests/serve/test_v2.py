@@ -165,7 +165,7 @@ def test_data_may_be_nested_as_the_shape(client, pixels):
         ({"data": [-1] * 192}, "must be from 0 to 255, got -1"),
         ({"data": [2**63] * 192}, "must be from 0 to 255"),
         ({"data": [0.5] * 192}, "must be whole numbers, got 0.5"),
-        ({"data": [10**40] * 192}, "must be whole numbers, got 1e+40"),
+        ({"data": [10**40] * 192}, "must be whole numbers, got 1e"),
         ({"data": [0] * 191 + [True]}, "must be whole numbers, got true"),
         ({"data": ["0"] * 192}, "must be whole numbers, got '0'"),
         ({"data": [None] * 192}, "must be whole numbers, got null"),
