@@ -34,24 +34,22 @@ def read_hdf5(path: Path, content: bytes) -> Any:
         raise Refusal(f"{path} is a damaged HDF5 file, or is cut short ({type(error).__name__})") from error
 
 
-def _members(path: Path, group: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _members(path: Path, group: Any, seen: set[Any]) -> Iterator[tuple[str, Any]]:
     """The members of a group by name: tensors, and dictionaries for the groups within.
 
     A dictionary of hickle's is a group, and each of its keys another, which holds the value as `data_0`;
     keys are quoted since hickle 3.
     """
     import h5py
-    from h5py import h5o
 
     for name in group:
         where = f"{path}: {group.name.rstrip('/')}/{name}"
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise Refusal(f"{where} points to another place, which is not followed")
         member = group[name]
-        place = h5o.get_info(member.id).addr
-        if place in seen:
+        if member.id in seen:  # equal for one object, however it was reached
             raise Refusal(f"{where} is in the file twice; hickle writes everything once")
-        seen.add(place)
+        seen.add(member.id)
         is_group = isinstance(member, h5py.Group)
         yield (
             _unquoted(name),
