@@ -10,8 +10,9 @@ from authors import optimizer_state, pickled, trained
 from torch.nn import functional
 
 from fold.authors.dirac import import_net
-from fold.plain import fold_net
+from fold.plain import fold_net, skeleton
 from train.checkpoint import load_net
+from train.families import count_parameters
 from train.refusal import Refusal
 
 
@@ -169,3 +170,21 @@ def test_a_block_missing_from_an_imagenet_net_is_named(tmp_path):
     block = [name for name in params if name.startswith("group3.block3.")]
     with pytest.raises(Refusal, match=r"DiracNet-18-0.0625 of imagenet: group3.block3.conv is missing, .* and 2 more"):
         import_net(saved(tmp_path, without(params, *block), stats))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("release", "base", "name", "trained_numbers", "folded_numbers"),
+    [
+        ("notebook", 48, "DiracNet-18-0.75", 12_759_464, 12_753_640),
+        ("second", 64, "DiracNet-18-1", 11_523_368, 11_511_784),
+    ],
+)
+def test_the_published_nets_have_as_many_numbers_as_their_notebooks_print(
+    tmp_path, release, base, name, trained_numbers, folded_numbers
+):
+    params, stats = trained(release, "imagenet", base=base, num_classes=1000)
+    checkpoint = import_net(saved(tmp_path, params, stats))
+    assert checkpoint.spec.name == name
+    assert count_parameters(load_net(checkpoint)) == trained_numbers == sum(map(torch.numel, params.values()))
+    assert sum(map(torch.numel, skeleton(checkpoint.spec).state_dict().values())) == folded_numbers
