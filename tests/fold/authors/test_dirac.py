@@ -149,6 +149,11 @@ SMALLER = torch.zeros(7)
             lambda p, s: (p | {"group0.block0.alpha": torch.ones(4)}, s),
             "group0.block0.alpha and beta hold 4 and 1 numbers",
         ),
+        (
+            lambda p, s: (p | {f"group0.block0.{name}": torch.ones(4) for name in ("alpha", "beta")}, s),
+            "group0.block0.conv reads 8 channels: such a net with ncrelu is not known",
+        ),
+        (lambda p, s: (p, s | {"eye4_8_3_3": torch.zeros(4, 8, 3, 1)}), "eye4_8_3_3 is neither the repeated δ"),
         (lambda p, s: (p, s | {"eye8_16_3_3": torch.zeros(8, 16, 3, 3)}), "eye8_16_3_3 is neither the repeated δ"),
         (lambda p, s: (p, s | {"eye8_8_3_3": 2 * torch.ones(8, 8, 3, 3)}), "eye8_8_3_3 is neither the repeated δ"),
         (lambda p, s: (p, without(s, "eye4_8_3_3")), "eye4_8_3_3 missing: what the layers of this shape"),
