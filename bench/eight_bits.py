@@ -14,7 +14,7 @@ from train.spec import Published
 if TYPE_CHECKING:
     from torch import nn
 
-    from train.config import TrainConfig
+    from train.config import Settings
 
 # Where training starts: the paper's a and b with the deviation of W of the authors' code, and our recipe's.
 STARTS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ def command(config: EightBitsConfig) -> int:
             ).resolved()
             epoch = 0
 
-            def observe(net: "nn.Sequential", start: str = start, settings: TrainConfig = settings) -> None:
+            def observe(net: "nn.Sequential", start: str = start, settings: "Settings" = settings) -> None:
                 nonlocal epoch
                 if epoch:  # before the first step batch normalisation has no statistics
                     rows.append({"start": start, "epoch": epoch, **_measure(net, settings, dataset, config.images)})
@@ -82,7 +82,7 @@ def command(config: EightBitsConfig) -> int:
     return 0
 
 
-def _measure(net: "nn.Sequential", settings: "TrainConfig", dataset: Any, num_images: int) -> dict[str, Any]:
+def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_images: int) -> dict[str, Any]:
     """The best ranges of each lowering on held-out images, as a row of the figure."""
     import numpy as np
 

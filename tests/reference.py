@@ -1,7 +1,6 @@
 """The paper's equations once more, in NumPy float64 and plain loops: what the code under test is held against."""
 
 import numpy as np
-from scipy import signal
 
 
 def delta(shape, form="repeated"):
@@ -30,14 +29,14 @@ def folded_weight(a, b, weight, epsilon=1e-12, form="repeated"):
 
 
 def convolve(x, weight, padding):
-    """y[n, i] = sum over j of weight[i, j] correlated with x[n, j], stride 1, in any number of dimensions."""
+    """y[n, i] = sum over j of weight[i, j] correlated with x[n, j], stride 1, any number of dimensions, tap by tap."""
     x = np.pad(x, [(0, 0), (0, 0)] + [(padding, padding)] * (x.ndim - 2))
-    return np.stack(
-        [
-            np.stack([sum(signal.correlate(c, w, mode="valid") for c, w in zip(image, v, strict=True)) for v in weight])
-            for image in x
-        ]
-    )
+    sizes = [side - taps + 1 for side, taps in zip(x.shape[2:], weight.shape[2:], strict=True)]
+    y = np.zeros((len(weight), len(x), *sizes))
+    for tap in np.ndindex(*weight.shape[2:]):
+        seen = tuple(slice(start, start + size) for start, size in zip(tap, sizes, strict=True))
+        y += np.tensordot(weight[(..., *tap)], x[(..., *seen)], axes=(1, 1))
+    return np.moveaxis(y, 0, 1)
 
 
 def ncrelu(x):
@@ -116,3 +115,68 @@ class Net:
     def normalize(self, x, name):
         parts = (self.state[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var"))
         return batch_norm(x, *parts, 1e-5)
+
+
+class AuthorsNet:
+    """The authors' nets by the names in their files, float64: images uint8 [N, H, W, 3] → logits.
+
+    `numbers` is `params` and `stats` together, or the convolutions of a folded net. `release` is "first" for the
+    training code of v1, "notebook" for what v1 published (a b for every output, a last ReLU) and "second" for v2
+    (ReLU in place of NCReLU, a and b for every output, δ without repetition, a last ReLU).
+    """
+
+    def __init__(self, numbers, release):
+        self.numbers = {name: np.asarray(value, np.float64) for name, value in numbers.items()}
+        self.release, self.folded = release, "conv.weight" in numbers
+
+    def __call__(self, images):
+        stem = self.numbers["conv.weight" if self.folded else "conv"]
+        imagenet = stem.shape[-1] == 7
+        mean = [0.485, 0.456, 0.406] if imagenet else [125.3 / 255, 123.0 / 255, 113.9 / 255]
+        std = [0.229, 0.224, 0.225] if imagenet else [63.0 / 255, 62.1 / 255, 66.7 / 255]
+        x = ((images / 255 - mean) / std).transpose(0, 3, 1, 2)
+        if imagenet:
+            x = max_pool(self.normalize(convolve(x, stem, 3)[:, :, ::2, ::2], "conv", "bn"), 3, padding=1)
+        else:
+            x = np.maximum(self.normalize(convolve(x, stem, 1), "conv", "bn"), 0)
+        places = [name.split(".")[:2] for name in self.numbers if name.startswith("group")]
+        for group in sorted({at for at, _ in places}):
+            x = x if group == "group0" else max_pool(x, 2)
+            for block in sorted({block for at, block in places if at == group}, key=lambda name: int(name[5:])):
+                x = ncrelu(x) if self.release != "second" else np.maximum(x, 0)
+                where = f"{group}.{block}"
+                x = self.normalize(convolve(x, self.weight(where), 1), f"{where}.conv", f"{where}.bn")
+        x = x if self.release == "first" else np.maximum(x, 0)
+        return x.mean(axis=(2, 3)) @ self.numbers["fc.weight"].T + self.numbers["fc.bias"]
+
+    def weight(self, block):
+        if self.folded:
+            return self.numbers[f"{block}.conv.weight"]
+        a, b = ("conv.gamma", "conv.beta") if self.release == "notebook" else ("alpha", "beta")
+        form = "first" if self.release == "second" else "repeated"
+        a, b = self.numbers[f"{block}.{a}"], self.numbers[f"{block}.{b}"]
+        return folded_weight(a, b, self.numbers[f"{block}.conv"], form=form)
+
+    def normalize(self, x, convolution, name):
+        """Batch normalisation, or the bias that it left in a folded convolution."""
+        if self.folded:
+            return x + self.numbers[f"{convolution}.bias"].reshape(-1, 1, 1)
+        parts = (self.numbers[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var"))
+        return batch_norm(x, *parts, 1e-5)
+
+
+def authors_fold(numbers, release):
+    """The convolutions with biases that their notebooks make of `params` and `stats`, by the names they have there."""
+    net = AuthorsNet(numbers, release)
+    folded = {"fc.weight": net.numbers["fc.weight"], "fc.bias": net.numbers["fc.bias"]}
+    for name in [name for name in numbers if name == "conv" or name.endswith(".conv")]:
+        block = name.removesuffix("conv").removesuffix(".")
+        weight = net.weight(block) if block else net.numbers["conv"]
+        gamma, beta, mean, var = (
+            net.numbers[f"{block}.bn.{part}".removeprefix(".")]
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = gamma / np.sqrt(var + 1e-5)
+        folded[f"{name}.weight"] = weight * scale.reshape(-1, 1, 1, 1)
+        folded[f"{name}.bias"] = beta - mean * scale
+    return folded

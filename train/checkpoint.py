@@ -58,6 +58,7 @@ class Checkpoint:
             "validation",
             "skip_unreadable",
             "split",
+            "authors_sha256",
         )
         return {
             **{key: self.config[key] for key in kept if key in self.config},

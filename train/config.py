@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
-from train.recipes import Recipe, Schedule, recipe
+from train.recipes import Precision, Recipe, Schedule, Start, recipe
 from train.refusal import Refusal
 from train.spec import DatasetName, Delta, Family, Nonlinearity, Parameterization
 
@@ -49,22 +49,25 @@ class TrainConfig:
     nesterov: Annotated[Literal["yes", "no"] | None, "Nesterov's momentum"] = None
     weight_decay: Annotated[float | None, "on all parameters, eq. 6"] = None
     decay_ab: Annotated[Literal["auto", "yes", "no"], "decay a and b too; auto: unless per-channel"] = "auto"
-    schedule: Annotated[Schedule | None, "to zero; or x0.2 at 30, 60, 80 %; or x0.1 at each third"] = None
+    schedule: Annotated[Schedule | None, "to zero; or x0.2 at 30, 60, 80 %; or x0.1 at 30, 60, 90 %"] = None
     warmup: Annotated[float | None, "epochs over which the rate rises to --lr"] = None
     label_smoothing: Annotated[float | None, "probability given to all classes alike"] = None
     a0: Annotated[float | None, "a at the start, section 3.3"] = None
     b0: Annotated[float | None, "b at the start, section 2"] = None
     w_std: Annotated[float | None, "standard deviation of W at the start, section 2"] = None
+    start: Annotated[
+        Start | None,
+        "of classifier and batch normalisation: as PyTorch starts them; or He's normal and 0, γ uniform in [0, 1]",
+    ] = None
     flip: Annotated[Literal["auto", "yes", "no"], "mirror half of the images; auto: where labels allow it"] = "auto"
     crop: Annotated[int | None, "shift images by up to N pixels; default: what suits the data set"] = None
     smallest_crop: Annotated[float | None, "folder: least share of an image's area that a random crop keeps"] = None
     erase: Annotated[float | None, "share of images that lose a random rectangle"] = None
-    validation: Annotated[float, "fraction of training images held out to pick best.pt by; 0 for none"] = 0.1
+    validation: Annotated[float | None, "fraction of training images held out to pick best.pt by; 0 for none"] = None
     seed: Annotated[int, "of initialisation, order and augmentation"] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to train"] = "auto"
-    precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16"], "of convolutions while training; auto: bf16 where the device has it"
-    ] = "auto"
+    precision: Annotated[Precision | None, "of convolutions while training; auto: bf16 where the device has it"] = None
+    sync_batch_norm: Annotated[bool, "batch statistics over all processes of torchrun; on GPUs alone"] = False
     compile: Annotated[bool, "compile the net with torch.compile"] = False
     workers: Annotated[int, "processes that decode the images of a folder"] = 2
     out: Annotated[Path | None, "run folder (default: runs/DATASET-DEPTH-WIDTH)"] = None

@@ -20,10 +20,16 @@ class World:
     size: int = 1
     device: str = "cpu"
 
-    def wrap(self, net: nn.Module) -> nn.Module:
-        """`net` with gradients averaged over all processes; batch statistics stay each process's own."""
+    def wrap(self, net: nn.Module, *, sync_batch_norm: bool = False) -> nn.Module:
+        """`net` with gradients averaged over all processes; batch statistics stay each process's own.
+
+        With `sync_batch_norm` they are those of the whole batch: the layers of `net` change for it, and keep
+        their parameters.
+        """
         if self.size == 1:
             return net
+        if sync_batch_norm:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         return DistributedDataParallel(net, device_ids=[self.device] if self.device != "cpu" else None)
 
     def sum(self, numbers: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ def dirac_delta(shape: Sequence[int], form: Delta = "repeated") -> Tensor:
 
     `form` "first" leaves the repetitions out: ones on the first min(N_i, N_o) channels alone.
 
-    `shape` is [N_o, N_i, K_1, ..., K_L]. Refuses N_o and N_i of which neither is a multiple of the other.
+    `shape` is [N_o, N_i, K_1, ..., K_L]. Repeating refuses N_o and N_i of which neither is a multiple of the other.
     """
     num_out, num_in, *kernel = shape
-    if min(num_out, num_in) < 1 or max(num_out, num_in) % min(num_out, num_in):
+    if min(num_out, num_in) < 1 or (form == "repeated" and max(num_out, num_in) % min(num_out, num_in)):
         raise Refusal(
             f"input and output channels must be multiples of each other (N_i = m N_o or N_o = m N_i), "
             f"got {num_in} and {num_out}"

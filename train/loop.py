@@ -19,7 +19,7 @@ from train.stream import stream
 # The share of all epochs after which the rate falls, and the factor.
 STEPS = {
     "wrn": ((0.3, 0.6, 0.8), 0.2),  # epochs 60, 120 and 160 of 200
-    "resnet": ((1 / 3, 2 / 3), 0.1),  # epochs 30 and 60 of 90
+    "resnet": ((0.3, 0.6, 0.9), 0.1),  # epochs 30, 60 and 90 of 100
 }
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -36,7 +36,7 @@ from train.survey import print_survey
 # What may differ between a run and its resumption without changing a single bit of it.
 FREE_TO_CHANGE = ("data_dir", "download", "device", "workers", "out", "resume", "json", "describe")
 # What a run that recorded no such setting did.
-ADDED_LATER = {"delta": "repeated"}
+ADDED_LATER = {"delta": "repeated", "start": "pytorch", "sync_batch_norm": False}
 
 
 def describe(config: Settings) -> int:
@@ -72,6 +72,10 @@ def _train(config: Settings, world: World, *, command: str) -> int:
         raise Refusal(f"{checkpoint_path} exists: add --resume to go on, or name another folder with --out")
     if config.batch_size % world.size:
         raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {config.batch_size}")
+    if config.sync_batch_norm and world.device == "cpu":
+        raise Refusal(
+            "--sync-batch-norm needs CUDA devices: PyTorch's SyncBatchNorm does not train on a CPU; leave it out"
+        )
     config = replace(config, precision=choose_precision(config.precision, world.device))
     earlier = _earlier(checkpoint_path, config) if config.resume else None
     dataset = _load(config, earlier, console)
@@ -159,7 +163,7 @@ def _epochs(session: Session, state: Checkpoint, dataset: data.Dataset, stopped:
         raise Refusal(f"{len(rest)} training images are too few for {world.size} processes")
     rest, held = (to_device(split, world.device) for split in (rest, held))
     augmentation = make_augmentation(config, dataset.info)
-    net = world.wrap(session.net)
+    net = world.wrap(session.net, sync_batch_norm=config.sync_batch_norm)
     if config.compile:
         net = torch.compile(net)  # a Module, whatever torch's annotations say
         assert isinstance(net, nn.Module)

@@ -59,7 +59,7 @@ def start(config: Settings, spec: Spec, world: World, console: Console) -> Sessi
     """A net of `spec` before its first step, and what trains it."""
     torch.manual_seed(config.seed)
     net = build(spec)
-    initialize(net, a=config.a0, b=config.b0, std=config.w_std)
+    initialize(net, a=config.a0, b=config.b0, std=config.w_std, start=config.start)
     net = net.to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
     decay_ab = config.decay_ab == "yes" or (config.decay_ab == "auto" and spec.parameterization != "per-channel")
     optimizer = make_optimizer(

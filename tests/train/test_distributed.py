@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional
 
-from train import data
+from train import data, distributed
 from train.checkpoint import load_checkpoint
 from train.distributed import World
 from train.families import build
@@ -123,6 +124,24 @@ def test_two_processes_train_stop_and_resume_bit_for_bit(tmp_path):
     whole, cut = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut"))
     assert all(torch.equal(tensor, cut.model[name]) for name, tensor in whole.model.items())
     assert cut.test_accuracy == result["test_accuracy"]
+
+
+def test_batch_statistics_are_shared_where_that_is_asked_for(monkeypatch):
+    """Which layers do it; that they do takes GPUs, where alone PyTorch's SyncBatchNorm runs."""
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda net, device_ids: net)
+    digits = data.load("digits")
+    for sync in (False, True):
+        torch.manual_seed(0)
+        net = build(Spec("cifar", 10, 0.25, "ncrelu", digits.info.image, digits.info.labels))
+        before, names = list(net.parameters()), list(net.state_dict())
+        images = torch.from_numpy(digits.test.first(2))
+        expected = net.eval()(images)
+        wrapped = World(rank=0, size=2, device="cuda:0").wrap(net, sync_batch_norm=sync)
+        kinds = {type(layer) for layer in net.modules() if "BatchNorm" in type(layer).__name__}
+        assert kinds == {nn.SyncBatchNorm if sync else nn.BatchNorm2d}
+        assert all(one is other for one, other in zip(before, net.parameters(), strict=True))  # the optimizer's
+        assert list(net.state_dict()) == names
+        assert torch.equal(wrapped(images), expected)
 
 
 def make_photos(root, unreadable):

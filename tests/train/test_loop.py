@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from train.config import TrainConfig
 from train.families import build
@@ -15,8 +16,8 @@ def test_the_schedules():
     assert [learning_rate("cosine", 0.2, done) for done in (0, 0.5, 1)] == pytest.approx([0.2, 0.1, 0])
     wrn = [learning_rate("wrn", 0.1, epoch / 200) for epoch in (0, 59, 60, 119, 120, 159, 160)]
     assert wrn == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.0008])
-    resnet = [learning_rate("resnet", 0.1, epoch / 90) for epoch in (0, 29, 30, 59, 60)]
-    assert resnet == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
+    resnet = [learning_rate("resnet", 0.1, epoch / 100) for epoch in (0, 29, 30, 59, 60, 89, 90)]
+    assert resnet == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0001])
     assert [learning_rate("wrn", 1.0, done, warmup=0.1) for done in (0, 0.05, 0.1)] == pytest.approx([0, 0.5, 1])
 
 
@@ -24,8 +25,13 @@ def test_the_papers_recipe_and_what_is_given_instead():
     config = TrainConfig(recipe="paper", dataset="cifar10", epochs=3).resolved()
     assert (config.epochs, config.batch_size, config.lr, config.momentum, config.nesterov) == (3, 128, 0.1, 0.9, "no")
     assert (config.weight_decay, config.schedule, config.a0, config.b0, config.w_std) == (5e-4, "wrn", 5.0, 1e-3, 1.0)
+    assert (config.start, config.validation, config.precision) == ("authors", 0.0, "fp32")
+    ours = TrainConfig(dataset="cifar10").resolved()
+    assert (ours.start, ours.validation, ours.precision) == ("pytorch", 0.1, "auto")
+    given = TrainConfig(recipe="paper", start="pytorch", validation=0.2, precision="bf16").resolved()
+    assert (given.start, given.validation, given.precision) == ("pytorch", 0.2, "bf16")
     imagenet = TrainConfig(recipe="paper", dataset="folder", family="imagenet", depth=18).resolved()
-    assert (imagenet.epochs, imagenet.batch_size, imagenet.weight_decay) == (90, 256, 1e-4)
+    assert (imagenet.epochs, imagenet.batch_size, imagenet.weight_decay) == (100, 256, 1e-4)
     assert (imagenet.schedule, imagenet.smallest_crop) == ("resnet", 0.08)
     zeros = TrainConfig(warmup=0.0, weight_decay=0.0, momentum=0.0).resolved()
     assert (zeros.warmup, zeros.weight_decay, zeros.momentum) == (0, 0, 0)
@@ -75,6 +81,25 @@ def test_initialize_sets_a_b_and_w(make_spec):
     net = build(make_spec(parameterization="delta"))
     initialize(net, a=2.0, b=0.5, std=0.03)
     assert all(layer.a.item() == 1 for layer in net.modules() if isinstance(layer, DiracConv2d))
+
+
+def test_the_authors_start_of_classifier_and_batch_normalisation(make_spec):
+    """He's normal of fan-in, a bias of 0, γ uniform in [0, 1]; PyTorch's start is another."""
+    nets = {}
+    for start in ("pytorch", "authors"):
+        torch.manual_seed(0)
+        nets[start] = net = build(make_spec(width=4, num_labels=100))
+        initialize(net, a=5.0, b=1e-3, std=1.0, start=start)
+    fc, fan_in = nets["authors"].fc, nets["authors"].fc.in_features
+    assert fc.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.02)
+    assert fc.weight.abs().max() > 3 * fc.weight.std()  # no uniform distribution reaches that
+    assert not fc.bias.any()
+    gamma = torch.cat([layer.weight for layer in nets["authors"].modules() if isinstance(layer, nn.BatchNorm2d)])
+    assert 0 <= gamma.min() < 0.01
+    assert 0.99 < gamma.max() <= 1
+    assert gamma.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert nets["pytorch"].fc.bias.any()
+    assert all((layer.weight == 1).all() for layer in nets["pytorch"].modules() if isinstance(layer, nn.BatchNorm2d))
 
 
 def test_weight_decay_reaches_everything_or_all_but_a_and_b(make_spec):

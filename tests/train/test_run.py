@@ -14,7 +14,7 @@ from PIL import Image
 
 from fold.plain import fold_net
 from fold.proof import prove
-from train import session, steps
+from train import data, session, steps
 from train.checkpoint import load_checkpoint, load_net
 from train.cli import run_command
 from train.config import TrainConfig
@@ -146,6 +146,37 @@ def test_a_run_that_diverges_ends_at_that_epoch_and_keeps_the_files_of_the_one_b
     assert load_checkpoint(tmp_path / "checkpoint.pt").epoch == 1
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1]
+
+
+@pytest.mark.slow
+def test_a_validation_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(tmp_path, capsys, monkeypatch):
+    """One step an epoch: the first at a rate of 0, the second blows the weights up after its own loss was finite."""
+    monkeypatch.setattr(steps, "learning_rate", lambda schedule, lr, done, **_: lr * (done >= 0.5))
+    argv = ("--batch-size", 2000, "--epochs", 2, "--lr", "1e30", "--precision", "fp32")
+    assert run(*argv, "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "training diverged, the validation loss of epoch 2 is nan: lower --lr" in error
+    assert load_checkpoint(tmp_path / "checkpoint.pt").epoch == load_checkpoint(tmp_path / "best.pt").epoch == 1
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1]
+
+
+@pytest.mark.slow
+def test_the_papers_recipe_trains_on_all_training_images_in_fp32(tmp_path, capsys):
+    assert run("--recipe", "paper", "--epochs", 1, "--json", "--out", tmp_path) == 0
+    captured = capsys.readouterr()
+    assert ", fp32, seed 0" in captured.err
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
+    parts = data.load_as_trained(checkpoint.config)
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (1438, 0, 359)
+    assert checkpoint.history[0]["validation_accuracy"] is None
+    assert load_checkpoint(tmp_path / "best.pt").epoch == 1
+
+
+def test_shared_batch_statistics_are_refused_on_a_cpu(tmp_path, capsys):
+    assert run("--sync-batch-norm", "--device", "cpu", "--out", tmp_path) == 2
+    assert capsys.readouterr().err.startswith("error: --sync-batch-norm needs CUDA devices")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -1,0 +1,77 @@
+"""The authors' files as tensors by name: PyTorch's pickles, old and new, and hickle's HDF5. Nothing is executed."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from fold.authors.hdf5 import SIGNATURE, read_hdf5
+from train.refusal import Refusal
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What an authors' file holds, float32 on the CPU, by their names without a wrapper's prefix."""
+
+    numbers: dict[str, Tensor]
+    eyes: dict[str, Tensor]  # the δ that their code cached as `eyeN_o_N_i_H_W`
+    folded: bool  # convolutions with biases, where no Dirac net is left
+
+
+def read_saved(path: Path, content: bytes) -> Saved:
+    """`params` and `stats` of a net, or the convolutions of a folded one.
+
+    Refuses a file with anything but tensors and plain containers in it, tensors of other than finite real
+    numbers, and a layout that none of the authors' files has.
+    """
+    held = read_hdf5(path, content) if content.startswith(SIGNATURE) else _read_pickle(path, content)
+    if not _is_dict(held):
+        raise Refusal(f"{path} holds a {type(held).__name__}, not the dictionary of an authors' file")
+    unfolded = "params" in held or "stats" in held
+    parts = [held.get(name, {}) for name in ("params", "stats")] if unfolded else [held]
+    numbers = {_their_name(name): value for part in parts if _is_dict(part) for name, value in part.items()}
+    if not unfolded and "conv.weight" not in numbers:
+        found = ", ".join(sorted(map(str, held))[:5]) or "nothing"
+        raise Refusal(
+            f"{path} has neither a dictionary `params`, as the authors' nets, nor conv.weight, as their folded ones; "
+            f"it has {found}"
+        )
+    if unfolded and not (_is_dict(held.get("params")) and held["params"]):
+        raise Refusal(f"{path} has no tensors in `params`: it is none of the authors' layouts")
+    _refuse_other_than_numbers(path, numbers)
+    tensors = {name: value.detach().float() for name, value in numbers.items()}
+    eyes = {name: tensors.pop(name) for name in list(tensors) if name.startswith("eye")}
+    return Saved(tensors, eyes, folded=not unfolded)
+
+
+def _their_name(name: Any) -> str:
+    """A tensor's name without the prefixes of `nn.DataParallel` and of the folded nets' one submodule."""
+    return str(name).removeprefix("module.").removeprefix("features.")
+
+
+def _refuse_other_than_numbers(path: Path, values: dict[str, Any]) -> None:
+    strange = [
+        name
+        for name, value in values.items()
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not torch.isfinite(value).all()
+    ]
+    if strange:
+        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
+        raise Refusal(f"{path}: not a tensor of finite real numbers: {', '.join(strange[:5])}{more}")
+
+
+def _read_pickle(path: Path, content: bytes) -> Any:
+    try:
+        return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load raises half a dozen unrelated kinds
+        raise Refusal(
+            f"{path} is no file of tensors in plain containers, or is cut short ({type(error).__name__}); "
+            "nothing in it was executed"
+        ) from error
+
+
+def _is_dict(value: Any) -> TypeGuard[dict[Any, Any]]:
+    return isinstance(value, dict)

@@ -1,0 +1,80 @@
+"""HDF5 as hickle wrote it, read by h5py alone: hickle itself would run the pickles in a file."""
+
+# pyright: basic
+# h5py has no types.
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from train.refusal import Refusal
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# The largest tensor of the authors' nets has 38 MB; a file of a few bytes can announce any size.
+LARGEST_DATASET_BYTES = 1 << 30
+
+
+def read_hdf5(path: Path, content: bytes) -> Any:
+    """Nested dictionaries of float32 tensors; refuses what else is in the file, and what hickle would not write."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise Refusal(f"{path} is HDF5, and h5py is not installed: pip install 'diracnet-road[hdf5]'") from error
+    try:
+        with h5py.File(io.BytesIO(content), "r") as file:
+            return _unwrapped(dict(_members(path, file, set())))
+    except Refusal:
+        raise
+    except Exception as error:  # damage shows as OSError, RuntimeError, KeyError, ValueError or RecursionError
+        raise Refusal(f"{path} is a damaged HDF5 file, or is cut short ({type(error).__name__})") from error
+
+
+def _members(path: Path, group: Any, seen: set[Any]) -> Iterator[tuple[str, Any]]:
+    """The members of a group by name: tensors, and dictionaries for the groups within.
+
+    A dictionary of hickle's is a group, and each of its keys another, which holds the value as `data_0`;
+    keys are quoted since hickle 3.
+    """
+    import h5py
+
+    for name in group:
+        where = f"{path}: {group.name.rstrip('/')}/{name}"
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise Refusal(f"{where} points to another place, which is not followed")
+        member = group[name]
+        if member.id in seen:  # equal for one object, however it was reached
+            raise Refusal(f"{where} is in the file twice; hickle writes everything once")
+        seen.add(member.id)
+        is_group = isinstance(member, h5py.Group)
+        yield (
+            _unquoted(name),
+            _unwrapped(dict(_members(path, member, seen))) if is_group else _tensor(where, member),
+        )
+
+
+def _tensor(where: str, dataset: Any) -> Tensor:
+    if dataset.dtype.kind != "f":
+        raise Refusal(f"{where} holds {dataset.dtype}, not real numbers; no text or pickle in it was executed")
+    if dataset.external or dataset.is_virtual:
+        raise Refusal(f"{where} takes its numbers from another file, which is not read")
+    if dataset.nbytes > LARGEST_DATASET_BYTES:
+        raise Refusal(f"{where} announces {dataset.nbytes:,} bytes: no tensor of the authors' nets is as large")
+    return torch.tensor(np.asarray(dataset[()], np.float32))
+
+
+def _unwrapped(members: dict[str, Any]) -> Any:
+    return members["data_0"] if members.keys() == {"data_0"} else members
+
+
+def _unquoted(name: str) -> str:
+    """'conv' for conv, 'conv', u'conv' and b'conv'."""
+    for quote in ("'", '"'):
+        start = name.find(quote)
+        if start in (0, 1) and name[:start] in ("", "u", "b") and len(name) > start + 1 and name.endswith(quote):
+            return name[start + 1 : -1]
+    return name

@@ -1,0 +1,151 @@
+"""Which of the authors' nets a file holds, from the shapes of its tensors; and its tensors by our names."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+
+from torch import Tensor
+
+from train import data
+from train.families import IMAGENET_GROUPS, TABLE3_GROUPS
+from train.refusal import Refusal
+from train.spec import ImageSpec, Nonlinearity, Parameterization, Spec
+
+Shape = tuple[int, ...]
+# A file that lacks no more than so many convolutions is told which; beyond that it is another net.
+FEW = 2
+
+
+def infer_spec(
+    path: Path,
+    numbers: Mapping[str, Tensor],
+    *,
+    leaf: str,
+    forms: Mapping[Nonlinearity, Parameterization],
+    image_size: int | None,
+) -> Spec:
+    """The net whose convolutions are called `conv` and `groupG.blockB.conv`, followed by `leaf`.
+
+    A tensor of a wrong shape does not decide alone, so that `matched` can name it. `forms` says what a net
+    with each nonlinearity is; the nonlinearity follows from the inputs of the first group, twice as many
+    after NCReLU. δ is left to the caller.
+    """
+    stem, block, classifier = f"conv{leaf}", f"group0.block0.conv{leaf}", "fc.weight"
+    for name, dims in ((stem, 4), (block, 4), (classifier, 2)):
+        if name not in numbers:
+            raise Refusal(f"{path} is none of the authors' layouts: {name} is missing")
+        if numbers[name].dim() != dims or 0 in numbers[name].shape:
+            raise Refusal(f"{path}: {name} is {list(numbers[name].shape)}, must have {dims} dimensions")
+    groups = _count_blocks(numbers, leaf)
+    family, depth, at_width_one, image = _family(path, numbers[stem], groups, name=stem)
+    base = _base_channels(numbers, stem, block, num_groups=len(groups))
+    nonlinearity: Nonlinearity = "ncrelu" if round(numbers[block].shape[1] / base) == 2 else "relu"
+    if nonlinearity not in forms:
+        raise Refusal(
+            f"{path}: {block} reads {numbers[block].shape[1]} channels: such a net with {nonlinearity} is not known"
+        )
+    return Spec(
+        family=family,
+        depth=depth,
+        width=base / at_width_one,
+        nonlinearity=nonlinearity,
+        image=_resized(image, image_size),
+        labels=_labels(classifier_size(numbers)),
+        parameterization=forms[nonlinearity],
+    )
+
+
+def classifier_size(numbers: Mapping[str, Tensor]) -> int:
+    """The number of classes; where weights and biases differ in it, the number that a known data set has."""
+    sizes = [numbers[name].shape[0] for name in ("fc.weight", "fc.bias") if name in numbers and numbers[name].dim()]
+    return next((size for size in sizes if size in (10, 100, 1000)), sizes[0])
+
+
+def matched(
+    path: Path, spec: Spec, numbers: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, Shape]]
+) -> dict[str, Tensor]:
+    """The tensors by our names; `wanted` has our name and the shape for each of theirs.
+
+    Refuses, in one line with their names, tensors that are missing, of another shape or not part of the net.
+    A number of shape [1] fits where [] is wanted.
+    """
+    wrong = list(_misfits(numbers, wanted))
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise Refusal(f"{path} is not a whole {spec.name} of {spec.family}: {', '.join(wrong[:3])}{more}")
+    return {ours: numbers[theirs].reshape(shape) for theirs, (ours, shape) in wanted.items()}
+
+
+def _misfits(numbers: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, Shape]]) -> Iterator[str]:
+    for name, (_, shape) in wanted.items():
+        if name not in numbers:
+            yield f"{name} is missing"
+        elif (found := tuple(numbers[name].shape)) != shape and (found, shape) != ((1,), ()):
+            yield f"{name} is {list(found)}, must be {list(shape)}"
+    for name in numbers:
+        if name not in wanted:
+            yield f"{name} is not part of it"
+
+
+def _family(path: Path, stem: Tensor, groups: Shape, *, name: str) -> tuple[str, int, int, ImageSpec]:
+    """(family, depth, channels at width one, image): the net with these groups, or with a block or two more or less."""
+    kernel = tuple(stem.shape[2:])
+    if kernel == (3, 3):
+        even = 2 * ((max(groups) + 1) // 2)  # 2N convolutions in each group, Table 1
+        nets = [("cifar", 3 * even + 4, (even,) * 3)]
+        base, image = 16, data.cifar_image()
+    elif kernel == (7, 7):
+        named = (("imagenet", IMAGENET_GROUPS), ("imagenet-table3", TABLE3_GROUPS))
+        nets = [(family, depth, layers) for family, table in named for depth, layers in table.items()]
+        base, image = 64, data.imagenet_image()
+    else:
+        raise Refusal(f"{path}: {name} is {list(stem.shape)}: the authors' nets begin with 3x3 or 7x7 taps")
+    family, depth, layers = min(nets, key=lambda net: _distance(net[2], groups))
+    if _distance(layers, groups) > FEW:
+        raise Refusal(
+            f"{path}: groups of {', '.join(map(str, groups))} convolutions: "
+            + (
+                "a CIFAR net has three of 2N each"
+                if base == 16
+                else f"ImageNet nets have {' or '.join(', '.join(map(str, net[2])) for net in nets)}"
+            )
+        )
+    return family, depth, base, image
+
+
+def _distance(one: Shape, other: Shape) -> int:
+    return sum(abs(left - right) for left, right in zip_longest(one, other, fillvalue=0))
+
+
+def _count_blocks(numbers: Mapping[str, Tensor], leaf: str) -> Shape:
+    """Convolutions in each group, up to the last one that is there."""
+    pattern = re.compile(rf"group(\d{{1,2}})\.block(\d{{1,3}})\.conv{re.escape(leaf)}")
+    places = [tuple(map(int, found.groups())) for found in map(pattern.fullmatch, numbers) if found]
+    num_groups = 1 + max(group for group, _ in places)
+    return tuple(max((1 + block for at, block in places if at == group), default=0) for group in range(num_groups))
+
+
+def _base_channels(numbers: Mapping[str, Tensor], stem: str, block: str, *, num_groups: int) -> int:
+    """Channels of the first group, as most of the tensors that tell have it."""
+    told = [numbers[stem].shape[0], numbers[block].shape[0], numbers["fc.weight"].shape[1] // 2 ** (num_groups - 1)]
+    return Counter(told).most_common(1)[0][0] or 1
+
+
+def _resized(image: ImageSpec, size: int | None) -> ImageSpec:
+    if size is None:
+        return image
+    return replace(image, height=size, width=size, resize=round(size * (image.resize or image.height) / image.height))
+
+
+def _labels(num: int) -> tuple[str, ...]:
+    """The classes' names where the number of classes says which data set it was."""
+    if num in (10, 100):
+        return data.describe(f"cifar{num}").labels
+    if num == 1000:
+        from torchvision.models import ResNet18_Weights  # pyright: ignore[reportMissingTypeStubs]  # it has none
+
+        return tuple(ResNet18_Weights.DEFAULT.meta["categories"])
+    return tuple(f"class {index}" for index in range(num))
