@@ -19,6 +19,7 @@ CHECK_THREADS = 8
 PART_NAMES = {"validation": ("val", "valid", "validation"), "test": ("test",)}  # beside train
 JUNK = ("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini")
 JUNK_REASON = "hidden, or an operating system's own"
+UNREADABLE = "cannot be read"
 
 Track = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, total): gives the items, and shows progress
 
@@ -179,7 +180,7 @@ def find_files(root: Path, labels: tuple[str, ...], image: ImageSpec, *, skip_un
             f"{len(unreadable)} of {len(every)} images cannot be read, the first is {unreadable[0]}: "
             "mend or remove them, or add --skip-unreadable"
         )
-    left_out += [LeftOut(path, "cannot be read") for path in unreadable]
+    left_out += [LeftOut(path, UNREADABLE) for path in unreadable]
     parts = {
         part: make_files(root, [pair for pair in pairs if sizes[pair[0]]], image, skip_unreadable=skip_unreadable)
         for part, pairs in found.items()
