@@ -16,6 +16,7 @@ from fold.plain import fold_net
 from train import data
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.cli import run_command
+from train.image import decode
 from train.spec import ImageSpec, Spec
 from train.split import FILE
 
@@ -94,13 +95,12 @@ def test_the_test_images_of_the_run_are_judged_and_no_other(trained, photos, tmp
     report = json.loads((out / "report.json").read_text())
     names = sorted(recorded["test"])
     form = open_artefact(trained / "plain.onnx")
-    files = data.recorded_files(photos, recorded, image_size=8).test
-    pixels = files.first(99)
+    pixels = np.stack([decode((photos / name).read_bytes(), form.spec.image) for name in names])
     logits = form.answer(pixels).astype(np.float64)
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
-    truths = np.array([LABELS.index(name.split("/")[0]) for name in files.names])
-    wrong = {name: share for name, share, truth in zip(files.names, shares, truths, strict=True)
+    truths = np.array([LABELS.index(name.split("/")[0]) for name in names])
+    wrong = {name: share for name, share, truth in zip(names, shares, truths, strict=True)
              if share.argmax() != truth}  # fmt: skip
     assert report["images"]["num"] == len(names)
     assert report["top1"]["hits"] == len(names) - len(wrong)
