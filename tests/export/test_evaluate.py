@@ -16,6 +16,7 @@ from fold.plain import fold_net
 from train import data
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.cli import run_command
+from train.folder import SUFFIXES
 from train.image import decode
 from train.spec import ImageSpec, Spec
 from train.split import FILE
@@ -204,7 +205,7 @@ def test_somebody_elses_net_is_judged_on_the_whole_folder(write_foreign, photos,
     output = capsys.readouterr().out
     assert "on 30 images, all of the folder; no record says whether the model was trained on them" in output
     assert "labels by the command line" in output
-    assert "left out, not one of .png, .jpg, .jpeg, .webp, .bmp: 1" in output
+    assert f"left out, not one of {', '.join(SUFFIXES)}: 1, first " in output
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["images"] for row in report["classes"]] == [10, 0, 10, 10]
     assert report["classes"][1]["recall"]["value"] is None

@@ -18,6 +18,7 @@ from serve.app import make_app
 from serve.limits import Limits
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.cli import run_command
+from train.folder import SUFFIXES
 from train.refusal import Refusal
 
 
@@ -176,7 +177,7 @@ def test_a_folder_and_a_file_in_it_are_one_image_each(write_onnx, photos, tmp_pa
     ("argv", "message"),
     [
         (["plain.onnx", "missing", "photos"], "missing is not there"),
-        (["plain.onnx", "empty"], "no .png, .jpg, .jpeg, .webp, .bmp images in"),
+        (["plain.onnx", "empty"], f"no {', '.join(SUFFIXES)} images in"),
         (["plain.onnx", "photos", "--out", "out.txt"], "must end with .csv or .json"),
         (["plain.onnx", "photos", "--top-k", "0"], "must be 1 or more, got 0"),
         (["plain.onnx"], "name one image or folder or more"),

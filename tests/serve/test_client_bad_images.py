@@ -11,6 +11,7 @@ from serve.client import AsyncClient, Bounds, Client, ClientConfig, command
 from serve.exchange import Result, ServerProblem
 from serve.limits import Limits
 from train.cli import run_command
+from train.folder import SUFFIXES
 from train.refusal import Refusal
 
 
@@ -98,7 +99,7 @@ def test_the_command_asks_for_whole_folders_and_names_what_was_not_answered(live
     assert status == 1
     for name in ("0 cut.png", "2 junk.jpg", "gone.png"):
         assert f"not answered: {photos / name}: " in table
-    assert "left out, not one of .png, .jpg, .jpeg, .webp, .bmp: 1, first " in table
+    assert f"left out, not one of {', '.join(SUFFIXES)}: 1, first " in table
     assert "3 of 8 images were not answered" in table
     answered = {row["image"].removeprefix(f"{photos}/") for row in rows if "label" in row}
     assert answered == {"0.PNG", "1.PNG", "2.PNG", "3.PNG", "below/4.PNG"}
