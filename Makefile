@@ -69,7 +69,8 @@ pictures: setup ## draw docs/pictures again, from models/ and the checkpoint of 
 	@$(BIN)/python export/draw.py $(BUNDLED) --out docs/pictures/graph.svg
 	@$(BIN)/python export/parity.py $(BUNDLED) --plot docs/pictures/parity.png \
 		--against $(CHECKPOINT) $(dir $(CHECKPOINT))plain.safetensors
-	@$(BIN)/python bench/confusion.py $(BUNDLED) --out docs/pictures/confusion.png
+	@$(BIN)/python export/evaluate.py $(BUNDLED) --out $(dir $(CHECKPOINT))report
+	@cp $(dir $(CHECKPOINT))report/confusion.png $(dir $(CHECKPOINT))report/reliability.png docs/pictures/
 
 bench: setup ## the short form of every benchmark, five minutes, into runs/bench; full figures are in docs/benchmarks
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'

@@ -105,8 +105,8 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
     from bench.faults import Subject
     from export.graph import to_onnx
     from export.runtimes.onnx_session import OnnxSession
+    from export.runtimes.probabilities import softmax
     from fold.plain import fold_net
-    from serve.answer import softmax
     from train.families import build
     from train.files import read_whole, write_whole
     from train.image import decode

@@ -9,6 +9,7 @@ import numpy as np
 
 from export.compare import TOLERANCES, Answer
 from export.runtimes.described import NOTHING, Described
+from export.runtimes.signature import Reading
 from train.files import read_whole
 from train.refusal import Refusal
 from train.spec import Spec
@@ -35,6 +36,7 @@ class Form:
     layers: Callable[[np.ndarray], dict[str, np.ndarray]]  # images → outputs [N, ...] by the plain net's names
     # images → the first node that overflows in float16, where it computes in more than its graph says
     overflow: Callable[[np.ndarray], str | None] = lambda images: None
+    reading: Reading | None = None  # of somebody else's net
 
     def __post_init__(self) -> None:
         if self.precision not in TOLERANCES:
@@ -44,13 +46,26 @@ class Form:
     def lowering(self) -> str:
         return self.provenance.get("export", {}).get("lowering", "concat")
 
+    @property
+    def model_name(self) -> str:
+        """As the server calls it."""
+        return self.path.stem if self.spec.family == "unknown" else self.spec.name
+
+    @property
+    def gives_probabilities(self) -> bool:
+        return self.reading is not None and self.reading.scores == "probabilities"
+
 
 def open_artefact(path: Path, *, provider: Provider | None = None, said: Described = NOTHING) -> Form:
     """A checkpoint, plain net, ONNX or engine; an ONNX on the best provider that loads, or on `provider`.
 
     `said` is what its user says of somebody else's ONNX.
-    Refuses what is none of these, and a provider that does not load.
+    Refuses what is none of these, what is said of a file that says it itself, and a provider that does not load.
     """
+    if said.sources and path.suffix != ".onnx":
+        raise Refusal(
+            f"{path} says itself how it is read; leave {', '.join(f'--{name}' for name, _ in said.sources)} out"
+        )
     match path.suffix:
         case ".pt":
             return _open_checkpoint(path)
@@ -154,6 +169,7 @@ def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
         answer=session,
         layers=lambda images: _onnx_layers(path, session.model.spec, images, session.provider, optimize=kind != "fp8"),
         overflow=overflow,
+        reading=session.model.reading,
     )
 
 
@@ -168,7 +184,17 @@ def _open_mnn(path: Path) -> Form:
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
         raise Refusal(f"{path}: MNN shows no layers; leave --layers and --plot out")
 
-    return Form(f"{path} on mnn", path, model.digest, "fp32", model.spec, model.provenance, runtime, layers)
+    return Form(
+        f"{path} on mnn",
+        path,
+        model.digest,
+        "fp32",
+        model.spec,
+        model.provenance,
+        runtime,
+        layers,
+        reading=model.reading,
+    )
 
 
 def _onnx_layers(path: Path, spec: Spec, images: np.ndarray, provider: str, *, optimize: bool) -> dict[str, np.ndarray]:
@@ -221,4 +247,14 @@ def _open_engine(path: Path) -> Form:
         return form.layers(images)
 
     model = runtime.model
-    return Form(str(path), path, model.digest, card.precision, model.spec, model.provenance, runtime, layers)
+    return Form(
+        str(path),
+        path,
+        model.digest,
+        card.precision,
+        model.spec,
+        model.provenance,
+        runtime,
+        layers,
+        reading=model.reading,
+    )

@@ -3,6 +3,8 @@
 import numpy as np
 from typing_extensions import TypedDict  # pydantic reads no other one on Python 3.11
 
+from export.runtimes.probabilities import best, probabilities
+
 
 class ModelName(TypedDict):
     """Which model answered; `digest` is the sha256 of its file."""
@@ -36,16 +38,10 @@ def results_of(
     logits: np.ndarray, labels: tuple[str, ...], top_k: list[int], *, are_probabilities: bool = False
 ) -> list[Result]:
     """Finite logits [N, K], or probabilities, → N results; the i-th has `top_k[i]` classes, or all K."""
-    probabilities = logits.astype(np.float64) if are_probabilities else softmax(logits)
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, : max(top_k)]  # equal classes: the lower index first
-    ranked = np.take_along_axis(probabilities, order, axis=1)
+    values = probabilities(logits, are_probabilities=are_probabilities)
+    order = best(values, max(top_k))
+    ranked = np.take_along_axis(values, order, axis=1)
     return [_result(*row, labels) for row in zip(order.tolist(), ranked.tolist(), top_k, strict=True)]
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """[N, K] → float64 [N, K], each row summing to 1."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
 
 
 def _result(order: list[int], probabilities: list[float], top_k: int, labels: tuple[str, ...]) -> Result:

@@ -5,8 +5,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -17,28 +18,33 @@ if __name__ == "__main__":
 from serve.exchange import (
     DEFAULT_RETRY,
     Answer,
+    Content,
     Conversation,
     Image,
     Lost,
     Result,
     Retry,
     Send,
+    encode,
     encode_all,
+    encode_if_readable,
     in_requests,
     model_card,
     predict,
+    predict_each,
 )
 from train.cli import run_command
 from train.refusal import Refusal
 
 if TYPE_CHECKING:
     import httpx
+    from rich.console import Console
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "DIRACNET_API_KEY"
 EXAMPLES = (
     "python serve/client.py image.png",
-    "python serve/client.py photos/*.jpg --top-k 1 --json --url http://other:8000",
+    "python serve/client.py photos --top-k 1 --json --url http://other:8000",
     "DIRACNET_API_KEY=... python serve/client.py image.png      # a server that asks for a key",
 )
 
@@ -101,16 +107,36 @@ class Client(_Server):
         bounds: Bounds = Bounds(),
     ) -> Iterator[Result]:
         """Any number of images in several requests; yields in order, and reads files as it goes on."""
-        pending: deque[Future[list[Result]]] = deque()
+        for contents in self._in_flight(
+            (predict(contents, top_k=top_k, retry=self.retry) for contents in _requests(map(encode, images), bounds)),
+            bounds,
+        ):
+            yield from contents
+
+    def predict_each(
+        self,
+        images: Iterable[Image],
+        *,
+        top_k: int = 5,
+        bounds: Bounds = Bounds(),
+    ) -> Iterator[Result | Refusal]:
+        """`predict_many`, but a bad image ends nothing: the reason stands in the place of its result."""
+        contents = map(encode_if_readable, images)
+        conversations = (predict_each(group, top_k=top_k, retry=self.retry) for group in _requests(contents, bounds))
+        for results in self._in_flight(conversations, bounds):
+            yield from results
+
+    def _in_flight(self, conversations: Iterable[Conversation[Answer]], bounds: Bounds) -> Iterator[Answer]:
+        """What each comes to, in order; so many at once as `bounds` says, none begun before there is room."""
+        pending: deque[Future[Answer]] = deque()
         with ThreadPoolExecutor(bounds.requests_at_once) as pool:
             try:
-                for contents in _requests(images, bounds):
+                for conversation in conversations:
                     if len(pending) == bounds.requests_at_once:
-                        yield from pending.popleft().result()
-                    conversation = predict(contents, top_k=top_k, retry=self.retry)
+                        yield pending.popleft().result()
                     pending.append(pool.submit(self._carry_out, conversation))
                 while pending:
-                    yield from pending.popleft().result()
+                    yield pending.popleft().result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -128,13 +154,13 @@ class Client(_Server):
         self.close()
 
     def _carry_out(self, conversation: Conversation[Answer]) -> Answer:
-        send = next(conversation)
+        outcome: Any = None  # begins the conversation
         while True:
-            outcome = self._send(send)
             try:
                 send = conversation.send(outcome)
             except StopIteration as end:
                 return end.value
+            outcome = self._send(send)
 
     def _send(self, send: Send) -> "httpx.Response | Lost":
         import httpx
@@ -166,18 +192,36 @@ class AsyncClient(_Server):
         top_k: int = 5,
         bounds: Bounds = Bounds(),
     ) -> AsyncIterator[Result]:
-        requests = _requests(images, bounds)
-        pending: deque[asyncio.Task[list[Result]]] = deque()
+        requests = _requests(map(encode, images), bounds)
+        conversations = (predict(contents, top_k=top_k, retry=self.retry) for contents in requests)
+        async with aclosing(self._in_flight(conversations, bounds)) as groups:
+            async for results in groups:
+                for result in results:
+                    yield result
+
+    async def predict_each(
+        self,
+        images: Iterable[Image],
+        *,
+        top_k: int = 5,
+        bounds: Bounds = Bounds(),
+    ) -> AsyncIterator[Result | Refusal]:
+        requests = _requests(map(encode_if_readable, images), bounds)
+        conversations = (predict_each(contents, top_k=top_k, retry=self.retry) for contents in requests)
+        async with aclosing(self._in_flight(conversations, bounds)) as groups:
+            async for results in groups:
+                for result in results:
+                    yield result
+
+    async def _in_flight(self, conversations: Iterator[Conversation[Answer]], bounds: Bounds) -> AsyncGenerator[Answer]:
+        pending: deque[asyncio.Task[Answer]] = deque()
         try:
-            while contents := await asyncio.to_thread(next, requests, None):
+            while conversation := await asyncio.to_thread(next, conversations, None):  # which reads files
                 if len(pending) == bounds.requests_at_once:
-                    for result in await pending.popleft():
-                        yield result
-                conversation = predict(contents, top_k=top_k, retry=self.retry)
+                    yield await pending.popleft()
                 pending.append(asyncio.create_task(self._carry_out(conversation)))
             while pending:
-                for result in await pending.popleft():
-                    yield result
+                yield await pending.popleft()
         finally:
             for task in pending:
                 task.cancel()
@@ -196,13 +240,13 @@ class AsyncClient(_Server):
         await self.close()
 
     async def _carry_out(self, conversation: Conversation[Answer]) -> Answer:
-        send = next(conversation)
+        outcome: Any = None  # begins the conversation
         while True:
-            outcome = await self._send(send)
             try:
                 send = conversation.send(outcome)
             except StopIteration as end:
                 return end.value
+            outcome = await self._send(send)
 
     async def _send(self, send: Send) -> "httpx.Response | Lost":
         import httpx
@@ -214,8 +258,8 @@ class AsyncClient(_Server):
             return _lost(error, self._http.base_url)
 
 
-def _requests(images: Iterable[Image], bounds: Bounds) -> Iterator[list[bytes]]:
-    return in_requests(images, max_images=bounds.images_per_request, max_bytes=bounds.bytes_per_request)
+def _requests(contents: Iterable[Content], bounds: Bounds) -> Iterator[list[Content]]:
+    return in_requests(contents, max_images=bounds.images_per_request, max_bytes=bounds.bytes_per_request)
 
 
 def _lost(error: "httpx.TransportError", url: "httpx.URL") -> Lost:
@@ -227,38 +271,59 @@ def _lost(error: "httpx.TransportError", url: "httpx.URL") -> Lost:
 
 @dataclass(frozen=True)
 class ClientConfig:
-    images: Annotated[tuple[Path, ...], "PNG, JPEG, WebP or BMP files"]
+    images: Annotated[tuple[Path, ...], "PNG, JPEG, WebP or BMP files, and folders whose images are taken"]
     url: Annotated[str, "where the server is"] = DEFAULT_URL
     top_k: Annotated[int, "classes per image"] = 3
     json: Annotated[bool, "print the results as JSON on stdout"] = False
 
 
 def command(config: ClientConfig) -> int:
-    """Ask a server what it sees in images."""
+    """Ask a server what it sees in images; exit status 1 if one of them could not be read."""
     import json
 
-    from rich.table import Table
-
-    from train.progress import make_console, progress
+    from train.folder import find_images
+    from train.progress import make_console, printable, track
+    from train.survey import describe_left_out
 
     if not config.images:
         raise Refusal("name one image or more: python serve/client.py image.png")
     console = make_console(json=config.json)
-    results = []
-    with Client(config.url) as client, progress(console, "asking", len(config.images)) as advance:
-        for result in client.predict_many(config.images, top_k=config.top_k):
-            results.append(result)
-            advance()
+    paths, left_out = find_images(config.images)
+    for line in describe_left_out(left_out):
+        console.print(printable(line))
+    with Client(config.url) as client:
+        results = [*track(console, "asking")(client.predict_each(paths, top_k=config.top_k), len(paths))]
+    answers = dict(zip(paths, results, strict=True))
     if config.json:
-        rows = [{"image": str(path), **asdict(row)} for path, row in zip(config.images, results, strict=True)]
-        print(json.dumps(rows))
-        return 0
+        print(json.dumps([_row(path, result) for path, result in answers.items()]))
+    else:
+        _print_table(console, answers)
+    bad = {path: result for path, result in answers.items() if isinstance(result, Refusal)}
+    for path, refusal in bad.items():
+        console.print(printable(f"not answered: {path}: {refusal}"))
+    if bad:
+        console.print(f"{len(bad)} of {len(paths)} images were not answered")
+    return 1 if bad else 0
+
+
+def _row(path: Path, result: Result | Refusal) -> dict[str, Any]:
+    fields = {"error": str(result)} if isinstance(result, Refusal) else asdict(result)
+    return {"image": str(path), **fields}
+
+
+def _print_table(console: "Console", answers: dict[Path, Result | Refusal]) -> None:
+    from rich.table import Table
+
+    from train.progress import printable
+
     table = Table("image", "class", "probability", "then")
-    for path, (best, *rest) in zip(config.images, (result.top for result in results), strict=True):
-        others = ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in rest)
-        table.add_row(str(path), best.label, f"{best.probability:.1%}", others)
-    console.print(table)
-    return 0
+    for path, result in answers.items():
+        if not isinstance(result, Refusal):
+            best, *rest = result.top
+            others = ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in rest)
+            table.add_row(printable(str(path)), best.label, f"{best.probability:.1%}", others)
+    if table.row_count:
+        console.print(table)
 
 
 if __name__ == "__main__":

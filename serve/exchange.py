@@ -23,12 +23,16 @@ if TYPE_CHECKING:
 
 Image = Union[str, Path, bytes, "np.ndarray"]
 Answer = TypeVar("Answer")
+Content = TypeVar("Content", bytes, bytes | Refusal)
 Conversation = Generator["Send", Union["httpx.Response", "Lost"], Answer]
 
 # Overload, a proxy that counts requests, and one that lost its server; a prediction changes nothing, so asking again
 # is safe. Ray's proxy says 500 where a replica was killed; the server's own 500 is a problem document and stays.
 RETRIED = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
 PROBLEM = "application/problem+json"
+# Refusals of what is in a request: too large, by bytes, pixels or number of images, or not decodable.
+OF_AN_IMAGE = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY)
+NOT_A_NUMBER = "urn:diracnet:problem:not-a-number"  # what the net answers to an image
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,30 @@ def predict(contents: list[bytes], *, top_k: int, retry: Retry) -> Conversation[
     return read_results(response, len(contents))
 
 
+def predict_each(contents: list[bytes | Refusal], *, top_k: int, retry: Retry) -> Conversation[list[Result | Refusal]]:
+    """`predict`, but an image that the server refuses has its `ServerProblem` in the place of its result.
+
+    A request that is refused for what is in it is asked again in halves, until the bad images are alone. What is a
+    `Refusal` already, because it could not be read here, is not sent and stays in its place.
+    """
+    readable = [content for content in contents if isinstance(content, bytes)]
+    answers = iter((yield from _predict_halves(readable, top_k=top_k, retry=retry)) if readable else ())
+    return [next(answers) if isinstance(content, bytes) else content for content in contents]
+
+
+def _predict_halves(contents: list[bytes], *, top_k: int, retry: Retry) -> Conversation[list[Result | Refusal]]:
+    try:
+        return [*(yield from predict(contents, top_k=top_k, retry=retry))]
+    except ServerProblem as problem:
+        if problem.status not in OF_AN_IMAGE and problem.type != NOT_A_NUMBER:
+            raise
+        if len(contents) == 1:
+            return [problem]
+    middle = len(contents) // 2
+    first = yield from _predict_halves(contents[:middle], top_k=top_k, retry=retry)
+    return first + (yield from _predict_halves(contents[middle:], top_k=top_k, retry=retry))
+
+
 def model_card(*, retry: Retry) -> Conversation[dict[str, Any]]:
     """What the server's model says of itself."""
     response = yield from exchange(Send("GET", "/model"), retry)
@@ -158,17 +186,28 @@ def encode_all(images: Iterable[Image]) -> list[bytes]:
     return [encode(image) for image in images]
 
 
-def in_requests(images: Iterable[Image], *, max_images: int, max_bytes: int) -> Iterator[list[bytes]]:
-    """The images in groups, in order; a group is within both bounds, or one image that is larger."""
-    group: list[bytes] = []
-    for image in images:
-        content = encode(image)
-        if group and (len(group) == max_images or sum(map(len, group)) + len(content) > max_bytes):
+def encode_if_readable(image: Image) -> bytes | Refusal:
+    """`encode`, or why it is impossible."""
+    try:
+        return encode(image)
+    except Refusal as refusal:
+        return refusal
+
+
+def in_requests(contents: Iterable[Content], *, max_images: int, max_bytes: int) -> Iterator[list[Content]]:
+    """What `encode` gives in groups, in order; a group is within both bounds, or one image that is larger."""
+    group: list[Content] = []
+    for content in contents:
+        if group and (len(group) == max_images or sum(map(_size, group)) + _size(content) > max_bytes):
             yield group
             group = []
         group.append(content)
     if group:
         yield group
+
+
+def _size(content: bytes | Refusal) -> int:
+    return len(content) if isinstance(content, bytes) else 0
 
 
 def retry_after_s(response: "httpx.Response") -> float:

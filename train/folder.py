@@ -1,5 +1,6 @@
 """A folder of images per class: found and checked at the start, decoded only when needed."""
 
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ CHECK_THREADS = 8
 PART_NAMES = {"validation": ("val", "valid", "validation"), "test": ("test",)}  # beside train
 JUNK = ("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini")
 JUNK_REASON = "hidden, or an operating system's own"
+UNREADABLE = "cannot be read"
 
 Track = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, total): gives the items, and shows progress
 
@@ -76,6 +78,39 @@ def read(path: str, files: Files, crop: Callable | None = None) -> np.ndarray | 
         if files.skip_unreadable:
             return None
         raise Refusal(f"{path} cannot be read ({error}): mend or remove it, or add --skip-unreadable") from error
+
+
+def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[LeftOut]]:
+    """The files among `paths`, each image in the folders among them and below, in order; and what else lies there.
+
+    Refuses a path that is not there, and paths without one image.
+    """
+    paths = list(paths)
+    if missing := [str(path) for path in paths if not path.exists() and not path.is_symlink()]:
+        raise Refusal(f"{', '.join(missing[:5])} {'is' if len(missing) == 1 else 'are'} not there")
+    found: dict[Path, None] = {}  # in order, none twice
+    left_out: list[LeftOut] = []
+    for path in paths:
+        if not path.is_dir():
+            found[path] = None
+            continue
+        for folder, folders, names in os.walk(path, onerror=_refuse_folder):
+            below = [Path(folder, name) for name in folders]
+            left_out += [LeftOut(child, JUNK_REASON) for child in below if _is_junk(child)]
+            left_out += [LeftOut(child, "a link to a folder") for child in below if child.is_symlink()]
+            folders[:] = sorted(child.name for child in below if not _is_junk(child))
+            for child in sorted(Path(folder, name) for name in names):
+                if why := _reason(child):
+                    left_out.append(LeftOut(child, why))
+                else:
+                    found[child] = None
+    if not found:
+        raise Refusal(f"no {', '.join(SUFFIXES)} images in {', '.join(map(str, paths))}")
+    return list(found), left_out
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise Refusal(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
 def refuse_what_cannot_be_judged(files: Files, track: Track) -> None:
@@ -145,7 +180,7 @@ def find_files(root: Path, labels: tuple[str, ...], image: ImageSpec, *, skip_un
             f"{len(unreadable)} of {len(every)} images cannot be read, the first is {unreadable[0]}: "
             "mend or remove them, or add --skip-unreadable"
         )
-    left_out += [LeftOut(path, "cannot be read") for path in unreadable]
+    left_out += [LeftOut(path, UNREADABLE) for path in unreadable]
     parts = {
         part: make_files(root, [pair for pair in pairs if sizes[pair[0]]], image, skip_unreadable=skip_unreadable)
         for part, pairs in found.items()

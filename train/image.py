@@ -119,6 +119,7 @@ def _crop_box(image: Image.Image, spec: ImageSpec) -> tuple[float, float, float,
     if spec.resize is None:
         return (0.0, 0.0, float(image.width), float(image.height))
     scale = min(image.width, image.height) / spec.resize
-    width, height = spec.width * scale, spec.height * scale
+    # Rounding could pass the image's edge, which Pillow refuses: 28 * (29 / 28) is more than 29.
+    width, height = min(image.width, spec.width * scale), min(image.height, spec.height * scale)
     left, top = (image.width - width) / 2, (image.height - height) / 2
     return (left, top, left + width, top + height)

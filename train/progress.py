@@ -19,6 +19,11 @@ def make_console(*, json: bool = False, quiet: bool = False) -> Console:
     return Console(file=stream, highlight=False, width=width, soft_wrap=True, markup=False, quiet=quiet)
 
 
+def printable(text: str) -> str:
+    """A text for people: the bytes of a file's name that are not UTF-8 become question marks."""
+    return text.encode(errors="replace").decode()
+
+
 @contextmanager
 def progress(console: Console, what: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
     """Yields `advance(n=1, note="")`; `done` is how many steps were finished before."""

@@ -13,8 +13,8 @@ from bench.faults import Subject, Tally
 from bench.open_loop import LOST, Answer, Load, predict_request
 from export.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
+from export.runtimes.probabilities import softmax
 from fold.plain import fold_net
-from serve.answer import softmax
 from train.cli import run_command
 
 

@@ -320,7 +320,7 @@ def test_the_command_ends_with_one_line_where_there_is_no_server(tmp_path):
     for argv, message in (
         ([image, "--url", "http://127.0.0.1:9"], "no answer from http://127.0.0.1:9"),
         ([], "name one image or more"),
-        ([tmp_path / "missing.png"], "cannot read"),
+        ([tmp_path / "missing.png"], "is not there"),
     ):
         done = run(*argv)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -54,6 +54,13 @@ def test_the_shorter_side_is_resized_and_the_centre_cropped():
     assert decode(encode(Image.fromarray(pixels[..., 0])), squeezed)[0, :, 0][[0, 4, 7]].tolist() == [0, 200, 0]
 
 
+@pytest.mark.parametrize("size", [(29, 29), (29, 200), (200, 58), (58, 58)])
+def test_no_size_is_refused_where_rounding_passes_the_edge(size):
+    spec = ImageSpec(28, 28, 3, (0.5,) * 3, (0.5,) * 3, resize=28)
+    assert 28 * (min(size) / 28) > min(size)
+    assert decode(encode(Image.new("RGB", size, "white")), spec).min() == 255
+
+
 def test_an_oriented_photograph_is_turned_upright():
     pixels = np.zeros((8, 8), np.uint8)
     pixels[:4] = 255

@@ -1,0 +1,230 @@
+"""python export/evaluate.py MODEL: how good a model is on images that it was not trained on, as a report."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from export.runtimes.described import (
+    ChannelsFlag,
+    LabelsFlag,
+    LogitsFlag,
+    MeanFlag,
+    OutputFlag,
+    ProbabilitiesFlag,
+    ResizeFlag,
+    StdFlag,
+    from_flags,
+)
+from train.cli import run_command
+from train.refusal import Refusal
+from train.spec import DatasetName
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from export.artefacts import Form
+    from export.evaluation import Evaluation
+    from export.evaluation_report import Mistake, Report
+    from export.judged import Judged
+
+EXAMPLES = (
+    "python export/evaluate.py runs/photos/plain.onnx --data-dir photos     # the test images of its run",
+    "python export/evaluate.py models/fashion-mnist.onnx --out report",
+    "python export/evaluate.py theirs.onnx --data-dir photos --labels names.txt --resize 256      # all images there",
+)
+NUM_DRAWN = 24  # of the surest mistakes in mistakes.png
+NUM_LISTED, NUM_NAMED = 10, 20  # classes and unreadable images on the screen; the report has all
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or anybody's classifier"]
+    dataset: Annotated[DatasetName | None, "what to judge it on (default: the test images of its run)"] = None
+    data_dir: Annotated[Path | None, "where the data set lies; a folder without a run's record is taken whole"] = None
+    out: Annotated[Path, "folder for report.html, report.json, confusion.png, reliability.png, mistakes.png"] = Path(
+        "report"
+    )
+    mean: MeanFlag = ()
+    std: StdFlag = ()
+    resize: ResizeFlag = None
+    labels: LabelsFlag = None
+    channels: ChannelsFlag = None
+    probabilities: ProbabilitiesFlag = False
+    logits: LogitsFlag = False
+    output: OutputFlag = None
+    json: Annotated[bool, "print report.json on stdout"] = False
+
+
+def command(config: EvaluateConfig) -> int:
+    """Judge a model on images whose classes are known; exit status 1 if one of them could not be read.
+
+    A model of this project is judged on the test images that its run recorded, and on no other image of that folder.
+    """
+    import json
+    from functools import partial
+
+    from export.artefacts import open_artefact
+    from export.judged import find_judged
+    from train.files import write_whole
+    from train.progress import make_console, track
+
+    console = make_console(json=config.json)
+    form = open_artefact(config.model, said=from_flags(config))
+    if form.reading:
+        console.print(f"{form.name}: {form.reading}")
+    judged = find_judged(form, dataset=config.dataset, data_dir=config.data_dir, track=partial(track, console))
+    report = _judge(form, judged, console)
+    for name, content in _files(report).items():
+        write_whole(config.out / name, content)
+    _print_summary(console, report)
+    console.print(f"wrote {config.out / 'report.html'}, report.json, confusion.png, reliability.png and mistakes.png")
+    if config.json:
+        print(json.dumps(report.to_dict()))
+    return 1 if report.unreadable else 0
+
+
+def _judge(form: "Form", judged: "Judged", console: "Console") -> "Report":
+    from export.evaluation import evaluate
+    from export.evaluation_report import Report
+
+    probabilities, places, unreadable = _answers(form, judged, console)
+    targets = judged.targets[places]
+    return Report(
+        model=form.model_name,
+        file=form.path.name,
+        digest=form.digest,
+        dataset=judged.dataset,
+        what=judged.what,
+        evaluation=evaluate(probabilities, targets, form.spec.labels),
+        mistakes=_mistakes(judged, probabilities, targets, places, form.spec.labels),
+        unreadable=unreadable,
+    )
+
+
+def _answers(form: "Form", judged: "Judged", console: "Console") -> tuple["np.ndarray", list[int], dict[str, str]]:
+    """(probabilities [N, K], the place of each among the judged, name of an image → why it has no answer)."""
+    import numpy as np
+
+    from export.answering import answer_each
+    from train.folder import UNREADABLE
+    from train.progress import printable, track
+    from train.survey import describe_left_out
+
+    for line in describe_left_out([stranger for stranger in judged.left_out if stranger.why != UNREADABLE]):
+        console.print(printable(line))
+    answers = answer_each(form, range(len(judged)), judged.pixels)
+    answers = list(track(console, "answering")(answers, len(judged)))
+    places = [index for index, answer in enumerate(answers) if not isinstance(answer, Refusal)]
+    unreadable = {str(stranger.path): stranger.why for stranger in judged.left_out if stranger.why == UNREADABLE}
+    unreadable |= {
+        judged.name(index): str(answer) for index, answer in enumerate(answers) if isinstance(answer, Refusal)
+    }
+    if not places:
+        raise Refusal(f"none of the {len(answers)} images could be answered: {next(iter(unreadable.values()), '')}")
+    return np.stack([answers[index] for index in places]), places, unreadable
+
+
+def _mistakes(
+    judged: "Judged",
+    probabilities: "np.ndarray",
+    targets: "np.ndarray",
+    places: list[int],
+    labels: tuple[str, ...],
+) -> tuple["Mistake", ...]:
+    """All of them, the surest first; those that are shown have their pixels."""
+    import numpy as np
+
+    from export.evaluation_report import NUM_SHOWN, Mistake
+    from export.runtimes.probabilities import best
+
+    answers = best(probabilities, 1)[:, 0]
+    wrong = np.flatnonzero(answers != targets)
+    wrong = wrong[np.argsort(-probabilities[wrong, answers[wrong]], kind="stable")]
+    return tuple(
+        Mistake(
+            image=judged.name(places[row]),
+            truth=labels[targets[row]],
+            answer=labels[answers[row]],
+            probability=float(probabilities[row, answers[row]]),
+            of_truth=float(probabilities[row, targets[row]]),
+            pixels=judged.enlarged(places[row]) if rank < NUM_SHOWN else None,
+        )
+        for rank, row in enumerate(wrong)
+    )
+
+
+def _files(report: "Report") -> dict[str, bytes]:
+    """Name → content; the page is the last to be written."""
+    import json
+
+    from export import evaluation_figures as figures
+    from export.evaluation_page import to_html
+
+    calibration, title = report.evaluation.calibration, figures.figure_text(report.title, 80)
+    error = f"expected calibration error {100 * calibration.error:.2f} %"
+    drawn = report.shown[:NUM_DRAWN]
+    captions = [
+        f"{figures.figure_text(mistake.answer)} {mistake.probability:.1%}\nis {figures.figure_text(mistake.truth)}"
+        for mistake, _ in drawn
+    ]
+    num = len(report.mistakes)
+    surest = f"{len(drawn)} of {num:,} wrong answers, the surest first" if num else "no answer is wrong"
+    pictures = {
+        "confusion.png": figures.confusion_figure(report.evaluation, f"{title}\n{report.score}"),
+        "reliability.png": figures.reliability_figure(calibration, f"{title}\n{error}"),
+        "mistakes.png": figures.mistakes_figure([pixels for _, pixels in drawn], captions, surest),
+    }
+    files = {name: figures.draw(figure) for name, figure in pictures.items()}
+    page = to_html(report, confusion_png=files["confusion.png"], reliability_png=files["reliability.png"])
+    record = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
+    return {**files, "report.json": record, "report.html": page.encode()}
+
+
+def _print_summary(console: "Console", report: "Report") -> None:
+    """The figures, the weakest classes, the most frequent mistakes, and what could not be read."""
+    from export.evaluation_report import share
+    from train.interval import percent
+    from train.progress import printable
+
+    evaluation, calibration = report.evaluation, report.evaluation.calibration
+    console.print(f"{report.model} on {evaluation.top1.num:,} {report.what}")
+    console.print(f"top-1 {share(evaluation.top1.value)}, 95 % interval {percent(evaluation.top1.interval)}")
+    if top5 := evaluation.top5:
+        console.print(f"top-5 {share(top5.value)}, 95 % interval {percent(top5.interval)}")
+    console.print(
+        f"expected calibration error {share(calibration.error)}; "
+        f"on as many images chance alone makes up to {share(calibration.perfect_95)}"
+    )
+    _print_classes(console, evaluation)
+    for truth, answer, count in evaluation.confusions(3):
+        console.print(printable(f"{count} of {truth} taken for {answer}"))
+    for name, why in list(report.unreadable.items())[:NUM_NAMED]:
+        console.print(printable(f"not answered: {name}: {why}"))
+    if report.unreadable:
+        console.print(f"{len(report.unreadable):,} images could not be read and are in no figure")
+
+
+def _print_classes(console: "Console", evaluation: "Evaluation") -> None:
+    from rich.table import Table
+
+    from export.evaluation_page import weakest_first
+    from export.evaluation_report import share
+    from train.interval import percent
+    from train.progress import printable
+
+    table = Table("class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1")
+    for row in weakest_first(evaluation.classes)[:NUM_LISTED]:
+        parts = [text for part in (row.recall, row.precision) for text in (share(part.value), percent(part.interval))]
+        table.add_row(printable(row.label), str(row.images), *parts, share(row.f1))
+    console.print(table)
+    if len(evaluation.labels) > NUM_LISTED:
+        console.print(f"these are the {NUM_LISTED} of {len(evaluation.labels)} classes that are recognised least often")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, EvaluateConfig, examples=EXAMPLES))

@@ -1,0 +1,148 @@
+"""python export/predict.py MODEL FILES_OR_FOLDER: what a model says of any number of images, without a server."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from export.runtimes.described import (
+    ChannelsFlag,
+    LabelsFlag,
+    LogitsFlag,
+    MeanFlag,
+    OutputFlag,
+    ProbabilitiesFlag,
+    ResizeFlag,
+    StdFlag,
+    from_flags,
+)
+from train.cli import run_command
+from train.refusal import Refusal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from export.artefacts import Form
+
+EXAMPLES = (
+    "python export/predict.py runs/photos/plain.onnx new-photos --out predictions.csv",
+    "python export/predict.py models/fashion-mnist.onnx models/held-out/*.png --top-k 3 --out predictions.json",
+    "python export/predict.py theirs.onnx photos --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --labels names.txt",
+)
+NUM_NAMED = 20  # unreadable images that are named on the screen; the file names all
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or anybody's classifier"]
+    images: Annotated[tuple[Path, ...], "image files, and folders whose images are taken, those further down too"]
+    out: Annotated[Path, "file to write: .csv has a header and a row per image, .json the server's results"] = Path(
+        "predictions.csv"
+    )
+    top_k: Annotated[int, "classes per image"] = 1
+    mean: MeanFlag = ()
+    std: StdFlag = ()
+    resize: ResizeFlag = None
+    labels: LabelsFlag = None
+    channels: ChannelsFlag = None
+    probabilities: ProbabilitiesFlag = False
+    logits: LogitsFlag = False
+    output: OutputFlag = None
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise Refusal(f"--top-k must be 1 or more, got {self.top_k}")
+        if self.out.suffix not in (".csv", ".json"):
+            raise Refusal(f"--out must end with .csv or .json, got {self.out}")
+        if not self.images:
+            raise Refusal("name one image or folder or more: python export/predict.py plain.onnx photos")
+
+
+def command(config: PredictConfig) -> int:
+    """Answer images with any model and write a row for each; exit status 1 if one could not be read.
+
+    Pixels and probabilities are those that the server computes.
+    """
+    from export.answering import answer_each, load_file
+    from export.artefacts import open_artefact
+    from train.files import write_whole
+    from train.folder import find_images
+    from train.progress import make_console, printable, track
+    from train.survey import describe_left_out
+
+    console = make_console()
+    form = open_artefact(config.model, said=from_flags(config))
+    if form.reading:
+        console.print(f"{form.name}: {form.reading}")
+    paths, left_out = find_images(config.images)
+    for line in describe_left_out(left_out):
+        console.print(printable(line))
+    answers = answer_each(form, paths, lambda path: load_file(path, form.spec.image))
+    results = [
+        _result(path, answer, form.spec.labels, config.top_k)
+        for path, answer in zip(paths, track(console, "answering")(answers, len(paths)), strict=True)
+    ]
+    content = _csv(results, min(config.top_k, len(form.spec.labels))) if config.out.suffix == ".csv" else None
+    write_whole(config.out, content or _json(form, results))
+    return _summarize(console, config, form, results)
+
+
+def _result(path: Path, answer: "np.ndarray | Refusal", labels: tuple[str, ...], top_k: int) -> dict[str, Any]:
+    """A result as the server gives it, or the reason why there is none."""
+    from export.runtimes.probabilities import best
+
+    if isinstance(answer, Refusal):
+        return {"image": str(path), "error": str(answer)}
+    top = [
+        {"label": labels[index], "index": index, "probability": float(answer[index])}
+        for index in best(answer[None], top_k)[0].tolist()
+    ]
+    return {"image": str(path), **top[0], "top": top}
+
+
+def _csv(results: list[dict[str, Any]], top_k: int) -> bytes:
+    """A header and a row for each; the second guess is label_2 and so on, `error` is empty for most."""
+    import csv
+    import io
+
+    guess = ("label", "index", "probability")
+    columns = [f"{name}_{rank}" if rank > 1 else name for rank in range(1, top_k + 1) for name in guess]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["image", *columns, "error"])
+    for result in results:
+        values = [row[name] for row in result.get("top", ()) for name in guess] or [""] * len(columns)
+        writer.writerow([result["image"], *values, result.get("error", "")])
+    return file.getvalue().encode(errors="surrogateescape")  # file names that are not UTF-8 stay themselves
+
+
+def _json(form: "Form", results: list[dict[str, Any]]) -> bytes:
+    import json
+
+    model = {"name": form.model_name, "digest": form.digest}
+    return (json.dumps({"model": model, "results": results}, indent=1) + "\n").encode()
+
+
+def _summarize(console: "Console", config: PredictConfig, form: "Form", results: list[dict[str, Any]]) -> int:
+    """How many of each class; what could not be read, by name. The exit status."""
+    from collections import Counter
+
+    from train.progress import printable
+
+    counts = Counter(result["label"] for result in results if "label" in result).most_common(10)
+    bad = [result for result in results if "error" in result]
+    for result in bad[:NUM_NAMED]:
+        console.print(printable(f"not answered: {result['image']}: {result['error']}"))
+    if len(bad) > NUM_NAMED:
+        console.print(f"and {len(bad) - NUM_NAMED} more, which {config.out} names")
+    console.print(f"{form.model_name}: {', '.join(f'{label} {count:,}' for label, count in counts)}")
+    console.print(f"wrote {config.out}: {len(results) - len(bad):,} of {len(results):,} images answered")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, PredictConfig, examples=EXAMPLES))
