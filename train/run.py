@@ -24,7 +24,7 @@ def command(config: TrainConfig) -> int:
     """Train a DiracNet; writes checkpoint.pt, best.pt, metrics.jsonl and learning_curve.png to --out."""
     from train import session
 
-    return session.describe(config.resolved()) if config.describe else session.train(config)
+    return session.describe(config) if config.describe else session.train(config)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ def test_a_recipe_leaves_nothing_open(name):
             "parameterization",
             "crop",
             "out",
+            "init",
+            "patience",
         }
 
 

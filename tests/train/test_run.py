@@ -78,10 +78,10 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(steps, "train_step", step)
         assert run(*argv, "--out", tmp_path / "cut") == 130
-    assert "interrupted: go on with --resume" in capsys.readouterr().err
+    assert "interrupted: go on with: " in capsys.readouterr().err
     cut = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")
     assert (cut.epoch, cut.step) == (0, 3)
-    assert run(*argv, "--out", tmp_path / "cut", "--resume") == 0
+    assert run_command(command, TrainConfig, argv=["--out", str(tmp_path / "cut"), "--resume"]) == 0
     assert run(*argv, "--out", tmp_path / "whole") == 0
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
@@ -249,9 +249,9 @@ def test_the_form_that_was_chosen_is_recorded_and_resumed(tmp_path, capsys):
     assert "--nonlinearity" not in recorded["command"]
     explicit = ["--family", "wrn", "--nonlinearity", "relu", "--parameterization", "plain", *argv, "--resume"]
     assert run_command(command, TrainConfig, argv=explicit) == 0
-    assert run_command(command, TrainConfig, argv=[*argv, "--resume"]) == 2
-    error = capsys.readouterr().err
-    assert "was started with --family wrn --nonlinearity relu --parameterization plain" in error
+    assert run_command(command, TrainConfig, argv=["--out", str(tmp_path), "--resume"]) == 0
+    assert run_command(command, TrainConfig, argv=[*argv, "--resume", "--family", "pooled"]) == 2
+    assert "was started with --family wrn; resume it with the same" in capsys.readouterr().err
 
 
 @pytest.mark.slow
