@@ -36,11 +36,12 @@ def continued(config: TrainConfig, state: Checkpoint) -> Settings:
     if changed:
         flags = " ".join(f"--{name.replace('_', '-')} {was.get(name)}" for name in changed)
         raise Refusal(f"{config.run_dir} was started with {flags}; resume it with the same, or leave that out")
-    was |= {name: Path(was[name]) for name in PATHS if was.get(name)}
+    paths = {name: Path(was[name]) for name in PATHS if was.get(name)}
     taken: dict[str, Any] = {
         name: getattr(config, name) for name in (given | {"json", "out", "resume"}) & {*FREE_TO_CHANGE}
     }
-    settings = Settings(**was | taken | {"out": config.run_dir})
+    together: dict[str, Any] = {**was, **paths, **taken, "out": config.run_dir}
+    settings = Settings(**together)
     if settings.epochs < was["epochs"]:
         raise Refusal(f"--epochs may grow: {config.run_dir} was started with {was['epochs']}, got {settings.epochs}")
     return settings
