@@ -53,23 +53,42 @@ def describe_fit(train: float, num_train: int, held: float, num_held: int) -> st
     return f"{figures}: no sign of overfitting"
 
 
-def draw_learning_curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
-    """Loss and error over epochs, training and validation."""
+def draw_learning_curve(path: Path, history: list[dict[str, Any]], title: str, *, smoothing: float = 0.0) -> None:
+    """Loss and error over epochs, training and validation; without the loss where it is not recorded."""
     from matplotlib.figure import Figure
 
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for part, colour in (("train", "tab:blue"), ("validation", "tab:orange")):
-        if all(row[f"{part}_loss"] is not None for row in history):
-            left.plot(epochs, [row[f"{part}_loss"] for row in history], color=colour, label=part)
-            error = [100 * (1 - row[f"{part}_accuracy"]) for row in history]
-            right.plot(epochs, error, color=colour, label=part)
-    left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
-    right.set(xlabel="epoch", ylabel="error, %", yscale="symlog", ylim=(0, None))
-    left.legend()
+    smoothed = f", labels smoothed by {smoothing:g}" if smoothing else ""
+    panels = [what for what in ("loss", "accuracy") if f"train_{what}" in history[0]]
+    figure = Figure(figsize=(4.6 * len(panels), 3.9), layout="constrained")
+    for what, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        for part, colour, label in (
+            ("train", "tab:blue", f"training, augmented{smoothed if what == 'loss' else ''}"),
+            ("validation", "tab:orange", "held out, as they are"),
+        ):
+            values = [row[f"{part}_{what}"] for row in history]
+            if None not in values:
+                shown = values if what == "loss" else [100 * (1 - value) for value in values]
+                axes.plot([row["epoch"] for row in history], shown, ".-", color=colour, label=label)
+        axes.set(xlabel="epoch", ylabel="cross-entropy" if what == "loss" else "error, %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _plain_log_ticks(axes)
+        axes.legend()
     figure.suptitle(title)
     write_whole(path, png(figure))
+
+
+def _plain_log_ticks(axes: Any) -> None:
+    """A logarithmic axis with ticks at 1, 2 and 5, written out; a linear one where a value is zero."""
+    lowest, highest = (edge([edge(line.get_ydata()) for line in axes.lines]) for edge in (min, max))
+    if lowest <= 0:
+        axes.set_ylim(0, None)
+        return
+    ticks = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
+    inside = [tick for tick in ticks if lowest / 2.5 <= tick <= highest * 2.5]
+    axes.set_yscale("log")
+    axes.set_yticks(inside, [f"{tick:g}" for tick in inside])
+    axes.minorticks_off()
+    axes.set_ylim(lowest / 1.2, highest * 1.2)
 
 
 def describe_row(row: dict[str, Any], num_epochs: int, left_s: float) -> str:

@@ -146,7 +146,7 @@ def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
     chosen = _test(session, dataset.test)
     accuracy, row, num_test = chosen.test_accuracy or 0.0, chosen.history[-1], len(dataset.test)
     title = f"{state.spec.name} on {config.dataset}"
-    draw_learning_curve(config.run_dir / "learning_curve.png", state.history, title)
+    draw_learning_curve(config.run_dir / "learning_curve.png", state.history, title, smoothing=config.label_smoothing)
     result = {
         "checkpoint": str(config.run_dir / "best.pt"),
         "epoch": row["epoch"],
