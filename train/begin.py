@@ -85,7 +85,11 @@ def command_to_resume(config: Settings, num_processes: int) -> str:
     """What goes on with a run when it is pasted into the shell that started it."""
     script = Path(__file__).with_name("run.py")
     script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-    several = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"] if num_processes > 1 else []
+    several = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+        if num_processes > 1
+        else []
+    )
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     return shlex.join([python, *several, str(script), "--resume", "--out", str(config.run_dir)])
 

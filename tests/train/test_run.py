@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ def test_more_epochs_go_on_from_the_last_and_say_that_the_test_images_are_known(
 
 @pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(tmp_path, capsys, monkeypatch):
-    scores = iter([0.5, 0.6, 0.6, 0.4, 0.9])
+    scores = chain([0.5, 0.6, 0.6, 0.4], repeat(0.9))
     monkeypatch.setattr(session, "evaluate", lambda *args, **kwargs: Score(1.0, next(scores)))
     assert run("--out", tmp_path, "--epochs", 9, "--patience", 2) == 0
     assert "no better validation accuracy for 2 epochs: training ends here" in capsys.readouterr().out
