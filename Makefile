@@ -32,10 +32,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup ## train, fold, export, prove and serve digits; show the Fashion-MNIST model beside it
 	@$(BIN)/python train/run.py --out $(RUN) $(if $(wildcard $(RUN)/checkpoint.pt),--resume)
-	@$(BIN)/python fold/run.py $(RUN)/checkpoint.pt
+	@$(BIN)/python fold/run.py $(RUN)
 	@$(BIN)/python export/to_onnx.py $(RUN)/plain.safetensors
 	@$(BIN)/python export/to_trt.py $(RUN)/plain.onnx
-	@$(BIN)/python export/parity.py $(RUN)/plain.onnx --against $(RUN)/checkpoint.pt $(RUN)/plain.safetensors
+	@$(BIN)/python export/parity.py $(RUN)/plain.onnx --against $(RUN)/best.pt $(RUN)/plain.safetensors
 	@$(BIN)/python train/held_out.py --out $(RUN)/held-out
 	@$(BIN)/python serve/demo.py $(RUN)/plain.onnx --images $(RUN)/held-out --port $(PORT)
 	@$(BIN)/python serve/demo.py $(BUNDLED) --images models/held-out --port $$(($(PORT) + 1))

@@ -215,11 +215,9 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
         )
     image = plain.spec.image
     if config.dataset:
-        dataset = data.load(name, data_dir=config.data_dir, image_size=image.height)
+        dataset = data.load(name, data_dir=config.data_dir, image=image if name == "folder" else None)
     else:
-        dataset = data.load_as_trained(
-            training, data_dir=config.data_dir, beside=config.plain.parent, image_size=image.height
-        )
+        dataset = data.load_as_trained(training, data_dir=config.data_dir, beside=config.plain.parent, image=image)
     found, needed = dataset.info.image, (image.height, image.width, image.channels)
     if (found.height, found.width, found.channels) != needed or len(dataset.info.labels) != len(plain.spec.labels):
         raise Refusal(

@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fold.proof import Proof
+    from train.checkpoint import Checkpoint
 
 EXAMPLES = (
-    "python fold/run.py runs/digits-16-1/checkpoint.pt      # writes plain.safetensors beside it",
-    "python fold/run.py runs/digits-16-1/best.pt --out best.safetensors --json",
+    "python fold/run.py runs/digits-16-1                    # best.pt of the run; writes plain.safetensors beside it",
+    "python fold/run.py runs/digits-16-1/checkpoint.pt --out last.safetensors --json",
 )
 
 
 @dataclass(frozen=True)
 class FoldConfig:
-    checkpoint: Annotated[Path, "a checkpoint of train/run.py"]
+    checkpoint: Annotated[Path, "a run's folder, of which best.pt is taken where there is one, or a checkpoint"]
     out: Annotated[Path | None, "file to write (default: plain.safetensors beside the checkpoint)"] = None
     data_dir: Annotated[Path | None, "where the data set lies (default: where training found it)"] = None
     images: Annotated[int, "test images to prove the fold on"] = 500
@@ -40,7 +41,7 @@ def command(config: FoldConfig) -> int:
     from fold.image_sets import random_images, real_images
     from fold.plain import fold_net, save_plain
     from fold.proof import prove
-    from train.checkpoint import load_checkpoint, load_net
+    from train.checkpoint import load_net
     from train.families import count_parameters
     from train.machine import keep_large_buffers
     from train.progress import make_console, progress
@@ -48,13 +49,15 @@ def command(config: FoldConfig) -> int:
 
     keep_large_buffers()
     console = make_console(json=config.json)
-    checkpoint = load_checkpoint(config.checkpoint)
+    path, checkpoint, choice = _choose(config.checkpoint)
+    if choice:
+        console.print(choice)
     net = load_net(checkpoint)
     plain = fold_net(net)
     image = checkpoint.spec.image
     image_sets = {"random": torch.as_tensor(random_images(image))}
     real, missing = real_images(
-        image, checkpoint.config, num=config.images, data_dir=config.data_dir, beside=config.checkpoint.parent
+        image, checkpoint.config, num=config.images, data_dir=config.data_dir, beside=path.parent
     )
     if real is None:
         console.print(f"no real images, the proof is on random ones alone: {missing}")
@@ -65,7 +68,7 @@ def command(config: FoldConfig) -> int:
     _print_table(console, proof)
     if not proof:
         raise Refusal(f"nothing was written, the fold is not exact: {'; '.join(proof.failures())}")
-    out = config.out or config.checkpoint.with_name("plain.safetensors")
+    out = config.out or path.with_name("plain.safetensors")
     provenance = {
         "training": checkpoint.training_record(),
         "fold": {
@@ -81,6 +84,21 @@ def command(config: FoldConfig) -> int:
     if config.json:
         print(json.dumps({"out": str(out), "logits": [asdict(end) for end in proof.ends]}))
     return 0
+
+
+def _choose(given: Path) -> "tuple[Path, Checkpoint, str]":
+    """The checkpoint that `given` means, and which one that is where a run's folder has two."""
+    from train.checkpoint import load_checkpoint
+
+    last, best = ((given if given.is_dir() else given.parent) / name for name in ("checkpoint.pt", "best.pt"))
+    path = given if not given.is_dir() else best if best.exists() else last
+    state = load_checkpoint(path)
+    if path not in (last, best) or not (last.exists() and best.exists()):
+        return path, state, f"folding {path}" if given.is_dir() else ""
+    score = state.history[-1]["validation_accuracy"] if state.history else None
+    share = "" if score is None else f", {100 * score:.2f} % of the validation images"
+    other = "best.pt is the epoch with the best validation" if path == last else "chosen by validation"
+    return path, state, f"folding {path}: epoch {state.epoch}{share}; {other}"
 
 
 def _print_table(console: "Console", proof: "Proof") -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,31 @@ def erase(
     inside &= (chosen < share)[:, None, None]
     inside = inside[rows][: len(images), :, :, None].to(images.device)
     return torch.where(inside, torch.tensor(fill, dtype=torch.uint8, device=images.device), images)
+
+
+def mix(
+    images: Tensor, targets: Tensor, mixup: float, cutmix: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(images, targets, targets of what is mixed into them, share of an image in its mixture).
+
+    An image is mixed with its neighbour, the first with the second and so on, blended (mixup, Zhang et al., 2018) or
+    with a rectangle of it (cutmix, Yun et al., 2019); a coin decides for the batch where both are given.
+    The share is from Beta(α, α) of the given α.
+    """
+    num, height, width, _ = images.shape
+    partner = torch.arange(num, device=images.device)
+    partner = torch.where(partner ^ 1 < num, partner ^ 1, partner)
+    blends = rng.random() < (0.5 if mixup and cutmix else float(mixup > 0))
+    share = rng.beta(mixup, mixup) if blends else rng.beta(cutmix, cutmix)
+    if blends:
+        mixed = torch.lerp(images[partner].float(), images.float(), share).round().to(torch.uint8)
+        return mixed, targets, targets[partner], share
+    side, (y, x) = math.sqrt(1 - share), rng.random(2)
+    top, bottom = (round(min(max(y + half, 0), 1) * height) for half in (-side / 2, side / 2))
+    left, right = (round(min(max(x + half, 0), 1) * width) for half in (-side / 2, side / 2))
+    mixed = images.clone()
+    mixed[:, top:bottom, left:right] = images[partner, top:bottom, left:right]
+    return mixed, targets, targets[partner], 1 - (bottom - top) * (right - left) / (height * width)
 
 
 def _between(start: Tensor, length: Tensor, size: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The checkpoint: one file that resumes a run bit for bit and starts the fold."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,7 @@ class Checkpoint:
     history: list[dict[str, Any]]  # one row per finished epoch
     rng_state: torch.Tensor  # torch's global generator
     test_accuracy: float | None = None  # read once, after the last epoch
+    average: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights, where the run keeps one
     sha256: str = ""  # of the file it came from
 
     @classmethod
@@ -42,12 +43,18 @@ class Checkpoint:
         start = {"optimizer": {}, "scaler": {}, "epoch": 0, "step": 0, "totals": {}, "history": []}
         return cls(spec=spec, model=model, config=config, rng_state=torch.get_rng_state(), **start | moment)
 
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What is judged, folded and fine-tuned: the average where there is one."""
+        return self.average or self.model
+
     def training_record(self) -> dict[str, Any]:
         """What later artefacts say of this run."""
         kept = (
             "command",
             "dataset",
             "recipe",
+            "init_sha256",
             "seed",
             "epochs",
             "batch_size",
@@ -56,6 +63,7 @@ class Checkpoint:
             "weight_decay",
             "schedule",
             "validation",
+            "ema",
             "skip_unreadable",
             "split",
             "authors_sha256",
@@ -95,7 +103,7 @@ def load_net(checkpoint: Checkpoint) -> nn.Sequential:
     """The Dirac net of a checkpoint, in evaluation mode."""
     net = build(checkpoint.spec)
     try:
-        net.load_state_dict(checkpoint.model)
+        net.load_state_dict(checkpoint.weights)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
         raise Refusal(f"the checkpoint's weights do not fit its spec {checkpoint.spec.name}: {detail}") from error

@@ -1,7 +1,7 @@
 """The command line of train/run.py."""
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,6 +41,10 @@ class TrainConfig:
     delta: Annotated[
         Delta, "ones where channels widen: repeated, eq. 8; first: on the first channels alone, the second release"
     ] = "repeated"
+    init: Annotated[
+        Path | None, "fine-tune: a checkpoint with the net, its image spec, and all layers but the last"
+    ] = None
+    freeze: Annotated[int, "with --init: epochs at the start in which only the last layer learns"] = 0
     recipe: Annotated[Literal["ours", "paper"], "where the values below come from that you leave out"] = "ours"
     epochs: Annotated[int | None, "passes over the training images"] = None
     batch_size: Annotated[int | None, "images per step, over all processes"] = None
@@ -63,6 +67,13 @@ class TrainConfig:
     crop: Annotated[int | None, "shift images by up to N pixels; default: what suits the data set"] = None
     smallest_crop: Annotated[float | None, "folder: least share of an image's area that a random crop keeps"] = None
     erase: Annotated[float | None, "share of images that lose a random rectangle"] = None
+    mixup: Annotated[float, "blend images in pairs, shares from Beta(X, X); 0 for none, 0.2 is usual"] = 0.0
+    cutmix: Annotated[float, "paste a rectangle of another image, area from Beta(X, X); 0 for none, 1 is usual"] = 0.0
+    balanced: Annotated[bool, "draw images of all classes equally often"] = False
+    ema: Annotated[float, "decay of a running average of the weights, judged and folded in their place; 0 for none"] = (
+        0.0
+    )
+    patience: Annotated[int | None, "stop after N epochs without a better validation accuracy; 0 for never"] = None
     validation: Annotated[float | None, "fraction of training images held out to pick best.pt by; 0 for none"] = None
     seed: Annotated[int, "of initialisation, order and augmentation"] = 0
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to train"] = "auto"
@@ -71,7 +82,8 @@ class TrainConfig:
     compile: Annotated[bool, "compile the net with torch.compile"] = False
     workers: Annotated[int, "processes that decode the images of a folder"] = 2
     out: Annotated[Path | None, "run folder (default: runs/DATASET-DEPTH-WIDTH)"] = None
-    resume: Annotated[bool, "continue the run in --out where it stopped"] = False
+    resume: Annotated[bool, "go on with the run in --out, with its settings; --epochs may grow"] = False
+    tensorboard: Annotated[bool, "write event files for TensorBoard too, to tensorboard/ in --out"] = False
     describe: Annotated[bool, "print what would be trained, and train nothing"] = False
     json: Annotated[bool, "print the result as JSON on stdout"] = False
 
@@ -79,10 +91,10 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "image_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "w_std", "crop", "workers"):
+        for name in ("weight_decay", "warmup", "w_std", "crop", "workers", "freeze", "patience", "mixup", "cutmix"):
             if (getattr(self, name) or 0) < 0:
                 raise Refusal(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("validation", "momentum", "label_smoothing"):
+        for name in ("validation", "momentum", "label_smoothing", "ema"):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be at least 0 and below 1, got {getattr(self, name)}")
         if not 0 <= (self.erase or 0) <= 1:
@@ -93,6 +105,10 @@ class TrainConfig:
             raise Refusal(f"--smallest-crop must be above 0 and at most 1, got {self.smallest_crop}")
         if self.classes is not None and not self.describe:
             raise Refusal("--classes goes with --describe; to train, name a data set")
+        if self.freeze and not self.init:
+            raise Refusal("--freeze keeps what --init brings: name a checkpoint with --init")
+        if self.patience and self.validation == 0:
+            raise Refusal("--patience waits for the validation accuracy: --validation must be above 0")
 
     @property
     def learnt(self) -> DatasetName:
@@ -102,16 +118,23 @@ class TrainConfig:
     def run_dir(self) -> Path:
         return self.out or Path("runs") / f"{self.learnt}-{self.depth}-{self.width:g}"
 
-    def resolved(self) -> "Settings":
-        """The same with the family's form and the recipe's values where none were given."""
+    def resolved(self, num_images: int | None = None) -> "Settings":
+        """The same with the family's form and the recipe's values, for so many images, where none were given."""
         wrn = self.family == "wrn"
         form = self.parameterization or ("plain" if wrn else "dirac")
-        values = asdict(recipe(self.recipe, family=self.family, dataset=self.learnt))
+        is_tuning = self.init is not None
+        values = asdict(
+            recipe(self.recipe, family=self.family, dataset=self.learnt, num_images=num_images, is_tuning=is_tuning)
+        )
         values["dataset"] = self.learnt
         values["parameterization"] = form
         values["nonlinearity"] = "relu" if wrn or form == "per-channel" else "ncrelu"
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Settings(**values | {name: value for name, value in given.items() if value is not None})
+        settings = Settings(**values | {name: value for name, value in given.items() if value is not None})
+        # A run that is cut short to few epochs warms up for a part of them.
+        return (
+            settings if self.warmup is not None else replace(settings, warmup=min(settings.warmup, settings.epochs / 4))
+        )
 
 
 @dataclass(frozen=True)

@@ -110,16 +110,25 @@ def imagenet_image(size: int = 224, resize: int = 256) -> ImageSpec:
     return ImageSpec(size, size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=resize)
 
 
-def describe(name: str, *, data_dir: Path | None = None, image_size: int = 32) -> DatasetInfo:
-    """What is known of data set `name` before its images are read; a folder's labels are its subfolders."""
+def describe(
+    name: str, *, data_dir: Path | None = None, image_size: int = 32, image: ImageSpec | None = None
+) -> DatasetInfo:
+    """What is known of data set `name` before its images are read; a folder's labels are its subfolders.
+
+    `image` is how a net that is there wants its images: a folder's are prepared so, others must have its shape.
+    """
     if name == "folder":
-        return _folder_info(data_dir, image_size)
-    return {
-        "digits": _digits_info,
-        "fashion-mnist": _fashion_info,
-        "cifar10": _cifar10_info,
-        "cifar100": _cifar100_info,
-    }[name]()
+        info = _folder_info(data_dir, image_size)
+    else:
+        info = {
+            "digits": _digits_info,
+            "fashion-mnist": _fashion_info,
+            "cifar10": _cifar10_info,
+            "cifar100": _cifar100_info,
+        }[name]()
+        if image and image.shape != info.image.shape:
+            raise Refusal(f"{name} has images of shape {info.image.shape}, the net takes {image.shape}")
+    return replace(info, image=image) if image else info
 
 
 def load(
@@ -127,16 +136,17 @@ def load(
     *,
     data_dir: Path | None = None,
     image_size: int = 32,
+    image: ImageSpec | None = None,
     download: bool = False,
     skip_unreadable: bool = False,
     track: Track = lambda items, total: items,
 ) -> Dataset:
-    """Read a data set whole, or find a folder's files: they are read when needed.
+    """Read a data set whole, or find a folder's files: they are read when needed. `image` as in `describe`.
 
     `track(items, total)` wraps the loop over a folder's files, to show progress.
     Refuses a data set that is not where it should be, saying where it was looked for.
     """
-    info = describe(name, data_dir=data_dir, image_size=image_size)
+    info = describe(name, data_dir=data_dir, image_size=image_size, image=image)
     match name:
         case "digits":
             if data_dir:
@@ -157,20 +167,27 @@ def load(
 
 
 def load_as_trained(
-    training: Mapping[str, Any], *, data_dir: Path | None = None, beside: Path | None = None, image_size: int = 32
+    training: Mapping[str, Any],
+    *,
+    data_dir: Path | None = None,
+    beside: Path | None = None,
+    image_size: int = 32,
+    image: ImageSpec | None = None,
 ) -> Dataset:
     """The data set of a run, divided as it was; refuses one that has changed.
 
     `training` is a checkpoint's config, or what later artefacts keep of it; `data_dir` goes before the one
-    in it. A folder that has grown is divided by the run's split.json, where that lies in the folder `beside`.
+    in it, `image` is the net's. A folder that has grown is divided by the run's split.json, where that lies in the
+    folder `beside`.
     """
     name, recorded, split = training["dataset"], training.get("data_dir"), training.get("split") or {}
     data_dir = data_dir or (Path(recorded) if recorded else None)
     parts = read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
     skip_unreadable = training.get("skip_unreadable", False)
     if parts:
-        return recorded_files(_given(data_dir), parts, image_size=image_size, skip_unreadable=skip_unreadable)
-    dataset = load(name, data_dir=data_dir, image_size=image_size, skip_unreadable=skip_unreadable)
+        info = describe(name, data_dir=data_dir, image_size=image_size, image=image)
+        return recorded_files(_given(data_dir), parts, info, skip_unreadable=skip_unreadable)
+    dataset = load(name, data_dir=data_dir, image_size=image_size, image=image, skip_unreadable=skip_unreadable)
     dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
     if split:
         check_same(record(dataset), split, where=str(data_dir or name))
@@ -178,7 +195,7 @@ def load_as_trained(
 
 
 def recorded_files(
-    root: Path, parts: Mapping[str, Sizes], *, image_size: int, skip_unreadable: bool = False
+    root: Path, parts: Mapping[str, Sizes], info: DatasetInfo, *, skip_unreadable: bool = False
 ) -> Dataset:
     """A folder divided as a run recorded it in `parts`; refuses it if an image is gone or has another size."""
     changed = [name for sizes in parts.values() for name, size in sizes.items() if _num_bytes(root / name) != size]
@@ -188,7 +205,7 @@ def recorded_files(
             "put them back, or train anew"
         )
     labels = tuple(sorted({Path(name).parent.name for name in parts["train"]}))
-    info = replace(_folder_info(root, image_size), labels=labels)
+    info = replace(info, labels=labels)
 
     def files(part: str) -> Files:
         pairs = [(root / name, labels.index(Path(name).parent.name)) for name in parts[part]]

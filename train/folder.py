@@ -70,10 +70,10 @@ class Found:
     sizes: list[tuple[int, int]]  # width and height of every image
 
 
-def read(path: str, files: Files, crop: Callable | None = None) -> np.ndarray | None:
+def read(path: str, files: Files, crop: Callable | None = None, smallest_crop: float = 1.0) -> np.ndarray | None:
     """One file as uint8 [H, W, C], see `decode`; None where it is unreadable and may be skipped."""
     try:
-        return decode(Path(path).read_bytes(), files.image, crop=crop)
+        return decode(Path(path).read_bytes(), files.image, crop=crop, smallest_crop=smallest_crop)
     except (Refusal, OSError) as error:
         if files.skip_unreadable:
             return None

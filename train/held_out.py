@@ -1,45 +1,78 @@
-"""python train/held_out.py: write test images of a data set as PNG files, to post to a server."""
+"""python train/held_out.py: write test images of a data set as files, to post to a server."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.cli import run_command
-from train.spec import Published
+from train.spec import DatasetName
 
-EXAMPLES = ("python train/held_out.py --dataset digits --out held-out --count 10",)
+if TYPE_CHECKING:
+    from train.data import Dataset
+
+EXAMPLES = (
+    "python train/held_out.py --dataset digits --out held-out --count 10",
+    "python train/held_out.py --run runs/photos --out held-out     # what that run has tested on",
+)
 
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    dataset: Annotated[Published, "whose test images"] = "digits"
+    dataset: Annotated[DatasetName | None, "whose test images (default: digits, or folder with --data-dir)"] = None
     data_dir: Annotated[Path | None, "where the data set lies"] = None
-    out: Annotated[Path, "folder for files named LABEL_INDEX.png"] = Path("held-out")
-    count: Annotated[int, "how many, from the start of the test images"] = 10
+    run: Annotated[Path | None, "a run's folder: its data set, and the images that it has tested on"] = None
+    out: Annotated[Path, "folder for files named LABEL_INDEX.png, or as a photograph's format is"] = Path("held-out")
+    count: Annotated[int, "how many: the first ones, of a folder evenly from all classes"] = 10
 
 
 def command(config: HeldOutConfig) -> int:
-    """Write test images, which training has not seen, as PNG files named after their label."""
+    """Write test images, which training has not seen, as files named after their label; photographs as they are."""
+    import numpy as np
+
+    from train.files import read_whole, write_whole
+    from train.folder import Files
+
+    dataset = _dataset(config)
+    test, num = dataset.test, min(config.count, len(dataset.test))
+    is_folder = isinstance(test, Files)
+    picked = np.linspace(0, len(test) - 1, num).round().astype(int) if is_folder else np.arange(num)
+    for index, place in enumerate(picked):
+        label = dataset.info.labels[test.targets[place]].replace("/", "-")
+        if isinstance(test, Files):
+            path = Path(test.paths[place])
+            write_whole(config.out / f"{label}_{index}{path.suffix}", read_whole(path))
+        else:
+            write_whole(config.out / f"{label}_{index}.png", _png(np.asarray(test.images[place])))
+    print(f"wrote {num} images to {config.out}")
+    return 0
+
+
+def _dataset(config: HeldOutConfig) -> "Dataset":
+    from train import data
+    from train.checkpoint import load_checkpoint
+    from train.refusal import Refusal
+
+    if config.run is None:
+        return data.load(config.dataset or ("folder" if config.data_dir else "digits"), data_dir=config.data_dir)
+    if config.dataset:
+        raise Refusal("--run says what the data set is: leave out --dataset")
+    state = load_checkpoint(config.run / "checkpoint.pt")
+    return data.load_as_trained(state.config, data_dir=config.data_dir, beside=config.run, image=state.spec.image)
+
+
+def _png(pixels) -> bytes:
+    """uint8 [H, W, C], grey where C is 1."""
     import io
 
     from PIL import Image
 
-    from train import data
-    from train.files import write_whole
-
-    dataset = data.load(config.dataset, data_dir=config.data_dir)
-    images = dataset.test.first(config.count)
-    for index, pixels in enumerate(images):
-        label = dataset.info.labels[dataset.test.targets[index]].replace("/", "-")
-        file = io.BytesIO()
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
-        write_whole(config.out / f"{label}_{index}.png", file.getvalue())
-    print(f"wrote {len(images)} images to {config.out}")
-    return 0
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
+    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """An image file becomes pixels the way the spec says: one function for training folders and the server."""
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from train.spec import ImageSpec
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # A 50-megapixel photograph passes; anything larger is refused before its pixels are decoded.
 MAX_PIXELS = 64_000_000
+# Pixels to decode for one of the input. Eleven photographs of 12 megapixels, full of detail, differ at 224 pixels by
+# 0.63 of 255 levels (rms, on average) and by 6 at most from what they are when decoded whole, for half the time.
+DETAIL = 2
 _PNG_END = bytes(4) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is another number and names no size
 
@@ -30,10 +34,12 @@ def decode(
     *,
     max_pixels: int = MAX_PIXELS,
     crop: Callable[[Image.Image, ImageSpec], Image.Image] | None = None,
+    smallest_crop: float = 1.0,
 ) -> np.ndarray:
     """Bytes of a PNG, JPEG, WebP or BMP of any size and mode → uint8 [height, width, channels].
 
-    Resized and cropped at the centre as `spec` says, or by `crop`.
+    Resized and cropped at the centre as `spec` says, or by `crop`, which keeps `smallest_crop` of the area or more.
+    A JPEG far larger than the input is decoded at a half, quarter or eighth of its sides, see `_wanted`.
     Raises `TooManyPixels` before decoding, `Refusal` where the bytes are no such image.
     """
     if crop is None and spec.width * spec.height <= max_pixels and (plain := _plain_png(content, spec)):
@@ -44,6 +50,7 @@ def decode(
                 raise TooManyPixels(
                     f"the image is {image.width}x{image.height}, over the limit of {max_pixels:,} pixels"
                 )
+            image.draft(None, _wanted(spec, smallest_crop))  # before anything is decoded; JPEG alone can
             upright = _upright(image, spec.channels)
             return _pixels((crop or _centre_crop)(upright, spec), spec)
     except Refusal:
@@ -79,6 +86,12 @@ def _plain_png_head(spec: ImageSpec) -> bytes:
     fields = struct.pack(">IIBBBBB", spec.width, spec.height, 8, 0 if spec.channels == 1 else 2, 0, 0, 0)
     header = b"IHDR" + fields
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(fields)) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def _wanted(spec: ImageSpec, smallest_crop: float) -> tuple[int, int]:
+    """The least size at which a JPEG is decoded: DETAIL pixels for one of the input's, along either side."""
+    side = math.ceil(DETAIL * (spec.resize or max(spec.width, spec.height)) / math.sqrt(smallest_crop))
+    return side, side
 
 
 def _upright(image: Image.Image, channels: int) -> Image.Image:

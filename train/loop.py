@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.augment import augment, erase
+from train.augment import augment, erase, mix
 from train.data import Part, Split
 from train.distributed import World
 from train.folder import Files
@@ -21,6 +21,7 @@ STEPS = {
     "wrn": ((0.3, 0.6, 0.8), 0.2),  # epochs 60, 120 and 160 of 200
     "resnet": ((0.3, 0.6, 0.9), 0.1),  # epochs 30, 60 and 90 of 100
 }
+JUDGED_PIXELS = 2_000_000  # of the images that are judged at once
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,6 +39,8 @@ class Batch:
     step: int  # within the epoch
     images: Tensor  # uint8 [N, H, W, C], augmented
     targets: Tensor  # int64 [N]
+    others: Tensor | None = None  # int64 [N], of the images that are mixed in
+    share: float = 1.0  # of an image in its mixture
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,9 @@ class Augmentation:
     smallest_crop: float  # the smallest share of a file's image that a crop keeps
     erase: float = 0.0  # the share of images that lose a rectangle
     fill: tuple[int, ...] = ()  # its colour, 0 to 255 per channel
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    balanced: bool = False  # all classes equally often
 
 
 def learning_rate(schedule: str, lr: float, done: float, *, warmup: float = 0.0) -> float:
@@ -79,7 +85,7 @@ def batches(
     What a batch holds depends on (seed, epoch, step) alone, not on how many processes or workers share it.
     Files that cannot be read are missing from it, so that it may be empty.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(len(split))
+    order = _order(split, np.random.default_rng((seed, epoch)), balanced=augmentation.balanced)
     steps = range(first_step, steps_per_epoch(len(split), batch_size))
     picked = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
     share = batch_size // world.size
@@ -102,7 +108,23 @@ def batches(
             images = erase(
                 images, augmentation.erase, augmentation.fill, num=batch_size, rows=mine, generator=generator
             )
-        yield Batch(epoch, step, images, targets)
+        if augmentation.mixup or augmentation.cutmix:
+            rng = np.random.default_rng((seed, epoch, step, 2))
+            yield Batch(epoch, step, *mix(images, targets, augmentation.mixup, augmentation.cutmix, rng))
+        else:
+            yield Batch(epoch, step, images, targets)
+
+
+def _order(split: Part, rng: np.random.Generator, *, balanced: bool) -> np.ndarray:
+    """An epoch's images: each once, or as many but of each class equally often, rare ones again and again."""
+    num = len(split)
+    if not balanced:
+        return rng.permutation(num)
+    targets = torch.as_tensor(split.targets).numpy(force=True)
+    of_class = [rng.permutation(np.flatnonzero(targets == target)) for target in np.unique(targets)]
+    return rng.permutation(np.concatenate([np.resize(drawn, math.ceil(num / len(of_class))) for drawn in of_class]))[
+        :num
+    ]
 
 
 def _from_memory(
@@ -162,44 +184,64 @@ def train_step(
     precision: str = "fp32",
     label_smoothing: float = 0.0,
     num_images: float | None = None,
+    is_frozen: bool = False,
 ) -> Tensor:
     """One step of gradient descent; gives [summed loss, right answers] in float64 on the batch's device.
 
     `num_images` divides the summed loss: the images of a process in this step, on average over all
     processes, whose gradients are averaged as well (default: those of `batch`). An empty batch takes part
-    with a gradient of zero. Sums stay on the device, so that a GPU need not wait for the host after every step.
+    with a gradient of zero. Of a net that `is_frozen` batch statistics stay. Sums stay on the device, so that
+    a GPU need not wait for the host after every step.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    net.train(len(batch.targets) > 0)  # an empty batch has no statistics
+    net.train(len(batch.targets) > 0 and not is_frozen)  # an empty batch has no statistics
     with torch.autocast(batch.images.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
         logits = net(batch.images)
     logits = logits.float()
-    loss = functional.cross_entropy(logits, batch.targets, reduction="sum", label_smoothing=label_smoothing)
+    loss, right = _sums(logits, batch.targets, label_smoothing)
+    if batch.others is not None:
+        other_loss, other_right = _sums(logits, batch.others, label_smoothing)
+        loss, right = (torch.lerp(*pair, batch.share) for pair in ((other_loss, loss), (other_right, right)))
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss / (num_images or len(batch.targets))).backward()
     scaler.step(optimizer)
     scaler.update()
-    right = (logits.argmax(1) == batch.targets).sum()
     return torch.stack([loss.detach().double(), right.double()])
 
 
+def _sums(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Summed loss and right answers, both float32."""
+    loss = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    return loss, (logits.argmax(1) == targets).sum().float()
+
+
 @torch.no_grad()
-def evaluate(net: nn.Module, split: Part, *, device: str = "cpu", batch_size: int = 500, workers: int = 0) -> Score:
+def follow(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """average ← decay · average + (1 - decay) · net, batch statistics too; whole numbers are copied."""
+    for kept, new in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, 1 - decay)
+        else:
+            kept.copy_(new)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, split: Part, *, device: str = "cpu", workers: int = 0) -> Score:
     """Loss and accuracy over a split in float32, prepared as the server prepares its images."""
     net.eval()
     sums, num_images = torch.zeros(2, dtype=torch.float64, device=device), 0
-    for images, targets in _in_order(split, batch_size, workers):
+    for images, targets in _in_order(split, workers):
         images, targets = images.to(device), targets.to(device)
-        logits = net(images)
-        loss = functional.cross_entropy(logits, targets, reduction="sum")
-        sums += torch.stack([loss.double(), (logits.argmax(1) == targets).sum().double()])
+        sums += torch.stack(_sums(net(images), targets)).double()
         num_images += len(targets)
     loss, correct = (sums / max(1, num_images)).tolist()
     return Score(loss, correct)
 
 
-def _in_order(split: Part, batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _in_order(split: Part, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    height, width = (split.image.height, split.image.width) if isinstance(split, Files) else split.images.shape[1:3]
+    batch_size = max(1, min(500, JUDGED_PIXELS // (height * width)))
     picked = np.array_split(np.arange(len(split)), max(1, math.ceil(len(split) / batch_size)))
     if isinstance(split, Files):
         yield from stream(split, picked, workers=workers)

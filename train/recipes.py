@@ -1,5 +1,6 @@
 """How to train what: hyperparameters as sets, each with where it comes from."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -48,6 +49,10 @@ OURS = Recipe(
     smallest_crop=0.35,
     erase=0.0,
 )
+SMALLEST_BATCH = 8  # what batch normalisation needs
+MOST_EPOCHS = 100
+FEW = 2000  # images, below which more augmentation pays
+TUNING_LR = 0.1  # of the rate, for layers that have learnt already
 # 1,438 images of 8x8 pixels: small batches take enough steps.
 OURS_DIGITS = replace(OURS, epochs=12, batch_size=32, lr=0.1)
 # Section 3 takes them from Wide ResNet, the start is section 2's and 3.3's; where both say nothing, the training
@@ -75,8 +80,31 @@ PAPER_CIFAR = Recipe(
 PAPER_IMAGENET = replace(PAPER_CIFAR, epochs=100, batch_size=256, weight_decay=1e-4, schedule="resnet")
 
 
-def recipe(name: str, *, family: str, dataset: str) -> Recipe:
-    """The hyperparameters that `name` ("ours" or "paper") has for a family and a data set."""
+def recipe(name: str, *, family: str, dataset: str, num_images: int | None = None, is_tuning: bool = False) -> Recipe:
+    """The hyperparameters that `name` ("ours" or "paper") has for a family and a data set.
+
+    Ours follow the number of training images, where it is known, and spare layers that another net has learnt.
+    """
     if name == "paper":
         return PAPER_IMAGENET if family.startswith("imagenet") else PAPER_CIFAR
-    return OURS_DIGITS if dataset == "digits" else OURS
+    found = OURS_DIGITS if dataset == "digits" else OURS if num_images is None else _for_images(OURS, num_images)
+    return replace(found, lr=TUNING_LR * found.lr) if is_tuning else found
+
+
+def _for_images(most: Recipe, num: int) -> Recipe:
+    """`most` for `num` images: some 40 steps an epoch or more, and 2,000 in all, a twentieth of them to warm up.
+
+    The rate falls with the square root of the batch, as the noise of its gradient grows.
+    """
+    batch_size = min(most.batch_size, max(SMALLEST_BATCH, 2 ** int(math.log2(max(1, num / 40)))))
+    num_steps = max(1, num // batch_size)
+    epochs = min(MOST_EPOCHS, max(most.epochs, round(2000 / num_steps)))
+    return replace(
+        most,
+        batch_size=batch_size,
+        epochs=epochs,
+        warmup=epochs // 20,
+        lr=most.lr * math.sqrt(batch_size / most.batch_size),
+        erase=0.25 if num < FEW else most.erase,
+        label_smoothing=0.1 if num < FEW else most.label_smoothing,
+    )

@@ -1,11 +1,18 @@
 """What a run leaves to look at: metrics.jsonl and learning_curve.png."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from train.figure import png
 from train.files import write_whole
+from train.interval import interval
+from train.refusal import Refusal
+
+OVERFITTING = 0.05  # between training and validation images, beyond what chance explains
+Log = Callable[[dict[str, Any]], None]  # takes a finished epoch's row
 
 
 def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
@@ -13,23 +20,75 @@ def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(row) + "\n" for row in history).encode())
 
 
-def draw_learning_curve(path: Path, history: list[dict[str, Any]], title: str) -> None:
-    """Loss and error over epochs, training and validation."""
+@contextmanager
+def event_files(run_dir: Path, num_done: int) -> Iterator[Log]:
+    """TensorBoard's own writer into tensorboard/ of the run; what lies there beyond epoch `num_done` is void."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise Refusal("--tensorboard needs its package: pip install tensorboard") from error
+
+    def log(row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "epoch" and value is not None:
+                part, _, what = name.rpartition("_") if name.endswith(("_loss", "_accuracy")) else (name, "", "run")
+                writer.add_scalar(f"{what}/{part}", value, row["epoch"])
+        writer.flush()
+
+    with SummaryWriter(str(run_dir / "tensorboard"), purge_step=num_done + 1) as writer:
+        yield log
+
+
+def describe_fit(train: float, num_train: int, held: float, num_held: int) -> str:
+    """Training images against validation images in words."""
+    figures = (
+        f"{100 * train:.1f} % of {num_train} training images and {100 * held:.1f} % of {num_held} held out are right"
+    )
+    apart = interval(train * num_train, num_train)[0] > interval(held * num_held, num_held)[1]
+    if apart and train - held > OVERFITTING:
+        return (
+            f"{figures}: the net overfits. More images help most; then --init, --erase 0.25, --mixup 0.2, --cutmix 1, "
+            "a larger --weight-decay or a smaller --width"
+        )
+    return f"{figures}: no sign of overfitting"
+
+
+def draw_learning_curve(path: Path, history: list[dict[str, Any]], title: str, *, smoothing: float = 0.0) -> None:
+    """Loss and error over epochs, training and validation; without the loss where it is not recorded."""
     from matplotlib.figure import Figure
 
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for part, colour in (("train", "tab:blue"), ("validation", "tab:orange")):
-        if all(row[f"{part}_loss"] is not None for row in history):
-            left.plot(epochs, [row[f"{part}_loss"] for row in history], color=colour, label=part)
-            error = [100 * (1 - row[f"{part}_accuracy"]) for row in history]
-            right.plot(epochs, error, color=colour, label=part)
-    left.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
-    right.set(xlabel="epoch", ylabel="error, %", yscale="symlog", ylim=(0, None))
-    left.legend()
+    smoothed = f", labels smoothed by {smoothing:g}" if smoothing else ""
+    panels = [what for what in ("loss", "accuracy") if f"train_{what}" in history[0]]
+    figure = Figure(figsize=(4.6 * len(panels), 3.9), layout="constrained")
+    for what, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        for part, colour, label in (
+            ("train", "tab:blue", f"training, augmented{smoothed if what == 'loss' else ''}"),
+            ("validation", "tab:orange", "held out, as they are"),
+        ):
+            values = [row[f"{part}_{what}"] for row in history]
+            if None not in values:
+                shown = values if what == "loss" else [100 * (1 - value) for value in values]
+                axes.plot([row["epoch"] for row in history], shown, ".-", color=colour, label=label)
+        axes.set(xlabel="epoch", ylabel="cross-entropy" if what == "loss" else "error, %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _plain_log_ticks(axes)
+        axes.legend()
     figure.suptitle(title)
     write_whole(path, png(figure))
+
+
+def _plain_log_ticks(axes: Any) -> None:
+    """A logarithmic axis with ticks at 1, 2 and 5, written out; a linear one where a value is zero."""
+    lowest, highest = (edge([edge(line.get_ydata()) for line in axes.lines]) for edge in (min, max))
+    if lowest <= 0:
+        axes.set_ylim(0, None)
+        return
+    ticks = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
+    inside = [tick for tick in ticks if lowest / 2.5 <= tick <= highest * 2.5]
+    axes.set_yscale("log")
+    axes.set_yticks(inside, [f"{tick:g}" for tick in inside])
+    axes.minorticks_off()
+    axes.set_ylim(lowest / 1.2, highest * 1.2)
 
 
 def describe_row(row: dict[str, Any], num_epochs: int, left_s: float) -> str:

@@ -15,7 +15,8 @@ EXAMPLES = (
     "python train/run.py --dataset folder --data-dir photos --image-size 64",
     "python train/run.py --recipe paper --dataset cifar10 --download --depth 34 --width 2",
     "torchrun --nproc-per-node 2 train/run.py --dataset fashion-mnist",
-    "python train/run.py --out runs/digits-16-1 --resume    # go on where it stopped",
+    "python train/run.py --data-dir photos --init runs/large/best.pt --freeze 5       # fine-tune another net",
+    "python train/run.py --resume --out runs/digits-16-1    # go on where it stopped",
     "python train/run.py --describe --json --family cifar --classes 10 --depth 34 --width 2",
 )
 
@@ -24,7 +25,7 @@ def command(config: TrainConfig) -> int:
     """Train a DiracNet; writes checkpoint.pt, best.pt, metrics.jsonl and learning_curve.png to --out."""
     from train import session
 
-    return session.describe(config.resolved()) if config.describe else session.train(config)
+    return session.describe(config) if config.describe else session.train(config)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,18 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
 
 from train import data
-from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from train.cli import given_arguments
+from train.begin import command_to_resume, continued, fresh_record, like, resume, typed
+from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
 from train.config import Settings, TrainConfig
 from train.distributed import World, joined
 from train.families import count_parameters, outline
@@ -25,24 +25,25 @@ from train.folder import Files, refuse_what_cannot_be_judged
 from train.interval import interval, percent
 from train.loop import evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, forbid_tf32, keep_large_buffers
+from train.memory import available_bytes, refuse_what_does_not_fit
 from train.progress import make_console, progress, track
 from train.refusal import Refusal
-from train.report import describe_row, draw_learning_curve, write_metrics
-from train.spec import Spec
-from train.split import FILE, Record
+from train.report import Log, describe_fit, describe_row, draw_learning_curve, event_files, write_metrics
+from train.spec import ImageSpec
+from train.split import FILE
 from train.steps import Session, Step, make_augmentation, make_spec, start, take_steps
 from train.survey import print_survey
 
-# What may differ between a run and its resumption without changing a single bit of it.
-FREE_TO_CHANGE = ("data_dir", "download", "device", "workers", "out", "resume", "json", "describe")
-# What a run that recorded no such setting did.
-ADDED_LATER = {"delta": "repeated", "start": "pytorch", "sync_batch_norm": False}
+FILES = ("checkpoint.pt", "best.pt")  # where the run stands; its best epoch by validation, or its last without
 
 
-def describe(config: Settings) -> int:
+def describe(given: TrainConfig) -> int:
     """Print the spec and its number of parameters."""
+    source = load_checkpoint(given.init) if given.init else None
+    config = (like(given, source) if source else given).resolved()
     if config.classes is None:
-        info = data.describe(config.dataset, data_dir=config.data_dir, image_size=config.image_size)
+        image = source and source.spec.image
+        info = data.describe(config.dataset, data_dir=config.data_dir, image_size=config.image_size, image=image)
         image, labels = info.image, info.labels
     else:
         image = data.imagenet_image() if config.family.startswith("imagenet") else data.cifar_image()
@@ -61,85 +62,101 @@ def train(config: TrainConfig) -> int:
     """Run or resume; see `TrainConfig`. Under torchrun every process calls it, and shares each batch."""
     keep_large_buffers()
     forbid_tf32()
+    path, command = config.run_dir / "checkpoint.pt", typed(config)
+    if path.exists() and not config.resume:
+        raise Refusal(f"{path} exists: add --resume to go on, or name another folder with --out")
+    earlier, source = load_checkpoint(path) if config.resume else None, None
+    if earlier:
+        config = continued(config, earlier)
+    elif config.init:
+        config = like(config, source := load_checkpoint(config.init))
     with joined(choose_device(config.device)) as world:
-        return _train(config.resolved(), world, command=_typed(config))
+        return _train(config, world, earlier, source, command)
 
 
-def _train(config: Settings, world: World, *, command: str) -> int:
+def _train(
+    config: TrainConfig, world: World, earlier: Checkpoint | None, source: Checkpoint | None, command: str
+) -> int:
     console = make_console(json=config.json, quiet=world.rank > 0)
-    checkpoint_path = config.run_dir / "checkpoint.pt"
-    if checkpoint_path.exists() and not config.resume:
-        raise Refusal(f"{checkpoint_path} exists: add --resume to go on, or name another folder with --out")
-    if config.batch_size % world.size:
-        raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {config.batch_size}")
     if config.sync_batch_norm and world.device == "cpu":
         raise Refusal(
             "--sync-batch-norm needs CUDA devices: PyTorch's SyncBatchNorm does not train on a CPU; leave it out"
         )
-    config = replace(config, precision=choose_precision(config.precision, world.device))
-    earlier = _earlier(checkpoint_path, config) if config.resume else None
-    dataset = _load(config, earlier, console)
-    if not config.skip_unreadable:
+    known = earlier or source
+    dataset = _load(config, earlier, known and known.spec.image, console)
+    settings = config if isinstance(config, Settings) else config.resolved(len(dataset.train))
+    settings = replace(settings, precision=choose_precision(settings.precision, world.device))
+    if settings.batch_size % world.size:
+        raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {settings.batch_size}")
+    spec, split = make_spec(settings, dataset.info.image, dataset.info.labels), data.record(dataset)
+    if earlier and earlier.spec != spec:
+        raise Refusal(f"{settings.run_dir} was started with another data set; resume it with the same")
+    available = available_bytes(world.device)
+    size = refuse_what_does_not_fit(settings, spec, world, available=available)
+    if not settings.skip_unreadable:
         for part in (dataset.validation, dataset.test):
             if isinstance(part, Files) and len(part):
                 refuse_what_cannot_be_judged(part, track(console, "decoding what will be judged"))
-    spec, split = make_spec(config, dataset.info.image, dataset.info.labels), data.record(dataset)
-    session = start(config, spec, world, console)
-    state = _resume(checkpoint_path, earlier, session, spec) if earlier else _begin(config, spec, command, split)
-    if split.content and not earlier and world.rank == 0:
-        write_whole(config.run_dir / FILE, split.content)
+    session = start(settings, spec, world, console, source)
+    if earlier:
+        resume(earlier, session)
+        state = replace(earlier, config=earlier.config | {"epochs": settings.epochs})
+        if earlier.test_accuracy is not None and state.epoch < settings.epochs:
+            console.print(f"the test images were read after epoch {state.epoch}: what is chosen from now on knows them")
+    else:
+        record = fresh_record(settings, command, split, source)
+        state = Checkpoint.fresh(spec, {}, record, totals=_no_totals())
+        if split.content and world.rank == 0:
+            write_whole(settings.run_dir / FILE, split.content)
     many = f", {world.size} processes" if world.size > 1 else ""
     console.print(
-        f"{spec.name}: {count_parameters(session.net):,} parameters, {config.dataset}, "
-        f"{world.device}, {config.precision}, seed {config.seed}{many}"
+        f"{spec.name}: {count_parameters(session.net):,} parameters, {settings.dataset}, "
+        f"{world.device}, {settings.precision}, seed {settings.seed}{many}; {size}"
     )
-    with _stop_after_step() as stopped:
-        state = _epochs(session, state, dataset, stopped)
-    if state.epoch < config.epochs:
-        raise KeyboardInterrupt(f"go on with --resume --out {config.run_dir}")
+    events = event_files(settings.run_dir, state.epoch) if settings.tensorboard and world.rank == 0 else nullcontext()
+    with _stop_after_step() as stopped, events as log:
+        state = _epochs(session, state, dataset, stopped, log)
     if world.rank == 0:
         _finish(session, state, dataset)
     return 0
 
 
-def _load(config: Settings, earlier: Checkpoint | None, console: Console) -> data.Dataset:
+def _load(config: TrainConfig, earlier: Checkpoint | None, image: ImageSpec | None, console: Console) -> data.Dataset:
     """The data set in its three parts: as the run that goes on divided it, or anew; a folder's is shown."""
     if earlier and "split" in earlier.config:
-        return data.load_as_trained(
-            earlier.config, data_dir=config.data_dir, beside=config.run_dir, image_size=config.image_size
-        )
-    if earlier and config.dataset == "folder":
+        return data.load_as_trained(earlier.config, data_dir=config.data_dir, beside=config.run_dir, image=image)
+    if earlier and config.learnt == "folder":
         raise Refusal(
             f"{config.run_dir} does not record which images it trained on, and a new division would test on some of "
             "them: train anew with another --out"
         )
     dataset = data.load(
-        config.dataset,
+        config.learnt,
         data_dir=config.data_dir,
         image_size=config.image_size,
+        image=image,
         download=config.download,
         skip_unreadable=config.skip_unreadable,
         track=track(console, "reading images"),
     )
-    dataset = data.divide(dataset, config.validation, seed=config.seed)
-    if config.dataset == "folder":
+    settings = config if isinstance(config, Settings) else config.resolved()
+    dataset = data.divide(dataset, settings.validation, seed=config.seed)
+    if config.learnt == "folder":
         print_survey(console, dataset)
     return dataset
 
 
 def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
     """The test accuracy, read once, after every choice has been made; then the plot and the summary."""
-    config, net, console = session.config, session.net, session.console
-    path = config.run_dir / "checkpoint.pt"
-    accuracy = state.test_accuracy
-    if accuracy is None:
-        accuracy = evaluate(net, dataset.test, device=session.world.device, workers=config.workers).accuracy
-        save_checkpoint(path, replace(state, test_accuracy=accuracy))
-    spec, num_test = state.spec, len(dataset.test)
-    draw_learning_curve(config.run_dir / "learning_curve.png", state.history, f"{spec.name} on {config.dataset}")
+    config, console = session.config, session.console
+    chosen = _test(session, dataset.test)
+    accuracy, row, num_test = chosen.test_accuracy or 0.0, chosen.history[-1], len(dataset.test)
+    title = f"{state.spec.name} on {config.dataset}"
+    draw_learning_curve(config.run_dir / "learning_curve.png", state.history, title, smoothing=config.label_smoothing)
     result = {
-        "checkpoint": str(path),
-        "parameters": count_parameters(net),
+        "checkpoint": str(config.run_dir / "best.pt"),
+        "epoch": row["epoch"],
+        "parameters": count_parameters(session.net),
         "test_accuracy": accuracy,
         "test_images": num_test,
         "seconds": sum(row["seconds"] for row in state.history),
@@ -148,35 +165,91 @@ def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
         f"test accuracy {100 * accuracy:.2f} % on {num_test} images after {result['seconds']:.1f} s of training; "
         f"95 % interval {percent(interval(accuracy * num_test, num_test))}"
     )
-    console.print(f"wrote {path}, best.pt, metrics.jsonl and learning_curve.png")
+    if row["validation_accuracy"] is not None and (num_held := len(dataset.validation or ())):
+        console.print(f"it is that of best.pt, epoch {row['epoch']}, chosen by validation")
+        picked = np.linspace(0, len(dataset.train) - 1, min(len(dataset.train), max(200, num_held), 1000)).astype(int)
+        net = load_net(chosen).to(session.world.device)
+        known = evaluate(net, dataset.train.take(picked), device=session.world.device, workers=config.workers).accuracy
+        console.print(describe_fit(known, len(picked), row["validation_accuracy"], num_held))
+    console.print(f"wrote {', '.join(FILES)}, metrics.jsonl and learning_curve.png to {config.run_dir}")
     if config.json:
         print(json.dumps(result))
 
 
-def _epochs(session: Session, state: Checkpoint, dataset: data.Dataset, stopped: dict[str, bool]) -> Checkpoint:
-    """Train until the last epoch or until `stopped`, saving after each epoch and at the stop."""
+def _test(session: Session, test: data.Part) -> Checkpoint:
+    """Read the test accuracy of the run's files where none is in them, once for one net; gives the one to fold."""
+    accuracies: dict[int, float] = {}
+    paths = [path for name in FILES if (path := session.config.run_dir / name).exists()]
+    states = [load_checkpoint(path) for path in paths]
+    for path, state in zip(paths, states, strict=True):
+        if state.test_accuracy is not None:
+            continue
+        if state.epoch not in accuracies:
+            net, device = load_net(state).to(session.world.device), session.world.device
+            accuracies[state.epoch] = evaluate(net, test, device=device, workers=session.config.workers).accuracy
+        save_checkpoint(path, replace(state, test_accuracy=accuracies[state.epoch]))
+    return load_checkpoint(paths[-1])
+
+
+def _epochs(
+    session: Session, state: Checkpoint, dataset: data.Dataset, stopped: dict[str, bool], log: Log | None
+) -> Checkpoint:
+    """Train until the last epoch, or as long as validation asks for; saves after each epoch, and where it stops."""
     config, world = session.config, session.world
     rest, held = dataset.train, dataset.validation
     assert held is not None  # `divide` made it
+    if config.patience and not len(held):
+        raise Refusal("--patience waits for the validation accuracy, and no image is held out: raise --validation")
     batch_size = min(config.batch_size, len(rest) // world.size * world.size)
     if batch_size == 0:
         raise Refusal(f"{len(rest)} training images are too few for {world.size} processes")
     rest, held = (to_device(split, world.device) for split in (rest, held))
     augmentation = make_augmentation(config, dataset.info)
-    net = world.wrap(session.net, sync_batch_norm=config.sync_batch_norm)
-    if config.compile:
-        net = torch.compile(net)  # a Module, whatever torch's annotations say
-        assert isinstance(net, nn.Module)
-    num_steps = steps_per_epoch(len(rest), batch_size)
+    num_steps, net = steps_per_epoch(len(rest), batch_size), None
     for epoch in range(state.epoch, config.epochs):
+        if world.any(bool(config.patience) and _since_best(state.history) >= config.patience):
+            session.console.print(f"no better validation accuracy for {config.patience} epochs: training ends here")
+            break
+        if world.any(stopped["now"]):
+            break
+        if net is None or epoch == config.freeze:
+            net = _wrapped(session, is_frozen=epoch < config.freeze)
         steps = take_steps(session, net, rest, augmentation, batch_size=batch_size, epoch=epoch, first=state.step)
         state = _epoch(session, state, steps, num_steps, stopped)
         if state.epoch == epoch:
-            return state  # stopped in the middle
-        state = _close_epoch(session, state, held, num_picked=batch_size * num_steps)
-        if world.any(stopped["now"]):
             break
+        state = _close_epoch(session, state, held, num_picked=batch_size * num_steps)
+        if log:
+            log(state.history[-1])
+    else:
+        return state
+    if world.any(stopped["now"]):
+        raise KeyboardInterrupt(f"go on with: {command_to_resume(config, world.size)}")
     return state
+
+
+def _wrapped(session: Session, *, is_frozen: bool) -> nn.Module:
+    """The session's net as it is trained: all of it, or its last layer alone."""
+    session.net.requires_grad_(not is_frozen)
+    session.net.get_submodule("fc").requires_grad_(True)
+    net = session.world.wrap(session.net, sync_batch_norm=session.config.sync_batch_norm)
+    if session.config.compile:
+        net = torch.compile(net)  # a Module, whatever torch's annotations say
+        assert isinstance(net, nn.Module)
+    return net
+
+
+def _rank(row: dict[str, Any]) -> tuple[float, float]:
+    """Of an epoch, by what was held out: accuracy, and the loss where two are equal."""
+    return row["validation_accuracy"], -row["validation_loss"]
+
+
+def _since_best(history: list[dict[str, Any]]) -> int:
+    """Epochs since the best one; 0 where nothing was held out: the last is the best then."""
+    if not history or history[-1]["validation_accuracy"] is None:
+        return 0
+    ranks = [_rank(row) for row in history]
+    return len(ranks) - 1 - ranks.index(max(ranks))
 
 
 def _epoch(
@@ -210,10 +283,9 @@ def _close_epoch(session: Session, state: Checkpoint, held: data.Part, *, num_pi
         session.console.print(f"epoch {state.epoch}: {lost} of {num_picked} images could not be read")
     if not totals["images"]:
         raise Refusal(f"none of the {num_picked} training images of epoch {state.epoch} could be read: mend them")
-    best = max((row["validation_accuracy"] or 0 for row in state.history), default=-1.0)
     score = None
     if len(held) and world.rank == 0:
-        score = evaluate(session.net, held, device=world.device, workers=config.workers)
+        score = evaluate(session.judged, held, device=world.device, workers=config.workers)
     validation_loss = world.sum(torch.tensor(score.loss if score else 0.0, device=world.device)).item()
     _refuse_divergence(config, state.epoch, "validation loss", validation_loss)
     row: dict[str, Any] = {
@@ -227,7 +299,7 @@ def _close_epoch(session: Session, state: Checkpoint, held: data.Part, *, num_pi
         "seconds": totals["seconds"],
     }
     state = replace(state, history=[*state.history, row], totals=_no_totals())
-    if score is None or score.accuracy > best:
+    if not _since_best(state.history):
         session.save("best.pt", state)
     session.save("checkpoint.pt", state)
     if world.rank == 0:
@@ -243,52 +315,6 @@ def _refuse_divergence(config: Settings, epoch: int, what: str, loss: float) -> 
             f"training diverged, the {what} of epoch {epoch} is {loss}: lower --lr {config.lr:g}; "
             f"{config.run_dir} keeps the files of the epoch before, if there was one"
         )
-
-
-def _begin(config: Settings, spec: Spec, command: str, split: Record) -> Checkpoint:
-    record = {**_recorded(config), "command": command, "split": split.to_dict()}
-    return Checkpoint.fresh(spec, {}, record, totals=_no_totals())
-
-
-def _earlier(path: Path, config: Settings) -> Checkpoint:
-    """The run to go on with; refuses one that was started with other settings."""
-    state = load_checkpoint(path)
-    recorded = _recorded(config)
-    changed = [
-        f"--{key.replace('_', '-')} {state.config.get(key, ADDED_LATER.get(key))}"
-        for key in recorded
-        if key not in FREE_TO_CHANGE and recorded[key] != state.config.get(key, ADDED_LATER.get(key))
-    ]
-    if changed:
-        raise Refusal(f"{path} was started with {' '.join(changed)}; resume it with the same")
-    return state
-
-
-def _resume(path: Path, state: Checkpoint, session: Session, spec: Spec) -> Checkpoint:
-    """Load a run into the session's net and optimizer; refuses one that learns another data set."""
-    if state.spec != spec:
-        raise Refusal(f"{path} was started with another data set; resume it with the same")
-    try:
-        session.net.load_state_dict(state.model)
-        session.optimizer.load_state_dict(state.optimizer)
-        session.scaler.load_state_dict(state.scaler)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise Refusal(f"{path} does not fit its own spec: {' '.join(str(error).split())[:200]}") from error
-    torch.set_rng_state(state.rng_state)
-    return state
-
-
-def _recorded(config: Settings) -> dict[str, Any]:
-    """Paths as text; the data set's whole, so that later commands find it from any folder."""
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    return values | {"data_dir": str(config.data_dir.resolve()) if config.data_dir else None}
-
-
-def _typed(config: TrainConfig) -> str:
-    """The command without the places of this machine: it travels with the model."""
-    data_dir = Path(config.data_dir.resolve().name) if config.data_dir else None
-    out = Path(config.out.name) if config.out and config.out.is_absolute() else config.out
-    return f"python train/run.py {given_arguments(replace(config, data_dir=data_dir, out=out))}".strip()
 
 
 def _no_totals() -> dict[str, float]:

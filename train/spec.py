@@ -46,6 +46,10 @@ class ImageSpec:
         if min(self.std) <= 0:
             raise Refusal(f"std must be positive, got {self.std}")
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.height, self.width, self.channels
+
 
 @dataclass(frozen=True)
 class Spec:

@@ -1,6 +1,7 @@
 """What trains a net, and the steps of an epoch."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,12 +10,12 @@ from rich.console import Console
 from torch import nn
 
 from train import data
-from train.checkpoint import Checkpoint, save_checkpoint
+from train.checkpoint import Checkpoint, load_net, save_checkpoint
 from train.config import Settings
 from train.distributed import World
 from train.families import build
 from train.initialize import initialize
-from train.loop import Augmentation, batches, learning_rate, make_optimizer, steps_per_epoch, train_step
+from train.loop import Augmentation, batches, follow, learning_rate, make_optimizer, steps_per_epoch, train_step
 from train.refusal import Refusal
 from train.spec import ImageSpec, Spec
 
@@ -25,6 +26,7 @@ class Session:
 
     config: Settings
     net: nn.Sequential
+    judged: nn.Sequential  # the running average of `net`, or `net` itself
     optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
     world: World
@@ -34,9 +36,11 @@ class Session:
         return replace(
             state,
             model=self.net.state_dict(),
+            average={} if self.judged is self.net else self.judged.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             rng_state=torch.get_rng_state(),
+            test_accuracy=None,  # of the net that it was
             **moment,
         )
 
@@ -55,11 +59,14 @@ class Step:
     sums: torch.Tensor  # [loss, right answers], float64
 
 
-def start(config: Settings, spec: Spec, world: World, console: Console) -> Session:
-    """A net of `spec` before its first step, and what trains it."""
+def start(config: Settings, spec: Spec, world: World, console: Console, source: Checkpoint | None = None) -> Session:
+    """A net of `spec` before its first step, with the layers of `source` but for the last, and what trains it."""
     torch.manual_seed(config.seed)
     net = build(spec)
     initialize(net, a=config.a0, b=config.b0, std=config.w_std, start=config.start)
+    if source:
+        learnt = {name: tensor for name, tensor in load_net(source).state_dict().items() if not name.startswith("fc.")}
+        net.load_state_dict(net.state_dict() | learnt)
     net = net.to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
     decay_ab = config.decay_ab == "yes" or (config.decay_ab == "auto" and spec.parameterization != "per-channel")
     optimizer = make_optimizer(
@@ -71,7 +78,8 @@ def start(config: Settings, spec: Spec, world: World, console: Console) -> Sessi
         decay_ab=decay_ab,
     )
     scaler = torch.amp.GradScaler(world.device.split(":")[0], enabled=config.precision == "fp16")
-    return Session(config, net, optimizer, scaler, world, console)
+    judged = deepcopy(net).eval() if config.ema else net
+    return Session(config, net, judged, optimizer, scaler, world, console)
 
 
 def take_steps(
@@ -100,7 +108,8 @@ def take_steps(
         world=world,
         workers=config.workers,
     ):
-        done = (epoch + batch.step / num_steps) / config.epochs
+        # The rate of a step is that at its middle: the first of a warm-up is not zero.
+        done = (epoch + (batch.step + 0.5) / num_steps) / config.epochs
         lr = learning_rate(config.schedule, config.lr, done, warmup=config.warmup / config.epochs)
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         if num_images := world.count(len(batch.targets)):
@@ -113,7 +122,11 @@ def take_steps(
                 precision=config.precision,
                 label_smoothing=config.label_smoothing,
                 num_images=num_images / world.size,
+                is_frozen=epoch < config.freeze,
             )
+            if config.ema:
+                num_taken = epoch * num_steps + batch.step
+                follow(session.judged, session.net, min(config.ema, (1 + num_taken) / (10 + num_taken)))
         yield Step(batch.step, lr, len(batch.targets), sums)
 
 
@@ -124,7 +137,9 @@ def make_augmentation(config: Settings, info: data.DatasetInfo) -> Augmentation:
         raise Refusal(f"--crop must be smaller than the image, got {crop}")
     flip = info.flip if config.flip == "auto" else config.flip == "yes"
     fill = tuple(round(255 * mean) for mean in info.image.mean)
-    return Augmentation(flip, crop, smallest_crop=config.smallest_crop, erase=config.erase, fill=fill)
+    return Augmentation(
+        flip, crop, config.smallest_crop, config.erase, fill, config.mixup, config.cutmix, config.balanced
+    )
 
 
 def make_spec(config: Settings, image: ImageSpec, labels: tuple[str, ...]) -> Spec:

@@ -47,7 +47,7 @@ def stream(
 
 class _Images(Dataset):
     def __init__(self, files: Files, key: tuple[int, ...], smallest_crop: float, flip: bool) -> None:
-        self.files, self.key = files, key
+        self.files, self.key, self.smallest_crop = files, key, smallest_crop
         size, scale = (files.image.height, files.image.width), (smallest_crop, 1.0)
         self.augment = v2.Compose([v2.RandomResizedCrop(size, scale=scale), v2.RandomHorizontalFlip(flip / 2)])
 
@@ -63,7 +63,7 @@ class _Images(Dataset):
             keyed = int(np.random.SeedSequence((*self.key, index)).generate_state(1, np.uint64)[0] >> 1)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(keyed)
-                return read(path, self.files, self._random_crop), target, ""
+                return read(path, self.files, self._random_crop, self.smallest_crop), target, ""
         except Refusal as refusal:
             return None, target, str(refusal)
 

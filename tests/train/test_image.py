@@ -152,3 +152,33 @@ def test_a_damaged_plain_png_is_refused_or_read_as_pillow_does():
             assert results[0] == results[1], position
             outcomes.add(type(results[0]))
     assert outcomes == {str, bytes}
+
+
+def test_a_large_jpeg_is_decoded_small_and_comes_out_alike():
+    """See DETAIL: two roundings of half a level and more are below one level rms."""
+    ramp = np.add.outer(np.arange(600), np.arange(800))[..., None] // np.array([6, 9, 7])
+    noise = np.random.default_rng(0).normal(0, 20, ramp.shape)
+    content = encode(Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8)), "JPEG", quality=90)
+    seen = []
+
+    def crop(image, spec):
+        seen.append(image.size)
+        return image.resize((spec.width, spec.height))
+
+    spec = ImageSpec(32, 32, 3, (0.5,) * 3, (0.5,) * 3, resize=36)
+    decode(content, spec, crop=crop)
+    decode(content, spec, crop=crop, smallest_crop=0.25)  # a quarter of the area is enlarged no more than the whole
+    assert seen == [(100, 75), (200, 150)]
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        whole = decode(encode(image, "BMP"), spec)
+    difference = decode(content, spec).astype(float) - whole
+    assert 0 < np.sqrt(np.mean(difference**2)) < 1
+
+
+def test_a_jpeg_that_is_not_far_larger_than_the_input_keeps_every_bit():
+    pixels = np.random.default_rng(0).integers(0, 256, (31, 40, 3), dtype=np.uint8)
+    content = encode(Image.fromarray(pixels), "JPEG")
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        assert np.array_equal(decode(content, COLOUR), decode(encode(image, "BMP"), COLOUR))

@@ -1,15 +1,25 @@
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from train import loop
 from train.config import TrainConfig
+from train.data import Split
+from train.distributed import World
 from train.families import build
 from train.initialize import initialize
 from train.layers import DiracConv2d
-from train.loop import Batch, learning_rate, make_optimizer, train_step
+from train.loop import Augmentation, Batch, learning_rate, make_optimizer, train_step
 from train.machine import choose_precision
+from train.progress import make_console
 from train.recipes import recipe
 from train.refusal import Refusal
+from train.steps import start, take_steps
 
 
 def test_the_schedules():
@@ -19,6 +29,65 @@ def test_the_schedules():
     resnet = [learning_rate("resnet", 0.1, epoch / 100) for epoch in (0, 29, 30, 59, 60, 89, 90)]
     assert resnet == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0001])
     assert [learning_rate("wrn", 1.0, done, warmup=0.1) for done in (0, 0.05, 0.1)] == pytest.approx([0, 0.5, 1])
+
+
+def test_our_recipe_follows_the_number_of_images():
+    few, some, many = (TrainConfig(dataset="folder").resolved(num) for num in (60, 1000, 50_000))
+    assert (few.batch_size, few.epochs, few.warmup, few.lr) == (8, 100, 5, pytest.approx(0.2 / 4))
+    assert (some.batch_size, some.epochs, some.erase) == (16, 32, 0.25)
+    whole = TrainConfig(dataset="folder").resolved()
+    assert asdict(many) == asdict(whole)
+    assert (whole.batch_size, whole.epochs, whole.warmup, whole.lr) == (128, 30, 1, 0.2)
+    tuned = TrainConfig(dataset="folder", init=Path("x")).resolved(60)
+    assert tuned.lr == pytest.approx(few.lr / 10)
+    assert TrainConfig(epochs=2).resolved(60).warmup == 0.5
+    assert TrainConfig(epochs=2, warmup=1).resolved(60).warmup == 1
+
+
+def test_the_first_step_of_a_warm_up_has_a_rate_even_where_an_epoch_is_one_step(make_spec, images):
+    config = TrainConfig(epochs=4, warmup=2, lr=1.0, batch_size=4).resolved()
+    session = start(config, make_spec(), World(), make_console(quiet=True))
+    split = Split(images(4), np.arange(4))
+    augmentation = Augmentation(flip=False, crop=0, smallest_crop=1)
+    rates = [
+        step.lr
+        for epoch in range(4)
+        for step in take_steps(session, session.net, split, augmentation, batch_size=4, epoch=epoch)
+    ]
+    cosine = [(1 + math.cos(math.pi * middle / 4)) / 2 for middle in (0.5, 1.5, 2.5, 3.5)]
+    assert rates == pytest.approx([0.25 * cosine[0], 0.75 * cosine[1], cosine[2], cosine[3]])
+
+
+def test_balanced_epochs_draw_all_classes_equally_often_and_every_image_of_a_small_one():
+    targets = np.repeat([0, 1, 2], [20, 5, 2])
+    split = Split(np.zeros((27, 1, 1, 1), np.uint8), targets)
+    drawn = loop._order(split, np.random.default_rng(0), balanced=True)
+    assert np.bincount(targets[drawn]).tolist() == [9, 9, 9]
+    assert set(drawn[targets[drawn] > 0]) == set(range(20, 27))
+    assert sorted(loop._order(split, np.random.default_rng(0), balanced=False)) == list(range(27))
+
+
+def test_mixed_targets_count_by_their_share(make_net, images):
+    """Loss of a mixture: share of the one target's plus the rest of the other's."""
+    pixels, targets, others = torch.from_numpy(images(4)), torch.arange(4), torch.arange(4).flip(0)
+    sums = []
+    for first, second, share in ((targets, None, 1.0), (others, None, 1.0), (targets, others, 0.3)):
+        net = make_net()
+        optimizer = make_optimizer(net, lr=0.1, momentum=0, nesterov=False, weight_decay=0, decay_ab=True)
+        batch = Batch(0, 0, pixels, first, second, share)
+        sums.append(train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, 0.1))
+    torch.testing.assert_close(sums[2], 0.3 * sums[0] + 0.7 * sums[1], rtol=1e-6, atol=0)
+
+
+def test_the_average_follows_weights_and_statistics(make_net):
+    average, net = make_net(seed=0), make_net(seed=1)
+    net.stem.bn.num_batches_tracked.fill_(7)
+    before = {name: tensor.clone() for name, tensor in average.state_dict().items()}
+    loop.follow(average, net, 0.9)
+    for name, tensor in average.state_dict().items():
+        expected = 0.9 * before[name] + 0.1 * net.state_dict()[name] if tensor.is_floating_point() else 7
+        if name == "stem.bn.num_batches_tracked" or tensor.is_floating_point():
+            torch.testing.assert_close(tensor, torch.as_tensor(expected), rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
 def test_the_papers_recipe_and_what_is_given_instead():
@@ -50,6 +119,8 @@ def test_a_recipe_leaves_nothing_open(name):
             "parameterization",
             "crop",
             "out",
+            "init",
+            "patience",
         }
 
 
@@ -86,10 +157,10 @@ def test_initialize_sets_a_b_and_w(make_spec):
 def test_the_authors_start_of_classifier_and_batch_normalisation(make_spec):
     """He's normal of fan-in, a bias of 0, γ uniform in [0, 1]; PyTorch's start is another."""
     nets = {}
-    for start in ("pytorch", "authors"):
+    for name in ("pytorch", "authors"):
         torch.manual_seed(0)
-        nets[start] = net = build(make_spec(width=4, num_labels=100))
-        initialize(net, a=5.0, b=1e-3, std=1.0, start=start)
+        nets[name] = net = build(make_spec(width=4, num_labels=100))
+        initialize(net, a=5.0, b=1e-3, std=1.0, start=name)
     fc, fan_in = nets["authors"].fc, nets["authors"].fc.in_features
     assert fc.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.02)
     assert fc.weight.abs().max() > 3 * fc.weight.std()  # no uniform distribution reaches that

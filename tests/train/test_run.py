@@ -1,10 +1,12 @@
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,15 @@ from PIL import Image
 from fold.plain import fold_net
 from fold.proof import prove
 from train import data, session, steps
-from train.checkpoint import load_checkpoint, load_net
+from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
 from train.cli import run_command
 from train.config import TrainConfig
-from train.loop import train_step
+from train.families import build
+from train.image import decode
+from train.loop import Score, evaluate, train_step
 from train.refusal import Refusal
 from train.run import command
+from train.spec import ImageSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--depth", "10", "--width", "0.25", "--epochs", "2", "--batch-size", "128"]
@@ -33,7 +38,7 @@ def run(*argv):
 def weights(path):
     checkpoint = load_checkpoint(path / "checkpoint.pt")
     momentum = [value["momentum_buffer"] for value in checkpoint.optimizer["state"].values()]
-    return [*checkpoint.model.values(), *momentum]
+    return [*checkpoint.model.values(), *checkpoint.average.values(), *momentum]
 
 
 def same(left, right):
@@ -55,17 +60,34 @@ def test_a_run_leaves_all_its_files_and_the_seed_decides_everything(tmp_path, ca
     assert [row["epoch"] for row in rows] == [1, 2]
     with Image.open(tmp_path / "a" / "learning_curve.png") as curve:
         assert curve.width > 500
-    assert load_checkpoint(tmp_path / "a" / "checkpoint.pt").test_accuracy == result["test_accuracy"]
+    best, last = (load_checkpoint(tmp_path / "a" / name) for name in ("best.pt", "checkpoint.pt"))
+    assert (best.test_accuracy, best.epoch) == (result["test_accuracy"], result["epoch"])
+    test = data.load("digits").test
+    assert [evaluate(load_net(state), test).accuracy for state in (best, last)] == [
+        best.test_accuracy,
+        last.test_accuracy,
+    ]
     assert run("--out", tmp_path / "b") == 0
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert run("--out", tmp_path / "c", "--seed", 1) == 0
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A run of one epoch, to fine-tune."""
+    folder = tmp_path_factory.mktemp("source")
+    assert run("--out", folder, "--epochs", 1, "--validation", 0) == 0
+    return folder / "checkpoint.pt"
+
+
 @pytest.mark.slow
-def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
-    """Ctrl-C in the third step of an epoch, then --resume: equal to a run that was left alone."""
-    argv = ["--depth", "10", "--width", "0.25", "--batch-size", "256", "--epochs", "2"]
+@pytest.mark.parametrize(
+    "means", ["", "--ema 0.9 --mixup 0.2 --cutmix 1 --balanced", "--init SOURCE --freeze 1 --ema 0.9"]
+)
+def test_an_interrupted_run_resumes_bit_for_bit(means, source, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the third step of an epoch, then what it prints: equal to a run that was left alone."""
+    argv = ["--epochs", "2", "--batch-size", "256", *means.replace("SOURCE", str(source)).split()]
     num_steps = 0
 
     def step(*arguments, **options):
@@ -78,12 +100,96 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         patched.setattr(steps, "train_step", step)
         assert run(*argv, "--out", tmp_path / "cut") == 130
-    assert "interrupted: go on with --resume" in capsys.readouterr().err
+    pasted = capsys.readouterr().err.removeprefix("interrupted: go on with: ")
     cut = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")
     assert (cut.epoch, cut.step) == (0, 3)
-    assert run(*argv, "--out", tmp_path / "cut", "--resume") == 0
+    subprocess.run(shlex.split(pasted), check=True, capture_output=True)
     assert run(*argv, "--out", tmp_path / "whole") == 0
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    chosen = [load_checkpoint(tmp_path / name / "best.pt").weights for name in ("cut", "whole")]
+    assert same(*(list(weights.values()) for weights in chosen))
+
+
+@pytest.mark.slow
+def test_more_epochs_go_on_from_the_last_and_say_that_the_test_images_are_known(tmp_path, capsys):
+    assert run("--out", tmp_path, "--epochs", 2) == 0
+    resumed = ["--resume", "--out", str(tmp_path)]
+    assert run_command(command, TrainConfig, argv=[*resumed, "--epochs", "1"]) == 2
+    assert "--epochs may grow" in capsys.readouterr().err
+    assert run_command(command, TrainConfig, argv=[*resumed, "--epochs", "3"]) == 0
+    assert "the test images were read after epoch 2" in capsys.readouterr().out
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert (state.epoch, state.config["epochs"], state.config["batch_size"]) == (3, 3, 128)
+    assert state.test_accuracy == evaluate(load_net(state), data.load("digits").test).accuracy
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_that_gets_no_better(tmp_path, capsys, monkeypatch):
+    scores = chain([0.5, 0.6, 0.6, 0.4], repeat(0.9))
+    monkeypatch.setattr(session, "evaluate", lambda *args, **kwargs: Score(1.0, next(scores)))
+    assert run("--out", tmp_path, "--epochs", 9, "--patience", 2) == 0
+    assert "no better validation accuracy for 2 epochs: training ends here" in capsys.readouterr().out
+    assert [load_checkpoint(tmp_path / name).epoch for name in ("checkpoint.pt", "best.pt")] == [4, 2]
+
+
+@pytest.mark.slow
+def test_fine_tuning_takes_all_layers_but_the_last_and_leaves_them_while_they_are_frozen(source, tmp_path, capsys):
+    argv = ["--init", str(source), "--epochs", "1", "--validation", "0"]
+    assert run_command(command, TrainConfig, argv=[*argv, "--freeze", "1", "--out", str(tmp_path / "a")]) == 0
+    learnt, frozen = load_checkpoint(source), load_checkpoint(tmp_path / "a" / "checkpoint.pt")
+    assert frozen.spec == learnt.spec  # depth and width too
+    for name, tensor in learnt.model.items():
+        assert torch.equal(tensor, frozen.model[name]) == (not name.startswith("fc.")), name
+    assert frozen.training_record()["init_sha256"] == learnt.sha256
+    assert str(source.parent) not in frozen.config["command"]
+    assert run_command(command, TrainConfig, argv=[*argv, "--out", str(tmp_path / "b")]) == 0
+    tuned = load_checkpoint(tmp_path / "b" / "checkpoint.pt")
+    assert not torch.equal(tuned.model["stem.conv.weight"], learnt.model["stem.conv.weight"])
+    assert run_command(command, TrainConfig, argv=[*argv, "--depth", "34", "--out", str(tmp_path / "c")]) == 2
+    assert "--init brings its net along, with --depth 10: leave out --depth 34" in capsys.readouterr().err
+    assert run_command(command, TrainConfig, argv=[*argv, "--dataset", "cifar10", "--out", str(tmp_path / "c")]) == 2
+    assert "cifar10 has images of shape (32, 32, 3), the net takes (8, 8, 1)" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_photographs_are_prepared_as_the_net_that_is_fine_tuned_wants_them(tmp_path, make_net, make_spec, capsys):
+    image = ImageSpec(8, 8, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), resize=11)
+    spec = replace(make_spec(), image=image)
+    save_checkpoint(tmp_path / "imported.pt", Checkpoint.fresh(spec, build(spec).state_dict(), {"dataset": "folder"}))
+    rng = np.random.default_rng(0)
+    for label in ("dark", "light"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(10):
+            pixels = rng.integers(0, 256, (24, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{index}.png")
+    argv = ["--init", str(tmp_path / "imported.pt"), "--data-dir", str(tmp_path / "photos"), "--epochs", "1"]
+    assert run_command(command, TrainConfig, argv=[*argv, "--out", str(tmp_path / "run")]) == 0
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert (state.spec.image, state.spec.labels) == (image, ("dark", "light"))
+    assert state.config["batch_size"] == 8
+    read = data.load_as_trained(state.config, beside=tmp_path / "run", image=image).test
+    assert np.array_equal(read.first(1)[0], decode(Path(read.paths[0]).read_bytes(), image))
+    assert run_command(command, TrainConfig, argv=["--resume", "--out", str(tmp_path / "run"), "--epochs", "2"]) == 0
+    shutil.copy(tmp_path / "imported.pt", tmp_path / "checkpoint.pt")
+    assert run_command(command, TrainConfig, argv=["--resume", "--out", str(tmp_path)]) == 2
+    assert "holds an imported net" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_event_files_hold_what_the_metrics_say_and_go_on_with_the_run(tmp_path, monkeypatch, capsys):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run("--out", tmp_path, "--tensorboard", "--epochs", 1) == 0
+    argv = ["--resume", "--out", str(tmp_path), "--epochs", "2", "--tensorboard"]
+    assert run_command(command, TrainConfig, argv=argv) == 0
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for tag, key in (("loss/train", "train_loss"), ("accuracy/validation", "validation_accuracy"), ("run/lr", "lr")):
+        found = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert found == [(row["epoch"], pytest.approx(row[key], rel=1e-6)) for row in rows]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run("--out", tmp_path / "without", "--tensorboard") == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -200,6 +306,9 @@ def test_describe_prints_the_spec_and_counts_without_a_data_set(capsys):
         (["--dataset", "fashion-mnist", "--data-dir", "/nowhere"], "Fashion-MNIST is not in /nowhere"),
         (["--dataset", "folder"], "needs --data-dir"),
         (["--dataset", "folder", "--data-dir", "/nowhere"], "cannot read the folder /nowhere"),
+        (["--freeze", "1"], "name a checkpoint with --init"),
+        (["--patience", "2", "--validation", "0"], "--validation must be above 0"),
+        (["--init", "/nowhere"], "cannot read /nowhere"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--resume"], "cannot read"),
         (["--crop", "8"], "--crop must be smaller than the image"),
@@ -280,9 +389,9 @@ def test_the_form_that_was_chosen_is_recorded_and_resumed(tmp_path, capsys):
     assert "--nonlinearity" not in recorded["command"]
     explicit = ["--family", "wrn", "--nonlinearity", "relu", "--parameterization", "plain", *argv, "--resume"]
     assert run_command(command, TrainConfig, argv=explicit) == 0
-    assert run_command(command, TrainConfig, argv=[*argv, "--resume"]) == 2
-    error = capsys.readouterr().err
-    assert "was started with --family wrn --nonlinearity relu --parameterization plain" in error
+    assert run_command(command, TrainConfig, argv=["--out", str(tmp_path), "--resume"]) == 0
+    assert run_command(command, TrainConfig, argv=[*argv, "--resume", "--family", "pooled"]) == 2
+    assert "was started with --family wrn; resume it with the same" in capsys.readouterr().err
 
 
 @pytest.mark.slow

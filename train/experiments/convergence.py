@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -30,9 +30,25 @@ class ConvergenceConfig(ExperimentConfig):
 
 def command(config: ConvergenceConfig) -> int:
     """Training and validation error over epochs for the three kinds of net."""
-    import numpy as np
+    from train.experiments.trial import describe, draw_chance, new_figure, recorded_rows, write_results
 
-    from train.experiments.trial import describe, load_dataset, mean_and_spread, new_figure, run_trial, write_results
+    rows = recorded_rows(config, "convergence") if config.redraw else _measure(config)
+    figure, all_axes = new_figure(2, height=4.4, sharey=True)
+    for axes, part in zip(all_axes, ("train", "validation"), strict=True):
+        _draw(axes, rows, f"{part}_accuracy")
+        draw_chance(axes, config, error=True)
+        axes.set(xlabel="epoch", title={"train": "training images", "validation": "held-out images"}[part])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    all_axes[0].set_ylabel("error, %")
+    figure.suptitle(f"{config.depth} layers, {describe(config)}")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    numbers = {"settings": config.training(depth=config.depth), "rows": rows}
+    write_results(config.out, "convergence", figure, numbers, redraw=config.redraw)
+    return 0
+
+
+def _measure(config: ConvergenceConfig) -> list[dict[str, Any]]:
+    from train.experiments.trial import load_dataset, mean_and_spread, run_trial
     from train.families import count_parameters
     from train.progress import make_console, progress
 
@@ -50,24 +66,25 @@ def command(config: ConvergenceConfig) -> int:
                 advance(note=name)
             mean, spread = mean_and_spread([row["test_accuracy"] for row in rows if row["net"] == name])
             print(f"{name:9s} {rows[-1]['parameters']:9,} parameters: {100 * mean:.1f} ± {100 * spread:.1f} %")
+    return rows
 
-    figure, (axes,) = new_figure(1)
-    for index, name in enumerate(NETS):
+
+def _draw(axes, rows, key: str) -> None:
+    """The mean over seeds as a line, from the best to the worst seed as a band."""
+    import numpy as np
+
+    from train.experiments.trial import COLOURS
+
+    for name, style in zip(NETS, ("-", "-", "--"), strict=True):
         of_net = [row for row in rows if row["net"] == name]
-        histories, parameters = [row["history"] for row in of_net], of_net[0]["parameters"]
-        for key, style in (("train_accuracy", "--"), ("validation_accuracy", "-")):
-            error = 100 * (1 - np.mean([[epoch[key] for epoch in history] for history in histories], axis=0))
-            label = f"{name}, {parameters:,} parameters" if style == "-" else None
-            axes.plot(np.arange(1, len(error) + 1), error, f".{style}", color=f"C{index}", label=label)
-    axes.set(
-        xlabel="epoch",
-        ylabel="error, % (solid: validation, dashed: training)",
-        title=f"{config.depth} layers, {describe(config)}",
-    )
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    write_results(config.out, "convergence", figure, {"settings": config.training(depth=config.depth), "rows": rows})
-    return 0
+        errors = 100 * (1 - np.array([[epoch[key] for epoch in row["history"]] for row in of_net]))
+        epochs, label = np.arange(1, errors.shape[1] + 1), f"{name}, {of_net[0]['parameters']:,} parameters"
+        axes.fill_between(epochs, errors.min(0), errors.max(0), color=COLOURS[name], alpha=0.15, linewidth=0)
+        axes.plot(epochs, errors.mean(0), f".{style}", color=COLOURS[name], label=label)
+    axes.set_yscale("symlog", linthresh=1, linscale=0.5)
+    axes.set(ylim=(0, 100))
+    axes.set_yticks(ticks := (0, 1, 2, 5, 10, 20, 50, 100), [str(tick) for tick in ticks])
+    axes.minorticks_off()
 
 
 def _width_of_equal_size(config: ConvergenceConfig, info) -> float:

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -30,16 +30,29 @@ class DepthConfig(ExperimentConfig):
 
 def command(config: DepthConfig) -> int:
     """Train plain nets with and without Dirac parameterization, NCReLU in both, and Wide ResNets at several depths."""
+    from train.experiments.trial import describe, draw_chance, new_figure, recorded_rows, write_results
+
+    rows = recorded_rows(config, "depth") if config.redraw else _measure(config)
+    depths = sorted({row["depth"] for row in rows})
+    figure, all_axes = new_figure(2, height=4.4)
+    for axes in all_axes:
+        _draw(axes, rows)
+        draw_chance(axes, config)
+        axes.set(xlabel="layers", xscale="log")
+        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.minorticks_off()
+    all_axes[0].set(ylabel="test accuracy, % (area: parameters)", ylim=(0, 103))
+    all_axes[1].set(title="the same, above 90 %", ylim=(90, 100))
+    all_axes[0].set(title=describe(config))
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS) + 1)
+    write_results(config.out, "depth", figure, {"settings": config.training(), "rows": rows}, redraw=config.redraw)
+    return 0
+
+
+def _measure(config: DepthConfig) -> list[dict[str, Any]]:
     from itertools import product
 
-    from train.experiments.trial import (
-        describe,
-        load_dataset,
-        mean_and_spread,
-        new_figure,
-        run_trial,
-        write_results,
-    )
+    from train.experiments.trial import load_dataset, mean_and_spread, run_trial
     from train.families import count_parameters
     from train.progress import make_console, progress
 
@@ -58,29 +71,27 @@ def command(config: DepthConfig) -> int:
             rows.append({"kind": kind, "depth": depth, "width": width, "parameters": parameters})
             rows[-1] |= {"accuracies": accuracies, "mean": mean, "spread": spread}
             print(f"{kind}-{depth}-{width:g}, {parameters:,} parameters: {100 * mean:.1f} ± {100 * spread:.1f} %")
-
-    figure, (axes,) = new_figure(1, height=4.8)
-    _draw(axes, rows)
-    axes.set(xlabel="layers", ylabel="test accuracy, % (area: parameters)", xscale="log", title=describe(config))
-    axes.set_xticks(depths, [str(depth) for depth in depths])
-    axes.minorticks_off()
-    figure.legend(loc="outside lower center", ncols=len(KINDS))
-    write_results(config.out, "depth", figure, {"settings": config.training(), "rows": rows})
-    return 0
+    return rows
 
 
 def _draw(axes, rows) -> None:
-    """A line for each kind and width, with a circle for each depth whose area says how many parameters there are."""
+    """A line for each kind and width, with a circle for each depth whose area says how many parameters there are.
+
+    Kinds stand side by side, so that none hides another.
+    """
+    from train.experiments.trial import COLOURS
+
     widths = list(dict.fromkeys(row["width"] for row in rows))
     most = max(row["parameters"] for row in rows)
     for index, kind in enumerate(KINDS):
         for width, style in zip(widths, cycle(STYLES)):
             line = [row for row in rows if (row["kind"], row["width"]) == (kind, width)]
-            depths = [row["depth"] for row in line]
+            places = [row["depth"] * 1.06 ** (index - 1) for row in line]
             means, spreads = ([100 * row[key] for row in line] for key in ("mean", "spread"))
             label = kind if len(widths) == 1 else f"{kind}, width {width:g}"
-            axes.errorbar(depths, means, spreads, color=f"C{index}", linestyle=style, capsize=3, label=label)
-            axes.scatter(depths, means, [20 + 200 * row["parameters"] / most for row in line], f"C{index}", alpha=0.5)
+            axes.errorbar(places, means, spreads, color=COLOURS[kind], linestyle=style, capsize=3, label=label)
+            areas = [20 + 150 * row["parameters"] / most for row in line]
+            axes.scatter(places, means, areas, COLOURS[kind], alpha=0.4)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -32,9 +32,23 @@ class InitializationConfig(ExperimentConfig):
 
 def command(config: InitializationConfig) -> int:
     """Wide ResNet with δ + W and with W alone, all convolutions from N(0, σ²) whatever their shape."""
+    from train.experiments.trial import describe, draw_chance, new_figure, recorded_rows, write_results
+
+    rows = recorded_rows(config, "initialization") if config.redraw else _measure(config)
+    figure, (axes,) = new_figure(1, height=4.4)
+    _draw(axes, rows)
+    draw_chance(axes, config)
+    axes.set(xlabel="σ", ylabel="test accuracy, %", ylim=(0, 103), title=f"ResNet-{config.depth}, {describe(config)}")
+    axes.legend(loc="center right")
+    numbers = {"settings": config.training(depth=config.depth), "rows": rows}
+    write_results(config.out, "initialization", figure, numbers, redraw=config.redraw)
+    return 0
+
+
+def _measure(config: InitializationConfig) -> list[dict[str, Any]]:
     from torch import nn
 
-    from train.experiments.trial import describe, load_dataset, mean_and_spread, new_figure, run_trial, write_results
+    from train.experiments.trial import load_dataset, mean_and_spread, run_trial
     from train.progress import make_console, progress
 
     dataset, rows = load_dataset(config), []
@@ -67,19 +81,22 @@ def command(config: InitializationConfig) -> int:
             rows[-1] |= {"spread": spread}
             weight = "δ + W" if kind == "delta" else "W"
             print(f"{weight:6s} σ = {sigma:<8g} {what:13s} {100 * mean:5.1f} ± {100 * spread:.1f} %")
+    return rows
 
-    figure, (axes,) = new_figure(1)
-    for kind, label in (("delta", "δ + W (eq. 14)"), ("plain", "W")):
+
+def _draw(axes, rows) -> None:
+    """A line for each kind, side by side, so that none hides another."""
+    from train.experiments.trial import COLOURS
+
+    smallest = min((row["sigma"] for row in rows if row["sigma"]), default=1.0)
+    kinds = (("delta", "δ + W (eq. 14)", "residual with δ", 1), ("plain", "W", "residual", -1))
+    for kind, label, net, side in kinds:
         of_kind = [row for row in rows if row["kind"] == kind and row["drawn"] == "convolutions"]
+        places = [row["sigma"] * 1.5**side if row["sigma"] else 0.1 * side * smallest for row in of_kind]
         means, spreads = ([100 * row[key] for row in of_kind] for key in ("mean", "spread"))
-        axes.errorbar([row["sigma"] for row in of_kind], means, spreads, marker="o", capsize=3, label=label)
+        axes.errorbar(places, means, spreads, marker="o", capsize=3, color=COLOURS[net], label=label)
     axes.plot([0], [100 * rows[-1]["mean"]], "kx", markersize=9, zorder=3, label="all weights zero")
-    smallest = min((sigma for sigma in config.sigmas if sigma), default=1.0)
     axes.set_xscale("symlog", linthresh=smallest, linscale=1)
-    axes.set(xlabel="σ", ylabel="test accuracy, %", title=f"ResNet-{config.depth}, {describe(config)}")
-    axes.legend()
-    write_results(config.out, "initialization", figure, {"settings": config.training(depth=config.depth), "rows": rows})
-    return 0
 
 
 if __name__ == "__main__":

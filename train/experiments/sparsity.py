@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -28,14 +28,26 @@ def command(config: SparsityConfig) -> int:
 
     δ is left out: with it no row could vanish, and its one value would hide all others.
     """
+    from train.experiments.trial import describe, new_figure, recorded_rows, write_results
+
+    depth = config.depth or (100 if config.paper else 34)
+    rows = recorded_rows(config, "sparsity") if config.redraw else _measure(config, depth)
+    figure, (histogram, *pictures) = new_figure(3)
+    _draw(histogram, pictures, [row for row in rows if not row["seed"]])
+    figure.suptitle(f"DiracNet-{depth}, {describe(config)}; weights of the first seed")
+    numbers = {"settings": config.training(depth=depth), "rows": rows}
+    write_results(config.out, "sparsity", figure, numbers, redraw=config.redraw)
+    return 0
+
+
+def _measure(config: SparsityConfig, depth: int) -> list[dict[str, Any]]:
     import numpy as np
 
-    from train.experiments.trial import describe, load_dataset, mean_and_spread, new_figure, run_trial, write_results
+    from train.experiments.trial import load_dataset, mean_and_spread, run_trial
     from train.layers import DiracConv2d, normalize_filters
     from train.progress import make_console, progress
 
-    depth = config.depth or (100 if config.paper else 34)
-    dataset, rows, slices, weights = load_dataset(config), [], {}, {}
+    dataset, rows = load_dataset(config), []
     with progress(make_console(), "training", 2 * config.seeds) as advance:
         for nonlinearity in ("ncrelu", "relu"):
             for seed in range(config.seeds):
@@ -46,29 +58,38 @@ def command(config: SparsityConfig) -> int:
                 rows.append({"nonlinearity": nonlinearity, "seed": seed, "test_accuracy": trial.test_accuracy})
                 rows[-1] |= measure(learned)
                 if not seed:
-                    slices[nonlinearity] = learned[len(learned) // 2][:, :, 1, 1]
-                    weights[nonlinearity] = np.concatenate([w.ravel() / w.std() for w in learned])
+                    scaled = np.concatenate([w.ravel() / w.std() for w in learned])
+                    rows[-1]["counts"] = np.histogram(scaled, _bins())[0].tolist()
+                    rows[-1]["slice"] = np.round(learned[len(learned) // 2][:, :, 1, 1], 5).astype(float).tolist()
                 advance(note=nonlinearity)
             for key in ("test_accuracy", "kurtosis", "dead_rows"):
                 mean, spread = mean_and_spread([row[key] for row in rows if row["nonlinearity"] == nonlinearity])
                 print(f"{nonlinearity:6s} {key:13s} {mean:.4f} ± {spread:.4f}")
+    return rows
 
-    figure, (histogram, *pictures) = new_figure(3)
-    for nonlinearity, values in weights.items():
-        histogram.hist(values, bins=np.linspace(-4, 4, 121), density=True, histtype="step", label=nonlinearity)
-    histogram.set(xlabel="W_norm / its layer's deviation", ylabel="density", yscale="log")
-    histogram.legend()
-    for axes, (nonlinearity, picture) in zip(pictures, slices.items(), strict=True):
-        limit = np.abs(picture).max()
-        axes.imshow(picture, cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
-        axes.set(
-            title=f"{nonlinearity}: W_norm, central slice, middle layer",
-            xlabel="input channel",
-            ylabel="output channel",
-        )
-    figure.suptitle(f"DiracNet-{depth}, {describe(config)}")
-    write_results(config.out, "sparsity", figure, {"settings": config.training(depth=depth), "rows": rows})
-    return 0
+
+def _bins():
+    import numpy as np
+
+    return np.linspace(-4, 4, 81)
+
+
+def _draw(histogram, pictures, rows) -> None:
+    """How many weights have which value, and a slice of the middle layer in one scale of colours."""
+    import numpy as np
+
+    from train.experiments.trial import COLOURS
+
+    images, limit = [], max(np.abs(row["slice"]).max() for row in rows)
+    for axes, row, style in zip(pictures, rows, ("-", "--"), strict=True):
+        name = row["nonlinearity"]
+        label = f"{name}, {sum(row['counts']):,} weights"
+        histogram.stairs(row["counts"], _bins(), color=COLOURS[name], linestyle=style, linewidth=1.5, label=label)
+        images.append(axes.imshow(row["slice"], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto"))
+        axes.set(title=f"{name}: W_norm, middle layer", xlabel="input channel", ylabel="output channel")
+    pictures[-1].figure.colorbar(images[-1], ax=pictures, label="W_norm, central slice")
+    histogram.set(xlabel="W_norm / its layer's deviation", ylabel="weights", yscale="log")
+    histogram.legend(loc="lower center")
 
 
 def measure(weights) -> dict[str, float]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # The paper's recipe in small: minutes on two cores. W's deviation is that of the authors' code, the start of the rest
 # PyTorch's.
 CHEAP = {"dataset": "digits", "width": 0.25, "epochs": 10, "batch_size": 32, "w_std": 0.1, "start": "pytorch"}
+# One colour for one kind of net, in all figures.
+COLOURS = {"Dirac": "C0", "plain": "C1", "residual": "C2", "residual with δ": "C4", "ncrelu": "C0", "relu": "C5"}
 PAPER = {"dataset": "cifar10", "width": 1.0}
 
 
@@ -34,6 +36,7 @@ class ExperimentConfig:
     seeds: Annotated[int, "how often each net is trained"] = 3
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to train"] = "auto"
     out: Annotated[Path, "folder for the figure and the numbers"] = Path("runs/experiments")
+    redraw: Annotated[bool, "train nothing: draw the figure again from the numbers in --out"] = False
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or (self.epochs or 1) < 1:
@@ -105,12 +108,30 @@ def load_dataset(config: ExperimentConfig) -> "Dataset":
     return data.load(config.training().dataset, data_dir=config.data_dir)
 
 
-def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any]) -> None:
-    """NAME.png and NAME.json in `out`."""
+def recorded_rows(config: ExperimentConfig, name: str) -> list[dict[str, Any]]:
+    """The rows of NAME.json, where the figure alone is made again."""
+    from train.files import read_whole
+
+    return json.loads(read_whole(config.out / f"{name}.json"))["rows"]
+
+
+def draw_chance(axes: Any, config: ExperimentConfig, *, error: bool = False) -> None:
+    """The accuracy, or error, in per cent of a net that knows nothing."""
+    from train import data
+
+    chance = 100 / len(data.describe(config.training().dataset).labels)
+    axes.axhline(100 - chance if error else chance, color="0.5", linestyle=":", label="chance")
+
+
+def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any], *, redraw: bool = False) -> None:
+    """NAME.png and NAME.json in `out`; the picture alone where it is drawn again."""
     from train.figure import png
     from train.files import write_whole
 
     write_whole(out / f"{name}.png", png(figure))
+    if redraw:
+        print(f"wrote {out / name}.png")
+        return
     text = json.dumps(
         numbers, indent=1, default=lambda value: asdict(value) if isinstance(value, Settings) else str(value)
     )
