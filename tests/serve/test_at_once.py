@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serve.connection import AtOnce
+from serve.at_once import AtOnce
 
 PIECES = [(b"content-type", b"text/plain"), (b"content-length", b"4")]
 
@@ -13,16 +13,16 @@ PIECES = [(b"content-type", b"text/plain"), (b"content-length", b"4")]
 class Cycle:
     """What uvicorn keeps of a request, with a `send` that remembers."""
 
-    def __init__(self, method="POST", *, keep_alive=True, disconnected=False, write_paused=False):
+    def __init__(self, method="POST", *, keep_alive=True, disconnected=False, write_paused=False, more_body=False):
         self.scope = {"method": method}
-        self.keep_alive, self.disconnected = keep_alive, disconnected
+        self.keep_alive, self.disconnected, self.more_body = keep_alive, disconnected, more_body
         self.flow = SimpleNamespace(write_paused=write_paused)
         self.default_headers = [(b"date", b"today")]
         self.response_started = self.response_complete = False
         self.waiting_for_100_continue = True
         self.message_event = asyncio.Event()
         self.writes, self.sent, self.num_responses = [], [], 0
-        self.transport = SimpleNamespace(write=self.writes.append)
+        self.transport = SimpleNamespace(write=self.writes.append, write_eof=lambda: self.writes.append("the end"))
 
     async def send(self, message):
         self.sent.append(message)
@@ -74,6 +74,23 @@ def test_any_other_answer_is_left_to_uvicorn_message_by_message(cycle, headers, 
     assert cycle.writes == []
     assert cycle.sent[0] == {"type": "http.response.start", "status": 200, "headers": headers}
     assert [message["body"] for message in cycle.sent[1:]] == bodies
+
+
+@pytest.mark.parametrize(
+    ("cycle", "added"),
+    [
+        (Cycle(more_body=True), [(b"connection", b"close")]),
+        (Cycle(keep_alive=False, more_body=True), []),
+    ],
+)
+def test_a_last_answer_leaves_the_socket_open_for_what_is_still_coming(cycle, added):
+    send_all(cycle, [*PIECES, *added], b"body")
+    answer, end = cycle.writes
+    assert answer.endswith(b"content-length: 4\r\nconnection: close\r\n\r\nbody")
+    assert end == "the end"
+    assert not cycle.keep_alive
+    assert cycle.num_responses == 1
+    assert cycle.sent == []
 
 
 def test_a_line_break_in_a_header_goes_nowhere():
