@@ -1,8 +1,10 @@
 import asyncio
 import io
+import socket
 import threading
 from contextlib import contextmanager
 from queue import SimpleQueue
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -143,3 +145,17 @@ def live():
             thread.join(30)
 
     return live
+
+
+@pytest.fixture
+def connect():
+    """`connect(url)` is an open socket to the server."""
+    opened = []
+
+    def connect(url):
+        opened.append(socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=60))
+        return opened[-1]
+
+    yield connect
+    for connection in opened:
+        connection.close()
