@@ -175,7 +175,7 @@ def markdown(record: dict[str, Any]) -> str:
     for name, explain in zip(TITLES, sections, strict=True):
         parts += [f"## {TITLES[name]}", *explain(record[name])]
         if alone := record["alone"].get(name):
-            machine = ", ".join(map(str, alone["machine"].values()))
+            machine = ", ".join(f"{name} {value}" for name, value in alone["machine"].items())
             parts.append(f"Measured by `{alone['command']}` on another day: {machine}.")
     parts += ["## What is bounded, and by what", BOUNDED]
     return "\n\n".join(parts) + "\n"

@@ -15,6 +15,7 @@ from serve.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, Problem
 HEADERS_S = 10.0  # from a connection's or a request's first byte to the end of its headers
 WRITE_S = 30.0  # for a client to read what it asked for
 MAX_HEADER_BYTES = 2**16
+_HEADER_BYTES = 32  # that each header or trailer counts more than its text, as in HTTP/2: RFC 9113, 6.5.2
 MAX_DROPPED_BYTES = 2**20  # after the last answer of a connection
 MAX_PIPELINED = 64  # requests that wait for the answer to the one before
 _FRAMING_PER_BODY_BYTE = 8  # what chunks may cost: one of a single byte takes five bytes more
@@ -77,7 +78,7 @@ class Connection(HttpToolsProtocol):
             if self._stage == "headers" and not self._timer and not self._is_deaf:
                 self._await_headers()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """Whether an answer is still to be sent: a client may stop sending as soon as its request is whole."""
         if self._stage != "between" or self.cycle is None or self.cycle.response_complete:
             return False
@@ -102,8 +103,10 @@ class Connection(HttpToolsProtocol):
         self._num_header_bytes = self._num_unpaid_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_header_bytes += len(name) + len(value) + _HEADER_BYTES
+        if self._num_header_bytes > MAX_HEADER_BYTES:
+            raise _headers_too_large()
         if self._stage != "body":  # there it is a trailer, which nobody reads: RFC 9110, 6.5.1
-            self._num_header_bytes += len(name) + len(value) + 4
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -190,7 +193,7 @@ class Connection(HttpToolsProtocol):
         if before is None or before.response_complete:
             self._start_asgi_task(self.cycle, self.app)
         else:
-            self.pipeline.appendleft((self.cycle, self.app))
+            self.pipeline.appendleft((self.cycle, self.app))  # type: ignore[arg-type]
 
     def _cut_off(self, problem: Problem) -> None:
         """End a request whose body is being read; one that is answered needs no more words."""
@@ -258,7 +261,9 @@ def _problem_of(error: httptools.HttpParserError) -> Problem:
 
 
 def _headers_too_large() -> Problem:
-    return Problem(HEADERS_TOO_LARGE, f"address and headers are longer than {MAX_HEADER_BYTES:,} bytes", _CLOSE)
+    return Problem(
+        HEADERS_TOO_LARGE, f"address, headers and trailers are longer than {MAX_HEADER_BYTES:,} bytes", _CLOSE
+    )
 
 
 def _too_much_framing() -> Problem:

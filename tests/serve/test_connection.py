@@ -101,7 +101,16 @@ def test_trailers_are_not_kept(live, runtime, connect):
     assert num_headers == [2]
 
 
-@pytest.mark.parametrize("what", ["trailers", "one trailer", "one chunk extension", "chunk extensions"])
+def test_trailers_count_as_headers(served, connect):
+    connection = connect(served)
+    head, piece = ENDLESS["trailers"]
+    connection.sendall(head + piece * 3000)
+    answer = everything(connection)
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert problem_in(answer)["type"] == "urn:diracnet:problem:headers-too-large"
+
+
+@pytest.mark.parametrize("what", ["one trailer", "one chunk extension", "chunk extensions"])
 def test_framing_that_no_body_comes_with_is_a_problem(served, connect, what):
     connection = connect(served)
     head, piece = ENDLESS[what]
@@ -230,9 +239,11 @@ def test_headers_that_are_too_long_are_431(served, connect, num_bytes, end):
 
 def test_headers_of_the_full_length_are_taken(served, connect):
     connection = connect(served)
-    used = len("/healthz") + len("Host") + len("a") + 4 + len("X") + 4
-    connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: " + b"b" * (MAX_HEADER_BYTES - used) + b"\r\n\r\n")
+    length = MAX_HEADER_BYTES - len("/healthz") - len("Hosta") - 32 - len("X") - 32
+    connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: " + b"b" * length + b"\r\n\r\n")
     assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nX: " + b"b" * (length + 1) + b"\r\n\r\n")
+    assert connection.recv(65536).startswith(b"HTTP/1.1 431 ")
 
 
 def test_a_client_that_sends_on_after_its_refusal_is_cut_off(served, connect):
