@@ -120,6 +120,9 @@ class _Transport:
     def is_closing(self) -> bool:
         return False
 
+    def close(self) -> None:
+        pass
+
     def get_extra_info(self, name: str) -> None:
         return None
 
