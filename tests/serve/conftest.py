@@ -16,6 +16,7 @@ from export.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net
 from serve.app import make_app
+from serve.connection import Connection
 from serve.limits import Limits
 
 
@@ -145,6 +146,13 @@ def live():
             thread.join(30)
 
     return live
+
+
+@pytest.fixture
+def served(live, runtime):
+    """The url of a server whose connections are ours."""
+    with live(make_app(runtime, Limits()), http=Connection) as url:
+        yield url
 
 
 @pytest.fixture

@@ -19,13 +19,6 @@ from serve.logs import RequestLog
 MOST_BYTES = 2**25  # that a test sends where the server must end the connection, and sockets hold by themselves
 
 
-@pytest.fixture
-def served(live, runtime):
-    """The url of a server whose connections are ours."""
-    with live(make_app(runtime, Limits()), http=Connection) as url:
-        yield url
-
-
 def flood(connection, head, piece):
     """Send `piece` for ever; what the server had answered when it ended the connection."""
     block, num_bytes = piece * (65536 // len(piece)), 0

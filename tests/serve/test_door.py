@@ -16,13 +16,6 @@ from serve.door import MAX_TURNED_AWAY, SPARE_FILES
 from serve.limits import Limits
 
 
-@pytest.fixture
-def served(live, runtime):
-    """The url of a server whose connections are ours."""
-    with live(make_app(runtime, Limits()), http=Connection) as url:
-        yield url
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "dripped"),
