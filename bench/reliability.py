@@ -1,9 +1,10 @@
-"""python bench/reliability.py: overload, SIGTERM, SIGHUP and kill -9 under load, on this machine alone."""
+"""python bench/reliability.py: overload, SIGTERM, SIGHUP, kill -9 and attacks, on this machine alone."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -15,10 +16,27 @@ from train.refusal import Refusal
 if TYPE_CHECKING:
     from bench.faults import Subject
 
+BOUNDED = """\
+| what a client may take | bound | by |
+| --- | --- | --- |
+| connections | `--max-connections`, and what the process may open files for | `serve/door.py` |
+| headers, trailers, chunk extensions, blank lines | [http.md](http.md#limits) | `serve/connection.py` |
+| requests behind one another on a connection | 64 | `serve/connection.py` |
+| a connection without a request, and what comes after an answer | 5 s | `serve/connection.py` |
+| answers that are not read | 30 s, and what a socket holds | `serve/connection.py` |
+| bodies | `--max-body-mb` each, `--max-held-mb` together, `--deadline-ms` to arrive | `serve/wire.py`, `serve/hot.py` |
+| images that wait | `--max-queue`, `--max-images` of a request | `serve/batcher.py` |
+| the time of an answer | `--deadline-ms` | `serve/batcher.py` |
+| labels of metrics | addresses that the server has | `serve/metrics.py` |
+
+Left to a proxy: TLS; how many connections and requests one client may have, as the server knows no clients; who may
+reach it at all. A stranger who opens `--max-connections` connections, and opens them again every ten seconds, keeps
+others out."""
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
     "python bench/reliability.py                      # two minutes; writes docs/reliability.md and its record",
     "python bench/reliability.py --quick --out /tmp/reliability",
+    "python bench/reliability.py --only attacks       # the record keeps what it has of the others",
     "python bench/reliability.py --render docs/benchmarks/reliability.json",
 )
 TITLES = {
@@ -26,6 +44,7 @@ TITLES = {
     "drain": "SIGTERM under load",
     "reload": "SIGHUP under load",
     "kill": "kill -9 of one worker of two",
+    "attacks": "Endless and slow requests",
 }
 
 
@@ -38,6 +57,9 @@ class ReliabilityConfig:
     reloads: Annotated[int, "how often the model is exchanged"] = 30
     quick: Annotated[bool, "3 s of overload, one round, 4 reloads"] = False
     out: Annotated[Path, "folder for reliability.md and benchmarks/reliability.json"] = ROOT / "docs"
+    only: Annotated[
+        tuple[Literal["overload", "drain", "reload", "kill", "attacks"], ...], "parts to measure (default: all)"
+    ] = ()
     render: Annotated[Path | None, "measure nothing: write the page of this record"] = None
 
     def __post_init__(self) -> None:
@@ -57,8 +79,8 @@ def command(config: ReliabilityConfig) -> int:
     if config.render:
         record = json.loads(read_whole(config.render))
     else:
-        record = _measure(config)
         path = config.out / "benchmarks" / "reliability.json"
+        record = _measure(config, json.loads(read_whole(path)) if config.only else {"alone": {}})
         write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
         print(f"wrote {path}")
     page = write_whole(config.out / "reliability.md", markdown(record).encode())
@@ -69,33 +91,41 @@ def command(config: ReliabilityConfig) -> int:
     return 1 if missed else 0
 
 
-def _measure(config: ReliabilityConfig) -> dict[str, Any]:
+def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any]:
+    """`record` with the parts that are asked for measured anew; those that are measured alone say so."""
     import tempfile
 
     import uvloop
 
     from bench import faults
+    from bench.attacks import attack
     from bench.page import describe_machine
     from train.progress import make_console, progress
 
     seconds, rounds, reloads = (3.0, 1, 4) if config.quick else (config.seconds, config.rounds, config.reloads)
-    record: dict[str, Any] = {
+    about = {
         "command": f"python bench/reliability.py {given_arguments(config)}".strip(),
         "machine": describe_machine("onnxruntime-gpu", "onnxruntime", "uvicorn"),
     }
-    with tempfile.TemporaryDirectory() as folder, progress(make_console(), "reliability", 2 + 2 * rounds) as advance:
+    with tempfile.TemporaryDirectory() as folder:
         subject = _subject(config, Path(folder))
-        record["model"] = config.model.name
-        record["overload"] = [uvloop.run(faults.overload(subject, seconds=seconds))]
-        advance(1, "overload")
-        record["reload"] = [uvloop.run(faults.reload(subject, Path(folder), times=reloads))]
-        advance(1, "reload")
-        for name, fault in (("drain", faults.drain), ("kill", faults.kill)):
-            record[name] = []
-            for _ in range(rounds):
-                record[name].append(uvloop.run(fault(subject)))
-                advance(1, name)
-    return record
+        parts: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
+            "overload": (1, lambda: uvloop.run(faults.overload(subject, seconds=seconds))),
+            "reload": (1, lambda: uvloop.run(faults.reload(subject, Path(folder), times=reloads))),
+            "drain": (rounds, lambda: uvloop.run(faults.drain(subject))),
+            "kill": (rounds, lambda: uvloop.run(faults.kill(subject))),
+            "attacks": (1, lambda: attack(config.model)),
+        }
+        chosen = {name: part for name, part in parts.items() if name in (config.only or parts)}
+        with progress(make_console(), "reliability", sum(times for times, _ in chosen.values())) as advance:
+            for name, (times, fault) in chosen.items():
+                record[name] = []
+                for _ in range(times):
+                    record[name].append(fault())
+                    advance(1, name)
+    if not config.only:
+        return {**about, "model": config.model.name, **record}
+    return {**record, "alone": {**record.get("alone", {}), **dict.fromkeys(chosen, about)}}
 
 
 def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
@@ -141,8 +171,13 @@ def markdown(record: dict[str, Any]) -> str:
         machine_table(record["machine"]),
         table(("", "bar", ""), [(TITLES[name], bar, "met" if met else "MISSED") for name, bar, met in _bars(record)]),
     ]
-    for name, explain in (("overload", _overload), ("drain", _drain), ("reload", _reload), ("kill", _kill)):
+    sections = (_overload, _drain, _reload, _kill, _attacks)
+    for name, explain in zip(TITLES, sections, strict=True):
         parts += [f"## {TITLES[name]}", *explain(record[name])]
+        if alone := record["alone"].get(name):
+            machine = ", ".join(f"{name} {value}" for name, value in alone["machine"].items())
+            parts.append(f"Measured by `{alone['command']}` on another day: {machine}.")
+    parts += ["## What is bounded, and by what", BOUNDED]
     return "\n\n".join(parts) + "\n"
 
 
@@ -217,6 +252,32 @@ def _kill(rounds: list[dict[str, Any]]) -> list[str]:
         "16 connections ask without a pause. What the killed worker was answering is lost, and asked once more with "
         "`serve/client.py`. Recovery is the time until a new process answers; the other worker answers meanwhile.",
         table(("answers", "answered on one retry", "recovery"), rows),
+    ]
+
+
+def _attacks(rounds: list[dict[str, Any]]) -> list[str]:
+    (result,) = rounds
+    floods = [
+        (
+            what,
+            f"{flood['sent_mb']:.1f} MB",
+            f"{flood['seconds']:.2f} s",
+            f"{flood['memory_mb']:.1f} MB",
+            f"{flood['probe_ms']:.0f} ms",
+        )
+        for what, flood in result["floods"].items()
+    ]
+    drips = [(what, f"{seconds:.1f} s") for what, seconds in result["drips_s"].items()]
+    crowd = result["connections"]
+    return [
+        "One connection sends without an end, as fast as it can, while another one asks `/healthz` again and again. "
+        "What was sent stood in the sockets when the server ended the connection; it read a part of that.",
+        table(("sent without an end", "sent until it ended", "after", "memory", "longest probe"), floods),
+        "A byte, or a line, every quarter of a second:",
+        table(("dripped", "ended after"), drips),
+        f"With `--max-connections {crowd['limit']}`, {crowd['limit']} connections that say nothing cost "
+        f"{crowd['kb_each']:.0f} kB each. Of as many more, {_counts(crowd['beyond'])}; one of the first is answered "
+        f"{crowd['inside']}.",
     ]
 
 

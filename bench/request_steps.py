@@ -23,6 +23,7 @@ from export.runtimes.onnx_session import OnnxSession
 from serve.access import EVERYBODY
 from serve.batcher import Batcher, Served
 from serve.connection import Connection
+from serve.door import Door
 from serve.hot import Hot
 from serve.limits import Limits
 from serve.logs import RequestLog
@@ -59,9 +60,10 @@ _QUEUE = "queue, batch, results, JSON"
 
 async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
     """A server that grows: its connection alone, then its front, then metrics and log, then the batcher."""
-    batcher = Batcher(Served((instant,)), Limits(decode_threads=0))
+    limits = Limits(decode_threads=0)
+    batcher, door = Batcher(Served((instant,)), limits), Door(limits.max_connections)
     batcher.start()
-    observers = (Metrics(batcher), RequestLog(BytesIO()))
+    observers = (Metrics(batcher, door), RequestLog(BytesIO()))
 
     def front(inner: Batcher, *, observed: bool) -> ASGIApp:
         app = cast(ASGIApp, None)  # nothing but predictions is asked
@@ -118,8 +120,14 @@ class _Transport:
     def is_closing(self) -> bool:
         return False
 
+    def close(self) -> None:
+        pass
+
     def get_extra_info(self, name: str) -> None:
         return None
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def resume_reading(self) -> None:
         pass
@@ -144,7 +152,7 @@ async def _time_app(app: ASGIApp, png: bytes) -> float:
     state = ServerState()
     state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
     transports = [_Transport() for _ in range(BATCH_SIZE)]
-    connections = [Connection(config, state, {}) for _ in transports]
+    connections = [Connection(config, state, {"door": Door(BATCH_SIZE)}) for _ in transports]
     for connection, transport in zip(connections, transports, strict=True):
         connection.connection_made(cast(asyncio.Transport, transport))
     head = f"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Type: image/png\r\nContent-Length: {len(png)}\r\n\r\n"

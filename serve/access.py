@@ -1,6 +1,8 @@
 """Who may ask: an API key, and the web pages of other origins."""
 
 import hmac
+import logging
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 from serve.problems import UNAUTHORIZED, Problem
 from train.files import read_whole
 from train.refusal import Refusal
+
+_log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "DIRACNET_API_KEY"
 # Probes and browsers that open a page send no key; nothing here says anything of the model.
@@ -45,4 +49,6 @@ def read_api_key(file: Path | None, environment: Mapping[str, str]) -> bytes | N
     key = read_whole(file).strip() if file else environment[KEY_VARIABLE].strip().encode()
     if not key or not all(33 <= byte <= 126 for byte in key):
         raise Refusal(f"{file or KEY_VARIABLE} must hold one key of printable characters without spaces")
+    if file and file.stat().st_mode & stat.S_IROTH:
+        _log.warning("every user of this machine can read %s, which holds the server's key: chmod o-r it", file.name)
     return key

@@ -1,9 +1,12 @@
 """One request, top to bottom: bytes → decode → batch → run → answer."""
 
 import asyncio
+import base64
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +22,7 @@ from serve.access import EVERYBODY, Access
 from serve.answer import ModelName, Prediction
 from serve.batcher import Batcher, Served
 from serve.decode import warm_up_decoders
+from serve.door import Door
 from serve.hot import TOP_K, Hot, Observer
 from serve.limits import Limits
 from serve.metrics import MEDIA_TYPE, Metrics
@@ -28,13 +32,6 @@ from serve.signals import heed_signals
 from serve.v2 import make_router
 from serve.wire import REQUEST_BODY
 from train.refusal import Refusal
-
-# A browser that shows a page of ours asks no other host for anything, whatever the page holds.
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
 class _App(FastAPI):
@@ -71,16 +68,17 @@ def make_app(
     is a key, on POST /admin/reload, which then calls `reload_everywhere`. `observers` learn of every finished request.
     """
     batcher = Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
-    metrics = Metrics(batcher)
+    door = Door(limits.max_connections)
+    metrics = Metrics(batcher, door)
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
         await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
         batcher.start()
         app.state.is_ready = True
         with heed_signals(before_stop=no_longer_ready, reload=reloader.reload if reloader else None):
-            yield
+            yield {"door": door}  # to every connection
         no_longer_ready()
         await batcher.close()
 
@@ -93,18 +91,20 @@ def make_app(
         description="Classifies images. Every refusal is an RFC 9457 problem document.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would lead to whatever host the client names
         lifespan=lifespan,
         exception_handlers=problems.exception_handlers(),
     )
     app.front = Hot(app.routed, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
     if access.cors_origins:
-        app.front = CORSMiddleware(
+        app.front = cors = CORSMiddleware(
             app.front,
             allow_origins=access.cors_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"),
             expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
         )
+        cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the one answer that `Hot` never sees
     app.state.is_ready = False
     _add_predict(app)
     _add_operation(app, batcher, metrics)
@@ -174,11 +174,27 @@ def _add_pages(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def show_page() -> HTMLResponse:
-        return HTMLResponse(page, headers=_PAGE_HEADERS)
+        return HTMLResponse(page, headers=page_headers(page))
 
     @app.get("/docs", include_in_schema=False)
     async def show_docs() -> HTMLResponse:
-        return HTMLResponse(docs, headers=_PAGE_HEADERS)
+        return HTMLResponse(docs, headers=page_headers(docs))
+
+
+def page_headers(page: str) -> dict[str, str]:
+    """A browser runs the scripts and styles that stand in `page` and no others, and asks no other host for anything."""
+    hashes = {
+        tag: " ".join(f"'sha256-{_digest(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL))
+        for tag in ("script", "style")
+    }
+    return {
+        "Content-Security-Policy": f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
+        "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    }
+
+
+def _digest(text: str) -> str:
+    return base64.b64encode(sha256(text.encode()).digest()).decode()
 
 
 def model_card(runtime: Runtime) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from serve.wire import read_images, within_deadline
 
 TOP_K = 5
 BODY_IS_HERE = "diracnet.body"  # an extension of the scope: the whole body has come, and nothing waits for it
+REFUSAL = "diracnet.refusal"  # in the scope: the Problem that the connection found with its request
 _NOBODY = 499  # the client went away: no status is sent, this one is logged
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
 _PROCESS_ID = secrets.token_hex(6)
@@ -34,6 +36,7 @@ class Visit:
 
     __slots__ = (
         "body_bytes",
+        "client",
         "decode_s",
         "id",
         "method",
@@ -50,6 +53,7 @@ class Visit:
     def __init__(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         self.start = monotonic()
         self.method, self.path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
+        self.client = (scope.get("client") or ("",))[0]
         given = headers.get(b"x-request-id", b"")
         self.id = given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS_ID}-{next(_numbers)}".encode()
         self.traceparent = headers.get(b"traceparent", b"")
@@ -92,13 +96,17 @@ class Hot:
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
         scope["visit"] = visit = Visit(scope, headers)
-        receive = self._holding(receive, visit)
+        receive = self._holding(receive, visit, scope)
         try:
+            if REFUSAL in scope:
+                raise scope[REFUSAL]
             self._access.check(visit.path, headers)
             if visit.path == "/predict" and visit.method == "POST":
                 body = await self._predict(scope, headers, receive, visit)
                 await _answer(send, visit, 200, body)
             else:
+                if visit.method == "HEAD":  # the answer to GET, whose body the server leaves away
+                    scope = {**scope, "method": "GET"}
                 await self._app(scope, receive, _with_id(send, visit))
         except Problem as problem:
             await _refuse(send, visit, problem)
@@ -119,11 +127,13 @@ class Hot:
             for observe in self._observers:
                 observe(visit)
 
-    def _holding(self, receive: Receive, visit: Visit) -> Receive:
+    def _holding(self, receive: Receive, visit: Visit, scope: Scope) -> Receive:
         """`receive` that counts what is held of all bodies, and refuses more of it than the limit."""
 
         async def receive_and_count() -> Message:
             message = await receive()
+            if REFUSAL in scope:
+                raise scope[REFUSAL]
             num_bytes = len(message.get("body", b""))
             visit.body_bytes += num_bytes
             self._held_bytes += num_bytes
@@ -171,6 +181,7 @@ async def _answer(
         (b"content-type", media_type),
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", visit.id),
+        _NO_SNIFFING,
         (b"server-timing", visit.server_timing()),
     ]
     if headers:
@@ -191,7 +202,7 @@ def _with_id(send: Send, visit: Visit) -> Send:
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":
             visit.status = message["status"]
-            added = [(b"x-request-id", visit.id)]
+            added = [(b"x-request-id", visit.id), _NO_SNIFFING]
             if visit.num_images:
                 visit.total_s = monotonic() - visit.start
                 added += [(b"server-timing", visit.server_timing())]

@@ -16,6 +16,7 @@ class Limits:
     max_pixels: int = MAX_PIXELS  # of each image, as its header announces
     max_batch: int = 32  # images that the model computes at once
     max_queue: int = 1024  # images accepted and not answered yet
+    max_connections: int = 2048  # open at once
     deadline_s: float = 30.0  # from a request's first byte to its answer
     decode_threads: int = 1  # 0: the thread that runs the model decodes too
 

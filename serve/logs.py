@@ -48,6 +48,7 @@ class RequestLog:
             "level": "info",
             "message": f"{visit.method} {visit.path[:_PATH_LENGTH]}",
             "id": visit.id.decode(),
+            "client": visit.client,
             "status": visit.status,
             "images": visit.num_images,
             "decode_ms": round(1000 * visit.decode_s, 2),

@@ -10,6 +10,7 @@ from prometheus_client.core import InfoMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from serve.batcher import Batcher
+from serve.door import Door
 
 if TYPE_CHECKING:
     from serve.hot import Visit
@@ -26,7 +27,7 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 class Metrics:
     """Call it with every finished request; `render` is the answer of GET /metrics."""
 
-    def __init__(self, batcher: Batcher) -> None:
+    def __init__(self, batcher: Batcher, door: Door) -> None:
         self._batcher = batcher
         own = CollectorRegistry()
         requests = Counter("diracnet_requests", "Requests by address and status", ("path", "status"), registry=own)
@@ -45,6 +46,12 @@ class Metrics:
         self._held = Gauge(
             "diracnet_queue_images", "Images accepted and not answered", registry=own, multiprocess_mode="livesum"
         )
+        connections = Gauge("diracnet_connections", "Open connections", registry=own, multiprocess_mode="livesum")
+        door.on_change = connections.set
+        door.on_refuse = Counter("diracnet_connections_refused", "Connections beyond the limit", registry=own).inc
+        Gauge(
+            "diracnet_connections_limit", "Connections that may be open", registry=own, multiprocess_mode="livesum"
+        ).set(door.max_connections)
         self._shown = own
         if COUNTS_VARIABLE in os.environ:
             self._shown = CollectorRegistry()

@@ -37,6 +37,7 @@ TOO_MANY_IMAGES = Kind("too-many-images", 413, "The request holds too many image
 TOO_MANY_PIXELS = Kind("too-many-pixels", 413, "An image has too many pixels")
 MEDIA_TYPE_UNKNOWN = Kind("media-type", 415, "The server does not take this media type")
 UNDECODABLE = Kind("undecodable", 422, "An image cannot be decoded")
+HEADERS_TOO_LARGE = Kind("headers-too-large", 431, "The headers are too large")
 INTERNAL = Kind("internal", 500, "The server failed")
 NOT_A_NUMBER = Kind("not-a-number", 500, "The model gave values that are no numbers")
 NOT_READY = Kind("not-ready", 503, "The server is starting or stopping")
@@ -130,11 +131,11 @@ async def _answer_http_exception(request: Request, error: HTTPException) -> Resp
     headers = dict(error.headers or {})
     match error.status_code:
         case 404:
-            detail = f"{request.url.path} does not exist; /docs lists what does"
+            detail = f"{request['path']} does not exist; /docs lists what does"
             return await _answer_problem(request, Problem(NOT_FOUND, detail, headers))
         case 405:
-            allowed = headers.get("Allow", "another method")
-            detail = f"{request.url.path} takes {allowed}, got {request.method}"
+            allowed = headers["Allow"] = _with_head(headers.get("Allow", ""))
+            detail = f"{request['path']} takes {allowed}, got {request['visit'].method}"
             return await _answer_problem(request, Problem(METHOD_NOT_ALLOWED, detail, headers))
         case status:  # a status without a type of ours: RFC 9457, section 4.2.1
             body = ProblemBody("about:blank", HTTPStatus(status).phrase, status, str(error.detail))
@@ -144,6 +145,12 @@ async def _answer_http_exception(request: Request, error: HTTPException) -> Resp
 async def _answer_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
     found = (f"{fault['loc'][-1]}: {fault['msg']}, got {fault['input']!r}" for fault in error.errors())
     return await _answer_problem(request, Problem(BAD_REQUEST, "; ".join(found)))
+
+
+def _with_head(allowed: str) -> str:
+    """What gets an address may ask for its head too (serve/hot.py)."""
+    methods = allowed.split(", ")
+    return ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
 
 
 def _path(request: Request) -> str:

@@ -28,6 +28,7 @@ from serve.access import Access, read_api_key
 from serve.app import make_app
 from serve.choose import choose
 from serve.connection import Connection
+from serve.door import fit_to_files
 from serve.limits import Limits
 from serve.metrics import COUNTS_VARIABLE
 from serve.reload import check
@@ -122,6 +123,7 @@ def limits_of(config: "ServeConfig") -> Limits:
         max_images=config.max_images,
         max_batch=config.max_batch,
         max_queue=config.max_queue,
+        max_connections=config.max_connections,
         deadline_s=config.deadline_ms / 1000,
         decode_threads=min(max(spare, 0), 4) if config.decode_threads is None else config.decode_threads,
     )
@@ -130,9 +132,10 @@ def limits_of(config: "ServeConfig") -> Limits:
 def _make_app(config: "ServeConfig", runtimes: Sequence[Runtime]) -> FastAPI:
     observers = [logs.RequestLog(sys.stderr.buffer)] if logging.getLogger().isEnabledFor(logging.INFO) else []
     tracing = find_tracing()
+    limits = limits_of(config)
     app = make_app(
         runtimes,
-        limits_of(config),
+        replace(limits, max_connections=fit_to_files(limits.max_connections)),
         access=Access(read_api_key(config.api_key_file, os.environ), config.cors_origin),
         load=partial(load, config),
         observers=[*observers, *([tracing] if tracing else [])],

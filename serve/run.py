@@ -51,6 +51,7 @@ class ServeConfig:
     max_body_mb: Annotated[float, "megabytes in one request"] = 20.0
     max_held_mb: Annotated[float, "megabytes of all requests that are not answered yet"] = 256.0
     max_queue: Annotated[int, "images accepted and not answered; what comes on top is told to come again"] = 1024
+    max_connections: Annotated[int, "connections that are open at once, to each of the workers"] = 2048
     deadline_ms: Annotated[int, "milliseconds from a request's start to its answer"] = 30_000
     drain_seconds: Annotated[int, "how long SIGTERM waits for requests under way"] = 20
     workers: Annotated[int, "processes that share the port; one that ends is replaced"] = 1

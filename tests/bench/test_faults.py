@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import faults, reliability
+from bench import attacks, faults, reliability
 from bench.faults import Subject, Tally
 from bench.open_loop import LOST, Answer, Load, predict_request
 from export.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.probabilities import softmax
 from fold.plain import fold_net
+from serve.door import MAX_TURNED_AWAY
 from train.cli import run_command
+from train.files import write_whole
 
 
 @pytest.fixture
@@ -123,6 +125,32 @@ def test_an_answer_fits_its_model_or_not():
 def test_a_request_names_itself():
     assert predict_request(b"100%d")(7).endswith(b"X-Request-Id: load-7\r\n\r\n100%d")
     assert Answer(1, 200, b"", b"", 0.5).seconds == 0.5
+
+
+@pytest.mark.slow
+def test_every_attack_is_ended_and_costs_no_memory(subject):
+    result = attacks.attack(subject.model)
+    bars = {bar: met for bar, met in result["bars"].items() if "probe" not in bar}  # a time, measured in bench/ alone
+    assert len(bars) == 3
+    assert all(bars.values()), result
+    assert result["connections"]["inside"] == "200"
+    assert result["connections"]["beyond"]["503"] == MAX_TURNED_AWAY
+
+
+def test_a_part_that_is_measured_alone_leaves_the_others(tmp_path, monkeypatch):
+    folder = reliability.ROOT / "docs"
+    known = json.loads((folder / "benchmarks" / "reliability.json").read_text())
+    write_whole(tmp_path / "benchmarks" / "reliability.json", json.dumps(known).encode())
+    (found,) = known["attacks"]
+    monkeypatch.setattr(attacks, "attack", lambda model: {**found, "drips_s": {"a drop": 1.25}})
+    argv = ["--only", "attacks", "--out", str(tmp_path)]
+    assert run_command(reliability.command, reliability.ReliabilityConfig, argv=argv) == 0
+    record = json.loads((tmp_path / "benchmarks" / "reliability.json").read_text())
+    assert {name: record[name] for name in known if name not in ("attacks", "alone")} == {
+        name: known[name] for name in known if name not in ("attacks", "alone")
+    }
+    assert "--only attacks" in record["alone"]["attacks"]["command"]
+    assert "| a drop | 1.2 s |" in (tmp_path / "reliability.md").read_text()
 
 
 def test_the_page_is_that_of_the_record(tmp_path):

@@ -1,8 +1,10 @@
 import asyncio
 import io
+import socket
 import threading
 from contextlib import contextmanager
 from queue import SimpleQueue
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from export.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net
 from serve.app import make_app
+from serve.connection import Connection
 from serve.limits import Limits
 
 
@@ -143,3 +146,24 @@ def live():
             thread.join(30)
 
     return live
+
+
+@pytest.fixture
+def served(live, runtime):
+    """The url of a server whose connections are ours."""
+    with live(make_app(runtime, Limits()), http=Connection) as url:
+        yield url
+
+
+@pytest.fixture
+def connect():
+    """`connect(url)` is an open socket to the server."""
+    opened = []
+
+    def connect(url):
+        opened.append(socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=60))
+        return opened[-1]
+
+    yield connect
+    for connection in opened:
+        connection.close()

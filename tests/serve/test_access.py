@@ -68,6 +68,16 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path):
     assert KEY not in repr(Access(KEY.encode()))
 
 
+@pytest.mark.parametrize(("mode", "is_said"), [(0o600, False), (0o640, False), (0o644, True), (0o604, True)])
+def test_a_key_that_every_user_can_read_is_warned_of(tmp_path, caplog, mode, is_said):
+    file = tmp_path / "key.txt"
+    file.write_text(KEY)
+    file.chmod(mode)
+    read_api_key(file, {})
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["every user of this machine can read key.txt, which holds the server's key: chmod o-r it"] * is_said
+
+
 @pytest.mark.parametrize("text", ["", " \n", "two words", "schlüssel"])
 def test_what_is_no_key_is_refused(tmp_path, text):
     file = tmp_path / "key"

@@ -1,13 +1,17 @@
 import base64
+import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from serve.access import Access
 from serve.app import make_app
+from serve.connection import Connection
 from serve.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +40,11 @@ def assert_problem(response, status, name, detail=""):
     assert (response.status_code, problem["status"]) == (status, status)
     assert problem["type"] == f"urn:diracnet:problem:{name}"
     assert detail in problem["detail"]
+
+
+def assert_problem_of_any(response, status, name):
+    """As `assert_problem`, under /v2 too."""
+    assert (response.status_code, response.json()["type"]) == (status, f"urn:diracnet:problem:{name}")
 
 
 def test_an_answer_is_the_softmax_of_the_models_logits(client, runtime, pixels, encode):
@@ -183,8 +192,43 @@ def test_a_form_field_of_text_is_refused(client):
 def test_unknown_addresses_and_methods_are_problems(client):
     assert_problem(client.get("/nothing"), 404, "not-found", "/docs lists what does")
     response = client.get("/predict")
-    assert_problem(response, 405, "method-not-allowed", "takes POST, got GET")
+    assert_problem(response, 405, "method-not-allowed", "/predict takes POST, got GET")
     assert response.headers["allow"] == "POST"
+    response = client.post("/healthz")
+    assert_problem(response, 405, "method-not-allowed", "/healthz takes GET, HEAD, got POST")
+    assert response.headers["allow"] == "GET, HEAD"
+
+
+def test_nobody_is_sent_to_the_host_that_a_request_names(client):
+    for address in ("/predict/", "/healthz/", "/v2/models/DiracNet-10-0.25/"):
+        response = client.post(address, headers={"Host": "evil.example"}, follow_redirects=False)
+        assert_problem_of_any(response, 404, "not-found")
+        assert "evil" not in response.text + str(response.headers)
+
+
+@pytest.mark.parametrize("address", ["/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/model", "/"])
+def test_head_is_answered_as_get_is_without_the_body(live, runtime, address):
+    with live(make_app(runtime, Limits()), http=Connection) as url, httpx.Client(base_url=url) as connection:
+        whole, head = connection.get(address), connection.head(address)
+        assert connection.get(address).status_code == 200  # nothing is left over on the connection
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == whole.headers["content-length"] == str(len(whole.content))
+
+
+def test_head_of_what_takes_no_get_is_refused(client):
+    response = client.head("/predict")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+@pytest.mark.parametrize("address", ["/", "/docs", "/predict", "/healthz", "/nothing", "/metrics", "/v2/models/x"])
+def test_no_answer_is_taken_for_another_media_type(runtime, method, address):
+    access = Access(cors_origins=("https://example.org",))
+    preflight = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    with TestClient(make_app(runtime, Limits(), access=access)) as client:
+        response = client.request(method, address, headers=preflight)
+    assert response.headers.get_list("x-content-type-options") == ["nosniff"]
 
 
 class Broken:
@@ -240,7 +284,13 @@ def test_the_model_says_what_it_is(client, runtime):
 def test_pages_ask_no_other_host_for_anything(client, address):
     response = client.get(address)
     assert response.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in response.headers["content-security-policy"]
+    policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    for tag in ("script", "style"):
+        (text,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", response.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert not re.findall(r"<[^>]* (?:style|on\w+)=", response.text)  # which no hash would let through
     assert not re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]+", response.text)
     assert "innerHTML" not in response.text
 

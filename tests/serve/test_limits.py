@@ -1,12 +1,11 @@
 """What a real connection may do to the server."""
 
-import socket
 import threading
 from queue import SimpleQueue
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from raw_http import everything
 
 from serve.app import make_app
 from serve.connection import MAX_HEADER_BYTES, Connection
@@ -16,31 +15,9 @@ from train.refusal import Refusal
 PNG = {"Content-Type": "image/png"}
 
 
-@pytest.fixture
-def connect():
-    """`connect(url)` is an open socket to the server."""
-    opened = []
-
-    def connect(url):
-        opened.append(socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=60))
-        return opened[-1]
-
-    yield connect
-    for connection in opened:
-        connection.close()
-
-
 def head(num_bytes, content_type="image/png"):
     lines = ("POST /predict HTTP/1.1", "Host: a", f"Content-Type: {content_type}", f"Content-Length: {num_bytes}")
     return "\r\n".join((*lines, "", "")).encode()
-
-
-def everything(connection):
-    """What the server sends until it closes."""
-    received = b""
-    while chunk := connection.recv(65536):
-        received += chunk
-    return received
 
 
 def in_thread(function):
