@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import (
-    ChannelsFlag,
-    LabelsFlag,
-    LogitsFlag,
-    MeanFlag,
-    OutputFlag,
-    ProbabilitiesFlag,
-    ResizeFlag,
-    StdFlag,
-)
+from export.runtimes.described import ReadingFlags
 from train.cli import POSITIONAL, run_command
 from train.refusal import Refusal
 
@@ -30,7 +21,7 @@ BUNDLED_FORMS = (BUNDLED, BUNDLED.with_stem("fashion-mnist-int8"))
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(ReadingFlags):
     """Which model is served, where, to whom, and within which limits."""
 
     models: Annotated[
@@ -60,14 +51,6 @@ class ServeConfig:
         int | None,
         "threads that decode images; 0: the model's thread does (default: spare cores, up to 4)",
     ] = None
-    mean: MeanFlag = ()
-    std: StdFlag = ()
-    resize: ResizeFlag = None
-    labels: LabelsFlag = None
-    channels: ChannelsFlag = None
-    probabilities: ProbabilitiesFlag = False
-    logits: LogitsFlag = False
-    output: OutputFlag = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], "lowest level on stderr; info has a line for each request"
     ] = "info"

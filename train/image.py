@@ -14,8 +14,8 @@ from train.gif import first_frame
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
-# What training folders hold and the server takes. Not TIFF: its library decodes whole tiles, whatever the image's size
-# (8x8 pixels in 783 KB took 768 MB and 4 s), gives damaged pixels as if they were sound, and writes to stderr by itself.
+# What training folders hold and the server takes. Not TIFF: its library decodes whole tiles, whatever the image's
+# size (8x8 pixels in 783 KB took 768 MB and 4 s), gives damaged pixels as if they were sound, and writes to stderr.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 _OTHERS = {  # how files begin that are images elsewhere

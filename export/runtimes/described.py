@@ -11,15 +11,20 @@ from train.refusal import Refusal
 
 Channels = Literal["rgb", "bgr"]
 Scores = Literal["logits", "probabilities"]
-# Annotations of the fields that every command has, by which a user says it.
-MeanFlag = Annotated[tuple[float, ...], "somebody else's net: what is subtracted of each channel, black 0, white 1"]
-StdFlag = Annotated[tuple[float, ...], "somebody else's net: what each channel is divided by after that"]
-ResizeFlag = Annotated[int | None, "somebody else's net: pixels of the shorter side before the centre is cropped"]
-LabelsFlag = Annotated[Path | None, "somebody else's net: a text file with one label a line"]
-ChannelsFlag = Annotated[Channels | None, "somebody else's net: the order of its channels"]
-ProbabilitiesFlag = Annotated[bool, "somebody else's net: it gives probabilities"]
-LogitsFlag = Annotated[bool, "somebody else's net: it gives logits, whatever its last node is"]
-OutputFlag = Annotated[str | None, "somebody else's net: the name of the output that holds the classes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingFlags:
+    """What a command that takes somebody else's net asks its user: how the net is read."""
+
+    mean: Annotated[tuple[float, ...], "somebody else's net: what is subtracted of each channel, black 0, white 1"] = ()
+    std: Annotated[tuple[float, ...], "somebody else's net: what each channel is divided by after that"] = ()
+    resize: Annotated[int | None, "somebody else's net: pixels of the shorter side before the centre is cropped"] = None
+    labels: Annotated[Path | None, "somebody else's net: a text file with one label a line"] = None
+    channels: Annotated[Channels | None, "somebody else's net: the order of its channels"] = None
+    probabilities: Annotated[bool, "somebody else's net: it gives probabilities"] = False
+    logits: Annotated[bool, "somebody else's net: it gives logits, whatever its last node is"] = False
+    output: Annotated[str | None, "somebody else's net: the name of the output that holds the classes"] = None
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,14 @@ NOTHING = Described()
 _CONFIGS = ("preprocessor_config.json", "config.json")
 
 
-def from_flags(config: Any) -> Described:
-    """What a command's fields say, those whose annotations stand above."""
-    if config.probabilities and config.logits:
+def from_flags(flags: ReadingFlags) -> Described:
+    """What a user says in a command's flags."""
+    if flags.probabilities and flags.logits:
         raise Refusal("--probabilities and --logits exclude each other; give one of them")
-    scores: Scores | None = "probabilities" if config.probabilities else "logits" if config.logits else None
-    labels = read_labels(config.labels) if config.labels else None
-    said = Described(config.mean or None, config.std or None, config.resize, labels, config.channels, scores)
-    said = replace(said, output=config.output)
+    scores: Scores | None = "probabilities" if flags.probabilities else "logits" if flags.logits else None
+    labels = read_labels(flags.labels) if flags.labels else None
+    said = Described(flags.mean or None, flags.std or None, flags.resize, labels, flags.channels, scores)
+    said = replace(said, output=flags.output)
     return said.by("the command line")
 
 
