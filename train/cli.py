@@ -79,7 +79,7 @@ def given_arguments(config: Any) -> str:
 
 def _fields(config: Any) -> list[dataclasses.Field[Any]]:
     """Of a config or its type, in the order of its arguments: those of a base class, which are keywords, come last."""
-    return sorted(dataclasses.fields(config), key=lambda field: field.kw_only)
+    return sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -163,15 +163,19 @@ def _of_config(record: dict[str, Any]) -> Described:
     """Labels of Hugging Face's config.json; labels and preprocessing of timm's."""
     said = NOTHING
     if "id2label" in record:
-        names = record["id2label"]
-        said = Described(labels=tuple(str(names[str(index)]) for index in range(len(names))))
+        said = Described(labels=_by_index(record["id2label"]))
     timm = record.get("pretrained_cfg")
     if timm:
         size = timm["input_size"][-1]
         resize = int(size / timm["crop_pct"]) if timm.get("crop_mode", "center") == "center" else None
-        labels = tuple(map(str, record["label_names"])) if "label_names" in record else None
+        labels = _by_index(record["label_names"]) if "label_names" in record else None
         said = said.over(Described(_floats(timm["mean"]), _floats(timm["std"]), resize, labels))
     return said
+
+
+def _by_index(names: Any) -> tuple[str, ...]:
+    """Labels that lie in a list, or in a dict by their index as JSON writes it."""
+    return tuple(str(names[str(index)] if isinstance(names, dict) else names[index]) for index in range(len(names)))
 
 
 def _floats(values: Any) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
+from foreign import SAID, SHEET, net, split, write
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = {"Content-Type": "image/png"}
@@ -194,6 +196,25 @@ def test_sighup_reads_the_file_again_and_keeps_the_old_model_if_it_is_bad(
     line = wait_for(server, "the old model goes on: plain.onnx cannot be loaded")
     assert str(artefact.parent) not in line
     assert ask(server, file).json()["model"]["digest"] == after
+
+
+@pytest.mark.slow
+def test_sighup_sees_that_weights_in_a_file_of_their_own_have_changed(start, tmp_path, encode):
+    """The .onnx stays byte for byte as it is."""
+    sample, other = SHEET["external data"](tmp_path), write(tmp_path, "other", net(seed=2))
+    split(other.path)
+    graph = sample.path.read_bytes()
+    server, file = start(sample.path, *SAID), encode(sample.images[0])
+    before = ask(server, file).json()
+    shutil.copy(tmp_path / "other.onnx.data", tmp_path / "external.onnx.data")
+    server.send_signal(signal.SIGHUP)
+    wait_for(server, "now serving external")
+    after = ask(server, file).json()
+    assert sample.path.read_bytes() == graph
+    assert before["model"]["digest"] != after["model"]["digest"]
+    for answer, expected in ((before, sample), (after, other)):
+        assert answer["results"][0]["index"] == expected.probabilities[0].argmax()
+        assert answer["results"][0]["probability"] == pytest.approx(expected.probabilities[0].max(), abs=1e-4)
 
 
 @pytest.mark.slow
