@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
@@ -31,7 +33,8 @@ class Reloader:
         """Load, check and warm up beside the old model, then swap. Refuses a bad one; the old one goes on."""
         async with self._turn:
             try:
-                served = await asyncio.to_thread(self._prepare)
+                _log.info("reading the model's file again")
+                served = await _apart(self._prepare)
             except Refusal as refusal:
                 _log.error("the old model goes on: %s", refusal)
                 raise
@@ -45,6 +48,31 @@ class Reloader:
             check(runtime)
             warm_up(runtime, self._max_batch)
         return Served(runtimes)
+
+
+async def _apart(function: Callable[[], Served]) -> Served:
+    """What `function` gives in a thread of its own. A process that ends does not wait for it."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def deliver(outcome: Served | BaseException) -> None:
+        if future.done():
+            return
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    def run() -> None:
+        try:
+            outcome = function()
+        except BaseException as error:
+            outcome = error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(deliver, outcome)
+
+    threading.Thread(target=run, name="reload", daemon=True).start()
+    return await future
 
 
 def check(runtime: Runtime) -> None:

@@ -1,5 +1,6 @@
 """Serve one model: `python serve/run.py plain.onnx`."""
 
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it waits until there is a model to read again
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from export.runtimes.described import ReadingFlags
@@ -44,6 +46,7 @@ class ServeConfig(ReadingFlags):
     max_queue: Annotated[int, "images accepted and not answered; what comes on top is told to come again"] = 1024
     deadline_ms: Annotated[int, "milliseconds from a request's start to its answer"] = 30_000
     drain_seconds: Annotated[int, "how long SIGTERM waits for requests under way"] = 20
+    reload_seconds: Annotated[int, "how long a model whose file is read again may take until it answers"] = 60
     workers: Annotated[int, "processes that share the port; one that ends is replaced"] = 1
     devices: Annotated[tuple[int, ...], "CUDA devices, one copy of the model on each (default: the first)"] = ()
     model_threads: Annotated[int | None, "threads of one model on the CPU (default: a core each)"] = None
@@ -56,7 +59,7 @@ class ServeConfig(ReadingFlags):
     ] = "info"
 
     def __post_init__(self) -> None:
-        for name in ("workers", "model_threads", "drain_seconds"):
+        for name in ("workers", "model_threads", "drain_seconds", "reload_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
