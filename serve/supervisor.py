@@ -22,7 +22,7 @@ _START_S = 120.0  # for a worker to load its model
 _PING_S = 5.0  # for a worker that serves to say so
 _STABLE_S = 10.0  # a worker that served so long may end without being suspected
 _LONGEST_DELAY_S = 60.0
-_AFTER_DRAIN_S = 5.0  # for a worker to leave once its requests are done or dropped
+_AFTER_DRAIN_S = 3.0  # for a worker to leave once its requests are done or dropped
 
 
 class Server(uvicorn.Server):
@@ -133,6 +133,7 @@ class Supervisor:
                 self._replace(place, worker, f"did not say within {_PING_S:g} s that it lives")
         elif worker.is_ready(_TURN_S):
             place.is_ready = True
+            _log.info("worker %s serves", worker.pid)
         elif monotonic() - place.started > _START_S:
             self._replace(place, worker, f"was not ready within {_START_S:g} s")
 
@@ -151,11 +152,13 @@ class Supervisor:
         _log.warning("worker %s %s (status %s); another starts %s", worker.pid, why, worker.exitcode, when)
 
     def _end_workers(self) -> None:
-        until = monotonic() + (self._settings.timeout_graceful_shutdown or 0) + _AFTER_DRAIN_S
-        workers = [place.worker for place in self._places if place.worker]
-        for worker in workers:
+        drain_s = self._settings.timeout_graceful_shutdown or 0
+        begun = [(place.worker, drain_s if place.is_ready else 0) for place in self._places if place.worker]
+        start = monotonic()
+        for worker, _ in begun:
             worker.terminate()
-        for worker in workers:
+        for worker, patience_s in begun:
+            until = start + patience_s + _AFTER_DRAIN_S
             while worker.process.is_alive() and monotonic() < until and not self._must_hurry:
                 worker.process.join(_TURN_S)
             if worker.process.is_alive():
