@@ -48,12 +48,12 @@ _log = logging.getLogger(__name__)
 
 def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
     """Serve on `listener` until a signal ends it; the exit status."""
-    logs.configure(config.log_level)
+    stream = logs.configure(config.log_level)
     limits_of(config)  # what is refused is refused before anything is measured
     config, reason = decide(config)
     if config.workers > 1:
         return _supervise(config, listener, url, reason)
-    server = _make_server(config, url, reason)
+    server = _make_server(config, url, reason, stream)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn has finished its requests and hands the signal on
@@ -89,9 +89,9 @@ def _supervise(config: "ServeConfig", listener: socket.socket, url: str, reason:
     return 0 if was_told else 2
 
 
-def _make_server(config: "ServeConfig", url: str, reason: str) -> Server:
+def _make_server(config: "ServeConfig", url: str, reason: str, stream: logs.LogStream) -> Server:
     runtimes = load(config)
-    server = Server(_settings(config, _make_app(config, runtimes)))
+    server = Server(_settings(config, _make_app(config, runtimes, stream)))
     server.greeting = f"{_because(_describe(runtimes[0]), reason)}\n{_serving_at(url)}"
     return server
 
@@ -163,8 +163,10 @@ def limits_of(config: "ServeConfig") -> Limits:
     )
 
 
-def _make_app(config: "ServeConfig", runtimes: Sequence[Runtime], home: Path | None = None) -> FastAPI:
-    observers = [logs.RequestLog(sys.stderr.buffer)] if logging.getLogger().isEnabledFor(logging.INFO) else []
+def _make_app(
+    config: "ServeConfig", runtimes: Sequence[Runtime], stream: logs.LogStream, home: Path | None = None
+) -> FastAPI:
+    observers = [logs.RequestLog(stream)] if logging.getLogger().isEnabledFor(logging.INFO) else []
     tracing = find_tracing()
     app = make_app(
         runtimes,
@@ -197,11 +199,11 @@ def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers
 
 
 def _make_worker(config: "ServeConfig", home: Path) -> FastAPI:
-    logs.configure(config.log_level)
+    stream = logs.configure(config.log_level)
     if sys.platform == "linux":  # a supervisor that is killed leaves no worker behind that holds the port
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
-        return _make_app(config, _load_of_worker(config, home), home)
+        return _make_app(config, _load_of_worker(config, home), stream, home)
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(STARTUP_FAILURE)

@@ -16,7 +16,7 @@ def command(name, *argv):
 
 
 def popen(argv, **options):
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(argv, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options})
 
 
 def read_greeting(server):

@@ -6,11 +6,12 @@ import shutil
 import signal
 import sys
 
+import httpx
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from serving import ROOT, ask, read_greeting, wait_for, workers_of
+from serving import PNG, ROOT, ask, read_greeting, wait_for, workers_of
 
 from serve import trial
 from serve.run import ServeConfig
@@ -218,3 +219,25 @@ def test_what_a_trial_refuses_is_said_in_its_words(tmp_path, artefact):
     path.write_text("hello")
     with pytest.raises(Refusal, match=r"^text\.onnx cannot be loaded as an ONNX model"):
         trial.prove(ServeConfig((path,)))
+
+
+@pytest.mark.slow
+def test_a_log_that_nobody_reads_keeps_no_request_from_its_answer(start, artefact, pixels, encode):
+    """800 lines are more than a pipe holds."""
+    server, file = start(artefact), encode(pixels[0])
+    with httpx.Client() as client:
+        for _ in range(800):
+            answer = client.post(f"{server.url}/predict", content=file, headers=PNG, timeout=60)
+            assert answer.status_code == 200
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_a_server_whose_log_cannot_be_written_answers(start, artefact, pixels, encode):
+    with open("/dev/full", "w") as full:
+        server = start(artefact, stderr=full)
+        for _ in range(3):
+            assert ask(server, encode(pixels[0])).status_code == 200
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
