@@ -100,16 +100,12 @@ def _parity(config: ToTrtConfig, console: Any) -> dict[str, Any] | None:
 
 
 def _read_parity(path: Path, onnx: Path) -> dict[str, Any]:
-    import json
-
     from export.runtimes.nodes import digest_of
+    from train.documents import read_object
     from train.files import read_whole
 
-    try:
-        record = json.loads(read_whole(path))
-    except ValueError as error:
-        raise Refusal(f"{path} is no JSON: {error}; run export/parity.py again") from error
-    if not isinstance(record, dict) or not isinstance(record.get("artefacts"), dict):
+    record = read_object(read_whole(path), str(path), todo="run export/parity.py again")
+    if not isinstance(record.get("artefacts"), dict):
         raise Refusal(f"{path} is no report of export/parity.py: it names no artefacts")
     if digest_of(onnx, read_whole(onnx)) not in record["artefacts"].values():
         raise Refusal(f"{path} is about another file than {onnx}; run export/parity.py on this one")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 from uvicorn.config import STARTUP_FAILURE
 
 from export.runtimes.described import from_flags
@@ -25,7 +26,7 @@ from export.runtimes.runtime import Runtime
 from export.runtimes.saturation import warning
 from serve import logs
 from serve.access import Access, read_api_key
-from serve.app import make_app
+from serve.app import make_app, model_card
 from serve.choose import choose
 from serve.connection import Connection
 from serve.kept import copied, keep, kept
@@ -35,7 +36,7 @@ from serve.reload import check
 from serve.report import with_report
 from serve.supervisor import Server, Supervisor
 from serve.tracing import find_tracing
-from serve.trial import PR_SET_PDEATHSIG, prove
+from serve.trial import prove
 from train.cores import num_cores
 from train.files import read_whole
 from train.refusal import Refusal
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from serve.run import ServeConfig
 
 _log = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
@@ -107,9 +109,18 @@ def load(config: "ServeConfig") -> list[Runtime]:
         for runtime in runtimes:
             runtime.model = with_report(runtime.model, path)
             check(runtime)
+            _refuse_what_cannot_be_shown(runtime)
         if path.suffix == ".onnx" and not config.devices and (doubt := warning(path, read_whole(path))):
             _log.warning(doubt)
     return runtimes
+
+
+def _refuse_what_cannot_be_shown(runtime: Runtime) -> None:
+    """What GET /model and every answer say of the model must be JSON, before anybody asks."""
+    try:
+        JSONResponse(model_card(runtime))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refusal(f"what {runtime.model.name} says of itself cannot be shown: {error}; export it again") from error
 
 
 def load_again(config: "ServeConfig", home: Path | None = None) -> list[Runtime]:
@@ -200,13 +211,18 @@ def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers
 
 def _make_worker(config: "ServeConfig", home: Path) -> FastAPI:
     stream = logs.configure(config.log_level)
-    if sys.platform == "linux":  # a supervisor that is killed leaves no worker behind that holds the port
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)  # a supervisor that is killed leaves no worker behind that holds the port
     try:
         return _make_app(config, _load_of_worker(config, home), stream, home)
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(STARTUP_FAILURE)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """The process that started this one sends it a signal when it ends, however it ends: on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _tell_supervisor() -> None:

@@ -1,30 +1,26 @@
 """A model that is to replace another is tried in a process of its own, which can be ended if it does not answer."""
 
-import ctypes
 import shlex
-import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.cli import given_arguments, run_command
+from train.cli import given_arguments
 from train.refusal import Refusal
 
 if TYPE_CHECKING:
     from serve.run import ServeConfig
 
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 _ROOT = Path(__file__).resolve().parents[1]
 _PROGRAM = """
 import sys
 sys.path[0] = sys.argv[1]
-from serve.trial import run
+from serve.tried import run
 sys.exit(run(sys.argv[2:]))
 """
-_MARK = "error: "  # of `run_command`
+_MARK = "error: "  # of `train.cli.run_command`
 
 
 def prove(config: "ServeConfig") -> None:
@@ -52,22 +48,3 @@ def prove(config: "ServeConfig") -> None:
             if said
             else f"{path} ends the process that tries it with status {done.returncode}; export it again"
         )
-
-
-def run(argv: Sequence[str]) -> int:
-    """What that process does."""
-    from serve.run import ServeConfig
-
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a server that ends leaves no trial behind
-    return run_command(_try, ServeConfig, argv=argv)
-
-
-def _try(config: "ServeConfig") -> None:
-    from serve import logs
-    from serve.process import load
-    from serve.reload import warm_up
-
-    logs.configure(config.log_level)
-    for runtime in load(config):
-        warm_up(runtime, config.max_batch)

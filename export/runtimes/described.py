@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from train.documents import read_json, read_object
 from train.files import read_whole
 from train.refusal import Refusal
 
@@ -97,12 +98,7 @@ def found(path: Path, metadata: dict[str, str]) -> Described:
 def read_description(path: Path) -> Described:
     """What export/describe.py wrote; refuses what is unknown or of the wrong type."""
     again = "write it again with export/describe.py"
-    try:
-        record = json.loads(read_whole(path))
-    except ValueError as error:
-        raise Refusal(f"{path} is not valid JSON: {error}; {again}") from error
-    if not isinstance(record, dict):
-        raise Refusal(f"{path} is not a JSON object; {again}")
+    record = read_object(read_whole(path), str(path), todo=again)
     known = {field.name for field in fields(Described)} - {"sources"}
     if unknown := sorted(set(record) - known):
         raise Refusal(f"{path} says {', '.join(unknown)}, and known are {', '.join(sorted(known))}; {again}")
@@ -140,7 +136,7 @@ def _of_configs(path: Path) -> Described:
         file = path.with_name(name)
         if file.is_file():
             try:
-                said = said.over(read(json.loads(read_whole(file))).by(name))
+                said = said.over(read(read_json(read_whole(file))).by(name))
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # another program's file of that name
     return said
