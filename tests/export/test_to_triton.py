@@ -241,7 +241,8 @@ def test_cards_and_metadata_without_bottom_are_refused_in_one_line(write_engine,
         assert run(source, "--out", tmp_path / "repository") == 2
         error = capsys.readouterr().err
         assert "is not valid JSON: it is nested deeper than 64" in error
-        assert error.count("\n") == 1 and len(error) < 500
+        assert error.count("\n") == 1
+        assert len(error) < 500
     assert not (tmp_path / "repository").exists()
 
 
