@@ -8,17 +8,7 @@ from typing import Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import (
-    ChannelsFlag,
-    LabelsFlag,
-    LogitsFlag,
-    MeanFlag,
-    OutputFlag,
-    ProbabilitiesFlag,
-    ResizeFlag,
-    StdFlag,
-    from_flags,
-)
+from export.runtimes.described import ReadingFlags, from_flags
 from train.cli import run_command
 
 EXAMPLES = (
@@ -29,16 +19,8 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class DescribeConfig:
+class DescribeConfig(ReadingFlags):
     onnx: Annotated[Path, "somebody else's classifier"]
-    mean: MeanFlag = ()
-    std: StdFlag = ()
-    resize: ResizeFlag = None
-    labels: LabelsFlag = None
-    channels: ChannelsFlag = None
-    probabilities: ProbabilitiesFlag = False
-    logits: LogitsFlag = False
-    output: OutputFlag = None
     json: Annotated[bool, "print how the net is read as JSON on stdout"] = False
 
 

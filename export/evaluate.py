@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import (
-    ChannelsFlag,
-    LabelsFlag,
-    LogitsFlag,
-    MeanFlag,
-    OutputFlag,
-    ProbabilitiesFlag,
-    ResizeFlag,
-    StdFlag,
-    from_flags,
-)
+from export.runtimes.described import ReadingFlags, from_flags
 from train.cli import run_command
 from train.refusal import Refusal
 from train.spec import DatasetName
@@ -42,21 +32,13 @@ NUM_LISTED, NUM_NAMED = 10, 20  # classes and unreadable images on the screen; t
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(ReadingFlags):
     model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or anybody's classifier"]
     dataset: Annotated[DatasetName | None, "what to judge it on (default: the test images of its run)"] = None
     data_dir: Annotated[Path | None, "where the data set lies; a folder without a run's record is taken whole"] = None
     out: Annotated[Path, "folder for report.html, report.json, confusion.png, reliability.png, mistakes.png"] = Path(
         "report"
     )
-    mean: MeanFlag = ()
-    std: StdFlag = ()
-    resize: ResizeFlag = None
-    labels: LabelsFlag = None
-    channels: ChannelsFlag = None
-    probabilities: ProbabilitiesFlag = False
-    logits: LogitsFlag = False
-    output: OutputFlag = None
     json: Annotated[bool, "print report.json on stdout"] = False
 
 

@@ -9,19 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import (
-    NOTHING,
-    ChannelsFlag,
-    Described,
-    LabelsFlag,
-    LogitsFlag,
-    MeanFlag,
-    OutputFlag,
-    ProbabilitiesFlag,
-    ResizeFlag,
-    StdFlag,
-    from_flags,
-)
+from export.runtimes.described import NOTHING, Described, ReadingFlags, from_flags
 from train.cli import run_command
 
 if TYPE_CHECKING:
@@ -41,7 +29,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ParityConfig:
+class ParityConfig(ReadingFlags):
     artefact: Annotated[Path, "what is checked: .onnx, .safetensors, .engine or checkpoint .pt"]
     against: Annotated[tuple[Path, ...], "what it is checked against, the same kinds"] = ()
     providers: Annotated[
@@ -53,14 +41,6 @@ class ParityConfig:
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     images: Annotated[int, "test images to compare on"] = 500
     report: Annotated[Path | None, "write the comparisons, and how the artefact was made, to this JSON file"] = None
-    mean: MeanFlag = ()
-    std: StdFlag = ()
-    resize: ResizeFlag = None
-    labels: LabelsFlag = None
-    channels: ChannelsFlag = None
-    probabilities: ProbabilitiesFlag = False
-    logits: LogitsFlag = False
-    output: OutputFlag = None
     json: Annotated[bool, "print the same as JSON on stdout"] = False
 
 

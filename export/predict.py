@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import (
-    ChannelsFlag,
-    LabelsFlag,
-    LogitsFlag,
-    MeanFlag,
-    OutputFlag,
-    ProbabilitiesFlag,
-    ResizeFlag,
-    StdFlag,
-    from_flags,
-)
+from export.runtimes.described import ReadingFlags, from_flags
 from train.cli import run_command
 from train.refusal import Refusal
 
@@ -37,21 +27,13 @@ NUM_NAMED = 20  # unreadable images that are named on the screen; the file names
 
 
 @dataclass(frozen=True)
-class PredictConfig:
+class PredictConfig(ReadingFlags):
     model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or anybody's classifier"]
     images: Annotated[tuple[Path, ...], "image files, and folders whose images are taken, those further down too"]
     out: Annotated[Path, "file to write: .csv has a header and a row per image, .json the server's results"] = Path(
         "predictions.csv"
     )
     top_k: Annotated[int, "classes per image"] = 1
-    mean: MeanFlag = ()
-    std: StdFlag = ()
-    resize: ResizeFlag = None
-    labels: LabelsFlag = None
-    channels: ChannelsFlag = None
-    probabilities: ProbabilitiesFlag = False
-    logits: LogitsFlag = False
-    output: OutputFlag = None
 
     def __post_init__(self) -> None:
         if self.top_k < 1:

@@ -9,17 +9,7 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import (
-    ChannelsFlag,
-    LabelsFlag,
-    LogitsFlag,
-    MeanFlag,
-    OutputFlag,
-    ProbabilitiesFlag,
-    ResizeFlag,
-    StdFlag,
-    from_flags,
-)
+from export.runtimes.described import ReadingFlags, from_flags
 from train.cli import run_command
 from train.refusal import Refusal
 
@@ -32,7 +22,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ToTritonConfig:
+class ToTritonConfig(ReadingFlags):
     model: Annotated[Path, "an .onnx file, or an .engine of tensorrt with its card"]
     out: Annotated[Path, "the repository: a folder of models, made or added to"] = Path("repository")
     name: Annotated[str | None, "what clients call the model (default: the file's name)"] = None
@@ -40,14 +30,6 @@ class ToTritonConfig:
     max_batch: Annotated[int | None, "largest batch to form (default: the engine's, 64 for ONNX)"] = None
     max_queue_delay: Annotated[int, "microseconds that a request may wait for a fuller batch"] = 0
     kind: Annotated[Literal["auto", "cpu", "gpu"], "where it runs; auto is on GPUs where there are any"] = "auto"
-    mean: MeanFlag = ()
-    std: StdFlag = ()
-    resize: ResizeFlag = None
-    labels: LabelsFlag = None
-    channels: ChannelsFlag = None
-    probabilities: ProbabilitiesFlag = False
-    logits: LogitsFlag = False
-    output: OutputFlag = None
     json: Annotated[bool, "print the result as JSON on stdout"] = False
 
 

@@ -8,17 +8,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import (
-    ChannelsFlag,
-    LabelsFlag,
-    LogitsFlag,
-    MeanFlag,
-    OutputFlag,
-    ProbabilitiesFlag,
-    ResizeFlag,
-    StdFlag,
-    from_flags,
-)
+from export.runtimes.described import ReadingFlags, from_flags
 from train.cli import run_command
 from train.refusal import Refusal
 
@@ -31,7 +21,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ToTrtConfig:
+class ToTrtConfig(ReadingFlags):
     onnx: Annotated[Path, "an ONNX classifier, ours or somebody else's"]
     out: Annotated[Path | None, "file to write (default: the same name with .engine)"] = None
     batch: Annotated[
@@ -43,14 +33,6 @@ class ToTrtConfig:
     version_compatible: Annotated[bool, "tensorrt: let later versions run the engine too"] = False
     refittable: Annotated[bool, "let the engine's weights be exchanged"] = False
     parity: Annotated[Path | None, "report of export/parity.py for the card (default: plain.parity.json)"] = None
-    mean: MeanFlag = ()
-    std: StdFlag = ()
-    resize: ResizeFlag = None
-    labels: LabelsFlag = None
-    channels: ChannelsFlag = None
-    probabilities: ProbabilitiesFlag = False
-    logits: LogitsFlag = False
-    output: OutputFlag = None
     json: Annotated[bool, "print the engine's card as JSON on stdout"] = False
 
 
@@ -118,16 +100,12 @@ def _parity(config: ToTrtConfig, console: Any) -> dict[str, Any] | None:
 
 
 def _read_parity(path: Path, onnx: Path) -> dict[str, Any]:
-    import json
-
     from export.runtimes.nodes import digest_of
+    from train.documents import read_object
     from train.files import read_whole
 
-    try:
-        record = json.loads(read_whole(path))
-    except ValueError as error:
-        raise Refusal(f"{path} is no JSON: {error}; run export/parity.py again") from error
-    if not isinstance(record, dict) or not isinstance(record.get("artefacts"), dict):
+    record = read_object(read_whole(path), str(path), todo="run export/parity.py again")
+    if not isinstance(record.get("artefacts"), dict):
         raise Refusal(f"{path} is no report of export/parity.py: it names no artefacts")
     if digest_of(onnx, read_whole(onnx)) not in record["artefacts"].values():
         raise Refusal(f"{path} is about another file than {onnx}; run export/parity.py on this one")

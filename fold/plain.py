@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fold.layers import as_sequential
 from fold.rules import simplify
 from fold.tracing import trace
+from train.documents import read_object
 from train.families import outline
 from train.files import read_whole, sha256, write_whole
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, Normalize
@@ -109,7 +110,7 @@ def load_plain(path: Path) -> Plain:
         net.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise Refusal(f"{path} does not fit its spec: {' '.join(str(error).split())[:200]}") from error
-    provenance = json.loads(metadata.get("provenance", "{}"))
+    provenance = read_object(metadata.get("provenance", "{}"), f"the provenance in {path}", todo="fold the net again")
     return Plain(net.eval(), spec, provenance, sha256(content))
 
 

@@ -1,6 +1,5 @@
 """Which form of a net serves on this machine: the fastest of those that answer as they should."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from export.runtimes.saturation import warning
 from export.timing import geometric_means, time_answers
 from serve.measured import Conditions, recall, remember
 from serve.reload import check
+from train.documents import read_object
 from train.files import read_whole
 from train.refusal import Refusal
 
@@ -137,7 +137,7 @@ def _refuse_different_nets(forms: Sequence[Form]) -> None:
 def _spec(form: Form) -> dict[str, Any]:
     if "spec" not in form.header.metadata:
         raise Refusal(f"{form.path} does not say what net it is of; serve it alone")
-    return json.loads(form.header.metadata["spec"])
+    return read_object(form.header.metadata["spec"], f"the spec in {form.path}", todo="export it again")
 
 
 def _candidates(forms: Sequence[Form], runtime: RuntimeName | None, *, has_devices: bool) -> list[Candidate]:

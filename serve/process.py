@@ -8,16 +8,17 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
-from prometheus_client.multiprocess import mark_process_dead
+from fastapi.responses import JSONResponse
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.supervisors import Multiprocess
 
 from export.runtimes.described import from_flags
 from export.runtimes.load import load_runtime
@@ -25,15 +26,18 @@ from export.runtimes.runtime import Runtime
 from export.runtimes.saturation import warning
 from serve import logs
 from serve.access import Access, read_api_key
-from serve.app import make_app
+from serve.app import make_app, model_card
 from serve.choose import choose
 from serve.connection import Connection
 from serve.door import fit_to_files
+from serve.kept import copied, keep, kept
 from serve.limits import Limits
 from serve.metrics import COUNTS_VARIABLE
 from serve.reload import check
 from serve.report import with_report
+from serve.supervisor import Server, Supervisor
 from serve.tracing import find_tracing
+from serve.trial import prove
 from train.cores import num_cores
 from train.files import read_whole
 from train.refusal import Refusal
@@ -42,20 +46,17 @@ if TYPE_CHECKING:
     from serve.run import ServeConfig
 
 _log = logging.getLogger(__name__)
-
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-_START_S = 120.0  # for a worker to load its model
 
 
 def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
     """Serve on `listener` until a signal ends it; the exit status."""
-    logs.configure(config.log_level)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again after a clean end, which has status 0
+    stream = logs.configure(config.log_level)
     limits_of(config)  # what is refused is refused before anything is measured
     config, reason = decide(config)
     if config.workers > 1:
         return _supervise(config, listener, url, reason)
-    server = _make_server(config, url, reason)
+    server = _make_server(config, url, reason, stream)
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn has finished its requests and hands the signal on
@@ -76,17 +77,24 @@ def decide(config: "ServeConfig") -> tuple["ServeConfig", str]:
 
 
 def _supervise(config: "ServeConfig", listener: socket.socket, url: str, reason: str) -> int:
-    """Several workers, which count requests together in files of a folder of their own."""
-    with tempfile.TemporaryDirectory(prefix="diracnet-metrics-") as folder:
-        os.environ[COUNTS_VARIABLE] = folder  # the workers inherit it
-        supervisor = _Supervisor(config, listener, url, reason)
-        supervisor.run()
-    return 0 if supervisor.has_served else 2
+    """Several workers: they count requests together in files, and keep a copy of the model that served last."""
+
+    def say_ready() -> None:
+        print(f"{_because(f'{config.workers} workers', reason)}\n{_serving_at(url)}", flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="diracnet-workers-") as folder:
+        counts, home = Path(folder, "counts"), Path(folder, "model")
+        counts.mkdir()
+        home.mkdir()
+        os.environ[COUNTS_VARIABLE] = str(counts)  # the workers inherit it
+        settings = _settings(config, partial(_make_worker, config, home), workers=config.workers)
+        was_told = Supervisor(settings, listener, say_ready=say_ready).run()
+    return 0 if was_told else 2
 
 
-def _make_server(config: "ServeConfig", url: str, reason: str) -> "_Server":
+def _make_server(config: "ServeConfig", url: str, reason: str, stream: logs.LogStream) -> Server:
     runtimes = load(config)
-    server = _Server(_settings(config, _make_app(config, runtimes)))
+    server = Server(_settings(config, _make_app(config, runtimes, stream)))
     server.greeting = f"{_because(_describe(runtimes[0]), reason)}\n{_serving_at(url)}"
     return server
 
@@ -94,7 +102,7 @@ def _make_server(config: "ServeConfig", url: str, reason: str) -> "_Server":
 def load(config: "ServeConfig") -> list[Runtime]:
     """The model, checked, once for each device. What is refused is said without the file's folder."""
     (path,), name, num_threads = config.model_paths, config.runtime_name, _num_threads(config)
-    try:
+    with _by_name(path):
         runtimes = [
             load_runtime(path, name=name, device=device, num_threads=num_threads, said=from_flags(config))
             for device in config.devices or (None,)
@@ -102,11 +110,50 @@ def load(config: "ServeConfig") -> list[Runtime]:
         for runtime in runtimes:
             runtime.model = with_report(runtime.model, path)
             check(runtime)
+            _refuse_what_cannot_be_shown(runtime)
         if path.suffix == ".onnx" and not config.devices and (doubt := warning(path, read_whole(path))):
             _log.warning(doubt)
+    return runtimes
+
+
+def _refuse_what_cannot_be_shown(runtime: Runtime) -> None:
+    """What GET /model and every answer say of the model must be JSON, before anybody asks."""
+    try:
+        JSONResponse(model_card(runtime))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Refusal(f"what {runtime.model.name} says of itself cannot be shown: {error}; export it again") from error
+
+
+def load_again(config: "ServeConfig", home: Path | None = None) -> list[Runtime]:
+    """The model as its file is now, first tried in another process. What is tried is a copy, kept in `home`."""
+    (path,) = config.model_paths
+    with _by_name(path), copied(path, home) as copy, _by_name(copy):
+        config = replace(config, models=(copy,))
+        prove(config)
+        runtimes = load(config)
+        if home:
+            keep(home, copy, runtimes[0].model.digest)
+    return runtimes
+
+
+def _load_of_worker(config: "ServeConfig", home: Path) -> list[Runtime]:
+    """The model that served last, or where none has, the one in the file."""
+    (path,) = config.model_paths
+    if last := kept(home, path.name):
+        return load(replace(config, models=(last,)))
+    with _by_name(path), copied(path, home) as copy:
+        runtimes = load(replace(config, models=(copy,)))
+        keep(home, copy, runtimes[0].model.digest)
+    return runtimes
+
+
+@contextmanager
+def _by_name(path: Path) -> Iterator[None]:
+    """What is refused is said without the folder of `path`."""
+    try:
+        yield
     except Refusal as refusal:
         raise Refusal(str(refusal).replace(str(path), path.name)) from refusal
-    return runtimes
 
 
 def _num_threads(config: "ServeConfig") -> int:
@@ -129,15 +176,17 @@ def limits_of(config: "ServeConfig") -> Limits:
     )
 
 
-def _make_app(config: "ServeConfig", runtimes: Sequence[Runtime]) -> FastAPI:
-    observers = [logs.RequestLog(sys.stderr.buffer)] if logging.getLogger().isEnabledFor(logging.INFO) else []
+def _make_app(
+    config: "ServeConfig", runtimes: Sequence[Runtime], stream: logs.LogStream, home: Path | None = None
+) -> FastAPI:
+    observers = [logs.RequestLog(stream)] if logging.getLogger().isEnabledFor(logging.INFO) else []
     tracing = find_tracing()
     limits = limits_of(config)
     app = make_app(
         runtimes,
         replace(limits, max_connections=fit_to_files(limits.max_connections)),
         access=Access(read_api_key(config.api_key_file, os.environ), config.cors_origin),
-        load=partial(load, config),
+        load=partial(load_again, config, home),
         observers=[*observers, *([tracing] if tracing else [])],
         reload_everywhere=_tell_supervisor if config.workers > 1 else None,
     )
@@ -163,55 +212,20 @@ def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers
     )
 
 
-class _Server(uvicorn.Server):
-    """Says where it is once it listens."""
-
-    greeting = ""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        if self.started:
-            print(self.greeting, flush=True)
-
-
-class _Supervisor(Multiprocess):
-    """Replaces a worker that ends; hands SIGHUP on to all of them."""
-
-    def __init__(self, config: "ServeConfig", listener: socket.socket, url: str, reason: str) -> None:
-        super().__init__(_settings(config, partial(_make_worker, config), workers=config.workers), [listener])
-        logging.getLogger("uvicorn.error").setLevel(logging.INFO)  # which worker ended and when
-        self._url, self._reason = url, reason
-        self.has_served = False
-
-    def init_processes(self) -> None:
-        super().init_processes()
-        self.has_served = all(process.wait_until_ready(_START_S, self.should_exit) for process in self.processes)
-        if self.has_served:
-            print(f"{_because(f'{self.processes_num} workers', self._reason)}\n{_serving_at(self._url)}", flush=True)
-
-    def keep_subprocess_alive(self) -> None:
-        before = {process.pid for process in self.processes}
-        super().keep_subprocess_alive()
-        for pid in before - {process.pid for process in self.processes}:
-            if pid:
-                mark_process_dead(pid)  # what it counted stays; what it held is gone
-
-    def handle_hup(self) -> None:
-        for process in self.processes:
-            if process.pid:
-                os.kill(process.pid, signal.SIGHUP)
-
-
-def _make_worker(config: "ServeConfig") -> FastAPI:
-    logs.configure(config.log_level)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the file is about to be read anyway
-    if sys.platform == "linux":  # a supervisor that is killed leaves no worker behind that holds the port
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _make_worker(config: "ServeConfig", home: Path) -> FastAPI:
+    stream = logs.configure(config.log_level)
+    end_with_parent(signal.SIGTERM)  # a supervisor that is killed leaves no worker behind that holds the port
     try:
-        return _make_app(config, load(config))
+        return _make_app(config, _load_of_worker(config, home), stream, home)
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(STARTUP_FAILURE)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """The process that started this one sends it a signal when it ends, however it ends: on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _tell_supervisor() -> None:

@@ -2,13 +2,16 @@
 
 import asyncio
 import logging
+import operator
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from export.compare import TOLERANCES
-from export.runtimes.probe import SEED, probe_images
-from export.runtimes.runtime import Runtime
+from export.runtimes.probe import NUM_IMAGES, SEED, probe_images
+from export.runtimes.runtime import Model, Runtime
 from serve.batcher import Batcher, Served
 from train.difference import difference
 from train.refusal import Refusal
@@ -31,7 +34,8 @@ class Reloader:
         """Load, check and warm up beside the old model, then swap. Refuses a bad one; the old one goes on."""
         async with self._turn:
             try:
-                served = await asyncio.to_thread(self._prepare)
+                _log.info("reading the model's file again")
+                served = await _apart(self._prepare)
             except Refusal as refusal:
                 _log.error("the old model goes on: %s", refusal)
                 raise
@@ -47,33 +51,77 @@ class Reloader:
         return Served(runtimes)
 
 
+async def _apart(function: Callable[[], Served]) -> Served:
+    """What `function` gives in a thread of its own. A process that ends does not wait for it."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def deliver(outcome: Served | BaseException) -> None:
+        if future.done():
+            return
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    def run() -> None:
+        try:
+            outcome = function()
+        except BaseException as error:
+            outcome = error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(deliver, outcome)
+
+    threading.Thread(target=run, name="reload", daemon=True).start()
+    return await future
+
+
 def check(runtime: Runtime) -> None:
     """Refuses a model that answers noise wrongly: in shape, with what is no number, or not twice the same.
 
     Where the file records what it answered when it was exported, that is compared too.
     """
     model = runtime.model
-    record = model.provenance.get("export", {})
-    probe = record.get("probe", {"seed": SEED})
-    images = probe_images(model.spec.image, probe["seed"])
-    try:
-        logits, again = runtime(images), runtime(images)
-    except Refusal:
-        raise
-    except Exception as error:  # a runtime raises its library's own
-        _log.exception("the model fails")
-        raise Refusal(f"{model.name} fails on its probe images ({type(error).__name__}); export it again") from error
+    seed, expected_logits, precision = _recorded(model)
+    images = probe_images(model.spec.image, seed)
+    logits, again = (_run(runtime, images, "its probe images") for _ in range(2))
     expected = (len(images), len(model.spec.labels))
     if logits.shape != expected:
         raise Refusal(f"{model.name} gives {logits.shape[1]} values per image for {expected[1]} labels")
     if not np.isfinite(logits).all():
         raise Refusal(f"{model.name} gives values that are no numbers; export it in a higher precision")
     # Within the tolerance, not bit for bit: kernels of a GPU may add in another order each time.
-    tolerance = TOLERANCES[record.get("precision", "fp32")]
+    tolerance = TOLERANCES[precision or "fp32"]
     if not tolerance.covers(difference(logits, again)):
         raise Refusal(f"{model.name} gives two answers to the same images; its file or this machine is damaged")
-    if "logits" in probe:
-        _compare(model.name, record["precision"], np.array(probe["logits"]), logits)
+    if expected_logits is not None:
+        _compare(model.name, precision, expected_logits, logits)
+
+
+def _recorded(model: Model) -> tuple[int, np.ndarray | None, str]:
+    """The seed of the probe images, what the net answered to them when it was exported, and its precision."""
+    try:
+        record = model.provenance.get("export", {})
+        probe = record.get("probe", {"seed": SEED})
+        seed = operator.index(probe["seed"])
+        if "logits" not in probe:
+            return abs(seed), None, ""
+        logits, precision = np.array(probe["logits"], np.float64), record["precision"]
+        if seed < 0 or logits.shape != (NUM_IMAGES, len(model.spec.labels)) or precision not in TOLERANCES:
+            raise ValueError(f"seed {seed}, logits {list(logits.shape)}, {precision}")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise Refusal(f"the record of the export in {model.name} is damaged ({error!r}); export it again") from error
+    return seed, logits, precision
+
+
+def _run(runtime: Runtime, images: np.ndarray, what: str) -> np.ndarray:
+    try:
+        return runtime(images)
+    except Refusal:
+        raise
+    except Exception as error:  # a runtime raises its library's own
+        _log.exception("the model fails")
+        raise Refusal(f"{runtime.model.name} fails on {what} ({type(error).__name__}); export it again") from error
 
 
 def _compare(name: str, precision: str, recorded: np.ndarray, logits: np.ndarray) -> None:
@@ -89,7 +137,7 @@ def warm_up(runtime: Runtime, max_batch: int) -> None:
     """Run each batch size once: first calls allocate and choose kernels."""
     image = runtime.model.spec.image
     for size in batch_sizes(max_batch):
-        runtime(np.zeros((size, image.height, image.width, image.channels), np.uint8))
+        _run(runtime, np.zeros((size, image.height, image.width, image.channels), np.uint8), f"{size} black images")
 
 
 def batch_sizes(max_batch: int) -> list[int]:

@@ -1,12 +1,12 @@
 """What the referee found: the report of export/parity.py beside a model, where it is of this very file."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from export.runtimes.runtime import Model
+from train.documents import read_json
 from train.files import read_whole
 
 _SHOWN = ("images", "num_images", "relative", "top1_agreement", "within_tolerance")  # to clients: no paths
@@ -22,7 +22,7 @@ def with_report(model: Model, path: Path) -> Model:
     if not report.exists():
         return model
     try:
-        document = json.loads(read_whole(report))
+        document = read_json(read_whole(report))
         is_of_model = model.digest in document["artefacts"].values()
         parity: list[dict[str, Any]] = [{name: row[name] for name in _SHOWN} for row in document["parity"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:

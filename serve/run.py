@@ -1,5 +1,6 @@
 """Serve one model: `python serve/run.py plain.onnx`."""
 
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -7,18 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it waits until there is a model to read again
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import (
-    ChannelsFlag,
-    LabelsFlag,
-    LogitsFlag,
-    MeanFlag,
-    OutputFlag,
-    ProbabilitiesFlag,
-    ResizeFlag,
-    StdFlag,
-)
+from export.runtimes.described import ReadingFlags
 from train.cli import POSITIONAL, run_command
 from train.refusal import Refusal
 
@@ -30,7 +23,7 @@ BUNDLED_FORMS = (BUNDLED, BUNDLED.with_stem("fashion-mnist-int8"))
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(ReadingFlags):
     """Which model is served, where, to whom, and within which limits."""
 
     models: Annotated[
@@ -54,6 +47,7 @@ class ServeConfig:
     max_connections: Annotated[int, "connections that are open at once, to each of the workers"] = 2048
     deadline_ms: Annotated[int, "milliseconds from a request's start to its answer"] = 30_000
     drain_seconds: Annotated[int, "how long SIGTERM waits for requests under way"] = 20
+    reload_seconds: Annotated[int, "how long a model whose file is read again may take until it answers"] = 60
     workers: Annotated[int, "processes that share the port; one that ends is replaced"] = 1
     devices: Annotated[tuple[int, ...], "CUDA devices, one copy of the model on each (default: the first)"] = ()
     model_threads: Annotated[int | None, "threads of one model on the CPU (default: a core each)"] = None
@@ -61,20 +55,12 @@ class ServeConfig:
         int | None,
         "threads that decode images; 0: the model's thread does (default: spare cores, up to 4)",
     ] = None
-    mean: MeanFlag = ()
-    std: StdFlag = ()
-    resize: ResizeFlag = None
-    labels: LabelsFlag = None
-    channels: ChannelsFlag = None
-    probabilities: ProbabilitiesFlag = False
-    logits: LogitsFlag = False
-    output: OutputFlag = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], "lowest level on stderr; info has a line for each request"
     ] = "info"
 
     def __post_init__(self) -> None:
-        for name in ("workers", "model_threads", "drain_seconds"):
+        for name in ("workers", "model_threads", "drain_seconds", "reload_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")

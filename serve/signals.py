@@ -14,6 +14,7 @@ from train.refusal import Refusal
 def heed_signals(*, before_stop: Callable[[], None], reload: Callable[[], Awaitable[Any]] | None) -> Iterator[None]:
     """SIGTERM calls `before_stop` and then whoever had it before (uvicorn); SIGHUP calls `reload`.
 
+    A SIGHUP that `serve/run.py` held back while the model was read is heeded now.
     Signals belong to the main thread: elsewhere, as in tests, nothing happens.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -32,14 +33,27 @@ def heed_signals(*, before_stop: Callable[[], None], reload: Callable[[], Awaita
         task.add_done_callback(running.discard)
 
     signal.signal(signal.SIGTERM, stop)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     if reload:
         loop.add_signal_handler(signal.SIGHUP, start_reload, reload)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
         if reload:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             loop.remove_signal_handler(signal.SIGHUP)
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def hangups_blocked() -> Iterator[None]:
+    """SIGHUP waits, here and for good in a process that is started meanwhile, unless it heeds it itself."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 async def _reload(reload: Callable[[], Awaitable[Any]]) -> None:

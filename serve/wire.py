@@ -14,7 +14,7 @@ from starlette.types import Receive
 from serve.limits import Limits
 from serve.problems import BAD_REQUEST, MEDIA_TYPE_UNKNOWN, TIMEOUT, TOO_LARGE, TOO_MANY_IMAGES, Problem
 
-RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "application/octet-stream")
+RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif", "application/octet-stream")
 _RAW_ALIASES = ("", "image/jpg", "image/x-ms-bmp", "image/x-bmp")  # what some clients say instead
 LONG_JSON_BYTES = 2**16  # longer ones are read in a thread, as they would hold up the event loop
 _URL_SAFE = str.maketrans("-_", "+/")
@@ -223,4 +223,6 @@ def _too_many_images(limits: Limits) -> Problem:
 def _media_type_detail(media_type: str) -> str:
     if media_type == "application/x-www-form-urlencoded":  # what curl -d and --data-binary say unless told
         return f"{media_type} is no image; add -H 'Content-Type: image/png' (or {', '.join(RAW_TYPES[1:4])})"
-    return f"send {', '.join(RAW_TYPES)}, multipart/form-data or application/json, got {media_type}"
+    return f"send {', '.join(RAW_TYPES)}, multipart/form-data or application/json, got {media_type}" + (
+        "; convert the image to PNG or JPEG" if media_type.startswith("image/") else ""
+    )

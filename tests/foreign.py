@@ -1,5 +1,6 @@
 """Classifiers as other people's exporters write them, each with images and what its own code answers to them."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.version_converter
+import timm.data
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from timm.models._hub import save_config_for_hf
+from timm.utils.onnx import onnx_export
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SAID = ("--mean", *map(str, MEAN), "--std", *map(str, STD))
@@ -72,6 +78,13 @@ def images():
     return (noise * np.array([1.0, 0.7, 0.4, 0.1]).reshape(4, 1, 1, 1)).astype(np.uint8)
 
 
+def inputs(make=None):
+    """What a net takes for the images: normalized [N, C, H, W], or what `make` gives of pixels and normalized."""
+    pixels = torch.from_numpy(images())
+    normalized = (pixels / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    return normalized.permute(0, 3, 1, 2).contiguous() if make is None else make(pixels, normalized)
+
+
 def softmax(y):
     return y.flatten(1).softmax(1)
 
@@ -79,9 +92,7 @@ def softmax(y):
 @torch.no_grad()
 def write(folder, name, model, *, x=None, read=softmax, dynamic=True, opset=17, training=False):
     """Through torch's first exporter."""
-    pixels = images()
-    normalized = (torch.from_numpy(pixels) / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-    x = normalized.permute(0, 3, 1, 2).contiguous() if x is None else x(torch.from_numpy(pixels), normalized)
+    pixels, x = images(), inputs(x)
     path = folder / f"{name}.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own, of its deprecation and of its passes
@@ -99,6 +110,61 @@ def write(folder, name, model, *, x=None, read=softmax, dynamic=True, opset=17, 
     y = model.eval()(x)
     y = y[0] if isinstance(y, tuple) else y
     return Sample(path, pixels, read(y.float()).numpy())
+
+
+@torch.no_grad()
+def write_today(folder, name, model, *, x=None, read=softmax, own=None, static=False, **options):
+    """Through torch's second exporter, which writes weights into NAME.onnx.data unless told otherwise.
+
+    `own` is the net that gives its answer, where `model` itself computes too coarsely for that.
+    """
+    pixels, x = images(), inputs(x)
+    path = folder / f"{name}.onnx"
+    shapes = None if static else ({0: torch.export.Dim("batch")},)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries of the exporter's use what is deprecated
+        torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=shapes, verbose=False, **options)
+    y = own(x.float()).half() if own else model.eval()(x)
+    y = y[0] if isinstance(y, tuple) else y
+    return Sample(path, pixels, read(y.float()).numpy())
+
+
+def write_today_in_half(folder):
+    """Weights, input and output in float16; its own answer in float32 between them, which is how CPUs compute it.
+
+    Its batch norms are folded before: the exporter folds them in float16, and rounds the weights a second time.
+    """
+    layers = list(net())
+    folded = (fuse_conv_bn_eval(layers[0], layers[1]), layers[2], fuse_conv_bn_eval(layers[3], layers[4]), *layers[5:])
+    half = nn.Sequential(*folded).eval().half()
+    return write_today(folder, "today-half", half, x=in_half, own=copy.deepcopy(half).float(), opset_version=20)
+
+
+def write_timm(folder):
+    """As timm's tools write it: the graph by its exporter, config.json with labels and preprocessing beside it.
+
+    Images are larger than the input, so that timm's own transform resizes and crops them.
+    """
+    torch.manual_seed(1)
+    model = timm.create_model("test_resnet", num_classes=10).eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1)
+            layer.running_var.uniform_(0.5, 2)
+    with torch.no_grad():
+        model.fc.weight.mul_(20)
+    path = folder / "timm.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        onnx_export(model, str(path), batch_size=2, dynamic_size=False, input_names=["x"], output_names=["y"])
+    names = {index: f"name {index}" for index in range(10)}
+    save_config_for_hf(model, str(folder / "config.json"), {"label_names": names})
+    noise = np.random.default_rng(2).integers(0, 256, (4, 10, 10, 3), dtype=np.uint8)
+    pixels = noise.repeat(20, 1).repeat(20, 2)  # 200x200
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    with torch.no_grad():
+        y = model(torch.stack([transform(Image.fromarray(image)) for image in pixels]))
+    return Sample(path, pixels, softmax(y).numpy())
 
 
 def write_half(folder):
@@ -157,6 +223,10 @@ def raw(pixels, normalized):
     return pixels
 
 
+def in_half(pixels, normalized):
+    return inputs().half()
+
+
 def as_it_is(y):
     return y
 
@@ -175,4 +245,17 @@ SHEET = {
     "half": write_half,
     "external data": write_external,
     "opset 21": write_opset_21,
+    "today": lambda folder: write_today(folder, "today", net()),
+    "today, static, opset 18, softmax": lambda folder: write_today(
+        folder, "today-static", net(nn.Softmax(1)), read=as_it_is, static=True, opset_version=18
+    ),
+    "today, half, opset 20": write_today_in_half,
+    "today, one file, opset 21, log-softmax": lambda folder: write_today(
+        folder, "today-log", net(nn.LogSoftmax(1)), read=torch.exp, opset_version=21, external_data=False
+    ),
+    "today, channels last, two outputs": lambda folder: write_today(
+        folder, "today-two", Two(Entry(net(), normalizes=False)), x=channels_last
+    ),
+    "today, bytes": lambda folder: write_today(folder, "today-bytes", Entry(net(), normalizes=True), x=raw),
+    "timm": write_timm,
 }

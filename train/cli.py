@@ -57,7 +57,7 @@ def parse(
         allow_abbrev=False,
     )
     hints = get_type_hints(config_type, include_extras=True)
-    for field in dataclasses.fields(config_type):  # type: ignore[arg-type]
+    for field in _fields(config_type):
         kind, *notes = (
             get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else [hints[field.name]]
         )
@@ -68,13 +68,18 @@ def parse(
 def given_arguments(config: Any) -> str:
     """The arguments that make `config` of the defaults, as one would type them."""
     words = []
-    for field in dataclasses.fields(config):
+    for field in _fields(config):
         value = getattr(config, field.name)
         if value == field.default:
             continue
         words += [] if field.default is dataclasses.MISSING else ["--" + field.name.replace("_", "-")]
         words += [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
     return shlex.join(words)
+
+
+def _fields(config: Any) -> list[dataclasses.Field[Any]]:
+    """Of a config or its type, in the order of its arguments: those of a base class, which are keywords, come last."""
+    return sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True)
 
 
 class _Parser(argparse.ArgumentParser):

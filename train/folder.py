@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from train.image import FORMATS, decode
+from train.image import FORMATS, SUFFIXES, decode
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CHECK_THREADS = 8
 PART_NAMES = {"validation": ("val", "valid", "validation"), "test": ("test",)}  # beside train
 JUNK = ("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini")

@@ -11,10 +11,22 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from train.gif import first_frame
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+# What training folders hold and the server takes. Not TIFF: its library decodes whole tiles, whatever the image's
+# size (8x8 pixels in 783 KB took 768 MB and 4 s), gives damaged pixels as if they were sound, and writes to stderr.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+_OTHERS = {  # how files begin that are images elsewhere
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"\0\0\x01\0": "ICO",
+    b"%PDF": "PDF",
+    b"<svg": "SVG",
+}
+_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}  # behind "ftyp", from byte 4 on
 # A 50-megapixel photograph passes; anything larger is refused before its pixels are decoded.
 MAX_PIXELS = 64_000_000
 # Pixels to decode for one of the input. Eleven photographs of 12 megapixels, full of detail, differ at 224 pixels by
@@ -36,15 +48,17 @@ def decode(
     crop: Callable[[Image.Image, ImageSpec], Image.Image] | None = None,
     smallest_crop: float = 1.0,
 ) -> np.ndarray:
-    """Bytes of a PNG, JPEG, WebP or BMP of any size and mode → uint8 [height, width, channels].
+    """Bytes of a PNG, JPEG, WebP, BMP or GIF of any size and mode → uint8 [height, width, channels].
 
-    Resized and cropped at the centre as `spec` says, or by `crop`, which keeps `smallest_crop` of the area or more.
-    A JPEG far larger than the input is decoded at a half, quarter or eighth of its sides, see `_wanted`.
+    Of an animation the first frame. Resized and cropped at the centre as `spec` says, or by `crop`, which keeps
+    `smallest_crop` of the area or more. A JPEG far larger than the input is decoded at a half, quarter or eighth of its
+    sides, see `_wanted`.
     Raises `TooManyPixels` before decoding, `Refusal` where the bytes are no such image.
     """
     if crop is None and spec.width * spec.height <= max_pixels and (plain := _plain_png(content, spec)):
         return _pixels(plain, spec)
     try:
+        content = first_frame(content) if content.startswith(b"GIF8") else content
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise TooManyPixels(
@@ -58,6 +72,8 @@ def decode(
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         if isinstance(error, OSError) and "truncated" in str(error):
             raise Refusal("the image is cut short: its last bytes are missing; send the whole file") from error
+        if kind := _OTHERS.get(content[:4]) or (_BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None):
+            raise Refusal(f"the image is {kind}, which is not decoded here; convert it to PNG or JPEG") from error
         raise Refusal(f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})") from error
 
 

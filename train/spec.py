@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from train.documents import read_object
 from train.refusal import Refusal
 
 Family = Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"]
@@ -16,6 +17,8 @@ Parameterization = Literal["dirac", "per-output-b", "per-channel", "unnormalized
 Delta = Literal["repeated", "first"]
 Published = Literal["digits", "fashion-mnist", "cifar10", "cifar100"]  # data sets of one content and one set of labels
 DatasetName = Literal[Published, "folder"]
+# Bounds on what is built from a spec that somebody else may have written; nets here are 400 layers deep at most.
+MAX_DEPTH, MAX_WIDTH, MAX_SIDE = 1000, 1000, 8192
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class ImageSpec:
             self.height, self.width
         ):
             raise Refusal(f"cannot crop {self.height}x{self.width} from images resized to {self.resize}")
+        if max(self.height, self.width) > MAX_SIDE:
+            raise Refusal(f"images may be {MAX_SIDE:,} pixels high and wide, got {self.height}x{self.width}")
         if min(self.std) <= 0:
             raise Refusal(f"std must be positive, got {self.std}")
 
@@ -73,6 +78,12 @@ class Spec:
             )
         if self.delta not in get_args(Delta):
             raise Refusal(f"delta must be repeated or first, got {self.delta}")
+        if not (abs(self.depth) <= MAX_DEPTH and abs(self.width) <= MAX_WIDTH):
+            raise Refusal(f"depth goes up to {MAX_DEPTH:,} and width to {MAX_WIDTH:,}, got {self.depth}, {self.width}")
+        try:
+            "".join(self.labels).encode()
+        except UnicodeEncodeError as error:
+            raise Refusal(f"a label holds half a character, {error.object[error.start : error.end]!a}") from error
         if len(self.labels) < 2:
             raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
 
@@ -116,10 +127,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, text: str) -> "Spec":
-        try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise Refusal(f"the model's spec is no JSON: {error}") from error
+        return cls.from_dict(read_object(text, "the model's spec", todo="make the file again"))
 
 
 def _whole(value: Any) -> int:

@@ -7,6 +7,7 @@ from types import NoneType
 from typing import Any, Literal, get_args
 
 from export.runtimes.signature import Signature, signature_of
+from train.documents import read_object
 from train.files import read_whole
 from train.refusal import Refusal
 from train.spec import Spec
@@ -55,11 +56,8 @@ def read_card(engine: Path) -> EngineCard:
             f"{engine} has no card: {path.name} is not beside it; copy it there, "
             "or build the engine again with export/to_trt.py"
         )
-    try:
-        record = json.loads(read_whole(path))
-    except ValueError as error:
-        raise Refusal(f"{path} is no JSON: {error}; build the engine again with export/to_trt.py") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    record = read_object(read_whole(path), str(path), todo="build the engine again with export/to_trt.py")
+    if record.get("format") != FORMAT:
         raise Refusal(f"{path}: format is not {FORMAT}; build the engine again with export/to_trt.py")
     missing = [field.name for field in fields(EngineCard) if field.name not in record]
     if missing:

@@ -17,12 +17,20 @@ TOLERANCE = 0.05
 def refuse_companions(
     path: Path, answer: Callable[[np.ndarray], np.ndarray], sizes: tuple[int, int, int]
 ) -> np.ndarray:
-    """The answers [4, K] to images of noise; refuses a net that gives one alone another answer than among them."""
+    """The answers [4, K] to images of noise; refuses a net that gives one alone another answer than among them.
+
+    And one that gives the same images another answer the second time.
+    """
     shape = (NUM_IMAGES, *sizes)
     images = np.random.default_rng(SEED).integers(0, 256, shape, dtype=np.uint8)
     # Of different contrast, or the statistics of a batch would be nearly those of each image.
     images = (images * np.linspace(1, 0.1, NUM_IMAGES).reshape(-1, 1, 1, 1)).astype(np.uint8)
     together = answer(images)
+    if np.isfinite(together).all() and not np.array_equal(together, answer(images)):
+        raise Refusal(
+            f"{path} gives two answers to the same images, as Dropout in training mode does; "
+            "call net.eval() and export it again"
+        )
     alone = np.concatenate([answer(images[index : index + 1]) for index in range(NUM_IMAGES)])
     if together.shape != alone.shape:
         raise Refusal(

@@ -6,20 +6,26 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+from train.documents import read_json, read_object
 from train.files import read_whole
 from train.refusal import Refusal
 
 Channels = Literal["rgb", "bgr"]
 Scores = Literal["logits", "probabilities"]
-# Annotations of the fields that every command has, by which a user says it.
-MeanFlag = Annotated[tuple[float, ...], "somebody else's net: what is subtracted of each channel, black 0, white 1"]
-StdFlag = Annotated[tuple[float, ...], "somebody else's net: what each channel is divided by after that"]
-ResizeFlag = Annotated[int | None, "somebody else's net: pixels of the shorter side before the centre is cropped"]
-LabelsFlag = Annotated[Path | None, "somebody else's net: a text file with one label a line"]
-ChannelsFlag = Annotated[Channels | None, "somebody else's net: the order of its channels"]
-ProbabilitiesFlag = Annotated[bool, "somebody else's net: it gives probabilities"]
-LogitsFlag = Annotated[bool, "somebody else's net: it gives logits, whatever its last node is"]
-OutputFlag = Annotated[str | None, "somebody else's net: the name of the output that holds the classes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingFlags:
+    """What a command that takes somebody else's net asks its user: how the net is read."""
+
+    mean: Annotated[tuple[float, ...], "somebody else's net: what is subtracted of each channel, black 0, white 1"] = ()
+    std: Annotated[tuple[float, ...], "somebody else's net: what each channel is divided by after that"] = ()
+    resize: Annotated[int | None, "somebody else's net: pixels of the shorter side before the centre is cropped"] = None
+    labels: Annotated[Path | None, "somebody else's net: a text file with one label a line"] = None
+    channels: Annotated[Channels | None, "somebody else's net: the order of its channels"] = None
+    probabilities: Annotated[bool, "somebody else's net: it gives probabilities"] = False
+    logits: Annotated[bool, "somebody else's net: it gives logits, whatever its last node is"] = False
+    output: Annotated[str | None, "somebody else's net: the name of the output that holds the classes"] = None
 
 
 @dataclass(frozen=True)
@@ -54,14 +60,14 @@ NOTHING = Described()
 _CONFIGS = ("preprocessor_config.json", "config.json")
 
 
-def from_flags(config: Any) -> Described:
-    """What a command's fields say, those whose annotations stand above."""
-    if config.probabilities and config.logits:
+def from_flags(flags: ReadingFlags) -> Described:
+    """What a user says in a command's flags."""
+    if flags.probabilities and flags.logits:
         raise Refusal("--probabilities and --logits exclude each other; give one of them")
-    scores: Scores | None = "probabilities" if config.probabilities else "logits" if config.logits else None
-    labels = read_labels(config.labels) if config.labels else None
-    said = Described(config.mean or None, config.std or None, config.resize, labels, config.channels, scores)
-    said = replace(said, output=config.output)
+    scores: Scores | None = "probabilities" if flags.probabilities else "logits" if flags.logits else None
+    labels = read_labels(flags.labels) if flags.labels else None
+    said = Described(flags.mean or None, flags.std or None, flags.resize, labels, flags.channels, scores)
+    said = replace(said, output=flags.output)
     return said.by("the command line")
 
 
@@ -92,12 +98,7 @@ def found(path: Path, metadata: dict[str, str]) -> Described:
 def read_description(path: Path) -> Described:
     """What export/describe.py wrote; refuses what is unknown or of the wrong type."""
     again = "write it again with export/describe.py"
-    try:
-        record = json.loads(read_whole(path))
-    except ValueError as error:
-        raise Refusal(f"{path} is not valid JSON: {error}; {again}") from error
-    if not isinstance(record, dict):
-        raise Refusal(f"{path} is not a JSON object; {again}")
+    record = read_object(read_whole(path), str(path), todo=again)
     known = {field.name for field in fields(Described)} - {"sources"}
     if unknown := sorted(set(record) - known):
         raise Refusal(f"{path} says {', '.join(unknown)}, and known are {', '.join(sorted(known))}; {again}")
@@ -135,7 +136,7 @@ def _of_configs(path: Path) -> Described:
         file = path.with_name(name)
         if file.is_file():
             try:
-                said = said.over(read(json.loads(read_whole(file))).by(name))
+                said = said.over(read(read_json(read_whole(file))).by(name))
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # another program's file of that name
     return said
@@ -158,15 +159,19 @@ def _of_config(record: dict[str, Any]) -> Described:
     """Labels of Hugging Face's config.json; labels and preprocessing of timm's."""
     said = NOTHING
     if "id2label" in record:
-        names = record["id2label"]
-        said = Described(labels=tuple(str(names[str(index)]) for index in range(len(names))))
+        said = Described(labels=_by_index(record["id2label"]))
     timm = record.get("pretrained_cfg")
     if timm:
         size = timm["input_size"][-1]
         resize = int(size / timm["crop_pct"]) if timm.get("crop_mode", "center") == "center" else None
-        labels = tuple(map(str, record["label_names"])) if "label_names" in record else None
+        labels = _by_index(record["label_names"]) if "label_names" in record else None
         said = said.over(Described(_floats(timm["mean"]), _floats(timm["std"]), resize, labels))
     return said
+
+
+def _by_index(names: Any) -> tuple[str, ...]:
+    """Labels that lie in a list, or in a dict by their index as JSON writes it."""
+    return tuple(str(names[str(index)] if isinstance(names, dict) else names[index]) for index in range(len(names)))
 
 
 def _floats(values: Any) -> tuple[float, ...]:

@@ -1,16 +1,17 @@
 """What an ONNX file says of itself, read without any library: the graph is skipped over."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.documents import read_object
 from train.refusal import Refusal
 from train.spec import Spec
 
 # Field numbers of onnx.proto.
 _MODEL_OPSETS, _MODEL_METADATA = 8, 14
+_SECTIONS = ("training", "fold", "export")  # of the provenance
 _FIRST, _SECOND = 1, 2  # a metadata entry's key and value; the domain of a set of operators
 
 
@@ -27,7 +28,13 @@ class Header:
     @property
     def provenance(self) -> dict[str, Any]:
         """What training, fold and export recorded; empty in somebody else's file."""
-        return json.loads(self.metadata.get("provenance", "{}")) if "spec" in self.metadata else {}
+        if "spec" not in self.metadata:
+            return {}
+        what = "the provenance in the model's file"
+        record = read_object(self.metadata.get("provenance", "{}"), what, todo="export it again")
+        if bad := [name for name in _SECTIONS if not isinstance(record.get(name, {}), dict)]:
+            raise Refusal(f"{what} is damaged: {bad[0]} is not a JSON object; export it again")
+        return record
 
 
 def read_header(path: Path, content: bytes) -> Header:

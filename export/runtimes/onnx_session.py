@@ -108,7 +108,12 @@ class OnnxSession:
 
     def _count_classes(self, path: Path) -> int:
         """Of somebody else's net, which gives an image the same answer alone and among others, or is refused."""
-        return refuse_companions(path, self, self._signature.sizes).shape[1]
+        try:
+            return refuse_companions(path, self, self._signature.sizes).shape[1]
+        except Refusal:
+            raise
+        except Exception as error:  # ONNX Runtime's own again, or no memory
+            raise Refusal(f"{path} fails on images of noise: {_first_line(error)}") from error
 
 
 def provider_options(name: str, device: int) -> dict[str, str]:
@@ -158,4 +163,4 @@ def _value(node: Any) -> Value:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -51,7 +51,7 @@ def test_an_engine_without_a_whole_card_is_refused(built):
     with pytest.raises(Refusal, match="lacks batch, spec"):
         load_runtime(built)
     card_path(built).write_text("{")
-    with pytest.raises(Refusal, match="is no JSON"):
+    with pytest.raises(Refusal, match="is not valid JSON"):
         load_runtime(built)
     card_path(built).unlink()
     with pytest.raises(

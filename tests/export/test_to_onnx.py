@@ -6,6 +6,8 @@ import numpy as np
 import onnx
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from export import to_onnx
 from export.quantize import measure_drop
@@ -34,6 +36,26 @@ def run(*argv):
 
 def record_of(path):
     return OnnxSession(path).model.provenance["export"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("spec", lambda text: text.replace('"depth": 10,', '"depth": 1000000000,'), "depth goes up to 1,000"),
+        ("spec", lambda text: "[" * 100_000, "the model's spec is not valid JSON: it is nested deeper than 64"),
+        ("provenance", lambda text: "[" * 100_000, "is not valid JSON: it is nested deeper than 64"),
+        ("provenance", lambda text: "[]", "is not a JSON object; fold the net again"),
+    ],
+)
+def test_a_plain_file_with_damaged_words_is_refused_at_once(plain, tmp_path, capsys, name, change, message):
+    with safe_open(plain, "pt") as file:
+        metadata = file.metadata()
+    changed = change(metadata[name])
+    assert changed != metadata[name]
+    path = tmp_path / "damaged.safetensors"
+    save_file(load_file(plain), path, {**metadata, name: changed})
+    assert run(path) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_float32_is_written_as_shared_and_says_so(plain):

@@ -230,6 +230,22 @@ def test_labels_with_line_breaks_are_refused(write_onnx, tmp_path, capsys):
     assert "labels with line breaks" in capsys.readouterr().err
 
 
+def test_cards_and_metadata_without_bottom_are_refused_in_one_line(write_engine, write_onnx, tmp_path, capsys):
+    deep, engine, (_, path) = "[" * 100_000, write_engine(), write_onnx()
+    card_path(engine).write_text(deep)
+    model = onnx.load(path)
+    for entry in model.metadata_props:
+        entry.value = deep
+    onnx.save(model, path)
+    for source in (engine, path):
+        assert run(source, "--out", tmp_path / "repository") == 2
+        error = capsys.readouterr().err
+        assert "is not valid JSON: it is nested deeper than 64" in error
+        assert error.count("\n") == 1
+        assert len(error) < 500
+    assert not (tmp_path / "repository").exists()
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_ctrl_c_leaves_nothing_half_written(write_onnx, tmp_path, monkeypatch, capsys, version):
     _, path = write_onnx()

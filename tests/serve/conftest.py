@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
+from serving import command, popen, read_greeting
 from starlette.testclient import TestClient
 
 from export.graph import to_onnx
@@ -167,3 +168,25 @@ def connect():
     yield connect
     for connection in opened:
         connection.close()
+
+
+@pytest.fixture
+def start():
+    """`start(*argv)` is a server that listens, with its `url`; all are killed at the end.
+
+    With `waits=False` it may not listen yet. `options` are those of `subprocess.Popen`.
+    """
+    servers = []
+
+    def start(*argv, program=None, waits=True, **options):
+        chosen = () if "--runtime" in argv else ("--runtime", "onnxruntime")
+        server = popen(program or command("run.py", *argv, *chosen, "--port", 0), **options)
+        servers.append(server)
+        if waits:
+            read_greeting(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.kill()
+        server.communicate()

@@ -85,6 +85,12 @@ def test_lossless_formats_give_one_answer(client, pixels, encode, kind, media_ty
         assert client.post("/predict", content=content, headers=headers).json() == expected
 
 
+def test_a_gif_is_taken(client, encode):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    as_gif = client.post("/predict", content=encode(grey, "GIF"), headers={"Content-Type": "image/gif"})
+    assert as_gif.json()["results"] == client.post("/predict", content=encode(grey), headers=PNG).json()["results"]
+
+
 def test_jpeg_of_another_size_is_taken(client, encode):
     photograph = np.full((90, 120, 3), 128, np.uint8)
     response = client.post("/predict", content=encode(photograph, "JPEG"), headers={"Content-Type": "image/jpeg"})
@@ -109,7 +115,7 @@ def test_a_wrong_top_k_is_refused(client, pixels, encode, top_k):
     ("body", "headers", "status", "name", "detail"),
     [
         (b"", PNG, 400, "bad-request", "the request has no body"),
-        (b"hello", PNG, 422, "undecodable", "not a readable PNG, JPEG, WEBP, BMP image"),
+        (b"hello", PNG, 422, "undecodable", "not a readable PNG, JPEG, WEBP, BMP, GIF image"),
         (b"hello", {"Content-Type": "text/plain"}, 415, "media-type", "got text/plain"),
         (b"x", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "media-type", "add -H 'Content-Type"),
         (b"x" * 20_001, PNG, 413, "too-large", "larger than 20,000 bytes"),
@@ -121,7 +127,7 @@ def test_a_wrong_top_k_is_refused(client, pixels, encode, top_k):
         (b'{"images": [1]}', {"Content-Type": "application/json"}, 400, "bad-request", "images[0] is no base64"),
         (b'{"images": ["data:,abc"]}', JSON, 400, "bad-request", "images[0] is a data URL without base64"),
         (b"x", {"Content-Type": "image/png", "Content-Encoding": "gzip"}, 415, "media-type", "encoded as gzip; send"),
-        (b"x", {"Content-Type": "image/gif"}, 415, "media-type", "send image/png"),
+        (b"x", {"Content-Type": "image/tiff"}, 415, "media-type", "got image/tiff; convert the image to PNG or JPEG"),
         (b'{"images": ["\xff"]}', {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
         (b"--", {"Content-Type": "multipart/form-data"}, 400, "bad-request", "the form cannot be read"),
         (b"x", {"Content-Type": "multipart/form-data; boundary=a"}, 400, "bad-request", "the form"),

@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from foreign import MEAN, SAID, SHEET, STD, Two, net, split, write
+import torch
+from foreign import MEAN, SAID, SHEET, STD, Two, net, split, write, write_today
 from starlette.testclient import TestClient
 
 from export.runtimes.described import from_flags
@@ -27,7 +28,8 @@ def said(*argv):
 
 
 def flags(name):
-    return () if name == "bytes" else SAID
+    """Those that normalize inside, or say themselves how they are read, are told nothing."""
+    return () if "bytes" in name or name == "timm" else SAID
 
 
 def ask(runtime, sample, encode):
@@ -157,9 +159,48 @@ def test_a_graph_in_training_mode_is_refused_by_the_name_of_its_batch_norm(tmp_p
         OnnxSession(sample.path)
 
 
-def test_a_net_that_looks_at_its_batch_in_other_ways_is_refused(tmp_path):
-    import torch
+@pytest.mark.slow
+def test_todays_exporter_leaves_of_training_mode_the_dropout_alone(tmp_path):
+    """Its batch norms take the running statistics, also of a net in training mode; its Dropout stays at work."""
+    sample = write_today(tmp_path, "training", net().train())
+    answer = OnnxSession(sample.path, said=said(*SAID))(sample.images)
+    np.testing.assert_allclose(softmax64(answer), sample.probabilities, atol=1e-4)
+    dropping = write_today(tmp_path, "dropping", net(torch.nn.Dropout(0.5)).train())
+    with pytest.raises(
+        Refusal, match=r"two answers to the same images, as Dropout in training mode does; call net\.eval"
+    ):
+        OnnxSession(dropping.path)
 
+
+@pytest.mark.slow
+def test_weights_of_todays_exporter_are_read_wherever_one_stands(tmp_path, monkeypatch):
+    """The exporter writes NAME.onnx.data; another net's file of that name lies in the working directory."""
+    folders = [tmp_path / "mine", tmp_path / "theirs"]
+    for folder in folders:
+        folder.mkdir()
+    mine, theirs = (write_today(folder, "net", net(seed=seed)) for seed, folder in enumerate(folders))
+    assert (folders[0] / "net.onnx.data").exists()
+    monkeypatch.chdir(folders[1])
+    runtime = OnnxSession(mine.path, said=said(*SAID))
+    np.testing.assert_allclose(softmax64(runtime(mine.images)), mine.probabilities, atol=1e-4)
+    assert np.abs(mine.probabilities - theirs.probabilities).max() > 0.1
+
+
+@pytest.mark.slow
+def test_labels_and_preprocessing_of_timm_are_its_own(tmp_path):
+    """What its tools write says all but that the answers are logits."""
+    model = OnnxSession(SHEET["timm"](tmp_path).path).model
+    assert model.spec.labels == tuple(f"name {index}" for index in range(10))
+    assert (model.reading.mean, model.reading.std, model.reading.resize) == ((0.5,) * 3, (0.5,) * 3, 168)
+    assert model.reading.assumed == ["channels", "scores"]
+
+
+def softmax64(logits):
+    powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def test_a_net_that_looks_at_its_batch_in_other_ways_is_refused(tmp_path):
     class Centred(torch.nn.Module):
         def __init__(self):
             super().__init__()

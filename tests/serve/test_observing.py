@@ -3,7 +3,13 @@
 import io
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -14,8 +20,9 @@ from starlette.testclient import TestClient
 from serve import tracing
 from serve.app import make_app
 from serve.limits import Limits
-from serve.logs import JsonFormatter, RequestLog
+from serve.logs import JsonFormatter, LogStream, RequestLog
 
+ROOT = Path(__file__).resolve().parents[2]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
@@ -87,6 +94,80 @@ def test_each_request_is_one_line_of_json(seen):
     ]
     assert lines[0]["id"] == "mine"
     assert lines[0]["total_ms"] >= lines[0]["model_ms"] > 0
+
+
+@pytest.fixture
+def full():
+    """A file descriptor of a disk that is full."""
+    file = os.open("/dev/full", os.O_WRONLY)
+    yield file
+    os.close(file)
+
+
+def test_lines_that_a_full_disk_does_not_take_are_counted_and_the_log_goes_on(full, tmp_path):
+    stream = LogStream(full)
+    for number in range(3):
+        stream.write(b'{"message":"%d"}\n' % number)
+        stream.flush(60)
+    assert stream.num_dropped == 3
+    with (tmp_path / "log").open("wb") as file:
+        os.dup2(file.fileno(), full)  # there is room again
+    stream.write(b'{"message":"4"}\n')
+    stream.flush(60)
+    missing, line = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    assert (missing["level"], line["message"]) == ("warning", "4")
+    assert missing["message"] == "3 lines of the log are missing: they could not be written"
+    assert stream.num_dropped == 0
+
+
+def test_lines_that_nobody_reads_are_bounded_and_counted():
+    reader, writer = os.pipe()
+    stream = LogStream(writer, most_bytes=200_000)
+    line = b"x" * 999 + b"\n"
+    for _ in range(1000):  # of which 200 wait or are being written, and as many are written as the pipe holds
+        stream.write(line)
+    lines = []
+    with open(reader, "rb") as file:
+        reading = threading.Thread(target=lambda: lines.extend(file))
+        reading.start()
+        stream.flush(60)
+        stream.write(b"last\n")
+        stream.flush(60)
+        os.close(writer)
+        reading.join(60)
+    said = [json.loads(found)["message"] for found in lines if found.startswith(b"{")]
+    num_missing = sum(int(message.split()[0]) for message in said)
+    assert lines[-1] == b"last\n"
+    assert lines.count(line) + num_missing == 1000
+    assert num_missing > 500
+
+
+def test_a_line_that_was_cut_is_ended_before_the_next():
+    """The file takes what fits, and then no more: here a limit of the system's on its size, in another process."""
+    program = """
+import os, resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+from serve.logs import LogStream
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+stream = LogStream(os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT))
+stream.write(b"first line that is too long\\n")
+stream.flush(60)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+stream.write(b"second\\n")
+stream.flush(60)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        subprocess.run([sys.executable, "-c", program, str(ROOT), str(log)], check=True)
+        first, missing, second = log.read_text().splitlines()
+    assert (first, second) == ("first line", "second")
+    assert json.loads(missing)["message"].startswith("1 lines of the log are missing")
+
+
+def test_half_a_character_does_not_lose_a_line():
+    record = logging.LogRecord("a", logging.ERROR, "a.py", 1, "label \ud800", (), None)
+    assert json.loads(JsonFormatter().format(record))["message"] == "label ?"
 
 
 def test_a_failure_is_one_line_too():

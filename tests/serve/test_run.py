@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,55 +17,14 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-PNG = {"Content-Type": "image/png"}
-
-
-def command(name, *argv):
-    return [sys.executable, str(ROOT / "serve" / name), *map(str, argv)]
+from foreign import SAID, SHEET, net, split, write
+from serving import ROOT, ask, children_of, command, wait_for, workers_of
 
 
 @pytest.fixture
 def taken_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
-
-
-@pytest.fixture
-def start():
-    """`start(*argv)` is a server that listens, with its `url`; all are killed at the end."""
-    servers = []
-
-    def start(*argv, program=None):
-        chosen = () if "--runtime" in argv else ("--runtime", "onnxruntime")
-        server = subprocess.Popen(
-            program or command("run.py", *argv, *chosen, "--port", 0),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        servers.append(server)
-        server.greeting = server.stdout.readline()
-        server.url = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline()).group()
-        return server
-
-    yield start
-    for server in servers:
-        server.kill()
-        server.communicate()
-
-
-def ask(server, file, **options):
-    return httpx.post(f"{server.url}/predict", content=file, headers=PNG, timeout=60, **options)
-
-
-def wait_for(server, message):
-    """The next line of the log that holds `message`."""
-    for line in server.stderr:
-        if message in line:
-            return line
-    raise AssertionError(f"the server ended without saying {message!r}")
 
 
 @contextmanager
@@ -197,6 +157,25 @@ def test_sighup_reads_the_file_again_and_keeps_the_old_model_if_it_is_bad(
 
 
 @pytest.mark.slow
+def test_sighup_sees_that_weights_in_a_file_of_their_own_have_changed(start, tmp_path, encode):
+    """The .onnx stays byte for byte as it is."""
+    sample, other = SHEET["external data"](tmp_path), write(tmp_path, "other", net(seed=2))
+    split(other.path)
+    graph = sample.path.read_bytes()
+    server, file = start(sample.path, *SAID), encode(sample.images[0])
+    before = ask(server, file).json()
+    shutil.copy(tmp_path / "other.onnx.data", tmp_path / "external.onnx.data")
+    server.send_signal(signal.SIGHUP)
+    wait_for(server, "now serving external")
+    after = ask(server, file).json()
+    assert sample.path.read_bytes() == graph
+    assert before["model"]["digest"] != after["model"]["digest"]
+    for answer, expected in ((before, sample), (after, other)):
+        assert answer["results"][0]["index"] == expected.probabilities[0].argmax()
+        assert answer["results"][0]["probability"] == pytest.approx(expected.probabilities[0].max(), abs=1e-4)
+
+
+@pytest.mark.slow
 def test_a_choice_is_measured_once_kept_and_survives_a_reload(start, artefact, other_artefact, pixels, encode):
     server = start(artefact, "--runtime", "auto")
     reason = r": plain\.onnx on (onnxruntime|mnn) is \d+\.\dx the next of 2, "
@@ -277,18 +256,6 @@ def test_one_reload_reaches_all_workers(start, artefact, other_artefact, tmp_pat
     assert response.json()["digest"] == sha256(other_artefact.read_bytes()).hexdigest()
     for _ in range(3):  # the worker that was asked, and then both
         wait_for(server, "now serving")
-
-
-def workers_of(server):
-    """The processes that serve, of Linux."""
-    return children_of(server.pid, "spawn_main")
-
-
-def children_of(process, word):
-    """Those that any of its threads has started, with `word` in their command, of Linux."""
-    threads = Path(f"/proc/{process}/task").iterdir()
-    children = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
-    return [pid for pid in children if word in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 @pytest.mark.slow

@@ -42,6 +42,25 @@ def test_the_arguments_that_were_given_make_the_same_config_again():
         assert given_arguments(config) == line
 
 
+def test_flags_that_commands_share_come_behind_their_own(capsys):
+    @dataclass(frozen=True, kw_only=True)
+    class Shared:
+        mean: Annotated[tuple[float, ...], "of all"] = ()
+
+    @dataclass(frozen=True)
+    class Own(Shared):
+        source: Annotated[Path, "what to read"]
+        loud: Annotated[bool, "say more"] = False
+
+    config = parse(Own, argv=["x", "--mean", "0.5", "1", "--loud"])
+    assert config == Own(Path("x"), True, mean=(0.5, 1.0))
+    assert given_arguments(config) == "x --loud --mean 0.5 1.0"
+    with pytest.raises(SystemExit):
+        parse(Own, argv=["--help"])
+    text = capsys.readouterr().out
+    assert text.rindex("--loud") < text.rindex("--mean")
+
+
 def test_an_argument_without_dashes_may_have_a_default():
     @dataclass(frozen=True)
     class Optional:

@@ -85,7 +85,7 @@ def test_a_decompression_bomb_is_refused_from_its_header():
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"GIF89a" + bytes(100), encode(Image.new("L", (90, 90)))[:-40]])
 def test_what_is_no_whole_image_is_refused(content):
-    with pytest.raises(Refusal, match=r"not a readable PNG, JPEG, WEBP, BMP image|the image is cut short"):
+    with pytest.raises(Refusal, match=r"not a readable PNG, JPEG, WEBP, BMP, GIF image|the image is cut short"):
         decode(content, GRAY)
 
 
@@ -182,3 +182,62 @@ def test_a_jpeg_that_is_not_far_larger_than_the_input_keeps_every_bit():
     with Image.open(io.BytesIO(content)) as image:
         image.load()
         assert np.array_equal(decode(content, COLOUR), decode(encode(image, "BMP"), COLOUR))
+
+
+def animation():
+    """Two frames of noise; of the first, colour 0 is transparent. A comment and a loop stand before it."""
+    noise = np.random.default_rng(1).integers(0, 256, (2, 8, 8), dtype=np.uint8)
+    noise[:, 0, 0] = 0
+    frames = [Image.fromarray(pixels) for pixels in noise]
+    palette = [value for index in range(256) for value in (index, 255 - index, index // 2)]
+    for frame in frames:
+        frame.putpalette(palette)
+    pixels = noise[0]
+    content = encode(
+        frames[0], "GIF", save_all=True, append_images=frames[1:], transparency=0, comment=b"hello", loop=0
+    )
+    expected = np.stack([pixels, 255 - pixels, pixels // 2], axis=-1)
+    expected[pixels == 0] = 255
+    return content, expected
+
+
+def test_of_a_gif_the_first_frame_is_taken():
+    content, expected = animation()
+    assert np.array_equal(decode(content, COLOUR), expected)
+
+
+def before_first_frame(content, blocks):
+    end = 13 + (3 << ((content[10] & 7) + 1))
+    return content[:end] + blocks + content[end:]
+
+
+@pytest.mark.parametrize("unit", [b"\x21\x01\0", b"\x21\xfe\x01a\0", b"\x21\xff\x01a\x01b\0"])
+def test_a_gif_full_of_comments_is_read_to_a_limit(unit):
+    content, expected = animation()
+    assert np.array_equal(decode(before_first_frame(content, unit * 1000), COLOUR), expected)
+    with pytest.raises(Refusal, match="over 10,000 blocks before its first frame; send it as PNG"):
+        decode(before_first_frame(content, unit * 20_000), COLOUR)
+
+
+def test_a_gif_is_bounded_by_its_screen_and_by_its_frame():
+    content, _ = animation()
+    descriptor = content.index(b"\x2c" + bytes(4) + struct.pack("<HH", 8, 8))
+    huge = struct.pack("<HH", 60_000, 60_000)
+    for large in (content[:6] + huge + content[10:], content[: descriptor + 5] + huge + content[descriptor + 9 :]):
+        with pytest.raises(TooManyPixels, match="the image is 60000x60000"):
+            decode(large, COLOUR)
+
+
+def test_a_gif_cut_short_is_refused_wherever_it_is():
+    content = encode(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)), "GIF")
+    for size in range(len(content) - 4):  # the last four say only that it ends
+        with pytest.raises(Refusal, match=r"not a readable PNG|the image is cut short"):
+            decode(content[:size], COLOUR)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "ICO", "PDF", "AVIF", "SVG"])
+def test_other_images_are_refused_by_their_name(kind):
+    text = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
+    content = text if kind == "SVG" else encode(Image.new("RGB", (16, 16)), kind)
+    with pytest.raises(Refusal, match=f"the image is {kind}, which is not decoded here; convert it to PNG or JPEG"):
+        decode(content, COLOUR)

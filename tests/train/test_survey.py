@@ -24,7 +24,7 @@ def test_what_is_left_out_is_named_with_its_reason_before_training(tmp_path, cap
         save(tmp_path / "cats" / f"{index}.JPG", (20 + index, 10))
         save(tmp_path / "big dogs" / f"{index}.png", (30, 40 + index))
     save(tmp_path / "fish" / "only.png")
-    for name in ("cats/a.tif", "cats/b.gif", "cats/sub/c.png", "big dogs/._0.png", "__MACOSX/cats/0.png"):
+    for name in ("cats/a.tif", "cats/b.tiff", "cats/sub/c.png", "big dogs/._0.png", "__MACOSX/cats/0.png"):
         save(tmp_path / name)
     (tmp_path / "cats" / "d.HEIC").write_bytes(b"heic")
     print_survey(Console(width=160, soft_wrap=True, highlight=False), data.divide(load(tmp_path), 0.2, seed=0))
@@ -35,7 +35,7 @@ def test_what_is_left_out_is_named_with_its_reason_before_training(tmp_path, cap
     assert "sizes from 12x10 to 30x45 pixels" in lines
     assert "no image to test on: fish" in lines
     left_out = "\n".join(lines[-3:])
-    assert f"not one of .png, .jpg, .jpeg, .webp, .bmp: 3, first {tmp_path / 'cats' / 'a.tif'}" in left_out
+    assert f"not one of .png, .jpg, .jpeg, .webp, .bmp, .gif: 3, first {tmp_path / 'cats' / 'a.tif'}" in left_out
     assert f"a folder inside a class folder: 1, first {tmp_path / 'cats' / 'sub'}" in left_out
     assert "hidden, or an operating system's own: 2" in left_out
 
