@@ -90,8 +90,8 @@ def _cards(evaluation: Evaluation) -> list[str]:
 def _class_row(score: ClassScore) -> str:
     f1 = "–" if score.f1 is None else f"{share(score.f1)}<small>[{percent(score.f1_interval)}]</small>"
     return (
-        f"<tr><th>{_text(score.label)}</th><td>{score.images:,}</td><td>{score.answered:,}</td>"
-        f"<td>{_cell(score.recall)}</td><td>{_cell(score.precision)}</td><td>{f1}</td></tr>"
+        f"<tr><th>{_text(score.label)}</th><td>{_cell(score.recall)}</td><td>{_cell(score.precision)}</td>"
+        f"<td>{f1}</td><td>{score.images:,}</td><td>{score.answered:,}</td></tr>"
     )
 
 

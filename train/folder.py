@@ -105,7 +105,7 @@ def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[LeftOut]]:
                     found[child] = None
     if not found:
         raise Refusal(f"no {', '.join(SUFFIXES)} images in {', '.join(map(str, paths))}")
-    return list(found), left_out
+    return list(found), [stranger for stranger in left_out if stranger.path not in found]
 
 
 def _refuse_folder(error: OSError) -> None:

@@ -1,0 +1,22 @@
+import numpy as np
+import pytest
+
+from export.runtimes.probabilities import best, probabilities
+
+
+def test_logits_of_any_size_become_probabilities():
+    found = probabilities(np.array([[1e4, 1e4 - 1, -1e4], [0, 0, 0]], np.float32))
+    assert found.dtype == np.float64
+    assert found[0] == pytest.approx([1 / (1 + np.exp(-1)), 1 - 1 / (1 + np.exp(-1)), 0], abs=1e-15)
+    assert found.sum(axis=1) == pytest.approx([1, 1], abs=1e-15)
+
+
+def test_probabilities_stay_what_they_are():
+    given = np.array([[0.5, 0.25, 0.75]], np.float32)  # of a sigmoid: they need not sum to 1
+    assert probabilities(given, are_probabilities=True).tolist() == given.tolist()
+
+
+def test_of_equal_values_the_lower_index_is_first():
+    values = np.array([[0.2, 0.5, 0.5, 0.1], [0.25, 0.25, 0.25, 0.25]])
+    assert best(values, 3).tolist() == [[1, 2, 0], [0, 1, 2]]
+    assert best(values, 9).shape == (2, 4)
