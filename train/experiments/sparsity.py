@@ -88,7 +88,7 @@ def _draw(histogram, pictures, rows) -> None:
         axes.imshow(row["slice"], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axes.set(title=f"{name}: W_norm, middle layer", xlabel="input channel", ylabel="output channel")
     pictures[-1].figure.colorbar(pictures[-1].images[0], ax=pictures, label="W_norm, central slice")
-    histogram.set(xlabel="W_norm / its layer's deviation", ylabel="weights", yscale="log")
+    histogram.set(xlabel="W_norm / its layer's deviation, within ±4", ylabel="weights", yscale="log")
     histogram.legend(loc="lower center")
 
 
