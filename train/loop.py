@@ -83,7 +83,7 @@ def batches(
     """One epoch from `first_step` on: the part of each batch that falls to this process of `world`.
 
     What a batch holds depends on (seed, epoch, step) alone, not on how many processes or workers share it.
-    Files that cannot be read are missing from it, so that it may be empty.
+    Files that cannot be read are missing from it, so that it may be empty, and others are erased and mixed then.
     """
     order = _order(split, np.random.default_rng((seed, epoch)), balanced=augmentation.balanced)
     steps = range(first_step, steps_per_epoch(len(split), batch_size))

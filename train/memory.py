@@ -71,7 +71,7 @@ def _advice(spec: Spec, batch_size: int, precision: str) -> str:
     need = training_bytes(suited, batch_size, precision)
     return (
         f"; for {_size(spec)} pixels take --family imagenet --depth 18 --width 0.5, about {_gb(need)}, "
-        "which sees them whole"
+        "which is made for such sizes"
     )
 
 
@@ -80,4 +80,4 @@ def _size(spec: Spec) -> str:
 
 
 def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.0f} MB"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{max(1, num_bytes / 1e6):.0f} MB"

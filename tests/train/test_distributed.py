@@ -164,7 +164,7 @@ def test_a_share_without_a_readable_file_neither_hangs_nor_weighs_on_the_step(tm
     make_photos(tmp_path / "photos", unreadable=[*order[2:10], *order[12:14]])
     argv = [ROOT / "train" / "run.py", "--dataset", "folder", "--data-dir", tmp_path / "photos", "--image-size", 8]
     argv += ["--skip-unreadable", "--validation", 0, "--workers", 0, "--depth", 10, "--width", 0.25]
-    argv += ["--batch-size", 4, "--epochs", 1, "--precision", "fp32", "--warmup", 0]
+    argv += ["--batch-size", 4, "--epochs", 1, "--precision", "fp32", "--warmup", 0, "--erase", 0]
     output = run(*argv, "--out", tmp_path / "two")
     assert "epoch 1: 10 of 16 images could not be read" in output
     run(*argv, "--out", tmp_path / "one", processes=1)

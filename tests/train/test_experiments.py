@@ -42,6 +42,10 @@ def test_an_experiment_leaves_its_figure_and_its_numbers(name, tmp_path):
     if name == "delta":
         assert numbers["ones"] == [[i, i % 16, 1, 1] for i in range(32)]  # eq. 8
         return
+    figure, record = ((tmp_path / f"{name}.{kind}").read_bytes() for kind in ("png", "json"))
+    (tmp_path / f"{name}.png").unlink()
+    assert run(name, tmp_path, "--redraw", *RUNS[name]) == numbers
+    assert ((tmp_path / f"{name}.png").read_bytes(), (tmp_path / f"{name}.json").read_bytes()) == (figure, record)
     assert numbers["settings"]["epochs"] == 1
     assert all(np.isfinite(row.get("test_accuracy", row.get("mean"))) for row in numbers["rows"])
 

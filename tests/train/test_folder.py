@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from train import data
+from train import data, loop
 from train.checkpoint import load_checkpoint
 from train.cli import run_command
 from train.config import TrainConfig
@@ -60,7 +60,7 @@ def test_parts_are_taken_from_their_folders_and_strange_classes_refused(folder, 
         data.load("folder", data_dir=root, image_size=8)
 
 
-def test_evaluation_sees_what_the_server_sees(folder):
+def test_evaluation_sees_what_the_server_sees(folder, monkeypatch):
     test = data.load("folder", data_dir=folder, image_size=8).test
     expected = np.stack([decode(Path(path).read_bytes(), test.image) for path in test.paths])
     seen = []
@@ -70,7 +70,9 @@ def test_evaluation_sees_what_the_server_sees(folder):
             seen.append(images)
             return torch.zeros(len(images), 2)
 
-    evaluate(Recorder(), test, batch_size=3)
+    monkeypatch.setattr(loop, "JUDGED_PIXELS", 3 * 8 * 8)
+    evaluate(Recorder(), test)
+    assert max(len(images) for images in seen) <= 3 < len(test)
     np.testing.assert_array_equal(torch.cat(seen).numpy(), expected)
     np.testing.assert_array_equal(test.first(5), expected)
 

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -31,11 +31,36 @@ def command(config: ScalingConfig) -> int:
     import numpy as np
     from matplotlib import colormaps
 
-    from train.experiments.trial import describe, load_dataset, new_figure, run_trial, write_results
+    from train.experiments.trial import describe, new_figure, recorded_rows, write_results
+
+    depth = config.depth or (100 if config.paper else 34)
+    rows = recorded_rows(config, "scaling") if config.redraw else _measure(config, depth)
+    figure, all_axes = new_figure(len(STARTS), sharey=True)
+    for axes, (name, _) in zip(all_axes, STARTS.items(), strict=True):
+        curves = np.array(next(row["a"] for row in rows if row["start"] == name))  # [epochs + 1, layers]
+        per_group = curves.shape[1] // 3
+        for layer in range(curves.shape[1]):
+            group, place = divmod(layer, per_group)
+            shade = colormaps[COLOURS[group]](0.3 + 0.5 * (place + 1) / per_group)  # deeper is later, as in Fig. 4
+            first = f"group {group + 1}, deeper: later" if place == per_group - 1 else None
+            axes.plot(curves[:, layer], color=shade, label=first)
+        axes.set(xlabel="epoch", title=f"a from {name}")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    all_axes[0].set_ylabel("a")
+    all_axes[0].legend()
+    figure.suptitle(f"DiracNet-{depth}, {describe(config)}")
+    numbers = {"settings": config.training(depth=depth), "rows": rows}
+    write_results(config.out, "scaling", figure, numbers, redraw=config.redraw)
+    return 0
+
+
+def _measure(config: ScalingConfig, depth: int) -> list[dict[str, Any]]:
+    import numpy as np
+
+    from train.experiments.trial import load_dataset, run_trial
     from train.layers import DiracConv2d
     from train.progress import make_console, progress
 
-    depth = config.depth or (100 if config.paper else 34)
     dataset, rows = load_dataset(config), []
     with progress(make_console(), "training", len(STARTS) * config.seeds) as advance:
         for name, (a0, decay) in STARTS.items():
@@ -54,23 +79,7 @@ def command(config: ScalingConfig) -> int:
                     f"a from {name:12s} ends at {min(last):.2f} to {max(last):.2f}, mean {np.mean(last):.2f}; "
                     f"test accuracy {100 * trial.test_accuracy:.1f} %"
                 )
-
-    figure, all_axes = new_figure(len(STARTS), sharey=True)
-    for axes, (name, _) in zip(all_axes, STARTS.items(), strict=True):
-        curves = np.array(next(row["a"] for row in rows if row["start"] == name))  # [epochs + 1, layers]
-        per_group = curves.shape[1] // 3
-        for layer in range(curves.shape[1]):
-            group, place = divmod(layer, per_group)
-            shade = colormaps[COLOURS[group]](0.3 + 0.5 * (place + 1) / per_group)  # deeper is later, as in Fig. 4
-            first = f"group {group + 1}, deeper: later" if place == per_group - 1 else None
-            axes.plot(curves[:, layer], color=shade, label=first)
-        axes.set(xlabel="epoch", title=f"a from {name}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    all_axes[0].set_ylabel("a")
-    all_axes[0].legend()
-    figure.suptitle(f"DiracNet-{depth}, {describe(config)}")
-    write_results(config.out, "scaling", figure, {"settings": config.training(depth=depth), "rows": rows})
-    return 0
+    return rows
 
 
 if __name__ == "__main__":

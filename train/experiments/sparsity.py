@@ -80,15 +80,15 @@ def _draw(histogram, pictures, rows) -> None:
 
     from train.experiments.trial import COLOURS
 
-    images, limit = [], max(np.abs(row["slice"]).max() for row in rows)
+    limit = max(np.abs(row["slice"]).max() for row in rows)
     for axes, row, style in zip(pictures, rows, ("-", "--"), strict=True):
         name = row["nonlinearity"]
         label = f"{name}, {sum(row['counts']):,} weights"
         histogram.stairs(row["counts"], _bins(), color=COLOURS[name], linestyle=style, linewidth=1.5, label=label)
-        images.append(axes.imshow(row["slice"], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto"))
+        axes.imshow(row["slice"], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axes.set(title=f"{name}: W_norm, middle layer", xlabel="input channel", ylabel="output channel")
-    pictures[-1].figure.colorbar(images[-1], ax=pictures, label="W_norm, central slice")
-    histogram.set(xlabel="W_norm / its layer's deviation", ylabel="weights", yscale="log")
+    pictures[-1].figure.colorbar(pictures[-1].images[0], ax=pictures, label="W_norm, central slice")
+    histogram.set(xlabel="W_norm / its layer's deviation, within ±4", ylabel="weights", yscale="log")
     histogram.legend(loc="lower center")
 
 
