@@ -1,6 +1,7 @@
 """An image file becomes pixels the way the spec says: one function for training folders and the server."""
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from train.spec import ImageSpec
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 # A 50-megapixel photograph passes; anything larger is refused before its pixels are decoded.
 MAX_PIXELS = 64_000_000
+_BAND_PIXELS = 2**20  # of a large image that is converted at once
 _PNG_END = bytes(4) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is another number and names no size
 
@@ -33,7 +35,8 @@ def decode(
 ) -> np.ndarray:
     """Bytes of a PNG, JPEG, WebP or BMP of any size and mode → uint8 [height, width, channels].
 
-    Resized and cropped at the centre as `spec` says, or by `crop`.
+    Resized and cropped at the centre as `spec` says, or by `crop`. Where the centre is cropped, a JPEG decodes itself
+    at a half, a quarter or an eighth of its size, if that leaves twice as many pixels as the model takes.
     Raises `TooManyPixels` before decoding, `Refusal` where the bytes are no such image.
     """
     if crop is None and spec.width * spec.height <= max_pixels and (plain := _plain_png(content, spec)):
@@ -44,6 +47,8 @@ def decode(
                 raise TooManyPixels(
                     f"the image is {image.width}x{image.height}, over the limit of {max_pixels:,} pixels"
                 )
+            if crop is None:
+                image.draft(None, reduced_size(image.size, spec))
             upright = _upright(image, spec.channels)
             return _pixels((crop or _centre_crop)(upright, spec), spec)
     except Refusal:
@@ -52,6 +57,14 @@ def decode(
         if isinstance(error, OSError) and "truncated" in str(error):
             raise Refusal("the image is cut short: its last bytes are missing; send the whole file") from error
         raise Refusal(f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})") from error
+
+
+def reduced_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
+    """The least size at which an image of `size` is as good: twice what it is resized to, whichever way it is turned."""
+    if spec.resize is None:
+        return (2 * max(spec.width, spec.height),) * 2
+    scale = min(size) / spec.resize
+    return (math.ceil(2 * size[0] / scale), math.ceil(2 * size[1] / scale))
 
 
 def _plain_png(content: bytes, spec: ImageSpec) -> Image.Image | None:
@@ -84,11 +97,18 @@ def _plain_png_head(spec: ImageSpec) -> bytes:
 def _upright(image: Image.Image, channels: int) -> Image.Image:
     """An image of any mode in RGB or grey, turned as its EXIF tag says.
 
-    Transparent pixels lie on white, as a viewer shows them; 16-bit samples keep their upper eight bits.
+    Transparent pixels lie on white, as a viewer shows them; 16-bit samples keep their upper eight bits. A large image
+    is converted in bands, so that beside it and its result only one band exists in modes between them.
     """
     ImageOps.exif_transpose(image, in_place=True)
-    flat, mode = _flatten(image), "L" if channels == 1 else "RGB"
-    return flat if flat.mode == mode else flat.convert(mode)
+    mode = "L" if channels == 1 else "RGB"
+    if image.width * image.height <= _BAND_PIXELS or (image.mode == mode and not image.has_transparency_data):
+        return _flatten(image, mode)
+    flat, rows = Image.new(mode, image.size), max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        flat.paste(_flatten(band, mode), (0, top))
+    return flat
 
 
 def _centre_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
@@ -104,14 +124,15 @@ def _pixels(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     return np.frombuffer(image.tobytes(), np.uint8).reshape(spec.height, spec.width, spec.channels)
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _flatten(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque
-    return image
+        flat = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        flat = Image.new("RGBA", image.size, "white")
+        flat.alpha_composite(image.convert("RGBA"))
+    else:
+        flat = image
+    return flat if flat.mode == mode else flat.convert(mode)
 
 
 def _crop_box(image: Image.Image, spec: ImageSpec) -> tuple[float, float, float, float] | Any:
