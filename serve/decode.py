@@ -11,6 +11,8 @@ from train.image import FORMATS, TooManyPixels, decode
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
+Decoded = np.ndarray | Exception  # uint8 [H, W, C], or why there are none: a Refusal where it is the image's fault
+
 
 def decode_image(content: bytes, spec: ImageSpec, *, max_pixels: int) -> np.ndarray | Refusal:
     """uint8 [H, W, C], or why there is none."""
@@ -28,10 +30,12 @@ def warm_up_decoders(spec: ImageSpec) -> None:
         decode(file.getvalue(), spec)
 
 
-def find_problem(images: Sequence[np.ndarray | Refusal | None]) -> Problem | None:
+def find_problem(images: Sequence[Decoded | None]) -> Exception | None:
     """One problem that names every image which could not be decoded; None where all could."""
-    bad = {index: image for index, image in enumerate(images) if isinstance(image, Refusal)}
+    bad = {index: image for index, image in enumerate(images) if isinstance(image, Exception)}
     if not bad:
         return None
+    if failed := [error for error in bad.values() if not isinstance(error, Refusal)]:
+        return failed[0]
     kind = TOO_MANY_PIXELS if isinstance(next(iter(bad.values())), TooManyPixels) else UNDECODABLE
     return Problem(kind, "; ".join(f"image {index}: {refusal}" for index, refusal in bad.items()))

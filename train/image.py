@@ -43,10 +43,7 @@ def decode(
         return _pixels(plain, spec)
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise TooManyPixels(
-                    f"the image is {image.width}x{image.height}, over the limit of {max_pixels:,} pixels"
-                )
+            refuse_too_many_pixels(image.width, image.height, max_pixels)
             if crop is None:
                 image.draft(None, reduced_size(image.size, spec))
             upright = _upright(image, spec.channels)
@@ -59,8 +56,14 @@ def decode(
         raise Refusal(f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})") from error
 
 
+def refuse_too_many_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raises `TooManyPixels` for an image of more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise TooManyPixels(f"the image is {width}x{height}, over the limit of {max_pixels:,} pixels")
+
+
 def reduced_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
-    """The least size at which an image of `size` is as good: twice what it is resized to, whichever way it is turned."""
+    """The least size at which an image of `size` is as good: twice what it is resized to, however it is turned."""
     if spec.resize is None:
         return (2 * max(spec.width, spec.height),) * 2
     scale = min(size) / spec.resize
