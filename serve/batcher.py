@@ -32,7 +32,6 @@ from serve.decoding import Decoding
 from serve.limits import Limits
 from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
 from serve.weigh import Weight
-from train.refusal import Refusal
 
 _PATIENCE_S = 0.1  # nearly all jobs are done by then, and a watch costs a tenth of a request
 _LAST_BATCH_S = 1.0
@@ -77,7 +76,7 @@ class Job:
     accepted: float
     pixels: list[Decoded | None]
     num_undecoded: int = 0  # images that decoders have not finished
-    weights: list[Weight | Refusal] = field(default_factory=list)
+    weights: list[Weight | Exception] = field(default_factory=list)
     is_given_up: bool = False
     outcome: list[Result] | Exception = field(default_factory=list)
     logits: np.ndarray = field(init=False)  # [N, K], once the outcome is there
@@ -138,12 +137,14 @@ class Batcher:
         self.check_room(num_images)
         future = self._loop.create_future()
         job = _make_job(contents, self.served, top_k, future)
+        del contents
         self.num_held += num_images
         until = min(self._loop.time() + _PATIENCE_S, deadline)
         job.timer = self._loop.call_at(until, self._watch, job, deadline, receive)
         try:
             self._enqueue(job)
             await future
+            return job
         except BaseException as error:
             self.decoding.give_up(job)
             if isinstance(error, asyncio.CancelledError) and job.watch and job.watch.done():
@@ -154,7 +155,7 @@ class Batcher:
                 if pending:
                     pending.cancel()
             self.num_held -= num_images
-        return job
+            del job, future  # or an exception would hold itself, by its traceback, and all that the callers hold
 
     def _watch(self, job: Job, deadline: float, receive: Receive) -> None:
         """A job that is not answered at once: its client may go away and its deadline pass."""
@@ -260,7 +261,7 @@ def _make_job(
     contents: list[bytes] | np.ndarray, served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
 ) -> Job:
     num_images = len(contents)
-    pixels = list(contents) if isinstance(contents, np.ndarray) else [None] * num_images
+    pixels: list[Decoded | None] = list(contents) if isinstance(contents, np.ndarray) else [None] * num_images
     return Job(contents, num_images, served, top_k, future, monotonic(), pixels)
 
 
@@ -286,9 +287,12 @@ def _share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[in
 
 def _deliver(jobs: Sequence[Job]) -> None:
     for job in jobs:
+        outcome = job.outcome
+        if isinstance(outcome, Exception):
+            job.outcome = []  # or the exception would hold itself, as in `classify`
         if job.future.done():
             continue
-        if isinstance(job.outcome, Exception):
-            job.future.set_exception(job.outcome)
+        if isinstance(outcome, Exception):
+            job.future.set_exception(outcome)
         else:
-            job.future.set_result(job.outcome)
+            job.future.set_result(outcome)

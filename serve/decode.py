@@ -14,12 +14,18 @@ from train.spec import ImageSpec
 Decoded = np.ndarray | Exception  # uint8 [H, W, C], or why there are none: a Refusal where it is the image's fault
 
 
-def decode_image(content: bytes, spec: ImageSpec, *, max_pixels: int) -> np.ndarray | Refusal:
+def decode_image(content: bytes, spec: ImageSpec, *, max_pixels: int) -> Decoded:
     """uint8 [H, W, C], or why there is none."""
     try:
         return decode(content, spec, max_pixels=max_pixels)
     except Refusal as refusal:
-        return refusal
+        return kept(refusal)
+
+
+def kept(error: Exception) -> Exception:
+    """An exception as a value: without the traceback, whose frames hold the image's bytes and often itself."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def warm_up_decoders(spec: ImageSpec) -> None:

@@ -1,12 +1,12 @@
-"""One process of serve/decoder.py: decodes images one after another, with the memory that each may take.
+"""One process of serve/decoder.py: decodes images one after another, within the memory and time of each.
 
 Descriptor 0 is a socket to the parent. It sends how an image is decoded and then its bytes, and gets one letter and the
 pixels in C order, or why there are none; no bytes at the start say that the process is ready. It ends when the parent's
 end closes. An image that breaks out of its decoder is not in the process that holds keys and connections.
 """
 
-import os
 import resource
+import signal
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,20 +18,23 @@ from train.refusal import Refusal
 from train.spec import ImageSpec
 
 PIXELS, REFUSED, TOO_MANY = b"pixels", b"refused", b"toomany"  # as many letters in each
-_NICE = 5  # where cores are short, small images and the model come first
 _SPARE_BYTES = 48 * 2**20  # for what no header says: blocks of allocators, libraries that load late
 
 
 def run() -> None:
     """Answer until the parent is gone."""
-    os.nice(_NICE)
     Image.init()
     connection = Connection(0)
     with suppress(EOFError, OSError):
         connection.send_bytes(b"")
         while True:
-            spec, max_pixels, num_bytes = connection.recv()
-            connection.send_bytes(_answer(connection.recv_bytes(), spec, max_pixels, num_bytes))
+            spec, max_pixels, num_bytes, limit_s = connection.recv()
+            content = connection.recv_bytes()
+            signal.setitimer(signal.ITIMER_PROF, limit_s)  # of processor time; SIGPROF ends the process
+            answer = _answer(content, spec, max_pixels, num_bytes)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.send_bytes(answer)
+            del content, answer
 
 
 def _answer(content: bytes, spec: ImageSpec, max_pixels: int, num_bytes: int) -> bytes:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from multiprocessing import Pipe
@@ -35,15 +36,16 @@ class TookTooLong(Refusal):
 class Decoder:
     """One process, started for its first image and anew for the next after it was ended. For one thread."""
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s  # of one image
+    def __init__(self, limit_s: float, *, patience_s: float) -> None:
+        """An image may take `limit_s` of processor time; after `patience_s` by the clock nobody waits for it."""
+        self._limit_s, self._patience_s = limit_s, patience_s
         self._process: _Process | None = None
 
     def __call__(self, content: bytes, spec: ImageSpec, *, max_pixels: int, num_bytes: int) -> np.ndarray | Refusal:
         """uint8 [H, W, C], decoded with `num_bytes` of memory, or why there is none."""
         try:
             process = self._process = self._process or _Process()
-            answer = process.ask((spec, max_pixels, num_bytes), content, self._limit_s)
+            answer = process.ask((spec, max_pixels, num_bytes, self._limit_s), content, self._patience_s)
         except BaseException:
             self.close()
             raise
@@ -88,19 +90,21 @@ class _Process:
             self.end()
             raise
 
-    def ask(self, how: tuple[ImageSpec, int, int], content: bytes, limit_s: float) -> bytes | Refusal:
+    def ask(self, how: tuple[ImageSpec, int, int, float], content: bytes, patience_s: float) -> bytes | Refusal:
         """What the process answers; a Refusal where it takes too long or ends."""
+        status = None
         try:
             self._connection.send(how)
             self._connection.send_bytes(content)
-            if self._connection.poll(limit_s):
+            if self._connection.poll(patience_s):
                 return self._connection.recv_bytes()
         except (EOFError, OSError):
             status = self._process.wait()
+        if status not in (None, -signal.SIGPROF):
             _log.warning("a decoder ended with status %d on an image of %d bytes", status, len(content))
             return Refusal("the image ends its decoder; save it anew")
-        _log.warning("a decoder is replaced: an image of %d bytes took longer than %g s", len(content), limit_s)
-        return TookTooLong(f"the image takes longer than {limit_s:g} s to decode; send it smaller")
+        _log.warning("a decoder is replaced: an image of %d bytes took longer than it may", len(content))
+        return TookTooLong(f"the image takes longer than {how[-1]:g} s to decode; send it smaller")
 
     def kill(self) -> None:
         self._process.kill()

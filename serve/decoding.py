@@ -4,13 +4,14 @@ A thread cannot be ended, so what one decodes is short by its header. A light im
 process, where a heavy one of seconds costs nothing more, leaves Python's lock free, and can be ended.
 """
 
+import logging
 import threading
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from serve.decode import Decoded, decode_image
+from serve.decode import Decoded, decode_image, kept
 from serve.decoder import Decoder, TookTooLong
 from serve.limits import Limits
 from serve.turns import Budget, Turns
@@ -21,8 +22,8 @@ from train.refusal import Refusal
 if TYPE_CHECKING:
     from serve.batcher import Job
 
+_log = logging.getLogger(__name__)
 _AGEING = 10.0  # seconds that a job lets lighter ones overtake it, for each second that it takes to decode
-_STALLED_S = 2.0  # beyond the time that one image may take
 
 
 class Decoding:
@@ -34,7 +35,9 @@ class Decoding:
         self._light: Turns[Job] = Turns()
         self._heavy: Turns[Job] = Turns()
         self._budget = Budget(limits.heavy_bytes)
-        self._decoders = [Decoder(limits.decode_s) for _ in range(limits.decode_processes)]
+        self._decoders = [
+            Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
+        ]
         self._threads = [
             *(self._thread(f"decode-{index}", self._decode_light) for index in range(limits.decode_threads)),
             *(
@@ -72,7 +75,7 @@ class Decoding:
         due = job.accepted + _AGEING * sum(weight.seconds for weight in job.weights if isinstance(weight, Weight))
         queued = []
         for index, weight in enumerate(job.weights):
-            if isinstance(weight, Refusal):
+            if isinstance(weight, Exception):
                 job.pixels[index] = weight
             elif not is_light(weight):
                 queued.append((self._heavy, index))
@@ -93,8 +96,8 @@ class Decoding:
         self._heavy.drop(job)
 
     def is_stalled(self) -> bool:
-        """Whether images wait and no decoder has finished any for longer than one may take."""
-        since = monotonic() - self._limits.decode_s - _STALLED_S
+        """Whether decoders work on what is past its deadline, and none has finished anything since."""
+        since = monotonic() - self._limits.deadline_s
         with self._lock:
             return self._last_decoded < since and any(job.accepted < since for job, _ in self._in_work.values())
 
@@ -104,12 +107,12 @@ class Decoding:
             if not job.is_given_up and job.pixels[index] is None:
                 self._decode(job, index, self._decode_here)
 
-    def _weigh(self, content: bytes, job: "Job") -> Weight | Refusal:
+    def _weigh(self, content: bytes, job: "Job") -> Weight | Exception:
         spec = job.served.model.spec.image
         try:
             return weigh(content, spec, max_pixels=self._limits.max_pixels, max_bytes=self._limits.heavy_bytes)
         except Refusal as refusal:
-            return refusal
+            return kept(refusal)
 
     def _decode_light(self) -> bool:
         """One image; False at the end. Who waits for it holds no job, and so no model that was swapped out."""
@@ -150,7 +153,8 @@ class Decoding:
         try:
             pixels[index] = decode(content, job, index)
         except Exception as error:  # a process that cannot be started, for instance: of this job alone
-            pixels[index] = error
+            _log.exception("an image could not be decoded")
+            pixels[index] = kept(error)
         end = monotonic()
         job.decode_s += end - start
         with self._lock:

@@ -142,8 +142,7 @@ class Hot:
         reading = read_images(receive, headers, self._limits, self._batcher.turn)
         if BODY_IS_HERE not in scope.get("extensions", ()):
             reading = within_deadline(reading, deadline, self._limits)
-        contents = await reading
-        job = await self._batcher.classify(contents, top_k=top_k, deadline=deadline, receive=receive)
+        job = await self._batcher.classify(await reading, top_k=top_k, deadline=deadline, receive=receive)
         visit.take(job)
         return orjson.dumps({"model": job.served.name, "results": job.outcome})
 

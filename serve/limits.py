@@ -13,14 +13,14 @@ class Limits:
 
     max_body_bytes: int = 20 * 2**20
     max_held_bytes: int = 128 * 2**20  # of all requests that are not answered yet
-    max_decoded_bytes: int = 192 * 2**20  # that all decoders take at once
+    max_decoded_bytes: int = 384 * 2**20  # that all decoders take at once
     max_images: int = 64  # of one request
     max_pixels: int = MAX_PIXELS  # of each image, as its header announces
     max_batch: int = 32  # images that the model computes at once
     max_queue: int = 1024  # images accepted and not answered yet
     deadline_s: float = 30.0  # from a request's first byte to its answer
     decode_threads: int = 1  # 0: the thread that runs the model decodes too
-    decode_s: float = 10.0  # that one image may take
+    decode_s: float = 10.0  # of processor time that one image may take
 
     @property
     def decode_processes(self) -> int:

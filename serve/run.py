@@ -50,7 +50,7 @@ class ServeConfig:
     max_images: Annotated[int, "images in one request"] = 64
     max_body_mb: Annotated[float, "megabytes in one request"] = 20.0
     max_held_mb: Annotated[float, "megabytes of all requests that are not answered yet"] = 128.0
-    max_decoded_mb: Annotated[float, "megabytes that all decoders take at once, by the headers of images"] = 192.0
+    max_decoded_mb: Annotated[float, "megabytes that all decoders take at once, by the headers of images"] = 384.0
     max_queue: Annotated[int, "images accepted and not answered; what comes on top is told to come again"] = 1024
     deadline_ms: Annotated[int, "milliseconds from a request's start to its answer"] = 30_000
     drain_seconds: Annotated[int, "how long SIGTERM waits for requests under way"] = 20

@@ -86,17 +86,21 @@ async def parse(turn: asyncio.Lock, function: Callable[..., Read], body: bytes, 
     await turn.acquire()
     running = asyncio.get_running_loop().run_in_executor(None, function, body, *arguments)
     running.add_done_callback(lambda done: (done.cancelled() or done.exception(), turn.release()))
-    return await asyncio.shield(running)
+    try:
+        return await asyncio.shield(running)
+    finally:
+        del running  # or its exception would hold itself, by its traceback, and the body
 
 
 def load_json(document: bytes) -> Any:
-    """What JSON holds. Raises ValueError for what is not valid, or so much that reading it would hold others up."""
+    """What JSON holds. Raises ValueError where it is not valid; refuses so much that reading it holds others up."""
     num_lists = document.count(b"[") + document.count(b"{")
     num_values = document.count(b",") + num_lists
     if num_lists > MAX_JSON_LISTS or num_values > MAX_JSON_VALUES:
-        raise ValueError(
-            f"it holds {num_lists:,} lists and objects and {num_values:,} values, over the limits of "
-            f"{MAX_JSON_LISTS:,} and {MAX_JSON_VALUES:,}; send bytes"
+        raise Problem(
+            TOO_LARGE,
+            f"the JSON has {num_values:,} values, {num_lists:,} of them lists and objects; "
+            f"{MAX_JSON_VALUES:,} and {MAX_JSON_LISTS:,} are taken; send less at once, or bytes in place of numbers",
         )
     return orjson.loads(document)
 
@@ -151,6 +155,7 @@ class _Form:
         self._files: list[bytearray] = []
         self._unchosen: set[int] = set()  # what a browser sends of a file input that was left empty
         self._header_name = self._disposition = b""
+        self._num_header_bytes = 0  # of this part
         self._is_whole = False
         callbacks: Any = {
             "on_part_begin": self._begin_part,
@@ -186,12 +191,20 @@ class _Form:
         if len(self._files) == self._limits.max_images:
             raise _too_many_images(self._limits)
         self._header_name = self._disposition = b""
+        self._num_header_bytes = 0
         self._files.append(bytearray())
 
     def _read_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
         self._header_name += data[start:end]
 
+    def _count_header(self, num_bytes: int) -> None:
+        self._num_header_bytes += num_bytes
+        if self._num_header_bytes > _MAX_PART_HEADER_BYTES:
+            raise Problem(BAD_REQUEST, f"a part of the form has more than {_MAX_PART_HEADER_BYTES:,} bytes of headers")
+
     def _read_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._count_header(end - start)
         if self._header_name.lower() == b"content-disposition":
             self._disposition += data[start:end]
 

@@ -65,7 +65,8 @@ def refuse_too_many_pixels(width: int, height: int, max_pixels: int) -> None:
 def reduced_size(size: tuple[int, int], spec: ImageSpec) -> tuple[int, int]:
     """The least size at which an image of `size` is as good: twice what it is resized to, however it is turned."""
     if spec.resize is None:
-        return (2 * max(spec.width, spec.height),) * 2
+        side = 2 * max(spec.width, spec.height)
+        return side, side
     scale = min(size) / spec.resize
     return (math.ceil(2 * size[0] / scale), math.ceil(2 * size[1] / scale))
 
