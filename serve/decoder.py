@@ -52,7 +52,7 @@ class Decoder:
         if isinstance(answer, Refusal):
             self.close()
             return answer
-        what, rest = answer[: len(PIXELS)], answer[len(PIXELS) :]
+        what, rest = answer[:1], answer[1:]
         if what == PIXELS:
             return np.frombuffer(rest, np.uint8).reshape(spec.height, spec.width, spec.channels)
         return (TooManyPixels if what == TOO_MANY else Refusal)(rest.decode(errors="replace"))

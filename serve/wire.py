@@ -19,7 +19,6 @@ _RAW_ALIASES = ("", "image/jpg", "image/x-ms-bmp", "image/x-bmp")  # what some c
 LONG_JSON_BYTES = 2**16  # longer ones are read in a thread, as they would hold up the event loop
 # A long document holds Python's lock while it is read: a million numbers for 20 ms, as many lists for 270 ms.
 MAX_JSON_LISTS, MAX_JSON_VALUES = 2**17, 2**20
-_MAX_PART_HEADER_BYTES = 8192
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 Read = TypeVar("Read")
 
@@ -155,7 +154,6 @@ class _Form:
         self._files: list[bytearray] = []
         self._unchosen: set[int] = set()  # what a browser sends of a file input that was left empty
         self._header_name = self._disposition = b""
-        self._num_header_bytes = 0  # of this part
         self._is_whole = False
         callbacks: Any = {
             "on_part_begin": self._begin_part,
@@ -191,20 +189,12 @@ class _Form:
         if len(self._files) == self._limits.max_images:
             raise _too_many_images(self._limits)
         self._header_name = self._disposition = b""
-        self._num_header_bytes = 0
         self._files.append(bytearray())
 
     def _read_header_name(self, data: bytes, start: int, end: int) -> None:
-        self._count_header(end - start)
         self._header_name += data[start:end]
 
-    def _count_header(self, num_bytes: int) -> None:
-        self._num_header_bytes += num_bytes
-        if self._num_header_bytes > _MAX_PART_HEADER_BYTES:
-            raise Problem(BAD_REQUEST, f"a part of the form has more than {_MAX_PART_HEADER_BYTES:,} bytes of headers")
-
     def _read_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._count_header(end - start)
         if self._header_name.lower() == b"content-disposition":
             self._disposition += data[start:end]
 
