@@ -5,13 +5,17 @@ import gc
 import threading
 
 import pytest
+from starlette.testclient import TestClient
 
+from serve.app import make_app
+from serve.limits import Limits
 from serve.problems import TOO_LARGE, Problem
 from serve.wire import LONG_JSON_BYTES, MAX_JSON_LISTS, MAX_JSON_VALUES, load_json, parse
 
 LONG = bytes(LONG_JSON_BYTES + 1)
 
 
+@pytest.mark.slow
 def test_json_of_as_many_values_as_allowed_is_read():
     assert len(load_json(b"[%b0]" % (b"0," * (MAX_JSON_VALUES - 2)))) == MAX_JSON_VALUES - 1
     assert len(load_json(b"[%b[]]" % (b"[]," * (MAX_JSON_LISTS - 2)))) == MAX_JSON_LISTS - 1
@@ -27,25 +31,23 @@ def test_json_of_as_many_values_as_allowed_is_read():
 )
 def test_json_of_more_values_is_refused_unread(document, monkeypatch):
     monkeypatch.setattr("serve.wire.orjson.loads", None)
-    with pytest.raises(
-        Problem, match=r"the JSON has 1\d\d,\d\d\d values|the JSON has 2\d\d,|the JSON has 1,048,577"
-    ) as refused:
+    with pytest.raises(Problem, match=r"the JSON has .* values, .* send less at once") as refused:
         load_json(document)
     assert refused.value.kind == TOO_LARGE
 
 
-def test_many_values_are_refused_wherever_json_is_taken(client):
-    lists = b"[%b[]]" % (b"[]," * 3000)
-    many = b"[%b[]]" % (b"[]," * MAX_JSON_LISTS)
+def test_many_values_are_refused_wherever_json_is_taken(runtime):
     headers = {"Content-Type": "application/json"}
-    name = client.get("/model").json()["name"]
-    for path, member in (("/predict", b"images"), (f"/v2/models/{name}/infer", b"inputs")):
-        few = client.post(path, content=b'{"%b":%b}' % (member, lists), headers=headers)
-        assert few.status_code in (400, 413)
-        assert "values" not in few.json()["detail"]
-        client.app.front._limits.__dict__["max_body_bytes"] = 10**6
-        answer = client.post(path, content=b'{"%b":%b}' % (member, many), headers=headers)
-        assert (answer.status_code, answer.json()["type"]) == (413, TOO_LARGE.type)
+    with TestClient(make_app(runtime, Limits())) as client:
+        name = client.get("/model").json()["name"]
+        for path, member in (("/predict", b"images"), (f"/v2/models/{name}/infer", b"inputs")):
+            few, many = (
+                client.post(path, content=b'{"%b":[%b[]]}' % (member, b"[]," * num_lists), headers=headers)
+                for num_lists in (3000, MAX_JSON_LISTS)
+            )
+            assert "the JSON has" not in few.json()["detail"]
+            assert "the JSON has 262,14" in many.json()["detail"]
+            assert (many.status_code, many.json()["type"]) == (413, TOO_LARGE.type)
 
 
 def test_long_bodies_are_read_one_at_a_time_even_if_the_first_is_given_up():
@@ -95,13 +97,3 @@ def test_a_body_that_cannot_be_read_is_not_kept():
         assert Body.freed
     finally:
         gc.enable()
-
-
-def test_endless_headers_of_a_part_end_the_form(client):
-    body = b"--a\r\n" + b"X: y\r\n" * 5000
-    answer = client.post("/predict", content=body, headers={"Content-Type": "multipart/form-data; boundary=a"})
-    assert answer.status_code == 413  # over this client's limit on bodies
-    body = b"--a\r\n" + b"X: y\r\n" * 3000
-    answer = client.post("/predict", content=body, headers={"Content-Type": "multipart/form-data; boundary=a"})
-    assert answer.status_code == 400
-    assert "more than 4,096 bytes of headers" in answer.json()["detail"]
