@@ -1,14 +1,15 @@
-"""python bench/reliability.py: overload, SIGTERM, SIGHUP and kill -9 under load, on this machine alone."""
+"""python bench/reliability.py: overload, SIGTERM, SIGHUP and kill -9 under load, and strangers, on this machine."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.page import machine_table, table
+from bench.siege_page import siege_parts
 from train.cli import POSITIONAL, given_arguments, run_command
 from train.refusal import Refusal
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
     "python bench/reliability.py                      # two minutes; writes docs/reliability.md and its record",
     "python bench/reliability.py --quick --out /tmp/reliability",
+    "python bench/reliability.py --only siege         # the rest stays as the record has it",
     "python bench/reliability.py --render docs/benchmarks/reliability.json",
 )
 TITLES = {
@@ -26,6 +28,7 @@ TITLES = {
     "drain": "SIGTERM under load",
     "reload": "SIGHUP under load",
     "kill": "kill -9 of one worker of two",
+    "siege": "Under siege",
 }
 
 
@@ -37,6 +40,10 @@ class ReliabilityConfig:
     rounds: Annotated[int, "how often SIGTERM and kill -9 are tried"] = 5
     reloads: Annotated[int, "how often the model is exchanged"] = 30
     quick: Annotated[bool, "3 s of overload, one round, 4 reloads"] = False
+    only: Annotated[
+        tuple[Literal["overload", "drain", "reload", "kill", "siege"], ...],
+        "measure these anew; the record in --out keeps the others (default: all)",
+    ] = ()
     out: Annotated[Path, "folder for reliability.md and benchmarks/reliability.json"] = ROOT / "docs"
     render: Annotated[Path | None, "measure nothing: write the page of this record"] = None
 
@@ -57,8 +64,11 @@ def command(config: ReliabilityConfig) -> int:
     if config.render:
         record = json.loads(read_whole(config.render))
     else:
-        record = _measure(config)
         path = config.out / "benchmarks" / "reliability.json"
+        kept = json.loads(read_whole(path)) if config.only else {}
+        measured = _measure(config)
+        # What is measured alone says so beside itself: the head of the page is that of the others.
+        record = {**measured, **kept, **{name: measured[name] for name in config.only}}
         write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
         print(f"wrote {path}")
     page = write_whole(config.out / "reliability.md", markdown(record).encode())
@@ -74,7 +84,7 @@ def _measure(config: ReliabilityConfig) -> dict[str, Any]:
 
     import uvloop
 
-    from bench import faults
+    from bench import faults, siege
     from bench.page import describe_machine
     from train.progress import make_console, progress
 
@@ -83,23 +93,33 @@ def _measure(config: ReliabilityConfig) -> dict[str, Any]:
         "command": f"python bench/reliability.py {given_arguments(config)}".strip(),
         "machine": describe_machine("onnxruntime-gpu", "onnxruntime", "uvicorn"),
     }
-    with tempfile.TemporaryDirectory() as folder, progress(make_console(), "reliability", 2 + 2 * rounds) as advance:
-        subject = _subject(config, Path(folder))
+    names = config.only or tuple(TITLES)
+    times = {name: rounds if name in ("drain", "kill") else 1 for name in names}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress(make_console(), "reliability", sum(times.values())) as advance,
+    ):
+        subject, name_of_model = _subject(config, Path(folder))
         record["model"] = config.model.name
-        record["overload"] = [uvloop.run(faults.overload(subject, seconds=seconds))]
-        advance(1, "overload")
-        record["reload"] = [uvloop.run(faults.reload(subject, Path(folder), times=reloads))]
-        advance(1, "reload")
-        for name, fault in (("drain", faults.drain), ("kill", faults.kill)):
+        measure = {
+            "overload": lambda: faults.overload(subject, seconds=seconds),
+            "reload": lambda: faults.reload(subject, Path(folder), times=reloads),
+            "drain": lambda: faults.drain(subject),
+            "kill": lambda: faults.kill(subject),
+            "siege": lambda: siege.siege(subject, name_of_model, quick=config.quick),
+        }
+        for name in names:
             record[name] = []
-            for _ in range(rounds):
-                record[name].append(uvloop.run(fault(subject)))
+            for _ in range(times[name]):
+                record[name].append(uvloop.run(measure[name]()))
                 advance(1, name)
+    for result in record.get("siege", ()):
+        result.update(command=record["command"], machine=record["machine"])
     return record
 
 
-def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
-    """The model and one of the same architecture with random weights, and what both say of the image."""
+def _subject(config: ReliabilityConfig, folder: Path) -> "tuple[Subject, str]":
+    """The model and one of the same architecture with random weights, what both say of the image, and its name."""
     import torch
 
     from bench.faults import Subject
@@ -107,6 +127,7 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
     from export.runtimes.onnx_session import OnnxSession
     from fold.plain import fold_net
     from serve.answer import softmax
+    from serve.v2 import model_name
     from train.families import build
     from train.files import read_whole, write_whole
     from train.image import decode
@@ -119,7 +140,7 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
     image = read_whole(config.image)
     pixels = decode(image, spec.image)[None]
     expected = {one.model.digest: softmax(one(pixels))[0] for one in (session, OnnxSession(other))}
-    return Subject(config.model, other, image, expected)
+    return Subject(config.model, other, image, expected), model_name(session.model)
 
 
 def _bars(record: dict[str, Any]) -> list[tuple[str, str, bool]]:
@@ -141,7 +162,8 @@ def markdown(record: dict[str, Any]) -> str:
         machine_table(record["machine"]),
         table(("", "bar", ""), [(TITLES[name], bar, "met" if met else "MISSED") for name, bar, met in _bars(record)]),
     ]
-    for name, explain in (("overload", _overload), ("drain", _drain), ("reload", _reload), ("kill", _kill)):
+    explanations = {"overload": _overload, "drain": _drain, "reload": _reload, "kill": _kill, "siege": siege_parts}
+    for name, explain in explanations.items():
         parts += [f"## {TITLES[name]}", *explain(record[name])]
     return "\n\n".join(parts) + "\n"
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import starmap
 from typing import NamedTuple
 
-from train.image import TooManyPixels, reduced_size, refuse_too_many_pixels
+from train.image import DETAIL, TooManyPixels, refuse_too_many_pixels
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
@@ -134,8 +134,7 @@ def _weigh_jpeg(content: bytes, spec: ImageSpec) -> Weight:
     block = 8 * frame.largest
     num_pixels = -(-frame.width // block) * -(-frame.height // block) * block * block
     num_samples = num_pixels * sum(frame.sampling) / frame.largest
-    least = reduced_size((frame.width, frame.height), spec)
-    reduction = min(frame.width // least[0], frame.height // least[1])
+    reduction = min(frame.width, frame.height) // (DETAIL * (spec.resize or max(spec.width, spec.height)))
     scale = next((scale for scale in (8, 4, 2) if reduction >= scale), 1)
     num_kept = num_pixels / scale**2
     held = 1 if len(frame.sampling) == 1 else 4

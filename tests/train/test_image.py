@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import train.image
-from train.image import TooManyPixels, decode, reduced_size
+from train.image import TooManyPixels, decode
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
@@ -186,18 +186,6 @@ def test_sixteen_bits_are_not_widened():
     finally:
         tracemalloc.stop()
     assert peak < 8 * 2**20  # int64 would take that for a band of a mebipixel, and 18 MB for the whole
-
-
-@pytest.mark.parametrize(
-    ("size", "spec", "least"),
-    [
-        ((640, 480), GRAY, (22, 16)),
-        ((480, 640), ImageSpec(8, 12, 1, (0.5,), (0.5,), resize=16), (32, 43)),
-        ((480, 640), ImageSpec(8, 12, 1, (0.5,), (0.5,), resize=None), (24, 24)),
-    ],
-)
-def test_a_jpeg_is_reduced_to_twice_what_the_model_takes_at_the_least(size, spec, least):
-    assert reduced_size(size, spec) == least
 
 
 def test_a_large_jpeg_decodes_itself_smaller_and_looks_the_same(monkeypatch):
