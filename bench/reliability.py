@@ -80,6 +80,7 @@ def command(config: ReliabilityConfig) -> int:
 
 
 def _measure(config: ReliabilityConfig) -> dict[str, Any]:
+    import os
     import tempfile
 
     import uvloop
@@ -114,7 +115,7 @@ def _measure(config: ReliabilityConfig) -> dict[str, Any]:
                 record[name].append(uvloop.run(measure[name]()))
                 advance(1, name)
     for result in record.get("siege", ()):
-        result.update(command=record["command"], machine=record["machine"])
+        result.update(command=record["command"], machine=record["machine"], niceness=os.nice(0))
     return record
 
 

@@ -18,7 +18,7 @@ WORST_WAIT_S = 0.3
 MEMORY_BYTES = 768 * 2**20  # what deploy/kubernetes allows
 PROBES_PER_S = 25
 AFTERWARDS_S = 2.0  # during which a sender that hung up is still felt
-ROOMY = ("--max-decoded-mb", 800)  # so that what the default refuses by its header is decoded
+ROOMY = ("--max-decoded-mb", "800")  # so that what the default refuses by its header is decoded
 BUSY_S = 0.05  # until a sender hangs up
 
 

@@ -47,7 +47,9 @@ def siege_parts(rounds: list[dict[str, Any]]) -> list[str]:
         for attack in result["attacks"]
     ]
     return [
-        f"Measured by `{result['command']}` on {result['machine']['device']}, {result['machine']['date']}. Each attack "
+        f"Measured by `{result['command']}` on {result['machine']['device']}, {result['machine']['date']}"
+        + (f", at a niceness of {result['niceness']} on a machine that others shared" if result["niceness"] else "")
+        + ". Each attack "
         "meets a server of its own with its default limits, unless flags stand beside it. Meanwhile a healthy client "
         "asks 25 times a second for one image of 28x28, or for `/healthz` where the attack is JSON. Memory is that of "
         "the server and the processes that decode for it.",

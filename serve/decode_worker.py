@@ -5,6 +5,7 @@ pixels in C order, or why there are none; no bytes at the start say that the pro
 end closes. An image that breaks out of its decoder is not in the process that holds keys and connections.
 """
 
+import os
 import resource
 import signal
 from contextlib import suppress
@@ -18,11 +19,13 @@ from train.refusal import Refusal
 from train.spec import ImageSpec
 
 PIXELS, REFUSED, TOO_MANY = b"p", b"r", b"t"  # the first byte of an answer
+_NICE = 5  # where cores are short, light images and the model come first
 _SPARE_BYTES = 48 * 2**20  # for what no header says: blocks of allocators, libraries that load late
 
 
 def run() -> None:
     """Answer until the parent is gone."""
+    os.nice(_NICE)
     Image.init()
     connection = Connection(0)
     with suppress(EOFError, OSError):
