@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -68,5 +69,19 @@ class Server:
 
     def rss_bytes(self) -> int:
         """Resident memory of the process, of Linux."""
-        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        return _rss_bytes(self._process.pid)
+
+    def family_bytes(self) -> int:
+        """The same, with all processes that it started and that are there."""
+        pid, total = self._process.pid, self.rss_bytes()
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            with suppress(OSError):  # the thread has ended
+                for child in children.read_text().split():
+                    with suppress(OSError):
+                        total += _rss_bytes(int(child))
+        return total
+
+
+def _rss_bytes(pid: int) -> int:
+    pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")

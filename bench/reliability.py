@@ -10,6 +10,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.page import machine_table, table
+from bench.siege_page import siege_parts
 from train.cli import POSITIONAL, given_arguments, run_command
 from train.refusal import Refusal
 
@@ -36,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
     "python bench/reliability.py                      # two minutes; writes docs/reliability.md and its record",
     "python bench/reliability.py --quick --out /tmp/reliability",
-    "python bench/reliability.py --only attacks       # the record keeps what it has of the others",
+    "python bench/reliability.py --only attacks siege # the record keeps what it has of the others",
     "python bench/reliability.py --render docs/benchmarks/reliability.json",
 )
 TITLES = {
@@ -45,6 +46,7 @@ TITLES = {
     "reload": "SIGHUP under load",
     "kill": "kill -9 of one worker of two",
     "attacks": "Endless and slow requests",
+    "siege": "Under siege",
 }
 
 
@@ -58,7 +60,8 @@ class ReliabilityConfig:
     quick: Annotated[bool, "3 s of overload, one round, 4 reloads"] = False
     out: Annotated[Path, "folder for reliability.md and benchmarks/reliability.json"] = ROOT / "docs"
     only: Annotated[
-        tuple[Literal["overload", "drain", "reload", "kill", "attacks"], ...], "parts to measure (default: all)"
+        tuple[Literal["overload", "drain", "reload", "kill", "attacks", "siege"], ...],
+        "parts to measure (default: all)",
     ] = ()
     render: Annotated[Path | None, "measure nothing: write the page of this record"] = None
 
@@ -93,11 +96,12 @@ def command(config: ReliabilityConfig) -> int:
 
 def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any]:
     """`record` with the parts that are asked for measured anew; those that are measured alone say so."""
+    import os
     import tempfile
 
     import uvloop
 
-    from bench import faults
+    from bench import faults, siege
     from bench.attacks import attack
     from bench.page import describe_machine
     from train.progress import make_console, progress
@@ -108,13 +112,14 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
         "machine": describe_machine("onnxruntime-gpu", "onnxruntime", "uvicorn"),
     }
     with tempfile.TemporaryDirectory() as folder:
-        subject = _subject(config, Path(folder))
+        subject, name_of_model = _subject(config, Path(folder))
         parts: dict[str, tuple[int, Callable[[], dict[str, Any]]]] = {
             "overload": (1, lambda: uvloop.run(faults.overload(subject, seconds=seconds))),
             "reload": (1, lambda: uvloop.run(faults.reload(subject, Path(folder), times=reloads))),
             "drain": (rounds, lambda: uvloop.run(faults.drain(subject))),
             "kill": (rounds, lambda: uvloop.run(faults.kill(subject))),
             "attacks": (1, lambda: attack(config.model)),
+            "siege": (1, lambda: uvloop.run(siege.siege(subject, name_of_model, quick=config.quick))),
         }
         chosen = {name: part for name, part in parts.items() if name in (config.only or parts)}
         with progress(make_console(), "reliability", sum(times for times, _ in chosen.values())) as advance:
@@ -123,13 +128,15 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
                 for _ in range(times):
                     record[name].append(fault())
                     advance(1, name)
+    if "siege" in chosen:
+        record["siege"][0].update(**about, niceness=os.nice(0))
     if not config.only:
         return {**about, "model": config.model.name, **record}
     return {**record, "alone": {**record.get("alone", {}), **dict.fromkeys(chosen, about)}}
 
 
-def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
-    """The model and one of the same architecture with random weights, and what both say of the image."""
+def _subject(config: ReliabilityConfig, folder: Path) -> "tuple[Subject, str]":
+    """The model and one of the same architecture with random weights, what both say of the image, and its name."""
     import torch
 
     from bench.faults import Subject
@@ -137,6 +144,7 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
     from export.runtimes.onnx_session import OnnxSession
     from export.runtimes.probabilities import softmax
     from fold.plain import fold_net
+    from serve.v2 import model_name
     from train.families import build
     from train.files import read_whole, write_whole
     from train.image import decode
@@ -149,7 +157,7 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
     image = read_whole(config.image)
     pixels = decode(image, spec.image)[None]
     expected = {one.model.digest: softmax(one(pixels))[0] for one in (session, OnnxSession(other))}
-    return Subject(config.model, other, image, expected)
+    return Subject(config.model, other, image, expected), model_name(session.model)
 
 
 def _bars(record: dict[str, Any]) -> list[tuple[str, str, bool]]:
@@ -171,10 +179,10 @@ def markdown(record: dict[str, Any]) -> str:
         machine_table(record["machine"]),
         table(("", "bar", ""), [(TITLES[name], bar, "met" if met else "MISSED") for name, bar, met in _bars(record)]),
     ]
-    sections = (_overload, _drain, _reload, _kill, _attacks)
+    sections = (_overload, _drain, _reload, _kill, _attacks, siege_parts)
     for name, explain in zip(TITLES, sections, strict=True):
         parts += [f"## {TITLES[name]}", *explain(record[name])]
-        if alone := record["alone"].get(name):
+        if name != "siege" and (alone := record["alone"].get(name)):
             machine = ", ".join(f"{name} {value}" for name, value in alone["machine"].items())
             parts.append(f"Measured by `{alone['command']}` on another day: {machine}.")
     parts += ["## What is bounded, and by what", BOUNDED]

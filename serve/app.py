@@ -29,7 +29,7 @@ from serve.metrics import MEDIA_TYPE, Metrics
 from serve.problems import Problem
 from serve.reload import Load, Reloader, warm_up
 from serve.signals import heed_signals
-from serve.v2 import make_router
+from serve.v2 import make_router, refuse_unready
 from serve.wire import REQUEST_BODY
 from train.refusal import Refusal
 
@@ -150,9 +150,8 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
 
     @app.get("/readyz", responses=problems.documented(problems.NOT_READY))
     async def readyz(request: Request) -> dict[str, str]:
-        """The model has run at every batch size and the server is not stopping."""
-        if not request.app.state.is_ready:
-            raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
+        """The model has run at every batch size, images are decoded, and the server is not stopping."""
+        refuse_unready(request, batcher)
         return {"status": "ready"}
 
 

@@ -3,12 +3,12 @@
 The life of a job, top to bottom:
 
     classify       event loop      refuses what is too much, puts the job's images into a queue
-    _decode_jobs   decoder thread  bytes → pixels
+    Decoding       its threads     bytes → pixels (serve/decoding.py)
     _run_jobs      model thread    all that is decoded by now → one batch → logits → results
     _deliver       event loop      every answer of the batch in one call
 
 No timer holds a job back: a lone one runs at once, and while the model is busy the next batch gathers.
-A job whose future is done (answered, late, or its client gone) is skipped by whoever takes it next.
+A job that is given up (late, or its client gone) drops its bytes and is skipped by whoever takes it next.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from queue import Empty, SimpleQueue
 from time import monotonic
 
@@ -27,10 +27,11 @@ from starlette.types import Message, Receive
 
 from export.runtimes.runtime import Model, Runtime
 from serve.answer import ModelName, Result, results_of
-from serve.decode import decode_image, find_problem
+from serve.decode import Decoded, find_problem
+from serve.decoding import Decoding
 from serve.limits import Limits
 from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
-from train.refusal import Refusal
+from serve.weigh import Weight
 
 _PATIENCE_S = 0.1  # nearly all jobs are done by then, and a watch costs a tenth of a request
 _LAST_BATCH_S = 1.0
@@ -52,21 +53,31 @@ class Served:
         """How answers name it."""
         return {"name": self.model.name, "digest": self.model.digest}
 
+    @cached_property
+    def image_bytes(self) -> int:
+        """Of one image's pixels."""
+        image = self.model.spec.image
+        return image.height * image.width * image.channels
+
 
 @dataclass(slots=True, eq=False)
 class Job:
     """One request on its way. `served` computes all of it, whatever is swapped in meanwhile.
 
-    `contents` are files to decode, or pixels uint8 [N, H, W, C] as the model takes them.
+    `contents` are files to decode, or pixels uint8 [N, H, W, C] as the model takes them. They and `pixels` are replaced
+    by empty lists when the job is given up.
     """
 
     contents: list[bytes] | np.ndarray
+    num_images: int
     served: Served
     top_k: int
     future: "asyncio.Future[list[Result]]"
     accepted: float
-    pixels: list[np.ndarray | Refusal | None]
-    num_undecoded: int
+    pixels: list[Decoded | None]
+    num_undecoded: int = 0  # images that decoders have not finished
+    weights: list[Weight | Exception] = field(default_factory=list)
+    is_given_up: bool = False
     outcome: list[Result] | Exception = field(default_factory=list)
     logits: np.ndarray = field(init=False)  # [N, K], once the outcome is there
     decode_s: float = 0.0
@@ -82,10 +93,9 @@ class Batcher:
     def __init__(self, served: Served, limits: Limits) -> None:
         self.served = served
         self._limits = limits
-        self._undecoded: SimpleQueue[tuple[Job, int] | None] = SimpleQueue()
+        self.decoding = Decoding(limits, self._take_decoded)
+        self.turn = asyncio.Lock()  # to read a long body of JSON
         self._decoded: SimpleQueue[Job | None] = SimpleQueue()
-        self._lock = threading.Lock()  # of `num_undecoded`
-        self._decoders: list[threading.Thread] = []
         self._runners: list[threading.Thread] = []
         self._is_open = False
         self.seconds_per_image = 0.0
@@ -95,15 +105,12 @@ class Batcher:
     def start(self) -> None:
         """Take jobs from now on."""
         self._loop = asyncio.get_running_loop()
-        self._decoders = [
-            threading.Thread(target=self._decode_jobs, name=f"decode-{index}", daemon=True)
-            for index in range(self._limits.decode_threads)
-        ]
         self._runners = [
             threading.Thread(target=self._run_jobs, args=(index,), name=f"model-{index}", daemon=True)
             for index in range(len(self.served.runtimes))
         ]
-        for thread in self._decoders + self._runners:
+        self.decoding.start()
+        for thread in self._runners:
             thread.start()
         self._is_open = True
 
@@ -116,8 +123,11 @@ class Batcher:
         """Refuses so many more images where they would be too many, or the server does not run."""
         if not self._is_open:
             raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
-        if self.num_held + num_images > self._limits.max_queue:
+        num_held = self.num_held + num_images
+        if num_held > self._limits.max_queue:
             raise self._overloaded()
+        if num_held > self._limits.max_images and num_held * self.served.image_bytes > self._limits.max_held_bytes:
+            raise self._overloaded()  # all their pixels may be waiting for the model at once
 
     async def classify(
         self, contents: list[bytes] | np.ndarray, *, top_k: int, deadline: float, receive: Receive
@@ -127,14 +137,17 @@ class Batcher:
         self.check_room(num_images)
         future = self._loop.create_future()
         job = _make_job(contents, self.served, top_k, future)
+        del contents
         self.num_held += num_images
         until = min(self._loop.time() + _PATIENCE_S, deadline)
         job.timer = self._loop.call_at(until, self._watch, job, deadline, receive)
         try:
             self._enqueue(job)
             await future
-        except asyncio.CancelledError:
-            if job.watch and job.watch.done():
+            return job
+        except BaseException as error:
+            self.decoding.give_up(job)
+            if isinstance(error, asyncio.CancelledError) and job.watch and job.watch.done():
                 raise ClientDisconnect from None
             raise
         finally:
@@ -142,7 +155,7 @@ class Batcher:
                 if pending:
                     pending.cancel()
             self.num_held -= num_images
-        return job
+            del job, future  # or an exception would hold itself, by its traceback, and all that the callers hold
 
     def _watch(self, job: Job, deadline: float, receive: Receive) -> None:
         """A job that is not answered at once: its client may go away and its deadline pass."""
@@ -151,40 +164,17 @@ class Batcher:
         job.timer = self._loop.call_at(deadline, _expire, job.future, self._limits.deadline_s)
 
     def _enqueue(self, job: Job) -> None:
-        if self._decoders and job.num_undecoded:
-            for index in range(len(job.contents)):
-                self._undecoded.put((job, index))
-        else:
+        if isinstance(job.contents, np.ndarray) or not self.decoding.put(job):
             self._decoded.put(job)
 
-    def _decode_jobs(self) -> None:
-        while self._decode_next():
-            pass
-
-    def _decode_next(self) -> bool:
-        """One image; False at the end. Who waits for it holds no job, and so no model that was swapped out."""
-        item = self._undecoded.get()
-        if item is None:
-            return False
-        job, index = item
-        self._decode(job, index)
-        with self._lock:
-            job.num_undecoded -= 1
-            is_last = not job.num_undecoded
-        if is_last and self._is_runnable(job):
+    def _take_decoded(self, job: Job) -> None:
+        """In a decoder's thread."""
+        if self._is_runnable(job):
             self._decoded.put(job)
-        return True
-
-    def _decode(self, job: Job, index: int) -> None:
-        if not job.future.done():
-            start = monotonic()
-            spec = job.served.model.spec.image
-            job.pixels[index] = decode_image(job.contents[index], spec, max_pixels=self._limits.max_pixels)
-            job.decode_s += monotonic() - start
 
     def _is_runnable(self, job: Job) -> bool:
         """Whether all images of a job are there and still wanted; answers it where one is bad."""
-        if job.future.done():
+        if job.future.done() or job.num_undecoded:
             return False
         if problem := find_problem(job.pixels):
             job.outcome = problem
@@ -197,24 +187,25 @@ class Batcher:
             pass
 
     def _run_next(self, device: int) -> bool:
-        """One batch; False at the end. Who waits for it holds no job, as in `_decode_next`."""
+        """One batch; False at the end. Who waits for it holds no job, as in serve/decoding.py."""
         first = self._decoded.get()
         if first is None:
             return False
-        for served, jobs in groupby(self._gather(first), key=lambda job: job.served):
-            self._run(served.runtimes[device], list(jobs))
+        for served, jobs in groupby(self._gather(first), key=lambda pair: pair[0].served):
+            self._run(served.runtimes[device], *zip(*jobs, strict=True))
         return True
 
-    def _gather(self, job: Job) -> list[Job]:
-        """`job` and those that wait behind it, until `max_batch` images are together or none waits."""
-        jobs: list[Job] = []
+    def _gather(self, job: Job) -> list[tuple[Job, list[Decoded | None]]]:
+        """`job` and those behind it with their pixels, until `max_batch` images are together or none waits."""
+        jobs = []
         num_images = 0
         while True:
-            for index in range(job.num_undecoded):  # there are no decoder threads
-                self._decode(job, index)
+            if not self._limits.decode_threads:
+                self.decoding.decode_rest(job)
+            pixels = job.pixels  # before the question: a job that is given up afterwards runs all the same
             if self._is_runnable(job):
-                jobs.append(job)
-                num_images += len(job.contents)
+                jobs.append((job, pixels))
+                num_images += job.num_images
             if num_images >= self._limits.max_batch or not (next_job := self._next()):
                 return jobs
             job = next_job
@@ -228,11 +219,11 @@ class Batcher:
             self._decoded.put(None)  # the end: for the one who waits
         return job
 
-    def _run(self, runtime: Runtime, jobs: list[Job]) -> None:
+    def _run(self, runtime: Runtime, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> None:
         start = monotonic()
         try:
-            logits = self._compute(runtime, [image for job in jobs for image in job.pixels])  # type: ignore[misc]
-            top_k = [job.top_k for job in jobs for _ in job.contents]
+            logits = self._compute(runtime, [*chain.from_iterable(pixels)])  # type: ignore[arg-type]
+            top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
             _share(jobs, runtime.model, logits, top_k)
         except Exception as error:  # whatever a runtime raises is the answer of all its jobs
             for job in jobs:
@@ -241,7 +232,7 @@ class Batcher:
         for job in jobs:
             job.model_s = end - start
             job.queue_s = start - job.accepted - job.decode_s
-        per_image = (end - start) / sum(len(job.contents) for job in jobs)
+        per_image = (end - start) / sum(job.num_images for job in jobs)
         self.seconds_per_image = _SMOOTHING * (self.seconds_per_image or per_image) + (1 - _SMOOTHING) * per_image
         self._loop.call_soon_threadsafe(_deliver, jobs)
 
@@ -259,20 +250,19 @@ class Batcher:
         return Problem(OVERLOADED, detail, {"Retry-After": str(wait_s)})
 
     def _end_threads(self, until: float) -> None:
-        for queue, threads in ((self._undecoded, self._decoders), (self._decoded, self._runners)):
-            for _ in threads:
-                queue.put(None)
-            for thread in threads:
-                thread.join(max(0.0, until - monotonic()))
+        self.decoding.end(until)
+        for _ in self._runners:
+            self._decoded.put(None)
+        for thread in self._runners:
+            thread.join(max(0.0, until - monotonic()))
 
 
 def _make_job(
     contents: list[bytes] | np.ndarray, served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
 ) -> Job:
-    if isinstance(contents, np.ndarray):
-        return Job(contents, served, top_k, future, monotonic(), pixels=list(contents), num_undecoded=0)
     num_images = len(contents)
-    return Job(contents, served, top_k, future, monotonic(), [None] * num_images, num_images)
+    pixels: list[Decoded | None] = list(contents) if isinstance(contents, np.ndarray) else [None] * num_images
+    return Job(contents, num_images, served, top_k, future, monotonic(), pixels)
 
 
 def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
@@ -280,14 +270,14 @@ def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
         future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
 
 
-def _share(jobs: list[Job], model: Model, logits: np.ndarray, top_k: list[int]) -> None:
+def _share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int]) -> None:
     """Give each job its rows; rows that are no numbers are the problem of their own job only."""
     is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
     finite = np.where(is_finite[:, None], logits, 0)
     results = results_of(finite, model.spec.labels, top_k, are_probabilities=model.gives_probabilities)
     start = 0
     for job in jobs:
-        rows = slice(start, start := start + len(job.contents))
+        rows = slice(start, start := start + job.num_images)
         job.outcome, job.logits = results[rows], logits[rows]
         if not is_finite[rows].all():
             index = int(np.argmin(is_finite[rows]))
@@ -295,11 +285,14 @@ def _share(jobs: list[Job], model: Model, logits: np.ndarray, top_k: list[int]) 
             job.outcome = Problem(NOT_A_NUMBER, detail)
 
 
-def _deliver(jobs: list[Job]) -> None:
+def _deliver(jobs: Sequence[Job]) -> None:
     for job in jobs:
+        outcome = job.outcome
+        if isinstance(outcome, Exception):
+            job.outcome = []  # or the exception would hold itself, as in `classify`
         if job.future.done():
             continue
-        if isinstance(job.outcome, Exception):
-            job.future.set_exception(job.outcome)
+        if isinstance(outcome, Exception):
+            job.future.set_exception(outcome)
         else:
-            job.future.set_result(job.outcome)
+            job.future.set_result(outcome)

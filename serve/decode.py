@@ -11,13 +11,21 @@ from train.image import FORMATS, TooManyPixels, decode
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
+Decoded = np.ndarray | Exception  # uint8 [H, W, C], or why there are none: a Refusal where it is the image's fault
 
-def decode_image(content: bytes, spec: ImageSpec, *, max_pixels: int) -> np.ndarray | Refusal:
+
+def decode_image(content: bytes, spec: ImageSpec, *, max_pixels: int) -> Decoded:
     """uint8 [H, W, C], or why there is none."""
     try:
         return decode(content, spec, max_pixels=max_pixels)
     except Refusal as refusal:
-        return refusal
+        return kept(refusal)
+
+
+def kept(error: Exception) -> Exception:
+    """An exception as a value: without the traceback, whose frames hold the image's bytes and often itself."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def warm_up_decoders(spec: ImageSpec) -> None:
@@ -28,10 +36,12 @@ def warm_up_decoders(spec: ImageSpec) -> None:
         decode(file.getvalue(), spec)
 
 
-def find_problem(images: Sequence[np.ndarray | Refusal | None]) -> Problem | None:
+def find_problem(images: Sequence[Decoded | None]) -> Exception | None:
     """One problem that names every image which could not be decoded; None where all could."""
-    bad = {index: image for index, image in enumerate(images) if isinstance(image, Refusal)}
+    bad = {index: image for index, image in enumerate(images) if isinstance(image, Exception)}
     if not bad:
         return None
+    if failed := [error for error in bad.values() if not isinstance(error, Refusal)]:
+        return failed[0]
     kind = TOO_MANY_PIXELS if isinstance(next(iter(bad.values())), TooManyPixels) else UNDECODABLE
     return Problem(kind, "; ".join(f"image {index}: {refusal}" for index, refusal in bad.items()))

@@ -62,7 +62,7 @@ class Visit:
 
     def take(self, job: Job) -> None:
         """Remember what a job cost."""
-        self.num_images = len(job.contents)
+        self.num_images = job.num_images
         self.decode_s, self.queue_s, self.model_s = job.decode_s, job.queue_s, job.model_s
 
     def server_timing(self) -> bytes:
@@ -137,7 +137,7 @@ class Hot:
             num_bytes = len(message.get("body", b""))
             visit.body_bytes += num_bytes
             self._held_bytes += num_bytes
-            if self._held_bytes > self._limits.max_held_bytes:
+            if self._held_bytes + self._batcher.decoding.given_up_bytes > self._limits.max_held_bytes:
                 detail = f"{self._limits.max_held_bytes:,} bytes of requests are held already; ask again in 1 s"
                 raise Problem(problems.OVERLOADED, detail, {"Retry-After": "1"})
             return message
@@ -149,11 +149,10 @@ class Hot:
         self._batcher.check_room(1)  # before the body is read: what is refused anyway costs as little as possible
         top_k = _top_k(scope["query_string"])
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
-        reading = read_images(receive, headers, self._limits)
+        reading = read_images(receive, headers, self._limits, self._batcher.turn)
         if BODY_IS_HERE not in scope.get("extensions", ()):
             reading = within_deadline(reading, deadline, self._limits)
-        contents = await reading
-        job = await self._batcher.classify(contents, top_k=top_k, deadline=deadline, receive=receive)
+        job = await self._batcher.classify(await reading, top_k=top_k, deadline=deadline, receive=receive)
         visit.take(job)
         return orjson.dumps({"model": job.served.name, "results": job.outcome})
 

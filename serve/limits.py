@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from serve.weigh import LIGHT
 from train.image import MAX_PIXELS
 from train.refusal import Refusal
 
@@ -11,7 +12,8 @@ class Limits:
     """What the server holds at most: `max_body_bytes` of one body, `max_held_bytes` of all, `max_queue` images."""
 
     max_body_bytes: int = 20 * 2**20
-    max_held_bytes: int = 256 * 2**20  # of all requests that are not answered yet
+    max_held_bytes: int = 128 * 2**20  # of all requests that are not answered yet
+    max_decoded_bytes: int = 384 * 2**20  # that all decoders take at once
     max_images: int = 64  # of one request
     max_pixels: int = MAX_PIXELS  # of each image, as its header announces
     max_batch: int = 32  # images that the model computes at once
@@ -19,6 +21,17 @@ class Limits:
     max_connections: int = 2048  # open at once
     deadline_s: float = 30.0  # from a request's first byte to its answer
     decode_threads: int = 1  # 0: the thread that runs the model decodes too
+    decode_s: float = 10.0  # of processor time that one image may take
+
+    @property
+    def decode_processes(self) -> int:
+        """For what is too heavy for a thread of the server; each is started when it is first needed."""
+        return max(1, self.decode_threads)
+
+    @property
+    def heavy_bytes(self) -> int:
+        """What these processes take at once: all but the threads' share."""
+        return self.max_decoded_bytes - max(1, self.decode_threads) * LIGHT.num_bytes
 
     def __post_init__(self) -> None:
         counts = {name: value for name, value in vars(self).items() if name != "decode_threads"}
@@ -27,6 +40,9 @@ class Limits:
             wrong.append(f"decode_threads must not be negative, got {self.decode_threads}")
         if self.max_held_bytes < self.max_body_bytes:
             wrong.append(f"max_held_bytes must hold one body of {self.max_body_bytes:,}, got {self.max_held_bytes:,}")
+        if self.heavy_bytes < LIGHT.num_bytes:
+            least = (max(1, self.decode_threads) + 1) * LIGHT.num_bytes
+            wrong.append(f"max_decoded_bytes must be {least:,} for its threads, got {self.max_decoded_bytes:,}")
         if self.max_queue < self.max_images:
             wrong.append(f"max_queue must hold one request of {self.max_images} images, got {self.max_queue}")
         if wrong:

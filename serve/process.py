@@ -167,6 +167,7 @@ def limits_of(config: "ServeConfig") -> Limits:
     return Limits(
         max_body_bytes=int(config.max_body_mb * 1e6),
         max_held_bytes=int(config.max_held_mb * 1e6),
+        max_decoded_bytes=int(config.max_decoded_mb * 1e6),
         max_images=config.max_images,
         max_batch=config.max_batch,
         max_queue=config.max_queue,

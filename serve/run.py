@@ -42,7 +42,8 @@ class ServeConfig(ReadingFlags):
     max_batch: Annotated[int, "images that the model computes at once"] = 32
     max_images: Annotated[int, "images in one request"] = 64
     max_body_mb: Annotated[float, "megabytes in one request"] = 20.0
-    max_held_mb: Annotated[float, "megabytes of all requests that are not answered yet"] = 256.0
+    max_held_mb: Annotated[float, "megabytes of all requests that are not answered yet"] = 128.0
+    max_decoded_mb: Annotated[float, "megabytes that all decoders take at once, by the headers of images"] = 384.0
     max_queue: Annotated[int, "images accepted and not answered; what comes on top is told to come again"] = 1024
     max_connections: Annotated[int, "connections that are open at once, to each of the workers"] = 2048
     deadline_ms: Annotated[int, "milliseconds from a request's start to its answer"] = 30_000

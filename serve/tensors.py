@@ -16,6 +16,7 @@ import orjson
 
 from serve.limits import Limits
 from serve.problems import BAD_REQUEST, TOO_MANY_IMAGES, Problem
+from serve.wire import load_json
 
 INPUT, OUTPUT = "images", "logits"
 _KINDS = {bool: "true or false", dict: "an object", int: "a whole number", list: "a list", str: "a string"}
@@ -37,7 +38,7 @@ def read_inference(body: bytes, header_bytes: str | None, limits: Limits) -> Inf
     """What a body asks for. `header_bytes` is Inference-Header-Content-Length as it came, or None."""
     header, binary = _split(body, header_bytes)
     try:
-        request = orjson.loads(header)
+        request = load_json(header)
     except ValueError as error:
         raise Problem(BAD_REQUEST, f"the inference header is no JSON: {error}") from error
     if not isinstance(request, dict):

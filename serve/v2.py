@@ -16,7 +16,7 @@ from serve.limits import Limits
 from serve.problems import Problem
 from serve.tensors import INPUT, OUTPUT, Inference, read_inference, write_answer
 from serve.v2_schema import INFER_REQUEST, INFER_RESPONSES
-from serve.wire import LONG_JSON_BYTES, read_body, within_deadline
+from serve.wire import parse, read_body, within_deadline
 
 VERSION = "1"  # the only one; what is swapped in takes the place of what was there
 HEADER_BYTES = "Inference-Header-Content-Length"
@@ -80,7 +80,7 @@ def make_router(batcher: Batcher, limits: Limits) -> APIRouter:
     @router.get("/health/ready", responses=unready)
     async def ready(request: Request) -> Ready:
         """The model answers."""
-        _refuse_unready(request)
+        refuse_unready(request, batcher)
         return {"ready": True}
 
     async def find(name: str) -> None:
@@ -112,7 +112,7 @@ def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: 
     @router.get(f"{path}/ready", dependencies=known, responses=unready)
     async def model_ready(request: Request) -> ModelReady:
         """The model answers."""
-        _refuse_unready(request)
+        refuse_unready(request, batcher)
         return {"name": model_name(batcher.served.model), "ready": True}
 
     @router.post(f"{path}/infer", dependencies=known, responses=INFER_RESPONSES, openapi_extra=INFER_REQUEST)
@@ -120,7 +120,7 @@ def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: 
         """Images in, logits or the best classes out, in JSON or as bytes behind it."""
         deadline = asyncio.get_running_loop().time() + limits.deadline_s
         body = await within_deadline(read_body(request.receive, dict(request.headers.raw), limits), deadline, limits)
-        inference = await _read(request, body, limits)
+        inference = await _read(request, body, limits, batcher.turn)
         _refuse_other_size(inference, batcher.served.model)
         job = await batcher.classify(inference.images, top_k=1, deadline=deadline, receive=request.receive)
         request.scope["visit"].take(job)
@@ -140,14 +140,12 @@ def _describe(batcher: Batcher) -> ModelMetadata:
     }
 
 
-async def _read(request: Request, body: bytes, limits: Limits) -> Inference:
+async def _read(request: Request, body: bytes, limits: Limits, turn: asyncio.Lock) -> Inference:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise Problem(problems.MEDIA_TYPE_UNKNOWN, f"send the body as it is, without Content-Encoding {encoding!r}")
     header_bytes = request.headers.get(HEADER_BYTES)
-    if len(body) > LONG_JSON_BYTES:
-        return await asyncio.to_thread(read_inference, body, header_bytes, limits)
-    return read_inference(body, header_bytes, limits)
+    return await parse(turn, read_inference, body, header_bytes, limits)
 
 
 def _answer(inference: Inference, job: Job) -> Response:
@@ -159,9 +157,12 @@ def _answer(inference: Inference, job: Job) -> Response:
     return Response(header + binary, media_type="application/octet-stream", headers={HEADER_BYTES: str(len(header))})
 
 
-def _refuse_unready(request: Request) -> None:
+def refuse_unready(request: Request, batcher: Batcher) -> None:
+    """Refuses while the server starts, stops or decodes nothing."""
     if not request.app.state.is_ready:
         raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
+    if batcher.decoding.is_stalled():
+        raise Problem(problems.NOT_READY, "images wait, and none has been decoded for a while; ask another server")
 
 
 def _refuse_unknown(name: str, version: str, model: Model) -> None:

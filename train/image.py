@@ -32,6 +32,7 @@ MAX_PIXELS = 64_000_000
 # Pixels to decode for one of the input. Eleven photographs of 12 megapixels, full of detail, differ at 224 pixels by
 # 0.63 of 255 levels (rms, on average) and by 6 at most from what they are when decoded whole, for half the time.
 DETAIL = 2
+_BAND_PIXELS = 2**20  # of a large image that is converted at once
 _PNG_END = bytes(4) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is another number and names no size
 
@@ -60,10 +61,7 @@ def decode(
     try:
         content = first_frame(content) if content.startswith(b"GIF8") else content
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise TooManyPixels(
-                    f"the image is {image.width}x{image.height}, over the limit of {max_pixels:,} pixels"
-                )
+            refuse_too_many_pixels(image.width, image.height, max_pixels)
             image.draft(None, _wanted(spec, smallest_crop))  # before anything is decoded; JPEG alone can
             upright = _upright(image, spec.channels)
             return _pixels((crop or _centre_crop)(upright, spec), spec)
@@ -75,6 +73,12 @@ def decode(
         if kind := _OTHERS.get(content[:4]) or (_BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None):
             raise Refusal(f"the image is {kind}, which is not decoded here; convert it to PNG or JPEG") from error
         raise Refusal(f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})") from error
+
+
+def refuse_too_many_pixels(width: int, height: int, max_pixels: int) -> None:
+    """Raises `TooManyPixels` for an image of more than `max_pixels`."""
+    if width * height > max_pixels:
+        raise TooManyPixels(f"the image is {width}x{height}, over the limit of {max_pixels:,} pixels")
 
 
 def _plain_png(content: bytes, spec: ImageSpec) -> Image.Image | None:
@@ -113,11 +117,18 @@ def _wanted(spec: ImageSpec, smallest_crop: float) -> tuple[int, int]:
 def _upright(image: Image.Image, channels: int) -> Image.Image:
     """An image of any mode in RGB or grey, turned as its EXIF tag says.
 
-    Transparent pixels lie on white, as a viewer shows them; 16-bit samples keep their upper eight bits.
+    Transparent pixels lie on white, as a viewer shows them; 16-bit samples keep their upper eight bits. A large image
+    is converted in bands, so that beside it and its result only one band exists in modes between them.
     """
     ImageOps.exif_transpose(image, in_place=True)
-    flat, mode = _flatten(image), "L" if channels == 1 else "RGB"
-    return flat if flat.mode == mode else flat.convert(mode)
+    mode = "L" if channels == 1 else "RGB"
+    if image.width * image.height <= _BAND_PIXELS or (image.mode == mode and not image.has_transparency_data):
+        return _flatten(image, mode)
+    flat, rows = Image.new(mode, image.size), max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        flat.paste(_flatten(band, mode), (0, top))
+    return flat
 
 
 def _centre_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
@@ -133,14 +144,15 @@ def _pixels(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     return np.frombuffer(image.tobytes(), np.uint8).reshape(spec.height, spec.width, spec.channels)
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _flatten(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque
-    return image
+        flat = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        flat = Image.new("RGBA", image.size, "white")
+        flat.alpha_composite(image.convert("RGBA"))
+    else:
+        flat = image
+    return flat if flat.mode == mode else flat.convert(mode)
 
 
 def _crop_box(image: Image.Image, spec: ImageSpec) -> tuple[float, float, float, float] | Any:

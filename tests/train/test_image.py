@@ -1,11 +1,13 @@
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import train.image
 from train.image import TooManyPixels, decode
 from train.refusal import Refusal
 from train.spec import ImageSpec
@@ -241,3 +243,57 @@ def test_other_images_are_refused_by_their_name(kind):
     content = text if kind == "SVG" else encode(Image.new("RGB", (16, 16)), kind)
     with pytest.raises(Refusal, match=f"the image is {kind}, which is not decoded here; convert it to PNG or JPEG"):
         decode(content, COLOUR)
+
+
+def of_every_mode():
+    pixels = np.random.default_rng(3).integers(0, 256, (30, 41, 4), dtype=np.uint8)
+    colour = Image.fromarray(pixels[..., :3])
+    palette = colour.quantize(200)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "I;16": encode(Image.fromarray(pixels[..., :2].copy().view(np.uint16)[..., 0])),
+        "1": encode(colour.convert("1")),
+        "LA": encode(Image.fromarray(pixels).convert("LA")),
+        "P": encode(palette),
+        "P, transparent": encode(palette, transparency=bytes(range(200))),
+        "RGB": encode(colour),
+        "RGB, transparent": encode(colour, transparency=tuple(map(int, pixels[0, 0, :3]))),
+        "RGBA, turned": encode(Image.fromarray(pixels), exif=exif.tobytes()),
+        "CMYK": encode(colour.convert("CMYK"), "JPEG", subsampling=0),
+    }
+
+
+@pytest.mark.parametrize("kind", of_every_mode())
+@pytest.mark.parametrize("spec", [GRAY, COLOUR])
+def test_a_large_image_converted_in_bands_has_the_pixels_of_one_converted_whole(kind, spec, monkeypatch):
+    content = of_every_mode()[kind]
+    whole = decode(content, spec)
+    monkeypatch.setattr("train.image._BAND_PIXELS", 4 * 41)
+    assert np.array_equal(decode(content, spec), whole)
+
+
+def test_sixteen_bits_are_not_widened():
+    content = encode(Image.fromarray(np.full((1500, 1500), 255 << 8, np.uint16)))
+    tracemalloc.start()
+    try:
+        assert decode(content, GRAY).min() == 255
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 2**20  # int64 would take that for a band of a mebipixel, and 18 MB for the whole
+
+
+def test_a_large_jpeg_decodes_itself_smaller_and_looks_the_same(monkeypatch):
+    smooth = Image.linear_gradient("L").resize((640, 640))
+    content, sizes = encode(smooth, "JPEG", quality=95), []
+    crop = train.image._centre_crop
+    monkeypatch.setattr(
+        train.image, "_centre_crop", lambda image, spec: (sizes.append(image.size), crop(image, spec))[1]
+    )
+    reduced, whole = decode(content, GRAY).astype(int), decode(encode(smooth), GRAY).astype(int)
+    assert sizes == [(80, 80), (640, 640)]
+    assert abs(reduced - whole).max() <= 2  # one from the JPEG's quantization, one from rounding
+    nearly = encode(smooth.resize((31, 31)), "JPEG")
+    decode(nearly, GRAY)
+    assert sizes[-1] == (31, 31)
