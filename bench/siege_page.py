@@ -60,5 +60,5 @@ def siege_parts(rounds: list[dict[str, Any]]) -> list[str]:
         "one of 28x28, and 88 µs in a process. Any other is decoded in a process, which is started for the first one, "
         "holds no key, and takes 35 MB at rest. `/readyz` fails while images wait that are past their deadline and no "
         "decoder has finished any since.",
-        "Whoever may ask without end keeps the decoders of large images busy: small images pass, other large ones wait.",
+        "Whoever asks without end keeps the decoders of large images busy: small images pass, other large ones wait.",
     ]
