@@ -163,11 +163,14 @@ def weighted_layers(plain: PlainNet) -> list[str]:
     return [name for name, layer in named_layers(plain) if list(layer.parameters())]
 
 
-def layer_outputs(net: nn.Sequential, images: Tensor, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+def layer_outputs(net: PlainNet, images: Tensor, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
     """The outputs, in order, of the layers that a plain net calls `names`, of that net or of the Dirac net before it.
 
     A convolution that took in the batch normalisation after it has the output of the latter.
     """
+    if isinstance(net, GraphNet):
+        yield from ((name, value) for name, value in net.values(images) if name in names)
+        return
     taken_in, x = _batch_norms(net, kept=names), images
     for name, layer in named_layers(net):
         x = layer(x)
