@@ -60,13 +60,21 @@ def from_user(net: str | None, timm: str | None, asked: Asked) -> Source:
     """Refuses, in one line, a net that cannot be made, filled, traced or folded, or that classifies no images."""
     made = from_timm(timm, num_classes=len(asked.labels) or None) if timm else from_file(net or "")
     weights = load_weights(made.net, asked.weights) if asked.weights else None
+    said = () if weights else (f"no --weights: the numbers are those that {net or 'timm'} starts from, seed 0",)
+    return from_made(replace(made, record={**made.record, "weights_sha256": weights}), asked, said=said)
+
+
+def from_made(made: Made, asked: Asked, *, said: tuple[str, ...] = ()) -> Source:
+    """The same of a net with its numbers."""
     body = made.net.float().eval()
-    image, said = _image(body, made, asked)
+    image, assumed = _image(body, made, asked)
     reference, example = _of_images(body, image), _example(image)
     num_classes = _num_classes(reference, example)
     labels = asked.labels or made.labels or tuple(f"class {index}" for index in range(num_classes))
     if len(labels) != num_classes:
         raise Refusal(f"the net has {num_classes} classes, and there are {len(labels)} labels; give one for each")
+    if not (asked.labels or made.labels):
+        assumed += ("no --labels: classes are called 'class 0', 'class 1', ...",)
     try:
         traced = _traced(body, reference, example, image)
     except (TypeError, ValueError) as error:
@@ -75,19 +83,12 @@ def from_user(net: str | None, timm: str | None, asked: Asked) -> Source:
     before, after = (graph.count("conv") for graph in (traced, plain.graph))
     record = {
         **made.record,
-        "weights_sha256": weights,
         "convolutions": [before, after],
         "scalings": [traced.count("affine"), plain.graph.count("affine")],
         "not_merged": list(plain.graph.blocked),
     }
-    said += (
-        f"{made.name}: {before} convolutions before, {after} after",
-        *map("not merged: {}".format, plain.graph.blocked),
-    )
-    if not weights:
-        said += (f"no --weights: the numbers are those that {net or 'timm'} starts from, seed 0",)
-    if not (asked.labels or made.labels):
-        said += ("no --labels: classes are called 'class 0', 'class 1', ...",)
+    folded = f"{made.name}: {before} convolutions before, {after} after"
+    said = (*said, *assumed, folded, *map("not merged: {}".format, plain.graph.blocked))
     return Source(reference, plain, Spec.of_net(made.name, image, labels), {}, {"fold": record}, traced, said)
 
 
