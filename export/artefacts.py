@@ -117,8 +117,7 @@ def _open_plain(path: Path) -> Form:
 def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: dict[str, Any]) -> Form:
     import torch
 
-    from fold.plain import skeleton
-    from fold.proof import layer_outputs, weighted_layers
+    from fold.proof import layer_outputs
 
     @torch.no_grad()
     def answer(images: np.ndarray) -> np.ndarray:
@@ -126,7 +125,7 @@ def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: di
 
     @torch.no_grad()
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
-        outputs = layer_outputs(net, torch.from_numpy(images), weighted_layers(skeleton(spec)))
+        outputs = layer_outputs(net, torch.from_numpy(images), _layer_names(spec, provenance))
         return {name: output.numpy() for name, output in outputs}
 
     return Form(str(path), path, digest, "fp32", spec, provenance, answer, layers)
@@ -159,15 +158,18 @@ def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
             return None
         return first_overflow(model, session.to_input(images), path.parent)
 
+    made = session.model
     return Form(
         name=f"{path} on {provider}" if provider else str(path),
         path=path,
-        digest=session.model.digest,
+        digest=made.digest,
         precision=kind,
-        spec=session.model.spec,
-        provenance=session.model.provenance,
+        spec=made.spec,
+        provenance=made.provenance,
         answer=session,
-        layers=lambda images: _onnx_layers(path, session.model.spec, images, session.provider, optimize=kind != "fp8"),
+        layers=lambda images: _onnx_layers(
+            path, _layer_names(made.spec, made.provenance), images, session.provider, optimize=kind != "fp8"
+        ),
         overflow=overflow,
         reading=session.model.reading,
     )
@@ -197,19 +199,29 @@ def _open_mnn(path: Path) -> Form:
     )
 
 
-def _onnx_layers(path: Path, spec: Spec, images: np.ndarray, provider: str, *, optimize: bool) -> dict[str, np.ndarray]:
+def _layer_names(spec: Spec, provenance: dict[str, Any]) -> list[str]:
+    """The layers with weights of a plain net; of one that its user made, those that the proof of its fold names."""
+    from fold.plain import skeleton
+    from fold.proof import weighted_layers
+
+    if spec.net:
+        return list(dict.fromkeys(row["what"] for row in provenance.get("fold", {}).get("layers", [])))
+    return weighted_layers(skeleton(spec))
+
+
+def _onnx_layers(
+    path: Path, layers: list[str], images: np.ndarray, provider: str, *, optimize: bool
+) -> dict[str, np.ndarray]:
     """The tensors named like layers, made outputs of the graph: a runtime no longer fuses across them."""
     import onnx
 
     from export.runtimes.offline import ort
-    from fold.plain import skeleton
-    from fold.proof import weighted_layers
 
     model = onnx.load(path)
     # The classifier's output is called logits; its node has the layer's name.
     tensors = {node.name: node.output[0] for node in model.graph.node}
     tensors |= {output: output for node in model.graph.node for output in node.output}
-    names = [name for name in weighted_layers(skeleton(spec)) if name in tensors]
+    names = [name for name in layers if name in tensors]
     outputs = {output.name for output in model.graph.output}
     for name in names:
         if tensors[name] not in outputs:

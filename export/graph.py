@@ -1,4 +1,4 @@
-"""From a plain net to ONNX: one case per layer, nodes named like the layers."""
+"""From a plain net to ONNX: one case per layer, nodes named like the layers. Graphs: export/operations.py."""
 
 import json
 from collections.abc import Mapping
@@ -10,8 +10,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from export.operations import write_graph, write_normalize
+from fold.graph import GraphNet
 from fold.lower import Mirror, Negate, Repeat, SharedReLU
-from fold.plain import Convolution, named_layers
+from fold.plain import Convolution, PlainNet, named_layers
 from train.layers import NCReLU, Normalize, Residual
 from train.refusal import Refusal
 from train.spec import Spec
@@ -29,6 +31,7 @@ class Graph:
         self.initializers: list[onnx.TensorProto] = []
         self.tensor = "images"
         self.dtype = dtype  # of the weights of layers
+        self.taken: set[str] = set()  # names that `free` does not give
 
     def weight(self, name: str, value: Tensor | np.ndarray) -> str:
         """A layer's weights, in the graph's precision; refuses those that it cannot hold."""
@@ -43,6 +46,17 @@ class Graph:
         self.initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
+    def free(self, name: str) -> str:
+        """`name`, or one like it that no node has: of what stands between two nodes of a net."""
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name
+
+    def numbers(self, name: str, values: list[int]) -> str:
+        """Whole numbers that a node reads as its settings."""
+        return self.constant(self.free(name), np.asarray(values, np.int64))
+
     def node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
         """Append a node that reads `inputs` (default: the layer before) and is named like its output."""
         self.nodes.append(helper.make_node(op, list(inputs or (self.tensor,)), [name], name=name, **attributes))
@@ -50,15 +64,16 @@ class Graph:
         return name
 
 
-def to_onnx(
-    net: nn.Sequential, spec: Spec, provenance: Mapping[str, Any], *, precision: str = "fp32"
-) -> onnx.ModelProto:
+def to_onnx(net: PlainNet, spec: Spec, provenance: Mapping[str, Any], *, precision: str = "fp32") -> onnx.ModelProto:
     """images uint8 [N, H, W, C] → logits float32 [N, K], checked, with spec and provenance as metadata.
 
-    `net` is a plain net (fold/plain.py) in any lowering (fold/lower.py); a layer that is none of their
-    kinds raises TypeError. `precision` is fp32 or fp16: of everything between normalisation and logits.
+    `net` is a plain net (fold/plain.py), of layers or a graph, in any lowering (fold/lower.py); a layer that is
+    none of their kinds raises TypeError. `precision` is fp32 or fp16: of everything between normalisation and logits.
     """
     graph = Graph(FLOATS[precision])
+    if isinstance(net, GraphNet):
+        write_graph(graph, net.with_tensors(), spec.image)
+        return finish(graph, spec, provenance)
     for name, layer in named_layers(deepcopy(net).float()):
         write_layer(graph, name, layer)
     return finish(graph, spec, provenance)
@@ -99,15 +114,7 @@ def write_layer(graph: Graph, name: str, layer: nn.Module) -> None:
     """The nodes of one layer."""
     match layer:
         case Normalize():
-            # TensorRT lets only Cast read uint8, so the transposition comes after it.
-            graph.node("Cast", f"{name}.cast", to=TensorProto.FLOAT)
-            graph.node("Transpose", f"{name}.transpose", perm=[0, 3, 1, 2])
-            # In float32 whatever the precision: the rounding of a pixel would be the largest of all.
-            offset, scale = (part.numpy() for part in (layer.offset, layer.scale))
-            graph.node("Sub", f"{name}.sub", graph.tensor, graph.constant(f"{name}.offset", offset))
-            graph.node("Mul", name, graph.tensor, graph.constant(f"{name}.scale", scale))
-            if graph.dtype != np.float32:
-                graph.node("Cast", f"{name}.rounded", to=helper.np_dtype_to_tensor_dtype(graph.dtype))
+            write_normalize(graph, name, layer.offset.numpy(), layer.scale.numpy())
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
             parts = {"weight": layer.weight, "bias": layer.bias}
             weights = [graph.weight(f"{name}.{key}", value) for key, value in parts.items() if value is not None]

@@ -12,6 +12,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from export.calibrate import Ranges
+from train.refusal import Refusal
 
 LARGEST = {"int8": 127.0, "fp8": float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)}
 TYPES = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
@@ -27,7 +28,9 @@ def to_qdq_onnx(model: onnx.ModelProto, ranges: Ranges, *, precision: str) -> on
     graph.CopyFrom(model)
     writer = _Writer(graph.graph, ranges, precision)
     made_by = {node.output[0]: node for node in model.graph.node}
-    stem = next(node.name for node in model.graph.node if node.op_type == "Conv")
+    stem = next((node.name for node in model.graph.node if node.op_type == "Conv"), "")
+    if not any(node.op_type == "Conv" and node.name != stem for node in model.graph.node):
+        raise Refusal("the net has no convolution but its first, which eight bits leave as it is; export it as fp32")
     nodes = []
     for node in graph.graph.node:
         for index in _quantized_inputs(node, stem, made_by):
@@ -47,7 +50,7 @@ def _quantized_inputs(node: NodeProto, stem: str, made_by: dict[str, NodeProto])
     match node.op_type:
         case "Conv" if node.name != stem:
             return [0]
-        case "Add":
+        case "Add" if all(name in made_by for name in node.input):  # of a branch, not of a constant
             return [index for index, name in enumerate(node.input) if made_by[name].op_type != "Conv"]
     return []
 

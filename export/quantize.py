@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 import onnx
-from torch import nn
 
 from export.calibrate import METHODS, Ranges, observe, ranges
 from export.compare import ALLOWED_DROP, INT8_AGREEMENT, Answer, answer_all
@@ -14,7 +13,9 @@ from export.graph import to_onnx
 from export.integer import to_integer_onnx
 from export.qdq import to_qdq_onnx
 from export.runtimes.offline import ort
-from fold.lower import lower
+from fold.graph import GraphNet
+from fold.lower import layers_of, lower
+from fold.plain import PlainNet
 from train.interval import Z_TWO, interval
 from train.refusal import Refusal
 from train.spec import Spec
@@ -63,7 +64,7 @@ class Quantized:
 
 
 def quantize(
-    net: nn.Sequential,
+    net: PlainNet,
     spec: Spec,
     *,
     precision: Literal["int8", "fp8"],
@@ -77,6 +78,7 @@ def quantize(
 
     Ranges are those of the images `observed`, the choice is made on `chosen_by`, both uint8 [N, H, W, C].
     """
+    net = layers_of(net) or net
     reference = answer_all(answerer(to_onnx(net, spec, {})), chosen_by, advance)
     tried: list[tuple[Candidate, onnx.ModelProto]] = []
     for lowering in lowerings:
@@ -146,10 +148,15 @@ def answerer(model: onnx.ModelProto) -> Answer:
 
 
 def _write(
-    lowered: nn.Sequential, floats: onnx.ModelProto, spec: Spec, reach: Ranges, precision: str, target: Target
+    lowered: PlainNet, floats: onnx.ModelProto, spec: Spec, reach: Ranges, precision: str, target: Target
 ) -> onnx.ModelProto:
     if target == "tensorrt":
         return to_qdq_onnx(floats, reach, precision=precision)
     if precision != "int8":
         raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels know int8 alone")
+    if isinstance(lowered, GraphNet):
+        raise Refusal(
+            "int8 for ONNX Runtime is written for chains of convolutions, ReLU, NCReLU and max-pools, and this net is "
+            "none; add --target tensorrt, or export it as fp32"
+        )
     return to_integer_onnx(lowered, spec, {}, reach)

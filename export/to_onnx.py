@@ -163,10 +163,12 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
     from export.compare import ALLOWED_DROP, INT8_AGREEMENT
     from export.graph import to_onnx
     from export.quantize import TRIED, num_images_run, quantize
+    from fold.lower import distinct_lowerings
     from train.progress import progress
 
     observed, chosen_by, test = _images(plain, config, console)
-    lowerings = TRIED if config.lowering is None else (config.lowering,)
+    tried = tuple(lowering for lowering in TRIED if lowering in distinct_lowerings(plain.net))
+    lowerings = tried if config.lowering is None else (config.lowering,)
     with progress(console, "calibrating", num_images_run(lowerings, len(observed), len(chosen_by))) as advance:
         quantized = quantize(
             plain.net,

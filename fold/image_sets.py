@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from train.files import read_whole
+from train.folder import SUFFIXES
+from train.image import decode
 from train.refusal import Refusal
 from train.spec import ImageSpec
 from train.split import Changed
@@ -45,8 +48,10 @@ def real_images(
     """
     from train import data
 
+    if "dataset" not in training and data_dir:
+        return photographs(image, data_dir, num=num), ""
     if "dataset" not in training:
-        return None, "no artefact says what it was trained on"
+        return None, "no artefact says what it was trained on; name a folder of images with --data-dir"
     if data_dir is None and training["dataset"] == "folder" and not Path(training.get("data_dir") or "").is_absolute():
         return None, "no file says where the photographs lie: name their folder with --data-dir"
     given = data_dir or (Path(training["data_dir"]) if training.get("data_dir") else None)
@@ -61,3 +66,17 @@ def real_images(
             raise
         return None, str(refusal)
     return test.first(num), ""
+
+
+def photographs(image: ImageSpec, folder: Path, *, num: int) -> np.ndarray:
+    """The first `num` images of a folder and those inside it, uint8 [N, H, W, C]; refuses one that cannot be read."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:num]
+    if not files:
+        raise Refusal(f"{folder} has no {', '.join(SUFFIXES)} file; name a folder of images with --data-dir")
+    images: list[np.ndarray] = []
+    for path in files:
+        try:
+            images.append(decode(read_whole(path), image))
+        except Refusal as refusal:
+            raise Refusal(f"{path}: {refusal}") from refusal
+    return np.stack(images)

@@ -51,16 +51,27 @@ def as_sequential(graph: Graph) -> nn.Sequential:
 
 
 def nest(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
-    """Layers with dotted names as nested sequences: the inverse of `named_layers`."""
-    net = nn.Sequential()
+    """Layers with dotted names as nested sequences: the inverse of `named_layers`.
+
+    Raises TypeError where sequences of these names would run in another order, or one would be inside a layer.
+    """
+    net, before = nn.Sequential(), list[str]()
     for name, layer in layers:
-        *path, leaf = name.split(".")
-        place = net
-        for part in path:
+        *path, leaf = parts = name.split(".")
+        place: nn.Module = net
+        for depth, part in enumerate(path):
+            is_open = before[: depth + 1] == path[: depth + 1] and len(before) > depth + 1
             if part not in dict(place.named_children()):
                 place.add_module(part, nn.Sequential())
+            elif not is_open:
+                raise TypeError(
+                    f"no chain of layers: {name} runs apart from its module; fold.graph.fold takes such nets"
+                )
             place = place.get_submodule(part)
+        if leaf in dict(place.named_children()):
+            raise TypeError(f"no chain of layers: {name} is a layer and a module; fold.graph.fold takes such nets")
         place.add_module(leaf, layer)
+        before = parts
     return net.eval()
 
 

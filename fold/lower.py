@@ -7,14 +7,17 @@ arithmetic; they differ in what a runtime can fuse, and in what eight bits can h
 
 from collections.abc import Iterator
 from copy import deepcopy
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from fold.layers import nest
+from fold.graph import GraphNet
+from fold.layers import Operation, as_sequential, nest
+from fold.lower_graph import GRAPH_LOWERINGS, lower_graph
 from fold.lowerings import LOWERINGS, Lowering
 from fold.passes import split_ncrelu
-from fold.plain import Convolution, convolution_like, named_layers
+from fold.plain import Convolution, PlainNet, convolution_like, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
 from train.refusal import Refusal
 
@@ -53,7 +56,7 @@ class Repeat(nn.Module):
         return torch.cat([x, x], dim=1)
 
 
-def lower(net: nn.Sequential, lowering: str) -> nn.Sequential:
+def lower(net: PlainNet, lowering: str) -> PlainNet:
     """`net`, a plain net (fold/plain.py), written as `lowering`: other layers, the same logits.
 
     concat: as it is. shared: one convolution of [ρ(x); x]. shared-split: two convolutions, of ρ(x) and
@@ -61,8 +64,15 @@ def lower(net: nn.Sequential, lowering: str) -> nn.Sequential:
     [z; −z], and a ReLU is all that remains. skip: δ leaves the filters again and becomes an identity
     beside them, for eight-bit weights; see `_skip`.
     A layer keeps its name and, but for mirror (z first) and skip (up to a positive factor per channel),
-    its output. `net` stays as it was. Refuses other lowerings.
+    its output. `net` stays as it was. A graph is rewritten as a graph, mirror and skip as layers, where it
+    is a chain of them. Refuses other lowerings.
     """
+    if isinstance(net, GraphNet):
+        if lowering in GRAPH_LOWERINGS:
+            return GraphNet(lower_graph(net.with_tensors(), lowering)).eval()
+        if lowering not in LOWERINGS:
+            raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
+        net = layers_of(net) or _refuse_graph(lowering)
     layers = list(named_layers(deepcopy(net)))
     match lowering:
         case "concat":
@@ -77,10 +87,31 @@ def lower(net: nn.Sequential, lowering: str) -> nn.Sequential:
             raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
 
 
-def distinct_lowerings(net: nn.Sequential) -> tuple[Lowering, ...]:
+def layers_of(net: PlainNet) -> nn.Sequential | None:
+    """A plain net as layers; None for a graph that is no chain of those that a net of this project has."""
+    if not isinstance(net, GraphNet):
+        return net
+    try:
+        layers = as_sequential(net.with_tensors())
+    except TypeError:
+        return None
+    return None if any(isinstance(layer, Operation) for layer in layers.modules()) else layers
+
+
+def distinct_lowerings(net: PlainNet) -> tuple[Lowering, ...]:
     """Those that write `net` differently: a net of ReLU alone has a single form beside skip."""
-    has_ncrelu = any(isinstance(layer, NCReLU) for _, layer in named_layers(net))
+    layers = layers_of(net)
+    if layers is None:
+        return GRAPH_LOWERINGS if isinstance(net, GraphNet) and net.graph.count("ncrelu") else ("concat",)
+    has_ncrelu = any(isinstance(layer, NCReLU) for _, layer in named_layers(layers))
     return LOWERINGS if has_ncrelu else ("concat", "skip")
+
+
+def _refuse_graph(lowering: str) -> NoReturn:
+    raise Refusal(
+        f"lowering {lowering} is for chains of convolutions, ReLU, NCReLU and max-pools, and this net is none; "
+        f"choose one of {', '.join(GRAPH_LOWERINGS)}"
+    )
 
 
 def _rewrite_pairs(layers: Layers, lowering: str) -> Iterator[tuple[str, nn.Module]]:

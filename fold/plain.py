@@ -1,6 +1,7 @@
-"""From a Dirac net to a plain one: convolutions with bias, activations, pools and a classifier."""
+"""From a net to a plain one, a chain of layers or a graph, and its file."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from fold.graph import GraphNet
 from fold.layers import as_sequential
+from fold.nodes import Graph
 from fold.rules import simplify
+from fold.shapes import infer_shapes
 from fold.tracing import trace
 from train.documents import read_object
 from train.families import outline
@@ -21,7 +25,11 @@ from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, Normalize
 from train.refusal import Refusal
 from train.spec import Spec
 
-FORMAT = "diracnet-plain-1"
+FORMAT = "diracnet-plain-1"  # the spec says what the layers are
+GRAPH_FORMAT = "diracnet-graph-1"  # the graph stands in the header
+PlainNet = nn.Sequential | GraphNet  # layers of a net that a spec builds; a graph of any other
+NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+RESERVED = ("images", "logits")  # the input and output of an exported net
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 MakeConvolution = Callable[..., Convolution]
 PLAIN_CONVOLUTION: dict[type[Convolution], MakeConvolution] = {
@@ -35,7 +43,7 @@ PLAIN_CONVOLUTION: dict[type[Convolution], MakeConvolution] = {
 class Plain:
     """A plain net read from its file."""
 
-    net: nn.Sequential
+    net: PlainNet
     spec: Spec
     provenance: dict[str, Any]
     sha256: str
@@ -84,11 +92,20 @@ def skeleton(spec: Spec) -> nn.Sequential:
     return plain
 
 
-def save_plain(path: Path, net: nn.Sequential, spec: Spec, provenance: dict[str, Any]) -> None:
-    """plain.safetensors: weights and biases, and in the header the spec and what made them."""
+def save_plain(path: Path, net: PlainNet, spec: Spec, provenance: dict[str, Any]) -> None:
+    """plain.safetensors: weights and biases, and in the header the spec and what made them.
+
+    Of a net that the spec does not build, the header holds the graph as well: names, operations, attributes.
+    Refuses what `infer_shapes` refuses before anything is written.
+    """
     metadata = {"format": FORMAT, "spec": spec.to_json(), "provenance": json.dumps(provenance)}
-    weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-    write_whole(path, save(weights, metadata))
+    weights = net.state_dict()
+    if isinstance(net, GraphNet):
+        graph = net.with_tensors()
+        _check(graph, spec)
+        weights = graph.tensors()
+        metadata |= {"format": GRAPH_FORMAT, "graph": json.dumps(graph.to_dict())}
+    write_whole(path, save({name: tensor.float().contiguous() for name, tensor in weights.items()}, metadata))
 
 
 def load_plain(path: Path) -> Plain:
@@ -99,19 +116,56 @@ def load_plain(path: Path) -> Plain:
     except SafetensorError as error:
         raise Refusal(f"{path} is no safetensors file, or is cut short: {error}") from error
     metadata = _metadata(content)
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, GRAPH_FORMAT):
         raise Refusal(f"{path} is no {FORMAT} file; make one with fold/run.py")
     spec = Spec.from_json(metadata.get("spec", ""))
     bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise Refusal(f"{path} holds NaN or infinite values in {', '.join(bad)}: the training diverged")
-    net = skeleton(spec)
     try:
-        net.load_state_dict(weights, assign=True)
+        net = _graph_net(metadata.get("graph", ""), weights, spec) if spec.net else _layers(weights, spec)
+    except Refusal as refusal:
+        raise Refusal(f"{path}: {refusal}") from refusal
+    except ValueError as error:
+        raise Refusal(f"{path} is damaged: {' '.join(str(error).split())[:200]}; make it again") from error
     except RuntimeError as error:
         raise Refusal(f"{path} does not fit its spec: {' '.join(str(error).split())[:200]}") from error
     provenance = read_object(metadata.get("provenance", "{}"), f"the provenance in {path}", todo="fold the net again")
     return Plain(net.eval(), spec, provenance, sha256(content))
+
+
+def _layers(weights: dict[str, Tensor], spec: Spec) -> nn.Sequential:
+    net = skeleton(spec)
+    net.load_state_dict(weights, assign=True)
+    return net
+
+
+def _graph_net(text: str, weights: dict[str, Tensor], spec: Spec) -> GraphNet:
+    """The net of a header's graph, which is checked like any input: nothing of it is code."""
+    try:
+        entries = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("the graph is nested too deeply") from error
+    graph = Graph.from_dict(entries, weights)
+    _check(graph, spec)
+    try:
+        return GraphNet(graph)
+    except (KeyError, AttributeError) as error:  # a node named like a tensor of another
+        raise ValueError(f"two tensors have one name: {error}") from error
+
+
+def _check(graph: Graph, spec: Spec) -> None:
+    """Refuses a graph that is not one from images to logits, as its spec says."""
+    image = spec.image
+    wrong = [node.name for node in graph.nodes if not NAME.fullmatch(node.name) or node.name in RESERVED]
+    if wrong:
+        raise Refusal(f"{wrong[0][:80]!r} cannot be the name of a node")
+    shapes = infer_shapes(graph, (image.height, image.width, image.channels))
+    if any(node.op != "normalize" for node in graph.readers(graph.nodes[0].name)):
+        raise Refusal(f"{graph.nodes[1].name}: a plain net of images begins with normalize")
+    last, num = graph.nodes[-1].name, len(spec.labels)
+    if shapes[last] != (num,):
+        raise Refusal(f"{last} gives {list(shapes[last])} for each image, and there are {num} labels")
 
 
 def _metadata(content: bytes) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The proof that folding changed nothing, in numbers."""
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fold.plain import named_layers
+from fold.graph import GraphNet
+from fold.nodes import TENSORS, Graph
+from fold.plain import PlainNet, named_layers
+from fold.tracing import trace
 from train.difference import FLOAT32_TOLERANCE, difference, keeps_class, share
 
 # In float64 folding reorders a few hundred roundings of 2^-53 per layer, which leaves 1e-15 to 1e-13 of the output;
@@ -25,7 +28,7 @@ class Row:
     """What one kind of images says of a layer or of the logits; differences as in `Difference`."""
 
     what: str  # "logits" or a layer's name
-    images: str  # "random" or "real"
+    images: str  # "random" or "real"; "given" where they have no name
     precision: str  # "float64" or "float32"
     num_images: int
     max_abs: float
@@ -57,70 +60,117 @@ class Proof:
 
 
 def prove(
-    net: nn.Sequential,
-    plain: nn.Sequential,
-    image_sets: dict[str, Tensor],
+    net: nn.Module,
+    plain: PlainNet,
+    image_sets: Tensor | Mapping[str, Tensor],
     *,
+    traced: Graph | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Proof:
-    """Compare a Dirac net and its plain float64 form on uint8 images [N, H, W, C], named by kind.
+    """Compare a net and its plain float64 form on batches that it takes, one or several named by kind.
 
-    In float64 and float32: every layer with weights, and the logits.
+    In float64 and float32: every layer with weights, and the logits. The layers of a `GraphNet` are compared
+    with those of `traced`, the net as `trace` sees it, made here where it is not given; its logits with the net's own.
     """
+    sets = {"given": image_sets} if isinstance(image_sets, Tensor) else image_sets
+    if isinstance(plain, GraphNet) and traced is None:
+        traced = trace(net, next(iter(sets.values()))[:2])
     nets = {
-        "float64": (deepcopy(net).double().eval(), plain),
-        "float32": (net.eval(), deepcopy(plain).float()),
+        "float64": (deepcopy(net).double().eval(), plain, traced),
+        "float32": (deepcopy(net).float().eval(), deepcopy(plain).float(), traced and traced.convert(torch.float32)),
     }
     ends: list[Row] = []
     layers: list[Row] = []
-    for kind, images in image_sets.items():
-        for precision, pair in nets.items():
-            of_layers, end = _compare(*pair, images, kind, precision, advance)
+    for kind, images in sets.items():
+        for precision, (before, after, graph) in nets.items():
+            batches = images.to(getattr(torch, precision)) if images.is_floating_point() else images
+            pairs = _pairs(before, after, graph)
+            of_layers, end = _compare(pairs, batches, kind, precision, advance)
             layers += of_layers
             ends.append(end)
     return Proof(tuple(ends), tuple(layers))
 
 
+Pairs = Callable[[Tensor], Iterator[tuple[str, Tensor, Tensor]]]  # batch → (name, before, after), the logits last
+
+
 @torch.no_grad()
 def _compare(
-    dirac: nn.Sequential,
-    plain: nn.Sequential,
-    images: Tensor,
-    kind: str,
-    precision: str,
-    advance: Callable[[int], None],
+    pairs: Pairs, images: Tensor, kind: str, precision: str, advance: Callable[[int], None]
 ) -> tuple[list[Row], Row]:
-    """All layers and the logits; both nets run side by side, so that no more than a layer's outputs are held."""
-    names = weighted_layers(plain)
+    """All layers and the logits; both nets run side by side, so that little more than a layer's outputs is held."""
     logits: list[tuple[Tensor, Tensor]] = []
-    largest: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    largest: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in torch.split(images, BATCH_SIZE):
         before = after = batch
-        sides = (layer_outputs(net, batch, names) for net in (dirac, plain))
-        for (name, before), (_, after) in zip(*sides, strict=True):
-            largest[name].append(((before - after).abs().max(), before.abs().max()))
-        logits.append((before.double(), after.double()))  # a net ends in its classifier
+        for name, before, after in pairs(batch):
+            if name:
+                largest.setdefault(name, []).append(((before - after).abs().max(), before.abs().max()))
+        logits.append((before.double(), after.double()))
         advance(len(batch))
     layers: list[Row] = []
     for name, found in largest.items():
         max_abs, scale = (torch.stack(part).max().item() for part in zip(*found, strict=True))
         layers.append(Row(name, kind, precision, len(images), max_abs, share(max_abs, scale), 0))
     before, after = (torch.cat(side).numpy() for side in zip(*logits, strict=True))
+    if before.ndim != 2:
+        raise ValueError(f"the net answers {list(before.shape)}; a proof is for classifiers, [N, classes]")
     end = difference(before, after)
     changes = int((~keeps_class(before, after, tolerance=TOLERANCES[precision])).sum())
     return layers, Row("logits", kind, precision, len(images), end.max_abs, end.relative, changes)
 
 
-def weighted_layers(plain: nn.Sequential) -> list[str]:
+def _pairs(net: nn.Module, plain: PlainNet, traced: Graph | None) -> Pairs:
+    if isinstance(plain, GraphNet):
+        assert traced is not None
+        return _pairs_of_graphs(net, plain, GraphNet(traced))
+    assert isinstance(net, nn.Sequential)  # as a plain net of layers is
+    names = weighted_layers(plain)
+
+    def pairs(batch: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        sides = (layer_outputs(side, batch, names) for side in (net, plain))
+        for (name, before), (_, after) in zip(*sides, strict=True):
+            yield name, before, after  # a net of layers ends in its classifier
+
+    return pairs
+
+
+def _pairs_of_graphs(net: nn.Module, plain: GraphNet, traced: GraphNet) -> Pairs:
+    """A node with weights beside the traced one that gave the same; what lies between two nodes of a sum has none."""
+    there = {node.name for node in traced.graph.nodes}
+    origins = {name: origin for name in weighted_layers(plain) if (origin := plain.graph[name].origin) in there}
+
+    def pairs(batch: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        wanted, seen = {*origins.values()}, dict[str, Tensor]()
+        befores, value = traced.values(batch), batch
+        for name, value in plain.values(batch):
+            origin = origins.get(name)
+            while origin and origin not in seen:
+                before, output = next(befores)
+                if before in wanted:
+                    seen[before] = output
+            if origin:
+                yield name, seen.pop(origin), value
+        yield "", net(batch), value
+
+    return pairs
+
+
+def weighted_layers(plain: PlainNet) -> list[str]:
     """Names of the layers with weights, in the order in which they run."""
+    if isinstance(plain, GraphNet):
+        return [node.name for node in plain.graph.nodes if node.op in TENSORS and node.op != "normalize"]
     return [name for name, layer in named_layers(plain) if list(layer.parameters())]
 
 
-def layer_outputs(net: nn.Sequential, images: Tensor, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+def layer_outputs(net: PlainNet, images: Tensor, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
     """The outputs, in order, of the layers that a plain net calls `names`, of that net or of the Dirac net before it.
 
     A convolution that took in the batch normalisation after it has the output of the latter.
     """
+    if isinstance(net, GraphNet):
+        yield from ((name, value) for name, value in net.values(images) if name in names)
+        return
     taken_in, x = _batch_norms(net, kept=names), images
     for name, layer in named_layers(net):
         x = layer(x)

@@ -1,4 +1,4 @@
-"""python fold/run.py checkpoint.pt: make a Dirac net plain, and prove that nothing changed."""
+"""python fold/run.py checkpoint.pt, or nets.py:make: make a net plain, and prove that nothing changed."""
 
 import sys
 from dataclasses import dataclass
@@ -8,97 +8,116 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
+from train.cli import POSITIONAL, run_command
+from train.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fold.proof import Proof
-    from train.checkpoint import Checkpoint
+    from fold.sources import Source
 
 EXAMPLES = (
     "python fold/run.py runs/digits-16-1                    # best.pt of the run; writes plain.safetensors beside it",
     "python fold/run.py runs/digits-16-1/checkpoint.pt --out last.safetensors --json",
+    "python fold/run.py nets.py:make --weights weights.safetensors --image-size 224 --mean 0.485 0.456 0.406 "
+    "--std 0.229 0.224 0.225 --resize 256 --labels labels.txt",
+    "python fold/run.py --timm repvgg_a0 --weights repvgg_a0.safetensors --data-dir photographs",
 )
+NUM_RANDOM = 8  # images of a net of one's own: those of 224x224 take a second each in float64
 
 
 @dataclass(frozen=True)
 class FoldConfig:
-    checkpoint: Annotated[Path, "a run's folder, of which best.pt is taken where there is one, or a checkpoint"]
-    out: Annotated[Path | None, "file to write (default: plain.safetensors beside the checkpoint)"] = None
-    data_dir: Annotated[Path | None, "where the data set lies (default: where training found it)"] = None
+    net: Annotated[
+        str | None,
+        "a run's folder, of which best.pt is taken where there is one; a checkpoint; "
+        "or FILE.py:FUNCTION that returns a net of your own",
+        POSITIONAL,
+    ] = None
+    timm: Annotated[str | None, "in its place: a name of timm's"] = None
+    weights: Annotated[Path | None, "own net: its weights, .safetensors or a state dict that torch.save wrote"] = None
+    image_size: Annotated[tuple[int, ...], "own net: height and width of its images; one number for both"] = ()
+    mean: Annotated[tuple[float, ...], "own net: what is subtracted of each channel, black 0, white 1"] = ()
+    std: Annotated[tuple[float, ...], "own net: what each channel is divided by after that"] = ()
+    resize: Annotated[int | None, "own net: pixels of the shorter side before the centre is cropped"] = None
+    labels: Annotated[Path | None, "own net: a text file with one label a line"] = None
+    out: Annotated[
+        Path | None, "file to write (default: plain.safetensors beside the checkpoint; of an own net, here)"
+    ] = None
+    data_dir: Annotated[
+        Path | None, "where the data set lies (default: where training found it); own net: a folder of images"
+    ] = None
     images: Annotated[int, "test images to prove the fold on"] = 500
     json: Annotated[bool, "print the proof as JSON on stdout"] = False
 
+    def __post_init__(self) -> None:
+        if (self.net is None) == (self.timm is None):
+            raise Refusal("name one net: a checkpoint, FILE.py:FUNCTION, or --timm NAME")
+        flags = ("weights", "image_size", "mean", "std", "resize", "labels")
+        given = [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name) not in (None, ())]
+        if self.is_checkpoint and given:
+            raise Refusal(f"leave {', '.join(given)} out: {self.net} is a checkpoint, which says it itself")
+        if self.images < 1 or min((*self.image_size, self.resize or 1)) < 1:
+            raise Refusal("--images, --image-size and --resize must be at least 1")
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.net is not None and ".py" not in Path(self.net).suffix
+
 
 def command(config: FoldConfig) -> int:
-    """Fold a checkpoint into ordinary convolutions; refuses to write where any output changed."""
+    """Fold a net into ordinary convolutions; refuses to write where any output changed."""
     import json
     from dataclasses import asdict
 
     import torch
 
     from fold.image_sets import random_images, real_images
-    from fold.plain import fold_net, save_plain
+    from fold.plain import save_plain
     from fold.proof import prove
-    from train.checkpoint import load_net
-    from train.families import count_parameters
     from train.machine import keep_large_buffers
     from train.progress import make_console, progress
-    from train.refusal import Refusal
 
     keep_large_buffers()
     console = make_console(json=config.json)
-    path, checkpoint, choice = _choose(config.checkpoint)
-    if choice:
-        console.print(choice)
-    net = load_net(checkpoint)
-    plain = fold_net(net)
-    image = checkpoint.spec.image
-    image_sets = {"random": torch.as_tensor(random_images(image))}
+    source = _source(config)
+    for line in source.said:
+        console.print(line, highlight=False)
+    image = source.spec.image
+    few = {} if config.is_checkpoint else {"num": NUM_RANDOM}
+    image_sets = {"random": torch.as_tensor(random_images(image, **few))}
     real, missing = real_images(
-        image, checkpoint.config, num=config.images, data_dir=config.data_dir, beside=path.parent
+        image, dict(source.training), num=config.images, data_dir=config.data_dir, beside=source.beside
     )
     if real is None:
         console.print(f"no real images, the proof is on random ones alone: {missing}")
     else:
         image_sets["real"] = torch.as_tensor(real)
     with progress(console, "proving", 2 * sum(map(len, image_sets.values()))) as advance:
-        proof = prove(net, plain, image_sets, advance=advance)
+        proof = prove(source.net, source.plain, image_sets, traced=source.traced, advance=advance)
     _print_table(console, proof)
     if not proof:
         raise Refusal(f"nothing was written, the fold is not exact: {'; '.join(proof.failures())}")
-    out = config.out or path.with_name("plain.safetensors")
-    provenance = {
-        "training": checkpoint.training_record(),
-        "fold": {
-            "checkpoint_sha256": checkpoint.sha256,
-            "dirac_parameters": count_parameters(net),
-            **proof.to_dict(),
-        },
-    }
+    provenance = {**source.provenance, "fold": {**source.provenance["fold"], **proof.to_dict()}}
+    out = config.out or source.beside / "plain.safetensors"
     with torch.no_grad():
-        save_plain(out, plain.float(), checkpoint.spec, provenance)
-    num_plain = sum(tensor.numel() for tensor in plain.state_dict().values())
+        save_plain(out, source.plain.float(), source.spec, provenance)
+    num_plain = sum(tensor.numel() for tensor in source.plain.state_dict().values())
     console.print(f"wrote {out}: {num_plain:,} numbers, {out.stat().st_size / 1e6:.2f} MB")
     if config.json:
         print(json.dumps({"out": str(out), "logits": [asdict(end) for end in proof.ends]}))
     return 0
 
 
-def _choose(given: Path) -> "tuple[Path, Checkpoint, str]":
-    """The checkpoint that `given` means, and which one that is where a run's folder has two."""
-    from train.checkpoint import load_checkpoint
+def _source(config: FoldConfig) -> "Source":
+    from fold.sources import Asked, from_checkpoint, from_user, read_labels
 
-    last, best = ((given if given.is_dir() else given.parent) / name for name in ("checkpoint.pt", "best.pt"))
-    path = given if not given.is_dir() else best if best.exists() else last
-    state = load_checkpoint(path)
-    if path not in (last, best) or not (last.exists() and best.exists()):
-        return path, state, f"folding {path}" if given.is_dir() else ""
-    score = state.history[-1]["validation_accuracy"] if state.history else None
-    share = "" if score is None else f", {100 * score:.2f} % of the validation images"
-    other = "best.pt is the epoch with the best validation" if path == last else "chosen by validation"
-    return path, state, f"folding {path}: epoch {state.epoch}{share}; {other}"
+    if config.is_checkpoint and config.net:
+        return from_checkpoint(Path(config.net))
+    labels = read_labels(config.labels) if config.labels else ()
+    asked = Asked(config.weights, config.image_size, config.mean, config.std, config.resize, labels)
+    return from_user(config.net, config.timm, asked)
 
 
 def _print_table(console: "Console", proof: "Proof") -> None:

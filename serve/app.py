@@ -199,11 +199,12 @@ def _digest(text: str) -> str:
 def model_card(runtime: Runtime) -> dict[str, Any]:
     """Name, digest, architecture, input and labels of the model, and how it came to be.
 
-    Of somebody else's: how it is read, in place of its architecture, and who says so.
+    Of somebody else's: how it is read, in place of its architecture, and who says so. Of a net that its user made:
+    its name; the provenance says from what, and what the fold did.
     """
     model, spec = runtime.model, runtime.model.spec
     image = spec.image
-    net = {
+    ours = {
         "family": spec.family,
         "depth": spec.depth,
         "width": spec.width,
@@ -215,7 +216,7 @@ def model_card(runtime: Runtime) -> dict[str, Any]:
         "digest": model.digest,
         "file_bytes": model.num_bytes,
         "runtime": runtime.description,
-        **({"reading": asdict(model.reading)} if model.reading else net),
+        **({"reading": asdict(model.reading)} if model.reading else {"net": spec.net} if spec.net else ours),
         "input": {"height": image.height, "width": image.width, "channels": image.channels},
         "labels": list(spec.labels),
         "provenance": model.provenance,

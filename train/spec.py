@@ -60,7 +60,7 @@ class ImageSpec:
 class Spec:
     """One model: its architecture (Table 1), its input and the meaning of its outputs."""
 
-    family: str  # a Family, or "unknown" for somebody else's net
+    family: str  # a Family, or "unknown" for a net that this project has not built
     depth: int
     width: float
     nonlinearity: Nonlinearity
@@ -68,6 +68,7 @@ class Spec:
     labels: tuple[str, ...]
     parameterization: Parameterization = "dirac"
     delta: Delta = "repeated"
+    net: str = ""  # the name of a net that this project has not built; the fields of its architecture mean nothing
 
     def __post_init__(self) -> None:
         if self.nonlinearity not in get_args(Nonlinearity):
@@ -87,13 +88,23 @@ class Spec:
         if len(self.labels) < 2:
             raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
 
+    @classmethod
+    def of_net(cls, net: str, image: ImageSpec, labels: tuple[str, ...]) -> "Spec":
+        """A net that this project has not built: it has a name, and no family, depth or width."""
+        return cls("unknown", 0, 0.0, "relu", image, labels, net=net)
+
     @property
     def name(self) -> str:
+        if self.net:
+            return self.net
         dirac = "Plain" if self.parameterization == "plain" else "DiracNet"
         return f"{'WRN' if self.family == 'wrn' else dirac}-{self.depth}-{self.width:g}"
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(self)
+        if self.net:
+            return {key: fields[key] for key in ("net", "image", "labels")}
+        return {key: value for key, value in fields.items() if key != "net"}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
@@ -113,6 +124,9 @@ class Spec:
                 **image,
             )
             rest = {key: value for key, value in fields.items() if key != "image"}
+            if rest.get("net"):
+                labels = tuple(str(label) for label in rest.pop("labels"))
+                return cls.of_net(str(rest.pop("net")), image, labels, **rest)
             return cls(
                 family=str(rest.pop("family")),
                 depth=_whole(rest.pop("depth")),

@@ -37,7 +37,7 @@ class EngineCard:
     parity: dict[str, Any] | None  # the report of export/parity.py on the ONNX file, where there was one
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        return json.dumps({"format": FORMAT, **asdict(self), "spec": self.spec.to_dict()}, indent=1)
 
 
 def card_path(engine: Path) -> Path:

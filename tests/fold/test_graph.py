@@ -180,6 +180,33 @@ def hooked():
     return net.eval()
 
 
+class Twisted(nn.Module):
+    """Layers that do not run in the order of their modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ModuleList([conv(), conv(size=1, groups=2)])
+        self.second = conv()
+
+    def forward(self, x):
+        return self.first[1](self.second(self.first[0](x).relu()).relu())
+
+
+class Rectified(nn.Conv2d):
+    """A layer with a function inside."""
+
+    def forward(self, input):
+        return F.conv2d(input, self.weight, self.bias).relu()
+
+
+@pytest.mark.parametrize("net", [Twisted(), nn.Sequential(Rectified(4, 4, 3), conv())], ids=["order", "inside"])
+def test_a_chain_whose_names_are_in_no_such_order_is_refused_as_layers_and_right_as_a_graph(net):
+    net = moved(net)
+    with pytest.raises(TypeError, match="no chain of layers"):
+        fold_net(net)
+    assert error(net, fold(net, noise(*X)), noise(*X)) < TOLERANCE
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x

@@ -38,4 +38,5 @@ def test_real_images_are_the_first_test_images_or_a_reason(tmp_path):
     assert real_images(digits, {"dataset": "folder"}, num=7) == (None, reason)
     reason = "digits has images of shape (8, 8, 1), the net takes (6, 5, 3)"
     assert real_images(IMAGE, {"dataset": "digits"}, num=7) == (None, reason)
-    assert real_images(digits, {}, num=7) == (None, "no artefact says what it was trained on")
+    missing = "no artefact says what it was trained on; name a folder of images with --data-dir"
+    assert real_images(digits, {}, num=7) == (None, missing)

@@ -77,3 +77,12 @@ def test_an_impossible_classifier_is_refused(make_spec):
         dataclasses.replace(make_spec(), labels=("one",))
     with pytest.raises(Refusal, match="ncrelu or relu, got tanh"):
         dataclasses.replace(make_spec(), nonlinearity="tanh")
+
+
+def test_a_net_that_is_not_of_this_project_has_a_name_and_no_family():
+    spec = Spec.of_net("repvgg_a0", ImageSpec(4, 5, 1, (0.5,), (0.5,), None), ("a", "b"))
+    assert spec.name == "repvgg_a0"
+    assert spec.to_dict().keys() == {"net", "image", "labels"}
+    assert Spec.from_json(spec.to_json()) == spec
+    with pytest.raises(Refusal, match="damaged"):
+        Spec.from_dict({**spec.to_dict(), "depth": 10})
