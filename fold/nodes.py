@@ -149,6 +149,8 @@ def rank_after(node: Node, ranks: Mapping[str, int | None]) -> int | None:
             return node.tensors["weight"].dim()
         case "max_pool" | "avg_pool":
             return len(node.attributes["size"]) + 2
+        case "pad":
+            return len(node.attributes["padding"]) + 2
         case "flatten":
             return 2
         case "affine" if "rank" in node.attributes:

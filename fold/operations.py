@@ -229,7 +229,9 @@ def cat(b: Builder, tensors: Sequence[Any], dim: int = 0) -> Ref:
 
 def pad(b: Builder, input: Ref, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Ref:
     rank, ends = b.rank(input), [int(end) for end in pad]
-    if mode != "constant" or value not in (None, 0) or rank is None or len(ends) > 2 * (rank - 2) or min(ends) < 0:
+    if rank is None:
+        raise NotListed("padding of an open number of dimensions: give an example batch")
+    if mode != "constant" or value not in (None, 0) or len(ends) > 2 * (rank - 2) or min(ends) < 0:
         raise NotListed("padding with anything but zeros around an image")
     if not any(ends):
         return input
@@ -357,6 +359,7 @@ LAYERS: dict[type[nn.Module], Callable[[Builder, Any, Ref], Ref]] = {
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), batch_norm_layer),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), pool_layer),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), pool_layer),
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), lambda b, layer, x: pad(b, x, layer.padding)),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), dropout_layer),
     nn.Linear: lambda b, layer, x: linear(b, x, layer.weight, layer.bias),
     nn.Identity: lambda b, layer, x: x,

@@ -65,7 +65,7 @@ def trace(net: nn.Module, example: Tensor | None = None) -> Graph:
 
 def trace_module(net: nn.Module) -> fx.GraphModule:
     """The net as fx sees it; its nodes are where `Graph.nodes` come from."""
-    tracer = Tracer()
+    tracer = Tracer(autowrap_functions=(ncrelu,))  # under whatever name a module imported it
     try:
         with torch.no_grad():
             return fx.GraphModule(net, tracer.trace(net))
