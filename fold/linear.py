@@ -94,12 +94,8 @@ def added(one: Linear, other: Linear) -> Linear | str:
     if len(one.weight) != len(other.weight) or one.num_in != other.num_in or len(one.kernel) != len(other.kernel):
         return f"{one.num_in} to {len(one.weight)} channels beside {other.num_in} to {len(other.weight)}"
     if one.stride != other.stride:
-        what = (
-            "identity"
-            if prod(min(one.kernel, other.kernel) or (1,)) == 1
-            else f"stride {min(one.stride, other.stride)}"
-        )
-        return f"stride {_largest(one.stride, other.stride)} beside {what}"
+        slow, fast = sorted((one, other), key=lambda part: part.stride)
+        return f"{_stride(fast)} beside {_stride(slow)}"
     if _outputs(one) != _outputs(other):
         return "their outputs have different sizes"
     groups = gcd(one.groups, other.groups)
@@ -199,5 +195,10 @@ def _aligned_sum(one: Linear, other: Linear) -> Linear:
     return replace(largest, weight=weight, bias=one.bias + other.bias, padding=padding, source=one.source)
 
 
-def _largest(*strides: tuple[int, ...]) -> int:
-    return max(size for stride in strides for size in stride)
+def _stride(linear: Linear) -> str:
+    return "identity" if linear.name == linear.source else f"stride {_short(linear.stride)}"
+
+
+def _short(sizes: tuple[int, ...]) -> str:
+    """2 for (2, 2), else 2x1."""
+    return str(sizes[0]) if len({*sizes}) == 1 else "x".join(map(str, sizes))

@@ -54,7 +54,7 @@ def error(net, plain, x):
 
 
 def conv(num_in=4, num_out=4, size=3, **how):
-    return nn.Conv2d(num_in, num_out, size, **{"padding": size // 2, **how})
+    return nn.Conv2d(num_in, num_out, size, **{"padding": 0 if isinstance(size, tuple) else size // 2, **how})
 
 
 def look(net, shape):
