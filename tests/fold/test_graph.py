@@ -126,8 +126,6 @@ RIGHT = {
     "strided branches": (Sum(conv(stride=2), conv(size=1, stride=2)), X),
     "zeros on two sides": (nn.Sequential(nn.ZeroPad2d((1, 2, 0, 1)), nn.Conv2d(4, 4, 3, padding="same")), X),
 }
-# Their nodes are not listed; found and refused by name.
-UNLISTED = ("zeros on two sides",)
 MERGED = {
     "branches of other sizes": 1,
     "depthwise beside dense": 1,
@@ -143,7 +141,7 @@ MERGED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in RIGHT if name not in UNLISTED])
+@pytest.mark.parametrize("name", RIGHT)
 def test_any_net_folds_to_its_own_outputs(name):
     net, shape = RIGHT[name]
     net = moved(net)
@@ -189,7 +187,8 @@ REFUSED = {
     "control flow": (Branching(), r"cannot be traced, .*control flow"),
     "an overwritten value": (Overwritten(), r"overwrites a value that 1 others read"),
     "reflection": (nn.Sequential(conv(padding_mode="reflect")), r"0 \(Conv2d: padding with reflect"),
-    "a layer that is not listed": (nn.Sequential(nn.ZeroPad2d(1)), r"0 \(ZeroPad2d\)"),
+    "reflection as a layer": (nn.Sequential(nn.ReflectionPad2d(1)), r"0 \(ReflectionPad2d\)"),
+    "padding that cuts off": (nn.Sequential(nn.ZeroPad2d((1, -1, 0, 0))), r"0 \(ZeroPad2d: padding with anything but"),
 }
 
 

@@ -150,10 +150,11 @@ rows(
         Lambda(lambda x, a, b: (lambda y: b(y).tanh() + y.tanh())(a(x)), nn.BatchNorm2d(4), nn.BatchNorm2d(4)),
         X,
         {"conv": 2, "tanh": 2, "add": 1},
+        "layers.1: not merged with layers.0: 2 nodes read it",
     ),
 )
 
-ROW_OF_A_MATRIX = "not merged into 0: its channels are not known to be the matrix's rows"
+ROW_OF_A_MATRIX = "not merged with 0: its channels are not known to be the matrix's rows"
 rows(
     "affine_after_linear",
     batch_norm=(chain(conv(), nn.BatchNorm2d(4)), X, {"conv": 1}),
@@ -171,11 +172,11 @@ rows(
         Lambda(lambda x, a, b: (lambda y: b(y).tanh() + y.tanh())(a(x)), conv(), nn.BatchNorm2d(4)),
         X,
         {"conv": 2, "tanh": 2, "add": 1},
-        "layers.1: not merged into layers.0, which 2 read",
+        "layers.1: not merged with layers.0: 2 nodes read it",
     ),
 )
 
-COLUMN_OF_A_MATRIX = "0 not merged: its channels are not known to be the matrix's columns"
+COLUMN_OF_A_MATRIX = "not merged with 0: its channels are not known to be the matrix's columns"
 rows(
     "affine_before_linear",
     with_groups=(chain(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2)), X, {"conv": 1}),
@@ -187,13 +188,13 @@ rows(
         chain(nn.BatchNorm2d(4), conv()),
         X,
         {"conv": 2},
-        "1: 0 not merged: its shift is missing in the zeros that are padded",
+        "1: not merged with 0: its shift is missing in the zeros that are padded",
     ),
     zeros_at_one_end=(
         chain(nn.BatchNorm2d(4), nn.ZeroPad2d((0, 0, 0, 1)), nn.Conv2d(4, 4, 3)),
         X,
         {"conv": 2},
-        "2: 0 not merged: its shift is missing in the zeros that are padded",
+        "2: not merged with 0: its shift is missing in the zeros that are padded",
     ),
     before_a_matrix_along_rows=(
         chain(nn.BatchNorm1d(4), nn.Linear(5, 4)),
@@ -205,7 +206,7 @@ rows(
         Lambda(lambda x, a, b: (lambda y: b(y).tanh() + y.tanh())(a(x)), nn.BatchNorm2d(4), conv(padding="same")),
         X,
         {"conv": 2, "tanh": 2, "add": 1},
-        "layers.1: layers.0 not merged: 2 nodes read it",
+        "layers.1: not merged with layers.0: 2 nodes read it",
     ),
 )
 
@@ -224,7 +225,7 @@ rows(
     read_by_two=(
         Lambda(lambda x, a: (lambda y: a(y).tanh() + y.tanh())(F.pad(x, (2, 1))), conv()),
         X,
-        {"pad": 1, "conv": 1, "tanh": 2, "add": 1},
+        {"pad": 1, "conv": 1, "tanh": 2, "add": 1},  # what others read stays; the convolution reads past it
     ),
     before_something_else=(chain(nn.ZeroPad2d(1), nn.MaxPool2d(2)), X, {"pad": 1, "max_pool": 1}),
     in_front_of_a_matrix=(chain(nn.ZeroPad2d(1), nn.Linear(8, 3)), X, {"pad": 1, "linear": 1}),

@@ -228,7 +228,7 @@ CHAINS = {
         Lambda(lambda x, a, b: (lambda y: b(y).tanh() + y.tanh())(a(x)), conv(), conv(size=1)),
         X,
         {"conv": 2, "tanh": 2, "add": 1},
-        "layers.1: not merged with layers.0, which 2 read",
+        "layers.1: not merged with layers.0: 2 nodes read it",
     ),
     "branches, then what follows them": (
         chain(Sum(conv(), conv(size=1), nn.BatchNorm2d(4)), nn.BatchNorm2d(4), conv(size=1), nn.ReLU()),
