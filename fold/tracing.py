@@ -5,9 +5,6 @@ batch stays open, and no input is needed. torch.export takes such layers apart i
 fixes shapes, and needs ten times as long.
 """
 
-# pyright: basic, reportPrivateUsage=false
-# Layers and traced values have no types that a checker could follow.
-
 import operator
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -225,7 +222,7 @@ def _path(node: fx.Node) -> str:
     """Where in the user's net a node belongs: its layer, or the module whose forward calls it."""
     if node.op == "call_module":
         return str(node.target)
-    stack = node.meta.get("nn_module_stack") or {}
+    stack: dict[Any, tuple[Any, Any]] = node.meta.get("nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]
     return paths[-1] if paths else ""
 
@@ -263,14 +260,15 @@ def _refuse_late_inplace(node: fx.Node, *, changed: bool) -> None:
 
 def _refuse_hooks(net: nn.Module) -> None:
     """Hooks and forwards of one instance run beside the trace: they would be left out in silence."""
+    modules = cast("list[tuple[str, Any]]", list(net.named_modules()))  # pyright: ignore[reportUnknownArgumentType]
     found = [
         name or "the net"
-        for name, module in net.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)  # pyright: ignore[reportPrivateUsage]  # no public way to ask
+        for name, module in modules
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     ]
     if found:
         raise TypeError(f"cannot be folded: {', '.join(found)} have hooks or a forward of their own; remove them first")
-    training = [name for name, module in net.named_modules() if _depends_on_mode(module) and module.training]
+    training = [name for name, module in modules if _depends_on_mode(module) and module.training]
     if training:
         raise TypeError(f"cannot be folded: {', '.join(training[:5])} in training mode; call net.eval() first")
 
