@@ -20,7 +20,7 @@ QUICK_NETS = ("mobileone_s1", "repghostnet_050", "resnet18")
 TRAINED, TIMM, FOLDED = "as trained", "timm", "folded"
 PACKAGES = ("torch", "timm", "onnx", "onnxruntime-gpu", "onnxruntime")
 EXAMPLES = (
-    "python bench/reparameterized.py                               # 13 nets, ten minutes on two cores",
+    "python bench/reparameterized.py                               # 13 nets, six minutes on two cores",
     "python bench/reparameterized.py --nets resnet18 repvgg_a0 --out /tmp/figures",
     "python bench/reparameterized.py --quick --out /tmp/figures    # three small nets: under a minute",
 )
@@ -30,8 +30,8 @@ EXAMPLES = (
 class ReparameterizedConfig:
     nets: Annotated[tuple[str, ...], f"names of timm's (default: {' '.join(NETS)})"] = ()
     image_size: Annotated[int, "height and width of the images"] = 224
-    rounds: Annotated[int, "rounds in which the forms of a net take turns"] = 15
-    round_s: Annotated[float, "seconds of one form in one round"] = 0.3
+    rounds: Annotated[int, "rounds in which the forms of a net take turns"] = 9
+    round_s: Annotated[float, "seconds of one form in one round"] = 0.2
     quick: Annotated[bool, "three nets, three short rounds"] = False
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs/benchmarks")
 
@@ -81,6 +81,7 @@ def measure(name: str, config: ReparameterizedConfig, advance: Any = lambda n: N
 
     from bench.rounds import Timing, alternate
 
+    torch.set_num_threads(1)
     size = config.image_size
     x = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     forms = make_forms(name, x)

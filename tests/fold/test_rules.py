@@ -5,11 +5,15 @@ The outputs are those of the net itself: a rule that applies where it must not i
 not apply where it can leaves other operations.
 """
 
+from functools import reduce
+
 import pytest
-from small_nets import TOLERANCE, Lambda, conv, look
+import torch
+from small_nets import TOLERANCE, Lambda, conv, look, moved, noise
 from torch import nn
 from torch.nn import functional as F
 
+from fold.graph import fold
 from fold.rules import RULES
 from train.layers import NCReLU
 
@@ -61,6 +65,11 @@ rows(
     of_ncrelu=(chain(NCReLU(), nn.ReLU()), X, {"ncrelu": 1, "relu": 1}),
     of_tanh=(chain(nn.Tanh(), nn.ReLU()), X, {"tanh": 1, "relu": 1}),
     of_silu=(chain(nn.SiLU(), nn.ReLU()), X, {"silu": 1, "relu": 1}),
+    of_gelu=(chain(nn.GELU(), nn.ReLU()), X, {"gelu": 1, "relu": 1}),
+    of_leaky_relu=(chain(nn.LeakyReLU(0.2), nn.ReLU()), X, {"leaky_relu": 1, "relu": 1}),
+    of_hardswish=(chain(nn.Hardswish(), nn.ReLU()), X, {"hardswish": 1, "relu": 1}),
+    of_batch_norm=(chain(nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU()), X, {"conv": 1, "relu": 2}),
+    another_activation=(chain(nn.ReLU(), nn.Tanh()), X, {"relu": 1, "tanh": 1}),
     of_a_sum=(Lambda(lambda x: F.relu(F.relu(x) + x)), X, {"relu": 2, "add": 1}),
 )
 
@@ -111,6 +120,27 @@ rows(
         chain(nn.ReLU(), NCReLU(), nn.Flatten(), nn.Linear(24, 3)),
         (2, 4, 3, 1),
         {"relu": 1, "flatten": 1, "linear": 1},
+    ),
+    not_through_an_activation=(
+        chain(nn.ReLU(), NCReLU(), nn.Sigmoid(), conv(8)),
+        X,
+        {"relu": 1, "ncrelu": 1, "sigmoid": 1, "conv": 1},
+    ),
+    not_through_a_batch_norm=(
+        chain(nn.ReLU(), NCReLU(), nn.BatchNorm2d(8), conv(8)),
+        X,
+        {"relu": 1, "ncrelu": 1, "conv": 2},
+        "3: not merged with 2: its shift is missing in the zeros that are padded",
+    ),
+    not_through_a_concatenation=(
+        Lambda(lambda x, a, half: a(torch.cat([half(x.relu()), x], 1)), conv(12), NCReLU()),
+        X,
+        {"relu": 1, "ncrelu": 1, "cat": 1, "conv": 1},
+    ),
+    not_through_a_slice=(
+        Lambda(lambda x, a, half: a(half(x.relu())[:, 2:6]), conv(4), NCReLU()),
+        X,
+        {"relu": 1, "ncrelu": 1, "slice": 1, "conv": 1},
     ),
     of_what_may_be_negative=(chain(nn.Tanh(), NCReLU(), conv(8)), X, {"tanh": 1, "ncrelu": 1, "conv": 1}),
     with_groups=(
@@ -234,6 +264,11 @@ rows(
 NESTED = (conv(), conv(size=1), conv(groups=2))
 rows(
     "flat_sum",
+    in_a_concatenation=(
+        Lambda(lambda x, a, b, c: torch.cat([a(x) + x.tanh(), b(x)], 1), *NESTED),
+        X,
+        {"conv": 2, "tanh": 1, "add": 1, "cat": 1},
+    ),
     from_the_left=(Lambda(lambda x, a, b, c: (a(x) + x.tanh()) + c(x), *NESTED), X, {"conv": 1, "tanh": 1, "add": 1}),
     from_the_right=(Lambda(lambda x, a, b, c: a(x) + (x.tanh() + c(x)), *NESTED), X, {"conv": 1, "tanh": 1, "add": 1}),
     from_zero=(
@@ -252,6 +287,14 @@ rows(
         {"conv": 2, "tanh": 1, "add": 2, "sigmoid": 1, "mul": 1},
     ),
 )
+
+
+def test_a_sum_that_others_read_is_not_added_up_twice():
+    """The running sum of a residual net: every addition keeps two terms."""
+    blocks = [nn.Sequential(nn.ReLU(), conv()) for _ in range(3)]
+    net = Lambda(lambda x, *layers: reduce(lambda y, layer: y + layer(y), layers, x), *blocks)
+    graph = fold(moved(net), noise(*X)).graph
+    assert [len(node.inputs) for node in graph.nodes if node.op == "add"] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("name", ROWS)
