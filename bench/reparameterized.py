@@ -128,7 +128,10 @@ def make_forms(name: str, x: Any) -> dict[str, Any]:
         reparameterized = reparameterize_model(net).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(standard)
-    return {TRAINED: net, TIMM: reparameterized, FOLDED: fold(net, x)}
+    try:
+        return {TRAINED: net, TIMM: reparameterized, FOLDED: fold(net, x)}
+    except TypeError as error:
+        raise Refusal(f"{name} {error}") from error
 
 
 def count_layers(net: Any) -> dict[str, int]:

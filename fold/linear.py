@@ -91,8 +91,8 @@ def added(one: Linear, other: Linear) -> Linear | str:
     """W1 ⊙ x + W2 ⊙ x as one map, or what is in the way."""
     num_in = one.num_in or other.num_in
     one, other = _sized(one, num_in), _sized(other, num_in)
-    if len(one.weight) != len(other.weight) or one.num_in != other.num_in or len(one.kernel) != len(other.kernel):
-        return f"{one.num_in} to {len(one.weight)} channels beside {other.num_in} to {len(other.weight)}"
+    if len(one.weight) != len(other.weight):
+        return f"{len(one.weight)} channels beside {len(other.weight)}"
     if one.stride != other.stride:
         slow, fast = sorted((one, other), key=lambda part: part.stride)
         return f"{_stride(fast)} beside {_stride(slow)}"

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from small_nets import TOLERANCE, Sum, conv, error, moved, noise
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,38 +13,6 @@ from fold.nodes import Graph
 from fold.plain import fold_net
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, ncrelu
 from train.refusal import Refusal
-
-# Folding reorders some hundred roundings of 2^-53 for each output.
-TOLERANCE = 1e-13
-
-
-def moved(net, seed=0):
-    torch.manual_seed(seed)
-    for name, tensor in net.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2)
-        elif tensor.is_floating_point() and tensor.dim() < 2:
-            tensor.normal_(0.3, 0.8)
-    return net.double().eval()
-
-
-def noise(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).double()
-
-
-def error(net, plain, x):
-    with torch.no_grad():
-        expected = net(x)
-        return ((plain(x) - expected).abs().max() / expected.abs().max()).item()
-
-
-class Sum(nn.Module):
-    def __init__(self, *branches):
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
-
-    def forward(self, x):
-        return sum(branch(x) for branch in self.branches)
 
 
 class PlusBody(nn.Module):
@@ -87,10 +56,6 @@ class Overwritten(nn.Module):
         y = self.conv(x)
         z = F.relu(y, inplace=True)
         return z * 2 + y
-
-
-def conv(num_in=4, num_out=4, size=3, **how):
-    return nn.Conv2d(num_in, num_out, size, padding=size // 2, **how)
 
 
 X = (2, 4, 7, 6)
@@ -236,3 +201,40 @@ def test_ncrelu_is_traced_as_one_node_and_takes_an_image_without_its_batch():
     assert torch.equal(NCReLU(dims=2)(image), NCReLU()(image[None])[0])
     with pytest.raises(Refusal, match=r"takes \[C, \.\.\.\] or \[N, C, \.\.\.\]"):
         NCReLU(dims=2)(noise(4, 5))
+
+
+class Halved(nn.Module):
+    """Calls the function, imported by its name, as a forward of somebody else's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(8)
+
+    def forward(self, x):
+        return self.conv(ncrelu(x, 2))
+
+
+def test_a_function_that_a_forward_imported_is_seen_whole():
+    net = moved(nn.Sequential(Halved(), NCReLU(dims=2), conv(8)))
+    plain = fold(net, noise(*X))
+    assert plain.graph.count("ncrelu") == 2
+    assert error(net, plain, noise(*X)) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(("dims", "shape"), [(None, X), (2, X), (2, (4, 7, 6)), (1, (4, 9)), (3, (4, 2, 3, 5))])
+def test_ncrelu_is_scripted_and_traced_with_the_outputs_of_equation_9(dims, shape):
+    x = noise(*shape)
+    axis = 1 if len(shape) == 4 and dims in (None, 2) else 0
+    expected = torch.cat([x * (x > 0), x * (x < 0)], dim=axis)
+    layer = NCReLU() if dims is None else NCReLU(dims=dims)
+    for form in (layer, torch.jit.script(layer), torch.jit.trace(layer, x), torch.fx.symbolic_trace(layer)):
+        assert torch.equal(form(x), expected)
+
+
+def test_ncrelu_takes_an_image_for_a_batch_where_nothing_tells_them_apart():
+    """[C, H, W] is [N, C, L] to a layer that does not know its dimensions: the fold asks for a batch."""
+    assert NCReLU()(noise(3, 4, 5)).shape == (3, 8, 5)
+    assert NCReLU(dims=2)(noise(3, 4, 5)).shape == (6, 4, 5)
+    with pytest.raises(TypeError, match=r"2 spatial dimensions reads 3 dimensions: give a batch"):
+        fold(nn.Sequential(conv(3), NCReLU(dims=2)).eval(), noise(3, 4, 5).float())

@@ -69,6 +69,11 @@ SUMS = {
         ONE,
     ),
     "padding that PyTorch works out": (Sum(conv(size=(3, 5), padding="same", dilation=(2, 1)), conv(size=5)), X, ONE),
+    "taps beside each other": (
+        Sum(chain(nn.ZeroPad1d((1, 0)), conv1(1)), chain(nn.ZeroPad1d((0, 1)), conv1(1))),
+        X1,
+        ONE,
+    ),
     "valid beside valid of one size": (Sum(conv(padding=0), conv(padding=0), mean(padding=0)), X, ONE),
     "outputs of other sizes": (
         Sum(conv(), conv(padding=0)),
@@ -90,6 +95,12 @@ SUMS = {
         (2, 4, 4, 4),
         TWO,
         not_merged("stride 2 beside stride 1"),
+    ),
+    "a stride of one dimension beside identity": (
+        Sum(nn.Identity(), conv(stride=(1, 2), padding=(1, 3))),
+        (2, 4, 4, 4),
+        {"conv": 1, "add": 1},
+        not_merged("stride 1x2 beside identity", one="input"),
     ),
     "stride 2 beside batch norm": (
         Sum(conv(stride=2, padding=3), nn.BatchNorm2d(4)),
@@ -157,7 +168,7 @@ SUMS = {
         Sum(conv(), conv(4, 1)),
         X,
         TWO,
-        not_merged("4 to 4 channels beside 4 to 1"),
+        not_merged("4 channels beside 1"),
     ),
     "a max-pool": (Sum(conv(stride=2), nn.MaxPool2d(1, 2)), X, {"conv": 1, "max_pool": 1, "add": 1}),
 }
@@ -221,6 +232,7 @@ CHAINS = {
     "in 1-D": (chain(conv1(1), conv1(padding=0), nn.Conv1d(4, 3, 1)), X1, ONE),
     "in 3-D": (chain(conv3(1), conv3(padding=0), nn.Conv3d(4, 3, 1)), X3, ONE),
     "two matrices": (chain(nn.Linear(5, 4), nn.Linear(4, 3)), FLAT, {"linear": 1}),
+    "a narrow place that saves nothing": (chain(nn.Linear(4, 2), nn.Linear(2, 4)), (3, 4), {"linear": 1}),
     "two matrices of rows": (chain(nn.Linear(6, 4), nn.Linear(4, 3)), (2, 4, 6), {"linear": 1}),
     "a matrix and an activation": (chain(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), FLAT, {"linear": 2, "tanh": 1}),
     "a convolution before a matrix of its rows": (chain(conv1(), nn.Linear(9, 3)), X1, {"conv": 1, "linear": 1}),
