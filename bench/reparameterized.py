@@ -200,7 +200,7 @@ def page(record: dict[str, Any]) -> str:
     from bench.page import machine_table, table
 
     rows, size = record["rows"], record["image_size"]
-    layers = ["net", "convolutions + batch norms", "timm", "folded", "of these scalings", "float64: timm", "folded"]
+    layers = ["net", "as trained", "timm", "folded", "of these scalings", "error of timm", "of folded"]
     speed = ["net", "ms as trained", "timm", "folded", "times faster: timm", "folded", "error: as trained", "folded"]
     parts = (
         "# Other people's nets, folded",

@@ -177,7 +177,7 @@ def _undilated(linear: Linear) -> Linear:
 
 
 def _aligned_sum(one: Linear, other: Linear) -> Linear:
-    """The sum of kernels whose taps lie on one grid; the window covers both."""
+    """The sum of kernels whose taps lie on one grid; the window covers both. Named after the larger one."""
     largest = one if one.weight.numel() >= other.weight.numel() else other
     befores, afters = ([max(a[end], b[end]) for a, b in zip(one.padding, other.padding, strict=True)] for end in (0, 1))
     sizes = [
@@ -192,7 +192,7 @@ def _aligned_sum(one: Linear, other: Linear) -> Linear:
         window = tuple(slice(start, start + size) for start, size in zip(starts, part.kernel, strict=True))
         weight[(slice(None), slice(None), *window)] += part.weight
     padding = tuple(zip(befores, afters, strict=True))
-    return replace(largest, weight=weight, bias=one.bias + other.bias, padding=padding, source=one.source)
+    return replace(largest, weight=weight, bias=one.bias + other.bias, padding=padding)
 
 
 def _stride(linear: Linear) -> str:

@@ -139,8 +139,6 @@ def combine(b: Builder, op: str, left: Any, right: Any) -> Any:
     if isinstance(left, Ref) and isinstance(right, Ref):
         return b.add(op, left, right)
     value, constant = (left, right) if isinstance(left, Ref) else (right, left)
-    if op == "add" and isinstance(constant, int | float) and constant == 0:  # sum() begins with 0 +
-        return value
     values = channel_constants(b, value, constant)
     scale, shift = (values, torch.zeros_like(values)) if op == "mul" else (torch.ones_like(values), values)
     return b.add("affine", value, tensors={"scale": scale, "shift": shift})

@@ -127,6 +127,11 @@ def test_a_net_that_is_no_chain_is_refused_as_layers():
         fold_net(moved(PlusBody()))
 
 
+class Columns(nn.Module):
+    def forward(self, x):
+        return x * torch.arange(6.0)
+
+
 def hooked():
     net = nn.Sequential(conv(), nn.ReLU())
     net[1].register_forward_hook(lambda module, args, output: output + 1)
@@ -152,6 +157,7 @@ REFUSED = {
     "control flow": (Branching(), r"cannot be traced, .*control flow"),
     "an overwritten value": (Overwritten(), r"overwrites a value that 1 others read"),
     "reflection": (nn.Sequential(conv(padding_mode="reflect")), r"0 \(Conv2d: padding with reflect"),
+    "a scale for each column": (Columns(), r"constants of shape \[6\] that are not one for each channel"),
     "reflection as a layer": (nn.Sequential(nn.ReflectionPad2d(1)), r"0 \(ReflectionPad2d\)"),
     "padding that cuts off": (nn.Sequential(nn.ZeroPad2d((1, -1, 0, 0))), r"0 \(ZeroPad2d: padding with anything but"),
 }
@@ -201,6 +207,19 @@ def test_ncrelu_is_traced_as_one_node_and_takes_an_image_without_its_batch():
     assert torch.equal(NCReLU(dims=2)(image), NCReLU()(image[None])[0])
     with pytest.raises(Refusal, match=r"takes \[C, \.\.\.\] or \[N, C, \.\.\.\]"):
         NCReLU(dims=2)(noise(4, 5))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+def test_an_even_kernel_is_padded_more_at_its_end():
+    net = moved(nn.Sequential(nn.Conv2d(4, 4, (4, 2), padding="same"), nn.BatchNorm2d(4)))
+    plain = fold(net, noise(*X))
+    assert plain.graph.nodes[1].attributes["padding"] == [[1, 2], [0, 1]]
+    assert error(net, plain, noise(*X)) < TOLERANCE
+
+
+def test_branches_that_become_one_keep_the_name_of_the_larger():
+    for branches, name in (((conv(), conv(size=1)), "branches.0"), ((conv(size=1), conv()), "branches.1")):
+        assert fold(moved(Sum(*branches)), noise(*X)).graph.nodes[1].name == name
 
 
 class Halved(nn.Module):
