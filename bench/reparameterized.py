@@ -47,8 +47,10 @@ class ReparameterizedConfig:
 
 def command(config: ReparameterizedConfig) -> int:
     """Count the convolutions of each net as trained, as timm fuses it and folded; prove, export and race them."""
-    import timm
-
+    try:
+        import timm
+    except ImportError as error:
+        raise Refusal("timm is missing: pip install -c constraints.txt -e '.[dev]'") from error
     from bench.page import describe_machine, write_page
     from train.progress import make_console, progress
 

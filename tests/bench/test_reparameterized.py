@@ -1,6 +1,7 @@
 """timm's nets beside their folds: what is counted, and the page."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -72,6 +73,12 @@ def test_the_page_says_where_more_convolutions_are_left_and_which_form_failed():
     text = page({**record, "rows": [equal, more]})
     assert "b has 2 more convolutions than by timm: 2 scalings, for 4 batch norms that timm keeps." in text
     assert "| b | Fail: no |" in text
+
+
+def test_a_machine_without_timm_is_told_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert run("--quick", "--out", tmp_path) == 2
+    assert "timm is missing: pip install -c constraints.txt -e '.[dev]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
