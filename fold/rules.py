@@ -229,7 +229,7 @@ def relu_of_nonnegative(graph: Graph, node: Node) -> Outcome:
 
 def zero_half(graph: Graph, node: Node) -> Outcome:
     """[W1 W2] ⊙ NCReLU(x) = W1 ⊙ x where x ≥ 0: min(x, 0) is zero, through pools as well (eq. 9, 10)."""
-    if node.op not in LINEAR:
+    if node.op not in LINEAR or (node.op == "linear" and graph.rank(node.name) != 2):  # whose columns are channels
         return None
     above = node.inputs[0]
     while graph[above].op in KEEP_CHANNELS and _alone(graph, above):

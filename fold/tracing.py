@@ -24,6 +24,10 @@ VIEWS = ("view", "reshape")
 OF_SHAPES = ("size", "getattr", "getitem", "dim", "eq", "ne", "gt", "lt", "ge", "le", "mul", "add", "sub", "floordiv")
 
 
+# What may give a value the larger shape of a constant beside it.
+SPREADING = ("add", "iadd", "sub", "mul", "imul", "div", "truediv")
+
+
 class Tracer(fx.Tracer):
     """Layers that a graph knows stay whole, by their exact class: a subclass may compute something else."""
 
@@ -152,6 +156,10 @@ class _Walk:
             return self._view(node, args[0])
         if any(source in self.of_shapes for source in sources):
             raise NotListed(f"{name} computes with the batch's shape")
+        if name in SPREADING and len(sources) == 1 and shape != self.shapes.get(sources[0].name):
+            raise NotListed(f"{name} of a constant that gives a value more channels or pixels")
+        if name in SPREADING and shape is None and any(isinstance(part, Tensor) and part.numel() > 1 for part in args):
+            raise NotListed(f"{name} of a constant for each channel: give an example batch")
         if name in ("truediv", "div") and isinstance(args[1], int | float | Tensor):
             return FUNCTIONS["mul"](self.builder, args[0], 1 / args[1])
         if name not in FUNCTIONS:

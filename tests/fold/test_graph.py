@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from small_nets import TOLERANCE, Sum, conv, error, moved, noise
+from small_nets import TOLERANCE, Lambda, Sum, conv, error, moved, noise
 from torch import nn
 from torch.nn import functional as F
 
@@ -157,6 +157,10 @@ REFUSED = {
     "control flow": (Branching(), r"cannot be traced, .*control flow"),
     "an overwritten value": (Overwritten(), r"overwrites a value that 1 others read"),
     "reflection": (nn.Sequential(conv(padding_mode="reflect")), r"0 \(Conv2d: padding with reflect"),
+    "one channel that becomes four": (
+        Lambda(lambda x, a: a(x) * torch.arange(1.0, 5).view(4, 1, 1), conv(4, 1)),
+        r"mul of a constant that gives a value more channels or pixels",
+    ),
     "a scale for each column": (Columns(), r"constants of shape \[6\] that are not one for each channel"),
     "reflection as a layer": (nn.Sequential(nn.ReflectionPad2d(1)), r"0 \(ReflectionPad2d\)"),
     "padding that cuts off": (nn.Sequential(nn.ZeroPad2d((1, -1, 0, 0))), r"0 \(ZeroPad2d: padding with anything but"),
@@ -220,6 +224,13 @@ def test_an_even_kernel_is_padded_more_at_its_end():
 def test_branches_that_become_one_keep_the_name_of_the_larger():
     for branches, name in (((conv(), conv(size=1)), "branches.0"), ((conv(size=1), conv()), "branches.1")):
         assert fold(moved(Sum(*branches)), noise(*X)).graph.nodes[1].name == name
+
+
+def test_a_constant_for_each_channel_needs_an_example():
+    net = Lambda(lambda x, a: a(x) * torch.arange(1.0, 5).view(4, 1, 1), conv()).eval()
+    with pytest.raises(TypeError, match=r"mul of a constant for each channel: give an example batch"):
+        fold(net)
+    assert fold(net, noise(*X)).graph.count("conv") == 1
 
 
 class Halved(nn.Module):

@@ -121,6 +121,11 @@ rows(
         (2, 4, 3, 1),
         {"relu": 1, "flatten": 1, "linear": 1},
     ),
+    not_into_a_matrix_of_rows=(
+        chain(nn.ReLU(), NCReLU(), nn.Linear(6, 3)),
+        (2, 4, 6),
+        {"relu": 1, "ncrelu": 1, "linear": 1},
+    ),
     not_through_an_activation=(
         chain(nn.ReLU(), NCReLU(), nn.Sigmoid(), conv(8)),
         X,
