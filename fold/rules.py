@@ -76,10 +76,7 @@ def _apply(graph: Graph, rewrite: Rewrite) -> Graph:
     nodes: list[Node] = []
     for node in graph.nodes:
         for part in rewrite.nodes if node.name == rewrite.old else () if node.name in taken_in else (node,):
-            # The new node still reads what the old one's name stands for, if that is its own source.
-            inputs = tuple(
-                instead.get(name, name) if name != rewrite.old or part is node else name for name in part.inputs
-            )
+            inputs = tuple(instead.get(name, name) for name in part.inputs)
             nodes.append(part if inputs == part.inputs else replace(part, inputs=inputs))
     last = graph.nodes[-1].name
     read = {instead.get(last, last)}
