@@ -1,8 +1,5 @@
 """From a graph to named layers: a chain, with sums of two branches, as an `nn.Sequential`."""
 
-# pyright: basic, reportPrivateUsage=false, reportArgumentType=false
-# Layers and traced values have no types that a checker could follow.
-
 from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
@@ -11,6 +8,7 @@ from fold.nodes import Graph, Node, run
 from train.layers import NCReLU, Normalize, Residual
 
 Layers = list[tuple[str, nn.Module]]
+CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 class Operation(nn.Module):
@@ -144,8 +142,7 @@ def _square(node: Node) -> bool:
 
 def _convolution(node: Node) -> nn.Module:
     how, weight = node.attributes, node.tensors["weight"]
-    make: Callable[..., nn.Module] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[weight.dim() - 3]
-    layer = make(
+    layer = CONVOLUTIONS[weight.dim()](
         weight.shape[1] * how["groups"],
         weight.shape[0],
         tuple(weight.shape[2:]),

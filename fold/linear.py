@@ -91,15 +91,11 @@ def added(one: Linear, other: Linear) -> Linear | str:
     """W1 ⊙ x + W2 ⊙ x as one map, or what is in the way."""
     num_in = one.num_in or other.num_in
     one, other = _sized(one, num_in), _sized(other, num_in)
-    if len(one.weight) != len(other.weight) or one.num_in != other.num_in or len(one.kernel) != len(other.kernel):
-        return f"{one.num_in} to {len(one.weight)} channels beside {other.num_in} to {len(other.weight)}"
+    if len(one.weight) != len(other.weight):
+        return f"{len(one.weight)} channels beside {len(other.weight)}"
     if one.stride != other.stride:
-        what = (
-            "identity"
-            if prod(min(one.kernel, other.kernel) or (1,)) == 1
-            else f"stride {min(one.stride, other.stride)}"
-        )
-        return f"stride {_largest(one.stride, other.stride)} beside {what}"
+        slow, fast = sorted((one, other), key=lambda part: part.stride)
+        return f"{_stride(fast)} beside {_stride(slow)}"
     if _outputs(one) != _outputs(other):
         return "their outputs have different sizes"
     groups = gcd(one.groups, other.groups)
@@ -181,7 +177,7 @@ def _undilated(linear: Linear) -> Linear:
 
 
 def _aligned_sum(one: Linear, other: Linear) -> Linear:
-    """The sum of kernels whose taps lie on one grid; the window covers both."""
+    """The sum of kernels whose taps lie on one grid; the window covers both. Named after the larger one."""
     largest = one if one.weight.numel() >= other.weight.numel() else other
     befores, afters = ([max(a[end], b[end]) for a, b in zip(one.padding, other.padding, strict=True)] for end in (0, 1))
     sizes = [
@@ -196,8 +192,13 @@ def _aligned_sum(one: Linear, other: Linear) -> Linear:
         window = tuple(slice(start, start + size) for start, size in zip(starts, part.kernel, strict=True))
         weight[(slice(None), slice(None), *window)] += part.weight
     padding = tuple(zip(befores, afters, strict=True))
-    return replace(largest, weight=weight, bias=one.bias + other.bias, padding=padding, source=one.source)
+    return replace(largest, weight=weight, bias=one.bias + other.bias, padding=padding)
 
 
-def _largest(*strides: tuple[int, ...]) -> int:
-    return max(size for stride in strides for size in stride)
+def _stride(linear: Linear) -> str:
+    return "identity" if linear.name == linear.source else f"stride {_short(linear.stride)}"
+
+
+def _short(sizes: tuple[int, ...]) -> str:
+    """2 for (2, 2), else 2x1."""
+    return str(sizes[0]) if len({*sizes}) == 1 else "x".join(map(str, sizes))

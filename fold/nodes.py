@@ -3,12 +3,9 @@
 fold/tracing.py makes a graph of a net, fold/rules.py simplifies it, fold/graph.py runs it.
 """
 
-# pyright: basic
-# Operations take what the graph says, as many inputs as each has.
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -149,6 +146,8 @@ def rank_after(node: Node, ranks: Mapping[str, int | None]) -> int | None:
             return node.tensors["weight"].dim()
         case "max_pool" | "avg_pool":
             return len(node.attributes["size"]) + 2
+        case "pad":
+            return len(node.attributes["padding"]) + 2
         case "flatten":
             return 2
         case "affine" if "rank" in node.attributes:
@@ -159,7 +158,7 @@ def rank_after(node: Node, ranks: Mapping[str, int | None]) -> int | None:
 
 def run(node: Node, inputs: Sequence[Tensor]) -> Tensor:
     """What a node makes of its inputs."""
-    return OPERATIONS[node.op](node, *inputs)
+    return JOINS[node.op](inputs) if node.op in JOINS else MAPS[node.op](node, *inputs)
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
@@ -198,22 +197,19 @@ def _avg_pool(node: Node, x: Tensor) -> Tensor:
     return pool(x, how["size"], how["stride"], how["padding"], how["ceil"], how["count_padding"])
 
 
-def _add(node: Node, *inputs: Tensor) -> Tensor:
-    total = inputs[0]
-    for value in inputs[1:]:
-        total = total + value
-    return total
-
-
-OPERATIONS: dict[str, Callable[..., Tensor]] = {
+# Of several inputs.
+JOINS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
+    "add": lambda inputs: reduce(torch.add, inputs),
+    "mul": lambda inputs: reduce(torch.mul, inputs),
+    "cat": lambda inputs: torch.cat(list(inputs), dim=1),
+}
+# Of one.
+MAPS: dict[str, Callable[[Node, Tensor], Tensor]] = {
     "input": lambda node, x: x,
     "normalize": _normalize,
     "conv": _conv,
     "linear": lambda node, x: F.linear(x, node.tensors["weight"], node.tensors["bias"]),
     "affine": lambda node, x: per_channel(node.tensors["scale"], x) * x + per_channel(node.tensors["shift"], x),
-    "add": _add,
-    "mul": lambda node, x, y: x * y,
-    "cat": lambda node, *inputs: torch.cat(inputs, dim=1),
     "slice": lambda node, x: x[:, node.attributes["start"] : node.attributes["stop"]],
     "pad": lambda node, x: _padded(x, node.attributes["padding"]),
     "relu": lambda node, x: F.relu(x),
@@ -231,6 +227,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "global_pool": lambda node, x: x.mean(dim=list(range(2, x.dim())), keepdim=True),
     "flatten": lambda node, x: x.flatten(1),
 }
+OPERATIONS = (*MAPS, *JOINS)
 TENSORS = {
     "normalize": ("offset", "scale"),
     "conv": ("weight", "bias"),

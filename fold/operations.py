@@ -1,8 +1,5 @@
 """What PyTorch's layers and functions are in a graph. Each takes the arguments of its namesake."""
 
-# pyright: basic, reportPrivateUsage=false
-# Layers and traced values have no types that a checker could follow.
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -133,13 +130,15 @@ def sub(b: Builder, input: Any, other: Any, alpha: float = 1) -> Any:
     return add(b, input, combine(b, "mul", other, -1.0) if isinstance(other, Ref) else -other, alpha)
 
 
+def multiply(b: Builder, input: Any, other: Any) -> Any:
+    return combine(b, "mul", input, other)
+
+
 def combine(b: Builder, op: str, left: Any, right: Any) -> Any:
     """A sum or a product of two traced values, or of one with constants per channel."""
     if isinstance(left, Ref) and isinstance(right, Ref):
         return b.add(op, left, right)
     value, constant = (left, right) if isinstance(left, Ref) else (right, left)
-    if op == "add" and isinstance(constant, int | float) and constant == 0:  # sum() begins with 0 +
-        return value
     values = channel_constants(b, value, constant)
     scale, shift = (values, torch.zeros_like(values)) if op == "mul" else (torch.ones_like(values), values)
     return b.add("affine", value, tensors={"scale": scale, "shift": shift})
@@ -174,7 +173,7 @@ def max_pool(
     if return_indices:
         raise NotListed("max-pooling that returns indices")
     size = each(kernel_size, dims)
-    how = {"padding": each(padding, dims), "dilation": each(dilation, dims), "ceil": bool(ceil_mode)}
+    how: dict[str, Any] = {"padding": each(padding, dims), "dilation": each(dilation, dims), "ceil": bool(ceil_mode)}
     return b.add("max_pool", input, size=size, stride=each(stride, dims) if stride else size, **how)
 
 
@@ -192,7 +191,11 @@ def avg_pool(
     if divisor_override is not None:
         raise NotListed("average pooling with a divisor of its own")
     size = each(kernel_size, dims)
-    how = {"padding": each(padding, dims), "ceil": bool(ceil_mode), "count_padding": bool(count_include_pad)}
+    how: dict[str, Any] = {
+        "padding": each(padding, dims),
+        "ceil": bool(ceil_mode),
+        "count_padding": bool(count_include_pad),
+    }
     return b.add("avg_pool", input, size=size, stride=each(stride, dims) if stride else size, **how)
 
 
@@ -229,7 +232,9 @@ def cat(b: Builder, tensors: Sequence[Any], dim: int = 0) -> Ref:
 
 def pad(b: Builder, input: Ref, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Ref:
     rank, ends = b.rank(input), [int(end) for end in pad]
-    if mode != "constant" or value not in (None, 0) or rank is None or len(ends) > 2 * (rank - 2) or min(ends) < 0:
+    if rank is None:
+        raise NotListed("padding of an open number of dimensions: give an example batch")
+    if mode != "constant" or value not in (None, 0) or len(ends) > 2 * (rank - 2) or min(ends) < 0:
         raise NotListed("padding with anything but zeros around an image")
     if not any(ends):
         return input
@@ -239,18 +244,20 @@ def pad(b: Builder, input: Ref, pad: Sequence[int], mode: str = "constant", valu
 
 
 def getitem(b: Builder, input: Ref, index: Any) -> Ref:
-    whole = slice(None)
-    match index:
-        case (first, slice(start=start, stop=stop, step=None), *rest) if first == whole and all(
-            part in (whole, Ellipsis) for part in rest
-        ):
-            return b.add("slice", input, start=start or 0, stop=stop)
-        case _:
-            raise NotListed(f"indexing with {index}: of channels alone")
+    batch, channels, *rest = cast("tuple[Any, ...]", index) if isinstance(index, tuple) else (index, None)
+    channels = cast("slice[Any, Any, Any] | None", channels)
+    whole = batch == slice(None) and all(part in (slice(None), Ellipsis) for part in rest)
+    if not whole or not isinstance(channels, slice) or channels.step is not None:
+        raise NotListed(f"indexing with {index}: of channels alone")
+    return b.add("slice", input, start=channels.start or 0, stop=channels.stop)
 
 
 def hardtanh(b: Builder, input: Ref, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Ref:
     return b.add("clip", input, low=float(min_val), high=float(max_val))
+
+
+def relu6(b: Builder, input: Ref, inplace: bool = False) -> Ref:
+    return hardtanh(b, input, 0.0, 6.0)
 
 
 def leaky_relu(b: Builder, input: Ref, negative_slope: float = 0.01, inplace: bool = False) -> Ref:
@@ -259,6 +266,10 @@ def leaky_relu(b: Builder, input: Ref, negative_slope: float = 0.01, inplace: bo
 
 def gelu(b: Builder, input: Ref, approximate: str = "none") -> Ref:
     return b.add("gelu", input, approximate=approximate)
+
+
+def ncrelu(b: Builder, x: Ref, dims: int | None = None) -> Ref:
+    return b.add("ncrelu", x)
 
 
 def unchanged(b: Builder, input: Ref, *args: Any, **how: Any) -> Ref:
@@ -279,7 +290,10 @@ def elementwise(op: str) -> Callable[..., Ref]:
 
 
 def by_dims(function: Callable[..., Ref], dims: int) -> Callable[..., Ref]:
-    return lambda b, *args, **how: function(b, dims, *args, **how)
+    def write(b: Builder, *args: Any, **how: Any) -> Ref:
+        return function(b, dims, *args, **how)
+
+    return write
 
 
 ELEMENTWISE = ("relu", "silu", "sigmoid", "hardswish", "hardsigmoid", "tanh")
@@ -290,7 +304,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"avg_pool{dims}d": by_dims(avg_pool, dims) for dims in (1, 2, 3)},
     **{f"adaptive_avg_pool{dims}d": by_dims(adaptive_avg_pool, dims) for dims in (1, 2, 3)},
     **dict.fromkeys(("add", "iadd"), add),
-    **dict.fromkeys(("mul", "imul"), lambda b, x, y: combine(b, "mul", x, y)),
+    **dict.fromkeys(("mul", "imul"), multiply),
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     **dict.fromkeys(("contiguous", "clone", "detach"), unchanged),
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), dropout),
@@ -301,11 +315,11 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "flatten": flatten,
     "pad": pad,
     "getitem": getitem,
-    "relu6": lambda b, input, inplace=False: hardtanh(b, input, 0.0, 6.0),
+    "relu6": relu6,
     "hardtanh": hardtanh,
     "leaky_relu": leaky_relu,
     "gelu": gelu,
-    "ncrelu": lambda b, x, dims=None: b.add("ncrelu", x),
+    "ncrelu": ncrelu,
 }
 
 
@@ -348,6 +362,10 @@ def normalize_layer(b: Builder, layer: Normalize, x: Ref) -> Ref:
     return b.add("normalize", x, tensors={"offset": double(layer.offset), "scale": double(layer.scale)})
 
 
+def zero_pad_layer(b: Builder, layer: Any, x: Ref) -> Ref:
+    return pad(b, x, layer.padding)
+
+
 def dropout_layer(b: Builder, layer: Any, x: Ref) -> Ref:
     return dropout(b, x, layer.p, layer.training)
 
@@ -357,6 +375,7 @@ LAYERS: dict[type[nn.Module], Callable[[Builder, Any, Ref], Ref]] = {
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), batch_norm_layer),
     **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), pool_layer),
     **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), pool_layer),
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), zero_pad_layer),
     **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), dropout_layer),
     nn.Linear: lambda b, layer, x: linear(b, x, layer.weight, layer.bias),
     nn.Identity: lambda b, layer, x: x,

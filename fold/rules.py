@@ -5,9 +5,6 @@ others, or a `Blocked` with the reason, or None where its pattern is not there. 
 them until none applies.
 """
 
-# pyright: basic, reportPrivateUsage=false
-# Layers and traced values have no types that a checker could follow.
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -39,6 +36,7 @@ class Blocked:
 
 
 Outcome = Rewrite | Blocked | None
+LINEAR = ("conv", "linear")
 # Max-pools, means and flattening keep each channel's sign and place.
 KEEP_CHANNELS = ("max_pool", "avg_pool", "global_pool", "flatten", "relu")
 
@@ -78,10 +76,7 @@ def _apply(graph: Graph, rewrite: Rewrite) -> Graph:
     nodes: list[Node] = []
     for node in graph.nodes:
         for part in rewrite.nodes if node.name == rewrite.old else () if node.name in taken_in else (node,):
-            # The new node still reads what the old one's name stands for, if that is its own source.
-            inputs = tuple(
-                instead.get(name, name) if name != rewrite.old or part is node else name for name in part.inputs
-            )
+            inputs = tuple(instead.get(name, name) for name in part.inputs)
             nodes.append(part if inputs == part.inputs else replace(part, inputs=inputs))
     last = graph.nodes[-1].name
     read = {instead.get(last, last)}
@@ -91,29 +86,22 @@ def _apply(graph: Graph, rewrite: Rewrite) -> Graph:
     return replace(graph, nodes=tuple(node for node in nodes if node.name in read))
 
 
-def _alone(graph: Graph, name: str) -> bool:
-    """Whether a node has one reader, and is not the output."""
-    return len(graph.readers(name)) == 1 and graph.nodes[-1].name != name
-
-
 def affine_of_affine(graph: Graph, node: Node) -> Outcome:
     """s2 (s1 x + t1) + t2 = (s2 s1) x + (s2 t1 + t2)."""
-    if node.op != "affine" or graph[node.inputs[0]].op != "affine" or not _alone(graph, node.inputs[0]):
-        return None
-    first = graph[node.inputs[0]]
+    first = _before(graph, node, ("affine",), ("affine",))
+    if not isinstance(first, Node):
+        return first
     (s1, t1), (s2, t2) = (_scale_shift(part) for part in (first, node))
     return Rewrite(node.name, (replace(node, inputs=first.inputs, tensors={"scale": s2 * s1, "shift": s2 * t1 + t2}),))
 
 
 def affine_after_linear(graph: Graph, node: Node) -> Outcome:
     """s (W ⊙ x + c) + t = (s W) ⊙ x + (s c + t): batch norm and scaling after a convolution or a matrix."""
-    before = graph[node.inputs[0]] if node.inputs else node
-    if node.op != "affine" or before.op not in ("conv", "linear"):
-        return None
-    if not _alone(graph, before.name):
-        return Blocked(f"not merged into {before.name}, which {len(graph.readers(before.name))} read")
+    before = _before(graph, node, ("affine",), LINEAR)
+    if not isinstance(before, Node):
+        return before
     if before.op == "linear" and graph.rank(before.name) != 2:
-        return Blocked(f"not merged into {before.name}: its channels are not known to be the matrix's rows")
+        return _not_merged(before, "its channels are not known to be the matrix's rows")
     weight, bias = before.tensors["weight"], before.tensors["bias"]
     if not weight.is_meta:
         scale, shift = _scale_shift(node)
@@ -124,34 +112,31 @@ def affine_after_linear(graph: Graph, node: Node) -> Outcome:
 
 def affine_before_linear(graph: Graph, node: Node) -> Outcome:
     """W ⊙ (s x + t) + c = (W s) ⊙ x + (Σ W t + c), where no zeros are padded beside t."""
-    before = graph[node.inputs[0]] if node.inputs else node
-    if node.op not in ("conv", "linear") or before.op != "affine":
-        return None
-    if not _alone(graph, before.name):
-        return Blocked(f"{before.name} not merged: {len(graph.readers(before.name))} nodes read it")
+    before = _before(graph, node, LINEAR, ("affine",))
+    if not isinstance(before, Node):
+        return before
     if node.op == "linear" and graph.rank(before.name) != 2:
-        return Blocked(f"{before.name} not merged: its channels are not known to be the matrix's columns")
+        return _not_merged(before, "its channels are not known to be the matrix's columns")
     scale, shift = _scale_shift(before)
     if not scale.is_meta and shift.any() and any(map(any, node.attributes.get("padding", ()))):
-        return Blocked(f"{before.name} not merged: its shift is missing in the zeros that are padded")
+        return _not_merged(before, "its shift is missing in the zeros that are padded")
     weight, bias = node.tensors["weight"], node.tensors["bias"]
     if not weight.is_meta:
-        groups = node.attributes.get("groups", 1)
-        of_inputs = (part.expand(weight.shape[1] * groups) for part in (scale, shift))
+        groups, num_in = node.attributes.get("groups", 1), weight.shape[1]
         # [G, 1, N_i / G, 1...] beside filters [G, N_o / G, N_i / G, ...]
-        shape = (groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
-        filters = weight.unflatten(0, (groups, -1))
-        s, t = (part.reshape(shape) for part in of_inputs)
+        filters = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
+        shape = (groups, 1, num_in, *[1] * (weight.dim() - 2))
+        s, t = (part.expand(num_in * groups).reshape(shape) for part in (scale, shift))
         bias = bias + (filters * t).flatten(2).sum(2).flatten()
-        weight = (filters * s).flatten(0, 1)
+        weight = (filters * s).reshape(weight.shape)
     return Rewrite(node.name, (replace(node, inputs=before.inputs, tensors={"weight": weight, "bias": bias}),))
 
 
 def pad_before_convolution(graph: Graph, node: Node) -> Outcome:
     """Zeros around x, then a convolution with zeros around that: a convolution with both."""
-    before = graph[node.inputs[0]] if node.inputs else node
-    if node.op != "conv" or before.op != "pad" or not _alone(graph, before.name):
+    if node.op != "conv" or graph[node.inputs[0]].op != "pad":
         return None
+    before = graph[node.inputs[0]]
     pairs = zip(node.attributes["padding"], before.attributes["padding"], strict=True)
     padding = [[a + b for a, b in zip(own, added, strict=True)] for own, added in pairs]
     attributes = {**node.attributes, "padding": padding}
@@ -236,14 +221,12 @@ def _map(graph: Graph, node: Node) -> Linear | None:
 
 def linear_of_linear(graph: Graph, node: Node) -> Outcome:
     """W2 ⊙ (W1 ⊙ x + c1) + c2 = (W2 W1) ⊙ x + (Σ W2 c1 + c2), where one of the kernels is 1x1."""
-    before = graph[node.inputs[0]] if node.inputs else node
-    if node.op not in ("conv", "linear") or before.op != node.op:
-        return None
-    if not _alone(graph, before.name):
-        return Blocked(f"not merged with {before.name}, which {len(graph.readers(before.name))} read")
+    before = _before(graph, node, LINEAR, (node.op,))
+    if not isinstance(before, Node):
+        return before
     merged = chained(of_node(before), of_node(node))
     if isinstance(merged, str):
-        return Blocked(f"not merged with {before.name}: {merged}")
+        return _not_merged(before, merged)
     return Rewrite(node.name, (to_node(merged, equals=node.origin),))
 
 
@@ -256,7 +239,7 @@ def relu_of_nonnegative(graph: Graph, node: Node) -> Outcome:
 
 def zero_half(graph: Graph, node: Node) -> Outcome:
     """[W1 W2] ⊙ NCReLU(x) = W1 ⊙ x where x ≥ 0: min(x, 0) is zero, through pools as well (eq. 9, 10)."""
-    if node.op not in ("conv", "linear"):
+    if node.op not in LINEAR or (node.op == "linear" and graph.rank(node.name) != 2):  # whose columns are channels
         return None
     above = node.inputs[0]
     while graph[above].op in KEEP_CHANNELS and _alone(graph, above):
@@ -274,12 +257,11 @@ def zero_half(graph: Graph, node: Node) -> Outcome:
 
 
 def no_operation(graph: Graph, node: Node) -> Outcome:
-    """1 x + 0 = x; flattening what is flat."""
-    if node.op == "affine":
-        scale, shift = _scale_shift(node)
-        if not scale.is_meta and not shift.any() and torch.equal(scale, torch.ones_like(scale)):
-            return Rewrite(node.name, source=node.inputs[0])
-    return None
+    """1 x + 0 = x."""
+    if node.op != "affine" or node.tensors["scale"].is_meta:
+        return None
+    scale, shift = _scale_shift(node)
+    return None if (scale != 1).any() or shift.any() else Rewrite(node.name, source=node.inputs[0])
 
 
 def depthwise_point(graph: Graph, node: Node) -> Outcome:
@@ -327,6 +309,22 @@ def is_nonnegative(graph: Graph, name: str) -> bool:
             return is_nonnegative(graph, node.inputs[0])
         case _:
             return False
+
+
+def _alone(graph: Graph, name: str) -> bool:
+    return len(graph.readers(name)) == 1
+
+
+def _before(graph: Graph, node: Node, ops: Sequence[str], before: Sequence[str]) -> Node | Blocked | None:
+    """What a node of one of `ops` reads, where that is one of `before`, and nobody else reads it."""
+    if node.op not in ops or graph[node.inputs[0]].op not in before:
+        return None
+    found = graph[node.inputs[0]]
+    return found if _alone(graph, found.name) else _not_merged(found, f"{len(graph.readers(found.name))} nodes read it")
+
+
+def _not_merged(before: Node, reason: str) -> Blocked:
+    return Blocked(f"not merged with {before.name}: {reason}")
 
 
 def _scale_shift(node: Node) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,6 @@ batch stays open, and no input is needed. torch.export takes such layers apart i
 fixes shapes, and needs ten times as long.
 """
 
-# pyright: basic, reportPrivateUsage=false
-# Layers and traced values have no types that a checker could follow.
-
 import operator
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -25,6 +22,10 @@ from train.layers import ncrelu
 VIEWS = ("view", "reshape")
 # What may compute with shapes; the results must end in views or assertions.
 OF_SHAPES = ("size", "getattr", "getitem", "dim", "eq", "ne", "gt", "lt", "ge", "le", "mul", "add", "sub", "floordiv")
+
+
+# What may give a value the larger shape of a constant beside it.
+SPREADING = ("add", "iadd", "sub", "mul", "imul", "div", "truediv")
 
 
 class Tracer(fx.Tracer):
@@ -65,7 +66,7 @@ def trace(net: nn.Module, example: Tensor | None = None) -> Graph:
 
 def trace_module(net: nn.Module) -> fx.GraphModule:
     """The net as fx sees it; its nodes are where `Graph.nodes` come from."""
-    tracer = Tracer()
+    tracer = Tracer(autowrap_functions=(ncrelu,))  # under whatever name a module imported it
     try:
         with torch.no_grad():
             return fx.GraphModule(net, tracer.trace(net))
@@ -155,6 +156,10 @@ class _Walk:
             return self._view(node, args[0])
         if any(source in self.of_shapes for source in sources):
             raise NotListed(f"{name} computes with the batch's shape")
+        if name in SPREADING and len(sources) == 1 and shape != self.shapes.get(sources[0].name):
+            raise NotListed(f"{name} of a constant that gives a value more channels or pixels")
+        if name in SPREADING and shape is None and any(isinstance(part, Tensor) and part.numel() > 1 for part in args):
+            raise NotListed(f"{name} of a constant for each channel: give an example batch")
         if name in ("truediv", "div") and isinstance(args[1], int | float | Tensor):
             return FUNCTIONS["mul"](self.builder, args[0], 1 / args[1])
         if name not in FUNCTIONS:
@@ -225,7 +230,7 @@ def _path(node: fx.Node) -> str:
     """Where in the user's net a node belongs: its layer, or the module whose forward calls it."""
     if node.op == "call_module":
         return str(node.target)
-    stack = node.meta.get("nn_module_stack") or {}
+    stack: dict[Any, tuple[Any, Any]] = node.meta.get("nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]
     return paths[-1] if paths else ""
 
@@ -263,14 +268,15 @@ def _refuse_late_inplace(node: fx.Node, *, changed: bool) -> None:
 
 def _refuse_hooks(net: nn.Module) -> None:
     """Hooks and forwards of one instance run beside the trace: they would be left out in silence."""
+    modules = cast("list[tuple[str, Any]]", list(net.named_modules()))  # pyright: ignore[reportUnknownArgumentType]
     found = [
         name or "the net"
-        for name, module in net.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)  # pyright: ignore[reportPrivateUsage]  # no public way to ask
+        for name, module in modules
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     ]
     if found:
         raise TypeError(f"cannot be folded: {', '.join(found)} have hooks or a forward of their own; remove them first")
-    training = [name for name, module in net.named_modules() if _depends_on_mode(module) and module.training]
+    training = [name for name, module in modules if _depends_on_mode(module) and module.training]
     if training:
         raise TypeError(f"cannot be folded: {', '.join(training[:5])} in training mode; call net.eval() first")
 

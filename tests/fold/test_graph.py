@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from small_nets import TOLERANCE, Lambda, Sum, conv, error, moved, noise
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,38 +13,6 @@ from fold.nodes import Graph
 from fold.plain import fold_net
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, ncrelu
 from train.refusal import Refusal
-
-# Folding reorders some hundred roundings of 2^-53 for each output.
-TOLERANCE = 1e-13
-
-
-def moved(net, seed=0):
-    torch.manual_seed(seed)
-    for name, tensor in net.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.uniform_(0.5, 2)
-        elif tensor.is_floating_point() and tensor.dim() < 2:
-            tensor.normal_(0.3, 0.8)
-    return net.double().eval()
-
-
-def noise(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).double()
-
-
-def error(net, plain, x):
-    with torch.no_grad():
-        expected = net(x)
-        return ((plain(x) - expected).abs().max() / expected.abs().max()).item()
-
-
-class Sum(nn.Module):
-    def __init__(self, *branches):
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
-
-    def forward(self, x):
-        return sum(branch(x) for branch in self.branches)
 
 
 class PlusBody(nn.Module):
@@ -89,10 +58,6 @@ class Overwritten(nn.Module):
         return z * 2 + y
 
 
-def conv(num_in=4, num_out=4, size=3, **how):
-    return nn.Conv2d(num_in, num_out, size, padding=size // 2, **how)
-
-
 X = (2, 4, 7, 6)
 RIGHT = {
     "x + f(x) in a forward": (PlusBody(), X),
@@ -130,8 +95,6 @@ RIGHT = {
     "strided branches": (Sum(conv(stride=2), conv(size=1, stride=2)), X),
     "zeros on two sides": (nn.Sequential(nn.ZeroPad2d((1, 2, 0, 1)), nn.Conv2d(4, 4, 3, padding="same")), X),
 }
-# Their nodes are not listed; found and refused by name.
-UNLISTED = ("zeros on two sides",)
 MERGED = {
     "branches of other sizes": 1,
     "depthwise beside dense": 1,
@@ -153,7 +116,7 @@ def test_a_1x1_convolution_takes_the_stride_of_a_pool_that_only_leaves_pixels_ou
     assert [(node.op, node.attributes["stride"]) for node in graph.nodes if node.op != "input"] == [("conv", [4, 4])]
 
 
-@pytest.mark.parametrize("name", [name for name in RIGHT if name not in UNLISTED])
+@pytest.mark.parametrize("name", RIGHT)
 def test_any_net_folds_to_its_own_outputs(name):
     net, shape = RIGHT[name]
     net = moved(net)
@@ -172,6 +135,11 @@ def test_chains_fold_to_layers_without_an_example(name):
 def test_a_net_that_is_no_chain_is_refused_as_layers():
     with pytest.raises(TypeError, match=r"no chain of layers: .*\(add\)"):
         fold_net(moved(PlusBody()))
+
+
+class Columns(nn.Module):
+    def forward(self, x):
+        return x * torch.arange(6.0)
 
 
 def hooked():
@@ -226,7 +194,18 @@ REFUSED = {
     "control flow": (Branching(), r"cannot be traced, .*control flow"),
     "an overwritten value": (Overwritten(), r"overwrites a value that 1 others read"),
     "reflection": (nn.Sequential(conv(padding_mode="reflect")), r"0 \(Conv2d: padding with reflect"),
-    "a layer that is not listed": (nn.Sequential(nn.ZeroPad2d(1)), r"0 \(ZeroPad2d\)"),
+    "one channel that becomes four": (
+        Lambda(lambda x, a: a(x) * torch.arange(1.0, 5).view(4, 1, 1), conv(4, 1)),
+        r"mul of a constant that gives a value more channels or pixels",
+    ),
+    "rows of an image": (Lambda(lambda x: x[:, 1:3, 0:2]), r"indexing with \(slice.* of channels alone"),
+    "images of a batch": (Lambda(lambda x: x[0:1, 1:3]), r"indexing with \(slice.* of channels alone"),
+    "every second channel": (Lambda(lambda x: x[:, ::2]), r"indexing with \(slice.* of channels alone"),
+    "a new dimension": (Lambda(lambda x: x[:, 1:3, None]), r"indexing with \(slice.* of channels alone"),
+    "one channel": (Lambda(lambda x: x[:, 1]), r"indexing with \(slice.* of channels alone"),
+    "a scale for each column": (Columns(), r"constants of shape \[6\] that are not one for each channel"),
+    "reflection as a layer": (nn.Sequential(nn.ReflectionPad2d(1)), r"0 \(ReflectionPad2d\)"),
+    "padding that cuts off": (nn.Sequential(nn.ZeroPad2d((1, -1, 0, 0))), r"0 \(ZeroPad2d: padding with anything but"),
 }
 
 
@@ -274,3 +253,60 @@ def test_ncrelu_is_traced_as_one_node_and_takes_an_image_without_its_batch():
     assert torch.equal(NCReLU(dims=2)(image), NCReLU()(image[None])[0])
     with pytest.raises(Refusal, match=r"takes \[C, \.\.\.\] or \[N, C, \.\.\.\]"):
         NCReLU(dims=2)(noise(4, 5))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+def test_an_even_kernel_is_padded_more_at_its_end():
+    net = moved(nn.Sequential(nn.Conv2d(4, 4, (4, 2), padding="same"), nn.BatchNorm2d(4)))
+    plain = fold(net, noise(*X))
+    assert plain.graph.nodes[1].attributes["padding"] == [[1, 2], [0, 1]]
+    assert error(net, plain, noise(*X)) < TOLERANCE
+
+
+def test_branches_that_become_one_keep_the_name_of_the_larger():
+    for branches, name in (((conv(), conv(size=1)), "branches.0"), ((conv(size=1), conv()), "branches.1")):
+        assert fold(moved(Sum(*branches)), noise(*X)).graph.nodes[1].name == name
+
+
+def test_a_constant_for_each_channel_needs_an_example():
+    net = Lambda(lambda x, a: a(x) * torch.arange(1.0, 5).view(4, 1, 1), conv()).eval()
+    with pytest.raises(TypeError, match=r"mul of a constant for each channel: give an example batch"):
+        fold(net)
+    assert fold(net, noise(*X)).graph.count("conv") == 1
+
+
+class Halved(nn.Module):
+    """Calls the function, imported by its name, as a forward of somebody else's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(8)
+
+    def forward(self, x):
+        return self.conv(ncrelu(x, 2))
+
+
+def test_a_function_that_a_forward_imported_is_seen_whole():
+    net = moved(nn.Sequential(Halved(), NCReLU(dims=2), conv(8)))
+    plain = fold(net, noise(*X))
+    assert plain.graph.count("ncrelu") == 2
+    assert error(net, plain, noise(*X)) < TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
+@pytest.mark.parametrize(("dims", "shape"), [(None, X), (2, X), (2, (4, 7, 6)), (1, (4, 9)), (3, (4, 2, 3, 5))])
+def test_ncrelu_is_scripted_and_traced_with_the_outputs_of_equation_9(dims, shape):
+    x = noise(*shape)
+    axis = 1 if len(shape) == 4 and dims in (None, 2) else 0
+    expected = torch.cat([x * (x > 0), x * (x < 0)], dim=axis)
+    layer = NCReLU() if dims is None else NCReLU(dims=dims)
+    for form in (layer, torch.jit.script(layer), torch.jit.trace(layer, x), torch.fx.symbolic_trace(layer)):
+        assert torch.equal(form(x), expected)
+
+
+def test_ncrelu_takes_an_image_for_a_batch_where_nothing_tells_them_apart():
+    """[C, H, W] is [N, C, L] to a layer that does not know its dimensions: the fold asks for a batch."""
+    assert NCReLU()(noise(3, 4, 5)).shape == (3, 8, 5)
+    assert NCReLU(dims=2)(noise(3, 4, 5)).shape == (6, 4, 5)
+    with pytest.raises(TypeError, match=r"2 spatial dimensions reads 3 dimensions: give a batch"):
+        fold(nn.Sequential(conv(3), NCReLU(dims=2)).eval(), noise(3, 4, 5).float())
