@@ -81,7 +81,7 @@ def command(config: FoldConfig) -> int:
     source = _source(config)
     for line in source.said:
         console.print(line, highlight=False)
-    image, beside = source.spec.image, Path(config.net).parent if config.is_checkpoint and config.net else Path()
+    image, beside = source.spec.image, source.beside
     few = {} if config.is_checkpoint else {"num": NUM_RANDOM}
     image_sets = {"random": torch.as_tensor(random_images(image, **few))}
     real, missing = real_images(

@@ -32,6 +32,7 @@ class Source:
     spec: Spec
     training: Mapping[str, Any]  # a checkpoint's config: which images it learnt from; empty where nobody says
     provenance: dict[str, Any]
+    beside: Path  # the folder that the plain file goes to
     traced: Graph | None = None  # of a net that is a graph
     said: tuple[str, ...] = ()  # lines for people
 
@@ -53,7 +54,7 @@ def from_checkpoint(path: Path) -> Source:
     net = load_net(checkpoint)
     record = {"checkpoint_sha256": checkpoint.sha256, "dirac_parameters": count_parameters(net)}
     provenance = {"training": checkpoint.training_record(), "fold": record}
-    return Source(net, fold_net(net), checkpoint.spec, checkpoint.config, provenance)
+    return Source(net, fold_net(net), checkpoint.spec, checkpoint.config, provenance, path.parent)
 
 
 def from_user(net: str | None, timm: str | None, asked: Asked) -> Source:
@@ -89,7 +90,7 @@ def from_made(made: Made, asked: Asked, *, said: tuple[str, ...] = ()) -> Source
     }
     folded = f"{made.name}: {before} convolutions before, {after} after"
     said = (*said, *assumed, folded, *map("not merged: {}".format, plain.graph.blocked))
-    return Source(reference, plain, Spec.of_net(made.name, image, labels), {}, {"fold": record}, traced, said)
+    return Source(reference, plain, Spec.of_net(made.name, image, labels), {}, {"fold": record}, Path(), traced, said)
 
 
 def _image(body: nn.Module, made: Made, asked: Asked) -> tuple[ImageSpec, tuple[str, ...]]:
