@@ -146,7 +146,7 @@ def pad_before_convolution(graph: Graph, node: Node) -> Outcome:
 def subsampling_before_point(graph: Graph, node: Node) -> Outcome:
     """W ⊙ x(s i) = the 1x1 convolution of stride s: a pool of one-pixel windows only leaves pixels out."""
     before = graph[node.inputs[0]] if node.inputs else node
-    if node.op != "conv" or before.op not in ("max_pool", "avg_pool") or not _alone(graph, before.name):
+    if node.op != "conv" or before.op not in ("max_pool", "avg_pool"):
         return None
     how, pool = node.attributes, before.attributes
     one_pixel = prod(pool["size"]) == 1 and not any(pool["padding"])

@@ -32,9 +32,9 @@ class Source:
     spec: Spec
     training: Mapping[str, Any]  # a checkpoint's config: which images it learnt from; empty where nobody says
     provenance: dict[str, Any]
+    beside: Path  # the folder that the plain file goes to
     traced: Graph | None = None  # of a net that is a graph
     said: tuple[str, ...] = ()  # lines for people
-    beside: Path = Path()  # the folder that it came from; of a net that was made, this one
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def from_checkpoint(given: Path) -> Source:
     record = {"checkpoint_sha256": checkpoint.sha256, "dirac_parameters": count_parameters(net)}
     provenance = {"training": checkpoint.training_record(), "fold": record}
     said = (choice,) if choice else ()
-    return Source(net, fold_net(net), checkpoint.spec, checkpoint.config, provenance, said=said, beside=path.parent)
+    return Source(net, fold_net(net), checkpoint.spec, checkpoint.config, provenance, path.parent, said=said)
 
 
 def _choose(given: Path) -> tuple[Path, Checkpoint, str]:
@@ -105,7 +105,7 @@ def from_made(made: Made, asked: Asked, *, said: tuple[str, ...] = ()) -> Source
     }
     folded = f"{made.name}: {before} convolutions before, {after} after"
     said = (*said, *assumed, folded, *map("not merged: {}".format, plain.graph.blocked))
-    return Source(reference, plain, Spec.of_net(made.name, image, labels), {}, {"fold": record}, traced, said)
+    return Source(reference, plain, Spec.of_net(made.name, image, labels), {}, {"fold": record}, Path(), traced, said)
 
 
 def _image(body: nn.Module, made: Made, asked: Asked) -> tuple[ImageSpec, tuple[str, ...]]:

@@ -266,6 +266,20 @@ rows(
     in_front_of_a_matrix=(chain(nn.ZeroPad2d(1), nn.Linear(8, 3)), X, {"pad": 1, "linear": 1}),
 )
 
+rows(
+    "subsampling_before_point",
+    by_the_mean_of_one_pixel=(chain(nn.AvgPool2d(1, 2), conv(size=1, stride=(1, 2), groups=2)), X, {"conv": 1}),
+    in_1_d=(chain(nn.MaxPool1d(1, 3), nn.Conv1d(4, 4, 1)), X1, {"conv": 1}),
+    before_a_kernel=(chain(nn.MaxPool2d(1, 2), conv(padding=0)), X, {"max_pool": 1, "conv": 1}),
+    before_padding=(chain(nn.AvgPool2d(1, 2), conv(size=1, padding=1)), X, {"avg_pool": 1, "conv": 1}),
+    of_more_pixels=(chain(nn.MaxPool2d((1, 2), 2), conv(size=1)), X, {"max_pool": 1, "conv": 1}),
+    read_by_two=(
+        Lambda(lambda x, a: (lambda y: a(y).tanh() + y.tanh())(F.max_pool2d(x, 1, 2)), conv(size=1)),
+        X,
+        {"max_pool": 1, "conv": 1, "tanh": 2, "add": 1},
+    ),
+)
+
 NESTED = (conv(), conv(size=1), conv(groups=2))
 rows(
     "flat_sum",
