@@ -122,10 +122,7 @@ class TrainConfig:
         """The same with the family's form and the recipe's values, for so many images, where none were given."""
         wrn = self.family == "wrn"
         form = self.parameterization or ("plain" if wrn else "dirac")
-        is_tuning = self.init is not None
-        values = asdict(
-            recipe(self.recipe, family=self.family, dataset=self.learnt, num_images=num_images, is_tuning=is_tuning)
-        )
+        values = asdict(recipe(self.recipe, family=self.family, dataset=self.learnt, num_images=num_images))
         values["dataset"] = self.learnt
         values["parameterization"] = form
         values["nonlinearity"] = "relu" if wrn or form == "per-channel" else "ncrelu"

@@ -52,7 +52,6 @@ OURS = Recipe(
 SMALLEST_BATCH = 8  # what batch normalisation needs
 MOST_EPOCHS = 100
 FEW = 2000  # images, below which more augmentation pays
-TUNING_LR = 0.1  # of the rate, for layers that have learnt already
 # 1,438 images of 8x8 pixels: small batches take enough steps.
 OURS_DIGITS = replace(OURS, epochs=12, batch_size=32, lr=0.1)
 # Section 3 takes them from Wide ResNet, the start is section 2's and 3.3's; where both say nothing, the training
@@ -80,15 +79,16 @@ PAPER_CIFAR = Recipe(
 PAPER_IMAGENET = replace(PAPER_CIFAR, epochs=100, batch_size=256, weight_decay=1e-4, schedule="resnet")
 
 
-def recipe(name: str, *, family: str, dataset: str, num_images: int | None = None, is_tuning: bool = False) -> Recipe:
+def recipe(name: str, *, family: str, dataset: str, num_images: int | None = None) -> Recipe:
     """The hyperparameters that `name` ("ours" or "paper") has for a family and a data set.
 
-    Ours follow the number of training images, where it is known, and spare layers that another net has learnt.
+    Ours follow the number of training images, where it is known.
     """
     if name == "paper":
         return PAPER_IMAGENET if family.startswith("imagenet") else PAPER_CIFAR
-    found = OURS_DIGITS if dataset == "digits" else OURS if num_images is None else _for_images(OURS, num_images)
-    return replace(found, lr=TUNING_LR * found.lr) if is_tuning else found
+    if dataset == "digits":
+        return OURS_DIGITS
+    return OURS if num_images is None else _for_images(OURS, num_images)
 
 
 def _for_images(most: Recipe, num: int) -> Recipe:

@@ -188,7 +188,7 @@ def test_images_of_another_kind_do_not_calibrate(plain, tmp_path, capsys):
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / label / f"{index}.png")
     argv = (plain, "--precision", "int8", "--dataset", "folder", "--data-dir", tmp_path)
     assert run(*argv) == 2
-    assert "folder has 8x8x3 images of 2 classes; DiracNet-10-0.5 takes 8x8x1 of 10" in capsys.readouterr().err
+    assert "folder has 8x8x1 images of 2 classes; DiracNet-10-0.5 takes 8x8x1 of 10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

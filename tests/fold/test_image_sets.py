@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,9 @@ def test_real_images_are_the_first_test_images_or_a_reason(tmp_path):
     images, missing = real_images(digits, {"dataset": "digits"}, num=7)
     assert (images.shape, missing) == ((7, 8, 8, 1), "")
     with pytest.raises(Refusal, match="Fashion-MNIST is not in"):
-        real_images(digits, {"dataset": "fashion-mnist"}, num=7, data_dir=tmp_path)
+        real_images(
+            replace(digits, height=28, width=28, resize=28), {"dataset": "fashion-mnist"}, num=7, data_dir=tmp_path
+        )
     gone = {"dataset": "cifar10", "data_dir": str(tmp_path / "gone")}
     reason = f"{tmp_path / 'gone'} is not there any more: name the data set's folder with --data-dir"
     assert real_images(digits, gone, num=7) == (None, reason)
