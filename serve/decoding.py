@@ -71,13 +71,15 @@ class Decoding:
 
     def put(self, job: "Job") -> bool:
         """Queue the images of a job; False where no decoder is needed, but perhaps `decode_rest`."""
-        job.weights = [self._weigh(content, job) for content in job.contents]
-        due = job.accepted + _AGEING * sum(weight.seconds for weight in job.weights if isinstance(weight, Weight))
-        queued = []
-        for index, weight in enumerate(job.weights):
+        due, queued = job.accepted, []
+        for index, content in enumerate(job.contents):
+            weight = self._weigh(content, job)
+            job.weights.append(weight)
             if isinstance(weight, Exception):
                 job.pixels[index] = weight
-            elif not is_light(weight):
+                continue
+            due += _AGEING * weight.seconds
+            if not is_light(weight):
                 queued.append((self._heavy, index))
             elif self._limits.decode_threads:
                 queued.append((self._light, index))
@@ -103,8 +105,8 @@ class Decoding:
 
     def decode_rest(self, job: "Job") -> None:
         """Decode in the thread of the caller what no decoder took."""
-        for index in range(job.num_images):
-            if not job.is_given_up and job.pixels[index] is None:
+        for index, image in enumerate(job.pixels):  # the list that is there now, even if the job is given up meanwhile
+            if image is None:
                 self._decode(job, index, self._decode_here)
 
     def _weigh(self, content: bytes, job: "Job") -> Weight | Exception:
@@ -133,50 +135,44 @@ class Decoding:
         return bool(turn)
 
     def _decode_queued(self, job: "Job", index: int, decode: "_Decode") -> None:
-        if not self._decode(job, index, decode):
-            return
-        with self._lock:
-            job.num_undecoded -= 1
-            is_last = not job.num_undecoded
-        if is_last and not job.is_given_up:
+        if self._decode(job, index, decode, num_queued=1):
             self._on_decoded(job)
 
-    def _decode(self, job: "Job", index: int, decode: "_Decode") -> bool:
-        """Put one image's pixels, or why there are none, in their place; False where it must be queued anew."""
+    def _decode(self, job: "Job", index: int, decode: "_Decode", *, num_queued: int = 0) -> bool:
+        """Put one image's pixels, or why there are none, in their place; whether a queued job now has all of them."""
         me = threading.get_ident()
         with self._lock:
             if job.is_given_up:
-                return True
+                return False
             content, pixels = job.contents[index], job.pixels
             self._in_work[me] = job, len(content)
         start = monotonic()
         try:
-            pixels[index] = decode(content, job, index)
+            image = decode(content, job, index)
         except Exception as error:  # a process that cannot be started, for instance: of this job alone
             _log.exception("an image could not be decoded")
-            pixels[index] = kept(error)
+            image = kept(error)
         end = monotonic()
-        job.decode_s += end - start
         with self._lock:
             _, num_bytes = self._in_work.pop(me)
-            self.given_up_bytes -= job.is_given_up * num_bytes
-            if not isinstance(pixels[index], TookTooLong):
+            if not isinstance(image, TookTooLong):
                 self._last_decoded = end
-        return self._is_done(job, index, pixels)
-
-    def _is_done(self, job: "Job", index: int, pixels: "list[Decoded | None]") -> bool:
-        """Whether an image was what its header said; where it is larger, it is a heavy one."""
-        weight = job.weights[index]
-        if not isinstance(pixels[index], TooManyPixels) or not isinstance(weight, Weight) or not is_light(weight):
-            return True
-        with self._lock:
             if job.is_given_up:
-                return True
-            job.num_undecoded += not self._limits.decode_threads  # else it is still counted
-            pixels[index] = None
-            job.weights[index] = Weight(weight.width, weight.height, self._limits.heavy_bytes, self._limits.decode_s)
+                self.given_up_bytes -= num_bytes
+                return False
+            job.decode_s += end - start
+            if isinstance(image, TooManyPixels) and is_light(job.weights[index]):  # type: ignore[arg-type]
+                self._queue_anew(job, index, is_counted=bool(num_queued))
+                return False
+            pixels[index] = image
+            job.num_undecoded -= num_queued
+            return not job.num_undecoded
+
+    def _queue_anew(self, job: "Job", index: int, *, is_counted: bool) -> None:
+        """An image that is larger than its header said is a heavy one."""
+        job.num_undecoded += not is_counted
+        job.weights[index] = Weight(0, 0, self._limits.heavy_bytes, self._limits.decode_s)
         self._heavy.put(job.accepted + _AGEING * self._limits.decode_s, job, index)
-        return False
 
     def _decode_here(self, content: bytes, job: "Job", index: int) -> Decoded:
         width, height, _, _ = job.weights[index]  # type: ignore[misc]

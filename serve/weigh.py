@@ -18,6 +18,7 @@ MAX_CHUNKS, CHUNK_BYTES = 256, 1024  # of a PNG: so many, and one more for so ma
 MAX_RLE_PIXELS = 4_000_000  # of a BMP whose runs Pillow expands in Python, byte by byte
 _TEXT_BYTES = 2**20  # what Pillow inflates of one compressed text or profile
 _BAND_BYTES = 20 * 2**20  # for conversions in train/image.py, which take as much for each of 2^20 pixels at once
+_PNG = b"\x89PNG\r\n\x1a\n"
 _FEW_BYTES = 4096  # no structure in so few is worth a look
 _ODD_CHUNKS = (b"zTXt", b"iTXt", b"iCCP", b"tEXt", b"eXIf", b"tRNS")
 _CHUNK = struct.Struct(">I4s")
@@ -47,11 +48,15 @@ def weigh(content: bytes, spec: ImageSpec, *, max_pixels: int, max_bytes: int) -
     Raises `TooManyPixels` above either limit, `Refusal` where the structure is out of proportion.
     """
     try:
-        weight = _weigh(content, spec)
+        if len(content) <= _FEW_BYTES and content.startswith(_PNG):
+            weight = _weigh_small_png(content[16:26], spec.channels)
+        else:
+            weight = _weigh(content, spec)
     except (struct.error, IndexError):
         return _NOTHING
     width, height, num_bytes, _ = weight
-    refuse_too_many_pixels(width, height, max_pixels)
+    if width * height > max_pixels:
+        refuse_too_many_pixels(width, height, max_pixels)
     if num_bytes > max_bytes:
         raise TooManyPixels(
             f"the image is {width}x{height} and takes {num_bytes / 1e6:,.0f} MB while it is decoded, over the limit of "
@@ -61,8 +66,8 @@ def weigh(content: bytes, spec: ImageSpec, *, max_pixels: int, max_bytes: int) -
 
 
 def _weigh(content: bytes, spec: ImageSpec) -> Weight:
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _weigh_png(content, spec.channels)
+    if content.startswith(_PNG):
+        return _weigh_png(content[16:26], spec.channels, len(content), *_count_chunks(content))
     if content.startswith(b"\xff\xd8"):
         return _weigh_jpeg(content, spec)
     if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
@@ -76,19 +81,23 @@ def _weigh(content: bytes, spec: ImageSpec) -> Weight:
     return _NOTHING
 
 
-def _weigh_png(content: bytes, channels: int) -> Weight:
-    width, height, depth, colour = struct.unpack_from(">IIBB", content, 16)
-    num_chunks, num_odd = (3, 1) if len(content) <= _FEW_BYTES else _count_chunks(content)
+@lru_cache
+def _weigh_small_png(header: bytes, channels: int) -> Weight:
+    """Of nearly every request to a small model, in a fifth of the time."""
+    return _weigh_png(header, channels, _FEW_BYTES, num_chunks=3, num_odd=1)
+
+
+def _weigh_png(header: bytes, channels: int, file_bytes: int, num_chunks: int, num_odd: int) -> Weight:
+    width, height, depth, colour = struct.unpack(">IIBB", header)
     held, copied, raw_bits = _png_pixel(depth, colour, channels)
     num_pixels = width * height
-    num_bytes = held * num_pixels + 2 * len(content) + _TEXT_BYTES * num_odd
+    num_bytes = held * num_pixels + 2 * file_bytes + _TEXT_BYTES * num_odd
     if copied or num_odd:
         num_bytes += max(held, copied) * num_pixels + min(20 * num_pixels, _BAND_BYTES)
-    nanoseconds = (0.5 * raw_bits + 20) * num_pixels + 10 * len(content)
+    nanoseconds = (0.5 * raw_bits + 20) * num_pixels + 10 * file_bytes
     return Weight(width, height, num_bytes, 1e-9 * nanoseconds + 11e-6 * num_chunks + 3e-3 * max(0, num_odd - 1))
 
 
-@lru_cache
 def _png_pixel(depth: int, colour: int, channels: int) -> tuple[int, int, int]:
     """Of one pixel: bytes as Pillow holds it, bytes in another mode if the model needs one, bits in the file."""
     samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 4)
