@@ -292,36 +292,6 @@ def test_a_rate_far_too_high_ends_with_one_line(tmp_path, capsys):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_describe_prints_the_spec_and_counts_without_a_data_set(capsys):
-    assert run("--describe", "--json", "--family", "cifar", "--classes", "10", "--depth", "34", "--width", "2") == 0
-    described = json.loads(capsys.readouterr().out)
-    assert (described["parameters"], described["depth"], described["image"]["channels"]) == (3_693_158, 34, 3)
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--depth", "20"], "depth must be 6N + 4"),
-        (["--dataset", "cifar10", "--data-dir", "/nowhere"], "cifar10 is not readable in /nowhere"),
-        (["--dataset", "fashion-mnist", "--data-dir", "/nowhere"], "Fashion-MNIST is not in /nowhere"),
-        (["--dataset", "folder"], "needs --data-dir"),
-        (["--dataset", "folder", "--data-dir", "/nowhere"], "cannot read the folder /nowhere"),
-        (["--freeze", "1"], "name a checkpoint with --init"),
-        (["--patience", "2", "--validation", "0"], "--validation must be above 0"),
-        (["--init", "/nowhere"], "cannot read /nowhere"),
-        (["--epochs", "0"], "--epochs must be at least 1"),
-        (["--resume"], "cannot read"),
-        (["--crop", "8"], "--crop must be smaller than the image"),
-    ],
-)
-def test_what_a_user_gets_wrong_is_one_line(argv, message, tmp_path, capsys):
-    assert run("--out", tmp_path / "run", *argv) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.slow
 def test_a_folder_of_class_folders_trains_and_names_its_unreadable_image(tmp_path, capsys):
     rng = np.random.default_rng(0)
@@ -336,48 +306,6 @@ def test_a_folder_of_class_folders_trains_and_names_its_unreadable_image(tmp_pat
     (tmp_path / "data" / "dark" / "3.png").write_bytes(b"no image")
     assert run(*argv, "--out", tmp_path / "again") == 2
     assert "1 of 20 images cannot be read, the first is " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("argv", "parameters"),
-    [
-        ("--family imagenet --classes 1000 --depth 18 --width 0.75", 12_756_600),
-        ("--family imagenet-table3 --classes 1000 --depth 34 --width 0.75", 34_745_440),
-        ("--family wrn --classes 10 --depth 28 --width 10", 36_479_194),
-    ],
-)
-def test_describe_counts_every_family(argv, parameters, capsys):
-    assert run_command(command, TrainConfig, argv=["--describe", "--json", *argv.split()]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters"] == parameters
-
-
-@pytest.mark.parametrize(
-    ("argv", "form"),
-    [
-        ("", "ncrelu, dirac"),
-        ("--nonlinearity relu", "relu, dirac"),
-        ("--parameterization per-channel", "relu, per-channel"),
-        ("--parameterization plain", "ncrelu, plain"),
-        ("--family wrn", "relu, plain"),
-        ("--family wrn --parameterization delta", "relu, delta"),
-    ],
-)
-def test_a_net_takes_the_form_that_suits_what_was_given(argv, form, capsys):
-    assert run_command(command, TrainConfig, argv=["--describe", *argv.split()]) == 0
-    assert f"-16-1, {form}, 8x8x1 images, 10 classes" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ("--family wrn --nonlinearity ncrelu", "family wrn goes with nonlinearity relu"),
-        ("--family wrn --parameterization dirac", "family wrn goes with nonlinearity relu"),
-        ("--parameterization per-channel --nonlinearity ncrelu", "per-channel a and b go with nonlinearity relu"),
-    ],
-)
-def test_a_form_that_was_given_and_does_not_fit_is_refused(argv, message, capsys):
-    assert run_command(command, TrainConfig, argv=["--describe", *argv.split()]) == 2
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
