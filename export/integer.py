@@ -147,15 +147,20 @@ def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parameters(graph: Graph, name: str, reach: Range) -> tuple[float, int, tuple[str, str]]:
-    """Scale and zero point of a tensor whose values lie in `reach`: 0 is one of the 256 levels."""
-    low, high = min(reach[0], 0.0), max(reach[1], 0.0)
-    scale = np.float32((high - low) / 255) if high > low else np.float32(1.0)
-    zero = int(np.clip(np.rint(-low / scale), 0, 255))
+    """Scale and zero point of a tensor whose values lie in `reach`, with their names in the graph."""
+    scale, zero = levels_of(reach)
     names = (
         graph.constant(f"{name}.scale", np.asarray(scale)),
         graph.constant(f"{name}.zero", np.asarray(zero, np.uint8)),
     )
     return float(scale), zero, names
+
+
+def levels_of(reach: Range) -> tuple[np.float32, int]:
+    """Scale and zero point for values in `reach`: 0 is one of the 256 levels."""
+    low, high = min(reach[0], 0.0), max(reach[1], 0.0)
+    scale = np.float32((high - low) / 255) if high > low else np.float32(1.0)
+    return scale, int(np.clip(np.rint(-low / scale), 0, 255))
 
 
 def _same(x: Quantized, name: str) -> Quantized:

@@ -155,8 +155,5 @@ def _write(
     if precision != "int8":
         raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels know int8 alone")
     if isinstance(lowered, GraphNet):
-        raise Refusal(
-            "int8 for ONNX Runtime is written for chains of convolutions, ReLU, NCReLU and max-pools, and this net is "
-            "none; add --target tensorrt, or export it as fp32"
-        )
+        return to_qdq_onnx(floats, reach, precision=precision, for_onnxruntime=True)
     return to_integer_onnx(lowered, spec, {}, reach)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import own_nets
 import pytest
 import torch
@@ -17,6 +18,7 @@ from starlette.testclient import TestClient
 from export import parity, to_onnx, to_trt
 from export.runtimes.card import read_card
 from export.runtimes.onnx_session import OnnxSession
+from export.runtimes.saturation import may_saturate
 from fold import run as fold
 from fold.plain import load_plain
 from serve.app import make_app
@@ -134,7 +136,7 @@ def labelled(folder):
 
 @pytest.mark.slow
 def test_eight_bits(folder, labelled, capsys):
-    """A chain has those of ONNX Runtime; any net those of TensorRT, whose engine is built."""
+    """For ONNX Runtime all convolutions but the stem multiply integers; for TensorRT an engine is built."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows")
     for name in ("chain", "this_morning"):
         save_file(own_nets.moved(getattr(own_nets, name)()).state_dict(), "weights.safetensors")
@@ -145,17 +147,27 @@ def test_eight_bits(folder, labelled, capsys):
         assert run(*plain, "--target", "tensorrt", "--out", f"{name}-trt.onnx") == 0
         assert run(to_trt.command, to_trt.ToTrtConfig, f"{name}-trt.onnx") == 0
         capsys.readouterr()
-        if name == "chain":
-            assert run(*plain, "--out", "int8.onnx") == 0
-            assert "QLinearConv" in {node.op_type for node in onnx.load("int8.onnx").graph.node}
-            against = ("--against", f"{name}.safetensors", "--data-dir", labelled, "--json")
-            run(parity.command, parity.ParityConfig, "int8.onnx", *against)
-            rows = json.loads(capsys.readouterr().out.splitlines()[-1])["parity"]
-            assert {row["images"] for row in rows} == {"real", "random", "extreme"}
-            assert all(row["rms"] < 0.1 for row in rows if row["images"] == "real")
-        else:
-            assert run(*plain, "--out", "int8.onnx") == 2
-            assert "int8 for ONNX Runtime is written for chains" in capsys.readouterr().err
+        assert run(*plain, "--out", "int8.onnx") == 0
+        assert may_saturate(Path("int8.onnx"), Path("int8.onnx").read_bytes()) == []
+        assert convolutions_that_run("int8.onnx") == {"Conv": 1, "QLinearConv": onnx_count("int8.onnx") - 1}
+        against = ("--against", f"{name}.safetensors", "--data-dir", labelled, "--json")
+        run(parity.command, parity.ParityConfig, "int8.onnx", *against)
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["parity"]
+        assert {row["images"] for row in rows} == {"real", "random", "extreme"}
+        assert all(row["rms"] < 0.1 for row in rows if row["images"] == "real")
+
+
+def onnx_count(path):
+    return sum(node.op_type.endswith("Conv") for node in onnx.load(path).graph.node)
+
+
+def convolutions_that_run(path):
+    """What ONNX Runtime makes of a graph's convolutions."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = "optimized.onnx", 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load("optimized.onnx").graph.node]
+    return {kind: kinds.count(kind) for kind in ("Conv", "QLinearConv")}
 
 
 @pytest.mark.slow
