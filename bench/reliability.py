@@ -29,6 +29,9 @@ BOUNDED = """\
 | images that wait | `--max-queue`, `--max-images` of a request | `serve/batcher.py` |
 | the time of an answer | `--deadline-ms` | `serve/batcher.py` |
 | labels of metrics | addresses that the server has | `serve/metrics.py` |
+| a reload | `--reload-seconds`, tried in a process that can be ended | `serve/trial.py` |
+| lines of the log that nobody reads | 4 MB; those beyond are counted | `serve/logs.py` |
+| JSON inside a model's file or card | 64 lists and objects inside one another | `train/documents.py` |
 
 Left to a proxy: TLS; how many connections and requests one client may have, as the server knows no clients; who may
 reach it at all. A stranger who opens `--max-connections` connections, and opens them again every ten seconds, keeps

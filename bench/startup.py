@@ -183,14 +183,15 @@ def _phases(model: Path) -> dict[str, float]:
     import export.runtimes.onnx_session  # noqa: F401
 
     marks.append(time.perf_counter())
-    from serve import process
+    from serve import logs, process
     from serve.run import ServeConfig
 
     marks.append(time.perf_counter())
     config = ServeConfig((model,))
+    stream = logs.configure(config.log_level)
     runtimes = process.load(config)
     marks.append(time.perf_counter())
-    process._make_app(config, runtimes)
+    process._make_app(config, runtimes, stream)
     marks.append(time.perf_counter())
     from serve.reload import warm_up
 

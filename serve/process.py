@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -215,7 +216,9 @@ def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers
 
 def _make_worker(config: "ServeConfig", home: Path) -> FastAPI:
     stream = logs.configure(config.log_level)
-    end_with_parent(signal.SIGTERM)  # a supervisor that is killed leaves no worker behind that holds the port
+    if supervisor := multiprocessing.parent_process():
+        # one that is killed leaves no worker behind that holds the port
+        end_with_parent(signal.SIGTERM, supervisor.pid)
     try:
         return _make_app(config, _load_of_worker(config, home), stream, home)
     except Refusal as refusal:
@@ -223,10 +226,12 @@ def _make_worker(config: "ServeConfig", home: Path) -> FastAPI:
         sys.exit(STARTUP_FAILURE)
 
 
-def end_with_parent(number: signal.Signals) -> None:
-    """The process that started this one sends it a signal when it ends, however it ends: on Linux."""
+def end_with_parent(number: signal.Signals, parent: int | None) -> None:
+    """The process `parent`, which started this one, sends it a signal when it ends, however it ends: on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it has ended before it was asked
+        os.kill(os.getpid(), number)
 
 
 def _tell_supervisor() -> None:

@@ -1,5 +1,6 @@
 """A model that is to replace another is tried in a process of its own, which can be ended if it does not answer."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def prove(config: "ServeConfig") -> None:
     """Load, check and warm up the model of `config` elsewhere; refuses one that fails there, or takes too long."""
     (path,) = config.model_paths
     options = given_arguments(replace(config, models=(), log_level="error"))
-    argv = [sys.executable, "-c", _PROGRAM, str(_ROOT), str(path), *shlex.split(options)]
+    argv = [sys.executable, "-c", _PROGRAM, str(_ROOT), str(os.getpid()), str(path), *shlex.split(options)]
     try:
         done = subprocess.run(
             argv,

@@ -11,9 +11,13 @@ from train.cli import run_command
 
 
 def run(argv: Sequence[str]) -> int:
-    """Whether the model of serve/run.py's arguments loads and answers: its exit status, and why not on stderr."""
-    end_with_parent(signal.SIGKILL)
-    return run_command(_try, ServeConfig, argv=argv)
+    """Whether the model of serve/run.py's arguments loads and answers: its exit status, and why not on stderr.
+
+    The first argument is the number of the process that asks.
+    """
+    parent, *rest = argv
+    end_with_parent(signal.SIGKILL, int(parent))
+    return run_command(_try, ServeConfig, argv=rest)
 
 
 def _try(config: ServeConfig) -> None:

@@ -127,6 +127,6 @@ def test_the_table_of_problems_is_that_of_the_server():
 def test_limits_are_the_defaults_of_the_command():
     defaults = {f"--{field.name.replace('_', '-')}": str(field.default) for field in fields(ServeConfig)}
     written = re.findall(r"^\| `(--[a-z-]+)` \| (\S+) \|", PAGE, flags=re.MULTILINE)
-    assert len(written) == 6
+    assert len(written) == 7
     assert dict(written).items() <= defaults.items()
     assert f"more than {MAX_PIXELS:,} pixels" in PAGE

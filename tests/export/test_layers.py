@@ -12,6 +12,7 @@ from export.artefacts import open_artefact, open_providers
 from export.compare import TOLERANCES
 from export.graph import to_onnx
 from export.layers import compare_layers, draw_layers
+from export.runtimes.onnx_session import OnnxSession
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from fold.plain import fold_net, save_plain
@@ -87,7 +88,7 @@ def test_an_engine_shows_the_layers_of_its_own_onnx_file_and_of_no_other(write, 
     path = write("plain.onnx")
     onnx_form = open_artefact(path)
     card = SimpleNamespace(precision="fp16", onnx_sha256=onnx_form.digest)
-    runtime = SimpleNamespace(model=SimpleNamespace(digest="0", spec=onnx_form.spec, provenance={}))
+    runtime = SimpleNamespace(model=OnnxSession(path).model)
     monkeypatch.setattr("export.runtimes.card.read_card", lambda path: card)
     monkeypatch.setattr("export.runtimes.tensorrt_engine.TensorRTEngine", lambda path: runtime)
     engine = open_artefact(path.with_suffix(".engine"))
