@@ -37,7 +37,7 @@ class LogStream:
     def __init__(self, file: int, *, most_bytes: int = 2**22) -> None:
         self._file, self._most_bytes = file, most_bytes
         self._changed = threading.Condition()
-        self._waiting: list[bytes] = []
+        self._waiting = bytearray()  # one block: small ones that stay keep the pages around them
         self._num_bytes = 0  # that wait or are being written
         self._is_cut = False  # the last line in the file has no end
         self.num_dropped = 0
@@ -51,7 +51,7 @@ class LogStream:
                 return
             if not self._waiting:
                 self._changed.notify_all()
-            self._waiting.append(lines)
+            self._waiting += lines
             self._num_bytes += len(lines)
 
     def flush(self, seconds: float = 1.0) -> None:
@@ -65,7 +65,7 @@ class LogStream:
                 self._changed.wait_for(lambda: self._waiting)
             time.sleep(_GATHER_S)
             with self._changed:
-                lines, self._waiting = b"".join(self._waiting), []
+                lines, self._waiting = bytes(self._waiting), bytearray()
                 num_missing, self.num_dropped = self.num_dropped, 0
             is_written = self._put(_missing(num_missing) + lines if num_missing else lines)
             with self._changed:
