@@ -109,3 +109,5 @@ lint: setup ## format and lint
 constraints: setup ## write the versions in .venv to constraints.txt
 	@$(BIN)/python -m pip freeze --exclude-editable \
 		| grep -vE '^(editables|hatchling|pathspec|tomlkit|trove-classifiers)=' > constraints.txt
+	@# What installs only beside a GPU: the newest version that the code is held against.
+	@echo 'tensorrt==11.4.0.106' >> constraints.txt

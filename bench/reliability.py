@@ -33,6 +33,9 @@ BOUNDED = """\
 | lines of the log that nobody reads | 4 MB; those beyond are counted | `serve/logs.py` |
 | JSON inside a model's file or card | 64 lists and objects inside one another | `train/documents.py` |
 
+What happens to a server at the wrong time, signals before it serves, lost files, models that hang and logs that nobody
+reads, is measured by `python bench/accidents.py`: [accidents.md](benchmarks/accidents.md).
+
 Left to a proxy: TLS; how many connections and requests one client may have, as the server knows no clients; who may
 reach it at all. A stranger who opens `--max-connections` connections, and opens them again every ten seconds, keeps
 others out."""

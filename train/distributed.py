@@ -40,8 +40,11 @@ class World:
         return total
 
     def count(self, number: int) -> int:
-        """The sum over all processes of a number on the host: all learn it at the same step."""
-        return int(self.sum(torch.tensor(number, device=self.device))) if self.size > 1 else number
+        """The sum over all processes of a number on the host: all learn it at the same step.
+
+        It goes from host to host, so that no process waits for what its device has still to do.
+        """
+        return int(self.sum(torch.tensor(number))) if self.size > 1 else number
 
     def any(self, flag: bool) -> bool:
         """Whether it is true in any process."""
@@ -50,7 +53,10 @@ class World:
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """The world that torchrun's environment describes, on "cpu" (gloo) or "cuda" (NCCL, one device each)."""
+    """The world that torchrun's environment describes, on "cpu" (gloo) or "cuda" (NCCL, one device each).
+
+    With devices, numbers on the host go by gloo.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(device=device)
@@ -61,7 +67,7 @@ def joined(device: str) -> Iterator[World]:
             raise Refusal(f"--nproc-per-node is over the {torch.cuda.device_count()} CUDA devices of this machine")
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device != "cpu" else "gloo")
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
     try:
         yield World(rank, size, device)
     finally:

@@ -86,6 +86,15 @@ class Buffer:
         return self._bytes[:num_bytes].copy().view(dtype).reshape(shape)
 
 
+def allocate(owner: object, num_bytes: int) -> int:
+    """The address of memory on the device, which is freed with the last reference to `owner`."""
+    import cuda.bindings.runtime as cudart
+
+    address = call(cudart.cudaMalloc(num_bytes))
+    when_gone(owner, _free_device, address)
+    return int(address)
+
+
 def when_gone(owner: object, release: Callable[..., None], *arguments: Any) -> None:
     """Call `release` when `owner` is no longer referred to; not at the end of the process, which frees all itself."""
     weakref.finalize(owner, release, *arguments).atexit = False
@@ -105,6 +114,12 @@ def _free(device: Any, host: Any) -> None:
 
     call(cudart.cudaFree(device))
     call(cudart.cudaFreeHost(host))
+
+
+def _free_device(address: Any) -> None:
+    import cuda.bindings.runtime as cudart
+
+    call(cudart.cudaFree(address))
 
 
 def capture(stream: Any, work: Callable[[], None]) -> Any:

@@ -65,7 +65,7 @@ class TensorRTEngine:
         return smallest if num <= smallest else min(1 << (num - 1).bit_length(), largest)
 
     def _allocate(self, trt: Any) -> None:
-        """Buffers for the largest batch, and a stream."""
+        """Buffers for the largest batch, scratch memory, and a stream."""
         import cuda.bindings.runtime as cudart
 
         names, largest = self._card.signature, self._card.batch[2]
@@ -73,11 +73,16 @@ class TensorRTEngine:
         self._dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(names.output_name)))
         self._input = gpu.Buffer(largest * int(np.prod(names.sizes)) * np.dtype(names.dtype).itemsize)
         self._output = gpu.Buffer(largest * num_classes * self._dtype.itemsize)
+        # One scratch memory for all contexts: they run one after another, on one stream.
+        self._unallocated = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._scratch_bytes = max(1, self._engine.device_memory_size_v2)
+        self._scratch = gpu.allocate(self, self._scratch_bytes)
         self._stream = gpu.call(cudart.cudaStreamCreate())
         gpu.when_gone(self, gpu.release, self._stream, self._graphs)
 
     def _make_context(self) -> Any:
-        context, names = self._engine.create_execution_context(), self._card.signature
+        context, names = self._engine.create_execution_context(self._unallocated), self._card.signature
+        context.set_device_memory(self._scratch, self._scratch_bytes)
         context.set_tensor_address(names.input_name, int(self._input.device))
         context.set_tensor_address(names.output_name, int(self._output.device))
         return context

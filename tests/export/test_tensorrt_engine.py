@@ -41,13 +41,20 @@ class Device:
 
     def __init__(self, session, batch):
         self.session, self.batch, self.memory, self.seen, self.num_contexts = session, batch, {}, [], 0
+        self.scratch = set()
 
     def get_tensor_dtype(self, name):
         return trt.float32
 
-    def create_execution_context(self):
+    device_memory_size_v2 = 4096
+
+    def create_execution_context(self, strategy):
+        assert strategy == trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self.num_contexts += 1
         return self
+
+    def set_device_memory(self, address, size):
+        self.scratch.add((address, size))
 
     def set_tensor_address(self, name, address):
         self.memory[name] = Memory.all[address]
@@ -83,6 +90,7 @@ def on_a_gpu(write_onnx, monkeypatch, device_in_use):
     monkeypatch.setattr(gpu, "num_devices", lambda: 1)
     monkeypatch.setattr(gpu, "compute_capability", lambda: engine.card.compute_capabilities[0])
     monkeypatch.setattr(gpu, "Buffer", Memory)
+    monkeypatch.setattr(gpu, "allocate", lambda owner, num_bytes: 7 * num_bytes)
     monkeypatch.setattr(gpu, "when_gone", lambda *arguments: None)
     monkeypatch.setattr(gpu, "capture", lambda stream, work: work)
     monkeypatch.setattr(gpu, "launch", lambda graph, stream: graph())
@@ -107,6 +115,7 @@ def test_usual_batches_are_captured_once_in_a_context_of_their_own(on_a_gpu, ima
         runtime(images(num))
     assert device.num_contexts == 3
     assert all(runtime._graphs.values())
+    assert device.scratch == {(7 * 4096, 4096)}  # one memory for all of them
 
 
 @pytest.mark.parametrize(
@@ -209,6 +218,8 @@ def test_cuda_calls_fit_the_installed_bindings_and_say_what_is_missing():
         gpu.compute_capability()
     with pytest.raises(Refusal, match="CUDA: "):
         gpu.device_name()
+    with pytest.raises(Refusal, match="CUDA: "):
+        gpu.allocate(Memory, 16)
     buffer = object.__new__(gpu.Buffer)
     buffer.device, buffer._host, buffer._bytes = 0, 0, np.zeros(16, np.uint8)
     with pytest.raises(Refusal, match="CUDA: "):

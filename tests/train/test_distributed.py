@@ -109,6 +109,20 @@ def test_the_gradients_of_two_processes_are_those_of_one(tmp_path):
                 assert torch.allclose(gradient, whole[name], **tolerance), name
 
 
+def test_what_processes_agree_on_at_every_step_stays_on_their_hosts(monkeypatch):
+    """A number that came from the device would have the host wait for all that the device has still to do."""
+    devices = []
+
+    def all_reduce(numbers):
+        devices.append(numbers.device.type)
+        numbers.mul_(2)
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    world = World(0, 2, "cuda:0")
+    assert (world.count(3), world.any(True), world.any(False)) == (6, True, False)
+    assert devices == ["cpu"] * 3
+
+
 def test_two_processes_train_stop_and_resume_bit_for_bit(tmp_path):
     argv = ["--depth", 10, "--width", 0.25, "--batch-size", 16, "--epochs", 2, "--json"]
     command, interrupted = ROOT / "train" / "run.py", tmp_path / "interrupted.py"
