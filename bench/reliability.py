@@ -79,7 +79,7 @@ class ReliabilityConfig:
 def command(config: ReliabilityConfig) -> int:
     """Put a server under load on 127.0.0.1 and do to it what operators and accidents do.
 
-    Writes a record and its page. Exit status 1 where a bar is missed.
+    Writes a record and its page. Exit status 1 where a bar is missed of what was measured.
     """
     import json
 
@@ -94,7 +94,7 @@ def command(config: ReliabilityConfig) -> int:
         print(f"wrote {path}")
     page = write_whole(config.out / "reliability.md", markdown(record).encode())
     print(f"wrote {page}")
-    missed = [f"{name}: {bar}" for name, bar, is_met in _bars(record) if not is_met]
+    missed = [f"{name}: {bar}" for name, bar, is_met in _bars(record) if not is_met and name in (config.only or TITLES)]
     for bar in missed:
         print(f"missed: {bar}")
     return 1 if missed else 0
