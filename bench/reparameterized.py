@@ -83,7 +83,6 @@ def measure(name: str, config: ReparameterizedConfig, advance: Any = lambda n: N
 
     from bench.rounds import Timing, alternate
 
-    torch.set_num_threads(1)
     size = config.image_size
     x = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     forms = make_forms(name, x)

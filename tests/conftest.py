@@ -47,6 +47,14 @@ def pytest_report_header():
     return f"{versions}, {torch.get_num_threads()} threads; seeds: nets {NET_SEED}, images {IMAGES_SEED}"
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """No test leaves another number of threads behind: what training gives is bit for bit for one number alone."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
+
+
 @pytest.fixture(
     params=[pytest.param(row, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, row in ROWS.items()]
 )
