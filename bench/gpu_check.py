@@ -45,7 +45,7 @@ class GpuCheckConfig:
     offline: Annotated[bool, "train, fold, export, compare, time and serve with what is installed, step by step"] = (
         False
     )
-    budget_s: Annotated[float, "--offline: seconds for all steps"] = 480.0
+    budget_s: Annotated[float, "no net is begun, with --offline no step, after so many seconds"] = 480.0
     data_dir: Annotated[Path | None, "--offline: folder of Fashion-MNIST (default: digits)"] = None
     needs: Annotated[bool, "list the packages that --offline needs, with the sizes of their wheels"] = False
     render: Annotated[Path | None, "measure nothing: write the page of this JSON record"] = None
@@ -63,6 +63,7 @@ def command(config: GpuCheckConfig) -> int:
     """
     import json
     import os
+    import time
 
     from train.files import read_whole, write_whole
     from train.progress import make_console
@@ -97,7 +98,11 @@ def command(config: GpuCheckConfig) -> int:
         "nets": [],
     }
     name = ("gpu-" if config.device == "cuda" else "cpu-") + _slug(machine["device"])
+    end = time.monotonic() + config.budget_s
     for net in nets:
+        if record["nets"] and time.monotonic() > end:
+            console.print(f"{net.name} is not measured: the {config.budget_s:g} s of --budget-s have passed")
+            continue
         record["nets"].append(_measure(net, config, console))
         # After every net: what is measured survives a runtime that ends the process.
         write_whole(config.out / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())

@@ -60,6 +60,15 @@ def test_the_cpu_table_comes_from_the_same_code(plain, tmp_path):
     assert "| torch.compile, fp32 | " in page.read_text()
 
 
+def test_no_net_is_begun_after_the_budget(plain, tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(gpu_check, "_measure", lambda net, config, console: measured.append(net.name) or {"rows": []})
+    monkeypatch.setattr(gpu_report, "markdown", lambda record: "")
+    assert run(plain, plain, "--device", "cpu", "--budget-s", 1e-9, "--out", tmp_path) == 1  # nothing was compared
+    assert len(measured) == 1
+    assert "is not measured: the 1e-09 s of --budget-s have passed" in capsys.readouterr().out
+
+
 @without_gpu
 def test_without_a_gpu_one_line_says_what_to_do(capsys):
     assert run() == 2

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from train.cli import run_command
 from train.config import TrainConfig
@@ -11,6 +12,12 @@ from train.run import command
 
 def run(*argv):
     return run_command(command, TrainConfig, argv=["--depth", "10", "--width", "0.25", *map(str, argv)])
+
+
+def test_training_in_float32_is_without_tf32(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert run("--depth", 20, "--out", tmp_path) == 2  # refused, but not before that
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_describe_prints_the_spec_and_counts_without_a_data_set(capsys):
