@@ -42,6 +42,7 @@ CUT = f"""
 import os
 import signal
 import sys
+import threading
 sys.path.insert(0, {str(ROOT)!r})
 from train import steps
 from train.cli import run_command
@@ -53,11 +54,12 @@ def step(*arguments, **options):
     global num_steps
     num_steps += 1
     if num_steps == 3 and os.environ["RANK"] == "0":
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        came = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.getsignal(number)
+            signal.signal(number, lambda *given, before=before: (before(*given), came.set()))
         os.kill(os.getppid(), signal.SIGINT)
-        came = signal.sigwait((signal.SIGINT, signal.SIGTERM))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
-        signal.raise_signal(came)
+        came.wait()
     return train_step(*arguments, **options)
 
 steps.train_step = step
