@@ -51,11 +51,11 @@ def driver_calls(device: str, num_loads: str = "1000") -> Iterator[Result]:
 
     gpu.use(0)
     yield {"compute capability": gpu.compute_capability(), "device": gpu.device_name(), **_round_trip()}
-    free = [gpu.call(cudart.cudaMemGetInfo())]
+    free = gpu.call(cudart.cudaMemGetInfo())  # the first of its two numbers
     for _ in range(int(num_loads)):
         _round_trip(num_bytes=1 << 20, num_replays=1)
-    free.append(gpu.call(cudart.cudaMemGetInfo()))
-    yield {"loads": int(num_loads), "bytes kept on the device": _first(free[0]) - _first(free[1])}
+    kept = free - gpu.call(cudart.cudaMemGetInfo())
+    yield {"loads": int(num_loads), "bytes kept on the device": kept}
 
 
 def fold_on_device(device: str, checkpoint: str) -> Iterator[Result]:
@@ -190,11 +190,6 @@ def _round_trip(*, num_bytes: int = 1 << 20, num_replays: int = 200) -> Result:
     gpu.release(stream, {1: graph})
     is_right = bool(np.array_equal(answer, pixels)) and broken_graph is None
     return {"right": is_right, "MB there and back, us": 1e6 * statistics.median(times)}
-
-
-def _first(value: Any) -> int:
-    """Free bytes, of the (free, total) that `cudaMemGetInfo` gives."""
-    return int(value[0] if isinstance(value, tuple | list) else value)
 
 
 def _in_precision(net: Any, kind: Any, device: str) -> Callable[[Any], Any]:

@@ -121,7 +121,9 @@ def _summarize(console: "Console", config: PredictConfig, form: "Form", results:
         console.print(printable(f"not answered: {result['image']}: {result['error']}"))
     if len(bad) > NUM_NAMED:
         console.print(f"and {len(bad) - NUM_NAMED} more, which {config.out} names")
-    console.print(f"{form.model_name}: {', '.join(f'{label} {count:,}' for label, count in counts)}")
+    if counts:
+        shown = ", ".join(f"{label} {count:,}" for label, count in counts)
+        console.print(printable(f"{form.model_name}: {shown}"))
     console.print(f"wrote {config.out}: {len(results) - len(bad):,} of {len(results):,} images answered")
     return 1 if bad else 0
 

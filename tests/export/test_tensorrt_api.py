@@ -4,7 +4,6 @@ tests/data/tensorrt-api.json was read off the bindings' own signatures by tests/
 """
 
 import ast
-import importlib.util
 import json
 from pathlib import Path
 
@@ -78,10 +77,9 @@ def test_both_bindings_offer_what_is_used(version):
 
 
 def test_rtx_offers_what_is_used():
-    if not importlib.util.find_spec("tensorrt_rtx"):
-        pytest.skip("tensorrt_rtx is not installed: its wheels are for Linux and Windows")
-    import tensorrt_rtx as trt
-
+    trt = pytest.importorskip(
+        "tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows"
+    )
     # RTX has no lean runtime, and its networks are always strongly typed.
     missing = [
         f"{kind}.{attribute}"
