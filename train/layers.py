@@ -155,6 +155,9 @@ class _NCReLU(torch.autograd.Function):
 @torch.fx.wrap  # a single node of a trace: the halves' own memory cannot be traced
 def ncrelu(x: Tensor, dims: int | None = None) -> Tensor:
     """x [N, C, ...] → [N, 2C, ...], eq. 9; with `dims` spatial dimensions also [C, ...] → [2C, ...]."""
+    if torch.compiler.is_compiling() and (dims is None or x.dim() == dims + 2):
+        # What `_NCReLU` computes, without what would cut the compiled graph in pieces.
+        return torch.cat([torch.where(x > 0, x, 0.0), torch.where(x > 0, 0.0, x)], dim=1)
     if dims is None or x.dim() == dims + 2:
         return _NCReLU.apply(x)
     if x.dim() != dims + 1:

@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize, dirac_delta, normalize_filters
+from train.layers import (
+    DiracConv1d,
+    DiracConv2d,
+    DiracConv3d,
+    NCReLU,
+    Normalize,
+    dirac_delta,
+    ncrelu,
+    normalize_filters,
+)
 from train.refusal import Refusal
 
 LAYERS = {1: DiracConv1d, 2: DiracConv2d, 3: DiracConv3d}
@@ -147,3 +156,16 @@ def test_normalize_gives_nchw_of_the_specs_mean_and_deviation(images):
     expected = ((pixels / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.4, 0.3]).transpose(0, 3, 1, 2)
     x = Normalize((0.1, 0.2, 0.3), (0.5, 0.4, 0.3)).double()(torch.from_numpy(pixels))
     np.testing.assert_allclose(x.numpy(), expected, rtol=0, atol=1e-6)  # the buffers are made in float32
+
+
+@pytest.mark.slow
+def test_a_compiled_ncrelu_is_whole_and_has_the_same_gradient():
+    x = torch.tensor([[-1.0, 0.0, 2.0]], requires_grad=True)
+    explained = torch._dynamo.explain(lambda x: ncrelu(2 * x) + 1)(x)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    compiled = torch.compile(ncrelu, backend="aot_eager", fullgraph=True)
+    weight, found = torch.arange(1.0, 7.0), []
+    for function in (ncrelu, compiled):
+        y = function(x)
+        found.append((y, *torch.autograd.grad((weight * y).sum(), x)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
