@@ -54,7 +54,7 @@ class _App(FastAPI):
 
 
 def make_app(
-    runtime: Runtime | Sequence[Runtime],
+    runtime: Runtime | Sequence[Runtime] | Batcher,
     limits: Limits,
     *,
     access: Access = EVERYBODY,
@@ -62,12 +62,12 @@ def make_app(
     observers: Sequence[Observer] = (),
     reload_everywhere: Callable[[], None] | None = None,
 ) -> FastAPI:
-    """The whole server around one loaded model, in one runtime or one for each device.
+    """The whole server around one loaded model, in one runtime or one for each device, or in a batcher.
 
     It is ready once its lifespan has warmed the model up. `load` makes the runtimes anew, on SIGHUP and, where there
     is a key, on POST /admin/reload, which then calls `reload_everywhere`. `observers` learn of every finished request.
     """
-    batcher = Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
+    batcher = runtime if isinstance(runtime, Batcher) else Batcher(_served(runtime), limits)
     door = Door(limits.max_connections)
     metrics = Metrics(batcher, door)
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
@@ -113,6 +113,10 @@ def make_app(
         _add_admin(app, reloader, reload_everywhere)
     _add_pages(app)
     return app
+
+
+def _served(runtime: Runtime | Sequence[Runtime]) -> Served:
+    return Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,))
 
 
 def _warm_up(served: Served, max_batch: int) -> None:

@@ -5,7 +5,7 @@ The life of a job, top to bottom:
     classify       event loop      refuses what is too much, puts the job's images into a queue
     Decoding       its threads     bytes → pixels (serve/decoding.py)
     _run_jobs      model thread    all that is decoded by now → one batch → logits → results
-    _deliver       event loop      every answer of the batch in one call
+    deliver       event loop      every answer of the batch in one call
 
 No timer holds a job back: a lone one runs at once, and while the model is busy the next batch gathers.
 A job that is given up (late, or its client gone) drops its bytes and is skipped by whoever takes it next.
@@ -31,11 +31,12 @@ from serve.decode import Decoded, find_problem
 from serve.decoding import Decoding
 from serve.limits import Limits
 from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
+from serve.turns import Budget
 from serve.weigh import Weight
 
 _PATIENCE_S = 0.1  # nearly all jobs are done by then, and a watch costs a tenth of a request
 _LAST_BATCH_S = 1.0
-_SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
+SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +91,13 @@ class Job:
 class Batcher:
     """All jobs of one server; lives on the event loop that calls `start`."""
 
-    def __init__(self, served: Served, limits: Limits) -> None:
+    is_up = True  # there is a model to ask, which serve/front.py has elsewhere
+
+    def __init__(self, served: Served, limits: Limits, budget: Budget | None = None) -> None:
+        """`budget` is the memory of decoders that are started for single images, where processes share it."""
         self.served = served
         self._limits = limits
-        self.decoding = Decoding(limits, self._take_decoded)
+        self.decoding = Decoding(limits, self._take_decoded, budget)
         self.turn = asyncio.Lock()  # to read a long body of JSON
         self._decoded: SimpleQueue[Job | None] = SimpleQueue()
         self._runners: list[threading.Thread] = []
@@ -178,7 +182,7 @@ class Batcher:
             return False
         if problem := find_problem(job.pixels):
             job.outcome = problem
-            self._loop.call_soon_threadsafe(_deliver, [job])
+            self._loop.call_soon_threadsafe(deliver, [job])
             return False
         return True
 
@@ -224,7 +228,7 @@ class Batcher:
         try:
             logits = self._compute(runtime, [*chain.from_iterable(pixels)])  # type: ignore[arg-type]
             top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
-            _share(jobs, runtime.model, logits, top_k)
+            share(jobs, runtime.model, logits, top_k)
         except Exception as error:  # whatever a runtime raises is the answer of all its jobs
             for job in jobs:
                 job.outcome = error
@@ -233,8 +237,8 @@ class Batcher:
             job.model_s = end - start
             job.queue_s = start - job.accepted - job.decode_s
         per_image = (end - start) / sum(job.num_images for job in jobs)
-        self.seconds_per_image = _SMOOTHING * (self.seconds_per_image or per_image) + (1 - _SMOOTHING) * per_image
-        self._loop.call_soon_threadsafe(_deliver, jobs)
+        self.seconds_per_image = SMOOTHING * (self.seconds_per_image or per_image) + (1 - SMOOTHING) * per_image
+        self._loop.call_soon_threadsafe(deliver, jobs)
 
     def _compute(self, runtime: Runtime, images: Sequence[np.ndarray]) -> np.ndarray:
         """Images → logits [N, K], `max_batch` at a time."""
@@ -270,7 +274,7 @@ def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
         future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
 
 
-def _share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int]) -> None:
+def share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int]) -> None:
     """Give each job its rows; rows that are no numbers are the problem of their own job only."""
     is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
     finite = np.where(is_finite[:, None], logits, 0)
@@ -285,7 +289,7 @@ def _share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[in
             job.outcome = Problem(NOT_A_NUMBER, detail)
 
 
-def _deliver(jobs: Sequence[Job]) -> None:
+def deliver(jobs: Sequence[Job]) -> None:
     for job in jobs:
         outcome = job.outcome
         if isinstance(outcome, Exception):

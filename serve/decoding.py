@@ -29,12 +29,12 @@ _AGEING = 10.0  # seconds that a job lets lighter ones overtake it, for each sec
 class Decoding:
     """Puts the pixels of jobs in place. `on_decoded` learns, in a decoder's thread, of a job that has all of them."""
 
-    def __init__(self, limits: Limits, on_decoded: "Callable[[Job], None]") -> None:
+    def __init__(self, limits: Limits, on_decoded: "Callable[[Job], None]", budget: Budget | None = None) -> None:
         self._limits = limits
         self._on_decoded = on_decoded
         self._light: Turns[Job] = Turns()
         self._heavy: Turns[Job] = Turns()
-        self._budget = Budget(limits.heavy_bytes)
+        self._budget = budget or Budget(limits.heavy_bytes)
         self._decoders = [
             Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
         ]

@@ -1,6 +1,6 @@
 """What requests may ask of the server, each alone and all together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve.weigh import LIGHT
 from train.image import MAX_PIXELS
@@ -32,6 +32,25 @@ class Limits:
     def heavy_bytes(self) -> int:
         """What these processes take at once: all but the threads' share."""
         return self.max_decoded_bytes - max(1, self.decode_threads) * LIGHT.num_bytes
+
+    def of_each(self, num_processes: int) -> "Limits":
+        """What each of so many processes may hold, for all to keep to these limits: a share, or one whole request.
+
+        What single images are decoded with is one amount for all of them (`HostBudget`); threads have theirs each.
+        """
+        others = (num_processes - 1) * max(1, self.decode_threads) * LIGHT.num_bytes
+        if self.heavy_bytes - others < LIGHT.num_bytes:
+            least = self.max_decoded_bytes - self.heavy_bytes + others + LIGHT.num_bytes
+            raise Refusal(
+                f"max_decoded_bytes must be {least:,} for the decoders of {num_processes} processes, "
+                f"got {self.max_decoded_bytes:,}"
+            )
+        return replace(
+            self,
+            max_held_bytes=max(self.max_body_bytes, self.max_held_bytes // num_processes),
+            max_queue=max(self.max_images, self.max_queue // num_processes),
+            max_decoded_bytes=self.max_decoded_bytes - others,
+        )
 
     def __post_init__(self) -> None:
         counts = {name: value for name, value in vars(self).items() if name != "decode_threads"}

@@ -40,9 +40,7 @@ class Metrics:
         )
         self._count = lru_cache(requests.labels)  # finding them takes a fifth of the time of all this
         self._decode, self._queue, self._model, self._total = (seconds.labels(stage) for stage in _STAGES)
-        self._images = Histogram(
-            "diracnet_batch_images", "Images that the model computed at once", buckets=_IMAGES, registry=own
-        )
+        self._images = batch_images(own)
         self._held = Gauge(
             "diracnet_queue_images", "Images accepted and not answered", registry=own, multiprocess_mode="livesum"
         )
@@ -73,6 +71,12 @@ class Metrics:
         """All values now."""
         self._held.set(self._batcher.num_held)
         return generate_latest(self._shown)
+
+
+def batch_images(registry: CollectorRegistry) -> Histogram:
+    """Counts batches where they are computed, by their images."""
+    text = "Images that the model computed at once"
+    return Histogram("diracnet_batch_images", text, buckets=_IMAGES, registry=registry)
 
 
 class _ServedModel:

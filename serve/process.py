@@ -9,16 +9,18 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
 from uvicorn.config import STARTUP_FAILURE
 
 from export.runtimes.described import from_flags
@@ -28,22 +30,25 @@ from export.runtimes.saturation import warning
 from serve import logs
 from serve.access import Access, read_api_key
 from serve.app import make_app, model_card
+from serve.batcher import Batcher, Served
 from serve.choose import choose
 from serve.connection import Connection
 from serve.door import fit_to_files
 from serve.kept import copied, keep, kept
 from serve.limits import Limits
-from serve.metrics import COUNTS_VARIABLE
-from serve.reload import check
+from serve.metrics import COUNTS_VARIABLE, batch_images
+from serve.reload import Load, check, warm_up
 from serve.report import with_report
-from serve.supervisor import Server, Supervisor
+from serve.supervisor import Role, Server, Supervisor, Worker
 from serve.tracing import find_tracing
 from serve.trial import prove
+from serve.turns import HostBudget
 from train.cores import num_cores
 from train.files import read_whole
 from train.refusal import Refusal
 
 if TYPE_CHECKING:
+    from serve.device import Device
     from serve.run import ServeConfig
 
 _log = logging.getLogger(__name__)
@@ -57,6 +62,8 @@ def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
     config, reason = decide(config)
     if config.workers > 1:
         return _supervise(config, listener, url, reason)
+    if config.front_ends > 1:
+        return serve_front_ends(config, listener, url, reason)
     server = _make_server(config, url, reason, stream)
     try:
         server.run(sockets=[listener])
@@ -78,24 +85,74 @@ def decide(config: "ServeConfig") -> tuple["ServeConfig", str]:
 
 
 def _supervise(config: "ServeConfig", listener: socket.socket, url: str, reason: str) -> int:
-    """Several workers: they count requests together in files, and keep a copy of the model that served last."""
+    """Several workers, each with a model of its own."""
+    with _folders() as home:
+        settings = _settings(config, partial(_make_worker, config, home), workers=config.workers)
+        workers = Role("worker", config.workers * [partial(Worker, settings, [listener])])
+        say_ready = partial(_say_ready, _because(f"{config.workers} workers", reason), url)
+        was_told = Supervisor(workers, drain_s=config.drain_seconds, say_ready=say_ready).run()
+    return 0 if was_told else 2
 
-    def say_ready() -> None:
-        print(f"{_because(f'{config.workers} workers', reason)}\n{_serving_at(url)}", flush=True)
 
+def serve_front_ends(
+    config: "ServeConfig",
+    listener: socket.socket,
+    url: str,
+    reason: str,
+    *,
+    load: "Callable[[ServeConfig, Path], Sequence[Runtime]] | None" = None,
+) -> int:
+    """Several processes that accept, decode and answer, and one for each device that runs the model for its share.
+
+    `load` is how a device process loads its model first; it travels there by its name.
+    """
+    if sys.platform != "linux":
+        raise Refusal("--front-ends need Linux, for its shared memory; use --workers")
+    from serve.device import DeviceWorker
+
+    doors = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(config.front_ends)]
+    devices = [(device,) for device in config.devices] or [()]
+    with _folders() as home, ExitStack() as open_doors:
+        for door in chain.from_iterable(doors):
+            open_doors.enter_context(door)
+        budget = home.with_name("decoders")
+        budget.touch()
+        fronts, models = [], []
+        for outside, _ in doors:
+            settings = _settings(config, partial(_make_front_end, config, outside, budget))
+            fronts.append(partial(Worker, settings, [listener]))
+        for index, device in enumerate(devices):
+            make = partial(_make_device, replace(config, devices=device), home, load or _load_of_worker)
+            inside = [inside for _, inside in doors[index :: len(devices)]]
+            models.append(partial(DeviceWorker, _settings(config, make), inside))
+        what = f"{len(fronts)} front ends, {len(models)} device process{'es' if len(models) > 1 else ''}"
+        was_told = Supervisor(
+            Role("front end", fronts),
+            Role("device process", models),
+            drain_s=config.drain_seconds,
+            say_ready=partial(_say_ready, _because(what, reason), url),
+        ).run()
+    return 0 if was_told else 2
+
+
+@contextmanager
+def _folders() -> Iterator[Path]:
+    """A folder in which processes keep a copy of the model that served last; they count requests in another one."""
     with tempfile.TemporaryDirectory(prefix="diracnet-workers-") as folder:
         counts, home = Path(folder, "counts"), Path(folder, "model")
         counts.mkdir()
         home.mkdir()
-        os.environ[COUNTS_VARIABLE] = str(counts)  # the workers inherit it
-        settings = _settings(config, partial(_make_worker, config, home), workers=config.workers)
-        was_told = Supervisor(settings, listener, say_ready=say_ready).run()
-    return 0 if was_told else 2
+        os.environ[COUNTS_VARIABLE] = str(counts)  # the processes inherit it
+        yield home
+
+
+def _say_ready(what: str, url: str) -> None:
+    print(f"{what}\n{_serving_at(url)}", flush=True)
 
 
 def _make_server(config: "ServeConfig", url: str, reason: str, stream: logs.LogStream) -> Server:
     runtimes = load(config)
-    server = Server(_settings(config, _make_app(config, runtimes, stream)))
+    server = Server(_settings(config, _make_app(config, runtimes, stream, partial(load_again, config))))
     server.greeting = f"{_because(_describe(runtimes[0]), reason)}\n{_serving_at(url)}"
     return server
 
@@ -159,13 +216,16 @@ def _by_name(path: Path) -> Iterator[None]:
 
 def _num_threads(config: "ServeConfig") -> int:
     """Of one model on the CPU."""
+    if config.front_ends > 1:
+        return config.model_threads or max(1, (num_cores() - config.front_ends) // max(1, len(config.devices)))
     return config.model_threads or max(1, num_cores() // config.workers)
 
 
 def limits_of(config: "ServeConfig") -> Limits:
-    """What was asked for, and what suits the machine."""
-    spare = num_cores() // config.workers - 1  # one core has the event loop and the model
-    return Limits(
+    """What was asked for, and what suits the machine, for each process that serves."""
+    # One core has the event loop and the model.
+    spare = num_cores() // max(config.workers, config.front_ends) - 1
+    limits = Limits(
         max_body_bytes=int(config.max_body_mb * 1e6),
         max_held_bytes=int(config.max_held_mb * 1e6),
         max_decoded_bytes=int(config.max_decoded_mb * 1e6),
@@ -176,10 +236,11 @@ def limits_of(config: "ServeConfig") -> Limits:
         deadline_s=config.deadline_ms / 1000,
         decode_threads=min(max(spare, 0), 4) if config.decode_threads is None else config.decode_threads,
     )
+    return limits.of_each(config.front_ends)
 
 
 def _make_app(
-    config: "ServeConfig", runtimes: Sequence[Runtime], stream: logs.LogStream, home: Path | None = None
+    config: "ServeConfig", runtimes: Sequence[Runtime] | Batcher, stream: logs.LogStream, load: Load
 ) -> FastAPI:
     observers = [logs.RequestLog(stream)] if logging.getLogger().isEnabledFor(logging.INFO) else []
     tracing = find_tracing()
@@ -188,9 +249,9 @@ def _make_app(
         runtimes,
         replace(limits, max_connections=fit_to_files(limits.max_connections)),
         access=Access(read_api_key(config.api_key_file, os.environ), config.cors_origin),
-        load=partial(load_again, config, home),
+        load=load,
         observers=[*observers, *([tracing] if tracing else [])],
-        reload_everywhere=_tell_supervisor if config.workers > 1 else None,
+        reload_everywhere=_tell_supervisor if config.workers > 1 or _has_several_models(config) else None,
     )
     # What is there by now stays. Collections that walk through all of it hold up every hundredth answer for 30 ms.
     gc.collect()
@@ -198,7 +259,7 @@ def _make_app(
     return app
 
 
-def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers: int = 1) -> uvicorn.Config:
+def _settings(config: "ServeConfig", app: FastAPI | partial[Any], *, workers: int = 1) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         factory=isinstance(app, partial),
@@ -215,12 +276,48 @@ def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers
 
 
 def _make_worker(config: "ServeConfig", home: Path) -> FastAPI:
+    with _started(config) as stream:
+        return _make_app(config, _load_of_worker(config, home), stream, partial(load_again, config, home))
+
+
+def _make_front_end(config: "ServeConfig", door: socket.socket, budget: Path) -> FastAPI:
+    from serve.front import Dial, FrontBatcher
+
+    with _started(config) as stream:
+        limits = limits_of(config)
+        batcher = FrontBatcher(Dial(door, limits), limits, HostBudget(budget, limits.heavy_bytes))
+        return _make_app(config, batcher, stream, batcher.reload)
+
+
+def _make_device(
+    config: "ServeConfig",
+    home: Path,
+    load: "Callable[[ServeConfig, Path], Sequence[Runtime]]",
+    doors: Sequence[socket.socket],
+) -> "Device":
+    from serve.device import Device
+
+    with _started(config):
+        limits = limits_of(config)
+        served = Served(tuple(load(config, home)))
+        for runtime in served.runtimes:
+            warm_up(runtime, limits.max_batch)
+        observe = batch_images(CollectorRegistry()).observe
+        device = Device(served, doors, limits, load=partial(load_again, config, home), observe_batch=observe)
+        gc.collect()
+        gc.freeze()
+        return device
+
+
+@contextmanager
+def _started(config: "ServeConfig") -> Iterator[logs.LogStream]:
+    """In a process that a supervisor has started; what is refused ends it with one line."""
     stream = logs.configure(config.log_level)
     if supervisor := multiprocessing.parent_process():
-        # one that is killed leaves no worker behind that holds the port
+        # one that is killed leaves no process behind that holds the port
         end_with_parent(signal.SIGTERM, supervisor.pid)
     try:
-        return _make_app(config, _load_of_worker(config, home), stream, home)
+        yield stream
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(STARTUP_FAILURE)
@@ -232,6 +329,10 @@ def end_with_parent(number: signal.Signals, parent: int | None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it has ended before it was asked
         os.kill(os.getpid(), number)
+
+
+def _has_several_models(config: "ServeConfig") -> bool:
+    return config.front_ends > 1 and len(config.devices) > 1
 
 
 def _tell_supervisor() -> None:

@@ -6,6 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from train.refusal import Refusal
 _log = logging.getLogger(__name__)
 
 Load = Callable[[], Sequence[Runtime]]
+Made = TypeVar("Made")
 
 
 class Reloader:
@@ -35,7 +37,7 @@ class Reloader:
         async with self._turn:
             try:
                 _log.info("reading the model's file again")
-                served = await _apart(self._prepare)
+                served = await apart(self._prepare)
             except Refusal as refusal:
                 _log.error("the old model goes on: %s", refusal)
                 raise
@@ -44,19 +46,24 @@ class Reloader:
             return served
 
     def _prepare(self) -> Served:
-        runtimes = tuple(self._load())
-        for runtime in runtimes:
-            check(runtime)
-            warm_up(runtime, self._max_batch)
-        return Served(runtimes)
+        return prepare(self._load, self._max_batch)
 
 
-async def _apart(function: Callable[[], Served]) -> Served:
+def prepare(load: Load, max_batch: int) -> Served:
+    """A model that has proved itself; refuses any other."""
+    runtimes = tuple(load())
+    for runtime in runtimes:
+        check(runtime)
+        warm_up(runtime, max_batch)
+    return Served(runtimes)
+
+
+async def apart(function: Callable[[], Made]) -> Made:
     """What `function` gives in a thread of its own. A process that ends does not wait for it."""
     loop = asyncio.get_running_loop()
-    future = loop.create_future()
+    future: asyncio.Future[Made] = loop.create_future()
 
-    def deliver(outcome: Served | BaseException) -> None:
+    def deliver(outcome: Made | BaseException) -> None:
         if future.done():
             return
         if isinstance(outcome, BaseException):

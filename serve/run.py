@@ -50,6 +50,9 @@ class ServeConfig(ReadingFlags):
     drain_seconds: Annotated[int, "how long SIGTERM waits for requests under way"] = 20
     reload_seconds: Annotated[int, "how long a model whose file is read again may take until it answers"] = 60
     workers: Annotated[int, "processes that share the port; one that ends is replaced"] = 1
+    front_ends: Annotated[
+        int, "processes that read, decode and answer for one that runs the model, with batches of all that they have"
+    ] = 1
     devices: Annotated[tuple[int, ...], "CUDA devices, one copy of the model on each (default: the first)"] = ()
     model_threads: Annotated[int | None, "threads of one model on the CPU (default: a core each)"] = None
     decode_threads: Annotated[
@@ -61,10 +64,14 @@ class ServeConfig(ReadingFlags):
     ] = "info"
 
     def __post_init__(self) -> None:
-        for name in ("workers", "model_threads", "drain_seconds", "reload_seconds"):
+        for name in ("workers", "front_ends", "model_threads", "drain_seconds", "reload_seconds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.workers > 1 and self.front_ends > 1:
+            raise Refusal("--workers have a model each and --front-ends share one: choose one of the two")
+        if 1 < self.front_ends < len(self.devices):
+            raise Refusal(f"{len(self.devices)} devices need as many --front-ends at least, got {self.front_ends}")
 
     @property
     def model_paths(self) -> tuple[Path, ...]:
@@ -113,6 +120,7 @@ if __name__ == "__main__":
                 "python serve/run.py plain.onnx plain-int8.onnx      # the faster one on this machine",
                 "python serve/run.py plain.onnx --host 0.0.0.0 --api-key-file key.txt --workers 4",
                 "python serve/run.py plain.engine --devices 0 1 --max-batch 128",
+                "python serve/run.py plain.engine --front-ends 8 --max-batch 128       # many cores feed one GPU",
                 "python serve/run.py theirs.onnx --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --labels names.txt",
                 "kill -HUP PID                       # read the model's file again",
                 "curl --data-binary @image.png -H 'Content-Type: image/png' localhost:8000/predict",

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
 
-class _Worker(Process):
+class Worker(Process):
     """A process that serves."""
 
     @property
@@ -55,11 +55,21 @@ class _Worker(Process):
         return self._server
 
 
+@dataclass(frozen=True)
+class Role:
+    """Processes of one kind: what the log calls one of them, and what makes each."""
+
+    name: str
+    makes: Sequence[Callable[[], Process]]
+
+
 @dataclass
 class _Place:
-    """One of the workers, and the one that takes its place."""
+    """One of the processes of a role, and the one that takes its place."""
 
-    worker: _Worker | None = None
+    name: str
+    make: Callable[[], Process]
+    worker: Process | None = None
     started: float = 0.0
     is_ready: bool = False
     has_failed: bool = False  # the last one ended before it was ready
@@ -78,11 +88,15 @@ class _Place:
 
 
 class Supervisor:
-    """Starts workers and replaces those that end, with more and more patience; hands SIGHUP on to all of them."""
+    """Starts workers and replaces those that end, with more and more patience.
 
-    def __init__(self, settings: uvicorn.Config, listener: socket.socket, *, say_ready: Callable[[], None]) -> None:
-        self._settings, self._listener, self._say_ready = settings, listener, say_ready
-        self._places = [_Place() for _ in range(settings.workers)]
+    Of several roles each needs those behind it: they end one after the other. The last one has models and takes SIGHUP.
+    """
+
+    def __init__(self, *roles: Role, drain_s: int, say_ready: Callable[[], None]) -> None:
+        self._drain_s, self._say_ready = drain_s, say_ready
+        self._groups = [[_Place(role.name, make) for make in role.makes] for role in roles]
+        self._places = [place for group in self._groups for place in group]
         self._stop = threading.Event()
         self._must_hurry = False
         self._num_hangups = 0
@@ -101,9 +115,11 @@ class Supervisor:
             if not is_said and all(place.is_ready for place in self._places):
                 is_said = True
                 self._say_ready()
-            if all(place.worker is None and place.has_failed for place in self._places):
-                _log.error("no worker serves, and none can start")
-                return False
+            for group in self._groups:
+                if all(place.worker is None and place.has_failed for place in group):
+                    _log.error("no %s serves, and none can start", group[0].name)
+                    self._end_workers()
+                    return False
         self._end_workers()
         return True
 
@@ -117,7 +133,7 @@ class Supervisor:
     def _hand_on(self) -> None:
         while self._num_hangups:
             self._num_hangups = 0
-            for place in self._places:
+            for place in self._groups[-1]:
                 if place.worker and place.worker.pid and place.worker.process.is_alive():
                     os.kill(place.worker.pid, signal.SIGHUP)
 
@@ -133,27 +149,30 @@ class Supervisor:
                 self._replace(place, worker, f"did not say within {_PING_S:g} s that it lives")
         elif worker.is_ready(_TURN_S):
             place.is_ready = True
-            _log.info("worker %s serves", worker.pid)
+            _log.info("%s %s serves", place.name, worker.pid)
         elif monotonic() - place.started > _START_S:
             self._replace(place, worker, f"was not ready within {_START_S:g} s")
 
     def _start(self, place: _Place) -> None:
-        place.worker, place.started = _Worker(self._settings, [self._listener]), monotonic()
+        place.worker, place.started = place.make(), monotonic()
         with hangups_blocked():  # until it has read its model
             place.worker.start()
 
-    def _replace(self, place: _Place, worker: _Worker, why: str) -> None:
+    def _replace(self, place: _Place, worker: Process, why: str) -> None:
         worker.kill()
         worker.process.join()
         if worker.pid:
             mark_process_dead(worker.pid)  # what it counted stays; what it held is gone
         wait_s = place.postpone()
         when = f"in {wait_s:g} s" if wait_s else "now"
-        _log.warning("worker %s %s (status %s); another starts %s", worker.pid, why, worker.exitcode, when)
+        _log.warning("%s %s %s (status %s); another starts %s", place.name, worker.pid, why, worker.exitcode, when)
 
     def _end_workers(self) -> None:
-        drain_s = self._settings.timeout_graceful_shutdown or 0
-        begun = [(place.worker, drain_s if place.is_ready else 0) for place in self._places if place.worker]
+        for group in self._groups:
+            self._end_group(group)
+
+    def _end_group(self, group: Sequence[_Place]) -> None:
+        begun = [(place.worker, self._drain_s if place.is_ready else 0) for place in group if place.worker]
         start = monotonic()
         for worker, _ in begun:
             worker.terminate()

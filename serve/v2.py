@@ -161,6 +161,8 @@ def refuse_unready(request: Request, batcher: Batcher) -> None:
     """Refuses while the server starts, stops or decodes nothing."""
     if not request.app.state.is_ready:
         raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
+    if not batcher.is_up:
+        raise Problem(problems.NOT_READY, "the process that runs the model is being replaced; ask again in a moment")
     if batcher.decoding.is_stalled():
         raise Problem(problems.NOT_READY, "images wait, and none has been decoded for a while; ask another server")
 
