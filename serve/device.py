@@ -52,7 +52,7 @@ _MOST_EACH = 8  # connections of one front end: two at a reload, some for its ch
 _log = logging.getLogger(__name__)
 
 
-class Model:
+class Serving:
     """What serves: a runtime, and what front ends are told of it."""
 
     def __init__(self, served: Served, limits: Limits) -> None:
@@ -68,7 +68,7 @@ class Model:
 class Line:
     """This side of one connection, all of whose jobs are for one model. Trusts nothing that it reads."""
 
-    def __init__(self, connection: socket.socket, door: socket.socket, model: Model, limits: Limits) -> None:
+    def __init__(self, connection: socket.socket, door: socket.socket, model: Serving, limits: Limits) -> None:
         connection.setblocking(False)
         self.connection, self.door, self.model, self._limits = connection, door, model, limits
         self._area: Area | None = None
@@ -162,6 +162,11 @@ class Line:
             if len(self._unsent) > self._most_unsent:
                 raise Broken("it does not read its answers") from None
 
+    def close(self) -> None:
+        """Also gives the memory back, whoever still holds this."""
+        self.is_open, self._area = False, None
+        self.connection.close()
+
     @property
     def is_full(self) -> bool:
         return bool(self._unsent)
@@ -183,7 +188,7 @@ class Device:
         self._doors, self._limits, self._load = doors, limits, load
         self._observe_batch = observe_batch
         self._refuse_without_room(served)
-        self._model = Model(served, limits)
+        self._model = Serving(served, limits)
         self._lines: set[Line] = set()
         self._waiting: deque[tuple[Line, np.ndarray]] = deque()
         self._selector = selectors.DefaultSelector()
@@ -283,10 +288,9 @@ class Device:
 
     def _close(self, line: Line) -> None:
         if line.is_open:
-            line.is_open = False
             self._lines.discard(line)
             self._selector.unregister(line.connection)
-            line.connection.close()
+            line.close()
 
     # The model
 
@@ -345,7 +349,7 @@ class Device:
         except Refusal as refusal:
             _log.error("the old model goes on: %s", refusal)
             raise
-        self._model = model = Model(served, self._limits)
+        self._model = model = Serving(served, self._limits)
         _log.warning("now serving %s %s", served.model.name, served.model.digest)
         self._ring()
         return model.number

@@ -57,7 +57,7 @@ def other_runtime(other_artefact):
 class Gated:
     """A runtime that holds every batch until its gate is open."""
 
-    description = "gated"
+    platform = description = library = "gated"
 
     def __init__(self, runtime):
         self.model, self.batches, self.spoil = runtime.model, [], None
