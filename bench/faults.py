@@ -192,7 +192,7 @@ async def kill(subject: Subject) -> dict[str, Any]:
         def take(answer: Answer) -> None:
             statuses[answer.status] += 1
             if answer.status == LOST:
-                retries.append(asyncio.create_task(_ask_again(server.url, subject.image)))
+                retries.append(asyncio.create_task(ask_again(server.url, subject.image)))
 
         load = Load(server.port, predict_request(subject.image), take, num_connections=16)
         running = asyncio.create_task(load.saturate(60))
@@ -254,7 +254,8 @@ def _fits(body: bytes, expected: np.ndarray | None) -> bool:
     return is_best and max(errors) < PROBABILITY_ERROR
 
 
-async def _ask_again(url: str, image: bytes) -> bool:
+async def ask_again(url: str, image: bytes) -> bool:
+    """Whether one more request is answered."""
     async with AsyncClient(url, retry=Retry(attempts=1)) as client:
         try:
             await client.predict([image])

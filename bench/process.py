@@ -17,9 +17,9 @@ START_S = STOP_S = 60.0
 class Server:
     """`with Server(model, "--workers", 2) as server`: it listens; what is left of it at the end is killed."""
 
-    def __init__(self, model: Path, *argv: Any) -> None:
+    def __init__(self, model: Path, *argv: Any, script: str = "serve/run.py") -> None:
         self.argv = ["--runtime", "onnxruntime", *map(str, argv)]  # the choice would be made anew at every start
-        command = [sys.executable, str(ROOT / "serve" / "run.py"), str(model), "--port", "0", *self.argv]
+        command = [sys.executable, str(ROOT / script), str(model), "--port", "0", *self.argv]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self._process.stdout
         greeting = self._process.stdout.readline() + self._process.stdout.readline()
@@ -66,6 +66,10 @@ class Server:
         """The processes that serve under a supervisor, of Linux."""
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def rss_bytes(self) -> int:
         """Resident memory of the process, of Linux."""

@@ -47,7 +47,7 @@ from serve.shared import (
 )
 from train.refusal import Refusal
 
-_MOST_BYTES = 2**16  # of requests that are read at once
+_MOST_BYTES = 2**13  # of requests that are read at once
 _MOST_EACH = 8  # connections of one front end: two at a reload, some for its checks
 _log = logging.getLogger(__name__)
 
@@ -73,9 +73,10 @@ class Line:
         self.connection, self.door, self.model, self._limits = connection, door, model, limits
         self._area: Area | None = None
         self._rest = b""  # of a request that has not come whole
-        self._unsent = bytearray(model.greeting)
+        self.unsent = model.greeting  # that the connection has not taken yet
         self._most_unsent = len(model.greeting)
         self._is_told = False  # of a newer model
+        self.is_awaited = False  # until it takes what is unsent
         self.is_open = True
 
     def read(self) -> np.ndarray:
@@ -114,7 +115,7 @@ class Line:
             for file in files:
                 os.close(file)
         self._generations = np.zeros(num_slots, np.uint32)
-        self._is_busy = np.zeros(num_slots, bool)
+        self._is_busy, self._num_busy = np.zeros(num_slots, bool), 0
         self._most_unsent += ANSWER.itemsize * (num_slots + 1)
 
     def _check(self, requests: np.ndarray) -> np.ndarray:
@@ -122,11 +123,12 @@ class Line:
         slots = requests["slot"]
         if (slots >= len(self._is_busy)).any():
             raise Broken(f"it names slot {slots.max()} of {len(self._is_busy)}")
-        if self._is_busy[slots].any() or len(np.unique(slots)) < len(slots):
+        self._is_busy[slots] = True
+        self._num_busy += len(slots)
+        if np.count_nonzero(self._is_busy) != self._num_busy:
             raise Broken("it wrote a slot twice before the answer")
         if (requests["generation"] != self._generations[slots] + np.uint32(1)).any():
             raise Broken("it names a slot as it was at another time")
-        self._is_busy[slots] = True
         self._generations[slots] = requests["generation"]
         return slots
 
@@ -145,6 +147,7 @@ class Line:
         answers["slot"], answers["generation"] = slots, self._generations[slots]
         answers["status"] = FAILED if logits is None else DONE
         self._is_busy[slots] = False
+        self._num_busy -= len(slots)
         self.send(answers.tobytes())
 
     def tell(self) -> None:
@@ -154,22 +157,19 @@ class Line:
             self.send(np.array([(NEWS, 0, 0)], ANSWER).tobytes())
 
     def send(self, content: bytes = b"") -> None:
-        """As much as the connection takes now; the rest waits until `is_full` no longer holds."""
-        self._unsent += content
+        """As much as the connection takes now; the rest stays in `unsent`."""
+        content = self.unsent + content
         try:
-            del self._unsent[: self.connection.send(self._unsent)]
+            self.unsent = content[self.connection.send(content) :]
         except BlockingIOError:
-            if len(self._unsent) > self._most_unsent:
-                raise Broken("it does not read its answers") from None
+            self.unsent = content
+        if len(self.unsent) > self._most_unsent:
+            raise Broken("it does not read its answers")
 
     def close(self) -> None:
         """Also gives the memory back, whoever still holds this."""
         self.is_open, self._area = False, None
         self.connection.close()
-
-    @property
-    def is_full(self) -> bool:
-        return bool(self._unsent)
 
 
 class Device:
@@ -282,8 +282,9 @@ class Device:
         except Broken as broken:
             _log.warning("a connection of a front end is closed: %s", broken)
             return self._close(line)
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if line.is_full else 0)
-        if self._selector.get_key(line.connection).events != wanted:
+        if line.is_awaited != bool(line.unsent):
+            line.is_awaited = bool(line.unsent)
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if line.unsent else 0)
             self._selector.modify(line.connection, wanted, partial(self._serve, line))
 
     def _close(self, line: Line) -> None:

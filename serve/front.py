@@ -74,24 +74,34 @@ class FrontBatcher(Batcher):
     # In the model's thread
 
     def _run(self, runtime: Runtime, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> None:
-        refused, problem = jobs, _lost()
         try:
-            while served := self._find(jobs[0].served):
-                for job in jobs:
-                    job.served = served  # which its link lives as long as
-                with suppress(Gone):
-                    parcels = zip(jobs, pixels, strict=True)
-                    refused, problem = _link_of(served).send(parcels), self._no_room()  # type: ignore[arg-type]
-                    break
+            refused = self._send(jobs, pixels)
         except Exception as error:
-            problem = error
-        for job in refused:
+            self._refuse(jobs, error)
+        else:
+            if refused:
+                self._refuse(refused, self._no_room())
+
+    def _send(self, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> Sequence[Job]:
+        """Those for which there is no room."""
+        while served := self._find(jobs[0].served):
+            for job in jobs:
+                job.served = served  # which its link lives as long as
+            try:
+                return _link_of(served).send(zip(jobs, pixels, strict=True))  # type: ignore[arg-type]
+            except Gone:
+                continue
+        raise _lost()
+
+    def _refuse(self, jobs: Sequence[Job], problem: Exception) -> None:
+        for job in jobs:
             job.outcome = problem
-        if refused:
-            self._loop.call_soon_threadsafe(deliver, refused)
+        self._loop.call_soon_threadsafe(deliver, jobs)
 
     def _find(self, served: Served) -> Served | None:
         """Where the model of `served` is, as soon as it is anywhere; None where another has taken its place."""
+        if _link_of(served).is_up:
+            return served
         with self._changed:
             self._changed.wait_for(lambda: _link_of(served).is_up or self.is_up or not self._is_open)
             if _link_of(served).is_up:
@@ -129,15 +139,14 @@ class FrontBatcher(Batcher):
             self._follow()
 
     def _answer(self, link: Link, flights: Sequence[Flight]) -> None:
-        now = monotonic()
+        now, start = monotonic(), 0
         logits, seconds = link.take(flights)
-        jobs = [flight.owner for flight in flights]
-        start = 0
-        for flight, job in zip(flights, jobs, strict=True):
-            rows = slice(start, start := start + len(flight.slots))
-            job.model_s = float(seconds[rows].max())
+        jobs: list[Job] = [flight.owner for flight in flights]
+        for job in jobs:
+            job.model_s = max(seconds[start : start + job.num_images])
             job.queue_s = max(0.0, now - job.accepted - job.decode_s - job.model_s)
-        per_image = float(seconds.max()) / len(seconds)  # of what this front end had in the batch
+            start += job.num_images
+        per_image = max(seconds) / len(seconds)  # of what this front end had in the batch
         self.seconds_per_image = SMOOTHING * (self.seconds_per_image or per_image) + (1 - SMOOTHING) * per_image
         try:
             share(jobs, jobs[0].served.model, logits, [job.top_k for job in jobs for _ in range(job.num_images)])

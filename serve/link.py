@@ -34,7 +34,7 @@ from serve.shared import (
 )
 from train.refusal import Refusal
 
-_MOST_BYTES = 2**16  # of answers that are read at once
+_MOST_BYTES = 2**13  # of answers that are read at once
 _PAUSE_S = 0.05  # before another attempt at a door that was shut
 _PAIR = struct.Struct("=II")
 
@@ -135,10 +135,10 @@ class Link:
                 finished.append(flight)
         return finished
 
-    def take(self, flights: Sequence[Flight]) -> tuple[np.ndarray, np.ndarray]:
+    def take(self, flights: Sequence[Flight]) -> tuple[np.ndarray, list[float]]:
         """Logits [N, K] and seconds [N] of finished flights, whose slots are free from now on."""
         slots = [slot for flight in flights for slot in flight.slots]
-        logits, seconds = self._area.logits[slots], self._area.seconds[slots]
+        logits, seconds = self._area.logits[slots], self._area.seconds[slots].tolist()
         self._free.extend(slots)
         return logits, seconds
 

@@ -14,10 +14,11 @@ import os, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import held_model
-from serve import process, run
+from serve import logs, process, run
 from train.cli import run_command
 
 def serve(config):
+    logs.configure(config.log_level)
     with run.listen(config.host, config.port) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         return process.serve_front_ends(config, listener, url, "", load=held_model.load)

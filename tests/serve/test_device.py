@@ -115,7 +115,7 @@ def test_all_that_waits_is_one_batch_whoever_sent_it(running, gated, pixels):
         for link, flight in zip((one, one, one, other), flights, strict=True):
             logits, seconds = link.take([flight])
             np.testing.assert_allclose(logits, gated._runtime(expected[flight.owner]), rtol=1e-5, atol=1e-5)
-            assert (seconds > 0).all()
+            assert min(seconds) > 0
 
 
 def test_no_batch_is_larger_than_it_may_be(running, gated, pixels):
@@ -155,7 +155,7 @@ def test_slots_are_refused_while_all_are_taken_and_free_once_they_are_answered(r
 def test_an_image_of_another_size_takes_no_slot(running, runtime, pixels):
     with running(runtime) as it, it.dial().connect().link as link:
         for _ in range(9):
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match="could not broadcast"):
                 link.send([("a", np.zeros((1, 9, 9, 3), np.uint8))])
         assert len(link.run(pixels)) == 5
 
@@ -170,7 +170,6 @@ def request(*pairs):
 def raw(it, num_slots=None, file=None):
     """A connection that has shared memory of `num_slots`, or another file."""
     ours, theirs = socket.socketpair()
-    ours.settimeout(60)
     with theirs:
         socket.send_fds(it.door(), [b"c"], [theirs.fileno()])
     (length,) = struct.unpack("=I", ours.recv(4))

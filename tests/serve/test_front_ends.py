@@ -216,7 +216,7 @@ def test_front_ends_that_cannot_be_are_one_line(artefact, tmp_path):
 
 def test_a_model_that_cannot_be_served_ends_the_server(tmp_path):
     (tmp_path / "text.onnx").write_text("hello")
-    argv = command("run.py", tmp_path / "text.onnx", "--port", 0, "--front-ends", 2)
+    argv = command("run.py", tmp_path / "text.onnx", "--port", 0, "--front-ends", 2, "--runtime", "onnxruntime")
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("error: text.onnx cannot be loaded as an ONNX model") == 1

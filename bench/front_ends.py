@@ -1,0 +1,362 @@
+"""python bench/front_ends.py: front ends that share one model, measured here and, on paper, on many cores."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.page import machine_table, spread, table, write_page
+from train.cli import POSITIONAL, given_arguments, run_command
+from train.refusal import Refusal
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = (
+    "python bench/front_ends.py                                # three minutes; writes docs/benchmarks/front-ends.md",
+    "python bench/front_ends.py --only kills --kill-seconds 600 # the record keeps what it has of the rest",
+    "python bench/front_ends.py --quick --out runs/bench",
+)
+FRONT_ENDS = (1, 2)
+ON_PAPER = (1, 2, 4, 8, 12, 16)
+MAX_BATCH = 256
+BAR = 0.9
+
+
+@dataclass(frozen=True)
+class FrontEndsConfig:
+    model: Annotated[Path, "plain.onnx whose images and labels are taken", POSITIONAL] = (
+        ROOT / "models" / "fashion-mnist.onnx"
+    )
+    image: Annotated[Path, "the image that is asked for"] = ROOT / "models" / "held-out" / "Coat_6.png"
+    device_us: Annotated[tuple[float, float], "t0 and t1: the pretended device takes t0 + n t1 for n images"] = (200, 4)
+    connections: Annotated[int, "that ask without a pause, for each front end"] = 32
+    rounds: Annotated[int, "rounds that alternate over the numbers of front ends"] = 5
+    seconds: Annotated[int, "of one measurement"] = 4
+    kill_seconds: Annotated[int, "of the load under which processes are killed"] = 100
+    kill_every: Annotated[int, "seconds from one kill to the next"] = 20
+    only: Annotated[tuple[Literal["scaling", "kills"], ...], "parts to measure (default: both)"] = ()
+    quick: Annotated[bool, "one round of a second each, and two kills in ten seconds"] = False
+    out: Annotated[Path, "folder for front-ends.md and front-ends.json"] = ROOT / "docs" / "benchmarks"
+
+    def __post_init__(self) -> None:
+        if min(*self.device_us, self.connections, self.rounds, self.seconds, self.kill_seconds, self.kill_every) <= 0:
+            raise Refusal("all times and numbers must be positive")
+
+
+def command(config: FrontEndsConfig) -> int:
+    """Front ends before a device that is pretended, and a load with kills before the real model, on 127.0.0.1.
+
+    Writes a record and its page. Exit status 1 where a bar is missed of what was measured.
+    """
+    import json
+    from dataclasses import replace
+
+    from bench.page import describe_machine
+    from train.files import read_whole
+
+    if config.quick:
+        config = replace(config, rounds=1, seconds=1, kill_seconds=10, kill_every=4)
+    path = config.out / "front-ends.json"
+    record: dict[str, Any] = json.loads(read_whole(path)) if config.only and path.exists() else {}
+    about = {
+        "command": f"python bench/front_ends.py {given_arguments(config)}".strip(),
+        "machine": describe_machine("numpy", "uvicorn"),
+    }
+    for name, measure in (("scaling", _scaling), ("kills", _kills)):
+        if name in (config.only or ("scaling", "kills")):
+            record[name] = {**about, **measure(config)}
+    print(write_page(config.out, "front-ends", markdown(record), record))
+    missed = [bar for part in record.values() for bar, is_met in part["bars"].items() if not is_met]
+    for bar in missed:
+        print(f"missed: {bar}")
+    return 1 if missed else 0
+
+
+# What front ends cost
+
+
+def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
+    import os
+
+    from bench.hand_over import hand_over
+    from bench.load import refuse_without_tools
+    from bench.simulated import TIMES, Simulated
+    from train.progress import make_console, progress
+
+    refuse_without_tools()
+    rounds: list[dict[str, dict[str, float]]] = []
+    with progress(make_console(), "front ends", config.rounds * len(FRONT_ENDS) + 1) as advance:
+        for turn in range(config.rounds):
+            measured = {}
+            for num in FRONT_ENDS[:: -1 if turn % 2 else 1]:
+                measured[str(num)] = _measure(config, num)
+                advance(1, f"{num} front ends")
+            rounds.append(measured)
+        os.environ[TIMES] = "0,0"
+        device_process = hand_over(Simulated(config.model), MAX_BATCH, 50 if config.quick else 1000)
+        advance(1, "hand-over")
+    paper = _on_paper(config.device_us, rounds, device_process)
+    worst = _median(rounds, "2", "p99_ms") / _median(rounds, "1", "p99_ms")
+    return {
+        "device_us": list(config.device_us),
+        "connections": config.connections,
+        "seconds": config.seconds,
+        "rounds": rounds,
+        "device_process": device_process,
+        "paper": paper,
+        "bars": {
+            f"on paper, N front ends answer at least {BAR:g} N times what one process does, or {BAR:.0%} of what the "
+            "device can": all(row["share"] >= BAR for row in paper),
+            "p99 of two front ends with twice the connections is no worse": worst <= 1,
+        },
+    }
+
+
+def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
+    """One server under a load that leaves it no pause: what it answers, and what processor time that takes."""
+    import os
+
+    from bench.load import put_load
+    from bench.process import Server
+    from bench.simulated import TIMES
+
+    os.environ[TIMES] = ",".join(f"{time:g}" for time in config.device_us)
+    argv = ("--front-ends", num, "--max-batch", MAX_BATCH, "--decode-threads", 0, "--log-level", "warning")
+    with Server(config.model, *argv, script="bench/simulated.py") as server:
+        processes = server.workers() or [server.pid]
+        for core, process in enumerate(processes):
+            _pin(process, core % 2 if num > 1 else 0)
+        load = {"num_connections": num * config.connections}
+        put_load(server.url, "/predict", "image/png", [config.image], **load, seconds=1)
+        before = [_cpu_s(process) for process in processes]
+        batches = _batches(server.url)
+        result = put_load(server.url, "/predict", "image/png", [config.image], **load, seconds=config.seconds)
+        took = [after - first for first, after in zip(before, map(_cpu_s, processes), strict=True)]
+        count, images = (after - first for first, after in zip(batches, _batches(server.url), strict=True))
+    if result.failures:
+        raise Refusal(f"{num} front ends fail {result.failures} requests")
+    num_requests = result.requests_per_s * config.seconds
+    return {
+        "requests_per_s": result.requests_per_s,
+        "p50_ms": result.p50_ms,
+        "p99_ms": result.p99_ms,
+        "images_per_batch": images / count,
+        "front_end_us": 1e6 * sum(took[:num]) / num_requests,
+        "device_us": 1e6 * sum(took[num:]) / num_requests,
+    }
+
+
+def _pin(process: int, core: int) -> None:
+    import os
+
+    cores = sorted(os.sched_getaffinity(0))
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {cores[core % len(cores)]})
+
+
+def _cpu_s(process: int) -> float:
+    """Of all its threads that are there, of Linux."""
+    threads = Path(f"/proc/{process}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) * 1e-9
+
+
+def _batches(url: str) -> tuple[float, float]:
+    """How many there were, and of how many images together."""
+    import urllib.request
+
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    return float(lines["diracnet_batch_images_count"]), float(lines["diracnet_batch_images_sum"])
+
+
+def _median(rounds: list[dict[str, dict[str, float]]], num: str, name: str) -> float:
+    import statistics
+
+    return statistics.median(measured[num][name] for measured in rounds)
+
+
+def _on_paper(
+    device_us: tuple[float, float], rounds: list[dict[str, dict[str, float]]], cost: dict[str, Any]
+) -> list[dict[str, float]]:
+    """What N front ends answer a second where each has a core, the device process has one, and the device is alone.
+
+    Front ends answer N times what one of two does in a second of its core. The device process adds to the time of the
+    device what it does for a full batch from all of them.
+    """
+    fixed_us, each_us = device_us
+    alone = 1e6 / _median(rounds, "1", "front_end_us")
+    rows = []
+    for num in ON_PAPER:
+        front_ends = alone if num == 1 else num * 1e6 / _median(rounds, "2", "front_end_us")
+        device = MAX_BATCH * 1e6 / (fixed_us + MAX_BATCH * each_us)
+        added_us = cost["batch_us"] + num * cost["front_end_us"] + MAX_BATCH * cost["image_us"] if num > 1 else 0.0
+        process = MAX_BATCH * 1e6 / (fixed_us + MAX_BATCH * each_us + added_us)
+        answers = min(front_ends, process)
+        rows.append(
+            {
+                "front_ends": num,
+                "front_ends_per_s": front_ends,
+                "device_process_per_s": process,
+                "device_per_s": device,
+                "answers_per_s": answers,
+                "share": answers / min(num * alone, device),
+            }
+        )
+    return rows
+
+
+# What becomes of requests while processes are killed
+
+
+def _kills(config: FrontEndsConfig) -> dict[str, Any]:
+    import uvloop
+
+    return uvloop.run(_kill_again_and_again(config))
+
+
+async def _kill_again_and_again(config: FrontEndsConfig) -> dict[str, Any]:
+    """kill -9 of a front end and the device process in turn; what is lost or told to come again is asked once more."""
+    import asyncio
+    import os
+    import signal
+    from collections import Counter
+
+    from bench.faults import ask_again
+    from bench.open_loop import LOST, Load, predict_request
+    from bench.process import Server
+
+    image = config.image.read_bytes()
+    statuses: Counter[int] = Counter()
+    retries: list[asyncio.Task[bool]] = []
+    killed: list[str] = []
+    waits_s: list[float] = []
+    with Server(config.model, "--front-ends", 2, "--model-threads", 1, "--log-level", "warning") as server:
+
+        def take(answer: Any) -> None:
+            statuses[answer.status] += 1
+            waits_s.append(answer.seconds)
+            if answer.status in (LOST, 503):
+                retries.append(asyncio.create_task(ask_again(server.url, image)))
+
+        load = Load(server.port, predict_request(image), take, num_connections=16)
+        running = asyncio.create_task(load.saturate(config.kill_seconds + 60))
+        names = {process: ("front end", "front end", "device process")[n] for n, process in enumerate(server.workers())}
+        start = load_start = asyncio.get_running_loop().time()
+        while (left := load_start + config.kill_seconds - start) > config.kill_every:
+            await asyncio.sleep(config.kill_every)
+            start += config.kill_every
+            what = ("device process", "front end")[len(killed) % 2]
+            victim = next(process for process, name in names.items() if name == what)
+            del names[victim]
+            os.kill(victim, signal.SIGKILL)
+            killed.append(what)
+            while not (new := set(server.workers()) - names.keys() - {victim}):
+                await asyncio.sleep(0.01)
+            names[new.pop()] = what
+        await asyncio.sleep(left)
+        load.stop()
+        await running
+        succeeded = sum(await asyncio.gather(*retries))
+    return {
+        "seconds": config.kill_seconds,
+        "killed": killed,
+        "statuses": {str(status) if status else "lost": count for status, count in sorted(statuses.items())},
+        "asked_again": len(retries),
+        "answered_then": succeeded,
+        "longest_wait_s": max(waits_s),
+        "bars": {
+            "what was lost or told to come again is answered on one retry": succeeded == len(retries),
+            "all others are answered 200": statuses.keys() <= {200, 503, LOST},
+        },
+    }
+
+
+# The page
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The page of one record."""
+    bars = [(bar, "met" if is_met else "MISSED") for part in record.values() for bar, is_met in part["bars"].items()]
+    parts = [
+        "# Front ends that share one model",
+        "`serve/run.py --front-ends N` ([how](../deployment.md#many-cores-before-one-model)): N processes read, decode "
+        "and answer, and one for each device runs the model on all that they have. The record is "
+        "[front-ends.json](front-ends.json).",
+        table(("bar", ""), bars),
+    ]
+    for name, explain in (("scaling", _scaling_parts), ("kills", _kills_parts)):
+        if name in record:
+            parts += explain(record[name])
+    return "\n\n".join(parts) + "\n"
+
+
+def _scaling_parts(part: dict[str, Any]) -> list[str]:
+    rounds, cost = part["rounds"], part["device_process"]
+    names = ("requests_per_s", "p50_ms", "p99_ms", "images_per_batch", "front_end_us", "device_us")
+    rows = [
+        (f"{num} front ends" if num > 1 else "one process", *(_spread(rounds, str(num), name) for name in names))
+        for num in FRONT_ENDS
+    ]
+    fixed, each = part["device_us"]
+    return [
+        "## What they cost",
+        f"Written by `{part['command']}`.",
+        machine_table(part["machine"]),
+        f"The device is pretended: it takes {fixed:g} µs and {each:g} µs for each image, and no core. wrk asks over "
+        f"{part['connections']} connections for each front end, without a pause, on core 1. One process has core 0. Of "
+        "two front ends the first shares core 0 with the device process, and the second core 1 with wrk: both are full "
+        "then, so requests/s cannot double here. What can be compared is processor time, which counts no waiting. "
+        f"Median of {len(rounds)} rounds of {part['seconds']} s, and extremes.",
+        table(
+            ("", "requests/s", "p50 ms", "p99 ms", "images in a batch", "µs of a core: front end", "device process"),
+            rows,
+        ),
+        f"The processor time of the device process for a batch is {cost['batch_us']:.1f} µs, "
+        f"{cost['front_end_us']:.1f} µs for each front end in it and {cost['image_us']:.2f} µs for each image, from:",
+        table(
+            ("front ends in a batch", *(f"{num} images of each" for num in sorted({row[1] for row in cost["rows"]}))),
+            [
+                (str(num), *(f"{us:.1f} µs" for lines, _, us in cost["rows"] if lines == num))
+                for num in sorted({row[0] for row in cost["rows"]})
+            ],
+        ),
+        f"On paper, with a core for each front end and one for the device process, and batches of {MAX_BATCH}:",
+        table(
+            ("front ends", "they can/s", "the device process can/s", "the device can/s", "answers/s", "share"),
+            [
+                (
+                    f"{row['front_ends']}",
+                    *(f"{row[name]:,.0f}" for name in ("front_ends_per_s", "device_process_per_s", "device_per_s")),
+                    f"{row['answers_per_s']:,.0f}",
+                    f"{row['share']:.2f}",
+                )
+                for row in part["paper"]
+            ],
+        ),
+        "The last column compares with N times what one process answers, or with what the device can if that is less.",
+    ]
+
+
+def _spread(rounds: list[dict[str, dict[str, float]]], num: str, name: str) -> str:
+    values = [measured[num][name] for measured in rounds]
+    return spread(values, ",.0f" if name == "requests_per_s" else ".3g") if any(values) else "in it"
+
+
+def _kills_parts(part: dict[str, Any]) -> list[str]:
+    statuses = ", ".join(f"{count:,} × {name}" for name, count in part["statuses"].items())
+    return [
+        "## kill -9 under load",
+        f"Written by `{part['command']}`.",
+        machine_table(part["machine"]),
+        f"Two front ends serve the real model; 16 connections ask without a pause for {part['seconds']} s. "
+        f"{len(part['killed'])} processes are killed: {', '.join(part['killed'])}. Answers: {statuses}. Of "
+        f"{part['asked_again']} requests that were lost or told to come again, {part['answered_then']} were answered "
+        f"when they were sent once more. The longest answer took {part['longest_wait_s']:.1f} s: it waited for the "
+        "device process that took the place of a killed one.",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, FrontEndsConfig, examples=EXAMPLES))

@@ -1,0 +1,66 @@
+"""python bench/simulated.py PLAIN: serve/run.py with a device that is pretended: t0 + n t1 for n images, and no core.
+
+It says nothing of the images: every answer is the same. What there is to measure is what goes on around the model.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+
+from export.runtimes.onnx_session import OnnxSession
+from serve.run import ServeConfig
+from train.cli import run_command
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from export.runtimes.runtime import Runtime
+
+TIMES = "DIRACNET_SIMULATED_US"  # "t0,t1" in microseconds
+EXAMPLES = ("DIRACNET_SIMULATED_US=200,4 python bench/simulated.py models/fashion-mnist.onnx --front-ends 2",)
+
+
+class Simulated:
+    """A runtime of the device."""
+
+    platform = description = library = "simulated"
+
+    def __init__(self, path: Path) -> None:
+        self.model = OnnxSession(path, num_threads=1).model
+        self._fixed_s, self._each_s = (float(text) * 1e-6 for text in os.environ[TIMES].split(","))
+        self._logits = np.arange(len(self.model.spec.labels), dtype=np.float32)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        time.sleep(self._fixed_s + len(images) * self._each_s)
+        return np.tile(self._logits, (len(images), 1))
+
+
+def load(config: ServeConfig, home: Path | None = None) -> "Sequence[Runtime]":
+    """In place of the model that the file holds."""
+    return [Simulated(config.model_paths[0])]
+
+
+def serve(config: ServeConfig) -> int:
+    """The server, whole or in front ends and a device process."""
+    from bench import simulated  # this one as other processes find it: what runs as a command has no name there
+    from serve import logs, process
+    from serve.run import listen
+
+    logs.configure(config.log_level)
+    with listen(config.host, config.port) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if config.front_ends > 1:
+            return process.serve_front_ends(config, listener, url, "", load=simulated.load)
+        process.load = lambda config: list(load(config))
+        return process.run(config, listener, url)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(serve, ServeConfig, examples=EXAMPLES))
