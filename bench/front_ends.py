@@ -32,8 +32,8 @@ class FrontEndsConfig:
     image: Annotated[Path, "the image that is asked for"] = ROOT / "models" / "held-out" / "Coat_6.png"
     device_us: Annotated[tuple[float, float], "t0 and t1: the pretended device takes t0 + n t1 for n images"] = (200, 4)
     connections: Annotated[int, "that ask without a pause, for each front end"] = 32
-    rounds: Annotated[int, "rounds that alternate over the numbers of front ends"] = 5
-    seconds: Annotated[int, "of one measurement"] = 4
+    rounds: Annotated[int, "rounds that alternate over the numbers of front ends"] = 3
+    seconds: Annotated[int, "of one measurement"] = 3
     kill_seconds: Annotated[int, "of the load under which processes are killed"] = 100
     kill_every: Annotated[int, "seconds from one kill to the next"] = 20
     only: Annotated[tuple[Literal["scaling", "kills"], ...], "parts to measure (default: both)"] = ()

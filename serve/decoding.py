@@ -7,6 +7,7 @@ process, where a heavy one of seconds costs nothing more, leaves Python's lock f
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -128,8 +129,15 @@ class Decoding:
         turn = self._heavy.get()
         if turn:
             job, index = turn
-            with self._budget.taken(job.weights[index].num_bytes):  # type: ignore[union-attr]
-                self._decode_queued(job, index, partial(self._decode_apart, decoder))
+            with ExitStack() as held:
+                try:
+                    held.enter_context(self._budget.taken(job.weights[index].num_bytes))  # type: ignore[union-attr]
+                except OSError as error:  # the host's budget is a file, and no more can be open
+                    _log.exception("an image could not be decoded")
+                    failed = kept(error)
+                    self._decode_queued(job, index, lambda content, job, index: failed)
+                else:
+                    self._decode_queued(job, index, partial(self._decode_apart, decoder))
         else:
             decoder.close()
         return bool(turn)

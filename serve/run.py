@@ -45,7 +45,7 @@ class ServeConfig(ReadingFlags):
     max_held_mb: Annotated[float, "megabytes of all requests that are not answered yet"] = 128.0
     max_decoded_mb: Annotated[float, "megabytes that all decoders take at once, by the headers of images"] = 384.0
     max_queue: Annotated[int, "images accepted and not answered; what comes on top is told to come again"] = 1024
-    max_connections: Annotated[int, "connections that are open at once, to each of the workers"] = 2048
+    max_connections: Annotated[int, "connections that are open at once, to each process that accepts"] = 2048
     deadline_ms: Annotated[int, "milliseconds from a request's start to its answer"] = 30_000
     drain_seconds: Annotated[int, "how long SIGTERM waits for requests under way"] = 20
     reload_seconds: Annotated[int, "how long a model whose file is read again may take until it answers"] = 60

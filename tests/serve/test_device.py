@@ -4,85 +4,23 @@ import os
 import socket
 import struct
 import sys
-import threading
-from contextlib import contextmanager
 
-import httpx
 import numpy as np
 import pytest
-from serving import PNG
-
-from serve.access import Access
-from serve.app import make_app
-from serve.batcher import Served
-from serve.limits import Limits
-from train.refusal import Refusal
 
 if sys.platform != "linux":
     pytest.skip("front ends need Linux", allow_module_level=True)
 
-from serve.device import _MOST_EACH, Device
-from serve.front import Dial, FrontBatcher, Gone
+from devices import LIMITS, Running, running
+
+from serve.device import _MOST_EACH
+from serve.limits import Limits
+from serve.link import Gone
 from serve.shared import ANSWER, DONE, Shape, make_memory, shape_of
-
-LIMITS = Limits(max_images=5, max_queue=8)
-
-
-class Running:
-    """A device with `doors` for front ends."""
-
-    def __init__(self, runtime, limits, load=None, num_front_ends=2):
-        self.pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(num_front_ends)]
-        self.limits, self.batches = limits, []
-        doors = [inside for _, inside in self.pairs]
-        observe = self.batches.append
-        load = load or (lambda: [runtime])
-        try:
-            self.device = Device(Served((runtime,)), doors, limits, load=load, observe_batch=observe)
-        except Refusal:
-            self.close()
-            raise
-        self.thread = threading.Thread(target=self.device.run)
-        self.thread.start()
-
-    def door(self, index=0):
-        return self.pairs[index][0]
-
-    def dial(self, index=0):
-        return Dial(self.door(index), self.limits)
-
-    def cut(self):
-        """All connections end, as when a device process is killed."""
-        for line in list(self.device._lines):
-            line.connection.shutdown(socket.SHUT_RDWR)
-
-    def end(self):
-        self.device.stop()
-        self.thread.join(60)
-        assert not self.thread.is_alive(), "a connection is still open"
-        self.close()
-
-    def close(self):
-        for end in (end for pair in self.pairs for end in pair):
-            end.close()
+from train.refusal import Refusal
 
 
-@pytest.fixture
-def running():
-    """`with running(runtime) as it`: a device and its doors."""
-
-    @contextmanager
-    def run(runtime, limits=LIMITS, **options):
-        it = Running(runtime, limits, **options)
-        try:
-            yield it
-        finally:
-            it.end()
-
-    return run
-
-
-def test_images_come_back_as_the_logits_of_the_model(running, runtime, pixels):
+def test_images_come_back_as_the_logits_of_the_model(runtime, pixels):
     with running(runtime) as it:
         remote = it.dial().connect()
         with remote.link as link:
@@ -102,7 +40,7 @@ def finish(link, num):
     return flights
 
 
-def test_all_that_waits_is_one_batch_whoever_sent_it(running, gated, pixels):
+def test_all_that_waits_is_one_batch_whoever_sent_it(gated, pixels):
     with running(gated) as it, it.dial(0).connect().link as one, it.dial(1).connect().link as other:
         one.send([("first", pixels[:1])])
         gated.wait()
@@ -118,7 +56,7 @@ def test_all_that_waits_is_one_batch_whoever_sent_it(running, gated, pixels):
             assert min(seconds) > 0
 
 
-def test_no_batch_is_larger_than_it_may_be(running, gated, pixels):
+def test_no_batch_is_larger_than_it_may_be(gated, pixels):
     limits = Limits(max_images=5, max_queue=8, max_batch=2)
     with running(gated, limits) as it, it.dial().connect().link as link:
         gated.open()
@@ -126,7 +64,7 @@ def test_no_batch_is_larger_than_it_may_be(running, gated, pixels):
         assert gated.batches == [2, 2, 1]
 
 
-def test_a_model_that_fails_fails_its_batch_alone(running, gated, pixels):
+def test_a_model_that_fails_fails_its_batch_alone(gated, pixels):
     def fail(images):
         raise RuntimeError("out of memory")
 
@@ -142,7 +80,7 @@ def test_a_model_that_fails_fails_its_batch_alone(running, gated, pixels):
             link.run(pixels[:1])
 
 
-def test_slots_are_refused_while_all_are_taken_and_free_once_they_are_answered(running, gated, pixels):
+def test_slots_are_refused_while_all_are_taken_and_free_once_they_are_answered(gated, pixels):
     with running(gated) as it, it.dial().connect().link as link:
         assert link.send([("a", pixels), ("b", pixels[:3]), ("c", pixels[:1])]) == ["c"]
         assert link.send([("d", pixels[:1])]) == ["d"]
@@ -152,7 +90,7 @@ def test_slots_are_refused_while_all_are_taken_and_free_once_they_are_answered(r
         finish(link, 2)
 
 
-def test_an_image_of_another_size_takes_no_slot(running, runtime, pixels):
+def test_an_image_of_another_size_takes_no_slot(runtime, pixels):
     with running(runtime) as it, it.dial().connect().link as link:
         for _ in range(9):
             with pytest.raises(ValueError, match="could not broadcast"):
@@ -208,7 +146,7 @@ def answers_others(it, pixels):
         (os.urandom(64) + b"\xff" * 8, "it "),
     ],
 )
-def test_a_message_that_makes_no_sense_ends_its_connection_alone(running, runtime, pixels, caplog, content, reason):
+def test_a_message_that_makes_no_sense_ends_its_connection_alone(runtime, pixels, caplog, content, reason):
     with running(runtime) as it:
         connection = raw(it)
         connection.sendall(content)
@@ -217,7 +155,7 @@ def test_a_message_that_makes_no_sense_ends_its_connection_alone(running, runtim
     assert f"a connection of a front end is closed: {reason}" in caplog.text
 
 
-def test_a_slot_is_not_written_again_before_its_answer(running, gated, caplog):
+def test_a_slot_is_not_written_again_before_its_answer(gated, caplog):
     with running(gated) as it:
         connection = raw(it)
         connection.sendall(request((0, 1)))
@@ -232,7 +170,7 @@ def test_a_slot_is_not_written_again_before_its_answer(running, gated, caplog):
     assert "as it was at another time" in caplog.text
 
 
-def test_half_a_message_waits_for_its_other_half(running, runtime):
+def test_half_a_message_waits_for_its_other_half(runtime):
     with running(runtime) as it, raw(it) as connection:
         for part in (request((0, 1))[:3], request((0, 1))[3:]):
             connection.sendall(part)
@@ -240,7 +178,7 @@ def test_half_a_message_waits_for_its_other_half(running, runtime):
         assert answers.tolist() == [(0, 1, DONE)]
 
 
-def test_generations_begin_anew_after_the_last_number(running, runtime):
+def test_generations_begin_anew_after_the_last_number(runtime):
     with running(runtime) as it, raw(it) as connection:
         connection.sendall(request((0, 1)))
         assert connection.recv(ANSWER.itemsize, socket.MSG_WAITALL)
@@ -274,7 +212,7 @@ def memory_of(num_bytes, seals=True):
     ],
 )
 def test_memory_that_is_not_what_it_should_be_ends_its_connection(
-    running, runtime, pixels, caplog, num_slots, make_file, reason
+    runtime, pixels, caplog, num_slots, make_file, reason
 ):
     with running(runtime) as it:
         size = shape_of(runtime.model, LIMITS).num_bytes
@@ -283,7 +221,7 @@ def test_memory_that_is_not_what_it_should_be_ends_its_connection(
     assert reason in caplog.text
 
 
-def test_a_connection_that_sends_no_memory_is_closed(running, runtime, pixels, caplog):
+def test_a_connection_that_sends_no_memory_is_closed(runtime, pixels, caplog):
     with running(runtime) as it:
         for content in (b"\0", b"\1\0\0\0"):
             ours, theirs = socket.socketpair()
@@ -295,7 +233,7 @@ def test_a_connection_that_sends_no_memory_is_closed(running, runtime, pixels, c
     assert "it sent 1 bytes and 0 files in place of its memory" in caplog.text
 
 
-def test_who_does_not_read_answers_is_cut_off(running, runtime, caplog):
+def test_who_does_not_read_answers_is_cut_off(runtime, caplog):
     with running(runtime) as it:
         connection = raw(it)
         connection.setblocking(True)
@@ -311,7 +249,7 @@ def test_who_does_not_read_answers_is_cut_off(running, runtime, caplog):
     assert "it does not read its answers" in caplog.text
 
 
-def test_a_front_end_has_so_many_connections_and_others_still_have_theirs(running, runtime, pixels, caplog):
+def test_a_front_end_has_so_many_connections_and_others_still_have_theirs(runtime, pixels, caplog):
     with running(runtime) as it:
         held = [raw(it) for _ in range(_MOST_EACH)]
         ours, theirs = socket.socketpair()
@@ -324,7 +262,7 @@ def test_a_front_end_has_so_many_connections_and_others_still_have_theirs(runnin
     assert "it has too many" in caplog.text
 
 
-def test_what_is_put_before_the_door_and_is_not_known_there_is_left_aside(running, runtime, pixels, tmp_path):
+def test_what_is_put_before_the_door_and_is_not_known_there_is_left_aside(runtime, pixels, tmp_path):
     with running(runtime) as it, open(tmp_path / "file", "wb") as file:
         socket.send_fds(it.door(), [b"c"], [file.fileno()])
         it.door().send(b"c")
@@ -336,7 +274,7 @@ def test_what_is_put_before_the_door_and_is_not_known_there_is_left_aside(runnin
         assert answers_others(it, pixels)
 
 
-def test_memory_ends_with_its_connection(running, runtime):
+def test_memory_ends_with_its_connection(runtime):
     def mapped():
         with open("/proc/self/maps") as maps:
             return sum("diracnet-slots" in line for line in maps)
@@ -363,143 +301,7 @@ def test_more_memory_than_there_is_is_refused(monkeypatch, runtime):
         Running(runtime, LIMITS)
 
 
-# A front end's whole app
-
-
-@contextmanager
-def front_end(live, it, index=0, **options):
-    batcher = FrontBatcher(it.dial(index), it.limits)
-    with live(make_app(batcher, it.limits, load=batcher.reload, **options)) as url:
-        yield url
-
-
-def post(url, file):
-    return httpx.post(f"{url}/predict", content=file, headers=PNG, timeout=60)
-
-
-def posted(url, file):
-    """A thread that asks, and the list of its answer."""
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(post(url, file)))
-    thread.start()
-    return thread, answers
-
-
-@pytest.mark.parametrize("decode_threads", [0, 2])
-def test_a_front_end_answers_as_a_whole_server_does(running, live, runtime, pixels, encode, decode_threads):
-    limits = Limits(decode_threads=decode_threads)
-    files = [encode(image) for image in pixels]
-    with live(make_app(runtime, limits)) as url:
-        expected = [post(url, file).json() for file in files]
-    with running(runtime, limits) as it, front_end(live, it) as url:
-        assert httpx.get(f"{url}/readyz").status_code == 200
-        for file, answer in zip(files, expected, strict=True):
-            found = post(url, file)
-            assert found.json()["model"] == answer["model"]
-            assert found.json()["results"][0]["label"] == answer["results"][0]["label"]
-            assert found.json()["results"][0]["probability"] == pytest.approx(answer["results"][0]["probability"])
-        assert post(url, b"no image").status_code == 422
-
-
-def test_the_batch_of_a_device_process_that_ends_is_503_and_what_comes_then_waits_for_the_next(
-    running, live, gated, pixels, encode
-):
-    gated.open()
-    with running(gated) as it, front_end(live, it) as url:
-        gated.close()
-        thread, answers = posted(url, encode(pixels[0]))
-        gated.wait()
-        it.cut()
-        thread.join(60)
-        (answer,) = answers
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert answer.json()["detail"].startswith("the process that runs the model has ended")
-        unready = httpx.get(f"{url}/readyz")
-        assert (unready.status_code, unready.json()["type"]) == (503, "urn:diracnet:problem:not-ready")
-        waiting, later = posted(url, encode(pixels[1]))
-        gated.open()
-        waiting.join(60)
-        assert later[0].status_code == 200
-        assert httpx.get(f"{url}/readyz").status_code == 200
-
-
-def test_shared_memory_that_is_full_is_503_until_what_was_given_up_comes_back(running, live, gated, pixels, encode):
-    limits = Limits(max_images=1, max_queue=1, deadline_s=0.2)
-    gated.open()
-    with running(gated, limits) as it, front_end(live, it) as url:
-        gated.close()
-        assert post(url, encode(pixels[0])).status_code == 504
-        full = post(url, encode(pixels[1]))
-        assert (full.status_code, full.headers["retry-after"]) == (503, "1")
-        assert full.json()["detail"].startswith("the shared memory is full: ")
-        gated.open()
-        while (answer := post(url, encode(pixels[1]))).status_code == 503:
-            pass
-        assert answer.status_code == 200
-
-
-def test_a_reload_reaches_front_ends_and_loses_nothing_that_is_under_way(
-    running, live, gated, other_runtime, pixels, encode
-):
-    gated.open()
-    key = {"X-Api-Key": "key"}
-    with (
-        running(gated, load=lambda: [other_runtime]) as it,
-        front_end(live, it, 0, access=Access(b"key")) as url,
-        front_end(live, it, 1, access=Access(b"key")) as other,
-    ):
-
-        def ask(url):
-            return httpx.post(f"{url}/predict", content=encode(pixels[0]), headers=PNG | key, timeout=60).json()
-
-        gated.close()
-        old = []
-        thread = threading.Thread(target=lambda: old.append(ask(url)))
-        thread.start()
-        gated.wait()
-        it.device._askers.put(None)  # as SIGHUP does
-        while it.device._model.served.model is gated.model:
-            pass
-        gated.open()
-        thread.join(60)
-        new = other_runtime.model.digest
-        assert old[0]["model"]["digest"] == gated.model.digest
-        for front in (url, other):
-            while ask(front)["model"]["digest"] != new:
-                pass
-
-
-def test_one_front_end_is_asked_for_a_reload_and_all_follow(running, live, runtime, other_runtime, pixels, encode):
-    with (
-        running(runtime, load=lambda: [other_runtime]) as it,
-        front_end(live, it, 0, access=Access(b"key")) as url,
-        it.dial(1).connect().link as link,
-    ):
-        key, new = {"X-Api-Key": "key"}, other_runtime.model.digest
-        assert httpx.post(f"{url}/admin/reload", headers=key, timeout=60).json()["digest"] == new
-        answer = httpx.post(f"{url}/predict", content=encode(pixels[0]), headers={**PNG, **key}, timeout=60)
-        assert answer.json()["model"]["digest"] == new
-        while not link.has_news:
-            assert not link.receive(waits=True)
-        np.testing.assert_allclose(link.run(pixels), runtime(pixels), rtol=1e-5, atol=1e-5)  # what is begun is ended
-
-
-def test_a_reload_that_the_device_process_refuses_is_refused_and_the_old_model_goes_on(
-    running, live, runtime, pixels, encode
-):
-    def load():
-        raise Refusal("plain.onnx is damaged; export it again")
-
-    with running(runtime, load=load) as it, front_end(live, it, access=Access(b"key")) as url:
-        refused = httpx.post(f"{url}/admin/reload", headers={"X-Api-Key": "key"}, timeout=60)
-        assert (refused.status_code, refused.json()["detail"]) == (409, "plain.onnx is damaged; export it again")
-        answer = httpx.post(
-            f"{url}/predict", content=encode(pixels[0]), headers={**PNG, "X-Api-Key": "key"}, timeout=60
-        )
-        assert answer.json()["model"]["digest"] == runtime.model.digest
-
-
-def test_a_link_says_when_its_device_process_has_ended(running, gated, pixels):
+def test_a_link_says_when_its_device_process_has_ended(gated, pixels):
     with running(gated) as it, it.dial().connect().link as link:
         link.send([("a", pixels[:1])])
         gated.wait()

@@ -10,6 +10,7 @@ from raw_http import everything
 from serve.app import make_app
 from serve.connection import MAX_HEADER_BYTES, Connection
 from serve.limits import Limits
+from serve.weigh import LIGHT
 from train.refusal import Refusal
 
 PNG = {"Content-Type": "image/png"}
@@ -243,3 +244,15 @@ def test_a_body_may_take_longer_than_headers(live, runtime, connect, pixels, enc
         assert timers.get(timeout=60) is None
         connection.sendall(file)
         assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_processes_share_limits_and_each_has_room_for_one_request():
+    limits = Limits(max_body_bytes=10, max_held_bytes=100, max_images=5, max_queue=40, decode_threads=2)
+    assert limits.of_each(1) == limits
+    four = limits.of_each(4)
+    assert (four.max_held_bytes, four.max_queue) == (25, 10)
+    assert four.heavy_bytes == limits.max_decoded_bytes - 4 * 2 * LIGHT.num_bytes
+    many = limits.of_each(20)
+    assert (many.max_held_bytes, many.max_queue) == (10, 5)
+    with pytest.raises(Refusal, match=r"^max_decoded_bytes must be 411,041,792 for the decoders of 24 processes, got"):
+        limits.of_each(24)

@@ -1,0 +1,62 @@
+"""A device process and its doors in a thread of this one, of Linux."""
+
+import socket
+import threading
+from contextlib import contextmanager
+
+from serve.batcher import Served
+from serve.device import Device
+from serve.front import Dial
+from serve.limits import Limits
+from train.refusal import Refusal
+
+LIMITS = Limits(max_images=5, max_queue=8)
+
+
+class Running:
+    """A device with `doors` for front ends."""
+
+    def __init__(self, runtime, limits, load=None, num_front_ends=2):
+        self.pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(num_front_ends)]
+        self.limits, self.batches = limits, []
+        doors = [inside for _, inside in self.pairs]
+        observe = self.batches.append
+        load = load or (lambda: [runtime])
+        try:
+            self.device = Device(Served((runtime,)), doors, limits, load=load, observe_batch=observe)
+        except Refusal:
+            self.close()
+            raise
+        self.thread = threading.Thread(target=self.device.run)
+        self.thread.start()
+
+    def door(self, index=0):
+        return self.pairs[index][0]
+
+    def dial(self, index=0):
+        return Dial(self.door(index), self.limits)
+
+    def cut(self):
+        """All connections end, as when a device process is killed."""
+        for line in list(self.device._lines):
+            line.connection.shutdown(socket.SHUT_RDWR)
+
+    def end(self):
+        self.device.stop()
+        self.thread.join(60)
+        assert not self.thread.is_alive(), "a connection is still open"
+        self.close()
+
+    def close(self):
+        for end in (end for pair in self.pairs for end in pair):
+            end.close()
+
+
+@contextmanager
+def running(runtime, limits=LIMITS, **options):
+    """`with running(runtime) as it`: a device and its doors."""
+    it = Running(runtime, limits, **options)
+    try:
+        yield it
+    finally:
+        it.end()

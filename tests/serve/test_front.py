@@ -1,0 +1,152 @@
+"""The app of a front end, before a device process in a thread: answers, ends and reloads."""
+
+import sys
+import threading
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import pytest
+from serving import PNG
+
+if sys.platform != "linux":
+    pytest.skip("front ends need Linux", allow_module_level=True)
+
+from devices import running
+
+from serve.access import Access
+from serve.app import make_app
+from serve.front import FrontBatcher
+from serve.limits import Limits
+from train.refusal import Refusal
+
+
+@contextmanager
+def front_end(live, it, index=0, **options):
+    batcher = FrontBatcher(it.dial(index), it.limits)
+    with live(make_app(batcher, it.limits, load=batcher.reload, **options)) as url:
+        yield url
+
+
+def post(url, file):
+    return httpx.post(f"{url}/predict", content=file, headers=PNG, timeout=60)
+
+
+def posted(url, file):
+    """A thread that asks, and the list of its answer."""
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(post(url, file)))
+    thread.start()
+    return thread, answers
+
+
+@pytest.mark.parametrize("decode_threads", [0, 2])
+def test_a_front_end_answers_as_a_whole_server_does(live, runtime, pixels, encode, decode_threads):
+    limits = Limits(decode_threads=decode_threads)
+    files = [encode(image) for image in pixels]
+    with live(make_app(runtime, limits)) as url:
+        expected = [post(url, file).json() for file in files]
+    with running(runtime, limits) as it, front_end(live, it) as url:
+        assert httpx.get(f"{url}/readyz").status_code == 200
+        for file, answer in zip(files, expected, strict=True):
+            found = post(url, file)
+            assert found.json()["model"] == answer["model"]
+            assert found.json()["results"][0]["label"] == answer["results"][0]["label"]
+            assert found.json()["results"][0]["probability"] == pytest.approx(answer["results"][0]["probability"])
+        assert post(url, b"no image").status_code == 422
+
+
+def test_the_batch_of_a_device_process_that_ends_is_503_and_what_comes_then_waits_for_the_next(
+    live, gated, pixels, encode
+):
+    gated.open()
+    with running(gated) as it, front_end(live, it) as url:
+        gated.close()
+        thread, answers = posted(url, encode(pixels[0]))
+        gated.wait()
+        it.cut()
+        thread.join(60)
+        (answer,) = answers
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["detail"].startswith("the process that runs the model has ended")
+        unready = httpx.get(f"{url}/readyz")
+        assert (unready.status_code, unready.json()["type"]) == (503, "urn:diracnet:problem:not-ready")
+        waiting, later = posted(url, encode(pixels[1]))
+        gated.open()
+        waiting.join(60)
+        assert later[0].status_code == 200
+        assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+def test_shared_memory_that_is_full_is_503_until_what_was_given_up_comes_back(live, gated, pixels, encode):
+    limits = Limits(max_images=1, max_queue=1, deadline_s=0.2)
+    gated.open()
+    with running(gated, limits) as it, front_end(live, it) as url:
+        gated.close()
+        assert post(url, encode(pixels[0])).status_code == 504
+        full = post(url, encode(pixels[1]))
+        assert (full.status_code, full.headers["retry-after"]) == (503, "1")
+        assert full.json()["detail"].startswith("the shared memory is full: ")
+        gated.open()
+        while (answer := post(url, encode(pixels[1]))).status_code == 503:
+            pass
+        assert answer.status_code == 200
+
+
+def test_a_reload_reaches_front_ends_and_loses_nothing_that_is_under_way(live, gated, other_runtime, pixels, encode):
+    gated.open()
+    key = {"X-Api-Key": "key"}
+    with (
+        running(gated, load=lambda: [other_runtime]) as it,
+        front_end(live, it, 0, access=Access(b"key")) as url,
+        front_end(live, it, 1, access=Access(b"key")) as other,
+    ):
+
+        def ask(url):
+            return httpx.post(f"{url}/predict", content=encode(pixels[0]), headers=PNG | key, timeout=60).json()
+
+        gated.close()
+        old = []
+        thread = threading.Thread(target=lambda: old.append(ask(url)))
+        thread.start()
+        gated.wait()
+        it.device._askers.put(None)  # as SIGHUP does
+        while it.device._model.served.model is gated.model:
+            pass
+        gated.open()
+        thread.join(60)
+        new = other_runtime.model.digest
+        assert old[0]["model"]["digest"] == gated.model.digest
+        for front in (url, other):
+            while ask(front)["model"]["digest"] != new:
+                pass
+
+
+def test_one_front_end_is_asked_for_a_reload_and_all_follow(live, runtime, other_runtime, pixels, encode):
+    with (
+        running(runtime, load=lambda: [other_runtime]) as it,
+        front_end(live, it, 0, access=Access(b"key")) as url,
+        it.dial(1).connect().link as link,
+    ):
+        key, new = {"X-Api-Key": "key"}, other_runtime.model.digest
+        assert httpx.post(f"{url}/admin/reload", headers=key, timeout=60).json()["digest"] == new
+        answer = httpx.post(f"{url}/predict", content=encode(pixels[0]), headers={**PNG, **key}, timeout=60)
+        assert answer.json()["model"]["digest"] == new
+        while not link.has_news:
+            assert not link.receive(waits=True)
+        while len(it.device._lines) > 2:  # the front end's connection to the old model ends when nothing needs it
+            pass
+        np.testing.assert_allclose(link.run(pixels), runtime(pixels), rtol=1e-5, atol=1e-5)  # what is begun is ended
+
+
+def test_a_reload_that_the_device_process_refuses_is_refused_and_the_old_model_goes_on(live, runtime, pixels, encode):
+    def load():
+        raise Refusal("plain.onnx is damaged; export it again")
+
+    with running(runtime, load=load) as it, front_end(live, it, access=Access(b"key")) as url:
+        refused = httpx.post(f"{url}/admin/reload", headers={"X-Api-Key": "key"}, timeout=60)
+        assert (refused.status_code, refused.json()["detail"]) == (409, "plain.onnx is damaged; export it again")
+        answer = httpx.post(
+            f"{url}/predict", content=encode(pixels[0]), headers={**PNG, "X-Api-Key": "key"}, timeout=60
+        )
+        assert answer.json()["model"]["digest"] == runtime.model.digest
