@@ -21,6 +21,7 @@ from functools import partial
 from itertools import groupby
 from queue import SimpleQueue
 from time import monotonic, monotonic_ns
+from typing import Any
 
 import numpy as np
 from uvicorn.supervisors.multiprocess import Process
@@ -30,14 +31,15 @@ from serve.batcher import Served
 from serve.limits import Limits
 from serve.reload import Load, prepare
 from serve.shared import (
-    ANSWER,
+    ANSWER_BYTES,
+    ANSWER_FORM,
     CONNECT,
     DONE,
     FAILED,
     LENGTH,
     NEWS,
     RELOAD,
-    REQUEST,
+    REQUEST_BYTES,
     Area,
     Broken,
     Greeting,
@@ -49,6 +51,7 @@ from train.refusal import Refusal
 
 _MOST_BYTES = 2**13  # of requests that are read at once
 _MOST_EACH = 8  # connections of one front end: two at a reload, some for its checks
+_NONE = np.empty((0, 2), np.uint32)
 _log = logging.getLogger(__name__)
 
 
@@ -80,20 +83,22 @@ class Line:
         self.is_open = True
 
     def read(self) -> np.ndarray:
-        """The slots [n] of requests that have come. `Broken` for what no front end asks, `EOFError` at the end."""
+        """Requests [n, 2] that have come: slot, generation. `Broken` for what nobody may ask, `EOFError` at the end."""
         if self._area is None:
             self._take_memory()
-            return np.empty(0, np.uint32)
+            return _NONE
         try:
             came = self.connection.recv(_MOST_BYTES)
         except BlockingIOError:
-            return np.empty(0, np.uint32)
+            return _NONE
         if not came:
             raise EOFError
         came = self._rest + came
-        end = len(came) // REQUEST.itemsize * REQUEST.itemsize
-        self._rest = came[end:]
-        return self._check(np.frombuffer(came[:end], REQUEST))
+        num = len(came) // REQUEST_BYTES
+        self._rest = came[num * REQUEST_BYTES :]
+        requests = np.frombuffer(came, np.uint32, 2 * num).reshape(num, 2)
+        self._check(requests[:, 0].astype(np.intp), requests[:, 1])
+        return requests
 
     def _take_memory(self) -> None:
         """The first message: how many slots there are, and their memory."""
@@ -114,38 +119,37 @@ class Line:
         finally:
             for file in files:
                 os.close(file)
-        self._generations = np.zeros(num_slots, np.uint32)
+        self._next = np.ones(num_slots, np.uint32)  # generation of each slot
         self._is_busy, self._num_busy = np.zeros(num_slots, bool), 0
-        self._most_unsent += ANSWER.itemsize * (num_slots + 1)
+        self._most_unsent += ANSWER_BYTES * (num_slots + 1)
 
-    def _check(self, requests: np.ndarray) -> np.ndarray:
-        """The slots of requests, each of which may be written now."""
-        slots = requests["slot"]
-        if (slots >= len(self._is_busy)).any():
-            raise Broken(f"it names slot {slots.max()} of {len(self._is_busy)}")
-        self._is_busy[slots] = True
+    def _check(self, slots: np.ndarray, generations: np.ndarray) -> None:
+        """Each of these slots may be written now."""
+        try:
+            self._is_busy[slots] = True
+        except IndexError:
+            raise Broken(f"it names slot {slots.max()} of {len(self._is_busy)}") from None
         self._num_busy += len(slots)
         if np.count_nonzero(self._is_busy) != self._num_busy:
             raise Broken("it wrote a slot twice before the answer")
-        if (requests["generation"] != self._generations[slots] + np.uint32(1)).any():
+        if (self._next[slots] != generations).any():
             raise Broken("it names a slot as it was at another time")
-        self._generations[slots] = requests["generation"]
-        return slots
+        self._next[slots] = generations + np.uint32(1)
 
-    def images(self, slots: np.ndarray) -> np.ndarray:
+    def images(self, requests: np.ndarray) -> np.ndarray:
         """A copy [n, H, W, C]: what its owner writes there from now on changes nothing."""
         assert self._area
-        return self._area.pixels[slots]
+        return self._area.pixels[requests[:, 0]]
 
-    def answer(self, slots: np.ndarray, logits: np.ndarray | None, seconds: float) -> None:
+    def answer(self, requests: np.ndarray, logits: np.ndarray | None, seconds: float) -> None:
         """Logits [n, K], or None where the model failed."""
         assert self._area
+        slots = requests[:, 0].astype(np.intp)  # once, and not for each use
         if logits is not None:
             self._area.logits[slots] = logits
         self._area.seconds[slots] = seconds
-        answers = np.empty(len(slots), ANSWER)
-        answers["slot"], answers["generation"] = slots, self._generations[slots]
-        answers["status"] = FAILED if logits is None else DONE
+        answers = np.empty((len(slots), 3), np.uint32)
+        answers[:, :2], answers[:, 2] = requests, FAILED if logits is None else DONE
         self._is_busy[slots] = False
         self._num_busy -= len(slots)
         self.send(answers.tobytes())
@@ -154,7 +158,7 @@ class Line:
         """There is a newer model; said once."""
         if not self._is_told:
             self._is_told = True
-            self.send(np.array([(NEWS, 0, 0)], ANSWER).tobytes())
+            self.send(struct.pack(ANSWER_FORM, NEWS, 0, 0))
 
     def send(self, content: bytes = b"") -> None:
         """As much as the connection takes now; the rest stays in `unsent`."""
@@ -190,7 +194,7 @@ class Device:
         self._refuse_without_room(served)
         self._model = Serving(served, limits)
         self._lines: set[Line] = set()
-        self._waiting: deque[tuple[Line, np.ndarray]] = deque()
+        self._waiting: deque[tuple[Line, np.ndarray]] = deque()  # requests that are not in a batch yet
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()  # what is written into `_bell` ends a wait
         self._askers: SimpleQueue[socket.socket | None] = SimpleQueue()  # None: a signal asks
@@ -262,21 +266,19 @@ class Device:
         self._attempt(line, line.send)
 
     def _serve(self, line: Line, events: int) -> None:
-        if not line.is_open:
-            return
-        if events & selectors.EVENT_WRITE:
+        if events & selectors.EVENT_WRITE and line.is_open:
             self._attempt(line, line.send)
         if events & selectors.EVENT_READ and line.is_open:
-            self._attempt(line, lambda: self._read(line))
+            self._attempt(line, self._read, line)
 
     def _read(self, line: Line) -> None:
-        if len(slots := line.read()):
-            self._waiting.append((line, slots))
+        if len(requests := line.read()):
+            self._waiting.append((line, requests))
 
-    def _attempt(self, line: Line, do: Callable[[], None]) -> None:
+    def _attempt(self, line: Line, do: Callable[..., None], *args: Any) -> None:
         """What goes wrong with a line is its own end."""
         try:
-            do()
+            do(*args)
         except (EOFError, OSError):
             return self._close(line)
         except Broken as broken:
@@ -299,19 +301,19 @@ class Device:
         """The images that came first, `max_batch` at most."""
         taken, num_left = [], self._limits.max_batch
         while self._waiting and num_left:
-            line, slots = self._waiting.popleft()
+            line, requests = self._waiting.popleft()
             if not line.is_open:
                 continue
-            if len(slots) > num_left:
-                self._waiting.appendleft((line, slots[num_left:]))
-                slots = slots[:num_left]
-            taken.append((line, slots))
-            num_left -= len(slots)
+            if len(requests) > num_left:
+                self._waiting.appendleft((line, requests[num_left:]))
+                requests = requests[:num_left]
+            taken.append((line, requests))
+            num_left -= len(requests)
         for model, parts in groupby(taken, key=lambda part: part[0].model):
             self._run(model.runtime, list(parts), len(model.served.model.spec.labels))
 
     def _run(self, runtime: Runtime, parts: Sequence[tuple[Line, np.ndarray]], num_labels: int) -> None:
-        images = [line.images(slots) for line, slots in parts]
+        images = [line.images(requests) for line, requests in parts]
         batch = images[0] if len(images) == 1 else np.concatenate(images)
         self._observe_batch(len(batch))
         start, logits = monotonic(), None
@@ -323,10 +325,10 @@ class Device:
             _log.exception("the model fails on %d images", len(batch))
             logits = None
         seconds, first = monotonic() - start, 0
-        for line, slots in parts:
-            rows = None if logits is None else logits[first : first + len(slots)]
-            first += len(slots)
-            self._attempt(line, lambda line=line, slots=slots, rows=rows: line.answer(slots, rows, seconds))
+        for line, requests in parts:
+            rows = None if logits is None else logits[first : first + len(requests)]
+            first += len(requests)
+            self._attempt(line, line.answer, requests, rows, seconds)
 
     # A model whose file is read again
 

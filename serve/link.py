@@ -19,13 +19,14 @@ import numpy as np
 from export.runtimes.runtime import Model
 from serve.limits import Limits
 from serve.shared import (
-    ANSWER,
+    ANSWER_BYTES,
     ANSWER_FORM,
     CONNECT,
     FAILED,
     LENGTH,
     NEWS,
     RELOAD,
+    REQUEST_FORM,
     Area,
     Greeting,
     Shape,
@@ -36,7 +37,7 @@ from train.refusal import Refusal
 
 _MOST_BYTES = 2**13  # of answers that are read at once
 _PAUSE_S = 0.05  # before another attempt at a door that was shut
-_PAIR = struct.Struct("=II")
+_REQUEST = struct.Struct(REQUEST_FORM)
 
 
 class Gone(Exception):
@@ -104,7 +105,7 @@ class Link:
         for slot in slots:
             self._flights[slot] = flight
             self._generations[slot] = generation = (self._generations[slot] + 1) % 2**32
-            requests += _PAIR.pack(slot, generation)
+            requests += _REQUEST.pack(slot, generation)
         return requests
 
     def receive(self, *, waits: bool = False) -> list[Flight]:
@@ -118,7 +119,7 @@ class Link:
         if not came:
             raise Gone
         came = self._rest + came
-        end = len(came) // ANSWER.itemsize * ANSWER.itemsize
+        end = len(came) // ANSWER_BYTES * ANSWER_BYTES
         self._rest, finished = came[end:], []
         for slot, generation, status in struct.iter_unpack(ANSWER_FORM, came[:end]):
             if slot == NEWS:

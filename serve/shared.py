@@ -2,8 +2,8 @@
 
 A front end has one connection to its device process, and for each connection memory of its own, in slots of one image:
 
-    front end        pixels into a free slot; a `Request` that names it
-    device process   the slots of all requests that wait → one batch → logits into the slots; an `Answer` for each
+    front end        pixels into a free slot; a request that names it
+    device process   the slots of all requests that wait → one batch → logits into the slots; an answer for each
     front end        logits out of the slots, which are free again
 
 Memory and connection end with either process. The device process trusts no number that it is sent: another process of
@@ -24,9 +24,9 @@ from train.refusal import Refusal
 # What a device process is asked for at its door, beside a socket for the answer.
 CONNECT, RELOAD = b"c", b"r"
 
-REQUEST = np.dtype([("slot", "u4"), ("generation", "u4")])
-ANSWER = np.dtype([("slot", "u4"), ("generation", "u4"), ("status", "u4")])
-ANSWER_FORM = "=III"  # the same, for `struct`
+# A request is slot and generation, an answer slot, generation and status; all are uint32 in the machine's order.
+REQUEST_FORM, ANSWER_FORM = "=II", "=III"  # for `struct`
+REQUEST_BYTES, ANSWER_BYTES = 8, 12
 DONE, FAILED = 0, 1  # of an answer: logits are in the slot, or the model failed
 NEWS = 2**32 - 1  # in place of a slot: a newer model serves, which has connections of its own
 LENGTH = "=I"  # what comes before a greeting, for `struct`

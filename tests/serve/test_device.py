@@ -16,7 +16,7 @@ from devices import LIMITS, Running, running
 from serve.device import _MOST_EACH
 from serve.limits import Limits
 from serve.link import Gone
-from serve.shared import ANSWER, DONE, Shape, make_memory, shape_of
+from serve.shared import ANSWER_BYTES, DONE, Shape, make_memory, shape_of
 from train.refusal import Refusal
 
 
@@ -163,8 +163,8 @@ def test_a_slot_is_not_written_again_before_its_answer(gated, caplog):
         connection.sendall(request((0, 2)))
         gated.open()
         # What waits while the model runs is read after the answer: then the slot is free, and this its next turn.
-        answers = np.frombuffer(connection.recv(2 * ANSWER.itemsize, socket.MSG_WAITALL), ANSWER)
-        assert answers.tolist() == [(0, 1, DONE), (0, 2, DONE)]
+        answers = np.frombuffer(connection.recv(2 * ANSWER_BYTES, socket.MSG_WAITALL), np.uint32)
+        assert answers.tolist() == [0, 1, DONE, 0, 2, DONE]
         connection.sendall(request((0, 2)))  # an old one, once more
         assert is_cut_off(connection)
     assert "as it was at another time" in caplog.text
@@ -174,18 +174,18 @@ def test_half_a_message_waits_for_its_other_half(runtime):
     with running(runtime) as it, raw(it) as connection:
         for part in (request((0, 1))[:3], request((0, 1))[3:]):
             connection.sendall(part)
-        answers = np.frombuffer(connection.recv(ANSWER.itemsize, socket.MSG_WAITALL), ANSWER)
-        assert answers.tolist() == [(0, 1, DONE)]
+        answers = np.frombuffer(connection.recv(ANSWER_BYTES, socket.MSG_WAITALL), np.uint32)
+        assert answers.tolist() == [0, 1, DONE]
 
 
 def test_generations_begin_anew_after_the_last_number(runtime):
     with running(runtime) as it, raw(it) as connection:
         connection.sendall(request((0, 1)))
-        assert connection.recv(ANSWER.itemsize, socket.MSG_WAITALL)
+        assert connection.recv(ANSWER_BYTES, socket.MSG_WAITALL)
         (line,) = it.device._lines
-        line._generations[0] = 2**32 - 1
+        line._next[0] = 0
         connection.sendall(request((0, 0)))
-        assert connection.recv(ANSWER.itemsize, socket.MSG_WAITALL)
+        assert connection.recv(ANSWER_BYTES, socket.MSG_WAITALL)
 
 
 def memory_of(num_bytes, seals=True):
@@ -241,7 +241,7 @@ def test_who_does_not_read_answers_is_cut_off(runtime, caplog):
         try:
             for generation in range(1, 100_000):
                 connection.sendall(request((0, generation)))
-                while line.is_open and (line._area is None or line._generations[0] < generation or line._is_busy[0]):
+                while line.is_open and (line._area is None or line._next[0] <= generation or line._is_busy[0]):
                     pass
         except (BrokenPipeError, ConnectionResetError):
             pass
@@ -282,7 +282,7 @@ def test_memory_ends_with_its_connection(runtime):
     with running(runtime) as it:
         connection = raw(it)
         connection.sendall(request((0, 1)))
-        assert connection.recv(ANSWER.itemsize, socket.MSG_WAITALL)
+        assert connection.recv(ANSWER_BYTES, socket.MSG_WAITALL)
         assert mapped() == 1
         connection.close()
         assert len(it.dial().connect().link.end()) == 0  # whose turn comes after the end of the other
