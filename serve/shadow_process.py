@@ -135,11 +135,7 @@ class ShadowProcess:
             answer = self._connection.recv_bytes()
         except (EOFError, OSError):
             raise ShadowFailed(f"its process ended with status {self._process.wait()}") from None
-        head = struct.calcsize(SECONDS)
-        (seconds,) = struct.unpack(SECONDS, answer[:head])
-        if isnan(seconds):
-            raise BatchFailed(answer[head:].decode(errors="replace").splitlines()[0][:300])
-        return seconds, np.frombuffer(answer[head:], np.float32).reshape(len(images), len(self.identity.labels))
+        return read_answer(answer, (len(images), len(self.identity.labels)))
 
     def _meet(self, path: Path, patience_s: float) -> Identity:
         try:
@@ -149,3 +145,14 @@ class ShadowProcess:
         except (EOFError, OSError):
             status = self._process.wait()
             raise Refusal(f"{path} ends the process that loads it with status {status}; export it again") from None
+
+
+def read_answer(answer: bytes, shape: tuple[int, int]) -> tuple[float, np.ndarray]:
+    """What serve/shadow_worker.py sends for a batch; raises BatchFailed."""
+    head = struct.calcsize(SECONDS)
+    (seconds,) = struct.unpack(SECONDS, answer[:head])
+    if isnan(seconds):
+        raise BatchFailed(answer[head:].decode(errors="replace").splitlines()[0][:300])
+    if len(answer) != head + 4 * shape[0] * shape[1]:
+        raise BatchFailed(f"it gives {len(answer) - head} bytes for logits {list(shape)}")
+    return seconds, np.frombuffer(answer[head:], np.float32).reshape(shape)

@@ -1,0 +1,437 @@
+"""A second model beside the one that serves: compared, promoted, and never in a client's way."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from dataclasses import replace
+from hashlib import sha256
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+from serving import PNG, children_of, command, wait_for, workers_of
+from starlette.testclient import TestClient
+
+from export.graph import to_onnx
+from export.runtimes.probabilities import probabilities
+from fold.plain import fold_net
+from serve import shadow as module
+from serve import shadow_worker
+from serve.access import Access
+from serve.app import make_app
+from serve.limits import Limits
+from serve.roles import Roles
+from serve.run import ServeConfig
+from serve.shadow import Shadow
+from serve.shadow_process import BatchFailed, Identity, ShadowFailed, ShadowProcess, read_answer, why_unfit
+from train.difference import difference
+from train.refusal import Refusal
+
+KEY = {"X-Api-Key": "key"}
+
+
+class Process:
+    """In the place of a process: answers as `answer` does."""
+
+    def __init__(self, runtime, answer=None):
+        self.identity, self.num_asked = Identity.of(runtime.model, "fake"), 0
+        self._answer, self._killed = answer or runtime, threading.Event()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.kill()
+
+    def kill(self):
+        self._killed.set()
+
+    def wait(self):
+        """As a model that hangs, until it is killed."""
+        assert self._killed.wait(60)
+        raise ShadowFailed("its process ended with status -9")
+
+    def ask(self, images, patience_s):
+        self.num_asked += len(images)
+        return 0.25, self._answer(images)
+
+
+@pytest.fixture
+def shadowed(runtime, monkeypatch):
+    """`shadowed(process, ...)`: an app whose shadow is each of these processes in turn."""
+    monkeypatch.setattr(module, "ShadowProcess", lambda process: process)
+
+    def shadowed(*processes, load=lambda digest: [], take_over=lambda: None, **options):
+        left = list(processes)
+        options = {"share": 1.0, "num_images": 5, "max_batch": 32, **options}
+        shadow = Shadow(lambda: left.pop(0) if len(left) > 1 else left[0], load, take_over, **options)
+        limits = Limits(max_batch=options["max_batch"])
+        app = make_app(runtime, limits, access=Access(b"key"), load=lambda: [runtime], shadow=shadow)
+        return TestClient(app, headers=KEY)
+
+    return shadowed
+
+
+def send(client, images, encode):
+    for image in images:
+        assert client.post("/predict", content=encode(image), headers=PNG).status_code == 200
+
+
+def card_when(client, is_there):
+    """The card of the shadow as soon as `is_there` says so of it."""
+    until = threading.Event()
+    timer = threading.Timer(60, until.set)
+    timer.start()
+    try:
+        while not is_there(card := client.get("/model").json()["shadow"]):
+            assert not until.is_set(), card
+        return card
+    finally:
+        timer.cancel()
+
+
+def running(client):
+    return card_when(client, lambda card: card["is_running"])
+
+
+def test_two_models_are_compared_as_parity_compares_them(shadowed, runtime, other_runtime, pixels, encode):
+    with shadowed(Process(other_runtime)) as client:
+        running(client)
+        send(client, pixels, encode)
+        card = card_when(client, lambda card: card["images"] == 5)
+        text = client.get("/metrics").text
+    served, other = runtime(pixels), other_runtime(pixels)
+    assert card["digest"] == other_runtime.model.digest
+    assert card["agreement"]["hits"] == (served.argmax(1) == other.argmax(1)).sum() < 5
+    assert card["agreement"]["value"] == card["agreement"]["hits"] / 5
+    assert card["largest_difference"] == pytest.approx(difference(served, other).relative, rel=1e-5)
+    assert (card["not_a_number"], card["failed"], card["dropped"]) == (0, 0, 0)
+    pair = f'{{digest="{runtime.model.digest}",shadow="{other_runtime.model.digest}"}}'
+    lines = text.splitlines()
+    assert f"diracnet_shadow_images_total{pair} 5.0" in lines
+    assert f"diracnet_shadow_agreeing_images_total{pair} {card['agreement']['hits']}.0" in lines
+    assert f"diracnet_shadow_largest_difference{pair} {card['largest_difference']}" in lines
+    assert "diracnet_shadow_running 1.0" in lines
+    assert any(line.startswith("diracnet_shadow_seconds_sum{") and line.endswith("5") for line in lines)
+
+
+def test_the_same_model_agrees_with_itself(shadowed, runtime, pixels, encode):
+    with shadowed(Process(runtime)) as client:
+        running(client)
+        send(client, pixels, encode)
+        card = card_when(client, lambda card: card["images"] == 5)
+    assert card["agreement"]["value"] == 1
+    assert card["largest_difference"] <= 1e-5  # batches of another size
+
+
+def test_a_share_of_the_images_is_answered_twice(shadowed, runtime, pixels, encode, monkeypatch):
+    dice = iter([0.05, 0.5, 0.0999, 0.1, 0.9])
+    monkeypatch.setattr(module, "random", lambda: next(dice))
+    process = Process(runtime)
+    with shadowed(process, share=0.1) as client:
+        running(client)
+        send(client, pixels, encode)
+        card_when(client, lambda card: card["images"] == 2)
+    assert process.num_asked == 2
+    assert next(dice, None) is None
+
+
+def test_a_shadow_that_hangs_delays_nobody_and_what_it_misses_is_counted(shadowed, runtime, pixels, encode):
+    """One image is with it, as many wait as four batches hold, and the rest is dropped."""
+    slow = Process(runtime)
+    slow._answer = lambda images: slow.wait()
+    with shadowed(slow, max_batch=1) as client:
+        running(client)
+        send(client, np.tile(pixels, (4, 1, 1, 1)), encode)
+        card = client.get("/model").json()["shadow"]
+        assert card["images"] == 0
+        assert card["dropped"] in (15, 16)  # whether the first was already taken when the fifth came
+        assert client.post("/admin/promote").status_code == 409
+
+
+def test_what_is_not_a_number_is_counted_and_compared_with_nothing(shadowed, runtime, pixels, encode):
+    def spoil(images):
+        logits = runtime(images)
+        logits[0] = np.nan
+        return logits
+
+    with shadowed(Process(runtime, spoil), max_batch=1) as client:
+        running(client)
+        send(client, pixels, encode)
+        card = card_when(client, lambda card: card["not_a_number"] == 5)
+        assert card["images"] == 0
+        assert (card["agreement"]["value"], card["largest_difference"]) == (None, None)
+        assert "diracnet_shadow_largest_difference" in client.get("/metrics").text
+
+
+def test_a_shadow_that_raises_goes_on_and_says_so_once(shadowed, runtime, pixels, encode, caplog):
+    def fail(images):
+        if images.tolist() == pixels[:1].tolist():
+            return runtime(images)
+        raise BatchFailed("RuntimeError: no memory")
+
+    with shadowed(Process(runtime, fail), max_batch=1) as client:
+        running(client)
+        send(client, pixels[::-1], encode)
+        card = card_when(client, lambda card: card["images"] == 1)
+    assert card["failed"] == 4
+    said = [record.getMessage() for record in caplog.records if record.name == "serve.shadow"]
+    assert [line for line in said if "fails" in line] == [
+        "the shadow fails: RuntimeError: no memory; /metrics counts what else it fails on"
+    ]
+
+
+def test_probabilities_are_compared_with_probabilities(shadowed, runtime, pixels, encode):
+    reading = SimpleNamespace(scores="probabilities")
+    known = SimpleNamespace(model=replace(runtime.model, reading=reading, digest="other"))
+    with shadowed(Process(known, lambda images: probabilities(runtime(images)))) as client:
+        running(client)
+        send(client, pixels, encode)
+        card = card_when(client, lambda card: card["images"] == 5)
+    assert card["agreement"]["value"] == 1
+    assert card["largest_difference"] < 1e-5
+
+
+def test_what_does_not_fit_is_said_by_field(runtime):
+    served = Identity.of(runtime.model)
+    assert why_unfit(served, served) is None
+    for fields, reason in (
+        ({"image": (9, 8, 3)}, "it takes images of 9x8x3, cut from a shorter side of 8, not of 8x8x3, cut from"),
+        ({"resize": None}, "it takes images of 8x8x3, scaled to it, not of 8x8x3, cut from a shorter side of 8"),
+        ({"labels": ("a", "b")}, "it has 2 labels, not 10"),
+        ({"labels": (*served.labels[:9], "x")}, "its label 9 is 'x', not 'label 9'"),
+    ):
+        assert why_unfit(served, replace(served, **fields)).startswith(reason)
+
+
+def test_a_reload_to_other_labels_pauses_the_comparison(runtime, shadowed, pixels, encode, caplog):
+    other = SimpleNamespace(model=replace(runtime.model, spec=replace(runtime.model.spec, labels=("a",) * 10)))
+    with shadowed(Process(other, runtime)) as client:
+        running(client)
+        send(client, pixels, encode)
+        assert client.get("/model").json()["shadow"]["images"] == 0
+        assert client.get("/metrics").status_code == 200
+        response = client.post("/admin/promote")
+    assert "0 images were compared" in response.json()["detail"]
+    assert "cannot shadow DiracNet-10-0.25: its label 0 is 'a', not 'label 0'" in caplog.text
+
+
+def test_promotion_waits_for_its_figures_and_swaps_both(shadowed, runtime, other_runtime, pixels, encode):
+    asked, swapped = [], []
+    first, second = Process(other_runtime), Process(runtime)
+
+    def load(digest):
+        asked.append(digest)
+        return [other_runtime if digest == other_runtime.model.digest else runtime]
+
+    with shadowed(first, second, Process(other_runtime), load=load, take_over=lambda: swapped.append(1)) as client:
+        running(client)
+        send(client, pixels[:3], encode)
+        card_when(client, lambda card: card["images"] == 3)
+        refused = client.post("/admin/promote")
+        assert refused.json()["type"] == "urn:diracnet:problem:not-compared"
+        assert refused.json()["detail"] == (
+            "3 images were compared of the 5 that --shadow-images asks for; 2 are missing, at a share of 1"
+        )
+        assert (asked, swapped) == ([], [])
+        send(client, pixels[3:], encode)
+        card_when(client, lambda card: card["images"] == 5)
+        assert client.post("/admin/promote").json()["digest"] == other_runtime.model.digest
+        answer = client.post("/predict", content=encode(pixels[0]), headers=PNG).json()
+        assert answer["model"]["digest"] == other_runtime.model.digest
+        assert answer["results"][0]["index"] == other_runtime(pixels[:1]).argmax()
+        card = card_when(client, lambda card: card.get("digest") == runtime.model.digest)
+        assert card["images"] <= 1  # a pair in the other order has its own figures,
+        assert client.post("/admin/promote").json()["digest"] == runtime.model.digest  # and may go back at once
+    assert asked == [other_runtime.model.digest, runtime.model.digest]
+    assert swapped == [1, 1]
+
+
+def test_a_promotion_that_fails_leaves_both_where_they_are(shadowed, runtime, other_runtime, pixels, encode):
+    def load(digest):
+        raise Refusal("other.onnx is another file than the one that was compared; reload to compare it")
+
+    with shadowed(Process(other_runtime), load=load, take_over=lambda: pytest.fail("swapped")) as client:
+        running(client)
+        send(client, pixels, encode)
+        card_when(client, lambda card: card["images"] == 5)
+        response = client.post("/admin/promote")
+        assert (response.status_code, response.json()["type"]) == (409, "urn:diracnet:problem:bad-model")
+        assert client.get("/model").json()["digest"] == runtime.model.digest
+        assert client.get("/model").json()["shadow"]["images"] == 5
+
+
+def test_without_a_shadow_there_is_nothing_to_promote(runtime):
+    app = make_app(runtime, Limits(), access=Access(b"key"), load=lambda: [runtime])
+    with TestClient(app) as client:
+        assert client.post("/admin/promote").status_code == 401
+        response = client.post("/admin/promote", headers=KEY)
+    assert (response.status_code, response.json()["type"]) == (409, "urn:diracnet:problem:not-compared")
+    assert "start the server with --shadow" in response.json()["detail"]
+
+
+def test_roles_are_shared_by_workers_and_a_reload_of_what_was_promoted_says_so(tmp_path, caplog):
+    config = ServeConfig((tmp_path / "plain.onnx",), runtime="mnn", shadow=tmp_path / "other.onnx")
+    first, second = Roles(config, tmp_path), Roles(config, tmp_path)
+    assert (second.served.models, second.served.runtime) == (config.models, "mnn")
+    assert (second.shadow.models, second.shadow.runtime) == ((config.shadow,), "auto")
+    assert not caplog.text
+    first.swap()
+    assert second.served.models == (config.shadow,)
+    assert "other.onnx is read, as it was promoted; a new start of the server serves plain.onnx again" in caplog.text
+    assert (second.shadow.models, second.shadow.runtime) == (config.models, "mnn")
+    second.swap()
+    assert first.served.models == config.models
+
+
+@pytest.fixture
+def config(artefact, other_artefact):
+    return ServeConfig((artefact,), runtime="onnxruntime", shadow=other_artefact, max_batch=2)
+
+
+@pytest.mark.slow
+def test_a_process_answers_as_the_model_here_and_says_what_it_is(config, runtime, pixels):
+    with ShadowProcess(config) as process:
+        assert process.identity == Identity.of(runtime.model, runtime.description)
+        seconds, logits = process.ask(pixels[:2], 60)
+        assert seconds > 0
+        assert np.array_equal(logits, runtime(pixels[:2]))
+
+
+def test_what_a_model_raises_is_told_and_a_process_goes_on(pixels):
+    def fail(images):
+        raise RuntimeError("no \ud800\nmemory")
+
+    answer = shadow_worker._answer(fail, pixels)
+    with pytest.raises(BatchFailed, match=r"^RuntimeError: no \?$"):
+        read_answer(answer, (5, 10))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_or_stands_still_is_given_up(config, pixels):
+    with ShadowProcess(config) as process:
+        process.kill()
+        with pytest.raises(ShadowFailed, match="ended with status -9"):
+            process.ask(pixels[:1], 60)
+    with ShadowProcess(config) as process:
+        os.kill(process._process.pid, signal.SIGSTOP)
+        with pytest.raises(ShadowFailed, match=r"did not answer within 0\.01 s"):
+            process.ask(pixels[:1], 0.01)
+
+
+@pytest.mark.slow
+def test_what_a_process_refuses_is_said_in_its_words(config, tmp_path):
+    path = tmp_path / "text.onnx"
+    path.write_text("hello")
+    with pytest.raises(Refusal, match=r"^text\.onnx cannot be loaded as an ONNX model"):
+        ShadowProcess(replace(config, models=(path,)))
+
+
+@pytest.fixture
+def start_shadowed(start, artefact, other_artefact, tmp_path):
+    """A server with a shadow that is compared on every image, and promoted after two."""
+    key = tmp_path / "key"
+    key.write_text("key")
+
+    def start_shadowed(*argv):
+        shadow = ("--shadow", other_artefact, "--shadow-share", 1, "--shadow-images", 2)
+        server = start(artefact, "--api-key-file", key, *shadow, *argv)
+        return server, httpx.Client(base_url=server.url, headers=KEY, timeout=120)
+
+    return start_shadowed
+
+
+def compare_two(client, pixels, encode):
+    """Two images more are compared, by whichever worker takes them; `dropped` while it is not there."""
+    before = running(client)["images"]
+    until = threading.Event()
+    timer = threading.Timer(120, until.set)
+    timer.start()
+    while client.get("/model").json()["shadow"].get("images", 0) < before + 2:
+        assert not until.is_set()
+        send(client, pixels[:1], encode)
+    timer.cancel()
+
+
+@pytest.mark.slow
+def test_a_shadow_that_is_killed_comes_back_and_goes_on_counting(start_shadowed, pixels, encode):
+    server, client = start_shadowed()
+    with client:
+        compare_two(client, pixels, encode)
+        before = client.get("/model").json()["shadow"]["images"]
+        (process,) = children_of(server.pid, "shadow_worker")
+        os.kill(process, signal.SIGKILL)
+        while children_of(server.pid, "shadow_worker") in ([], [process]):
+            send(client, pixels[:1], encode)
+        compare_two(client, pixels, encode)
+        card = client.get("/model").json()["shadow"]
+    assert card["images"] >= before + 2
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(60) == 0
+    server.stderr.read()  # ends when the last process that may write does
+
+
+@pytest.mark.slow
+def test_a_file_that_changed_since_it_was_compared_is_not_promoted(
+    start_shadowed, artefact, other_artefact, pixels, encode
+):
+    _, client = start_shadowed()
+    with client:
+        compare_two(client, pixels, encode)
+        shutil.copy(artefact, other_artefact)
+        detail = client.post("/admin/promote").json()["detail"]
+        assert detail == "other.onnx is another file than the one that was compared; reload to compare it"
+        assert client.get("/model").json()["digest"] == sha256(artefact.read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_promotion_reaches_all_workers_and_outlives_hangups_and_kills(
+    start_shadowed, artefact, other_artefact, pixels, encode, workers
+):
+    digest = sha256(other_artefact.read_bytes()).hexdigest()
+    server, client = start_shadowed("--workers", workers)
+    with client:
+        compare_two(client, pixels, encode)
+        assert client.post("/admin/promote").json()["digest"] == digest
+        for _ in range(workers if workers > 1 else 0):  # each reads it, as after a reload
+            wait_for(server, "other.onnx is read, as it was promoted")
+            wait_for(server, "now serving")
+        server.send_signal(signal.SIGHUP)
+        for _ in range(workers):
+            wait_for(server, "other.onnx is read, as it was promoted; a new start of the server serves plain.onnx")
+            wait_for(server, "now serving")
+        answer = client.post("/predict", content=encode(pixels[0]), headers=PNG).json()
+        assert answer["model"]["digest"] == digest
+        for worker in workers_of(server) if workers > 1 else []:
+            os.kill(worker, signal.SIGKILL)
+            wait_for(server, " died")
+        if workers > 1:
+            assert client.get("/model").json()["digest"] == digest
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_a_shadow_that_cannot_be_one_is_one_line_before_anything_is_served(artefact, tmp_path, make_net, make_spec):
+    other = tmp_path / "five.onnx"
+    fields = {"num_labels": 5}
+    other.write_bytes(to_onnx(fold_net(make_net(**fields)), make_spec(**fields), {"training": {}}).SerializeToString())
+    (tmp_path / "text.onnx").write_text("hello")
+    for argv, message in (
+        (["--shadow", other], "cannot shadow DiracNet-10-0.25: it has 5 labels, not 10; export it for the same images"),
+        (["--shadow", other, "--workers", 2], "cannot shadow DiracNet-10-0.25: it has 5 labels, not 10"),
+        (["--shadow", tmp_path / "text.onnx"], "text.onnx cannot be loaded as an ONNX model"),
+        (["--shadow", tmp_path / "missing.onnx"], "cannot read missing.onnx: No such file"),
+        (["--shadow", other, "--shadow-share", 0], "--shadow-share must be above 0 and at most 1, got 0"),
+        (["--shadow", other, "--shadow-share", "nan"], "--shadow-share must be above 0 and at most 1, got nan"),
+        (["--shadow", other, "--shadow-images", 0], "--shadow-images must be 1 or more, got 0"),
+    ):
+        line = command("run.py", artefact, "--runtime", "onnxruntime", "--port", 0, *argv)
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
