@@ -1,6 +1,7 @@
 """A second model beside the one that serves: compared, promoted, and never in a client's way."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,8 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from serving import PNG, children_of, command, wait_for, workers_of
+import yaml
+from serving import PNG, ROOT, children_of, command, wait_for, workers_of
 from starlette.testclient import TestClient
 
 from export.graph import to_onnx
@@ -22,14 +24,17 @@ from serve import shadow as module
 from serve import shadow_worker
 from serve.access import Access
 from serve.app import make_app
+from serve.comparison import Comparison
 from serve.limits import Limits
 from serve.roles import Roles
 from serve.run import ServeConfig
 from serve.shadow import Shadow
 from serve.shadow_process import BatchFailed, Identity, ShadowFailed, ShadowProcess, read_answer, why_unfit
+from serve.watch import Watch
 from train.difference import difference
 from train.refusal import Refusal
 
+ALERTS = ROOT / "deploy" / "alerts.yaml"
 KEY = {"X-Api-Key": "key"}
 
 
@@ -262,6 +267,16 @@ def test_a_promotion_that_fails_leaves_both_where_they_are(shadowed, runtime, ot
         assert (response.status_code, response.json()["type"]) == (409, "urn:diracnet:problem:bad-model")
         assert client.get("/model").json()["digest"] == runtime.model.digest
         assert client.get("/model").json()["shadow"]["images"] == 5
+
+
+def test_the_alerts_ask_for_what_is_there(runtime, other_runtime):
+    identities = Identity.of(runtime.model), Identity.of(other_runtime.model)
+    families = [*Watch().collect(), *Comparison(*identities).metrics()]
+    names = {family.name + ("_total" if family.type == "counter" else "") for family in families}
+    rules = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    asked = {name for rule in rules for name in re.findall(r"diracnet_\w+", rule["expr"])}
+    assert len(rules) == 4
+    assert asked < names
 
 
 def test_without_a_shadow_there_is_nothing_to_promote(runtime):
