@@ -48,15 +48,16 @@ class Reloader:
         shadow = self._batcher.shadow
         if shadow is None:
             raise Problem(NOT_COMPARED, "no model shadows this one: start the server with --shadow")
-        served = await self._take(partial(shadow.load, shadow.promotable()), "reading the shadow's file to serve it")
-        shadow.take_over()
-        return served
+        load = partial(shadow.load, shadow.promotable())
+        return await self._take(load, "reading the shadow's file to serve it", before=shadow.take_over)
 
-    async def _take(self, load: Load, what: str) -> Served:
+    async def _take(self, load: Load, what: str, before: Callable[[], None] = lambda: None) -> Served:
+        """`before` is called when all is ready, and may still refuse."""
         async with self._turn:
             try:
                 _log.info(what)
                 served = await _apart(partial(self._prepare, load))
+                before()
             except Refusal as refusal:
                 _log.error("the old model goes on: %s", refusal)
                 raise

@@ -56,7 +56,7 @@ class Shadow:
     ) -> None:
         """`source` says which file shadows now. `load` gives the runtimes of that file, which must have the digest.
 
-        `take_over` is called when they serve: what served is the shadow from then on, and `source` says so.
+        `take_over` is called just before they serve: what served is the shadow from then on, and `source` says so.
         """
         self._source, self.load, self._swap_files = source, load, take_over
         self.share, self._num_images, self._max_batch, self._patience_s = share, num_images, max_batch, patience_s
@@ -115,7 +115,11 @@ class Shadow:
     def comparison_of(self, model: Model) -> Comparison | None:
         """Of `model` with the shadow; None before there is one, or where the two cannot be compared."""
         shadow = self.identity
-        return None if shadow is None else self._pair(Identity.of(model), shadow)
+        if shadow is None:
+            return None
+        if known := self._pairs.get((model.digest, shadow.digest)):
+            return known
+        return self._pair(Identity.of(model), shadow)
 
     def promotable(self) -> str:
         """The digest of the shadow, if it has been compared with the model that serves on enough images."""
