@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from export.runtimes.runtime import Runtime
+    from serve.roles import Roles
 
 TIMES = "DIRACNET_SIMULATED_US"  # "t0,t1" in microseconds
 EXAMPLES = ("DIRACNET_SIMULATED_US=200,4 python bench/simulated.py models/fashion-mnist.onnx --front-ends 2",)
@@ -42,23 +43,22 @@ class Simulated:
         return np.tile(self._logits, (len(images), 1))
 
 
-def load(config: ServeConfig, home: Path | None = None) -> "Sequence[Runtime]":
+def load(roles: "Roles", home: Path) -> "Sequence[Runtime]":
     """In place of the model that the file holds."""
-    return [Simulated(config.model_paths[0])]
+    return [Simulated(roles.served.model_paths[0])]
 
 
 def serve(config: ServeConfig) -> int:
     """The server, whole or in front ends and a device process."""
     from bench import simulated  # this one as other processes find it: what runs as a command has no name there
-    from serve import logs, process
+    from serve import fleet, process
     from serve.run import listen
 
-    logs.configure(config.log_level)
     with listen(config.host, config.port) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         if config.front_ends > 1:
-            return process.serve_front_ends(config, listener, url, "", load=simulated.load)
-        process.load = lambda config: list(load(config))
+            return fleet.run(config, listener, url, load=simulated.load)
+        process.load = lambda config: [Simulated(config.model_paths[0])]
         return process.run(config, listener, url)
 
 

@@ -191,7 +191,7 @@ def _phases(model: Path) -> dict[str, float]:
     stream = logs.configure(config.log_level)
     runtimes = process.load(config)
     marks.append(time.perf_counter())
-    process._make_app(config, runtimes, stream)
+    process.whole_app(config, runtimes, stream, load=lambda: runtimes)
     marks.append(time.perf_counter())
     from serve.reload import warm_up
 

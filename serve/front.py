@@ -149,7 +149,8 @@ class FrontBatcher(Batcher):
         per_image = max(seconds) / len(seconds)  # of what this front end had in the batch
         self.seconds_per_image = SMOOTHING * (self.seconds_per_image or per_image) + (1 - SMOOTHING) * per_image
         try:
-            share(jobs, jobs[0].served.model, logits, [job.top_k for job in jobs for _ in range(job.num_images)])
+            top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
+            share(jobs, jobs[0].served.model, logits, top_k, self.watch)
         except Exception as error:
             for job in jobs:
                 job.outcome = error

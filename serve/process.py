@@ -9,46 +9,47 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from prometheus_client import CollectorRegistry
 from uvicorn.config import STARTUP_FAILURE
 
 from export.runtimes.described import from_flags
 from export.runtimes.load import load_runtime
+from export.runtimes.nodes import digest_of
 from export.runtimes.runtime import Runtime
 from export.runtimes.saturation import warning
 from serve import logs
 from serve.access import Access, read_api_key
 from serve.app import make_app, model_card
-from serve.batcher import Batcher, Served
+from serve.batcher import Batcher
 from serve.choose import choose
 from serve.connection import Connection
+from serve.counts import COUNTS_VARIABLE
 from serve.door import fit_to_files
 from serve.kept import copied, keep, kept
 from serve.limits import Limits
-from serve.metrics import COUNTS_VARIABLE, batch_images
-from serve.reload import Load, check, warm_up
+from serve.reload import Load, check
 from serve.report import with_report
+from serve.roles import Roles
+from serve.shadow import Shadow, refuse_unfit
+from serve.shadow_process import ShadowProcess
 from serve.supervisor import Role, Server, Supervisor, Worker
 from serve.tracing import find_tracing
 from serve.trial import prove
-from serve.turns import HostBudget
+from serve.watch import with_sound_reference
 from train.cores import num_cores
 from train.files import read_whole
 from train.refusal import Refusal
 
 if TYPE_CHECKING:
-    from serve.device import Device
     from serve.run import ServeConfig
 
 _log = logging.getLogger(__name__)
@@ -61,9 +62,8 @@ def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
     limits_of(config)  # what is refused is refused before anything is measured
     config, reason = decide(config)
     if config.workers > 1:
+        _refuse_unfit_shadow(config)
         return _supervise(config, listener, url, reason)
-    if config.front_ends > 1:
-        return serve_front_ends(config, listener, url, reason)
     server = _make_server(config, url, reason, stream)
     try:
         server.run(sockets=[listener])
@@ -86,57 +86,16 @@ def decide(config: "ServeConfig") -> tuple["ServeConfig", str]:
 
 def _supervise(config: "ServeConfig", listener: socket.socket, url: str, reason: str) -> int:
     """Several workers, each with a model of its own."""
-    with _folders() as home:
-        settings = _settings(config, partial(_make_worker, config, home), workers=config.workers)
-        workers = Role("worker", config.workers * [partial(Worker, settings, [listener])])
-        say_ready = partial(_say_ready, _because(f"{config.workers} workers", reason), url)
-        was_told = Supervisor(workers, drain_s=config.drain_seconds, say_ready=say_ready).run()
-    return 0 if was_told else 2
-
-
-def serve_front_ends(
-    config: "ServeConfig",
-    listener: socket.socket,
-    url: str,
-    reason: str,
-    *,
-    load: "Callable[[ServeConfig, Path], Sequence[Runtime]] | None" = None,
-) -> int:
-    """Several processes that accept, decode and answer, and one for each device that runs the model for its share.
-
-    `load` is how a device process loads its model first; it travels there by its name.
-    """
-    if sys.platform != "linux":
-        raise Refusal("--front-ends need Linux, for its shared memory; use --workers")
-    from serve.device import DeviceWorker
-
-    doors = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(config.front_ends)]
-    devices = [(device,) for device in config.devices] or [()]
-    with _folders() as home, ExitStack() as open_doors:
-        for door in chain.from_iterable(doors):
-            open_doors.enter_context(door)
-        budget = home.with_name("decoders")
-        budget.touch()
-        fronts, models = [], []
-        for outside, _ in doors:
-            settings = _settings(config, partial(_make_front_end, config, outside, budget))
-            fronts.append(partial(Worker, settings, [listener]))
-        for index, device in enumerate(devices):
-            make = partial(_make_device, replace(config, devices=device), home, load or _load_of_worker)
-            inside = [inside for _, inside in doors[index :: len(devices)]]
-            models.append(partial(DeviceWorker, _settings(config, make), inside))
-        what = f"{len(fronts)} front ends, {len(models)} device process{'es' if len(models) > 1 else ''}"
-        was_told = Supervisor(
-            Role("front end", fronts),
-            Role("device process", models),
-            drain_s=config.drain_seconds,
-            say_ready=partial(_say_ready, _because(what, reason), url),
-        ).run()
+    with folders() as home:
+        of_worker = settings(config, partial(_make_worker, config, home))
+        workers = Role("worker", config.workers * [partial(Worker, of_worker, [listener])])
+        ready = partial(say_ready, f"{config.workers} workers", reason, url)
+        was_told = Supervisor(workers, drain_s=config.drain_seconds, say_ready=ready).run()
     return 0 if was_told else 2
 
 
 @contextmanager
-def _folders() -> Iterator[Path]:
+def folders() -> Iterator[Path]:
     """A folder in which processes keep a copy of the model that served last; they count requests in another one."""
     with tempfile.TemporaryDirectory(prefix="diracnet-workers-") as folder:
         counts, home = Path(folder, "counts"), Path(folder, "model")
@@ -146,13 +105,18 @@ def _folders() -> Iterator[Path]:
         yield home
 
 
-def _say_ready(what: str, url: str) -> None:
-    print(f"{what}\n{_serving_at(url)}", flush=True)
+def say_ready(what: str, reason: str, url: str) -> None:
+    """What serves, why it was chosen, and where."""
+    print(f"{_because(what, reason)}\n{_serving_at(url)}", flush=True)
 
 
 def _make_server(config: "ServeConfig", url: str, reason: str, stream: logs.LogStream) -> Server:
-    runtimes = load(config)
-    server = Server(_settings(config, _make_app(config, runtimes, stream, partial(load_again, config))))
+    runtimes, roles = load(config), Roles(config)
+    shadow = _make_shadow(config, roles)
+    if shadow:
+        shadow.prepare(runtimes[0].model)
+    app = whole_app(config, runtimes, stream, load=partial(_load_served, roles), shadow=shadow)
+    server = Server(settings(config, app))
     server.greeting = f"{_because(_describe(runtimes[0]), reason)}\n{_serving_at(url)}"
     return server
 
@@ -166,7 +130,7 @@ def load(config: "ServeConfig") -> list[Runtime]:
             for device in config.devices or (None,)
         ]
         for runtime in runtimes:
-            runtime.model = with_report(runtime.model, path)
+            runtime.model = with_sound_reference(with_report(runtime.model, path))
             check(runtime)
             _refuse_what_cannot_be_shown(runtime)
         if path.suffix == ".onnx" and not config.devices and (doubt := warning(path, read_whole(path))):
@@ -182,10 +146,15 @@ def _refuse_what_cannot_be_shown(runtime: Runtime) -> None:
         raise Refusal(f"what {runtime.model.name} says of itself cannot be shown: {error}; export it again") from error
 
 
-def load_again(config: "ServeConfig", home: Path | None = None) -> list[Runtime]:
-    """The model as its file is now, first tried in another process. What is tried is a copy, kept in `home`."""
+def load_again(config: "ServeConfig", home: Path | None = None, digest: str | None = None) -> list[Runtime]:
+    """The model as its file is now, first tried in another process. What is tried is a copy, kept in `home`.
+
+    Refuses a file that has another digest than the one that is asked for.
+    """
     (path,) = config.model_paths
     with _by_name(path), copied(path, home) as copy, _by_name(copy):
+        if digest and digest != digest_of(copy, read_whole(copy)):
+            raise Refusal(f"{path} is another file than the one that was compared; reload to compare it")
         config = replace(config, models=(copy,))
         prove(config)
         runtimes = load(config)
@@ -194,8 +163,13 @@ def load_again(config: "ServeConfig", home: Path | None = None) -> list[Runtime]
     return runtimes
 
 
-def _load_of_worker(config: "ServeConfig", home: Path) -> list[Runtime]:
+def _load_served(roles: Roles, home: Path | None = None) -> list[Runtime]:
+    return load_again(roles.served, home)
+
+
+def load_first(roles: Roles, home: Path) -> list[Runtime]:
     """The model that served last, or where none has, the one in the file."""
+    config = roles.served
     (path,) = config.model_paths
     if last := kept(home, path.name):
         return load(replace(config, models=(last,)))
@@ -239,9 +213,16 @@ def limits_of(config: "ServeConfig") -> Limits:
     return limits.of_each(config.front_ends)
 
 
-def _make_app(
-    config: "ServeConfig", runtimes: Sequence[Runtime] | Batcher, stream: logs.LogStream, load: Load
+def whole_app(
+    config: "ServeConfig",
+    runtimes: Sequence[Runtime] | Batcher,
+    stream: logs.LogStream,
+    *,
+    load: Load,
+    shadow: Shadow | None = None,
+    tells_all: bool = False,
 ) -> FastAPI:
+    """The app of one process, with what operators see of it. One that `tells_all` has a reload reach all processes."""
     observers = [logs.RequestLog(stream)] if logging.getLogger().isEnabledFor(logging.INFO) else []
     tracing = find_tracing()
     limits = limits_of(config)
@@ -251,7 +232,8 @@ def _make_app(
         access=Access(read_api_key(config.api_key_file, os.environ), config.cors_origin),
         load=load,
         observers=[*observers, *([tracing] if tracing else [])],
-        reload_everywhere=_tell_supervisor if config.workers > 1 or _has_several_models(config) else None,
+        reload_everywhere=_tell_supervisor if tells_all else None,
+        shadow=shadow,
     )
     # What is there by now stays. Collections that walk through all of it hold up every hundredth answer for 30 ms.
     gc.collect()
@@ -259,11 +241,32 @@ def _make_app(
     return app
 
 
-def _settings(config: "ServeConfig", app: FastAPI | partial[Any], *, workers: int = 1) -> uvicorn.Config:
+def _make_shadow(config: "ServeConfig", roles: Roles, home: Path | None = None) -> Shadow | None:
+    if config.shadow is None:
+        return None
+    return Shadow(
+        lambda: roles.shadow,
+        lambda digest: load_again(roles.shadow, home, digest),
+        roles.swap,
+        share=config.shadow_share,
+        num_images=config.shadow_images,
+        max_batch=config.max_batch,
+    )
+
+
+def _refuse_unfit_shadow(config: "ServeConfig") -> None:
+    """Before workers start: what each of them would refuse later, and go on without."""
+    if config.shadow:
+        roles = Roles(config)
+        with ShadowProcess(roles.served) as served, ShadowProcess(roles.shadow) as shadow:
+            refuse_unfit(served.identity, shadow.identity)
+
+
+def settings(config: "ServeConfig", app: FastAPI | partial[Any]) -> uvicorn.Config:
+    """Of uvicorn's."""
     return uvicorn.Config(
         app,
         factory=isinstance(app, partial),
-        workers=workers,
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -276,41 +279,15 @@ def _settings(config: "ServeConfig", app: FastAPI | partial[Any], *, workers: in
 
 
 def _make_worker(config: "ServeConfig", home: Path) -> FastAPI:
-    with _started(config) as stream:
-        return _make_app(config, _load_of_worker(config, home), stream, partial(load_again, config, home))
-
-
-def _make_front_end(config: "ServeConfig", door: socket.socket, budget: Path) -> FastAPI:
-    from serve.front import Dial, FrontBatcher
-
-    with _started(config) as stream:
-        limits = limits_of(config)
-        batcher = FrontBatcher(Dial(door, limits), limits, HostBudget(budget, limits.heavy_bytes))
-        return _make_app(config, batcher, stream, batcher.reload)
-
-
-def _make_device(
-    config: "ServeConfig",
-    home: Path,
-    load: "Callable[[ServeConfig, Path], Sequence[Runtime]]",
-    doors: Sequence[socket.socket],
-) -> "Device":
-    from serve.device import Device
-
-    with _started(config):
-        limits = limits_of(config)
-        served = Served(tuple(load(config, home)))
-        for runtime in served.runtimes:
-            warm_up(runtime, limits.max_batch)
-        observe = batch_images(CollectorRegistry()).observe
-        device = Device(served, doors, limits, load=partial(load_again, config, home), observe_batch=observe)
-        gc.collect()
-        gc.freeze()
-        return device
+    with started(config) as stream:
+        roles = Roles(config, home)
+        runtimes, shadow = load_first(roles, home), _make_shadow(config, roles, home)
+        again = partial(_load_served, roles, home)
+        return whole_app(config, runtimes, stream, load=again, shadow=shadow, tells_all=True)
 
 
 @contextmanager
-def _started(config: "ServeConfig") -> Iterator[logs.LogStream]:
+def started(config: "ServeConfig") -> Iterator[logs.LogStream]:
     """In a process that a supervisor has started; what is refused ends it with one line."""
     stream = logs.configure(config.log_level)
     if supervisor := multiprocessing.parent_process():
@@ -329,10 +306,6 @@ def end_with_parent(number: signal.Signals, parent: int | None) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != parent:  # it has ended before it was asked
         os.kill(os.getpid(), number)
-
-
-def _has_several_models(config: "ServeConfig") -> bool:
-    return config.front_ends > 1 and len(config.devices) > 1
 
 
 def _tell_supervisor() -> None:

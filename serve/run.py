@@ -59,18 +59,31 @@ class ServeConfig(ReadingFlags):
         int | None,
         "threads that decode images; 0: the model's thread does (default: spare cores, up to 4)",
     ] = None
+    shadow: Annotated[Path | None, "a second model, which answers a share of the images too but no client"] = None
+    shadow_share: Annotated[float, "of the images, that the shadow answers too"] = 0.1
+    shadow_images: Annotated[int, "compared before POST /admin/promote lets the shadow serve"] = 1000
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], "lowest level on stderr; info has a line for each request"
     ] = "info"
 
     def __post_init__(self) -> None:
-        for name in ("workers", "front_ends", "model_threads", "drain_seconds", "reload_seconds"):
+        for name in ("workers", "front_ends", "model_threads", "drain_seconds", "reload_seconds", "shadow_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-        if self.workers > 1 and self.front_ends > 1:
+        if not 0 < self.shadow_share <= 1:
+            raise Refusal(f"--shadow-share must be above 0 and at most 1, got {self.shadow_share:g}")
+        if self.front_ends > 1:
+            self._refuse_unfit_front_ends()
+
+    def _refuse_unfit_front_ends(self) -> None:
+        if sys.platform != "linux":
+            raise Refusal("--front-ends need Linux, for its shared memory; use --workers")
+        if self.workers > 1:
             raise Refusal("--workers have a model each and --front-ends share one: choose one of the two")
-        if 1 < self.front_ends < len(self.devices):
+        if self.shadow:
+            raise Refusal("a shadow belongs to a process that has the model: use --shadow with --workers")
+        if self.front_ends < len(self.devices):
             raise Refusal(f"{len(self.devices)} devices need as many --front-ends at least, got {self.front_ends}")
 
     @property
@@ -88,8 +101,10 @@ def serve(config: ServeConfig) -> int:
     SIGTERM finishes what was accepted; SIGHUP reads the model's file again and swaps it without losing a request.
     """
     with listen(config.host, config.port) as listener:
-        from serve import process
-
+        if config.front_ends > 1:
+            from serve import fleet as process
+        else:
+            from serve import process
         return process.run(config, listener, f"http://{_for_url(config.host)}:{listener.getsockname()[1]}")
 
 
@@ -122,6 +137,7 @@ if __name__ == "__main__":
                 "python serve/run.py plain.engine --devices 0 1 --max-batch 128",
                 "python serve/run.py plain.engine --front-ends 8 --max-batch 128       # many cores feed one GPU",
                 "python serve/run.py theirs.onnx --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --labels names.txt",
+                "python serve/run.py plain.onnx --shadow newer.onnx --shadow-share 0.1      # compared in GET /model",
                 "kill -HUP PID                       # read the model's file again",
                 "curl --data-binary @image.png -H 'Content-Type: image/png' localhost:8000/predict",
             ),

@@ -14,14 +14,13 @@ import os, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import held_model
-from serve import logs, process, run
+from serve import fleet, run
 from train.cli import run_command
 
 def serve(config):
-    logs.configure(config.log_level)
     with run.listen(config.host, config.port) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        return process.serve_front_ends(config, listener, url, "", load=held_model.load)
+        return fleet.run(config, listener, url, load=held_model.load)
 
 os.environ[held_model.FIFO] = sys.argv[2]
 sys.exit(run_command(serve, run.ServeConfig, argv=sys.argv[3:], examples=()))
@@ -36,6 +35,6 @@ class Held(OnnxSession):
         return super().__call__(images)
 
 
-def load(config, home):
-    (path,) = config.model_paths
+def load(roles, home):
+    (path,) = roles.served.model_paths
     return [Held(path)]
