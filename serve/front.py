@@ -139,6 +139,18 @@ class FrontBatcher(Batcher):
             self._follow()
 
     def _answer(self, link: Link, flights: Sequence[Flight]) -> None:
+        good = [flight for flight in flights if not flight.has_failed]
+        if len(good) < len(flights):
+            bad = [flight for flight in flights if flight.has_failed]
+            link.take(bad)
+            for flight in bad:
+                flight.owner.outcome = RuntimeError("the model failed; the log of the device process says why")
+        if good:
+            self._share(link, good)
+        deliver([flight.owner for flight in flights])
+
+    def _share(self, link: Link, flights: Sequence[Flight]) -> None:
+        """Logits → results of all that have come together."""
         now, start = monotonic(), 0
         logits, seconds = link.take(flights)
         jobs: list[Job] = [flight.owner for flight in flights]
@@ -154,10 +166,6 @@ class FrontBatcher(Batcher):
         except Exception as error:
             for job in jobs:
                 job.outcome = error
-        for flight, job in zip(flights, jobs, strict=True):
-            if flight.has_failed:
-                job.outcome = RuntimeError("the model failed; the log of the device process says why")
-        deliver(jobs)
 
     def _retire(self, link: Link) -> None:
         """End a link; what is under way there is lost."""

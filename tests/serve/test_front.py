@@ -150,3 +150,20 @@ def test_a_reload_that_the_device_process_refuses_is_refused_and_the_old_model_g
             f"{url}/predict", content=encode(pixels[0]), headers={**PNG, "X-Api-Key": "key"}, timeout=60
         )
         assert answer.json()["model"]["digest"] == runtime.model.digest
+
+
+def test_a_batch_on_which_the_model_fails_is_500_and_counted_nowhere(live, gated, pixels, encode):
+    def fail(images):
+        raise RuntimeError("out of memory")
+
+    gated.open()
+    with running(gated) as it, front_end(live, it) as url:
+        gated.spoil = fail
+        failed = post(url, encode(pixels[0]))
+        assert (failed.status_code, failed.json()["type"]) == (500, "urn:diracnet:problem:internal")
+        assert "memory" not in failed.text
+        gated.spoil = None
+        assert post(url, encode(pixels[0])).status_code == 200
+        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        (answered,) = [line for line in lines if line.startswith("diracnet_answered_images_total{")]
+        assert answered.endswith(" 1.0")

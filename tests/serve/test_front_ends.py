@@ -86,6 +86,8 @@ def test_front_ends_answer_and_count_together(front_ends, pixels, encode):
     lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
     assert f'diracnet_requests_total{{path="/predict",status="200"}} {num_requests}.0' in lines
     assert "diracnet_queue_images 0.0" in lines
+    (answered,) = [line for line in lines if line.startswith("diracnet_answered_images_total{")]
+    assert answered.endswith(f" {num_requests}.0")
     assert "diracnet_connections_limit 4096.0" in lines
     (batches,) = [float(line.split()[1]) for line in lines if line.startswith("diracnet_batch_images_sum ")]
     warm_up = 2 * (1 + 2 + 4 + 8 + 16 + 32)  # of each front end, through its own way to the model
@@ -206,6 +208,7 @@ def test_front_ends_that_cannot_be_are_one_line(artefact, tmp_path):
     for argv, message in (
         ([artefact, "--front-ends", 0], "--front-ends must be 1 or more, got 0"),
         ([artefact, "--front-ends", 2, "--workers", 2], "choose one of the two"),
+        ([artefact, "--front-ends", 2, "--shadow", artefact], "use --shadow with --workers"),
         ([artefact, "--front-ends", 2, "--devices", 0, 1, 2], "3 devices need as many --front-ends at least, got 2"),
         ([artefact, "--front-ends", 64], "max_decoded_bytes must be 545,259,520 for the decoders of 64 processes"),
     ):
