@@ -306,8 +306,8 @@ def _scaling_parts(part: dict[str, Any]) -> list[str]:
         machine_table(part["machine"]),
         f"The device is pretended: it takes {fixed:g} µs and {each:g} µs for each image, and no core. wrk asks over "
         f"{part['connections']} connections for each front end, without a pause, on core 1. One process has core 0. Of "
-        "two front ends the first shares core 0 with the device process, and the second core 1 with wrk: both are full "
-        "then, so requests/s cannot double here. What can be compared is processor time, which counts no waiting. "
+        "two front ends the first shares core 0 with the device process, and the second core 1 with wrk. Requests/s "
+        "depend on what else these cores do; what can be compared is processor time, which counts no waiting. "
         f"Median of {len(rounds)} rounds of {part['seconds']} s, and extremes.",
         table(
             ("", "requests/s", "p50 ms", "p99 ms", "images in a batch", "µs of a core: front end", "device process"),
