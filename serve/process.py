@@ -36,6 +36,7 @@ from serve.limits import Limits
 from serve.metrics import COUNTS_VARIABLE
 from serve.reload import check
 from serve.report import with_report
+from serve.rpc.port import RpcAddress
 from serve.supervisor import Server, Supervisor
 from serve.tracing import find_tracing
 from serve.trial import prove
@@ -191,11 +192,18 @@ def _make_app(
         load=partial(load_again, config, home),
         observers=[*observers, *([tracing] if tracing else [])],
         reload_everywhere=_tell_supervisor if config.workers > 1 else None,
+        rpc=_rpc_address(config),
     )
     # What is there by now stays. Collections that walk through all of it hold up every hundredth answer for 30 ms.
     gc.collect()
     gc.freeze()
     return app
+
+
+def _rpc_address(config: "ServeConfig") -> RpcAddress | None:
+    if config.grpc_port is None:
+        return None
+    return RpcAddress(config.host, config.grpc_port, config.drain_seconds)
 
 
 def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers: int = 1) -> uvicorn.Config:
