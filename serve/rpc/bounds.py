@@ -19,8 +19,12 @@ _TEXTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
 def check_size(message: bytes, kind: Descriptor) -> None:
     """Refuses a message that would become far larger than it is. Raises ValueError where it is no message at all."""
-    if len(message) <= SHORT_BYTES:
-        return
+    if len(message) > SHORT_BYTES:
+        walk(message, kind)
+
+
+def walk(message: bytes, kind: Descriptor) -> None:
+    """The same for a message of any length."""
     num_fields = num_number_bytes = 0
     spans = [(0, len(message), kind)]
     while spans:
@@ -49,6 +53,8 @@ def _children(kind: Descriptor) -> dict[int, Descriptor | bool]:
 def _next_field(message: bytes, at: int, end: int) -> tuple[int, int, int, int]:
     """Number and kind of the field at `at`, and where its content starts and ends."""
     tag, start = _read_varint(message, at)
+    if tag < 8:
+        raise ValueError("a field has the number 0")
     match tag & 7:
         case 0:
             after = _read_varint(message, start)[1]
