@@ -99,7 +99,7 @@ def _only_tensor(request: dict[str, Any], name: str, tensor: str) -> dict[str, A
 
 def check_tensor(datatype: str | None, shape: list[Any], limits: Limits) -> None:
     """Refuses what is neither pixels [N, H, W, C] nor files [N], or more of them than one request may hold."""
-    rank = {"UINT8": 4, "BYTES": 1}.get(datatype)
+    rank = {"UINT8": 4, "BYTES": 1}.get(datatype or "")
     if rank is None:
         raise Problem(BAD_REQUEST, f"images must be UINT8 pixels or BYTES of image files, got {_brief(datatype)}")
     if len(shape) != rank or not all(type(size) is int and size > 0 for size in shape):

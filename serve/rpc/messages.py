@@ -8,8 +8,8 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError, Message
-from tritonclient.grpc import service_pb2 as pb
+from google.protobuf.message import DecodeError
+from tritonclient.grpc import service_pb2
 
 from export.runtimes.runtime import Model
 from serve.limits import Limits
@@ -28,11 +28,12 @@ from serve.tensors import (
 )
 from serve.v2 import VERSION, model_name, refuse_unknown
 
+pb: Any = service_pb2  # whose stubs do not say that these are messages
 _TYPED = {"UINT8": "uint_contents", "BYTES": "bytes_contents"}
 _SHOWN = 5  # names of what was found, and of their characters ten times as many
 
 
-def parse(message: bytes, kind: type[Message]) -> Message:
+def parse(message: bytes, kind: Any) -> Any:
     """The message, read; refuses bytes that are none."""
     try:
         check_size(message, kind.DESCRIPTOR)
@@ -43,7 +44,7 @@ def parse(message: bytes, kind: type[Message]) -> Message:
 
 def read_inference(message: bytes, model: Model, limits: Limits) -> Inference:
     """What a ModelInferRequest asks; refused where it is not for `model`."""
-    request: pb.ModelInferRequest = parse(message, pb.ModelInferRequest)
+    request = parse(message, pb.ModelInferRequest)
     refuse_unknown(request.model_name, request.model_version or VERSION, model)
     return Inference(
         id=request.id,
@@ -72,7 +73,7 @@ def write_inference(inference: Inference, logits: np.ndarray, model: Model) -> b
     return answer.SerializeToString()
 
 
-def _read_images(request: pb.ModelInferRequest, limits: Limits) -> np.ndarray | list[bytes]:
+def _read_images(request: Any, limits: Limits) -> np.ndarray | list[bytes]:
     tensors, raw = request.inputs, request.raw_input_contents
     if len(tensors) != 1 or tensors[0].name != INPUT:
         raise Problem(BAD_REQUEST, f"inputs must be one tensor named {INPUT!r}, got {_names(tensors)}")
@@ -92,7 +93,7 @@ def _read_images(request: pb.ModelInferRequest, limits: Limits) -> np.ndarray | 
     return read_numbers(list(tensor.contents.uint_contents), shape)
 
 
-def _read_classes(request: pb.ModelInferRequest) -> int | None:
+def _read_classes(request: Any) -> int | None:
     """Of the `classification` extension."""
     if not request.outputs:
         return None

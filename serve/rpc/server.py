@@ -10,14 +10,14 @@ import math
 import os
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what its C library would write to stderr is no JSON
 
 import grpc
+from fastapi import FastAPI
 from starlette.types import Message
-from tritonclient.grpc import service_pb2 as pb
 
 from serve import problems
 from serve.access import Access
@@ -26,14 +26,11 @@ from serve.hot import Hot, Visit
 from serve.limits import Limits
 from serve.problems import Problem
 from serve.rpc.intake import Intake
-from serve.rpc.messages import parse, read_inference, write_inference
+from serve.rpc.messages import parse, pb, read_inference, write_inference
 from serve.rpc.port import RpcAddress
 from serve.rpc.statuses import STATUS_OF
 from serve.v2 import VERSION, describe, model_name, refuse_other_size, refuse_unknown, refuse_unready
 from serve.wire import parse as parse_in_turn
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _EXTENSIONS = ["classification"]
@@ -63,7 +60,7 @@ class _Method(NamedTuple):
 class RpcServer(grpc.GenericRpcHandler):
     """Takes calls from `start` until `stop`."""
 
-    def __init__(self, app: "FastAPI", hot: Hot, batcher: Batcher, limits: Limits, access: Access) -> None:
+    def __init__(self, app: FastAPI, hot: Hot, batcher: Batcher, limits: Limits, access: Access) -> None:
         self._app, self._hot, self._batcher, self._limits, self._access = app, hot, batcher, limits, access
         self._intake = Intake(limits)
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -162,7 +159,7 @@ class RpcServer(grpc.GenericRpcHandler):
 
         async def receive() -> bytes:
             message = await self._intake.receive(context.read, deadline)
-            if message is grpc.aio.EOF:  # gRPC drops one that is longer, and says so to the client itself
+            if not isinstance(message, bytes):  # gRPC drops one that is longer, and says so to the client itself
                 most = f"{self._limits.max_body_bytes:,}"
                 raise Problem(problems.TOO_LARGE, f"no message came, or one of more than {most} bytes")
             self._hot.hold(visit, len(message))
