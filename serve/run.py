@@ -124,7 +124,7 @@ if __name__ == "__main__":
                 "python serve/run.py plain.engine --devices 0 1 --max-batch 128",
                 "python serve/run.py theirs.onnx --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --labels names.txt",
                 "kill -HUP PID                       # read the model's file again",
-                "curl --data-binary @image.png -H 'Content-Type: image/png' localhost:8000/predict",
+                "curl --data-binary @image.png localhost:8000/predict",
             ),
         )
     )
