@@ -38,7 +38,7 @@ class Intake:
                     self._hurry()
                 return await read()
         except TimeoutError:
-            if asyncio.get_running_loop().time() >= deadline:
+            if timeout.when() == deadline:  # nobody hurried it
                 raise Problem(TIMEOUT, "the message was not complete within its deadline; send less") from None
             detail = f"the message was not complete within {self.patience_s:g} s while others waited; ask again in 1 s"
             raise Problem(OVERLOADED, detail, _RETRY) from None
