@@ -21,6 +21,7 @@ _WITH_AVIF = find_spec("PIL._avif") is not None  # Pillow was built with it
 # size (8x8 pixels in 783 KB took 768 MB and 4 s), gives damaged pixels as if they were sound, and writes to stderr.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *(("AVIF",) if _WITH_AVIF else ()))
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", *((".avif",) if _WITH_AVIF else ()))
+_HEADS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP", b"BM": "BMP", b"GIF8": "GIF"}
 _OTHERS = {  # how files begin that are images elsewhere
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
@@ -29,12 +30,13 @@ _OTHERS = {  # how files begin that are images elsewhere
     b"<svg": "SVG",
 }
 _BRANDS = {  # behind "ftyp", from byte 4 on
-    **({} if _WITH_AVIF else {b"avif": "AVIF", b"avis": "AVIF"}),
+    b"avif": "AVIF",
+    b"avis": "AVIF",
     b"heic": "HEIC",
     b"heix": "HEIC",
     b"mif1": "HEIF",
 }
-_STARTS = (b"\x89PNG", b"\xff\xd8", b"RIFF", b"BM", b"GIF8", *_OTHERS)
+_STARTS = (*_HEADS, *_OTHERS)
 # A 50-megapixel photograph passes; anything larger is refused before its pixels are decoded.
 MAX_PIXELS = 64_000_000
 # Pixels to decode for one of the input. Eleven photographs of 12 megapixels, full of detail, differ at 224 pixels by
@@ -78,9 +80,14 @@ def decode(
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         if isinstance(error, OSError) and "truncated" in str(error):
             raise Refusal("the image is cut short: its last bytes are missing; send the whole file") from error
-        if kind := _OTHERS.get(content[:4]) or (_BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None):
+        kind = _OTHERS.get(content[:4]) or (_BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None)
+        if kind and kind not in FORMATS:
             raise Refusal(f"the image is {kind}, which is not decoded here; convert it to PNG or JPEG") from error
-        raise Refusal(f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})") from error
+        if not content:
+            raise Refusal("the file is empty") from error
+        if name := kind or next((name for head, name in _HEADS.items() if content.startswith(head)), None):
+            raise Refusal(f"the image is a damaged {name} file; save or download it again") from error
+        raise Refusal(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
 
 
 def begins_as_an_image(content: bytes) -> bool:

@@ -88,7 +88,8 @@ def test_a_decompression_bomb_is_refused_from_its_header():
 @pytest.mark.parametrize("content", [b"", b"hello", b"GIF89a" + bytes(100), encode(Image.new("L", (90, 90)))[:-40]])
 def test_what_is_no_whole_image_is_refused(content):
     with pytest.raises(
-        Refusal, match=r"not a readable PNG, JPEG, WEBP, BMP, GIF(, AVIF)? image|the image is cut short"
+        Refusal,
+        match=r"^(not a PNG, JPEG, .* image|the file is empty|the image is (a damaged GIF|cut short).*)",
     ):
         decode(content, GRAY)
 
@@ -235,7 +236,9 @@ def test_a_gif_is_bounded_by_its_screen_and_by_its_frame():
 def test_a_gif_cut_short_is_refused_wherever_it_is():
     content = encode(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)), "GIF")
     for size in range(len(content) - 4):  # the last four say only that it ends
-        with pytest.raises(Refusal, match=r"not a readable PNG|the image is cut short"):
+        with pytest.raises(
+            Refusal, match=r"^(not a PNG|the file is empty|the image is (a damaged GIF file|cut short))"
+        ):
             decode(content[:size], COLOUR)
 
 
@@ -252,7 +255,7 @@ def test_an_avif_is_turned_as_it_says_and_one_that_is_damaged_is_refused():
     with pytest.raises(TooManyPixels, match="the image is 16x16, over the limit of 255 pixels"):
         decode(content, COLOUR, max_pixels=255)
     for damaged in (content[:60], content[:-40], content.replace(b"av1C", b"none"), content[:12]):
-        with pytest.raises(Refusal, match=r"not a readable PNG|the image is cut short"):
+        with pytest.raises(Refusal, match=r"the image is (a damaged AVIF file|cut short)"):
             decode(damaged, COLOUR)
 
 

@@ -162,7 +162,7 @@ def test_a_refusal_of_many_bad_files_is_not_too_long_for_its_client(served_rpc):
     with tritons(served_rpc.target) as client, pytest.raises(InferenceServerException) as caught:
         client.infer(NAME, images_of(files, "BYTES"))
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
-    assert caught.value.message().startswith("image 0: not a readable")
+    assert caught.value.message().startswith("image 1 of 40: not a PNG")
 
 
 def test_a_compressed_message_is_refused(served_rpc):
