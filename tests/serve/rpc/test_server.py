@@ -2,6 +2,8 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty
 
 import grpc
 import httpx
@@ -185,19 +187,18 @@ def test_a_full_queue_is_unavailable_and_says_when_to_come_again(serve_rpc, gate
 
 
 def test_the_deadline_of_a_call_holds_while_the_model_is_busy(serve_rpc, gated, pixels):
-    """The same for what has not been decoded, and for a deadline that has passed when the call comes."""
+    """One that has nearly passed when the call comes too: then the call may end before it is in the queue."""
     gated.open()
     with serve_rpc(gated) as served:
         gated.close()
-        first = served.raw.start(request_of(pixels))
+        first, statuses = served.raw.start(request_of(pixels)), set()
         gated.wait()
-        for timeout in (0.001, 0.3):
-            status, said, _ = served.raw(request_of(pixels[:1]), timeout=timeout)
-            assert status == "DEADLINE_EXCEEDED", said
-        late = served.visits.get(timeout=30)  # of the second; the first call may never have been sent
-        while late.status == 499:
-            late = served.visits.get(timeout=30)
-        assert (late.status, late.num_images) == (504, 0)
+        assert served.raw(request_of(pixels[:1]), timeout=0.001)[0] == "DEADLINE_EXCEEDED"
+        while problems.DEADLINE.status not in statuses:
+            assert served.raw(request_of(pixels[:1]), timeout=0.3)[0] == "DEADLINE_EXCEEDED"
+            with suppress(Empty):  # one that never left its client
+                statuses.add(served.visits.get(timeout=1).status)
+        assert statuses <= {408, 499, 504}
         gated.open()
         assert first.result()
         assert gated.batches == [5]  # what came too late was not computed
