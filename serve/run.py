@@ -35,6 +35,9 @@ class ServeConfig(ReadingFlags):
         Literal["auto", "onnxruntime", "mnn", "tensorrt"],
         "what runs the model; auto: the fastest here, measured in about a second and kept beside the model",
     ] = "auto"
+    cascade: Annotated[
+        bool, "of an fp32 and an int8 .onnx: int8 answers, and fp32 the images that int8 leaves in doubt"
+    ] = False
     host: Annotated[str, "address to listen on; 0.0.0.0 is every one of this machine"] = "127.0.0.1"
     port: Annotated[int, "port to listen on; 0 lets the system choose"] = 8000
     api_key_file: Annotated[Path | None, "file with the key that clients must send; or set DIRACNET_API_KEY"] = None
@@ -65,6 +68,8 @@ class ServeConfig(ReadingFlags):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.cascade and self.runtime not in ("auto", "onnxruntime"):
+            raise Refusal(f"--cascade rests on what was measured in ONNX Runtime; leave --runtime {self.runtime} out")
 
     @property
     def model_paths(self) -> tuple[Path, ...]:
@@ -111,6 +116,7 @@ if __name__ == "__main__":
                 "python serve/run.py                 # the Fashion-MNIST model that comes along",
                 "python serve/run.py plain.onnx",
                 "python serve/run.py plain.onnx plain-int8.onnx      # the faster one on this machine",
+                "python serve/run.py plain.onnx plain-int8.onnx --cascade    # int8, and fp32 where that is in doubt",
                 "python serve/run.py plain.onnx --host 0.0.0.0 --api-key-file key.txt --workers 4",
                 "python serve/run.py plain.engine --devices 0 1 --max-batch 128",
                 "python serve/run.py theirs.onnx --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --labels names.txt",
