@@ -189,7 +189,7 @@ def _open_cascade(paths: tuple[Path, Path], said: Described) -> Form:
     from export.runtimes.onnx_session import OnnxSession
 
     forms = read_forms(paths)
-    quick, exact = (OnnxSession(path, said=said) for path in (forms.quick, forms.exact))
+    quick, exact = (OnnxSession(path, shares_cores=True, said=said) for path in (forms.quick, forms.exact))
     cascade = Cascade(quick, exact, forms.evidence)
 
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:

@@ -125,8 +125,14 @@ def load(config: "ServeConfig") -> list[Runtime]:
 
 
 def _load_file(config: "ServeConfig", path: Path, device: int | None) -> Runtime:
-    name, num_threads = config.runtime_name, _num_threads(config)
-    runtime = load_runtime(path, name=name, device=device, num_threads=num_threads, said=from_flags(config))
+    runtime = load_runtime(
+        path,
+        name=config.runtime_name,
+        device=device,
+        num_threads=_num_threads(config),
+        shares_cores=config.cascade,
+        said=from_flags(config),
+    )
     runtime.model = with_report(runtime.model, path)
     check(runtime)
     return runtime

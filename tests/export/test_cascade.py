@@ -278,7 +278,7 @@ def test_a_damaged_record_is_refused_with_the_command_that_mends_it(forms, chang
 def test_records_that_are_no_objects_or_lack_a_field_are_refused(forms):
     for bad in ([], "text", 3, {"threshold": 0.5}):
         change(forms[1], lambda export, bad=bad: {**export, "cascade": bad})
-        with pytest.raises(Refusal, match="the record of the cascade in .* is damaged"):
+        with pytest.raises(Refusal, match=r"the record of the cascade in .* is damaged"):
             read_forms(forms)
     change(forms[1], lambda export: {name: value for name, value in export.items() if name != "cascade"})
     with pytest.raises(Refusal, match="does not record from which gap on its classes are fp32's; measure it with"):
@@ -322,5 +322,5 @@ def test_a_file_that_this_processor_would_answer_otherwise_is_refused(forms, mon
     monkeypatch.setattr("export.runtimes.saturation.saturates", lambda: True)
     assert read_forms(forms)  # no sum of this file can saturate
     monkeypatch.setattr("export.runtimes.saturation.may_saturate", lambda path, content: ["conv"])
-    with pytest.raises(Refusal, match="may be answered wrongly here.* does not hold here"):
+    with pytest.raises(Refusal, match=r"may be answered wrongly here.* does not hold here"):
         read_forms(forms)
