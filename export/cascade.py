@@ -48,15 +48,15 @@ def command(config: CascadeConfig) -> int:
 
     console = make_console(json=config.json)
     quick, exact = in_order((config.first, config.second))
-    sessions = [OnnxSession(path, providers=("CPUExecutionProvider",)) for path in (exact, quick)]
-    dataset = _dataset(quick, sessions[1], config.data_dir)
-    provenance = sessions[1].model.provenance
+    reference, candidate = (OnnxSession(path, providers=("CPUExecutionProvider",)) for path in (exact, quick))
+    dataset = _dataset(quick, candidate, config.data_dir)
+    provenance = candidate.model.provenance
     set_aside = images_to_choose_by(dataset, _num_calibration(quick, provenance["export"], dataset))
     if not set_aside:
         raise Refusal(f"{quick}: no image is left to choose a threshold by; train on more than these")
     with progress(console, "measuring", sum(map(len, (dataset.test, *set_aside)))) as advance:
-        pairs = [answer_both(*sessions, parts, advance) for parts in (set_aside, [dataset.test])]
-    evidence = measure(*pairs)
+        chosen_by, test = (answer_both(reference, candidate, parts, advance) for parts in (set_aside, [dataset.test]))
+    evidence = measure(chosen_by, test)
     model = onnx.load(quick)
     set_provenance(model, {**provenance, "export": {**provenance["export"], RECORD: evidence.to_dict()}})
     write_whole(quick, model.SerializeToString())

@@ -166,18 +166,17 @@ def _read_evidence(quick: Path, exact: Path, header: Header) -> Evidence:
     if record is None:
         raise Refusal(f"{quick} does not record from which gap on its classes are {EXACT}'s; {how}")
     try:
-        values = [record[field.name] for field in fields(Evidence)]
-        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+        values: dict[str, Any] = {field.name: record[field.name] for field in fields(Evidence)}
+        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values.values()):
             raise ValueError(f"not all are numbers: {values}")
-        threshold, *counts, bound = values
-        evidence = Evidence(float(threshold), *counts, float(bound))
-        changes = counts[2:]
-        if not (isfinite(evidence.threshold) and threshold >= 0 and 0 <= bound <= 1):
-            raise ValueError(f"threshold {threshold}, changed_at_most {bound}")
-        if not all(isinstance(count, int) for count in counts) or min(changes) < 0 or min(counts[:2]) < 1:
+        evidence = Evidence(**{**values, "threshold": float(values["threshold"])})
+        _, *counts, bound = values.values()
+        if not (isfinite(evidence.threshold) and evidence.threshold >= 0 and 0 <= bound <= 1):
+            raise ValueError(f"threshold {evidence.threshold}, changed_at_most {bound}")
+        if not all(isinstance(count, int) for count in counts) or min(counts[2:]) < 0 or min(counts[:2]) < 1:
             raise ValueError(f"counts {counts}")
-        if max(changes) > evidence.num_test:
-            raise ValueError(f"more than {evidence.num_test} test images: {changes}")
+        if max(counts[2:]) > evidence.num_test:
+            raise ValueError(f"more than {evidence.num_test} test images: {counts[2:]}")
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise Refusal(f"the record of the cascade in {quick} is damaged ({str(error)[:120]}); {how}") from error
     return evidence
