@@ -39,6 +39,8 @@ class CascadeBenchConfig:
 
 def command(config: CascadeBenchConfig) -> int:
     """Time passes over real test images: how many of them go on to fp32 decides what a cascade costs."""
+    import os
+
     from bench.page import describe_machine, write_page
     from export.artefacts import open_artefact
     from export.judged import find_judged
@@ -47,7 +49,7 @@ def command(config: CascadeBenchConfig) -> int:
     from export.runtimes.saturation import saturates
     from train.progress import make_console
 
-    console = make_console()
+    console, load = make_console(), f"{os.getloadavg()[0]:.1f}"  # of the last minute: 0 on a machine that is idle
     forms = read_forms((config.exact, config.quick_form))
     judged = find_judged(open_artefact(forms.quick), data_dir=config.data_dir)
     num_rounds, num = (2, 256) if config.quick else (config.rounds, config.images)
@@ -63,7 +65,7 @@ def command(config: CascadeBenchConfig) -> int:
     share = cascade.num_escalated / cascade.num_images
     racers = {"int8": alone[0], "fp32": alone[1], "cascade": cascade}
     record = {
-        "machine": {**describe_machine("onnxruntime-gpu", "onnxruntime"), "vnni": _has_vnni()},
+        "machine": {**describe_machine("onnxruntime-gpu", "onnxruntime"), "vnni": _has_vnni(), "load before": load},
         "saturates": saturates(),
         "forms": str(forms),
         "threads": config.threads,
@@ -116,7 +118,8 @@ Written by `python bench/cascade.py`. int8 answers every image, and fp32 those w
 {machine_table(record["machine"])}
 
 {record["num_rounds"]} rounds in which the three take turns over the same images, {record["threads"]} threads, ONNX
-Runtime; images/s are medians, in brackets the slowest and the fastest round.
+Runtime; images/s are medians, in brackets the slowest and the fastest round. "load before" is how many processes wanted
+a core in the minute before.
 
 {table(["batch", "int8", "fp32", "cascade", "cascade over fp32", "int8 over cascade", "expected time"], rows)}
 
