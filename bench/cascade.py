@@ -121,7 +121,7 @@ Written by `python bench/cascade.py`. int8 answers every image, and fp32 those w
 Runtime; images/s are medians, in brackets the slowest and the fastest round. "load before" is how many processes wanted
 a core in the minute before.
 
-{table(["batch", "int8", "fp32", "cascade", "cascade over fp32", "int8 over cascade", "expected time"], rows)}
+{table(["batch", "int8", "fp32", "cascade", "cascade over fp32", "int8 over cascade", "share of the expected time"], rows)}
 
 An image is expected to take `t8 + share · t32`, with t32 that of one image alone: of a batch one or two go on. The last
 column is the cascade's time as a share of that.
