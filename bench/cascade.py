@@ -108,6 +108,7 @@ def page(record: dict[str, Any]) -> str:
 
     share, evidence = record["share_escalated"], record["evidence"]
     rows = [_row(size, times, record) for size, times in record["batches"].items()]
+    head = ["batch", "int8", "fp32", "cascade", "cascade over fp32", "int8 over cascade", "share of the expected time"]
     return f"""# The cascade: what it costs
 
 Written by `python bench/cascade.py`. int8 answers every image, and fp32 those whose two largest int8 logits lie within
@@ -121,7 +122,7 @@ Written by `python bench/cascade.py`. int8 answers every image, and fp32 those w
 Runtime; images/s are medians, in brackets the slowest and the fastest round. "load before" is how many processes wanted
 a core in the minute before.
 
-{table(["batch", "int8", "fp32", "cascade", "cascade over fp32", "int8 over cascade", "share of the expected time"], rows)}
+{table(head, rows)}
 
 An image is expected to take `t8 + share · t32`, with t32 that of one image alone: of a batch one or two go on. The last
 column is the cascade's time as a share of that.

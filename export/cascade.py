@@ -43,6 +43,7 @@ def command(config: CascadeConfig) -> int:
     from export.graph import set_provenance
     from export.runtimes.cascade import RECORD, in_order
     from export.runtimes.onnx_session import OnnxSession
+    from export.runtimes.reference import KEY as REFERENCE
     from train.files import write_whole
     from train.progress import make_console, progress
 
@@ -50,7 +51,7 @@ def command(config: CascadeConfig) -> int:
     quick, exact = in_order((config.first, config.second))
     reference, candidate = (OnnxSession(path, providers=("CPUExecutionProvider",)) for path in (exact, quick))
     dataset = _dataset(quick, candidate, config.data_dir)
-    provenance = candidate.model.provenance
+    provenance = {name: part for name, part in candidate.model.provenance.items() if name != REFERENCE}
     set_aside = images_to_choose_by(dataset, _num_calibration(quick, provenance["export"], dataset))
     if not set_aside:
         raise Refusal(f"{quick}: no image is left to choose a threshold by; train on more than these")

@@ -28,7 +28,7 @@ def prove(config: "ServeConfig") -> None:
     """Load, check and warm up the model of `config` elsewhere; refuses one that fails there, or takes too long."""
     paths = config.model_paths
     name = " and ".join(map(str, paths))
-    options = given_arguments(replace(config, models=(), log_level="error"))
+    options = given_arguments(replace(config, models=(), shadow=None, log_level="error"))
     argv = [sys.executable, "-c", _PROGRAM, str(_ROOT), str(os.getpid()), *map(str, paths), *shlex.split(options)]
     try:
         done = subprocess.run(

@@ -92,6 +92,20 @@ def test_a_file_that_was_written_before_gets_the_same_record_and_keeps_its_graph
     assert onnx.load(quick).graph.SerializeToString(deterministic=True) == graph
 
 
+def test_a_reference_for_the_server_stays_in_the_file(forms, tmp_path, capsys):
+    exact, quick = forms
+    argv = (quick, "--store-reference", "--out", tmp_path / "report")
+    assert run(evaluate, evaluate.EvaluateConfig, *argv, "--cascade", exact) == 2
+    assert "--store-reference is for one file" in capsys.readouterr().err
+    assert run(evaluate, evaluate.EvaluateConfig, *argv) == 0
+    before = OnnxSession(quick).model.provenance["reference"]
+    assert run(cascade, cascade.CascadeConfig, exact, quick) == 0
+    assert OnnxSession(quick).model.provenance["reference"] == before
+    written = {entry.key: entry.value for entry in onnx.load(quick).metadata_props}
+    assert "reference" in written
+    assert "reference" not in json.loads(written["provenance"])
+
+
 def test_what_cannot_be_measured_is_refused_and_nothing_is_written(forms, capsys):
     exact, quick = forms
     change(quick, lambda export: {**export, "calibration": {"images": 10**9}})

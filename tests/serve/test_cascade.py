@@ -124,6 +124,11 @@ def test_what_cannot_be_a_cascade_is_refused(forms):
             decide(ServeConfig(paths, cascade=True, **options))
 
 
+def test_a_cascade_has_no_shadow(forms):
+    with pytest.raises(Refusal, match="--cascade serves two as one; leave one of them out"):
+        ServeConfig(forms, cascade=True, shadow=forms[0])
+
+
 def test_two_files_are_kept_together_even_where_they_have_one_name(forms, tmp_path):
     paths, home = [], tmp_path / "home"
     home.mkdir()
