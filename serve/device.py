@@ -186,11 +186,11 @@ class Device:
         limits: Limits,
         *,
         load: Load,
-        observe_batch: Callable[[int], None] = lambda num_images: None,
     ) -> None:
         """`doors` are those of the front ends, one each. Refuses where there is no memory for the slots of all."""
         self._doors, self._limits, self._load = doors, limits, load
-        self._observe_batch = observe_batch
+        self.observe_batch: Callable[[int], None] = lambda num_images: None
+        self.observe_run: Callable[[Runtime], None] = lambda runtime: None  # which has computed a batch
         self._refuse_without_room(served)
         self._model = Serving(served, limits)
         self._lines: set[Line] = set()
@@ -315,10 +315,11 @@ class Device:
     def _run(self, runtime: Runtime, parts: Sequence[tuple[Line, np.ndarray]], num_labels: int) -> None:
         images = [line.images(requests) for line, requests in parts]
         batch = images[0] if len(images) == 1 else np.concatenate(images)
-        self._observe_batch(len(batch))
+        self.observe_batch(len(batch))
         start, logits = monotonic(), None
         try:
             logits = runtime(batch)
+            self.observe_run(runtime)
             if logits.shape != (len(batch), num_labels):
                 raise RuntimeError(f"logits of shape {logits.shape} for {len(batch)} images and {num_labels} labels")
         except Exception:  # whatever a runtime raises is the answer of all that were in the batch

@@ -19,7 +19,7 @@ from serve.batcher import Served
 from serve.device import Device, DeviceWorker
 from serve.front import FrontBatcher
 from serve.link import Dial
-from serve.metrics import batch_images
+from serve.metrics import Computed
 from serve.reload import warm_up
 from serve.roles import Roles
 from serve.supervisor import Role, Supervisor, Worker
@@ -82,8 +82,9 @@ def _make_device(config: "ServeConfig", home: Path, load: LoadFirst, doors: Sequ
         served = Served(tuple(load(Roles(config, home), home)))
         for runtime in served.runtimes:
             warm_up(runtime, limits.max_batch)
-        again, observe = partial(process.load_again, config, home), batch_images(CollectorRegistry()).observe
-        device = Device(served, doors, limits, load=again, observe_batch=observe)
+        device = Device(served, doors, limits, load=partial(process.load_again, config, home))
+        computed = Computed(CollectorRegistry())
+        device.observe_batch, device.observe_run = computed.observe_batch, computed.observe_run
         gc.collect()
         gc.freeze()
         return device

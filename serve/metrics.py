@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import InfoMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from export.runtimes.cascade import Cascade
+from export.runtimes.runtime import Runtime
 from serve.batcher import Batcher
 from serve.counts import COUNTS_VARIABLE
 from serve.door import Door
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _INFER = "/v2/…/infer"
+_RPC = "/inference.GRPCInferenceService/"  # whose methods are counted only where the server has them
 _STAGES = ("decode", "queue", "model", "total")
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -39,7 +42,7 @@ class Metrics:
         )
         self._count = lru_cache(requests.labels)  # finding them takes a fifth of the time of all this
         self._decode, self._queue, self._model, self._total = (seconds.labels(stage) for stage in _STAGES)
-        self._images = batch_images(own)
+        computed = Computed(own)
         self._held = Gauge(
             "diracnet_queue_images", "Images accepted and not answered", registry=own, multiprocess_mode="livesum"
         )
@@ -58,7 +61,7 @@ class Metrics:
         self._shown.register(batcher.watch)
         if batcher.shadow:
             self._shown.register(batcher.shadow)
-        batcher.observe_batch = self._images.observe
+        batcher.observe_batch, batcher.observe_run = computed.observe_batch, computed.observe_run
 
     def __call__(self, visit: "Visit") -> None:
         self._count(_label(visit.path), visit.status).inc()
@@ -75,10 +78,21 @@ class Metrics:
         return generate_latest(self._shown)
 
 
-def batch_images(registry: CollectorRegistry) -> Histogram:
-    """Counts batches where they are computed, by their images."""
-    text = "Images that the model computed at once"
-    return Histogram("diracnet_batch_images", text, buckets=_IMAGES, registry=registry)
+class Computed:
+    """Counts what is computed, in the process that does."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        text = "Images that the model computed at once"
+        self.observe_batch = Histogram("diracnet_batch_images", text, buckets=_IMAGES, registry=registry).observe
+        self._cascade = Counter("diracnet_cascade_images", "Images that a cascade answered", registry=registry)
+        text = "Those that went on from int8 to fp32"
+        self._escalated = Counter("diracnet_cascade_escalated", text, registry=registry)
+
+    def observe_run(self, runtime: Runtime) -> None:
+        """It has computed a batch."""
+        if isinstance(runtime, Cascade):
+            self._cascade.inc(runtime.num_last)
+            self._escalated.inc(runtime.num_escalated_last)
 
 
 class _ServedModel:
@@ -97,4 +111,4 @@ def _label(path: str) -> str:
     """As many series as we choose, not as clients do."""
     if path.startswith("/v2/") and path.endswith("/infer"):
         return _INFER
-    return path if path == "/predict" else "other"
+    return path if path == "/predict" or path.startswith(_RPC) else "other"

@@ -20,13 +20,13 @@ class Running:
         self.pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(num_front_ends)]
         self.limits, self.batches = limits, []
         doors = [inside for _, inside in self.pairs]
-        observe = self.batches.append
         load = load or (lambda: [runtime])
         try:
-            self.device = Device(Served((runtime,)), doors, limits, load=load, observe_batch=observe)
+            self.device = Device(Served((runtime,)), doors, limits, load=load)
         except Refusal:
             self.close()
             raise
+        self.device.observe_batch = self.batches.append
         self.thread = threading.Thread(target=self.device.run)
         self.thread.start()
 
