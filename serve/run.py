@@ -32,8 +32,8 @@ class ServeConfig(ReadingFlags):
         POSITIONAL,
     ] = ()
     runtime: Annotated[
-        Literal["auto", "onnxruntime", "mnn", "tensorrt"],
-        "what runs the model; auto: the fastest here, measured in about a second and kept beside the model",
+        Literal["auto", "onnxruntime", "mnn", "tensorrt", "torch"],
+        "what runs the model; auto: the fastest here but torch, measured in about a second and kept beside the model",
     ] = "auto"
     host: Annotated[str, "address to listen on; 0.0.0.0 is every one of this machine"] = "127.0.0.1"
     port: Annotated[int, "port to listen on; 0 lets the system choose"] = 8000
