@@ -32,7 +32,8 @@ _IDLE: dict[int, list[torch.cuda.Stream]] = defaultdict(list)
 class TorchGraphs:
     """The net of a file in the precision that the file has; `model` and `description` as in `Runtime`.
 
-    On the CPU, where `device` is None and no GPU is found, the same net runs without graphs: to be tried, not to be fast.
+    On the CPU, where `device` is None and no GPU is found, the same net runs without graphs: to be tried, not to be
+    fast.
     """
 
     platform = "pytorch_onnx"

@@ -1,4 +1,4 @@
-"""The torch runtime, with the GPU itself played: what a graph captures is run again at each replay, and at no other time.
+"""The torch runtime, with the GPU itself played: what a graph captures runs at each replay, and at no other time.
 
 Every call is held against the real one's signature. The real GPU is in tests/gpu.
 """
@@ -29,7 +29,7 @@ REAL = {name: getattr(torch.cuda, name) for name in ("CUDAGraph", "Stream", "gra
 class Graph:
     """Stands for torch.cuda.CUDAGraph."""
 
-    alive = weakref.WeakSet()
+    alive = weakref.WeakSet()  # noqa: RUF012
 
     def __init__(self):
         inspect.signature(REAL["CUDAGraph"].__new__).bind(REAL["CUDAGraph"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from export import to_trt
-from export.compare import compare
+from export.compare import TOLERANCES, compare
 from export.engine import build_engine, choose_builder
 from export.graph import to_onnx
 from export.runtimes import gpu
@@ -96,6 +96,27 @@ def test_timings_are_kept_and_those_of_another_machine_are_refused(tmp_path, cap
 def test_onnx_runtime_uses_the_gpu(tmp_path, make_net, make_spec, images):
     path = write_onnx(tmp_path / "plain.onnx", make_net(), make_spec())
     assert "CPU" not in OnnxSession(path).description
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_torch_runtimes_graphs_answer_as_the_dirac_net_and_leave_nothing(
+    tmp_path, make_net, make_spec, images, precision
+):
+    net, path = make_net(), tmp_path / "plain.onnx"
+    path.write_bytes(to_onnx(fold_net(net), make_spec(), {}, precision=precision).SerializeToString())
+    held = []
+    for _ in range(5):
+        runtime = load_runtime(path, name="torch", device=0)
+        assert runtime.description == f"PyTorch, CUDA graphs, {precision}"
+        for num in (1, 5, 8, 3, 300):
+            pixels = images(num) ^ np.uint8(num)
+            with torch.no_grad():
+                expected = net(torch.from_numpy(pixels)).numpy()
+            answer = runtime(pixels)
+            assert compare(("Dirac net", expected), ("graph", answer), tolerance=TOLERANCES[precision])
+        del runtime
+        held.append(torch.cuda.memory_allocated())
+    assert len({*held[1:]}) == 1  # after the first, which leaves cuBLAS its scratch memory
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "fp16"])
