@@ -27,7 +27,7 @@ NEEDED = {
     "train, fold": {"numpy": 17, "safetensors": 0.5, "rich": 0.3, "scikit-learn": 9, "matplotlib": 9},
     "export": {"onnx": 18, "onnxruntime-gpu": 256},
     "server": {
-        "fastapi": 0.1,
+        "fastapi": 0.2,
         "starlette": 0.1,
         "pydantic": 0.5,
         "pydantic-core": 2,
@@ -37,7 +37,7 @@ NEEDED = {
         "httptools": 0.5,
         "uvloop": 4,
         "python-multipart": 0.03,
-        "orjson": 0.2,
+        "orjson": 0.1,
         "prometheus-client": 0.1,
         "pillow": 7,
     },
