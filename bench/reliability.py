@@ -162,7 +162,9 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "tuple[Subject, str]":
     other = write_whole(folder / "other.onnx", to_onnx(net, spec, {}).SerializeToString())
     image = read_whole(config.image)
     pixels = decode(image, spec.image)[None]
-    expected = {one.model.digest: softmax(one(pixels))[0] for one in (session, OnnxSession(other))}
+    expected = {
+        one.model.digest: softmax(one(pixels), temperature=spec.temperature)[0] for one in (session, OnnxSession(other))
+    }
     return Subject(config.model, other, image, expected), model_name(session.model)
 
 

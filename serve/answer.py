@@ -4,6 +4,7 @@ import numpy as np
 from typing_extensions import TypedDict  # pydantic reads no other one on Python 3.11
 
 from export.runtimes.probabilities import best, probabilities
+from train.spec import Spec
 
 
 class ModelName(TypedDict):
@@ -34,14 +35,12 @@ class Prediction(TypedDict):
     results: list[Result]
 
 
-def results_of(
-    logits: np.ndarray, labels: tuple[str, ...], top_k: list[int], *, are_probabilities: bool = False
-) -> list[Result]:
+def results_of(logits: np.ndarray, spec: Spec, top_k: list[int], *, are_probabilities: bool = False) -> list[Result]:
     """Finite logits [N, K], or probabilities, → N results; the i-th has `top_k[i]` classes, or all K."""
-    values = probabilities(logits, are_probabilities=are_probabilities)
-    order = best(values, max(top_k))
+    values = probabilities(logits, temperature=spec.temperature, are_probabilities=are_probabilities)
+    order = best(logits, max(top_k))  # no temperature moves a class
     ranked = np.take_along_axis(values, order, axis=1)
-    return [_result(*row, labels) for row in zip(order.tolist(), ranked.tolist(), top_k, strict=True)]
+    return [_result(*row, spec.labels) for row in zip(order.tolist(), ranked.tolist(), top_k, strict=True)]
 
 
 def _result(order: list[int], probabilities: list[float], top_k: int, labels: tuple[str, ...]) -> Result:

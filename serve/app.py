@@ -219,6 +219,7 @@ def model_card(runtime: Runtime) -> dict[str, Any]:
         **({"reading": asdict(model.reading)} if model.reading else {"net": spec.net} if spec.net else ours),
         "input": {"height": image.height, "width": image.width, "channels": image.channels},
         "labels": list(spec.labels),
+        "temperature": spec.temperature,
         "provenance": model.provenance,
     }
 

@@ -274,7 +274,7 @@ def _share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[in
     """Give each job its rows; rows that are no numbers are the problem of their own job only."""
     is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
     finite = np.where(is_finite[:, None], logits, 0)
-    results = results_of(finite, model.spec.labels, top_k, are_probabilities=model.gives_probabilities)
+    results = results_of(finite, model.spec, top_k, are_probabilities=model.gives_probabilities)
     start = 0
     for job in jobs:
         rows = slice(start, start := start + job.num_images)

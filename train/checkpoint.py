@@ -35,6 +35,7 @@ class Checkpoint:
     rng_state: torch.Tensor  # torch's global generator
     test_accuracy: float | None = None  # read once, after the last epoch
     average: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights, where the run keeps one
+    calibration: dict[str, Any] = field(default_factory=dict)  # the `Fit` of the spec's temperature; empty before it
     sha256: str = ""  # of the file it came from
 
     @classmethod
@@ -72,6 +73,7 @@ class Checkpoint:
             **{key: self.config[key] for key in kept if key in self.config},
             "epochs_done": self.epoch,
             "test_accuracy": self.test_accuracy,
+            **({"calibration": self.calibration} if self.calibration else {}),
         }
 
 
