@@ -70,7 +70,7 @@ def reliability_figure(evaluation: Evaluation, title: str) -> "Figure":
         above.plot(at, right, "o", color=MUTED, fillstyle="none", label=f"without T = {evaluation.temperature:.3g}")
     above.set(ylabel="share that is right", ylim=(-0.02, 1.02), xlim=(0, 1))
     above.set_title(title, fontsize=11, wrap=True)
-    above.legend(loc="upper left", frameon=False)
+    above.legend(loc="lower right", frameon=False)
     width = 1 / len(calibration.bins)
     below.bar([part.low + width / 2 for part in calibration.bins], [part.right.num for part in calibration.bins],
               width=0.94 * width, color=MUTED)  # fmt: skip

@@ -65,6 +65,7 @@ def command(config: FitTemperatureConfig) -> int:
         raise Refusal(f"nothing was written: {fit.why_not}")
     record = fit.to_dict() | ({"validation": config.validation} if config.validation else {})
     contents = {form.path: _with(form, record) for form in forms}
+    contents |= {path: text for form in forms for path, text in _report(form, contents[form.path]).items()}
     for path, content in contents.items():
         console.print(f"wrote {write_whole(path, content)}")
     if config.json:
@@ -146,6 +147,31 @@ def _with(form: "Form", record: dict[str, Any]) -> bytes:
             said["training"]["calibration"] = record | {"sha256_before": form.digest}
             entry.value = json.dumps(said)
     return model.SerializeToString()
+
+
+def _report(form: "Form", content: bytes) -> dict[Path, bytes]:
+    """The report of export/parity.py beside a file, where it is of it, which names the new file then as well.
+
+    What it compared is the graph, and that is the same.
+    """
+    import json
+
+    from export.runtimes.header import read_header
+    from train.documents import read_json
+    from train.files import read_whole, sha256
+
+    path = form.path.with_suffix(".json")
+    if not path.exists():
+        return {}
+    try:
+        report: dict[str, Any] = read_json(read_whole(path))
+        (name,) = (name for name, digest in report["artefacts"].items() if digest == form.digest)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}  # another program's file of that name, or of another model
+    files = {key: sha256(content) if key == name else digest for key, digest in report["artefacts"].items()}
+    report["artefacts"] = files | {f"{name} before it had a temperature": form.digest}
+    report["training"] = read_header(form.path, content).provenance["training"]
+    return {path: (json.dumps(report, indent=1) + "\n").encode()}
 
 
 if __name__ == "__main__":
