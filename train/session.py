@@ -195,8 +195,7 @@ def _complete(session: Session, dataset: data.Dataset) -> Checkpoint:
 
 
 def _completed(session: Session, state: Checkpoint, dataset: data.Dataset) -> Checkpoint:
-    """The test images are read once for a net. The temperature is fitted on the images held out, those that best.pt
-    was chosen by, too: one number does not learn them."""
+    """The test images are read once for a net; the temperature is fitted on the images held out, its choice's too."""
     device, workers = session.world.device, session.config.workers
     net = load_net(state).to(device)
     accuracy = state.test_accuracy
