@@ -32,6 +32,7 @@ EXAMPLES = (
 class DepthConfig(ExperimentConfig):
     depths: Annotated[tuple[int, ...], "6N + 4 each (cheap: 10 16 34 52 100; paper: 10 to 400)"] = ()
     widths: Annotated[tuple[float, ...], "several width factors, each a line (default: --width alone)"] = ()
+    resume: Annotated[bool, "train only what the numbers in --out lack; they are written after each case"] = False
 
 
 def command(config: DepthConfig) -> int:
@@ -65,7 +66,8 @@ def _measure(config: DepthConfig) -> list[dict[str, Any]]:
     from train.families import count_parameters
     from train.progress import make_console, progress
 
-    dataset, rows = load_dataset(config), kept_rows(config, "depth", config.training())
+    dataset = load_dataset(config)
+    rows = kept_rows(config, "depth", config.training()) if config.resume else []
     depths = config.depths or (PAPER_DEPTHS if config.paper else CHEAP_DEPTHS)
     done = {(row["depth"], row["kind"], row["width"]) for row in rows}
     cases = [case for case in product(depths, KINDS, config.widths or (config.training().width,)) if case not in done]

@@ -22,7 +22,8 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class ParameterizationConfig(ExperimentConfig):
     depths: Annotated[tuple[int, ...], "6N + 4 each"] = (34,)
-    lrs: Annotated[tuple[float, ...], "learning rates at the start"] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    resume: Annotated[bool, "train only what the numbers in --out lack; they are written after each case"] = False
+    lrs: Annotated[tuple[float, ...], "learning rates at the start"] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def command(config: ParameterizationConfig) -> int:
@@ -55,7 +56,8 @@ def _measure(config: ParameterizationConfig) -> list[dict[str, Any]]:
     from train.experiments.trial import kept_rows, load_dataset, mean_and_spread, run_trial, write_numbers
     from train.progress import make_console, progress
 
-    dataset, rows = load_dataset(config), kept_rows(config, "parameterization", config.training())
+    dataset = load_dataset(config)
+    rows = kept_rows(config, "parameterization", config.training()) if config.resume else []
     done = {(row["depth"], row["kind"], row["lr"]) for row in rows}
     cases = [case for case in product(config.depths, KINDS, config.lrs) if case not in done]
     with progress(make_console(), "training", len(cases) * config.seeds) as advance:

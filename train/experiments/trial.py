@@ -46,7 +46,6 @@ class ExperimentConfig:
     device: Annotated[Literal["auto", "cpu", "cuda"], "where to train"] = "auto"
     out: Annotated[Path, "folder for the figure and the numbers"] = Path("runs/experiments")
     redraw: Annotated[bool, "train nothing: draw the figure again from the numbers in --out"] = False
-    resume: Annotated[bool, "depth, parameterization: train only what the numbers in --out lack"] = False
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or (self.epochs or 1) < 1:
@@ -126,11 +125,11 @@ def recorded_rows(config: ExperimentConfig, name: str) -> list[dict[str, Any]]:
 
 
 def kept_rows(config: ExperimentConfig, name: str, settings: Settings) -> list[dict[str, Any]]:
-    """With --resume the rows of NAME.json; refuses those of other settings."""
+    """The rows of NAME.json in --out, to go on with; refuses those of other settings."""
     from train.files import read_whole
 
     path = config.out / f"{name}.json"
-    if not (config.resume and path.exists()):
+    if not path.exists():
         return []
     record, now = json.loads(read_whole(path)), asdict(settings)
     other = [key for key, value in record["settings"].items() if key in SAME and now[key] != value]
