@@ -50,6 +50,7 @@ def command(config: FitTemperatureConfig) -> int:
     import json
 
     from export.artefacts import open_artefact
+    from export.runtimes.reference import KEY
     from train.files import write_whole
     from train.progress import make_console
     from train.temperature import fit_temperature
@@ -68,6 +69,9 @@ def command(config: FitTemperatureConfig) -> int:
     contents |= {path: text for form in forms for path, text in _report(form, contents[form.path]).items()}
     for path, content in contents.items():
         console.print(f"wrote {write_whole(path, content)}")
+    for form in forms:
+        if KEY in form.provenance:
+            console.print(f"the reference in {form.path} was of other probabilities: store it again")
     if config.json:
         print(json.dumps(fit.to_dict()))
     return 0
@@ -131,14 +135,21 @@ def _targets(held: "Part") -> Any:
 
 
 def _with(form: "Form", record: dict[str, Any]) -> bytes:
-    """The file with the temperature in its spec, and in its record the fit and the digest that it had before."""
+    """The file with the temperature in its spec, and in its record the fit and the digest that it had before.
+
+    A stored reference counts probabilities of another temperature: it goes.
+    """
     import json
 
     import onnx
 
+    from export.runtimes.reference import KEY
     from train.files import read_whole
 
     model = onnx.load_model_from_string(read_whole(form.path))  # weights that lie beside it stay there
+    entries = [entry for entry in model.metadata_props if entry.key != KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(entries)
     for entry in model.metadata_props:
         if entry.key == "spec":
             entry.value = json.dumps(json.loads(entry.value) | {"temperature": record["temperature"]})
