@@ -20,6 +20,8 @@ from export.artefacts import open_artefact
 from export.runtimes.card import read_card
 from export.runtimes.header import read_header
 from export.runtimes.onnx_session import OnnxSession
+from export.runtimes.reference import KEY
+from export.store_reference import store
 from fold import run as fold
 from serve.app import make_app
 from serve.limits import Limits
@@ -202,6 +204,16 @@ def test_a_file_gets_it_afterwards_and_without_it_is_bit_for_bit_what_it_was(roa
     assert report["training"] == read_header(files[0], files[0].read_bytes()).provenance["training"]
     assert run(fit_temperature, *files) == 2
     assert "has a temperature of" in capsys.readouterr().err
+
+
+def test_a_reference_of_other_probabilities_goes(old, tmp_path, capsys):
+    file = tmp_path / "plain.onnx"
+    file.write_bytes((old / file.name).read_bytes())
+    store(file, np.full((20, 10), 0.1), what="twenty")
+    assert KEY in read_header(file, file.read_bytes()).metadata
+    assert run(fit_temperature, file) == 0
+    assert "was of other probabilities: store it again" in " ".join(capsys.readouterr().out.split())
+    assert KEY not in read_header(file, file.read_bytes()).metadata
 
 
 def test_what_cannot_be_fitted_is_refused_and_nothing_is_written(road, old, tmp_path, capsys, make_net, make_spec):
