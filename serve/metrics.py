@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _INFER = "/v2/…/infer"
+_RPC = "/inference.GRPCInferenceService/"  # whose methods are counted only where the server has them
 _STAGES = ("decode", "queue", "model", "total")
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -93,4 +94,4 @@ def _label(path: str) -> str:
     """As many series as we choose, not as clients do."""
     if path.startswith("/v2/") and path.endswith("/infer"):
         return _INFER
-    return path if path == "/predict" else "other"
+    return path if path == "/predict" or path.startswith(_RPC) else "other"

@@ -38,6 +38,7 @@ from serve.limits import Limits
 from serve.reload import check
 from serve.report import with_report
 from serve.roles import Roles
+from serve.rpc.port import RpcAddress
 from serve.shadow import Shadow, refuse_unfit
 from serve.shadow_process import ShadowProcess
 from serve.supervisor import Server, Supervisor
@@ -212,12 +213,19 @@ def _make_app(
         load=lambda: load_again(roles.served, home),
         observers=[*observers, *([tracing] if tracing else [])],
         reload_everywhere=_tell_supervisor if config.workers > 1 else None,
+        rpc=_rpc_address(config),
         shadow=shadow,
     )
     # What is there by now stays. Collections that walk through all of it hold up every hundredth answer for 30 ms.
     gc.collect()
     gc.freeze()
     return app
+
+
+def _rpc_address(config: "ServeConfig") -> RpcAddress | None:
+    if config.grpc_port is None:
+        return None
+    return RpcAddress(config.host, config.grpc_port, config.drain_seconds)
 
 
 def _make_shadow(config: "ServeConfig", roles: Roles, home: Path | None = None) -> Shadow | None:
