@@ -34,9 +34,12 @@ class ServeConfig(ReadingFlags):
         POSITIONAL,
     ] = ()
     runtime: Annotated[
-        Literal["auto", "onnxruntime", "mnn", "tensorrt"],
-        "what runs the model; auto: the fastest here, measured in about a second and kept beside the model",
+        Literal["auto", "onnxruntime", "mnn", "tensorrt", "torch"],
+        "what runs the model; auto: the fastest here but torch, measured in about a second and kept beside the model",
     ] = "auto"
+    cascade: Annotated[
+        bool, "of an fp32 and an int8 .onnx: int8 answers, and fp32 the images that int8 leaves in doubt"
+    ] = False
     host: Annotated[str, "address to listen on; 0.0.0.0 is every one of this machine"] = "127.0.0.1"
     port: Annotated[int, "port to listen on; 0 lets the system choose"] = 8000
     grpc_port: Annotated[int | None, "port for gRPC too; 0 lets the system choose (default: HTTP alone)"] = None
@@ -71,6 +74,10 @@ class ServeConfig(ReadingFlags):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.cascade and self.runtime not in ("auto", "onnxruntime"):
+            raise Refusal(f"--cascade rests on what was measured in ONNX Runtime; leave --runtime {self.runtime} out")
+        if self.cascade and self.shadow:
+            raise Refusal("--shadow compares two files, and --cascade serves two as one; leave one of them out")
         if not 0 < self.shadow_share <= 1:
             raise Refusal(f"--shadow-share must be above 0 and at most 1, got {self.shadow_share:g}")
 
@@ -124,6 +131,7 @@ if __name__ == "__main__":
                 "python serve/run.py                 # the Fashion-MNIST model that comes along",
                 "python serve/run.py plain.onnx",
                 "python serve/run.py plain.onnx plain-int8.onnx      # the faster one on this machine",
+                "python serve/run.py plain.onnx plain-int8.onnx --cascade    # int8, and fp32 where that is in doubt",
                 "python serve/run.py plain.onnx --host 0.0.0.0 --api-key-file key.txt --workers 4",
                 "python serve/run.py plain.onnx --grpc-port 8001     # the Open Inference Protocol over gRPC too",
                 "python serve/run.py plain.engine --devices 0 1 --max-batch 128",
