@@ -55,6 +55,7 @@ class Checkpoint:
             "dataset",
             "recipe",
             "init_sha256",
+            "unfold",
             "seed",
             "epochs",
             "batch_size",

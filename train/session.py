@@ -22,10 +22,12 @@ from train.distributed import World, joined
 from train.families import count_parameters, outline
 from train.files import write_whole
 from train.folder import Files, refuse_what_cannot_be_judged
+from train.from_plain import load_source, open_plain
 from train.interval import interval, percent
 from train.loop import evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, forbid_tf32, keep_large_buffers
 from train.memory import available_bytes, refuse_what_does_not_fit
+from train.plain_file import PlainFile
 from train.progress import make_console, progress, track
 from train.refusal import Refusal
 from train.report import Log, describe_fit, describe_row, draw_learning_curve, event_files, write_metrics
@@ -39,7 +41,7 @@ FILES = ("checkpoint.pt", "best.pt")  # where the run stands; its best epoch by 
 
 def describe(given: TrainConfig) -> int:
     """Print the spec and its number of parameters."""
-    source = load_checkpoint(given.init) if given.init else None
+    source = load_source(given.init) if given.init else None
     config = (like(given, source) if source else given).resolved()
     if config.classes is None:
         image = source and source.spec.image
@@ -69,13 +71,13 @@ def train(config: TrainConfig) -> int:
     if earlier:
         config = continued(config, earlier)
     elif config.init:
-        config = like(config, source := load_checkpoint(config.init))
+        config = like(config, source := load_source(config.init))
     with joined(choose_device(config.device)) as world:
         return _train(config, world, earlier, source, command)
 
 
 def _train(
-    config: TrainConfig, world: World, earlier: Checkpoint | None, source: Checkpoint | None, command: str
+    config: TrainConfig, world: World, earlier: Checkpoint | None, source: Checkpoint | PlainFile | None, command: str
 ) -> int:
     console = make_console(json=config.json, quiet=world.rank > 0)
     if config.sync_batch_norm and world.device == "cpu":
@@ -97,6 +99,8 @@ def _train(
         for part in (dataset.validation, dataset.test):
             if isinstance(part, Files) and len(part):
                 refuse_what_cannot_be_judged(part, track(console, "decoding what will be judged"))
+    if isinstance(source, PlainFile):
+        source = open_plain(source, settings, dataset, world, console)
     session = start(settings, spec, world, console, source)
     if earlier:
         resume(earlier, session)
