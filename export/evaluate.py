@@ -39,6 +39,7 @@ class EvaluateConfig(ReadingFlags):
     out: Annotated[Path, "folder for report.html, report.json, confusion.png, reliability.png, mistakes.png"] = Path(
         "report"
     )
+    flips: Annotated[bool, "answer each image together with its mirror image: the mean of both logits"] = False
     json: Annotated[bool, "print report.json on stdout"] = False
 
 
@@ -48,10 +49,12 @@ def command(config: EvaluateConfig) -> int:
     A model of this project is judged on the test images that its run recorded, and on no other image of that folder.
     """
     import json
+    from dataclasses import replace
     from functools import partial
 
     from export.artefacts import open_artefact
     from export.judged import find_judged
+    from export.mirrored import mirrored
     from train.files import write_whole
     from train.progress import make_console, track
 
@@ -60,6 +63,8 @@ def command(config: EvaluateConfig) -> int:
     if form.reading:
         console.print(f"{form.name}: {form.reading}")
     judged = find_judged(form, dataset=config.dataset, data_dir=config.data_dir, track=partial(track, console))
+    if config.flips:
+        form, judged = mirrored(form), replace(judged, what=f"{judged.what}, each with its mirror image")
     report = _judge(form, judged, console)
     for name, content in _files(report).items():
         write_whole(config.out / name, content)

@@ -34,6 +34,7 @@ class PredictConfig(ReadingFlags):
         "predictions.csv"
     )
     top_k: Annotated[int, "classes per image"] = 1
+    flips: Annotated[bool, "answer each image together with its mirror image: the mean of both logits"] = False
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -51,6 +52,7 @@ def command(config: PredictConfig) -> int:
     """
     from export.answering import answer_each, load_file
     from export.artefacts import open_artefact
+    from export.mirrored import mirrored
     from train.files import write_whole
     from train.folder import find_images
     from train.progress import make_console, printable, track
@@ -60,6 +62,8 @@ def command(config: PredictConfig) -> int:
     form = open_artefact(config.model, said=from_flags(config))
     if form.reading:
         console.print(f"{form.name}: {form.reading}")
+    if config.flips:
+        form = mirrored(form)
     paths, left_out = find_images(config.images)
     for line in describe_left_out(left_out):
         console.print(printable(line))

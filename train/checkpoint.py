@@ -56,6 +56,8 @@ class Checkpoint:
             "recipe",
             "init_sha256",
             "unfold",
+            "qat",
+            "flip",
             "seed",
             "epochs",
             "batch_size",

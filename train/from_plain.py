@@ -45,7 +45,9 @@ class Row:
 
 
 def load_source(path: Path) -> Checkpoint | PlainFile:
-    """What --init names: a checkpoint, or a plain net of a family; refuses the graph of any other net."""
+    """What --init names: a checkpoint, or the plain net of a family; refuses any other."""
+    if path.suffix in (".onnx", ".engine"):
+        raise Refusal(f"{path} is an exported file; name the plain.safetensors or checkpoint.pt that it was made of")
     if path.suffix != ".safetensors":
         return load_checkpoint(path)
     file = read_plain_file(path)

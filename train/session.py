@@ -19,6 +19,7 @@ from train.begin import command_to_resume, continued, fresh_record, like, resume
 from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
 from train.config import Settings, TrainConfig
 from train.distributed import World, joined
+from train.fake_quantize import FakeQuantized
 from train.families import count_parameters, outline
 from train.files import write_whole
 from train.folder import Files, refuse_what_cannot_be_judged
@@ -87,7 +88,8 @@ def _train(
     known = earlier or source
     dataset = _load(config, earlier, known and known.spec.image, console)
     settings = config if isinstance(config, Settings) else config.resolved(len(dataset.train))
-    settings = replace(settings, precision=choose_precision(settings.precision, world.device))
+    precision = "fp32" if settings.qat else choose_precision(settings.precision, world.device)
+    settings = replace(settings, precision=precision)
     if settings.batch_size % world.size:
         raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {settings.batch_size}")
     spec, split = make_spec(settings, dataset.info.image, dataset.info.labels), data.record(dataset)
@@ -236,7 +238,8 @@ def _wrapped(session: Session, *, is_frozen: bool) -> nn.Module:
     """The session's net as it is trained: all of it, or its last layer alone."""
     session.net.requires_grad_(not is_frozen)
     session.net.get_submodule("fc").requires_grad_(True)
-    net = session.world.wrap(session.net, sync_batch_norm=session.config.sync_batch_norm)
+    net = FakeQuantized(session.net) if session.config.qat else session.net
+    net = session.world.wrap(net, sync_batch_norm=session.config.sync_batch_norm)
     if session.config.compile:
         net = torch.compile(net)  # a Module, whatever torch's annotations say
         assert isinstance(net, nn.Module)

@@ -25,7 +25,7 @@ from train.spec import Spec
 # b is so many times the smallest that all filters of a layer have: at that one the two roots of the worst meet, and
 # a filter orthogonal to δ would ask for an s without bound.
 ABOVE_SMALLEST = 1.25
-# δ takes its least-squares share of a filter where cos θ is at least this; W takes part of it where δ is nearly absent.
+# δ takes its least-squares share where |cos θ| is at least this; where δ is nearly absent W takes part of it.
 LEAST_COSINE = 0.5
 PLAIN_NORM = 2**0.5  # of a filter of an ordinary convolution: He's start, for any fan-in
 MOST_NAMED = 3
@@ -171,7 +171,7 @@ def _open_dirac(
     """(t, W) for each filter; sets `a` and `b` where the form has one for each, and `b` of a layer."""
     alive, v = filters.flatten(1).any(dim=1), _norm(filters)
     n, d = (part.sum(dim=(1, 2, 3)) for part in (delta, filters * delta))
-    root_n = n.sqrt()
+    root_n, sign = n.sqrt(), torch.where(d < 0, -1.0, 1.0)
     cosine = torch.where(n > 0, d / (root_n * v), 0.0)
     a = conv.a.expand(len(filters)).clone()
     size = a * root_n.clamp_min(1)  # ‖a δ‖, or that of a δ with a single one
@@ -181,11 +181,10 @@ def _open_dirac(
     elif conv.b is not None and not conv.b.dim():
         sine = (1 - cosine**2).clamp_min(0).sqrt()
         b = a * torch.where(alive, ABOVE_SMALLEST * root_n * sine, 0.0).max().clamp_min(least)
-        sign = torch.where(d < 0, -1.0, 1.0)
         inverse = a * (d + sign * (d**2 - v**2 * (n - (b / a) ** 2)).clamp_min(0).sqrt()) / v**2
         conv.b.copy_(b[0])
     else:
-        inverse = size / (v * cosine.clamp_min(LEAST_COSINE))
+        inverse = sign * size / (v * cosine.abs().clamp_min(LEAST_COSINE))
     opened = _per_filter(inverse) * filters - _per_filter(a) * delta
     if conv.a.dim():
         conv.a.copy_(a)
