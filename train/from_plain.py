@@ -1,6 +1,6 @@
 """Where fine-tuning of a plain file begins: opened, its batch statistics measured, and proved to be the same net."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
@@ -69,10 +69,11 @@ def open_plain(
         net = unfold(file.weights, spec, a=settings.a0, b=settings.b0, std=settings.w_std)
     except Refusal as refusal:
         raise Refusal(f"{file.path}: {refusal}") from refusal
-    num = min(NUM_MEASURED, len(dataset.train))
-    with progress(console, "measuring batch statistics", num) as advance:
-        images = _augmented(settings, dataset, world.device, num, advance)
+    taken: list[int] = []
+    with progress(console, "measuring batch statistics", min(NUM_MEASURED, len(dataset.train))) as advance:
+        images = _augmented(settings, dataset, world.device, lambda num: (taken.append(num), advance(num)))
         standardize(net, measure(deepcopy(net).float().to(world.device), images))
+    num = sum(taken)
     rows = prove(net, as_plain(net, file.weights), _to_prove_on(dataset))
     if failed := [row for row in rows if not row]:
         clauses = (f"{row.precision} logits on {row.images} images differ by {row.relative:.1e}" for row in failed)
@@ -97,7 +98,9 @@ def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> li
     return rows
 
 
-def _augmented(settings: Settings, dataset: data.Dataset, device: str, num: int, advance: Any) -> Iterator[Tensor]:
+def _augmented(
+    settings: Settings, dataset: data.Dataset, device: str, advance: Callable[[int], Any]
+) -> Iterator[Tensor]:
     """The batches that the first epoch begins with, whole in every process: all measure the same."""
     batch_size = min(settings.batch_size, len(dataset.train))
     first = batches(
@@ -111,13 +114,13 @@ def _augmented(settings: Settings, dataset: data.Dataset, device: str, num: int,
         workers=settings.workers,
     )
     found = False
-    for batch in islice(first, -(-num // batch_size)):
+    for batch in islice(first, -(-NUM_MEASURED // batch_size)):
         if len(batch.targets):
             yield batch.images
             found = True
         advance(len(batch.targets))
     if not found:
-        raise Refusal(f"none of the first {num} training images could be read: mend them")
+        raise Refusal("none of the first training images could be read: mend them")
 
 
 def _to_prove_on(dataset: data.Dataset) -> dict[str, Tensor]:
