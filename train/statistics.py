@@ -32,9 +32,9 @@ def measure(net: nn.Module, batches: Iterable[Tensor]) -> Moments:
 
 def _together(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Of batches of so many values each: the variance within them and that of their means."""
-    shares = torch.tensor([num for num, _, _ in parts], dtype=torch.float64, device=parts[0][1].device)
-    shares = (shares / shares.sum()).view(-1, 1)
-    means, variances = (torch.stack([part[place] for part in parts]) for place in (1, 2))
+    nums, means, variances = zip(*parts, strict=True)
+    means, variances = torch.stack(means), torch.stack(variances)
+    shares = torch.tensor(nums, dtype=torch.float64, device=means.device).view(-1, 1) / sum(nums)
     mean = (shares * means).sum(0)
     return mean, (shares * (variances + (means - mean) ** 2)).sum(0)
 
@@ -49,7 +49,7 @@ def standardize(net: nn.Module, moments: Moments) -> None:
         assert norm.running_var is not None
         mean, var = mean.to(norm.running_mean), var.to(norm.running_var)
         before, after = ((part + norm.eps).sqrt() for part in (norm.running_var, var))
-        norm.bias += norm.weight * (mean - norm.running_mean) / before
-        norm.weight *= after / before
+        norm.bias.add_(norm.weight * (mean - norm.running_mean) / before)
+        norm.weight.mul_(after / before)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)

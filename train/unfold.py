@@ -80,9 +80,15 @@ def as_plain(net: nn.Sequential, weights: Mapping[str, Tensor]) -> nn.Sequential
     plain = deepcopy(net)
     for part in parts_of(net):
         filters, bias = (weights[f"{part.name}.{kind}"].double() for kind in ("weight", "bias"))
-        groups = 1 if isinstance(part.layer, nn.Conv2d) else len(filters)
-        how = {key: getattr(part.layer, key, default) for key, default in (("stride", 1), ("padding", 0))}
-        convolution = nn.Conv2d(filters.shape[1] * groups, len(filters), filters.shape[2], groups=groups, **how)
+        layer = part.layer if isinstance(part.layer, nn.Conv2d) else None
+        convolution = nn.Conv2d(
+            filters.shape[1] if layer else len(filters),
+            len(filters),
+            filters.shape[2],
+            stride=layer.stride if layer else 1,  # pyright: ignore[reportArgumentType]  # a pair in two dimensions
+            padding=layer.padding if layer else 0,  # pyright: ignore[reportArgumentType]
+            groups=1 if layer else len(filters),
+        )
         convolution.weight, convolution.bias = nn.Parameter(filters), nn.Parameter(bias)
         plain.set_submodule(part.name, convolution)
         if part.norm:
