@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from train import data
+from train.batch_statistics import measure, standardize
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.config import Settings
 from train.difference import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, difference, keeps_class
@@ -21,7 +22,6 @@ from train.loop import batches
 from train.plain_file import PlainFile, read_plain_file
 from train.progress import progress
 from train.refusal import Refusal
-from train.statistics import measure, standardize
 from train.steps import make_augmentation
 from train.unfold import as_plain, unfold
 

@@ -4,7 +4,7 @@ import numpy as np
 import reference
 import torch
 
-from train.statistics import measure, standardize
+from train.batch_statistics import measure, standardize
 
 
 def batches(images, size=8):
