@@ -78,3 +78,9 @@ def test_predict_and_evaluate_take_flips(write, images, tmp_path, capsys):
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["top1"]["hits"] == int((expected.argmax(1) == np.arange(10)).sum())
     assert "each with its mirror image" in capsys.readouterr().out
+
+
+def test_a_reference_for_the_server_is_not_counted_with_mirror_images(tmp_path, capsys):
+    argv = [str(tmp_path / "plain.onnx"), "--flips", "--store-reference"]
+    assert run_command(evaluate, EvaluateConfig, argv=argv) == 2
+    assert "which mirrors no image: leave out --flips" in capsys.readouterr().err
