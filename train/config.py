@@ -48,7 +48,7 @@ class TrainConfig:
     ] = None
     freeze: Annotated[int, "with --init: epochs at the start in which only the last layer learns"] = 0
     qat: Annotated[
-        bool, "with --init: train with filters and activations rounded to the eight bits of to_onnx.py --precision int8"
+        bool, "train with filters and activations rounded to the eight bits of to_onnx.py --precision int8"
     ] = False
     recipe: Annotated[Literal["ours", "paper"], "where the values below come from that you leave out"] = "ours"
     epochs: Annotated[int | None, "passes over the training images"] = None
@@ -112,8 +112,6 @@ class TrainConfig:
             raise Refusal("--classes goes with --describe; to train, name a data set")
         if self.freeze and not self.init:
             raise Refusal("--freeze keeps what --init brings: name a checkpoint with --init")
-        if self.qat and not self.init:
-            raise Refusal("--qat keeps the batch statistics of a trained net: name one with --init")
         if self.qat and (self.precision not in (None, "auto", "fp32") or self.compile or self.family == "wrn"):
             raise Refusal("--qat trains chains of layers in fp32: leave out --compile, wrn and any other --precision")
         if self.patience and self.validation == 0:

@@ -1,7 +1,7 @@
 """Training for eight bits: filters and activations rounded as the int8 export rounds them, gradients left alone.
 
-What is rounded is the folded filter, with δ inside and batch normalisation taken in by its running statistics. These
-stay as they are: a batch's own would make other filters of every batch, and none of them is exported.
+The export rounds s Ŵ, the filter with batch normalisation folded into it. With a scale for every filter its levels are
+those of Ŵ, whatever s is: so Ŵ is rounded here, and batch normalisation follows as ever.
 """
 
 import torch
@@ -12,7 +12,7 @@ from train.unfold import Part, parts_of
 
 
 class FakeQuantized(nn.Module):
-    """A chain of layers as its int8 form computes it, in float32; the parameters are those of `net`.
+    """A chain of layers as its int8 form computes it, in float32; parameters and statistics are those of `net`.
 
     As export/integer.py has it: the stem and the classifier stay in float32, what the stem gives and what every other
     convolution gives is rounded to unsigned bytes, filters to signed ones. The range of an activation is that of the
@@ -22,50 +22,39 @@ class FakeQuantized(nn.Module):
     def __init__(self, net: nn.Sequential) -> None:
         super().__init__()
         self.net = net
-        self._parts = {part.name: part for part in parts_of(net)}
-        stem = next(iter(self._parts))
-        taken_in = {part.norm for part in self._parts.values()} | {part.halved for part in self._parts.values()}
-        self._layers = [
-            (name, layer)
-            for name, layer in net.named_modules()
-            if not isinstance(layer, nn.Sequential) and name not in taken_in
-        ]
-        rest = [name for name, _ in self._layers]
-        rest = rest[rest.index(stem) + 1 :]
-        float_too = (nn.ReLU, nn.MaxPool2d)
-        self._start = next(name for name in rest if not isinstance(net.get_submodule(name), float_too))
+        stem, *parts = parts_of(net)
+        self._parts = {part.name: part for part in parts}
+        halved = {part.halved for part in parts}  # whose input the ReLU before has made positive
+        leaves = {name: layer for name, layer in net.named_modules() if not isinstance(layer, nn.Sequential)}
+        self._names = [name for name in leaves if name not in halved]
+        after_stem = self._names[self._names.index(stem.norm or stem.name) + 1 :]
+        self._start = next(name for name in after_stem if not isinstance(leaves[name], (nn.ReLU, nn.MaxPool2d)))
+        # After each of these activations are rounded, and clipped at 0 where a ReLU, through a pool or not, comes next.
+        self._rounded: dict[str, bool] = {}
+        for part in parts:
+            end = part.norm or part.name
+            rest = (leaves[name] for name in self._names[self._names.index(end) + 1 :])
+            after = next(layer for layer in rest if not isinstance(layer, nn.MaxPool2d))
+            self._rounded[end] = isinstance(after, nn.ReLU)
 
     def forward(self, images: Tensor) -> Tensor:
-        x, in_bytes = images, False
-        for place, (name, layer) in enumerate(self._layers):
+        x = images
+        for name in self._names:
             if name == self._start:
-                x, in_bytes = round_activations(x), True
-            if not isinstance(layer, nn.Conv2d):
-                x = layer(x)
-                continue
-            weight, bias = self._folded(self._parts[name])
-            x = layer._conv_forward(x, round_filters(weight) if in_bytes else weight, bias)
-            if in_bytes:
-                x = round_activations(x, rectified=self._is_rectified(place))
+                x = round_activations(x)
+            part = self._parts.get(name)
+            x = _convolve(part, x) if part else self.net.get_submodule(name)(x)
+            if name in self._rounded:
+                x = round_activations(x, rectified=self._rounded[name])
         return x
 
-    def _folded(self, part: Part) -> tuple[Tensor, Tensor]:
-        """A convolution with the batch normalisation after it, by its running statistics."""
-        conv = part.layer
-        norm = self.net.get_submodule(part.norm or "")
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        weight = conv.folded_weight() if isinstance(conv, DiracConv2d) else conv.weight
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        weight = scale.view(-1, 1, 1, 1) * weight[:, : part.shape()[1]]
-        return weight, norm.bias - scale * norm.running_mean
 
-    def _is_rectified(self, place: int) -> bool:
-        """Whether a ReLU comes next, through a pool or not: what it removes takes no part of the range."""
-        after = (layer for _, layer in self._layers[place + 1 :] if not isinstance(layer, nn.MaxPool2d))
-        return isinstance(next(after), nn.ReLU)
+def _convolve(part: Part, x: Tensor) -> Tensor:
+    """A convolution with its filters rounded, without the half that the fold drops."""
+    conv = part.layer
+    assert isinstance(conv, nn.Conv2d)
+    weight = conv.folded_weight() if isinstance(conv, DiracConv2d) else conv.weight
+    return conv._conv_forward(x, round_filters(weight[:, : part.shape()[1]]), conv.bias)
 
 
 def round_activations(x: Tensor, *, rectified: bool = False) -> Tensor:

@@ -116,19 +116,16 @@ def test_other_classes_take_all_layers_but_the_last(tmp_path, write_plain):
 
 
 @pytest.mark.slow
-def test_training_for_eight_bits_leaves_statistics_and_computes_in_float32(tmp_path, write_plain):
+def test_training_for_eight_bits_computes_in_float32_and_is_recorded(tmp_path, write_plain):
     _, path = write_plain()
-    assert run("--init", path, "--qat", "--epochs", 1, "--lr", "0.001", "--out", tmp_path / "run") == 0
-    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
-    assert state.config["precision"] == "fp32"
-    assert state.training_record()["qat"] is True
-    _, other = write_plain(name="other.safetensors")
-    assert run("--init", other, "--epochs", 1, "--freeze", 1, "--lr", "1e-30", "--out", tmp_path / "start") == 0
-    start = load_checkpoint(tmp_path / "start" / "checkpoint.pt")
-    for name, tensor in state.model.items():
-        if "running" in name:
-            assert torch.equal(tensor, start.model[name]), name
-    assert not torch.equal(state.model["group0.block0.conv.weight"], start.model["group0.block0.conv.weight"])
+    argv = ["--init", path, "--epochs", 1, "--lr", "0.001", "--precision"]
+    assert run(*argv, "auto", "--qat", "--out", tmp_path / "rounded") == 0
+    assert run(*argv, "fp32", "--out", tmp_path / "float") == 0
+    rounded, floats = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("rounded", "float"))
+    assert rounded.config["precision"] == "fp32"
+    assert rounded.training_record()["qat"] is True
+    assert rounded.model.keys() == floats.model.keys()
+    assert rounded.history[0]["train_loss"] != floats.history[0]["train_loss"]
 
 
 def test_files_that_are_not_the_plain_net_of_a_family_are_refused(tmp_path, write_plain, capsys):
