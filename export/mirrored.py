@@ -6,6 +6,7 @@ from typing import get_args
 import numpy as np
 
 from export.artefacts import Form
+from export.runtimes.cascade import Cascade
 from train import data
 from train.refusal import Refusal
 from train.spec import Published
@@ -14,8 +15,12 @@ from train.spec import Published
 def mirrored(form: Form) -> Form:
     """`form` with the mean of what it gives for an image and for its mirror image: logits, where it gives those.
 
-    Refuses a model whose training did not mirror images.
+    Refuses a model whose training did not mirror images, and a cascade.
     """
+    if isinstance(form.answer, Cascade):
+        raise Refusal(
+            "a cascade keeps float32's class of an image, not that of two logits' mean: leave --flips or --cascade out"
+        )
     training = form.provenance.get("training", {})
     dataset, choice = training.get("dataset"), training.get("flip", "auto")
     if choice == "no" or (choice == "auto" and dataset in get_args(Published) and not data.describe(dataset).flip):

@@ -103,6 +103,7 @@ class Batcher:
         self.seconds_per_image = 0.0
         self.num_held = 0  # images accepted and not answered
         self.observe_batch: Callable[[int], None] = lambda num_images: None
+        self.observe_run: Callable[[Runtime], None] = lambda runtime: None  # which has computed a batch
         self.watch = Watch()
         self.shadow: Shadow | None = None
 
@@ -247,9 +248,12 @@ class Batcher:
         """Images → logits [N, K], `max_batch` at a time."""
         size = self._limits.max_batch
         batches = [np.stack(images[start : start + size]) for start in range(0, len(images), size)]
+        logits = []
         for batch in batches:
             self.observe_batch(len(batch))
-        return np.concatenate([runtime(batch) for batch in batches])
+            logits.append(runtime(batch))
+            self.observe_run(runtime)
+        return np.concatenate(logits)
 
     def _overloaded(self) -> Problem:
         wait_s = max(1, math.ceil(self.num_held * self.seconds_per_image / len(self.served.runtimes)))

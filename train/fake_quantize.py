@@ -79,6 +79,7 @@ def round_filters(weight: Tensor) -> Tensor:
     filters = weight.detach().flatten(1)
     pairs = [part.clamp_min(0).topk(min(2, part.shape[1])).values.sum(1) for part in (filters, -filters)]
     reach = torch.stack([filters.abs().amax(1), *pairs]).amax(0)
-    scales = torch.where(reach > 0, reach / 127, 1.0)
+    scales = reach / 127
+    scales = torch.where(scales >= torch.finfo(torch.float32).tiny, scales, 1.0)
     zeros = torch.zeros(len(filters), dtype=torch.int32, device=weight.device)
     return torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -127, 127)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from export.graph import to_onnx
 from export.mirrored import mirrored
 from export.predict import PredictConfig
 from export.predict import command as predict
+from export.runtimes.cascade import Cascade
 from export.runtimes.probabilities import softmax
 from fold.plain import fold_net
 from train.cli import run_command
@@ -78,6 +80,12 @@ def test_predict_and_evaluate_take_flips(write, images, tmp_path, capsys):
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["top1"]["hits"] == int((expected.argmax(1) == np.arange(10)).sum())
     assert "each with its mirror image" in capsys.readouterr().out
+
+
+def test_a_cascade_is_refused(write):
+    form = replace(open_artefact(write({})), answer=object.__new__(Cascade))
+    with pytest.raises(Refusal, match="leave --flips or --cascade out"):
+        mirrored(form)
 
 
 def test_a_reference_for_the_server_is_not_counted_with_mirror_images(tmp_path, capsys):
