@@ -13,8 +13,7 @@ from train import data
 from train.checkpoint import Checkpoint, load_net, save_checkpoint
 from train.config import Settings
 from train.distributed import World
-from train.families import build
-from train.initialize import initialize
+from train.initialize import initialized
 from train.loop import Augmentation, batches, follow, learning_rate, make_optimizer, steps_per_epoch, train_step
 from train.refusal import Refusal
 from train.spec import ImageSpec, Spec
@@ -40,7 +39,10 @@ class Session:
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             rng_state=torch.get_rng_state(),
-            test_accuracy=None,  # of the net that it was
+            # Of the net that it was:
+            test_accuracy=None,
+            spec=replace(state.spec, temperature=1.0),
+            calibration={},
             **moment,
         )
 
@@ -65,8 +67,7 @@ def start(config: Settings, spec: Spec, world: World, console: Console, source: 
     Its classifier comes along where the classes are the same.
     """
     torch.manual_seed(config.seed)
-    net = build(spec)
-    initialize(net, a=config.a0, b=config.b0, std=config.w_std, start=config.start)
+    net = initialized(spec, a=config.a0, b=config.b0, std=config.w_std, start=config.start)
     if source:
         learnt = load_net(source).state_dict()
         if source.spec.labels != spec.labels:
