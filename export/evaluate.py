@@ -41,6 +41,7 @@ class EvaluateConfig(ReadingFlags):
     out: Annotated[Path, "folder for report.html, report.json, confusion.png, reliability.png, mistakes.png"] = Path(
         "report"
     )
+    flips: Annotated[bool, "answer each image together with its mirror image: the mean of both logits"] = False
     cascade: Annotated[
         Path | None, "the other form of an fp32 or int8 model: int8 answers, and fp32 where that is in doubt"
     ] = None
@@ -49,6 +50,12 @@ class EvaluateConfig(ReadingFlags):
     ] = False
     json: Annotated[bool, "print report.json on stdout"] = False
 
+    def __post_init__(self) -> None:
+        if self.flips and self.store_reference:
+            raise Refusal(
+                "--store-reference counts what the server will answer, which mirrors no image: leave out --flips"
+            )
+
 
 def command(config: EvaluateConfig) -> int:
     """Judge a model on images whose classes are known; exit status 1 if one of them could not be read.
@@ -56,10 +63,12 @@ def command(config: EvaluateConfig) -> int:
     A model of this project is judged on the test images that its run recorded, and on no other image of that folder.
     """
     import json
+    from dataclasses import replace
     from functools import partial
 
     from export.artefacts import open_artefact
     from export.judged import find_judged
+    from export.mirrored import mirrored
     from export.runtimes.cascade import Cascade
     from export.store_reference import refuse_what_takes_none, store
     from train.files import write_whole
@@ -74,6 +83,8 @@ def command(config: EvaluateConfig) -> int:
     if form.reading:
         console.print(f"{form.name}: {form.reading}")
     judged = find_judged(form, dataset=config.dataset, data_dir=config.data_dir, track=partial(track, console))
+    if config.flips:
+        form, judged = mirrored(form), replace(judged, what=f"{judged.what}, each with its mirror image")
     probabilities, places, unreadable = _answers(form, judged, console)
     report = _judge(form, judged, probabilities, places, unreadable)
     for name, content in _files(report).items():

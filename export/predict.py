@@ -35,6 +35,7 @@ class PredictConfig(ReadingFlags):
         "predictions.csv"
     )
     top_k: Annotated[int, "classes per image"] = 1
+    flips: Annotated[bool, "answer each image together with its mirror image: the mean of both logits"] = False
     cascade: Annotated[
         Path | None, "the other form of an fp32 or int8 model: int8 answers, and fp32 where that is in doubt"
     ] = None
@@ -55,6 +56,7 @@ def command(config: PredictConfig) -> int:
     """
     from export.answering import answer_each, load_file
     from export.artefacts import open_artefact
+    from export.mirrored import mirrored
     from export.runtimes.cascade import Cascade
     from train.files import write_whole
     from train.folder import find_images
@@ -65,6 +67,8 @@ def command(config: PredictConfig) -> int:
     form = open_artefact(config.model, said=from_flags(config), cascade=config.cascade)
     if form.reading:
         console.print(f"{form.name}: {form.reading}")
+    if config.flips:
+        form = mirrored(form)
     paths, left_out = find_images(config.images)
     for line in describe_left_out(left_out):
         console.print(printable(line))

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fold.graph import GraphNet
@@ -20,13 +18,12 @@ from fold.shapes import infer_shapes
 from fold.tracing import trace
 from train.documents import read_object
 from train.families import outline
-from train.files import read_whole, sha256, write_whole
+from train.files import write_whole
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, Normalize
+from train.plain_file import FORMAT, GRAPH_FORMAT, read_plain_file
 from train.refusal import Refusal
 from train.spec import Spec
 
-FORMAT = "diracnet-plain-1"  # the spec says what the layers are
-GRAPH_FORMAT = "diracnet-graph-1"  # the graph stands in the header
 PlainNet = nn.Sequential | GraphNet  # layers of a net that a spec builds; a graph of any other
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 RESERVED = ("images", "logits")  # the input and output of an exported net
@@ -110,18 +107,8 @@ def save_plain(path: Path, net: PlainNet, spec: Spec, provenance: dict[str, Any]
 
 def load_plain(path: Path) -> Plain:
     """The inverse of `save_plain`; refuses what is no whole plain net of ours, or holds NaN or Inf."""
-    content = read_whole(path)
-    try:
-        weights = load(content)
-    except SafetensorError as error:
-        raise Refusal(f"{path} is no safetensors file, or is cut short: {error}") from error
-    metadata = _metadata(content)
-    if metadata.get("format") not in (FORMAT, GRAPH_FORMAT):
-        raise Refusal(f"{path} is no {FORMAT} file; make one with fold/run.py")
-    spec = Spec.from_json(metadata.get("spec", ""))
-    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise Refusal(f"{path} holds NaN or infinite values in {', '.join(bad)}: the training diverged")
+    file = read_plain_file(path)
+    metadata, weights, spec = file.metadata, file.weights, file.spec
     try:
         net = _graph_net(metadata.get("graph", ""), weights, spec) if spec.net else _layers(weights, spec)
     except Refusal as refusal:
@@ -131,7 +118,7 @@ def load_plain(path: Path) -> Plain:
     except RuntimeError as error:
         raise Refusal(f"{path} does not fit its spec: {' '.join(str(error).split())[:200]}") from error
     provenance = read_object(metadata.get("provenance", "{}"), f"the provenance in {path}", todo="fold the net again")
-    return Plain(net.eval(), spec, provenance, sha256(content))
+    return Plain(net.eval(), spec, provenance, file.sha256)
 
 
 def _layers(weights: dict[str, Tensor], spec: Spec) -> nn.Sequential:
@@ -166,12 +153,6 @@ def _check(graph: Graph, spec: Spec) -> None:
     last, num = graph.nodes[-1].name, len(spec.labels)
     if shapes[last] != (num,):
         raise Refusal(f"{last} gives {list(shapes[last])} for each image, and there are {num} labels")
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    """What a safetensors file says of itself: JSON behind its length in eight bytes, sound where `load` reads it."""
-    size = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + size]).get("__metadata__") or {}
 
 
 def _with_weights(plain: Convolution, weight: Tensor, bias: Tensor | None) -> Convolution:

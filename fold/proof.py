@@ -13,11 +13,9 @@ from fold.graph import GraphNet
 from fold.nodes import TENSORS, Graph
 from fold.plain import PlainNet, named_layers
 from fold.tracing import trace
-from train.difference import FLOAT32_TOLERANCE, difference, keeps_class, share
+from train.difference import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, difference, keeps_class, share
 
-# In float64 folding reorders a few hundred roundings of 2^-53 per layer, which leaves 1e-15 to 1e-13 of the output;
-# a wrong fold changes its first digits. Anything between the two is a bug.
-TOLERANCES = {"float64": 1e-9, "float32": FLOAT32_TOLERANCE}
+TOLERANCES = {"float64": FLOAT64_TOLERANCE, "float32": FLOAT32_TOLERANCE}
 # PyTorch's float64 convolution spreads a whole batch out before it multiplies: 64 images at once take ten times
 # as long as eight at a time.
 BATCH_SIZE = 8

@@ -12,6 +12,7 @@ import torch
 from train.checkpoint import Checkpoint
 from train.cli import given_arguments
 from train.config import Settings, TrainConfig
+from train.plain_file import PlainFile
 from train.refusal import Refusal
 from train.split import Record
 from train.steps import Session
@@ -47,7 +48,7 @@ def continued(config: TrainConfig, state: Checkpoint) -> Settings:
     return settings
 
 
-def like(config: TrainConfig, source: Checkpoint) -> TrainConfig:
+def like(config: TrainConfig, source: Checkpoint | PlainFile) -> TrainConfig:
     """`config` for the net of `source`; refuses another that was given."""
     spec, defaults = source.spec, TrainConfig()
     of_source = {
@@ -71,7 +72,10 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
 def fresh_record(config: Settings, command: str, split: Record, source: Checkpoint | None) -> dict[str, Any]:
     """What a new run says of itself; `source` is the net that it fine-tunes."""
     record = {**recorded(config), "command": command, "split": split.to_dict()}
-    return record | ({"init_sha256": source.sha256} if source else {})
+    if source is None:
+        return record
+    opened = {"unfold": source.config["unfold"]} if "unfold" in source.config else {}
+    return record | {"init_sha256": source.sha256} | opened
 
 
 def typed(config: TrainConfig) -> str:

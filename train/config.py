@@ -43,9 +43,14 @@ class TrainConfig:
         Delta, "ones where channels widen: repeated, eq. 8; first: on the first channels alone, the second release"
     ] = "repeated"
     init: Annotated[
-        Path | None, "fine-tune: a checkpoint with the net, its image spec, and all layers but the last"
+        Path | None,
+        "fine-tune: a checkpoint, or a plain.safetensors, with the net, its image spec and its layers; "
+        "the last where the classes are the same",
     ] = None
     freeze: Annotated[int, "with --init: epochs at the start in which only the last layer learns"] = 0
+    qat: Annotated[
+        bool, "train with filters and activations rounded to the eight bits of to_onnx.py --precision int8"
+    ] = False
     recipe: Annotated[Literal["ours", "paper"], "where the values below come from that you leave out"] = "ours"
     epochs: Annotated[int | None, "passes over the training images"] = None
     batch_size: Annotated[int | None, "images per step, over all processes"] = None
@@ -108,6 +113,8 @@ class TrainConfig:
             raise Refusal("--classes goes with --describe; to train, name a data set")
         if self.freeze and not self.init:
             raise Refusal("--freeze keeps what --init brings: name a checkpoint with --init")
+        if self.qat and (self.precision not in (None, "auto", "fp32") or self.compile or self.family == "wrn"):
+            raise Refusal("--qat trains chains of layers in fp32: leave out --compile, wrn and any other --precision")
         if self.patience and self.validation == 0:
             raise Refusal("--patience waits for the validation accuracy: --validation must be above 0")
 

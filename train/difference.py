@@ -7,6 +7,9 @@ import numpy as np
 # Runtimes sum n products in L layers in other orders, and folding does: roundings of u = 2^-24 add up as a random
 # walk to sqrt(L n) u of the output, 2e-5 for 34 layers of 2,304 products, 6e-5 for 400; some twice that is allowed.
 FLOAT32_TOLERANCE = 1e-4
+# In float64 folding and unfolding reorder a few hundred roundings of 2^-53 per layer, which leaves 1e-15 to 1e-13 of
+# the output; a wrong fold changes its first digits. Anything between the two is a bug.
+FLOAT64_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)

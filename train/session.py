@@ -19,13 +19,16 @@ from train.begin import command_to_resume, continued, fresh_record, like, resume
 from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
 from train.config import Settings, TrainConfig
 from train.distributed import World, joined
+from train.fake_quantize import FakeQuantized
 from train.families import count_parameters, outline
 from train.files import write_whole
 from train.folder import Files, refuse_what_cannot_be_judged
+from train.from_plain import load_source, open_plain
 from train.interval import interval, percent
 from train.loop import answers, evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, forbid_tf32, keep_large_buffers
 from train.memory import available_bytes, refuse_what_does_not_fit
+from train.plain_file import PlainFile
 from train.progress import make_console, progress, track
 from train.refusal import Refusal
 from train.report import Log, describe_fit, describe_row, draw_learning_curve, event_files, write_metrics
@@ -40,7 +43,7 @@ FILES = ("checkpoint.pt", "best.pt")  # where the run stands; its best epoch by 
 
 def describe(given: TrainConfig) -> int:
     """Print the spec and its number of parameters."""
-    source = load_checkpoint(given.init) if given.init else None
+    source = load_source(given.init) if given.init else None
     config = (like(given, source) if source else given).resolved()
     if config.classes is None:
         image = source and source.spec.image
@@ -70,13 +73,13 @@ def train(config: TrainConfig) -> int:
     if earlier:
         config = continued(config, earlier)
     elif config.init:
-        config = like(config, source := load_checkpoint(config.init))
+        config = like(config, source := load_source(config.init))
     with joined(choose_device(config.device)) as world:
         return _train(config, world, earlier, source, command)
 
 
 def _train(
-    config: TrainConfig, world: World, earlier: Checkpoint | None, source: Checkpoint | None, command: str
+    config: TrainConfig, world: World, earlier: Checkpoint | None, source: Checkpoint | PlainFile | None, command: str
 ) -> int:
     console = make_console(json=config.json, quiet=world.rank > 0)
     if config.sync_batch_norm and world.device == "cpu":
@@ -86,7 +89,8 @@ def _train(
     known = earlier or source
     dataset = _load(config, earlier, known and known.spec.image, console)
     settings = config if isinstance(config, Settings) else config.resolved(len(dataset.train))
-    settings = replace(settings, precision=choose_precision(settings.precision, world.device))
+    precision = "fp32" if settings.qat else choose_precision(settings.precision, world.device)
+    settings = replace(settings, precision=precision)
     if settings.batch_size % world.size:
         raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {settings.batch_size}")
     spec, split = make_spec(settings, dataset.info.image, dataset.info.labels), data.record(dataset)
@@ -98,6 +102,8 @@ def _train(
         for part in (dataset.validation, dataset.test):
             if isinstance(part, Files) and len(part):
                 refuse_what_cannot_be_judged(part, track(console, "decoding what will be judged"))
+    if isinstance(source, PlainFile):
+        source = open_plain(source, settings, dataset, world, console)
     session = start(settings, spec, world, console, source)
     if earlier:
         resume(earlier, session)
@@ -249,7 +255,8 @@ def _wrapped(session: Session, *, is_frozen: bool) -> nn.Module:
     """The session's net as it is trained: all of it, or its last layer alone."""
     session.net.requires_grad_(not is_frozen)
     session.net.get_submodule("fc").requires_grad_(True)
-    net = session.world.wrap(session.net, sync_batch_norm=session.config.sync_batch_norm)
+    net = FakeQuantized(session.net) if session.config.qat else session.net
+    net = session.world.wrap(net, sync_batch_norm=session.config.sync_batch_norm)
     if session.config.compile:
         net = torch.compile(net)  # a Module, whatever torch's annotations say
         assert isinstance(net, nn.Module)

@@ -62,11 +62,16 @@ class Step:
 
 
 def start(config: Settings, spec: Spec, world: World, console: Console, source: Checkpoint | None = None) -> Session:
-    """A net of `spec` before its first step, with the layers of `source` but for the last, and what trains it."""
+    """A net of `spec` before its first step, with the layers of `source`, and what trains it.
+
+    Its classifier comes along where the classes are the same.
+    """
     torch.manual_seed(config.seed)
     net = initialized(spec, a=config.a0, b=config.b0, std=config.w_std, start=config.start)
     if source:
-        learnt = {name: tensor for name, tensor in load_net(source).state_dict().items() if not name.startswith("fc.")}
+        learnt = load_net(source).state_dict()
+        if source.spec.labels != spec.labels:
+            learnt = {name: tensor for name, tensor in learnt.items() if not name.startswith("fc.")}
         net.load_state_dict(net.state_dict() | learnt)
     net = net.to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
     decay_ab = config.decay_ab == "yes" or (config.decay_ab == "auto" and spec.parameterization != "per-channel")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fold.plain import fold_net
+from fold.plain import fold_net, save_plain
 from fold.proof import prove
 from train import data, session, steps
 from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
@@ -81,13 +81,28 @@ def source(tmp_path_factory):
     return folder / "checkpoint.pt"
 
 
+@pytest.fixture(scope="module")
+def plain(source):
+    """The fold of `source`."""
+    state, path = load_checkpoint(source), source.with_name("plain.safetensors")
+    save_plain(path, fold_net(load_net(state)).float(), state.spec, {"training": state.training_record()})
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "means", ["", "--ema 0.9 --mixup 0.2 --cutmix 1 --balanced", "--init SOURCE --freeze 1 --ema 0.9"]
+    "means",
+    [
+        "",
+        "--ema 0.9 --mixup 0.2 --cutmix 1 --balanced",
+        "--init SOURCE --freeze 1 --ema 0.9",
+        "--init PLAIN --qat --lr 0.01",
+    ],
 )
-def test_an_interrupted_run_resumes_bit_for_bit(means, source, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_resumes_bit_for_bit(means, source, plain, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the third step of an epoch, then what it prints: equal to a run that was left alone."""
-    argv = ["--epochs", "2", "--batch-size", "256", *means.replace("SOURCE", str(source)).split()]
+    means = means.replace("SOURCE", str(source)).replace("PLAIN", str(plain))
+    argv = ["--epochs", "2", "--batch-size", "256", *means.split()]
     num_steps = 0
 
     def step(*arguments, **options):
