@@ -35,11 +35,7 @@ class Source:
         if self.others:
             path, digest = self.others[0]
             return judged(claim, self.recorded, f"{digest} of {path}", is_same=False)
-        return unchecked(claim, self.recorded, self.missing)
-
-    @property
-    def missing(self) -> str:
-        return f"no file here has it: name {self.what} with --against"
+        return unchecked(claim, self.recorded, f"no file here has it: name {self.what} with --against")
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,7 @@ class Chain:
         return self.form or next(iter(self.forms.values()), None)
 
     def missing(self, what: str) -> str:
-        source = next((source for source in self.sources if source.what == what), None)
-        return f"needs {what}: {source.missing}" if source else f"needs {what}, which no record names"
+        return f"needs {what}" if any(source.what == what for source in self.sources) else f"no record names {what}"
 
 
 def find_chain(path: Path, against: Sequence[Path]) -> Chain:
@@ -99,7 +94,7 @@ def _open_engine(path: Path) -> tuple[Form | None, str]:
     try:
         return open_artefact(path), ""
     except Refusal as refusal:
-        return None, str(refusal)
+        return None, str(refusal).replace(str(path), path.name)
 
 
 def _sources(path: Path, card: EngineCard | None, claims: Claims, against: Sequence[Path]) -> Iterator[Source]:

@@ -41,11 +41,11 @@ def unchecked(claim: str, recorded: str, missing: str) -> Row:
     return Row(claim, recorded, missing, "cannot be checked here")
 
 
-def shown(value: Any) -> str:
-    """A value of a record in a few printable letters."""
+def shown(value: Any, most: int = 80) -> str:
+    """A value of a record in at most so many printable letters."""
     text = value if isinstance(value, str) else repr(value)
-    text = "".join(letter if letter.isprintable() else "?" for letter in text[:200])
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    text = "".join(letter if letter.isprintable() else "?" for letter in text[: 2 * most])
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,11 @@ def find_images(chain: Chain, data_dir: Path | None) -> Images:
     try:
         dataset = load(beside=chain.path.parent)
     except (Changed, Unlike) as refusal:
-        return Images(None, str(refusal), (judged(claim, said, shown(str(refusal)), is_same=False),))
+        return Images(None, str(refusal), (judged(claim, said, shown(str(refusal), 160), is_same=False),))
     except Refusal as refusal:
         if data_dir:
             raise
-        return Images(None, str(refusal), (unchecked(claim, said, shown(str(refusal))),) if recorded else ())
+        return Images(None, str(refusal), (unchecked(claim, said, shown(str(refusal), 160)),) if recorded else ())
     rows = (judged(claim, said, said, is_same=True),) if recorded else ()
     if dataset.info.labels != chain.spec.labels:
         why = f"the classes there are {', '.join(dataset.info.labels[:5])}"
@@ -142,9 +142,10 @@ def _proof_row(recorded: list[Measured], again: list[Measured], missing: str) ->
 
 def _is_near(recorded: Measured, there: Measured | None, limit: float) -> bool:
     """Roundings differ from machine to machine; by less than what a fold may be wrong by."""
-    if there is None or (recorded.num_images, recorded.top1_changes) != (there.num_images, there.top1_changes):
+    if there is None or not abs(recorded.relative - there.relative) <= limit:
         return False
-    return abs(recorded.relative - there.relative) <= limit and (there.what != "logits" or there.relative <= limit)
+    counts = (recorded.num_images, recorded.top1_changes) == (there.num_images, there.top1_changes)
+    return recorded.what != "logits" or (counts and there.relative <= limit)
 
 
 def _figure(row: Measured) -> str:
@@ -158,10 +159,10 @@ def _parity(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
     recorded = [row for where, report in chain.reports for row in _reported(where, report)]
     form = chain.nearest
     if form is None:
-        yield unchecked("the same answers as its sources", "", shown(chain.why_not))
+        yield unchecked("the same answers as its sources", "", shown(chain.why_not, 160))
         return
     if chain.form is None:
-        yield unchecked("the engine answers as its ONNX file", "", shown(chain.why_not))
+        yield unchecked("the engine answers as its ONNX file", "", shown(chain.why_not, 160))
     sources = [source for source in chain.forms.values() if source is not form]
     num = max((row.num for row in recorded if row.images == "real"), default=NUM_REAL)
     real = images.first(min(num, MOST_REAL))
@@ -178,8 +179,9 @@ def _parity(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
         yield _parity_row(row, [claim for claim in recorded if claim.key == key])
     for claim in recorded:
         if claim.key not in done:
-            missing = images.missing if claim.images == "real" and real is None else "one of the two is not at hand"
-            yield unchecked(f"parity on {shown(claim.images)} images, in {claim.where}", str(claim), missing)
+            missing = images.missing if claim.images == "real" and real is None else f"needs {claim.reference}"
+            what = f"answers as {claim.reference}, {shown(claim.images)} images, in {claim.where}"
+            yield unchecked(what, str(claim), missing)
 
 
 def _by_name(name: str, forms: list[Form]) -> Form:
@@ -191,6 +193,7 @@ class Reported:
     """A comparison in a report of export/parity.py, with the digests of both files."""
 
     where: str
+    reference: str
     images: str
     key: tuple[str, ...]
     num: int
@@ -210,7 +213,15 @@ def _reported(where: str, report: dict[str, Any]) -> Iterator[Reported]:
             names = [str(row[side]).partition(" on ")[0] for side in ("reference", "candidate")]
             figures = [float(row[name]) for name in ("relative", "rms", "top1_agreement")]
             key = (str(row["images"]), *sorted(str(digests[name]) for name in names))
-            yield Reported(where, key[0], key, int(row["num_images"]), *figures, row["within_tolerance"])
+            yield Reported(
+                where,
+                shown(Path(names[0]).name),
+                key[0],
+                key,
+                int(row["num_images"]),
+                *figures,
+                row["within_tolerance"],
+            )
         except (TypeError, ValueError, KeyError, OverflowError):
             continue
 
@@ -252,7 +263,7 @@ def _accuracy(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
         try:
             logits, targets = _answers(wanted, images.test, console)
         except Refusal as refusal:
-            missing = shown(str(refusal))
+            missing = shown(str(refusal), 160)
     if claims.test_accuracy is not None:
         claim, recorded = "test accuracy", f"{100 * claims.test_accuracy:.2f} %"
         if exact and exact.name in logits:
@@ -261,7 +272,7 @@ def _accuracy(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
             yield unchecked(claim, recorded, missing)
     if claims.test:
         both = (logits.get(exact.name) if exact else None, logits.get(form.name) if form else None)
-        yield from _drop(claims, both, targets, missing)
+        yield from _drop(claims, form.precision if form else "int8", both, targets, missing)
 
 
 def _answers(forms: list[Form], test: data.Part, console: Console) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -291,12 +302,12 @@ def _accuracy_row(claim: str, recorded: float, logits: np.ndarray, targets: np.n
 
 
 def _drop(
-    claims: Claims, logits: tuple[np.ndarray | None, np.ndarray | None], targets: np.ndarray, missing: str
+    claims: Claims, precision: str, logits: tuple[np.ndarray | None, np.ndarray | None], targets: np.ndarray, why: str
 ) -> Iterator[Row]:
     """What eight bits cost, figure by figure; shares of the images within the drop that they may cost."""
-    precision, before, after = claims.precision or "int8", *logits
+    before, after = logits
     again: dict[str, float] = {}
-    if before is not None and after is not None and TOLERANCES[precision].is_statistical:
+    if before is not None and after is not None:
         again = {name: float(value) for name, value in vars(measure_drop(before, after, targets)).items()}
     elif after is not None:
         again = {"num_images": float(len(targets)), "accuracy": float((after.argmax(1) == targets).mean())}
@@ -305,9 +316,9 @@ def _drop(
         claim = f"{precision} on test images: {shown(name.replace('_', ' '))}"
         if name in again:
             is_same = abs(recorded - again[name]) <= limits.get(name, ALLOWED_DROP)
-            yield judged(claim, f"{recorded:.4g}", f"{again[name]:.4g}", is_same=is_same)
+            yield judged(claim, f"{recorded:.5g}", f"{again[name]:.5g}", is_same=is_same)
         else:
-            yield unchecked(claim, f"{recorded:.4g}", missing)
+            yield unchecked(claim, f"{recorded:.5g}", why)
 
 
 def _text(value: Any) -> str | None:
