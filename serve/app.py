@@ -25,7 +25,8 @@ from serve.decode import warm_up_decoders
 from serve.door import Door
 from serve.hot import TOP_K, Hot, Observer
 from serve.limits import Limits
-from serve.metrics import MEDIA_TYPE, Metrics
+from serve.metrics import MEDIA_TYPE, Metrics, watch_probes
+from serve.probing import Prober
 from serve.problems import Problem
 from serve.reload import Load, Reloader, warm_up
 from serve.signals import heed_signals
@@ -70,6 +71,8 @@ def make_app(
     batcher = Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
     door = Door(limits.max_connections)
     metrics = Metrics(batcher, door)
+    prober = Prober(batcher, every_s=limits.probe_every_s, deadline_s=limits.deadline_s)
+    watch_probes(metrics, prober)
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
     @asynccontextmanager
@@ -77,9 +80,12 @@ def make_app(
         await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
         batcher.start()
         app.state.is_ready = True
+        probing = asyncio.create_task(prober.run(), name="probing") if prober.every_s else None
         with heed_signals(before_stop=no_longer_ready, reload=reloader.reload if reloader else None):
             yield {"door": door}  # to every connection
         no_longer_ready()
+        if probing:
+            probing.cancel()
         await batcher.close()
 
     def no_longer_ready() -> None:
@@ -105,9 +111,9 @@ def make_app(
             expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
         )
         cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the one answer that `Hot` never sees
-    app.state.is_ready = False
+    app.state.is_ready, app.state.prober = False, prober
     _add_predict(app)
-    _add_operation(app, batcher, metrics)
+    _add_operation(app, batcher, metrics, prober)
     app.include_router(make_router(batcher, limits))
     if access.api_key and reloader:
         _add_admin(app, reloader, reload_everywhere)
@@ -132,11 +138,11 @@ def _add_predict(app: FastAPI) -> None:
         raise AssertionError("serve/hot.py answers it; what stands here describes it")
 
 
-def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
+def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
     @app.get("/model", responses=problems.documented(problems.UNAUTHORIZED))
     async def card() -> dict[str, Any]:
         """What the model says of itself."""
-        return model_card(batcher.served.runtimes[0])
+        return {**model_card(batcher.served.runtimes[0]), "probe": prober.card()}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=problems.documented(problems.UNAUTHORIZED))
     async def show_metrics() -> Response:
@@ -150,7 +156,7 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
 
     @app.get("/readyz", responses=problems.documented(problems.NOT_READY))
     async def readyz(request: Request) -> dict[str, str]:
-        """The model has run at every batch size, images are decoded, and the server is not stopping."""
+        """The model runs at every batch size and answers as its file says, images are decoded, nothing stops."""
         refuse_unready(request, batcher)
         return {"status": "ready"}
 

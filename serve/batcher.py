@@ -78,6 +78,7 @@ class Job:
     num_undecoded: int = 0  # images that decoders have not finished
     weights: list[Weight | Exception] = field(default_factory=list)
     is_given_up: bool = False
+    is_probe: bool = False  # the server's own question, which no count of clients' answers is about
     outcome: list[Result] | Exception = field(default_factory=list)
     logits: np.ndarray = field(init=False)  # [N, K], once the outcome is there
     decode_s: float = 0.0
@@ -130,13 +131,20 @@ class Batcher:
             raise self._overloaded()  # all their pixels may be waiting for the model at once
 
     async def classify(
-        self, contents: list[bytes] | np.ndarray, *, top_k: int, deadline: float, receive: Receive
+        self,
+        contents: list[bytes] | np.ndarray,
+        *,
+        top_k: int,
+        deadline: float,
+        receive: Receive,
+        is_probe: bool = False,
     ) -> Job:
         """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client is gone."""
         num_images = len(contents)
         self.check_room(num_images)
         future = self._loop.create_future()
         job = _make_job(contents, self.served, top_k, future)
+        job.is_probe = is_probe
         del contents
         self.num_held += num_images
         until = min(self._loop.time() + _PATIENCE_S, deadline)

@@ -158,11 +158,13 @@ def _answer(inference: Inference, job: Job) -> Response:
 
 
 def refuse_unready(request: Request, batcher: Batcher) -> None:
-    """Refuses while the server starts, stops or decodes nothing."""
+    """Refuses while the server starts, stops, decodes nothing or answers its probe images wrongly."""
     if not request.app.state.is_ready:
         raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
     if batcher.decoding.is_stalled():
         raise Problem(problems.NOT_READY, "images wait, and none has been decoded for a while; ask another server")
+    if fault := request.app.state.prober.fault:
+        raise Problem(problems.NOT_READY, fault)
 
 
 def _refuse_unknown(name: str, version: str, model: Model) -> None:
