@@ -8,7 +8,7 @@ import torch
 from own_nets import ThisMorning
 
 from export import to_onnx as to_onnx_command
-from export import verify
+from export import to_trt, verify
 from export.graph import set_provenance
 from export.runtimes.card import card_path
 from export.runtimes.header import read_header
@@ -195,7 +195,7 @@ def test_files_and_probes_of_another_model_are_found(road, runs, run):
     status, rows = run(road / "plain.onnx")
     assert (status, with_verdict(rows, "differs")) == (1, ["answers of plain.onnx to the probe images"])
     for name, claim in (("checkpoint.pt", CHECKPOINT_DIGEST), ("plain.safetensors", PLAIN_DIGEST)):
-        shutil.copy(runs[0] / "plain.onnx", road)
+        shutil.copytree(runs[0], road, dirs_exist_ok=True)
         shutil.copy(runs[1] / name, road)
         status, rows = run(road / "plain.onnx")
         assert (status, with_verdict(rows, "differs")) == (1, [claim])
@@ -311,7 +311,10 @@ def test_a_graph_of_ones_own_net_is_read(tmp_path, run):
 
 
 @pytest.mark.slow
-def test_an_engine_without_a_gpu_has_its_card_and_digests(built, run):
+def test_an_engine_without_a_gpu_has_its_card_and_digests(road, run):
+    argv = [str(road / "plain.onnx"), "--batch", "1", "2", "4"]
+    assert run_command(to_trt.command, to_trt.ToTrtConfig, argv=argv) == 0
+    built = road / "plain.engine"
     status, rows = run(built)
     assert status == 0
     assert {"sha256 of the engine", "sha256 of the ONNX file"} <= {*with_verdict(rows, "same")}
