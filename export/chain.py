@@ -149,6 +149,8 @@ def _is_meant(file: Path, subject: Path) -> bool:
 def _reports(found: Sequence[Path], card: EngineCard | None, against: Sequence[Path]) -> Iterator[tuple[str, Any]]:
     """Those that export/parity.py wrote about the ONNX file, or the plain one: in the card, named, or beside."""
     if card and card.parity:
+        if not _is_report(card.parity):
+            raise Refusal("the parity in the engine's card is damaged; build the engine again with export/to_trt.py")
         yield "the card", card.parity
     beside = [path.with_suffix(end) for path in found if path.suffix != ".pt" for end in (".json", ".parity.json")]
     named = [path for path in against if path.suffix == ".json"]
@@ -165,8 +167,12 @@ def _report(path: Path) -> dict[str, Any] | None:
         report = read_json(read_whole(path))
     except ValueError:
         return None
+    return report if _is_report(report) else None
+
+
+def _is_report(report: Any) -> bool:
     is_ours = isinstance(report, dict) and isinstance(report.get("artefacts"), dict)
-    return report if is_ours and isinstance(report.get("parity"), list) else None
+    return is_ours and isinstance(report.get("parity"), list)
 
 
 def _refuse_strangers(against: Sequence[Path], sources: Sequence[Source], reports: Sequence[str]) -> None:

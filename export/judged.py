@@ -83,8 +83,9 @@ def find_judged(
         )
     if name == "folder" and learnt == "folder":
         parts = _parts(form, training)
-        is_another = data_dir is not None and parts is not None and not _is_of_run(data_dir, parts)
-        return _another(form, parts, data_dir, track) if is_another else _recorded(form, training, data_dir)
+        if data_dir and parts and not _is_of_run(data_dir, parts):
+            return _another(form, parts, data_dir, track)
+        return _recorded(form, training, data_dir)
     if name == "folder":
         return _folder(form, data_dir, track)
     return _published(form, name, training if name == learnt else None, data_dir)

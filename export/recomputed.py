@@ -20,6 +20,7 @@ from fold.image_sets import NUM_RANDOM, extreme_images, random_images
 from fold.plain import fold_net
 from fold.proof import TOLERANCES as FOLD_TOLERANCES
 from fold.proof import Proof, prove
+from fold.proof import Row as ProofRow
 from train import data
 from train.checkpoint import load_checkpoint, load_net
 from train.difference import keeps_class
@@ -88,35 +89,33 @@ def check_images(chain: Chain, images: Images, console: Console) -> Iterator[Row
 
 def _proof(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
     """The fold is made and proven again from the checkpoint; the logits one by one, of the layers the worst."""
-    recorded = chain.claims.proof
-    checkpoint = chain.forms.get("the checkpoint")
+    recorded, checkpoint = chain.claims.proof, chain.forms.get("the checkpoint")
     if not recorded:
         return
-    sets: dict[str, torch.Tensor] = {}
-    num = {
-        kind: max((row.num_images for row in recorded if row.images == kind), default=0) for kind in ("random", "real")
-    }
-    if checkpoint:
-        real = images.first(min(num["real"], MOST_REAL))
-        sets = (
-            {"random": torch.as_tensor(random_images(chain.spec.image, min(num["random"], NUM_RANDOM)))}
-            if num["random"]
-            else {}
-        )
-        sets |= {} if real is None else {"real": torch.as_tensor(real)}
+    sets = _proof_images(chain, images) if checkpoint else {}
     proof = _prove(checkpoint, sets, console) if checkpoint and sets else Proof((), ())
-    again = [
-        Measured(row.what, row.images, row.precision, row.num_images, row.relative, row.top1_changes)
-        for row in (*proof.ends, *proof.layers)
-    ]
-    missing = chain.missing("the checkpoint") if checkpoint is None else images.missing
-    keys = dict.fromkeys((row.what == "logits", row.precision, row.images) for row in recorded)
-    for is_end, precision, kind in keys:
+    missing = images.missing if checkpoint else chain.missing("the checkpoint")
+    for key in dict.fromkeys(map(_column, recorded)):
+        again = [row for row in (*proof.ends, *proof.layers) if _column(row) == key]
+        yield _proof_row([row for row in recorded if _column(row) == key], again, missing)
 
-        def belongs(row: Measured, key: tuple[bool, str, str] = (is_end, precision, kind)) -> bool:
-            return (row.what == "logits", row.precision, row.images) == key
 
-        yield _proof_row([row for row in recorded if belongs(row)], [row for row in again if belongs(row)], missing)
+def _column(row: Measured | ProofRow) -> tuple[bool, str, str]:
+    """Logits or layers, in one precision on one kind of images."""
+    return row.what == "logits", row.precision, row.images
+
+
+def _proof_images(chain: Chain, images: Images) -> dict[str, torch.Tensor]:
+    """As many of each kind as the record says, where they are at hand."""
+    num = {
+        kind: max((row.num_images for row in chain.claims.proof if row.images == kind), default=0)
+        for kind in ("random", "real")
+    }
+    sets = {
+        "random": random_images(chain.spec.image, min(num["random"], NUM_RANDOM)) if num["random"] else None,
+        "real": images.first(min(num["real"], MOST_REAL)),
+    }
+    return {kind: torch.as_tensor(some) for kind, some in sets.items() if some is not None}
 
 
 def _prove(checkpoint: Form, sets: dict[str, torch.Tensor], console: Console) -> Proof:
@@ -125,7 +124,7 @@ def _prove(checkpoint: Form, sets: dict[str, torch.Tensor], console: Console) ->
         return prove(net, fold_net(net), sets, advance=advance)
 
 
-def _proof_row(recorded: list[Measured], again: list[Measured], missing: str) -> Row:
+def _proof_row(recorded: list[Measured], again: list[ProofRow], missing: str) -> Row:
     first, worst = recorded[0], max(recorded, key=lambda row: row.relative)
     what = "logits" if first.what == "logits" else f"{len(recorded)} layers"
     claim = f"fold: {what}, {first.precision}, {first.images} images"
@@ -140,7 +139,7 @@ def _proof_row(recorded: list[Measured], again: list[Measured], missing: str) ->
     return judged(claim, _figure(shown_row), found, is_same=not wrong)
 
 
-def _is_near(recorded: Measured, there: Measured | None, limit: float) -> bool:
+def _is_near(recorded: Measured, there: ProofRow | None, limit: float) -> bool:
     """Roundings differ from machine to machine; by less than what a fold may be wrong by."""
     if there is None or not abs(recorded.relative - there.relative) <= limit:
         return False
@@ -148,7 +147,7 @@ def _is_near(recorded: Measured, there: Measured | None, limit: float) -> bool:
     return recorded.what != "logits" or (counts and there.relative <= limit)
 
 
-def _figure(row: Measured) -> str:
+def _figure(row: Measured | ProofRow) -> str:
     if row.what != "logits":
         return f"{row.what} {row.relative:.1e}, {row.num_images} images"
     return f"{row.relative:.1e}, {row.top1_changes} of {row.num_images} classes changed"
@@ -156,7 +155,9 @@ def _figure(row: Measured) -> str:
 
 def _parity(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
     """The file against each that it was made of, on real, random and extreme images."""
-    recorded = [row for where, report in chain.reports for row in _reported(where, report)]
+    said = [row for where, report in chain.reports for row in _reported(where, report)]
+    recorded = [row for row in said if isinstance(row, Reported)]
+    yield from (row for row in said if isinstance(row, Row))
     form = chain.nearest
     if form is None:
         yield unchecked("the same answers as its sources", "", shown(chain.why_not, 160))
@@ -168,13 +169,13 @@ def _parity(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
     real = images.first(min(num, MOST_REAL))
     sets = {"random": random_images(chain.spec.image), "extreme": extreme_images(chain.spec.image)}
     sets = sets if real is None else {"real": real, **sets}
-    done: set[tuple[str, str, str]] = set()
+    done: set[tuple[str, ...]] = set()
     pairs = [parity.by_precision(form, source) for source in sources]
     for row in parity.compare_logits(pairs, sets, console) if pairs else ():
         reference, candidate = (
             _by_name(name, [form, *sources]) for name in (row.comparison.reference, row.comparison.candidate)
         )
-        key = (row.images, *sorted((reference.digest, candidate.digest)))
+        key = _key(row.images, reference.digest, candidate.digest)
         done.add(key)
         yield _parity_row(row, [claim for claim in recorded if claim.key == key])
     for claim in recorded:
@@ -206,24 +207,31 @@ class Reported:
         return f"{self.relative:.1e}, {100 * self.agreement:.2f} % of {self.num}"
 
 
-def _reported(where: str, report: dict[str, Any]) -> Iterator[Reported]:
+def _reported(where: str, report: dict[str, Any]) -> Iterator[Reported | Row]:
+    """The comparisons of a report; of one that is damaged what is to be said of it."""
     digests = report["artefacts"]
     for row in report["parity"]:
         try:
-            names = [str(row[side]).partition(" on ")[0] for side in ("reference", "candidate")]
-            figures = [float(row[name]) for name in ("relative", "rms", "top1_agreement")]
-            key = (str(row["images"]), *sorted(str(digests[name]) for name in names))
+            reference, candidate = (str(row[side]).partition(" on ")[0] for side in ("reference", "candidate"))
             yield Reported(
-                where,
-                shown(Path(names[0]).name),
-                key[0],
-                key,
-                int(row["num_images"]),
-                *figures,
-                row["within_tolerance"],
+                where=where,
+                reference=shown(Path(reference).name),
+                images=str(row["images"]),
+                key=_key(str(row["images"]), str(digests[reference]), str(digests[candidate])),
+                num=int(row["num_images"]),
+                relative=float(row["relative"]),
+                rms=float(row["rms"]),
+                agreement=float(row["top1_agreement"]),
+                is_within=row["within_tolerance"],
             )
-        except (TypeError, ValueError, KeyError, OverflowError):
-            continue
+        except (TypeError, ValueError, KeyError, OverflowError) as error:
+            why = f"the record is damaged: {shown(repr(error))}"
+            yield judged(f"a comparison in {where}", shown(row), why, is_same=False)
+
+
+def _key(images: str, first: str, second: str) -> tuple[str, ...]:
+    """Of a comparison of two files, whichever of them is the reference."""
+    return images, *sorted((first, second))
 
 
 def _parity_row(row: parity.Row, claims: list[Reported]) -> Row:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def _in_reports(chain: Chain) -> Iterator[Row]:
             path, digest = chain.card and chain.path.with_suffix(".onnx"), chain.card and chain.card.onnx_sha256
         else:
             path, digest = chain.path, chain.digest
-        named = {name: value for name, value in report["artefacts"].items() if path and name.endswith(path.name)}
+        named = {name: value for name, value in report["artefacts"].items() if path and Path(name).name == path.name}
         recorded = list(report["artefacts"].values()) if digest in report["artefacts"].values() else [*named.values()]
         if recorded and digest:
             here = digest if digest in recorded else recorded[0]

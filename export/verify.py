@@ -116,11 +116,8 @@ def _print(console: "Console", chain: "Chain", rows: list["Row"]) -> None:
         )
     console.print(table)
     num = {verdict: len([row for row in rows if row.verdict == verdict]) for verdict in _VERDICTS}
-    same, differs, unchecked = num.values()
-    console.print(
-        f"{chain.path}, sha256 {chain.digest}: of {len(rows)} claims {same} are the same here, "
-        f"{differs} differ, {unchecked} cannot be checked here"
-    )
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in num.items())
+    console.print(f"{chain.path}, sha256 {chain.digest}: {len(rows)} claims, {counts}")
     if chain.form and chain.form.reading:
         console.print("it is not a file of this project, and records little that can be computed")
 

@@ -217,6 +217,9 @@ def test_a_report_of_parity_is_computed_again(road, run):
     said["parity"][0]["relative"] = 0.5
     report.write_text(json.dumps(said))
     assert with_verdict(run(road / "plain.onnx")[1], "differs") == [claim]
+    said["parity"][0]["relative"] = "small"
+    report.write_text(json.dumps(said))
+    assert with_verdict(run(road / "plain.onnx")[1], "differs") == [f"a comparison in {report}"]
     bend(road / "plain.onnx")
     assert f"sha256 in {report}" in with_verdict(run(road / "plain.onnx")[1], "differs")
 
