@@ -70,7 +70,7 @@ async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
         used = observers if observed else ()
         return Hot(app, batcher=inner, limits=Limits(), access=EVERYBODY, observers=used)
 
-    prompt = cast(Batcher, _Prompt(await _first_job(batcher, png)))
+    prompt = cast(Batcher, _Prompt(batcher, await _first_job(batcher, png)))
     layers = {
         "HTTP: uvicorn's protocol and one task": _answer_at_once,
         "body, limits, headers, ids": front(prompt, observed=False),
@@ -98,11 +98,11 @@ class _Instant:
 class _Prompt:
     """A batcher whose every job is one that is done."""
 
-    def __init__(self, job: Any) -> None:
-        self._job = job
+    def __init__(self, batcher: Batcher, job: Any) -> None:
+        self._batcher, self._job = batcher, job
 
-    def check_room(self, num_images: int) -> None:
-        pass
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batcher, name)
 
     async def classify(self, *_: Any, **__: Any) -> Any:
         return self._job
@@ -113,9 +113,11 @@ class _Transport:
 
     def __init__(self) -> None:
         self.num_writes = 0
+        self.last = b""
 
     def write(self, data: bytes) -> None:
         self.num_writes += 1
+        self.last = data
 
     def is_closing(self) -> bool:
         return False
@@ -166,6 +168,8 @@ async def _time_app(app: ASGIApp, png: bytes) -> float:
             await asyncio.sleep(0)
 
     fastest = await _fastest_of(ask_all)
+    if not all(transport.last.startswith(b"HTTP/1.1 200") for transport in transports):
+        raise RuntimeError(f"what was timed is no answer: {transports[0].last[:300]!r}")
     for connection in connections:
         connection.connection_lost(ConnectionResetError())
     return fastest

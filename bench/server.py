@@ -1,4 +1,4 @@
-"""python bench/server.py: our server beside LitServe, BentoML, Ray Serve, MLServer and a naive FastAPI handler."""
+"""python bench/server.py: our server beside a naive FastAPI handler and five others."""
 
 import sys
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class ServerConfig:
     servers: Annotated[
-        tuple[Literal["ours", "fastapi", "litserve", "bentoml", "ray", "mlserver"], ...],
+        tuple[Literal["ours", "fastapi", "litserve", "bentoml", "ray", "mlserver", "mosec"], ...],
         "which are compared (default: all)",
     ] = ()
     models: Annotated[tuple[Literal["small", "large"], ...], "4.7 and 38 million multiplications per image"] = (

@@ -8,6 +8,7 @@ from typing import Any
 from bench.page import machine_table, table
 
 OURS = "ours, raw body"
+NAIVE = "FastAPI handler, raw body"
 # Times the throughput of each, at the most connections, for a model of up to so many multiplications.
 _RATIOS = (
     (10e6, {"LitServe": 10.0, "FastAPI handler, form": 5.0, "FastAPI handler, raw body": 5.0, "MLServer": 5.0}),
@@ -31,6 +32,7 @@ def markdown(record: dict[str, Any]) -> str:
     """The page of one record."""
     parts = [
         "# Servers of one model on one core",
+        "\n".join(_in_short(model, record["connections"]) for model in record["models"]),
         f"Written by `{record['command']}`. Every server serves the same ONNX file with one worker on core 0; the "
         f"client, wrk, has core 1 and posts the ten PNGs of `models/held-out/` in turn. A connection asks again as "
         f"soon as it is answered. Each figure is the median of {record['rounds']} rounds of {record['seconds']} s, in "
@@ -91,17 +93,44 @@ def _model(model: dict[str, Any], connections: Sequence[int]) -> list[str]:
         f"The model alone on the servers' core: {_alone(alone['model_1'], 1)} images/s one by one, "
         f"{_alone(alone['model_32'], 32)} in batches of 32. Decoding and classifying one image in the process: "
         f"{statistics.median(alone['decode_and_model_1']):.3f} ms.",
-        "Requests per second, by connections:",
-        _by_connections(model, connections, "requests_per_s", "{:,.0f}"),
-        "Median latency, ms:",
-        _by_connections(model, connections, "p50_ms", "{:.2f}"),
-        "Latency that 99 % stay below, ms:",
+        "Latency that 99 % stay below, ms, by connections:",
         _by_connections(model, connections, "p99_ms", "{:.1f}"),
         f"![latency by percentile at {connections[-1]} connections]({model['picture']})",
+        "Median latency, ms:",
+        _by_connections(model, connections, "p50_ms", "{:.2f}"),
+        "Requests per second:",
+        _by_connections(model, connections, "requests_per_s", "{:,.0f}"),
         f"Ours ({OURS.partition(', ')[2]}), in times the requests per second of each:",
         _ratios(model, connections),
         *_steps(model, str(connections[-1])),
     ]
+
+
+def _in_short(model: dict[str, Any], connections: Sequence[int]) -> str:
+    """What is said first of one model: latency under load, then throughput, like with like, the worst case too."""
+    rows = {row["title"]: row for row in model["rows"] if not row["failed"]}
+    if OURS not in rows or len(rows) < 2:
+        return f"- {_millions(model)}: nothing to compare."
+    most, ours = str(connections[-1]), rows[OURS]
+    others = {title: row for title, row in rows.items() if row["server"] != "ours"}
+    p99 = {title: _median(row, most, "p99_ms") for title, row in others.items()}
+    parts = [
+        f"- {_millions(model)}: with {most} connections, 99 % of the requests are answered within "
+        f"{_median(ours, most, 'p99_ms'):.1f} ms. Others: "
+        + ", ".join(f"{title} {p99[title]:.1f}" for title in sorted(p99, key=lambda title: p99[title]))
+        + "."
+    ]
+    if NAIVE in others:
+        ratios = [_ratio(ours, others[NAIVE], num) for num in (str(connections[0]), most)]
+        parts.append(
+            f"Requests/s in times those of a handler that takes the same raw body: {ratios[0]:.2f} with "
+            f"{connections[0]} connection, {ratios[1]:.2f} with {most}."
+        )
+    faster = [title for title, row in others.items() if _ratio(ours, row, most) < 1]
+    if faster:
+        ratios = ", ".join(f"{title} {1 / _ratio(ours, others[title], most):.2f} times" for title in faster)
+        parts.append(f"More requests/s than ours with {most} connections: {ratios}.")
+    return " ".join(parts)
 
 
 def _steps(model: dict[str, Any], most: str) -> list[str]:

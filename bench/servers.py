@@ -64,6 +64,10 @@ def _bentoml(model: Path, port: int) -> list[str]:
     return ["-m", "bentoml", "serve", *service, "--host", "127.0.0.1", "--port", str(port)]
 
 
+def _mosec(model: Path, port: int) -> list[str]:
+    return [str(PEERS / "with_mosec.py"), "--address", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
+
+
 def _of_answer(answer: Any) -> int:
     return answer["index"]
 
@@ -132,5 +136,12 @@ SERVERS = (
         ),
         "V2 protocol: JSON with the PNG in base64, which a runtime written for it decodes; adaptive batching, "
         "32 at most, 2 ms; metrics off; no worker process, which on one core only adds a hand-over",
+    ),
+    Server(
+        "mosec",
+        "mosec",
+        _mosec,
+        (Way("mosec", "/inference", "image/png", bytes, _of_answer),),
+        "the raw body; HTTP and batching in Rust, one worker process in Python; batches of 32 at most, 2 ms",
     ),
 )

@@ -177,7 +177,9 @@ def _parity(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
         )
         key = _key(row.images, reference.digest, candidate.digest)
         done.add(key)
-        yield _parity_row(row, [claim for claim in recorded if claim.key == key])
+        claims = [claim for claim in recorded if claim.key == key]
+        if claims or row.verdict is not None:  # nobody claims what a precision is not judged by
+            yield _parity_row(row, claims)
     for claim in recorded:
         if claim.key not in done:
             missing = images.missing if claim.images == "real" and real is None else f"needs {claim.reference}"
@@ -242,7 +244,7 @@ def _parity_row(row: parity.Row, claims: list[Reported]) -> Row:
     figure = f"rms {found.rms:.1e}" if limits.is_statistical else f"{found.relative:.1e}"
     computed = f"{figure}, {100 * result.top1_agreement:.2f} % of {result.num_images}"
     if row.verdict is None:
-        return unchecked(claim, f"within {limits}", f"{computed}; such images are not judged in this precision")
+        return unchecked(claim, str(claims[0]), f"{computed}; such images are not judged in this precision")
     near = [
         abs(said.relative - found.relative) <= limits.largest
         and abs(said.rms - found.rms) <= limits.rms

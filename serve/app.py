@@ -223,7 +223,12 @@ def model_card(runtime: Runtime) -> dict[str, Any]:
         "file_bytes": model.num_bytes,
         "runtime": runtime.description,
         **({"reading": asdict(model.reading)} if model.reading else {"net": spec.net} if spec.net else ours),
-        "input": {"height": image.height, "width": image.width, "channels": image.channels},
+        "input": {
+            "height": image.height,
+            "width": image.width,
+            "channels": image.channels,
+            "resize": image.resize,
+        },
         "labels": list(spec.labels),
         "provenance": model.provenance,
     }

@@ -288,8 +288,8 @@ def _share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[in
         rows = slice(start, start := start + job.num_images)
         job.outcome, job.logits = results[rows], logits[rows]
         if not is_finite[rows].all():
-            index = int(np.argmin(is_finite[rows]))
-            detail = f"image {index} overflows {model.name}; export the model in a higher precision"
+            which = f"image {np.argmin(is_finite[rows]) + 1} of {job.num_images}" if job.num_images > 1 else "the image"
+            detail = f"{which} overflows {model.name}; export the model in a higher precision"
             job.outcome = Problem(NOT_A_NUMBER, detail)
 
 

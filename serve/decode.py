@@ -44,4 +44,6 @@ def find_problem(images: Sequence[Decoded | None]) -> Exception | None:
     if failed := [error for error in bad.values() if not isinstance(error, Refusal)]:
         return failed[0]
     kind = TOO_MANY_PIXELS if isinstance(next(iter(bad.values())), TooManyPixels) else UNDECODABLE
-    return Problem(kind, "; ".join(f"image {index}: {refusal}" for index, refusal in bad.items()))
+    if len(images) == 1:
+        return Problem(kind, str(bad[0]))
+    return Problem(kind, "; ".join(f"image {index + 1} of {len(images)}: {refusal}" for index, refusal in bad.items()))

@@ -68,8 +68,10 @@ class Checkpoint:
             "split",
             "authors_sha256",
         )
+        folder = self.config.get("data_dir") if self.config.get("dataset") == "folder" else None
         return {
             **{key: self.config[key] for key in kept if key in self.config},
+            **({"folder": Path(folder).name} if folder else {}),  # its own name: the rest is this machine's
             "epochs_done": self.epoch,
             "test_accuracy": self.test_accuracy,
         }

@@ -19,6 +19,7 @@ from train.spec import ImageSpec
 # size (8x8 pixels in 783 KB took 768 MB and 4 s), gives damaged pixels as if they were sound, and writes to stderr.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+_HEADS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP", b"BM": "BMP", b"GIF8": "GIF"}
 _OTHERS = {  # how files begin that are images elsewhere
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
@@ -72,7 +73,11 @@ def decode(
             raise Refusal("the image is cut short: its last bytes are missing; send the whole file") from error
         if kind := _OTHERS.get(content[:4]) or (_BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None):
             raise Refusal(f"the image is {kind}, which is not decoded here; convert it to PNG or JPEG") from error
-        raise Refusal(f"not a readable {', '.join(FORMATS)} image ({type(error).__name__})") from error
+        if not content:
+            raise Refusal("the file is empty") from error
+        if name := next((name for head, name in _HEADS.items() if content.startswith(head)), None):
+            raise Refusal(f"the image is a damaged {name} file; save or download it again") from error
+        raise Refusal(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
 
 
 def refuse_too_many_pixels(width: int, height: int, max_pixels: int) -> None:

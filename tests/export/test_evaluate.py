@@ -244,7 +244,7 @@ def test_unreadable_images_are_named_and_in_no_figure(trained, photos, tmp_path,
     (photos / name).write_bytes(b"x" * size)
     assert run(trained / "plain.onnx", "--data-dir", photos, "--out", tmp_path) == 1
     output = capsys.readouterr().out
-    assert f"not answered: {name}: not a readable" in output
+    assert f"not answered: {name}: not a PNG" in output
     assert "1 images could not be read and are in no figure" in output
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["unreadable"]) == [name]

@@ -108,7 +108,7 @@ def test_file_names_that_are_not_utf_8_keep_their_bytes(write_onnx, photos, tmp_
     name = b"\xff.png"
     (photos / name.decode(errors="surrogateescape")).write_bytes(b"no image")
     assert run(model, photos, "--out", tmp_path / "out.csv") == 1
-    assert "/?.png: not a readable" in capsys.readouterr().out
+    assert "/?.png: not a PNG" in capsys.readouterr().out
     assert b"/" + name + b"," in (tmp_path / "out.csv").read_bytes()
 
 

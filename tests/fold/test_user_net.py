@@ -106,7 +106,7 @@ def test_the_proof_reads_a_folder_of_images(nets, capsys):
     assert {(row["images"], row["num_images"]) for row in rows} == {("random", 8), ("real", 3)}
     (nets / "photographs" / "inner" / "0.png").write_bytes(b"no image")
     assert run(*ASKED, "--data-dir", "photographs") == 2
-    assert "0.png: not a readable" in capsys.readouterr().err
+    assert "0.png: not a PNG" in capsys.readouterr().err
     (nets / "empty").mkdir()
     assert run(*ASKED, "--data-dir", "empty") == 2
     assert "empty has no .png" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_a_wrong_top_k_is_refused(client, pixels, encode, top_k):
     ("body", "headers", "status", "name", "detail"),
     [
         (b"", PNG, 400, "bad-request", "the request has no body"),
-        (b"hello", PNG, 422, "undecodable", "not a readable PNG, JPEG, WEBP, BMP, GIF image"),
+        (b"hello", PNG, 422, "undecodable", "not a PNG, JPEG, WEBP, BMP or GIF image"),
         (b"hello", {"Content-Type": "text/plain"}, 415, "media-type", "got text/plain"),
         (b"x", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "media-type", "add -H 'Content-Type"),
         (b"x" * 20_001, PNG, 413, "too-large", "larger than 20,000 bytes"),
@@ -167,7 +167,7 @@ def test_a_file_input_that_was_left_empty_is_left_out(client, pixels, encode):
 def test_a_jpeg_without_its_last_bytes_is_said_to_be_cut_short(client, pixels, encode):
     content = encode(np.tile(pixels[0], (8, 8, 1)), "JPEG")
     response = client.post("/predict", content=content[: len(content) // 2], headers=PNG)
-    assert_problem(response, 422, "undecodable", "image 0: the image is cut short: its last bytes are missing")
+    assert_problem(response, 422, "undecodable", "the image is cut short: its last bytes are missing")
 
 
 def test_a_body_of_unknown_length_ends_at_the_limit(client):
@@ -185,9 +185,9 @@ def test_too_many_images_and_pixels_are_refused(client, pixels, encode):
 
 def test_every_bad_image_is_named(client, pixels, encode):
     response = client.post("/predict", json=in_json(b"a", encode(pixels[0]), b"b"))
-    assert_problem(response, 422, "undecodable", "image 0: ")
-    assert "image 2: " in response.json()["detail"]
-    assert "image 1: " not in response.json()["detail"]
+    assert_problem(response, 422, "undecodable", "image 1 of 3: ")
+    assert "image 3 of 3: " in response.json()["detail"]
+    assert "image 2" not in response.json()["detail"]
 
 
 def test_a_form_field_of_text_is_refused(client):
@@ -281,7 +281,7 @@ def test_ready_only_after_the_model_has_run(runtime):
 def test_the_model_says_what_it_is(client, runtime):
     card = client.get("/model").json()
     assert (card["name"], card["digest"]) == ("DiracNet-10-0.25", runtime.model.digest)
-    assert card["input"] == {"height": 8, "width": 8, "channels": 3}
+    assert card["input"] == {"height": 8, "width": 8, "channels": 3, "resize": 8}
     assert card["labels"][9] == "label 9"
     assert card["provenance"] == {"training": {}}
 

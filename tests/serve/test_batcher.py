@@ -215,8 +215,8 @@ def test_one_bad_image_is_the_problem_of_its_own_job(runtime, file):
 
     sound, bad, other = asyncio.run(scenario())
     assert bad.kind == UNDECODABLE
-    assert bad.detail.startswith("image 0: ")
-    assert "; image 2: " in bad.detail
+    assert bad.detail.startswith("image 1 of 3: ")
+    assert "; image 3 of 3: " in bad.detail
     assert sound.outcome == other.outcome
 
 
@@ -234,7 +234,7 @@ def test_one_overflow_is_the_problem_of_its_own_job(gated, pixels, encode):
 
     first, bad, last = asyncio.run(scenario())
     assert bad.kind == NOT_A_NUMBER
-    assert "image 1 overflows" in bad.detail
+    assert "image 2 of 2 overflows" in bad.detail
     assert math.isfinite(first.outcome[0]["probability"])
     assert math.isfinite(last.outcome[0]["probability"])
 

@@ -132,7 +132,7 @@ def test_the_first_failure_ends_many_and_names_it(live, runtime, make_client, pi
     with (
         live(make_app(runtime, Limits())) as url,
         make_client(url) as client,
-        pytest.raises(ServerProblem, match="not a readable"),
+        pytest.raises(ServerProblem, match="not a PNG"),
     ):
         list(client.predict_many(images, bounds=one_each))
 

@@ -15,6 +15,8 @@ from fold.plain import fold_net
 from serve.access import EVERYBODY, Access
 from serve.app import make_app
 from serve.limits import Limits
+from train.image import decode
+from train.spec import ImageSpec
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -127,7 +129,7 @@ def test_the_card_tells_how_the_model_came_to_be(page, browser):
     page()
     card = wait_for(browser, "facts", "Digest")
     for fact in (
-        "cifar, depth 10, width 0.25, ncrelu, dirac",
+        "DiracNet-10-0.25: 10 layers, cifar, width 0.25, ncrelu, dirac",
         "28×28, grey",
         "342,738 before folding",
         "fp32",
@@ -153,7 +155,7 @@ def test_an_unreadable_file_is_a_problem_in_words(page, browser, tmp_path):
     (tmp_path / "text.png").write_text("hello")
     choose(browser, tmp_path / "text.png")
     status = wait_for(browser, "status", "cannot be decoded")
-    assert "image 0: not a readable PNG" in status
+    assert "not a PNG, JPEG" in status
     assert not browser.find_elements("css selector", "#bars li")
 
 
@@ -224,6 +226,58 @@ def test_the_command_for_the_shell_is_copied(page, browser):
     assert text(browser, "curl") == f"curl --data-binary @image.png -H 'Content-Type: image/png' {url}/predict"
 
 
+def test_photographs_are_named_in_their_owners_words(page, browser, monkeypatch):
+    training = PROVENANCE["training"] | {"dataset": "folder", "folder": "Meine Blumen"}
+    training["split"] = {"train": 1178, "validation": 25, "test": 44, "sha256": "0" * 64}
+    monkeypatch.setitem(globals(), "PROVENANCE", PROVENANCE | {"training": training})
+    page()
+    card = wait_for(browser, "facts", "Digest")
+    assert "the images of the folder “Meine Blumen” (1,178 to learn from, 25 to choose by, 44 to test on)" in card
+    assert "98.89 % of 44 images" in card
+    assert text(browser, "name") == browser.title == "Meine Blumen"
+    assert text(browser, "about").startswith("DiracNet-10-0.25, ")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_part_of_the_image_that_the_net_sees_is_shown(page, browser, tmp_path, channels):
+    page(size=24, channels=channels)
+    wait_for(browser, "facts", "Digest")
+    smooth = np.linspace(0, 255, 96)[:, None, None] * np.ones((1, 60, 3)) * [1, 0.5, 0.25]
+    Image.fromarray(smooth.astype(np.uint8)).save(tmp_path / "image.png")
+    choose(browser, tmp_path / "image.png")
+    wait_for(browser, "pictures", "the net sees 24×24")
+    frame = browser.find_element("id", "frame")
+    shares = [frame.value_of_css_property(name) for name in ("left", "top", "width", "height")]
+    whole = browser.find_element("id", "shown").size
+    # The middle 60 of 96 rows.
+    assert [float(share.removesuffix("px")) for share in shares] == pytest.approx(
+        [0, 18 / 96 * whole["height"], whole["width"], 60 / 96 * whole["height"]], abs=0.5
+    )
+    drawn = browser.execute_script(
+        "return [...document.getElementById('seen').getContext('2d').getImageData(0, 0, 24, 24).data]"
+    )
+    drawn = np.array(drawn).reshape(24, 24, 4)[..., :3]
+    pixels = decode(
+        (tmp_path / "image.png").read_bytes(), ImageSpec(24, 24, channels, (0,) * channels, (1,) * channels, 24)
+    )
+    # Grey is weighted for linear light or not, and resampling differs, by a few of 255 levels.
+    assert np.abs(drawn.astype(int) - pixels).max() <= 12
+
+
+def test_the_answer_stays_in_sight_on_a_small_screen(page, browser):
+    browser.set_window_size(360, 500)
+    try:
+        page()
+        wait_for(browser, "facts", "Digest")
+        browser.execute_script("document.getElementById('drop').scrollIntoView()")
+        bottom, height = browser.execute_script(
+            "return [document.getElementById('result').getBoundingClientRect().bottom, innerHeight]"
+        )
+        assert bottom == pytest.approx(height, abs=1)
+    finally:
+        browser.set_window_size(1100, 900)
+
+
 def test_a_narrow_screen_needs_no_sideways_scrolling(page, browser, tmp_path):
     browser.set_window_size(320, 700)
     try:
@@ -257,10 +311,32 @@ def test_the_console_stays_empty(page, browser, address):
 def test_the_docs_tell_of_every_address(page, browser):
     url = page()
     browser.get(f"{url}/docs")
-    docs = wait_for(browser, "main", "openapi.json")
-    for part in ("POST /predict", "GET /model", "urn:diracnet:problem:undecodable", "top_k = 5"):
-        assert part in wait_for(browser, "main", part)
+    wait_for(browser, "main", "GET /model")
+    docs = browser.find_element("id", "main").get_attribute("textContent")
+    for part in ("POST /predict", "urn:diracnet:problem:undecodable", "top_k = 5"):
+        assert part in docs
     assert "undefined" not in docs
+
+
+def test_the_docs_fit_a_phone_and_have_contents(page, browser):
+    browser.set_window_size(360, 700)
+    try:
+        url = page()
+        browser.get(f"{url}/docs")
+        wait_for(browser, "main", "GET /model")
+        root = "document.documentElement"
+        assert browser.execute_script(f"return {root}.scrollWidth <= {root}.clientWidth")
+        links = browser.find_elements("css selector", "nav a")
+        heads = browser.find_elements("css selector", "h2")
+        assert [link.text for link in links] == [head.text for head in heads]
+        links[-1].click()
+        inside = (
+            "const top = Math.round(arguments[0].getBoundingClientRect().top);"
+            "return scrollY > 0 && top >= 0 && top < innerHeight"
+        )
+        wait(browser, lambda browser: browser.execute_script(inside, heads[-1]))
+    finally:
+        browser.set_window_size(1100, 900)
 
 
 def test_the_page_is_one_file_that_a_reader_can_follow():

@@ -87,7 +87,10 @@ def test_a_decompression_bomb_is_refused_from_its_header():
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"GIF89a" + bytes(100), encode(Image.new("L", (90, 90)))[:-40]])
 def test_what_is_no_whole_image_is_refused(content):
-    with pytest.raises(Refusal, match=r"not a readable PNG, JPEG, WEBP, BMP, GIF image|the image is cut short"):
+    with pytest.raises(
+        Refusal,
+        match=r"^(not a PNG, JPEG, WEBP, BMP or GIF image|the file is empty|the image is (a damaged GIF|cut short).*)",
+    ):
         decode(content, GRAY)
 
 
@@ -233,7 +236,9 @@ def test_a_gif_is_bounded_by_its_screen_and_by_its_frame():
 def test_a_gif_cut_short_is_refused_wherever_it_is():
     content = encode(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)), "GIF")
     for size in range(len(content) - 4):  # the last four say only that it ends
-        with pytest.raises(Refusal, match=r"not a readable PNG|the image is cut short"):
+        with pytest.raises(
+            Refusal, match=r"^(not a PNG|the file is empty|the image is (a damaged GIF file|cut short))"
+        ):
             decode(content[:size], COLOUR)
 
 

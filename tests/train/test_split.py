@@ -96,6 +96,7 @@ def test_a_run_keeps_its_images_when_the_folder_grows_and_refuses_another_one(fo
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     num_test = state.config["split"]["test"]
     assert f"on {num_test} images" in output
+    assert state.training_record()["folder"] == "photos"
     dataset = data.load_as_trained(state.config, beside=tmp_path / "run", image_size=8)
 
     rng = np.random.default_rng(2)

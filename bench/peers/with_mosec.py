@@ -1,0 +1,23 @@
+"""mosec: batches of 32 images at most, gathered for 2 ms at most, in one worker behind its server in Rust."""
+
+import numpy as np
+from classifier import Answer, Classifier, decode
+from mosec import Server, Worker
+
+
+class Classify(Worker):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classify = Classifier()
+
+    def deserialize(self, data: bytes) -> np.ndarray:
+        return decode(data)
+
+    def forward(self, data: list[np.ndarray]) -> list[Answer]:
+        return self.classify(data)
+
+
+if __name__ == "__main__":
+    server = Server()  # which reads --address, --port and --log-level
+    server.append_worker(Classify, num=1, max_batch_size=32, max_wait_time=2)
+    server.run()
