@@ -103,13 +103,14 @@ def _sources(path: Path, card: EngineCard | None, claims: Claims, against: Seque
         "plain.safetensors": claims.plain_sha256,
         "the checkpoint": claims.checkpoint_sha256,
     }
+    digests = {file: _digest(file) for file in against}
+    others = [file for file in against if digests[file] in claims.others_sha256.values()]
     places = [path, *against]
     for what, digest in recorded.items():
         if digest:
-            source = _find(what, digest, places, against)
+            source = _find(what, digest, places, [file for file in against if file not in others])
             places += [source.path] if source.path else []
             yield source
-    digests = {file: _digest(file) for file in against if claims.others_sha256}
     for what, digest in claims.others_sha256.items():
         found = next((file for file, other in digests.items() if other == digest), None)
         yield Source(what.removesuffix("_sha256"), digest, found, ())

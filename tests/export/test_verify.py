@@ -18,6 +18,7 @@ from fold.user_net import Made
 from train import data
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.cli import run_command
+from train.files import sha256
 from train.loop import evaluate
 from train.spec import Spec
 
@@ -308,6 +309,12 @@ def test_a_graph_of_ones_own_net_is_read(tmp_path, run):
     status, rows = run(path)
     assert (status, rows["convolutions after the fold"]["verdict"]) == (0, "same")
     assert any(claim.startswith("fold: made_by") for claim in with_verdict(rows, "cannot be checked here"))
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(b"as they were given")
+    source.provenance["fold"]["weights_sha256"] = sha256(weights.read_bytes())
+    save_plain(path, source.plain, source.spec, source.provenance)
+    assert run(path)[1]["sha256 of fold.weights"]["verdict"] == "cannot be checked here"
+    assert run(path, "--against", weights)[1]["sha256 of fold.weights"]["verdict"] == "same"
     source.provenance["fold"]["convolutions"][1] += 1
     save_plain(path, source.plain, source.spec, source.provenance)
     assert with_verdict(run(path)[1], "differs") == ["convolutions after the fold"]
