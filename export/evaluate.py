@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "python export/evaluate.py runs/photos/plain.onnx --data-dir photos     # the test images of its run",
     "python export/evaluate.py models/fashion-mnist.onnx --out report",
+    "python export/evaluate.py plain.onnx --store-reference      # so that the server tells drift",
     "python export/evaluate.py theirs.onnx --data-dir photos --labels names.txt --resize 256      # all images there",
 )
 NUM_DRAWN = 24  # of the surest mistakes in mistakes.png
@@ -39,6 +40,9 @@ class EvaluateConfig(ReadingFlags):
     out: Annotated[Path, "folder for report.html, report.json, confusion.png, reliability.png, mistakes.png"] = Path(
         "report"
     )
+    store_reference: Annotated[
+        bool, "count the answers in the model's own file, .onnx or card of an .engine, for the server to compare with"
+    ] = False
     json: Annotated[bool, "print report.json on stdout"] = False
 
 
@@ -52,29 +56,37 @@ def command(config: EvaluateConfig) -> int:
 
     from export.artefacts import open_artefact
     from export.judged import find_judged
+    from export.store_reference import refuse_what_takes_none, store
     from train.files import write_whole
-    from train.progress import make_console, track
+    from train.progress import make_console, printable, track
 
+    if config.store_reference:
+        refuse_what_takes_none(config.model)
     console = make_console(json=config.json)
     form = open_artefact(config.model, said=from_flags(config))
     if form.reading:
         console.print(f"{form.name}: {form.reading}")
     judged = find_judged(form, dataset=config.dataset, data_dir=config.data_dir, track=partial(track, console))
-    report = _judge(form, judged, console)
+    probabilities, places, unreadable = _answers(form, judged, console)
+    report = _judge(form, judged, probabilities, places, unreadable)
     for name, content in _files(report).items():
         write_whole(config.out / name, content)
     _print_summary(console, report)
     console.print(f"wrote {config.out / 'report.html'}, report.json, confusion.png, reliability.png and mistakes.png")
+    if config.store_reference:
+        for line in store(config.model, probabilities, what=judged.what):
+            console.print(printable(line))
     if config.json:
         print(json.dumps(report.to_dict()))
     return 1 if report.unreadable else 0
 
 
-def _judge(form: "Form", judged: "Judged", console: "Console") -> "Report":
+def _judge(
+    form: "Form", judged: "Judged", probabilities: "np.ndarray", places: list[int], unreadable: dict[str, str]
+) -> "Report":
     from export.evaluation import evaluate
     from export.evaluation_report import Report
 
-    probabilities, places, unreadable = _answers(form, judged, console)
     targets = judged.targets[places]
     return Report(
         model=form.model_name,

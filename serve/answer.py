@@ -1,5 +1,7 @@
 """From logits to the results of `POST /predict`."""
 
+from collections.abc import Callable
+
 import numpy as np
 from typing_extensions import TypedDict  # pydantic reads no other one on Python 3.11
 
@@ -35,12 +37,21 @@ class Prediction(TypedDict):
 
 
 def results_of(
-    logits: np.ndarray, labels: tuple[str, ...], top_k: list[int], *, are_probabilities: bool = False
+    logits: np.ndarray,
+    labels: tuple[str, ...],
+    top_k: list[int],
+    *,
+    are_probabilities: bool = False,
+    observe: Callable[[np.ndarray, np.ndarray], None] = lambda order, ranked: None,
 ) -> list[Result]:
-    """Finite logits [N, K], or probabilities, → N results; the i-th has `top_k[i]` classes, or all K."""
+    """Finite logits [N, K], or probabilities, → N results; the i-th has `top_k[i]` classes, or all K.
+
+    `observe` is called with the best two classes or more of each image, and their probabilities.
+    """
     values = probabilities(logits, are_probabilities=are_probabilities)
-    order = best(values, max(top_k))
+    order = best(values, max(2, *top_k))
     ranked = np.take_along_axis(values, order, axis=1)
+    observe(order, ranked)
     return [_result(*row, labels) for row in zip(order.tolist(), ranked.tolist(), top_k, strict=True)]
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from hashlib import sha256
@@ -29,6 +29,7 @@ from serve.metrics import MEDIA_TYPE, Metrics, watch_probes
 from serve.probing import Prober
 from serve.problems import Problem
 from serve.reload import Load, Reloader, warm_up
+from serve.shadow import Shadow
 from serve.signals import heed_signals
 from serve.v2 import make_router, refuse_unready
 from serve.wire import REQUEST_BODY
@@ -62,13 +63,16 @@ def make_app(
     load: Load | None = None,
     observers: Sequence[Observer] = (),
     reload_everywhere: Callable[[], None] | None = None,
+    shadow: Shadow | None = None,
 ) -> FastAPI:
     """The whole server around one loaded model, in one runtime or one for each device.
 
     It is ready once its lifespan has warmed the model up. `load` makes the runtimes anew, on SIGHUP and, where there
     is a key, on POST /admin/reload, which then calls `reload_everywhere`. `observers` learn of every finished request.
+    `shadow` answers a share of the images too, and POST /admin/promote makes it the model.
     """
     batcher = Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
+    batcher.shadow = shadow
     door = Door(limits.max_connections)
     metrics = Metrics(batcher, door)
     prober = Prober(batcher, every_s=limits.probe_every_s, deadline_s=limits.deadline_s)
@@ -79,6 +83,8 @@ def make_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
         await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
         batcher.start()
+        if shadow:
+            shadow.start(lambda: batcher.served.model)
         app.state.is_ready = True
         probing = asyncio.create_task(prober.run(), name="probing") if prober.every_s else None
         with heed_signals(before_stop=no_longer_ready, reload=reloader.reload if reloader else None):
@@ -87,6 +93,8 @@ def make_app(
         if probing:
             probing.cancel()
         await batcher.close()
+        if shadow:
+            shadow.close()
 
     def no_longer_ready() -> None:
         app.state.is_ready = False
@@ -141,8 +149,10 @@ def _add_predict(app: FastAPI) -> None:
 def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
     @app.get("/model", responses=problems.documented(problems.UNAUTHORIZED))
     async def card() -> dict[str, Any]:
-        """What the model says of itself."""
-        return {**model_card(batcher.served.runtimes[0]), "probe": prober.card()}
+        """What the model says of itself, what it answered, and what its shadow did."""
+        runtime, shadow = batcher.served.runtimes[0], batcher.shadow
+        watched = {**batcher.watch.card(runtime.model), "shadow": shadow and shadow.card(), "probe": prober.card()}
+        return {**model_card(runtime), **watched}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=problems.documented(problems.UNAUTHORIZED))
     async def show_metrics() -> Response:
@@ -162,16 +172,26 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Pro
 
 
 def _add_admin(app: FastAPI, reloader: Reloader, reload_everywhere: Callable[[], None] | None) -> None:
-    @app.post("/admin/reload", responses=problems.documented(problems.UNAUTHORIZED, problems.BAD_MODEL))
-    async def reload() -> ModelName:
-        """Read the model's file again; the old model goes on if the new one is bad."""
+    async def take(swap: Callable[[], Awaitable[Served]]) -> ModelName:
         try:
-            served = await reloader.reload()
+            served = await swap()
         except Refusal as refusal:
             raise Problem(problems.BAD_MODEL, str(refusal)) from refusal
         if reload_everywhere:
             reload_everywhere()
         return served.name
+
+    @app.post("/admin/reload", responses=problems.documented(problems.UNAUTHORIZED, problems.BAD_MODEL))
+    async def reload() -> ModelName:
+        """Read the model's file again; the old model goes on if the new one is bad."""
+        return await take(reloader.reload)
+
+    refusals = problems.documented(problems.UNAUTHORIZED, problems.BAD_MODEL, problems.NOT_COMPARED)
+
+    @app.post("/admin/promote", responses=refusals)
+    async def promote() -> ModelName:
+        """Serve the shadow, once it was compared on enough images; the model that served becomes the shadow."""
+        return await take(reloader.promote)
 
 
 def _add_pages(app: FastAPI) -> None:

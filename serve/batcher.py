@@ -16,7 +16,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, groupby
 from queue import Empty, SimpleQueue
 from time import monotonic
@@ -31,6 +31,8 @@ from serve.decode import Decoded, find_problem
 from serve.decoding import Decoding
 from serve.limits import Limits
 from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
+from serve.shadow import Shadow
+from serve.watch import Watch
 from serve.weigh import Weight
 
 _PATIENCE_S = 0.1  # nearly all jobs are done by then, and a watch costs a tenth of a request
@@ -102,6 +104,8 @@ class Batcher:
         self.seconds_per_image = 0.0
         self.num_held = 0  # images accepted and not answered
         self.observe_batch: Callable[[int], None] = lambda num_images: None
+        self.watch = Watch()
+        self.shadow: Shadow | None = None
 
     def start(self) -> None:
         """Take jobs from now on."""
@@ -199,7 +203,7 @@ class Batcher:
         first = self._decoded.get()
         if first is None:
             return False
-        for served, jobs in groupby(self._gather(first), key=lambda pair: pair[0].served):
+        for (served, _), jobs in groupby(self._gather(first), key=lambda pair: (pair[0].served, pair[0].is_probe)):
             self._run(served.runtimes[device], *zip(*jobs, strict=True))
         return True
 
@@ -230,9 +234,13 @@ class Batcher:
     def _run(self, runtime: Runtime, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> None:
         start = monotonic()
         try:
-            logits = self._compute(runtime, [*chain.from_iterable(pixels)])  # type: ignore[arg-type]
+            images: list[np.ndarray] = [*chain.from_iterable(pixels)]  # type: ignore[arg-type]
+            logits = self._compute(runtime, images)
             top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
-            _share(jobs, runtime.model, logits, top_k)
+            is_probe = jobs[0].is_probe  # as all of them
+            is_finite = _share(jobs, runtime.model, logits, top_k, _uncounted if is_probe else self.watch)
+            if self.shadow and not is_probe:
+                self.shadow.offer(runtime.model, images, logits, is_finite)
         except Exception as error:  # whatever a runtime raises is the answer of all its jobs
             for job in jobs:
                 job.outcome = error
@@ -278,11 +286,14 @@ def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
         future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
 
 
-def _share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int]) -> None:
-    """Give each job its rows; rows that are no numbers are the problem of their own job only."""
+def _share(
+    jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int], watch: Callable[..., None]
+) -> np.ndarray:
+    """Give each job its rows; those that are no numbers are the problem of their own job. Which rows are numbers."""
     is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
     finite = np.where(is_finite[:, None], logits, 0)
-    results = results_of(finite, model.spec.labels, top_k, are_probabilities=model.gives_probabilities)
+    observe = partial(watch, model, is_finite)
+    results = results_of(finite, model.spec.labels, top_k, are_probabilities=model.gives_probabilities, observe=observe)
     start = 0
     for job in jobs:
         rows = slice(start, start := start + job.num_images)
@@ -291,6 +302,11 @@ def _share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[in
             which = f"image {np.argmin(is_finite[rows]) + 1} of {job.num_images}" if job.num_images > 1 else "the image"
             detail = f"{which} overflows {model.name}; export the model in a higher precision"
             job.outcome = Problem(NOT_A_NUMBER, detail)
+    return is_finite
+
+
+def _uncounted(*_: object) -> None:
+    """In place of a `Watch`, for what no client has asked."""
 
 
 def _deliver(jobs: Sequence[Job]) -> None:

@@ -10,6 +10,7 @@ from prometheus_client.core import InfoMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from serve.batcher import Batcher
+from serve.counts import COUNTS_VARIABLE
 from serve.door import Door
 from serve.probing import Prober
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from serve.hot import Visit
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-# Where prometheus_client finds the folder in which processes count together; it must stand before its import.
-COUNTS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _INFER = "/v2/…/infer"
 _STAGES = ("decode", "queue", "model", "total")
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -59,6 +58,9 @@ class Metrics:
             MultiProcessCollector(self._shown)
         ProcessCollector(registry=self._shown)
         self._shown.register(_ServedModel(batcher))
+        self._shown.register(batcher.watch)
+        if batcher.shadow:
+            self._shown.register(batcher.shadow)
         batcher.observe_batch = self._images.observe
 
     def __call__(self, visit: "Visit") -> None:

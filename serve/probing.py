@@ -19,7 +19,7 @@ from serve.problems import OVERLOADED, Problem
 from serve.reload import recorded
 from train.difference import difference
 
-MOST_SKIPPED = 9  # turns in a row in which clients wait; the next one goes in among their images
+MOST_SKIPPED = 9  # turns in a row in which clients wait; the next one queues with them
 _log = logging.getLogger(__name__)
 
 

@@ -23,6 +23,7 @@ from uvicorn.config import STARTUP_FAILURE
 
 from export.runtimes.described import from_flags
 from export.runtimes.load import load_runtime
+from export.runtimes.nodes import digest_of
 from export.runtimes.runtime import Runtime
 from export.runtimes.saturation import warning
 from serve import logs
@@ -30,15 +31,19 @@ from serve.access import Access, read_api_key
 from serve.app import make_app, model_card
 from serve.choose import choose
 from serve.connection import Connection
+from serve.counts import COUNTS_VARIABLE
 from serve.door import fit_to_files
 from serve.kept import copied, keep, kept
 from serve.limits import Limits
-from serve.metrics import COUNTS_VARIABLE
 from serve.reload import check
 from serve.report import with_report
+from serve.roles import Roles
+from serve.shadow import Shadow, refuse_unfit
+from serve.shadow_process import ShadowProcess
 from serve.supervisor import Server, Supervisor
 from serve.tracing import find_tracing
 from serve.trial import prove
+from serve.watch import with_sound_reference
 from train.cores import num_cores
 from train.files import read_whole
 from train.refusal import Refusal
@@ -56,6 +61,7 @@ def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
     limits_of(config)  # what is refused is refused before anything is measured
     config, reason = decide(config)
     if config.workers > 1:
+        _refuse_unfit_shadow(config)
         return _supervise(config, listener, url, reason)
     server = _make_server(config, url, reason, stream)
     try:
@@ -94,8 +100,11 @@ def _supervise(config: "ServeConfig", listener: socket.socket, url: str, reason:
 
 
 def _make_server(config: "ServeConfig", url: str, reason: str, stream: logs.LogStream) -> Server:
-    runtimes = load(config)
-    server = Server(_settings(config, _make_app(config, runtimes, stream)))
+    runtimes, roles = load(config), Roles(config)
+    shadow = _make_shadow(config, roles)
+    if shadow:
+        shadow.prepare(runtimes[0].model)
+    server = Server(_settings(config, _make_app(config, runtimes, stream, roles=roles, shadow=shadow)))
     server.greeting = f"{_because(_describe(runtimes[0]), reason)}\n{_serving_at(url)}"
     return server
 
@@ -109,7 +118,7 @@ def load(config: "ServeConfig") -> list[Runtime]:
             for device in config.devices or (None,)
         ]
         for runtime in runtimes:
-            runtime.model = with_report(runtime.model, path)
+            runtime.model = with_sound_reference(with_report(runtime.model, path))
             check(runtime)
             _refuse_what_cannot_be_shown(runtime)
         if path.suffix == ".onnx" and not config.devices and (doubt := warning(path, read_whole(path))):
@@ -125,10 +134,15 @@ def _refuse_what_cannot_be_shown(runtime: Runtime) -> None:
         raise Refusal(f"what {runtime.model.name} says of itself cannot be shown: {error}; export it again") from error
 
 
-def load_again(config: "ServeConfig", home: Path | None = None) -> list[Runtime]:
-    """The model as its file is now, first tried in another process. What is tried is a copy, kept in `home`."""
+def load_again(config: "ServeConfig", home: Path | None = None, digest: str | None = None) -> list[Runtime]:
+    """The model as its file is now, first tried in another process. What is tried is a copy, kept in `home`.
+
+    Refuses a file that has another digest than the one that is asked for.
+    """
     (path,) = config.model_paths
     with _by_name(path), copied(path, home) as copy, _by_name(copy):
+        if digest and digest != digest_of(copy, read_whole(copy)):
+            raise Refusal(f"{path} is another file than the one that was compared; reload to compare it")
         config = replace(config, models=(copy,))
         prove(config)
         runtimes = load(config)
@@ -137,8 +151,9 @@ def load_again(config: "ServeConfig", home: Path | None = None) -> list[Runtime]
     return runtimes
 
 
-def _load_of_worker(config: "ServeConfig", home: Path) -> list[Runtime]:
+def _load_of_worker(roles: Roles, home: Path) -> list[Runtime]:
     """The model that served last, or where none has, the one in the file."""
+    config = roles.served
     (path,) = config.model_paths
     if last := kept(home, path.name):
         return load(replace(config, models=(last,)))
@@ -180,7 +195,13 @@ def limits_of(config: "ServeConfig") -> Limits:
 
 
 def _make_app(
-    config: "ServeConfig", runtimes: Sequence[Runtime], stream: logs.LogStream, home: Path | None = None
+    config: "ServeConfig",
+    runtimes: Sequence[Runtime],
+    stream: logs.LogStream,
+    *,
+    roles: Roles,
+    shadow: Shadow | None,
+    home: Path | None = None,
 ) -> FastAPI:
     observers = [logs.RequestLog(stream)] if logging.getLogger().isEnabledFor(logging.INFO) else []
     tracing = find_tracing()
@@ -189,14 +210,36 @@ def _make_app(
         runtimes,
         replace(limits, max_connections=fit_to_files(limits.max_connections)),
         access=Access(read_api_key(config.api_key_file, os.environ), config.cors_origin),
-        load=partial(load_again, config, home),
+        load=lambda: load_again(roles.served, home),
         observers=[*observers, *([tracing] if tracing else [])],
         reload_everywhere=_tell_supervisor if config.workers > 1 else None,
+        shadow=shadow,
     )
     # What is there by now stays. Collections that walk through all of it hold up every hundredth answer for 30 ms.
     gc.collect()
     gc.freeze()
     return app
+
+
+def _make_shadow(config: "ServeConfig", roles: Roles, home: Path | None = None) -> Shadow | None:
+    if config.shadow is None:
+        return None
+    return Shadow(
+        lambda: roles.shadow,
+        lambda digest: load_again(roles.shadow, home, digest),
+        roles.swap,
+        share=config.shadow_share,
+        num_images=config.shadow_images,
+        max_batch=config.max_batch,
+    )
+
+
+def _refuse_unfit_shadow(config: "ServeConfig") -> None:
+    """Before workers start: what each of them would refuse later, and go on without."""
+    if config.shadow:
+        roles = Roles(config)
+        with ShadowProcess(roles.served) as served, ShadowProcess(roles.shadow) as shadow:
+            refuse_unfit(served.identity, shadow.identity)
 
 
 def _settings(config: "ServeConfig", app: FastAPI | partial[FastAPI], *, workers: int = 1) -> uvicorn.Config:
@@ -221,7 +264,9 @@ def _make_worker(config: "ServeConfig", home: Path) -> FastAPI:
         # one that is killed leaves no worker behind that holds the port
         end_with_parent(signal.SIGTERM, supervisor.pid)
     try:
-        return _make_app(config, _load_of_worker(config, home), stream, home)
+        roles = Roles(config, home)
+        runtimes, shadow = _load_of_worker(roles, home), _make_shadow(config, roles, home)
+        return _make_app(config, runtimes, stream, roles=roles, shadow=shadow, home=home)
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(STARTUP_FAILURE)

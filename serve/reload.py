@@ -6,6 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from export.compare import TOLERANCES
 from export.runtimes.probe import NUM_IMAGES, SEED, probe_images
 from export.runtimes.runtime import Model, Runtime
 from serve.batcher import Batcher, Served
+from serve.problems import NOT_COMPARED, Problem
 from train.difference import difference
 from train.refusal import Refusal
 
@@ -31,11 +33,31 @@ class Reloader:
         self._turn = asyncio.Lock()
 
     async def reload(self) -> Served:
-        """Load, check and warm up beside the old model, then swap. Refuses a bad one; the old one goes on."""
+        """Load, check and warm up beside the old model, then swap. Refuses a bad one; the old one goes on.
+
+        The shadow's file is read again too, whatever becomes of this one.
+        """
+        try:
+            return await self._take(self._load, "reading the model's file again")
+        finally:
+            if shadow := self._batcher.shadow:
+                shadow.restart()
+
+    async def promote(self) -> Served:
+        """The same with the shadow's file, once it was compared; the old model becomes the shadow."""
+        shadow = self._batcher.shadow
+        if shadow is None:
+            raise Problem(NOT_COMPARED, "no model shadows this one: start the server with --shadow")
+        load = partial(shadow.load, shadow.promotable())
+        return await self._take(load, "reading the shadow's file to serve it", before=shadow.take_over)
+
+    async def _take(self, load: Load, what: str, before: Callable[[], None] = lambda: None) -> Served:
+        """`before` is called when all is ready, and may still refuse."""
         async with self._turn:
             try:
-                _log.info("reading the model's file again")
-                served = await _apart(self._prepare)
+                _log.info(what)
+                served = await _apart(partial(self._prepare, load))
+                before()
             except Refusal as refusal:
                 _log.error("the old model goes on: %s", refusal)
                 raise
@@ -43,8 +65,8 @@ class Reloader:
             _log.warning("now serving %s %s", served.model.name, served.model.digest)
             return served
 
-    def _prepare(self) -> Served:
-        runtimes = tuple(self._load())
+    def _prepare(self, load: Load) -> Served:
+        runtimes = tuple(load())
         for runtime in runtimes:
             check(runtime)
             warm_up(runtime, self._max_batch)

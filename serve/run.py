@@ -59,15 +59,20 @@ class ServeConfig(ReadingFlags):
         int | None,
         "threads that decode images; 0: the model's thread does (default: spare cores, up to 4)",
     ] = None
+    shadow: Annotated[Path | None, "a second model, which answers a share of the images too but no client"] = None
+    shadow_share: Annotated[float, "of the images, that the shadow answers too"] = 0.1
+    shadow_images: Annotated[int, "compared before POST /admin/promote lets the shadow serve"] = 1000
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], "lowest level on stderr; info has a line for each request"
     ] = "info"
 
     def __post_init__(self) -> None:
-        for name in ("workers", "model_threads", "drain_seconds", "reload_seconds"):
+        for name in ("workers", "model_threads", "drain_seconds", "reload_seconds", "shadow_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if not 0 < self.shadow_share <= 1:
+            raise Refusal(f"--shadow-share must be above 0 and at most 1, got {self.shadow_share:g}")
 
     @property
     def model_paths(self) -> tuple[Path, ...]:
@@ -117,6 +122,7 @@ if __name__ == "__main__":
                 "python serve/run.py plain.onnx --host 0.0.0.0 --api-key-file key.txt --workers 4",
                 "python serve/run.py plain.engine --devices 0 1 --max-batch 128",
                 "python serve/run.py theirs.onnx --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --labels names.txt",
+                "python serve/run.py plain.onnx --shadow newer.onnx --shadow-share 0.1      # compared in GET /model",
                 "kill -HUP PID                       # read the model's file again",
                 "curl --data-binary @image.png -H 'Content-Type: image/png' localhost:8000/predict",
             ),

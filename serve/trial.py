@@ -27,7 +27,7 @@ _MARK = "error: "  # of `train.cli.run_command`
 def prove(config: "ServeConfig") -> None:
     """Load, check and warm up the model of `config` elsewhere; refuses one that fails there, or takes too long."""
     (path,) = config.model_paths
-    options = given_arguments(replace(config, models=(), log_level="error"))
+    options = given_arguments(replace(config, models=(), shadow=None, log_level="error"))
     argv = [sys.executable, "-c", _PROGRAM, str(_ROOT), str(os.getpid()), str(path), *shlex.split(options)]
     try:
         done = subprocess.run(

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.documents import read_object
+from export.runtimes.reference import KEY
+from train.documents import read_json, read_object
 from train.refusal import Refusal
 from train.spec import Spec
 
@@ -27,7 +28,11 @@ class Header:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What training, fold and export recorded; empty in somebody else's file."""
+        """What training, fold and export recorded, and the reference, whatever it is; else empty in others' files."""
+        return {**self._recorded, **({KEY: _as_json(self.metadata[KEY])} if KEY in self.metadata else {})}
+
+    @property
+    def _recorded(self) -> dict[str, Any]:
         if "spec" not in self.metadata:
             return {}
         what = "the provenance in the model's file"
@@ -35,6 +40,14 @@ class Header:
         if bad := [name for name in _SECTIONS if not isinstance(record.get(name, {}), dict)]:
             raise Refusal(f"{what} is damaged: {bad[0]} is not a JSON object; export it again")
         return record
+
+
+def _as_json(text: str) -> Any:
+    """What `text` says, or itself: whoever uses it looks whether it is what it should be."""
+    try:
+        return read_json(text)
+    except ValueError:
+        return text
 
 
 def read_header(path: Path, content: bytes) -> Header:
@@ -59,13 +72,39 @@ def contents(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 def every_field(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
     """(number, content) of each field that holds bytes or a whole number; floats are skipped over."""
+    return ((number, value) for number, value, _ in _walk(message))
+
+
+def metadata_places(content: bytes, key: str) -> list[slice]:
+    """Where the entries of the metadata with that key stand in an ONNX file that `read_header` takes."""
+    return [
+        place
+        for number, value, place in _walk(memoryview(content))
+        if number == _MODEL_METADATA
+        and isinstance(value, memoryview)
+        and bytes(dict(contents(value))[_FIRST]) == key.encode()
+    ]
+
+
+def metadata_entry(key: str, value: str) -> bytes:
+    """One more entry, for the end of an ONNX file: the order of the fields means nothing."""
+    return _field(_MODEL_METADATA, _field(_FIRST, key.encode()) + _field(_SECOND, value.encode()))
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return _to_varint(number << 3 | 2) + _to_varint(len(content)) + content
+
+
+def _walk(message: memoryview) -> Iterator[tuple[int, memoryview | int, slice]]:
+    """As `every_field`, with the place of all of the field."""
     at = 0
     while at < len(message):
+        start = at
         tag, at = _varint(message, at)
         match tag & 7:  # the wire types of Protocol Buffers
             case 0:
                 value, at = _varint(message, at)
-                yield tag >> 3, value
+                yield tag >> 3, value, slice(start, at)
             case 1:
                 at += 8
             case 5:
@@ -74,7 +113,7 @@ def every_field(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
                 size, at = _varint(message, at)
                 at += size
                 if at <= len(message):
-                    yield tag >> 3, message[at - size : at]
+                    yield tag >> 3, message[at - size : at], slice(start, at)
             case kind:
                 raise ValueError(f"wire type {kind}")
     if at > len(message):
@@ -99,3 +138,12 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         shift, at = shift + 7, at + 1
         if byte < 128:
             return value, at
+
+
+def _to_varint(value: int) -> bytes:
+    """The inverse."""
+    groups = []
+    while value > 127:
+        groups.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*groups, value])

@@ -1,6 +1,7 @@
 """A model that rots while it serves: the server asks itself, and is taken out. Tests turn the clock by hand."""
 
 import asyncio
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -194,3 +195,28 @@ def test_zero_is_never(rotting, every_s, runs):
 def test_no_other_times_are_taken(every_s):
     with pytest.raises(Refusal, match="probe_every_s must be 0 for never, or positive"):
         Limits(probe_every_s=every_s)
+
+
+def test_no_count_of_answers_and_no_batch_of_clients_has_the_probes_in_it(gated, pixels, encode):
+    """A probe and a client that wait together are answered one after the other."""
+    gated.open()
+    with TestClient(make_app(gated, Limits())) as server:
+        gated.close()
+
+        async def together():
+            batcher = server.app.state.prober._batcher
+            ask = partial(batcher.classify, deadline=asyncio.get_running_loop().time() + 60, receive=_wait, top_k=1)
+            first = asyncio.create_task(ask(pixels[:1]))
+            await gated.entered()
+            rest = [asyncio.create_task(ask(pixels[:2])), asyncio.create_task(ask(pixels[:4], is_probe=True))]
+            await asyncio.sleep(0)  # both are in the queue
+            gated.open()
+            await asyncio.gather(first, *rest)
+
+        server.portal.call(together)
+        assert gated.batches == [1, 2, 4]
+        assert server.get("/model").json()["answers"]["images"] == 3
+
+
+async def _wait():
+    await asyncio.Future()

@@ -121,6 +121,8 @@ def test_workers_count_together(start, artefact, pixels, encode):
         assert f'diracnet_requests_total{{path="/predict",status="200"}} {num_requests}.0' in lines
         assert f'diracnet_predict_seconds_count{{stage="total"}} {num_requests}.0' in lines
         assert "diracnet_queue_images 0.0" in lines
+        digest = sha256(artefact.read_bytes()).hexdigest()
+        assert f'diracnet_answered_images_total{{digest="{digest}"}} {num_requests}.0' in lines
         assert any(line.startswith("diracnet_model_info{") for line in lines)
 
 

@@ -1,0 +1,65 @@
+"""The reference of a model goes into its file: an ONNX file's metadata, or the card of an engine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from export.runtimes.card import card_path, read_card
+from export.runtimes.header import metadata_entry, metadata_places, read_header
+from export.runtimes.histograms import count
+from export.runtimes.nodes import digest_of
+from export.runtimes.probabilities import best
+from export.runtimes.reference import KEY, Reference
+from train.files import read_whole, write_whole
+from train.refusal import Refusal
+
+SUFFIXES = (".onnx", ".engine")  # of what is served
+
+
+def refuse_what_takes_none(path: Path) -> None:
+    """Refuses what is not served, before anything is answered."""
+    if path.suffix not in SUFFIXES:
+        raise Refusal(f"a reference is for what is served: name the .onnx or .engine made of {path}")
+
+
+def store(path: Path, probabilities: np.ndarray, *, what: str) -> list[str]:
+    """Count the answers, probabilities [N, K], and keep the counts in the model; lines that say what was written.
+
+    The file's other bytes stay as they are, so that the graph does. An ONNX file has another digest afterwards; that
+    of an engine is of the engine and stays, as the reference is in its card.
+    """
+    order = best(probabilities, 2)
+    counts = count(order, np.take_along_axis(probabilities, order, axis=1), probabilities.shape[1])
+    if path.suffix == ".engine":
+        card = read_card(path)
+        record = Reference(what, card.engine_sha256, counts).to_dict()
+        write_whole(card_path(path), replace(card, provenance={**card.provenance, KEY: record}).to_json().encode())
+        return [f"wrote the reference of {len(order):,} images into {card_path(path)}"]
+    content = read_whole(path)
+    before = digest_of(path, content)
+    bare = without_reference(path, content)
+    of = before if bare == content else digest_of(path, bare)
+    changed = bare + metadata_entry(KEY, Reference(what, of, counts).to_json())
+    after = digest_of(path, changed)
+    if changed != content:
+        write_whole(path, changed)
+    lines = [f"wrote the reference of {len(order):,} images into {path}: its digest is now {after}"]
+    if changed != content and (names := _naming(path, before)):
+        lines.append(f"these name the earlier digest, make them again where they are needed: {', '.join(names)}")
+    return lines
+
+
+def without_reference(path: Path, content: bytes) -> bytes:
+    """An ONNX file as it was before a reference was stored in it."""
+    read_header(path, content)  # refuses damage
+    bare = bytearray(content)
+    for place in reversed(metadata_places(content, KEY)):
+        del bare[place]
+    return bytes(bare)
+
+
+def _naming(path: Path, digest: str) -> list[str]:
+    """JSON files beside the model that hold its digest: a report of parity, the card of an engine."""
+    beside = sorted(path.parent.glob(f"{path.stem}*.json"))
+    return [file.name for file in beside if file.is_file() and digest.encode() in read_whole(file)]

@@ -1,0 +1,272 @@
+"""A second model beside the one that serves: compared, promoted, and never in a client's way."""
+
+import re
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from serving import PNG, ROOT
+from shadows import card_when, running, send
+from starlette.testclient import TestClient
+
+from export.runtimes.probabilities import probabilities
+from serve import shadow as module
+from serve.access import Access
+from serve.app import make_app
+from serve.comparison import Comparison
+from serve.limits import Limits
+from serve.roles import Roles
+from serve.run import ServeConfig
+from serve.shadow import Shadow
+from serve.shadow_process import BatchFailed, Identity, ShadowFailed, why_unfit
+from serve.watch import Watch
+from train.difference import difference
+from train.refusal import Refusal
+
+ALERTS = ROOT / "deploy" / "alerts.yaml"
+KEY = {"X-Api-Key": "key"}
+
+
+class Process:
+    """In the place of a process: answers as `answer` does."""
+
+    def __init__(self, runtime, answer=None):
+        self.identity, self.num_asked = Identity.of(runtime.model, "fake"), 0
+        self._answer, self._killed = answer or runtime, threading.Event()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.kill()
+
+    def kill(self):
+        self._killed.set()
+
+    def wait(self):
+        """As a model that hangs, until it is killed."""
+        assert self._killed.wait(60)
+        raise ShadowFailed("its process ended with status -9")
+
+    def ask(self, images, patience_s):
+        self.num_asked += len(images)
+        return 0.25, self._answer(images)
+
+
+@pytest.fixture
+def shadowed(runtime, monkeypatch):
+    """`shadowed(process, ...)`: an app whose shadow is each of these processes in turn."""
+    monkeypatch.setattr(module, "ShadowProcess", lambda process: process)
+
+    def shadowed(*processes, load=lambda digest: [], take_over=lambda: None, **options):
+        left = list(processes)
+        options = {"share": 1.0, "num_images": 5, "max_batch": 32, **options}
+        shadow = Shadow(lambda: left.pop(0) if len(left) > 1 else left[0], load, take_over, **options)
+        limits = Limits(max_batch=options["max_batch"])
+        app = make_app(runtime, limits, access=Access(b"key"), load=lambda: [runtime], shadow=shadow)
+        return TestClient(app, headers=KEY)
+
+    return shadowed
+
+
+def test_two_models_are_compared_as_parity_compares_them(shadowed, runtime, other_runtime, pixels, encode):
+    with shadowed(Process(other_runtime)) as client:
+        running(client)
+        send(client, pixels, encode)
+        card = card_when(client, lambda card: card["images"] == 5)
+        text = client.get("/metrics").text
+    served, other = runtime(pixels), other_runtime(pixels)
+    assert card["digest"] == other_runtime.model.digest
+    assert card["agreement"]["hits"] == (served.argmax(1) == other.argmax(1)).sum() < 5
+    assert card["agreement"]["value"] == card["agreement"]["hits"] / 5
+    assert card["largest_difference"] == pytest.approx(difference(served, other).relative, rel=1e-5)
+    assert (card["not_a_number"], card["failed"], card["dropped"]) == (0, 0, 0)
+    pair = f'{{digest="{runtime.model.digest}",shadow="{other_runtime.model.digest}"}}'
+    lines = text.splitlines()
+    assert f"diracnet_shadow_images_total{pair} 5.0" in lines
+    assert f"diracnet_shadow_agreeing_images_total{pair} {card['agreement']['hits']}.0" in lines
+    assert f"diracnet_shadow_largest_difference{pair} {card['largest_difference']}" in lines
+    assert "diracnet_shadow_running 1.0" in lines
+    assert any(line.startswith("diracnet_shadow_seconds_sum{") and line.endswith("5") for line in lines)
+
+
+def test_the_same_model_agrees_with_itself(shadowed, runtime, pixels, encode):
+    with shadowed(Process(runtime)) as client:
+        running(client)
+        send(client, pixels, encode)
+        card = card_when(client, lambda card: card["images"] == 5)
+    assert card["agreement"]["value"] == 1
+    assert card["largest_difference"] <= 1e-5  # batches of another size
+
+
+def test_a_share_of_the_images_is_answered_twice(shadowed, runtime, pixels, encode, monkeypatch):
+    dice = iter([0.05, 0.5, 0.0999, 0.1, 0.9])
+    monkeypatch.setattr(module, "random", lambda: next(dice))
+    process = Process(runtime)
+    with shadowed(process, share=0.1) as client:
+        running(client)
+        send(client, pixels, encode)
+        card_when(client, lambda card: card["images"] == 2)
+    assert process.num_asked == 2
+    assert next(dice, None) is None
+
+
+def test_a_shadow_that_hangs_delays_nobody_and_what_it_misses_is_counted(shadowed, runtime, pixels, encode):
+    """One image is with it, as many wait as four batches hold, and the rest is dropped."""
+    slow = Process(runtime)
+    slow._answer = lambda images: slow.wait()
+    with shadowed(slow, max_batch=1) as client:
+        running(client)
+        send(client, np.tile(pixels, (4, 1, 1, 1)), encode)
+        card = client.get("/model").json()["shadow"]
+        assert card["images"] == 0
+        assert card["dropped"] in (15, 16)  # whether the first was already taken when the fifth came
+        assert client.post("/admin/promote").status_code == 409
+
+
+def test_what_is_not_a_number_is_counted_and_compared_with_nothing(shadowed, runtime, pixels, encode):
+    def spoil(images):
+        logits = runtime(images)
+        logits[0] = np.nan
+        return logits
+
+    with shadowed(Process(runtime, spoil), max_batch=1) as client:
+        running(client)
+        send(client, pixels, encode)
+        card = card_when(client, lambda card: card["not_a_number"] == 5)
+        assert card["images"] == 0
+        assert (card["agreement"]["value"], card["largest_difference"]) == (None, None)
+        assert "diracnet_shadow_largest_difference" in client.get("/metrics").text
+
+
+def test_a_shadow_that_raises_goes_on_and_says_so_once(shadowed, runtime, pixels, encode, caplog):
+    def fail(images):
+        if images.tolist() == pixels[:1].tolist():
+            return runtime(images)
+        raise BatchFailed("RuntimeError: no memory")
+
+    with shadowed(Process(runtime, fail), max_batch=1) as client:
+        running(client)
+        send(client, pixels[::-1], encode)
+        card = card_when(client, lambda card: card["images"] == 1)
+    assert card["failed"] == 4
+    said = [record.getMessage() for record in caplog.records if record.name == "serve.shadow"]
+    assert [line for line in said if "fails" in line] == [
+        "the shadow fails: RuntimeError: no memory; /metrics counts what else it fails on"
+    ]
+
+
+def test_probabilities_are_compared_with_probabilities(shadowed, runtime, pixels, encode):
+    reading = SimpleNamespace(scores="probabilities")
+    known = SimpleNamespace(model=replace(runtime.model, reading=reading, digest="other"))
+    with shadowed(Process(known, lambda images: probabilities(runtime(images)))) as client:
+        running(client)
+        send(client, pixels, encode)
+        card = card_when(client, lambda card: card["images"] == 5)
+    assert card["agreement"]["value"] == 1
+    assert card["largest_difference"] < 1e-5
+
+
+def test_what_does_not_fit_is_said_by_field(runtime):
+    served = Identity.of(runtime.model)
+    assert why_unfit(served, served) is None
+    for fields, reason in (
+        ({"image": (9, 8, 3)}, "it takes images of 9x8x3, cut from a shorter side of 8, not of 8x8x3, cut from"),
+        ({"resize": None}, "it takes images of 8x8x3, scaled to it, not of 8x8x3, cut from a shorter side of 8"),
+        ({"labels": ("a", "b")}, "it has 2 labels, not 10"),
+        ({"labels": (*served.labels[:9], "x")}, "its label 9 is 'x', not 'label 9'"),
+    ):
+        assert why_unfit(served, replace(served, **fields)).startswith(reason)
+
+
+def test_a_reload_to_other_labels_pauses_the_comparison(runtime, shadowed, pixels, encode, caplog):
+    other = SimpleNamespace(model=replace(runtime.model, spec=replace(runtime.model.spec, labels=("a",) * 10)))
+    with shadowed(Process(other, runtime)) as client:
+        running(client)
+        send(client, pixels, encode)
+        assert client.get("/model").json()["shadow"]["images"] == 0
+        assert client.get("/metrics").status_code == 200
+        response = client.post("/admin/promote")
+    assert "0 images were compared" in response.json()["detail"]
+    assert "cannot shadow DiracNet-10-0.25: its label 0 is 'a', not 'label 0'" in caplog.text
+
+
+def test_promotion_waits_for_its_figures_and_swaps_both(shadowed, runtime, other_runtime, pixels, encode):
+    asked, swapped = [], []
+    first, second = Process(other_runtime), Process(runtime)
+
+    def load(digest):
+        asked.append(digest)
+        return [other_runtime if digest == other_runtime.model.digest else runtime]
+
+    with shadowed(first, second, Process(other_runtime), load=load, take_over=lambda: swapped.append(1)) as client:
+        running(client)
+        send(client, pixels[:3], encode)
+        card_when(client, lambda card: card["images"] == 3)
+        refused = client.post("/admin/promote")
+        assert refused.json()["type"] == "urn:diracnet:problem:not-compared"
+        assert refused.json()["detail"] == (
+            "3 images were compared of the 5 that --shadow-images asks for; 2 are missing, at a share of 1"
+        )
+        assert (asked, swapped) == ([], [])
+        send(client, pixels[3:], encode)
+        card_when(client, lambda card: card["images"] == 5)
+        assert client.post("/admin/promote").json()["digest"] == other_runtime.model.digest
+        answer = client.post("/predict", content=encode(pixels[0]), headers=PNG).json()
+        assert answer["model"]["digest"] == other_runtime.model.digest
+        assert answer["results"][0]["index"] == other_runtime(pixels[:1]).argmax()
+        card = card_when(client, lambda card: card.get("digest") == runtime.model.digest)
+        assert card["images"] <= 1  # a pair in the other order has its own figures,
+        assert client.post("/admin/promote").json()["digest"] == runtime.model.digest  # and may go back at once
+    assert asked == [other_runtime.model.digest, runtime.model.digest]
+    assert swapped == [1, 1]
+
+
+def test_a_promotion_that_fails_leaves_both_where_they_are(shadowed, runtime, other_runtime, pixels, encode):
+    def load(digest):
+        raise Refusal("other.onnx is another file than the one that was compared; reload to compare it")
+
+    with shadowed(Process(other_runtime), load=load, take_over=lambda: pytest.fail("swapped")) as client:
+        running(client)
+        send(client, pixels, encode)
+        card_when(client, lambda card: card["images"] == 5)
+        response = client.post("/admin/promote")
+        assert (response.status_code, response.json()["type"]) == (409, "urn:diracnet:problem:bad-model")
+        assert client.get("/model").json()["digest"] == runtime.model.digest
+        assert client.get("/model").json()["shadow"]["images"] == 5
+
+
+def test_the_alerts_ask_for_what_is_there(runtime, other_runtime):
+    identities = Identity.of(runtime.model), Identity.of(other_runtime.model)
+    families = [*Watch().collect(), *Comparison(*identities).metrics()]
+    names = {family.name + ("_total" if family.type == "counter" else "") for family in families}
+    rules = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    asked = {name for rule in rules for name in re.findall(r"diracnet_\w+", rule["expr"])}
+    assert len(rules) == 4
+    assert asked < names
+
+
+def test_without_a_shadow_there_is_nothing_to_promote(runtime):
+    app = make_app(runtime, Limits(), access=Access(b"key"), load=lambda: [runtime])
+    with TestClient(app) as client:
+        assert client.post("/admin/promote").status_code == 401
+        response = client.post("/admin/promote", headers=KEY)
+    assert (response.status_code, response.json()["type"]) == (409, "urn:diracnet:problem:not-compared")
+    assert "start the server with --shadow" in response.json()["detail"]
+
+
+def test_roles_are_shared_by_workers_and_a_reload_of_what_was_promoted_says_so(tmp_path, caplog):
+    config = ServeConfig((tmp_path / "plain.onnx",), runtime="mnn", shadow=tmp_path / "other.onnx")
+    first, second = Roles(config, tmp_path), Roles(config, tmp_path)
+    assert (second.served.models, second.served.runtime) == (config.models, "mnn")
+    assert (second.shadow.models, second.shadow.runtime) == ((config.shadow,), "auto")
+    assert not caplog.text
+    first.swap()
+    assert second.served.models == (config.shadow,)
+    assert "other.onnx is read, as it was promoted; a new start of the server serves plain.onnx again" in caplog.text
+    assert (second.shadow.models, second.shadow.runtime) == (config.models, "mnn")
+    second.swap()
+    assert first.served.models == config.models
