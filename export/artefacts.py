@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from export.compare import TOLERANCES, Answer
+from export.runtimes.cascade import Cascade, read_forms
 from export.runtimes.described import NOTHING, Described
 from export.runtimes.signature import Reading
 from train.files import read_whole
@@ -37,6 +38,7 @@ class Form:
     # images → the first node that overflows in float16, where it computes in more than its graph says
     overflow: Callable[[np.ndarray], str | None] = lambda images: None
     reading: Reading | None = None  # of somebody else's net
+    exact: Path | None = None  # of a cascade: the file that answers where `path` is in doubt
 
     def __post_init__(self) -> None:
         if self.precision not in TOLERANCES:
@@ -52,20 +54,28 @@ class Form:
         return self.path.stem if self.spec.family == "unknown" else self.spec.name
 
     @property
+    def file_name(self) -> str:
+        return " and ".join(path.name for path in (self.path, self.exact) if path)
+
+    @property
     def gives_probabilities(self) -> bool:
         return self.reading is not None and self.reading.scores == "probabilities"
 
 
-def open_artefact(path: Path, *, provider: Provider | None = None, said: Described = NOTHING) -> Form:
+def open_artefact(
+    path: Path, *, provider: Provider | None = None, said: Described = NOTHING, cascade: Path | None = None
+) -> Form:
     """A checkpoint, plain net, ONNX or engine; an ONNX on the best provider that loads, or on `provider`.
 
-    `said` is what its user says of somebody else's ONNX.
+    `said` is what its user says of somebody else's ONNX; `cascade` the other file of a cascade.
     Refuses what is none of these, what is said of a file that says it itself, and a provider that does not load.
     """
     if said.sources and path.suffix != ".onnx":
         raise Refusal(
             f"{path} says itself how it is read; leave {', '.join(f'--{name}' for name, _ in said.sources)} out"
         )
+    if cascade:
+        return _open_cascade((path, cascade), said)
     match path.suffix:
         case ".pt":
             return _open_checkpoint(path)
@@ -172,6 +182,29 @@ def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
         ),
         overflow=overflow,
         reading=session.model.reading,
+    )
+
+
+def _open_cascade(paths: tuple[Path, Path], said: Described) -> Form:
+    from export.runtimes.onnx_session import OnnxSession
+
+    forms = read_forms(paths)
+    quick, exact = (OnnxSession(path, shares_cores=True, said=said) for path in (forms.quick, forms.exact))
+    cascade = Cascade(quick, exact, forms.evidence)
+
+    def layers(images: np.ndarray) -> dict[str, np.ndarray]:
+        raise Refusal(f"{forms.quick} and {forms.exact}: a cascade shows no layers; name one of them")
+
+    return Form(
+        f"{forms.quick} and {forms.exact}",
+        forms.quick,
+        cascade.model.digest,
+        "int8",
+        cascade.model.spec,
+        cascade.model.provenance,
+        cascade,
+        layers,
+        exact=forms.exact,
     )
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "python export/evaluate.py runs/photos/plain.onnx --data-dir photos     # the test images of its run",
     "python export/evaluate.py models/fashion-mnist.onnx --out report",
+    "python export/evaluate.py models/fashion-mnist.onnx --cascade models/fashion-mnist-int8.onnx",
     "python export/evaluate.py plain.onnx --store-reference      # so that the server tells drift",
     "python export/evaluate.py theirs.onnx --data-dir photos --labels names.txt --resize 256      # all images there",
 )
@@ -40,6 +41,9 @@ class EvaluateConfig(ReadingFlags):
     out: Annotated[Path, "folder for report.html, report.json, confusion.png, reliability.png, mistakes.png"] = Path(
         "report"
     )
+    cascade: Annotated[
+        Path | None, "the other form of an fp32 or int8 model: int8 answers, and fp32 where that is in doubt"
+    ] = None
     store_reference: Annotated[
         bool, "count the answers in the model's own file, .onnx or card of an .engine, for the server to compare with"
     ] = False
@@ -56,14 +60,17 @@ def command(config: EvaluateConfig) -> int:
 
     from export.artefacts import open_artefact
     from export.judged import find_judged
+    from export.runtimes.cascade import Cascade
     from export.store_reference import refuse_what_takes_none, store
     from train.files import write_whole
     from train.progress import make_console, printable, track
 
+    if config.store_reference and config.cascade:
+        raise Refusal("--store-reference is for one file, and --cascade judges two; leave one of them out")
     if config.store_reference:
         refuse_what_takes_none(config.model)
     console = make_console(json=config.json)
-    form = open_artefact(config.model, said=from_flags(config))
+    form = open_artefact(config.model, said=from_flags(config), cascade=config.cascade)
     if form.reading:
         console.print(f"{form.name}: {form.reading}")
     judged = find_judged(form, dataset=config.dataset, data_dir=config.data_dir, track=partial(track, console))
@@ -72,6 +79,8 @@ def command(config: EvaluateConfig) -> int:
     for name, content in _files(report).items():
         write_whole(config.out / name, content)
     _print_summary(console, report)
+    if isinstance(form.answer, Cascade):
+        console.print(form.answer.counted)
     console.print(f"wrote {config.out / 'report.html'}, report.json, confusion.png, reliability.png and mistakes.png")
     if config.store_reference:
         for line in store(config.model, probabilities, what=judged.what):
@@ -90,7 +99,7 @@ def _judge(
     targets = judged.targets[places]
     return Report(
         model=form.model_name,
-        file=form.path.name,
+        file=form.file_name,
         digest=form.digest,
         dataset=judged.dataset,
         what=judged.what,

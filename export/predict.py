@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "python export/predict.py runs/photos/plain.onnx new-photos --out predictions.csv",
     "python export/predict.py models/fashion-mnist.onnx models/held-out/*.png --top-k 3 --out predictions.json",
+    "python export/predict.py plain.onnx photos --cascade plain-int8.onnx",
     "python export/predict.py theirs.onnx photos --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --labels names.txt",
 )
 NUM_NAMED = 20  # unreadable images that are named on the screen; the file names all
@@ -34,6 +35,9 @@ class PredictConfig(ReadingFlags):
         "predictions.csv"
     )
     top_k: Annotated[int, "classes per image"] = 1
+    cascade: Annotated[
+        Path | None, "the other form of an fp32 or int8 model: int8 answers, and fp32 where that is in doubt"
+    ] = None
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -51,13 +55,14 @@ def command(config: PredictConfig) -> int:
     """
     from export.answering import answer_each, load_file
     from export.artefacts import open_artefact
+    from export.runtimes.cascade import Cascade
     from train.files import write_whole
     from train.folder import find_images
     from train.progress import make_console, printable, track
     from train.survey import describe_left_out
 
     console = make_console()
-    form = open_artefact(config.model, said=from_flags(config))
+    form = open_artefact(config.model, said=from_flags(config), cascade=config.cascade)
     if form.reading:
         console.print(f"{form.name}: {form.reading}")
     paths, left_out = find_images(config.images)
@@ -70,6 +75,8 @@ def command(config: PredictConfig) -> int:
     ]
     content = _csv(results, min(config.top_k, len(form.spec.labels))) if config.out.suffix == ".csv" else None
     write_whole(config.out, content or _json(form, results))
+    if isinstance(form.answer, Cascade):
+        console.print(form.answer.counted)
     return _summarize(console, config, form, results)
 
 

@@ -160,13 +160,17 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
     """The candidate that loses least on training images; the record says what it costs on the test images."""
     from dataclasses import asdict
 
+    import numpy as np
+
     from export.compare import ALLOWED_DROP, INT8_AGREEMENT
+    from export.escalation import answer_both, measure
     from export.graph import to_onnx
-    from export.quantize import TRIED, num_images_run, quantize
+    from export.quantize import TRIED, answerer, measure_drop, num_images_run, quantize
+    from export.runtimes.cascade import RECORD
     from fold.lower import distinct_lowerings
     from train.progress import progress
 
-    observed, chosen_by, test = _images(plain, config, console)
+    observed, chosen_by, set_aside, test = _images(plain, config, console)
     tried = tuple(lowering for lowering in TRIED if lowering in distinct_lowerings(plain.net))
     lowerings = tried if config.lowering is None else (config.lowering,)
     with progress(console, "calibrating", num_images_run(lowerings, len(observed), len(chosen_by))) as advance:
@@ -180,8 +184,14 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
             chosen_by=chosen_by,
             advance=advance,
         )
-    drop = _test(to_onnx(plain.net, plain.spec, {}), quantized.model, test, console)
+    forms = answerer(to_onnx(plain.net, plain.spec, {})), answerer(quantized.model)
+    with progress(console, "testing", sum(map(len, (test, *set_aside)))) as advance:
+        tested = answer_both(*forms, [test], advance)
+        evidence = measure(answer_both(*forms, set_aside, advance), tested) if set_aside else None
+    drop = measure_drop(*tested, np.asarray(test.targets))
     _print(console, quantized.candidates, drop)
+    if evidence:
+        console.print(f"as a cascade: {evidence}")
     if not drop:
         print(
             f"more than {100 * ALLOWED_DROP:.1f} points of test accuracy are lost, "
@@ -198,14 +208,14 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
             "candidates": [asdict(candidate) for candidate in quantized.candidates],
         },
         "test": asdict(drop),
+        **({RECORD: evidence.to_dict()} if evidence else {}),
     }
     return quantized.model, record, bool(drop)
 
 
-def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[Any, Any, Any]:
-    """Training images to observe, training images to choose by, and the test split."""
-    import numpy as np
-
+def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[Any, Any, Any, Any]:
+    """Training images to observe, training images to choose by, parts to choose a threshold by, and the test split."""
+    from export.escalation import images_to_choose_by, mixed
     from train import data
 
     training = plain.provenance.get("training", {})
@@ -229,28 +239,10 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
     num = min(config.calibration_images, max(1, len(dataset.train) // 3))  # one third sets ranges, the rest chooses
     if num < config.calibration_images:
         console.print(f"{len(dataset.train)} training images: ranges are set by {num}, not {config.calibration_images}")
-    order = np.random.default_rng(0).permutation(len(dataset.train))
+    order = mixed(dataset.train)
     observed, chosen_by = (dataset.train.take(part) for part in (order[:num], order[num : 3 * num]))
-    return observed.first(len(observed)), chosen_by.first(len(chosen_by)), dataset.test
-
-
-def _test(reference: "onnx.ModelProto", model: "onnx.ModelProto", test: Any, console: "Console") -> "Drop":
-    """Both graphs on the whole test split, read a piece at a time."""
-    import numpy as np
-
-    from export.compare import BATCH_SIZE
-    from export.quantize import answerer, measure_drop
-    from train.progress import progress
-
-    answers, logits = (answerer(reference), answerer(model)), ([], [])
-    with progress(console, "testing", len(test)) as advance:
-        for indices in np.array_split(np.arange(len(test)), -(-len(test) // BATCH_SIZE)):
-            images = test.take(indices).first(len(indices))
-            for answer, of_it in zip(answers, logits, strict=True):
-                of_it.append(answer(images))
-            advance(len(indices))
-    before, after = map(np.concatenate, logits)
-    return measure_drop(before, after, np.asarray(test.targets))
+    set_aside = images_to_choose_by(dataset, num) if config.precision == "int8" else []
+    return observed.first(len(observed)), chosen_by.first(len(chosen_by)), set_aside, dataset.test
 
 
 def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:

@@ -29,6 +29,7 @@ from serve.metrics import MEDIA_TYPE, Metrics, watch_probes
 from serve.probing import Prober
 from serve.problems import Problem
 from serve.reload import Load, Reloader, warm_up
+from serve.rpc.port import RpcAddress
 from serve.shadow import Shadow
 from serve.signals import heed_signals
 from serve.v2 import make_router, refuse_unready
@@ -63,12 +64,14 @@ def make_app(
     load: Load | None = None,
     observers: Sequence[Observer] = (),
     reload_everywhere: Callable[[], None] | None = None,
+    rpc: RpcAddress | None = None,
     shadow: Shadow | None = None,
 ) -> FastAPI:
     """The whole server around one loaded model, in one runtime or one for each device.
 
     It is ready once its lifespan has warmed the model up. `load` makes the runtimes anew, on SIGHUP and, where there
     is a key, on POST /admin/reload, which then calls `reload_everywhere`. `observers` learn of every finished request.
+    `rpc` is where gRPC is served beside HTTP.
     `shadow` answers a share of the images too, and POST /admin/promote makes it the model.
     """
     batcher = Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
@@ -77,12 +80,18 @@ def make_app(
     metrics = Metrics(batcher, door)
     prober = Prober(batcher, every_s=limits.probe_every_s, deadline_s=limits.deadline_s)
     watch_probes(metrics, prober)
+    batcher.find_fault = lambda: prober.fault
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
         await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
         batcher.start()
+        if rpc:
+            from serve.rpc.server import RpcServer  # an extra, and a tenth of a second
+
+            app.state.rpc = RpcServer(app, hot, batcher, limits, access)
+            await app.state.rpc.start(rpc)
         if shadow:
             shadow.start(lambda: batcher.served.model)
         app.state.is_ready = True
@@ -92,12 +101,16 @@ def make_app(
         no_longer_ready()
         if probing:
             probing.cancel()
+        if app.state.rpc:
+            await app.state.rpc.stop()
         await batcher.close()
         if shadow:
             shadow.close()
 
     def no_longer_ready() -> None:
         app.state.is_ready = False
+        if app.state.rpc:
+            app.state.rpc.begin_stop()
 
     app = _App(
         title="DiracNet",
@@ -109,7 +122,7 @@ def make_app(
         lifespan=lifespan,
         exception_handlers=problems.exception_handlers(),
     )
-    app.front = Hot(app.routed, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
+    app.front = hot = Hot(app.routed, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
     if access.cors_origins:
         app.front = cors = CORSMiddleware(
             app.front,
@@ -119,7 +132,7 @@ def make_app(
             expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
         )
         cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the one answer that `Hot` never sees
-    app.state.is_ready, app.state.prober = False, prober
+    app.state.is_ready, app.state.rpc, app.state.prober = False, None, prober
     _add_predict(app)
     _add_operation(app, batcher, metrics, prober)
     app.include_router(make_router(batcher, limits))
@@ -167,7 +180,7 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Pro
     @app.get("/readyz", responses=problems.documented(problems.NOT_READY))
     async def readyz(request: Request) -> dict[str, str]:
         """The model runs at every batch size and answers as its file says, images are decoded, nothing stops."""
-        refuse_unready(request, batcher)
+        refuse_unready(request.app.state.is_ready, batcher)
         return {"status": "ready"}
 
 

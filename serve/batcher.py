@@ -104,6 +104,8 @@ class Batcher:
         self.seconds_per_image = 0.0
         self.num_held = 0  # images accepted and not answered
         self.observe_batch: Callable[[int], None] = lambda num_images: None
+        self.find_fault: Callable[[], str] = lambda: ""  # why nobody should ask, serve/probing.py
+        self.observe_run: Callable[[Runtime], None] = lambda runtime: None  # which has computed a batch
         self.watch = Watch()
         self.shadow: Shadow | None = None
 
@@ -235,9 +237,9 @@ class Batcher:
         start = monotonic()
         try:
             images: list[np.ndarray] = [*chain.from_iterable(pixels)]  # type: ignore[arg-type]
-            logits = self._compute(runtime, images)
-            top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
             is_probe = jobs[0].is_probe  # as all of them
+            logits = self._compute(runtime, images, is_probe=is_probe)
+            top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
             is_finite = _share(jobs, runtime.model, logits, top_k, _uncounted if is_probe else self.watch)
             if self.shadow and not is_probe:
                 self.shadow.offer(runtime.model, images, logits, is_finite)
@@ -252,13 +254,17 @@ class Batcher:
         self.seconds_per_image = _SMOOTHING * (self.seconds_per_image or per_image) + (1 - _SMOOTHING) * per_image
         self._loop.call_soon_threadsafe(_deliver, jobs)
 
-    def _compute(self, runtime: Runtime, images: Sequence[np.ndarray]) -> np.ndarray:
+    def _compute(self, runtime: Runtime, images: Sequence[np.ndarray], *, is_probe: bool) -> np.ndarray:
         """Images → logits [N, K], `max_batch` at a time."""
         size = self._limits.max_batch
         batches = [np.stack(images[start : start + size]) for start in range(0, len(images), size)]
+        logits = []
         for batch in batches:
             self.observe_batch(len(batch))
-        return np.concatenate([runtime(batch) for batch in batches])
+            logits.append(runtime(batch))
+            if not is_probe:
+                self.observe_run(runtime)
+        return np.concatenate(logits)
 
     def _overloaded(self) -> Problem:
         wait_s = max(1, math.ceil(self.num_held * self.seconds_per_image / len(self.served.runtimes)))

@@ -271,7 +271,7 @@ def _lost(error: "httpx.TransportError", url: "httpx.URL") -> Lost:
 
 @dataclass(frozen=True)
 class ClientConfig:
-    images: Annotated[tuple[Path, ...], "PNG, JPEG, WebP, BMP or GIF files, and folders whose images are taken"]
+    images: Annotated[tuple[Path, ...], "PNG, JPEG, WebP, AVIF, BMP or GIF files, and folders whose images are taken"]
     url: Annotated[str, "where the server is"] = DEFAULT_URL
     top_k: Annotated[int, "classes per image"] = 3
     json: Annotated[bool, "print the results as JSON on stdout"] = False

@@ -29,8 +29,13 @@ def kept(error: Exception) -> Exception:
 
 
 def warm_up_decoders(spec: ImageSpec) -> None:
-    """Decode a pixel in every format: Pillow loads a format's code when it meets the first image of it."""
+    """Decode a pixel in every format: Pillow loads a format's code when it meets the first image of it.
+
+    But for AVIF, whose images are decoded in processes alone (serve/weigh.py).
+    """
     for kind in FORMATS:
+        if kind == "AVIF":
+            continue
         file = io.BytesIO()
         Image.new("RGB", (1, 1)).save(file, kind)
         decode(file.getvalue(), spec)

@@ -8,6 +8,7 @@ end closes. An image that breaks out of its decoder is not in the process that h
 import os
 import resource
 import signal
+import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +28,8 @@ def run() -> None:
     """Answer until the parent is gone."""
     os.nice(_NICE)
     Image.init()
+    if avif := sys.modules.get("PIL.AvifImagePlugin"):
+        vars(avif)["DEFAULT_MAX_THREADS"] = 1  # each more takes address space that no header tells
     connection = Connection(0)
     with suppress(EOFError, OSError):
         connection.send_bytes(b"")

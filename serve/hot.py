@@ -122,24 +122,31 @@ class Hot:
                 raise
             await _refuse(send, visit, Problem(problems.INTERNAL, "the server failed; its log says why"))
         finally:
-            self._held_bytes -= visit.body_bytes
-            visit.total_s = monotonic() - visit.start
-            for observe in self._observers:
-                observe(visit)
+            self.finish(visit)
+
+    def hold(self, visit: Visit, num_bytes: int) -> None:
+        """Count what is held of all bodies; refuses more of it than the limit."""
+        visit.body_bytes += num_bytes
+        self._held_bytes += num_bytes
+        if self._held_bytes + self._batcher.decoding.given_up_bytes > self._limits.max_held_bytes:
+            detail = f"{self._limits.max_held_bytes:,} bytes of requests are held already; ask again in 1 s"
+            raise Problem(problems.OVERLOADED, detail, {"Retry-After": "1"})
+
+    def finish(self, visit: Visit) -> None:
+        """Nothing of a request is held any more; whoever observes learns of it."""
+        self._held_bytes -= visit.body_bytes
+        visit.total_s = monotonic() - visit.start
+        for observe in self._observers:
+            observe(visit)
 
     def _holding(self, receive: Receive, visit: Visit, scope: Scope) -> Receive:
-        """`receive` that counts what is held of all bodies, and refuses more of it than the limit."""
+        """`receive` that counts what comes (see `hold`)."""
 
         async def receive_and_count() -> Message:
             message = await receive()
             if REFUSAL in scope:
                 raise scope[REFUSAL]
-            num_bytes = len(message.get("body", b""))
-            visit.body_bytes += num_bytes
-            self._held_bytes += num_bytes
-            if self._held_bytes + self._batcher.decoding.given_up_bytes > self._limits.max_held_bytes:
-                detail = f"{self._limits.max_held_bytes:,} bytes of requests are held already; ask again in 1 s"
-                raise Problem(problems.OVERLOADED, detail, {"Retry-After": "1"})
+            self.hold(visit, len(message.get("body", b"")))
             return message
 
         return receive_and_count

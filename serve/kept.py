@@ -3,7 +3,7 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,44 +27,52 @@ def files_of(path: Path) -> list[Path]:
 
 
 @contextmanager
-def copied(path: Path, home: Path | None = None) -> Iterator[Path]:
-    """The same model in a folder of its own, which ends with the context unless `keep` has taken it.
+def copied(paths: Sequence[Path], home: Path | None = None) -> Iterator[tuple[Path, ...]]:
+    """The same model, of one file or several, in a folder that ends with the context unless `keep` has taken it.
 
-    The model itself where there is no room for a copy.
+    The files themselves where there is no room for a copy.
     """
-    files, folder = files_of(path), None
+    of_each, folder = [files_of(path) for path in paths], None
     try:
         folder = Path(tempfile.mkdtemp(prefix="diracnet-model-", dir=home))
-        for file in files:
-            target = folder / file.relative_to(path.parent)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
+        for index, (path, files) in enumerate(zip(paths, of_each, strict=True)):
+            for file in files:
+                target = folder / str(index) / file.relative_to(path.parent)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
     except OSError as error:
-        _log.warning("%s is read where it is: there is no copy of it (%s)", path.name, error.strerror)
-        yield path
+        names = " and ".join(path.name for path in paths)
+        _log.warning("%s is read where it is: there is no copy of it (%s)", names, error.strerror)
+        yield tuple(paths)
     else:
-        yield folder / path.name
+        yield _places(folder, paths)
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def keep(home: Path, copy: Path, digest: str) -> None:
-    """From now on the model that served last is `copy`, which `copied` made in `home`."""
-    if copy.parent.parent != home:
+def keep(home: Path, copies: Sequence[Path], digest: str) -> None:
+    """From now on the model that served last is `copies`, which `copied` made in `home`."""
+    folder = copies[0].parent.parent
+    if folder.parent != home:
         return  # there is no copy
     with suppress(OSError):  # another worker has kept the same model
-        copy.parent.rename(home / digest)
+        folder.rename(home / digest)
     write_whole(home / _LATEST, digest.encode())
     for folder in home.iterdir():
         if folder.is_dir() and not folder.name.startswith("diracnet-model-") and folder.name != digest:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def kept(home: Path, name: str) -> Path | None:
-    """The model `name` that served last, or None where none has."""
+def kept(home: Path, paths: Sequence[Path]) -> tuple[Path, ...] | None:
+    """The model of these files that served last, or None where none has."""
     latest = home / _LATEST
     if not latest.exists():
         return None
-    path = home / latest.read_text() / name
-    return path if path.exists() else None
+    places = _places(home / latest.read_text(), paths)
+    return places if all(place.exists() for place in places) else None
+
+
+def _places(folder: Path, paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Where the copies of `paths` lie: each in a folder of its own, as they may have one name."""
+    return tuple(folder / str(index) / path.name for index, path in enumerate(paths))

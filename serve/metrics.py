@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import InfoMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from export.runtimes.cascade import Cascade
+from export.runtimes.runtime import Runtime
 from serve.batcher import Batcher
 from serve.counts import COUNTS_VARIABLE
 from serve.door import Door
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _INFER = "/v2/…/infer"
+_RPC = "/inference.GRPCInferenceService/"  # whose methods are counted only where the server has them
 _STAGES = ("decode", "queue", "model", "total")
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -52,6 +55,8 @@ class Metrics:
         Gauge(
             "diracnet_connections_limit", "Connections that may be open", registry=own, multiprocess_mode="livesum"
         ).set(door.max_connections)
+        self._cascade = Counter("diracnet_cascade_images", "Images that a cascade answered", registry=own)
+        self._escalated = Counter("diracnet_cascade_escalated", "Those that went on from int8 to fp32", registry=own)
         self._shown = own
         if COUNTS_VARIABLE in os.environ:
             self._shown = CollectorRegistry()
@@ -62,6 +67,7 @@ class Metrics:
         if batcher.shadow:
             self._shown.register(batcher.shadow)
         batcher.observe_batch = self._images.observe
+        batcher.observe_run = self._observe_run
 
     def __call__(self, visit: "Visit") -> None:
         self._count(_label(visit.path), visit.status).inc()
@@ -71,6 +77,11 @@ class Metrics:
             self._queue.observe(visit.queue_s)
             self._model.observe(visit.model_s)
             self._total.observe(visit.total_s)
+
+    def _observe_run(self, runtime: Runtime) -> None:
+        if isinstance(runtime, Cascade):
+            self._cascade.inc(runtime.num_last)
+            self._escalated.inc(runtime.num_escalated_last)
 
     def render(self) -> bytes:
         """All values now."""
@@ -119,4 +130,4 @@ def _label(path: str) -> str:
     """As many series as we choose, not as clients do."""
     if path.startswith("/v2/") and path.endswith("/infer"):
         return _INFER
-    return path if path == "/predict" else "other"
+    return path if path == "/predict" or path.startswith(_RPC) else "other"

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from uvicorn.config import STARTUP_FAILURE
 
+from export.runtimes.cascade import Cascade, read_forms
 from export.runtimes.described import from_flags
 from export.runtimes.load import load_runtime
 from export.runtimes.nodes import digest_of
@@ -38,6 +39,7 @@ from serve.limits import Limits
 from serve.reload import check
 from serve.report import with_report
 from serve.roles import Roles
+from serve.rpc.port import RpcAddress
 from serve.shadow import Shadow, refuse_unfit
 from serve.shadow_process import ShadowProcess
 from serve.supervisor import Server, Supervisor
@@ -72,7 +74,10 @@ def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
 
 
 def decide(config: "ServeConfig") -> tuple["ServeConfig", str]:
-    """The config with one file and its runtime, which workers and reloads keep; and why these."""
+    """The config with one file and its runtime, which workers and reloads keep; and why these. A cascade has two."""
+    if config.cascade:
+        forms = read_forms(config.model_paths)
+        return replace(config, models=config.model_paths, runtime="onnxruntime"), str(forms)
     choice = choose(
         config.model_paths,
         runtime=config.runtime_name,
@@ -111,19 +116,36 @@ def _make_server(config: "ServeConfig", url: str, reason: str, stream: logs.LogS
 
 def load(config: "ServeConfig") -> list[Runtime]:
     """The model, checked, once for each device. What is refused is said without the file's folder."""
-    (path,), name, num_threads = config.model_paths, config.runtime_name, _num_threads(config)
-    with _by_name(path):
-        runtimes = [
-            load_runtime(path, name=name, device=device, num_threads=num_threads, said=from_flags(config))
-            for device in config.devices or (None,)
-        ]
-        for runtime in runtimes:
-            runtime.model = with_sound_reference(with_report(runtime.model, path))
-            check(runtime)
+    paths = config.model_paths
+    with _by_name(paths):
+        forms = read_forms(paths) if config.cascade else None
+        runtimes: list[Runtime] = []
+        for device in config.devices or (None,):
+            loaded = {path: _load_file(config, path, device) for path in paths}
+            runtime = loaded[paths[0]]
+            if forms:
+                runtime = Cascade(loaded[forms.quick], loaded[forms.exact], forms.evidence)
+                check(runtime)
             _refuse_what_cannot_be_shown(runtime)
-        if path.suffix == ".onnx" and not config.devices and (doubt := warning(path, read_whole(path))):
-            _log.warning(doubt)
+            runtimes.append(runtime)
+        for path in paths:
+            if path.suffix == ".onnx" and not config.devices and (doubt := warning(path, read_whole(path))):
+                _log.warning(doubt)
     return runtimes
+
+
+def _load_file(config: "ServeConfig", path: Path, device: int | None) -> Runtime:
+    runtime = load_runtime(
+        path,
+        name=config.runtime_name,
+        device=device,
+        num_threads=_num_threads(config),
+        shares_cores=config.cascade,
+        said=from_flags(config),
+    )
+    runtime.model = with_sound_reference(with_report(runtime.model, path))
+    check(runtime)
+    return runtime
 
 
 def _refuse_what_cannot_be_shown(runtime: Runtime) -> None:
@@ -135,41 +157,44 @@ def _refuse_what_cannot_be_shown(runtime: Runtime) -> None:
 
 
 def load_again(config: "ServeConfig", home: Path | None = None, digest: str | None = None) -> list[Runtime]:
-    """The model as its file is now, first tried in another process. What is tried is a copy, kept in `home`.
+    """The model as its files are now, first tried in another process. What is tried is a copy, kept in `home`.
 
     Refuses a file that has another digest than the one that is asked for.
     """
-    (path,) = config.model_paths
-    with _by_name(path), copied(path, home) as copy, _by_name(copy):
-        if digest and digest != digest_of(copy, read_whole(copy)):
-            raise Refusal(f"{path} is another file than the one that was compared; reload to compare it")
-        config = replace(config, models=(copy,))
+    paths = config.model_paths
+    with _by_name(paths), copied(paths, home) as copies, _by_name(copies):
+        if digest and digest != digest_of(copies[0], read_whole(copies[0])):
+            raise Refusal(f"{paths[0]} is another file than the one that was compared; reload to compare it")
+        config = replace(config, models=copies)
         prove(config)
         runtimes = load(config)
         if home:
-            keep(home, copy, runtimes[0].model.digest)
+            keep(home, copies, runtimes[0].model.digest)
     return runtimes
 
 
 def _load_of_worker(roles: Roles, home: Path) -> list[Runtime]:
-    """The model that served last, or where none has, the one in the file."""
+    """The model that served last, or where none has, the one in the files."""
     config = roles.served
-    (path,) = config.model_paths
-    if last := kept(home, path.name):
-        return load(replace(config, models=(last,)))
-    with _by_name(path), copied(path, home) as copy:
-        runtimes = load(replace(config, models=(copy,)))
-        keep(home, copy, runtimes[0].model.digest)
+    paths = config.model_paths
+    if last := kept(home, paths):
+        return load(replace(config, models=last))
+    with _by_name(paths), copied(paths, home) as copies:
+        runtimes = load(replace(config, models=copies))
+        keep(home, copies, runtimes[0].model.digest)
     return runtimes
 
 
 @contextmanager
-def _by_name(path: Path) -> Iterator[None]:
-    """What is refused is said without the folder of `path`."""
+def _by_name(paths: Sequence[Path]) -> Iterator[None]:
+    """What is refused is said without the folders of `paths`."""
     try:
         yield
     except Refusal as refusal:
-        raise Refusal(str(refusal).replace(str(path), path.name)) from refusal
+        said = str(refusal)
+        for path in paths:
+            said = said.replace(str(path), path.name)
+        raise Refusal(said) from refusal
 
 
 def _num_threads(config: "ServeConfig") -> int:
@@ -213,12 +238,19 @@ def _make_app(
         load=lambda: load_again(roles.served, home),
         observers=[*observers, *([tracing] if tracing else [])],
         reload_everywhere=_tell_supervisor if config.workers > 1 else None,
+        rpc=_rpc_address(config),
         shadow=shadow,
     )
     # What is there by now stays. Collections that walk through all of it hold up every hundredth answer for 30 ms.
     gc.collect()
     gc.freeze()
     return app
+
+
+def _rpc_address(config: "ServeConfig") -> RpcAddress | None:
+    if config.grpc_port is None:
+        return None
+    return RpcAddress(config.host, config.grpc_port, config.drain_seconds)
 
 
 def _make_shadow(config: "ServeConfig", roles: Roles, home: Path | None = None) -> Shadow | None:

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 
 from export.compare import TOLERANCES
+from export.runtimes.cascade import Cascade
 from export.runtimes.probe import NUM_IMAGES, SEED, probe_images
 from export.runtimes.runtime import Model, Runtime
 from serve.batcher import Batcher, Served
@@ -156,7 +157,10 @@ def _compare(name: str, precision: str, recorded: np.ndarray, logits: np.ndarray
 
 
 def warm_up(runtime: Runtime, max_batch: int) -> None:
-    """Run each batch size once: first calls allocate and choose kernels."""
+    """Run each batch size once: first calls allocate and choose kernels. Of a cascade, both forms."""
+    if isinstance(runtime, Cascade):
+        warm_up(runtime.quick, max_batch)
+        return warm_up(runtime.exact, max_batch)
     image = runtime.model.spec.image
     for size in batch_sizes(max_batch):
         _run(runtime, np.zeros((size, image.height, image.width, image.channels), np.uint8), f"{size} black images")

@@ -3,7 +3,8 @@
 import signal
 import socket
 import sys
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +13,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from export.runtimes.described import ReadingFlags
+from serve.rpc.port import reserved
 from train.cli import POSITIONAL, run_command
 from train.refusal import Refusal
 
@@ -35,8 +37,12 @@ class ServeConfig(ReadingFlags):
         Literal["auto", "onnxruntime", "mnn", "tensorrt"],
         "what runs the model; auto: the fastest here, measured in about a second and kept beside the model",
     ] = "auto"
+    cascade: Annotated[
+        bool, "of an fp32 and an int8 .onnx: int8 answers, and fp32 the images that int8 leaves in doubt"
+    ] = False
     host: Annotated[str, "address to listen on; 0.0.0.0 is every one of this machine"] = "127.0.0.1"
     port: Annotated[int, "port to listen on; 0 lets the system choose"] = 8000
+    grpc_port: Annotated[int | None, "port for gRPC too; 0 lets the system choose (default: HTTP alone)"] = None
     api_key_file: Annotated[Path | None, "file with the key that clients must send; or set DIRACNET_API_KEY"] = None
     cors_origin: Annotated[tuple[str, ...], "origins whose web pages may ask, like https://example.org"] = ()
     max_batch: Annotated[int, "images that the model computes at once"] = 32
@@ -71,6 +77,10 @@ class ServeConfig(ReadingFlags):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.cascade and self.runtime not in ("auto", "onnxruntime"):
+            raise Refusal(f"--cascade rests on what was measured in ONNX Runtime; leave --runtime {self.runtime} out")
+        if self.cascade and self.shadow:
+            raise Refusal("--shadow compares two files, and --cascade serves two as one; leave one of them out")
         if not 0 < self.shadow_share <= 1:
             raise Refusal(f"--shadow-share must be above 0 and at most 1, got {self.shadow_share:g}")
 
@@ -88,10 +98,15 @@ def serve(config: ServeConfig) -> int:
 
     SIGTERM finishes what was accepted; SIGHUP reads the model's file again and swaps it without losing a request.
     """
-    with listen(config.host, config.port) as listener:
+    with listen(config.host, config.port) as listener, ExitStack() as held:
+        where = f"http://{_for_url(config.host)}:{listener.getsockname()[1]}"
+        if config.grpc_port is not None:
+            port = held.enter_context(reserved(config.host, config.grpc_port))
+            config = replace(config, grpc_port=port)
+            where += f", gRPC at {_for_url(config.host)}:{port}"
         from serve import process
 
-        return process.run(config, listener, f"http://{_for_url(config.host)}:{listener.getsockname()[1]}")
+        return process.run(config, listener, where)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -119,12 +134,14 @@ if __name__ == "__main__":
                 "python serve/run.py                 # the Fashion-MNIST model that comes along",
                 "python serve/run.py plain.onnx",
                 "python serve/run.py plain.onnx plain-int8.onnx      # the faster one on this machine",
+                "python serve/run.py plain.onnx plain-int8.onnx --cascade    # int8, and fp32 where that is in doubt",
                 "python serve/run.py plain.onnx --host 0.0.0.0 --api-key-file key.txt --workers 4",
+                "python serve/run.py plain.onnx --grpc-port 8001     # the Open Inference Protocol over gRPC too",
                 "python serve/run.py plain.engine --devices 0 1 --max-batch 128",
                 "python serve/run.py theirs.onnx --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --labels names.txt",
                 "python serve/run.py plain.onnx --shadow newer.onnx --shadow-share 0.1      # compared in GET /model",
                 "kill -HUP PID                       # read the model's file again",
-                "curl --data-binary @image.png -H 'Content-Type: image/png' localhost:8000/predict",
+                "curl --data-binary @image.png localhost:8000/predict",
             ),
         )
     )

@@ -61,13 +61,13 @@ def write_answer(inference: Inference, logits: np.ndarray, model: dict[str, str]
     """The answer's JSON, and the bytes behind it or None. Logits float32 [N, K]."""
     output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": logits.shape, "data": logits.ravel()}
     if inference.num_classes:
-        classes = _classes(logits, labels, inference.num_classes)
+        classes = best_classes(logits, labels, inference.num_classes)
         shape = (len(classes), len(classes[0]))
         output |= {"datatype": "BYTES", "shape": shape, "data": list(chain.from_iterable(classes))}
     binary = None
     if inference.is_binary:
         data = output.pop("data")
-        binary = b"".join(map(_with_length, data)) if inference.num_classes else data.astype("<f4").tobytes()
+        binary = b"".join(map(with_length, data)) if inference.num_classes else data.astype("<f4").tobytes()
         output["parameters"] = {"binary_data_size": len(binary)}
     named = {} if inference.id is None else {"id": inference.id}
     return orjson.dumps({**model, **named, "outputs": [output]}, option=orjson.OPT_SERIALIZE_NUMPY), binary
@@ -97,10 +97,9 @@ def _only_tensor(request: dict[str, Any], name: str, tensor: str) -> dict[str, A
     return entries[0]
 
 
-def _read_images(tensor: dict[str, Any], binary: bytes, limits: Limits) -> np.ndarray | list[bytes]:
-    shape = _member(tensor, "shape", list, [], of=INPUT)
-    datatype = _member(tensor, "datatype", str, None, of=INPUT)
-    rank = {"UINT8": 4, "BYTES": 1}.get(datatype)
+def check_tensor(datatype: str | None, shape: list[Any], limits: Limits) -> None:
+    """Refuses what is neither pixels [N, H, W, C] nor files [N], or more of them than one request may hold."""
+    rank = {"UINT8": 4, "BYTES": 1}.get(datatype or "")
     if rank is None:
         raise Problem(BAD_REQUEST, f"images must be UINT8 pixels or BYTES of image files, got {_brief(datatype)}")
     if len(shape) != rank or not all(type(size) is int and size > 0 for size in shape):
@@ -110,6 +109,36 @@ def _read_images(tensor: dict[str, Any], binary: bytes, limits: Limits) -> np.nd
     if shape[0] > limits.max_images:
         detail = f"one request takes {limits.max_images} images at most, got {shape[0]}; send the rest in another"
         raise Problem(TOO_MANY_IMAGES, detail)
+
+
+def read_binary(binary: bytes, datatype: str | None, shape: list[int]) -> np.ndarray | list[bytes]:
+    """The images of a checked tensor in its bytes: uint8 [N, H, W, C], or N files."""
+    if datatype == "BYTES":
+        return counted(list(_cut(binary)), shape)
+    return _as_pixels(binary, shape)
+
+
+def read_numbers(data: list[Any], shape: list[int]) -> np.ndarray:
+    """Pixels uint8 [N, H, W, C] from whole numbers, one after another."""
+    if set(map(type, data)) - {int}:
+        wrong = next(value for value in data if type(value) is not int)
+        raise Problem(BAD_REQUEST, f"images in UINT8 must be whole numbers, got {_brief(wrong)}")
+    try:
+        content = bytes(data)
+    except ValueError as error:
+        wrong = next(value for value in data if not 0 <= value <= 255)
+        raise Problem(BAD_REQUEST, f"images in UINT8 must be from 0 to 255, got {wrong}") from error
+    return _as_pixels(content, shape)
+
+
+def _as_pixels(content: bytes, shape: list[int]) -> np.ndarray:
+    return np.frombuffer(counted(content, shape), np.uint8).reshape(shape)
+
+
+def _read_images(tensor: dict[str, Any], binary: bytes, limits: Limits) -> np.ndarray | list[bytes]:
+    shape = _member(tensor, "shape", list, [], of=INPUT)
+    datatype = _member(tensor, "datatype", str, None, of=INPUT)
+    check_tensor(datatype, shape, limits)
     size = _member(_member(tensor, "parameters", dict, {}, of=INPUT), "binary_data_size", int, None, of=INPUT)
     if size is None and binary:
         raise Problem(BAD_REQUEST, f"images have no binary_data_size, and {len(binary)} bytes follow the header")
@@ -117,14 +146,13 @@ def _read_images(tensor: dict[str, Any], binary: bytes, limits: Limits) -> np.nd
         raise Problem(BAD_REQUEST, f"binary_data_size of images is {size}, and {len(binary)} bytes follow the header")
     if size is not None and "data" in tensor:
         raise Problem(BAD_REQUEST, "images have data in the header and binary_data_size; send one of them")
-    if rank == 1:
-        return _counted(list(_cut(binary)) if size is not None else _from_base64(tensor), shape)
-    pixels = binary if size is not None else _from_numbers(tensor, shape)
-    return np.frombuffer(_counted(pixels, shape), np.uint8).reshape(shape)
+    if size is not None:
+        return read_binary(binary, datatype, shape)
+    return counted(_from_base64(tensor), shape) if datatype == "BYTES" else read_numbers(_flat(tensor, shape), shape)
 
 
-def _from_numbers(tensor: dict[str, Any], shape: list[int]) -> bytes:
-    """The pixels in `data`, flat or nested as the shape."""
+def _flat(tensor: dict[str, Any], shape: list[int]) -> list[Any]:
+    """The numbers in `data`, which are flat or nested as the shape."""
     data = _member(tensor, "data", list, [], of=INPUT)
     if data and isinstance(data[0], list):
         if len(data) != shape[0]:
@@ -133,14 +161,7 @@ def _from_numbers(tensor: dict[str, Any], shape: list[int]) -> bytes:
             if not all(isinstance(row, list) and len(row) == size for row in data):
                 raise _unlike(shape)
             data = list(chain.from_iterable(data))
-    if set(map(type, data)) - {int}:
-        wrong = next(value for value in data if type(value) is not int)
-        raise Problem(BAD_REQUEST, f"images in UINT8 must be whole numbers, got {_brief(wrong)}")
-    try:
-        return bytes(data)
-    except ValueError as error:
-        wrong = next(value for value in data if not 0 <= value <= 255)
-        raise Problem(BAD_REQUEST, f"images in UINT8 must be from 0 to 255, got {wrong}") from error
+    return data
 
 
 def _unlike(shape: list[int]) -> Problem:
@@ -167,7 +188,7 @@ def _cut(binary: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _counted(elements: Any, shape: list[int]) -> Any:
+def counted(elements: Any, shape: list[int]) -> Any:
     """`elements`, where there are as many as the shape says."""
     if len(elements) != math.prod(shape):
         found = f"got {len(elements):,}"
@@ -175,12 +196,13 @@ def _counted(elements: Any, shape: list[int]) -> Any:
     return elements
 
 
-def _with_length(text: str) -> bytes:
+def with_length(text: str) -> bytes:
+    """An element of a BYTES tensor."""
     content = text.encode()
     return len(content).to_bytes(4, "little") + content
 
 
-def _classes(logits: np.ndarray, labels: tuple[str, ...], num_classes: int) -> list[list[str]]:
+def best_classes(logits: np.ndarray, labels: tuple[str, ...], num_classes: int) -> list[list[str]]:
     """ "score:index:label" of the best classes of each image, the best first; equal ones by index."""
     order = np.argsort(-logits, axis=1, kind="stable")[:, :num_classes]
     return [

@@ -26,9 +26,10 @@ _MARK = "error: "  # of `train.cli.run_command`
 
 def prove(config: "ServeConfig") -> None:
     """Load, check and warm up the model of `config` elsewhere; refuses one that fails there, or takes too long."""
-    (path,) = config.model_paths
+    paths = config.model_paths
+    name = " and ".join(map(str, paths))
     options = given_arguments(replace(config, models=(), shadow=None, log_level="error"))
-    argv = [sys.executable, "-c", _PROGRAM, str(_ROOT), str(os.getpid()), str(path), *shlex.split(options)]
+    argv = [sys.executable, "-c", _PROGRAM, str(_ROOT), str(os.getpid()), *map(str, paths), *shlex.split(options)]
     try:
         done = subprocess.run(
             argv,
@@ -40,12 +41,12 @@ def prove(config: "ServeConfig") -> None:
         )
     except subprocess.TimeoutExpired:
         raise Refusal(
-            f"{path} does not answer within {config.reload_seconds} s; give it longer with --reload-seconds"
+            f"{name} does not answer within {config.reload_seconds} s; give it longer with --reload-seconds"
         ) from None
     if done.returncode:
         said = [line for line in done.stderr.decode(errors="replace").splitlines() if line.startswith(_MARK)]
         raise Refusal(
             said[-1].removeprefix(_MARK)
             if said
-            else f"{path} ends the process that tries it with status {done.returncode}; export it again"
+            else f"{name} ends the process that tries it with status {done.returncode}; export it again"
         )

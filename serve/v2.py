@@ -80,14 +80,14 @@ def make_router(batcher: Batcher, limits: Limits) -> APIRouter:
     @router.get("/health/ready", responses=unready)
     async def ready(request: Request) -> Ready:
         """The model answers."""
-        refuse_unready(request, batcher)
+        refuse_unready(request.app.state.is_ready, batcher)
         return {"ready": True}
 
     async def find(name: str) -> None:
-        _refuse_unknown(name, VERSION, batcher.served.model)
+        refuse_unknown(name, VERSION, batcher.served.model)
 
     async def find_version(name: str, version: str) -> None:
-        _refuse_unknown(name, version, batcher.served.model)
+        refuse_unknown(name, version, batcher.served.model)
 
     _add_model(router, "/models/{name}", find, batcher, limits)
     _add_model(router, "/models/{name}/versions/{version}", find_version, batcher, limits)
@@ -107,12 +107,12 @@ def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: 
     @router.get(path, dependencies=known, responses=unknown)
     async def describe_model() -> ModelMetadata:
         """The model's tensors."""
-        return _describe(batcher)
+        return describe(batcher)
 
     @router.get(f"{path}/ready", dependencies=known, responses=unready)
     async def model_ready(request: Request) -> ModelReady:
         """The model answers."""
-        refuse_unready(request, batcher)
+        refuse_unready(request.app.state.is_ready, batcher)
         return {"name": model_name(batcher.served.model), "ready": True}
 
     @router.post(f"{path}/infer", dependencies=known, responses=INFER_RESPONSES, openapi_extra=INFER_REQUEST)
@@ -121,13 +121,14 @@ def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: 
         deadline = asyncio.get_running_loop().time() + limits.deadline_s
         body = await within_deadline(read_body(request.receive, dict(request.headers.raw), limits), deadline, limits)
         inference = await _read(request, body, limits, batcher.turn)
-        _refuse_other_size(inference, batcher.served.model)
+        refuse_other_size(inference, batcher.served.model)
         job = await batcher.classify(inference.images, top_k=1, deadline=deadline, receive=request.receive)
         request.scope["visit"].take(job)
         return _answer(inference, job)
 
 
-def _describe(batcher: Batcher) -> ModelMetadata:
+def describe(batcher: Batcher) -> ModelMetadata:
+    """The tensors of the model that answers now."""
     runtime = batcher.served.runtimes[0]
     spec = runtime.model.spec
     image = spec.image
@@ -157,23 +158,24 @@ def _answer(inference: Inference, job: Job) -> Response:
     return Response(header + binary, media_type="application/octet-stream", headers={HEADER_BYTES: str(len(header))})
 
 
-def refuse_unready(request: Request, batcher: Batcher) -> None:
+def refuse_unready(is_ready: bool, batcher: Batcher) -> None:
     """Refuses while the server starts, stops, decodes nothing or answers its probe images wrongly."""
-    if not request.app.state.is_ready:
+    if not is_ready:
         raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
     if batcher.decoding.is_stalled():
         raise Problem(problems.NOT_READY, "images wait, and none has been decoded for a while; ask another server")
-    if fault := request.app.state.prober.fault:
+    if fault := batcher.find_fault():
         raise Problem(problems.NOT_READY, fault)
 
 
-def _refuse_unknown(name: str, version: str, model: Model) -> None:
+def refuse_unknown(name: str, version: str, model: Model) -> None:
+    """Refuses any model but the one that is here."""
     if (name, version) != (model_name(model), VERSION):
         served = f"{model_name(model)!r}, version {VERSION!r}"
         raise Problem(problems.NOT_FOUND, f"the model here is {served}; got {name[:60]!r}, version {version[:60]!r}")
 
 
-def _refuse_other_size(inference: Inference, model: Model) -> None:
+def refuse_other_size(inference: Inference, model: Model) -> None:
     """Pixels go into the model as they are, so they must have its size."""
     image = model.spec.image
     wanted = (image.height, image.width, image.channels)

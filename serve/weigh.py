@@ -3,9 +3,10 @@
 A file that is much longer to decode than its pixels explain is refused: too many scans, chunks or segments.
 """
 
+import re
 import struct
 from functools import lru_cache
-from itertools import starmap
+from itertools import islice, starmap
 from typing import NamedTuple
 
 from train.image import DETAIL, TooManyPixels, refuse_too_many_pixels
@@ -16,6 +17,8 @@ MAX_SCANS = 100  # of a JPEG; encoders write 10. Each costs a 64-megapixel one 3
 MAX_SEGMENTS = 1000  # of a JPEG, before its pixels; a profile of 16 MB has 250
 MAX_CHUNKS, CHUNK_BYTES = 256, 1024  # of a PNG: so many, and one more for so many bytes; libpng's have 8,192
 MAX_RLE_PIXELS = 4_000_000  # of a BMP whose runs Pillow expands in Python, byte by byte
+MAX_AVIF_SIZES = 64  # of the image, its transparency and its tiles, which share one
+_AVIF_SIZE = re.compile(rb"ispe\0\0\0\0(.{8})", re.DOTALL)
 _TEXT_BYTES = 2**20  # what Pillow inflates of one compressed text or profile
 _BAND_BYTES = 20 * 2**20  # for conversions in train/image.py, which take as much for each of 2^20 pixels at once
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -74,6 +77,8 @@ def _weigh(content: bytes, spec: ImageSpec) -> Weight:
         return _weigh_webp(content)
     if content.startswith(b"BM"):
         return _weigh_bmp(content)
+    if content[4:8] == b"ftyp":
+        return _weigh_avif(content)
     if content.startswith(b"GIF8"):
         width, height = struct.unpack_from("<HH", content, 6)
         num_pixels = width * height
@@ -186,6 +191,18 @@ def _weigh_webp(content: bytes) -> Weight:
             width, height = (size & 0x3FFF for size in struct.unpack_from("<HH", content, 26))
     num_pixels = width * height
     return Weight(width, height, 20 * num_pixels + 2 * len(content), 6e-8 * (num_pixels + len(content)))
+
+
+def _weigh_avif(content: bytes) -> Weight:
+    """Never light, as the stream of its pixels has a size of its own: the memory of its process is what bounds it."""
+    found = islice(_AVIF_SIZE.finditer(content), MAX_AVIF_SIZES + 1)
+    sizes = [struct.unpack(">II", match[1]) for match in found]
+    if len(sizes) > MAX_AVIF_SIZES:
+        raise Refusal(f"the AVIF has more than {MAX_AVIF_SIZES} sizes of its parts; save it anew")
+    width, height = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
+    num_pixels = width * height
+    num_bytes = LIGHT.num_bytes + 20 * num_pixels + 2 * len(content)
+    return Weight(width, height, num_bytes, 2 * LIGHT.seconds + 4e-8 * num_pixels)
 
 
 def _weigh_bmp(content: bytes) -> Weight:

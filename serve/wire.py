@@ -13,9 +13,11 @@ from starlette.types import Receive
 
 from serve.limits import Limits
 from serve.problems import BAD_REQUEST, MEDIA_TYPE_UNKNOWN, TIMEOUT, TOO_LARGE, TOO_MANY_IMAGES, Problem
+from train.image import FORMATS, begins_as_an_image
 
-RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp", "image/gif", "application/octet-stream")
-_RAW_ALIASES = ("", "image/jpg", "image/x-ms-bmp", "image/x-bmp")  # what some clients say instead
+RAW_TYPES = (*(f"image/{kind.lower()}" for kind in FORMATS), "application/octet-stream")
+_ANY_IMAGE = "image/"  # image/jpg, image/x-ms-bmp: what a body is, its first bytes say
+_CURLS_OWN = "application/x-www-form-urlencoded"  # what curl --data-binary says unless told
 LONG_JSON_BYTES = 2**16  # longer ones are read in a thread, as they would hold up the event loop
 # A long document holds Python's lock while it is read: a million numbers for 20 ms, as many lists for 270 ms.
 MAX_JSON_LISTS, MAX_JSON_VALUES = 2**17, 2**20
@@ -64,7 +66,7 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
         raise Problem(MEDIA_TYPE_UNKNOWN, detail)
     content_type = headers.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
-    if media_type in RAW_TYPES or media_type in _RAW_ALIASES:
+    if media_type in RAW_TYPES or not media_type or media_type.startswith(_ANY_IMAGE):
         return [await read_body(receive, headers, limits)]
     if media_type == "multipart/form-data":
         form = _Form(content_type, limits)
@@ -72,7 +74,13 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
         return form.finish()
     if media_type == "application/json":
         return await parse(turn, _images_of_json, await read_body(receive, headers, limits), limits)
-    raise Problem(MEDIA_TYPE_UNKNOWN, _media_type_detail(media_type))
+    if media_type == _CURLS_OWN:
+        body = await read_body(receive, headers, limits)
+        if begins_as_an_image(body):
+            return [body]
+        raise Problem(MEDIA_TYPE_UNKNOWN, f"{media_type} is not an image; with curl: --data-binary @FILE")
+    taken = f"{', '.join(RAW_TYPES)}, multipart/form-data or application/json"
+    raise Problem(MEDIA_TYPE_UNKNOWN, f"send {taken}, got {media_type}")
 
 
 async def parse(turn: asyncio.Lock, function: Callable[..., Read], body: bytes, *arguments: Any) -> Read:
@@ -249,11 +257,3 @@ def _too_large(limits: Limits) -> Problem:
 
 def _too_many_images(limits: Limits) -> Problem:
     return Problem(TOO_MANY_IMAGES, f"one request takes {limits.max_images} images at most; send the rest in another")
-
-
-def _media_type_detail(media_type: str) -> str:
-    if media_type == "application/x-www-form-urlencoded":  # what curl -d and --data-binary say unless told
-        return f"{media_type} is no image; add -H 'Content-Type: image/png' (or {', '.join(RAW_TYPES[1:4])})"
-    return f"send {', '.join(RAW_TYPES)}, multipart/form-data or application/json, got {media_type}" + (
-        "; convert the image to PNG or JPEG" if media_type.startswith("image/") else ""
-    )

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from train.image import FORMATS
+
 
 @dataclass(frozen=True)
 class Request:
@@ -66,6 +68,8 @@ def sound_files(rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
         "tiff": (colour, "TIFF", {}),
         "ico": (colour, "ICO", {}),
     }
+    if "AVIF" in FORMATS:
+        kinds |= {"avif": (colour, "AVIF", {}), "avif-alpha": (transparent, "AVIF", {"speed": 10})}
     for name, (image, kind, options) in kinds.items():
         file = io.BytesIO()
         image.save(file, format=kind, **options)

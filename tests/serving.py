@@ -20,11 +20,11 @@ def popen(argv, **options):
 
 
 def read_greeting(server):
-    """Wait until it listens: the line that says what it serves, and its `url`."""
+    """Wait until it listens: the line that says what it serves, the one that says where, and its `url`."""
     lines = []
     for line in server.stdout:
         if found := re.match(r"serving at (http://127\.0\.0\.1:\d+)", line):
-            server.greeting, server.url = lines[-1], found.group(1)
+            server.greeting, server.where, server.url = lines[-1], line, found.group(1)
             return
         lines.append(line)
     raise AssertionError(f"the server ended before it listened, after {lines}")

@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
+from export.runtimes.cascade import read_forms
 from export.runtimes.onnx_session import OnnxSession
 from serve.choose import why_unfit
 from train.image import decode
@@ -40,6 +41,19 @@ def test_the_int8_form_is_of_the_same_net_and_costs_what_the_readme_says():
     test, text = export["test"], (MODELS / "README.md").read_text()
     assert f"| {100 * test['accuracy']:.2f} %, the same class as fp32 on {100 * test['top1_agreement']:.2f} %" in text
     assert test["num_images"] == 10_000
+
+
+def test_the_cascade_is_worth_what_the_readmes_say():
+    evidence = read_forms(sorted(MODELS.glob("*.onnx"))).evidence
+    share, bound = f"{100 * evidence.share_escalated:.1f} %", f"at most {100 * evidence.changed_at_most:.2g} %"
+    for path, said in (
+        (MODELS / "README.md", f"{share} of 10,000 test images go on to fp32; {evidence.num_changed} classes differ"),
+        (ROOT / "README.md", f"| {share}, {evidence.num_changed} of 10,000; with 95 % certainty {bound} (int8 alone: "),
+        (ROOT / "docs" / "eight-bits.md", f"| {evidence.num_escalated}, {share} |"),
+        (ROOT / "docs" / "eight-bits.md", f"| {evidence.num_changed_alone}, {evidence.num_changed} |"),
+        (ROOT / "docs" / "eight-bits.md", f"images | {evidence.threshold:.3g} |"),
+    ):
+        assert said in path.read_text()
 
 
 def test_the_card_says_how_it_was_made_and_that_nothing_changed():

@@ -6,6 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from train.gif import first_frame
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
+_WITH_AVIF = find_spec("PIL._avif") is not None  # Pillow was built with it
 # What training folders hold and the server takes. Not TIFF: its library decodes whole tiles, whatever the image's
 # size (8x8 pixels in 783 KB took 768 MB and 4 s), gives damaged pixels as if they were sound, and writes to stderr.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *(("AVIF",) if _WITH_AVIF else ()))
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", *((".avif",) if _WITH_AVIF else ()))
 _HEADS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP", b"BM": "BMP", b"GIF8": "GIF"}
 _OTHERS = {  # how files begin that are images elsewhere
     b"II*\0": "TIFF",
@@ -27,7 +29,14 @@ _OTHERS = {  # how files begin that are images elsewhere
     b"%PDF": "PDF",
     b"<svg": "SVG",
 }
-_BRANDS = {b"avif": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}  # behind "ftyp", from byte 4 on
+_BRANDS = {  # behind "ftyp", from byte 4 on
+    b"avif": "AVIF",
+    b"avis": "AVIF",
+    b"heic": "HEIC",
+    b"heix": "HEIC",
+    b"mif1": "HEIF",
+}
+_STARTS = (*_HEADS, *_OTHERS)
 # A 50-megapixel photograph passes; anything larger is refused before its pixels are decoded.
 MAX_PIXELS = 64_000_000
 # Pixels to decode for one of the input. Eleven photographs of 12 megapixels, full of detail, differ at 224 pixels by
@@ -50,7 +59,7 @@ def decode(
     crop: Callable[[Image.Image, ImageSpec], Image.Image] | None = None,
     smallest_crop: float = 1.0,
 ) -> np.ndarray:
-    """Bytes of a PNG, JPEG, WebP, BMP or GIF of any size and mode → uint8 [height, width, channels].
+    """Bytes of an image in one of FORMATS, of any size and mode → uint8 [height, width, channels].
 
     Of an animation the first frame. Resized and cropped at the centre as `spec` says, or by `crop`, which keeps
     `smallest_crop` of the area or more. A JPEG far larger than the input is decoded at a half, quarter or eighth of its
@@ -71,13 +80,19 @@ def decode(
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         if isinstance(error, OSError) and "truncated" in str(error):
             raise Refusal("the image is cut short: its last bytes are missing; send the whole file") from error
-        if kind := _OTHERS.get(content[:4]) or (_BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None):
+        kind = _OTHERS.get(content[:4]) or (_BRANDS.get(content[8:12]) if content[4:8] == b"ftyp" else None)
+        if kind and kind not in FORMATS:
             raise Refusal(f"the image is {kind}, which is not decoded here; convert it to PNG or JPEG") from error
         if not content:
             raise Refusal("the file is empty") from error
-        if name := next((name for head, name in _HEADS.items() if content.startswith(head)), None):
+        if name := kind or next((name for head, name in _HEADS.items() if content.startswith(head)), None):
             raise Refusal(f"the image is a damaged {name} file; save or download it again") from error
         raise Refusal(f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
+
+
+def begins_as_an_image(content: bytes) -> bool:
+    """Whether the first bytes are those of a format that `decode` reads, or refuses by its name."""
+    return content.startswith(_STARTS) or content[4:8] == b"ftyp"
 
 
 def refuse_too_many_pixels(width: int, height: int, max_pixels: int) -> None:

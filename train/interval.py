@@ -18,3 +18,26 @@ def interval(num_hits: float, num: int, *, z: float = Z) -> tuple[float, float]:
 
 def percent(ends: tuple[float, float]) -> str:
     return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f} %"
+
+
+def at_most(num_hits: int, num: int, *, doubt: float = 0.05) -> float:
+    """The bound of Clopper and Pearson: the share of which so few hits would have been found with a chance of `doubt`.
+
+    Exact for any number of images; without a hit nearly 3 / num, the rule of three.
+    """
+    if num_hits >= num:
+        return 1.0
+
+    def chance(share: float) -> float:
+        """Of `num_hits` or fewer: the sum of binomial terms, each by its logarithm."""
+        logs = (
+            math.lgamma(num + 1) - math.lgamma(k + 1) - math.lgamma(num - k + 1)
+            + k * math.log(share) + (num - k) * math.log1p(-share)
+            for k in range(num_hits + 1)
+        )  # fmt: skip
+        return math.fsum(map(math.exp, logs))
+
+    low, high = num_hits / num, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if chance(middle) > doubt else (low, middle)
+    return high

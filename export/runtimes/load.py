@@ -18,12 +18,14 @@ def load_runtime(
     name: RuntimeName | None = None,
     device: int | None = None,
     num_threads: int = 0,
+    shares_cores: bool = False,
     said: Described = NOTHING,
 ) -> Runtime:
     """`.onnx` through ONNX Runtime or MNN, `.engine` through TensorRT; anything else is refused.
 
     `device` is the number of a CUDA device; None takes the first one, or the CPU where there is none.
-    `num_threads` is for the CPU; 0 lets the runtime choose. `said` is what a user says of somebody else's .onnx.
+    `num_threads` is for the CPU; 0 lets the runtime choose. A session of ONNX Runtime that `shares_cores` with another
+    one, in turns, gives them up after each call. `said` is what a user says of somebody else's .onnx.
     """
     if path.suffix not in RUNTIMES:
         raise Refusal(f"{path} is neither an .onnx nor an .engine file; make one with export/to_onnx.py")
@@ -38,7 +40,7 @@ def load_runtime(
 
             if device is not None and loadable_providers() == ("CPUExecutionProvider",):
                 raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
-            return OnnxSession(path, device=device, num_threads=num_threads, said=said)
+            return OnnxSession(path, device=device, num_threads=num_threads, shares_cores=shares_cores, said=said)
         case "mnn":
             from export.runtimes.mnn_module import MnnModule
 

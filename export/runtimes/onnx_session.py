@@ -34,6 +34,7 @@ class OnnxSession:
         device: int | None = None,
         num_threads: int = 0,
         optimize: bool = True,
+        shares_cores: bool = False,
         said: Described = NOTHING,
     ) -> None:
         content = read_whole(path)
@@ -44,6 +45,8 @@ class OnnxSession:
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = num_threads
+        if shares_cores:  # threads that wait busily for more work hold up another session's
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         asked = [(name, provider_options(name, device or 0)) for name in providers or loadable_providers()]
 

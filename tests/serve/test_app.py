@@ -13,6 +13,7 @@ from serve.access import Access
 from serve.app import make_app
 from serve.connection import Connection
 from serve.limits import Limits
+from train.image import FORMATS
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = {"Content-Type": "image/png"}
@@ -85,6 +86,25 @@ def test_lossless_formats_give_one_answer(client, pixels, encode, kind, media_ty
         assert client.post("/predict", content=content, headers=headers).json() == expected
 
 
+@pytest.mark.parametrize(
+    "media_type", ["application/x-www-form-urlencoded", "image/x-png", "image/jpeg", "IMAGE/*", "image/svg+xml; a=b"]
+)
+def test_the_first_bytes_say_what_an_image_is(client, pixels, encode, media_type):
+    """The first is what curl --data-binary says of every file."""
+    expected = client.post("/predict", content=encode(pixels[0]), headers=PNG).json()
+    response = client.post("/predict", content=encode(pixels[0]), headers={"Content-Type": media_type})
+    assert response.json() == expected
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="Pillow was built without AVIF")
+def test_an_avif_is_taken(client, pixels, encode):
+    content = encode(pixels[0], "AVIF", quality=100)
+    response = client.post("/predict", content=content, headers={"Content-Type": "image/avif"})
+    assert response.status_code == 200
+    cut = client.post("/predict", content=content[:-50], headers={"Content-Type": "image/avif"})
+    assert_problem(cut, 422, "undecodable", "the image is")
+
+
 def test_a_gif_is_taken(client, encode):
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     as_gif = client.post("/predict", content=encode(grey, "GIF"), headers={"Content-Type": "image/gif"})
@@ -115,9 +135,9 @@ def test_a_wrong_top_k_is_refused(client, pixels, encode, top_k):
     ("body", "headers", "status", "name", "detail"),
     [
         (b"", PNG, 400, "bad-request", "the request has no body"),
-        (b"hello", PNG, 422, "undecodable", "not a PNG, JPEG, WEBP, BMP or GIF image"),
+        (b"hello", PNG, 422, "undecodable", f"not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"),
         (b"hello", {"Content-Type": "text/plain"}, 415, "media-type", "got text/plain"),
-        (b"x", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "media-type", "add -H 'Content-Type"),
+        (b"x", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "media-type", "with curl: --data-binary"),
         (b"x" * 20_001, PNG, 413, "too-large", "larger than 20,000 bytes"),
         (b"{", {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
         (b"[" * 19_000, {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
@@ -127,7 +147,15 @@ def test_a_wrong_top_k_is_refused(client, pixels, encode, top_k):
         (b'{"images": [1]}', {"Content-Type": "application/json"}, 400, "bad-request", "images[0] is no base64"),
         (b'{"images": ["data:,abc"]}', JSON, 400, "bad-request", "images[0] is a data URL without base64"),
         (b"x", {"Content-Type": "image/png", "Content-Encoding": "gzip"}, 415, "media-type", "encoded as gzip; send"),
-        (b"x", {"Content-Type": "image/tiff"}, 415, "media-type", "got image/tiff; convert the image to PNG or JPEG"),
+        (
+            b"II*\0",
+            {"Content-Type": "image/tiff"},
+            422,
+            "undecodable",
+            "is TIFF, which is not decoded here; convert it",
+        ),
+        (b"x", {"Content-Type": "image/avif"}, 422, "undecodable", "not a PNG"),
+        (b"", {"Content-Type": "application/x-www-form-urlencoded"}, 400, "bad-request", "the request has no body"),
         (b'{"images": ["\xff"]}', {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
         (b"--", {"Content-Type": "multipart/form-data"}, 400, "bad-request", "the form cannot be read"),
         (b"x", {"Content-Type": "multipart/form-data; boundary=a"}, 400, "bad-request", "the form"),

@@ -223,7 +223,7 @@ def test_the_command_for_the_shell_is_copied(page, browser):
     url = page()
     browser.find_element("id", "copy").click()
     wait(browser, lambda browser: text(browser, "copy") != "Copy")
-    assert text(browser, "curl") == f"curl --data-binary @image.png -H 'Content-Type: image/png' {url}/predict"
+    assert text(browser, "curl") == f"curl --data-binary @image.png {url}/predict"
 
 
 def test_photographs_are_named_in_their_owners_words(page, browser, monkeypatch):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.weigh import MAX_CHUNKS, MAX_RLE_PIXELS, MAX_SCANS, MAX_SEGMENTS, is_light, weigh
-from train.image import TooManyPixels
+from serve.weigh import MAX_AVIF_SIZES, MAX_CHUNKS, MAX_RLE_PIXELS, MAX_SCANS, MAX_SEGMENTS, is_light, weigh
+from train.image import FORMATS, TooManyPixels
 from train.refusal import Refusal
 from train.spec import ImageSpec
 
@@ -72,6 +72,13 @@ KINDS = {  # all that weigh something else
     "bmp": (mode("RGB"), "BMP", {}),
     "bmp-1": (mode("1"), "BMP", {}),
 }
+AVIFS = {
+    "avif": (mode("RGB"), "AVIF", {"speed": 10}),
+    "avif-444": (mode("RGB"), "AVIF", {"speed": 10, "subsampling": "4:4:4"}),
+    "avif-alpha": (mode("RGBA"), "AVIF", {"speed": 10}),
+    "avif-turned": (mode("RGB"), "AVIF", {"speed": 10, **turned()}),
+}
+KINDS |= AVIFS if "AVIF" in FORMATS else {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +86,7 @@ def test_the_size_is_that_of_pillow(kind):
     content = image(kind, 37, 21)
     weight = weighed(content)
     assert (weight.width, weight.height) == Image.open(io.BytesIO(content)).size
-    assert is_light(weight)
+    assert is_light(weight) != kind.startswith("avif")  # whose pixels say their size once more, for themselves
 
 
 MEASURE = """
@@ -89,6 +96,9 @@ from pathlib import Path
 from train.image import FORMATS, decode
 from train.spec import ImageSpec
 from PIL import Image
+Image.init()
+if avif := sys.modules.get("PIL.AvifImagePlugin"):
+    avif.DEFAULT_MAX_THREADS = 1  # as in serve/decode_worker.py
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 spec = eval(sys.argv[2])
@@ -175,6 +185,16 @@ def test_a_large_bmp_of_runs_is_refused_and_a_small_one_is_heavy():
     assert not is_light(weighed(runs(20, 20)))
     with pytest.raises(Refusal, match="the BMP is compressed and has 4,002,000 pixels"):
         weighed(runs(2000, MAX_RLE_PIXELS // 2000 + 1))
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="Pillow was built without AVIF")
+def test_an_avif_of_many_sizes_is_refused_and_one_of_none_is_not_light():
+    content = image("avif", 8, 8)
+    size = b"ispe" + struct.pack(">III", 0, 9, 9)
+    weighed(content + (MAX_AVIF_SIZES - 1) * size)
+    with pytest.raises(Refusal, match="the AVIF has more than 64 sizes of its parts; save it anew"):
+        weighed(content + MAX_AVIF_SIZES * size)
+    assert not is_light(weighed(content.replace(b"ispe", b"none")))
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "webp-lossless", "webp-alpha", "bmp"])

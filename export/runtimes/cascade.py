@@ -1,0 +1,217 @@
+"""An exact cascade: eight bits answer, and an image that they leave in doubt goes on to float32. Itself a runtime."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.runtimes.header import Header, read_header
+from export.runtimes.nodes import digest_of
+from export.runtimes.runtime import Model, Runtime
+from export.runtimes.saturation import warning
+from train.files import read_whole
+from train.refusal import Refusal
+
+QUICK, EXACT = "int8", "fp32"
+RECORD = "cascade"  # its key in the record of the export
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """From which gap on eight bits are believed, and what that was worth; export/escalation.py measures it.
+
+    A class has changed where it is not float32's.
+    """
+
+    threshold: float  # of the gap, as logits count: the largest error of `num_chosen_by` images
+    num_chosen_by: int
+    num_test: int  # test images, none of which chose the threshold
+    num_escalated: int  # of these: how many went on to float32,
+    num_changed: int  # whose class the cascade changes,
+    num_changed_alone: int  # and whose class eight bits alone change
+    changed_at_most: float  # share of changed classes among images like the test images, with 95 % certainty
+
+    @property
+    def share_escalated(self) -> float:
+        return self.num_escalated / self.num_test
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "share_escalated": self.share_escalated}
+
+    def __str__(self) -> str:
+        return (
+            f"{EXACT} answers where the two largest logits of {QUICK} lie within {self.threshold:.3g}, "
+            f"{100 * self.share_escalated:.2g} % of {self.num_test:,} test images; of these {self.num_changed} "
+            f"have another class than in {EXACT} ({self.num_changed_alone} in {QUICK} alone), "
+            f"with 95 % certainty at most {100 * self.changed_at_most:.2g} %"
+        )
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The two files of a cascade, which fit each other."""
+
+    quick: Path
+    exact: Path
+    digests: tuple[str, str]
+    evidence: Evidence
+
+    def __str__(self) -> str:
+        (quick, exact), (first, second) = self.digests, (self.quick, self.exact)
+        return f"{first.name} ({quick[:12]}), then {second.name} ({exact[:12]}): {self.evidence}"
+
+
+class Cascade:
+    """Two forms of one net; `model` and `description` as in `Runtime`. It counts what it answers."""
+
+    def __init__(self, quick: Runtime, exact: Runtime, evidence: Evidence) -> None:
+        self.quick, self.exact, self.evidence = quick, exact, evidence
+        self.model = _model(quick.model, exact.model, evidence)
+        self.platform, self.library = quick.platform, quick.library
+        self.description = f"{quick.description}, a cascade of {QUICK} and {EXACT}"
+        self.num_images = self.num_escalated = 0
+        self.num_last = self.num_escalated_last = 0  # of the latest call
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        logits = self.quick(images)
+        rows = np.flatnonzero(in_doubt(logits, self.evidence.threshold))
+        if len(rows):
+            logits = logits.copy()
+            logits[rows] = self.exact(images[rows])
+        self.num_last, self.num_escalated_last = len(images), len(rows)
+        self.num_images += self.num_last
+        self.num_escalated += self.num_escalated_last
+        return logits
+
+    @property
+    def counted(self) -> str:
+        """For people: how many images went on to float32 until now."""
+        share = 100 * self.num_escalated / max(1, self.num_images)
+        return f"{self.num_escalated:,} of {self.num_images:,} images ({share:.1f} %) went on to {EXACT}"
+
+
+def in_doubt(logits: np.ndarray, threshold: float) -> np.ndarray:
+    """bool [N]: rows of [N, K] whose two largest logits lie within `threshold`, or that are not numbers.
+
+    Let eight bits favour their class over any other by at most e more than float32 does. Where that class leads by
+    more than e, it leads in float32 too; a lead of e itself may be a tie there.
+    """
+    return ~(np.isfinite(logits).all(axis=1) & (gaps(logits) > threshold))
+
+
+def gaps(logits: np.ndarray) -> np.ndarray:
+    """float64 [N]: between the two largest of each row [N, K]; infinite where there is one class, which is sure."""
+    if logits.shape[1] == 1:
+        return np.full(len(logits), np.inf)
+    two = np.partition(logits.astype(np.float64), -2, axis=1)[:, -2:]
+    with np.errstate(invalid="ignore"):  # infinity less infinity: no number, hence in doubt
+        return two[:, 1] - two[:, 0]
+
+
+def read_forms(paths: Sequence[Path]) -> Forms:
+    """The files of a cascade in any order; refuses what is not two forms of one net with evidence that holds here."""
+    quick, exact = in_order(paths)
+    content = read_whole(quick)
+    evidence = _read_evidence(quick, exact, read_header(quick, content))
+    if doubt := warning(quick, content):
+        raise Refusal(f"{doubt}; what its cascade rests on does not hold here")
+    return Forms(quick, exact, (digest_of(quick, content), digest_of(exact, read_whole(exact))), evidence)
+
+
+def in_order(paths: Sequence[Path]) -> tuple[Path, Path]:
+    """(eight bits, float32), by what the files say of themselves; refuses any but two forms of one net."""
+    if len(paths) != 2:
+        raise Refusal(
+            f"a cascade takes two files, the {EXACT} and the {QUICK} form of one net, got {len(paths)}: "
+            "name both, as in plain.onnx plain-int8.onnx"
+        )
+    for path in paths:
+        if path.suffix != ".onnx":
+            raise Refusal(
+                f"{path} is not an .onnx file; what a cascade rests on is measured in ONNX Runtime, and it runs there "
+                "alone: name two .onnx files"
+            )
+    headers = {path: read_header(path, read_whole(path)) for path in paths}
+    quick, exact = _by_precision(headers)
+    nets = [(header.spec, _export(header).get("plain_sha256")) for header in (headers[quick], headers[exact])]
+    if nets[0] != nets[1] or nets[0][1] is None:
+        raise Refusal(
+            f"{quick} and {exact} are not of one net, by the spec and the digest of the plain net that they record; "
+            "export both from one plain.safetensors with export/to_onnx.py"
+        )
+    return quick, exact
+
+
+def _by_precision(headers: dict[Path, Header]) -> tuple[Path, Path]:
+    kinds = {
+        path: str(_export(header).get("precision", "of no recorded precision")) for path, header in headers.items()
+    }
+    by_kind = {kind: path for path, kind in kinds.items()}
+    if by_kind.keys() != {QUICK, EXACT}:
+        found = " and ".join(f"{path} is {kind[:40]}" for path, kind in kinds.items())
+        raise Refusal(
+            f"a cascade takes the {EXACT} and the {QUICK} form of one net, and {found}; "
+            "export both from one plain.safetensors with export/to_onnx.py"
+        )
+    return by_kind[QUICK], by_kind[EXACT]
+
+
+def _read_evidence(quick: Path, exact: Path, header: Header) -> Evidence:
+    how = f"measure it with python export/cascade.py {exact} {quick}"
+    record = _export(header).get(RECORD)
+    if record is None:
+        raise Refusal(f"{quick} does not record from which gap on its classes are {EXACT}'s; {how}")
+    try:
+        values: dict[str, Any] = {field.name: record[field.name] for field in fields(Evidence)}
+        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values.values()):
+            raise ValueError(f"not all are numbers: {values}")
+        evidence = Evidence(**{**values, "threshold": float(values["threshold"])})
+        _, *counts, bound = values.values()
+        if not (isfinite(evidence.threshold) and evidence.threshold >= 0 and 0 <= bound <= 1):
+            raise ValueError(f"threshold {evidence.threshold}, changed_at_most {bound}")
+        if not all(isinstance(count, int) for count in counts) or min(counts[2:]) < 0 or min(counts[:2]) < 1:
+            raise ValueError(f"counts {counts}")
+        if max(counts[2:]) > evidence.num_test:
+            raise ValueError(f"more than {evidence.num_test} test images: {counts[2:]}")
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise Refusal(f"the record of the cascade in {quick} is damaged ({str(error)[:120]}); {how}") from error
+    return evidence
+
+
+def _export(header: Header) -> dict[str, Any]:
+    return header.provenance.get("export", {})
+
+
+def _model(quick: Model, exact: Model, evidence: Evidence) -> Model:
+    """What both say of themselves: eight bits' record, and whose digest changes when that of either does."""
+    forms = [
+        {"precision": precision, "name": model.name, "digest": model.digest, "file_bytes": model.num_bytes}
+        for precision, model in ((QUICK, quick), (EXACT, exact))
+    ]
+    export = {**quick.provenance.get("export", {})}
+    export.pop("probe", None)
+    if probe := _probe(quick, exact, evidence.threshold):
+        export["probe"] = probe
+    provenance = {**exact.provenance, **quick.provenance, "export": export}
+    return replace(
+        quick,
+        digest=sha256((quick.digest + exact.digest).encode()).hexdigest(),
+        provenance={**provenance, RECORD: {"forms": forms, **evidence.to_dict()}},
+        num_bytes=quick.num_bytes + exact.num_bytes,
+    )
+
+
+def _probe(quick: Model, exact: Model, threshold: float) -> dict[str, Any] | None:
+    """What the cascade answers to its probe images by the records of both; None where one records nothing sound."""
+    try:
+        first, second = (model.provenance["export"]["probe"] for model in (quick, exact))
+        logits, others = (np.array(record["logits"], np.float64) for record in (first, second))
+        if first["seed"] != second["seed"] or logits.shape != others.shape:
+            return None
+        return {**first, "logits": np.where(in_doubt(logits, threshold)[:, None], others, logits).tolist()}
+    except (TypeError, KeyError, ValueError, IndexError):
+        return None

@@ -1,0 +1,43 @@
+from contextlib import contextmanager
+from queue import SimpleQueue
+from types import SimpleNamespace
+
+import pytest
+from rpc_calls import Raw, tritons
+
+from serve.app import make_app
+from serve.limits import Limits
+from serve.rpc.port import RpcAddress
+
+LIMITS = Limits()
+
+
+@pytest.fixture
+def serve_rpc(live):
+    """`with serve_rpc(runtime, limits) as served`: a real server of HTTP and gRPC, its `url`, `target` and `visits`."""
+
+    @contextmanager
+    def serve_rpc(runtime, limits=LIMITS, *, drain_s=30.0, loop="uvloop", **options):
+        visits = SimpleQueue()
+        address = RpcAddress("127.0.0.1", 0, drain_s)
+        app = make_app(runtime, limits, rpc=address, observers=[visits.put], **options)
+        with live(app, loop=loop) as url:
+            target = f"127.0.0.1:{app.state.rpc.port}"
+            raw = Raw(target)
+            yield SimpleNamespace(app=app, url=url, target=target, visits=visits, raw=raw)
+            raw.channel.close()
+
+    return serve_rpc
+
+
+@pytest.fixture
+def served_rpc(serve_rpc, runtime):
+    with serve_rpc(runtime, Limits(max_body_bytes=200_000, max_images=40, max_pixels=1_000_000)) as served:
+        yield served
+
+
+@pytest.fixture
+def client(served_rpc):
+    """NVIDIA's client of a real server."""
+    with tritons(served_rpc.target) as client:
+        yield client

@@ -1,0 +1,30 @@
+"""docs/grpc.md: its example, run as it stands there against a real server, and its table."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from serving import ROOT
+
+from serve.rpc.bounds import MAX_FIELDS
+from serve.rpc.statuses import STATUS_OF
+
+PAGE = (ROOT / "docs" / "grpc.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_example_prints_what_is_written(start):
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    (printed,) = re.findall(r"```text\n(.*?)```", PAGE, flags=re.DOTALL)
+    server = start("--grpc-port", 0)
+    program = program.replace("127.0.0.1:8001", re.search(r"gRPC at (\S+)", server.where).group(1))
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
+
+
+def test_the_table_of_statuses_is_that_of_the_server():
+    written = re.findall(r"^\| `([a-z-]+)` \| `([A-Z_]+)` \|$", PAGE, flags=re.MULTILINE)
+    assert written == [(kind.name, status.name) for kind, status in STATUS_OF.items()]
+    assert f"more than {MAX_FIELDS:,} fields" in PAGE

@@ -1,0 +1,299 @@
+"""The Open Inference Protocol over gRPC, asked by NVIDIA's client and by hand, of a server that speaks HTTP too."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import Empty
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from rpc_calls import NAME, SERVICE, Raw, images_of, request_of, tritons
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.utils import InferenceServerException
+
+from serve import problems
+from serve.access import Access
+from serve.limits import Limits
+from serve.rpc.statuses import STATUS_OF
+
+
+def logits_of(message):
+    answer = pb.ModelInferResponse.FromString(message)
+    return np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(answer.outputs[0].shape)
+
+
+def test_nvidias_client_reads_health_and_metadata(client):
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready(NAME)
+    assert client.is_model_ready(NAME, "1")
+    assert not client.is_model_ready("other")
+    assert not client.is_model_ready(NAME, "2")
+    assert client.get_server_metadata(as_json=True)["extensions"] == ["classification"]
+    expected = {
+        "name": NAME,
+        "versions": ["1"],
+        "platform": "onnxruntime_onnx",
+        "inputs": [{"name": "images", "datatype": "UINT8", "shape": ["-1", "8", "8", "3"]}],
+        "outputs": [{"name": "logits", "datatype": "FP32", "shape": ["-1", "10"]}],
+    }
+    assert client.get_model_metadata(NAME, as_json=True) == expected
+    assert client.get_model_metadata(NAME, "1", as_json=True) == expected
+
+
+def test_nvidias_client_gets_the_models_logits(client, runtime, pixels):
+    for num_images in (1, 5):
+        images = pixels[:num_images]
+        result = client.infer(NAME, images_of(images), request_id="a b", model_version="1")
+        answer = result.get_response()
+        assert (answer.id, answer.model_name, answer.model_version) == ("a b", NAME, "1")
+        logits = result.as_numpy("logits")
+        assert (logits.dtype, logits.shape) == (np.float32, (num_images, 10))
+        np.testing.assert_allclose(logits, runtime(images), rtol=1e-5, atol=1e-5)
+
+
+def test_more_images_than_a_batch_keep_their_order(client, runtime, images):
+    many = images(40)
+    logits = client.infer(NAME, images_of(many)).as_numpy("logits")
+    np.testing.assert_allclose(logits, runtime(many), rtol=1e-4, atol=1e-4)
+
+
+def test_a_message_that_is_read_in_a_thread_gives_the_same(serve_rpc, runtime, images):
+    """384 images of 192 bytes are longer than what the event loop reads itself."""
+    many = images(384)
+    with serve_rpc(runtime, Limits(max_images=384)) as served, tritons(served.target) as client:
+        logits = client.infer(NAME, images_of(many)).as_numpy("logits")
+    np.testing.assert_allclose(logits, runtime(many), rtol=1e-4, atol=1e-4)
+
+
+def test_files_are_decoded_as_predict_does(client, runtime, pixels, encode):
+    files = np.array([encode(image) for image in pixels[:3]], dtype=np.object_)
+    logits = client.infer(NAME, images_of(files, "BYTES")).as_numpy("logits")
+    np.testing.assert_allclose(logits, runtime(pixels[:3]), rtol=1e-5, atol=1e-5)
+
+
+def test_typed_tensors_are_answered_with_typed_ones(served_rpc, runtime, pixels, encode):
+    expected = runtime(pixels[:2])
+    for datatype, shape, contents in (
+        ("UINT8", pixels[:2].shape, {"uint_contents": pixels[:2].ravel().tolist()}),
+        ("BYTES", [2], {"bytes_contents": [encode(image) for image in pixels[:2]]}),
+    ):
+        tensor = {"name": "images", "datatype": datatype, "shape": shape, "contents": contents}
+        message = request_of(pixels, inputs=[tensor], raw_input_contents=[])
+        answer = pb.ModelInferResponse.FromString(served_rpc.raw(message)[1])
+        assert not answer.raw_output_contents
+        assert list(answer.outputs[0].shape) == [2, 10]
+        logits = np.reshape(answer.outputs[0].contents.fp32_contents, (2, 10))
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(1, 1), (3, 3), (99, 10)])
+def test_classification_gives_score_index_and_label(client, runtime, pixels, asked, given):
+    outputs = [triton.InferRequestedOutput("logits", class_count=asked)]
+    classes = client.infer(NAME, images_of(pixels[:2]), outputs=outputs).as_numpy("logits")
+    assert classes.shape == (2, given)
+    for row, logits in zip(classes, runtime(pixels[:2]), strict=True):
+        best = sorted(range(10), key=lambda index: -logits[index])[:given]
+        for text, index in zip(row, best, strict=True):
+            score, number, label = text.decode().split(":")
+            assert (int(number), label) == (index, f"label {index}")
+            assert float(score) == pytest.approx(logits[index], abs=1e-5)
+
+
+def test_typed_classes_are_those_of_the_bytes(served_rpc, client, pixels):
+    outputs = [triton.InferRequestedOutput("logits", class_count=2)]
+    expected = client.infer(NAME, images_of(pixels[:1]), outputs=outputs).as_numpy("logits")
+    contents = {"uint_contents": pixels[:1].ravel().tolist()}
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "contents": contents}
+    asked = {"name": "logits", "parameters": {"classification": {"int64_param": 2}}}
+    message = request_of(pixels, inputs=[tensor], raw_input_contents=[], outputs=[asked])
+    answer = pb.ModelInferResponse.FromString(served_rpc.raw(message)[1])
+    assert list(answer.outputs[0].contents.bytes_contents) == expected[0].tolist()
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+def test_http_and_grpc_answer_side_by_side_on_one_event_loop(serve_rpc, runtime, pixels, encode, loop):
+    """Both loops that uvicorn takes: gRPC reads its events through a socket of theirs."""
+    file = encode(pixels[0])
+    with serve_rpc(runtime, loop=loop) as served, ThreadPoolExecutor(8) as threads, httpx.Client() as http:
+        rpc = [threads.submit(served.raw, request_of(pixels[:1])) for _ in range(200)]
+        headers = {"Content-Type": "image/png"}
+        web = [threads.submit(http.post, f"{served.url}/predict", content=file, headers=headers) for _ in range(50)]
+        answers = [call.result()[:2] for call in rpc]
+        assert {answer.result().status_code for answer in web} == {200}
+    assert {status for status, _ in answers} == {"OK"}
+    np.testing.assert_allclose([logits_of(said)[0] for _, said in answers], [runtime(pixels[:1])[0]] * 200, rtol=1e-4)
+
+
+def test_an_answer_has_the_requests_id_and_says_where_the_time_went(served_rpc, pixels):
+    _, _, metadata = served_rpc.raw(request_of(pixels[:1]), metadata=[("x-request-id", "mine")])
+    assert metadata["x-request-id"] == "mine"
+    assert "model;dur=" in metadata["server-timing"]
+    visit = served_rpc.visits.get(timeout=30)
+    assert (visit.id, visit.path, visit.status, visit.num_images) == (b"mine", f"{SERVICE}ModelInfer", 200, 1)
+    assert visit.client == "127.0.0.1"
+
+
+def test_calls_stand_in_the_metrics_beside_requests(served_rpc, pixels):
+    served_rpc.raw(request_of(pixels[:1]))
+    served_rpc.raw(request_of(pixels[:1], model_name="other"))
+    served_rpc.raw(b"", "ModelConfig")  # is not there, and makes no series
+    shown = httpx.get(f"{served_rpc.url}/metrics").text
+    for status in (200, 404):
+        assert f'diracnet_requests_total{{path="{SERVICE}ModelInfer",status="{status}"}} 1.0' in shown
+    assert "ModelConfig" not in shown
+    assert 'diracnet_predict_seconds_count{stage="total"} 1.0' in shown
+
+
+def test_a_key_guards_the_model_and_not_the_probes(serve_rpc, runtime, pixels):
+    with serve_rpc(runtime, access=Access(api_key=b"key")) as served, tritons(served.target) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        for method in ("ServerMetadata", "ModelMetadata", "ModelReady", "ModelInfer"):
+            status, said, metadata = served.raw(b"", method)
+            assert (status, metadata["problem-type"]) == ("UNAUTHENTICATED", problems.UNAUTHORIZED.type)
+            assert "send the server's key" in said
+        assert served.raw(request_of(pixels), metadata=[("x-api-key", "kez")])[0] == "UNAUTHENTICATED"
+        for headers in ({"x-api-key": "key"}, {"authorization": "Bearer key"}):
+            assert client.infer(NAME, images_of(pixels), headers=headers).as_numpy("logits").shape == (5, 10)
+
+
+def test_what_is_reloaded_answers(serve_rpc, runtime, other_runtime, pixels):
+    options = {"access": Access(api_key=b"key"), "load": lambda: (other_runtime,)}
+    key = {"x-api-key": "key"}
+    with serve_rpc(runtime, **options) as served, tritons(served.target) as client:
+        before = client.infer(NAME, images_of(pixels), headers=key).as_numpy("logits")
+        assert httpx.post(f"{served.url}/admin/reload", headers=key, timeout=60).status_code == 200
+        after = client.infer(NAME, images_of(pixels), headers=key).as_numpy("logits")
+    np.testing.assert_allclose(before, runtime(pixels), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(after, other_runtime(pixels), rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_queue_is_unavailable_and_says_when_to_come_again(serve_rpc, gated, pixels):
+    gated.open()
+    with serve_rpc(gated, Limits(max_images=5, max_queue=5)) as served:
+        gated.close()
+        first = served.raw.start(request_of(pixels))
+        gated.wait()
+        status, said, metadata = served.raw(request_of(pixels[:1]))
+        assert (status, metadata["problem-type"]) == ("UNAVAILABLE", problems.OVERLOADED.type)
+        assert "5 images are waiting; ask again in 1 s" in said
+        assert (metadata["retry-after"], metadata["grpc-retry-pushback-ms"]) == ("1", "1000")
+        gated.open()
+        assert logits_of(first.result()).shape == (5, 10)
+
+
+def test_the_deadline_of_a_call_holds_while_the_model_is_busy(serve_rpc, gated, pixels):
+    """One that has nearly passed when the call comes too: then the call may end before it is in the queue."""
+    gated.open()
+    with serve_rpc(gated) as served:
+        gated.close()
+        first, statuses = served.raw.start(request_of(pixels)), set()
+        gated.wait()
+        assert served.raw(request_of(pixels[:1]), timeout=0.001)[0] == "DEADLINE_EXCEEDED"
+        while problems.DEADLINE.status not in statuses:
+            assert served.raw(request_of(pixels[:1]), timeout=0.3)[0] == "DEADLINE_EXCEEDED"
+            with suppress(Empty):  # one that never left its client
+                statuses.add(served.visits.get(timeout=1).status)
+        assert statuses <= {408, 499, 504}
+        gated.open()
+        assert first.result()
+        assert gated.batches == [5]  # what came too late was not computed
+
+
+def test_a_server_without_an_answer_says_so_at_its_own_deadline(serve_rpc, gated, pixels):
+    gated.open()
+    with serve_rpc(gated, Limits(deadline_s=0.2)) as served:
+        gated.close()
+        status, said, metadata = served.raw(request_of(pixels), timeout=None)
+        assert (status, metadata["problem-type"]) == ("DEADLINE_EXCEEDED", problems.DEADLINE.type)
+        assert "no answer within 0.2 s" in said
+        gated.open()
+
+
+def test_a_call_that_is_cancelled_leaves_the_queue(serve_rpc, gated, pixels):
+    gated.open()
+    with serve_rpc(gated, Limits(max_images=5, max_queue=10)) as served:
+        gated.close()
+        first, second = (served.raw.start(request_of(pixels)) for _ in range(2))
+        gated.wait()
+        second.cancel()
+        visit = served.visits.get(timeout=30)
+        assert visit.status == 499
+        third = served.raw.start(request_of(pixels))  # has its place
+        gated.open()
+        assert first.result()
+        assert third.result()
+
+
+def test_a_broken_model_is_a_problem_of_its_own(serve_rpc, runtime, pixels):
+    def overflow(images):
+        return np.full((len(images), 10), np.inf, np.float32)
+
+    def fail(images):
+        if images.any():  # the black image warms up
+            raise RuntimeError("secret")
+        return np.zeros((len(images), 10), np.float32)
+
+    for broken, kind in ((overflow, problems.NOT_A_NUMBER), (fail, problems.INTERNAL)):
+        broken.model, broken.description, broken.platform = runtime.model, "broken", "none"
+        with serve_rpc(broken) as served:
+            status, said, metadata = served.raw(request_of(pixels))
+        assert (status, metadata["problem-type"]) == ("INTERNAL", kind.type)
+        assert "secret" not in said
+
+
+def test_what_is_under_way_is_answered_when_the_server_stops_and_nothing_more(serve_rpc, gated, pixels):
+    gated.open()
+    with serve_rpc(gated) as served:
+        gated.close()
+        first = served.raw.start(request_of(pixels))
+        gated.wait()
+        served.app.state.rpc.begin_stop()
+        while (refused := served.raw(request_of(pixels[:1]), timeout=0.2))[0] == "DEADLINE_EXCEEDED":
+            pass  # it was accepted before the server began to stop
+        assert refused[:2] == ("UNAVAILABLE", "the server is stopping; ask another one")
+        assert (refused[2]["problem-type"], refused[2]["retry-after"]) == (problems.NOT_READY.type, "1")
+        assert served.raw(b"", "ServerLive")[0] == "UNAVAILABLE"
+        gated.open()
+        assert logits_of(first.result()).shape == (5, 10)
+
+
+def test_what_is_still_under_way_at_the_end_of_the_drain_is_refused(serve_rpc, gated, pixels):
+    gated.open()
+    with serve_rpc(gated, drain_s=0.1) as served:
+        gated.close()
+        first = served.raw.start(request_of(pixels))
+        gated.wait()
+        served.app.state.rpc.begin_stop()
+        assert (first.code().name, first.details()) == ("UNAVAILABLE", "the server is stopping; ask another one")
+        gated.open()
+
+
+def test_every_problem_that_a_call_may_have_has_a_status():
+    """Media types and headers are HTTP's own."""
+    expected = {*problems.OF_PREDICTION, problems.NOT_FOUND} - {problems.MEDIA_TYPE_UNKNOWN}
+    assert set(STATUS_OF) == expected
+    assert grpc.StatusCode.OK not in STATUS_OF.values()
+
+
+def test_two_connections_share_one_server(served_rpc, pixels):
+    barrier = threading.Barrier(2, timeout=30)
+
+    def ask():
+        raw = Raw(served_rpc.target)
+        barrier.wait()
+        return raw(request_of(pixels))[0]
+
+    with ThreadPoolExecutor(2) as threads:
+        assert [call.result() for call in [threads.submit(ask) for _ in range(2)]] == ["OK", "OK"]
+
+
+def test_nvidias_client_raises_what_the_server_says(client, pixels):
+    with pytest.raises(InferenceServerException, match=r"\[StatusCode.NOT_FOUND\] the model here is 'DiracNet-10"):
+        client.infer("other", images_of(pixels))
+    with pytest.raises(InferenceServerException, match=r"version '1'; got 'DiracNet-10-0.25', version '7'"):
+        client.infer(NAME, images_of(pixels), model_version="7")
