@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from export.compare import TOLERANCES
+from export.runtimes.cascade import RECORD, Evidence
 from export.runtimes.probe import NUM_IMAGES
 from fold.lowerings import LOWERINGS
 from train.spec import DatasetName
@@ -78,6 +79,7 @@ class Claims:
     cannot_saturate: bool | None
     probe: tuple[int, np.ndarray] | None  # seed, logits [4, K]
     test: dict[str, float]  # what eight bits cost, as `Drop` has it
+    cascade: dict[str, float]  # from which gap on eight bits are believed, as `Evidence` has it
     damaged: tuple[Row, ...]
     rest: tuple[tuple[str, str, str], ...]  # (section, name, value) of what is not checked by any of the above
 
@@ -104,6 +106,7 @@ def read_claims(provenance: Mapping[str, Any], num_classes: int) -> Claims:
         cannot_saturate=take("export", "cannot_saturate", _bool),
         probe=take("export", "probe", lambda probe: _probe(probe, num_classes)),
         test=take("export", "test", _drop) or {},
+        cascade=take("export", RECORD, _cascade) or {},
         damaged=tuple(record.damaged),
         rest=tuple(record.rest()),
     )
@@ -233,6 +236,11 @@ def _probe(probe: Any, num_classes: int) -> tuple[int, np.ndarray]:
 def _drop(test: Any) -> dict[str, float]:
     checks = {"num_images": _count, "lost_low": _number, "lost_high": _number, "relative_error": _number}
     return {name: checks.get(name, _share)(value) for name, value in test.items()}
+
+
+def _cascade(record: Any) -> dict[str, float]:
+    checks = {"threshold": _number, "changed_at_most": _share}
+    return {field.name: checks.get(field.name, _count)(record[field.name]) for field in fields(Evidence)}
 
 
 _OF_IMAGES: dict[str, Callable[[Any], Any]] = {

@@ -16,6 +16,7 @@ from export.chain import Chain
 from export.claims import Claims, Measured, Row, judged, shown, unchecked
 from export.compare import ALLOWED_DROP, BATCH_SIZE, TOLERANCES, Comparison
 from export.quantize import measure_drop
+from export.runtimes.cascade import in_doubt
 from fold.image_sets import NUM_RANDOM, extreme_images, random_images
 from fold.plain import fold_net
 from fold.proof import TOLERANCES as FOLD_TOLERANCES
@@ -260,14 +261,14 @@ def _parity_row(row: parity.Row, claims: list[Reported]) -> Row:
 def _accuracy(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
     """Test accuracy, and what eight bits cost on the same images."""
     claims, form = chain.claims, chain.nearest
-    if claims.test_accuracy is None and not claims.test:
+    if claims.test_accuracy is None and not claims.test and not claims.cascade:
         return
     is_coarse = form is not None and TOLERANCES[form.precision].is_statistical
     exact = (
         form if form and not is_coarse else chain.forms.get("plain.safetensors") or chain.forms.get("the checkpoint")
     )
     missing = images.missing if images.test is None else chain.missing("plain.safetensors") if exact is None else ""
-    wanted = [one for one in (exact, form if claims.test else None) if one]
+    wanted = [one for one in (exact, form if claims.test or claims.cascade else None) if one]
     logits, targets = {}, np.zeros(0, np.int64)
     if images.test is not None and wanted:
         try:
@@ -280,9 +281,11 @@ def _accuracy(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
             yield _accuracy_row(claim, claims.test_accuracy, logits[exact.name], targets, exact)
         else:
             yield unchecked(claim, recorded, missing)
+    both = (logits.get(exact.name) if exact else None, logits.get(form.name) if form else None)
     if claims.test:
-        both = (logits.get(exact.name) if exact else None, logits.get(form.name) if form else None)
         yield from _drop(claims, form.precision if form else "int8", both, targets, missing)
+    if claims.cascade:
+        yield from _cascade(claims.cascade, both, missing)
 
 
 def _answers(forms: list[Form], test: data.Part, console: Console) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -329,6 +332,29 @@ def _drop(
             yield judged(claim, f"{recorded:.5g}", f"{again[name]:.5g}", is_same=is_same)
         else:
             yield unchecked(claim, f"{recorded:.5g}", why)
+
+
+def _cascade(
+    recorded: dict[str, float], logits: tuple[np.ndarray | None, np.ndarray | None], why: str
+) -> Iterator[Row]:
+    """With the recorded threshold: how many test images go on, and how many change their class all the same."""
+    claim = "cascade: threshold by {:,.0f} images".format(recorded["num_chosen_by"])
+    yield unchecked(claim, f"{recorded['threshold']:.3g}", "export/cascade.py measures it again")
+    before, after = logits
+    num, bound = recorded["num_test"], recorded["changed_at_most"]
+    for name in ("num_escalated", "num_changed", "num_changed_alone"):
+        claim, said = f"cascade: {name.removeprefix('num_').replace('_', ' ')}", f"{recorded[name]:.0f} of {num:,.0f}"
+        if before is None or after is None:
+            yield unchecked(claim, said, why)
+            continue
+        doubtful = in_doubt(after, recorded["threshold"])
+        changed = before.argmax(1) != after.argmax(1)
+        found = {"num_escalated": doubtful, "num_changed": changed & ~doubtful, "num_changed_alone": changed}[
+            name
+        ].sum()
+        near = abs(recorded[name] - found) <= ALLOWED_DROP * len(after) and num == len(after)
+        is_same = near and (name != "num_changed" or found <= bound * len(after))
+        yield judged(claim, said, f"{found} of {len(after):,}", is_same=bool(is_same))
 
 
 def _text(value: Any) -> str | None:

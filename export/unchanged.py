@@ -47,6 +47,8 @@ def check_rest(chain: Chain) -> Iterator[Row]:
     for section, why in MADE_HOW.items():
         if names := [name for of, name, _ in chain.claims.rest if of == section]:
             yield unchecked(f"{section}: {shown(', '.join(names))}", f"{len(names)} entries", why)
+    for section in chain.provenance.keys() - MADE_HOW.keys():
+        yield unchecked(shown(section), "another record", "nothing computes it again")
 
 
 def _of_card(chain: Chain) -> Iterator[Row]:

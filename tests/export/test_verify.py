@@ -236,6 +236,10 @@ def test_eight_bits_are_judged_again(road, run):
     assert {claim("accuracy"), claim("top1 agreement"), claim("lost high"), "eight-bit sums saturate"} <= {
         *with_verdict(rows, "same")
     }
+    assert {"cascade: escalated", "cascade: changed", "cascade: changed alone"} <= {*with_verdict(rows, "same")}
+    say(path, lambda record: record["export"]["cascade"].update(num_escalated=0, threshold=1e3))
+    assert "cascade: escalated" in with_verdict(run(path)[1], "differs")
+    path.write_bytes(honest)
     for name in ("accuracy", "top1_agreement", "num_images"):
         say(
             path,
