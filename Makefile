@@ -1,5 +1,5 @@
-.PHONY: help setup demo serve stop model experiments pictures bench gpu-check have-gpu check test test-fast floors lint \
-	constraints
+.PHONY: help setup demo serve stop model experiments pictures bench gpu-check have-gpu check test test-fast floors \
+	gpu-versions lint constraints
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -102,6 +102,15 @@ floors: setup ## run the server's quick tests with the lowest versions that pypr
 	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(FLOORS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/behind.pth
 	@$(FLOORS)/bin/python -m pytest tests/serve tests/test_layout.py -m "not slow" -o filterwarnings=
+
+GPU_VERSIONS := runs/gpu-versions
+PYTHON312 ?= python3.12
+gpu-versions: ## run the quick tests with the versions of a bare GPU machine, on Python 3.12: installs 5 GB
+	@command -v $(PYTHON312) >/dev/null || { echo "error: $(PYTHON312) is missing: name one with PYTHON312=" >&2; exit 2; }
+	@test -x $(GPU_VERSIONS)/bin/python || $(PYTHON312) -m venv $(GPU_VERSIONS)
+	@$(GPU_VERSIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r bench/gpu-image.txt
+	@OMP_NUM_THREADS=1 $(GPU_VERSIONS)/bin/python -m pytest tests/train tests/fold tests/export tests/serve tests/bench \
+		-m "not slow" --numprocesses auto --dist loadfile
 
 lint: setup ## format and lint
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

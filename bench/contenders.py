@@ -15,6 +15,7 @@ from export.compare import Answer
 from export.engine import choose_builder
 from export.graph import to_onnx
 from export.quantize import TRIED, Target, quantize
+from export.runtimes.load import load_runtime
 from export.to_trt import ToTrtConfig
 from export.to_trt import command as build_engine_file
 from fold.lower import lower
@@ -44,11 +45,14 @@ def contenders(device: str) -> tuple[Contender, ...]:
     if device == "cpu":
         return (
             *_torch_rows("cpu", "fp32"),
+            Contender("--runtime torch", "fp32", partial(open_graphs, None, "fp32")),
             Contender("ONNX Runtime CPU", "fp32", partial(open_onnx, "cpu", "fp32")),
             Contender("ONNX Runtime CPU", "int8", partial(open_onnx, "cpu", "int8")),
         )
     return (
         *_torch_rows("cuda", "fp16"),
+        Contender("--runtime torch", "fp32", partial(open_graphs, 0, "fp32")),
+        Contender("--runtime torch", "fp16", partial(open_graphs, 0, "fp16")),
         Contender("ONNX Runtime CUDA", "fp32", partial(open_onnx, "cuda", "fp32")),
         Contender("ONNX Runtime CUDA", "fp16", partial(open_onnx, "cuda", "fp16")),
         Contender("ONNX Runtime TensorRT", "fp16", partial(open_onnx, "tensorrt", "fp16")),
@@ -95,6 +99,11 @@ def open_torch(
 
 def open_onnx(provider: Provider, precision: str, net: Net, folder: Path, profile: Profile) -> Answer:
     return open_artefact(graph_file(net, precision, folder, target="onnxruntime"), provider=provider).answer
+
+
+def open_graphs(device: int | None, precision: str, net: Net, folder: Path, profile: Profile) -> Answer:
+    """As the server runs it with --runtime torch; refuses where the device is not there."""
+    return load_runtime(graph_file(net, precision, folder, target="onnxruntime"), name="torch", device=device)
 
 
 def open_engine(precision: str, net: Net, folder: Path, profile: Profile) -> Answer:

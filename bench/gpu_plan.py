@@ -27,16 +27,17 @@ NEEDED = {
     "train, fold": {"numpy": 17, "safetensors": 0.5, "rich": 0.3, "scikit-learn": 9, "matplotlib": 9},
     "export": {"onnx": 18, "onnxruntime-gpu": 256},
     "server": {
-        "fastapi": 0.1,
+        "fastapi": 0.2,
         "starlette": 0.1,
         "pydantic": 0.5,
         "pydantic-core": 2,
+        "annotated-types": 0.02,
         "typing-inspection": 0.02,
         "uvicorn": 0.1,
         "httptools": 0.5,
         "uvloop": 4,
         "python-multipart": 0.03,
-        "orjson": 0.2,
+        "orjson": 0.1,
         "prometheus-client": 0.1,
         "pillow": 7,
     },
@@ -66,7 +67,7 @@ def steps(device: str, out: Path, data_dir: Path | None) -> tuple[Step, ...]:
     size = ("--depth", "34", "--width", "2", "--epochs", "15") if is_gpu else SMALL
     data = ("--dataset", "fashion-mnist", *where) if data_dir else ("--dataset", "digits")
     train = ("train/run.py", "--device", device, "--json", "--out")
-    providers = ("--providers", "cpu", "cuda") if is_gpu else ("--providers", "cpu")
+    providers = ("--providers", "cpu", *(("cuda",) if is_gpu else ()), "torch")
     rounds = "1 64 256 --rounds 3 --round-s 0.1" if is_gpu else "1 --rounds 1 --round-s 0.01"
     table = ("bench/gpu_check.py", plain, "--device", device, "--out", str(out), "--batch-sizes", *rounds.split())
 
@@ -83,9 +84,11 @@ def steps(device: str, out: Path, data_dir: Path | None) -> tuple[Step, ...]:
         Step("ONNX", 60, ("export/to_onnx.py", plain), plain),
         Step("ONNX, fp16", 60, ("export/to_onnx.py", plain, "--precision", "fp16", "--out", half), plain),
         Step("parity", 60, ("export/parity.py", onnx, "--against", plain, checkpoint, *providers, *where), onnx),
-        Step("driver's calls", 90, own("driver_calls")),
+        Step("parity, fp16", 60, ("export/parity.py", half, "--against", plain, *providers, *where), half),
+        Step("driver's calls", 60, own("driver_calls")),
         Step("sessions", 90, own("sessions", onnx, half), half),
-        Step("server", 120, own("server", half), half),
+        Step("torch's graphs, loaded again", 90, own("torch_loads", half, *(() if is_gpu else ("2",))), half),
+        Step("server", 150, own("server", half), half),
         Step("engine", 120, ("export/to_trt.py", onnx, "--batch", "1", "8", "64"), onnx),
         Step("engine's parity", 60, ("export/parity.py", onnx, "--against", engine, *where), engine),
         Step("training speed", 90, own("training_speed")),
@@ -136,13 +139,18 @@ def run_step(step: Step, limit_s: float) -> dict[str, Any]:
 
 
 def needs() -> str:
-    """The packages that the steps need beside PyTorch, with the size of their wheels, and which are missing here."""
+    """The packages that the steps need beside PyTorch, with the size of their wheels.
+
+    Which lack on a bare machine (bench/gpu-image.txt) and must be carried, and which are missing here.
+    """
+    there, _, _ = (ROOT / "bench" / "gpu-image.txt").read_text().partition("\n# Not there")
+    on_image = {line.partition("==")[0] for line in there.splitlines()}
     rows = [
-        [of, name, f"{size:g} MB", _version(name) or "missing"]
+        [of, name, f"{size:g} MB", "there" if name in on_image else "carry", _version(name) or "missing"]
         for of, packages in NEEDED.items()
         for name, size in packages.items()
     ]
-    return table(["for", "package", "wheel", "here"], rows)
+    return table(["for", "package", "wheel", "bare machine", "here"], rows)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -9,15 +9,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from export.runtimes.load import RuntimeName
+
 Result = dict[str, Any]
+RUNTIMES: tuple["RuntimeName", ...] = ("onnxruntime", "torch")  # what a GPU has without TensorRT
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -122,12 +127,12 @@ def training_speed(device: str) -> Iterator[Result]:
 
 
 def sessions(device: str, *paths: str) -> Iterator[Result]:
-    """ONNX Runtime: the first call of each batch size, those after it, and two sizes in turn."""
+    """ONNX Runtime and PyTorch: the first call of each batch size, those after it, and two sizes in turn."""
     from export.runtimes.load import load_runtime
 
-    for path in paths:
+    for path, name in product(paths, RUNTIMES):
         start = time.perf_counter()
-        runtime = load_runtime(Path(path), device=0 if device == "cuda" else None)
+        runtime = load_runtime(Path(path), name=name, device=0 if device == "cuda" else None)
         yield {
             "model": Path(path).name,
             "runs on": runtime.description,
@@ -146,21 +151,49 @@ def sessions(device: str, *paths: str) -> Iterator[Result]:
         ]:
             times = [_call_ms(runtime, batches[index % len(batches)]) for index in range(30 if device == "cuda" else 4)]
             median = statistics.median(times[len(batches) :])
-            yield {"model": Path(path).name, "batch": label, "first_ms": times[0], "median_ms": median}
+            which = {"model": Path(path).name, "runtime": name, "batch": label}
+            yield {**which, "first_ms": times[0], "median_ms": median}
+
+
+def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = "60") -> Iterator[Result]:
+    """--runtime torch, loaded again and again, with a graph of two sizes each: nothing may be kept on the device."""
+    import torch
+
+    from export.runtimes.load import load_runtime
+
+    def load() -> None:
+        runtime = load_runtime(Path(path), name="torch", device=0 if device == "cuda" else None)
+        image = runtime.model.spec.image
+        for num in (1, 8):
+            runtime(np.zeros((num, image.height, image.width, image.channels), np.uint8))
+
+    def held() -> list[int]:
+        if device == "cpu":
+            return [0, 0]
+        return [torch.cuda.memory_allocated(), torch.cuda.memory_reserved()]
+
+    load()
+    before, end, loads = held(), time.monotonic() + float(limit_s), 0
+    while loads < int(num_loads) and time.monotonic() < end:
+        load()
+        loads += 1
+    kept, reserved = (after - earlier for after, earlier in zip(held(), before, strict=True))
+    yield {"loads": loads, "bytes kept on the device": kept, "bytes kept by PyTorch for the next": reserved}
 
 
 def server(device: str, path: str) -> Iterator[Result]:
-    """serve/run.py with more and more workers, asked by one process of Python, which has a limit of its own."""
+    """serve/run.py on both runtimes with more and more workers, asked by one process of Python, which has a limit."""
     from train.cores import num_cores
 
     (*_, image) = sorted((ROOT / "models" / "held-out").glob("*.png"))
-    for workers in (1, 4, 12) if num_cores() > 4 else (1,):
+    for workers, name in product((1, 4, 12) if num_cores() > 4 else (1,), RUNTIMES):
         argv = [sys.executable, str(ROOT / "serve" / "run.py"), path, "--port", "0", "--workers", str(workers)]
-        argv += ["--runtime", "onnxruntime", "--log-level", "warning"]
+        argv += ["--runtime", name, "--log-level", "warning"]
         argv += ["--devices", "0"] if device == "cuda" else []
         with _served(argv) as port:
             for connections in (1, 16, 128):
-                yield {"workers": workers, "connections": connections, **_load(port, image.read_bytes(), connections)}
+                which = {"runtime": name, "workers": workers, "connections": connections}
+                yield {**which, **_load(port, image.read_bytes(), connections)}
 
 
 def _round_trip(*, num_bytes: int = 1 << 20, num_replays: int = 200) -> Result:
@@ -275,7 +308,8 @@ def _load(port: int, image: bytes, num_connections: int, seconds: float = 3.0) -
 
 
 STEPS: dict[str, Callable[..., Iterator[Result]]] = {
-    step.__name__: step for step in (machine, driver_calls, fold_on_device, training_speed, sessions, server)
+    step.__name__: step
+    for step in (machine, driver_calls, fold_on_device, training_speed, sessions, torch_loads, server)
 }
 
 if __name__ == "__main__":

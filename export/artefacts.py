@@ -15,7 +15,7 @@ from train.files import read_whole
 from train.refusal import Refusal
 from train.spec import Spec
 
-Provider = Literal["cpu", "cuda", "tensorrt", "mnn"]  # ONNX Runtime's, or MNN in its place
+Provider = Literal["cpu", "cuda", "tensorrt", "mnn", "torch"]  # ONNX Runtime's, or MNN or PyTorch in its place
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -81,8 +81,8 @@ def open_artefact(
             return _open_checkpoint(path)
         case ".safetensors":
             return _open_plain(path)
-        case ".onnx" if provider == "mnn":
-            return _open_mnn(path)
+        case ".onnx" if provider in ("mnn", "torch"):
+            return _open_other(path, provider)
         case ".onnx":
             return _open_onnx(path, provider, said)
         case ".engine":
@@ -208,22 +208,27 @@ def _open_cascade(paths: tuple[Path, Path], said: Described) -> Form:
     )
 
 
-def _open_mnn(path: Path) -> Form:
-    from export.runtimes.mnn_module import MnnModule, is_installed
+def _open_other(path: Path, provider: Literal["mnn", "torch"]) -> Form:
+    """By a runtime in ONNX Runtime's place."""
+    import onnx
 
-    if not is_installed():
+    from export.engine import precision
+    from export.runtimes.load import load_runtime
+    from export.runtimes.mnn_module import is_installed
+
+    if provider == "mnn" and not is_installed():
         raise ProviderMissing("mnn is not compared: MNN is not installed here")
-    runtime = MnnModule(path)
+    runtime, library = load_runtime(path, name=provider), {"mnn": "MNN", "torch": "PyTorch"}[provider]
     model = runtime.model
 
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
-        raise Refusal(f"{path}: MNN shows no layers; leave --layers and --plot out")
+        raise Refusal(f"{path}: {library} shows no layers; leave --layers and --plot out")
 
     return Form(
-        f"{path} on mnn",
+        f"{path} on {provider}",
         path,
         model.digest,
-        "fp32",
+        precision(onnx.load_model_from_string(read_whole(path))),
         model.spec,
         model.provenance,
         runtime,

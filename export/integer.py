@@ -137,11 +137,13 @@ def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     No two weights of a filter add up beyond ±128, so that no processor's sum of two products with unsigned bytes
     leaves 16 bits: 255 · 128 = 32,640. Those without VNNI saturate there. A filter whose weights would is given a
-    larger scale: the two largest add up to 127 steps, and rounding both adds one at most.
+    larger scale: the two largest add up to 127 steps, and rounding both adds one at most. Filters so small that their
+    scale is no normal float32 are zeros.
     """
     filters = weight.reshape(len(weight), -1).astype(np.float64)
     largest = np.abs(filters).max(axis=1)
-    scales = np.where(largest > 0, np.maximum(largest, largest_pair(filters)) / 127, 1.0).astype(np.float32)
+    scales = np.maximum(largest, largest_pair(filters)) / 127
+    scales = np.where(scales >= np.finfo(np.float32).tiny, scales, 1.0).astype(np.float32)
     per_filter = scales.reshape(-1, *[1] * (weight.ndim - 1))
     return np.clip(np.rint(weight / per_filter), -127, 127).astype(np.int8), scales
 

@@ -33,8 +33,8 @@ class ParityConfig(ReadingFlags):
     artefact: Annotated[Path, "what is checked: .onnx, .safetensors, .engine or checkpoint .pt"]
     against: Annotated[tuple[Path, ...], "what it is checked against, the same kinds"] = ()
     providers: Annotated[
-        tuple[Literal["cpu", "cuda", "tensorrt", "mnn"], ...],
-        "check an .onnx on each of these of ONNX Runtime, and on MNN (default: on ONNX Runtime's best)",
+        tuple[Literal["cpu", "cuda", "tensorrt", "mnn", "torch"], ...],
+        "check an .onnx on each of these of ONNX Runtime, on MNN and on PyTorch (default: on ONNX Runtime's best)",
     ] = ()
     layers: Annotated[bool, "compare every layer, and name the first beyond tolerance; engines by their .onnx"] = False
     plot: Annotated[Path | None, "draw the error of every layer to this PNG; implies --layers"] = None

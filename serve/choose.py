@@ -9,7 +9,7 @@ from typing import Any
 
 from export.compare import ALLOWED_DROP, INT8_AGREEMENT, TOLERANCES
 from export.runtimes.header import Header, read_header
-from export.runtimes.load import RUNTIMES, RuntimeName, load_runtime
+from export.runtimes.load import NAMED_ONLY, RUNTIMES, RuntimeName, load_runtime
 from export.runtimes.mnn_module import is_installed, why_not
 from export.runtimes.nodes import digest_of
 from export.runtimes.runtime import Runtime
@@ -150,7 +150,8 @@ def _candidates(forms: Sequence[Form], runtime: RuntimeName | None, *, has_devic
             continue
         on_mnn = is_installed() and not has_devices and why_not(form.header) is None
         for name in RUNTIMES[".onnx"]:
-            if runtime in (None, name) and (name != "mnn" or on_mnn):
+            is_meant = name == runtime or (runtime is None and name not in NAMED_ONLY)
+            if is_meant and (name != "mnn" or on_mnn):
                 found.append((form, name))
     if not found:
         named = " and ".join(form.path.name for form in forms)

@@ -15,7 +15,7 @@ from train.files import write_whole
 from train.refusal import Refusal
 
 FORMAT = "diracnet-runtime-2"  # another number where a runtime computes in another way
-DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "MNN", "numpy")
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "MNN", "numpy", "torch")
 
 
 @dataclass(frozen=True)

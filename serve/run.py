@@ -34,8 +34,8 @@ class ServeConfig(ReadingFlags):
         POSITIONAL,
     ] = ()
     runtime: Annotated[
-        Literal["auto", "onnxruntime", "mnn", "tensorrt"],
-        "what runs the model; auto: the fastest here, measured in about a second and kept beside the model",
+        Literal["auto", "onnxruntime", "mnn", "tensorrt", "torch"],
+        "what runs the model; auto: the fastest here but torch, measured in about a second and kept beside the model",
     ] = "auto"
     cascade: Annotated[
         bool, "of an fp32 and an int8 .onnx: int8 answers, and fp32 the images that int8 leaves in doubt"

@@ -1,6 +1,6 @@
 """python tests/floors.py: the lowest versions that pyproject.toml allows on this machine, as requirements for pip.
 
-PyTorch is left out: several GB, and what it is asked for has been the same for years.
+PyTorch is left out, several GB: `make gpu-versions` tests with its lowest version, 2.11, and torchvision's.
 """
 
 import tomllib

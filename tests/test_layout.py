@@ -46,7 +46,9 @@ def test_no_two_modules_import_each_other():
     TopologicalSorter(arrows).prepare()
 
 
-RUNTIMES = [name for name in MODULES if name.startswith("export.runtimes.")]
+# The runtime that is PyTorch itself: export/runtimes/load.py imports it where it is chosen by name.
+NEED_TORCH = ("export.runtimes.torch_graphs", "export.runtimes.torch_net")
+RUNTIMES = [name for name in MODULES if name.startswith("export.runtimes.") and name not in NEED_TORCH]
 SERVE = ", ".join(name for name in MODULES if name.startswith("serve."))
 
 
@@ -56,6 +58,11 @@ def test_serving_runs_without_torch(modules):
     program = f"import sys; sys.modules['torch'] = None; import {modules}; assert 'torchvision' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_runtime_that_needs_torch_is_imported_where_it_is_chosen_and_nowhere_else():
+    readers = {name for name, path in MODULES.items() if {*NEED_TORCH} & {*imported(path)}}
+    assert readers <= {"export.runtimes.load", *NEED_TORCH}
 
 
 @pytest.mark.parametrize("module", ["train.spec", "train.cli", "train.refusal"])

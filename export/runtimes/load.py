@@ -7,9 +7,10 @@ from export.runtimes.described import NOTHING, Described
 from export.runtimes.runtime import Runtime
 from train.refusal import Refusal
 
-RuntimeName = Literal["onnxruntime", "mnn", "tensorrt"]
+RuntimeName = Literal["onnxruntime", "mnn", "tensorrt", "torch"]
 # By suffix; the first one is taken where none is named.
-RUNTIMES: dict[str, tuple[RuntimeName, ...]] = {".onnx": ("onnxruntime", "mnn"), ".engine": ("tensorrt",)}
+RUNTIMES: dict[str, tuple[RuntimeName, ...]] = {".onnx": ("onnxruntime", "mnn", "torch"), ".engine": ("tensorrt",)}
+NAMED_ONLY = ("torch",)  # never tried for its speed: PyTorch is large, and has not been measured here on a GPU
 
 
 def load_runtime(
@@ -21,7 +22,7 @@ def load_runtime(
     shares_cores: bool = False,
     said: Described = NOTHING,
 ) -> Runtime:
-    """`.onnx` through ONNX Runtime or MNN, `.engine` through TensorRT; anything else is refused.
+    """`.onnx` through ONNX Runtime, MNN or PyTorch, `.engine` through TensorRT; anything else is refused.
 
     `device` is the number of a CUDA device; None takes the first one, or the CPU where there is none.
     `num_threads` is for the CPU; 0 lets the runtime choose. A session of ONNX Runtime that `shares_cores` with another
@@ -47,6 +48,13 @@ def load_runtime(
             if device is not None:
                 raise Refusal(f"MNN runs on the CPU alone; leave device {device} out, or use --runtime onnxruntime")
             return MnnModule(path, num_threads=num_threads)
+        case "torch":
+            try:
+                from export.runtimes.torch_graphs import TorchGraphs
+            except ImportError as error:
+                raise Refusal(f"--runtime torch needs PyTorch and ONNX: pip install torch onnx ({error})") from error
+
+            return TorchGraphs(path, device=device)
         case "tensorrt":
             from export.runtimes.tensorrt_engine import TensorRTEngine
 

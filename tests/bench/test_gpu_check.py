@@ -97,6 +97,7 @@ def test_every_runtime_that_a_machine_lacks_is_a_row_with_its_reason(plain, tmp_
     assert all("\n" not in row["failed"] for row in rows.values())
     for name, reason in {
         "PyTorch, fp16": "NVIDIA",
+        "--runtime torch, fp16": "no CUDA device 0 here",
         "ONNX Runtime CUDA, fp16": "CUDAExecutionProvider does not load here",
         "ONNX Runtime TensorRT, fp16": "TensorrtExecutionProvider does not load here",
         "TensorRT, fp32": "needs an NVIDIA GPU",

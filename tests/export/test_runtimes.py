@@ -25,7 +25,11 @@ def write_onnx(path, net, spec):
 
 
 # What writes the file of each runtime. Engines are run in tests/gpu, where there is a device.
-WRITERS = {("onnxruntime", ".onnx"): write_onnx, ("mnn", ".onnx"): write_onnx}
+WRITERS = {
+    ("onnxruntime", ".onnx"): write_onnx,
+    ("mnn", ".onnx"): write_onnx,
+    ("torch", ".onnx"): write_onnx,
+}
 
 
 @pytest.fixture(params=WRITERS, ids="".join)

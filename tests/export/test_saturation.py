@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
@@ -44,6 +44,8 @@ def assert_equal_in_both_arithmetics(weights, seed):
     arrays.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.floats(-4, 4, width=32)),
     st.integers(0, 2**32 - 1),
 )
+@example(np.array([[1e-45]], np.float32), 0)  # a scale that is 0 in float32
+@example(np.array([[1.4e-43, 1.4e-43]], np.float32), 0)  # one that is rounded by a third
 def test_no_filter_can_leave_16_bits_whatever_its_weights(weight, seed):
     assert_equal_in_both_arithmetics(quantize_filters(weight)[0], seed)
 

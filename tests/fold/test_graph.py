@@ -293,7 +293,7 @@ def test_a_function_that_a_forward_imported_is_seen_whole():
     assert error(net, plain, noise(*X)) < TOLERANCE
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @pytest.mark.parametrize(("dims", "shape"), [(None, X), (2, X), (2, (4, 7, 6)), (1, (4, 9)), (3, (4, 2, 3, 5))])
 def test_ncrelu_is_scripted_and_traced_with_the_outputs_of_equation_9(dims, shape):
     x = noise(*shape)

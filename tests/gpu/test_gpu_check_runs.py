@@ -20,7 +20,7 @@ def can_run(title):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # PyTorch's own, compiling
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # PyTorch's own, compiling
 def test_every_runtime_but_onnx_runtimes_tensorrt_answers_and_is_within_tolerance():
     config = gpu_check.GpuCheckConfig(batch_sizes=(1, 8), rounds=2, round_s=0.01)
     rows = gpu_check._measure(nets.seeded_net(10, 0.25), config, make_console())["rows"]

@@ -169,6 +169,15 @@ def test_one_candidate_is_neither_loaded_nor_measured(machine, forms, monkeypatc
     assert not record_path(forms[0]).exists()
 
 
+def test_pytorch_is_tried_only_where_it_is_named(machine, forms):
+    machine.choose(*forms)
+    assert "torch" not in {name for _, name in machine.loaded}
+    machine.ms |= {("plain.onnx", "torch"): (0, 1), ("plain-int8.onnx", "torch"): (0, 2)}
+    choice = machine.choose(*forms, runtime="torch", devices=(0,))
+    assert (choice.path, choice.runtime) == (forms[0], "torch")
+    assert {name for _, name in machine.loaded} == {"torch"}
+
+
 def test_a_candidate_that_answers_its_probe_wrongly_is_left_out(machine, forms, write, caplog):
     answers = OnnxSession(forms[0])(probe_images(OnnxSession(forms[0]).model.spec.image))
     wrong = write("plain-int8.onnx", precision="int8", test=GOOD, probe=record_probe(2 * answers))

@@ -251,8 +251,8 @@ def test_a_request_names_each_image_that_is_refused_before_it_is_decoded(runtime
 
     problem = asyncio.run(scenario())
     assert problem.kind == TOO_MANY_PIXELS
-    assert "image 1: the image is 101x101" in problem.detail
-    assert "image 2: the image is 102x102" in problem.detail
+    assert "image 2 of 3: the image is 101x101" in problem.detail
+    assert "image 3 of 3: the image is 102x102" in problem.detail
 
 
 @pytest.mark.slow
