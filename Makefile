@@ -60,7 +60,7 @@ model: setup ## train the Fashion-MNIST model in models/ again: over an hour on 
 	@$(BIN)/python train/held_out.py --dataset fashion-mnist --out models/held-out
 
 experiments: setup ## run all experiments of docs/paper.md in their cheap form: minutes each on two cores
-	@for name in delta depth scaling sparsity convergence initialization; do \
+	@for name in delta depth parameterization scaling sparsity convergence initialization; do \
 		$(BIN)/python train/experiments/$$name.py --out docs/experiments || exit; done
 
 pictures: setup ## draw docs/pictures again, from models/ and the checkpoint of make model

@@ -28,7 +28,7 @@ BOUNDED = """\
 | bodies | `--max-body-mb` each, `--max-held-mb` together, `--deadline-ms` to arrive | `serve/wire.py`, `serve/hot.py` |
 | images that wait | `--max-queue`, `--max-images` of a request | `serve/batcher.py` |
 | the time of an answer | `--deadline-ms` | `serve/batcher.py` |
-| labels of metrics | addresses that the server has | `serve/metrics.py` |
+| labels of metrics | addresses that the server has; 128 classes, 80 characters each | `serve/metrics.py`, `serve/watch.py` |
 | a reload | `--reload-seconds`, tried in a process that can be ended | `serve/trial.py` |
 | lines of the log that nobody reads | 4 MB; those beyond are counted | `serve/logs.py` |
 | JSON inside a model's file or card | 64 lists and objects inside one another | `train/documents.py` |
@@ -162,7 +162,9 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "tuple[Subject, str]":
     other = write_whole(folder / "other.onnx", to_onnx(net, spec, {}).SerializeToString())
     image = read_whole(config.image)
     pixels = decode(image, spec.image)[None]
-    expected = {one.model.digest: softmax(one(pixels))[0] for one in (session, OnnxSession(other))}
+    expected = {
+        one.model.digest: softmax(one(pixels), temperature=spec.temperature)[0] for one in (session, OnnxSession(other))
+    }
     return Subject(config.model, other, image, expected), model_name(session.model)
 
 

@@ -64,6 +64,8 @@ def _answer(form: Form, batch: list[Future[np.ndarray | Refusal]]) -> Iterator[n
             continue
         row = next(rows)
         if np.isfinite(row).all():
-            yield probabilities(row[None], are_probabilities=form.gives_probabilities)[0]
+            yield probabilities(
+                row[None], temperature=form.spec.temperature, are_probabilities=form.gives_probabilities
+            )[0]
         else:
             yield Refusal("the model answers with values that are not numbers")

@@ -103,7 +103,7 @@ def _judge(
         digest=form.digest,
         dataset=judged.dataset,
         what=judged.what,
-        evaluation=evaluate(probabilities, targets, form.spec.labels),
+        evaluation=evaluate(probabilities, targets, form.spec.labels, temperature=form.spec.temperature),
         mistakes=_mistakes(judged, probabilities, targets, places, form.spec.labels),
         unreadable=unreadable,
     )
@@ -167,9 +167,10 @@ def _files(report: "Report") -> dict[str, bytes]:
 
     from export import evaluation_figures as figures
     from export.evaluation_page import to_html
+    from export.evaluation_report import describe_error
 
-    calibration, title = report.evaluation.calibration, figures.figure_text(report.title, 80)
-    error = f"expected calibration error {100 * calibration.error:.2f} %"
+    title = figures.figure_text(report.title, 80)
+    error = f"expected calibration error {describe_error(report.evaluation)}"
     drawn = report.shown[:NUM_DRAWN]
     captions = [
         f"{figures.figure_text(mistake.answer)} {mistake.probability:.1%}\nis {figures.figure_text(mistake.truth)}"
@@ -179,7 +180,7 @@ def _files(report: "Report") -> dict[str, bytes]:
     surest = f"{len(drawn)} of {num:,} wrong answers, the surest first" if num else "no answer is wrong"
     pictures = {
         "confusion.png": figures.confusion_figure(report.evaluation, f"{title}\n{report.score}"),
-        "reliability.png": figures.reliability_figure(calibration, f"{title}\n{error}"),
+        "reliability.png": figures.reliability_figure(report.evaluation, f"{title}\n{error}"),
         "mistakes.png": figures.mistakes_figure([pixels for _, pixels in drawn], captions, surest),
     }
     files = {name: figures.draw(figure) for name, figure in pictures.items()}
@@ -190,7 +191,7 @@ def _files(report: "Report") -> dict[str, bytes]:
 
 def _print_summary(console: "Console", report: "Report") -> None:
     """The figures, the weakest classes, the most frequent mistakes, and what could not be read."""
-    from export.evaluation_report import share
+    from export.evaluation_report import describe_error, share
     from train.interval import percent
     from train.progress import printable
 
@@ -200,7 +201,7 @@ def _print_summary(console: "Console", report: "Report") -> None:
     if top5 := evaluation.top5:
         console.print(f"top-5 {share(top5.value)}, 95 % interval {percent(top5.interval)}")
     console.print(
-        f"expected calibration error {share(calibration.error)}; "
+        f"expected calibration error {describe_error(evaluation)}; "
         f"on as many images chance alone makes up to {share(calibration.perfect_95)}"
     )
     _print_classes(console, evaluation)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from export.runtimes.probabilities import best
+from export.runtimes.probabilities import best, without_temperature
 from train.interval import interval
 
 NUM_BINS = 15  # of confidence, of equal width: those of Guo et al. 2017, section 2, whose error this is
@@ -121,6 +121,8 @@ class Evaluation:
     counts: np.ndarray
     top5: Share | None  # None where all classes are among five
     calibration: Calibration
+    temperature: float = 1.0  # of the model's probabilities
+    without_temperature: Calibration | None = None  # what `calibration` would be; None where the temperature is 1
 
     @property
     def top1(self) -> Share:
@@ -158,21 +160,33 @@ class Evaluation:
             "classes": [score.to_dict() for score in self.classes],
             "confusion": self.counts.tolist(),
             "calibration": self.calibration.to_dict(),
+            "temperature": self.temperature,
+            "calibration_without_temperature": self.without_temperature and self.without_temperature.to_dict(),
         }
 
 
-def evaluate(probabilities: np.ndarray, targets: np.ndarray, labels: tuple[str, ...]) -> Evaluation:
-    """`probabilities` [N, K] of images of the classes `targets` [N]; N is at least 1."""
+def evaluate(
+    probabilities: np.ndarray, targets: np.ndarray, labels: tuple[str, ...], *, temperature: float = 1.0
+) -> Evaluation:
+    """`probabilities` [N, K], of a temperature, of images of the classes `targets` [N]; N is at least 1."""
     order = best(probabilities, TOP)
     answers = order[:, 0]
     in_top = int((order == targets[:, None]).any(axis=1).sum())
-    confidence = np.take_along_axis(probabilities, answers[:, None], axis=1)[:, 0]
+    right = answers == targets
+    plain = without_temperature(probabilities, temperature) if temperature != 1 else None
     return Evaluation(
         labels,
         confusion(targets, answers, len(labels)),
         Share(in_top, len(targets)) if len(labels) > TOP else None,
-        calibrate(confidence, answers == targets),
+        calibrate(_confidence(probabilities, answers), right),
+        temperature,
+        None if plain is None else calibrate(_confidence(plain, answers), right),
     )
+
+
+def _confidence(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """The probability of each answer, float64 [N]."""
+    return np.take_along_axis(probabilities, answers[:, None], axis=1)[:, 0]
 
 
 def confusion(targets: np.ndarray, answers: np.ndarray, num_classes: int) -> np.ndarray:

@@ -54,16 +54,23 @@ def confusion_figure(evaluation: Evaluation, title: str) -> "Figure":
     return figure
 
 
-def reliability_figure(calibration: Calibration, title: str) -> "Figure":
-    """Above, how many answers of a confidence are right, with intervals; below, how many there are."""
+def reliability_figure(evaluation: Evaluation, title: str) -> "Figure":
+    """Above, how many answers of a confidence are right, with intervals; below, how many there are.
+
+    Rings are what would be without the model's temperature.
+    """
     from matplotlib.figure import Figure
 
+    calibration, plain = evaluation.calibration, evaluation.without_temperature
     figure = Figure(figsize=(6.4, 6.8), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
     _draw_bins(above, calibration)
+    if plain:
+        at, right = _points(plain)
+        above.plot(at, right, "o", color=MUTED, fillstyle="none", label=f"without T = {evaluation.temperature:.3g}")
     above.set(ylabel="share that is right", ylim=(-0.02, 1.02), xlim=(0, 1))
     above.set_title(title, fontsize=11, wrap=True)
-    above.legend(loc="upper left", frameon=False)
+    above.legend(loc="lower right", frameon=False)
     width = 1 / len(calibration.bins)
     below.bar([part.low + width / 2 for part in calibration.bins], [part.right.num for part in calibration.bins],
               width=0.94 * width, color=MUTED)  # fmt: skip
@@ -79,12 +86,19 @@ def reliability_figure(calibration: Calibration, title: str) -> "Figure":
 
 def _draw_bins(axes: "Axes", calibration: Calibration) -> None:
     axes.plot([0, 1], [0, 1], color=MUTED, linestyle="--", label="probabilities that hold")
-    filled = [(part.confidence, part.right) for part in calibration.bins if part.confidence is not None]
-    at, value = [confidence for confidence, _ in filled], [share.hits / share.num for _, share in filled]
-    ends = np.array([share.interval for _, share in filled]).T
+    at, value = _points(calibration)
+    ends = np.array([part.right.interval for part in calibration.bins if part.right.num]).T
     reach = np.abs(ends - value)
     axes.errorbar(at, value, yerr=reach, fmt="o", color=ACCENT, capsize=3, label="this model, 95 % interval")
     axes.grid(alpha=0.25)
+
+
+def _points(calibration: Calibration) -> tuple[list[float], list[float]]:
+    """Mean probability and share that is right, of each bin with images."""
+    filled = [
+        (part.confidence, part.right.hits / part.right.num) for part in calibration.bins if part.confidence is not None
+    ]
+    return [confidence for confidence, _ in filled], [right for _, right in filled]
 
 
 def mistakes_figure(images: Sequence[np.ndarray], captions: Sequence[str], title: str) -> "Figure":

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from export.evaluation import Calibration, ClassScore, Evaluation, Share
-from export.evaluation_report import Mistake, Report, share
+from export.evaluation_report import Mistake, Report, describe_error, share
 from train.interval import percent
 
 NUM_CONFUSIONS = 10
@@ -53,7 +53,7 @@ def describe_calibration(evaluation: Evaluation) -> list[str]:
     gap = calibration.confidence - right
     lines = [
         f"An answer of probability p should be right in a share p of all cases. Expected calibration error: "
-        f"{share(calibration.error)}, the mean distance between the two over {len(calibration.bins)} bins. "
+        f"{describe_error(evaluation)}, the mean distance between the two over {len(calibration.bins)} bins. "
         f"On as many images a model whose probabilities hold shows {share(calibration.perfect)}, "
         f"and 95 % of such models show less than {share(calibration.perfect_95)}.",
         f"The mean probability of the answers is {share(calibration.confidence)}, "

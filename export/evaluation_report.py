@@ -60,6 +60,16 @@ class Report:
         }
 
 
+def describe_error(evaluation: Evaluation) -> str:
+    """The expected calibration error, and what it would be without the temperature."""
+    plain, error = evaluation.without_temperature, share(evaluation.calibration.error)
+    return (
+        error
+        if plain is None
+        else f"{error} ({share(plain.error)} without the temperature of {evaluation.temperature:.3g})"
+    )
+
+
 def share(value: float | None) -> str:
     """In per cent; a dash of no images."""
     return "–" if value is None else f"{100 * value:.2f} %"

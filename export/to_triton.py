@@ -78,6 +78,7 @@ class Source:
     output_dtype: str
     num_ones: int
     labels: tuple[str, ...]
+    temperature: float
     best_batch: int
     max_batch: int | None  # None where any will do
     needs: str  # of the server, for people
@@ -97,6 +98,7 @@ def _read_onnx(config: ToTritonConfig) -> Source:
         output_dtype=file.output_dtype,
         num_ones=len(file.output_shape) - 2,
         labels=file.spec.labels,
+        temperature=file.spec.temperature,
         best_batch=8,
         max_batch=None,
         needs=f"opset {file.opset}",
@@ -130,6 +132,7 @@ def _read_engine(config: ToTritonConfig) -> Source:
         output_dtype=card.output_dtype,
         num_ones=0,
         labels=card.spec.labels,
+        temperature=card.spec.temperature,
         best_batch=card.batch[1],
         max_batch=card.batch[2],
         needs=f"{needs}, compute capability {', '.join(card.compute_capabilities)}",
@@ -158,6 +161,7 @@ def _triton_model(config: ToTritonConfig, source: Source, name: str) -> Any:
         preferred=() if fixed else tuple(sorted({min(source.best_batch, max_batch), max_batch})),
         kind=config.kind,
         max_queue_delay_us=config.max_queue_delay,
+        temperature=source.temperature,
     )
 
 

@@ -32,6 +32,7 @@ class TritonModel:
     preferred: tuple[int, ...]  # batches that the dynamic batcher aims at
     kind: str
     max_queue_delay_us: int
+    temperature: float = 1.0  # probabilities are the softmax of the output divided by it
 
 
 def config_text(model: TritonModel) -> str:
@@ -56,6 +57,8 @@ def config_text(model: TritonModel) -> str:
         "instance_group": [{"kind": Word(KINDS[model.kind]), "count": 1}],
         "model_warmup": [_warmup(model, batch) for batch in ([1] if fixed else sorted({1, model.max_batch}))],
     }
+    if model.temperature != 1:  # Triton gives logits: whoever makes probabilities of them reads it here
+        fields["parameters"] = [{"key": "temperature", "value": {"string_value": repr(model.temperature)}}]
     if not fixed:
         fields["dynamic_batching"] = {
             "preferred_batch_size": list(model.preferred),

@@ -6,6 +6,7 @@ import numpy as np
 from typing_extensions import TypedDict  # pydantic reads no other one on Python 3.11
 
 from export.runtimes.probabilities import best, probabilities
+from train.spec import Spec
 
 
 class ModelName(TypedDict):
@@ -38,7 +39,7 @@ class Prediction(TypedDict):
 
 def results_of(
     logits: np.ndarray,
-    labels: tuple[str, ...],
+    spec: Spec,
     top_k: list[int],
     *,
     are_probabilities: bool = False,
@@ -48,11 +49,11 @@ def results_of(
 
     `observe` is called with the best two classes or more of each image, and their probabilities.
     """
-    values = probabilities(logits, are_probabilities=are_probabilities)
-    order = best(values, max(2, *top_k))
+    values = probabilities(logits, temperature=spec.temperature, are_probabilities=are_probabilities)
+    order = best(logits, max(2, *top_k))  # no temperature moves a class
     ranked = np.take_along_axis(values, order, axis=1)
     observe(order, ranked)
-    return [_result(*row, labels) for row in zip(order.tolist(), ranked.tolist(), top_k, strict=True)]
+    return [_result(*row, spec.labels) for row in zip(order.tolist(), ranked.tolist(), top_k, strict=True)]
 
 
 def _result(order: list[int], probabilities: list[float], top_k: int, labels: tuple[str, ...]) -> Result:

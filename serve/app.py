@@ -263,6 +263,7 @@ def model_card(runtime: Runtime) -> dict[str, Any]:
             "resize": image.resize,
         },
         "labels": list(spec.labels),
+        "temperature": spec.temperature,
         "provenance": model.provenance,
     }
 

@@ -299,7 +299,7 @@ def _share(
     is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
     finite = np.where(is_finite[:, None], logits, 0)
     observe = partial(watch, model, is_finite)
-    results = results_of(finite, model.spec.labels, top_k, are_probabilities=model.gives_probabilities, observe=observe)
+    results = results_of(finite, model.spec, top_k, are_probabilities=model.gives_probabilities, observe=observe)
     start = 0
     for job in jobs:
         rows = slice(start, start := start + job.num_images)

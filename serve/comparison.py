@@ -51,8 +51,7 @@ class Comparison:
             return
         before, after = served[is_finite].astype(np.float64), shadow[is_finite].astype(np.float64)
         if self.served.gives_probabilities or self.shadow.gives_probabilities:
-            before = probabilities(before, are_probabilities=self.served.gives_probabilities)
-            after = probabilities(after, are_probabilities=self.shadow.gives_probabilities)
+            before, after = _probabilities(before, self.served), _probabilities(after, self.shadow)
         own[_LARGEST_ERROR] = max(own[_LARGEST_ERROR], np.abs(before - after).max())
         own[_LARGEST_VALUE] = max(own[_LARGEST_VALUE], np.abs(before).max())
         own[_AGREEING] += (before.argmax(axis=1) == after.argmax(axis=1)).sum()
@@ -116,6 +115,10 @@ class Comparison:
 
 
 _LABELS = ("digest", "shadow")
+
+
+def _probabilities(values: np.ndarray, of: Identity) -> np.ndarray:
+    return probabilities(values, temperature=of.temperature, are_probabilities=of.gives_probabilities)
 
 
 def _largest_difference(totals: np.ndarray) -> float:

@@ -51,12 +51,20 @@ class Identity:
     resize: int | None  # as in ImageSpec: pixels that were prepared for one model must suit the other
     labels: tuple[str, ...]
     gives_probabilities: bool
+    temperature: float
 
     @classmethod
     def of(cls, model: Model, runtime: str = "") -> "Identity":
-        image = model.spec.image
+        spec, image = model.spec, model.spec.image
         return cls(
-            model.name, model.digest, runtime, image.shape, image.resize, model.spec.labels, model.gives_probabilities
+            model.name,
+            model.digest,
+            runtime,
+            image.shape,
+            image.resize,
+            spec.labels,
+            model.gives_probabilities,
+            spec.temperature,
         )
 
     @classmethod

@@ -58,6 +58,21 @@ def max_pool(x, size, padding=0):
     return np.max([cut[:, :, :height, :width] for cut in cuts], axis=0)
 
 
+def softmax(logits, temperature=1.0):
+    """Row by row; the largest logit is taken off first."""
+    rows = []
+    for row in np.asarray(logits, np.float64):
+        powers = np.exp([(value - max(row)) / temperature for value in row])
+        rows.append(powers / np.sum(powers))
+    return np.stack(rows)
+
+
+def excess(logits, targets, temperature):
+    """Sum over images of the logit expected under softmax(logits / T), less that of the truth: 0 at the best T."""
+    expected = (softmax(logits, temperature) * logits).sum(axis=1)
+    return sum(mean - row[target] for mean, row, target in zip(expected, logits, targets, strict=True))
+
+
 class Net:
     """Table 1 and its relatives from a state dict of NumPy float64 arrays: images uint8 [N, H, W, C] → logits."""
 
@@ -108,7 +123,7 @@ class Net:
 
     def weight(self, name):
         weight = self.state[f"{name}.weight"]
-        if self.spec.parameterization == "plain":
+        if self.spec.parameterization in ("plain", "initialised"):
             return weight
         return folded_weight(self.state.get(f"{name}.a"), self.state.get(f"{name}.b"), weight, form=self.spec.delta)
 

@@ -8,6 +8,7 @@ ROWS = {
     "unnormalized-relu": {"nonlinearity": "relu", "parameterization": "unnormalized"},
     "plain": {"parameterization": "plain"},
     "plain-relu": {"nonlinearity": "relu", "parameterization": "plain"},
+    "initialised": {"parameterization": "initialised"},
     "delta": {"parameterization": "delta"},
     "per-channel": {"nonlinearity": "relu", "parameterization": "per-channel"},
     "pooled": {"family": "pooled", "size": 13},

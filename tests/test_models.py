@@ -1,5 +1,6 @@
 """The model that comes along is whole, small, what its card says, and served when none is named."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import onnx
 import pytest
 
 from export.runtimes.cascade import read_forms
@@ -102,3 +104,28 @@ def test_a_server_without_a_model_serves_it(tmp_path):
     finally:
         server.terminate()
         server.communicate(timeout=30)
+
+
+def test_the_files_without_their_temperature_are_those_that_were_exported():
+    """Only metadata was added: what parity and int8 measured of the graphs holds."""
+    if "sha256_before" not in CARD["training"]["calibration"]:
+        pytest.skip("the run itself fitted the temperature of the files")
+    for name in ("fashion-mnist.onnx", "fashion-mnist-int8.onnx"):
+        model = onnx.load(MODELS / name)
+        for entry in model.metadata_props:
+            said = json.loads(entry.value)
+            if entry.key == "spec":
+                del said["temperature"]
+            else:
+                before = said["training"].pop("calibration")["sha256_before"]
+            entry.value = json.dumps(said)
+        assert hashlib.sha256(model.SerializeToString()).hexdigest() == before
+        if name == "fashion-mnist.onnx":
+            assert {before, OnnxSession(MODELS / name).model.digest} <= set(CARD["artefacts"].values())
+
+
+def test_the_temperature_is_that_of_the_record_and_of_the_readme():
+    calibration, spec = CARD["training"]["calibration"], OnnxSession(MODELS / "fashion-mnist.onnx").model.spec
+    assert calibration["temperature"] == spec.temperature
+    value = f"{spec.temperature:.3f} ± {calibration['standard_error']:.3f}"
+    assert f"| {value}, fitted on the {calibration['images']:,} training images" in (MODELS / "README.md").read_text()

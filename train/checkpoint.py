@@ -35,6 +35,7 @@ class Checkpoint:
     rng_state: torch.Tensor  # torch's global generator
     test_accuracy: float | None = None  # read once, after the last epoch
     average: dict[str, torch.Tensor] = field(default_factory=dict)  # of the weights, where the run keeps one
+    calibration: dict[str, Any] = field(default_factory=dict)  # the `Fit` of the spec's temperature; empty before it
     sha256: str = ""  # of the file it came from
 
     @classmethod
@@ -74,6 +75,7 @@ class Checkpoint:
             **({"folder": Path(folder).name} if folder else {}),  # its own name: the rest is this machine's
             "epochs_done": self.epoch,
             "test_accuracy": self.test_accuracy,
+            **({"calibration": self.calibration} if self.calibration else {}),
         }
 
 

@@ -36,7 +36,8 @@ class TrainConfig:
         Parameterization | None,
         "dirac: eq. 4; per-output-b: b for each output channel, the authors' published 18-0.75; "
         "per-channel: a and b for each output channel, with relu; "
-        "unnormalized: eq. 3; delta: eq. 14; plain: the baseline without Dirac (default: dirac, or plain with wrn)",
+        "unnormalized: eq. 3; delta: eq. 14; plain: the baseline without Dirac; initialised: plain, and at the start "
+        "the dirac net's function (default: dirac, or plain with wrn)",
     ] = None
     delta: Annotated[
         Delta, "ones where channels widen: repeated, eq. 8; first: on the first channels alone, the second release"

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
 from train.refusal import Refusal
-from train.spec import Spec
+from train.spec import ORDINARY, Spec
 
 # Convolutions per group; those of ResNet-18 and -34, which have blocks of two (section 3.5).
 IMAGENET_GROUPS = {18: (4, 4, 4, 4), 34: (6, 8, 12, 6)}
@@ -169,6 +169,6 @@ def _residual_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, s
 
 
 def _convolution(num_in: int, num_out: int, spec: Spec, *, stride: int = 1) -> nn.Conv2d:
-    if spec.parameterization == "plain":
+    if spec.parameterization in ORDINARY:
         return nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False)
     return DiracConv2d(num_in, num_out, 3, stride=stride, padding=1, form=spec.parameterization, delta_form=spec.delta)

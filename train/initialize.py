@@ -1,10 +1,36 @@
 """Where training starts: the values of every weight before the first step."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
+from train.families import build
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d
 from train.recipes import Start
+from train.spec import Spec
+
+
+def initialized(spec: Spec, *, a: float, b: float, std: float, start: Start = "pytorch") -> nn.Sequential:
+    """The net of `spec` before its first step; the numbers are drawn from torch's generator.
+
+    Ordinary convolutions that are "initialised" get the filters a δ + b W_norm (eq. 4) of a Dirac net that is started
+    here: with one seed both are the same function. What follows differs: a step moves the filters themselves.
+    """
+    if spec.parameterization != "initialised":
+        net = build(spec)
+        initialize(net, a=a, b=b, std=std, start=start)
+        return net
+    dirac = initialized(replace(spec, parameterization="dirac"), a=a, b=b, std=std, start=start)
+    filters = {
+        f"{name}.weight": layer.folded_weight().detach()
+        for name, layer in dirac.named_modules()
+        if isinstance(layer, DiracConv2d)
+    }
+    net = build(spec)
+    started = dirac.state_dict() | filters
+    net.load_state_dict({name: started[name] for name in net.state_dict()})
+    return net
 
 
 @torch.no_grad()

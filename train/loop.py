@@ -239,6 +239,17 @@ def evaluate(net: nn.Module, split: Part, *, device: str = "cpu", workers: int =
     return Score(loss, correct)
 
 
+@torch.no_grad()
+def answers(net: nn.Module, split: Part, *, device: str = "cpu", workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits float32 [N, K] and targets int64 [N] of a split, prepared as in `evaluate`; K is 0 of no images."""
+    net.eval()
+    logits, targets = [np.zeros((0, 0), np.float32)], [np.zeros(0, np.int64)]
+    for images, labels in _in_order(split, workers) if len(split) else ():
+        logits.append(net(images.to(device)).float().cpu().numpy())
+        targets.append(labels.numpy())
+    return np.concatenate(logits[1:] or logits), np.concatenate(targets)
+
+
 def _in_order(split: Part, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     height, width = (split.image.height, split.image.width) if isinstance(split, Files) else split.images.shape[1:3]
     batch_size = max(1, min(500, JUDGED_PIXELS // (height * width)))

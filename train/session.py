@@ -23,7 +23,7 @@ from train.families import count_parameters, outline
 from train.files import write_whole
 from train.folder import Files, refuse_what_cannot_be_judged
 from train.interval import interval, percent
-from train.loop import evaluate, steps_per_epoch, to_device
+from train.loop import answers, evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, forbid_tf32, keep_large_buffers
 from train.memory import available_bytes, refuse_what_does_not_fit
 from train.progress import make_console, progress, track
@@ -33,6 +33,7 @@ from train.spec import ImageSpec
 from train.split import FILE
 from train.steps import Session, Step, make_augmentation, make_spec, start, take_steps
 from train.survey import print_survey
+from train.temperature import Fit, fit_temperature
 
 FILES = ("checkpoint.pt", "best.pt")  # where the run stands; its best epoch by validation, or its last without
 
@@ -89,7 +90,7 @@ def _train(
     if settings.batch_size % world.size:
         raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {settings.batch_size}")
     spec, split = make_spec(settings, dataset.info.image, dataset.info.labels), data.record(dataset)
-    if earlier and earlier.spec != spec:
+    if earlier and replace(earlier.spec, temperature=1.0) != spec:
         raise Refusal(f"{settings.run_dir} was started with another data set; resume it with the same")
     available = available_bytes(world.device)
     size = refuse_what_does_not_fit(settings, spec, world, available=available)
@@ -147,9 +148,9 @@ def _load(config: TrainConfig, earlier: Checkpoint | None, image: ImageSpec | No
 
 
 def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
-    """The test accuracy, read once, after every choice has been made; then the plot and the summary."""
+    """What is known of the nets at the end, after every choice has been made; then the plot and the summary."""
     config, console = session.config, session.console
-    chosen = _test(session, dataset.test)
+    chosen = _complete(session, dataset)
     accuracy, row, num_test = chosen.test_accuracy or 0.0, chosen.history[-1], len(dataset.test)
     title = f"{state.spec.name} on {config.dataset}"
     draw_learning_curve(config.run_dir / "learning_curve.png", state.history, title, smoothing=config.label_smoothing)
@@ -159,6 +160,7 @@ def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
         "parameters": count_parameters(session.net),
         "test_accuracy": accuracy,
         "test_images": num_test,
+        "calibration": chosen.calibration,
         "seconds": sum(row["seconds"] for row in state.history),
     }
     console.print(
@@ -171,24 +173,39 @@ def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
         net = load_net(chosen).to(session.world.device)
         known = evaluate(net, dataset.train.take(picked), device=session.world.device, workers=config.workers).accuracy
         console.print(describe_fit(known, len(picked), row["validation_accuracy"], num_held))
+    console.print(str(Fit(**chosen.calibration)))
     console.print(f"wrote {', '.join(FILES)}, metrics.jsonl and learning_curve.png to {config.run_dir}")
     if config.json:
         print(json.dumps(result))
 
 
-def _test(session: Session, test: data.Part) -> Checkpoint:
-    """Read the test accuracy of the run's files where none is in them, once for one net; gives the one to fold."""
-    accuracies: dict[int, float] = {}
+def _complete(session: Session, dataset: data.Dataset) -> Checkpoint:
+    """Add test accuracy and temperature to the run's files where they lack them; gives the one to fold."""
+    known: dict[int, Checkpoint] = {}
     paths = [path for name in FILES if (path := session.config.run_dir / name).exists()]
-    states = [load_checkpoint(path) for path in paths]
-    for path, state in zip(paths, states, strict=True):
-        if state.test_accuracy is not None:
+    for path, state in [(path, load_checkpoint(path)) for path in paths]:
+        if state.test_accuracy is not None and state.calibration:
             continue
-        if state.epoch not in accuracies:
-            net, device = load_net(state).to(session.world.device), session.world.device
-            accuracies[state.epoch] = evaluate(net, test, device=device, workers=session.config.workers).accuracy
-        save_checkpoint(path, replace(state, test_accuracy=accuracies[state.epoch]))
+        if state.epoch not in known:  # both files often hold one net
+            known[state.epoch] = _completed(session, state, dataset)
+        of_net = known[state.epoch]
+        state = replace(state, spec=of_net.spec, calibration=of_net.calibration, test_accuracy=of_net.test_accuracy)
+        save_checkpoint(path, state)
     return load_checkpoint(paths[-1])
+
+
+def _completed(session: Session, state: Checkpoint, dataset: data.Dataset) -> Checkpoint:
+    """The test images are read once for a net; the temperature is fitted on the images held out, its choice's too."""
+    device, workers = session.world.device, session.config.workers
+    net = load_net(state).to(device)
+    accuracy = state.test_accuracy
+    if accuracy is None:
+        accuracy = evaluate(net, dataset.test, device=device, workers=workers).accuracy
+    held = dataset.validation
+    assert held is not None  # `divide` made it
+    fit = fit_temperature(*answers(net, held, device=device, workers=workers))
+    spec = replace(state.spec, temperature=fit.temperature)
+    return replace(state, test_accuracy=accuracy, spec=spec, calibration=fit.to_dict())
 
 
 def _epochs(

@@ -10,8 +10,10 @@ from train.refusal import Refusal
 Family = Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"]
 Nonlinearity = Literal["ncrelu", "relu"]
 # How a convolution's weight is made: eq. 4, eq. 4 with a b for every output channel (the authors' first release as
-# published with its notebook), with an a and a b for each (their second), eq. 3, eq. 14, and W alone (the baseline).
-Parameterization = Literal["dirac", "per-output-b", "per-channel", "unnormalized", "delta", "plain"]
+# published with its notebook), with an a and a b for each (their second), eq. 3, eq. 14, W alone (the baseline), and
+# W alone that starts as eq. 4 (what the parameterization brings beyond its start).
+Parameterization = Literal["dirac", "per-output-b", "per-channel", "unnormalized", "delta", "plain", "initialised"]
+ORDINARY: tuple[Parameterization, ...] = ("plain", "initialised")  # of these nothing but W is learnt
 # Where a layer with other numbers of inputs and outputs has its ones: repeated as eq. 7 and 8 say, or on the
 # first min(N_i, N_o) channels alone, as `torch.nn.init.dirac_` writes them (the authors' second release).
 Delta = Literal["repeated", "first"]
@@ -19,6 +21,8 @@ Published = Literal["digits", "fashion-mnist", "cifar10", "cifar100"]  # data se
 DatasetName = Literal[Published, "folder"]
 # Bounds on what is built from a spec that somebody else may have written; nets here are 400 layers deep at most.
 MAX_DEPTH, MAX_WIDTH, MAX_SIDE = 1000, 1000, 8192
+# Of a temperature: beyond them a class has nearly all of the probability, or all classes have the same.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Spec:
     parameterization: Parameterization = "dirac"
     delta: Delta = "repeated"
     net: str = ""  # the name of a net that this project has not built; the fields of its architecture mean nothing
+    temperature: float = 1.0  # probabilities are the softmax of logits / temperature; see train/temperature.py
 
     def __post_init__(self) -> None:
         if self.nonlinearity not in get_args(Nonlinearity):
@@ -87,23 +92,27 @@ class Spec:
             raise Refusal(f"a label holds half a character, {error.object[error.start : error.end]!a}") from error
         if len(self.labels) < 2:
             raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
+        refuse_temperature(self.temperature)
 
     @classmethod
-    def of_net(cls, net: str, image: ImageSpec, labels: tuple[str, ...]) -> "Spec":
+    def of_net(cls, net: str, image: ImageSpec, labels: tuple[str, ...], temperature: float = 1.0) -> "Spec":
         """A net that this project has not built: it has a name, and no family, depth or width."""
-        return cls("unknown", 0, 0.0, "relu", image, labels, net=net)
+        return cls("unknown", 0, 0.0, "relu", image, labels, net=net, temperature=temperature)
 
     @property
     def name(self) -> str:
         if self.net:
             return self.net
-        dirac = "Plain" if self.parameterization == "plain" else "DiracNet"
+        dirac = "Plain" if self.parameterization in ORDINARY else "DiracNet"
         return f"{'WRN' if self.family == 'wrn' else dirac}-{self.depth}-{self.width:g}"
 
     def to_dict(self) -> dict[str, Any]:
+        """A temperature of 1 is left out: such files stay what they were before there were temperatures."""
         fields = asdict(self)
+        if self.temperature == 1:
+            del fields["temperature"]
         if self.net:
-            return {key: fields[key] for key in ("net", "image", "labels")}
+            return {key: fields[key] for key in ("net", "image", "labels", "temperature") if key in fields}
         return {key: value for key, value in fields.items() if key != "net"}
 
     def to_json(self) -> str:
@@ -142,6 +151,15 @@ class Spec:
     @classmethod
     def from_json(cls, text: str) -> "Spec":
         return cls.from_dict(read_object(text, "the model's spec", todo="make the file again"))
+
+
+def refuse_temperature(value: Any) -> None:
+    """Refuses what is not a number between the bounds: zero, NaN, infinity, text, a truth value."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE):
+        raise Refusal(
+            f"a temperature must be a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, got {str(value)[:40]}"
+        )
 
 
 def _whole(value: Any) -> int:

@@ -13,8 +13,7 @@ from train import data
 from train.checkpoint import Checkpoint, load_net, save_checkpoint
 from train.config import Settings
 from train.distributed import World
-from train.families import build
-from train.initialize import initialize
+from train.initialize import initialized
 from train.loop import Augmentation, batches, follow, learning_rate, make_optimizer, steps_per_epoch, train_step
 from train.refusal import Refusal
 from train.spec import ImageSpec, Spec
@@ -40,7 +39,10 @@ class Session:
             optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             rng_state=torch.get_rng_state(),
-            test_accuracy=None,  # of the net that it was
+            # Of the net that it was:
+            test_accuracy=None,
+            spec=replace(state.spec, temperature=1.0),
+            calibration={},
             **moment,
         )
 
@@ -62,8 +64,7 @@ class Step:
 def start(config: Settings, spec: Spec, world: World, console: Console, source: Checkpoint | None = None) -> Session:
     """A net of `spec` before its first step, with the layers of `source` but for the last, and what trains it."""
     torch.manual_seed(config.seed)
-    net = build(spec)
-    initialize(net, a=config.a0, b=config.b0, std=config.w_std, start=config.start)
+    net = initialized(spec, a=config.a0, b=config.b0, std=config.w_std, start=config.start)
     if source:
         learnt = {name: tensor for name, tensor in load_net(source).state_dict().items() if not name.startswith("fc.")}
         net.load_state_dict(net.state_dict() | learnt)

@@ -58,7 +58,9 @@ def find_spec(path: Path, header: Header, signature: Signature, said: Described,
     if num_classes < 2:
         raise Refusal(f"{path} gives {num_classes} value per image; a classifier gives one per class")
     try:
-        spec = header.spec or generic_spec(signature, num_classes=num_classes, labels=said.labels)
+        spec = header.spec or generic_spec(
+            signature, num_classes=num_classes, labels=said.labels, temperature=said.temperature
+        )
     except Refusal as refusal:
         raise Refusal(f"{path}: {refusal}") from refusal
     if len(spec.labels) != num_classes:

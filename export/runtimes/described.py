@@ -26,6 +26,7 @@ class ReadingFlags:
     probabilities: Annotated[bool, "somebody else's net: it gives probabilities"] = False
     logits: Annotated[bool, "somebody else's net: it gives logits, whatever its last node is"] = False
     output: Annotated[str | None, "somebody else's net: the name of the output that holds the classes"] = None
+    temperature: Annotated[float | None, "somebody else's net: its logits are divided by it before the softmax"] = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Described:
     channels: Channels | None = None
     scores: Scores | None = None
     output: str | None = None
+    temperature: float | None = None  # as in `Spec`
     sources: tuple[tuple[str, str], ...] = ()  # field → who says it
 
     def over(self, other: "Described") -> "Described":
@@ -67,7 +69,7 @@ def from_flags(flags: ReadingFlags) -> Described:
     scores: Scores | None = "probabilities" if flags.probabilities else "logits" if flags.logits else None
     labels = read_labels(flags.labels) if flags.labels else None
     said = Described(flags.mean or None, flags.std or None, flags.resize, labels, flags.channels, scores)
-    said = replace(said, output=flags.output)
+    said = replace(said, output=flags.output, temperature=flags.temperature)
     return said.by("the command line")
 
 
@@ -186,6 +188,12 @@ def _whole(value: Any) -> int:
     return value
 
 
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not a number")
+    return value
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
@@ -215,6 +223,7 @@ _CHECKS: dict[str, Any] = {
     "channels": _one_of(Channels),
     "scores": _one_of(Scores),
     "output": _text,
+    "temperature": _number,
 }
 
 

@@ -3,14 +3,24 @@
 import numpy as np
 
 
-def probabilities(logits: np.ndarray, *, are_probabilities: bool = False) -> np.ndarray:
-    """Finite logits [N, K], or probabilities already, → probabilities, float64 [N, K]."""
-    return logits.astype(np.float64) if are_probabilities else softmax(logits)
+def probabilities(values: np.ndarray, *, temperature: float = 1.0, are_probabilities: bool = False) -> np.ndarray:
+    """Finite logits [N, K], or probabilities already, → probabilities, float64 [N, K].
+
+    `temperature` is that of the model's spec; probabilities stay what they are.
+    """
+    return values.astype(np.float64) if are_probabilities else softmax(values, temperature=temperature)
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """[N, K] → float64 [N, K], each row summing to 1."""
-    powers = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+def softmax(logits: np.ndarray, *, temperature: float = 1.0) -> np.ndarray:
+    """softmax(logits / temperature): [N, K] → float64 [N, K], each row summing to 1."""
+    below = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    powers = np.exp(below / temperature)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def without_temperature(values: np.ndarray, temperature: float) -> np.ndarray:
+    """What `probabilities` float64 [N, K] of a temperature would be with a temperature of 1."""
+    powers = values**temperature  # a row's softmax is exp(z / T) / S, and 1 / S is common to its classes
     return powers / powers.sum(axis=1, keepdims=True)
 
 

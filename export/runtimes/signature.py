@@ -110,7 +110,7 @@ def read_as(signature: Signature, said: Described, *, last_kind: str) -> Reading
     """How somebody else's net is read, from what is said of it and the kind of its last node."""
     num = signature.sizes[2]
     sources = dict.fromkeys(("mean", "std", "resize", "channels", "scores", "labels"), ASSUMED)
-    given = {name: source for name, source in said.sources if name in sources}
+    given = {name: source for name, source in said.sources if name in (*sources, "temperature")}
     if signature.dtype == "uint8":
         if by_hand := [f"--{name}" for name in ("mean", "std") if given.get(name) == "the command line"]:
             raise Refusal(f"the net takes uint8 and normalises by itself; leave {' and '.join(by_hand)} out")
@@ -124,13 +124,15 @@ def read_as(signature: Signature, said: Described, *, last_kind: str) -> Reading
     for name, values in (("mean", said.mean), ("std", said.std)):
         if values is not None and len(values) != num and signature.dtype != "uint8":
             raise Refusal(f"{name} needs {num} value{'s' * (num > 1)}, one for each channel, got {_listed(values)}")
-    is_float = signature.dtype != "uint8"
+    is_float, scores = signature.dtype != "uint8", said.scores or _SCORES.get(last_kind, "logits")
+    if said.temperature is not None and scores == "probabilities":
+        raise Refusal("the net gives probabilities, and a temperature is for logits; leave --temperature out")
     return Reading(
         mean=(said.mean or (0.0,) * num) if is_float else (),
         std=(said.std or (1.0,) * num) if is_float else (),
         resize=said.resize,
         channels=said.channels or "rgb",
-        scores=said.scores or _SCORES.get(last_kind, "logits"),
+        scores=scores,
         sources={**sources, **given},
     )
 
@@ -139,7 +141,9 @@ def read_as(signature: Signature, said: Described, *, last_kind: str) -> Reading
 _SCORES: dict[str, Scores] = {"Softmax": "probabilities", "Sigmoid": "probabilities", "LogSoftmax": "logits"}
 
 
-def generic_spec(signature: Signature, *, num_classes: int, labels: tuple[str, ...] | None = None) -> Spec:
+def generic_spec(
+    signature: Signature, *, num_classes: int, labels: tuple[str, ...] | None = None, temperature: float | None = None
+) -> Spec:
     """The spec of somebody else's net: labels by number unless they are said."""
     height, width, channels = signature.sizes
     reading = signature.reading
@@ -161,6 +165,7 @@ def generic_spec(signature: Signature, *, num_classes: int, labels: tuple[str, .
         nonlinearity="relu",
         image=image,
         labels=labels or tuple(f"class {index}" for index in range(num_classes)),
+        temperature=1.0 if temperature is None else temperature,
     )
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import reference
 from sklearn.metrics import precision_recall_fscore_support, top_k_accuracy_score
 
 from export.evaluation import NUM_BINS, ClassScore, calibrate, confusion, evaluate
@@ -114,6 +115,22 @@ def test_the_direction_of_the_error_is_said_in_words(confidence, share, words):
     assert words in describe_calibration(evaluate(probabilities, targets, ("a", "b", "c")))[1]
 
 
+def test_what_there_would_be_without_the_temperature_is_told_from_the_probabilities():
+    rng = np.random.default_rng(4)
+    logits, targets = 3 * rng.normal(size=(500, 7)), rng.integers(0, 7, 500)
+    hot = evaluate(reference.softmax(logits, 0.4), targets, LABELS, temperature=0.4)
+    plain = evaluate(reference.softmax(logits), targets, LABELS)
+    for name in ("error", "confidence", "perfect", "perfect_95"):
+        found, expected = (getattr(part, name) for part in (hot.without_temperature, plain.calibration))
+        assert found == pytest.approx(expected, rel=1e-12), name
+    assert [part.right for part in hot.without_temperature.bins] == [part.right for part in plain.calibration.bins]
+    assert plain.without_temperature is None
+    assert hot.calibration.confidence > plain.calibration.confidence
+    words = " ".join(describe_calibration(hot))
+    assert f"({100 * plain.calibration.error:.2f} % without the temperature of 0.4)" in words
+    assert "without" not in " ".join(describe_calibration(plain))
+
+
 @pytest.mark.slow
 def test_the_matrix_shows_counts_where_there_are_few_classes():
     found = evaluate(np.eye(3)[[0, 1, 1, 1, 2, 0]], np.array([0, 0, 0, 1, 1, 2]), ("a", "b", "c"))
@@ -134,7 +151,7 @@ def test_every_label_can_be_drawn(recwarn):
     found = evaluate(np.eye(4), np.arange(4), labels)
     for figure in (
         confusion_figure(found, "x"),
-        reliability_figure(found.calibration, "x"),
+        reliability_figure(found, "x"),
         mistakes_figure([np.zeros((8, 8, 1), np.uint8), np.zeros((4, 9, 3), np.uint8)], list(labels[:1]) * 2, "x"),
         mistakes_figure([], [], "no answer is wrong"),
     ):

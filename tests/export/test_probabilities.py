@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
+import reference
 
-from export.runtimes.probabilities import best, probabilities
+from export.runtimes.probabilities import best, probabilities, without_temperature
 
 
 def test_logits_of_any_size_become_probabilities():
@@ -9,6 +10,17 @@ def test_logits_of_any_size_become_probabilities():
     assert found.dtype == np.float64
     assert found[0] == pytest.approx([1 / (1 + np.exp(-1)), 1 - 1 / (1 + np.exp(-1)), 0], abs=1e-15)
     assert found.sum(axis=1) == pytest.approx([1, 1], abs=1e-15)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0, 3.0, 100.0])
+def test_logits_are_divided_by_the_temperature_and_it_can_be_taken_out_again(temperature):
+    logits = (3 * np.random.default_rng(0).normal(size=(50, 6))).astype(np.float32)
+    found = probabilities(logits, temperature=temperature)
+    np.testing.assert_allclose(found, reference.softmax(logits, temperature), rtol=1e-12, atol=1e-300)
+    assert (best(found, 1) == best(logits, 1)).all()
+    lost = 6 * np.exp(-745 * temperature)  # exp(-745) is the smallest number: what lies below it is gone
+    expected = reference.softmax(logits)
+    np.testing.assert_allclose(without_temperature(found, temperature), expected, rtol=1e-12, atol=lost)
 
 
 def test_probabilities_stay_what_they_are():

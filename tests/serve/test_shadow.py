@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference
 import yaml
 from serving import PNG, ROOT
 from shadows import card_when, running, send
@@ -238,6 +239,16 @@ def test_a_promotion_that_fails_leaves_both_where_they_are(shadowed, runtime, ot
         assert (response.status_code, response.json()["type"]) == (409, "urn:diracnet:problem:bad-model")
         assert client.get("/model").json()["digest"] == runtime.model.digest
         assert client.get("/model").json()["shadow"]["images"] == 5
+
+
+def test_probabilities_are_compared_at_the_temperature_of_each_model(runtime, pixels):
+    mine = Identity.of(replace(runtime.model, spec=replace(runtime.model.spec, temperature=0.5)))
+    theirs = replace(mine, digest="another", gives_probabilities=True, temperature=1.0)
+    comparison, logits = Comparison(mine, theirs), runtime(pixels)
+    comparison.compare(logits, reference.softmax(logits, 0.5))
+    assert comparison.card()["largest_difference"] < 1e-12
+    comparison.compare(logits, reference.softmax(logits))
+    assert comparison.card()["largest_difference"] > 0.01
 
 
 def test_the_alerts_ask_for_what_is_there(runtime, other_runtime):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from train import data
 from train.cli import run_command
-from train.experiments import trial
+from train.experiments import parameterization, trial
 from train.experiments.convergence import ConvergenceConfig, _width_of_equal_size
 from train.experiments.sparsity import measure
 from train.experiments.trial import ExperimentConfig, mean_and_spread
@@ -20,6 +20,7 @@ RUNS = {
     "scaling": ["--depth", "10", *SMALL],
     "sparsity": ["--depth", "10", *SMALL],
     "convergence": ["--depth", "10", *SMALL],
+    "parameterization": ["--depths", "10", "--lrs", "0.1", "0.5", *SMALL],
     "initialization": ["--depth", "10", "--sigmas", "0", "1e-2", *SMALL],
     "delta": [],
 }
@@ -66,7 +67,9 @@ def test_the_cheap_and_the_papers_settings():
     assert ExperimentConfig(epochs=3).training().epochs == 3
 
 
-PAPER_DEPTH = {"depth": 10, "scaling": 100, "sparsity": 100, "convergence": 34, "initialization": 28}
+PAPER_DEPTH = {"depth": 10, "scaling": 100, "sparsity": 100, "convergence": 34, "initialization": 28} | {
+    "parameterization": 34
+}
 
 
 @pytest.mark.parametrize("name", PAPER_DEPTH)
@@ -91,10 +94,37 @@ def test_depth_has_mean_and_spread_of_every_kind_depth_and_width(tmp_path):
     argv = ["--epochs", "1", "--seeds", "2", "--depths", "10", "--widths", "0.0625", "0.125"]
     rows = run("depth", tmp_path, *argv)["rows"]
     cases = [(row["kind"], row["width"]) for row in rows]
-    assert cases == [(kind, width) for kind in ("Dirac", "plain", "residual") for width in (0.0625, 0.125)]
+    assert cases == [
+        (kind, width) for kind in ("Dirac", "initialised", "plain", "residual") for width in (0.0625, 0.125)
+    ]
     for row in rows:
         assert len(set(row["accuracies"])) == 2
         assert (row["mean"], row["spread"]) == mean_and_spread(row["accuracies"])
+
+
+@pytest.mark.slow
+def test_an_experiment_goes_on_with_what_it_has_and_never_with_other_settings(tmp_path, monkeypatch, capsys):
+    argv = ["--depths", "10", *SMALL]
+    whole = run("parameterization", tmp_path, *argv, "--lrs", "0.1", "0.5")
+    assert [(row["kind"], row["lr"]) for row in whole["rows"]] == [
+        (kind, lr) for kind in ("Dirac", "initialised", "plain") for lr in (0.1, 0.5)
+    ]
+    path = tmp_path / "parameterization.json"
+    path.write_text(json.dumps(whole | {"rows": [row for row in whole["rows"] if row["kind"] != "initialised"]}))
+    trained, run_trial = [], trial.run_trial
+
+    def counted(settings, dataset):
+        trained.append((settings.parameterization, settings.lr))
+        return run_trial(settings, dataset)
+
+    monkeypatch.setattr(trial, "run_trial", counted)
+    assert run("parameterization", tmp_path, *argv, "--lrs", "0.1", "0.5", "--resume") == whole
+    assert trained == [("initialised", 0.1), ("initialised", 0.5)]
+    for other in (["--epochs", "2"], ["--seeds", "2"]):
+        config = [*argv, *other, "--resume", "--out", str(tmp_path)]
+        assert run_command(parameterization.command, parameterization.ParameterizationConfig, argv=config) == 2
+        assert "name another folder with --out, or leave --resume out" in " ".join(capsys.readouterr().err.split())
+    assert json.loads(path.read_text()) == whole
 
 
 def test_the_residual_net_of_the_convergence_has_as_many_parameters(tmp_path):

@@ -25,8 +25,10 @@ def specs(draw):
         resize=draw(st.none() | st.integers(max(height, width), 300)),
     )
     labels = tuple(draw(st.lists(st.text(max_size=8), min_size=2, max_size=5)))
+    nonlinearity = draw(st.sampled_from(["ncrelu", "relu"]))
+    temperature = draw(st.just(1.0) | st.floats(0.01, 100))
     return Spec(
-        "cifar", draw(st.integers(10, 100)), draw(positive), draw(st.sampled_from(["ncrelu", "relu"])), image, labels
+        "cifar", draw(st.integers(10, 100)), draw(positive), nonlinearity, image, labels, temperature=temperature
     )
 
 
@@ -77,6 +79,26 @@ def test_an_impossible_classifier_is_refused(make_spec):
         dataclasses.replace(make_spec(), labels=("one",))
     with pytest.raises(Refusal, match="ncrelu or relu, got tanh"):
         dataclasses.replace(make_spec(), nonlinearity="tanh")
+
+
+@pytest.mark.parametrize(
+    "value", [0, 0.0, -0.7, 1e-9, 1e9, 10**400, float("nan"), float("inf"), "0.7", None, True, [0.7], {}]
+)
+def test_a_hostile_temperature_is_refused(make_spec, value):
+    with pytest.raises(Refusal, match=r"a temperature must be a number from 0\.01 to 100, got .{1,40}$"):
+        Spec.from_dict(make_spec().to_dict() | {"temperature": value})
+    with pytest.raises(Refusal, match="a temperature must be a number"):
+        Spec.from_dict(Spec.of_net("theirs", make_spec().image, ("a", "b")).to_dict() | {"temperature": value})
+
+
+def test_a_file_of_before_there_were_temperatures_has_one_of_1_and_stays_as_it_was(make_spec):
+    fields = make_spec().to_dict()
+    assert "temperature" not in fields
+    assert Spec.from_dict(fields).temperature == 1
+    for spec in (make_spec(), Spec.of_net("theirs", make_spec().image, ("a", "b"))):
+        warm = dataclasses.replace(spec, temperature=0.7)
+        assert warm.to_dict() == spec.to_dict() | {"temperature": 0.7}
+        assert Spec.from_json(warm.to_json()) == warm
 
 
 def test_a_net_that_is_not_of_this_project_has_a_name_and_no_family():

@@ -1,4 +1,4 @@
-"""python train/experiments/depth.py: accuracy over depth and width, Dirac, plain and residual (3.1, 3.2, Fig. 2)."""
+"""python train/experiments/depth.py: accuracy over depth and width, of four kinds of net (3.1, 3.2, Fig. 2)."""
 
 import sys
 from dataclasses import dataclass
@@ -12,12 +12,18 @@ if __name__ == "__main__":
 from train.cli import run_command
 from train.experiments.trial import ExperimentConfig
 
-KINDS = {"Dirac": {"parameterization": "dirac"}, "plain": {"parameterization": "plain"}, "residual": {"family": "wrn"}}
+KINDS = {
+    "Dirac": {"parameterization": "dirac"},
+    "initialised": {"parameterization": "initialised"},
+    "plain": {"parameterization": "plain"},
+    "residual": {"family": "wrn"},
+}
 CHEAP_DEPTHS = (10, 16, 34, 52, 100)
 PAPER_DEPTHS = (10, 16, 22, 28, 34, 40, 52, 100, 200, 400)
 STYLES = ("-", "--", ":", "-.")  # of the widths
 EXAMPLES = (
     "python train/experiments/depth.py --depths 10 34 100 --seeds 1",
+    "python train/experiments/depth.py --out docs/experiments --resume       # what is missing there",
     "python train/experiments/depth.py --paper --widths 1 2 4 --data-dir data --device cuda",
 )
 
@@ -26,10 +32,14 @@ EXAMPLES = (
 class DepthConfig(ExperimentConfig):
     depths: Annotated[tuple[int, ...], "6N + 4 each (cheap: 10 16 34 52 100; paper: 10 to 400)"] = ()
     widths: Annotated[tuple[float, ...], "several width factors, each a line (default: --width alone)"] = ()
+    resume: Annotated[bool, "train only what the numbers in --out lack; they are written after each case"] = False
 
 
 def command(config: DepthConfig) -> int:
-    """Train plain nets with and without Dirac parameterization, NCReLU in both, and Wide ResNets at several depths."""
+    """Train nets at several depths: Dirac, plain with the Dirac net's start, plain with He's, and Wide ResNets.
+
+    All but the last have NCReLU and no skip connections.
+    """
     from train.experiments.trial import describe, draw_chance, new_figure, recorded_rows, write_results
 
     rows = recorded_rows(config, "depth") if config.redraw else _measure(config)
@@ -52,13 +62,15 @@ def command(config: DepthConfig) -> int:
 def _measure(config: DepthConfig) -> list[dict[str, Any]]:
     from itertools import product
 
-    from train.experiments.trial import load_dataset, mean_and_spread, run_trial
+    from train.experiments.trial import kept_rows, load_dataset, mean_and_spread, run_trial, write_numbers
     from train.families import count_parameters
     from train.progress import make_console, progress
 
-    dataset, rows = load_dataset(config), []
+    dataset = load_dataset(config)
+    rows = kept_rows(config, "depth", config.training()) if config.resume else []
     depths = config.depths or (PAPER_DEPTHS if config.paper else CHEAP_DEPTHS)
-    cases = list(product(depths, KINDS, config.widths or (config.training().width,)))
+    done = {(row["depth"], row["kind"], row["width"]) for row in rows}
+    cases = [case for case in product(depths, KINDS, config.widths or (config.training().width,)) if case not in done]
     with progress(make_console(), "training", len(cases) * config.seeds) as advance:
         for depth, kind, width in cases:
             trials = []
@@ -70,6 +82,8 @@ def _measure(config: DepthConfig) -> list[dict[str, Any]]:
             mean, spread = mean_and_spread(accuracies)
             rows.append({"kind": kind, "depth": depth, "width": width, "parameters": parameters})
             rows[-1] |= {"accuracies": accuracies, "mean": mean, "spread": spread}
+            rows.sort(key=lambda row: (row["depth"], list(KINDS).index(row["kind"]), row["width"]))
+            write_numbers(config.out, "depth", {"settings": config.training(), "rows": rows})
             print(f"{kind}-{depth}-{width:g}, {parameters:,} parameters: {100 * mean:.1f} ± {100 * spread:.1f} %")
     return rows
 
@@ -86,7 +100,7 @@ def _draw(axes, rows) -> None:
     for index, kind in enumerate(KINDS):
         for width, style in zip(widths, cycle(STYLES)):
             line = [row for row in rows if (row["kind"], row["width"]) == (kind, width)]
-            places = [row["depth"] * 1.06 ** (index - 1) for row in line]
+            places = [row["depth"] * 1.06 ** (index - 1.5) for row in line]
             means, spreads = ([100 * row[key] for row in line] for key in ("mean", "spread"))
             label = kind if len(widths) == 1 else f"{kind}, width {width:g}"
             axes.errorbar(places, means, spreads, color=COLOURS[kind], linestyle=style, capsize=3, label=label)

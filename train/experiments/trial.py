@@ -20,8 +20,17 @@ if TYPE_CHECKING:
 # PyTorch's.
 CHEAP = {"dataset": "digits", "width": 0.25, "epochs": 10, "batch_size": 32, "w_std": 0.1, "start": "pytorch"}
 # One colour for one kind of net, in all figures.
-COLOURS = {"Dirac": "C0", "plain": "C1", "residual": "C2", "residual with δ": "C4", "ncrelu": "C0", "relu": "C5"}
+COLOURS = {
+    "Dirac": "C0",
+    "initialised": "C3",
+    "plain": "C1",
+    "residual": "C2",
+    "residual with δ": "C4",
+    "ncrelu": "C0",
+    "relu": "C5",
+}
 PAPER = {"dataset": "cifar10", "width": 1.0}
+SAME = ("dataset", "epochs", "batch_size", "momentum", "weight_decay", "schedule", "a0", "b0", "w_std")  # to go on
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,21 @@ def recorded_rows(config: ExperimentConfig, name: str) -> list[dict[str, Any]]:
     return json.loads(read_whole(config.out / f"{name}.json"))["rows"]
 
 
+def kept_rows(config: ExperimentConfig, name: str, settings: Settings) -> list[dict[str, Any]]:
+    """The rows of NAME.json in --out, to go on with; refuses those of other settings."""
+    from train.files import read_whole
+
+    path = config.out / f"{name}.json"
+    if not path.exists():
+        return []
+    record, now = json.loads(read_whole(path)), asdict(settings)
+    other = [key for key, value in record["settings"].items() if key in SAME and now[key] != value]
+    if other or any(len(row["accuracies"]) != config.seeds for row in record["rows"]):
+        what = ", ".join(f"{key} {record['settings'][key]}" for key in other) or "another number of seeds"
+        raise Refusal(f"{path} was measured with {what}: name another folder with --out, or leave --resume out")
+    return record["rows"]
+
+
 def draw_chance(axes: Any, config: ExperimentConfig, *, error: bool = False) -> None:
     """The accuracy, or error, in per cent of a net that knows nothing."""
     from train import data
@@ -132,11 +156,18 @@ def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any
     if redraw:
         print(f"wrote {out / name}.png")
         return
+    write_numbers(out, name, numbers)
+    print(f"wrote {out / name}.png and .json")
+
+
+def write_numbers(out: Path, name: str, numbers: dict[str, Any]) -> None:
+    """NAME.json in `out`."""
+    from train.files import write_whole
+
     text = json.dumps(
         numbers, indent=1, default=lambda value: asdict(value) if isinstance(value, Settings) else str(value)
     )
     write_whole(out / f"{name}.json", f"{text}\n".encode())
-    print(f"wrote {out / name}.png and .json")
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:

@@ -1,0 +1,189 @@
+"""python export/fit_temperature.py plain.onnx: give a file whose run had no temperature one; the graph stays."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train.cli import run_command
+from train.refusal import Refusal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from export.artefacts import Form
+    from train.data import Part
+
+EXAMPLES = (
+    "python export/fit_temperature.py runs/old/plain.onnx runs/old/plain-int8.onnx",
+    "python export/fit_temperature.py runs/photos/plain.onnx --data-dir photos",
+    "python export/fit_temperature.py old.onnx --validation 0.02       # a file that does not say what was held out",
+)
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class FitTemperatureConfig:
+    onnx: Annotated[tuple[Path, ...], "an .onnx file of this project; more forms of the same net get what it gets"]
+    data_dir: Annotated[Path | None, "where the data set lies"] = None
+    validation: Annotated[float | None, "the share that training held out, for a file that does not record it"] = None
+    json: Annotated[bool, "print the fit as JSON on stdout"] = False
+
+    def __post_init__(self) -> None:
+        if not self.onnx or any(path.suffix != ".onnx" for path in self.onnx):
+            raise Refusal(
+                "name .onnx files; a run gets its temperature by python train/run.py --resume --out RUN, and an engine "
+                "by building it again"
+            )
+        if self.validation is not None and not 0 < self.validation < 1:
+            raise Refusal(f"--validation must be above 0 and below 1, got {self.validation}")
+
+
+def command(config: FitTemperatureConfig) -> int:
+    """Fit one temperature on the images that a net's run held out, and write it into its .onnx files.
+
+    Only the metadata changes; the record says of which file it is. Test images are not read.
+    """
+    import json
+
+    from export.artefacts import open_artefact
+    from export.runtimes.reference import KEY
+    from train.files import write_whole
+    from train.progress import make_console
+    from train.temperature import fit_temperature
+
+    console = make_console(json=config.json)
+    forms = [open_artefact(path) for path in config.onnx]
+    for form in forms:
+        _refuse(form, forms[0])
+    held = _held_out(forms[0], config)
+    fit = fit_temperature(_logits(forms[0], held, console), _targets(held))
+    console.print(str(fit))
+    if fit.why_not:
+        raise Refusal(f"nothing was written: {fit.why_not}")
+    record = fit.to_dict() | ({"validation": config.validation} if config.validation else {})
+    contents = {form.path: _with(form, record) for form in forms}
+    contents |= {path: text for form in forms for path, text in _report(form, contents[form.path]).items()}
+    for path, content in contents.items():
+        console.print(f"wrote {write_whole(path, content)}")
+    for form in forms:
+        if KEY in form.provenance:
+            console.print(f"the reference in {form.path} was of other probabilities: store it again")
+    if config.json:
+        print(json.dumps(fit.to_dict()))
+    return 0
+
+
+def _refuse(form: "Form", first: "Form") -> None:
+    """A file that is not ours, that has a temperature, or that is another net than the first."""
+    if form.reading or not form.provenance:
+        raise Refusal(
+            f"{form.path} is not a file of this project: say its temperature with export/describe.py --temperature"
+        )
+    if form.spec.temperature != 1:
+        raise Refusal(f"{form.path} has a temperature of {form.spec.temperature:g} already: nothing to do")
+    of = [file.provenance.get("export", {}).get("plain_sha256") for file in (form, first)]
+    if form is not first and (of[0] is None or of[0] != of[1]):
+        raise Refusal(f"{form.path} and {first.path} were not exported from one plain net; fit them one by one")
+
+
+def _held_out(form: "Form", config: FitTemperatureConfig) -> "Part":
+    from train import data
+
+    training = form.provenance.get("training", {})
+    if "dataset" not in training:
+        raise Refusal(f"{form.path} does not say what it was trained on, and so not what was held out")
+    if "validation" not in training and config.validation is None:
+        raise Refusal(
+            f"{form.path} does not record which images were held out: give --validation as its training did; "
+            f"it was trained with {training.get('command', 'a command that is not recorded')}"
+        )
+    if config.validation not in (None, training.get("validation", config.validation)):
+        raise Refusal(f"{form.path} records that {training['validation']:g} was held out; leave --validation out")
+    recorded: dict[str, Any] = training | {"validation": training.get("validation", config.validation)}
+    image = form.spec.image
+    dataset = data.load_as_trained(recorded, data_dir=config.data_dir, beside=form.path.parent, image=image)
+    assert dataset.validation is not None  # `divide` made it
+    return dataset.validation
+
+
+def _logits(form: "Form", held: "Part", console: "Console") -> Any:
+    """float32 [N, K], a batch at a time."""
+    import numpy as np
+
+    from train.progress import progress
+
+    rows = [np.zeros((0, len(form.spec.labels)), np.float32)]
+    with progress(console, "answering", len(held)) as advance:
+        for start in range(0, len(held), BATCH_SIZE):
+            indices = np.arange(start, min(start + BATCH_SIZE, len(held)))
+            images = held.take(indices).first(len(indices))
+            if len(images) < len(indices):
+                raise Refusal(f"{len(indices) - len(images)} of the held-out images cannot be read; mend them")
+            rows.append(form.answer(images))
+            advance(len(indices))
+    return np.concatenate(rows)
+
+
+def _targets(held: "Part") -> Any:
+    import numpy as np
+
+    return np.asarray(held.targets)
+
+
+def _with(form: "Form", record: dict[str, Any]) -> bytes:
+    """The file with the temperature in its spec, and in its record the fit and the digest that it had before.
+
+    A stored reference counts probabilities of another temperature: it goes.
+    """
+    import json
+
+    import onnx
+
+    from export.runtimes.reference import KEY
+    from train.files import read_whole
+
+    model = onnx.load_model_from_string(read_whole(form.path))  # weights that lie beside it stay there
+    entries = [entry for entry in model.metadata_props if entry.key != KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(entries)
+    for entry in model.metadata_props:
+        if entry.key == "spec":
+            entry.value = json.dumps(json.loads(entry.value) | {"temperature": record["temperature"]})
+        elif entry.key == "provenance":
+            said = json.loads(entry.value)
+            said["training"]["calibration"] = record | {"sha256_before": form.digest}
+            entry.value = json.dumps(said)
+    return model.SerializeToString()
+
+
+def _report(form: "Form", content: bytes) -> dict[Path, bytes]:
+    """The report of export/parity.py beside a file, where it is of it, which names the new file then as well.
+
+    What it compared is the graph, and that is the same.
+    """
+    import json
+
+    from export.runtimes.header import read_header
+    from train.documents import read_json
+    from train.files import read_whole, sha256
+
+    path = form.path.with_suffix(".json")
+    if not path.exists():
+        return {}
+    try:
+        report: dict[str, Any] = read_json(read_whole(path))
+        (name,) = (name for name, digest in report["artefacts"].items() if digest == form.digest)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}  # another program's file of that name, or of another model
+    files = {key: sha256(content) if key == name else digest for key, digest in report["artefacts"].items()}
+    report["artefacts"] = files | {f"{name} before it had a temperature": form.digest}
+    report["training"] = read_header(form.path, content).provenance["training"]
+    return {path: (json.dumps(report, indent=1) + "\n").encode()}
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(command, FitTemperatureConfig, examples=EXAMPLES))

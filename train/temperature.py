@@ -1,0 +1,95 @@
+"""One temperature for a net: softmax(logits / T) says how often an answer is right (Guo et al. 2017, section 4.2)."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from train.spec import MAX_TEMPERATURE, MIN_TEMPERATURE
+
+# What an image answered wrongly costs is what keeps a net from being sure of everything. Ten events for each parameter
+# is the rule of thumb of logistic regression, which this is one of.
+MIN_IMAGES, MIN_WRONG = 100, 10
+NUM_HALVINGS = 64  # of an interval of log T that is 9.2 long: to the last bit of a float64
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The temperature that held-out images ask for, or 1 and why it was not fitted."""
+
+    temperature: float
+    images: int
+    wrong: int  # of these images
+    why_not: str = ""
+    standard_error: float = 0.0  # of the temperature, from so many images
+    cross_entropy_before: float = 0.0  # mean over the images, of softmax(logits)
+    cross_entropy: float = 0.0  # ... of softmax(logits / temperature)
+
+    def __str__(self) -> str:
+        if self.why_not:
+            return f"probabilities have a temperature of 1: {self.why_not}"
+        return (
+            f"probabilities have a temperature of {self.temperature:.3f} ± {self.standard_error:.3f}: "
+            f"on {self.images:,} held-out images a cross-entropy of {self.cross_entropy:.4f}, "
+            f"and {self.cross_entropy_before:.4f} without it"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What checkpoints and later artefacts keep."""
+        kept = ("temperature", "images", "wrong", "why_not") if self.why_not else _FITTED
+        return {name: value for name, value in asdict(self).items() if name in kept}
+
+
+_FITTED = ("temperature", "images", "wrong", "standard_error", "cross_entropy_before", "cross_entropy")
+
+
+def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> Fit:
+    """The T that minimises the cross-entropy of softmax(logits / T); logits [N, K], targets int64 [N].
+
+    The cross-entropy is convex in u = 1 / T. Its derivative is the mean over images of E[z] - z_y, with the expectation
+    under softmax(u z): T is where that is zero, found by halving an interval.
+    """
+    images = len(targets)
+    wrong = int((logits.argmax(axis=1) != targets).sum()) if images else 0
+    if images < MIN_IMAGES:
+        return Fit(1.0, images, wrong, f"{images} images are held out, and {MIN_IMAGES} are needed to fit another")
+    if wrong < MIN_WRONG:
+        why = f"{wrong} of {images} held-out images are answered wrongly, and {MIN_WRONG} are needed to fit another"
+        return Fit(1.0, images, wrong, why)
+    margins = logits.astype(np.float64) - logits[np.arange(images), targets, None]  # z - z_y, [N, K]
+    coldest, hottest = MIN_TEMPERATURE, MAX_TEMPERATURE
+    if not _slopes(margins, 1 / hottest)[0].mean() < 0 < _slopes(margins, 1 / coldest)[0].mean():
+        why = f"the best one is not between {coldest:g} and {hottest:g}; the net answers hardly better than by chance"
+        return Fit(1.0, images, wrong, why)
+    for _ in range(NUM_HALVINGS):
+        middle = float(np.sqrt(coldest * hottest))
+        if _slopes(margins, 1 / middle)[0].mean() > 0:  # u is too large
+            coldest = middle
+        else:
+            hottest = middle
+    temperature = float(np.sqrt(coldest * hottest))
+    slopes, curvatures = _slopes(margins, 1 / temperature)
+    error_of_u = np.sqrt((slopes**2).sum()) / curvatures.sum()  # White's: holds for a net that is not calibrated, too
+    return Fit(
+        temperature,
+        images,
+        wrong,
+        standard_error=float(error_of_u * temperature**2),
+        cross_entropy_before=_cross_entropy(margins, 1.0),
+        cross_entropy=_cross_entropy(margins, 1 / temperature),
+    )
+
+
+def _slopes(margins: np.ndarray, u: float) -> tuple[np.ndarray, np.ndarray]:
+    """First and second derivative of each image's cross-entropy in u, [N] both: mean and variance of z - z_y."""
+    powers = np.exp(u * (margins - margins.max(axis=1, keepdims=True)))
+    shares = powers / powers.sum(axis=1, keepdims=True)
+    mean = (shares * margins).sum(axis=1)
+    return mean, (shares * (margins - mean[:, None]) ** 2).sum(axis=1)
+
+
+def _cross_entropy(margins: np.ndarray, u: float) -> float:
+    """Mean of log sum exp(u (z - z_y))."""
+    largest = margins.max(axis=1)
+    sums = np.exp(u * (margins - largest[:, None])).sum(axis=1)
+    return float((u * largest + np.log(sums)).mean())
