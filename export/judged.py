@@ -10,9 +10,11 @@ import numpy as np
 from export.answering import load_file
 from export.artefacts import Form
 from train import data
+from train.data import num_bytes
 from train.folder import Files, LeftOut, Track, class_folders, find_files
 from train.refusal import Refusal
 from train.spec import DatasetName, ImageSpec, Spec
+from train.split import FILE, Sizes, read_record
 
 ENLARGED = 160  # pixels of the shorter side of an image that is shown
 
@@ -68,7 +70,8 @@ def find_judged(
 ) -> Judged:
     """The test images of the model's run, or of the data set that is named; a folder without a record whole.
 
-    Refuses a folder that does not fit the record of the run, and classes that the model does not have.
+    Of another folder than the run's all images but those that the run trained on. Refuses the run's folder where it
+    does not fit its record, and a folder without a class that the model has.
     """
     training = _training(form)
     learnt = training.get("dataset")
@@ -78,8 +81,13 @@ def find_judged(
             f"{form.path} does not say what it was trained on: name a folder with --data-dir, or a data set "
             "with --dataset"
         )
+    if name == "folder" and learnt == "folder":
+        parts = _parts(form, training)
+        if data_dir and parts and not _is_of_run(data_dir, parts):
+            return _another(form, parts, data_dir, track)
+        return _recorded(form, training, data_dir)
     if name == "folder":
-        return _recorded(form, training, data_dir) if learnt == "folder" else _folder(form, data_dir, track)
+        return _folder(form, data_dir, track)
     return _published(form, name, training if name == learnt else None, data_dir)
 
 
@@ -106,6 +114,57 @@ def _recorded(form: Form, training: dict[str, Any], data_dir: Path | None) -> Ju
     )
     what = "test images that its run recorded, which training has not seen"
     return _judged(form, what, "folder", dataset.test, dataset.info.labels)
+
+
+def _parts(form: Form, training: dict[str, Any]) -> dict[str, Sizes] | None:
+    """Names and sizes of the run's images by part; None where its record does not lie beside the model."""
+    split = training.get("split")
+    digest = split.get("sha256", "") if isinstance(split, dict) else ""
+    return read_record(form.path.parent / FILE, digest)
+
+
+def _is_of_run(data_dir: Path, parts: dict[str, Sizes]) -> bool:
+    """Whether at least half of the run's images are there as they were: its folder, grown or changed."""
+    sizes = {name: size for part in parts.values() for name, size in part.items()}
+    there = [name for name, size in sizes.items() if num_bytes(data_dir / name) == size]
+    return 2 * len(there) >= len(sizes)
+
+
+def _another(form: Form, parts: dict[str, Sizes], data_dir: Path, track: Callable[[str], Track]) -> Judged:
+    """The images of another folder, or of its test part, whose class the model has and that it was not trained on.
+
+    An image of the run is known by class, name and size, wherever it lies.
+    """
+    labels, known = tuple(folder.name for folder in class_folders(data_dir)), form.spec.labels
+    if not set(labels) & set(known):
+        place_of(labels, form.spec, by_number=False, path=form.path)  # refuses
+    found = find_files(
+        data_dir, labels, form.spec.image, skip_unreadable=True, track=track("reading images"), may_lack=True
+    )
+    part = found.test or found.train
+    trained = {_key(name, size) for side in ("train", "validation") for name, size in parts[side].items()}
+    left_out = list(found.left_out)
+    kept: list[int] = []
+    for index, (path, target) in enumerate(zip(part.paths, part.targets, strict=True)):
+        if labels[target] not in known:
+            left_out.append(LeftOut(Path(path), f"the model has no class {labels[target]}"))
+        elif _key(path, num_bytes(Path(path))) in trained:
+            left_out.append(LeftOut(Path(path), "the model was trained on it"))
+        else:
+            kept.append(index)
+    if not kept:
+        raise Refusal(f"no image of {data_dir} is left to judge {form.path} on: {left_out[-1].why}")
+    part = part.take(np.array(kept))
+    place = np.array([known.index(label) if label in known else -1 for label in labels])
+    targets = place[part.targets]
+    what = "images of another folder than its run's, which training has not seen"
+    if lacking := [label for index, label in enumerate(known) if index not in targets]:
+        what += f"; there is none of {', '.join(lacking[:10])}"
+    return Judged(what, "folder", part, targets, form.spec.image, tuple(left_out))
+
+
+def _key(name: str, size: int) -> tuple[str, str, int]:
+    return Path(name).parent.name, Path(name).name, size
 
 
 def _folder(form: Form, data_dir: Path | None, track: Callable[[str], Track]) -> Judged:

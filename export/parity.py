@@ -57,9 +57,9 @@ def command(config: ParityConfig) -> int:
 
     console = make_console(json=config.json)
     forms, others = _open(config, console)
-    pairs = [_by_precision(form, other) for form in forms for other in others]
+    pairs = [by_precision(form, other) for form in forms for other in others]
     image_sets = _image_sets([*forms, *others], config, console)
-    rows = _compare_logits(pairs, image_sets, console)
+    rows = compare_logits(pairs, image_sets, console)
     _print_table(console, rows)
     layers = _compare_layers(pairs, image_sets, console) if config.layers or config.plot else []
     if config.plot:
@@ -141,7 +141,7 @@ def _said_of(path: Path, config: ParityConfig) -> Described:
     return from_flags(config) if is_foreign else NOTHING
 
 
-def _by_precision(form: "Form", other: "Form") -> tuple["Form", "Form"]:
+def by_precision(form: "Form", other: "Form") -> tuple["Form", "Form"]:
     """(reference, candidate): the more precise form first, `other` where they are alike."""
     from export.compare import TOLERANCES
 
@@ -172,7 +172,7 @@ def _image_sets(forms: list["Form"], config: ParityConfig, console: "Console") -
     return image_sets
 
 
-def _compare_logits(
+def compare_logits(
     pairs: list[tuple["Form", "Form"]], image_sets: dict[str, "np.ndarray"], console: "Console"
 ) -> list[Row]:
     from export.compare import TOLERANCES, answer_all, compare

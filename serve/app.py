@@ -25,7 +25,8 @@ from serve.decode import warm_up_decoders
 from serve.door import Door
 from serve.hot import TOP_K, Hot, Observer
 from serve.limits import Limits
-from serve.metrics import MEDIA_TYPE, Metrics
+from serve.metrics import MEDIA_TYPE, Metrics, watch_probes
+from serve.probing import Prober
 from serve.problems import Problem
 from serve.reload import Load, Reloader, warm_up
 from serve.rpc.port import RpcAddress
@@ -77,6 +78,9 @@ def make_app(
     batcher.shadow = shadow
     door = Door(limits.max_connections)
     metrics = Metrics(batcher, door)
+    prober = Prober(batcher, every_s=limits.probe_every_s, deadline_s=limits.deadline_s)
+    watch_probes(metrics, prober)
+    batcher.find_fault = lambda: prober.fault
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
     @asynccontextmanager
@@ -91,9 +95,12 @@ def make_app(
         if shadow:
             shadow.start(lambda: batcher.served.model)
         app.state.is_ready = True
+        probing = asyncio.create_task(prober.run(), name="probing") if prober.every_s else None
         with heed_signals(before_stop=no_longer_ready, reload=reloader.reload if reloader else None):
             yield {"door": door}  # to every connection
         no_longer_ready()
+        if probing:
+            probing.cancel()
         if app.state.rpc:
             await app.state.rpc.stop()
         await batcher.close()
@@ -125,9 +132,9 @@ def make_app(
             expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
         )
         cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the one answer that `Hot` never sees
-    app.state.is_ready, app.state.rpc = False, None
+    app.state.is_ready, app.state.rpc, app.state.prober = False, None, prober
     _add_predict(app)
-    _add_operation(app, batcher, metrics)
+    _add_operation(app, batcher, metrics, prober)
     app.include_router(make_router(batcher, limits))
     if access.api_key and reloader:
         _add_admin(app, reloader, reload_everywhere)
@@ -156,12 +163,12 @@ def _add_predict(app: FastAPI) -> None:
         raise AssertionError("serve/hot.py answers it; what stands here describes it")
 
 
-def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
+def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
     @app.get("/model", responses=problems.documented(problems.UNAUTHORIZED))
     async def card() -> dict[str, Any]:
         """What the model says of itself, what it answered, and what its shadow did."""
         runtime, shadow = batcher.served.runtimes[0], batcher.shadow
-        watched = {**batcher.watch.card(runtime.model), "shadow": shadow and shadow.card()}
+        watched = {**batcher.watch.card(runtime.model), "shadow": shadow and shadow.card(), "probe": prober.card()}
         return {**model_card(runtime), **watched}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=problems.documented(problems.UNAUTHORIZED))
@@ -176,7 +183,7 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics) -> None:
 
     @app.get("/readyz", responses=problems.documented(problems.NOT_READY))
     async def readyz(request: Request) -> dict[str, str]:
-        """The model has run at every batch size, images are decoded, and the server is not stopping."""
+        """The model runs at every batch size and answers as its file says, images are decoded, nothing stops."""
         refuse_unready(request.app.state.is_ready, batcher)
         return {"status": "ready"}
 

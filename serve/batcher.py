@@ -81,6 +81,7 @@ class Job:
     num_undecoded: int = 0  # images that decoders have not finished
     weights: list[Weight | Exception] = field(default_factory=list)
     is_given_up: bool = False
+    is_probe: bool = False  # the server's own question, which no count of clients' answers is about
     outcome: list[Result] | Exception = field(default_factory=list)
     logits: np.ndarray = field(init=False)  # [N, K], once the outcome is there
     decode_s: float = 0.0
@@ -107,6 +108,7 @@ class Batcher:
         self.seconds_per_image = 0.0
         self.num_held = 0  # images accepted and not answered
         self.observe_batch: Callable[[int], None] = lambda num_images: None
+        self.find_fault: Callable[[], str] = lambda: ""  # why nobody should ask, serve/probing.py
         self.observe_run: Callable[[Runtime], None] = lambda runtime: None  # which has computed a batch
         self.watch = Watch()
         self.shadow: Shadow | None = None
@@ -139,13 +141,20 @@ class Batcher:
             raise self._overloaded()  # all their pixels may be waiting for the model at once
 
     async def classify(
-        self, contents: list[bytes] | np.ndarray, *, top_k: int, deadline: float, receive: Receive
+        self,
+        contents: list[bytes] | np.ndarray,
+        *,
+        top_k: int,
+        deadline: float,
+        receive: Receive,
+        is_probe: bool = False,
     ) -> Job:
         """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client is gone."""
         num_images = len(contents)
         self.check_room(num_images)
         future = self._loop.create_future()
         job = _make_job(contents, self.served, top_k, future)
+        job.is_probe = is_probe
         del contents
         self.num_held += num_images
         until = min(self._loop.time() + _PATIENCE_S, deadline)
@@ -200,7 +209,7 @@ class Batcher:
         first = self._decoded.get()
         if first is None:
             return False
-        for served, jobs in groupby(self._gather(first), key=lambda pair: pair[0].served):
+        for (served, _), jobs in groupby(self._gather(first), key=lambda pair: (pair[0].served, pair[0].is_probe)):
             self._run(served.runtimes[device], *zip(*jobs, strict=True))
         return True
 
@@ -232,10 +241,11 @@ class Batcher:
         start = monotonic()
         try:
             images: list[np.ndarray] = [*chain.from_iterable(pixels)]  # type: ignore[arg-type]
-            logits = self._compute(runtime, images)
+            is_probe = jobs[0].is_probe  # as all of them
+            logits = self._compute(runtime, images, is_probe=is_probe)
             top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
-            is_finite = share(jobs, runtime.model, logits, top_k, self.watch)
-            if self.shadow:
+            is_finite = share(jobs, runtime.model, logits, top_k, uncounted if is_probe else self.watch)
+            if self.shadow and not is_probe:
                 self.shadow.offer(runtime.model, images, logits, is_finite)
         except Exception as error:  # whatever a runtime raises is the answer of all its jobs
             for job in jobs:
@@ -248,7 +258,7 @@ class Batcher:
         self.seconds_per_image = SMOOTHING * (self.seconds_per_image or per_image) + (1 - SMOOTHING) * per_image
         self._loop.call_soon_threadsafe(deliver, jobs)
 
-    def _compute(self, runtime: Runtime, images: Sequence[np.ndarray]) -> np.ndarray:
+    def _compute(self, runtime: Runtime, images: Sequence[np.ndarray], *, is_probe: bool) -> np.ndarray:
         """Images → logits [N, K], `max_batch` at a time."""
         size = self._limits.max_batch
         batches = [np.stack(images[start : start + size]) for start in range(0, len(images), size)]
@@ -256,7 +266,8 @@ class Batcher:
         for batch in batches:
             self.observe_batch(len(batch))
             logits.append(runtime(batch))
-            self.observe_run(runtime)
+            if not is_probe:
+                self.observe_run(runtime)
         return np.concatenate(logits)
 
     def _overloaded(self) -> Problem:
@@ -285,7 +296,9 @@ def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
         future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
 
 
-def share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int], watch: Watch) -> np.ndarray:
+def share(
+    jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int], watch: Callable[..., None]
+) -> np.ndarray:
     """Give each job its rows; those that are no numbers are the problem of their own job. Which rows are numbers."""
     is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
     finite = np.where(is_finite[:, None], logits, 0)
@@ -300,6 +313,10 @@ def share(jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int
             detail = f"{which} overflows {model.name}; export the model in a higher precision"
             job.outcome = Problem(NOT_A_NUMBER, detail)
     return is_finite
+
+
+def uncounted(*_: object) -> None:
+    """In place of a `Watch`, for what no client has asked."""
 
 
 def deliver(jobs: Sequence[Job]) -> None:

@@ -19,7 +19,7 @@ START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 10
 RUN = Path(__file__).with_name("run.py")
 EXAMPLES = (
-    "python serve/demo.py plain.onnx --images held-out      # files named LABEL_NUMBER.png",
+    "python serve/demo.py plain.onnx --images held-out      # files named LABEL_NUMBER, as train/held_out.py writes",
     "python serve/demo.py plain.onnx --stop",
 )
 
@@ -27,7 +27,7 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class DemoConfig:
     model: Annotated[Path, "plain.onnx or plain.engine"]
-    images: Annotated[Path, "folder of files named LABEL_NUMBER.png"] = Path("held-out")
+    images: Annotated[Path, "folder of files named LABEL_NUMBER.png, or as a photograph's format is"] = Path("held-out")
     port: Annotated[int, "port to listen on"] = 8000
     stop: Annotated[bool, "stop the server that was started for this model"] = False
 
@@ -38,15 +38,24 @@ def command(config: DemoConfig) -> int:
     if config.stop:
         print(f"stopped the server of {config.model}" if stopped else f"no server of {config.model} is running")
         return 0
-    files = sorted(config.images.glob("*_*.png"), key=_number)
-    if not files:
-        raise Refusal(f"no LABEL_NUMBER.png in {config.images}; write some with train/held_out.py")
+    files = find_held_out(config.images)
     url = f"http://127.0.0.1:{config.port}"
     start(config.model, config.port, url)
     num_right = sum(_show(url, file) for file in files)
     print(f"{num_right} of {len(files)} right")
     print(f"the server goes on at {url}: open it in a browser; make stop ends it")
     return 0
+
+
+def find_held_out(folder: Path) -> list[Path]:
+    """Files named LABEL_NUMBER in a format that the server reads, in the order of their numbers."""
+    from train.image import SUFFIXES
+
+    files = [path for path in folder.glob("*_*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if not files:
+        kinds = ", ".join(SUFFIXES)
+        raise Refusal(f"no LABEL_NUMBER file in {folder} ({kinds}); write some with train/held_out.py")
+    return sorted(files, key=_number)
 
 
 def start(model: Path, port: int, url: str) -> None:
@@ -116,9 +125,8 @@ def _show(url: str, file: Path) -> bool:
     """Post one image and print the answer; whether it is the truth."""
     import httpx
 
-    response = httpx.post(
-        f"{url}/predict", content=file.read_bytes(), headers={"Content-Type": "image/png"}, trust_env=False
-    )
+    kind = {"Content-Type": "application/octet-stream"}  # of several formats; the server sees which
+    response = httpx.post(f"{url}/predict", content=file.read_bytes(), headers=kind, trust_env=False)
     answer = response.json()
     if response.status_code != 200:
         raise Refusal(f"{file}: {answer['detail']}")

@@ -18,7 +18,7 @@ from contextlib import suppress
 from time import monotonic
 
 from export.runtimes.runtime import Runtime
-from serve.batcher import SMOOTHING, Batcher, Job, Served, deliver, share
+from serve.batcher import SMOOTHING, Batcher, Job, Served, deliver, share, uncounted
 from serve.decode import Decoded
 from serve.limits import Limits
 from serve.link import Dial, Flight, Gone, Link, Remote
@@ -145,8 +145,9 @@ class FrontBatcher(Batcher):
             link.take(bad)
             for flight in bad:
                 flight.owner.outcome = RuntimeError("the model failed; the log of the device process says why")
-        if good:
-            self._share(link, good)
+        for is_probe in (False, True):  # which no count of clients' answers is about
+            if some := [flight for flight in good if flight.owner.is_probe == is_probe]:
+                self._share(link, some)
         deliver([flight.owner for flight in flights])
 
     def _share(self, link: Link, flights: Sequence[Flight]) -> None:
@@ -162,7 +163,7 @@ class FrontBatcher(Batcher):
         self.seconds_per_image = SMOOTHING * (self.seconds_per_image or per_image) + (1 - SMOOTHING) * per_image
         try:
             top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
-            share(jobs, jobs[0].served.model, logits, top_k, self.watch)
+            share(jobs, jobs[0].served.model, logits, top_k, uncounted if jobs[0].is_probe else self.watch)
         except Exception as error:
             for job in jobs:
                 job.outcome = error

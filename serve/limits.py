@@ -1,5 +1,6 @@
 """What requests may ask of the server, each alone and all together."""
 
+import math
 from dataclasses import dataclass, replace
 
 from serve.weigh import LIGHT
@@ -22,6 +23,7 @@ class Limits:
     deadline_s: float = 30.0  # from a request's first byte to its answer
     decode_threads: int = 1  # 0: the thread that runs the model decodes too
     decode_s: float = 10.0  # of processor time that one image may take
+    probe_every_s: float = 60.0  # between two questions of the server to its own model; 0: it asks none
 
     @property
     def decode_processes(self) -> int:
@@ -53,8 +55,10 @@ class Limits:
         )
 
     def __post_init__(self) -> None:
-        counts = {name: value for name, value in vars(self).items() if name != "decode_threads"}
+        counts = {name: value for name, value in vars(self).items() if name not in ("decode_threads", "probe_every_s")}
         wrong = [f"{name} must be positive, got {value}" for name, value in counts.items() if value <= 0]
+        if not 0 <= self.probe_every_s < math.inf:
+            wrong.append(f"probe_every_s must be 0 for never, or positive, got {self.probe_every_s}")
         if self.decode_threads < 0:
             wrong.append(f"decode_threads must not be negative, got {self.decode_threads}")
         if self.max_held_bytes < self.max_body_bytes:

@@ -14,6 +14,7 @@ from export.runtimes.runtime import Runtime
 from serve.batcher import Batcher
 from serve.counts import COUNTS_VARIABLE
 from serve.door import Door
+from serve.probing import Prober
 
 if TYPE_CHECKING:
     from serve.hot import Visit
@@ -31,7 +32,7 @@ class Metrics:
 
     def __init__(self, batcher: Batcher, door: Door) -> None:
         self._batcher = batcher
-        own = CollectorRegistry()
+        self.own = own = CollectorRegistry()
         requests = Counter("diracnet_requests", "Requests by address and status", ("path", "status"), registry=own)
         seconds = Histogram(
             "diracnet_predict_seconds",
@@ -93,6 +94,31 @@ class Computed:
         if isinstance(runtime, Cascade):
             self._cascade.inc(runtime.num_last)
             self._escalated.inc(runtime.num_escalated_last)
+
+
+def watch_probes(metrics: Metrics, prober: Prober) -> None:
+    """Export what the server's own questions come to; of several workers the worst, and the one that asked last."""
+    error = Gauge(
+        "diracnet_probe_error",
+        "Largest relative difference of the probe images' logits from those recorded",
+        registry=metrics.own,
+        multiprocess_mode="livemax",
+    )
+    checked = Gauge(
+        "diracnet_probe_timestamp_seconds",
+        "When they were last compared",
+        registry=metrics.own,
+        multiprocess_mode="livemin",
+    )
+    failures = Counter("diracnet_probe_failures", "Comparisons beyond the tolerance", registry=metrics.own)
+
+    def observe(prober: Prober) -> None:
+        error.set(prober.error or 0.0)
+        checked.set(prober.checked or 0.0)
+        if prober.fault:
+            failures.inc()
+
+    prober.observe = observe
 
 
 class _ServedModel:

@@ -233,6 +233,7 @@ def limits_of(config: "ServeConfig") -> Limits:
         max_queue=config.max_queue,
         max_connections=config.max_connections,
         deadline_s=config.deadline_ms / 1000,
+        probe_every_s=config.probe_every,
         decode_threads=min(max(spare, 0), 4) if config.decode_threads is None else config.decode_threads,
     )
     return limits.of_each(config.front_ends)

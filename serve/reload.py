@@ -109,7 +109,7 @@ def check(runtime: Runtime) -> None:
     Where the file records what it answered when it was exported, that is compared too.
     """
     model = runtime.model
-    seed, expected_logits, precision = _recorded(model)
+    seed, expected_logits, precision = recorded(model)
     images = probe_images(model.spec.image, seed)
     logits, again = (_run(runtime, images, "its probe images") for _ in range(2))
     expected = (len(images), len(model.spec.labels))
@@ -125,7 +125,7 @@ def check(runtime: Runtime) -> None:
         _compare(model.name, precision, expected_logits, logits)
 
 
-def _recorded(model: Model) -> tuple[int, np.ndarray | None, str]:
+def recorded(model: Model) -> tuple[int, np.ndarray | None, str]:
     """The seed of the probe images, what the net answered to them when it was exported, and its precision."""
     try:
         record = model.provenance.get("export", {})

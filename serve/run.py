@@ -55,6 +55,9 @@ class ServeConfig(ReadingFlags):
     deadline_ms: Annotated[int, "milliseconds from a request's start to its answer"] = 30_000
     drain_seconds: Annotated[int, "how long SIGTERM waits for requests under way"] = 20
     reload_seconds: Annotated[int, "how long a model whose file is read again may take until it answers"] = 60
+    probe_every: Annotated[
+        float, "seconds between two checks that the model still answers its probe images as its file says; 0 for never"
+    ] = 60.0
     workers: Annotated[int, "processes that share the port; one that ends is replaced"] = 1
     front_ends: Annotated[
         int, "processes that read, decode and answer for one that runs the model, with batches of all that they have"

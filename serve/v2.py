@@ -159,13 +159,15 @@ def _answer(inference: Inference, job: Job) -> Response:
 
 
 def refuse_unready(is_ready: bool, batcher: Batcher) -> None:
-    """Refuses while the server starts, stops or decodes nothing."""
+    """Refuses while the server starts, stops, decodes nothing or answers its probe images wrongly."""
     if not is_ready:
         raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
     if not batcher.is_up:
         raise Problem(problems.NOT_READY, "the process that runs the model is being replaced; ask again in a moment")
     if batcher.decoding.is_stalled():
         raise Problem(problems.NOT_READY, "images wait, and none has been decoded for a while; ask another server")
+    if fault := batcher.find_fault():
+        raise Problem(problems.NOT_READY, fault)
 
 
 def refuse_unknown(name: str, version: str, model: Model) -> None:

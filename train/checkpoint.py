@@ -99,6 +99,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise Refusal(f"{path} is no checkpoint, or is cut short ({type(error).__name__})") from error
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
         raise Refusal(f"{path} is no {FORMAT} file; train one with train/run.py")
+    kinds = {"model": dict, "config": dict, "history": list}
+    if wrong := [name for name, kind in kinds.items() if not isinstance(fields.get(name, kind()), kind)]:
+        raise Refusal(f"{path} is damaged: {', '.join(wrong)} is not what a checkpoint holds; train the net again")
     try:
         fields["spec"] = Spec.from_dict(fields["spec"])
         return Checkpoint(**fields, sha256=sha256(content))

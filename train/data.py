@@ -198,7 +198,7 @@ def recorded_files(
     root: Path, parts: Mapping[str, Sizes], info: DatasetInfo, *, skip_unreadable: bool = False
 ) -> Dataset:
     """A folder divided as a run recorded it in `parts`; refuses it if an image is gone or has another size."""
-    changed = [name for sizes in parts.values() for name, size in sizes.items() if _num_bytes(root / name) != size]
+    changed = [name for sizes in parts.values() for name, size in sizes.items() if num_bytes(root / name) != size]
     if changed:
         raise Changed(
             f"{len(changed)} images of the run are gone from {root} or changed, the first is {changed[0]}: "
@@ -228,7 +228,7 @@ def record(dataset: Dataset) -> Record:
     files = {part: split for part, split in parts.items() if isinstance(split, Files)}
     if files:
         return record_files(
-            {part: {name: _num_bytes(Path(split.root) / name) for name in split.names} for part, split in files.items()}
+            {part: {name: num_bytes(Path(split.root) / name) for name in split.names} for part, split in files.items()}
         )
     arrays = {part: split for part, split in parts.items() if isinstance(split, Split)}
     return record_arrays(
@@ -236,7 +236,7 @@ def record(dataset: Dataset) -> Record:
     )
 
 
-def _num_bytes(path: Path) -> int:
+def num_bytes(path: Path) -> int:
     """The size of a file, -1 where there is none."""
     try:
         return path.stat().st_size

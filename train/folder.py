@@ -158,8 +158,19 @@ def part_folders(root: Path) -> dict[str, Path]:
     return parts
 
 
-def find_files(root: Path, labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Track) -> Found:
-    """All images of a folder; refuses a class without one, and unreadable images unless they may be skipped."""
+def find_files(
+    root: Path,
+    labels: tuple[str, ...],
+    image: ImageSpec,
+    *,
+    skip_unreadable: bool,
+    track: Track,
+    may_lack: bool = False,
+) -> Found:
+    """All images of a folder; refuses unreadable images unless they may be skipped, and a class without an image.
+
+    A class `may_lack` images where nothing is trained on them.
+    """
     folders = part_folders(root)
     found: dict[str, list[tuple[Path, int]]] = {}
     left_out = [LeftOut(path, "not one of the parts") for path in _folders(root) if "test" in folders]
@@ -184,7 +195,8 @@ def find_files(root: Path, labels: tuple[str, ...], image: ImageSpec, *, skip_un
         part: make_files(root, [pair for pair in pairs if sizes[pair[0]]], image, skip_unreadable=skip_unreadable)
         for part, pairs in found.items()
     }
-    _refuse_empty_classes(parts["train"], labels, folders["train"])
+    if not may_lack:
+        _refuse_empty_classes(parts["train"], labels, folders["train"])
     return Found(
         parts["train"], parts.get("validation"), parts.get("test"), left_out, [size for size in sizes.values() if size]
     )

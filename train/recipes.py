@@ -51,7 +51,6 @@ OURS = Recipe(
 )
 SMALLEST_BATCH = 8  # what batch normalisation needs
 MOST_EPOCHS = 100
-FEW = 2000  # images, below which more augmentation pays
 # 1,438 images of 8x8 pixels: small batches take enough steps.
 OURS_DIGITS = replace(OURS, epochs=12, batch_size=32, lr=0.1)
 # Section 3 takes them from Wide ResNet, the start is section 2's and 3.3's; where both say nothing, the training
@@ -94,7 +93,8 @@ def recipe(name: str, *, family: str, dataset: str, num_images: int | None = Non
 def _for_images(most: Recipe, num: int) -> Recipe:
     """`most` for `num` images: some 40 steps an epoch or more, and 2,000 in all, a twentieth of them to warm up.
 
-    The rate falls with the square root of the batch, as the noise of its gradient grows.
+    The rate falls with the square root of the batch, as the noise of its gradient grows. docs/training.md has what it
+    is worth, and that random erasing and label smoothing were not worth anything beside it.
     """
     batch_size = min(most.batch_size, max(SMALLEST_BATCH, 2 ** int(math.log2(max(1, num / 40)))))
     num_steps = max(1, num // batch_size)
@@ -105,6 +105,4 @@ def _for_images(most: Recipe, num: int) -> Recipe:
         epochs=epochs,
         warmup=epochs // 20,
         lr=most.lr * math.sqrt(batch_size / most.batch_size),
-        erase=0.25 if num < FEW else most.erase,
-        label_smoothing=0.1 if num < FEW else most.label_smoothing,
     )

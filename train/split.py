@@ -21,7 +21,11 @@ Sizes = dict[str, int]  # bytes of a file, by its name below the data set's fold
 
 
 class Changed(Refusal):
-    """Images that are not those of the run."""
+    """An image of the run is gone, or is another."""
+
+
+class Unlike(Refusal):
+    """Other images than those of the run."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def check_same(found: Record, recorded: Mapping[str, Any], *, where: str) -> Non
     then, now = (
         ", ".join(f"{counts.get(part, 0)} {part}" for part in PARTS) for counts in (recorded, found.num_images)
     )
-    raise Refusal(
+    raise Unlike(
         f"{where} does not hold the images that the model was trained and tested on ({then}; found {now}): "
         f"name them as they were with --data-dir, or keep the run's {FILE} beside the model"
     )

@@ -137,6 +137,64 @@ def test_a_folder_that_does_not_fit_the_record_is_refused(trained, photos, tmp_p
     assert not (tmp_path / "report").exists()
 
 
+@pytest.fixture
+def others(photos, tmp_path):
+    """Another folder: new photographs of two classes, four that the run has, a class that the model does not know."""
+    folder = tmp_path / "others"
+    rng = np.random.default_rng(5)
+    for label in (LABELS[0], LABELS[2], "dog", "empty one"):
+        (folder / label).mkdir(parents=True)
+    for label in (LABELS[0], LABELS[2], "dog"):
+        for index in range(6):  # some are called like photographs of the run
+            pixels = rng.integers(0, 256, (20, 14, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{index}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_another_folder_is_judged_without_what_was_trained_on(trained, photos, others, tmp_path, capsys):
+    recorded = json.loads((trained / FILE).read_text())
+    learnt = [name for name in recorded["train"] if name.startswith(LABELS[2])][:2]
+    learnt += [name for name in recorded["validation"] if name.startswith(LABELS[2])][:1]
+    tested = next(name for name in recorded["test"] if name.startswith(LABELS[2]))
+    for name in (*learnt, tested):
+        shutil.copy(photos / name, others / name)
+    new = [path for label in (LABELS[0], LABELS[2]) for path in (others / label).iterdir()]
+    out = tmp_path / "report"
+    assert run(trained / "plain.onnx", "--data-dir", others, "--out", out) == 0
+    text = capsys.readouterr().out
+    num = len(new) - len(learnt)
+    assert (
+        f"{num} images of another folder than its run's, which training has not seen; there is none of a <b>&" in text
+    )
+    assert "left out, the model was trained on it: 3, first " in text
+    assert "left out, the model has no class dog: 6, first " in text
+    report = json.loads((out / "report.json").read_text())
+    assert report["images"]["num"] == num
+    assert not {row["image"] for row in report["mistakes"]} & set(learnt)
+    form = open_artefact(trained / "plain.onnx")
+    judged = [path for path in new if path.relative_to(others).as_posix() not in learnt]
+    logits = form.answer(np.stack([decode(path.read_bytes(), form.spec.image) for path in judged]))
+    truths = np.array([LABELS.index(path.parent.name) for path in judged])
+    assert report["top1"]["hits"] == int((logits.argmax(1) == truths).sum())
+
+
+def test_another_folder_of_nothing_but_strangers_is_refused(trained, others, photos, tmp_path, capsys):
+    argv = (trained / "plain.onnx", "--out", tmp_path / "report", "--data-dir", others)
+    recorded = json.loads((trained / FILE).read_text())
+    for label in (LABELS[0], LABELS[2]):
+        shutil.rmtree(others / label)
+    assert run(*argv) == 2
+    assert "does not answer dog, empty one" in capsys.readouterr().err
+    (others / "c").mkdir()
+    name = next(name for name in recorded["train"] if name.startswith("c/"))
+    shutil.copy(photos / name, others / name)
+    shutil.rmtree(others / "dog")
+    assert run(*argv) == 2
+    assert "is left to judge" in (error := capsys.readouterr().err)
+    assert "the model was trained on it" in error
+
+
 def test_a_run_that_recorded_no_division_is_not_judged_on_its_folder(photos, tmp_path, make_net, make_spec, capsys):
     path = tmp_path / "plain.onnx"
     model = to_onnx(fold_net(make_net(num_labels=3)), make_spec(num_labels=3), {"training": {"dataset": "folder"}})

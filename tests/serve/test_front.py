@@ -167,3 +167,13 @@ def test_a_batch_on_which_the_model_fails_is_500_and_counted_nowhere(live, gated
         lines = httpx.get(f"{url}/metrics").text.splitlines()
         (answered,) = [line for line in lines if line.startswith("diracnet_answered_images_total{")]
         assert answered.endswith(" 1.0")
+
+
+def test_a_front_end_asks_the_model_for_its_probe_images_and_counts_them_nowhere(live, runtime):
+    limits = Limits(probe_every_s=0.01)
+    with running(runtime, limits) as it, front_end(live, it) as url:
+        while not (card := httpx.get(f"{url}/model").json())["probe"]["checked"]:
+            pass
+        assert card["probe"]["error"] < 1e-4
+        assert card["probe"]["fault"] is None
+        assert card["answers"]["images"] == 0

@@ -33,7 +33,7 @@ def test_the_schedules():
 def test_our_recipe_follows_the_number_of_images():
     few, some, many = (TrainConfig(dataset="folder").resolved(num) for num in (60, 1000, 50_000))
     assert (few.batch_size, few.epochs, few.warmup, few.lr) == (8, 100, 5, pytest.approx(0.2 / 4))
-    assert (some.batch_size, some.epochs, some.erase) == (16, 32, 0.25)
+    assert (some.batch_size, some.epochs, some.erase, some.label_smoothing) == (16, 32, 0, 0)
     whole = TrainConfig(dataset="folder").resolved()
     assert asdict(many) == asdict(whole)
     assert (whole.batch_size, whole.epochs, whole.warmup, whole.lr) == (128, 30, 1, 0.2)
