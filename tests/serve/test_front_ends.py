@@ -240,3 +240,27 @@ def test_no_shared_memory_is_said_at_the_start_once(artefact, tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr.count("bytes of shared memory for pixels cannot be had (no space left on device)") == 1
+
+
+def test_each_of_two_devices_has_a_process_that_is_replaced_and_one_front_end(start, artefact, pixels, encode):
+    argv = [str(artefact), "--front-ends", "2", "--devices", "0", "1", "--port", "0"]
+    server = start(
+        program=[sys.executable, str(ROOT / "bench" / "simulated.py"), *argv],
+        waits=False,
+        env=os.environ | {"DIRACNET_SIMULATED_US": "200,4"},
+    )
+    found = [re.search(r"(front end|device process) (\d+) serves", wait_for(server, " serves")) for _ in range(4)]
+    devices = [int(match[2]) for match in found if match[1] == "device process"]
+    read_greeting(server)
+    assert server.greeting == "2 front ends, 2 device processes\n"
+    assert [num_areas(device) for device in devices] == [1, 1]
+    os.kill(devices[0], signal.SIGKILL)
+    wait_for(server, " died")
+    (after,) = re.findall(r"device process (\d+) serves", wait_for(server, " serves"))
+    front_ends = set()
+    while len(front_ends) < 2:
+        answer = ask(server, encode(pixels[0]))
+        assert answer.status_code in (200, 503)  # of a front end that has not seen the new process yet
+        if answer.status_code == 200:
+            front_ends.add(answer.headers["x-request-id"].partition("-")[0])
+    assert [num_areas(device) for device in (int(after), devices[1])] == [1, 1]
