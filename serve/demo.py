@@ -43,7 +43,7 @@ def command(config: DemoConfig) -> int:
     start(config.model, config.port, url)
     num_right = sum(_show(url, file) for file in files)
     print(f"{num_right} of {len(files)} right")
-    print(f"the server goes on at {url}: open it in a browser; make stop ends it")
+    print(f"server still running at {url}: open it in a browser; make stop ends it")
     return 0
 
 

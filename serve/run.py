@@ -148,7 +148,7 @@ if __name__ == "__main__":
             serve,
             ServeConfig,
             examples=(
-                "python serve/run.py                 # the Fashion-MNIST model that comes along",
+                "python serve/run.py                 # the bundled Fashion-MNIST model",
                 "python serve/run.py plain.onnx",
                 "python serve/run.py plain.onnx plain-int8.onnx      # the faster one on this machine",
                 "python serve/run.py plain.onnx plain-int8.onnx --cascade    # int8, and fp32 where that is in doubt",
