@@ -6,6 +6,7 @@ from rich.console import Console
 
 from train import data
 from train.config import TrainConfig
+from train.image import SUFFIXES
 from train.refusal import Refusal
 from train.survey import print_survey
 
@@ -35,7 +36,7 @@ def test_what_is_left_out_is_named_with_its_reason_before_training(tmp_path, cap
     assert "sizes from 12x10 to 30x45 pixels" in lines
     assert "no image to test on: fish" in lines
     left_out = "\n".join(lines[-3:])
-    assert f"not one of .png, .jpg, .jpeg, .webp, .bmp, .gif: 3, first {tmp_path / 'cats' / 'a.tif'}" in left_out
+    assert f"not one of {', '.join(SUFFIXES)}: 3, first {tmp_path / 'cats' / 'a.tif'}" in left_out
     assert f"a folder inside a class folder: 1, first {tmp_path / 'cats' / 'sub'}" in left_out
     assert "hidden, or an operating system's own: 2" in left_out
 
