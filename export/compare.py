@@ -1,13 +1,16 @@
 """The referee: two answers to the same images, and whether they are the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from train.difference import FLOAT32_TOLERANCE, Difference, difference, keeps_class
+
+if TYPE_CHECKING:
+    from train.data import Part
 
 BATCH_SIZE = 100  # of float32 and less; the fold is proven in float64, which wants smaller ones
 
@@ -132,6 +135,17 @@ def compare(
         top1_agreement=float(kept.mean()),
         tolerance=limits,
     )
+
+
+def answer_part(answers: Sequence[Answer], part: "Part", advance: Callable[[int], object]) -> list[np.ndarray]:
+    """Logits [N, K] of each to the images of a part of a data set that can be read, a piece in memory at a time."""
+    logits: list[list[np.ndarray]] = [[] for _ in answers]
+    for indices in np.array_split(np.arange(len(part)), -(-len(part) // BATCH_SIZE)):
+        images = part.take(indices).first(len(indices))
+        for rows, answer in zip(logits, answers, strict=True):
+            rows.append(answer(images))
+        advance(len(indices))
+    return [np.concatenate(rows) for rows in logits]
 
 
 def answer_all(answer: Answer, images: np.ndarray, advance: Callable[[int], None] = lambda n: None) -> np.ndarray:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from export.compare import BATCH_SIZE, Answer
+from export.compare import Answer, answer_part
 from export.runtimes.cascade import Evidence, in_doubt
 from train.data import Dataset, Part
 from train.interval import at_most
@@ -43,14 +43,9 @@ def answer_both(
     reference: Answer, candidate: Answer, parts: Sequence[Part], advance: Callable[[int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits [N, K] of both to all images of `parts`, which are read a piece at a time."""
-    before, after = [], []
-    for part in parts:
-        for indices in np.array_split(np.arange(len(part)), -(-len(part) // BATCH_SIZE)):
-            images = part.take(indices).first(len(indices))
-            before.append(reference(images))
-            after.append(candidate(images))
-            advance(len(indices))
-    return np.concatenate(before), np.concatenate(after)
+    pairs = [answer_part((reference, candidate), part, advance) for part in parts]
+    before, after = (np.concatenate(logits) for logits in zip(*pairs, strict=True))
+    return before, after
 
 
 def measure(chosen_by: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> Evidence:

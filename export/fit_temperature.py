@@ -22,7 +22,6 @@ EXAMPLES = (
     "python export/fit_temperature.py runs/photos/plain.onnx --data-dir photos",
     "python export/fit_temperature.py old.onnx --validation 0.02       # a file that does not say what was held out",
 )
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -111,21 +110,19 @@ def _held_out(form: "Form", config: FitTemperatureConfig) -> "Part":
 
 
 def _logits(form: "Form", held: "Part", console: "Console") -> Any:
-    """float32 [N, K], a batch at a time."""
+    """float32 [N, K]; refuses images that cannot be read."""
     import numpy as np
 
+    from export.compare import answer_part
     from train.progress import progress
 
-    rows = [np.zeros((0, len(form.spec.labels)), np.float32)]
+    if not len(held):
+        return np.zeros((0, len(form.spec.labels)), np.float32)
     with progress(console, "answering", len(held)) as advance:
-        for start in range(0, len(held), BATCH_SIZE):
-            indices = np.arange(start, min(start + BATCH_SIZE, len(held)))
-            images = held.take(indices).first(len(indices))
-            if len(images) < len(indices):
-                raise Refusal(f"{len(indices) - len(images)} of the held-out images cannot be read; mend them")
-            rows.append(form.answer(images))
-            advance(len(indices))
-    return np.concatenate(rows)
+        (logits,) = answer_part((form.answer,), held, advance)
+    if missing := len(held) - len(logits):
+        raise Refusal(f"{missing} of the held-out images cannot be read; mend them")
+    return logits
 
 
 def _targets(held: "Part") -> Any:

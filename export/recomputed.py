@@ -1,6 +1,6 @@
 """Claims about many images: the fold's proof, parity, test accuracy, and what eight bits lose."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from export import parity
 from export.artefacts import Form
 from export.chain import Chain
 from export.claims import Claims, Measured, Row, judged, shown, unchecked
-from export.compare import ALLOWED_DROP, BATCH_SIZE, TOLERANCES, Comparison
+from export.compare import ALLOWED_DROP, TOLERANCES, Comparison, answer_part
 from export.quantize import measure_drop
 from export.runtimes.cascade import in_doubt
 from fold.image_sets import NUM_RANDOM, extreme_images, random_images
@@ -290,17 +290,11 @@ def _accuracy(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
 
 def _answers(forms: list[Form], test: data.Part, console: Console) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Logits [N, K] of each form by its name, and targets [N]; a piece of the images in memory at a time."""
-    found: dict[str, list[np.ndarray]] = {form.name: [] for form in forms}
-    by_name: dict[str, Callable[[np.ndarray], np.ndarray]] = {form.name: form.answer for form in forms}
     with progress(console, "testing", len(test)) as advance:
-        for indices in np.array_split(np.arange(len(test)), -(-len(test) // BATCH_SIZE)):
-            batch = test.take(indices).first(len(indices))
-            if len(batch) != len(indices):
-                raise Refusal(f"{len(indices) - len(batch)} test images cannot be read")
-            for name, answer in by_name.items():
-                found[name].append(answer(batch))
-            advance(len(indices))
-    return {name: np.concatenate(parts) for name, parts in found.items()}, np.asarray(test.targets)
+        logits = answer_part([form.answer for form in forms], test, advance)
+    if missing := len(test) - len(logits[0]):
+        raise Refusal(f"{missing} test images cannot be read")
+    return dict(zip((form.name for form in forms), logits, strict=True)), np.asarray(test.targets)
 
 
 def _accuracy_row(claim: str, recorded: float, logits: np.ndarray, targets: np.ndarray, form: Form) -> Row:
