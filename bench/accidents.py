@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.page import describe_machine, machine_table, table, write_page
-from train.cli import POSITIONAL, run_command
+from common.cli import POSITIONAL, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
@@ -37,7 +37,7 @@ class AccidentsConfig:
 
 def command(config: AccidentsConfig) -> int:
     """Do to a server on 127.0.0.1 what happens at the wrong time. Exit status 1 where a bar is missed."""
-    from train.files import read_whole
+    from common.files import read_whole
 
     image = read_whole(config.image)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
-from train.image import decode
 
 BATCH_SIZES = (1, 32)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
-from train.refusal import Refusal
+from common.cli import run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,12 +42,12 @@ def command(config: CascadeBenchConfig) -> int:
     import os
 
     from bench.page import describe_machine, write_page
+    from common.progress import make_console
     from export.artefacts import open_artefact
-    from export.judged import find_judged
+    from export.evaluation.judged import find_judged
     from export.runtimes.cascade import Cascade, read_forms
     from export.runtimes.onnx_session import OnnxSession
     from export.runtimes.saturation import saturates
-    from train.progress import make_console
 
     console, load = make_console(), f"{os.getloadavg()[0]:.1f}"  # of the last minute: 0 on a machine that is idle
     forms = read_forms((config.exact, config.quick_form))
@@ -159,7 +159,7 @@ def _processor(record: dict[str, Any]) -> str:
 
 def _has_vnni() -> str:
     """ "yes", "no", or "unknown" where the system does not list what its processor can."""
-    from train.files import read_whole
+    from common.files import read_whole
 
     path = Path("/proc/cpuinfo")
     words = read_whole(path).decode().split() if path.exists() else []

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.spec import Spec
 from train.checkpoint import Checkpoint, save_checkpoint
-from train.data import cifar_image
+from train.data.datasets import cifar_image
 from train.families import build, count_parameters
 from train.initialize import initialize
 from train.loop import Batch, make_optimizer, train_step
-from train.spec import Spec
 
 BATCH_SIZE = 8
 

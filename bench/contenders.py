@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from bench.nets import Net
+from common.files import write_whole
 from export.artefacts import Provider, open_artefact
 from export.compare import Answer
-from export.engine import choose_builder
-from export.graph import to_onnx
-from export.quantize import TRIED, Target, quantize
+from export.eight_bits.quantize import TRIED, Target, quantize
+from export.engines.engine import choose_builder
+from export.graphs.graph import to_onnx
 from export.runtimes.load import load_runtime
 from export.to_trt import ToTrtConfig
 from export.to_trt import command as build_engine_file
 from fold.lower import lower
-from train.files import write_whole
 
 LOWERING = "shared"  # of every plain net in the table
 Profile = tuple[int, int, int]  # smallest, best and largest batch of engines
@@ -115,7 +115,7 @@ def open_engine(precision: str, net: Net, folder: Path, profile: Profile) -> Ans
 
 
 def graph_file(net: Net, precision: str, folder: Path, *, target: Target) -> Path:
-    """The ONNX file of a net, written once; in eight bits the best candidate of export/quantize.py."""
+    """The ONNX file of a net, written once; in eight bits the best candidate of export/eight_bits/quantize.py."""
     path = folder / f"{net.name}-{precision}-{target}.onnx"
     if path.exists():
         return path

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
-from train.spec import Published
+from common.cli import run_command
+from common.spec import Published
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,12 +44,12 @@ def command(config: EightBitsConfig) -> int:
     """Train from a = 5 and from a = 1; after every epoch fold, quantise both ways and compare with float32."""
     from dataclasses import asdict
 
-    from train import data
+    from common.progress import make_console, progress
     from train.config import TrainConfig
+    from train.data import datasets
     from train.experiments.trial import run_trial, write_results
-    from train.progress import make_console, progress
 
-    dataset, rows, accuracies = data.load(config.dataset, data_dir=config.data_dir), [], {}
+    dataset, rows, accuracies = datasets.load(config.dataset, data_dir=config.data_dir), [], {}
     with progress(make_console(), "epochs", len(STARTS) * (config.epochs + 1)) as advance:
         for start, values in STARTS.items():
             settings = TrainConfig(
@@ -86,13 +86,13 @@ def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_image
     """The best ranges of each lowering on held-out images, as a row of the figure."""
     import numpy as np
 
-    from export.quantize import quantize
+    from export.eight_bits.quantize import quantize
     from fold.plain import fold_net
-    from train import data
+    from train.data import datasets
     from train.layers import DiracConv2d
     from train.steps import make_spec
 
-    _, held = data.hold_out(dataset.train, settings.validation, seed=0)
+    _, held = datasets.hold_out(dataset.train, settings.validation, seed=0)
     pixels = held.first(num_images)
     observed, chosen_by = pixels[: len(pixels) // 4], pixels[len(pixels) // 4 :]
     spec = make_spec(settings, dataset.info.image, dataset.info.labels)

@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from train.files import read_whole, write_whole
-from train.refusal import Refusal
+from common.files import read_whole, write_whole
+from common.refusal import Refusal
 
 PEERS = Path(__file__).parent / "peers"
 

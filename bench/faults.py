@@ -15,10 +15,10 @@ import numpy as np
 
 from bench.open_loop import LOST, Answer, Load, predict_request
 from bench.process import Server
+from common.files import sha256, write_whole
+from common.refusal import Refusal
 from serve.client import AsyncClient
-from serve.exchange import Retry
-from train.files import sha256, write_whole
-from train.refusal import Refusal
+from serve.client_protocol import Retry
 
 OVERLOAD_FACTOR = 10
 GOODPUT_SHARE = 0.9  # of the closed-loop maximum that must be left under overload

@@ -8,15 +8,20 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import given_arguments, run_command
-from train.refusal import Refusal
+from common.cli import given_arguments, run_command
+from common.refusal import Refusal
 
 NETS = ((34, 1.0), (34, 2.0), (34, 4.0), (34, 8.0), (400, 1.0))  # depth and width, on 32x32 images
 QUICK_NETS = ((34, 0.5), (34, 1.0), (34, 2.0), (100, 1.0))
 # What each command has imported before its work begins.
 MODULES = {
     "fold/run.py": ("fold.plain", "fold.proof", "train.checkpoint", "torchvision.datasets", "rich.table"),
-    "export/to_onnx.py": ("export.graph", "export.quantize", "export.runtimes.onnx_session", "fold.lower"),
+    "export/to_onnx.py": (
+        "export.graphs.graph",
+        "export.eight_bits.quantize",
+        "export.runtimes.onnx_session",
+        "fold.lower",
+    ),
 }
 EXAMPLES = (
     "python bench/folding.py                                # four minutes on two cores",
@@ -44,11 +49,11 @@ def command(config: FoldingConfig) -> int:
     from bench.checkpoints import make_checkpoint
     from bench.cost import cost_of, in_fresh_process
     from bench.page import describe_machine, write_page
+    from common.progress import make_console, progress
     from export.to_onnx import ToOnnxConfig
     from export.to_onnx import command as export_file
     from fold.run import FoldConfig
     from fold.run import command as fold_file
-    from train.progress import make_console, progress
 
     nets, rounds = (QUICK_NETS, 1) if config.quick else (NETS, config.rounds)
     console, costs = make_console(), defaultdict(list)

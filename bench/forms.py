@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.progress import make_console
+from common.spec import ImageSpec
 from train.config import TrainConfig
 from train.distributed import World
 from train.layers import DiracConv2d
 from train.loop import Batch, train_step
 from train.machine import keep_large_buffers
-from train.progress import make_console
-from train.spec import ImageSpec
 from train.steps import Session, make_spec, start
 
 Form = Literal["ordinary", "Dirac", "Dirac, reference"]

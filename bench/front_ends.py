@@ -9,8 +9,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.page import machine_table, spread, table, write_page
-from train.cli import POSITIONAL, given_arguments, run_command
-from train.refusal import Refusal
+from common.cli import POSITIONAL, given_arguments, run_command
+from common.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
@@ -54,7 +54,7 @@ def command(config: FrontEndsConfig) -> int:
     from dataclasses import replace
 
     from bench.page import describe_machine
-    from train.files import read_whole
+    from common.files import read_whole
 
     if config.quick:
         config = replace(config, rounds=1, seconds=1, kill_seconds=10, kill_every=4)
@@ -83,7 +83,7 @@ def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
     from bench.hand_over import hand_over
     from bench.load import refuse_without_tools
     from bench.simulated import TIMES, Simulated
-    from train.progress import make_console, progress
+    from common.progress import make_console, progress
 
     refuse_without_tools()
     rounds: list[dict[str, dict[str, float]]] = []

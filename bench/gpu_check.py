@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import POSITIONAL, given_arguments, run_command
-from train.refusal import Refusal
+from common.cli import POSITIONAL, given_arguments, run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,8 +65,8 @@ def command(config: GpuCheckConfig) -> int:
     import os
     import time
 
-    from train.files import read_whole, write_whole
-    from train.progress import make_console
+    from common.files import read_whole, write_whole
+    from common.progress import make_console
 
     console = make_console()
     if config.render:
@@ -129,8 +129,8 @@ def _measure(net: "Net", config: GpuCheckConfig, console: "Console") -> dict[str
 
     from bench.contenders import contenders
     from bench.rounds import Failure, attempt, time_rounds
+    from common.progress import progress
     from fold.image_sets import random_images
-    from train.progress import progress
 
     sizes = sorted(config.batch_sizes)
     profile = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
@@ -175,8 +175,8 @@ def _compare(net: "Net", contender: "Contender", answer: "Answer", batch_size: i
     import torch
 
     from export.compare import TOLERANCES, answer_all, compare
+    from export.model_file.signature import pad
     from export.parity import Row
-    from export.runtimes.signature import pad
 
     if contender.is_dirac and not net.is_same:
         return "not compared: its weights are others"
@@ -258,7 +258,7 @@ def _driver_version() -> str:
 
 def _write_page(path: Path, record: dict[str, Any], console: "Console") -> None:
     from bench.gpu_report import markdown
-    from train.files import write_whole
+    from common.files import write_whole
 
     console.print(f"wrote {write_whole(path, markdown(record).encode())}")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.page import table
-from train.files import write_whole
+from common.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--depth", "10", "--width", "0.25", "--epochs", "1")

@@ -98,10 +98,10 @@ def training_speed(device: str) -> Iterator[Result]:
     """A step of training as train/ takes it, on noise of CIFAR's size that lies on the device."""
     import torch
 
-    from train.data import cifar_image
+    from common.spec import Spec
+    from train.data.datasets import cifar_image
     from train.families import build
     from train.loop import Batch, make_optimizer, train_step
-    from train.spec import Spec
 
     nets, num = (((34, 2.0), (16, 1.0)), 128) if device == "cuda" else (((10, 0.25),), 4)
     ways = [("fp32", "dirac", True, False), ("bf16", "dirac", True, False), ("bf16", "dirac", False, False)]
@@ -183,7 +183,7 @@ def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = 
 
 def server(device: str, path: str) -> Iterator[Result]:
     """serve/run.py on both runtimes with more and more workers, asked by one process of Python, which has a limit."""
-    from train.cores import num_cores
+    from common.cores import num_cores
 
     (*_, image) = sorted((ROOT / "models" / "held-out").glob("*.png"))
     for workers, name in product((1, 4, 12) if num_cores() > 4 else (1,), RUNTIMES):

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from bench.simulated import Simulated
-from serve.batcher import Served
-from serve.device import Device
-from serve.limits import Limits
-from serve.link import Dial, Link
+from serve.front_ends.device import Device
+from serve.front_ends.link import Dial, Link
+from serve.request.batcher import Served
+from serve.request.limits import Limits
 
 FRONT_ENDS, IMAGES = (1, 2, 4, 8, 16), (1, 4, 16)  # in a batch, and of each of them
 

@@ -6,7 +6,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.refusal import Refusal
+from common.refusal import Refusal
 
 _SCRIPT = Path(__file__).with_name("load.lua")
 _CORE = "1"  # the servers have core 0

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from train.spec import ImageSpec
+from common.spec import ImageSpec
 
 
 def count_macs(net: nn.Module, image: ImageSpec) -> int:

@@ -9,8 +9,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.model_rows import BASELINES, RACES, Row, gemm_rows, rows_of
-from train.cli import given_arguments, run_command
-from train.refusal import Refusal
+from common.cli import given_arguments, run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +67,7 @@ def command(config: ModelConfig) -> int:
     """
     from bench.model_report import markdown
     from bench.page import write_page
-    from train.progress import make_console
+    from common.progress import make_console
 
     console, typed = make_console(), " ".join(["python bench/model.py", given_arguments(replace(config, out=None))])
     config = config.resolved()
@@ -85,7 +85,7 @@ def command(config: ModelConfig) -> int:
 def _read(path: Path) -> dict[str, Any]:
     import json
 
-    from train.files import read_whole
+    from common.files import read_whole
 
     try:
         return json.loads(read_whole(path))
@@ -99,7 +99,7 @@ def _measure(key: str, config: ModelConfig, console: "Console") -> dict[str, Any
 
     from bench.model_nets import entrants, expected_logits, write_graphs
     from bench.page import describe_machine
-    from train.progress import progress
+    from common.progress import progress
 
     console.print(f"{key}: making its nets and graphs")
     nets = entrants(key)

@@ -13,18 +13,18 @@ from bench.macs import count_macs
 from bench.model_rows import INT8_LOWERINGS, RACES, Row, graph_name
 from bench.nets import Net, seeded_net
 from bench.other_nets import PEERS, PUBLISHED
-from export.calibrate import observe, ranges
+from common.files import write_whole
+from common.spec import Spec
 from export.compare import TOLERANCES, compare
-from export.graph import to_onnx
-from export.integer import to_integer_onnx
-from export.qdq import to_qdq_onnx
-from export.quantize import relative_error
+from export.eight_bits.calibrate import observe, ranges
+from export.eight_bits.integer import to_integer_onnx
+from export.eight_bits.qdq import to_qdq_onnx
+from export.eight_bits.quantize import relative_error
+from export.graphs.graph import to_onnx
 from fold.image_sets import random_images
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from train.families import count_parameters
-from train.files import write_whole
-from train.spec import Spec
 
 NUM_COMPARED = 4
 NUM_OBSERVED = 32  # images that set the ranges of eight bits; the weights are random, and so is what they lose
@@ -77,7 +77,7 @@ def expected_logits(nets: Iterable[Entrant]) -> dict[str, np.ndarray]:
 def judge_logits(row: Row, expected: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
     """How far a row is from the plain net in float32, and whether that is beyond the tolerance of its precision.
 
-    float32: the largest difference as a share of the largest logit; int8: see export/quantize.py.
+    float32: the largest difference as a share of the largest logit; int8: see export/eight_bits/quantize.py.
     """
     comparison = compare(("plain", expected), (row.title, logits), tolerance=TOLERANCES[row.precision])
     if row.precision == "int8":

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.spec import Spec
 from fold.image_sets import extreme_images, random_images, real_images
 from fold.plain import fold_net, load_plain
-from train.data import cifar_image, imagenet_image
+from train.data.datasets import cifar_image, imagenet_image
 from train.families import build
-from train.spec import Spec
 
 SEEDED = ((16, 1.0), (34, 2.0))  # depth and width
 NUM_CALIBRATION = 256

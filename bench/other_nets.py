@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from bench.nets import random_net
+from common.spec import Spec
 from fold.plain import fold_net
 from train.layers import Normalize, Residual
-from train.spec import Spec
 
 A0_BLOCKS, A0_WIDTHS = (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)
 

@@ -9,8 +9,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from train.cores import num_cores
-from train.files import write_whole
+from common.cores import num_cores
+from common.files import write_whole
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

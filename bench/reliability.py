@@ -11,8 +11,8 @@ if __name__ == "__main__":
 
 from bench.page import machine_table, table
 from bench.siege_page import siege_parts
-from train.cli import POSITIONAL, given_arguments, run_command
-from train.refusal import Refusal
+from common.cli import POSITIONAL, given_arguments, run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from bench.faults import Subject
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 BOUNDED = """\
 | what a client may take | bound | by |
 | --- | --- | --- |
-| connections | `--max-connections`, and what the process may open files for | `serve/door.py` |
-| headers, trailers, chunk extensions, blank lines | [http.md](http.md#limits) | `serve/connection.py` |
-| requests behind one another on a connection | 64 | `serve/connection.py` |
-| a connection without a request, and what comes after an answer | 5 s | `serve/connection.py` |
-| answers that are not read | 30 s, and what a socket holds | `serve/connection.py` |
-| bodies | `--max-body-mb` each, `--max-held-mb` together, `--deadline-ms` to arrive | `serve/wire.py`, `serve/hot.py` |
-| images that wait | `--max-queue`, `--max-images` of a request | `serve/batcher.py` |
-| the time of an answer | `--deadline-ms` | `serve/batcher.py` |
-| labels of metrics | the known addresses; 128 classes of 80 characters | `serve/metrics.py`, `serve/watch.py` |
-| a reload | `--reload-seconds`, tried in a process that can be ended | `serve/trial.py` |
-| lines of the log that nobody reads | 4 MB; those beyond are counted | `serve/logs.py` |
-| JSON inside a model's file or card | 64 lists and objects inside one another | `train/documents.py` |
+| connections | `--max-connections`, and what the process may open files for | `serve/request/open_connections.py` |
+| headers, trailers, chunk extensions, blank lines | [http.md](http.md#limits) | `serve/request/connection.py` |
+| requests behind one another on a connection | 64 | `serve/request/connection.py` |
+| a connection without a request, and what comes after an answer | 5 s | `serve/request/connection.py` |
+| answers that are not read | 30 s, and what a socket holds | `serve/request/connection.py` |
+| bodies | `--max-body-mb` each, `--max-held-mb` together, `--deadline-ms` to arrive | `serve/request/` |
+| images that wait | `--max-queue`, `--max-images` of a request | `serve/request/batcher.py` |
+| the time of an answer | `--deadline-ms` | `serve/request/batcher.py` |
+| labels of metrics | the known addresses; 128 classes of 80 characters | `serve/watching/` |
+| a reload | `--reload-seconds`, tried in a process that can be ended | `serve/model/trial.py` |
+| lines of the log that nobody reads | 4 MB; those beyond are counted | `serve/watching/logs.py` |
+| JSON inside a model's file or card | 64 lists and objects inside one another | `common/documents.py` |
 
 What happens to a server at the wrong time, signals before it serves, lost files, models that hang and logs that nobody
 reads, is measured by `python bench/accidents.py`: [accidents.md](benchmarks/accidents.md).
@@ -83,7 +83,7 @@ def command(config: ReliabilityConfig) -> int:
     """
     import json
 
-    from train.files import read_whole, write_whole
+    from common.files import read_whole, write_whole
 
     if config.render:
         record = json.loads(read_whole(config.render))
@@ -110,7 +110,7 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
     from bench import faults, siege
     from bench.attacks import attack
     from bench.page import describe_machine
-    from train.progress import make_console, progress
+    from common.progress import make_console, progress
 
     seconds, rounds, reloads = (3.0, 1, 4) if config.quick else (config.seconds, config.rounds, config.reloads)
     about = {
@@ -146,14 +146,14 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "tuple[Subject, str]":
     import torch
 
     from bench.faults import Subject
-    from export.graph import to_onnx
+    from common.files import read_whole, write_whole
+    from common.image import decode
+    from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import OnnxSession
     from export.runtimes.probabilities import softmax
     from fold.plain import fold_net
-    from serve.v2 import model_name
+    from serve.v2.routes import model_name
     from train.families import build
-    from train.files import read_whole, write_whole
-    from train.image import decode
 
     session = OnnxSession(config.model)
     spec = session.model.spec

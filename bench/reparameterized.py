@@ -9,8 +9,8 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import given_arguments, run_command
-from train.refusal import Refusal
+from common.cli import given_arguments, run_command
+from common.refusal import Refusal
 
 NETS = (
     *("repvgg_a0", "mobileone_s0", "mobileone_s1", "fastvit_t8", "repvit_m0_9", "repghostnet_050"),
@@ -52,7 +52,7 @@ def command(config: ReparameterizedConfig) -> int:
     except ImportError as error:
         raise Refusal("timm is missing: pip install -c constraints.txt -e '.[dev]'") from error
     from bench.page import describe_machine, write_page
-    from train.progress import make_console, progress
+    from common.progress import make_console, progress
 
     typed, config = given_arguments(replace(config, out=ReparameterizedConfig.out)), config.resolved()
     if unknown := [name for name in config.nets if not timm.is_model(name)]:
@@ -191,7 +191,7 @@ def processor_ms(action: Callable[[], object], seconds: float) -> float:
 
 
 def relative(expected: Any, found: Any) -> float:
-    from train.difference import difference
+    from common.difference import difference
 
     return difference(expected, found).relative
 

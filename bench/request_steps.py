@@ -19,16 +19,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from bench.alone import in_a_process
+from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
-from serve.access import EVERYBODY
-from serve.batcher import Batcher, Served
-from serve.connection import Connection
-from serve.door import Door
-from serve.hot import Hot
-from serve.limits import Limits
-from serve.logs import RequestLog
-from serve.metrics import Metrics
-from train.image import decode
+from serve.request.access import EVERYBODY
+from serve.request.batcher import Batcher, Served
+from serve.request.connection import Connection
+from serve.request.limits import Limits
+from serve.request.open_connections import Door
+from serve.request.predict import Hot
+from serve.watching.logs import RequestLog
+from serve.watching.metrics import Metrics
 
 BATCH_SIZE = 32  # requests at once, and images in a batch of the model
 NUM_ROUNDS = 200

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bench.servers import PEERS, Server, Way
-from train.files import read_whole
-from train.refusal import Refusal
+from common.files import read_whole
+from common.refusal import Refusal
 
 _CORE = "0"
 _START_S = 90.0

@@ -11,10 +11,10 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from common.cli import run_command
+from common.refusal import Refusal
+from common.spec import Published
 from export.runtimes.saturation import largest_pair
-from train.cli import run_command
-from train.refusal import Refusal
-from train.spec import Published
 
 if TYPE_CHECKING:
     import onnx
@@ -34,17 +34,17 @@ class SaturationConfig:
 
 def command(config: SaturationConfig) -> int:
     """Quantise a net under each bound and compare it with float32 on the whole test split, as a Markdown table."""
-    from export.calibrate import observe, ranges
     from export.compare import answer_all
-    from export.graph import to_onnx
-    from export.integer import to_integer_onnx
-    from export.quantize import answerer, measure_drop
+    from export.eight_bits.calibrate import observe, ranges
+    from export.eight_bits.integer import to_integer_onnx
+    from export.eight_bits.quantize import answerer, measure_drop
+    from export.graphs.graph import to_onnx
     from export.runtimes.saturation import saturates
     from fold.lower import lower
     from fold.plain import load_plain
-    from train import data
+    from train.data import datasets
 
-    plain, dataset = load_plain(config.plain), data.load(config.dataset, data_dir=config.data_dir)
+    plain, dataset = load_plain(config.plain), datasets.load(config.dataset, data_dir=config.data_dir)
     trained_on = plain.provenance.get("training", {}).get("dataset")
     if trained_on != config.dataset:
         raise Refusal(

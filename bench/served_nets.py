@@ -9,15 +9,15 @@ from torch import nn
 
 from bench.macs import count_macs
 from bench.nets import random_net
-from export.graph import to_onnx
+from common.files import write_whole
+from common.image import decode
+from common.spec import Spec
+from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from export.to_onnx import DEFAULT_LOWERING
 from fold.lower import lower
 from fold.plain import fold_net
-from train.data import describe
-from train.files import write_whole
-from train.image import decode
-from train.spec import Spec
+from train.data.datasets import describe
 
 # Family, depth, width and nonlinearity.
 SIZES = {"small": ("pooled", 16, 1.0, "relu"), "large": ("cifar", 16, 1.0, "ncrelu")}

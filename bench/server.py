@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import given_arguments, run_command
-from train.refusal import Refusal
+from common.cli import given_arguments, run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,10 +66,10 @@ def command(config: ServerConfig) -> int:
     from bench.server_page import markdown
     from bench.server_rounds import CONNECTIONS, open_field
     from bench.servers import SERVERS
-    from train.cores import num_cores
-    from train.figure import png
-    from train.files import write_whole
-    from train.progress import make_console
+    from common.cores import num_cores
+    from common.figure import png
+    from common.files import write_whole
+    from common.progress import make_console
 
     refuse_without_tools()
     console = make_console()
@@ -113,7 +113,7 @@ def _measure(
     """For each net its rows, and the times of the model alone; every second round runs in reverse order."""
     from bench.alone import time_alone
     from bench.server_rounds import Row
-    from train.progress import progress
+    from common.progress import progress
 
     num_rounds, seconds = config.schedule
     tables = [{way.title: Row(server.name, way.title) for server in field.servers for way in server.ways} for _ in nets]

@@ -10,8 +10,8 @@ from bench.load import put_load
 from bench.running import check_answers, running
 from bench.served_nets import ServedNet
 from bench.servers import ROOT, Server, Way
-from train.files import write_whole
-from train.refusal import Refusal
+from common.files import write_whole
+from common.refusal import Refusal
 
 CONNECTIONS = (1, 16, 64)
 _WARM_UP_S = 1

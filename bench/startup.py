@@ -10,8 +10,8 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import POSITIONAL, given_arguments, run_command
-from train.refusal import Refusal
+from common.cli import POSITIONAL, given_arguments, run_command
+from common.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = ROOT / "serve" / "run.py"
@@ -47,7 +47,7 @@ def command(config: StartupConfig) -> int:
 
     from bench.cost import in_fresh_process
     from bench.page import describe_machine, write_page
-    from train.progress import make_console, progress
+    from common.progress import make_console, progress
 
     console, rounds = make_console(), 3 if config.quick else config.rounds
     starts: dict[str, list[dict[str, Any]]] = {}
@@ -183,17 +183,18 @@ def _phases(model: Path) -> dict[str, float]:
     import export.runtimes.onnx_session  # noqa: F401
 
     marks.append(time.perf_counter())
-    from serve import logs, process
-    from serve.run import ServeConfig
+    from serve.config import ServeConfig
+    from serve.processes import serving
+    from serve.watching import logs
 
     marks.append(time.perf_counter())
     config = ServeConfig((model,))
     stream = logs.configure(config.log_level)
-    runtimes = process.load(config)
+    runtimes = serving.load(config)
     marks.append(time.perf_counter())
-    process.whole_app(config, runtimes, stream, load=lambda: runtimes)
+    serving.whole_app(config, runtimes, stream, load=lambda: runtimes)
     marks.append(time.perf_counter())
-    from serve.reload import warm_up
+    from serve.model.check import warm_up
 
     warm_up(runtimes[0], config.max_batch)
     marks.append(time.perf_counter())
@@ -206,7 +207,7 @@ def _imports(rounds: int) -> dict[str, list[float]]:
     import subprocess
     from collections import defaultdict
 
-    program = "import export.runtimes.onnx_session, serve.process"
+    program = "import export.runtimes.onnx_session, serve.processes.serving"
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
         argv = [sys.executable, "-X", "importtime", "-c", program]
@@ -223,7 +224,7 @@ def _imports(rounds: int) -> dict[str, list[float]]:
 
 def _package(module: str) -> str:
     top = module.partition(".")[0]
-    if top in ("train", "fold", "export", "serve"):
+    if top in ("common", "train", "fold", "export", "serve"):
         return "this project"
     return "standard library" if top in sys.stdlib_module_names else top
 
@@ -232,15 +233,15 @@ def _small_model(folder: Path) -> Path:
     """DiracNet-10-0.25 for digits, random weights, as export/to_onnx.py writes it."""
     import torch
 
-    from export.graph import to_onnx
+    from common.files import write_whole
+    from common.spec import Spec
+    from export.graphs.graph import to_onnx
     from fold.lower import lower
     from fold.plain import fold_net
-    from train import data
+    from train.data import datasets
     from train.families import build
-    from train.files import write_whole
-    from train.spec import Spec
 
-    info = data.describe("digits")
+    info = datasets.describe("digits")
     spec = Spec("cifar", 10, 0.25, "ncrelu", info.image, info.labels)
     torch.manual_seed(0)
     model = to_onnx(lower(fold_net(build(spec).eval()).float(), "shared"), spec, {})

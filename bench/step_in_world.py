@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
-from train.refusal import Refusal
+from common.cli import run_command
+from common.refusal import Refusal
 
 EXAMPLES = (
     "OMP_NUM_THREADS=2 python bench/step_in_world.py",

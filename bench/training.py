@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import POSITIONAL, given_arguments, run_command
-from train.refusal import Refusal
+from common.cli import POSITIONAL, given_arguments, run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -51,8 +51,8 @@ def command(config: TrainingConfig) -> int:
     """Time training steps of Dirac and ordinary nets, their memory, nets of 10 to 400 layers, and two processes."""
     from bench.page import describe_machine, write_page
     from bench.training_page import page
+    from common.progress import make_console
     from train.machine import keep_large_buffers
-    from train.progress import make_console
 
     runs, typed = [_read_run(path) for path in config.runs], _typed(config)
     if config.quick:
@@ -85,7 +85,7 @@ def _typed(config: TrainingConfig) -> str:
 def _measure_net(net: tuple[int, float], config: TrainingConfig, console: Any) -> dict[str, Any]:
     """Steps of every form and precision in one alternation, and Ŵ with its gradients alone."""
     from bench.forms import Workload, make_step, make_weights
-    from train.progress import progress
+    from common.progress import progress
 
     workload = Workload(*net, 28, BATCH_SIZE)
     actions = {
@@ -129,8 +129,8 @@ def _measure_memory(config: TrainingConfig, console: Any) -> list[dict[str, Any]
 
     from bench.cost import cost_of
     from bench.forms import Workload, take
-    from train.cores import num_cores
-    from train.progress import progress
+    from common.cores import num_cores
+    from common.progress import progress
 
     rows, net = [], NETS[0]
     cases = [(precision, form) for precision in PRECISIONS for form in FORMS]
@@ -146,7 +146,7 @@ def _measure_memory(config: TrainingConfig, console: Any) -> list[dict[str, Any]
 
 def _measure_depths(config: TrainingConfig, console: Any) -> list[dict[str, Any]]:
     from bench.forms import Workload, make_step
-    from train.progress import progress
+    from common.progress import progress
 
     depths = DEPTHS[:3] if config.quick else DEPTHS
     steps = {depth: make_step("Dirac", Workload(depth, 0.25, 8, BATCH_SIZE)) for depth in depths}
@@ -179,7 +179,7 @@ def _race(
 def _measure_processes(config: TrainingConfig, console: Any) -> list[dict[str, Any]]:
     """One process with a thread for each core against two processes with gloo, in turns, each started afresh."""
     from bench.rounds import Timing
-    from train.progress import progress
+    from common.progress import progress
 
     num_runs, times = (1 if config.quick else 3), {1: [], 2: []}
     with progress(console, "processes", 2 * num_runs) as advance:
@@ -196,7 +196,7 @@ def _steps_in(num_processes: int, *, num_steps: int) -> float:
     import os
     import subprocess
 
-    from train.cores import num_cores
+    from common.cores import num_cores
 
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     argv = [sys.executable, *launcher, str(ROOT / "bench" / "step_in_world.py"), "--steps", str(num_steps)]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from common.spec import ImageSpec
     from export.compare import Answer
-    from train.spec import ImageSpec
 
 # Read by OpenMP, MKL and OpenBLAS when they are loaded, so set before the process starts.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")

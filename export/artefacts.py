@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from common.files import read_whole
+from common.refusal import Refusal
+from common.spec import Spec
 from export.compare import TOLERANCES, Answer
+from export.model_file.described import NOTHING, Described
+from export.model_file.signature import Reading
 from export.runtimes.cascade import Cascade, read_forms
-from export.runtimes.described import NOTHING, Described
-from export.runtimes.signature import Reading
-from train.files import read_whole
-from train.refusal import Refusal
-from train.spec import Spec
 
 Provider = Literal["cpu", "cuda", "tensorrt", "mnn", "torch"]  # ONNX Runtime's, or MNN or PyTorch in its place
 PROVIDERS = {
@@ -145,8 +145,8 @@ def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
     import onnx
     from google.protobuf.message import DecodeError
 
-    from export.engine import precision
-    from export.half import first_overflow
+    from export.engines.engine import precision
+    from export.graphs.half import first_overflow
     from export.runtimes.onnx_session import OnnxSession, loadable_providers
 
     if provider and PROVIDERS[provider] not in loadable_providers():
@@ -156,7 +156,7 @@ def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
         kind = precision(model)
     except DecodeError as error:
         raise Refusal(f"{path} is no valid ONNX file: {error}; export it again") from error
-    # The optimiser moves fp8 pairs over nodes that then answer wrongly (export/quantize.py).
+    # The optimiser moves fp8 pairs over nodes that then answer wrongly (export/eight_bits/quantize.py).
     session = OnnxSession(
         path, providers=(PROVIDERS[provider],) if provider else None, optimize=kind != "fp8", said=said
     )
@@ -212,9 +212,9 @@ def _open_other(path: Path, provider: Literal["mnn", "torch"]) -> Form:
     """By a runtime in ONNX Runtime's place."""
     import onnx
 
-    from export.engine import precision
+    from export.engines.engine import precision
     from export.runtimes.load import load_runtime
-    from export.runtimes.mnn_module import is_installed
+    from export.runtimes.mnn.module import is_installed
 
     if provider == "mnn" and not is_installed():
         raise ProviderMissing("mnn is not compared: MNN is not installed here")
@@ -282,7 +282,7 @@ def _dequantize(name: str, value: np.ndarray, constants: dict[str, np.ndarray]) 
 
 
 def _open_engine(path: Path) -> Form:
-    from export.runtimes.card import read_card
+    from export.model_file.card import read_card
     from export.runtimes.tensorrt_engine import TensorRTEngine
 
     runtime, card = TensorRTEngine(path), read_card(path)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
-from train.refusal import Refusal
+from common.cli import run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from export.runtimes.runtime import Runtime
-    from train.data import Dataset
+    from train.data.datasets import Dataset
 
 EXAMPLES = (
     "python export/cascade.py plain.onnx plain-int8.onnx",
@@ -39,13 +39,13 @@ def command(config: CascadeConfig) -> int:
 
     import onnx
 
-    from export.escalation import answer_both, images_to_choose_by, measure
-    from export.graph import set_provenance
+    from common.files import write_whole
+    from common.progress import make_console, progress
+    from export.eight_bits.escalation import answer_both, images_to_choose_by, measure
+    from export.graphs.graph import set_provenance
+    from export.model_file.reference import KEY as REFERENCE
     from export.runtimes.cascade import RECORD, in_order
     from export.runtimes.onnx_session import OnnxSession
-    from export.runtimes.reference import KEY as REFERENCE
-    from train.files import write_whole
-    from train.progress import make_console, progress
 
     console = make_console(json=config.json)
     quick, exact = in_order((config.first, config.second))
@@ -69,12 +69,12 @@ def command(config: CascadeConfig) -> int:
 
 def _dataset(quick: Path, session: "Runtime", data_dir: Path | None) -> "Dataset":
     """What the net learnt, divided as its run divided it."""
-    from train import data
+    from train.data import datasets
 
     training = session.model.provenance.get("training", {})
     if not isinstance(training.get("dataset"), str):
         raise Refusal(f"{quick} does not record what it was trained on; export it again with --dataset")
-    return data.load_as_trained(training, data_dir=data_dir, beside=quick.parent, image=session.model.spec.image)
+    return datasets.load_as_trained(training, data_dir=data_dir, beside=quick.parent, image=session.model.spec.image)
 
 
 def _num_calibration(quick: Path, record: dict[str, Any], dataset: "Dataset") -> int:

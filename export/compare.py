@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.difference import FLOAT32_TOLERANCE, Difference, difference, keeps_class
+from common.difference import FLOAT32_TOLERANCE, Difference, difference, keeps_class
 
 if TYPE_CHECKING:
-    from train.data import Part
+    from train.data.datasets import Part
 
 BATCH_SIZE = 100  # of float32 and less; the fold is proven in float64, which wants smaller ones
 

@@ -8,8 +8,8 @@ from typing import Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import ReadingFlags, from_flags
-from train.cli import run_command
+from common.cli import run_command
+from export.model_file.described import ReadingFlags, from_flags
 
 EXAMPLES = (
     "python export/describe.py model.onnx --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --resize 256",
@@ -32,10 +32,10 @@ def command(config: DescribeConfig) -> int:
     import json
     from dataclasses import asdict
 
-    from export.onnx_file import read_onnx
-    from export.runtimes.described import NOTHING, description_path, read_description
-    from train.files import write_whole
-    from train.progress import make_console
+    from common.files import write_whole
+    from common.progress import make_console
+    from export.graphs.onnx_file import read_onnx
+    from export.model_file.described import NOTHING, description_path, read_description
 
     console = make_console(json=config.json)
     said = from_flags(config)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
+from common.cli import run_command
 
 if TYPE_CHECKING:
     import onnx
@@ -54,8 +54,8 @@ class Row:
 
 def command(config: DrawConfig) -> int:
     """Draw an ONNX graph: operators, shapes, weights and where the work is."""
-    from export.onnx_file import read_onnx
-    from train.files import write_whole
+    from common.files import write_whole
+    from export.graphs.onnx_file import read_onnx
 
     file = read_onnx(config.onnx)
     rows = read_rows(file.model)

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import ReadingFlags, from_flags
-from train.cli import run_command
-from train.refusal import Refusal
-from train.spec import DatasetName
+from common.cli import run_command
+from common.refusal import Refusal
+from common.spec import DatasetName
+from export.model_file.described import ReadingFlags, from_flags
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
     from export.artefacts import Form
-    from export.evaluation import Evaluation
-    from export.evaluation_report import Mistake, Report
-    from export.judged import Judged
+    from export.evaluation.judged import Judged
+    from export.evaluation.report import Mistake, Report
+    from export.evaluation.scores import Evaluation
 
 EXAMPLES = (
     "python export/evaluate.py runs/photos/plain.onnx --data-dir photos     # the test images of its run",
@@ -66,13 +66,13 @@ def command(config: EvaluateConfig) -> int:
     from dataclasses import replace
     from functools import partial
 
+    from common.files import write_whole
+    from common.progress import make_console, printable, track
     from export.artefacts import open_artefact
-    from export.judged import find_judged
-    from export.mirrored import mirrored
+    from export.evaluation.judged import find_judged
+    from export.evaluation.mirrored import mirrored
     from export.runtimes.cascade import Cascade
     from export.store_reference import refuse_what_takes_none, store
-    from train.files import write_whole
-    from train.progress import make_console, printable, track
 
     if config.store_reference and config.cascade:
         raise Refusal("--store-reference is for one file, and --cascade judges two; leave one of them out")
@@ -104,8 +104,8 @@ def command(config: EvaluateConfig) -> int:
 def _judge(
     form: "Form", judged: "Judged", probabilities: "np.ndarray", places: list[int], unreadable: dict[str, str]
 ) -> "Report":
-    from export.evaluation import evaluate
-    from export.evaluation_report import Report
+    from export.evaluation.report import Report
+    from export.evaluation.scores import evaluate
 
     targets = judged.targets[places]
     return Report(
@@ -124,10 +124,10 @@ def _answers(form: "Form", judged: "Judged", console: "Console") -> tuple["np.nd
     """(probabilities [N, K], the place of each among the judged, name of an image → why it has no answer)."""
     import numpy as np
 
-    from export.answering import answer_each
-    from train.folder import UNREADABLE
-    from train.progress import printable, track
-    from train.survey import describe_left_out
+    from common.progress import printable, track
+    from export.evaluation.answering import answer_each
+    from train.data.folder import UNREADABLE
+    from train.data.survey import describe_left_out
 
     for line in describe_left_out([stranger for stranger in judged.left_out if stranger.why != UNREADABLE]):
         console.print(printable(line))
@@ -153,7 +153,7 @@ def _mistakes(
     """All of them, the surest first; those that are shown have their pixels."""
     import numpy as np
 
-    from export.evaluation_report import NUM_SHOWN, Mistake
+    from export.evaluation.report import NUM_SHOWN, Mistake
     from export.runtimes.probabilities import best
 
     answers = best(probabilities, 1)[:, 0]
@@ -176,9 +176,9 @@ def _files(report: "Report") -> dict[str, bytes]:
     """Name → content; the page is the last to be written."""
     import json
 
-    from export import evaluation_figures as figures
-    from export.evaluation_page import to_html
-    from export.evaluation_report import describe_error
+    from export.evaluation import figures
+    from export.evaluation.page import to_html
+    from export.evaluation.report import describe_error
 
     title = figures.figure_text(report.title, 80)
     error = f"expected calibration error {describe_error(report.evaluation)}"
@@ -202,9 +202,9 @@ def _files(report: "Report") -> dict[str, bytes]:
 
 def _print_summary(console: "Console", report: "Report") -> None:
     """The figures, the weakest classes, the most frequent mistakes, and what could not be read."""
-    from export.evaluation_report import describe_error, share
-    from train.interval import percent
-    from train.progress import printable
+    from common.interval import percent
+    from common.progress import printable
+    from export.evaluation.report import describe_error, share
 
     evaluation, calibration = report.evaluation, report.evaluation.calibration
     console.print(f"{report.model} on {evaluation.top1.num:,} {report.what}")
@@ -227,10 +227,10 @@ def _print_summary(console: "Console", report: "Report") -> None:
 def _print_classes(console: "Console", evaluation: "Evaluation") -> None:
     from rich.table import Table
 
-    from export.evaluation_page import weakest_first
-    from export.evaluation_report import share
-    from train.interval import percent
-    from train.progress import printable
+    from common.interval import percent
+    from common.progress import printable
+    from export.evaluation.page import weakest_first
+    from export.evaluation.report import share
 
     table = Table("class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1")
     for row in weakest_first(evaluation.classes)[:NUM_LISTED]:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
-from train.refusal import Refusal
+from common.cli import run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from export.artefacts import Form
-    from train.data import Part
+    from train.data.datasets import Part
 
 EXAMPLES = (
     "python export/fit_temperature.py runs/old/plain.onnx runs/old/plain-int8.onnx",
@@ -48,10 +48,10 @@ def command(config: FitTemperatureConfig) -> int:
     """
     import json
 
+    from common.files import write_whole
+    from common.progress import make_console
     from export.artefacts import open_artefact
-    from export.runtimes.reference import KEY
-    from train.files import write_whole
-    from train.progress import make_console
+    from export.model_file.reference import KEY
     from train.temperature import fit_temperature
 
     console = make_console(json=config.json)
@@ -90,7 +90,7 @@ def _refuse(form: "Form", first: "Form") -> None:
 
 
 def _held_out(form: "Form", config: FitTemperatureConfig) -> "Part":
-    from train import data
+    from train.data import datasets
 
     training = form.provenance.get("training", {})
     if "dataset" not in training:
@@ -104,7 +104,7 @@ def _held_out(form: "Form", config: FitTemperatureConfig) -> "Part":
         raise Refusal(f"{form.path} records that {training['validation']:g} was held out; leave --validation out")
     recorded: dict[str, Any] = training | {"validation": training.get("validation", config.validation)}
     image = form.spec.image
-    dataset = data.load_as_trained(recorded, data_dir=config.data_dir, beside=form.path.parent, image=image)
+    dataset = datasets.load_as_trained(recorded, data_dir=config.data_dir, beside=form.path.parent, image=image)
     assert dataset.validation is not None  # `divide` made it
     return dataset.validation
 
@@ -113,8 +113,8 @@ def _logits(form: "Form", held: "Part", console: "Console") -> Any:
     """float32 [N, K]; refuses images that cannot be read."""
     import numpy as np
 
+    from common.progress import progress
     from export.compare import answer_part
-    from train.progress import progress
 
     if not len(held):
         return np.zeros((0, len(form.spec.labels)), np.float32)
@@ -140,8 +140,8 @@ def _with(form: "Form", record: dict[str, Any]) -> bytes:
 
     import onnx
 
-    from export.runtimes.reference import KEY
-    from train.files import read_whole
+    from common.files import read_whole
+    from export.model_file.reference import KEY
 
     model = onnx.load_model_from_string(read_whole(form.path))  # weights that lie beside it stay there
     entries = [entry for entry in model.metadata_props if entry.key != KEY]
@@ -164,9 +164,9 @@ def _report(form: "Form", content: bytes) -> dict[Path, bytes]:
     """
     import json
 
-    from export.runtimes.header import read_header
-    from train.documents import read_json
-    from train.files import read_whole, sha256
+    from common.documents import read_json
+    from common.files import read_whole, sha256
+    from export.model_file.header import read_header
 
     path = form.path.with_suffix(".json")
     if not path.exists():

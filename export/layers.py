@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from common.difference import Difference, difference
+from common.figure import png
+from common.refusal import Refusal
 from export.artefacts import Form
 from export.compare import TOLERANCES, Tolerance
-from train.difference import Difference, difference
-from train.figure import png
-from train.refusal import Refusal
 
 NUM_IMAGES = 8  # of each kind: the outputs of all layers of both forms are in memory at once
 

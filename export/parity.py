@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import NOTHING, Described, ReadingFlags, from_flags
-from train.cli import run_command
+from common.cli import run_command
+from export.model_file.described import NOTHING, Described, ReadingFlags, from_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,9 +51,9 @@ def command(config: ParityConfig) -> int:
     """
     import json
 
+    from common.files import write_whole
+    from common.progress import make_console
     from export.layers import draw_layers
-    from train.files import write_whole
-    from train.progress import make_console
 
     console = make_console(json=config.json)
     forms, others = _open(config, console)
@@ -111,8 +111,8 @@ class Row:
 
 def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list["Form"]]:
     """The artefact, on each provider asked for, and the others; refuses forms of different models."""
+    from common.refusal import Refusal
     from export.artefacts import open_artefact, open_providers
-    from train.refusal import Refusal
 
     if not config.against:
         raise Refusal("name what to compare with: --against runs/NAME/checkpoint.pt, plain.safetensors, ...")
@@ -134,8 +134,8 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list[
 
 def _said_of(path: Path, config: ParityConfig) -> Described:
     """What the user says, of a file that does not say it itself."""
-    from export.runtimes.header import read_header
-    from train.files import read_whole
+    from common.files import read_whole
+    from export.model_file.header import read_header
 
     is_foreign = path.suffix == ".onnx" and read_header(path, read_whole(path)).spec is None
     return from_flags(config) if is_foreign else NOTHING
@@ -152,9 +152,9 @@ def by_precision(form: "Form", other: "Form") -> tuple["Form", "Form"]:
 
 def _image_sets(forms: list["Form"], config: ParityConfig, console: "Console") -> dict[str, "np.ndarray"]:
     """Real images where the data set is at hand, random and extreme ones; refuses int8 and fp8 without real ones."""
+    from common.refusal import Refusal
     from export.compare import TOLERANCES
     from fold.image_sets import extreme_images, random_images, real_images
-    from train.refusal import Refusal
 
     image = forms[0].spec.image
     trainings = [form.provenance.get("training", {}) for form in forms]
@@ -175,8 +175,8 @@ def _image_sets(forms: list["Form"], config: ParityConfig, console: "Console") -
 def compare_logits(
     pairs: list[tuple["Form", "Form"]], image_sets: dict[str, "np.ndarray"], console: "Console"
 ) -> list[Row]:
+    from common.progress import progress
     from export.compare import TOLERANCES, answer_all, compare
-    from train.progress import progress
 
     forms = {form.name: form for pair in pairs for form in pair}
     rows = []

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import ReadingFlags, from_flags
-from train.cli import run_command
-from train.refusal import Refusal
+from common.cli import run_command
+from common.refusal import Refusal
+from export.model_file.described import ReadingFlags, from_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,14 +54,14 @@ def command(config: PredictConfig) -> int:
 
     Pixels and probabilities are those that the server computes.
     """
-    from export.answering import answer_each, load_file
+    from common.files import write_whole
+    from common.progress import make_console, printable, track
     from export.artefacts import open_artefact
-    from export.mirrored import mirrored
+    from export.evaluation.answering import answer_each, load_file
+    from export.evaluation.mirrored import mirrored
     from export.runtimes.cascade import Cascade
-    from train.files import write_whole
-    from train.folder import find_images
-    from train.progress import make_console, printable, track
-    from train.survey import describe_left_out
+    from train.data.folder import find_images
+    from train.data.survey import describe_left_out
 
     console = make_console()
     form = open_artefact(config.model, said=from_flags(config), cascade=config.cascade)
@@ -124,7 +124,7 @@ def _summarize(console: "Console", config: PredictConfig, form: "Form", results:
     """How many of each class; what could not be read, by name. The exit status."""
     from collections import Counter
 
-    from train.progress import printable
+    from common.progress import printable
 
     counts = Counter(result["label"] for result in results if "label" in result).most_common(10)
     bad = [result for result in results if "error" in result]

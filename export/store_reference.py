@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from export.runtimes.card import card_path, read_card
-from export.runtimes.header import metadata_entry, metadata_places, read_header
-from export.runtimes.histograms import count
-from export.runtimes.nodes import digest_of
+from common.files import read_whole, write_whole
+from common.refusal import Refusal
+from export.model_file.card import card_path, read_card
+from export.model_file.header import metadata_entry, metadata_places, read_header
+from export.model_file.histograms import count
+from export.model_file.nodes import digest_of
+from export.model_file.reference import KEY, Reference
 from export.runtimes.probabilities import best
-from export.runtimes.reference import KEY, Reference
-from train.files import read_whole, write_whole
-from train.refusal import Refusal
 
 SUFFIXES = (".onnx", ".engine")  # of what is served
 

@@ -9,8 +9,8 @@ from functools import partial
 
 import numpy as np
 
+from common.spec import ImageSpec
 from export.compare import Answer
-from train.spec import ImageSpec
 
 ROUNDS = 9
 MIN_ROUNDS = 3

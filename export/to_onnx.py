@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from common.cli import run_command
+from common.refusal import Refusal
 from fold.lowerings import Lowering
-from train.cli import run_command
-from train.refusal import Refusal
 
 if TYPE_CHECKING:
     import onnx
     from rich.console import Console
 
-    from export.quantize import Candidate, Drop
+    from export.eight_bits.quantize import Candidate, Drop
     from fold.plain import Plain
 
 EXAMPLES = (
@@ -67,13 +67,13 @@ def command(config: ToOnnxConfig) -> int:
     """Write a plain net as ONNX: uint8 images in, logits out, its spec in the metadata."""
     import json
 
-    from export.graph import OPSET, set_provenance
-    from export.quantize import answerer
-    from export.runtimes.probe import probe_images, record_probe
+    from common.files import sha256, write_whole
+    from common.progress import make_console
+    from export.eight_bits.quantize import answerer
+    from export.graphs.graph import OPSET, set_provenance
+    from export.model_file.probe import probe_images, record_probe
     from export.runtimes.saturation import may_saturate
     from fold.plain import load_plain
-    from train.files import sha256, write_whole
-    from train.progress import make_console
 
     console = make_console(json=config.json)
     plain = load_plain(config.plain)
@@ -96,7 +96,7 @@ def command(config: ToOnnxConfig) -> int:
 
 
 def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
-    from export.graph import to_onnx
+    from export.graphs.graph import to_onnx
     from fold.lower import lower
 
     record: dict[str, Any] = {"lowering": config.lowering or DEFAULT_LOWERING}
@@ -110,7 +110,7 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _refuse_overflow(plain: "Plain", model: "onnx.ModelProto", config: ToOnnxConfig) -> None:
     """Refuses a graph one of whose nodes leaves float16's range on random, extreme or real images."""
-    from export.half import first_overflow
+    from export.graphs.half import first_overflow
     from fold.image_sets import extreme_images, random_images, real_images
 
     image, training = plain.spec.image, plain.provenance.get("training", {})
@@ -130,12 +130,12 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
 
     from rich.table import Table
 
-    from export.graph import to_onnx
+    from common.cores import num_cores
+    from common.progress import progress
+    from export.graphs.graph import to_onnx
     from export.runtimes.offline import ort
     from export.timing import ROUNDS, fastest, time_models
     from fold.lower import distinct_lowerings, lower
-    from train.cores import num_cores
-    from train.progress import progress
 
     candidates = distinct_lowerings(plain.net)
     models = {
@@ -162,13 +162,13 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
 
     import numpy as np
 
+    from common.progress import progress
     from export.compare import ALLOWED_DROP, INT8_AGREEMENT
-    from export.escalation import answer_both, measure
-    from export.graph import to_onnx
-    from export.quantize import TRIED, answerer, measure_drop, num_images_run, quantize
+    from export.eight_bits.escalation import answer_both, measure
+    from export.eight_bits.quantize import TRIED, answerer, measure_drop, num_images_run, quantize
+    from export.graphs.graph import to_onnx
     from export.runtimes.cascade import RECORD
     from fold.lower import distinct_lowerings
-    from train.progress import progress
 
     observed, chosen_by, set_aside, test = _images(plain, config, console)
     tried = tuple(lowering for lowering in TRIED if lowering in distinct_lowerings(plain.net))
@@ -215,8 +215,8 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
 
 def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[Any, Any, Any, Any]:
     """Training images to observe, training images to choose by, parts to choose a threshold by, and the test split."""
-    from export.escalation import images_to_choose_by, mixed
-    from train import data
+    from export.eight_bits.escalation import images_to_choose_by, mixed
+    from train.data import datasets
 
     training = plain.provenance.get("training", {})
     name = config.dataset or training.get("dataset")
@@ -227,9 +227,9 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
         )
     image = plain.spec.image
     if config.dataset:
-        dataset = data.load(name, data_dir=config.data_dir, image=image if name == "folder" else None)
+        dataset = datasets.load(name, data_dir=config.data_dir, image=image if name == "folder" else None)
     else:
-        dataset = data.load_as_trained(training, data_dir=config.data_dir, beside=config.plain.parent, image=image)
+        dataset = datasets.load_as_trained(training, data_dir=config.data_dir, beside=config.plain.parent, image=image)
     found, needed = dataset.info.image, (image.height, image.width, image.channels)
     if (found.height, found.width, found.channels) != needed or len(dataset.info.labels) != len(plain.spec.labels):
         raise Refusal(

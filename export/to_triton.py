@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import ReadingFlags, from_flags
-from train.cli import run_command
-from train.refusal import Refusal
+from common.cli import run_command
+from common.refusal import Refusal
+from export.model_file.described import ReadingFlags, from_flags
 
 MAX_BATCH = 64  # of an ONNX file, which has no limit of its own; that of export/to_trt.py
 EXAMPLES = (
@@ -37,10 +37,10 @@ def command(config: ToTritonConfig) -> int:
     """Write a model repository for Triton: configuration, labels and the model, batched and warmed up."""
     import json
 
-    from export.triton_config import config_text
-    from export.triton_repository import publish
-    from train.files import sha256
-    from train.progress import make_console
+    from common.files import sha256
+    from common.progress import make_console
+    from export.triton_server.model_config import config_text
+    from export.triton_server.repository import publish
 
     console = make_console(json=config.json)
     name = config.name or config.model.stem
@@ -85,9 +85,9 @@ class Source:
 
 
 def _read_onnx(config: ToTritonConfig) -> Source:
-    from export.onnx_file import read_onnx
-    from export.triton_config import ONNX_RUNTIME
-    from train.files import read_whole
+    from common.files import read_whole
+    from export.graphs.onnx_file import read_onnx
+    from export.triton_server.model_config import ONNX_RUNTIME
 
     file = read_onnx(config.model, from_flags(config))
     files = {name: read_whole(config.model.parent / name) for name in file.weight_files}
@@ -106,9 +106,9 @@ def _read_onnx(config: ToTritonConfig) -> Source:
 
 
 def _read_engine(config: ToTritonConfig) -> Source:
-    from export.runtimes.card import read_card
-    from export.triton_config import TENSORRT
-    from train.files import read_whole, sha256
+    from common.files import read_whole, sha256
+    from export.model_file.card import read_card
+    from export.triton_server.model_config import TENSORRT
 
     path, content, card = config.model, read_whole(config.model), read_card(config.model)
     if sha256(content) != card.engine_sha256:
@@ -140,7 +140,7 @@ def _read_engine(config: ToTritonConfig) -> Source:
 
 
 def _triton_model(config: ToTritonConfig, source: Source, name: str) -> Any:
-    from export.triton_config import TYPES, TritonModel
+    from export.triton_server.model_config import TYPES, TritonModel
 
     asked, fixed, largest = config.max_batch, source.signature.batch, source.max_batch
     if asked is not None and fixed:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import ReadingFlags, from_flags
-from train.cli import run_command
-from train.refusal import Refusal
+from common.cli import run_command
+from common.refusal import Refusal
+from export.model_file.described import ReadingFlags, from_flags
 
 EXAMPLES = (
     "python export/to_trt.py plain.onnx                     # writes plain.engine and plain.engine.json beside it",
@@ -40,8 +40,8 @@ def command(config: ToTrtConfig) -> int:
     """Build a TensorRT engine: with tensorrt for this machine's GPU, or ahead of time with tensorrt_rtx."""
     import time
 
-    from export.engine import build_engine
-    from train.progress import make_console
+    from common.progress import make_console
+    from export.engines.engine import build_engine
 
     console = make_console(json=config.json)
     start = shown = time.monotonic()
@@ -74,8 +74,8 @@ def command(config: ToTrtConfig) -> int:
 
 
 def _options(config: ToTrtConfig) -> Any:
-    from export.engine import BuildOptions
-    from train.files import read_whole
+    from common.files import read_whole
+    from export.engines.engine import BuildOptions
 
     path = config.timing_cache
     return BuildOptions(
@@ -100,9 +100,9 @@ def _parity(config: ToTrtConfig, console: Any) -> dict[str, Any] | None:
 
 
 def _read_parity(path: Path, onnx: Path) -> dict[str, Any]:
-    from export.runtimes.nodes import digest_of
-    from train.documents import read_object
-    from train.files import read_whole
+    from common.documents import read_object
+    from common.files import read_whole
+    from export.model_file.nodes import digest_of
 
     record = read_object(read_whole(path), str(path), todo="run export/parity.py again")
     if not isinstance(record.get("artefacts"), dict):
@@ -114,8 +114,8 @@ def _read_parity(path: Path, onnx: Path) -> dict[str, Any]:
 
 def _write(engine: Any, out: Path, timing_cache: Path | None, console: Any) -> None:
     """The engine and what belongs to it."""
-    from export.runtimes.card import card_path, layers_path
-    from train.files import write_whole
+    from common.files import write_whole
+    from export.model_file.card import card_path, layers_path
 
     if timing_cache is not None:
         write_whole(timing_cache, engine.timing_cache)

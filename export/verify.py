@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
-from train.refusal import Refusal
+from common.cli import run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from export.artefacts import Form
-    from export.chain import Chain
-    from export.claims import Row
+    from export.verification.chain import Chain
+    from export.verification.claims import Row
 
 EXAMPLES = (
     "python export/verify.py runs/demo/plain.onnx           # with what lies beside it: plain.safetensors, best.pt",
@@ -43,9 +43,9 @@ def command(config: VerifyConfig) -> int:
     """
     import json
 
-    from export.chain import find_chain
-    from train.files import write_whole
-    from train.progress import make_console
+    from common.files import write_whole
+    from common.progress import make_console
+    from export.verification.chain import find_chain
 
     console = make_console(json=config.json)
     chain = find_chain(config.file, config.against)
@@ -63,8 +63,8 @@ def command(config: VerifyConfig) -> int:
 
 
 def _rows(chain: "Chain", config: VerifyConfig, console: "Console") -> Iterator["Row"]:
-    from export.recomputed import check_images, find_images
-    from export.unchanged import check_rest, check_unchanged
+    from export.verification.recomputed import check_images, find_images
+    from export.verification.unchanged import check_rest, check_unchanged
 
     if chain.form and chain.form.reading and not chain.card:
         if config.data_dir:
@@ -79,11 +79,11 @@ def _rows(chain: "Chain", config: VerifyConfig, console: "Console") -> Iterator[
 
 def _foreign(form: "Form") -> Iterator["Row"]:
     """What the files beside somebody else's classifier, or its exporter, say of it: little can be computed."""
-    from export.claims import judged, shown, unchecked
-    from export.runtimes.described import found
-    from export.runtimes.header import read_header
-    from export.runtimes.probe import probe_images
-    from train.files import read_whole
+    from common.files import read_whole
+    from export.model_file.described import found
+    from export.model_file.header import read_header
+    from export.model_file.probe import probe_images
+    from export.verification.claims import judged, shown, unchecked
 
     said = found(form.path, read_header(form.path, read_whole(form.path)).metadata)
     scores = form.answer(probe_images(form.spec.image))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
+from common.cli import run_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,10 +34,10 @@ def command(config: DrawConfig) -> int:
     """Draw the central slice of trained filters: a δ, b W_norm, their sum, and the plain filter."""
     from matplotlib.figure import Figure
 
+    from common.figure import png
+    from common.files import write_whole
     from fold.plain import fold_net
     from train.checkpoint import load_checkpoint, load_net
-    from train.figure import png
-    from train.files import write_whole
 
     net = load_net(load_checkpoint(config.checkpoint))
     dirac = _dirac_layers(net, config)
@@ -77,8 +77,8 @@ def _centre(weight: "Tensor") -> "Tensor":
 
 def _dirac_layers(net: "nn.Module", config: DrawConfig) -> "dict[str, DiracConv2d]":
     """The layers to draw by name; refuses names of none, and a net without Dirac convolutions."""
+    from common.refusal import Refusal
     from train.layers import DiracConv2d
-    from train.refusal import Refusal
 
     owners = dict.fromkeys(key.rpartition(".")[0] for key in net.state_dict())  # in the order of the net
     modules = {name: net.get_submodule(name) for name in owners}

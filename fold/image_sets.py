@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from train.files import read_whole
-from train.folder import SUFFIXES
-from train.image import decode
-from train.refusal import Refusal
-from train.spec import ImageSpec
-from train.split import Changed
+from common.files import read_whole
+from common.image import decode
+from common.refusal import Refusal
+from common.spec import ImageSpec
+from train.data.folder import SUFFIXES
+from train.data.split import Changed
 
 NUM_RANDOM = 64
 EXTREMES = ("all black", "all white", "one hot pixel", "noise of full contrast", "checkerboard")
@@ -46,7 +46,7 @@ def real_images(
     `training` is a checkpoint's config, or what later artefacts keep of it; `data_dir` goes before the one in it,
     and must then have the images. `beside` is the model's folder. Refuses a data set that has changed.
     """
-    from train import data
+    from train.data import datasets
 
     if "dataset" not in training and data_dir:
         return photographs(image, data_dir, num=num), ""
@@ -58,7 +58,7 @@ def real_images(
     if data_dir is None and given and not given.is_dir():
         return None, f"{given} is not there any more: name the data set's folder with --data-dir"
     try:
-        test = data.load_as_trained(training, data_dir=given, beside=beside, image=image).test
+        test = datasets.load_as_trained(training, data_dir=given, beside=beside, image=image).test
     except Changed:
         raise
     except Refusal as refusal:

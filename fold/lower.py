@@ -12,6 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from common.refusal import Refusal
 from fold.graph import GraphNet
 from fold.layers import Operation, as_sequential, nest
 from fold.lower_graph import GRAPH_LOWERINGS, lower_graph
@@ -19,7 +20,6 @@ from fold.lowerings import LOWERINGS, Lowering
 from fold.passes import split_ncrelu
 from fold.plain import Convolution, PlainNet, convolution_like, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
-from train.refusal import Refusal
 
 Layers = list[tuple[str, nn.Module]]  # as `named_layers` gives them
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.refusal import Refusal
 from train.layers import ncrelu
-from train.refusal import Refusal
 
 
 @dataclass(frozen=True)

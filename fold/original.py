@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
+from common.cli import run_command
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from train.spec import Spec
+    from common.spec import Spec
 
 EXAMPLES = (
     "python fold/original.py model.pt7 --out runs/diracnet-34-8/checkpoint.pt           # then fold/run.py",
@@ -33,12 +33,12 @@ class OriginalConfig:
 
 def command(config: OriginalConfig) -> int:
     """Import a file that the authors of the paper published; nothing in it is executed."""
+    from common.files import read_whole, sha256
     from fold.authors.dirac import checkpoint_of
     from fold.authors.files import read_saved
     from fold.authors.folded import plain_of
     from fold.plain import save_plain
     from train.checkpoint import load_net, save_checkpoint
-    from train.files import read_whole, sha256
 
     content = read_whole(config.authors)
     saved, digest = read_saved(config.authors, content), sha256(content)
@@ -57,7 +57,7 @@ def command(config: OriginalConfig) -> int:
 
 def _place(config: OriginalConfig, *, folded: bool) -> Path:
     """Where to write; refuses the authors' file itself, and a name that says another kind of file."""
-    from train.refusal import Refusal
+    from common.refusal import Refusal
 
     kind, suffix, default = (
         ("folded already", ".safetensors", "plain.safetensors") if folded else ("not folded", ".pt", "checkpoint.pt")

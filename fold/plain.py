@@ -10,19 +10,19 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from common.documents import read_object
+from common.files import write_whole
+from common.refusal import Refusal
+from common.spec import Spec
 from fold.graph import GraphNet
 from fold.layers import as_sequential
 from fold.nodes import Graph
 from fold.rules import simplify
 from fold.shapes import infer_shapes
 from fold.tracing import trace
-from train.documents import read_object
 from train.families import outline
-from train.files import write_whole
+from train.fine_tune.plain_file import FORMAT, GRAPH_FORMAT, read_plain_file
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, Normalize
-from train.plain_file import FORMAT, GRAPH_FORMAT, read_plain_file
-from train.refusal import Refusal
-from train.spec import Spec
 
 PlainNet = nn.Sequential | GraphNet  # layers of a net that a spec builds; a graph of any other
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")

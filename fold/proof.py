@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.difference import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, difference, keeps_class, share
 from fold.graph import GraphNet
 from fold.nodes import TENSORS, Graph
 from fold.plain import PlainNet, named_layers
 from fold.tracing import trace
-from train.difference import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, difference, keeps_class, share
 
 TOLERANCES = {"float64": FLOAT64_TOLERANCE, "float32": FLOAT32_TOLERANCE}
 # PyTorch's float64 convolution spreads a whole batch out before it multiplies: 64 images at once take ten times

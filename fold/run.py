@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import POSITIONAL, run_command
-from train.refusal import Refusal
+from common.cli import POSITIONAL, run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,11 +73,11 @@ def command(config: FoldConfig) -> int:
 
     import torch
 
+    from common.progress import make_console, progress
     from fold.image_sets import random_images, real_images
     from fold.plain import save_plain
     from fold.proof import prove
     from train.machine import keep_large_buffers
-    from train.progress import make_console, progress
 
     keep_large_buffers()
     console = make_console(json=config.json)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from common.refusal import Refusal
 from fold.nodes import Graph, Node
-from train.refusal import Refusal
 
 Shape = tuple[int, ...]  # of one image's output, without the batch: (C, H, W) or (K,)
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.files import read_whole
+from common.refusal import Refusal
+from common.spec import ImageSpec, Spec
 from fold.graph import GraphNet
 from fold.nodes import Graph, Node
 from fold.plain import RESERVED, PlainNet, fold_net
@@ -17,10 +20,7 @@ from fold.user_net import Made, from_file, from_timm
 from fold.weights import load_weights
 from train.checkpoint import Checkpoint, load_checkpoint, load_net
 from train.families import count_parameters
-from train.files import read_whole
 from train.layers import Normalize
-from train.refusal import Refusal
-from train.spec import ImageSpec, Spec
 
 
 @dataclass(frozen=True)

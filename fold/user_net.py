@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.refusal import Refusal
+from common.refusal import Refusal
 
 SEED = 0  # of the numbers that a net starts from, where no weights are given
 

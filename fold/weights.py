@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from train.files import read_whole, sha256
-from train.refusal import Refusal
+from common.files import read_whole, sha256
+from common.refusal import Refusal
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep weights
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile

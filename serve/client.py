@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from serve.exchange import (
+from common.cli import run_command
+from common.refusal import Refusal
+from serve.client_protocol import (
     DEFAULT_RETRY,
     Answer,
     Content,
@@ -33,8 +35,6 @@ from serve.exchange import (
     predict,
     predict_each,
 )
-from train.cli import run_command
-from train.refusal import Refusal
 
 if TYPE_CHECKING:
     import httpx
@@ -281,9 +281,9 @@ def command(config: ClientConfig) -> int:
     """Ask a server what it sees in images; exit status 1 if one of them could not be read."""
     import json
 
-    from train.folder import find_images
-    from train.progress import make_console, printable, track
-    from train.survey import describe_left_out
+    from common.progress import make_console, printable, track
+    from train.data.folder import find_images
+    from train.data.survey import describe_left_out
 
     if not config.images:
         raise Refusal("name one image or more: python serve/client.py image.png")
@@ -314,7 +314,7 @@ def _row(path: Path, result: Result | Refusal) -> dict[str, Any]:
 def _print_table(console: "Console", answers: dict[Path, Result | Refusal]) -> None:
     from rich.table import Table
 
-    from train.progress import printable
+    from common.progress import printable
 
     table = Table("image", "class", "probability", "then")
     for path, result in answers.items():

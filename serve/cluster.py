@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import POSITIONAL, run_command
-from train.files import read_whole
-from train.refusal import Refusal
+from common.cli import POSITIONAL, run_command
+from common.files import read_whole
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve import Application
 
-    from serve.access import Access
+    from serve.request.access import Access
 
 ROOT = Path(__file__).resolve().parents[1]
 APPLICATION = "diracnet"
@@ -87,8 +87,9 @@ class Settings:
 
 def command(config: ClusterConfig) -> int:
     """Serve a model over HTTP with replicas that Ray Serve starts, watches and replaces, until Ctrl-C."""
-    from serve.access import Access, read_api_key
-    from serve.run import BUNDLED, listen
+    from serve.config import BUNDLED
+    from serve.request.access import Access, read_api_key
+    from serve.run import listen
 
     settings, access = read_settings(config.config), Access(read_api_key(None, os.environ))
     http = settings.http
@@ -143,10 +144,10 @@ def _faults(name: str, table: Any, kinds: dict[str, type]) -> list[str]:
 
 def read_artefact(path: Path) -> dict[str, bytes]:
     """The files that make up a model, by name. They travel to the replicas, so that no disk need be shared."""
-    from export.runtimes.card import card_path, read_card
-    from export.runtimes.described import descriptions
+    from export.model_file.card import card_path, read_card
+    from export.model_file.described import descriptions
+    from export.model_file.nodes import find_weights, read_graph
     from export.runtimes.load import load_runtime
-    from export.runtimes.nodes import find_weights, read_graph
 
     if path.suffix == ".engine":  # loads only where the replicas run
         read_card(path)
@@ -189,14 +190,14 @@ def start_ray(cluster: Cluster) -> tuple[Any, Any]:
 
 
 def application(files: dict[str, bytes], replicas: Replicas, access: "Access") -> "Application":
-    """The app of `serve/app.py` as a deployment; each replica writes the files to a folder of its own."""
+    """The app of `serve/request/app.py` as a deployment; each replica writes the files to a folder of its own."""
     from ray import serve
 
-    from serve.limits import Limits
+    from serve.request.limits import Limits
 
     def build() -> "FastAPI":  # travels to the replicas by value, with `files`
         from export.runtimes.load import load_runtime
-        from serve.app import make_app
+        from serve.request.app import make_app
 
         folder = Path(tempfile.mkdtemp(prefix="diracnet-"))
         for name, content in files.items():

@@ -12,8 +12,8 @@ from typing import Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
-from train.refusal import Refusal
+from common.cli import run_command
+from common.refusal import Refusal
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 10
@@ -49,7 +49,7 @@ def command(config: DemoConfig) -> int:
 
 def find_held_out(folder: Path) -> list[Path]:
     """Files named LABEL_NUMBER in a format that the server reads, in the order of their numbers."""
-    from train.image import SUFFIXES
+    from common.image import SUFFIXES
 
     files = [path for path in folder.glob("*_*") if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not files:

@@ -4,108 +4,17 @@ import signal
 import socket
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
 
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it waits until there is a model to read again
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.runtimes.described import ReadingFlags
-from serve.rpc.port import reserved
-from train.cli import POSITIONAL, run_command
-from train.refusal import Refusal
-
-if TYPE_CHECKING:
-    from export.runtimes.load import RuntimeName
-
-BUNDLED = Path(__file__).resolve().parents[1] / "models" / "fashion-mnist.onnx"
-BUNDLED_FORMS = (BUNDLED, BUNDLED.with_stem("fashion-mnist-int8"))
-
-
-@dataclass(frozen=True)
-class ServeConfig(ReadingFlags):
-    """Which model is served, where, to whom, and within which limits."""
-
-    models: Annotated[
-        tuple[Path, ...],
-        "plain.onnx or plain.engine; of several .onnx of one net the fastest serves (default: the two in models/)",
-        POSITIONAL,
-    ] = ()
-    runtime: Annotated[
-        Literal["auto", "onnxruntime", "mnn", "tensorrt", "torch"],
-        "what runs the model; auto: the fastest here but torch, measured in about a second and kept beside the model",
-    ] = "auto"
-    cascade: Annotated[
-        bool, "of an fp32 and an int8 .onnx: int8 answers, and fp32 the images that int8 leaves in doubt"
-    ] = False
-    host: Annotated[str, "address to listen on; 0.0.0.0 is every one of this machine"] = "127.0.0.1"
-    port: Annotated[int, "port to listen on; 0 lets the system choose"] = 8000
-    grpc_port: Annotated[int | None, "port for gRPC too; 0 lets the system choose (default: HTTP alone)"] = None
-    api_key_file: Annotated[Path | None, "file with the key that clients must send; or set DIRACNET_API_KEY"] = None
-    cors_origin: Annotated[tuple[str, ...], "origins whose web pages may ask, like https://example.org"] = ()
-    max_batch: Annotated[int, "images that the model computes at once"] = 32
-    max_images: Annotated[int, "images in one request"] = 64
-    max_body_mb: Annotated[float, "megabytes in one request"] = 20.0
-    max_held_mb: Annotated[float, "megabytes of all requests that are not answered yet"] = 128.0
-    max_decoded_mb: Annotated[float, "megabytes that all decoders take at once, by the headers of images"] = 384.0
-    max_queue: Annotated[int, "images accepted and not answered; what comes on top is told to come again"] = 1024
-    max_connections: Annotated[int, "connections that are open at once, to each process that accepts"] = 2048
-    deadline_ms: Annotated[int, "milliseconds from a request's start to its answer"] = 30_000
-    drain_seconds: Annotated[int, "how long SIGTERM waits for requests under way"] = 20
-    reload_seconds: Annotated[int, "how long a model whose file is read again may take until it answers"] = 60
-    probe_every: Annotated[
-        float, "seconds between two checks that the model still answers its probe images as its file says; 0 for never"
-    ] = 60.0
-    workers: Annotated[int, "processes that share the port; one that ends is replaced"] = 1
-    front_ends: Annotated[
-        int, "processes that read, decode and answer for one that runs the model, with batches of all that they have"
-    ] = 1
-    devices: Annotated[tuple[int, ...], "CUDA devices, one copy of the model on each (default: the first)"] = ()
-    model_threads: Annotated[int | None, "threads of one model on the CPU (default: a core each)"] = None
-    decode_threads: Annotated[
-        int | None,
-        "threads that decode images; 0: the model's thread does (default: spare cores, up to 4)",
-    ] = None
-    shadow: Annotated[Path | None, "a second model, which answers a share of the images too but no client"] = None
-    shadow_share: Annotated[float, "of the images, that the shadow answers too"] = 0.1
-    shadow_images: Annotated[int, "compared before POST /admin/promote lets the shadow serve"] = 1000
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], "lowest level on stderr; info has a line for each request"
-    ] = "info"
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "front_ends", "model_threads", "drain_seconds", "reload_seconds", "shadow_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise Refusal(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-        if self.cascade and self.runtime not in ("auto", "onnxruntime"):
-            raise Refusal(f"--cascade rests on what was measured in ONNX Runtime; leave --runtime {self.runtime} out")
-        if self.cascade and self.shadow:
-            raise Refusal("--shadow compares two files, and --cascade serves two as one; leave one of them out")
-        if not 0 < self.shadow_share <= 1:
-            raise Refusal(f"--shadow-share must be above 0 and at most 1, got {self.shadow_share:g}")
-        if self.front_ends > 1:
-            self._refuse_unfit_front_ends()
-
-    def _refuse_unfit_front_ends(self) -> None:
-        if sys.platform != "linux":
-            raise Refusal("--front-ends need Linux, for its shared memory; use --workers")
-        if self.workers > 1:
-            raise Refusal("--workers have a model each and --front-ends share one: choose one of the two")
-        if self.shadow:
-            raise Refusal("a shadow belongs to a process that has the model: use --shadow with --workers")
-        if self.front_ends < len(self.devices):
-            raise Refusal(f"{len(self.devices)} devices need as many --front-ends at least, got {self.front_ends}")
-
-    @property
-    def model_paths(self) -> tuple[Path, ...]:
-        return self.models or BUNDLED_FORMS
-
-    @property
-    def runtime_name(self) -> "RuntimeName | None":
-        return None if self.runtime == "auto" else self.runtime
+from common.cli import run_command
+from common.refusal import Refusal
+from serve.config import ServeConfig
+from serve.v2.rpc.port import reserved
 
 
 def serve(config: ServeConfig) -> int:
@@ -120,10 +29,10 @@ def serve(config: ServeConfig) -> int:
             config = replace(config, grpc_port=port)
             where += f", gRPC at {_for_url(config.host)}:{port}"
         if config.front_ends > 1:
-            from serve import fleet as process
+            from serve.front_ends.fleet import run
         else:
-            from serve import process
-        return process.run(config, listener, where)
+            from serve.processes.serving import run
+        return run(config, listener, where)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,12 +4,12 @@ import json
 
 import onnx
 
-from export.calibrate import observe, ranges
-from export.graph import set_provenance, to_onnx
-from export.integer import to_integer_onnx
-from export.quantize import answerer
+from export.eight_bits.calibrate import observe, ranges
+from export.eight_bits.integer import to_integer_onnx
+from export.eight_bits.quantize import answerer
+from export.graphs.graph import set_provenance, to_onnx
+from export.model_file.probe import probe_images, record_probe
 from export.runtimes.cascade import Evidence
-from export.runtimes.probe import probe_images, record_probe
 from fold.lower import lower
 from fold.plain import fold_net
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT / "tests"))  # for `reference` and `rows`
 
 from rows import ROWS, SLOW
 
+from common.spec import ImageSpec, Spec
 from train.families import build
-from train.spec import ImageSpec, Spec
 
 NET_SEED, IMAGES_SEED = 0, 1
 

@@ -4,11 +4,11 @@ import socket
 import threading
 from contextlib import contextmanager
 
-from serve.batcher import Served
-from serve.device import Device
-from serve.front import Dial
-from serve.limits import Limits
-from train.refusal import Refusal
+from common.refusal import Refusal
+from serve.front_ends.batcher import Dial
+from serve.front_ends.device import Device
+from serve.request.batcher import Served
+from serve.request.limits import Limits
 
 LIMITS = Limits(max_images=5, max_queue=8)
 

@@ -14,8 +14,9 @@ import os, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import held_model
-from serve import fleet, run
-from train.cli import run_command
+from serve import run
+from serve.front_ends import fleet
+from common.cli import run_command
 
 def serve(config):
     with run.listen(config.host, config.port) as listener:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from train.image import FORMATS
+from common.image import FORMATS
 
 
 @dataclass(frozen=True)

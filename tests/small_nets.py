@@ -5,8 +5,8 @@ from collections import Counter
 import torch
 from torch import nn
 
+from common.difference import difference
 from fold.graph import fold
-from train.difference import difference
 
 # Folding reorders some hundred roundings of 2^-53 for each output.
 TOLERANCE = 1e-13

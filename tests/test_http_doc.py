@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from starlette.routing import Route, compile_path
 
+from common.image import MAX_PIXELS
 from export.runtimes.load import load_runtime
-from serve import problems
-from serve.access import Access
-from serve.app import make_app
-from serve.limits import Limits
-from serve.run import BUNDLED, ServeConfig
-from train.image import MAX_PIXELS
+from serve.config import BUNDLED, ServeConfig
+from serve.request import problems
+from serve.request.access import Access
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "http.md").read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("train", "fold", "export", "serve")
+STAGES = ("common", "train", "fold", "export", "serve")
 FILES = sorted(path for stage in STAGES for path in (ROOT / stage).rglob("*.py"))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES if path.stem != "__init__"}
 
@@ -65,10 +65,10 @@ def test_a_runtime_that_needs_torch_is_imported_where_it_is_chosen_and_nowhere_e
     assert readers <= {"export.runtimes.load", *NEED_TORCH}
 
 
-@pytest.mark.parametrize("module", ["train.spec", "train.cli", "train.refusal"])
+@pytest.mark.parametrize("module", ["common.spec", "common.cli", "common.refusal"])
 def test_what_all_stages_share_needs_only_the_standard_library(module):
     names = set(imported(ROOT / (module.replace(".", "/") + ".py")))
-    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "train"}
+    assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "common"}
 
 
 def test_no_module_is_named_like_a_library_a_standard_module_or_a_stage():

@@ -12,10 +12,10 @@ import numpy as np
 import onnx
 import pytest
 
+from common.image import decode
 from export.runtimes.cascade import read_forms
 from export.runtimes.onnx_session import OnnxSession
-from serve.choose import why_unfit
-from train.image import decode
+from serve.model.choose import why_unfit
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"

@@ -15,15 +15,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from starlette.testclient import TestClient
 
+from common.cli import run_command
 from export import parity, to_onnx, to_trt
-from export.runtimes.card import read_card
+from export.model_file.card import read_card
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.saturation import may_saturate
 from fold import run as fold
 from fold.plain import load_plain
-from serve.app import make_app
-from serve.limits import Limits
-from train.cli import run_command
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 HEIGHT, WIDTH = 33, 30

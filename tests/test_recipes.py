@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("adding-*.md"))
-COPIED = ("train", "fold", "export", "serve", "tests", "models", "pyproject.toml")
+COPIED = ("common", "train", "fold", "export", "serve", "tests", "models", "pyproject.toml")
 BLOCK = re.compile(r"```(diff|sh|text)\n(.*?)```", flags=re.DOTALL)
 
 

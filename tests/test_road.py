@@ -9,13 +9,13 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from export.compare import compare
-from export.engine import build_engine
-from export.graph import to_onnx
+from export.engines.engine import build_engine
+from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net, load_plain, save_plain
 from fold.proof import prove
-from serve.app import make_app
-from serve.limits import Limits
+from serve.request.app import make_app
+from serve.request.limits import Limits
 from train.families import build
 from train.initialize import initialize
 from train.loop import Batch, make_optimizer, train_step
@@ -51,7 +51,7 @@ def test_the_whole_road(make_spec, images, row, tmp_path):
     with torch.no_grad():
         expected = net(torch.from_numpy(pixels)).numpy()
     parity = compare(("Dirac net", expected), ("ONNX Runtime", runtime(pixels)))
-    assert parity, f"{parity}: export/graph.py, or the runtime"
+    assert parity, f"{parity}: export/graphs/graph.py, or the runtime"
 
     file = io.BytesIO()
     Image.fromarray(pixels[0]).save(file, format="PNG")

@@ -15,21 +15,21 @@ from PIL import Image
 from scipy.optimize import brentq
 from starlette.testclient import TestClient
 
+from common.cli import run_command
 from export import describe, evaluate, fit_temperature, parity, predict, to_onnx, to_triton, to_trt
 from export.artefacts import open_artefact
-from export.runtimes.card import read_card
-from export.runtimes.header import read_header
+from export.model_file.card import read_card
+from export.model_file.header import read_header
+from export.model_file.reference import KEY
 from export.runtimes.onnx_session import OnnxSession
-from export.runtimes.reference import KEY
 from export.store_reference import store
 from fold import run as fold
-from serve.app import make_app
-from serve.limits import Limits
-from train import data
+from serve.request.app import make_app
+from serve.request.limits import Limits
 from train import run as training
 from train.checkpoint import load_checkpoint, load_net, save_checkpoint
-from train.cli import run_command
 from train.config import TrainConfig
+from train.data import datasets
 
 pytestmark = pytest.mark.slow
 CONFIGS = {
@@ -75,7 +75,7 @@ def old(road, tmp_path_factory):
 
 
 def held_out_logits(state):
-    held = data.load_as_trained(state.config).validation
+    held = datasets.load_as_trained(state.config).validation
     with torch.no_grad():
         return load_net(state)(torch.as_tensor(held.images)).numpy().astype(np.float64), np.asarray(held.targets)
 
@@ -98,7 +98,7 @@ def test_every_file_keeps_it_and_no_logit_changes(road, old, tmp_path):
     plain, graph = (open_artefact(road / name) for name in ("plain.safetensors", "plain.onnx"))
     assert [form.spec for form in (plain, graph)] == [state.spec, state.spec]
     assert graph.provenance["training"]["calibration"] == state.calibration
-    images = np.asarray(data.load("digits").test.images[:20])
+    images = np.asarray(datasets.load("digits").test.images[:20])
     assert (graph.answer(images) == open_artefact(old / "plain.onnx").answer(images)).all()
     assert run(parity, road / "plain.onnx", "--against", road / "best.pt", old / "plain.onnx") == 0
     assert run(to_triton, road / "plain.onnx", "--out", tmp_path / "repository") == 0
@@ -112,7 +112,7 @@ def test_every_file_keeps_it_and_no_logit_changes(road, old, tmp_path):
 
 
 def test_the_server_and_the_commands_answer_with_it(road, tmp_path, capsys):
-    runtime, test = OnnxSession(road / "plain.onnx"), data.load("digits").test
+    runtime, test = OnnxSession(road / "plain.onnx"), datasets.load("digits").test
     warm = runtime.model.spec.temperature
     image = np.asarray(test.images[3])
     file = io.BytesIO()
@@ -217,7 +217,7 @@ def test_a_reference_of_other_probabilities_goes(old, tmp_path, capsys):
 
 
 def test_what_cannot_be_fitted_is_refused_and_nothing_is_written(road, old, tmp_path, capsys, make_net, make_spec):
-    from export.graph import to_onnx as graph
+    from export.graphs.graph import to_onnx as graph
     from fold.plain import fold_net
 
     fields = {"size": 8, "channels": 1}

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from common.cli import given_arguments
+from common.refusal import Refusal
 from train.checkpoint import Checkpoint
-from train.cli import given_arguments
 from train.config import Settings, TrainConfig
-from train.plain_file import PlainFile
-from train.refusal import Refusal
-from train.split import Record
+from train.data.split import Record
+from train.fine_tune.plain_file import PlainFile
 from train.steps import Session
 
 # What may differ between a run and its resumption without changing a bit of the epochs that both have.

@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from common.files import read_whole, sha256, write_whole
+from common.refusal import Refusal
+from common.spec import Spec
 from train.families import build
-from train.files import read_whole, sha256, write_whole
-from train.refusal import Refusal
-from train.spec import Spec
 
 FORMAT = "diracnet-checkpoint-1"
 

@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common.refusal import Refusal
+from common.spec import DatasetName, Delta, Family, Nonlinearity, Parameterization
 from train.recipes import Precision, Recipe, Schedule, Start, recipe
-from train.refusal import Refusal
-from train.spec import DatasetName, Delta, Family, Nonlinearity, Parameterization
 
 
 @dataclass(frozen=True)

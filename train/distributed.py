@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.refusal import Refusal
+from common.refusal import Refusal
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from common.refusal import Refusal
+from common.spec import ORDINARY, Spec
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
-from train.refusal import Refusal
-from train.spec import ORDINARY, Spec
 
 # Convolutions per group; those of ResNet-18 and -34, which have blocks of two (section 3.5).
 IMAGENET_GROUPS = {18: (4, 4, 4, 4), 34: (6, 8, 12, 6)}

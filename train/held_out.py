@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
-from train.spec import DatasetName
+from common.cli import run_command
+from common.spec import DatasetName
 
 if TYPE_CHECKING:
-    from train.data import Dataset
+    from train.data.datasets import Dataset
 
 EXAMPLES = (
     "python train/held_out.py --dataset digits --out held-out --count 10",
@@ -33,8 +33,8 @@ def command(config: HeldOutConfig) -> int:
     """Write test images, which training has not seen, as files named after their label; photographs as they are."""
     import numpy as np
 
-    from train.files import read_whole, write_whole
-    from train.folder import Files
+    from common.files import read_whole, write_whole
+    from train.data.folder import Files
 
     dataset = _dataset(config)
     test, num = dataset.test, min(config.count, len(dataset.test))
@@ -52,16 +52,16 @@ def command(config: HeldOutConfig) -> int:
 
 
 def _dataset(config: HeldOutConfig) -> "Dataset":
-    from train import data
+    from common.refusal import Refusal
     from train.checkpoint import load_checkpoint
-    from train.refusal import Refusal
+    from train.data import datasets
 
     if config.run is None:
-        return data.load(config.dataset or ("folder" if config.data_dir else "digits"), data_dir=config.data_dir)
+        return datasets.load(config.dataset or ("folder" if config.data_dir else "digits"), data_dir=config.data_dir)
     if config.dataset:
         raise Refusal("--run says what the data set is: leave out --dataset")
     state = load_checkpoint(config.run / "checkpoint.pt")
-    return data.load_as_trained(state.config, data_dir=config.data_dir, beside=config.run, image=state.spec.image)
+    return datasets.load_as_trained(state.config, data_dir=config.data_dir, beside=config.run, image=state.spec.image)
 
 
 def _png(pixels) -> bytes:

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from common.spec import Spec
 from train.families import build
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d
 from train.recipes import Start
-from train.spec import Spec
 
 
 def initialized(spec: Spec, *, a: float, b: float, std: float, start: Start = "pytorch") -> nn.Sequential:

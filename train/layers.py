@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from train.refusal import Refusal
-from train.spec import Delta, Parameterization
+from common.refusal import Refusal
+from common.spec import Delta, Parameterization
 
 EPSILON = 1e-12  # eq. 5; the authors' value
 A_0 = 5.0  # section 3.3

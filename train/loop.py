@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from train.augment import augment, erase, mix
-from train.data import Part, Split
+from train.data.augment import augment, erase, mix
+from train.data.datasets import Part, Split
+from train.data.folder import Files
+from train.data.stream import stream
 from train.distributed import World
-from train.folder import Files
 from train.layers import DiracConv2d
-from train.stream import stream
 
 # The share of all epochs after which the rate falls, and the factor.
 STEPS = {

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import torch
 
-from train.refusal import Refusal
+from common.refusal import Refusal
 
 
 def choose_device(choice: str) -> str:

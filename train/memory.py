@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common.refusal import Refusal
+from common.spec import Spec
 from train.config import Settings
 from train.distributed import World
 from train.families import outline
-from train.refusal import Refusal
-from train.spec import Spec
 
 # Measured on the CPU over seven nets from DiracNet-16-1 at 32 pixels to DiracNet-18-0.75 at 224, right to a third:
 # bytes that a step holds for each number of the layers' outputs, and for each weight.

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train.figure import png
-from train.files import write_whole
-from train.interval import interval
-from train.refusal import Refusal
+from common.figure import png
+from common.files import write_whole
+from common.interval import interval
+from common.refusal import Refusal
 
 OVERFITTING = 0.05  # between training and validation images, beyond what chance explains
 Log = Callable[[dict[str, Any]], None]  # takes a finished epoch's row

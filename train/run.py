@@ -6,7 +6,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import run_command
+from common.cli import run_command
 from train.config import TrainConfig
 
 EXAMPLES = (

@@ -14,28 +14,28 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from train import data
+from common.files import write_whole
+from common.interval import interval, percent
+from common.progress import make_console, progress, track
+from common.refusal import Refusal
+from common.spec import ImageSpec
 from train.begin import command_to_resume, continued, fresh_record, like, resume, typed
 from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
 from train.config import Settings, TrainConfig
+from train.data import datasets
+from train.data.folder import Files, refuse_what_cannot_be_judged
+from train.data.split import FILE
+from train.data.survey import print_survey
 from train.distributed import World, joined
-from train.fake_quantize import FakeQuantized
 from train.families import count_parameters, outline
-from train.files import write_whole
-from train.folder import Files, refuse_what_cannot_be_judged
-from train.from_plain import load_source, open_plain
-from train.interval import interval, percent
+from train.fine_tune.fake_quantize import FakeQuantized
+from train.fine_tune.from_plain import load_source, open_plain
+from train.fine_tune.plain_file import PlainFile
 from train.loop import answers, evaluate, steps_per_epoch, to_device
 from train.machine import choose_device, choose_precision, forbid_tf32, keep_large_buffers
 from train.memory import available_bytes, refuse_what_does_not_fit
-from train.plain_file import PlainFile
-from train.progress import make_console, progress, track
-from train.refusal import Refusal
 from train.report import Log, describe_fit, describe_row, draw_learning_curve, event_files, write_metrics
-from train.spec import ImageSpec
-from train.split import FILE
 from train.steps import Session, Step, make_augmentation, make_spec, start, take_steps
-from train.survey import print_survey
 from train.temperature import Fit, fit_temperature
 
 FILES = ("checkpoint.pt", "best.pt")  # where the run stands; its best epoch by validation, or its last without
@@ -47,10 +47,10 @@ def describe(given: TrainConfig) -> int:
     config = (like(given, source) if source else given).resolved()
     if config.classes is None:
         image = source and source.spec.image
-        info = data.describe(config.dataset, data_dir=config.data_dir, image_size=config.image_size, image=image)
+        info = datasets.describe(config.dataset, data_dir=config.data_dir, image_size=config.image_size, image=image)
         image, labels = info.image, info.labels
     else:
-        image = data.imagenet_image() if config.family.startswith("imagenet") else data.cifar_image()
+        image = datasets.imagenet_image() if config.family.startswith("imagenet") else datasets.cifar_image()
         labels = tuple(f"class {index}" for index in range(config.classes))
     spec = make_spec(config, image, labels)
     parameters = count_parameters(outline(spec))
@@ -93,7 +93,7 @@ def _train(
     settings = replace(settings, precision=precision)
     if settings.batch_size % world.size:
         raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {settings.batch_size}")
-    spec, split = make_spec(settings, dataset.info.image, dataset.info.labels), data.record(dataset)
+    spec, split = make_spec(settings, dataset.info.image, dataset.info.labels), datasets.record(dataset)
     if earlier and replace(earlier.spec, temperature=1.0) != spec:
         raise Refusal(f"{settings.run_dir} was started with another data set; resume it with the same")
     available = available_bytes(world.device)
@@ -128,16 +128,18 @@ def _train(
     return 0
 
 
-def _load(config: TrainConfig, earlier: Checkpoint | None, image: ImageSpec | None, console: Console) -> data.Dataset:
+def _load(
+    config: TrainConfig, earlier: Checkpoint | None, image: ImageSpec | None, console: Console
+) -> datasets.Dataset:
     """The data set in its three parts: as the run that goes on divided it, or anew; a folder's is shown."""
     if earlier and "split" in earlier.config:
-        return data.load_as_trained(earlier.config, data_dir=config.data_dir, beside=config.run_dir, image=image)
+        return datasets.load_as_trained(earlier.config, data_dir=config.data_dir, beside=config.run_dir, image=image)
     if earlier and config.learnt == "folder":
         raise Refusal(
             f"{config.run_dir} does not record which images it trained on, and a new division would test on some of "
             "them: train anew with another --out"
         )
-    dataset = data.load(
+    dataset = datasets.load(
         config.learnt,
         data_dir=config.data_dir,
         image_size=config.image_size,
@@ -147,13 +149,13 @@ def _load(config: TrainConfig, earlier: Checkpoint | None, image: ImageSpec | No
         track=track(console, "reading images"),
     )
     settings = config if isinstance(config, Settings) else config.resolved()
-    dataset = data.divide(dataset, settings.validation, seed=config.seed)
+    dataset = datasets.divide(dataset, settings.validation, seed=config.seed)
     if config.learnt == "folder":
         print_survey(console, dataset)
     return dataset
 
 
-def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
+def _finish(session: Session, state: Checkpoint, dataset: datasets.Dataset) -> None:
     """What is known of the nets at the end, after every choice has been made; then the plot and the summary."""
     config, console = session.config, session.console
     chosen = _complete(session, dataset)
@@ -185,7 +187,7 @@ def _finish(session: Session, state: Checkpoint, dataset: data.Dataset) -> None:
         print(json.dumps(result))
 
 
-def _complete(session: Session, dataset: data.Dataset) -> Checkpoint:
+def _complete(session: Session, dataset: datasets.Dataset) -> Checkpoint:
     """Add test accuracy and temperature to the run's files where they lack them; gives the one to fold."""
     known: dict[int, Checkpoint] = {}
     paths = [path for name in FILES if (path := session.config.run_dir / name).exists()]
@@ -200,7 +202,7 @@ def _complete(session: Session, dataset: data.Dataset) -> Checkpoint:
     return load_checkpoint(paths[-1])
 
 
-def _completed(session: Session, state: Checkpoint, dataset: data.Dataset) -> Checkpoint:
+def _completed(session: Session, state: Checkpoint, dataset: datasets.Dataset) -> Checkpoint:
     """The test images are read once for a net; the temperature is fitted on the images held out, its choice's too."""
     device, workers = session.world.device, session.config.workers
     net = load_net(state).to(device)
@@ -215,7 +217,7 @@ def _completed(session: Session, state: Checkpoint, dataset: data.Dataset) -> Ch
 
 
 def _epochs(
-    session: Session, state: Checkpoint, dataset: data.Dataset, stopped: dict[str, bool], log: Log | None
+    session: Session, state: Checkpoint, dataset: datasets.Dataset, stopped: dict[str, bool], log: Log | None
 ) -> Checkpoint:
     """Train until the last epoch, or as long as validation asks for; saves after each epoch, and where it stops."""
     config, world = session.config, session.world
@@ -300,7 +302,7 @@ def _epoch(
     return state
 
 
-def _close_epoch(session: Session, state: Checkpoint, held: data.Part, *, num_picked: int) -> Checkpoint:
+def _close_epoch(session: Session, state: Checkpoint, held: datasets.Part, *, num_picked: int) -> Checkpoint:
     """Validate, add a row to the history, save; `state.totals` holds the sums of `num_picked` images."""
     config, world, totals = session.config, session.world, state.totals
     if lost := round(num_picked - totals["images"]):

@@ -9,14 +9,14 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from train import data
+from common.refusal import Refusal
+from common.spec import ImageSpec, Spec
 from train.checkpoint import Checkpoint, load_net, save_checkpoint
 from train.config import Settings
+from train.data import datasets
 from train.distributed import World
 from train.initialize import initialized
 from train.loop import Augmentation, batches, follow, learning_rate, make_optimizer, steps_per_epoch, train_step
-from train.refusal import Refusal
-from train.spec import ImageSpec, Spec
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def start(config: Settings, spec: Spec, world: World, console: Console, source: 
 def take_steps(
     session: Session,
     net: nn.Module,
-    split: data.Part,
+    split: datasets.Part,
     augmentation: Augmentation,
     *,
     batch_size: int,
@@ -136,7 +136,7 @@ def take_steps(
         yield Step(batch.step, lr, len(batch.targets), sums)
 
 
-def make_augmentation(config: Settings, info: data.DatasetInfo) -> Augmentation:
+def make_augmentation(config: Settings, info: datasets.DatasetInfo) -> Augmentation:
     """What `config` says of flips and crops, or what suits the data set."""
     crop = info.crop if config.crop is None else config.crop
     if crop >= min(info.image.height, info.image.width):

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from train.spec import MAX_TEMPERATURE, MIN_TEMPERATURE
+from common.spec import MAX_TEMPERATURE, MIN_TEMPERATURE
 
 # What an image answered wrongly costs is what keeps a net from being sure of everything. Ten events for each parameter
 # is the rule of thumb of logistic regression, which this is one of.

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from export.runtimes.header import Header, read_header
-from export.runtimes.nodes import digest_of
+from common.files import read_whole
+from common.refusal import Refusal
+from export.model_file.header import Header, read_header
+from export.model_file.nodes import digest_of
 from export.runtimes.runtime import Model, Runtime
 from export.runtimes.saturation import warning
-from train.files import read_whole
-from train.refusal import Refusal
 
 QUICK, EXACT = "int8", "fp32"
 RECORD = "cascade"  # its key in the record of the export
@@ -22,7 +22,7 @@ RECORD = "cascade"  # its key in the record of the export
 
 @dataclass(frozen=True)
 class Evidence:
-    """From which gap on eight bits are believed, and what that was worth; export/escalation.py measures it.
+    """From which gap on eight bits are believed, and what that was worth; export/eight_bits/escalation.py measures it.
 
     A class has changed where it is not float32's.
     """

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from export.runtimes.probe import NUM_IMAGES, SEED
-from train.difference import difference
-from train.refusal import Refusal
+from common.difference import difference
+from common.refusal import Refusal
+from export.model_file.probe import NUM_IMAGES, SEED
 
 # Kernels of other batch sizes round differently: 1e-2 is what float16 may stray (export/compare.py). Graphs that
 # take their int8 ranges from the batch stray by a step or two of 255. Batch norm in training mode by a half and more.

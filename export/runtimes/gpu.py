@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from train.refusal import Refusal
+from common.refusal import Refusal
 
 
 def num_devices() -> int:

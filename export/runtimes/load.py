@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from export.runtimes.described import NOTHING, Described
+from common.refusal import Refusal
+from export.model_file.described import NOTHING, Described
 from export.runtimes.runtime import Runtime
-from train.refusal import Refusal
 
 RuntimeName = Literal["onnxruntime", "mnn", "tensorrt", "torch"]
 # By suffix; the first one is taken where none is named.
@@ -43,7 +43,7 @@ def load_runtime(
                 raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
             return OnnxSession(path, device=device, num_threads=num_threads, shares_cores=shares_cores, said=said)
         case "mnn":
-            from export.runtimes.mnn_module import MnnModule
+            from export.runtimes.mnn.module import MnnModule
 
             if device is not None:
                 raise Refusal(f"MNN runs on the CPU alone; leave device {device} out, or use --runtime onnxruntime")

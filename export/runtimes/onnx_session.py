@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from export.runtimes.classifier import Value, find_signature, find_spec
+from common.files import read_whole
+from common.refusal import Refusal
+from export.model_file.classifier import Value, find_signature, find_spec
+from export.model_file.described import NOTHING, Described
+from export.model_file.header import read_header
+from export.model_file.nodes import digest_of, find_weights, read_graph
+from export.model_file.signature import pad
 from export.runtimes.companions import refuse_companions
-from export.runtimes.described import NOTHING, Described
-from export.runtimes.header import read_header
-from export.runtimes.nodes import digest_of, find_weights, read_graph
 from export.runtimes.offline import ort
 from export.runtimes.runtime import Model
-from export.runtimes.signature import pad
-from train.files import read_whole
-from train.refusal import Refusal
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 

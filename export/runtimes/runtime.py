@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from export.runtimes.signature import Reading
-from train.spec import Spec
+from common.spec import Spec
+from export.model_file.signature import Reading
 
 
 @dataclass(frozen=True)

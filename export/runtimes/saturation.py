@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from export.runtimes.header import contents, every_field, unpack
-from export.runtimes.nodes import read_graph
+from export.model_file.header import contents, every_field, unpack
+from export.model_file.nodes import read_graph
 from export.runtimes.offline import ort
 
 LARGEST_PAIR = 128  # 255 · 128 = 32,640 fits in 16 bits, 255 · 129 does not

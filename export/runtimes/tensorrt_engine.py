@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from common.files import read_whole, sha256
+from common.refusal import Refusal
+from export.model_file.card import EngineCard, card_path, read_card
+from export.model_file.signature import pad
 from export.runtimes import gpu
-from export.runtimes.card import EngineCard, card_path, read_card
 from export.runtimes.runtime import Model
-from export.runtimes.signature import pad
-from train.files import read_whole, sha256
-from train.refusal import Refusal
 
 # NVIDIA's two libraries have one interface.
 EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}

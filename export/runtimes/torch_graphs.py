@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.files import read_whole, sha256
+from common.refusal import Refusal
+from export.model_file.header import read_header
+from export.model_file.signature import pad
 from export.runtimes import gpu
-from export.runtimes.header import read_header
 from export.runtimes.runtime import Model
-from export.runtimes.signature import pad
 from export.runtimes.torch_net import TorchNet, read_net
-from train.files import read_whole, sha256
 from train.machine import forbid_tf32
-from train.refusal import Refusal
 
 LARGEST = 256  # images in one graph; more are cut in pieces
 NUM_WARM_UPS = 3  # before a capture, as PyTorch's own make_graphed_callables has it

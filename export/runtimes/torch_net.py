@@ -1,6 +1,6 @@
 """PyTorch: the graph of an .onnx file of ours as a function of tensors, in the precision that the file has.
 
-It knows the operations that export/graph.py and export/operations.py write in float32 and float16, and no others.
+It knows the operations that export/graphs/ writes in float32 and float16, and no others.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.refusal import Refusal
+from common.refusal import Refusal
 
 # By the number of spatial dimensions.
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

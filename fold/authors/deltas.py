@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.refusal import Refusal
+from common.spec import Delta
 from train.layers import dirac_delta
-from train.refusal import Refusal
-from train.spec import Delta
 
 FORMS: tuple[Delta, ...] = ("repeated", "first")
 

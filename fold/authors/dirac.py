@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.files import read_whole, sha256
+from common.refusal import Refusal
+from common.spec import Delta, Nonlinearity, Parameterization, Spec
 from fold.authors.deltas import delta_form
 from fold.authors.files import Saved, read_saved
 from fold.authors.shapes import Shape, infer_spec, matched
 from train.checkpoint import Checkpoint, load_net
 from train.families import outline
-from train.files import read_whole, sha256
-from train.refusal import Refusal
-from train.spec import Delta, Nonlinearity, Parameterization, Spec
 
 # How the factors a and b of a block are called: in the training code of both releases, in the first days of the
 # first, and in the net that was published with its notebook.

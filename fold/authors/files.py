@@ -8,8 +8,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from common.refusal import Refusal
 from fold.authors.hdf5 import SIGNATURE, read_hdf5
-from train.refusal import Refusal
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from common.refusal import Refusal
+from common.spec import Nonlinearity, Parameterization
 from fold.authors.files import Saved
 from fold.authors.shapes import infer_spec, matched
 from fold.plain import Plain, skeleton
-from train.refusal import Refusal
-from train.spec import Nonlinearity, Parameterization
 
 # The published nets with each nonlinearity.
 FORMS: dict[Nonlinearity, Parameterization] = {"ncrelu": "per-output-b", "relu": "per-channel"}

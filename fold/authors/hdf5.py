@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.refusal import Refusal
+from common.refusal import Refusal
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # The largest tensor of the authors' nets has 38 MB; a file of a few bytes can announce any size.

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from common.refusal import Refusal
+from common.spec import Parameterization
 from fold.authors.deltas import delta_form
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d
-from train.refusal import Refusal
-from train.spec import Parameterization
 
 LAYERS = (DiracConv1d, DiracConv2d, DiracConv3d)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from train import data
+from common.refusal import Refusal
+from common.spec import ImageSpec, Nonlinearity, Parameterization, Spec
+from train.data import datasets
 from train.families import IMAGENET_GROUPS, TABLE3_GROUPS
-from train.refusal import Refusal
-from train.spec import ImageSpec, Nonlinearity, Parameterization, Spec
 
 Shape = tuple[int, ...]
 # A file that lacks no more than so many convolutions is told which; beyond that it is another net.
@@ -96,11 +96,11 @@ def _family(path: Path, stem: Tensor, groups: Shape, *, name: str) -> tuple[str,
     if kernel == (3, 3):
         even = 2 * ((max(groups) + 1) // 2)  # 2N convolutions in each group, Table 1
         nets = [("cifar", 3 * even + 4, (even,) * 3)]
-        base, image = 16, data.cifar_image()
+        base, image = 16, datasets.cifar_image()
     elif kernel == (7, 7):
         named = (("imagenet", IMAGENET_GROUPS), ("imagenet-table3", TABLE3_GROUPS))
         nets = [(family, depth, layers) for family, table in named for depth, layers in table.items()]
-        base, image = 64, data.imagenet_image()
+        base, image = 64, datasets.imagenet_image()
     else:
         raise Refusal(f"{path}: {name} is {list(stem.shape)}: the authors' nets begin with 3x3 or 7x7 taps")
     family, depth, layers = min(nets, key=lambda net: _distance(net[2], groups))
@@ -143,7 +143,7 @@ def _resized(image: ImageSpec, size: int | None) -> ImageSpec:
 def _labels(num: int) -> tuple[str, ...]:
     """The classes' names where the number of classes says which data set it was."""
     if num in (10, 100):
-        return data.describe(f"cifar{num}").labels
+        return datasets.describe(f"cifar{num}").labels
     if num == 1000:
         from torchvision.models import ResNet18_Weights  # pyright: ignore[reportMissingTypeStubs]  # it has none
 

@@ -3,8 +3,8 @@ import operator
 import pytest
 
 from bench.cost import cost_of, in_fresh_process, memory_bytes
-from train.files import read_whole
-from train.refusal import Refusal
+from common.files import read_whole
+from common.refusal import Refusal
 
 SIZE = 200_000_000
 

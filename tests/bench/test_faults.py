@@ -11,13 +11,13 @@ from PIL import Image
 from bench import attacks, faults, reliability
 from bench.faults import Subject, Tally
 from bench.open_loop import LOST, Answer, Load, predict_request
-from export.graph import to_onnx
+from common.cli import run_command
+from common.files import write_whole
+from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.probabilities import softmax
 from fold.plain import fold_net
-from serve.door import MAX_TURNED_AWAY
-from train.cli import run_command
-from train.files import write_whole
+from serve.request.open_connections import MAX_TURNED_AWAY
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from PIL import Image
 
 from bench import front_ends
 from bench.page import describe_machine
-from export.graph import to_onnx
+from common.cli import run_command
+from export.graphs.graph import to_onnx
 from fold.plain import fold_net
-from train.cli import run_command
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="front ends need Linux")
 

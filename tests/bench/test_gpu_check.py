@@ -10,10 +10,10 @@ import torch
 
 from bench import contenders, gpu_check, gpu_report, nets
 from bench.contenders import Contender
+from common.cli import run_command
 from export.compare import TOLERANCES, compare
 from export.runtimes import gpu
 from fold.plain import fold_net, save_plain
-from train.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 without_gpu = pytest.mark.skipif(bool(gpu.num_devices()), reason="this machine has a CUDA device")
@@ -208,7 +208,7 @@ def test_the_tests_on_the_gpu_are_run_and_summed_up(status, summary, monkeypatch
         return done
 
     monkeypatch.setattr(subprocess, "run", play)
-    from train.progress import make_console
+    from common.progress import make_console
 
     assert gpu_check._run_tests(make_console()) == {"passed": status == 0, "summary": summary}
     assert (summary in capsys.readouterr().out) == bool(status)

@@ -10,8 +10,8 @@ import pytest
 
 from bench import gpu_check, gpu_plan, gpu_steps
 from bench.gpu_plan import Step, run_plan, run_step
+from common.cli import run_command
 from export.runtimes import gpu
-from train.cli import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 

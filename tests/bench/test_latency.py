@@ -1,7 +1,7 @@
 import pytest
 
 from bench.latency import PERCENTILES, curves_of, draw_latencies
-from train.figure import png
+from common.figure import png
 
 
 def test_each_nine_is_as_far_as_the_one_before():

@@ -18,11 +18,11 @@ from bench.model_rows import OURS, RACES, REFERENCE, Race, Row, gemm_rows, graph
 from bench.nets import seeded_net
 from bench.other_nets import PEERS
 from bench.reference_form import reference_form
+from common.cli import run_command
+from common.spec import Spec
 from export.runtimes.onnx_session import OnnxSession
-from train.cli import run_command
-from train.data import cifar_image, imagenet_image
+from train.data.datasets import cifar_image, imagenet_image
 from train.families import build
-from train.spec import Spec
 
 
 def spec_of(family: str, depth: int, width: float) -> Spec:

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from bench import accidents, folding, startup, training
+from common.cli import run_command
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from train.cli import run_command
 
 pytestmark = pytest.mark.slow
 

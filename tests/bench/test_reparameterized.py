@@ -9,8 +9,8 @@ from torch import nn
 
 from bench import reparameterized
 from bench.reparameterized import FOLDED, TIMM, TRAINED, ReparameterizedConfig, count_layers, page, processor_ms
+from common.cli import run_command
 from fold.graph import fold
-from train.cli import run_command
 
 
 def run(*argv):

@@ -17,10 +17,10 @@ from bench.served_nets import write_net
 from bench.server_page import OURS, bars_of, markdown
 from bench.server_rounds import CONNECTIONS, Row, open_field
 from bench.servers import SERVERS, Server, Way, as_form, as_inference_request
-from serve.limits import Limits
-from serve.wire import read_images
-from train.cli import run_command
-from train.refusal import Refusal
+from common.cli import run_command
+from common.refusal import Refusal
+from serve.request.body import read_images
+from serve.request.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 # A server without packages: it answers every POST with the index 3.

@@ -7,8 +7,8 @@ import pytest
 
 from bench.rounds import Failure, alternate
 from bench.worker import THREAD_VARIABLES, Worker, WorkerFailed
+from common.spec import ImageSpec
 from fold.image_sets import random_images
-from train.spec import ImageSpec
 
 IMAGE = ImageSpec(2, 3, 1, (0.5,), (0.5,), resize=None)
 

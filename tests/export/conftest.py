@@ -3,10 +3,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from common.cli import run_command
 from export import to_trt
-from export.graph import to_onnx
+from export.graphs.graph import to_onnx
 from fold.plain import fold_net
-from train.cli import run_command
 
 
 @pytest.fixture

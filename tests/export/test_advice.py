@@ -5,10 +5,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import engine
-from export.advice import build_advice
-from export.engine import BuildOptions, build_engine
-from train.refusal import Refusal
+from common.refusal import Refusal
+from export.engines import engine
+from export.engines.advice import build_advice
+from export.engines.engine import BuildOptions, build_engine
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows")
 

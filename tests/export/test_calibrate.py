@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from export.calibrate import METHODS, NUM_BINS, Histogram, covered, observe
-from export.graph import to_onnx
+from export.eight_bits.calibrate import METHODS, NUM_BINS, Histogram, covered, observe
+from export.graphs.graph import to_onnx
 from fold.plain import fold_net
 
 

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
+from common.refusal import Refusal
+from export.model_file.card import card_path
 from export.runtimes import gpu, tensorrt_engine
-from export.runtimes.card import card_path
 from export.runtimes.load import load_runtime
-from train.refusal import Refusal
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows")
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from cascades import EVIDENCE, change, record, write_forms
 
-from export.escalation import MOST, images_to_choose_by, largest_error, measure, mixed
+from common.interval import at_most
+from common.refusal import Refusal
+from export.eight_bits.escalation import MOST, images_to_choose_by, largest_error, measure, mixed
 from export.runtimes.cascade import Cascade, gaps, in_doubt, read_forms
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.runtime import Model
-from train.data import Dataset, Split
-from train.interval import at_most
-from train.refusal import Refusal
+from train.data.datasets import Dataset, Split
 
 
 class Table:
@@ -190,7 +190,7 @@ def test_no_image_that_set_a_range_or_tests_chooses_the_threshold(num_train, num
 
 
 def test_training_images_that_chose_a_form_come_last(monkeypatch):
-    monkeypatch.setattr("export.escalation.MOST", 32)
+    monkeypatch.setattr("export.eight_bits.escalation.MOST", 32)
     whole = dataset(60, 2)
     _, training = images_to_choose_by(whole, 10)
     assert set(np.ravel(training.images).tolist()) == set(mixed(whole.train)[30:].tolist())

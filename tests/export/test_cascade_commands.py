@@ -10,13 +10,13 @@ import pytest
 from cascades import change
 from PIL import Image
 
+from common.cli import run_command
 from export import cascade, evaluate, predict, to_onnx
-from export.escalation import images_to_choose_by
+from export.eight_bits.escalation import images_to_choose_by
 from export.runtimes.onnx_session import OnnxSession
 from fold import run as fold
-from train import data
 from train import run as train
-from train.cli import run_command
+from train.data import datasets
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def recorded(path):
 
 def test_the_export_measures_on_images_that_chose_and_judges_on_the_test_images(written):
     exact, quick = map(OnnxSession, written)
-    digits = data.load_as_trained(quick.model.provenance["training"])
+    digits = datasets.load_as_trained(quick.model.provenance["training"])
     assert len(digits.validation)
     chosen_by = np.concatenate([part.images for part in images_to_choose_by(digits, 64)])
     errors = quick(chosen_by).astype(np.float64) - exact(chosen_by)
@@ -132,7 +132,7 @@ def test_evaluate_judges_both_files_as_one(written, tmp_path, capsys):
 
 def test_predict_gives_each_image_the_answer_of_the_form_that_is_sure(written, tmp_path, capsys):
     exact, quick = map(OnnxSession, written)
-    images = data.load("digits").test.images[:40]
+    images = datasets.load("digits").test.images[:40]
     (tmp_path / "photos").mkdir()
     for index, pixels in enumerate(images):
         Image.fromarray(pixels[:, :, 0]).save(tmp_path / "photos" / f"{index:02}.png")

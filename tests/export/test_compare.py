@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from common.difference import FLOAT32_TOLERANCE, difference
 from export.compare import TOLERANCES, Tolerance, compare
-from train.difference import FLOAT32_TOLERANCE, difference
 
 LOGITS = np.array([[1.0, 0.0], [0.0, 1.0]])
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from foreign import MEAN, SAID, SHEET, STD
 
+from common.cli import run_command
 from export import describe, parity, to_triton, to_trt
-from export.runtimes.card import read_card
+from export.model_file.card import read_card
 from export.runtimes.onnx_session import OnnxSession
-from train.cli import run_command
 
 
 def run(module, config, *argv):

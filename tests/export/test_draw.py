@@ -4,11 +4,11 @@ import onnx
 import pytest
 import torch
 
+from common.cli import run_command
 from export.draw import DrawConfig, command, draw, read_rows
-from export.graph import to_onnx
+from export.graphs.graph import to_onnx
 from fold.lower import lower
 from fold.plain import fold_net
-from train.cli import run_command
 
 
 def products_by_running(net, images):

@@ -7,16 +7,16 @@ import torch
 from onnx import numpy_helper
 from torch.nn import functional
 
+from common.refusal import Refusal
 from export.artefacts import open_artefact
-from export.calibrate import observe, ranges
-from export.graph import to_onnx
-from export.integer import quantize_filters, to_integer_onnx
-from export.qdq import to_qdq_onnx
-from export.quantize import answerer, measure_drop, quantize, relative_error, top1_agreement
+from export.eight_bits.calibrate import observe, ranges
+from export.eight_bits.integer import quantize_filters, to_integer_onnx
+from export.eight_bits.qdq import to_qdq_onnx
+from export.eight_bits.quantize import answerer, measure_drop, quantize, relative_error, top1_agreement
+from export.graphs.graph import to_onnx
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from fold.plain import fold_net
-from train.refusal import Refusal
 
 INT8_LOWERINGS = ("concat", "shared", "shared-split", "skip")
 

@@ -13,14 +13,15 @@ import torch
 import torchvision
 from onnx import TensorProto, helper
 
-from export import engine, to_trt
+from common import files
+from common.cli import run_command
+from common.files import sha256
+from common.refusal import Refusal
+from export import to_trt
+from export.engines import engine
+from export.model_file.card import card_path, layers_path, read_card
 from export.runtimes import gpu, tensorrt_engine
-from export.runtimes.card import card_path, layers_path, read_card
 from export.runtimes.load import load_runtime
-from train import files
-from train.cli import run_command
-from train.files import sha256
-from train.refusal import Refusal
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows")
 

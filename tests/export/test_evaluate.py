@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.cli import run_command
+from common.image import decode
+from common.spec import ImageSpec, Spec
 from export.artefacts import open_artefact
 from export.evaluate import EvaluateConfig, command
-from export.graph import to_onnx
+from export.graphs.graph import to_onnx
 from fold.plain import fold_net
-from train import data
 from train.checkpoint import Checkpoint, save_checkpoint
-from train.cli import run_command
-from train.folder import SUFFIXES
-from train.image import decode
-from train.spec import ImageSpec, Spec
-from train.split import FILE
+from train.data import datasets
+from train.data.folder import SUFFIXES
+from train.data.split import FILE
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FILES = {"report.html", "report.json", "confusion.png", "reliability.png", "mistakes.png"}
@@ -49,8 +49,8 @@ def trained(photos, tmp_path, make_net, make_spec):
     fields = {"num_labels": 3, "size": 8}
     spec = make_spec(**fields)
     spec = Spec(**{**vars(spec), "labels": LABELS})
-    dataset = data.divide(data.load("folder", data_dir=photos, image_size=8), 0.2, seed=0)
-    record = data.record(dataset)
+    dataset = datasets.divide(datasets.load("folder", data_dir=photos, image_size=8), 0.2, seed=0)
+    record = datasets.record(dataset)
     run.mkdir()
     (run / FILE).write_bytes(record.content)
     config = {"dataset": "folder", "data_dir": str(photos), "validation": 0.2, "seed": 0, "split": record.to_dict()}
@@ -208,7 +208,7 @@ def test_a_data_set_by_name_is_judged_on_its_test_images(digits_net, tmp_path, c
     assert run(digits_net, "--out", tmp_path) == 0
     assert "on 359 test images of digits" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
-    test = data.load("digits").test
+    test = datasets.load("digits").test
     called = open_artefact(digits_net).answer(np.asarray(test.images)).argmax(1)
     assert report["top1"]["hits"] == (called == test.targets).sum()
     assert np.array(report["confusion"]).sum() == 359
@@ -296,7 +296,7 @@ def test_a_net_of_numbers_is_judged_on_a_data_set_by_number(write_foreign, tmp_p
     model = write_foreign(shape=("N", 1, 8, 8), matrix=np.arange(10)[None], num_classes=10)
     assert run(model, "--dataset", "digits", "--out", tmp_path) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    counts = np.bincount(data.load("digits").test.targets)
+    counts = np.bincount(datasets.load("digits").test.targets)
     assert np.array(report["confusion"])[:, 9].tolist() == counts.tolist()
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from export.calibrate import observe, ranges
 from export.compare import TOLERANCES, compare
-from export.engine import build_engine, precision
-from export.graph import to_onnx
-from export.qdq import to_qdq_onnx
-from export.quantize import answerer
+from export.eight_bits.calibrate import observe, ranges
+from export.eight_bits.qdq import to_qdq_onnx
+from export.eight_bits.quantize import answerer
+from export.engines.engine import build_engine, precision
+from export.graphs.graph import to_onnx
 from fold.lower import distinct_lowerings, lower
 from fold.plain import fold_net
 

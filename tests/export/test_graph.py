@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from common.spec import Spec
 from export.compare import compare
-from export.graph import to_onnx
+from export.graphs.graph import to_onnx
 from export.runtimes.offline import ort
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net, named_layers
-from train.spec import Spec
 
 
 @pytest.mark.parametrize("nonlinearity", ["ncrelu", "relu"])

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
+from common.cli import run_command
 from export import parity, to_onnx
-from export.graph import to_onnx as write_graph
-from export.half import first_overflow
+from export.graphs.graph import to_onnx as write_graph
+from export.graphs.half import first_overflow
 from fold.image_sets import random_images
 from fold.plain import fold_net, save_plain
-from train.cli import run_command
 
 
 @pytest.fixture

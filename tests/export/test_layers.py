@@ -7,16 +7,16 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
+from common.refusal import Refusal
 from export import artefacts
 from export.artefacts import open_artefact, open_providers
 from export.compare import TOLERANCES
-from export.graph import to_onnx
+from export.graphs.graph import to_onnx
 from export.layers import compare_layers, draw_layers
 from export.runtimes.onnx_session import OnnxSession
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from fold.plain import fold_net, save_plain
-from train.refusal import Refusal
 
 BENT = "group1.block0.conv"
 
@@ -89,7 +89,7 @@ def test_an_engine_shows_the_layers_of_its_own_onnx_file_and_of_no_other(write, 
     onnx_form = open_artefact(path)
     card = SimpleNamespace(precision="fp16", onnx_sha256=onnx_form.digest)
     runtime = SimpleNamespace(model=OnnxSession(path).model)
-    monkeypatch.setattr("export.runtimes.card.read_card", lambda path: card)
+    monkeypatch.setattr("export.model_file.card.read_card", lambda path: card)
     monkeypatch.setattr("export.runtimes.tensorrt_engine.TensorRTEngine", lambda path: runtime)
     engine = open_artefact(path.with_suffix(".engine"))
     assert engine.precision == "fp16"

@@ -5,12 +5,12 @@ import onnx
 import pytest
 import torch
 
-from export.graph import to_onnx
+from common.refusal import Refusal
+from export.graphs.graph import to_onnx
 from export.runtimes.offline import ort
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from fold.plain import fold_net
-from train.refusal import Refusal
 
 # As a share of the largest logit. Float16 rounds to 2^-11; over L layers independent roundings add up to
 # sqrt(L) 2^-11, 3e-3 for the 34 of the deepest net here, and each layer rounds weights and activations.
@@ -28,7 +28,7 @@ def test_onnx_runtime_answers_as_the_dirac_net(make_net, make_spec, images, row,
     (logits,) = session.run(None, {"images": pixels})
     assert logits.dtype == np.float32
     error = np.abs(logits - expected).max() / np.abs(expected).max()
-    assert error <= TOLERANCES[precision], f"{lowering} in {precision} is off by {error:.1e}: export/graph.py"
+    assert error <= TOLERANCES[precision], f"{lowering} in {precision} is off by {error:.1e}: export/graphs/graph.py"
 
 
 def test_a_float16_graph_keeps_pixels_and_logits_out_of_float16(make_net, make_spec):

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.cli import run_command
+from common.refusal import Refusal
 from export.artefacts import open_artefact
 from export.evaluate import EvaluateConfig
 from export.evaluate import command as evaluate
-from export.graph import to_onnx
-from export.mirrored import mirrored
+from export.evaluation.mirrored import mirrored
+from export.graphs.graph import to_onnx
 from export.predict import PredictConfig
 from export.predict import command as predict
 from export.runtimes.cascade import Cascade
 from export.runtimes.probabilities import softmax
 from fold.plain import fold_net
-from train.cli import run_command
-from train.refusal import Refusal
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.runtimes.mnn_module import MnnModule
-from export.runtimes.mnn_pool import WorkerFailed, _Worker
-from serve.choose import choose
-from train.refusal import Refusal
+from common.refusal import Refusal
+from export.runtimes.mnn.module import MnnModule
+from export.runtimes.mnn.pool import WorkerFailed, _Worker
+from serve.model.choose import choose
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which processes one has started")
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ def started():
     """The processes of MNN that this one has started and that run, in the order of their start."""
     threads = Path("/proc/self/task").iterdir()
     children = {int(pid) for thread in threads for pid in (thread / "children").read_text().split()}
-    return sorted(pid for pid in children if b"mnn_worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return sorted(pid for pid in children if b"mnn.worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_no_call_gets_the_answer_of_an_earlier_one(path, images, in_the_middle):
 
 def test_a_file_that_mnn_does_not_load_is_refused(path, monkeypatch, tmp_path):
     converted = tmp_path / "plain.mnn"
-    monkeypatch.setattr("export.runtimes.mnn_module._convert", lambda *arguments: converted)
+    monkeypatch.setattr("export.runtimes.mnn.module._convert", lambda *arguments: converted)
     for content in (b"", b"text", bytes(4096)):
         converted.write_bytes(content)
         with pytest.raises(Refusal, match=r"plain\.onnx cannot be loaded by MNN: a process of MNN ended with status"):
@@ -161,12 +161,12 @@ def test_a_process_that_crashes_or_does_not_start_refuses_the_file(path, monkeyp
         ("import os; os.kill(os.getpid(), 11)", "a process of MNN ended with status -11"),
         ("import threading; threading.Event().wait()", "a process of MNN does not start within 0.1 s"),
     ):
-        monkeypatch.setattr("export.runtimes.mnn_pool._WORKER", program)
+        monkeypatch.setattr("export.runtimes.mnn.pool._WORKER", program)
         with pytest.raises(Refusal, match=rf"{reason}; use --runtime onnxruntime"):
             MnnModule(path, num_threads=2)
-        monkeypatch.setattr("export.runtimes.mnn_pool._START_S", 0.1)
+        monkeypatch.setattr("export.runtimes.mnn.pool._START_S", 0.1)
     monkeypatch.setattr("sys.executable", "/nowhere/python")
-    monkeypatch.setattr("export.runtimes.mnn_module._convert", lambda path, *arguments: path)
+    monkeypatch.setattr("export.runtimes.mnn.module._convert", lambda path, *arguments: path)
     with pytest.raises(Refusal, match=r"cannot be loaded by MNN: .*No such file or directory"):
         MnnModule(path)
 
@@ -174,7 +174,7 @@ def test_a_process_that_crashes_or_does_not_start_refuses_the_file(path, monkeyp
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from export.runtimes.mnn_module import MnnModule
+from export.runtimes.mnn.module import MnnModule
 module = MnnModule(Path(sys.argv[1]), num_threads=2)
 print(Path(f"/proc/self/task/{os.getpid()}/children").read_text(), flush=True)
 sys.stdin.read()

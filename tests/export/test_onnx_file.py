@@ -4,10 +4,10 @@ import pytest
 from foreign import SHEET, write_with_nan
 from onnx import TensorProto, helper, numpy_helper
 
-from export.onnx_file import read_onnx
+from common.files import sha256
+from common.refusal import Refusal
+from export.graphs.onnx_file import read_onnx
 from export.runtimes.onnx_session import OnnxSession
-from train.files import sha256
-from train.refusal import Refusal
 
 
 def change_weight(path, name, place, value):

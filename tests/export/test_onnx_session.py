@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from onnx import TensorProto
 
+from common.files import sha256
+from common.refusal import Refusal
 from export.runtimes import onnx_session
 from export.runtimes.load import load_runtime
 from export.runtimes.onnx_session import OnnxSession, loadable_providers
-from train.files import sha256
-from train.refusal import Refusal
 
 
 def test_an_artefact_of_ours_says_what_it_is(write_onnx, make_spec):

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from export.graph import to_onnx
-from export.quantize import answerer
+from common.refusal import Refusal
+from export.eight_bits.quantize import answerer
+from export.graphs.graph import to_onnx
 from export.runtimes.torch_net import read_net
 from fold.graph import GraphNet, fold
 from fold.lower import lower
@@ -21,7 +22,6 @@ from fold.shapes import pooled
 from fold.sources import Asked, from_made
 from fold.user_net import Made
 from train.layers import DiracConv2d, NCReLU
-from train.refusal import Refusal
 
 # Roundings of 2^-24 in a net of a dozen layers; of 2^-11 where weights and what lies between nodes are float16.
 TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3}

@@ -5,17 +5,17 @@ import onnx
 import pytest
 import torch
 
+from common.cli import run_command
+from common.files import sha256
+from common.refusal import Refusal
 from export import parity
 from export import to_onnx as to_onnx_command
 from export.compare import TOLERANCES, compare
-from export.graph import to_onnx
+from export.graphs.graph import to_onnx
 from fold import run as fold
 from fold.image_sets import EXTREMES
 from fold.plain import load_plain, save_plain
 from train import run as train
-from train.cli import run_command
-from train.files import sha256
-from train.refusal import Refusal
 
 
 @pytest.fixture(scope="module")
@@ -111,23 +111,23 @@ def test_mnn_is_compared_like_a_provider(road, capsys, monkeypatch):
     assert {row["candidate"] for row in rows} == {f"{road / 'plain.onnx'} on mnn"}
     assert run(*argv, "--layers") == 2
     assert "MNN shows no layers; leave --layers and --plot out" in capsys.readouterr().err
-    monkeypatch.setattr("export.runtimes.mnn_module.find_spec", lambda name: None)
+    monkeypatch.setattr("export.runtimes.mnn.module.find_spec", lambda name: None)
     assert run(*argv) == 2
     assert "mnn is not compared: MNN is not installed here" in capsys.readouterr().err
 
 
 def test_eight_bits_are_judged_by_real_images_alone(road, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("export.engine.precision", lambda model: "int8")
+    monkeypatch.setattr("export.engines.engine.precision", lambda model: "int8")
     assert run(road / "plain.onnx", "--against", road / "checkpoint.pt", "--json") == 0
     verdicts = {row["images"]: row["within_tolerance"] for row in json.loads(capsys.readouterr().out)["parity"]}
     assert verdicts == {"real": True, "random": None, "extreme": None}
-    monkeypatch.setattr("train.data.load", refuse)
+    monkeypatch.setattr("train.data.datasets.load", refuse)
     assert run(road / "plain.onnx", "--against", road / "checkpoint.pt") == 2
     assert "int8 can only be judged on real images, and there are none: it is elsewhere" in capsys.readouterr().err
 
 
 def test_without_real_images_floats_are_judged_on_the_others(road, capsys, monkeypatch):
-    monkeypatch.setattr("train.data.load", refuse)
+    monkeypatch.setattr("train.data.datasets.load", refuse)
     assert run(road / "plain.onnx", "--against", road / "checkpoint.pt") == 0
     output = capsys.readouterr().out
     assert "no real images, parity is on random and extreme ones alone: it is elsewhere" in output

@@ -9,17 +9,17 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from export.answering import BATCH_SIZE, answer_each
+from common.cli import run_command
+from common.refusal import Refusal
 from export.artefacts import open_artefact
+from export.evaluation.answering import BATCH_SIZE, answer_each
 from export.predict import PredictConfig, command
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net, save_plain
-from serve.app import make_app
-from serve.limits import Limits
+from serve.request.app import make_app
+from serve.request.limits import Limits
 from train.checkpoint import Checkpoint, save_checkpoint
-from train.cli import run_command
-from train.folder import SUFFIXES
-from train.refusal import Refusal
+from train.data.folder import SUFFIXES
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+from common.files import sha256
+from common.refusal import Refusal
 from export.compare import compare
-from export.graph import to_onnx
+from export.graphs.graph import to_onnx
 from export.runtimes.load import load_runtime
 from fold.plain import fold_net
-from serve.app import make_app
-from serve.limits import Limits
-from train.files import sha256
-from train.refusal import Refusal
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 PROVENANCE = {"training": {"dataset": "none"}}
 

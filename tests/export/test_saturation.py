@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from export.calibrate import observe, ranges
-from export.graph import to_onnx
-from export.integer import quantize_filters, to_integer_onnx
-from export.qdq import to_qdq_onnx
+from export.eight_bits.calibrate import observe, ranges
+from export.eight_bits.integer import quantize_filters, to_integer_onnx
+from export.eight_bits.qdq import to_qdq_onnx
+from export.graphs.graph import to_onnx
 from export.runtimes import saturation
 from export.runtimes.saturation import may_saturate, warning
 from fold.lower import lower

@@ -7,26 +7,26 @@ import numpy as np
 import onnx
 import pytest
 
+from common.cli import run_command
+from common.files import sha256
+from common.refusal import Refusal
 from export.evaluate import EvaluateConfig, command
-from export.graph import to_onnx
-from export.runtimes.card import card_path, read_card
-from export.runtimes.header import metadata_entry, read_header
-from export.runtimes.histograms import NUM_BINS, count
+from export.graphs.graph import to_onnx
+from export.model_file.card import card_path, read_card
+from export.model_file.header import metadata_entry, read_header
+from export.model_file.histograms import NUM_BINS, count
+from export.model_file.reference import Reference, read_reference
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.probabilities import best, probabilities
-from export.runtimes.reference import Reference, read_reference
 from export.store_reference import store, without_reference
 from fold.plain import fold_net
-from train import data
-from train.cli import run_command
-from train.files import sha256
-from train.refusal import Refusal
+from train.data import datasets
 
 
 @pytest.fixture
 def digits_net(write_onnx, tmp_path, make_net, make_spec):
     """A net for the images of digits."""
-    info = data.describe("digits")
+    info = datasets.describe("digits")
     fields = {"num_labels": 10, "channels": 1}
     spec = replace(make_spec(**fields), labels=info.labels)
     path = tmp_path / "digits.onnx"
@@ -154,7 +154,7 @@ def test_evaluate_stores_what_it_counted(digits_net, tmp_path, capsys):
     output = capsys.readouterr().out.replace("\n", "")
     assert f"its digest is now {session.model.digest}" in output
     found = read_reference(session.model.provenance["reference"], 10)
-    values = probabilities(session(np.asarray(data.load("digits").test.images)))
+    values = probabilities(session(np.asarray(datasets.load("digits").test.images)))
     assert (found.what, found.num_images) == ("test images of digits", 359)
     assert np.array_equal(found.counts, counted(values))
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = json.loads((ROOT / "tests" / "data" / "tensorrt-api.json").read_text())
-SOURCES = ("export/engine.py", "export/runtimes/tensorrt_engine.py")
+SOURCES = ("export/engines/engine.py", "export/runtimes/tensorrt_engine.py")
 # What the code calls TensorRT's objects; "" is the module.
 CLASSES = {
     "trt": "",

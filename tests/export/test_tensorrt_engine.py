@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from common.refusal import Refusal
 from export.compare import compare
-from export.engine import build_engine
+from export.engines.engine import build_engine
+from export.model_file.card import card_path
 from export.runtimes import gpu, tensorrt_engine
-from export.runtimes.card import card_path
 from export.runtimes.load import load_runtime
 from export.runtimes.onnx_session import OnnxSession
-from train.refusal import Refusal
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows")
 cudart = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")

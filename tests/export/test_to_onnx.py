@@ -9,16 +9,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from common.cli import run_command
 from export import to_onnx
-from export.quantize import measure_drop
+from export.eight_bits.quantize import measure_drop
+from export.model_file.probe import probe_images
 from export.runtimes.onnx_session import OnnxSession
-from export.runtimes.probe import probe_images
 from export.timing import ROUNDS, Timing, fastest, time_models
 from fold import run as fold
 from fold.lowerings import LOWERINGS
-from train import data
 from train import run as train
-from train.cli import run_command
+from train.data import datasets
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +125,14 @@ def test_int8_says_how_it_was_calibrated_and_what_it_costs(plain, tmp_path, caps
     assert record["lowering"] == calibration["candidates"][0]["lowering"]
     assert operator in {node.op_type for node in onnx.load(out).graph.node}
     # The figures are those of the file, on the test images.
-    test = data.load("digits").test
+    test = datasets.load("digits").test
     accuracy = (OnnxSession(out)(test.images).argmax(1) == test.targets).mean()
     assert record["test"]["accuracy"] == pytest.approx(accuracy)
     assert record["test"]["num_images"] == len(test) == 359
 
 
 def test_a_loss_beyond_the_limit_ends_in_status_one_and_is_written_all_the_same(plain, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("export.quantize.ALLOWED_DROP", -1.0)
+    monkeypatch.setattr("export.eight_bits.quantize.ALLOWED_DROP", -1.0)
     argv = (
         plain,
         "--precision",

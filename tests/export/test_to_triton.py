@@ -10,14 +10,15 @@ from google.protobuf import text_format
 from onnx import TensorProto
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from export import to_triton, triton_repository
-from export.engine import build_engine
-from export.runtimes.card import card_path
+from common.cli import run_command
+from common.files import sha256
+from export import to_triton
+from export.engines.engine import build_engine
+from export.model_file.card import card_path
 from export.runtimes.offline import ort
 from export.runtimes.onnx_session import OnnxSession
-from export.triton_config import ONNX_RUNTIME, TritonModel, config_text
-from train.cli import run_command
-from train.files import sha256
+from export.triton_server import repository
+from export.triton_server.model_config import ONNX_RUNTIME, TritonModel, config_text
 
 
 def run(*argv):
@@ -129,7 +130,7 @@ def test_a_fixed_batch_is_written_into_the_shapes(write_foreign, tmp_path, shape
 
 @pytest.mark.parametrize("name", ['say "images"', "back\\slash", "Größe", "画像", "😀", "tab\t"])
 def test_every_name_survives_the_text_format(write_onnx, name):
-    from export.onnx_file import read_onnx
+    from export.graphs.onnx_file import read_onnx
 
     signature = replace(read_onnx(write_onnx()[1]).signature, input_name=name)
     model = TritonModel("m", ONNX_RUNTIME, signature, "float32", 10, 0, 8, (8,), "auto", 0)
@@ -251,14 +252,14 @@ def test_ctrl_c_leaves_nothing_half_written(write_onnx, tmp_path, monkeypatch, c
     _, path = write_onnx()
     if version == 2:
         assert run(path, "--out", tmp_path / "r") == 0
-    before, write_whole = files_in(tmp_path / "r"), triton_repository.write_whole
+    before, write_whole = files_in(tmp_path / "r"), repository.write_whole
 
     def interrupt(target, content):
         if target.name == "model.onnx":
             raise KeyboardInterrupt
         return write_whole(target, content)
 
-    monkeypatch.setattr(triton_repository, "write_whole", interrupt)
+    monkeypatch.setattr(repository, "write_whole", interrupt)
     assert run(path, "--out", tmp_path / "r", "--version", version) == 130
     assert "nothing was left half-written" in capsys.readouterr().err
     assert files_in(tmp_path / "r") == before
@@ -268,7 +269,7 @@ def test_a_disk_that_takes_no_folder_is_said_in_one_line(write_onnx, tmp_path, m
     def rename(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(triton_repository.os, "rename", rename)
+    monkeypatch.setattr(repository.os, "rename", rename)
     assert run(write_onnx()[1], "--out", tmp_path / "r") == 2
     assert "No space left on device; nothing was changed" in capsys.readouterr().err
     assert files_in(tmp_path / "r") == {}

@@ -14,13 +14,13 @@ import onnx
 import pytest
 import torch
 
+from common.refusal import Refusal
 from export.compare import compare
-from export.graph import to_onnx
+from export.graphs.graph import to_onnx
 from export.runtimes import torch_graphs
 from export.runtimes.load import load_runtime
 from export.runtimes.torch_net import TorchNet
 from fold.plain import fold_net
-from train.refusal import Refusal
 
 TO_LOGITS = TorchNet.__call__
 REAL = {name: getattr(torch.cuda, name) for name in ("CUDAGraph", "Stream", "graph", "stream", "graph_pool_handle")}

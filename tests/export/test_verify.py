@@ -7,20 +7,20 @@ import pytest
 import torch
 from own_nets import ThisMorning
 
+from common.cli import run_command
+from common.files import sha256
+from common.spec import Spec
 from export import to_onnx as to_onnx_command
 from export import to_trt, verify
-from export.graph import set_provenance
-from export.runtimes.card import card_path
-from export.runtimes.header import read_header
+from export.graphs.graph import set_provenance
+from export.model_file.card import card_path
+from export.model_file.header import read_header
 from fold import run as fold
 from fold.plain import load_plain, save_plain
 from fold.user_net import Made
-from train import data
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from train.cli import run_command
-from train.files import sha256
+from train.data import datasets
 from train.loop import evaluate
-from train.spec import Spec
 
 WEIGHTS, FOLDED = "lowering, and every weight", "weights of plain.safetensors"
 PLAIN_DIGEST, CHECKPOINT_DIGEST = "sha256 of plain.safetensors", "sha256 of the checkpoint"
@@ -34,14 +34,14 @@ def convert(*argv):
 def write_run(folder, make_net, seed=0):
     """A small net of digits with all that the road makes of it; it is not trained, and its accuracy is what it is."""
     folder.mkdir()
-    info = data.describe("digits")
+    info = datasets.describe("digits")
     fields = {"width": 0.25, "channels": 1, "size": 8}
     net = make_net(seed=seed, **fields)
     spec = Spec("cifar", 10, 0.25, "ncrelu", info.image, info.labels)
     net.normalize.load_state_dict(type(net.normalize)(info.image.mean, info.image.std).state_dict())
-    digits = data.divide(data.load("digits"), 0.1, seed=0)
+    digits = datasets.divide(datasets.load("digits"), 0.1, seed=0)
     config = {"command": "python train/run.py", "dataset": "digits", "seed": 0, "validation": 0.1, "lr": 0.1}
-    config["split"] = data.record(digits).to_dict()
+    config["split"] = datasets.record(digits).to_dict()
     accuracy = evaluate(net, digits.test).accuracy
     state = Checkpoint.fresh(spec, net.state_dict(), config, test_accuracy=accuracy)
     save_checkpoint(folder / "checkpoint.pt", state)
@@ -287,7 +287,7 @@ def test_no_record_ends_in_a_traceback(road, run):
 
 @pytest.mark.parametrize("value", DAMAGE)
 def test_a_record_of_the_wrong_kind_is_no_claim(value):
-    from export.claims import read_claims
+    from export.verification.claims import read_claims
 
     fields = ("split", "test_accuracy", "checkpoint_sha256", "logits", "probe", "lowering", "opset", "cannot_saturate")
     homes = {"split": "training", "test_accuracy": "training", "checkpoint_sha256": "fold", "logits": "fold"}
@@ -370,7 +370,7 @@ def test_mistakes_are_refused(road, runs, run, tmp_path):
 
 
 def test_a_checkpoint_of_other_types_is_refused(tmp_path):
-    from train.refusal import Refusal
+    from common.refusal import Refusal
 
     torch.save({"format": "diracnet-checkpoint-1", "config": 3}, tmp_path / "checkpoint.pt")
     with pytest.raises(Refusal, match="is damaged: config is not"):

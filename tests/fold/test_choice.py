@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from common.cli import run_command
 from fold.plain import load_plain
 from fold.run import FoldConfig, command
 from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
-from train.cli import run_command
 
 ROW = {"validation_accuracy": 0.9, "validation_loss": 0.3}
 

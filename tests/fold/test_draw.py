@@ -2,9 +2,9 @@ import pytest
 import reference
 from PIL import Image
 
+from common.cli import run_command
 from fold.draw import DrawConfig, central_slices, command
 from train.checkpoint import Checkpoint, save_checkpoint
-from train.cli import run_command
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from common.refusal import Refusal
 from fold.passes import fold_batch_norm, split_ncrelu
 from fold.plain import fold_net, load_plain, named_layers, save_plain, skeleton
 from fold.proof import prove
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, dirac_delta, dirac_weight
-from train.refusal import Refusal
 
 LAYERS = {1: (DiracConv1d, nn.BatchNorm1d), 2: (DiracConv2d, nn.BatchNorm2d), 3: (DiracConv3d, nn.BatchNorm3d)}
 

@@ -8,11 +8,11 @@ from small_nets import TOLERANCE, Lambda, Sum, conv, error, moved, noise
 from torch import nn
 from torch.nn import functional as F
 
+from common.refusal import Refusal
 from fold.graph import GraphNet, fold
 from fold.nodes import Graph
 from fold.plain import fold_net
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, ncrelu
-from train.refusal import Refusal
 
 
 class PlusBody(nn.Module):

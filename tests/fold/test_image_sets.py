@@ -3,9 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from common.refusal import Refusal
+from common.spec import ImageSpec
 from fold.image_sets import EXTREMES, extreme_images, random_images, real_images
-from train.refusal import Refusal
-from train.spec import ImageSpec
 
 IMAGE = ImageSpec(6, 5, 3, (0.5,) * 3, (0.5,) * 3, resize=None)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from common.refusal import Refusal
 from fold.lower import Mirror, SharedReLU, distinct_lowerings, lower
 from fold.lowerings import LOWERINGS
 from fold.plain import fold_net, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
-from train.refusal import Refusal
 
 TOLERANCE = 1e-12  # float64, as a share of the largest output
 

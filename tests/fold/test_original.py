@@ -7,6 +7,7 @@ import torch
 from authors import first_release, folded_first, folded_second, notebook, published_second, second_release
 from starlette.testclient import TestClient
 
+from common.cli import run_command
 from export.runtimes.onnx_session import OnnxSession
 from export.to_onnx import ToOnnxConfig
 from export.to_onnx import command as to_onnx
@@ -14,10 +15,9 @@ from fold.original import OriginalConfig, command
 from fold.plain import load_plain
 from fold.run import FoldConfig
 from fold.run import command as fold
-from serve.app import make_app
-from serve.limits import Limits
+from serve.request.app import make_app
+from serve.request.limits import Limits
 from train.checkpoint import load_checkpoint, load_net
-from train.cli import run_command
 
 # A float32 net of 18 layers strays from its float64 form by a few 1e-7 of its output; another δ, a lost ReLU or a
 # half swapped for the other change the first digit.

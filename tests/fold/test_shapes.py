@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
+from common.refusal import Refusal
+from common.spec import ImageSpec, Spec
 from fold.graph import GraphNet, fold
 from fold.nodes import Graph, Node
 from fold.plain import load_plain, save_plain
 from fold.shapes import infer_shapes, pooled
 from fold.sources import Asked, from_user
-from train.refusal import Refusal
-from train.spec import ImageSpec, Spec
 
 SPEC = Spec.of_net("net", ImageSpec(33, 30, 3, (0.1,) * 3, (0.5,) * 3, None), tuple("abcde"))
 

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from common.cli import run_command
+from common.refusal import Refusal
+from common.spec import Spec
 from fold.plain import load_plain
 from fold.run import FoldConfig, command
 from fold.sources import read_labels
-from train.cli import run_command
 from train.families import build
-from train.refusal import Refusal
-from train.spec import Spec
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_what_the_users_file_prints_is_not_in_the_result(nets, capsys):
 def test_a_net_of_this_project_that_its_user_builds_normalizes_by_itself(tmp_path, monkeypatch, make_spec, images):
     spec = make_spec()
     (tmp_path / "nets.py").write_text(
-        "from train.families import build\nfrom train.spec import Spec\n"
+        "from train.families import build\nfrom common.spec import Spec\n"
         f"def make():\n    return build(Spec.from_json({spec.to_json()!r}))\n"
     )
     monkeypatch.chdir(tmp_path)

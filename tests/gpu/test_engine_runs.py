@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from common.cli import run_command
+from common.refusal import Refusal
 from export import to_trt
 from export.compare import TOLERANCES, compare
-from export.engine import build_engine, choose_builder
-from export.graph import to_onnx
+from export.engines.engine import build_engine, choose_builder
+from export.graphs.graph import to_onnx
+from export.model_file.card import card_path, layers_path
 from export.runtimes import gpu
-from export.runtimes.card import card_path, layers_path
 from export.runtimes.load import load_runtime
 from export.runtimes.onnx_session import OnnxSession, loadable_providers
 from fold.plain import fold_net
 from train import run as train
-from train.cli import run_command
-from train.refusal import Refusal
 
 pytestmark = pytest.mark.skipif(not gpu.num_devices(), reason="no CUDA device: engines cannot be run here")
 

@@ -5,9 +5,9 @@ import importlib.util
 import pytest
 
 from bench import gpu_check, nets
+from common.progress import make_console
 from export.runtimes import gpu
 from export.runtimes.onnx_session import loadable_providers
-from train.progress import make_console
 
 pytestmark = pytest.mark.skipif(not gpu.num_devices(), reason="no CUDA device: nothing can be timed on it")
 

@@ -13,12 +13,12 @@ from PIL import Image
 from serving import command, popen, read_greeting
 from starlette.testclient import TestClient
 
-from export.graph import to_onnx
+from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net
-from serve.app import make_app
-from serve.connection import Connection
-from serve.limits import Limits
+from serve.request.app import make_app
+from serve.request.connection import Connection
+from serve.request.limits import Limits
 
 
 @pytest.fixture(scope="session")

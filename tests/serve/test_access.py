@@ -1,10 +1,10 @@
 import pytest
 from starlette.testclient import TestClient
 
-from serve.access import Access, read_api_key
-from serve.app import make_app
-from serve.limits import Limits
-from train.refusal import Refusal
+from common.refusal import Refusal
+from serve.request.access import Access, read_api_key
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 KEY = "s3cret"
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from serve.access import Access
-from serve.app import make_app
-from serve.connection import Connection
-from serve.limits import Limits
-from train.image import FORMATS
+from common.image import FORMATS
+from serve.request.access import Access
+from serve.request.app import make_app
+from serve.request.connection import Connection
+from serve.request.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = {"Content-Type": "image/png"}

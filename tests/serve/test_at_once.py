@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serve.at_once import AtOnce
+from serve.request.one_write import AtOnce
 
 PIECES = [(b"content-type", b"text/plain"), (b"content-length", b"4")]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from starlette.requests import ClientDisconnect
 
-from serve.batcher import Batcher, Served
-from serve.decode import decode_image
-from serve.limits import Limits
-from serve.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, UNDECODABLE, Problem
-from train.refusal import Refusal
+from common.refusal import Refusal
+from serve.decode.decode import decode_image
+from serve.request.batcher import Batcher, Served
+from serve.request.limits import Limits
+from serve.request.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, UNDECODABLE, Problem
 
 
 class Jobs:
@@ -147,7 +147,7 @@ def test_a_running_job_can_be_late_too(gated, file):
 def test_a_job_whose_client_is_gone_is_neither_decoded_nor_run(gated, file, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        "serve.decoding.decode_image", lambda *given, **more: (decoded.append(1), decode_image(*given, **more))[1]
+        "serve.decode.pool.decode_image", lambda *given, **more: (decoded.append(1), decode_image(*given, **more))[1]
     )
 
     async def scenario():

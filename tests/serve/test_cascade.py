@@ -11,15 +11,15 @@ from cascades import change, record, write_forms
 from serving import ask, wait_for
 from starlette.testclient import TestClient
 
+from common.refusal import Refusal
 from export.runtimes.cascade import Cascade, gaps, in_doubt, read_forms
 from export.runtimes.onnx_session import OnnxSession
-from serve.app import make_app
-from serve.kept import copied, keep, kept
-from serve.limits import Limits
-from serve.process import decide, load
-from serve.reload import check, warm_up
-from serve.run import BUNDLED_FORMS, ServeConfig
-from train.refusal import Refusal
+from serve.config import BUNDLED_FORMS, ServeConfig
+from serve.model.check import check, warm_up
+from serve.model.copies import copied, keep, kept
+from serve.processes.serving import decide, load
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 
 @pytest.fixture(scope="module")

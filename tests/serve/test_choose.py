@@ -6,13 +6,13 @@ from dataclasses import replace
 import onnx
 import pytest
 
-from export.graph import to_onnx
+from common.refusal import Refusal
+from export.graphs.graph import to_onnx
+from export.model_file.probe import probe_images, record_probe
 from export.runtimes.onnx_session import OnnxSession
-from export.runtimes.probe import probe_images, record_probe
 from fold.plain import fold_net
-from serve.choose import choose, why_unfit
-from serve.measured import Conditions, record_path
-from train.refusal import Refusal
+from serve.model.choose import choose, why_unfit
+from serve.model.remembered import Conditions, record_path
 
 GOOD = {"float32_accuracy": 0.95, "accuracy": 0.949, "top1_agreement": 0.99}
 
@@ -113,7 +113,7 @@ def test_whatever_can_change_the_choice_is_measured_again(machine, forms, write,
         ("num_cores", lambda: 99),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(f"serve.measured.{name}", value)
+            patched.setattr(f"serve.model.remembered.{name}", value)
             machine.choose(*forms)
         assert machine.loaded, name
     machine.choose(*forms)
@@ -150,7 +150,7 @@ def test_a_folder_that_takes_no_file_costs_only_the_measurement(machine, forms, 
     def refuse(path, content):
         raise Refusal(f"cannot write {path}: Read-only file system; nothing was changed")
 
-    monkeypatch.setattr("serve.measured.write_whole", refuse)
+    monkeypatch.setattr("serve.model.remembered.write_whole", refuse)
     for _ in range(2):
         choice = machine.choose(*forms)
         assert (choice.path, len(machine.loaded)) == (forms[1], 3)
@@ -163,7 +163,7 @@ def test_one_candidate_is_neither_loaded_nor_measured(machine, forms, monkeypatc
     assert machine.choose(forms[0], runtime="onnxruntime").path == forms[0]
     assert machine.choose(forms[0], devices=(0,)).runtime == "onnxruntime"
     assert machine.choose(forms[0].with_name("missing.engine")).runtime is None
-    monkeypatch.setattr("export.runtimes.mnn_module.find_spec", lambda name: None)
+    monkeypatch.setattr("export.runtimes.mnn.module.find_spec", lambda name: None)
     assert machine.choose(forms[0]).runtime == "onnxruntime"
     assert machine.loaded == []
     assert not record_path(forms[0]).exists()

@@ -16,11 +16,21 @@ import httpx
 import numpy as np
 import pytest
 
-from serve.app import make_app
+from common.refusal import Refusal
 from serve.client import AsyncClient, Bounds, Client
-from serve.exchange import Lost, Retry, Send, ServerProblem, Unreachable, encode, exchange, in_requests, retry_after_s
-from serve.limits import Limits
-from train.refusal import Refusal
+from serve.client_protocol import (
+    Lost,
+    Retry,
+    Send,
+    ServerProblem,
+    Unreachable,
+    encode,
+    exchange,
+    in_requests,
+    retry_after_s,
+)
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 AT_ONCE = Retry(attempts=3, first_wait_s=0.0)

@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from serve.app import make_app
+from common.cli import run_command
+from common.refusal import Refusal
 from serve.client import AsyncClient, Bounds, Client, ClientConfig, command
-from serve.exchange import Result, ServerProblem
-from serve.limits import Limits
-from train.cli import run_command
-from train.folder import SUFFIXES
-from train.refusal import Refusal
+from serve.client_protocol import Result, ServerProblem
+from serve.request.app import make_app
+from serve.request.limits import Limits
+from train.data.folder import SUFFIXES
 
 
 @pytest.fixture

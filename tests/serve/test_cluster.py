@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from common.refusal import Refusal
 from serve.client import Client
+from serve.client_protocol import Retry
 from serve.cluster import Settings, read_artefact, read_settings
-from serve.exchange import Retry
-from train.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_REQUESTS = 300

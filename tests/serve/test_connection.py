@@ -10,11 +10,11 @@ import httpx
 import pytest
 from raw_http import CHUNKED, HEALTH, everything, in_chunks, post, problem_in
 
-from serve.access import Access
-from serve.app import make_app
-from serve.connection import MAX_DROPPED_BYTES, MAX_HEADER_BYTES, MAX_PIPELINED, Connection
-from serve.limits import Limits
-from serve.logs import RequestLog
+from serve.request.access import Access
+from serve.request.app import make_app
+from serve.request.connection import MAX_DROPPED_BYTES, MAX_HEADER_BYTES, MAX_PIPELINED, Connection
+from serve.request.limits import Limits
+from serve.watching.logs import RequestLog
 
 MOST_BYTES = 2**25  # that a test sends where the server must end the connection, and sockets hold by themselves
 

@@ -8,13 +8,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from starlette.testclient import TestClient
 
-from export.runtimes.card import read_card
-from serve.access import Access
-from serve.app import make_app
-from serve.limits import Limits
-from serve.process import load
-from serve.run import ServeConfig
-from train.refusal import Refusal
+from common.refusal import Refusal
+from export.model_file.card import read_card
+from serve.config import ServeConfig
+from serve.processes.serving import load
+from serve.request.access import Access
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 DEEP = "[" * 100_000
 KEY = {"X-Api-Key": "key"}

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serve.access import KEY_VARIABLE
-from serve.decoder import Decoder, TookTooLong
-from train.image import TooManyPixels, decode
-from train.refusal import Refusal
-from train.spec import ImageSpec
+from common.image import TooManyPixels, decode
+from common.refusal import Refusal
+from common.spec import ImageSpec
+from serve.decode.process import Decoder, TookTooLong
+from serve.request.access import KEY_VARIABLE
 
 SPEC = ImageSpec(8, 8, 3, (0.5,) * 3, (0.5,) * 3, resize=8)
 pytestmark = pytest.mark.slow

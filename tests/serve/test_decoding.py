@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 from starlette.requests import ClientDisconnect
 
-from serve.app import make_app
-from serve.batcher import Batcher, Served
-from serve.limits import Limits
-from serve.problems import DEADLINE, INTERNAL, TOO_MANY_PIXELS, UNDECODABLE, Problem
-from serve.weigh import Weight
-from train.image import decode
+from common.image import decode
+from serve.decode.weigh import Weight
+from serve.request.app import make_app
+from serve.request.batcher import Batcher, Served
+from serve.request.limits import Limits
+from serve.request.problems import DEADLINE, INTERNAL, TOO_MANY_PIXELS, UNDECODABLE, Problem
 
 
 class Held:
@@ -47,7 +47,7 @@ class Held:
 def held(monkeypatch):
     monkeypatch.setattr(Held, "gate", threading.Event())
     monkeypatch.setattr(Held, "came", SimpleQueue())
-    monkeypatch.setattr("serve.decoding.Decoder", Held)
+    monkeypatch.setattr("serve.decode.pool.Decoder", Held)
     yield Held
     Held.gate.set()
 
@@ -116,7 +116,7 @@ def test_what_has_waited_for_long_is_not_overtaken(runtime, held, monkeypatch):
             tasks = [await asking.ask(files[1200])]
             order = [await came(held)]
             tasks.append(await asking.ask(files[1600]))
-            monkeypatch.setattr("serve.batcher.monotonic", lambda: time.monotonic() + 1000)
+            monkeypatch.setattr("serve.request.batcher.monotonic", lambda: time.monotonic() + 1000)
             tasks.append(await asking.ask(files[1000]))
             held.gate.set()
             await asyncio.gather(*tasks)
@@ -230,7 +230,7 @@ def test_memory_of_all_decoders_is_bounded(runtime, held):
 
 @pytest.mark.parametrize("decode_threads", [0, 1])
 def test_an_image_that_is_larger_than_it_was_weighed_is_a_heavy_one(runtime, held, monkeypatch, decode_threads):
-    monkeypatch.setattr("serve.decoding.weigh", lambda *_, **__: Weight(1, 1, 0, 0.0))
+    monkeypatch.setattr("serve.decode.pool.weigh", lambda *_, **__: Weight(1, 1, 0, 0.0))
     held.gate.set()
 
     async def scenario():
@@ -260,7 +260,7 @@ def test_a_process_that_cannot_be_started_fails_one_request(live, runtime, encod
     def fail(*_, **__):
         raise OSError("no more processes")
 
-    monkeypatch.setattr("serve.decoder.subprocess.Popen", fail)
+    monkeypatch.setattr("serve.decode.process.subprocess.Popen", fail)
     with live(make_app(runtime, Limits())) as url:
         failed = httpx.post(f"{url}/predict", content=heavy(1200), headers={"Content-Type": "image/png"})
         alive = httpx.post(f"{url}/predict", content=encode(pixels[0]), headers={"Content-Type": "image/png"})

@@ -1,7 +1,7 @@
 import pytest
 
+from common.refusal import Refusal
 from serve.demo import find_held_out
-from train.refusal import Refusal
 
 
 def test_files_of_every_readable_kind_are_shown_in_the_order_of_their_numbers(tmp_path):

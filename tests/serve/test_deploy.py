@@ -16,10 +16,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from serve.app import make_app
-from serve.limits import Limits
-from serve.run import ServeConfig
-from train.cli import parse
+from common.cli import parse
+from serve.config import ServeConfig
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

@@ -14,11 +14,11 @@ if sys.platform != "linux":
 
 from devices import LIMITS, Running, running
 
-from serve.device import _MOST_EACH
-from serve.limits import Limits
-from serve.link import Gone
-from serve.shared import ANSWER_BYTES, DONE, Shape, make_memory, shape_of
-from train.refusal import Refusal
+from common.refusal import Refusal
+from serve.front_ends.device import _MOST_EACH
+from serve.front_ends.link import Gone
+from serve.front_ends.shared_memory import ANSWER_BYTES, DONE, Shape, make_memory, shape_of
+from serve.request.limits import Limits
 
 
 def test_images_come_back_as_the_logits_of_the_model(runtime, pixels):

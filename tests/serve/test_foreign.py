@@ -11,15 +11,15 @@ import torch
 from foreign import MEAN, SAID, SHEET, STD, Two, net, split, write, write_today
 from starlette.testclient import TestClient
 
-from export.runtimes.described import from_flags
+from common.cli import parse
+from common.refusal import Refusal
+from export.model_file.described import from_flags
 from export.runtimes.onnx_session import OnnxSession
-from serve.app import make_app
 from serve.cluster import read_artefact
-from serve.limits import Limits
-from serve.process import _describe, load
-from serve.run import ServeConfig
-from train.cli import parse
-from train.refusal import Refusal
+from serve.config import ServeConfig
+from serve.processes.serving import _describe, load
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 
 def said(*argv):

@@ -14,11 +14,11 @@ if sys.platform != "linux":
 
 from devices import running
 
-from serve.access import Access
-from serve.app import make_app
-from serve.front import FrontBatcher
-from serve.limits import Limits
-from train.refusal import Refusal
+from common.refusal import Refusal
+from serve.front_ends.batcher import FrontBatcher
+from serve.request.access import Access
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 
 @contextmanager

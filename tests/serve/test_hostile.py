@@ -10,8 +10,8 @@ import pytest
 from hostile import requests
 from starlette.testclient import TestClient
 
-from serve.app import make_app
-from serve.limits import Limits
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT_BYTES = 32 * 2**20  # what allocators may hold more of after the second time than after the first

@@ -7,11 +7,11 @@ import httpx
 import pytest
 from raw_http import everything
 
-from serve.app import make_app
-from serve.connection import MAX_HEADER_BYTES, Connection
-from serve.limits import Limits
-from serve.weigh import LIGHT
-from train.refusal import Refusal
+from common.refusal import Refusal
+from serve.decode.weigh import LIGHT
+from serve.request.app import make_app
+from serve.request.connection import MAX_HEADER_BYTES, Connection
+from serve.request.limits import Limits
 
 PNG = {"Content-Type": "image/png"}
 

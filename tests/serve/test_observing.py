@@ -17,10 +17,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.testclient import TestClient
 
-from serve import tracing
-from serve.app import make_app
-from serve.limits import Limits
-from serve.logs import JsonFormatter, LogStream, RequestLog
+from serve.request.app import make_app
+from serve.request.limits import Limits
+from serve.watching import tracing
+from serve.watching.logs import JsonFormatter, LogStream, RequestLog
 
 ROOT = Path(__file__).resolve().parents[2]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -147,7 +147,7 @@ def test_a_line_that_was_cut_is_ended_before_the_next():
     program = """
 import os, resource, signal, sys
 sys.path.insert(0, sys.argv[1])
-from serve.logs import LogStream
+from serve.watching.logs import LogStream
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
 stream = LogStream(os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT))

@@ -8,9 +8,9 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.python.asgi import shutdown_lifespans
 from schemathesis.specs.openapi import checks
 
-from serve.app import make_app
-from serve.limits import Limits
-from serve.v2 import VERSION, model_name
+from serve.request.app import make_app
+from serve.request.limits import Limits
+from serve.v2.routes import VERSION, model_name
 
 CHECKS = [
     not_a_server_error,

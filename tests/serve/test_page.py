@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.graph import to_onnx
+from common.image import decode
+from common.spec import ImageSpec
+from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net
-from serve.access import EVERYBODY, Access
-from serve.app import make_app
-from serve.limits import Limits
-from train.image import decode
-from train.spec import ImageSpec
+from serve.request.access import EVERYBODY, Access
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [

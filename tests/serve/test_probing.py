@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from export.runtimes.probe import probe_images, record_probe
-from serve.app import make_app
-from serve.limits import Limits
-from serve.probing import MOST_SKIPPED, Prober
-from serve.problems import OVERLOADED, Problem
-from train.refusal import Refusal
+from common.refusal import Refusal
+from export.model_file.probe import probe_images, record_probe
+from serve.model.prober import MOST_SKIPPED, Prober
+from serve.request.app import make_app
+from serve.request.limits import Limits
+from serve.request.problems import OVERLOADED, Problem
 
 
 class Rotting:

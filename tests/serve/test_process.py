@@ -13,15 +13,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from serving import PNG, ROOT, ask, read_greeting, wait_for, workers_of
 
-from serve import trial
-from serve.run import ServeConfig
-from train.refusal import Refusal
+from common.refusal import Refusal
+from serve.config import ServeConfig
+from serve.model import trial
 
 # serve/run.py with a `load_runtime` that says when it is called and waits for a line, or a model that hangs.
 SLOW = """
 import runpy, sys, threading
 sys.path.insert(0, sys.argv[1])
-from train import cli
+from common import cli
 run_command, how = cli.run_command, sys.argv[2]
 
 class Hanging:
@@ -36,15 +36,15 @@ class Hanging:
         return getattr(self.runtime, name)
 
 def run(*args, **options):  # once serve/run.py has run its first instruction
-    from serve import process
-    load = process.load_runtime
+    from serve.processes import serving
+    load = serving.load_runtime
 
     def wait(path, **options):
         print("loads", flush=True)
         sys.stdin.readline()
         return load(path, **options)
 
-    process.load_runtime = {"wait": wait, "hang": lambda path, **options: Hanging(load(path, **options))}[how]
+    serving.load_runtime = {"wait": wait, "hang": lambda path, **options: Hanging(load(path, **options))}[how]
     return run_command(*args, **options)
 
 cli.run_command = run

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from common.refusal import Refusal
+from export.model_file.probe import probe_images, record_probe
 from export.runtimes.onnx_session import OnnxSession
-from export.runtimes.probe import probe_images, record_probe
-from serve.access import Access
-from serve.app import make_app
-from serve.limits import Limits
-from serve.reload import batch_sizes, check, warm_up
-from train.refusal import Refusal
+from serve.model.check import batch_sizes, check, warm_up
+from serve.request.access import Access
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 KEY = {"X-Api-Key": "key"}
 
@@ -113,7 +113,7 @@ def test_a_bad_file_leaves_the_old_model_there(served, runtime, pixels, encode, 
         assert "cannot be loaded as an ONNX model" in response.json()["detail"]
         answer = client.post("/predict", content=encode(pixels[0]), headers=KEY).json()
     assert answer["model"]["digest"] == runtime.model.digest
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "serve.reload"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "serve.model.check"]
     assert line.startswith("the old model goes on: ")
 
 

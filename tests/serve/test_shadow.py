@@ -13,19 +13,19 @@ from serving import PNG, ROOT
 from shadows import card_when, running, send
 from starlette.testclient import TestClient
 
+from common.difference import difference
+from common.refusal import Refusal
 from export.runtimes.probabilities import probabilities
-from serve import shadow as module
-from serve.access import Access
-from serve.app import make_app
-from serve.comparison import Comparison
-from serve.limits import Limits
-from serve.roles import Roles
-from serve.run import ServeConfig
-from serve.shadow import Shadow
-from serve.shadow_process import BatchFailed, Identity, ShadowFailed, why_unfit
-from serve.watch import Watch
-from train.difference import difference
-from train.refusal import Refusal
+from serve.config import ServeConfig
+from serve.request.access import Access
+from serve.request.app import make_app
+from serve.request.limits import Limits
+from serve.shadow import shadow as module
+from serve.shadow.comparison import Comparison
+from serve.shadow.process import BatchFailed, Identity, ShadowFailed, why_unfit
+from serve.shadow.roles import Roles
+from serve.shadow.shadow import Shadow
+from serve.watching.answers import Watch
 
 ALERTS = ROOT / "deploy" / "alerts.yaml"
 KEY = {"X-Api-Key": "key"}
@@ -155,7 +155,7 @@ def test_a_shadow_that_raises_goes_on_and_says_so_once(shadowed, runtime, pixels
         send(client, pixels[::-1], encode)
         card = card_when(client, lambda card: card["images"] == 1)
     assert card["failed"] == 4
-    said = [record.getMessage() for record in caplog.records if record.name == "serve.shadow"]
+    said = [record.getMessage() for record in caplog.records if record.name == "serve.shadow.shadow"]
     assert [line for line in said if "fails" in line] == [
         "the shadow fails: RuntimeError: no memory; /metrics counts what else it fails on"
     ]

@@ -14,12 +14,12 @@ import pytest
 from serving import PNG, children_of, command, wait_for, workers_of
 from shadows import running, send
 
-from export.graph import to_onnx
+from common.refusal import Refusal
+from export.graphs.graph import to_onnx
 from fold.plain import fold_net
-from serve import shadow_worker
-from serve.run import ServeConfig
-from serve.shadow_process import BatchFailed, Identity, ShadowFailed, ShadowProcess, read_answer
-from train.refusal import Refusal
+from serve.config import ServeConfig
+from serve.shadow import worker
+from serve.shadow.process import BatchFailed, Identity, ShadowFailed, ShadowProcess, read_answer
 
 KEY = {"X-Api-Key": "key"}
 
@@ -42,7 +42,7 @@ def test_what_a_model_raises_is_told_and_a_process_goes_on(pixels):
     def fail(images):
         raise RuntimeError("no \ud800\nmemory")
 
-    answer = shadow_worker._answer(fail, pixels)
+    answer = worker._answer(fail, pixels)
     with pytest.raises(BatchFailed, match=r"^RuntimeError: no \?$"):
         read_answer(answer, (5, 10))
 
@@ -108,9 +108,9 @@ def test_a_shadow_that_is_killed_comes_back_and_goes_on_counting(start_shadowed,
     with client:
         compare_two(client, pixels, encode)
         before = client.get("/model").json()["shadow"]["images"]
-        (process,) = children_of(server.pid, "shadow_worker")
+        (process,) = children_of(server.pid, "shadow.worker")
         os.kill(process, signal.SIGKILL)
-        while children_of(server.pid, "shadow_worker") in ([], [process]):
+        while children_of(server.pid, "shadow.worker") in ([], [process]):
             send(client, pixels[:1], encode)
         compare_two(client, pixels, encode)
         card = client.get("/model").json()["shadow"]

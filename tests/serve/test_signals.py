@@ -4,10 +4,10 @@ import signal
 import httpx
 import pytest
 
-from serve.app import make_app
-from serve.limits import Limits
-from serve.signals import heed_signals
-from train.refusal import Refusal
+from common.refusal import Refusal
+from serve.processes.signals import heed_signals
+from serve.request.app import make_app
+from serve.request.limits import Limits
 
 
 @pytest.fixture

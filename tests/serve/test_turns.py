@@ -5,7 +5,7 @@ import threading
 import pytest
 from serving import ROOT
 
-from serve.turns import Budget, HostBudget, Turns
+from serve.decode.turns import Budget, HostBudget, Turns
 
 
 def test_the_earliest_due_comes_first_and_equal_ones_as_they_came():
@@ -54,7 +54,7 @@ HOLD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from serve.turns import HostBudget
+from serve.decode.turns import HostBudget
 with HostBudget(Path(sys.argv[2]), 10).taken(7):
     print("holds", flush=True)
     sys.stdin.readline()

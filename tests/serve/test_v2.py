@@ -9,10 +9,10 @@ import tritonclient.http as triton
 from starlette.testclient import TestClient
 from tritonclient.utils import InferenceServerException
 
-from serve.access import Access
-from serve.app import make_app
-from serve.limits import Limits
-from serve.v2 import model_name
+from serve.request.access import Access
+from serve.request.app import make_app
+from serve.request.limits import Limits
+from serve.v2.routes import model_name
 
 NAME = "DiracNet-10-0.25"
 INFER = f"/v2/models/{NAME}/infer"

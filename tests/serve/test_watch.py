@@ -10,15 +10,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from export.runtimes.histograms import PARTS, count, part
+from export.model_file.histograms import PARTS, count, part
+from export.model_file.reference import Reference
 from export.runtimes.probabilities import best, probabilities
-from export.runtimes.reference import Reference
-from serve import watch
-from serve.access import Access
-from serve.app import make_app
-from serve.counts import COUNTS_VARIABLE, Counts
-from serve.limits import Limits
-from serve.watch import MOST_CLASSES, Watch, with_sound_reference
+from serve.request.access import Access
+from serve.request.app import make_app
+from serve.request.limits import Limits
+from serve.watching import answers
+from serve.watching.answers import MOST_CLASSES, Watch, with_sound_reference
+from serve.watching.shared_counts import COUNTS_VARIABLE, Counts
 
 PNG = {"Content-Type": "image/png"}
 
@@ -111,7 +111,7 @@ def test_the_model_before_is_shown_beside_the_new_one_and_no_other(runtime):
 
 
 def test_drift_is_that_of_the_latest_images(runtime, monkeypatch):
-    monkeypatch.setattr(watch, "WINDOW", 100)
+    monkeypatch.setattr(answers, "WINDOW", 100)
     reference, other = drawn(500), drawn(150, seed=1)
     other[:] = np.roll(np.eye(10)[3] * 0.9 + 0.01, 0)  # always class 3
     model, found = with_reference(runtime.model, reference), Watch()
@@ -164,7 +164,7 @@ def test_a_bad_reference_is_left_aside_with_a_warning(runtime, pixels, encode, r
     with TestClient(make_app(bad, Limits())) as client:
         assert client.post("/predict", content=encode(pixels[0]), headers=PNG).status_code == 200
         assert client.get("/metrics").status_code == 200
-    (line,) = {record.getMessage() for record in caplog.records if record.name == "serve.watch"}
+    (line,) = {record.getMessage() for record in caplog.records if record.name == "serve.watching.answers"}
     assert line.startswith(f"drift of {model.name} is not told: the reference ")
     assert with_sound_reference(model).provenance == {"training": {}}  # and is not shown to clients
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve.weigh import MAX_AVIF_SIZES, MAX_CHUNKS, MAX_RLE_PIXELS, MAX_SCANS, MAX_SEGMENTS, is_light, weigh
-from train.image import FORMATS, TooManyPixels
-from train.refusal import Refusal
-from train.spec import ImageSpec
+from common.image import FORMATS, TooManyPixels
+from common.refusal import Refusal
+from common.spec import ImageSpec
+from serve.decode.weigh import MAX_AVIF_SIZES, MAX_CHUNKS, MAX_RLE_PIXELS, MAX_SCANS, MAX_SEGMENTS, is_light, weigh
 
 ROOT = Path(__file__).resolve().parents[2]
 GREY = ImageSpec(28, 28, 1, (0.5,), (0.5,), resize=28)
@@ -93,12 +93,12 @@ MEASURE = """
 import io, sys
 sys.path[0] = sys.argv[1]
 from pathlib import Path
-from train.image import FORMATS, decode
-from train.spec import ImageSpec
+from common.image import FORMATS, decode
+from common.spec import ImageSpec
 from PIL import Image
 Image.init()
 if avif := sys.modules.get("PIL.AvifImagePlugin"):
-    avif.DEFAULT_MAX_THREADS = 1  # as in serve/decode_worker.py
+    avif.DEFAULT_MAX_THREADS = 1  # as in serve/decode/worker.py
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 spec = eval(sys.argv[2])

@@ -7,10 +7,10 @@ import threading
 import pytest
 from starlette.testclient import TestClient
 
-from serve.app import make_app
-from serve.limits import Limits
-from serve.problems import TOO_LARGE, Problem
-from serve.wire import LONG_JSON_BYTES, MAX_JSON_LISTS, MAX_JSON_VALUES, load_json, parse
+from serve.request.app import make_app
+from serve.request.body import LONG_JSON_BYTES, MAX_JSON_LISTS, MAX_JSON_VALUES, load_json, parse
+from serve.request.limits import Limits
+from serve.request.problems import TOO_LARGE, Problem
 
 LONG = bytes(LONG_JSON_BYTES + 1)
 
@@ -30,7 +30,7 @@ def test_json_of_as_many_values_as_allowed_is_read():
     ],
 )
 def test_json_of_more_values_is_refused_unread(document, monkeypatch):
-    monkeypatch.setattr("serve.wire.orjson.loads", None)
+    monkeypatch.setattr("serve.request.body.orjson.loads", None)
     with pytest.raises(Problem, match=r"the JSON has .* values, .* send less at once") as refused:
         load_json(document)
     assert refused.value.kind == TOO_LARGE

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 import pytest
 
-from train.cli import POSITIONAL, given_arguments, parse, run_command
-from train.refusal import Refusal
+from common.cli import POSITIONAL, given_arguments, parse, run_command
+from common.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(
     str(path.relative_to(ROOT))
-    for stage in ("train", "fold", "export", "serve")
+    for stage in ("common", "train", "fold", "export", "serve")
     for path in (ROOT / stage).glob("*.py")
     if "__main__" in path.read_text()
 )

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from train import data
-from train.augment import augment, erase
-from train.refusal import Refusal
+from common.refusal import Refusal
+from train.data import datasets
+from train.data.augment import augment, erase
 
 
 def write_idx(path, array, *, compress=False):
@@ -19,7 +19,7 @@ def write_idx(path, array, *, compress=False):
 
 
 def test_digits_are_split_the_same_way_each_time_and_span_the_whole_range():
-    dataset = data.load("digits")
+    dataset = datasets.load("digits")
     assert dataset.train.images.shape == (1438, 8, 8, 1)
     assert dataset.test.images.shape == (359, 8, 8, 1)
     assert dataset.train.images.dtype == np.uint8
@@ -38,7 +38,7 @@ def test_fashion_mnist_files_are_read_plain_and_compressed(tmp_path, compress):
         with_path = tmp_path / f"{part}-images-idx3-ubyte{end}"
         write_idx(with_path, images, compress=compress)
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte{end}", np.arange(num, dtype=np.uint8), compress=compress)
-    dataset = data.load("fashion-mnist", data_dir=tmp_path)
+    dataset = datasets.load("fashion-mnist", data_dir=tmp_path)
     assert np.array_equal(dataset.test.images[..., 0], images)
     assert dataset.test.targets.tolist() == [0, 1, 2]
     assert dataset.info.labels[9] == "Ankle boot"
@@ -49,17 +49,17 @@ def test_images_and_labels_of_different_number_are_refused(tmp_path):
         write_idx(tmp_path / f"{part}-images-idx3-ubyte", np.zeros((3, 28, 28), np.uint8))
         write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.zeros(1, np.uint8))
     with pytest.raises(Refusal, match="train-images-idx3-ubyte has 3 images, train-labels-idx1-ubyte 1 labels"):
-        data.load("fashion-mnist", data_dir=tmp_path)
+        datasets.load("fashion-mnist", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(("name", "num_labels"), [("cifar10", 10), ("cifar100", 100)])
 def test_cifar_files_that_are_not_torchvisions_are_refused(tmp_path, name, num_labels):
-    assert len(data.describe(name).labels) == num_labels
+    assert len(datasets.describe(name).labels) == num_labels
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     (folder / "data_batch_1").write_bytes(pickle.dumps({}))
     with pytest.raises(Refusal, match=f"{name} is not readable in"):
-        data.load(name, data_dir=tmp_path)
+        datasets.load(name, data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -73,26 +73,26 @@ def test_cifar_files_are_read_in_their_real_format(tmp_path, monkeypatch, name, 
     """Small files as the authors pickle them; only torchvision's checksums, which they cannot have, are set aside."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     (tmp_path / folder).mkdir()
-    labels = list(data.describe(name).labels)
+    labels = list(datasets.describe(name).labels)
     meta = {"label_names": labels, "fine_label_names": labels}
     (tmp_path / folder / ("batches.meta" if name == "cifar10" else "meta")).write_bytes(pickle.dumps(meta))
     rng = np.random.default_rng(0)
     for part, num in parts.items():
         rows = rng.integers(0, 256, (num, 3 * 32 * 32), dtype=np.uint8)  # red plane, green plane, blue plane
         (tmp_path / folder / part).write_bytes(pickle.dumps({"data": rows, key: list(range(num))}))
-    dataset = data.load(name, data_dir=tmp_path)
+    dataset = datasets.load(name, data_dir=tmp_path)
     assert dataset.train.images.shape == (10, 32, 32, 3)
     assert np.array_equal(dataset.test.images, rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     assert dataset.test.targets.tolist() == [0, 1, 2]
 
 
 def test_held_out_images_are_not_trained_on():
-    whole = data.load("digits").train
-    rest, held = data.hold_out(whole, 0.1, seed=3)
+    whole = datasets.load("digits").train
+    rest, held = datasets.hold_out(whole, 0.1, seed=3)
     assert (len(rest), len(held)) == (1294, 144)
-    again = data.hold_out(whole, 0.1, seed=3)[1]
+    again = datasets.hold_out(whole, 0.1, seed=3)[1]
     assert np.array_equal(held.images, again.images)
-    assert len(data.hold_out(whole, 0, seed=3)[1]) == 0
+    assert len(datasets.hold_out(whole, 0, seed=3)[1]) == 0
 
 
 def test_augmentation_shifts_over_a_reflected_border_and_mirrors():

@@ -13,13 +13,14 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from train import data, distributed
+from common.spec import Spec
+from train import distributed
 from train.checkpoint import load_checkpoint
+from train.data import datasets
 from train.distributed import World
 from train.families import build
 from train.initialize import initialize
 from train.loop import Augmentation, batches
-from train.spec import Spec
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -45,7 +46,7 @@ import sys
 import threading
 sys.path.insert(0, {str(ROOT)!r})
 from train import steps
-from train.cli import run_command
+from common.cli import run_command
 from train.config import TrainConfig
 from train.run import command
 num_steps, train_step = 0, steps.train_step
@@ -69,7 +70,7 @@ sys.exit(run_command(command, TrainConfig))
 
 def gradients(mode, world, wrap=lambda net: net):
     """Of the mean loss over a process's share of one augmented batch; "eval" leaves batch statistics out."""
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     torch.manual_seed(0)
     net = build(Spec("cifar", 10, 0.25, "ncrelu", digits.info.image, digits.info.labels))
     initialize(net, a=1.0, b=0.1, std=0.03)
@@ -145,7 +146,7 @@ def test_two_processes_train_stop_and_resume_bit_for_bit(tmp_path):
 def test_batch_statistics_are_shared_where_that_is_asked_for(monkeypatch):
     """Which layers do it; that they do takes GPUs, where alone PyTorch's SyncBatchNorm runs."""
     monkeypatch.setattr(distributed, "DistributedDataParallel", lambda net, device_ids: net)
-    digits = data.load("digits")
+    digits = datasets.load("digits")
     for sync in (False, True):
         torch.manual_seed(0)
         net = build(Spec("cifar", 10, 0.25, "ncrelu", digits.info.image, digits.info.labels))

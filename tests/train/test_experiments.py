@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train import data
-from train.cli import run_command
+from common.cli import run_command
+from train.data import datasets
 from train.experiments import parameterization, trial
 from train.experiments.convergence import ConvergenceConfig, _width_of_equal_size
 from train.experiments.sparsity import measure
@@ -81,7 +81,7 @@ def test_the_papers_settings_reach_the_training(name, tmp_path, monkeypatch):
         raise Seen(settings)
 
     monkeypatch.setattr(trial, "run_trial", see)
-    monkeypatch.setattr(trial, "load_dataset", lambda config: data.load("digits"))
+    monkeypatch.setattr(trial, "load_dataset", lambda config: datasets.load("digits"))
     with pytest.raises(Seen) as seen:
         run(name, tmp_path, "--paper")
     (settings,) = seen.value.args
@@ -128,7 +128,7 @@ def test_an_experiment_goes_on_with_what_it_has_and_never_with_other_settings(tm
 
 
 def test_the_residual_net_of_the_convergence_has_as_many_parameters(tmp_path):
-    info = data.describe("cifar10")
+    info = datasets.describe("cifar10")
     config = ConvergenceConfig(paper=True)
     width = _width_of_equal_size(config, info)
     assert width == pytest.approx(2**0.5, rel=0.05)

@@ -6,12 +6,12 @@ import onnxruntime
 import pytest
 import torch
 
-from export.calibrate import observe, ranges
-from export.graph import to_onnx
-from export.integer import levels_of, quantize_filters, to_integer_onnx
+from export.eight_bits.calibrate import observe, ranges
+from export.eight_bits.integer import levels_of, quantize_filters, to_integer_onnx
+from export.graphs.graph import to_onnx
 from fold.plain import fold_net
-from train import fake_quantize
-from train.fake_quantize import FakeQuantized, round_activations, round_filters
+from train.fine_tune import fake_quantize
+from train.fine_tune.fake_quantize import FakeQuantized, round_activations, round_filters
 
 ROWS = {
     "ncrelu": {},

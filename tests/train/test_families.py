@@ -9,9 +9,9 @@ import reference
 import torch
 from rows import ROWS
 
+from common.refusal import Refusal
+from common.spec import Family
 from train.families import REDUCTION, build, count_parameters, outline
-from train.refusal import Refusal
-from train.spec import Family
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,8 +58,8 @@ def test_neither_an_outline_nor_a_plain_one_imports_pytorchs_compiler():
     program = """
 import sys
 from fold.plain import skeleton
-from train.data import cifar_image
-from train.spec import Spec
+from train.data.datasets import cifar_image
+from common.spec import Spec
 skeleton(Spec("cifar", 10, 1.0, "ncrelu", cifar_image(), ("one", "other")))
 assert "torch._dynamo" not in sys.modules
 """

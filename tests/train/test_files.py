@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from train.files import read_whole, write_whole
-from train.refusal import Refusal
+from common.files import read_whole, write_whole
+from common.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,8 +23,8 @@ def test_a_disk_that_takes_no_more_leaves_the_old_file_and_nothing_else(tmp_path
     path = tmp_path / "file"
     path.write_bytes(b"old")
     code = (
-        "import resource, signal; from pathlib import Path; from train.files import write_whole\n"
-        "from train.refusal import Refusal\n"
+        "import resource, signal; from pathlib import Path; from common.files import write_whole\n"
+        "from common.refusal import Refusal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         f"try: write_whole(Path({str(path)!r}), bytes(5000))\n"

@@ -1,7 +1,7 @@
 import pytest
 
-from train.folder import JUNK_REASON, find_images
-from train.refusal import Refusal
+from common.refusal import Refusal
+from train.data.folder import JUNK_REASON, find_images
 
 
 def test_images_are_found_in_order_at_any_depth_and_the_rest_is_said(tmp_path):

@@ -6,14 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from train import data, loop
+from common.cli import run_command
+from common.image import decode
+from common.refusal import Refusal
+from train import loop
 from train.checkpoint import load_checkpoint
-from train.cli import run_command
 from train.config import TrainConfig
+from train.data import datasets
 from train.distributed import World
-from train.image import decode
 from train.loop import Augmentation, batches, evaluate
-from train.refusal import Refusal
 from train.run import command
 
 AUGMENTATION = Augmentation(flip=True, crop=0, smallest_crop=0.3)
@@ -37,7 +38,7 @@ def all_batches(split, **options):
 
 
 def test_a_folder_without_parts_is_split_and_its_files_are_not_read_into_memory(folder):
-    dataset = data.load("folder", data_dir=folder, image_size=8)
+    dataset = datasets.load("folder", data_dir=folder, image_size=8)
     assert dataset.info.labels == ("dark", "light")
     assert len(dataset.train) + len(dataset.test) == 20
     assert np.bincount(dataset.test.targets).min() > 0
@@ -49,19 +50,19 @@ def test_parts_are_taken_from_their_folders_and_strange_classes_refused(folder, 
     root = tmp_path_factory.mktemp("parts")
     (root / "train").symlink_to(folder)
     (root / "val").symlink_to(folder)
-    dataset = data.load("folder", data_dir=root, image_size=8)
+    dataset = datasets.load("folder", data_dir=root, image_size=8)
     assert (len(dataset.train), len(dataset.test)) == (20, 20)
     with pytest.raises(Refusal, match="has 0 class folders"):
-        data.load("folder", data_dir=folder / "dark", image_size=8)
+        datasets.load("folder", data_dir=folder / "dark", image_size=8)
     (root / "test").mkdir()
     for name in ("dark", "strange"):
         (root / "test" / name).mkdir()
     with pytest.raises(Refusal, match="has classes that training has not: strange"):
-        data.load("folder", data_dir=root, image_size=8)
+        datasets.load("folder", data_dir=root, image_size=8)
 
 
 def test_evaluation_sees_what_the_server_sees(folder, monkeypatch):
-    test = data.load("folder", data_dir=folder, image_size=8).test
+    test = datasets.load("folder", data_dir=folder, image_size=8).test
     expected = np.stack([decode(Path(path).read_bytes(), test.image) for path in test.paths])
     seen = []
 
@@ -78,12 +79,12 @@ def test_evaluation_sees_what_the_server_sees(folder, monkeypatch):
 
 
 def test_photographs_are_resized_and_cropped_as_imagenets():
-    image = data.imagenet_image()
+    image = datasets.imagenet_image()
     assert (image.height, image.width, image.resize) == (224, 224, 256)
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder):
-    train = data.load("folder", data_dir=folder, image_size=8).train
+    train = datasets.load("folder", data_dir=folder, image_size=8).train
     whole = all_batches(train)
     assert [batch.step for batch in whole] == [0, 1, 2]
     assert whole[0].images.shape == (4, 8, 8, 3)
@@ -101,14 +102,14 @@ def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder
 
 def test_no_more_workers_than_cores(folder, monkeypatch):
     """PyTorch would warn, which the tests make an error."""
-    monkeypatch.setattr("train.stream.num_cores", lambda: 1)
+    monkeypatch.setattr("train.data.stream.num_cores", lambda: 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
-    train = data.load("folder", data_dir=folder, image_size=8).train
+    train = datasets.load("folder", data_dir=folder, image_size=8).train
     assert len(all_batches(train, workers=2)) == 3
 
 
 def test_processes_share_a_batch_without_overlap(folder):
-    for split in (data.load("folder", data_dir=folder, image_size=8).train, data.load("digits").train):
+    for split in (datasets.load("folder", data_dir=folder, image_size=8).train, datasets.load("digits").train):
         whole = all_batches(split)[1]
         shares = [all_batches(split, world=World(rank, 2))[1] for rank in (0, 1)]
         assert torch.equal(torch.cat([share.images for share in shares]), whole.images)
@@ -119,8 +120,8 @@ def test_an_unreadable_file_is_named_counted_and_skipped_only_when_told(folder, 
     (folder / "dark" / "0.png").write_bytes(b"no image")
     (folder / "light" / "3.png").write_bytes((folder / "light" / "3.png").read_bytes()[:300])
     with pytest.raises(Refusal, match=r"2 of 20 images cannot be read, the first is .*dark/0\.png.*--skip-unreadable"):
-        data.load("folder", data_dir=folder, image_size=8)
-    dataset = data.load("folder", data_dir=folder, image_size=8, skip_unreadable=True)
+        datasets.load("folder", data_dir=folder, image_size=8)
+    dataset = datasets.load("folder", data_dir=folder, image_size=8, skip_unreadable=True)
     assert len(dataset.train) + len(dataset.test) == 18
     assert [(stranger.path, stranger.why) for stranger in dataset.left_out] == [
         (folder / "dark" / "0.png", "cannot be read"),
@@ -134,10 +135,10 @@ def test_a_body_cut_short_shows_when_it_is_decoded(folder):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:2000])
     for workers in (0, 1):
-        train = data.load("folder", data_dir=folder, image_size=8).train
+        train = datasets.load("folder", data_dir=folder, image_size=8).train
         with pytest.raises(Refusal, match=r"dark/0\.jpg cannot be read"):
             all_batches(train, workers=workers)
-    train = data.load("folder", data_dir=folder, image_size=8, skip_unreadable=True).train
+    train = datasets.load("folder", data_dir=folder, image_size=8, skip_unreadable=True).train
     assert sum(len(batch.targets) for batch in all_batches(train, batch_size=len(train))) == len(train) - 1
     alone = all_batches(train.take(np.flatnonzero(train.paths == str(path))), batch_size=1)
     assert [batch.images.shape for batch in alone] == [(0, 8, 8, 3)]

@@ -7,18 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
+from common.cli import run_command
+from common.files import sha256
+from common.spec import ImageSpec, Spec
 from fold.plain import fold_net, load_plain, save_plain
 from fold.run import FoldConfig
 from fold.run import command as fold_command
-from train import from_plain
 from train.begin import like
 from train.checkpoint import load_checkpoint, load_net
-from train.cli import run_command
 from train.config import TrainConfig
 from train.families import build
-from train.files import sha256
+from train.fine_tune import from_plain
 from train.run import command
-from train.spec import ImageSpec, Spec
 
 DIGITS = Spec(
     "cifar", 10, 0.25, "ncrelu", ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8), tuple("0123456789")

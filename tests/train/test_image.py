@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import train.image
-from train.image import FORMATS, TooManyPixels, begins_as_an_image, decode
-from train.refusal import Refusal
-from train.spec import ImageSpec
+import common.image
+from common.image import FORMATS, TooManyPixels, begins_as_an_image, decode
+from common.refusal import Refusal
+from common.spec import ImageSpec
 
 GRAY = ImageSpec(8, 8, 1, (0.5,), (0.5,), resize=8)
 COLOUR = ImageSpec(8, 8, 3, (0.5,) * 3, (0.5,) * 3, resize=8)
@@ -304,7 +304,7 @@ def of_every_mode():
 def test_a_large_image_converted_in_bands_has_the_pixels_of_one_converted_whole(kind, spec, monkeypatch):
     content = of_every_mode()[kind]
     whole = decode(content, spec)
-    monkeypatch.setattr("train.image._BAND_PIXELS", 4 * 41)
+    monkeypatch.setattr("common.image._BAND_PIXELS", 4 * 41)
     assert np.array_equal(decode(content, spec), whole)
 
 
@@ -322,9 +322,9 @@ def test_sixteen_bits_are_not_widened():
 def test_a_large_jpeg_decodes_itself_smaller_and_looks_the_same(monkeypatch):
     smooth = Image.linear_gradient("L").resize((640, 640))
     content, sizes = encode(smooth, "JPEG", quality=95), []
-    crop = train.image._centre_crop
+    crop = common.image._centre_crop
     monkeypatch.setattr(
-        train.image, "_centre_crop", lambda image, spec: (sizes.append(image.size), crop(image, spec))[1]
+        common.image, "_centre_crop", lambda image, spec: (sizes.append(image.size), crop(image, spec))[1]
     )
     reduced, whole = decode(content, GRAY).astype(int), decode(encode(smooth), GRAY).astype(int)
     assert sizes == [(80, 80), (640, 640)]

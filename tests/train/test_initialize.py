@@ -5,10 +5,10 @@ import pytest
 import reference
 import torch
 
+from common.refusal import Refusal
 from train.families import build, count_parameters
 from train.initialize import initialized
 from train.layers import DiracConv2d
-from train.refusal import Refusal
 
 START = {"a": 5.0, "b": 0.1, "std": 0.3}
 

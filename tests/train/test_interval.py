@@ -1,6 +1,6 @@
 import pytest
 
-from train.interval import Z_TWO, interval
+from common.interval import Z_TWO, interval
 
 
 def test_the_interval_solves_the_equation_of_the_score_test():

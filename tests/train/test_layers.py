@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.refusal import Refusal
 from train.layers import (
     DiracConv1d,
     DiracConv2d,
@@ -15,7 +16,6 @@ from train.layers import (
     ncrelu,
     normalize_filters,
 )
-from train.refusal import Refusal
 
 LAYERS = {1: DiracConv1d, 2: DiracConv2d, 3: DiracConv3d}
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from common.progress import make_console
+from common.refusal import Refusal
 from train import loop
 from train.config import TrainConfig
-from train.data import Split
+from train.data.datasets import Split
 from train.distributed import World
 from train.families import build
 from train.initialize import initialize
 from train.layers import DiracConv2d
 from train.loop import Augmentation, Batch, learning_rate, make_optimizer, train_step
 from train.machine import choose_precision
-from train.progress import make_console
 from train.recipes import recipe
-from train.refusal import Refusal
 from train.steps import start, take_steps
 
 

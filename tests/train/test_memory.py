@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
+from common.refusal import Refusal
 from train.config import TrainConfig
 from train.distributed import World
 from train.memory import available_bytes, refuse_what_does_not_fit, training_bytes
-from train.refusal import Refusal
 
 
 def test_memory_grows_with_the_batch_and_with_the_area(make_spec):

@@ -14,18 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
+from common.cli import run_command
+from common.image import decode
+from common.refusal import Refusal
+from common.spec import ImageSpec
 from fold.plain import fold_net, save_plain
 from fold.proof import prove
-from train import data, session, steps
+from train import session, steps
 from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
-from train.cli import run_command
 from train.config import TrainConfig
+from train.data import datasets
 from train.families import build
-from train.image import decode
 from train.loop import Score, evaluate, train_step
-from train.refusal import Refusal
 from train.run import command
-from train.spec import ImageSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--depth", "10", "--width", "0.25", "--epochs", "2", "--batch-size", "128"]
@@ -62,7 +63,7 @@ def test_a_run_leaves_all_its_files_and_the_seed_decides_everything(tmp_path, ca
         assert curve.width > 500
     best, last = (load_checkpoint(tmp_path / "a" / name) for name in ("best.pt", "checkpoint.pt"))
     assert (best.test_accuracy, best.epoch) == (result["test_accuracy"], result["epoch"])
-    test = data.load("digits").test
+    test = datasets.load("digits").test
     assert [evaluate(load_net(state), test).accuracy for state in (best, last)] == [
         best.test_accuracy,
         last.test_accuracy,
@@ -135,7 +136,7 @@ def test_more_epochs_go_on_from_the_last_and_say_that_the_test_images_are_known(
     assert "the test images were read after epoch 2" in capsys.readouterr().out
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert (state.epoch, state.config["epochs"], state.config["batch_size"]) == (3, 3, 128)
-    assert state.test_accuracy == evaluate(load_net(state), data.load("digits").test).accuracy
+    assert state.test_accuracy == evaluate(load_net(state), datasets.load("digits").test).accuracy
 
 
 @pytest.mark.slow
@@ -182,7 +183,7 @@ def test_photographs_are_prepared_as_the_net_that_is_fine_tuned_wants_them(tmp_p
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert (state.spec.image, state.spec.labels) == (image, ("dark", "light"))
     assert state.config["batch_size"] == 8
-    read = data.load_as_trained(state.config, beside=tmp_path / "run", image=image).test
+    read = datasets.load_as_trained(state.config, beside=tmp_path / "run", image=image).test
     assert np.array_equal(read.first(1)[0], decode(Path(read.paths[0]).read_bytes(), image))
     assert run_command(command, TrainConfig, argv=["--resume", "--out", str(tmp_path / "run"), "--epochs", "2"]) == 0
     shutil.copy(tmp_path / "imported.pt", tmp_path / "checkpoint.pt")
@@ -288,7 +289,7 @@ def test_the_papers_recipe_trains_on_all_training_images_in_fp32(tmp_path, capsy
     captured = capsys.readouterr()
     assert ", fp32, seed 0" in captured.err
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
-    parts = data.load_as_trained(checkpoint.config)
+    parts = datasets.load_as_trained(checkpoint.config)
     assert (len(parts.train), len(parts.validation), len(parts.test)) == (1438, 0, 359)
     assert checkpoint.history[0]["validation_accuracy"] is None
     assert load_checkpoint(tmp_path / "best.pt").epoch == 1

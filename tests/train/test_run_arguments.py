@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from train.cli import run_command
+from common.cli import run_command
 from train.config import TrainConfig
 from train.run import command
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.refusal import Refusal
-from train.spec import ImageSpec, Spec
+from common.refusal import Refusal
+from common.spec import ImageSpec, Spec
 
 positive = st.floats(1e-3, 10)
 sizes = st.integers(1, 64)

@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
+from common.cli import run_command
+from common.refusal import Refusal
+from common.spec import ImageSpec
 from fold.image_sets import real_images
-from train import data
 from train.checkpoint import load_checkpoint
-from train.cli import run_command
 from train.config import TrainConfig
-from train.refusal import Refusal
+from train.data import datasets
+from train.data.split import picked_by_name
 from train.run import command
-from train.spec import ImageSpec
-from train.split import picked_by_name
 
 SMALL = (
     "--image-size",
@@ -49,7 +49,7 @@ def add(path, base, rng):
 
 
 def parts(dataset):
-    dataset = data.divide(dataset, 0.2, seed=0)
+    dataset = datasets.divide(dataset, 0.2, seed=0)
     return set(dataset.train.names), set(dataset.validation.names), set(dataset.test.names)
 
 
@@ -75,13 +75,13 @@ def test_names_pick_about_the_share_of_each_class_and_never_all_or_none():
 
 
 def test_more_photographs_move_no_training_image_to_the_test_images(folder):
-    before = parts(data.load("folder", data_dir=folder, image_size=8))
+    before = parts(datasets.load("folder", data_dir=folder, image_size=8))
     assert sum(map(len, before)) == 40
     assert all(before)
     rng = np.random.default_rng(1)
     for name in ("00.png", "5b.png", "aa.png", "zz.png"):
         add(folder / "dunkel ä" / name, 40, rng)
-    after = parts(data.load("folder", data_dir=folder, image_size=8))
+    after = parts(datasets.load("folder", data_dir=folder, image_size=8))
     assert sum(map(len, after)) == 44
     assert not before[0] & after[2]
     assert before[2] <= after[2]
@@ -97,18 +97,18 @@ def test_a_run_keeps_its_images_when_the_folder_grows_and_refuses_another_one(fo
     num_test = state.config["split"]["test"]
     assert f"on {num_test} images" in output
     assert state.training_record()["folder"] == "photos"
-    dataset = data.load_as_trained(state.config, beside=tmp_path / "run", image_size=8)
+    dataset = datasets.load_as_trained(state.config, beside=tmp_path / "run", image_size=8)
 
     rng = np.random.default_rng(2)
     for index in range(4):
         add(folder / "light" / f"new{index}.png", 200, rng)
     assert run(*argv, "--resume") == 0
     assert f"on {num_test} images" in capsys.readouterr().out
-    again = data.load_as_trained(state.config, beside=tmp_path / "run", image_size=8)
+    again = datasets.load_as_trained(state.config, beside=tmp_path / "run", image_size=8)
     for part in ("train", "validation", "test"):
         assert getattr(again, part).names == getattr(dataset, part).names
     with pytest.raises(Refusal, match=r"does not hold the images .* keep the run's split\.json beside the model"):
-        data.load_as_trained(state.config, image_size=8)
+        datasets.load_as_trained(state.config, image_size=8)
     monkeypatch.chdir("/")
     image = ImageSpec(8, 8, 3, (0.5,) * 3, (0.5,) * 3, resize=8)
     images, _ = real_images(image, state.config, num=99, beside=tmp_path / "run")
@@ -152,9 +152,9 @@ def test_no_file_but_the_checkpoint_says_where_the_photographs_lie(folder, tmp_p
 
 
 def test_images_in_memory_that_are_not_the_runs_are_refused():
-    dataset = data.divide(data.load("digits"), 0.1, seed=0)
-    split = data.record(dataset).to_dict()
+    dataset = datasets.divide(datasets.load("digits"), 0.1, seed=0)
+    split = datasets.record(dataset).to_dict()
     training = {"dataset": "digits", "validation": 0.1, "seed": 0, "split": split}
-    assert len(data.load_as_trained(training).test) == 359
+    assert len(datasets.load_as_trained(training).test) == 359
     with pytest.raises(Refusal, match="digits does not hold the images"):
-        data.load_as_trained(training | {"seed": 1})
+        datasets.load_as_trained(training | {"seed": 1})

@@ -4,11 +4,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from train import data
+from common.image import SUFFIXES
+from common.refusal import Refusal
 from train.config import TrainConfig
-from train.image import SUFFIXES
-from train.refusal import Refusal
-from train.survey import print_survey
+from train.data import datasets
+from train.data.survey import print_survey
 
 
 def save(path, size=(12, 10)):
@@ -17,7 +17,7 @@ def save(path, size=(12, 10)):
 
 
 def load(folder):
-    return data.load("folder", data_dir=folder, image_size=8)
+    return datasets.load("folder", data_dir=folder, image_size=8)
 
 
 def test_what_is_left_out_is_named_with_its_reason_before_training(tmp_path, capsys):
@@ -28,7 +28,7 @@ def test_what_is_left_out_is_named_with_its_reason_before_training(tmp_path, cap
     for name in ("cats/a.tif", "cats/b.tiff", "cats/sub/c.png", "big dogs/._0.png", "__MACOSX/cats/0.png"):
         save(tmp_path / name)
     (tmp_path / "cats" / "d.HEIC").write_bytes(b"heic")
-    print_survey(Console(width=160, soft_wrap=True, highlight=False), data.divide(load(tmp_path), 0.2, seed=0))
+    print_survey(Console(width=160, soft_wrap=True, highlight=False), datasets.divide(load(tmp_path), 0.2, seed=0))
     lines = capsys.readouterr().out.splitlines()
     counts = {line[:8].strip(): [int(word) for word in line[8:].split()] for line in lines[1:5]}
     assert {label: sum(row) for label, row in counts.items()} == {"cats": 6, "big dogs": 6, "fish": 1, "all": 13}
@@ -51,7 +51,7 @@ def test_all_usual_names_of_parts_are_understood(tmp_path, name):
     assert (len(dataset.train), len(dataset.test), dataset.validation) == (6, 4, None)
     assert [(stranger.path.name, stranger.why) for stranger in dataset.left_out] == [("extra", "not one of the parts")]
     save(tmp_path / "test" / "a" / "t.png")
-    dataset = data.divide(load(tmp_path), 0.1, seed=0)
+    dataset = datasets.divide(load(tmp_path), 0.1, seed=0)
     assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [6, 4, 1]
     assert all(part in path for part, path in zip((name,) * 4, dataset.validation.paths, strict=True))
 
@@ -80,4 +80,4 @@ def test_a_folder_that_is_given_is_what_is_learnt(tmp_path):
     assert TrainConfig(data_dir=tmp_path, dataset="cifar10").resolved().dataset == "cifar10"
     assert TrainConfig().resolved().dataset == "digits"
     with pytest.raises(Refusal, match="digits come with scikit-learn: leave out --data-dir"):
-        data.load("digits", data_dir=tmp_path)
+        datasets.load("digits", data_dir=tmp_path)

@@ -5,7 +5,7 @@ import pytest
 import reference
 from scipy.optimize import brentq
 
-from train.spec import MAX_TEMPERATURE, MIN_TEMPERATURE
+from common.spec import MAX_TEMPERATURE, MIN_TEMPERATURE
 from train.temperature import MIN_IMAGES, MIN_WRONG, Fit, fit_temperature
 
 

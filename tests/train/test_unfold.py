@@ -7,10 +7,10 @@ import pytest
 import reference
 import torch
 
+from common.refusal import Refusal
 from fold.plain import fold_net, skeleton
+from train.fine_tune.unfold import ABOVE_SMALLEST, as_plain, parts_of, unfold
 from train.layers import dirac_delta
-from train.refusal import Refusal
-from train.unfold import ABOVE_SMALLEST, as_plain, parts_of, unfold
 
 START = {"a": 1.5, "b": 0.15, "std": 0.03}
 # Some hundred roundings of 2^-53 for each number.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from train.cli import run_command
+from common.cli import run_command
 from train.experiments.trial import ExperimentConfig
 
 NETS = {
@@ -48,9 +48,9 @@ def command(config: ConvergenceConfig) -> int:
 
 
 def _measure(config: ConvergenceConfig) -> list[dict[str, Any]]:
+    from common.progress import make_console, progress
     from train.experiments.trial import load_dataset, mean_and_spread, run_trial
     from train.families import count_parameters
-    from train.progress import make_console, progress
 
     dataset, rows = load_dataset(config), []
     width = config.training().width

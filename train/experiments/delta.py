@@ -8,7 +8,7 @@ from typing import Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from train.cli import run_command
+from common.cli import run_command
 
 EXAMPLES = ("python train/experiments/delta.py --out docs/experiments",)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from train.cli import run_command
+from common.cli import run_command
 from train.experiments.trial import ExperimentConfig
 
 KINDS = {
@@ -62,9 +62,9 @@ def command(config: DepthConfig) -> int:
 def _measure(config: DepthConfig) -> list[dict[str, Any]]:
     from itertools import product
 
+    from common.progress import make_console, progress
     from train.experiments.trial import kept_rows, load_dataset, mean_and_spread, run_trial, write_numbers
     from train.families import count_parameters
-    from train.progress import make_console, progress
 
     dataset = load_dataset(config)
     rows = kept_rows(config, "depth", config.training()) if config.resume else []

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from train.cli import run_command
+from common.cli import run_command
 from train.experiments.trial import ExperimentConfig
 
 EXAMPLES = (
@@ -48,8 +48,8 @@ def command(config: InitializationConfig) -> int:
 def _measure(config: InitializationConfig) -> list[dict[str, Any]]:
     from torch import nn
 
+    from common.progress import make_console, progress
     from train.experiments.trial import load_dataset, mean_and_spread, run_trial
-    from train.progress import make_console, progress
 
     dataset, rows = load_dataset(config), []
     width = config.width or 1.0  # Wide ResNet's stem has 16 channels

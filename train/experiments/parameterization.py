@@ -8,7 +8,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from train.cli import run_command
+from common.cli import run_command
 from train.experiments.trial import ExperimentConfig
 
 KINDS = {"Dirac": "dirac", "initialised": "initialised", "plain": "plain"}
@@ -53,8 +53,8 @@ def command(config: ParameterizationConfig) -> int:
 def _measure(config: ParameterizationConfig) -> list[dict[str, Any]]:
     from itertools import product
 
+    from common.progress import make_console, progress
     from train.experiments.trial import kept_rows, load_dataset, mean_and_spread, run_trial, write_numbers
-    from train.progress import make_console, progress
 
     dataset = load_dataset(config)
     rows = kept_rows(config, "parameterization", config.training()) if config.resume else []

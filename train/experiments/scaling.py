@@ -8,7 +8,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from train.cli import run_command
+from common.cli import run_command
 from train.experiments.trial import ExperimentConfig
 
 # name: (a at the start, weight decay on a and b)
@@ -57,9 +57,9 @@ def command(config: ScalingConfig) -> int:
 def _measure(config: ScalingConfig, depth: int) -> list[dict[str, Any]]:
     import numpy as np
 
+    from common.progress import make_console, progress
     from train.experiments.trial import load_dataset, run_trial
     from train.layers import DiracConv2d
-    from train.progress import make_console, progress
 
     dataset, rows = load_dataset(config), []
     with progress(make_console(), "training", len(STARTS) * config.seeds) as advance:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from train.cli import run_command
+from common.cli import run_command
 from train.experiments.trial import ExperimentConfig
 
 DEAD = 1e-3  # a row is dead where its norm is below this share of its layer's largest
@@ -43,9 +43,9 @@ def command(config: SparsityConfig) -> int:
 def _measure(config: SparsityConfig, depth: int) -> list[dict[str, Any]]:
     import numpy as np
 
+    from common.progress import make_console, progress
     from train.experiments.trial import load_dataset, mean_and_spread, run_trial
     from train.layers import DiracConv2d, normalize_filters
-    from train.progress import make_console, progress
 
     dataset, rows = load_dataset(config), []
     with progress(make_console(), "training", 2 * config.seeds) as advance:

@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from common.refusal import Refusal
+from common.spec import Published
 from train.config import Settings, TrainConfig
-from train.refusal import Refusal
-from train.spec import Published
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
-    from train.data import Dataset
+    from train.data.datasets import Dataset
 
 # The paper's recipe in small: minutes on two cores. W's deviation is that of the authors' code, the start of the rest
 # PyTorch's.
@@ -78,17 +78,18 @@ def run_trial(
     """Train one net. `prepare` may change it before the first step; `observe` sees it before and after each epoch."""
     import torch
 
-    from train import data, loop, steps
+    from common.progress import make_console
+    from train import loop, steps
+    from train.data import datasets
     from train.distributed import World
     from train.machine import choose_device
-    from train.progress import make_console
 
     world = World(device=choose_device(config.device))
     spec = steps.make_spec(config, dataset.info.image, dataset.info.labels)
     run = steps.start(config, spec, world, make_console(quiet=True))
     prepare(run.net)
     observe(run.net)
-    rest, held = data.hold_out(dataset.train, config.validation, seed=0)
+    rest, held = datasets.hold_out(dataset.train, config.validation, seed=0)
     augmentation = steps.make_augmentation(config, dataset.info)
     history = []
     for epoch in range(config.epochs):
@@ -112,21 +113,21 @@ def plural(num: int, noun: str) -> str:
 
 
 def load_dataset(config: ExperimentConfig) -> "Dataset":
-    from train import data
+    from train.data import datasets
 
-    return data.load(config.training().dataset, data_dir=config.data_dir)
+    return datasets.load(config.training().dataset, data_dir=config.data_dir)
 
 
 def recorded_rows(config: ExperimentConfig, name: str) -> list[dict[str, Any]]:
     """The rows of NAME.json, where the figure alone is made again."""
-    from train.files import read_whole
+    from common.files import read_whole
 
     return json.loads(read_whole(config.out / f"{name}.json"))["rows"]
 
 
 def kept_rows(config: ExperimentConfig, name: str, settings: Settings) -> list[dict[str, Any]]:
     """The rows of NAME.json in --out, to go on with; refuses those of other settings."""
-    from train.files import read_whole
+    from common.files import read_whole
 
     path = config.out / f"{name}.json"
     if not path.exists():
@@ -141,16 +142,16 @@ def kept_rows(config: ExperimentConfig, name: str, settings: Settings) -> list[d
 
 def draw_chance(axes: Any, config: ExperimentConfig, *, error: bool = False) -> None:
     """The accuracy, or error, in per cent of a net that knows nothing."""
-    from train import data
+    from train.data import datasets
 
-    chance = 100 / len(data.describe(config.training().dataset).labels)
+    chance = 100 / len(datasets.describe(config.training().dataset).labels)
     axes.axhline(100 - chance if error else chance, color="0.5", linestyle=":", label="chance")
 
 
 def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any], *, redraw: bool = False) -> None:
     """NAME.png and NAME.json in `out`; the picture alone where it is drawn again."""
-    from train.figure import png
-    from train.files import write_whole
+    from common.figure import png
+    from common.files import write_whole
 
     write_whole(out / f"{name}.png", png(figure))
     if redraw:
@@ -162,7 +163,7 @@ def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any
 
 def write_numbers(out: Path, name: str, numbers: dict[str, Any]) -> None:
     """NAME.json in `out`."""
-    from train.files import write_whole
+    from common.files import write_whole
 
     text = json.dumps(
         numbers, indent=1, default=lambda value: asdict(value) if isinstance(value, Settings) else str(value)

@@ -9,11 +9,11 @@ import torch
 from authors import optimizer_state, pickled, trained
 from torch.nn import functional
 
+from common.refusal import Refusal
 from fold.authors.dirac import import_net
 from fold.plain import fold_net, skeleton
 from train.checkpoint import load_net
 from train.families import count_parameters
-from train.refusal import Refusal
 
 
 def saved(tmp_path, params, stats, **more):

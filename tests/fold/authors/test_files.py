@@ -11,8 +11,8 @@ import pytest
 import torch
 from authors import hickled, optimizer_state, pickled, pickled_by_python_2, trained
 
+from common.refusal import Refusal
 from fold.authors.files import read_saved
-from train.refusal import Refusal
 
 
 def assert_same(saved, params, stats):

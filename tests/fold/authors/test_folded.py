@@ -6,9 +6,9 @@ import pytest
 import torch
 from authors import folded_first, folded_second
 
+from common.refusal import Refusal
 from fold.authors.files import Saved, read_saved
 from fold.authors.folded import plain_of
-from train.refusal import Refusal
 
 
 def numbers_of(make):

@@ -7,8 +7,8 @@ import pytest
 import reference
 import torch
 
+from common.refusal import Refusal
 from fold.authors.modules import dirac_layer
-from train.refusal import Refusal
 
 
 def module_of(shape, *, form="repeated", each=(), bias=True, prefix="features.3.", seed=0):

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 from rpc_calls import Raw, tritons
 
-from serve.app import make_app
-from serve.limits import Limits
-from serve.rpc.port import RpcAddress
+from serve.request.app import make_app
+from serve.request.limits import Limits
+from serve.v2.rpc.port import RpcAddress
 
 LIMITS = Limits()
 

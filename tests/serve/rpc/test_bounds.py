@@ -3,11 +3,11 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serve.v2.routes.rpc import bounds
 from tritonclient.grpc import service_pb2 as pb
 
-from serve.problems import TOO_LARGE, Problem
-from serve.rpc import bounds
-from serve.rpc.bounds import MAX_FIELDS, MAX_NUMBER_BYTES, check_size
+from serve.request.problems import TOO_LARGE, Problem
+from serve.v2.rpc.bounds import MAX_FIELDS, MAX_NUMBER_BYTES, check_size
 
 REQUEST = pb.ModelInferRequest.DESCRIPTOR
 

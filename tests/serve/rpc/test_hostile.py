@@ -9,10 +9,10 @@ from rpc_calls import NAME, SERVICE, Raw, images_of, request_of, tritons
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
-from serve import problems
-from serve.access import Access
-from serve.limits import Limits
-from serve.rpc.intake import Intake
+from serve.request import problems
+from serve.request.access import Access
+from serve.request.limits import Limits
+from serve.v2.rpc.intake import Intake
 
 BLACK = np.zeros((1, 8, 8, 3), np.uint8)
 

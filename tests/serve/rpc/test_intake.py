@@ -2,9 +2,9 @@ import asyncio
 
 import pytest
 
-from serve.limits import Limits
-from serve.problems import DEADLINE, OVERLOADED, TIMEOUT, Problem
-from serve.rpc.intake import Intake
+from serve.request.limits import Limits
+from serve.request.problems import DEADLINE, OVERLOADED, TIMEOUT, Problem
+from serve.v2.rpc.intake import Intake
 
 TWO = Limits(max_body_bytes=100, max_held_bytes=250, max_queue=64)
 

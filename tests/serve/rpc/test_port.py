@@ -1,10 +1,10 @@
 import socket
 
 import pytest
+from serve.v2.routes.rpc import port as module
 
-from serve.rpc import port as module
-from serve.rpc.port import RpcAddress, reserved
-from train.refusal import Refusal
+from common.refusal import Refusal
+from serve.v2.rpc.port import RpcAddress, reserved
 
 
 def bind(port, *options):

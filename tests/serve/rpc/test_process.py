@@ -22,7 +22,7 @@ def target_of(server):
 def test_a_server_without_grpc_loads_none_of_its_packages():
     program = (
         "import sys; sys.modules['grpc'] = sys.modules['tritonclient'] = None; "
-        "import serve.app, serve.process, serve.run; assert 'google.protobuf' not in sys.modules"
+        "import serve.request.app, serve.processes.serving, serve.run; assert 'google.protobuf' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,10 +14,10 @@ from rpc_calls import NAME, SERVICE, Raw, images_of, request_of, tritons
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
-from serve import problems
-from serve.access import Access
-from serve.limits import Limits
-from serve.rpc.statuses import STATUS_OF
+from serve.request import problems
+from serve.request.access import Access
+from serve.request.limits import Limits
+from serve.v2.rpc.statuses import STATUS_OF
 
 
 def logits_of(message):

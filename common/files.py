@@ -1,0 +1,43 @@
+"""Files that appear whole or not at all."""
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from common.refusal import Refusal
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write `content` beside `path`, flush it to the disk, then rename it over `path`.
+
+    An interrupted or failed write leaves the earlier file as it was and no partial file behind.
+    Refuses, in one line, where the disk or the folder does not take the file.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise Refusal(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+    finally:
+        with suppress(OSError):  # renamed, or never made
+            part.unlink()
+    return path
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a file; refuses a missing or unreadable one in one line."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Refusal(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def sha256(content: bytes) -> str:
+    """Hex digest that names an artefact."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,168 @@
+"""What an artefact says of itself, from the checkpoint to the engine. Needs only the standard library."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from common.documents import read_object
+from common.refusal import Refusal
+
+Family = Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"]
+Nonlinearity = Literal["ncrelu", "relu"]
+# How a convolution's weight is made: eq. 4, eq. 4 with a b for every output channel (the authors' first release as
+# published with its notebook), with an a and a b for each (their second), eq. 3, eq. 14, W alone (the baseline), and
+# W alone that starts as eq. 4 (what the parameterization brings beyond its start).
+Parameterization = Literal["dirac", "per-output-b", "per-channel", "unnormalized", "delta", "plain", "initialised"]
+ORDINARY: tuple[Parameterization, ...] = ("plain", "initialised")  # of these nothing but W is learnt
+# Where a layer with other numbers of inputs and outputs has its ones: repeated as eq. 7 and 8 say, or on the
+# first min(N_i, N_o) channels alone, as `torch.nn.init.dirac_` writes them (the authors' second release).
+Delta = Literal["repeated", "first"]
+Published = Literal["digits", "fashion-mnist", "cifar10", "cifar100"]  # data sets of one content and one set of labels
+DatasetName = Literal[Published, "folder"]
+# Bounds on what is built from a spec that somebody else may have written; nets here are 400 layers deep at most.
+MAX_DEPTH, MAX_WIDTH, MAX_SIDE = 1000, 1000, 8192
+# Of a temperature: beyond them a class has nearly all of the probability, or all classes have the same.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an image becomes the net's input.
+
+    The image is scaled so that its shorter side is `resize` pixels and cropped at the centre to
+    `height` x `width`; `resize` of None scales it to exactly `height` x `width` instead.
+    `mean` and `std` are per channel, in units of full scale (0 is black, 1 is white).
+    """
+
+    height: int
+    width: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise Refusal(f"images must have 1 or 3 channels, got {self.channels}")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise Refusal(f"mean and std need {self.channels} values each, got {self.mean} and {self.std}")
+        if min(self.height, self.width) < 1 or (self.resize or max(self.height, self.width)) < max(
+            self.height, self.width
+        ):
+            raise Refusal(f"cannot crop {self.height}x{self.width} from images resized to {self.resize}")
+        if max(self.height, self.width) > MAX_SIDE:
+            raise Refusal(f"images may be {MAX_SIDE:,} pixels high and wide, got {self.height}x{self.width}")
+        if min(self.std) <= 0:
+            raise Refusal(f"std must be positive, got {self.std}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.height, self.width, self.channels
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One model: its architecture (Table 1), its input and the meaning of its outputs."""
+
+    family: str  # a Family, or "unknown" for a net that this project has not built
+    depth: int
+    width: float
+    nonlinearity: Nonlinearity
+    image: ImageSpec
+    labels: tuple[str, ...]
+    parameterization: Parameterization = "dirac"
+    delta: Delta = "repeated"
+    net: str = ""  # the name of a net that this project has not built; the fields of its architecture mean nothing
+    temperature: float = 1.0  # probabilities are the softmax of logits / temperature; see train/temperature.py
+
+    def __post_init__(self) -> None:
+        if self.nonlinearity not in get_args(Nonlinearity):
+            raise Refusal(f"nonlinearity must be ncrelu or relu, got {self.nonlinearity}")
+        if self.parameterization not in get_args(Parameterization):
+            raise Refusal(
+                f"parameterization must be one of {', '.join(get_args(Parameterization))}, got {self.parameterization}"
+            )
+        if self.delta not in get_args(Delta):
+            raise Refusal(f"delta must be repeated or first, got {self.delta}")
+        if not (abs(self.depth) <= MAX_DEPTH and abs(self.width) <= MAX_WIDTH):
+            raise Refusal(f"depth goes up to {MAX_DEPTH:,} and width to {MAX_WIDTH:,}, got {self.depth}, {self.width}")
+        try:
+            "".join(self.labels).encode()
+        except UnicodeEncodeError as error:
+            raise Refusal(f"a label holds half a character, {error.object[error.start : error.end]!a}") from error
+        if len(self.labels) < 2:
+            raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
+        refuse_temperature(self.temperature)
+
+    @classmethod
+    def of_net(cls, net: str, image: ImageSpec, labels: tuple[str, ...], temperature: float = 1.0) -> "Spec":
+        """A net that this project has not built: it has a name, and no family, depth or width."""
+        return cls("unknown", 0, 0.0, "relu", image, labels, net=net, temperature=temperature)
+
+    @property
+    def name(self) -> str:
+        if self.net:
+            return self.net
+        dirac = "Plain" if self.parameterization in ORDINARY else "DiracNet"
+        return f"{'WRN' if self.family == 'wrn' else dirac}-{self.depth}-{self.width:g}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A temperature of 1 is left out: such files stay what they were before there were temperatures."""
+        fields = asdict(self)
+        if self.temperature == 1:
+            del fields["temperature"]
+        if self.net:
+            return {key: fields[key] for key in ("net", "image", "labels", "temperature") if key in fields}
+        return {key: value for key, value in fields.items() if key != "net"}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> "Spec":
+        """The inverse of `to_dict`; refuses fields that are missing, unknown or of the wrong type."""
+        try:
+            image = dict(fields["image"])
+            image = ImageSpec(
+                height=_whole(image.pop("height")),
+                width=_whole(image.pop("width")),
+                channels=_whole(image.pop("channels")),
+                mean=tuple(float(value) for value in image.pop("mean")),
+                std=tuple(float(value) for value in image.pop("std")),
+                resize=None if (resize := image.pop("resize")) is None else _whole(resize),
+                **image,
+            )
+            rest = {key: value for key, value in fields.items() if key != "image"}
+            if rest.get("net"):
+                labels = tuple(str(label) for label in rest.pop("labels"))
+                return cls.of_net(str(rest.pop("net")), image, labels, **rest)
+            return cls(
+                family=str(rest.pop("family")),
+                depth=_whole(rest.pop("depth")),
+                width=float(rest.pop("width")),
+                nonlinearity=rest.pop("nonlinearity"),
+                labels=tuple(str(label) for label in rest.pop("labels")),
+                image=image,
+                **rest,
+            )
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise Refusal(f"the model's spec is damaged: {error!r}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "Spec":
+        return cls.from_dict(read_object(text, "the model's spec", todo="make the file again"))
+
+
+def refuse_temperature(value: Any) -> None:
+    """Refuses what is not a number between the bounds: zero, NaN, infinity, text, a truth value."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE):
+        raise Refusal(
+            f"a temperature must be a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, got {str(value)[:40]}"
+        )
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value

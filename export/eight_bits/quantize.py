@@ -1,0 +1,159 @@
+"""From a plain net to eight bits: which lowering and which ranges lose least, and what that costs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+
+from common.interval import Z_TWO, interval
+from common.refusal import Refusal
+from common.spec import Spec
+from export.compare import ALLOWED_DROP, INT8_AGREEMENT, Answer, answer_all
+from export.eight_bits.calibrate import METHODS, Ranges, observe, ranges
+from export.eight_bits.integer import to_integer_onnx
+from export.eight_bits.qdq import to_qdq_onnx
+from export.graphs.graph import to_onnx
+from export.runtimes.offline import ort
+from fold.graph import GraphNet
+from fold.lower import layers_of, lower
+from fold.plain import PlainNet
+
+Target = Literal["onnxruntime", "tensorrt"]
+# Lowerings that are tried where none is asked for. The others quantise no better: shared and
+# shared-split hold W1 - W2, whose range is wider than that of either.
+TRIED = ("skip", "concat")
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to eight bits, and how far its logits are from float32's on the images to choose by."""
+
+    lowering: str
+    method: str  # of export/eight_bits/calibrate.py
+    relative_error: float  # see `relative_error`
+    top1_agreement: float  # share of images that keep their class
+
+
+@dataclass(frozen=True)
+class Drop:
+    """What eight bits cost on test images; true where accuracy and classes are kept as parity demands."""
+
+    num_images: int
+    float32_accuracy: float
+    accuracy: float  # top-1, as float32's
+    top1_agreement: float  # share of images that keep their class
+    relative_error: float
+    # Shares of the images: what was lost lies between them with 95 % certainty, see `_lost`.
+    lost_low: float
+    lost_high: float
+
+    def __bool__(self) -> bool:
+        return self.float32_accuracy - self.accuracy <= ALLOWED_DROP and self.top1_agreement >= INT8_AGREEMENT
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The best candidate's graph, and all that were tried, the best first."""
+
+    model: onnx.ModelProto
+    candidates: list[Candidate]
+
+
+def quantize(
+    net: PlainNet,
+    spec: Spec,
+    *,
+    precision: Literal["int8", "fp8"],
+    target: Target,
+    lowerings: Sequence[str],
+    observed: np.ndarray,
+    chosen_by: np.ndarray,
+    advance: Advance = lambda n: None,
+) -> Quantized:
+    """The eight-bit graph of a plain net whose logits stray least from float32's.
+
+    Ranges are those of the images `observed`, the choice is made on `chosen_by`, both uint8 [N, H, W, C].
+    """
+    net = layers_of(net) or net
+    reference = answer_all(answerer(to_onnx(net, spec, {})), chosen_by, advance)
+    tried: list[tuple[Candidate, onnx.ModelProto]] = []
+    for lowering in lowerings:
+        lowered = lower(net, lowering)
+        floats = to_onnx(lowered, spec, {})
+        histograms = observe(floats, observed, advance=advance)
+        for method in METHODS:
+            model = _write(lowered, floats, spec, ranges(histograms, method), precision, target)
+            logits = answer_all(answerer(model), chosen_by, advance)
+            error, agreement = relative_error(reference, logits), top1_agreement(reference, logits)
+            tried.append((Candidate(lowering, method, error, agreement), model))
+    tried.sort(key=lambda pair: pair[0].relative_error)
+    return Quantized(tried[0][1], [candidate for candidate, _ in tried])
+
+
+def num_images_run(lowerings: Sequence[str], num_observed: int, num_chosen_by: int) -> int:
+    """How many images `quantize` runs in all: what its progress counts."""
+    return num_chosen_by + len(lowerings) * (2 * num_observed + len(METHODS) * num_chosen_by)
+
+
+def measure_drop(reference: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> Drop:
+    """Float32's logits and eight bits' [N, K] on the same labelled test images."""
+    low, high = _lost(reference.argmax(1) == targets, logits.argmax(1) == targets)
+    return Drop(
+        num_images=len(targets),
+        float32_accuracy=float((reference.argmax(1) == targets).mean()),
+        accuracy=float((logits.argmax(1) == targets).mean()),
+        top1_agreement=top1_agreement(reference, logits),
+        relative_error=relative_error(reference, logits),
+        lost_low=low,
+        lost_high=high,
+    )
+
+
+def _lost(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """An interval for the accuracy that is lost: bool [N] each, right before and after.
+
+    The difference of the shares that turned wrong and that turned right, each between the ends of its own
+    interval of 97.5 %, so that both hold together with 95 % (Bonferroni).
+    """
+    wrong, right = (interval(int(turned.sum()), len(before), z=Z_TWO) for turned in (before & ~after, after & ~before))
+    return wrong[0] - right[1], wrong[1] - right[0]
+
+
+def relative_error(reference: np.ndarray, logits: np.ndarray) -> float:
+    """Root mean square of the difference as a share of the logits', both without their mean over classes.
+
+    What is common to all classes of an image changes no probability.
+    """
+    before, after = (part - part.mean(axis=1, keepdims=True) for part in (reference, logits))
+    return float(np.sqrt(((after - before) ** 2).mean() / (before**2).mean()))
+
+
+def top1_agreement(reference: np.ndarray, logits: np.ndarray) -> float:
+    return float((reference.argmax(1) == logits.argmax(1)).mean())
+
+
+def answerer(model: onnx.ModelProto) -> Answer:
+    """Images → logits through ONNX Runtime on the CPU."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
+        # Its optimiser moves fp8 pairs over nodes that then answer wrongly (1.31: errors of 70 %).
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda images: np.asarray(session.run(None, {"images": images})[0])
+
+
+def _write(
+    lowered: PlainNet, floats: onnx.ModelProto, spec: Spec, reach: Ranges, precision: str, target: Target
+) -> onnx.ModelProto:
+    if target == "tensorrt":
+        return to_qdq_onnx(floats, reach, precision=precision)
+    if precision != "int8":
+        raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels know int8 alone")
+    if isinstance(lowered, GraphNet):
+        return to_qdq_onnx(floats, reach, precision=precision, for_onnxruntime=True)
+    return to_integer_onnx(lowered, spec, {}, reach)

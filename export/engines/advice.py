@@ -1,0 +1,230 @@
+"""Why TensorRT refuses a graph: its messages as nodes, operators and types, and what to do about them."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from export.graphs.onnx_file import FLOATS, dtype_name, listed
+
+
+class Graph:
+    """A graph that can be asked for the types and constants that its nodes read."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+        values = [*graph.input, *graph.value_info, *graph.output]
+        self.nodes = list(graph.node)
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._types = {value.name: value.type.tensor_type.elem_type for value in values}
+        self._types |= {name: tensor.data_type for name, tensor in self._constants.items()}
+
+    def types(self, node: NodeProto) -> list[int]:
+        """Element types of a node's inputs, in their order; omitted inputs have none."""
+        return [self._types.get(name, TensorProto.UNDEFINED) for name in node.input if name]
+
+    def constant(self, name: str) -> Any:
+        """The array of a weight; None for what is computed."""
+        return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
+
+
+Concerns = Callable[[NodeProto, Graph], bool]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of message. The parser stops at the first node of most kinds; `concerns` finds the others."""
+
+    pattern: str  # in the message; a group is what the reason quotes
+    reason: str
+    remedy: str
+    concerns: Concerns = lambda node, graph: False
+
+
+def _is_quantizer(node: NodeProto) -> bool:
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear")
+
+
+def _reads_uint8(node: NodeProto, graph: Graph) -> bool:
+    reads = graph.types(node)[:1] == [TensorProto.UINT8]
+    return reads and node.op_type != "Cast" and not _is_quantizer(node)
+
+
+def _reads_int32(node: NodeProto, graph: Graph) -> bool:
+    return node.op_type == "DequantizeLinear" and graph.types(node)[:1] == [TensorProto.INT32]
+
+
+def _reads_uint8_weights(node: NodeProto, graph: Graph) -> bool:
+    weights = graph.constant(node.input[0]) if node.op_type == "DequantizeLinear" else None
+    return weights is not None and weights.dtype == np.uint8
+
+
+def _has_a_shifted_zero(node: NodeProto, graph: Graph) -> bool:
+    zero = graph.constant(node.input[2]) if _is_quantizer(node) and len(node.input) > 2 else None
+    return zero is not None and bool(zero.astype(float).any())
+
+
+def _is_unsigned(node: NodeProto, graph: Graph) -> bool:
+    """ONNX gives a quantizer without a zero point the type uint8."""
+    if node.op_type != "QuantizeLinear":
+        return False
+    return graph.types(node)[2:] in ([], [TensorProto.UINT8]) and not any(
+        a.name == "output_dtype" for a in node.attribute
+    )
+
+
+def _is_for_onnx_runtime(node: NodeProto, graph: Graph) -> bool:
+    return node.domain == "com.microsoft" or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
+
+
+def _mixes_types(node: NodeProto, graph: Graph) -> bool:
+    same = ("Add", "Concat", "Conv", "ConvTranspose", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub", "Sum")
+    return node.op_type in same and len({kind for kind in graph.types(node) if kind in FLOATS}) > 1
+
+
+OUR_INT8 = "export with --precision int8 --target tensorrt (export/to_onnx.py)"
+PARSER_RULES = (
+    Rule(
+        r"has type UInt8 but must",
+        "reads uint8, which TensorRT gives to Cast alone",
+        "cast to float first, then transpose and compute",
+        _reads_uint8,
+    ),
+    Rule(
+        r"has type Int32 but must have type FP8",
+        "its bias is quantized to int32",
+        f"{OUR_INT8}, or with QuantizeBias=False in ONNX Runtime's quantizer",
+        _reads_int32,
+    ),
+    Rule(
+        r"Non-zero zero point",
+        "its zero point is not 0",
+        f"{OUR_INT8}, or with ActivationSymmetric=True and WeightSymmetric=True in ONNX Runtime's quantizer",
+        _has_a_shifted_zero,
+    ),
+    Rule(
+        r"unsupported input type of UINT8",
+        "its weights are quantized to uint8, and TensorRT knows int8 alone",
+        f"{OUR_INT8}, or with weight_type=QInt8 in ONNX Runtime's quantizer",
+        _reads_uint8_weights,
+    ),
+    Rule(
+        r"must be of same type|must have same input types",
+        "its inputs differ in type, and a strongly typed build converts none of them",
+        "put a Cast before it, or export the whole net in one precision",
+        _mixes_types,
+    ),
+    Rule(
+        r"^false$|Plugin not found|not found in plugin registry",
+        "TensorRT has no such operator",
+        "replace it in the net with operators that TensorRT has, or serve the .onnx",
+    ),
+    Rule(
+        r"(?s)Failed to import initializer.*: (\S+)$",
+        "TensorRT cannot read its weight {0}",
+        "keep weights to float, int8, int32, int64 and bool",
+    ),
+    Rule(r"Unsupported data type", "TensorRT has no such type", "keep to float, int8, int32, int64 and bool"),
+)
+# Seen in the graph, whatever the parser says: it takes uint8 for int8 without a word.
+GRAPH_RULES = (
+    Rule(
+        r"",
+        "quantizes to uint8, which TensorRT reads as int8: values beyond 127 are cut off",
+        f"{OUR_INT8}, or with activation_type=QInt8 in ONNX Runtime's quantizer",
+        _is_unsigned,
+    ),
+    Rule(r"", "computes in integers, which only ONNX Runtime does", OUR_INT8, _is_for_onnx_runtime),
+)
+BUILD_RULES = (
+    Rule(
+        r"Cannot compile operation '(.*?)' for Turing",
+        "compute capability 7.5 has no kernel for {0} in this precision",
+        "leave 7.5 out of --compute-capability, or export the net in fp16",
+    ),
+    Rule(
+        r"Cannot compile for target\(s\) (.*?), because .* datatypes: (\w+)",
+        "GPUs of {0} have no {1}",
+        "name only others with --compute-capability, or export the net in fp16",
+    ),
+    Rule(
+        r"libnvinfer_lean",
+        "a version-compatible engine carries the lean runtime, and that is not found here",
+        "pip install tensorrt-lean, or leave out --version-compatible",
+    ),
+    Rule(
+        r"(?i)workspace|OutOfMemory",
+        "the builder has too little memory for its scratch space",
+        "give a larger --workspace",
+    ),
+)
+
+
+def parser_advice(model: onnx.ModelProto, errors: Iterable[Any]) -> str:
+    """All objections to a graph in one line, kind by kind with the nodes concerned; "" where there are none.
+
+    `errors` are the parser's own error objects.
+    """
+    graph = Graph(model)
+    groups: dict[tuple[str, str], dict[str, NodeProto]] = {}  # (reason, remedy) to nodes by their output
+    for rule in GRAPH_RULES:
+        if nodes := _concerned(rule, graph):
+            groups[rule.reason, rule.remedy] = {node.output[0]: node for node in nodes}
+    explained = {name for nodes in groups.values() for name in nodes}
+    for error in errors:
+        culprit = _culprit(error, graph)
+        if explained.isdisjoint(node.output[0] for node in culprit):
+            rule, reason = _match(PARSER_RULES, error.desc())
+            nodes = [*culprit, *_concerned(rule, graph)]
+            groups.setdefault((reason, rule.remedy), {}).update({node.output[0]: node for node in nodes})
+    return "; ".join(
+        f"{listed([_described(node, graph) for node in nodes.values()]) or 'the graph'}: {reason}; do: {remedy}"
+        for (reason, remedy), nodes in groups.items()
+    )
+
+
+def build_advice(message: str) -> str:
+    """What the builder's last error means, and what to do."""
+    rule, reason = _match(BUILD_RULES, message)
+    return f"{reason}; do: {rule.remedy}"
+
+
+def _match(rules: tuple[Rule, ...], message: str) -> tuple[Rule, str]:
+    """The rule of a message with its reason filled in; for an unknown message its own words, in short."""
+    for rule in rules:
+        if found := re.search(rule.pattern, message):
+            return rule, rule.reason.format(*found.groups())
+    return Rule("", "", "change what the message names, and export the net again"), _in_short(message)
+
+
+def _culprit(error: Any, graph: Graph) -> list[NodeProto]:
+    """The node of an error; one inside a function or a branch counts there, so only its name is known."""
+    index, kind, name = error.node(), error.node_operator(), error.node_name()
+    if index < 0:
+        return []
+    if index < len(graph.nodes) and (graph.nodes[index].op_type, graph.nodes[index].name) == (kind, name):
+        return [graph.nodes[index]]
+    return [helper.make_node(kind, [], [name], name=name)]
+
+
+def _concerned(rule: Rule, graph: Graph) -> list[NodeProto]:
+    return [node for node in graph.nodes if rule.concerns(node, graph)]
+
+
+def _described(node: NodeProto, graph: Graph) -> str:
+    name = f"'{node.name}'" if node.name else f"that writes '{node.output[0]}'"
+    types = ", ".join(dtype_name(kind) for kind in graph.types(node))
+    return f"{node.op_type} {name}" + (f" ({types})" if types else "")
+
+
+def _in_short(message: str) -> str:
+    """A message of the library without the places in its source and the CUDA errors that trail it."""
+    quoted = re.search(r'&& ?((?:"[^"]*"\s*)+)', message)
+    text = quoted[1].replace('"', "") if quoted else message
+    text = re.sub(r"\[checkMacros.*|^Invalid Node - .*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\S+: Error Code \d+: [\w ]+ \(|\s?In \S+ at \S+\)|Assertion failed: .*?: (?=[A-Z])", "", text)
+    return " ".join(text.split()).rstrip(".!")[:240]

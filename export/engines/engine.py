@@ -1,0 +1,294 @@
+"""From ONNX to a TensorRT engine: one strongly typed path for `tensorrt` and `tensorrt_rtx`."""
+
+import importlib.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from common.files import sha256
+from common.refusal import Refusal
+from export.engines.advice import build_advice, parser_advice
+from export.graphs.onnx_file import OnnxFile, read_onnx
+from export.model_file.card import EngineCard
+from export.model_file.described import NOTHING, Described
+from export.runtimes import gpu
+from export.runtimes.tensorrt_engine import INSTALL_TENSORRT, import_library, make_logger, make_runtime
+
+Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
+OPSETS = range(9, 26)  # what TensorRT 11 documents; its parser takes any number and guesses
+BATCH = (1, 8, 64)  # smallest, best and largest, where the graph leaves it free
+MAX_WORKSPACE_MIB = 2**20
+# GPUs that by default no build is for: Turing has no kernels for a classifier's fp32 matrix product, and
+# what came before Ada has no fp8.
+LEFT_OUT = {"7.5"}
+WITHOUT_FP8 = {"7.5", "8.0", "8.6"}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a build may be asked for beyond its batch."""
+
+    workspace_mib: int | None = None  # the builder's scratch memory; None is all that the device has
+    compute_capabilities: tuple[str, ...] = ()  # "8.9"; () is all from Ampere on that tensorrt_rtx offers
+    version_compatible: bool = False
+    refittable: bool = False
+    timing_cache: bytes | None = None  # of an earlier build; b"" begins one
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A serialised engine and what it says of itself."""
+
+    content: bytes
+    card: EngineCard
+    timing_cache: bytes | None  # to hand to the next build, where one was asked for
+    layers: str | None  # JSON of the inspector; None without a GPU that can load the engine
+
+
+def choose_builder() -> str:
+    """`tensorrt` where a CUDA device is, else `tensorrt_rtx`, which builds ahead of time without one."""
+    if importlib.util.find_spec("tensorrt") and gpu.num_devices():
+        return "tensorrt"
+    if importlib.util.find_spec("tensorrt_rtx"):
+        return "tensorrt_rtx"
+    raise Refusal(
+        f"no TensorRT here: {INSTALL_TENSORRT} on a machine with an NVIDIA GPU, "
+        "or pip install -e '.[rtx]' to build ahead of time without one"
+    )
+
+
+def build_engine(
+    path: Path,
+    *,
+    batch: tuple[int, int, int] | None = None,
+    said: Described = NOTHING,
+    options: BuildOptions = BuildOptions(),
+    report: Report = lambda *_: None,
+) -> Engine:
+    """Parse and build the ONNX file `path` for batches of MIN, OPT and MAX images (default: BATCH, or the only one).
+
+    Precision is that of the graph. Refuses what `read_onnx` refuses, opsets and options that the library
+    does not have, and every node that it objects to, all at once with what to do.
+    """
+    if batch and not 1 <= batch[0] <= batch[1] <= batch[2]:
+        raise Refusal(f"--batch must be MIN <= OPT <= MAX from 1 on, got {' '.join(map(str, batch))}")
+    builder_name = choose_builder()
+    _refuse_options(builder_name, options)
+    file = read_onnx(path, said)
+    batch = _fitting_batch(file, batch)
+    trt = import_library(builder_name)
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = _parse(trt, builder, logger, file)
+    config = builder.create_builder_config()
+    _add_profile(builder, config, file, batch)
+    capabilities = configure(trt, builder_name, config, options, kind=precision(file.model))
+    _refuse_useless(builder_name, options, capabilities)
+    cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
+    content = _build(trt, builder, network, config, report)
+    if content is None:
+        raise Refusal(f"{path} cannot be built by {builder_name}: {build_advice(logger.last_error())}")
+    card = _card(file, content, options, trt=trt, batch=batch, capabilities=capabilities)
+    return Engine(content, card, cache and bytes(cache.serialize()), inspect_layers(trt, content, card))
+
+
+def precision(model: onnx.ModelProto) -> str:
+    """fp32, fp16, bf16, fp8 or int8: what the convolutions of a graph compute in."""
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
+        return "fp8" if onnx.TensorProto.FLOAT8E4M3FN in kinds else "int8"
+    if onnx.TensorProto.BFLOAT16 in kinds:
+        return "bf16"
+    return "fp16" if onnx.TensorProto.FLOAT16 in kinds else "fp32"
+
+
+def attach_timing_cache(config: Any, logger: Any, content: bytes) -> Any:
+    """Let a build use the timings of earlier ones, and add to them. The cache must outlive the build.
+
+    Refuses timings of another GPU or version.
+    """
+    num_messages = len(logger.messages)
+    cache = config.create_timing_cache(content)
+    taken = cache is not None and config.set_timing_cache(cache, ignore_mismatch=False)
+    # A cache that does not fit is silently replaced by an empty one, with a warning.
+    complaints = [text for _, text in logger.messages[num_messages:] if "timing cache" in text]
+    if not taken or complaints:
+        reason = complaints[-1] if complaints else logger.last_error()
+        raise Refusal(f"--timing-cache does not fit this GPU and TensorRT ({reason}); name a new file to begin one")
+    return cache
+
+
+def inspect_layers(trt: Any, content: bytes, card: EngineCard) -> str | None:
+    """What the engine's layers are and which kernels run them, as JSON; None where no GPU can load it."""
+    if not gpu.num_devices() or gpu.compute_capability() not in card.compute_capabilities:
+        return None
+    logger = make_logger(trt)
+    runtime = make_runtime(trt, logger, card)
+    engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise Refusal(f"the engine that was built cannot be loaded: {logger.last_error()}")
+    return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+
+
+def _refuse_options(builder_name: str, options: BuildOptions) -> None:
+    mib = options.workspace_mib
+    if mib is not None and not 1 <= mib <= MAX_WORKSPACE_MIB:
+        raise Refusal(f"--workspace is in MiB, from 1 to {MAX_WORKSPACE_MIB}; got {mib}")
+    if builder_name == "tensorrt":
+        if options.compute_capabilities:
+            raise Refusal("--compute-capability is for tensorrt_rtx; tensorrt builds for the GPU of this machine")
+        return
+    if options.timing_cache is not None:
+        raise Refusal("--timing-cache is for tensorrt; tensorrt_rtx builds without timing kernels and keeps no cache")
+    if options.version_compatible:
+        raise Refusal("--version-compatible is for tensorrt; tensorrt_rtx comes without the lean runtime that it needs")
+    if options.refittable and not gpu.num_devices():
+        raise Refusal("--refittable needs a GPU: tensorrt_rtx compiles what can be refitted for the GPU at hand")
+
+
+def _refuse_useless(builder_name: str, options: BuildOptions, capabilities: tuple[str, ...]) -> None:
+    """An engine that this machine's GPU cannot load, unless others were asked for by name."""
+    if builder_name != "tensorrt_rtx" or options.compute_capabilities or not gpu.num_devices():
+        return
+    if (here := gpu.compute_capability()) not in capabilities:
+        raise Refusal(
+            f"tensorrt_rtx builds for compute capability {', '.join(capabilities)}, and the GPU here has {here}: "
+            f"{INSTALL_TENSORRT}, or name other GPUs with --compute-capability"
+        )
+
+
+def _parse(trt: Any, builder: Any, logger: Any, file: OnnxFile) -> Any:
+    if file.opset not in OPSETS:
+        known = f"{OPSETS[0]} to {OPSETS[-1]}"
+        raise Refusal(f"{file.path} has opset {file.opset}; TensorRT knows {known}: export it with one of these")
+    # TensorRT 10 needs the flag for what 11 always does; where it is gone, so is the choice.
+    strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(network, logger)
+    parsed = parser.parse_from_file(str(file.path))
+    advice = parser_advice(file.model, [parser.get_error(index) for index in range(parser.num_errors)])
+    if advice or not parsed:
+        raise Refusal(f"{file.path} cannot be built by {trt.__name__}: {advice or logger.last_error()}")
+    for index in reversed(range(network.num_outputs)):  # the engine is given memory for one
+        if (tensor := network.get_output(index)).name != file.signature.output_name:
+            network.unmark_output(tensor)
+    return network
+
+
+def _fitting_batch(file: OnnxFile, asked: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """The batch asked for, or by default; refuses another one than a graph's only one."""
+    only = file.signature.batch
+    if only is None:
+        return asked or BATCH
+    if asked not in (None, (only, only, only)):
+        raise Refusal(
+            f"{file.path} takes {only} image{'s' * (only > 1)} at a time, no more and no fewer: leave out --batch, or "
+            "export it with a free batch (dynamic_axes, dynamic_shapes)"
+        )
+    return only, only, only
+
+
+def _add_profile(builder: Any, config: Any, file: OnnxFile, batch: tuple[int, int, int]) -> None:
+    """The optimisation profile of a free batch."""
+    signature = file.signature
+    if signature.batch is not None:
+        return
+    profile = builder.create_optimization_profile()
+    profile.set_shape(signature.input_name, *((size, *signature.shape[1:]) for size in batch))
+    config.add_optimization_profile(profile)
+
+
+def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions, *, kind: str) -> tuple[str, ...]:
+    """Flags and limits of a build; the compute capabilities of the GPUs that its engine will run on.
+
+    `kind` is the graph's precision.
+    """
+    config.clear_flag(trt.BuilderFlag.TF32)  # its 10 bits of mantissa would pass for fp32
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # else the inspector has only names
+    if options.workspace_mib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 2**20)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    if builder_name == "tensorrt":
+        return (gpu.compute_capability(),)
+    offered = {
+        f"{name[2:-1]}.{name[-1]}": kind for name, kind in trt.ComputeCapability.__members__.items() if name[:2] == "SM"
+    }
+    if unknown := [capability for capability in options.compute_capabilities if capability not in offered]:
+        raise Refusal(
+            f"{builder_name} {trt.__version__} builds for compute capability {', '.join(offered)}, not for "
+            f"{', '.join(unknown)}; on such a GPU build with tensorrt"
+        )
+    asked = options.compute_capabilities or set(offered) - (WITHOUT_FP8 if kind == "fp8" else LEFT_OUT)
+    wanted = tuple(capability for capability in offered if capability in asked)
+    config.num_compute_capabilities = len(wanted)
+    for index, capability in enumerate(wanted):
+        config.set_compute_capability(offered[capability], index)
+    return wanted
+
+
+def _card(
+    file: OnnxFile,
+    content: bytes,
+    options: BuildOptions,
+    *,
+    trt: Any,
+    batch: tuple[int, int, int],
+    capabilities: tuple[str, ...],
+) -> EngineCard:
+    return EngineCard(
+        name=file.name,
+        builder=trt.__name__,
+        builder_version=trt.__version__,
+        precision=precision(file.model),
+        batch=batch,
+        compute_capabilities=capabilities,
+        gpu=gpu.device_name() if trt.__name__ == "tensorrt" else None,
+        workspace_mib=options.workspace_mib,
+        version_compatible=options.version_compatible,
+        refittable=options.refittable,
+        onnx_sha256=file.sha256,
+        engine_sha256=sha256(content),
+        signature=file.signature,
+        output_dtype=file.output_dtype,
+        spec=file.spec,
+        provenance=file.provenance,
+        parity=None,
+    )
+
+
+def _build(trt: Any, builder: Any, network: Any, config: Any, report: Report) -> bytes | None:
+    """Build in a thread, so that Ctrl-C reaches this one and the monitor can stop the build."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.is_cancelled = False
+            self.num_steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.num_steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            report(phase_name, step + 1, self.num_steps.get(phase_name, step + 1))
+            return not self.is_cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.num_steps.pop(phase_name, None)
+
+    monitor = Monitor()
+    config.progress_monitor = monitor
+    with ThreadPoolExecutor(1) as pool:
+        building = pool.submit(builder.build_serialized_network, network, config)
+        try:
+            memory = building.result()
+        except KeyboardInterrupt:
+            monitor.is_cancelled = True
+            raise
+    return None if memory is None else bytes(memory)

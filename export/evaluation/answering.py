@@ -1,0 +1,71 @@
+"""Any number of images answered one after the other: decoded by threads, a batch ahead of the net."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from common.cores import num_cores
+from common.files import read_whole
+from common.image import decode
+from common.refusal import Refusal
+from common.spec import ImageSpec
+from export.artefacts import Form
+from export.runtimes.probabilities import probabilities
+
+BATCH_SIZE = 32  # as the server's; the pixels of two batches are in memory at once
+
+Item = TypeVar("Item")
+
+
+def answer_each(
+    form: Form, items: Sequence[Item], load: Callable[[Item], np.ndarray]
+) -> Iterator[np.ndarray | Refusal]:
+    """In the order of `items`: probabilities float64 [K], or why there are none.
+
+    `load` gives an item's pixels uint8 [H, W, C] or raises a `Refusal`; it is called from several threads.
+    """
+    with ThreadPoolExecutor(num_cores()) as pool:
+        ahead: deque[list[Future[np.ndarray | Refusal]]] = deque()
+        try:
+            for start in range(0, len(items), BATCH_SIZE):
+                batch = items[start : start + BATCH_SIZE]
+                ahead.append([pool.submit(_loaded, load, item) for item in batch])
+                if len(ahead) == 2:
+                    yield from _answer(form, ahead.popleft())
+            while ahead:
+                yield from _answer(form, ahead.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def load_file(path: Path | str, image: ImageSpec) -> np.ndarray:
+    """A file's pixels as the server sees them."""
+    return decode(read_whole(Path(path)), image)
+
+
+def _loaded(load: Callable[[Item], np.ndarray], item: Item) -> np.ndarray | Refusal:
+    try:
+        return load(item)
+    except Refusal as refusal:
+        return refusal
+
+
+def _answer(form: Form, batch: list[Future[np.ndarray | Refusal]]) -> Iterator[np.ndarray | Refusal]:
+    images = [future.result() for future in batch]
+    readable = [image for image in images if not isinstance(image, Refusal)]
+    rows = iter(form.answer(np.stack(readable))) if readable else iter(())
+    for image in images:
+        if isinstance(image, Refusal):
+            yield image
+            continue
+        row = next(rows)
+        if np.isfinite(row).all():
+            yield probabilities(
+                row[None], temperature=form.spec.temperature, are_probabilities=form.gives_probabilities
+            )[0]
+        else:
+            yield Refusal("the model answers with values that are not numbers")

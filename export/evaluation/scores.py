@@ -1,0 +1,224 @@
+"""What can be said of a classifier from its answers to images whose class is known; every share with its interval."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from common.interval import interval
+from export.runtimes.probabilities import best, without_temperature
+
+NUM_BINS = 15  # of confidence, of equal width: those of Guo et al. 2017, section 2, whose error this is
+NUM_DRAWS = 500  # of what a perfectly calibrated model would show
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Share:
+    """So many hits of so many images."""
+
+    hits: int
+    num: int
+
+    @property
+    def value(self) -> float | None:
+        """None of no images."""
+        return self.hits / self.num if self.num else None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's, of 95 %."""
+        return interval(self.hits, self.num)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"hits": self.hits, "num": self.num, "value": self.value, "interval": self.interval}
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class: of `images` that are of it and `answered` that were called it, `hits` are both."""
+
+    label: str
+    images: int
+    answered: int
+    hits: int
+
+    @property
+    def precision(self) -> Share:
+        """Of the images that were called it, those that are."""
+        return Share(self.hits, self.answered)
+
+    @property
+    def recall(self) -> Share:
+        """Of the images that are of it, those that were called it."""
+        return Share(self.hits, self.images)
+
+    @property
+    def f1(self) -> float | None:
+        """The harmonic mean of precision and recall, 2 hits / (images + answered)."""
+        return _f1(self._either.value)
+
+    @property
+    def f1_interval(self) -> tuple[float, float]:
+        """F1 rises with the share J of hits among the images that are of the class or called it: 2 J / (1 + J)."""
+        low, high = self._either.interval
+        return 2 * low / (1 + low), 2 * high / (1 + high)
+
+    @property
+    def _either(self) -> Share:
+        return Share(self.hits, self.images + self.answered - self.hits)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "label": self.label,
+            "images": self.images,
+            "answered": self.answered,
+            "hits": self.hits,
+            "precision": self.precision.to_dict(),
+            "recall": self.recall.to_dict(),
+            "f1": {"value": self.f1, "interval": self.f1_interval},
+        }
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The images whose answer has a probability of more than `low` and at most `high`."""
+
+    low: float
+    high: float
+    confidence: float | None  # the mean probability of their answers
+    right: Share
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether an answer of probability p is right in a share p of all cases."""
+
+    error: float  # expected calibration error: mean over images of |share right - mean confidence| of their bin
+    perfect: float  # what it would be for a model without any such error, from so few images: the mean
+    perfect_95: float  # ... and what 95 % of such models stay below
+    confidence: float  # mean probability of the answers
+    bins: tuple[Bin, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        bins = [
+            {"low": part.low, "high": part.high, "confidence": part.confidence, "right": part.right.to_dict()}
+            for part in self.bins
+        ]
+        return {
+            "expected_calibration_error": self.error,
+            "of_a_perfect_model": {"mean": self.perfect, "95_percent_below": self.perfect_95},
+            "mean_confidence": self.confidence,
+            "bins": bins,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`counts` int64 [K, K]: how many images of class i (row) are answered with class j (column)."""
+
+    labels: tuple[str, ...]
+    counts: np.ndarray
+    top5: Share | None  # None where all classes are among five
+    calibration: Calibration
+    temperature: float = 1.0  # of the model's probabilities
+    without_temperature: Calibration | None = None  # what `calibration` would be; None where the temperature is 1
+
+    @property
+    def top1(self) -> Share:
+        return Share(int(self.counts.trace()), int(self.counts.sum()))
+
+    @property
+    def classes(self) -> list[ClassScore]:
+        rows, columns, hits = self.counts.sum(1).tolist(), self.counts.sum(0).tolist(), self.counts.diagonal().tolist()
+        return [ClassScore(*fields) for fields in zip(self.labels, rows, columns, hits, strict=True)]
+
+    @property
+    def mean_recall(self) -> float:
+        """Over the classes that have images: the accuracy if all were equally frequent."""
+        return float(np.mean([score.hits / score.images for score in self.classes if score.images]))
+
+    @property
+    def mean_f1(self) -> float:
+        """Over the classes that have images."""
+        return float(np.mean([score.f1 or 0.0 for score in self.classes if score.images]))
+
+    def confusions(self, num: int) -> list[tuple[str, str, int]]:
+        """The most frequent mistakes: (truth, answer, how many images)."""
+        wrong = self.counts * (1 - np.eye(len(self.labels), dtype=np.int64))
+        order = np.argsort(-wrong, axis=None, kind="stable")[:num]
+        pairs = [divmod(int(place), len(self.labels)) for place in order]
+        return [(self.labels[row], self.labels[column], int(wrong[row, column])) for row, column in pairs
+                if wrong[row, column]]  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "top1": self.top1.to_dict(),
+            "top5": self.top5 and self.top5.to_dict(),
+            "mean_recall": self.mean_recall,
+            "mean_f1": self.mean_f1,
+            "classes": [score.to_dict() for score in self.classes],
+            "confusion": self.counts.tolist(),
+            "calibration": self.calibration.to_dict(),
+            "temperature": self.temperature,
+            "calibration_without_temperature": self.without_temperature and self.without_temperature.to_dict(),
+        }
+
+
+def evaluate(
+    probabilities: np.ndarray, targets: np.ndarray, labels: tuple[str, ...], *, temperature: float = 1.0
+) -> Evaluation:
+    """`probabilities` [N, K], of a temperature, of images of the classes `targets` [N]; N is at least 1."""
+    order = best(probabilities, TOP)
+    answers = order[:, 0]
+    in_top = int((order == targets[:, None]).any(axis=1).sum())
+    right = answers == targets
+    plain = without_temperature(probabilities, temperature) if temperature != 1 else None
+    return Evaluation(
+        labels,
+        confusion(targets, answers, len(labels)),
+        Share(in_top, len(targets)) if len(labels) > TOP else None,
+        calibrate(_confidence(probabilities, answers), right),
+        temperature,
+        None if plain is None else calibrate(_confidence(plain, answers), right),
+    )
+
+
+def _confidence(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """The probability of each answer, float64 [N]."""
+    return np.take_along_axis(probabilities, answers[:, None], axis=1)[:, 0]
+
+
+def confusion(targets: np.ndarray, answers: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 [K, K]: how many images of class i (row) are answered with class j (column)."""
+    return np.bincount(targets * num_classes + answers, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def calibrate(confidence: np.ndarray, right: np.ndarray) -> Calibration:
+    """From the probability of each answer, float64 [N], and whether it is right, bool [N]."""
+    place = np.clip(np.ceil(confidence * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
+    num, hits = (np.bincount(place, weights, NUM_BINS) for weights in (None, right))
+    sums = np.bincount(place, confidence, NUM_BINS)
+    bins = [
+        Bin(index / NUM_BINS, (index + 1) / NUM_BINS, sums[index] / num[index] if num[index] else None,
+            Share(int(hits[index]), int(num[index])))
+        for index in range(NUM_BINS)
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    draws = [_error(place, (rng.random(len(place)) < confidence) - confidence) for _ in range(NUM_DRAWS)]
+    return Calibration(
+        error=_error(place, right - confidence),
+        perfect=float(np.mean(draws)),
+        perfect_95=float(np.quantile(draws, 0.95)),
+        confidence=float(confidence.mean()),
+        bins=tuple(bins),
+    )
+
+
+def _error(place: np.ndarray, excess: np.ndarray) -> float:
+    """The expected calibration error, from `excess`: 1 or 0 for right or wrong, less the confidence."""
+    return float(np.abs(np.bincount(place, excess, NUM_BINS)).sum() / len(place))
+
+
+def _f1(share: float | None) -> float | None:
+    return None if share is None else 2 * share / (1 + share)

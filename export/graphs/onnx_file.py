@@ -1,0 +1,135 @@
+"""An ONNX file before any library builds it: whole, finite, and what it takes and gives."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from common.files import read_whole
+from common.refusal import Refusal
+from common.spec import Spec
+from export.model_file.classifier import Value, find_signature, find_spec
+from export.model_file.described import NOTHING, Described
+from export.model_file.header import read_header
+from export.model_file.nodes import digest_of, find_weights, read_graph
+from export.model_file.signature import Signature
+
+FLOATS = (
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.DOUBLE,
+    TensorProto.FLOAT8E4M3FN,
+)
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A checked classifier, ours or somebody else's."""
+
+    path: Path
+    model: onnx.ModelProto
+    sha256: str  # of the file and of the weights that lie beside it
+    weight_files: tuple[str, ...]  # relative to the file's folder; () where all weights are inside
+    name: str  # "DiracNet-16-1", or the file's stem for a net without our spec
+    signature: Signature
+    output_dtype: str  # of the logits: "float32", "float16"
+    output_shape: tuple[int | None, ...]  # [N, K], or [N, K, 1, 1]
+    spec: Spec
+    provenance: dict[str, Any]
+
+    @property
+    def opset(self) -> int:
+        return next(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def read_onnx(path: Path, said: Described = NOTHING) -> OnnxFile:
+    """Read and check a classifier, see `find_signature`; `said` is what its user says of somebody else's.
+
+    Refuses what is no ONNX, weight files that are missing, weights that are NaN or infinite, and
+    inputs and outputs that are no image classifier's.
+    """
+    content = read_whole(path)
+    try:
+        model = onnx.load_model_from_string(content)
+        graph = read_graph(path, content)
+        find_weights(path, graph)
+        onnx.checker.check_model(str(path))  # by path: weights may lie in files beside it
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Refusal:
+        raise
+    except Exception as error:  # protobuf and the checker raise hierarchies of their own
+        reason = " ".join(str(error).split())[:200]
+        raise Refusal(f"{path} is no valid ONNX file: {reason}; export it again") from error
+    _refuse_what_is_not_finite(path, model)
+    header = read_header(path, content)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [_value(value) for value in model.graph.input if value.name not in weights]
+    outputs = [_value(value) for value in onnx.shape_inference.infer_shapes(model).graph.output]
+    signature, said = find_signature(path, header, graph, inputs, outputs, said)
+    (output,) = (value for value in outputs if value.name == signature.output_name)
+    if output.num_classes is None:
+        shown = [size or "N" for size in output.shape]
+        raise Refusal(f"{path} answers {shown}; export it with a fixed number of classes")
+    return OnnxFile(
+        path=path,
+        model=model,
+        sha256=digest_of(path, content),
+        weight_files=graph.weight_files,
+        name=header.spec.name if header.spec else path.stem,
+        signature=signature,
+        output_dtype=output.dtype,
+        output_shape=output.shape,
+        spec=find_spec(path, header, signature, said, output.num_classes),
+        provenance=header.provenance,
+    )
+
+
+def dtype_name(kind: int) -> str:
+    """An ONNX element type as numpy spells it: "float32", "uint8"; "unknown" where nothing says it."""
+    return "unknown" if kind == TensorProto.UNDEFINED else helper.tensor_dtype_to_np_dtype(kind).name
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Names in one line; those beyond `most` are counted."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _refuse_what_is_not_finite(path: Path, model: onnx.ModelProto) -> None:
+    faults = []
+    for name, array in _floats(model.graph):
+        if num := int(np.count_nonzero(~np.isfinite(array))):
+            faults.append(f"{name} ({num} of {array.size})")
+    if faults:
+        raise Refusal(f"{path} holds NaN or infinite weights in {listed(faults)}; train or export the net again")
+
+
+def _floats(graph: onnx.GraphProto) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights of a graph by name, what its Constant nodes hold, and the same of the graphs inside its nodes."""
+    for tensor in graph.initializer:
+        if tensor.data_type in FLOATS:
+            yield tensor.name, numpy_helper.to_array(tensor)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _floats(attribute.g)
+            if node.op_type != "Constant":
+                continue
+            if attribute.HasField("t") and attribute.t.data_type in FLOATS:
+                yield node.output[0], numpy_helper.to_array(attribute.t)
+            if attribute.name in ("value_float", "value_floats"):
+                yield node.output[0], np.array([attribute.f, *attribute.floats])
+
+
+def _value(value: onnx.ValueInfoProto) -> Value:
+    kind = value.type.tensor_type
+    return Value(value.name, dtype_name(kind.elem_type), _shape(kind))
+
+
+def _shape(kind: Any) -> tuple[int | None, ...]:
+    return tuple(size.dim_value if size.HasField("dim_value") else None for size in kind.shape.dim)

@@ -1,0 +1,106 @@
+"""MNN: an .onnx file of ours in float32 made callable on the CPU, with convolutions by Winograd's method."""
+
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from common.cores import num_cores
+from common.files import read_whole, sha256
+from common.refusal import Refusal
+from common.spec import ImageSpec, Spec
+from export.model_file.header import Header, read_header
+from export.runtimes.mnn.pool import MnnPool, WorkerFailed
+from export.runtimes.runtime import Model
+
+_CONVERT_S = 60.0  # far beyond any conversion
+# The converter is run in a process of its own: some damaged graphs end it with a segmentation fault. It is
+# the bare extension module, because the package around it, MNN.tools, installs another one from the network.
+_CONVERT = """
+import sys, _tools
+_tools.mnnconvert(["mnnconvert", "-f", "ONNX", "--modelFile", sys.argv[1], "--MNNModel", sys.argv[2],
+                   "--bizCode", "diracnet"])
+"""
+
+
+class MnnModule:
+    """MNN in processes of its own, as many as it gets threads; the rest as in `Runtime`."""
+
+    platform = "mnn"
+
+    def __init__(self, path: Path, *, num_threads: int = 0) -> None:
+        if not is_installed():
+            raise Refusal("MNN is not installed here: pip install '.[mnn]', or use --runtime onnxruntime")
+        content = read_whole(path)
+        header = read_header(path, content)
+        if reason := why_not(header):
+            raise Refusal(f"{path} {reason}; use --runtime onnxruntime")
+        spec = Spec.from_json(header.metadata["spec"])
+        num_workers = num_threads or num_cores()
+        self._pool = _start(path, content, spec.image, num_workers)
+        self.model = Model(spec.name, sha256(content), spec, header.provenance, num_bytes=len(content))
+        self.description = f"MNN, {num_workers} process{'es' if num_workers > 1 else ''}"
+        self.library = f"MNN {version()}"
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self._pool(images)
+
+
+def is_installed() -> bool:
+    return find_spec("MNN") is not None
+
+
+def version() -> str:
+    return importlib.metadata.version("MNN")
+
+
+def why_not(header: Header) -> str | None:
+    """Why MNN does not run a file as it is meant, or None: foreign nets, float16 and eight bits are not for it."""
+    if "spec" not in header.metadata:
+        return "is no model of this project"
+    precision = header.provenance.get("export", {}).get("precision", "fp32")
+    if precision != "fp32" or set(header.domains) != {""}:
+        return f"is {precision} with operators that MNN does not run"
+    return None
+
+
+def _start(path: Path, content: bytes, image: ImageSpec, num_workers: int) -> MnnPool:
+    sizes = (image.height, image.width, image.channels)
+    with _temporary_folder(path) as folder:
+        try:
+            return MnnPool(_convert(path, content, folder), sizes, num_workers=num_workers)
+        except (WorkerFailed, OSError) as error:
+            raise Refusal(f"{path} cannot be loaded by MNN: {error}; use --runtime onnxruntime") from error
+
+
+def _convert(path: Path, content: bytes, folder: Path) -> Path:
+    """The model in MNN's own format, in `folder`; the converter leaves files in its working directory too."""
+    source, converted = folder / "plain.onnx", folder / "plain.mnn"
+    source.write_bytes(content)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _CONVERT, source, converted], cwd=folder, capture_output=True, timeout=_CONVERT_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise Refusal(f"{path}: MNN's converter does not end; use --runtime onnxruntime") from error
+    if done.returncode != 0 or not converted.exists():
+        raise Refusal(f"{path} cannot be loaded: MNN's converter does not take it; export it again")
+    return converted
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """Removed at the end; refuses where none can be made, as in a container whose files are read-only."""
+    try:
+        folder = TemporaryDirectory(prefix="mnn-")
+    except OSError as error:
+        reason = error.strerror or error
+        raise Refusal(f"{path}: MNN converts it in a temporary folder, and none can be made: {reason}") from error
+    with folder as name:
+        yield Path(name)

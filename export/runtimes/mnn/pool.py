@@ -1,0 +1,129 @@
+"""A batch shared among processes that run MNN, one thread each.
+
+MNN holds Python's global lock while it computes, and its own threads share every layer's activations. Processes share
+nothing, leave the caller's other threads running, and one that crashes ends a call instead of a server.
+"""
+
+import subprocess
+import sys
+import threading
+import weakref
+from io import FileIO
+from multiprocessing import Pipe
+from pathlib import Path
+from time import monotonic
+
+import numpy as np
+
+_START_S = 60.0  # far beyond any start
+_ROOT = Path(__file__).resolve().parents[3]
+_WORKER = """
+import sys
+sys.path[0] = sys.argv[1]
+from export.runtimes.mnn.worker import run
+run(*sys.argv[2:])
+"""
+
+
+class WorkerFailed(RuntimeError):
+    """A process of MNN did not start, or ended before it answered."""
+
+
+class MnnPool:
+    """Images uint8 [N, H, W, C] → logits float32 [N, K], from several threads one after another.
+
+    A call in which a process fails raises `WorkerFailed`, and the next one starts all of them anew. They end with the
+    last reference to the pool, or with this process, however it ends.
+    """
+
+    def __init__(self, converted: Path, sizes: tuple[int, int, int], *, num_workers: int) -> None:
+        """`converted` is in MNN's own format, and may be deleted afterwards. Raises `WorkerFailed` or OSError.
+
+        `sizes` are height, width and channels of an image.
+        """
+        self._sizes = sizes
+        self._num_workers = num_workers
+        self._workers: list[_Worker] = []
+        self._file = FileIO(converted)  # what is open can be read again, whatever becomes of its name
+        self._turn = threading.Lock()
+        weakref.finalize(self, _end_all, self._workers, self._file)
+        self._start()
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        if images.shape[1:] != self._sizes:
+            raise ValueError(f"images must be [N, {', '.join(map(str, self._sizes))}], got {list(images.shape)}")
+        with self._turn:
+            if not self._workers:
+                self._start()
+            try:
+                return self._share(images)
+            except BaseException:  # an answer that was not read must not be that of the next call
+                _end_all(self._workers)
+                raise
+
+    def _share(self, images: np.ndarray) -> np.ndarray:
+        parts = np.array_split(images, min(len(images), self._num_workers))
+        working = self._workers[: len(parts)]
+        for worker, part in zip(working, parts, strict=True):
+            worker.send(part)
+        answers = [np.frombuffer(worker.receive(), np.float32) for worker in working]
+        return np.concatenate(answers).reshape(len(images), -1)
+
+    def _start(self) -> None:
+        """All at the same time."""
+        until = monotonic() + _START_S
+        try:
+            for _ in range(self._num_workers):
+                self._workers.append(_Worker(self._file.fileno(), self._sizes))
+            for worker in self._workers:
+                worker.wait_until_loaded(until)
+        except BaseException:
+            _end_all(self._workers)
+            raise
+
+
+class _Worker:
+    """One process, and the socket to it."""
+
+    def __init__(self, file: int, sizes: tuple[int, int, int]) -> None:
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _WORKER, _ROOT, f"/dev/fd/{file}", *map(str, sizes)],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,  # MNN prints on it
+                pass_fds=(file,),
+                process_group=0,  # Ctrl-C is for the parent, which may have requests to finish
+            )
+
+    def wait_until_loaded(self, until: float) -> None:
+        if not self._connection.poll(max(0.0, until - monotonic())):
+            raise WorkerFailed(f"a process of MNN does not start within {_START_S:g} s")
+        self.receive()
+
+    def send(self, images: np.ndarray) -> None:
+        try:
+            self._connection.send_bytes(images.tobytes())
+        except OSError as error:
+            raise self._failed() from error
+
+    def receive(self) -> bytes:
+        try:
+            return self._connection.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise self._failed() from error
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _failed(self) -> WorkerFailed:
+        return WorkerFailed(f"a process of MNN ended with status {self._process.wait()}")
+
+
+def _end_all(workers: list[_Worker], *files: FileIO) -> None:
+    while workers:
+        workers.pop().end()
+    for file in files:
+        file.close()

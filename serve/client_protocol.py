@@ -1,0 +1,260 @@
+"""What a client says to the server and what it makes of the answers. It opens no connection itself.
+
+A conversation is a generator: it yields what to `Send` and when, is sent what came of it, and returns its result.
+`serve/client.py` carries it out with threads or with asyncio.
+"""
+
+import random
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, Union
+
+from common.files import read_whole
+from common.refusal import Refusal
+
+if TYPE_CHECKING:
+    import httpx
+    import numpy as np
+
+Image = Union[str, Path, bytes, "np.ndarray"]
+Answer = TypeVar("Answer")
+Content = TypeVar("Content", bytes, bytes | Refusal)
+Conversation = Generator["Send", Union["httpx.Response", "Lost"], Answer]
+
+# Overload, a proxy that counts requests, and one that lost its server; a prediction changes nothing, so asking again
+# is safe. Ray's proxy says 500 where a replica was killed; the server's own 500 is a problem document and stays.
+RETRIED = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
+PROBLEM = "application/problem+json"
+# Refusals of what is in a request: too large, by bytes, pixels or number of images, or not decodable.
+OF_AN_IMAGE = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY)
+NOT_A_NUMBER = "urn:diracnet:problem:not-a-number"  # what the net answers to an image
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One class and the probability the model gives it."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The most probable class of one image, and the best `top_k`, the most probable first."""
+
+    label: str
+    index: int
+    probability: float
+    top: tuple[Guess, ...]
+
+
+class ServerProblem(Refusal):
+    """The server answers with an error. The members are those of its problem document (RFC 9457)."""
+
+    def __init__(self, *, type: str, title: str, status: int, detail: str) -> None:
+        super().__init__(f"the server refuses: {detail or title} ({status}, {type})")
+        self.type, self.title, self.status, self.detail = type, title, status, detail
+
+
+class Unreachable(Refusal):
+    """No answer comes from the server's address."""
+
+
+@dataclass(frozen=True)
+class Send:
+    """A request to make after `after_s` seconds; `body` is what `httpx.Client.request` takes."""
+
+    method: str
+    path: str
+    body: dict[str, Any] = field(default_factory=dict)
+    after_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A request that brought no answer; `is_brief` where the next one may."""
+
+    url: str
+    reason: str
+    is_brief: bool
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often and how long a request is tried again after 429, 502, 503, a proxy's 500 or a lost connection."""
+
+    attempts: int = 5
+    total_s: float = 30.0  # no attempt starts later than this after the first
+    first_wait_s: float = 0.1  # at most, doubled for each attempt
+    longest_wait_s: float = 5.0
+
+    def wait_s(self, attempt: int, asked_s: float) -> float:
+        """Seconds after `attempt`, counted from 1: what the server asks for, and a random share of the backoff."""
+        return asked_s + random.uniform(0, min(self.longest_wait_s, self.first_wait_s * 2 ** (attempt - 1)))
+
+
+DEFAULT_RETRY = Retry()
+
+
+def exchange(
+    send: Send, retry: Retry, *, clock: Callable[[], float] = time.monotonic
+) -> "Conversation[httpx.Response]":
+    """Send until an answer comes that will not pass (`_is_passing`), within the bounds of `retry`."""
+    start, attempt = clock(), 1
+    outcome = yield send
+    while _is_passing(outcome) and attempt < retry.attempts:
+        wait_s = retry.wait_s(attempt, 0.0 if isinstance(outcome, Lost) else retry_after_s(outcome))
+        if clock() - start + wait_s > retry.total_s:
+            break
+        outcome = yield replace(send, after_s=wait_s)
+        attempt += 1
+    if isinstance(outcome, Lost):
+        raise Unreachable(f"no answer from {outcome.url} ({outcome.reason}); is the server running there?")
+    if not outcome.is_success:
+        raise read_problem(outcome)
+    return outcome
+
+
+def predict(contents: list[bytes], *, top_k: int, retry: Retry) -> Conversation[list[Result]]:
+    """One request for the bytes of one image or many; one result per image, in their order."""
+    if not contents:
+        raise Refusal("there is no image to send; name one or more")
+    if len(contents) == 1:
+        body: dict[str, Any] = {"content": contents[0], "headers": {"Content-Type": "application/octet-stream"}}
+    else:
+        body = {"files": [("image", (str(index), content)) for index, content in enumerate(contents)]}
+    response = yield from exchange(Send("POST", "/predict", {"params": {"top_k": top_k}, **body}), retry)
+    return read_results(response, len(contents))
+
+
+def predict_each(contents: list[bytes | Refusal], *, top_k: int, retry: Retry) -> Conversation[list[Result | Refusal]]:
+    """`predict`, but an image that the server refuses has its `ServerProblem` in the place of its result.
+
+    A request that is refused for what is in it is asked again in halves, until the bad images are alone. What is a
+    `Refusal` already, because it could not be read here, is not sent and stays in its place.
+    """
+    readable = [content for content in contents if isinstance(content, bytes)]
+    answers = iter((yield from _predict_halves(readable, top_k=top_k, retry=retry)) if readable else ())
+    return [next(answers) if isinstance(content, bytes) else content for content in contents]
+
+
+def _predict_halves(contents: list[bytes], *, top_k: int, retry: Retry) -> Conversation[list[Result | Refusal]]:
+    try:
+        return [*(yield from predict(contents, top_k=top_k, retry=retry))]
+    except ServerProblem as problem:
+        if problem.status not in OF_AN_IMAGE and problem.type != NOT_A_NUMBER:
+            raise
+        if len(contents) == 1:
+            return [problem]
+    middle = len(contents) // 2
+    first = yield from _predict_halves(contents[:middle], top_k=top_k, retry=retry)
+    return first + (yield from _predict_halves(contents[middle:], top_k=top_k, retry=retry))
+
+
+def model_card(*, retry: Retry) -> Conversation[dict[str, Any]]:
+    """What the server's model says of itself."""
+    response = yield from exchange(Send("GET", "/model"), retry)
+    return response.json()
+
+
+def encode(image: Image) -> bytes:
+    """A path → the file's bytes; bytes → themselves; pixels uint8 [H, W] or [H, W, 1 or 3] → a PNG."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        return read_whole(Path(image))
+    import io
+
+    from PIL import Image as Pillow
+
+    if image.dtype != "uint8" or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))):
+        raise Refusal(f"pixels must be uint8 [H, W], [H, W, 1] or [H, W, 3], got {image.dtype} {list(image.shape)}")
+    file = io.BytesIO()
+    Pillow.fromarray(image[..., 0] if image.shape[2:] == (1,) else image).save(file, format="PNG", compress_level=1)
+    return file.getvalue()
+
+
+def encode_all(images: Iterable[Image]) -> list[bytes]:
+    if isinstance(images, str | bytes | Path):
+        raise Refusal("images must be a list, got one image; put it in brackets")
+    return [encode(image) for image in images]
+
+
+def encode_if_readable(image: Image) -> bytes | Refusal:
+    """`encode`, or why it is impossible."""
+    try:
+        return encode(image)
+    except Refusal as refusal:
+        return refusal
+
+
+def in_requests(contents: Iterable[Content], *, max_images: int, max_bytes: int) -> Iterator[list[Content]]:
+    """What `encode` gives in groups, in order; a group is within both bounds, or one image that is larger."""
+    group: list[Content] = []
+    for content in contents:
+        if group and (len(group) == max_images or sum(map(_size, group)) + _size(content) > max_bytes):
+            yield group
+            group = []
+        group.append(content)
+    if group:
+        yield group
+
+
+def _size(content: bytes | Refusal) -> int:
+    return len(content) if isinstance(content, bytes) else 0
+
+
+def retry_after_s(response: "httpx.Response") -> float:
+    """Seconds that `Retry-After` asks for, given in seconds or as a date; 0 where it says nothing of use."""
+    asked = response.headers.get("Retry-After", "").strip()
+    if asked.isdecimal():
+        return float(asked)
+    until = _date(asked)
+    now = _date(response.headers.get("Date", "")) or datetime.now(UTC)  # the server's clock, where it tells
+    return max(0.0, (until - now).total_seconds()) if until else 0.0
+
+
+def read_problem(response: "httpx.Response") -> ServerProblem:
+    """The problem document of an answer; one of the status alone where something else is in the way."""
+    try:
+        document = response.json()
+        fields = {name: str(document[name]) for name in ("type", "title", "detail")}
+    except (ValueError, TypeError, KeyError):
+        fields = {"type": "about:blank", "title": response.reason_phrase, "detail": ""}
+    return ServerProblem(status=response.status_code, **fields)
+
+
+def read_results(response: "httpx.Response", num_images: int) -> list[Result]:
+    """The results of an answer; refuses what is no answer of this server's."""
+    try:
+        results = [
+            Result(**{**result, "top": tuple(Guess(**guess) for guess in result["top"])})
+            for result in response.json()["results"]
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise Refusal(f"what {response.url} answers is no prediction; is it another program?") from error
+    if len(results) != num_images:
+        raise Refusal(f"{response.url} answers with {len(results)} results for {num_images} images")
+    return results
+
+
+def _is_passing(outcome: "httpx.Response | Lost") -> bool:
+    """Whether the same request may bring another outcome soon."""
+    if isinstance(outcome, Lost):
+        return outcome.is_brief
+    is_problem = outcome.headers.get("Content-Type", "").startswith(PROBLEM)
+    return outcome.status_code in RETRIED or (outcome.status_code == 500 and not is_problem)
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        date = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)

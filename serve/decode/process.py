@@ -1,0 +1,115 @@
+"""Images that take long are decoded in a process, which can be ended when one takes too long: a thread cannot."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing import Pipe
+from pathlib import Path
+
+import numpy as np
+
+from common.image import TooManyPixels
+from common.refusal import Refusal
+from common.spec import ImageSpec
+from serve.decode.worker import PIXELS, TOO_MANY
+from serve.request.access import KEY_VARIABLE
+
+_START_S = 60.0  # far beyond any start
+_ROOT = Path(__file__).resolve().parents[2]
+_WORKER = """
+import sys
+sys.path[0] = sys.argv[1]
+from serve.request.access import KEY_VARIABLE
+from serve.decode.worker import run
+run()
+"""
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # of glibc: what an image took goes back to the system after it
+_log = logging.getLogger(__name__)
+
+
+class TookTooLong(Refusal):
+    """The decoder was ended."""
+
+
+class Decoder:
+    """One process, started for its first image and anew for the next after it was ended. For one thread."""
+
+    def __init__(self, limit_s: float, *, patience_s: float) -> None:
+        """An image may take `limit_s` of processor time; after `patience_s` by the clock nobody waits for it."""
+        self._limit_s, self._patience_s = limit_s, patience_s
+        self._process: _Process | None = None
+
+    def __call__(self, content: bytes, spec: ImageSpec, *, max_pixels: int, num_bytes: int) -> np.ndarray | Refusal:
+        """uint8 [H, W, C], decoded with `num_bytes` of memory, or why there is none."""
+        try:
+            process = self._process = self._process or _Process()
+            answer = process.ask((spec, max_pixels, num_bytes, self._limit_s), content, self._patience_s)
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(answer, Refusal):
+            self.close()
+            return answer
+        what, rest = answer[:1], answer[1:]
+        if what == PIXELS:
+            return np.frombuffer(rest, np.uint8).reshape(spec.height, spec.width, spec.channels)
+        return (TooManyPixels if what == TOO_MANY else Refusal)(rest.decode(errors="replace"))
+
+    def kill(self) -> None:
+        """From another thread: what is under way ends at once, and a call gives a Refusal."""
+        if process := self._process:
+            process.kill()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        process, self._process = self._process, None
+        if process:
+            process.end()
+
+
+class _Process:
+    """A started process, and the socket to it."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _WORKER, _ROOT],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE} | _MEMORY,
+                process_group=0,  # Ctrl-C is for the parent, which may have requests to finish
+            )
+        try:
+            if not self._connection.poll(_START_S):
+                raise TimeoutError(f"a decoder does not start within {_START_S:g} s")
+            self._connection.recv_bytes()
+        except BaseException:
+            self.end()
+            raise
+
+    def ask(self, how: tuple[ImageSpec, int, int, float], content: bytes, patience_s: float) -> bytes | Refusal:
+        """What the process answers; a Refusal where it takes too long or ends."""
+        status = None
+        try:
+            self._connection.send(how)
+            self._connection.send_bytes(content)
+            if self._connection.poll(patience_s):
+                return self._connection.recv_bytes()
+        except (EOFError, OSError):
+            status = self._process.wait()
+        if status not in (None, -signal.SIGPROF):
+            _log.warning("a decoder ended with status %d on an image of %d bytes", status, len(content))
+            return Refusal("the image ends its decoder; save it anew")
+        _log.warning("a decoder is replaced: an image of %d bytes took longer than it may", len(content))
+        return TookTooLong(f"the image takes longer than {how[-1]:g} s to decode; send it smaller")
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> None:
+        self._connection.close()
+        self.kill()
+        self._process.wait()

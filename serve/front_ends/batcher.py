@@ -1,0 +1,210 @@
+"""The batcher of a front end: what is decoded goes to the device process at once, and its batches are made there.
+
+Everything before and after the model is as in serve/request/batcher.py. A job between its pixels and its logits:
+
+    _run           model thread    writes what is decoded by now into shared memory, and goes on with the next
+    device.py      its process     one batch of all that its front ends have sent
+    _receive       event loop      logits → results
+
+A job whose device process ends is answered 503; one that is not sent yet waits for the process that takes its place.
+"""
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import monotonic
+
+from export.runtimes.runtime import Runtime
+from serve.decode.decode import Decoded
+from serve.decode.turns import HostBudget
+from serve.front_ends.link import Dial, Flight, Gone, Link, Remote
+from serve.model.check import apart
+from serve.request.batcher import SMOOTHING, Batcher, Job, Served, deliver, share, uncounted
+from serve.request.limits import Limits
+from serve.request.problems import NOT_READY, Problem
+
+_AGAIN_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class FrontBatcher(Batcher):
+    """A `Batcher` whose model is in another process."""
+
+    def __init__(self, dial: Dial, limits: Limits, budget: HostBudget | None = None) -> None:
+        """As soon as the device process answers."""
+        remote = dial.connect()
+        super().__init__(Served((remote,)), limits, budget)
+        self._dial = dial
+        self._link = remote.link  # which new jobs take
+        self._number = remote.number
+        self._at_its_end: weakref.finalize | None = None
+        self._changed = threading.Condition()  # the link, or whether this is open
+        self._following: asyncio.Task[None] | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether there is a device process."""
+        return self._link.is_up
+
+    def start(self) -> None:
+        super().start()
+        self._use(self.served.runtimes[0])  # type: ignore[arg-type]
+
+    async def close(self) -> None:
+        if self._following:
+            self._following.cancel()
+        with self._changed:
+            self._is_open = False
+            self._changed.notify_all()
+        await super().close()
+        if self._at_its_end:
+            self._at_its_end.detach()
+        self._retire(self._link)
+
+    def reload(self) -> Sequence[Runtime]:
+        """Have the device process read its model's file again, and wait until new jobs go there."""
+        number = self._dial.reload()
+        with self._changed:
+            self._changed.wait_for(lambda: self._number >= number or not self._is_open)
+        return self.served.runtimes
+
+    # In the model's thread
+
+    def _run(self, runtime: Runtime, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> None:
+        try:
+            refused = self._send(jobs, pixels)
+        except Exception as error:
+            self._refuse(jobs, error)
+        else:
+            if refused:
+                self._refuse(refused, self._no_room())
+
+    def _send(self, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> Sequence[Job]:
+        """Those for which there is no room."""
+        while served := self._find(jobs[0].served):
+            for job in jobs:
+                job.served = served  # which its link lives as long as
+            try:
+                return _link_of(served).send(zip(jobs, pixels, strict=True))  # type: ignore[arg-type]
+            except Gone:
+                continue
+        raise _lost()
+
+    def _refuse(self, jobs: Sequence[Job], problem: Exception) -> None:
+        for job in jobs:
+            job.outcome = problem
+        self._loop.call_soon_threadsafe(deliver, jobs)
+
+    def _find(self, served: Served) -> Served | None:
+        """Where the model of `served` is, as soon as it is anywhere; None where another has taken its place."""
+        if _link_of(served).is_up:
+            return served
+        with self._changed:
+            self._changed.wait_for(lambda: _link_of(served).is_up or self.is_up or not self._is_open)
+            if _link_of(served).is_up:
+                return served
+            return self.served if self.is_up and self.served.model.digest == served.model.digest else None
+
+    def _no_room(self) -> Problem:
+        problem = self._overloaded()
+        problem.detail = f"the shared memory is full: {problem.detail}"
+        return problem
+
+    # In the event loop
+
+    def _use(self, remote: Remote) -> None:
+        """From now on new jobs go there. Those of the link before still come back: it ends with the last of them."""
+        loop, link = self._loop, remote.link
+        with self._changed:
+            if remote is not self.served.runtimes[0]:
+                self.served = Served((remote,))
+            self._link, self._number = link, remote.number
+            self._changed.notify_all()
+        loop.add_reader(link.fileno(), self._receive, link)
+        self._at_its_end = weakref.finalize(remote, _soon, loop, self._retire, link)
+        self._at_its_end.atexit = False
+
+    def _receive(self, link: Link) -> None:
+        try:
+            finished = link.receive()
+        except Gone:
+            _log.warning("the connection to the device process has ended; what was under way is answered 503")
+            return self._retire(link)
+        if finished:
+            self._answer(link, finished)
+        if link.has_news and link is self._link:
+            self._follow()
+
+    def _answer(self, link: Link, flights: Sequence[Flight]) -> None:
+        good = [flight for flight in flights if not flight.has_failed]
+        if len(good) < len(flights):
+            bad = [flight for flight in flights if flight.has_failed]
+            link.take(bad)
+            for flight in bad:
+                flight.owner.outcome = RuntimeError("the model failed; the log of the device process says why")
+        for is_probe in (False, True):  # which no count of clients' answers is about
+            if some := [flight for flight in good if flight.owner.is_probe == is_probe]:
+                self._share(link, some)
+        deliver([flight.owner for flight in flights])
+
+    def _share(self, link: Link, flights: Sequence[Flight]) -> None:
+        """Logits → results of all that have come together."""
+        now, start = monotonic(), 0
+        logits, seconds = link.take(flights)
+        jobs: list[Job] = [flight.owner for flight in flights]
+        for job in jobs:
+            job.model_s = max(seconds[start : start + job.num_images])
+            job.queue_s = max(0.0, now - job.accepted - job.decode_s - job.model_s)
+            start += job.num_images
+        per_image = max(seconds) / len(seconds)  # of what this front end had in the batch
+        self.seconds_per_image = SMOOTHING * (self.seconds_per_image or per_image) + (1 - SMOOTHING) * per_image
+        try:
+            top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
+            share(jobs, jobs[0].served.model, logits, top_k, uncounted if jobs[0].is_probe else self.watch)
+        except Exception as error:
+            for job in jobs:
+                job.outcome = error
+
+    def _retire(self, link: Link) -> None:
+        """End a link; what is under way there is lost."""
+        if not link.is_up:
+            return
+        self._loop.remove_reader(link.fileno())
+        jobs = [flight.owner for flight in link.end()]
+        for job in jobs:
+            job.outcome = _lost()
+        deliver(jobs)
+        if link is self._link and self._is_open:
+            self._follow()
+
+    def _follow(self) -> None:
+        """Connect anew, to a newer model or to the process that takes the place of one that ended."""
+        if self._following is None or self._following.done():
+            self._following = self._loop.create_task(self._connect())
+
+    async def _connect(self) -> None:
+        while self._link.has_news or not self._link.is_up:
+            try:
+                self._use(await apart(self._dial.connect))
+            except Exception as error:
+                _log.error("no connection to the device process: %s; another attempt in %g s", error, _AGAIN_S)
+                await asyncio.sleep(_AGAIN_S)
+
+
+def _link_of(served: Served) -> Link:
+    (remote,) = served.runtimes
+    assert isinstance(remote, Remote)
+    return remote.link
+
+
+def _soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
+    with suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(function, *args)
+
+
+def _lost() -> Problem:
+    detail = "the process that runs the model has ended, and another takes its place; ask again in 1 s"
+    return Problem(NOT_READY, detail, {"Retry-After": "1"})

@@ -1,0 +1,78 @@
+"""Copies of a model's files: what is tried is what is loaded, and what served last can be loaded again."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from common.files import read_whole, write_whole
+from export.model_file.card import card_path
+from export.model_file.described import descriptions
+from export.model_file.nodes import find_weights, read_graph
+
+_log = logging.getLogger(__name__)
+_LATEST = "latest"  # holds the name of the folder that holds the model that served last
+
+
+def files_of(path: Path) -> list[Path]:
+    """The model, and all beside it that is read with it. Refuses a model that is missing or whose weights are."""
+    content = read_whole(path)
+    if path.suffix == ".engine":
+        beside = [card_path(path)]
+    else:
+        beside = [*find_weights(path, read_graph(path, content)), *descriptions(path)]
+    return [path, *(file for file in (*beside, path.with_suffix(".json")) if file.is_file())]
+
+
+@contextmanager
+def copied(paths: Sequence[Path], home: Path | None = None) -> Iterator[tuple[Path, ...]]:
+    """The same model, of one file or several, in a folder that ends with the context unless `keep` has taken it.
+
+    The files themselves where there is no room for a copy.
+    """
+    of_each, folder = [files_of(path) for path in paths], None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="diracnet-model-", dir=home))
+        for index, (path, files) in enumerate(zip(paths, of_each, strict=True)):
+            for file in files:
+                target = folder / str(index) / file.relative_to(path.parent)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+    except OSError as error:
+        names = " and ".join(path.name for path in paths)
+        _log.warning("%s is read where it is: there is no copy of it (%s)", names, error.strerror)
+        yield tuple(paths)
+    else:
+        yield _places(folder, paths)
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def keep(home: Path, copies: Sequence[Path], digest: str) -> None:
+    """From now on the model that served last is `copies`, which `copied` made in `home`."""
+    folder = copies[0].parent.parent
+    if folder.parent != home:
+        return  # there is no copy
+    with suppress(OSError):  # another worker has kept the same model
+        folder.rename(home / digest)
+    write_whole(home / _LATEST, digest.encode())
+    for folder in home.iterdir():
+        if folder.is_dir() and not folder.name.startswith("diracnet-model-") and folder.name != digest:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept(home: Path, paths: Sequence[Path]) -> tuple[Path, ...] | None:
+    """The model of these files that served last, or None where none has."""
+    latest = home / _LATEST
+    if not latest.exists():
+        return None
+    places = _places(home / latest.read_text(), paths)
+    return places if all(place.exists() for place in places) else None
+
+
+def _places(folder: Path, paths: Sequence[Path]) -> tuple[Path, ...]:
+    """Where the copies of `paths` lie: each in a folder of its own, as they may have one name."""
+    return tuple(folder / str(index) / path.name for index, path in enumerate(paths))

@@ -1,0 +1,137 @@
+"""The proof that a model gave when it was loaded, asked for again: memory and GPUs may rot while it serves."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+from starlette.types import Message
+
+from common.difference import difference
+from export.compare import TOLERANCES, Tolerance
+from export.model_file.probe import probe_images
+from export.runtimes.companions import TOLERANCE as ALONE_AND_AMONG_OTHERS
+from export.runtimes.runtime import Model
+from serve.model.check import recorded
+from serve.request.batcher import Batcher, Served
+from serve.request.problems import OVERLOADED, Problem
+
+MOST_SKIPPED = 9  # turns in a row in which clients wait; the next one queues with them
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a model must answer to noise: what its file recorded, or what it answered at first."""
+
+    images: np.ndarray
+    logits: np.ndarray
+    tolerance: Tolerance
+
+
+class Prober:
+    """Asks `batcher` as a client would, every `every_s` seconds. `error` and `fault` are those of the last turn."""
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        *,
+        every_s: float,
+        deadline_s: float,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._batcher, self.every_s, self._deadline_s = batcher, every_s, deadline_s
+        self._sleep, self._clock = sleep, clock
+        self._served: Served | None = None  # the model that all below is about
+        self._proof: Proof | None = None
+        self._num_skipped = 0
+        self.error: float | None = None  # largest relative difference; None before the first turn
+        self.checked: float | None = None  # when: seconds since 1970
+        self.num_failures = 0
+        self._fault = ""
+        self.observe: Callable[[Prober], None] = lambda prober: None
+
+    @property
+    def fault(self) -> str:
+        """Why the server should get no requests; "" where it may."""
+        return self._fault if self._batcher.served is self._served else ""
+
+    async def run(self) -> NoReturn:
+        """Turn after turn, until it is cancelled."""
+        while True:
+            await self._sleep(self.every_s)
+            await self.turn()
+
+    async def turn(self) -> None:
+        """Ask once, unless clients wait; a model that has taken another's place begins anew."""
+        served = self._batcher.served
+        if served is not self._served:
+            self._served, self._proof, self._num_skipped = served, None, 0
+            self.error = self.checked = None
+            self._fault = ""
+        if self._batcher.num_held and self._num_skipped < MOST_SKIPPED:
+            self._num_skipped += 1
+            return
+        self._num_skipped = 0
+        try:
+            error, fault = await self._ask(served.model)
+        except Problem as problem:
+            if problem.kind is OVERLOADED:
+                return
+            error, fault = float("inf"), problem.detail
+        except Exception as exception:  # a runtime raises its library's own
+            error, fault = float("inf"), f"the model fails on its probe images ({type(exception).__name__})"
+        if self._batcher.served is served:
+            self._take(error, fault)
+
+    def card(self) -> dict[str, Any]:
+        """For GET /model."""
+        error = self.error if self.error is None or np.isfinite(self.error) else None
+        return {
+            "every_s": self.every_s,
+            "error": error,
+            "checked": self.checked,
+            "failures": self.num_failures,
+            "fault": self.fault or None,
+        }
+
+    async def _ask(self, model: Model) -> tuple[float, str]:
+        """(error, fault)"""
+        proof = self._proof
+        images = proof.images if proof else probe_images(model.spec.image, recorded(model)[0])
+        deadline = asyncio.get_running_loop().time() + self._deadline_s
+        job = await self._batcher.classify(images, top_k=1, deadline=deadline, receive=_never_gone, is_probe=True)
+        if proof is None:
+            self._proof = proof = _proof(model, images, job.logits)
+        found = difference(proof.logits, job.logits)
+        if proof.tolerance.covers(found):
+            return found.relative, ""
+        return found.relative, (
+            f"{model.name} answers its probe images {found.relative:.1e} away from what it should "
+            f"(tolerance {proof.tolerance}): memory or GPU may be damaged; ask another server"
+        )
+
+    def _take(self, error: float, fault: str) -> None:
+        if fault:
+            self.num_failures += 1
+            _log.error("not ready: %s", fault)
+        elif self._fault:
+            _log.warning("ready again: the probe images are answered as they should be")
+        self.error, self._fault, self.checked = error, fault, self._clock()
+        self.observe(self)
+
+
+def _proof(model: Model, images: np.ndarray, logits: np.ndarray) -> Proof:
+    """Of a file without a record the answers now, which an image may have a little different among others."""
+    _, expected, precision = recorded(model)
+    if expected is not None:
+        return Proof(images, expected, TOLERANCES[precision])
+    return Proof(images, logits, Tolerance(largest=ALONE_AND_AMONG_OTHERS))
+
+
+async def _never_gone() -> Message:
+    return await asyncio.Future()

@@ -1,0 +1,185 @@
+"""Several processes that share one socket: what ends is replaced, and what cannot start is tried again."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from types import FrameType
+
+import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
+from uvicorn.supervisors.multiprocess import Process
+
+from serve.processes.signals import hangups_blocked
+
+_log = logging.getLogger(__name__)
+_TURN_S = 0.1
+_START_S = 120.0  # for a worker to load its model
+_PING_S = 5.0  # for a worker that serves to say so
+_STABLE_S = 10.0  # a worker that served so long may end without being suspected
+_LONGEST_DELAY_S = 60.0
+_AFTER_DRAIN_S = 3.0  # for a worker to leave once its requests are done or dropped
+
+
+class Server(uvicorn.Server):
+    """Says where it is once it listens. Before that, a signal ends the process at once: there is nothing to finish."""
+
+    greeting = ""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started and self.greeting:
+            print(self.greeting, flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.started:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        elif sig == signal.SIGTERM:
+            self.should_exit = True  # uvicorn would raise it again after a clean end, which has status 0
+        else:
+            super().handle_exit(sig, frame)
+
+
+class Worker(Process):
+    """A process that serves."""
+
+    @property
+    def server(self) -> Server:
+        if not isinstance(self._server, Server):
+            self._server = Server(self.config)
+        return self._server
+
+
+@dataclass(frozen=True)
+class Role:
+    """Processes of one kind: what the log calls one of them, and what makes each."""
+
+    name: str
+    makes: Sequence[Callable[[], Process]]
+
+
+@dataclass
+class _Place:
+    """One of the processes of a role, and the one that takes its place."""
+
+    name: str
+    make: Callable[[], Process]
+    worker: Process | None = None
+    started: float = 0.0
+    is_ready: bool = False
+    has_failed: bool = False  # the last one ended before it was ready
+    delay_s: float = 0.0
+    due: float = 0.0  # when the next one starts
+
+    def postpone(self) -> float:
+        """A worker has ended; seconds until the next one starts: none at first, then twice as many each time."""
+        if self.is_ready and monotonic() - self.started >= _STABLE_S:
+            self.delay_s = 0.0
+        wait_s = self.delay_s if self.is_ready else max(1.0, self.delay_s)
+        self.delay_s = min(_LONGEST_DELAY_S, max(1.0, 2 * self.delay_s))
+        self.worker, self.has_failed, self.is_ready = None, not self.is_ready, False
+        self.due = monotonic() + wait_s
+        return wait_s
+
+
+class Supervisor:
+    """Starts workers and replaces those that end, with more and more patience.
+
+    Of several roles each needs those behind it: they end one after the other. The last one has models and takes SIGHUP.
+    """
+
+    def __init__(self, *roles: Role, drain_s: int, say_ready: Callable[[], None]) -> None:
+        self._drain_s, self._say_ready = drain_s, say_ready
+        self._groups = [[_Place(role.name, make) for make in role.makes] for role in roles]
+        self._places = [place for group in self._groups for place in group]
+        self._stop = threading.Event()
+        self._must_hurry = False
+        self._num_hangups = 0
+
+    def run(self) -> bool:
+        """Until a signal ends it, which is True, or no worker serves and none can start."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._end)
+        signal.signal(signal.SIGHUP, self._hang_up)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        is_said = False
+        while not self._stop.wait(_TURN_S):
+            self._hand_on()
+            for place in self._places:
+                self._look_after(place)
+            if not is_said and all(place.is_ready for place in self._places):
+                is_said = True
+                self._say_ready()
+            for group in self._groups:
+                if all(place.worker is None and place.has_failed for place in group):
+                    _log.error("no %s serves, and none can start", group[0].name)
+                    self._end_workers()
+                    return False
+        self._end_workers()
+        return True
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        self._must_hurry = self._stop.is_set()  # told twice
+        self._stop.set()
+
+    def _hang_up(self, number: int, frame: FrameType | None) -> None:
+        self._num_hangups += 1
+
+    def _hand_on(self) -> None:
+        while self._num_hangups:
+            self._num_hangups = 0
+            for place in self._groups[-1]:
+                if place.worker and place.worker.pid and place.worker.process.is_alive():
+                    os.kill(place.worker.pid, signal.SIGHUP)
+
+    def _look_after(self, place: _Place) -> None:
+        worker = place.worker
+        if worker is None:
+            if monotonic() >= place.due:
+                self._start(place)
+        elif not worker.process.is_alive():
+            self._replace(place, worker, "died")
+        elif place.is_ready:
+            if not worker.ping(_PING_S):
+                self._replace(place, worker, f"did not say within {_PING_S:g} s that it lives")
+        elif worker.is_ready(_TURN_S):
+            place.is_ready = True
+            _log.info("%s %s serves", place.name, worker.pid)
+        elif monotonic() - place.started > _START_S:
+            self._replace(place, worker, f"was not ready within {_START_S:g} s")
+
+    def _start(self, place: _Place) -> None:
+        place.worker, place.started = place.make(), monotonic()
+        with hangups_blocked():  # until it has read its model
+            place.worker.start()
+
+    def _replace(self, place: _Place, worker: Process, why: str) -> None:
+        worker.kill()
+        worker.process.join()
+        if worker.pid:
+            mark_process_dead(worker.pid)  # what it counted stays; what it held is gone
+        wait_s = place.postpone()
+        when = f"in {wait_s:g} s" if wait_s else "now"
+        _log.warning("%s %s %s (status %s); another starts %s", place.name, worker.pid, why, worker.exitcode, when)
+
+    def _end_workers(self) -> None:
+        for group in self._groups:
+            self._end_group(group)
+
+    def _end_group(self, group: Sequence[_Place]) -> None:
+        begun = [(place.worker, self._drain_s if place.is_ready else 0) for place in group if place.worker]
+        start = monotonic()
+        for worker, _ in begun:
+            worker.terminate()
+        for worker, patience_s in begun:
+            until = start + patience_s + _AFTER_DRAIN_S
+            while worker.process.is_alive() and monotonic() < until and not self._must_hurry:
+                worker.process.join(_TURN_S)
+            if worker.process.is_alive():
+                worker.process.kill()
+            worker.process.join()

@@ -1,0 +1,332 @@
+"""From the bytes of a request's images to its results: one queue, decoders, and one thread for each runtime.
+
+The life of a job, top to bottom:
+
+    classify       event loop      refuses what is too much, puts the job's images into a queue
+    Decoding       its threads     bytes → pixels (serve/decode/pool.py)
+    _run_jobs      model thread    all that is decoded by now → one batch → logits → results
+    deliver       event loop      every answer of the batch in one call
+
+No timer holds a job back: a lone one runs at once, and while the model is busy the next batch gathers.
+A job that is given up (late, or its client gone) drops its bytes and is skipped by whoever takes it next.
+"""
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import chain, groupby
+from queue import Empty, SimpleQueue
+from time import monotonic
+
+import numpy as np
+from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive
+
+from export.runtimes.runtime import Model, Runtime
+from serve.decode.decode import Decoded, find_problem
+from serve.decode.pool import Decoding
+from serve.decode.turns import Budget
+from serve.decode.weigh import Weight
+from serve.request.answer import ModelName, Result, results_of
+from serve.request.limits import Limits
+from serve.request.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
+from serve.shadow.shadow import Shadow
+from serve.watching.answers import Watch
+
+_PATIENCE_S = 0.1  # nearly all jobs are done by then, and a watch costs a tenth of a request
+_LAST_BATCH_S = 1.0
+SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """One loaded model: a runtime for each device."""
+
+    runtimes: tuple[Runtime, ...]
+
+    @property
+    def model(self) -> Model:
+        return self.runtimes[0].model
+
+    @cached_property
+    def name(self) -> ModelName:
+        """How answers name it."""
+        return {"name": self.model.name, "digest": self.model.digest}
+
+    @cached_property
+    def image_bytes(self) -> int:
+        """Of one image's pixels."""
+        image = self.model.spec.image
+        return image.height * image.width * image.channels
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on its way. `served` computes all of it, whatever is swapped in meanwhile.
+
+    `contents` are files to decode, or pixels uint8 [N, H, W, C] as the model takes them. They and `pixels` are replaced
+    by empty lists when the job is given up.
+    """
+
+    contents: list[bytes] | np.ndarray
+    num_images: int
+    served: Served
+    top_k: int
+    future: "asyncio.Future[list[Result]]"
+    accepted: float
+    pixels: list[Decoded | None]
+    num_undecoded: int = 0  # images that decoders have not finished
+    weights: list[Weight | Exception] = field(default_factory=list)
+    is_given_up: bool = False
+    is_probe: bool = False  # the server's own question, which no count of clients' answers is about
+    outcome: list[Result] | Exception = field(default_factory=list)
+    logits: np.ndarray = field(init=False)  # [N, K], once the outcome is there
+    decode_s: float = 0.0
+    queue_s: float = 0.0
+    model_s: float = 0.0
+    timer: asyncio.TimerHandle | None = None
+    watch: "asyncio.Future[Message] | None" = None
+
+
+class Batcher:
+    """All jobs of one server; lives on the event loop that calls `start`."""
+
+    is_up = True  # there is a model to ask, which serve/front_ends/batcher.py has elsewhere
+
+    def __init__(self, served: Served, limits: Limits, budget: Budget | None = None) -> None:
+        """`budget` is the memory of decoders that are started for single images, where processes share it."""
+        self.served = served
+        self._limits = limits
+        self.decoding = Decoding(limits, self._take_decoded, budget)
+        self.turn = asyncio.Lock()  # to read a long body of JSON
+        self._decoded: SimpleQueue[Job | None] = SimpleQueue()
+        self._runners: list[threading.Thread] = []
+        self._is_open = False
+        self.seconds_per_image = 0.0
+        self.num_held = 0  # images accepted and not answered
+        self.observe_batch: Callable[[int], None] = lambda num_images: None
+        self.find_fault: Callable[[], str] = lambda: ""  # why nobody should ask, serve/model/prober.py
+        self.observe_run: Callable[[Runtime], None] = lambda runtime: None  # which has computed a batch
+        self.watch = Watch()
+        self.shadow: Shadow | None = None
+
+    def start(self) -> None:
+        """Take jobs from now on."""
+        self._loop = asyncio.get_running_loop()
+        self._runners = [
+            threading.Thread(target=self._run_jobs, args=(index,), name=f"model-{index}", daemon=True)
+            for index in range(len(self.served.runtimes))
+        ]
+        self.decoding.start()
+        for thread in self._runners:
+            thread.start()
+        self._is_open = True
+
+    async def close(self) -> None:
+        """Take no more jobs; whoever waited is answered or gone by now. A model that hangs is left behind."""
+        self._is_open = False
+        await asyncio.to_thread(self._end_threads, monotonic() + _LAST_BATCH_S)
+
+    def check_room(self, num_images: int) -> None:
+        """Refuses so many more images where they would be too many, or the server does not run."""
+        if not self._is_open:
+            raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
+        num_held = self.num_held + num_images
+        if num_held > self._limits.max_queue:
+            raise self._overloaded()
+        if num_held > self._limits.max_images and num_held * self.served.image_bytes > self._limits.max_held_bytes:
+            raise self._overloaded()  # all their pixels may be waiting for the model at once
+
+    async def classify(
+        self,
+        contents: list[bytes] | np.ndarray,
+        *,
+        top_k: int,
+        deadline: float,
+        receive: Receive,
+        is_probe: bool = False,
+    ) -> Job:
+        """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client is gone."""
+        num_images = len(contents)
+        self.check_room(num_images)
+        future = self._loop.create_future()
+        job = _make_job(contents, self.served, top_k, future)
+        job.is_probe = is_probe
+        del contents
+        self.num_held += num_images
+        until = min(self._loop.time() + _PATIENCE_S, deadline)
+        job.timer = self._loop.call_at(until, self._watch, job, deadline, receive)
+        try:
+            self._enqueue(job)
+            await future
+            return job
+        except BaseException as error:
+            self.decoding.give_up(job)
+            if isinstance(error, asyncio.CancelledError) and job.watch and job.watch.done():
+                raise ClientDisconnect from None
+            raise
+        finally:
+            for pending in (job.timer, job.watch):
+                if pending:
+                    pending.cancel()
+            self.num_held -= num_images
+            del job, future  # or an exception would hold itself, by its traceback, and all that the callers hold
+
+    def _watch(self, job: Job, deadline: float, receive: Receive) -> None:
+        """A job that is not answered at once: its client may go away and its deadline pass."""
+        job.watch = asyncio.ensure_future(receive())
+        job.watch.add_done_callback(lambda _: job.future.cancel())
+        job.timer = self._loop.call_at(deadline, _expire, job.future, self._limits.deadline_s)
+
+    def _enqueue(self, job: Job) -> None:
+        if isinstance(job.contents, np.ndarray) or not self.decoding.put(job):
+            self._decoded.put(job)
+
+    def _take_decoded(self, job: Job) -> None:
+        """In a decoder's thread."""
+        if self._is_runnable(job):
+            self._decoded.put(job)
+
+    def _is_runnable(self, job: Job) -> bool:
+        """Whether all images of a job are there and still wanted; answers it where one is bad."""
+        if job.future.done() or job.num_undecoded:
+            return False
+        if problem := find_problem(job.pixels):
+            job.outcome = problem
+            self._loop.call_soon_threadsafe(deliver, [job])
+            return False
+        return True
+
+    def _run_jobs(self, device: int) -> None:
+        while self._run_next(device):
+            pass
+
+    def _run_next(self, device: int) -> bool:
+        """One batch; False at the end. Who waits for it holds no job, as in serve/decode/pool.py."""
+        first = self._decoded.get()
+        if first is None:
+            return False
+        for (served, _), jobs in groupby(self._gather(first), key=lambda pair: (pair[0].served, pair[0].is_probe)):
+            self._run(served.runtimes[device], *zip(*jobs, strict=True))
+        return True
+
+    def _gather(self, job: Job) -> list[tuple[Job, list[Decoded | None]]]:
+        """`job` and those behind it with their pixels, until `max_batch` images are together or none waits."""
+        jobs = []
+        num_images = 0
+        while True:
+            if not self._limits.decode_threads:
+                self.decoding.decode_rest(job)
+            pixels = job.pixels  # before the question: a job that is given up afterwards runs all the same
+            if self._is_runnable(job):
+                jobs.append((job, pixels))
+                num_images += job.num_images
+            if num_images >= self._limits.max_batch or not (next_job := self._next()):
+                return jobs
+            job = next_job
+
+    def _next(self) -> Job | None:
+        try:
+            job = self._decoded.get_nowait()
+        except Empty:
+            return None
+        if job is None:
+            self._decoded.put(None)  # the end: for the one who waits
+        return job
+
+    def _run(self, runtime: Runtime, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> None:
+        start = monotonic()
+        try:
+            images: list[np.ndarray] = [*chain.from_iterable(pixels)]  # type: ignore[arg-type]
+            is_probe = jobs[0].is_probe  # as all of them
+            logits = self._compute(runtime, images, is_probe=is_probe)
+            top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
+            is_finite = share(jobs, runtime.model, logits, top_k, uncounted if is_probe else self.watch)
+            if self.shadow and not is_probe:
+                self.shadow.offer(runtime.model, images, logits, is_finite)
+        except Exception as error:  # whatever a runtime raises is the answer of all its jobs
+            for job in jobs:
+                job.outcome = error
+        end = monotonic()
+        for job in jobs:
+            job.model_s = end - start
+            job.queue_s = start - job.accepted - job.decode_s
+        per_image = (end - start) / sum(job.num_images for job in jobs)
+        self.seconds_per_image = SMOOTHING * (self.seconds_per_image or per_image) + (1 - SMOOTHING) * per_image
+        self._loop.call_soon_threadsafe(deliver, jobs)
+
+    def _compute(self, runtime: Runtime, images: Sequence[np.ndarray], *, is_probe: bool) -> np.ndarray:
+        """Images → logits [N, K], `max_batch` at a time."""
+        size = self._limits.max_batch
+        batches = [np.stack(images[start : start + size]) for start in range(0, len(images), size)]
+        logits = []
+        for batch in batches:
+            self.observe_batch(len(batch))
+            logits.append(runtime(batch))
+            if not is_probe:
+                self.observe_run(runtime)
+        return np.concatenate(logits)
+
+    def _overloaded(self) -> Problem:
+        wait_s = max(1, math.ceil(self.num_held * self.seconds_per_image / len(self.served.runtimes)))
+        detail = f"{self.num_held} images are waiting; ask again in {wait_s} s"
+        return Problem(OVERLOADED, detail, {"Retry-After": str(wait_s)})
+
+    def _end_threads(self, until: float) -> None:
+        self.decoding.end(until)
+        for _ in self._runners:
+            self._decoded.put(None)
+        for thread in self._runners:
+            thread.join(max(0.0, until - monotonic()))
+
+
+def _make_job(
+    contents: list[bytes] | np.ndarray, served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
+) -> Job:
+    num_images = len(contents)
+    pixels: list[Decoded | None] = list(contents) if isinstance(contents, np.ndarray) else [None] * num_images
+    return Job(contents, num_images, served, top_k, future, monotonic(), pixels)
+
+
+def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
+    if not future.done():
+        future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
+
+
+def share(
+    jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int], watch: Callable[..., None]
+) -> np.ndarray:
+    """Give each job its rows; those that are no numbers are the problem of their own job. Which rows are numbers."""
+    is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
+    finite = np.where(is_finite[:, None], logits, 0)
+    observe = partial(watch, model, is_finite)
+    results = results_of(finite, model.spec, top_k, are_probabilities=model.gives_probabilities, observe=observe)
+    start = 0
+    for job in jobs:
+        rows = slice(start, start := start + job.num_images)
+        job.outcome, job.logits = results[rows], logits[rows]
+        if not is_finite[rows].all():
+            which = f"image {np.argmin(is_finite[rows]) + 1} of {job.num_images}" if job.num_images > 1 else "the image"
+            detail = f"{which} overflows {model.name}; export the model in a higher precision"
+            job.outcome = Problem(NOT_A_NUMBER, detail)
+    return is_finite
+
+
+def uncounted(*_: object) -> None:
+    """In place of a `Watch`, for what no client has asked."""
+
+
+def deliver(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        outcome = job.outcome
+        if isinstance(outcome, Exception):
+            job.outcome = []  # or the exception would hold itself, as in `classify`
+        if job.future.done():
+            continue
+        if isinstance(outcome, Exception):
+            job.future.set_exception(outcome)
+        else:
+            job.future.set_result(outcome)

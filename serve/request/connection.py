@@ -1,0 +1,271 @@
+"""One connection of uvicorn's: nobody is slow or endless on it, and what is not valid HTTP gets a problem document."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Literal
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from serve.request.one_write import AtOnce
+from serve.request.open_connections import Door
+from serve.request.predict import BODY_IS_HERE, REFUSAL
+from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, Problem
+
+HEADERS_S = 10.0  # from a connection's or a request's first byte to the end of its headers
+WRITE_S = 30.0  # for a client to read what it asked for
+MAX_HEADER_BYTES = 2**16
+_HEADER_BYTES = 32  # that each header or trailer counts more than its text, as in HTTP/2: RFC 9113, 6.5.2
+MAX_DROPPED_BYTES = 2**20  # after the last answer of a connection
+MAX_PIPELINED = 64  # requests that wait for the answer to the one before
+_FRAMING_PER_BODY_BYTE = 8  # what chunks may cost: one of a single byte takes five bytes more
+_PROBE_S = 0.25
+_CLOSE = {"Connection": "close"}
+_RETRY = {**_CLOSE, "Retry-After": "1"}
+
+
+class Connection(HttpToolsProtocol):
+    """Bounds what uvicorn leaves open: headers, trailers, chunk extensions, blank lines, pipelining, unread answers.
+
+    What is refused here becomes a request of its own with a refusal in its scope, so that it has an id, a line in the
+    log and its turn behind the answers before it. A body has the deadline of its request (body.py), and whatever
+    comes after an answer, but the next request, the limit of uvicorn's between two requests.
+    """
+
+    headers_s = HEADERS_S
+    write_s = WRITE_S
+    _stage: Literal["between", "headers", "body"] = "between"  # of the request that is being read
+    _timer: asyncio.TimerHandle | None = None  # while headers are awaited, or a client that has stopped sending waits
+    _write_timer: asyncio.TimerHandle | None = None
+    _num_header_bytes = 0
+    _num_body_bytes = 0  # of what is being parsed
+    _num_unpaid_bytes = 0  # of framing that no body came with
+    _has_begun = False  # a request, in what is being parsed
+    _is_deaf = False  # after a refusal nothing more is read
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._door: Door = self.app_state["door"]
+        self._door.enter()
+        if self._door.is_overrun:
+            transport.abort()
+        elif self._door.is_full:
+            detail = f"{self._door.max_connections} connections are open already; ask again in 1 s"
+            self._refuse(Problem(OVERLOADED, detail, _RETRY))
+        else:
+            self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._door.leave()
+        self._end_timer()
+        if self._write_timer:
+            self._write_timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return self._drop(data)
+        self._num_body_bytes, self._has_begun = 0, False
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError as error:
+            self._refuse(_problem_of(error))
+        else:
+            if self._stage != "between" or not self._has_begun:
+                self._bound_framing(len(data))
+            if self._stage == "headers" and not self._timer and not self._is_deaf:
+                self._await_headers()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether an answer is still to be sent: a client may stop sending as soon as its request is whole."""
+        if self._stage != "between" or self.cycle is None or self.cycle.response_complete:
+            return False
+        self.cycle.keep_alive = False
+        self._timer = self.loop.call_later(_PROBE_S, self._probe)
+        return True
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self._stage != "headers":  # they have a limit of their own
+            super().timeout_keep_alive_handler()
+
+    # What the parser finds
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._unset_keepalive_if_required()
+        self._stage, self._has_begun = "headers", True
+        self._num_header_bytes = self._num_unpaid_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_header_bytes += len(name) + len(value) + _HEADER_BYTES
+        if self._num_header_bytes > MAX_HEADER_BYTES:
+            raise _headers_too_large()
+        if self._stage != "body":  # there it is a trailer, which nobody reads: RFC 9110, 6.5.1
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # to `_ignore_upgrade`
+        self._check_headers()
+        super().on_headers_complete()
+        self._stage = "body"
+        self._end_timer()
+        self._unset_keepalive_if_required()  # of an answer that left while these headers came
+
+    def on_body(self, body: bytes) -> None:
+        self._num_body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        super().on_message_complete()
+        self._stage = "between"
+        self.scope["extensions"] = {BODY_IS_HERE: {}}  # read before the first `receive`, it saves a timer
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and not self.cycle.keep_alive:
+            self._is_deaf = True
+        if self.transport.get_write_buffer_size():
+            self._await_reader()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Callable[..., object]) -> None:
+        cycle.send = AtOnce(cycle)  # type: ignore[method-assign]
+        super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+
+    # What is refused
+
+    def _check_headers(self) -> None:
+        if self._num_header_bytes + len(self.url) > MAX_HEADER_BYTES:
+            raise _headers_too_large()
+        num_hosts = [name for name, _ in self.headers].count(b"host")
+        if num_hosts > 1 or (not num_hosts and self.parser.get_http_version() != "1.0"):
+            raise Problem(BAD_REQUEST, f"a request has one Host header, got {num_hosts}", _CLOSE)
+        if len(self.pipeline) >= MAX_PIPELINED:
+            detail = f"{MAX_PIPELINED} requests of this connection wait for their answers; read those first"
+            raise Problem(OVERLOADED, detail, _RETRY)
+
+    def _bound_framing(self, num_bytes: int) -> None:
+        """Count what came without a body; what is left of a block that begins a request cannot be told apart."""
+        if self._has_begun:
+            return
+        framing = num_bytes - self._num_body_bytes
+        paid = _FRAMING_PER_BODY_BYTE * self._num_body_bytes
+        self._num_unpaid_bytes = max(0, self._num_unpaid_bytes + framing - paid)
+        if self._num_unpaid_bytes <= MAX_HEADER_BYTES:
+            return
+        if self._stage == "between":  # blank lines
+            self.transport.close()
+        else:
+            self._refuse(_headers_too_large() if self._stage == "headers" else _too_much_framing())
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Read the request once more as if it asked for no other protocol: the parser drops its body otherwise."""
+        kept = [field for field in self.headers if field[0] != b"upgrade"]
+        if len(kept) == len(self.headers):
+            return self._refuse(Problem(BAD_REQUEST, "CONNECT asks for a proxy, which this server is not", _CLOSE))
+        first = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        head = first + b"".join(b"%b: %b\r\n" % field for field in kept)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.data_received(head + b"\r\n" + rest)
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer with `problem` after what is being answered, and listen no more."""
+        stage, self._stage, self._is_deaf = self._stage, "between", True
+        self._end_timer()
+        if stage == "body":
+            return self._cut_off(problem)
+        self._unset_keepalive_if_required()
+        url = self.url if stage == "headers" else b""
+        method = self.parser.get_method().decode() if url else "?"
+        scope = {"method": method, "path": url.decode("latin-1"), "query_string": b"", REFUSAL: problem}
+        super().on_message_begin()
+        self.scope.update(scope)  # type: ignore[typeddict-item]
+        before, self.cycle = self.cycle, self._make_cycle()
+        if before is None or before.response_complete:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.pipeline.appendleft((self.cycle, self.app))  # type: ignore[arg-type]
+
+    def _cut_off(self, problem: Problem) -> None:
+        """End a request whose body is being read; one that is answered needs no more words."""
+        if self.cycle.response_complete:
+            self.transport.close()
+        else:
+            self.cycle.scope[REFUSAL] = problem  # type: ignore[typeddict-unknown-key]
+            self.cycle.message_event.set()
+
+    def _make_cycle(self) -> RequestResponseCycle:
+        return RequestResponseCycle(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=False,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=False,
+            on_response=self.on_response_complete,
+        )
+
+    def _drop(self, data: bytes) -> None:
+        """Let a client finish that has not read its refusal yet, which a closed socket would take back."""
+        self._num_unpaid_bytes += len(data)
+        if self._num_unpaid_bytes > MAX_DROPPED_BYTES:
+            self.transport.abort()
+
+    # Time
+
+    def _await_headers(self) -> None:
+        self._timer = self.loop.call_later(self.headers_s, self.transport.close)
+
+    def _await_reader(self) -> None:
+        if not self._write_timer:
+            self._write_timer = self.loop.call_later(self.write_s, self._give_up_writing)
+
+    def _give_up_writing(self) -> None:
+        self._write_timer = None
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    def _probe(self) -> None:
+        """Write to a client that stopped sending: one that has gone answers with a reset, and the request ends."""
+        if self.cycle.response_started:
+            return
+        if not self.pipeline and not self.flow.write_paused and self.cycle.scope["http_version"] != "1.0":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._timer = self.loop.call_later(_PROBE_S, self._probe)
+
+    def _end_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _problem_of(error: httptools.HttpParserError) -> Problem:
+    """What a callback raised, or the parser's own reason."""
+    if isinstance(error.__context__, Problem):
+        return error.__context__
+    reason = "its address is not valid" if isinstance(error, httptools.HttpParserCallbackError) else str(error)
+    return Problem(BAD_REQUEST, f"the request is not valid HTTP/1.1: {reason}", _CLOSE)
+
+
+def _headers_too_large() -> Problem:
+    return Problem(
+        HEADERS_TOO_LARGE, f"address, headers and trailers are longer than {MAX_HEADER_BYTES:,} bytes", _CLOSE
+    )
+
+
+def _too_much_framing() -> Problem:
+    detail = f"chunk extensions and trailers are more than {MAX_HEADER_BYTES:,} bytes longer than the body allows"
+    return Problem(BAD_REQUEST, f"{detail}; leave them out", _CLOSE)

@@ -1,0 +1,218 @@
+"""What every request passes first, and all of `POST /predict`: neither routing nor validation by schema is paid."""
+
+import asyncio
+import itertools
+import logging
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from time import monotonic
+from urllib.parse import parse_qs
+
+import orjson
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.request import problems
+from serve.request.access import Access
+from serve.request.batcher import Batcher, Job
+from serve.request.body import read_images, within_deadline
+from serve.request.limits import Limits
+from serve.request.problems import Problem
+
+TOP_K = 5
+BODY_IS_HERE = "diracnet.body"  # an extension of the scope: the whole body has come, and nothing waits for it
+REFUSAL = "diracnet.refusal"  # in the scope: the Problem that the connection found with its request
+_NOBODY = 499  # the client went away: no status is sent, this one is logged
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_log = logging.getLogger(__name__)
+_PROCESS_ID = secrets.token_hex(6)
+_numbers = itertools.count(1)
+
+
+class Visit:
+    """One request and what became of it. Times in seconds; those of the job are 0 where there was none."""
+
+    __slots__ = (
+        "body_bytes",
+        "client",
+        "decode_s",
+        "id",
+        "method",
+        "model_s",
+        "num_images",
+        "path",
+        "queue_s",
+        "start",
+        "status",
+        "total_s",
+        "traceparent",
+    )
+
+    def __init__(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        self.start = monotonic()
+        self.method, self.path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
+        self.client = (scope.get("client") or ("",))[0]
+        given = headers.get(b"x-request-id", b"")
+        self.id = given if _REQUEST_ID.fullmatch(given) else f"{_PROCESS_ID}-{next(_numbers)}".encode()
+        self.traceparent = headers.get(b"traceparent", b"")
+        self.status = self.num_images = self.body_bytes = 0
+        self.decode_s = self.queue_s = self.model_s = self.total_s = 0.0
+
+    def take(self, job: Job) -> None:
+        """Remember what a job cost."""
+        self.num_images = job.num_images
+        self.decode_s, self.queue_s, self.model_s = job.decode_s, job.queue_s, job.model_s
+
+    def server_timing(self) -> bytes:
+        """The header of that name, in milliseconds."""
+        return b"decode;dur=%.2f, queue;dur=%.2f, model;dur=%.2f, total;dur=%.2f" % (
+            1000 * self.decode_s,
+            1000 * self.queue_s,
+            1000 * self.model_s,
+            1000 * self.total_s,
+        )
+
+
+Observer = Callable[[Visit], None]  # learns of every finished request
+
+
+class Hot:
+    """In front of the FastAPI app, which answers what is not `POST /predict`."""
+
+    def __init__(
+        self, app: ASGIApp, *, batcher: Batcher, limits: Limits, access: Access, observers: Sequence[Observer]
+    ) -> None:
+        self._app = app
+        self._batcher = batcher
+        self._limits = limits
+        self._access = access
+        self._observers = observers
+        self._held_bytes = 0  # of bodies whose requests are not answered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = dict(scope["headers"])
+        scope["visit"] = visit = Visit(scope, headers)
+        receive = self._holding(receive, visit, scope)
+        try:
+            if REFUSAL in scope:
+                raise scope[REFUSAL]
+            self._access.check(visit.path, headers)
+            if visit.path == "/predict" and visit.method == "POST":
+                body = await self._predict(scope, headers, receive, visit)
+                await _answer(send, visit, 200, body)
+            else:
+                if visit.method == "HEAD":  # the answer to GET, whose body the server leaves away
+                    scope = {**scope, "method": "GET"}
+                await self._app(scope, receive, _with_id(send, visit))
+        except Problem as problem:
+            await _refuse(send, visit, problem)
+        except ClientDisconnect:
+            visit.status = _NOBODY
+        except asyncio.CancelledError:  # the server stops and will not wait any longer
+            if not visit.status:
+                await _refuse(send, visit, Problem(problems.NOT_READY, "the server is stopping; ask another one"))
+            raise
+        except Exception:
+            _log.exception("request %s failed", visit.id.decode())
+            if visit.status:  # the answer has begun: the server can only cut it off
+                raise
+            await _refuse(send, visit, Problem(problems.INTERNAL, "the server failed; its log says why"))
+        finally:
+            self.finish(visit)
+
+    def hold(self, visit: Visit, num_bytes: int) -> None:
+        """Count what is held of all bodies; refuses more of it than the limit."""
+        visit.body_bytes += num_bytes
+        self._held_bytes += num_bytes
+        if self._held_bytes + self._batcher.decoding.given_up_bytes > self._limits.max_held_bytes:
+            detail = f"{self._limits.max_held_bytes:,} bytes of requests are held already; ask again in 1 s"
+            raise Problem(problems.OVERLOADED, detail, {"Retry-After": "1"})
+
+    def finish(self, visit: Visit) -> None:
+        """Nothing of a request is held any more; whoever observes learns of it."""
+        self._held_bytes -= visit.body_bytes
+        visit.total_s = monotonic() - visit.start
+        for observe in self._observers:
+            observe(visit)
+
+    def _holding(self, receive: Receive, visit: Visit, scope: Scope) -> Receive:
+        """`receive` that counts what comes (see `hold`)."""
+
+        async def receive_and_count() -> Message:
+            message = await receive()
+            if REFUSAL in scope:
+                raise scope[REFUSAL]
+            self.hold(visit, len(message.get("body", b"")))
+            return message
+
+        return receive_and_count
+
+    async def _predict(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, visit: Visit) -> bytes:
+        """Bytes of images in, the JSON of their answer out."""
+        self._batcher.check_room(1)  # before the body is read: what is refused anyway costs as little as possible
+        top_k = _top_k(scope["query_string"])
+        deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
+        reading = read_images(receive, headers, self._limits, self._batcher.turn)
+        if BODY_IS_HERE not in scope.get("extensions", ()):
+            reading = within_deadline(reading, deadline, self._limits)
+        job = await self._batcher.classify(await reading, top_k=top_k, deadline=deadline, receive=receive)
+        visit.take(job)
+        return orjson.dumps({"model": job.served.name, "results": job.outcome})
+
+
+def _top_k(query: bytes) -> int:
+    if not query:
+        return TOP_K
+    given = parse_qs(query.decode("latin-1"), keep_blank_values=True).get("top_k", [str(TOP_K)])[-1]
+    if not re.fullmatch(r"[0-9]{1,9}", given) or int(given) < 1:
+        raise Problem(problems.BAD_REQUEST, f"top_k must be a whole number above 0, got {given!r}")
+    return int(given)
+
+
+async def _answer(
+    send: Send,
+    visit: Visit,
+    status: int,
+    body: bytes,
+    *,
+    media_type: bytes = b"application/json",
+    headers: dict[str, str] | None = None,
+) -> None:
+    visit.status, visit.total_s = status, monotonic() - visit.start
+    fields = [
+        (b"content-type", media_type),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", visit.id),
+        _NO_SNIFFING,
+        (b"server-timing", visit.server_timing()),
+    ]
+    if headers:
+        fields += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _refuse(send: Send, visit: Visit, problem: Problem) -> None:
+    media_type = problems.MEDIA_TYPE.encode()
+    status, body = problem.kind.status, problem.body(visit.path)
+    await _answer(send, visit, status, body, media_type=media_type, headers=problem.headers)
+
+
+def _with_id(send: Send, visit: Visit) -> Send:
+    """`send` that adds the request's id and what its images cost, and remembers the status."""
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            visit.status = message["status"]
+            added = [(b"x-request-id", visit.id), _NO_SNIFFING]
+            if visit.num_images:
+                visit.total_s = monotonic() - visit.start
+                added += [(b"server-timing", visit.server_timing())]
+            message = {**message, "headers": [*message["headers"], *added]}
+        await send(message)
+
+    return send_with_id

@@ -1,0 +1,158 @@
+"""Everything the server refuses, as `application/problem+json` (RFC 9457) with stable types."""
+
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+MEDIA_TYPE = "application/problem+json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of the table of problems. `type` is what a client may rely on."""
+
+    name: str
+    status: int
+    title: str
+
+    @property
+    def type(self) -> str:
+        return f"urn:diracnet:problem:{self.name}"
+
+
+BAD_REQUEST = Kind("bad-request", 400, "The request cannot be understood")
+UNAUTHORIZED = Kind("unauthorized", 401, "The server asks for its API key")
+NOT_FOUND = Kind("not-found", 404, "There is nothing at this address")
+METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "This address does not take this method")
+TIMEOUT = Kind("timeout", 408, "The request came too slowly")
+BAD_MODEL = Kind("bad-model", 409, "The new model cannot be served; the old one goes on")
+NOT_COMPARED = Kind("not-compared", 409, "The shadow has not been compared enough")
+TOO_LARGE = Kind("too-large", 413, "The request is too large")
+TOO_MANY_IMAGES = Kind("too-many-images", 413, "The request holds too many images")
+TOO_MANY_PIXELS = Kind("too-many-pixels", 413, "An image has too many pixels")
+MEDIA_TYPE_UNKNOWN = Kind("media-type", 415, "The server does not take this media type")
+UNDECODABLE = Kind("undecodable", 422, "An image cannot be decoded")
+HEADERS_TOO_LARGE = Kind("headers-too-large", 431, "The headers are too large")
+INTERNAL = Kind("internal", 500, "The server failed")
+NOT_A_NUMBER = Kind("not-a-number", 500, "The model gave values that are no numbers")
+NOT_READY = Kind("not-ready", 503, "The server is starting or stopping")
+OVERLOADED = Kind("overloaded", 503, "Too much is waiting")
+DEADLINE = Kind("deadline", 504, "The answer took too long")
+# What a request for a prediction may end with, whichever way it is asked.
+OF_PREDICTION = (
+    BAD_REQUEST,
+    UNAUTHORIZED,
+    TIMEOUT,
+    TOO_LARGE,
+    TOO_MANY_IMAGES,
+    TOO_MANY_PIXELS,
+    MEDIA_TYPE_UNKNOWN,
+    UNDECODABLE,
+    INTERNAL,
+    NOT_A_NUMBER,
+    NOT_READY,
+    OVERLOADED,
+    DEADLINE,
+)
+
+
+class Problem(Exception):
+    """Ends a request with `kind`; `detail` says what was wrong, what was found and what to do."""
+
+    def __init__(self, kind: Kind, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.detail = detail
+        self.headers = headers or {}
+
+    def body(self, path: str) -> bytes:
+        """The problem document for a request to `path`."""
+        return ProblemBody(self.kind.type, self.kind.title, self.kind.status, self.detail).to_json(path)
+
+
+@dataclass(frozen=True)
+class ProblemBody:
+    """The members of a problem document."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+    def to_json(self, path: str) -> bytes:
+        """With the member `error` under /v2, where the Open Inference Protocol looks for the reason."""
+        reason = {"error": self.detail} if f"{path}/".startswith("/v2/") else {}
+        return orjson.dumps({**vars(self), **reason})
+
+
+def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI `responses` of an operation that may end with one of `kinds`."""
+    schema = {
+        "type": "object",
+        "required": ["type", "title", "status", "detail"],
+        "properties": {
+            "type": {"type": "string", "format": "uri"},
+            "title": {"type": "string"},
+            "status": {"type": "integer"},
+            "detail": {"type": "string"},
+        },
+    }
+    responses: dict[int | str, dict[str, Any]] = {}
+    for kind in kinds:
+        response = responses.setdefault(
+            kind.status, {"description": "", "content": {MEDIA_TYPE: {"schema": schema, "examples": {}}}}
+        )
+        response["description"] = "; ".join(filter(None, (response["description"], kind.title)))
+        response["content"][MEDIA_TYPE]["examples"][kind.name] = {
+            "value": {"type": kind.type, "title": kind.title, "status": kind.status, "detail": "…"}
+        }
+    return responses
+
+
+def exception_handlers() -> dict[Any, Any]:
+    """For `FastAPI(exception_handlers=…)`: every refusal becomes a problem document."""
+    return {
+        Problem: _answer_problem,
+        HTTPException: _answer_http_exception,
+        RequestValidationError: _answer_invalid_parameter,
+    }
+
+
+async def _answer_problem(request: Request, problem: Problem) -> Response:
+    return Response(problem.body(_path(request)), problem.kind.status, problem.headers, MEDIA_TYPE)
+
+
+async def _answer_http_exception(request: Request, error: HTTPException) -> Response:
+    headers = dict(error.headers or {})
+    match error.status_code:
+        case 404:
+            detail = f"{request['path']} does not exist; /docs lists what does"
+            return await _answer_problem(request, Problem(NOT_FOUND, detail, headers))
+        case 405:
+            allowed = headers["Allow"] = _with_head(headers.get("Allow", ""))
+            detail = f"{request['path']} takes {allowed}, got {request['visit'].method}"
+            return await _answer_problem(request, Problem(METHOD_NOT_ALLOWED, detail, headers))
+        case status:  # a status without a type of ours: RFC 9457, section 4.2.1
+            body = ProblemBody("about:blank", HTTPStatus(status).phrase, status, str(error.detail))
+            return Response(body.to_json(_path(request)), status, headers, MEDIA_TYPE)
+
+
+async def _answer_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
+    found = (f"{fault['loc'][-1]}: {fault['msg']}, got {fault['input']!r}" for fault in error.errors())
+    return await _answer_problem(request, Problem(BAD_REQUEST, "; ".join(found)))
+
+
+def _with_head(allowed: str) -> str:
+    """What gets an address may ask for its head too (serve/request/predict.py)."""
+    methods = allowed.split(", ")
+    return ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
+
+
+def _path(request: Request) -> str:
+    return request["path"].removeprefix(request.get("root_path", ""))

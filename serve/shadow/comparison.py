@@ -1,0 +1,125 @@
+"""What a shadow answered beside the model that serves: agreement, differences and time, counted over all workers."""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+from common.difference import share
+from common.interval import interval
+from export.runtimes.probabilities import probabilities
+from serve.shadow.process import Identity
+from serve.watching.shared_counts import Counts
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_COMPARED, _AGREEING, _NOT_A_NUMBER, _DROPPED, _FAILED, _SUM_SECONDS, _LARGEST_ERROR, _LARGEST_VALUE, _HEAD = range(9)
+_LARGEST = [_LARGEST_ERROR, _LARGEST_VALUE]  # of all processes the largest; all else is added up
+
+
+class Comparison:
+    """Of two models that take the same images and have the same labels. Counts are of images."""
+
+    def __init__(self, served: Identity, shadow: Identity) -> None:
+        self.served, self.shadow = served, shadow
+        self._counts = Counts(f"shadow-{served.digest}-{shadow.digest}", _HEAD + len(_SECONDS) + 1)
+
+    def count_dropped(self, num: int) -> None:
+        """The shadow was too far behind to be asked."""
+        self._counts.own[_DROPPED] += num
+
+    def count_failed(self, num: int) -> None:
+        """The shadow raised, hung or ended on these, or on others of their batch."""
+        self._counts.own[_FAILED] += num
+
+    def count_seconds(self, seconds: float) -> None:
+        """Of one batch."""
+        own = self._counts.own
+        own[_SUM_SECONDS] += seconds
+        own[_HEAD + bisect_left(_SECONDS, seconds)] += 1
+
+    def compare(self, served: np.ndarray, shadow: np.ndarray) -> None:
+        """Logits [N, K] of both to the same images; those of the served model are finite.
+
+        Differences are those of `difference` in common/difference.py over all images: the largest error as a share of
+        the largest value. Where either model gives probabilities, they are of probabilities.
+        """
+        own, is_finite = self._counts.own, np.isfinite(shadow).all(axis=1)
+        own[_NOT_A_NUMBER] += len(shadow) - is_finite.sum()
+        if not is_finite.any():
+            return
+        before, after = served[is_finite].astype(np.float64), shadow[is_finite].astype(np.float64)
+        if self.served.gives_probabilities or self.shadow.gives_probabilities:
+            before, after = _probabilities(before, self.served), _probabilities(after, self.shadow)
+        own[_LARGEST_ERROR] = max(own[_LARGEST_ERROR], np.abs(before - after).max())
+        own[_LARGEST_VALUE] = max(own[_LARGEST_VALUE], np.abs(before).max())
+        own[_AGREEING] += (before.argmax(axis=1) == after.argmax(axis=1)).sum()
+        own[_COMPARED] += len(before)
+
+    def num_compared(self) -> int:
+        """Images, of all processes."""
+        return int(self._totals()[_COMPARED])
+
+    def card(self) -> dict[str, Any]:
+        """For GET /model."""
+        totals = self._totals()
+        num, agreeing = int(totals[_COMPARED]), int(totals[_AGREEING])
+        num_answered = num + totals[_NOT_A_NUMBER]
+        return {
+            "images": num,
+            "agreement": {
+                "hits": agreeing,
+                "num": num,
+                "value": agreeing / num if num else None,
+                "interval": interval(agreeing, num),
+            },
+            "largest_difference": _largest_difference(totals) if num else None,
+            "ms_per_image": 1000 * totals[_SUM_SECONDS] / num_answered if num_answered else None,
+            "not_a_number": int(totals[_NOT_A_NUMBER]),
+            "failed": int(totals[_FAILED]),
+            "dropped": int(totals[_DROPPED]),
+        }
+
+    def metrics(self) -> Iterator[Metric]:
+        """For Prometheus."""
+        totals, labels = self._totals(), [self.served.digest, self.shadow.digest]
+        for name, what, place in (
+            ("images", "Images that both models answered", _COMPARED),
+            ("agreeing_images", "Images to which both gave the same class", _AGREEING),
+            ("not_a_number_images", "Images to which the shadow gave no numbers", _NOT_A_NUMBER),
+            ("failed_images", "Images on which the shadow failed, hung or ended", _FAILED),
+            ("dropped_images", "Images that the shadow was not asked, as it was too far behind", _DROPPED),
+        ):
+            counter = CounterMetricFamily(f"diracnet_shadow_{name}", what, labels=_LABELS)
+            counter.add_metric(labels, totals[place])
+            yield counter
+        largest = GaugeMetricFamily(
+            "diracnet_shadow_largest_difference",
+            "Largest difference of logits, as a share of the largest",
+            labels=_LABELS,
+        )
+        largest.add_metric(labels, _largest_difference(totals))
+        yield largest
+        seconds = HistogramMetricFamily("diracnet_shadow_seconds", "What a batch took the shadow", labels=_LABELS)
+        up_to = totals[_HEAD:].cumsum().tolist()
+        ends = [*map(str, _SECONDS), "+Inf"]
+        seconds.add_metric(labels, list(zip(ends, up_to, strict=True)), totals[_SUM_SECONDS])
+        yield seconds
+
+    def _totals(self) -> np.ndarray:
+        of_all = self._counts.of_all()
+        totals = of_all.sum(axis=0)
+        totals[_LARGEST] = of_all[:, _LARGEST].max(axis=0)
+        return totals
+
+
+_LABELS = ("digest", "shadow")
+
+
+def _probabilities(values: np.ndarray, of: Identity) -> np.ndarray:
+    return probabilities(values, temperature=of.temperature, are_probabilities=of.gives_probabilities)
+
+
+def _largest_difference(totals: np.ndarray) -> float:
+    return share(float(totals[_LARGEST_ERROR]), float(totals[_LARGEST_VALUE]))

@@ -1,0 +1,166 @@
+"""A model in a process of its own, which may crash, hang or take its time without harm to the one that serves."""
+
+import json
+import os
+import shlex
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from math import isnan
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.cli import given_arguments
+from common.refusal import Refusal
+from export.runtimes.runtime import Model
+from serve.request.access import KEY_VARIABLE
+
+if TYPE_CHECKING:
+    from serve.config import ServeConfig
+
+REFUSED, SECONDS = "refused", "<d"
+_ROOT = Path(__file__).resolve().parents[2]
+_PROGRAM = """
+import sys
+sys.path[0] = sys.argv[1]
+from serve.shadow.worker import run
+run(sys.argv[2:])
+"""
+
+
+class ShadowFailed(Exception):
+    """The process is gone, or has to go."""
+
+
+class BatchFailed(Exception):
+    """The model raised, and its process goes on."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a model says of itself that another one is compared by."""
+
+    name: str
+    digest: str
+    runtime: str
+    image: tuple[int, ...]  # height, width, channels
+    resize: int | None  # as in ImageSpec: pixels that were prepared for one model must suit the other
+    labels: tuple[str, ...]
+    gives_probabilities: bool
+    temperature: float
+
+    @classmethod
+    def of(cls, model: Model, runtime: str = "") -> "Identity":
+        spec, image = model.spec, model.spec.image
+        return cls(
+            model.name,
+            model.digest,
+            runtime,
+            image.shape,
+            image.resize,
+            spec.labels,
+            model.gives_probabilities,
+            spec.temperature,
+        )
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "Identity":
+        """The inverse of what serve/shadow/worker.py sends; a Refusal where it sends why there is none."""
+        fields: Any = json.loads(content)
+        if REFUSED in fields:
+            raise Refusal(str(fields[REFUSED]))
+        fields["image"], fields["labels"] = tuple(fields["image"]), tuple(fields["labels"])
+        return cls(**fields)
+
+
+def why_unfit(served: Identity, shadow: Identity) -> str | None:
+    """Why `shadow` cannot answer what `served` is asked; None where it can."""
+    if served.image != shadow.image or served.resize != shadow.resize:
+        return f"it takes images of {_shown(shadow)}, not of {_shown(served)}"
+    if len(served.labels) != len(shadow.labels):
+        return f"it has {len(shadow.labels)} labels, not {len(served.labels)}"
+    for index, (expected, found) in enumerate(zip(served.labels, shadow.labels, strict=True)):
+        if expected != found:
+            return f"its label {index} is {found[:40]!r}, not {expected[:40]!r}"
+    return None
+
+
+def _shown(model: Identity) -> str:
+    return (
+        f"{'x'.join(map(str, model.image))}, cut from a shorter side of {model.resize}"
+        if model.resize
+        else (f"{'x'.join(map(str, model.image))}, scaled to it")
+    )
+
+
+class ShadowProcess:
+    """A started process whose model is loaded and has proved itself; `identity` says what it is. Use it in a with."""
+
+    def __init__(self, config: "ServeConfig") -> None:
+        """Refuses what serve/run.py would, and a model that is not there within `reload_seconds`."""
+        (path,) = config.model_paths
+        alone = replace(
+            config, models=(), shadow=None, workers=1, model_threads=1, devices=config.devices[:1], log_level="error"
+        )
+        argv = [sys.executable, "-c", _PROGRAM, str(_ROOT), str(os.getpid()), str(path)]
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*argv, *shlex.split(given_arguments(alone))],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE},
+                process_group=0,  # Ctrl-C is for the server, which has requests to finish
+            )
+        try:
+            self.identity = self._meet(path, config.reload_seconds)
+        except BaseException:
+            self.kill()
+            raise
+
+    def __enter__(self) -> "ShadowProcess":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        self._connection.close()
+
+    def kill(self) -> None:
+        """From any thread: what is under way ends."""
+        self._process.kill()
+        self._process.wait()
+
+    def ask(self, images: np.ndarray, patience_s: float) -> tuple[float, np.ndarray]:
+        """Seconds, and logits float32 [N, K]; raises BatchFailed or ShadowFailed."""
+        try:
+            self._connection.send_bytes(images.tobytes())
+            if not self._connection.poll(patience_s):
+                raise ShadowFailed(f"it did not answer within {patience_s:g} s")
+            answer = self._connection.recv_bytes()
+        except (EOFError, OSError):
+            raise ShadowFailed(f"its process ended with status {self._process.wait()}") from None
+        return read_answer(answer, (len(images), len(self.identity.labels)))
+
+    def _meet(self, path: Path, patience_s: float) -> Identity:
+        try:
+            if not self._connection.poll(patience_s):
+                raise Refusal(f"{path} does not answer within {patience_s:g} s; give it longer with --reload-seconds")
+            return Identity.from_json(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            status = self._process.wait()
+            raise Refusal(f"{path} ends the process that loads it with status {status}; export it again") from None
+
+
+def read_answer(answer: bytes, shape: tuple[int, int]) -> tuple[float, np.ndarray]:
+    """What serve/shadow/worker.py sends for a batch; raises BatchFailed."""
+    head = struct.calcsize(SECONDS)
+    (seconds,) = struct.unpack(SECONDS, answer[:head])
+    if isnan(seconds):
+        raise BatchFailed(answer[head:].decode(errors="replace").splitlines()[0][:300])
+    if len(answer) != head + 4 * shape[0] * shape[1]:
+        raise BatchFailed(f"it gives {len(answer) - head} bytes for logits {list(shape)}")
+    return seconds, np.frombuffer(answer[head:], np.float32).reshape(shape)

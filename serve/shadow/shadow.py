@@ -1,0 +1,241 @@
+"""A second model answers a share of the images too, never to a client, and is compared with the one that serves.
+
+It runs in a process of its own at low priority (serve/shadow/process.py). The model's thread hands images over without
+waiting; a thread here sends them on and compares. What does not fit into the queue is dropped and counted.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from queue import Empty, SimpleQueue
+from random import random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from common.refusal import Refusal
+from export.runtimes.runtime import Model, Runtime
+from serve.request.problems import NOT_COMPARED, Problem
+from serve.shadow.comparison import Comparison
+from serve.shadow.process import BatchFailed, Identity, ShadowFailed, ShadowProcess, why_unfit
+from serve.watching.shared_counts import Counts
+
+if TYPE_CHECKING:
+    from serve.config import ServeConfig
+
+_BATCHES_WAITING = 4
+_PATIENCE_S = 30.0  # for a batch; far beyond what a model that could ever serve takes
+_LONGEST_DELAY_S = 60.0
+_KEPT = 8  # pairs of models whose figures are kept in memory
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Offer:
+    comparison: Comparison
+    images: list[np.ndarray]
+    logits: np.ndarray
+
+
+class Shadow:
+    """`offer` takes batches; `comparison` is what was found. All else happens in a thread and in a process."""
+
+    def __init__(
+        self,
+        source: Callable[[], "ServeConfig"],
+        load: Callable[[str], Sequence[Runtime]],
+        take_over: Callable[[], None],
+        *,
+        share: float,
+        num_images: int,
+        max_batch: int,
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
+        """`source` says which file shadows now. `load` gives the runtimes of that file, which must have the digest.
+
+        `take_over` is called just before they serve: what served is the shadow from then on, and `source` says so.
+        """
+        self._source, self.load, self._swap_files = source, load, take_over
+        self.share, self._num_images, self._max_batch, self._patience_s = share, num_images, max_batch, patience_s
+        self.identity: Identity | None = None
+        self._running = Counts("shadow-running", 1)
+        self._served: Callable[[], Model] | None = None
+        self._process: ShadowProcess | None = None
+        self._pairs: dict[tuple[str, str], Comparison | None] = {}  # None: the two cannot be compared
+        self._offers: SimpleQueue[_Offer | None] = SimpleQueue()  # None: look again what is to be done
+        self._num_waiting, self._delay_s = 0, 0.0
+        self._lock = threading.Lock()
+        self._news = threading.Event()  # ends the wait for another start
+        self._is_new, self._has_ended = False, False
+        self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
+
+    def prepare(self, served: Model) -> None:
+        """Start the process before anybody is answered; refuses a model that cannot be loaded, or does not fit."""
+        self._process = ShadowProcess(self._source())
+        refuse_unfit(Identity.of(served), self._process.identity)
+
+    def start(self, served: Callable[[], Model]) -> None:
+        """`served` says which model answers now."""
+        self._served = served
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._has_ended = True
+        self._wake()
+
+    def restart(self) -> None:
+        """Read the shadow's file again, or the one that has become the shadow."""
+        self._is_new, self.identity = True, None
+        self._wake()
+
+    def take_over(self) -> None:
+        """What shadowed serves now, and what served becomes the shadow."""
+        self._swap_files()
+        self.restart()
+
+    def offer(self, model: Model, images: Sequence[np.ndarray], logits: np.ndarray, is_finite: np.ndarray) -> None:
+        """A batch that `model` has answered with `logits` [N, K]; in its thread, and without waiting."""
+        comparison = self.comparison_of(model)
+        if comparison is None:
+            return
+        chosen = [index for index, is_sound in enumerate(is_finite.tolist()) if is_sound and random() < self.share]
+        if not chosen:
+            return
+        with self._lock:
+            if self._num_waiting + len(chosen) > _BATCHES_WAITING * self._max_batch:
+                comparison.count_dropped(len(chosen))
+                return
+            self._num_waiting += len(chosen)
+        self._offers.put(_Offer(comparison, [images[index] for index in chosen], logits[chosen]))
+
+    def comparison_of(self, model: Model) -> Comparison | None:
+        """Of `model` with the shadow; None before there is one, or where the two cannot be compared."""
+        shadow = self.identity
+        if shadow is None:
+            return None
+        if known := self._pairs.get((model.digest, shadow.digest)):
+            return known
+        return self._pair(Identity.of(model), shadow)
+
+    def promotable(self) -> str:
+        """The digest of the shadow, if it has been compared with the model that serves on enough images."""
+        shadow = self.identity
+        if shadow is None or self._served is None:
+            raise Problem(NOT_COMPARED, "the shadow is not loaded yet, or cannot be, and then the log says why")
+        served = Identity.of(self._served())
+        pairs = self._pair(served, shadow), self._pair(shadow, served)
+        num = sum(pair.num_compared() for pair in pairs if pair)
+        if num < self._num_images:
+            detail = (
+                f"{num:,} images were compared of the {self._num_images:,} that --shadow-images asks for; "
+                f"{self._num_images - num:,} are missing, at a share of {self.share:g}"
+            )
+            raise Problem(NOT_COMPARED, detail)
+        return shadow.digest
+
+    def card(self) -> dict[str, Any]:
+        """For GET /model."""
+        shadow = self.identity
+        if shadow is None or self._served is None:
+            return {"is_running": False}
+        found = self.comparison_of(self._served())
+        named = {"name": shadow.name, "digest": shadow.digest, "runtime": shadow.runtime}
+        asked = {"is_running": bool(self._running.own[0]), "share": self.share, "images_to_promote": self._num_images}
+        return {**named, **asked, **(found.card() if found else {"images": 0})}
+
+    def collect(self) -> Iterator[Metric]:
+        """For Prometheus."""
+        num = self._running.of_living().sum()
+        yield GaugeMetricFamily("diracnet_shadow_running", "Workers whose shadow answers", value=num)
+        if self._served and (comparison := self.comparison_of(self._served())):
+            yield from comparison.metrics()
+
+    def _pair(self, served: Identity, shadow: Identity) -> Comparison | None:
+        key = served.digest, shadow.digest
+        if key not in self._pairs:
+            with self._lock:
+                if key not in self._pairs:
+                    reason = why_unfit(served, shadow)
+                    if reason:
+                        _log.warning("%s cannot shadow %s: %s", shadow.name, served.name, reason)
+                    comparison = None if reason else Comparison(served, shadow)
+                    self._pairs = dict([*self._pairs.items(), (key, comparison)][-_KEPT:])
+        return self._pairs.get(key)
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._offers.put(None)
+        if process := self._process:
+            process.kill()
+
+    def _run(self) -> None:
+        while not self._has_ended:
+            self._is_new = False
+            self._news.clear()
+            try:
+                with self._process or ShadowProcess(self._source()) as self._process:
+                    self._serve(self._process)
+            except (Refusal, ShadowFailed) as failure:
+                if not (self._is_new or self._has_ended):
+                    self._delay_s = min(_LONGEST_DELAY_S, max(1.0, 2 * self._delay_s))
+                    _log.warning("the shadow is started again in %g s: %s", self._delay_s, failure)
+                    self._running.own[0] = 0
+                    self._news.wait(self._delay_s)
+            finally:
+                self._process, self._running.own[0] = None, 0
+
+    def _serve(self, process: ShadowProcess) -> None:
+        """Compare what is offered until there is something else to do. Raises ShadowFailed."""
+        self.identity, self._running.own[0] = process.identity, 1
+        _log.warning("%s %s shadows the model", process.identity.name, process.identity.digest)
+        may_log = True
+        while offers := self._gather():
+            images = np.stack([image for offer in offers for image in offer.images])
+            try:
+                seconds, logits = process.ask(images, self._patience_s)
+            except (BatchFailed, ShadowFailed) as failure:
+                for offer in offers:
+                    offer.comparison.count_failed(len(offer.images))
+                if isinstance(failure, ShadowFailed):
+                    raise
+                if may_log:
+                    _log.warning("the shadow fails: %s; /metrics counts what else it fails on", failure)
+                may_log = False
+                continue
+            self._delay_s = 0.0
+            offers[0].comparison.count_seconds(seconds)
+            for comparison, group in groupby(offers, key=lambda offer: offer.comparison):
+                served = np.concatenate([offer.logits for offer in group])
+                comparison.compare(served, logits[: len(served)])
+                logits = logits[len(served) :]
+
+    def _gather(self) -> list[_Offer]:
+        """What has been offered by now, up to a batch and one offer; nothing where there is something else to do."""
+        offers: list[_Offer] = []
+        num_images = 0
+        while num_images < self._max_batch and not (self._is_new or self._has_ended):
+            offer = self._next(waits=not offers)
+            if offer is None:
+                break
+            with self._lock:
+                self._num_waiting -= len(offer.images)
+            if offer.comparison.shadow == self.identity:  # else it was of the one before
+                offers.append(offer)
+                num_images += len(offer.images)
+        return [] if self._is_new or self._has_ended else offers
+
+    def _next(self, *, waits: bool) -> _Offer | None:
+        try:
+            return self._offers.get(block=waits)
+        except Empty:
+            return None
+
+
+def refuse_unfit(served: Identity, shadow: Identity) -> None:
+    """Refuses a shadow that cannot answer what the model that serves is asked."""
+    if reason := why_unfit(served, shadow):
+        raise Refusal(f"{shadow.name} cannot shadow {served.name}: {reason}; export it for the same images and classes")

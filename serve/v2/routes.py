@@ -1,0 +1,187 @@
+"""The Open Inference Protocol, version 2: what clients of Triton and KServe ask a server."""
+
+import asyncio
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, Request, Response
+from typing_extensions import TypedDict  # pydantic reads no other one on Python 3.11
+
+from export.runtimes.runtime import Model
+from serve.request import problems
+from serve.request.batcher import Batcher, Job
+from serve.request.body import parse, read_body, within_deadline
+from serve.request.limits import Limits
+from serve.request.problems import Problem
+from serve.v2.schema import INFER_REQUEST, INFER_RESPONSES
+from serve.v2.tensors import INPUT, OUTPUT, Inference, read_inference, write_answer
+
+VERSION = "1"  # the only one; what is swapped in takes the place of what was there
+HEADER_BYTES = "Inference-Header-Content-Length"
+_EXTENSIONS = ["binary_tensor_data", "classification"]
+
+
+class ServerMetadata(TypedDict):
+    """Which server this is, and what it takes beyond the protocol's core."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(TypedDict):
+    """A tensor's name, type and shape; -1 stands for any number of images."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(TypedDict):
+    """What the model takes and gives. `images` may be BYTES [-1] too: files, decoded and resized by the server."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class Live(TypedDict):
+    live: bool
+
+
+class Ready(TypedDict):
+    ready: bool
+
+
+class ModelReady(TypedDict):
+    name: str
+    ready: bool
+
+
+def make_router(batcher: Batcher, limits: Limits) -> APIRouter:
+    """All routes under /v2."""
+    router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+    unready = problems.documented(problems.NOT_READY)
+
+    @router.get("", responses=problems.documented(problems.UNAUTHORIZED))
+    async def describe_server(request: Request) -> ServerMetadata:
+        """The server and its extensions of the protocol."""
+        return {"name": request.app.title, "version": request.app.version, "extensions": _EXTENSIONS}
+
+    @router.get("/health/live")
+    async def live() -> Live:
+        """The process answers."""
+        return {"live": True}
+
+    @router.get("/health/ready", responses=unready)
+    async def ready(request: Request) -> Ready:
+        """The model answers."""
+        refuse_unready(request.app.state.is_ready, batcher)
+        return {"ready": True}
+
+    async def find(name: str) -> None:
+        refuse_unknown(name, VERSION, batcher.served.model)
+
+    async def find_version(name: str, version: str) -> None:
+        refuse_unknown(name, version, batcher.served.model)
+
+    _add_model(router, "/models/{name}", find, batcher, limits)
+    _add_model(router, "/models/{name}/versions/{version}", find_version, batcher, limits)
+    return router
+
+
+def model_name(model: Model) -> str:
+    """The name of a model in an address: as export/to_triton.py takes it."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", model.name)
+
+
+def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: Batcher, limits: Limits) -> None:
+    known = [Depends(find)]
+    unknown = problems.documented(problems.UNAUTHORIZED, problems.NOT_FOUND)
+    unready = problems.documented(problems.UNAUTHORIZED, problems.NOT_FOUND, problems.NOT_READY)
+
+    @router.get(path, dependencies=known, responses=unknown)
+    async def describe_model() -> ModelMetadata:
+        """The model's tensors."""
+        return describe(batcher)
+
+    @router.get(f"{path}/ready", dependencies=known, responses=unready)
+    async def model_ready(request: Request) -> ModelReady:
+        """The model answers."""
+        refuse_unready(request.app.state.is_ready, batcher)
+        return {"name": model_name(batcher.served.model), "ready": True}
+
+    @router.post(f"{path}/infer", dependencies=known, responses=INFER_RESPONSES, openapi_extra=INFER_REQUEST)
+    async def infer(request: Request) -> Response:
+        """Images in, logits or the best classes out, in JSON or as bytes behind it."""
+        deadline = asyncio.get_running_loop().time() + limits.deadline_s
+        body = await within_deadline(read_body(request.receive, dict(request.headers.raw), limits), deadline, limits)
+        inference = await _read(request, body, limits, batcher.turn)
+        refuse_other_size(inference, batcher.served.model)
+        job = await batcher.classify(inference.images, top_k=1, deadline=deadline, receive=request.receive)
+        request.scope["visit"].take(job)
+        return _answer(inference, job)
+
+
+def describe(batcher: Batcher) -> ModelMetadata:
+    """The tensors of the model that answers now."""
+    runtime = batcher.served.runtimes[0]
+    spec = runtime.model.spec
+    image = spec.image
+    return {
+        "name": model_name(runtime.model),
+        "versions": [VERSION],
+        "platform": runtime.platform,
+        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, image.height, image.width, image.channels]}],
+        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, len(spec.labels)]}],
+    }
+
+
+async def _read(request: Request, body: bytes, limits: Limits, turn: asyncio.Lock) -> Inference:
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise Problem(problems.MEDIA_TYPE_UNKNOWN, f"send the body as it is, without Content-Encoding {encoding!r}")
+    header_bytes = request.headers.get(HEADER_BYTES)
+    return await parse(turn, read_inference, body, header_bytes, limits)
+
+
+def _answer(inference: Inference, job: Job) -> Response:
+    model = job.served.model
+    named = {"model_name": model_name(model), "model_version": VERSION}
+    header, binary = write_answer(inference, job.logits, named, model.spec.labels)
+    if binary is None:
+        return Response(header, media_type="application/json")
+    return Response(header + binary, media_type="application/octet-stream", headers={HEADER_BYTES: str(len(header))})
+
+
+def refuse_unready(is_ready: bool, batcher: Batcher) -> None:
+    """Refuses while the server starts, stops, decodes nothing or answers its probe images wrongly."""
+    if not is_ready:
+        raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
+    if not batcher.is_up:
+        raise Problem(problems.NOT_READY, "the process that runs the model is being replaced; ask again in a moment")
+    if batcher.decoding.is_stalled():
+        raise Problem(problems.NOT_READY, "images wait, and none has been decoded for a while; ask another server")
+    if fault := batcher.find_fault():
+        raise Problem(problems.NOT_READY, fault)
+
+
+def refuse_unknown(name: str, version: str, model: Model) -> None:
+    """Refuses any model but the one that is here."""
+    if (name, version) != (model_name(model), VERSION):
+        served = f"{model_name(model)!r}, version {VERSION!r}"
+        raise Problem(problems.NOT_FOUND, f"the model here is {served}; got {name[:60]!r}, version {version[:60]!r}")
+
+
+def refuse_other_size(inference: Inference, model: Model) -> None:
+    """Pixels go into the model as they are, so they must have its size."""
+    image = model.spec.image
+    wanted = (image.height, image.width, image.channels)
+    if isinstance(inference.images, np.ndarray) and inference.images.shape[1:] != wanted:
+        found = list(inference.images.shape)
+        detail = f"{model.name} takes images of shape [N, {', '.join(map(str, wanted))}], got {found}"
+        raise Problem(problems.BAD_REQUEST, f"{detail}; resize them, or send files as BYTES")

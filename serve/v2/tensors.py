@@ -1,0 +1,232 @@
+"""Tensors of the Open Inference Protocol, in JSON or as bytes behind it: images come in, logits go out.
+
+A body is a JSON header, and behind it the bytes of tensors that are not in the header itself. The HTTP header
+`Inference-Header-Content-Length` says where the JSON ends; without it all of the body is JSON.
+"""
+
+import base64
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import orjson
+
+from serve.request.body import load_json
+from serve.request.limits import Limits
+from serve.request.problems import BAD_REQUEST, TOO_MANY_IMAGES, Problem
+
+INPUT, OUTPUT = "images", "logits"
+_KINDS = {bool: "true or false", dict: "an object", int: "a whole number", list: "a list", str: "a string"}
+_SHOWN = 60  # characters of what was found
+_NO_TENSOR: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Inference:
+    """One request: pixels uint8 [N, H, W, C] or N encoded files, and how its answer should look."""
+
+    id: str | None
+    images: np.ndarray | list[bytes]
+    num_classes: int | None  # of the `classification` extension; None asks for logits
+    is_binary: bool  # the answer's tensor follows its JSON
+
+
+def read_inference(body: bytes, header_bytes: str | None, limits: Limits) -> Inference:
+    """What a body asks for. `header_bytes` is Inference-Header-Content-Length as it came, or None."""
+    header, binary = _split(body, header_bytes)
+    try:
+        request = load_json(header)
+    except ValueError as error:
+        raise Problem(BAD_REQUEST, f"the inference header is no JSON: {error}") from error
+    if not isinstance(request, dict):
+        raise Problem(BAD_REQUEST, f"the inference header must be an object, got {_brief(request)}")
+    asked = _only_tensor(request, "outputs", OUTPUT)
+    parameters = _member(asked, "parameters", dict, {}, of=OUTPUT)
+    num_classes = _member(parameters, "classification", int, None, of=OUTPUT)
+    if num_classes is not None and num_classes < 1:
+        raise Problem(BAD_REQUEST, f"classification must be 1 or more, got {num_classes}")
+    for_all = _member(_member(request, "parameters", dict, {}), "binary_data_output", bool, False)
+    return Inference(
+        id=_member(request, "id", str, None),
+        images=_read_images(_only_tensor(request, "inputs", INPUT), binary, limits),
+        num_classes=num_classes,
+        is_binary=_member(parameters, "binary_data", bool, for_all, of=OUTPUT),
+    )
+
+
+def write_answer(inference: Inference, logits: np.ndarray, model: dict[str, str], labels: tuple[str, ...]) -> Any:
+    """The answer's JSON, and the bytes behind it or None. Logits float32 [N, K]."""
+    output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": logits.shape, "data": logits.ravel()}
+    if inference.num_classes:
+        classes = best_classes(logits, labels, inference.num_classes)
+        shape = (len(classes), len(classes[0]))
+        output |= {"datatype": "BYTES", "shape": shape, "data": list(chain.from_iterable(classes))}
+    binary = None
+    if inference.is_binary:
+        data = output.pop("data")
+        binary = b"".join(map(with_length, data)) if inference.num_classes else data.astype("<f4").tobytes()
+        output["parameters"] = {"binary_data_size": len(binary)}
+    named = {} if inference.id is None else {"id": inference.id}
+    return orjson.dumps({**model, **named, "outputs": [output]}, option=orjson.OPT_SERIALIZE_NUMPY), binary
+
+
+def _split(body: bytes, header_bytes: str | None) -> tuple[bytes, bytes]:
+    if header_bytes is None:
+        return body, b""
+    if not (header_bytes.isascii() and header_bytes.isdigit() and len(header_bytes) < 20):
+        raise Problem(
+            BAD_REQUEST, f"Inference-Header-Content-Length must be a whole number, got {_brief(header_bytes)}"
+        )
+    size = int(header_bytes)
+    if not 0 < size <= len(body):
+        raise Problem(BAD_REQUEST, f"Inference-Header-Content-Length is {size}, and the body has {len(body)} bytes")
+    return body[:size], body[size:]
+
+
+def _only_tensor(request: dict[str, Any], name: str, tensor: str) -> dict[str, Any]:
+    """The one entry of `inputs` or `outputs`; an empty one where a request leaves the outputs to the server."""
+    entries = _member(request, name, list, [])
+    if not entries and tensor == OUTPUT:
+        return _NO_TENSOR
+    if len(entries) != 1 or not isinstance(entries[0], dict) or entries[0].get("name") != tensor:
+        found = ", ".join(_brief(entry.get("name") if isinstance(entry, dict) else entry) for entry in entries[:5])
+        raise Problem(BAD_REQUEST, f"{name} must be one tensor named {tensor!r}, got {found or 'none'}")
+    return entries[0]
+
+
+def check_tensor(datatype: str | None, shape: list[Any], limits: Limits) -> None:
+    """Refuses what is neither pixels [N, H, W, C] nor files [N], or more of them than one request may hold."""
+    rank = {"UINT8": 4, "BYTES": 1}.get(datatype or "")
+    if rank is None:
+        raise Problem(BAD_REQUEST, f"images must be UINT8 pixels or BYTES of image files, got {_brief(datatype)}")
+    if len(shape) != rank or not all(type(size) is int and size > 0 for size in shape):
+        wanted = "[N, H, W, C]" if rank == 4 else "[N]"
+        found = ", ".join(map(_brief, shape[:8]))
+        raise Problem(BAD_REQUEST, f"the shape of images in {datatype} must be {wanted}, got [{found}]")
+    if shape[0] > limits.max_images:
+        detail = f"one request takes {limits.max_images} images at most, got {shape[0]}; send the rest in another"
+        raise Problem(TOO_MANY_IMAGES, detail)
+
+
+def read_binary(binary: bytes, datatype: str | None, shape: list[int]) -> np.ndarray | list[bytes]:
+    """The images of a checked tensor in its bytes: uint8 [N, H, W, C], or N files."""
+    if datatype == "BYTES":
+        return counted(list(_cut(binary)), shape)
+    return _as_pixels(binary, shape)
+
+
+def read_numbers(data: list[Any], shape: list[int]) -> np.ndarray:
+    """Pixels uint8 [N, H, W, C] from whole numbers, one after another."""
+    if set(map(type, data)) - {int}:
+        wrong = next(value for value in data if type(value) is not int)
+        raise Problem(BAD_REQUEST, f"images in UINT8 must be whole numbers, got {_brief(wrong)}")
+    try:
+        content = bytes(data)
+    except ValueError as error:
+        wrong = next(value for value in data if not 0 <= value <= 255)
+        raise Problem(BAD_REQUEST, f"images in UINT8 must be from 0 to 255, got {wrong}") from error
+    return _as_pixels(content, shape)
+
+
+def _as_pixels(content: bytes, shape: list[int]) -> np.ndarray:
+    return np.frombuffer(counted(content, shape), np.uint8).reshape(shape)
+
+
+def _read_images(tensor: dict[str, Any], binary: bytes, limits: Limits) -> np.ndarray | list[bytes]:
+    shape = _member(tensor, "shape", list, [], of=INPUT)
+    datatype = _member(tensor, "datatype", str, None, of=INPUT)
+    check_tensor(datatype, shape, limits)
+    size = _member(_member(tensor, "parameters", dict, {}, of=INPUT), "binary_data_size", int, None, of=INPUT)
+    if size is None and binary:
+        raise Problem(BAD_REQUEST, f"images have no binary_data_size, and {len(binary)} bytes follow the header")
+    if size is not None and size != len(binary):
+        raise Problem(BAD_REQUEST, f"binary_data_size of images is {size}, and {len(binary)} bytes follow the header")
+    if size is not None and "data" in tensor:
+        raise Problem(BAD_REQUEST, "images have data in the header and binary_data_size; send one of them")
+    if size is not None:
+        return read_binary(binary, datatype, shape)
+    return counted(_from_base64(tensor), shape) if datatype == "BYTES" else read_numbers(_flat(tensor, shape), shape)
+
+
+def _flat(tensor: dict[str, Any], shape: list[int]) -> list[Any]:
+    """The numbers in `data`, which are flat or nested as the shape."""
+    data = _member(tensor, "data", list, [], of=INPUT)
+    if data and isinstance(data[0], list):
+        if len(data) != shape[0]:
+            raise _unlike(shape)
+        for size in shape[1:]:
+            if not all(isinstance(row, list) and len(row) == size for row in data):
+                raise _unlike(shape)
+            data = list(chain.from_iterable(data))
+    return data
+
+
+def _unlike(shape: list[int]) -> Problem:
+    return Problem(BAD_REQUEST, f"the data of images is neither flat nor nested as its shape {shape}")
+
+
+def _from_base64(tensor: dict[str, Any]) -> list[bytes]:
+    """The files in `data`, as JSON holds no bytes."""
+    texts = _member(tensor, "data", list, [], of=INPUT)
+    try:
+        return [base64.b64decode(text, validate=True) for text in texts]
+    except (ValueError, TypeError) as error:
+        raise Problem(BAD_REQUEST, f"images of type BYTES are base64 text in JSON: {error}") from error
+
+
+def _cut(binary: bytes) -> Iterator[bytes]:
+    """The elements of a BYTES tensor: each a length of four bytes, little-endian, and as many bytes."""
+    start = 0
+    while start < len(binary):
+        end = start + 4 + int.from_bytes(binary[start : start + 4], "little")
+        if start + 4 > len(binary) or end > len(binary):
+            raise Problem(BAD_REQUEST, f"an image of type BYTES ends at byte {end} of {len(binary)}")
+        yield binary[start + 4 : end]
+        start = end
+
+
+def counted(elements: Any, shape: list[int]) -> Any:
+    """`elements`, where there are as many as the shape says."""
+    if len(elements) != math.prod(shape):
+        found = f"got {len(elements):,}"
+        raise Problem(BAD_REQUEST, f"images of shape {shape} need {math.prod(shape):,} elements, {found}")
+    return elements
+
+
+def with_length(text: str) -> bytes:
+    """An element of a BYTES tensor."""
+    content = text.encode()
+    return len(content).to_bytes(4, "little") + content
+
+
+def best_classes(logits: np.ndarray, labels: tuple[str, ...], num_classes: int) -> list[list[str]]:
+    """ "score:index:label" of the best classes of each image, the best first; equal ones by index."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :num_classes]
+    return [
+        [f"{row[index]:f}:{index}:{labels[index]}" for index in best]
+        for row, best in zip(logits.tolist(), order.tolist(), strict=True)
+    ]
+
+
+def _member(members: dict[str, Any], name: str, kind: type, default: Any, *, of: str = "the request") -> Any:
+    """The member `name`, or `default` where it is missing or null; refuses one of another kind."""
+    value = members.get(name)
+    if value is None:
+        return default
+    if type(value) is not kind:
+        raise Problem(BAD_REQUEST, f"{name} of {of} must be {_KINDS[kind]}, got {_brief(value)}")
+    return value
+
+
+def _brief(value: Any) -> str:
+    """What was found, in a few characters."""
+    match value:
+        case list() | dict():
+            return _KINDS[type(value)]
+        case str():
+            return repr(value[:_SHOWN])
+        case _:
+            return orjson.dumps(value).decode()[:_SHOWN]

@@ -1,0 +1,347 @@
+"""Data sets as uint8 arrays [N, H, W, C] with the spec of their images."""
+
+import gzip
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.refusal import Refusal
+from common.spec import ImageSpec
+from train.data.folder import Files, LeftOut, Track, class_folders, find_files, make_files
+from train.data.split import (
+    FILE,
+    PARTS,
+    TEST_SHARE,
+    Changed,
+    Record,
+    Sizes,
+    check_same,
+    picked_by_name,
+    read_record,
+    record_arrays,
+    record_files,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FASHION_MNIST_DIRS = (Path("data"), Path("/usr/share/datasets/fashion-mnist"))  # the second is Debian's
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a data set without reading it."""
+
+    image: ImageSpec
+    labels: tuple[str, ...]
+    flip: bool  # a mirrored image keeps its label
+    crop: int  # pixels by which random crops shift images that are in memory
+
+
+@dataclass(frozen=True)
+class Split:
+    """images uint8 [N, H, W, C]; targets int64 [N], indices into the labels. Arrays, or tensors on a device."""
+
+    images: "np.ndarray | Tensor"
+    targets: "np.ndarray | Tensor"
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, indices: np.ndarray) -> "Split":
+        return Split(self.images[indices], self.targets[indices])
+
+    def first(self, num: int) -> np.ndarray:
+        """The first `num` images, uint8 [N, H, W, C]."""
+        return np.asarray(self.images[:num])
+
+
+Part = Split | Files  # of a data set, in memory or on the disk
+
+
+@dataclass(frozen=True)
+class Dataset:
+    info: DatasetInfo
+    train: Part
+    test: Part
+    validation: Part | None = None  # where a folder names it, or `divide` has cut it from `train`
+    left_out: Sequence[LeftOut] = ()  # of a folder
+    sizes: Sequence[tuple[int, int]] = ()  # width and height of a folder's images
+
+
+def _digits_info() -> DatasetInfo:
+    image = ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8)
+    return DatasetInfo(image, tuple("0123456789"), flip=False, crop=0)
+
+
+def _fashion_info() -> DatasetInfo:
+    image = ImageSpec(28, 28, 1, (0.286,), (0.353,), resize=28)
+    labels = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot".split()
+    return DatasetInfo(image, tuple(label.replace("_", " ") for label in labels), flip=True, crop=1)
+
+
+def cifar_image() -> ImageSpec:
+    """Mean and deviation of the authors' code, section 3."""
+    mean, std = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
+    return ImageSpec(32, 32, 3, tuple(m / 255 for m in mean), tuple(s / 255 for s in std), resize=32)
+
+
+def _cifar10_info() -> DatasetInfo:
+    labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    return DatasetInfo(cifar_image(), tuple(labels), flip=True, crop=4)
+
+
+def _cifar100_info() -> DatasetInfo:
+    return DatasetInfo(cifar_image(), _CIFAR100_LABELS, flip=True, crop=4)
+
+
+def _folder_info(data_dir: Path | None, image_size: int) -> DatasetInfo:
+    """Photographs: ImageNet's mean and deviation, and its resize of 256 to a crop of 224 pixels."""
+    labels = tuple(folder.name for folder in class_folders(_given(data_dir)))
+    resize = round(image_size * 256 / 224) if image_size >= 64 else image_size
+    return DatasetInfo(imagenet_image(image_size, resize), labels, flip=True, crop=0)
+
+
+def imagenet_image(size: int = 224, resize: int = 256) -> ImageSpec:
+    return ImageSpec(size, size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=resize)
+
+
+def describe(
+    name: str, *, data_dir: Path | None = None, image_size: int = 32, image: ImageSpec | None = None
+) -> DatasetInfo:
+    """What is known of data set `name` before its images are read; a folder's labels are its subfolders.
+
+    `image` is how a net that is there wants its images: a folder's are prepared so, others must have its shape.
+    """
+    if name == "folder":
+        info = _folder_info(data_dir, image_size)
+    else:
+        info = {
+            "digits": _digits_info,
+            "fashion-mnist": _fashion_info,
+            "cifar10": _cifar10_info,
+            "cifar100": _cifar100_info,
+        }[name]()
+        if image and image.shape != info.image.shape:
+            raise Refusal(f"{name} has images of shape {info.image.shape}, the net takes {image.shape}")
+    return replace(info, image=image) if image else info
+
+
+def load(
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    image_size: int = 32,
+    image: ImageSpec | None = None,
+    download: bool = False,
+    skip_unreadable: bool = False,
+    track: Track = lambda items, total: items,
+) -> Dataset:
+    """Read a data set whole, or find a folder's files: they are read when needed. `image` as in `describe`.
+
+    `track(items, total)` wraps the loop over a folder's files, to show progress.
+    Refuses a data set that is not where it should be, saying where it was looked for.
+    """
+    info = describe(name, data_dir=data_dir, image_size=image_size, image=image)
+    match name:
+        case "digits":
+            if data_dir:
+                raise Refusal("digits come with scikit-learn: leave out --data-dir, or add --dataset folder")
+            return Dataset(info, *_load_digits())
+        case "fashion-mnist":
+            return Dataset(info, *_load_fashion_mnist(data_dir, download))
+        case "cifar10" | "cifar100":
+            return Dataset(info, *_load_cifar(name, data_dir, download))
+    found = find_files(_given(data_dir), info.labels, info.image, skip_unreadable=skip_unreadable, track=track)
+    train, test = found.train, found.test
+    if test is None:
+        picked = picked_by_name(train.names, train.targets, TEST_SHARE, purpose="test")
+        train, test = train.take(np.flatnonzero(~picked)), train.take(np.flatnonzero(picked))
+    if not len(test):
+        raise Refusal(f"no image of {data_dir} is left to test on: a class needs two or more")
+    return Dataset(info, train, test, found.validation, found.left_out, found.sizes)
+
+
+def load_as_trained(
+    training: Mapping[str, Any],
+    *,
+    data_dir: Path | None = None,
+    beside: Path | None = None,
+    image_size: int = 32,
+    image: ImageSpec | None = None,
+) -> Dataset:
+    """The data set of a run, divided as it was; refuses one that has changed.
+
+    `training` is a checkpoint's config, or what later artefacts keep of it; `data_dir` goes before the one
+    in it, `image` is the net's. A folder that has grown is divided by the run's split.json, where that lies in the
+    folder `beside`.
+    """
+    name, recorded, split = training["dataset"], training.get("data_dir"), training.get("split") or {}
+    data_dir = data_dir or (Path(recorded) if recorded else None)
+    parts = read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
+    skip_unreadable = training.get("skip_unreadable", False)
+    if parts:
+        info = describe(name, data_dir=data_dir, image_size=image_size, image=image)
+        return recorded_files(_given(data_dir), parts, info, skip_unreadable=skip_unreadable)
+    dataset = load(name, data_dir=data_dir, image_size=image_size, image=image, skip_unreadable=skip_unreadable)
+    dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
+    if split:
+        check_same(record(dataset), split, where=str(data_dir or name))
+    return dataset
+
+
+def recorded_files(
+    root: Path, parts: Mapping[str, Sizes], info: DatasetInfo, *, skip_unreadable: bool = False
+) -> Dataset:
+    """A folder divided as a run recorded it in `parts`; refuses it if an image is gone or has another size."""
+    changed = [name for sizes in parts.values() for name, size in sizes.items() if num_bytes(root / name) != size]
+    if changed:
+        raise Changed(
+            f"{len(changed)} images of the run are gone from {root} or changed, the first is {changed[0]}: "
+            "put them back, or train anew"
+        )
+    labels = tuple(sorted({Path(name).parent.name for name in parts["train"]}))
+    info = replace(info, labels=labels)
+
+    def files(part: str) -> Files:
+        pairs = [(root / name, labels.index(Path(name).parent.name)) for name in parts[part]]
+        return make_files(root, pairs, info.image, skip_unreadable=skip_unreadable)
+
+    return Dataset(info, files("train"), files("test"), files("validation"))
+
+
+def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:
+    """The data set with a validation part: the one that its folder names, or `fraction` of the training images."""
+    if dataset.validation is not None and fraction:
+        return dataset
+    rest, held = hold_out(dataset.train, fraction, seed=seed)
+    return replace(dataset, train=rest, validation=held)
+
+
+def record(dataset: Dataset) -> Record:
+    """What is in the parts of a divided data set: names and sizes of files, or the digest of arrays."""
+    parts = dict(zip(PARTS, (dataset.train, dataset.validation, dataset.test), strict=True))
+    files = {part: split for part, split in parts.items() if isinstance(split, Files)}
+    if files:
+        return record_files(
+            {part: {name: num_bytes(Path(split.root) / name) for name in split.names} for part, split in files.items()}
+        )
+    arrays = {part: split for part, split in parts.items() if isinstance(split, Split)}
+    return record_arrays(
+        {part: (np.asarray(split.images), np.asarray(split.targets)) for part, split in arrays.items()}
+    )
+
+
+def num_bytes(path: Path) -> int:
+    """The size of a file, -1 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
+    """A part of `split` for choosing by, and the rest for training: (rest, part).
+
+    A folder's images by their names, of each class alike; others at random.
+    """
+    if isinstance(split, Files):
+        picked = picked_by_name(split.names, split.targets, fraction, purpose="validation")
+        return split.take(np.flatnonzero(~picked)), split.take(np.flatnonzero(picked))
+    order = np.random.default_rng(seed).permutation(len(split))
+    num_held = round(len(split) * fraction)
+    return split.take(np.sort(order[num_held:])), split.take(np.sort(order[:num_held]))
+
+
+def _load_digits() -> tuple[Part, Part]:
+    from sklearn.datasets import load_digits
+
+    pixels, targets = load_digits(return_X_y=True)
+    images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    return _every_fifth(Split(images, targets.astype(np.int64)))
+
+
+def _every_fifth(whole: Part) -> tuple[Part, Part]:
+    """(train, test): every fifth image tests, the same ones each time."""
+    index = np.arange(len(whole))
+    return whole.take(index[index % 5 != 4]), whole.take(index[index % 5 == 4])
+
+
+def _load_fashion_mnist(data_dir: Path | None, download: bool) -> tuple[Split, Split]:
+    from torchvision.datasets import FashionMNIST
+
+    def read(folder: Path, part: str) -> Split:
+        images, labels = _find(folder, f"{part}-images-idx3-ubyte"), _find(folder, f"{part}-labels-idx1-ubyte")
+        if not images or not labels:
+            raise FileNotFoundError(folder)
+        pixels, targets = _read_idx(images, 3)[..., None], _read_idx(labels, 1).astype(np.int64)
+        if len(pixels) != len(targets):
+            raise ValueError(f"{images.name} has {len(pixels)} images, {labels.name} {len(targets)} labels")
+        return Split(pixels, targets)
+
+    folders = (data_dir,) if data_dir else FASHION_MNIST_DIRS
+    if download:
+        FashionMNIST(str(folders[0]), train=True, download=True)
+    for folder in folders:
+        for place in (folder, folder / "FashionMNIST" / "raw"):
+            try:
+                return read(place, "train"), read(place, "t10k")
+            except FileNotFoundError:
+                continue
+            except (OSError, EOFError, ValueError, zlib.error) as error:
+                raise Refusal(f"the Fashion-MNIST files in {place} cannot be read: {error}") from error
+    raise Refusal(
+        f"Fashion-MNIST is not in {' or '.join(map(str, folders))}: install Debian's package "
+        "dataset-fashion-mnist, name its folder with --data-dir, or let --download fetch it"
+    )
+
+
+def _read_idx(path: Path, num_dims: int) -> np.ndarray:
+    """An IDX file of bytes, compressed or not; torchvision reads only the other kind."""
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if content[:4] != bytes((0, 0, 8, num_dims)):
+        raise ValueError(f"{path.name} is no IDX file of bytes in {num_dims} dimensions")
+    shape = np.frombuffer(content, ">u4", num_dims, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape).copy()  # writable
+
+
+def _find(folder: Path, stem: str) -> Path | None:
+    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+
+
+def _load_cifar(name: str, data_dir: Path | None, download: bool) -> tuple[Split, Split]:
+    from torchvision import datasets
+
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    folder = data_dir or Path("data")
+    try:
+        parts = [kind(str(folder), train=train, download=download) for train in (True, False)]
+    except (RuntimeError, OSError, EOFError, KeyError) as error:
+        raise Refusal(
+            f"{name} is not readable in {folder} ({error}): name the folder that holds torchvision's "
+            "files with --data-dir, or let --download fetch them"
+        ) from error
+    train, test = (Split(part.data, np.asarray(part.targets, np.int64)) for part in parts)
+    return train, test
+
+
+def _given(data_dir: Path | None) -> Path:
+    if data_dir is None:
+        raise Refusal("--dataset folder needs --data-dir, a directory with one folder of images per class")
+    return data_dir
+
+
+_CIFAR100_LABELS = tuple(
+    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+    dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+    leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+    otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
+    rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
+    sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+    willow_tree wolf woman worm""".split()
+)

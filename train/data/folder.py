@@ -1,0 +1,266 @@
+"""A folder of images per class: found and checked at the start, decoded only when needed."""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from common.image import FORMATS, SUFFIXES, decode
+from common.refusal import Refusal
+from common.spec import ImageSpec
+
+CHECK_THREADS = 8
+PART_NAMES = {"validation": ("val", "valid", "validation"), "test": ("test",)}  # beside train
+JUNK = ("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini")
+JUNK_REASON = "hidden, or an operating system's own"
+UNREADABLE = "cannot be read"
+
+Track = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, total): gives the items, and shows progress
+
+
+@dataclass(frozen=True)
+class Files:
+    """Images on the disk: paths, targets int64 [N], and how they become pixels."""
+
+    root: str  # the data set's folder
+    paths: np.ndarray  # of str
+    targets: np.ndarray
+    image: ImageSpec
+    skip_unreadable: bool
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, indices: np.ndarray) -> "Files":
+        return replace(self, paths=self.paths[indices], targets=self.targets[indices])
+
+    @property
+    def names(self) -> list[str]:
+        """Paths below `root`, with slashes."""
+        return [Path(path).relative_to(self.root).as_posix() for path in self.paths]
+
+    def first(self, num: int) -> np.ndarray:
+        """The first `num` images, those that can be read, uint8 [N, H, W, C] as the server sees them."""
+        pixels = [image for path in self.paths[:num] if (image := read(path, self)) is not None]
+        if not pixels:
+            raise Refusal(f"none of {', '.join(self.paths[:num])} can be read")
+        return np.stack(pixels)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    path: Path
+    why: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds: the parts that it names, and what is no part of them. `test` is None if it has none."""
+
+    train: Files
+    validation: Files | None
+    test: Files | None
+    left_out: list[LeftOut]
+    sizes: list[tuple[int, int]]  # width and height of every image
+
+
+def read(path: str, files: Files, crop: Callable | None = None, smallest_crop: float = 1.0) -> np.ndarray | None:
+    """One file as uint8 [H, W, C], see `decode`; None where it is unreadable and may be skipped."""
+    try:
+        return decode(Path(path).read_bytes(), files.image, crop=crop, smallest_crop=smallest_crop)
+    except (Refusal, OSError) as error:
+        if files.skip_unreadable:
+            return None
+        raise Refusal(f"{path} cannot be read ({error}): mend or remove it, or add --skip-unreadable") from error
+
+
+def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[LeftOut]]:
+    """The files among `paths`, each image in the folders among them and below, in order; and what else lies there.
+
+    Refuses a path that is not there, and paths without one image.
+    """
+    paths = list(paths)
+    if missing := [str(path) for path in paths if not path.exists() and not path.is_symlink()]:
+        raise Refusal(f"{', '.join(missing[:5])} {'is' if len(missing) == 1 else 'are'} not there")
+    found: dict[Path, None] = {}  # in order, none twice
+    left_out: list[LeftOut] = []
+    for path in paths:
+        if not path.is_dir():
+            found[path] = None
+            continue
+        for folder, folders, names in os.walk(path, onerror=_refuse_folder):
+            below = [Path(folder, name) for name in folders]
+            left_out += [LeftOut(child, JUNK_REASON) for child in below if _is_junk(child)]
+            left_out += [LeftOut(child, "a link to a folder") for child in below if child.is_symlink()]
+            folders[:] = sorted(child.name for child in below if not _is_junk(child))
+            for child in sorted(Path(folder, name) for name in names):
+                if why := _reason(child):
+                    left_out.append(LeftOut(child, why))
+                else:
+                    found[child] = None
+    if not found:
+        raise Refusal(f"no {', '.join(SUFFIXES)} images in {', '.join(map(str, paths))}")
+    return list(found), [stranger for stranger in left_out if stranger.path not in found]
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise Refusal(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+
+def refuse_what_cannot_be_judged(files: Files, track: Track) -> None:
+    """Decodes every file; refuses those that cannot be read, all in one line, unless they may be skipped.
+
+    What is judged after the last epoch is decoded before the first: a body cut short shows only then.
+    """
+
+    def fault(path: str) -> str | None:
+        try:
+            read(path, replace(files, skip_unreadable=False))
+        except Refusal as refusal:
+            return str(refusal)
+        return None
+
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        faults = [fault for fault in track(pool.map(fault, files.paths), len(files)) if fault]
+    if faults:
+        raise Refusal(f"{len(faults)} of {len(files)} images to be judged are damaged: {faults[0]}")
+
+
+def class_folders(root: Path) -> list[Path]:
+    """The folders of the training classes in alphabetical order; refuses fewer than two."""
+    folders = _folders(part := part_folders(root)["train"])
+    if len(folders) < 2:
+        raise Refusal(f"{part} has {len(folders)} class folders; a classifier needs two or more")
+    return folders
+
+
+def part_folders(root: Path) -> dict[str, Path]:
+    """Where "train", "validation" and "test" lie: only "train", `root` itself, where it holds class folders alone.
+
+    A validation folder without a test folder beside it is for testing.
+    """
+    names = {folder.name: folder for folder in _folders(root)}
+    if "train" not in names or not _folders(names["train"]):
+        return {"train": root}
+    parts = {"train": names["train"]}
+    for part, spellings in PART_NAMES.items():
+        if given := [names[name] for name in spellings if name in names]:
+            parts[part] = given[0]
+        if len(given) > 1:
+            raise Refusal(f"{root} has {' and '.join(folder.name for folder in given)}: keep one of them")
+    if "test" not in parts and "validation" in parts:
+        parts["test"] = parts.pop("validation")
+    return parts
+
+
+def find_files(
+    root: Path,
+    labels: tuple[str, ...],
+    image: ImageSpec,
+    *,
+    skip_unreadable: bool,
+    track: Track,
+    may_lack: bool = False,
+) -> Found:
+    """All images of a folder; refuses unreadable images unless they may be skipped, and a class without an image.
+
+    A class `may_lack` images where nothing is trained on them.
+    """
+    folders = part_folders(root)
+    found: dict[str, list[tuple[Path, int]]] = {}
+    left_out = [LeftOut(path, "not one of the parts") for path in _folders(root) if "test" in folders]
+    left_out = [stranger for stranger in left_out if stranger.path not in folders.values()]
+    left_out += [LeftOut(path, JUNK_REASON) for path in root.iterdir() if path.is_dir() and _is_junk(path)]
+    for part, folder in folders.items():
+        found[part], more = _list(_folders(folder), labels)
+        left_out += more
+    every = [path for pairs in found.values() for path, _ in pairs]
+    if not every:
+        raise Refusal(f"no {', '.join(SUFFIXES)} images in the class folders of {folders['train']}")
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        sizes = dict(zip(every, track(pool.map(_size, every), len(every)), strict=True))
+    unreadable = [path for path, size in sizes.items() if size is None]
+    if unreadable and not skip_unreadable:
+        raise Refusal(
+            f"{len(unreadable)} of {len(every)} images cannot be read, the first is {unreadable[0]}: "
+            "mend or remove them, or add --skip-unreadable"
+        )
+    left_out += [LeftOut(path, UNREADABLE) for path in unreadable]
+    parts = {
+        part: make_files(root, [pair for pair in pairs if sizes[pair[0]]], image, skip_unreadable=skip_unreadable)
+        for part, pairs in found.items()
+    }
+    if not may_lack:
+        _refuse_empty_classes(parts["train"], labels, folders["train"])
+    return Found(
+        parts["train"], parts.get("validation"), parts.get("test"), left_out, [size for size in sizes.values() if size]
+    )
+
+
+def make_files(root: Path, pairs: list[tuple[Path, int]], image: ImageSpec, *, skip_unreadable: bool) -> Files:
+    """`pairs` of a path and the index of its label."""
+    paths = np.array([str(path) for path, _ in pairs], dtype=np.str_)
+    return Files(str(root), paths, np.array([target for _, target in pairs], np.int64), image, skip_unreadable)
+
+
+def _refuse_empty_classes(train: Files, labels: tuple[str, ...], folder: Path) -> None:
+    counts = np.bincount(train.targets, minlength=len(labels))
+    if empty := [label for label, count in zip(labels, counts, strict=True) if not count]:
+        raise Refusal(
+            f"no {', '.join(SUFFIXES)} image to train on for {', '.join(empty[:5])} in {folder}: "
+            "add images, or remove the folder"
+        )
+
+
+def _list(folders: list[Path], labels: tuple[str, ...]) -> tuple[list[tuple[Path, int]], list[LeftOut]]:
+    """The images of class folders with the index of their label, and all else that lies there."""
+    strangers = [folder.name for folder in folders if folder.name not in labels]
+    if strangers:
+        raise Refusal(f"{folders[0].parent} has classes that training has not: {', '.join(strangers[:5])}")
+    found: list[tuple[Path, int]] = []
+    left_out: list[LeftOut] = []
+    for folder in folders:
+        for path in sorted(folder.iterdir()):
+            if why := _reason(path):
+                left_out.append(LeftOut(path, why))
+            else:
+                found.append((path, labels.index(folder.name)))
+    return found, left_out
+
+
+def _reason(path: Path) -> str:
+    """Why a path in a class folder is no image of the class, or nothing."""
+    if _is_junk(path):
+        return JUNK_REASON
+    if path.is_dir():
+        return "a folder inside a class folder"
+    return "" if path.suffix.lower() in SUFFIXES else f"not one of {', '.join(SUFFIXES)}"
+
+
+def _folders(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir() and not _is_junk(path))
+    except OSError as error:
+        raise Refusal(f"cannot read the folder {root}: {error.strerror}") from error
+
+
+def _is_junk(path: Path) -> bool:
+    return path.name.startswith(".") or path.name in JUNK
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height from the header, with what checksums the format has; None if the file is no sound image.
+
+    A body cut short may show only when it is decoded.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.verify()
+            return image.size
+    except Exception:  # Pillow's decoders raise nearly anything on damaged files
+        return None

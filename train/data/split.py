@@ -1,0 +1,103 @@
+"""Which image is for training, validation and test: it follows from a file's name, and is recorded with the run."""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.files import read_whole, sha256
+from common.refusal import Refusal
+
+FILE = "split.json"  # in the run's folder: names and sizes of a folder's images, by part
+PARTS = ("train", "validation", "test")
+TEST_SHARE = 0.2
+
+Sizes = dict[str, int]  # bytes of a file, by its name below the data set's folder
+
+
+class Changed(Refusal):
+    """An image of the run is gone, or is another."""
+
+
+class Unlike(Refusal):
+    """Other images than those of the run."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a run divided its images: `num_images` by part, and the digest of what is in them."""
+
+    num_images: dict[str, int]
+    sha256: str
+    content: bytes = b""  # of FILE, for a folder
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.num_images, "sha256": self.sha256}
+
+
+def picked_by_name(names: Sequence[str], targets: np.ndarray, share: float, *, purpose: str) -> np.ndarray:
+    """bool [N]: the images of a part that takes about `share` of each class, by a hash of name and `purpose` alone.
+
+    A class of two images or more gives at least one and keeps at least one; a class of one keeps it. Since
+    another image's name does not matter, adding images makes no image of the rest one of the part,
+    but for classes of one, and those all of whose hashes are below `share`.
+    """
+    place = np.array([_place(name, purpose) for name in names])
+    picked = place < share
+    for target in np.unique(targets):
+        of_class = np.flatnonzero(targets == target)
+        if share == 0 or len(of_class) < 2:
+            picked[of_class] = False
+        elif not picked[of_class].any():
+            picked[of_class[place[of_class].argmin()]] = True
+        elif picked[of_class].all():
+            picked[of_class[place[of_class].argmax()]] = False
+    return picked
+
+
+def _place(name: str, purpose: str) -> float:
+    """A number from 0 to below 1, evenly spread; the same for a name however its accents are composed."""
+    digest = hashlib.sha256(f"{purpose}:{unicodedata.normalize('NFC', name)}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:6]) / 2**48
+
+
+def record_files(parts: Mapping[str, Sizes]) -> Record:
+    """The record of a folder's images."""
+    content = json.dumps({part: parts[part] for part in PARTS}, indent=0).encode()
+    return Record({part: len(parts[part]) for part in PARTS}, sha256(content), content)
+
+
+def record_arrays(parts: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Record:
+    """The record of images and targets in memory."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        for array in parts[part]:
+            digest.update(f"{part} {array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return Record({part: len(parts[part][1]) for part in PARTS}, digest.hexdigest())
+
+
+def read_record(path: Path, expected_sha256: str) -> dict[str, Sizes] | None:
+    """The parts in a run's FILE; None where there is no such file, or it is another run's."""
+    if not path.is_file():
+        return None
+    content = read_whole(path)
+    return json.loads(content) if sha256(content) == expected_sha256 else None
+
+
+def check_same(found: Record, recorded: Mapping[str, Any], *, where: str) -> None:
+    """Refuses images that are not those of the run that wrote `recorded`, a `Record` as dictionary."""
+    if found.sha256 == recorded.get("sha256"):
+        return
+    then, now = (
+        ", ".join(f"{counts.get(part, 0)} {part}" for part in PARTS) for counts in (recorded, found.num_images)
+    )
+    raise Unlike(
+        f"{where} does not hold the images that the model was trained and tested on ({then}; found {now}): "
+        f"name them as they were with --data-dir, or keep the run's {FILE} beside the model"
+    )

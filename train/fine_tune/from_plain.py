@@ -1,0 +1,140 @@
+"""Where fine-tuning of a plain file begins: opened, its batch statistics measured, and proved to be the same net."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from common.difference import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, difference, keeps_class
+from common.progress import progress
+from common.refusal import Refusal
+from train.checkpoint import Checkpoint, load_checkpoint
+from train.config import Settings
+from train.data import datasets
+from train.distributed import World
+from train.fine_tune.batch_statistics import measure, standardize
+from train.fine_tune.plain_file import PlainFile, read_plain_file
+from train.fine_tune.unfold import as_plain, unfold
+from train.loop import batches
+from train.steps import make_augmentation
+
+NUM_MEASURED = 2048  # training images, as they are augmented
+NUM_PROVED, PROVED_PIXELS = 64, 400_000  # images of each kind at most, and all of their pixels: float64 takes its time
+TOLERANCES = {"float64": FLOAT64_TOLERANCE, "float32": FLOAT32_TOLERANCE}
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far the opened net's logits are from the plain file's."""
+
+    images: str
+    precision: str
+    num_images: int
+    relative: float
+    top1_changes: int
+
+    def __bool__(self) -> bool:
+        return self.relative <= TOLERANCES[self.precision] and not self.top1_changes
+
+
+def load_source(path: Path) -> Checkpoint | PlainFile:
+    """What --init names: a checkpoint, or the plain net of a family; refuses any other."""
+    if path.suffix in (".onnx", ".engine"):
+        raise Refusal(f"{path} is an exported file; name the plain.safetensors or checkpoint.pt that it was made of")
+    if path.suffix != ".safetensors":
+        return load_checkpoint(path)
+    file = read_plain_file(path)
+    if file.spec.net:
+        raise Refusal(
+            f"{path} holds {file.spec.name} as a graph, and training builds nets of its own families alone: "
+            "fine-tune that net where it was made, and fold it again"
+        )
+    return file
+
+
+def open_plain(
+    file: PlainFile, settings: Settings, dataset: datasets.Dataset, world: World, console: Console
+) -> Checkpoint:
+    """The net of a plain file as training takes it up; refuses where it would not be the same net."""
+    spec = file.spec
+    torch.manual_seed(settings.seed)  # W of filters that are zero
+    try:
+        net = unfold(file.weights, spec, a=settings.a0, b=settings.b0, std=settings.w_std)
+    except Refusal as refusal:
+        raise Refusal(f"{file.path}: {refusal}") from refusal
+    taken: list[int] = []
+    with progress(console, "measuring batch statistics", min(NUM_MEASURED, len(dataset.train))) as advance:
+        images = _augmented(settings, dataset, world.device, lambda num: (taken.append(num), advance(num)))
+        standardize(net, measure(deepcopy(net).float().to(world.device), images))
+    num = sum(taken)
+    rows = prove(net, as_plain(net, file.weights), _to_prove_on(dataset))
+    if failed := [row for row in rows if not row]:
+        clauses = (f"{row.precision} logits on {row.images} images differ by {row.relative:.1e}" for row in failed)
+        raise Refusal(f"{file.path} cannot be opened exactly: {'; '.join(clauses)}; fold its net again")
+    _print(console, file.path, rows, num)
+    record = {"measured_on": num, "logits": [vars(row) for row in rows]}
+    return Checkpoint.fresh(spec, net.float().state_dict(), {"unfold": record}, sha256=file.sha256)
+
+
+@torch.no_grad()
+def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> list[Row]:
+    """Both nets, float64, on images in float64 and in float32."""
+    rows: list[Row] = []
+    for kind, images in image_sets.items():
+        for precision, tolerance in TOLERANCES.items():
+            nets = (deepcopy(part).to(getattr(torch, precision)) for part in (plain, net))
+            before, after = (
+                torch.cat([part(batch) for batch in images.split(8)]).double().numpy(force=True) for part in nets
+            )
+            changes = int((~keeps_class(before, after, tolerance=tolerance)).sum())
+            rows.append(Row(kind, precision, len(images), difference(before, after).relative, changes))
+    return rows
+
+
+def _augmented(
+    settings: Settings, dataset: datasets.Dataset, device: str, advance: Callable[[int], Any]
+) -> Iterator[Tensor]:
+    """The batches that the first epoch begins with, whole in every process: all measure the same."""
+    batch_size = min(settings.batch_size, len(dataset.train))
+    first = batches(
+        dataset.train,
+        make_augmentation(settings, dataset.info),
+        batch_size=batch_size,
+        epoch=0,
+        first_step=0,
+        seed=settings.seed,
+        world=World(device=device),
+        workers=settings.workers,
+    )
+    found = False
+    for batch in islice(first, -(-NUM_MEASURED // batch_size)):
+        if len(batch.targets):
+            yield batch.images
+            found = True
+        advance(len(batch.targets))
+    if not found:
+        raise Refusal("none of the first training images could be read: mend them")
+
+
+def _to_prove_on(dataset: datasets.Dataset) -> dict[str, Tensor]:
+    """Random images and training images as they are."""
+    image = dataset.info.image
+    num = max(1, min(NUM_PROVED, PROVED_PIXELS // (image.height * image.width), len(dataset.train)))
+    random = np.random.default_rng(0).integers(0, 256, (num, *image.shape), dtype=np.uint8)
+    return {"random": torch.from_numpy(random), "training": torch.from_numpy(dataset.train.first(num))}
+
+
+def _print(console: Console, path: Path, rows: list[Row], num_measured: int) -> None:
+    worst = {kind: max(row.relative for row in rows if row.precision == kind) for kind in TOLERANCES}
+    kinds = " and ".join(f"{row.num_images} {row.images}" for row in rows if row.precision == "float64")
+    console.print(
+        f"{path} is open again: the logits differ by {worst['float64']:.1e} in float64 and {worst['float32']:.1e} in "
+        f"float32 on {kinds} images, no class does; batch statistics are those of {num_measured:,} training images"
+    )
