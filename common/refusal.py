@@ -1,4 +1,4 @@
-"""What a user can mend: the one exception that commands print and the server answers."""
+"""The one exception for errors that a user can fix: commands print it, the server answers with it."""
 
 
 class Refusal(Exception):
