@@ -33,6 +33,6 @@ def share(error: float, scale: float) -> float:
 
 
 def keeps_class(before: np.ndarray, after: np.ndarray, *, tolerance: float) -> np.ndarray:
-    """bool [N] for logits [N, K]; a class whose logit in `before` is within `tolerance` of the best one ties with it."""
+    """bool [N] for logits [N, K]. Classes within `tolerance` of the best logit of `before` tie with it."""
     chosen = np.take_along_axis(before, after.argmax(1)[:, None], axis=1)[:, 0]
     return before.max(axis=1) - chosen <= 2 * tolerance * np.abs(before).max()
