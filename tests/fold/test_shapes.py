@@ -81,16 +81,25 @@ def set_tensor(name, tensor):
 HOSTILE = {
     "an operation that is not listed": (set_field("stem.relu", "op", "eval"), "stem.relu: eval is not one of"),
     "an input in the middle": (set_field("stem.relu", "op", "input"), "stem.relu: input is not one of"),
-    "a window of a billion": (set_attribute("pool", "size", [10**9, 1]), "pool: max_pool has attributes that"),
+    "a window of a billion": (
+        set_attribute("pool", "size", [10**9, 1]),
+        "pool: max_pool has missing or invalid attributes",
+    ),
     "no window": (lambda nodes, t, o: nodes["pool"]["attributes"].pop("size"), "missing or invalid attributes: size"),
-    "a stride of zero": (set_attribute("stem.large.0", "stride", [0, 1]), "stem.large.0: conv has attributes that"),
+    "a stride of zero": (
+        set_attribute("stem.large.0", "stride", [0, 1]),
+        "stem.large.0: conv has missing or invalid attributes",
+    ),
     "padding without end": (set_attribute("stem.large.0", "padding", [[60000] * 2] * 2), "would give"),
     "padding of one dimension": (set_attribute("stem.large.0", "padding", [[1, 1]]), "for 2 spatial dimensions"),
     "a fraction of a group": (set_attribute("body.2.wide", "groups", 31), "body.2.wide: conv of [32, 1, 7, 7] reads"),
     "text for a number": (set_attribute("body.2.wide", "groups", "32"), "missing or invalid attributes: groups"),
     "true for a number": (set_attribute("stem.large.0", "groups", True), "missing or invalid attributes: groups"),
     "an attribute too many": (set_attribute("stem.relu", "code", "import os"), "missing or invalid attributes: code"),
-    "infinity": (lambda n, t, o: n["hardswish"].update(op="leaky_relu", attributes={"slope": 1e999}), "missing or invalid attributes"),
+    "infinity": (
+        lambda n, t, o: n["hardswish"].update(op="leaky_relu", attributes={"slope": 1e999}),
+        "missing or invalid attributes",
+    ),
     "two inputs of one": (set_field("stem.relu", "inputs", ["stem.large.0"] * 2), "stem.relu: relu reads 2 nodes"),
     "no inputs": (set_field("cat", "inputs", []), "cat: cat reads 0 nodes"),
     "a later input": (set_field("stem.relu", "inputs", ["logits_"]), "too early"),
