@@ -3,7 +3,7 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serve.v2.routes.rpc import bounds
+from serve.v2.rpc import bounds
 from tritonclient.grpc import service_pb2 as pb
 
 from serve.request.problems import TOO_LARGE, Problem
