@@ -1,6 +1,7 @@
 """From a graph that is a chain, with sums of two branches, to an `nn.Sequential` of named layers."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -8,11 +9,9 @@ from fold.nodes import Graph, Node, run
 from train.layers import NCReLU, Normalize, Residual
 
 Layers = list[tuple[str, nn.Module]]
-CONVOLUTIONS: dict[int, Callable[..., nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
-    3: nn.Conv1d,
-    4: nn.Conv2d,
-    5: nn.Conv3d,
-}  # by dimensions of the weight
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# By the number of the weight's dimensions.
+CONVOLUTIONS: dict[int, Callable[..., Convolution]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
 class Operation(nn.Module):
@@ -74,6 +73,21 @@ def nest(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
     return net.eval()
 
 
+def convolution(weight: Tensor, bias: Tensor | None, **how: Any) -> Convolution:
+    """An ordinary convolution with weights [N_o, N_i / groups, K...]; `how` is stride, padding, dilation and groups."""
+    num_out, per_group, *kernel = weight.shape
+    make = CONVOLUTIONS[weight.dim()]
+    layer = make(per_group * how["groups"], num_out, kernel, **how, bias=bias is not None, device="meta")
+    layer.weight = _fixed(weight)
+    if bias is not None:
+        layer.bias = _fixed(bias)
+    return layer
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
+
+
 def _residual(graph: Graph, rest: list[Node], source: str) -> tuple[Node, Residual] | None:
     """The sum whose branches, nodes named `<sum>.body.` and `<sum>.shortcut.`, come next, as a layer of both."""
     for index, node in enumerate(rest):
@@ -109,10 +123,13 @@ def _layer(node: Node, rank: int | None) -> nn.Module | None:
             layer.offset, layer.scale = node.tensors["offset"], node.tensors["scale"]
             return layer
         case "conv" if all(before == after for before, after in how["padding"]):
-            return _convolution(node)
+            padding = [before for before, _ in how["padding"]]
+            return convolution(node.tensors["weight"], node.tensors["bias"], **{**how, "padding": padding})
         case "linear":
             num_out, num_in = node.tensors["weight"].shape
-            return _filled(nn.Linear(num_in, num_out, device="meta"), node)
+            linear = nn.Linear(num_in, num_out, device="meta")
+            linear.weight, linear.bias = (_fixed(node.tensors[key]) for key in ("weight", "bias"))
+            return linear
         case "relu":
             return nn.ReLU()
         case "ncrelu":
@@ -134,24 +151,3 @@ def _is_square(pool: Node) -> bool:
     how = pool.attributes
     is_square = all(len({*how[key]}) == 1 for key in ("size", "stride", "padding"))
     return len(how["size"]) == 2 and is_square and not how["ceil"] and {*how["dilation"]} == {1}
-
-
-def _convolution(node: Node) -> nn.Module:
-    how, weight = node.attributes, node.tensors["weight"]
-    layer = CONVOLUTIONS[weight.dim()](
-        weight.shape[1] * how["groups"],
-        weight.shape[0],
-        tuple(weight.shape[2:]),
-        stride=tuple(how["stride"]),
-        padding=tuple(before for before, _ in how["padding"]),
-        dilation=tuple(how["dilation"]),
-        groups=how["groups"],
-        device="meta",
-    )
-    return _filled(layer, node)
-
-
-def _filled(layer: nn.Module, node: Node) -> nn.Module:
-    for key in ("weight", "bias"):
-        setattr(layer, key, nn.Parameter(node.tensors[key], requires_grad=False))
-    return layer

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from common.refusal import Refusal
 from fold.graph import GraphNet
-from fold.layers import Operation, as_sequential, nest
+from fold.layers import Convolution, Operation, as_sequential, convolution, nest
 from fold.lowerings import LOWERINGS, Lowering
 from fold.nodes import Graph, Node
-from fold.plain import Convolution, PlainNet, convolution_like, named_layers
+from fold.plain import PlainNet, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
 
 Layers = list[tuple[str, nn.Module]]  # as `named_layers` gives them
@@ -112,6 +112,12 @@ def split_ncrelu(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[W1 W2] of eq. 10: the halves of the filters that read max(x, 0) and min(x, 0)."""
     w1, w2 = weight.chunk(2, dim=1)
     return w1, w2
+
+
+def convolution_like(layer: Convolution, weight: Tensor, bias: Tensor | None) -> Convolution:
+    """A convolution with weights [N_o, N_i, K...] that strides and pads like `layer`."""
+    how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+    return convolution(weight, bias, **how)
 
 
 def _rewrite_pairs(layers: Layers, lowering: str) -> Iterator[tuple[str, nn.Module]]:

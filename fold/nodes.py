@@ -119,9 +119,9 @@ class Graph:
                 raise Refusal(f"{node.name}: {node.op} is not one of {', '.join(OPERATIONS)}")
             if node.name in seen or not seen.issuperset(node.inputs):
                 raise Refusal(f"{node.name}: the graph uses a name twice, or reads {node.inputs} too early")
-            needed = TENSORS.get(node.op, ())
-            if set(node.tensors) != set(needed):
-                raise Refusal(f"{node.name}: {node.op} has tensors {sorted(node.tensors)}, not {sorted(needed)}")
+            keys = TENSORS.get(node.op, ())
+            if set(node.tensors) != set(keys):
+                raise Refusal(f"{node.name}: {node.op} has tensors {sorted(node.tensors)}, not {sorted(keys)}")
             seen.add(node.name)
         if len(self.nodes) < 2:
             raise Refusal("the graph has no operation")

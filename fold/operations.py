@@ -1,6 +1,7 @@
 """How PyTorch's layers and functions are written as nodes. Each function takes the arguments of its namesake."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -172,8 +173,8 @@ def window(dims: int, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bo
 
 
 def max_pool(
-    b: Builder,
     dims: int,
+    b: Builder,
     input: Ref,
     kernel_size: Any,
     stride: Any = None,
@@ -189,8 +190,8 @@ def max_pool(
 
 
 def avg_pool(
-    b: Builder,
     dims: int,
+    b: Builder,
     input: Ref,
     kernel_size: Any,
     stride: Any = None,
@@ -205,9 +206,9 @@ def avg_pool(
     return b.add("avg_pool", input, **how, count_padding=bool(count_include_pad))
 
 
-def adaptive_avg_pool(b: Builder, dims: int, input: Ref, output_size: Any) -> Ref:
+def adaptive_avg_pool(dims: int, b: Builder, input: Ref, output_size: Any) -> Ref:
     if any(size != 1 for size in each(output_size, dims)):
-        raise NotListed(f"adaptive pooling to {output_size}: to 1 alone")
+        raise NotListed(f"adaptive pooling to {output_size}, only to 1 is supported")
     if b.rank(input) not in (None, dims + 2):
         raise NotListed(f"pooling of {dims} spatial dimensions reads {b.rank(input)} dimensions: give a batch")
     return b.add("global_pool", input)
@@ -217,7 +218,7 @@ def mean(b: Builder, input: Ref, dim: Any = None, keepdim: bool = False) -> Ref:
     rank = b.rank(input)
     axes = sorted(axis % rank for axis in each(dim, 1)) if rank and dim is not None else []
     if not rank or axes != list(range(2, rank)) or not axes:
-        raise NotListed(f"a mean over {dim}: over all spatial dimensions alone")
+        raise NotListed(f"a mean over {dim}, only over all spatial dimensions is supported")
     pooled = b.add("global_pool", input)
     return pooled if keepdim else b.add("flatten", pooled)
 
@@ -225,14 +226,14 @@ def mean(b: Builder, input: Ref, dim: Any = None, keepdim: bool = False) -> Ref:
 def flatten(b: Builder, input: Ref, start_dim: int = 0, end_dim: int = -1) -> Ref:
     rank = b.rank(input)
     if start_dim != 1 or end_dim not in (-1, (rank or 0) - 1):
-        raise NotListed(f"flatten from {start_dim} to {end_dim}: from 1 to the end alone")
+        raise NotListed(f"flatten from {start_dim} to {end_dim}, only from 1 to the end is supported")
     return input if rank == 2 else b.add("flatten", input)
 
 
 def cat(b: Builder, tensors: Sequence[Any], dim: int = 0) -> Ref:
     rank = b.rank(tensors[0])
     if (dim if dim >= 0 or rank is None else dim + rank) != 1 or not all(isinstance(part, Ref) for part in tensors):
-        raise NotListed(f"a concatenation along {dim}: of channels alone")
+        raise NotListed(f"a concatenation along {dim}, only of channels is supported")
     return b.add("cat", *tensors)
 
 
@@ -254,7 +255,7 @@ def getitem(b: Builder, input: Ref, index: Any) -> Ref:
     channels = cast("slice[Any, Any, Any] | None", channels)
     whole = batch == slice(None) and all(part in (slice(None), Ellipsis) for part in rest)
     if not whole or not isinstance(channels, slice) or channels.step is not None:
-        raise NotListed(f"indexing with {index}: of channels alone")
+        raise NotListed(f"indexing with {index}, only of channels is supported")
     return b.add("slice", input, start=channels.start or 0, stop=channels.stop)
 
 
@@ -288,27 +289,17 @@ def dropout(b: Builder, input: Ref, p: float = 0.5, training: bool = True, inpla
     return input
 
 
-def elementwise(op: str) -> Callable[..., Ref]:
-    def write(b: Builder, input: Ref, inplace: bool = False) -> Ref:
-        return b.add(op, input)
-
-    return write
-
-
-def by_dims(function: Callable[..., Ref], dims: int) -> Callable[..., Ref]:
-    def write(b: Builder, *args: Any, **how: Any) -> Ref:
-        return function(b, dims, *args, **how)
-
-    return write
+def elementwise(op: str, b: Builder, input: Ref, inplace: bool = False) -> Ref:
+    return b.add(op, input)
 
 
 ELEMENTWISE = ("relu", "silu", "sigmoid", "hardswish", "hardsigmoid", "tanh")
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{op: elementwise(op) for op in ELEMENTWISE},
+    **{op: partial(elementwise, op) for op in ELEMENTWISE},
     **{f"conv{dims}d": convolve for dims in (1, 2, 3)},
-    **{f"max_pool{dims}d": by_dims(max_pool, dims) for dims in (1, 2, 3)},
-    **{f"avg_pool{dims}d": by_dims(avg_pool, dims) for dims in (1, 2, 3)},
-    **{f"adaptive_avg_pool{dims}d": by_dims(adaptive_avg_pool, dims) for dims in (1, 2, 3)},
+    **{f"max_pool{dims}d": partial(max_pool, dims) for dims in (1, 2, 3)},
+    **{f"avg_pool{dims}d": partial(avg_pool, dims) for dims in (1, 2, 3)},
+    **{f"adaptive_avg_pool{dims}d": partial(adaptive_avg_pool, dims) for dims in (1, 2, 3)},
     **dict.fromkeys(("add", "iadd"), add),
     **dict.fromkeys(("mul", "imul"), multiply),
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
@@ -331,7 +322,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 def convolution_layer(b: Builder, layer: Any, x: Ref) -> Ref:
     if layer.padding_mode != "zeros":
-        raise NotListed(f"padding with {layer.padding_mode}: with zeros alone")
+        raise NotListed(f"padding with {layer.padding_mode}, only with zeros is supported")
     weight = layer.weight
     if isinstance(layer, DiracConv1d | DiracConv2d | DiracConv3d) and not weight.is_meta:
         b_norm = None if layer.b is None else double(layer.b)
@@ -347,28 +338,22 @@ def batch_norm_layer(b: Builder, layer: Any, x: Ref) -> Ref:
     return batch_norm(b, x, *whole, eps=layer.eps, **known)
 
 
-def pool_layer(pool: Callable[..., Ref], *settings: str) -> Callable[[Builder, Any, Ref], Ref]:
-    def write(b: Builder, layer: Any, x: Ref) -> Ref:
-        dims = int(type(layer).__name__[-2])
-        return pool(b, dims, x, **{name: getattr(layer, name) for name in settings})
-
-    return write
+def pool_layer(pool: Callable[..., Ref], settings: Sequence[str], b: Builder, layer: Any, x: Ref) -> Ref:
+    dims = int(type(layer).__name__[-2])
+    return pool(dims, b, x, **{name: getattr(layer, name) for name in settings})
 
 
 WINDOW = ("kernel_size", "stride", "padding", "ceil_mode")
+MAX_POOL = partial(pool_layer, max_pool, (*WINDOW, "dilation", "return_indices"))
+AVG_POOL_1D = partial(pool_layer, avg_pool, (*WINDOW, "count_include_pad"))
+AVG_POOL = partial(pool_layer, avg_pool, (*WINDOW, "count_include_pad", "divisor_override"))
+GLOBAL_POOL = partial(pool_layer, adaptive_avg_pool, ("output_size",))
 LAYERS: dict[type[nn.Module], Callable[[Builder, Any, Ref], Ref]] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, DiracConv1d, DiracConv2d, DiracConv3d), convolution_layer),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), batch_norm_layer),
-    **dict.fromkeys(
-        (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), pool_layer(max_pool, *WINDOW, "dilation", "return_indices")
-    ),
-    nn.AvgPool1d: pool_layer(avg_pool, *WINDOW, "count_include_pad"),
-    **dict.fromkeys(
-        (nn.AvgPool2d, nn.AvgPool3d), pool_layer(avg_pool, *WINDOW, "count_include_pad", "divisor_override")
-    ),
-    **dict.fromkeys(
-        (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), pool_layer(adaptive_avg_pool, "output_size")
-    ),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), MAX_POOL),
+    **{nn.AvgPool1d: AVG_POOL_1D, nn.AvgPool2d: AVG_POOL, nn.AvgPool3d: AVG_POOL},
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), GLOBAL_POOL),
     **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), lambda b, layer, x: pad(b, x, layer.padding)),
     **dict.fromkeys(
         (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),

@@ -15,7 +15,7 @@ from common.files import write_whole
 from common.refusal import Refusal
 from common.spec import Spec
 from fold.graph import GraphNet
-from fold.layers import CONVOLUTIONS, as_sequential
+from fold.layers import as_sequential
 from fold.nodes import Graph
 from fold.rules import simplify
 from fold.shapes import infer_shapes
@@ -27,7 +27,6 @@ from train.layers import Normalize
 PlainNet = nn.Sequential | GraphNet  # layers for a net that a spec builds, a graph for any other
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 RESERVED = ("images", "logits")  # the input and output of an exported net
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 @dataclass(frozen=True)
@@ -56,26 +55,6 @@ def named_layers(net: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn
             yield from named_layers(layer, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", layer
-
-
-def convolution_like(layer: Convolution, weight: Tensor, bias: Tensor | None) -> Convolution:
-    """An ordinary convolution with weights [N_o, N_i, ...] that strides and pads like `layer`."""
-    plain = CONVOLUTIONS[weight.dim()](
-        weight.shape[1] * layer.groups,
-        weight.shape[0],
-        layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        groups=layer.groups,
-        bias=bias is not None,
-        padding_mode=layer.padding_mode,
-        device="meta",
-    )
-    plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return plain
 
 
 def skeleton(spec: Spec) -> nn.Sequential:

@@ -148,7 +148,7 @@ def subsampling_before_point(graph: Graph, node: Node) -> Outcome:
 
 def flat_sum(graph: Graph, node: Node) -> Outcome:
     """(x + y) + z = x + y + z, so that `sum_of_linear` sees every pair of terms."""
-    inner = [name for name in node.inputs if graph[name].op == "add" and _alone(graph, name)]
+    inner = [name for name in node.inputs if graph[name].op == "add" and _has_one_reader(graph, name)]
     if node.op != "add" or not inner:
         return None
     terms = [term for name in node.inputs for term in (graph[name].inputs if name in inner else (name,))]
@@ -193,7 +193,7 @@ def _maps_of_one_source(graph: Graph, one: Node, other: Node) -> tuple[Linear, L
 def _map(graph: Graph, node: Node) -> Linear | None:
     """A term as a linear map of what it reads; None where it is not linear, or where others read it too."""
     rank = graph.rank(node.name)
-    if not _alone(graph, node.name):
+    if not _has_one_reader(graph, node.name):
         return None
     match node.op:
         case "conv" | "linear" if node.op == "conv" or rank == 2:
@@ -230,12 +230,12 @@ def zero_half(graph: Graph, node: Node) -> Outcome:
     if node.op not in LINEAR or (node.op == "linear" and graph.rank(node.name) != 2):  # whose columns are channels
         return None
     above = node.inputs[0]
-    while graph[above].op in KEEP_CHANNELS and _alone(graph, above):
+    while graph[above].op in KEEP_CHANNELS and _has_one_reader(graph, above):
         above = graph[above].inputs[0]
     ncrelu = graph[above]
     if ncrelu.op != "ncrelu" or not is_nonnegative(graph, ncrelu.inputs[0]):
         return None
-    if not _alone(graph, above):
+    if not _has_one_reader(graph, above):
         return Blocked(f"half of {above} is zero and stays: {len(graph.readers(above))} nodes read it")
     if node.attributes.get("groups", 1) != 1:
         return Blocked(f"half of {above} is zero and stays: the convolution has groups")
@@ -294,7 +294,7 @@ def is_nonnegative(graph: Graph, name: str) -> bool:
             return False
 
 
-def _alone(graph: Graph, name: str) -> bool:
+def _has_one_reader(graph: Graph, name: str) -> bool:
     return len(graph.readers(name)) == 1
 
 
@@ -303,7 +303,9 @@ def _before(graph: Graph, node: Node, ops: Sequence[str], before: Sequence[str])
     if node.op not in ops or graph[node.inputs[0]].op not in before:
         return None
     found = graph[node.inputs[0]]
-    return found if _alone(graph, found.name) else _not_merged(found, f"{len(graph.readers(found.name))} nodes read it")
+    if _has_one_reader(graph, found.name):
+        return found
+    return _not_merged(found, f"{len(graph.readers(found.name))} nodes read it")
 
 
 def _not_merged(before: Node, reason: str) -> Blocked:

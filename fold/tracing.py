@@ -174,7 +174,9 @@ class _Walk:
         if tuple(before) == tuple(after):
             return source
         if len(after) != 2 or after[0] != before[0]:
-            raise NotListed(f"a view of {list(before)} as {list(after)}: all but the batch made flat alone")
+            raise NotListed(
+                f"a view of {list(before)} as {list(after)}, only flattening all but the batch is supported"
+            )
         return self.builder.add("flatten", source)
 
     def _is_traced(self, node: fx.Node) -> bool:

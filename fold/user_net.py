@@ -224,7 +224,7 @@ def _read_state(path: Path, content: bytes) -> State:
         found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises half a dozen unrelated kinds
         raise Refusal(
-            f"{path} cannot be read as weights alone ({type(error).__name__}); "
+            f"{path} cannot be read as weights ({type(error).__name__}); "
             "save them with torch.save(net.state_dict(), FILE) or as safetensors"
         ) from error
     return _without_prefixes(_unwrapped(path, found))

@@ -246,7 +246,7 @@ def test_weights_that_do_not_fit_are_named(nets, capsys):
     assert "it has the unknown head.weight" in error
     assert "it has other shapes: logits.weight [9, 64], in the net [5, 64]" in error
     bad = {
-        "a net": (own_nets.Gate(4), "cannot be read as weights alone"),
+        "a net": (own_nets.Gate(4), "cannot be read as weights"),
         "a list": ([1, 2], "holds a list, not a state dict"),
         "other keys": ({"epoch": 3}, "holds epoch, and no state dict under state_dict, model_state_dict, model, net"),
         "NaN": (
