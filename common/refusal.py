@@ -3,3 +3,8 @@
 
 class Refusal(Exception):
     """Something the user gave cannot be used. The message is one line: what is wrong, what to do."""
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """The message of an error in one line of at most `length` characters, for a refusal to quote."""
+    return " ".join(str(error).split())[:length]

@@ -44,7 +44,7 @@ def as_sequential(graph: Graph) -> nn.Sequential:
         layers.append((node.name, layer or nn.Identity()))
         rest, before = rest[rest.index(node) + 1 :], node.name
     if wrong:
-        raise TypeError(f"no chain of layers: {', '.join(wrong)}; fold.graph.fold takes such nets")
+        raise _not_a_chain(", ".join(wrong))
     return nest(layers)
 
 
@@ -62,15 +62,17 @@ def nest(layers: Iterable[tuple[str, nn.Module]]) -> nn.Sequential:
             if part not in dict(place.named_children()):
                 place.add_module(part, nn.Sequential())
             elif not is_open:
-                raise TypeError(
-                    f"no chain of layers: {name} runs apart from its module; fold.graph.fold takes such nets"
-                )
+                raise _not_a_chain(f"{name} runs apart from its module")
             place = place.get_submodule(part)
         if leaf in dict(place.named_children()):
-            raise TypeError(f"no chain of layers: {name} is a layer and a module; fold.graph.fold takes such nets")
+            raise _not_a_chain(f"{name} is a layer and a module")
         place.add_module(leaf, layer)
         before = parts
     return net.eval()
+
+
+def _not_a_chain(reason: str) -> TypeError:
+    return TypeError(f"not a chain of layers: {reason}; fold.graph.fold takes such nets")
 
 
 def convolution(weight: Tensor, bias: Tensor | None, **how: Any) -> Convolution:

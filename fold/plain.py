@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.documents import read_object
 from common.files import write_whole
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from common.spec import Spec
 from fold.graph import GraphNet
 from fold.layers import as_sequential
@@ -93,9 +93,9 @@ def load_plain(path: Path) -> Plain:
     except Refusal as refusal:
         raise Refusal(f"{path}: {refusal}") from refusal
     except ValueError as error:
-        raise Refusal(f"{path} is damaged: {' '.join(str(error).split())[:200]}; make it again") from error
+        raise Refusal(f"{path} is damaged: {one_line(error)}; make it again") from error
     except RuntimeError as error:
-        raise Refusal(f"{path} does not fit its spec: {' '.join(str(error).split())[:200]}") from error
+        raise Refusal(f"{path} does not fit its spec: {one_line(error)}") from error
     provenance = read_object(metadata.get("provenance", "{}"), f"the provenance in {path}", todo="fold the net again")
     return Plain(net.eval(), spec, provenance, file.sha256)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common.files import read_whole
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from common.spec import ImageSpec, Spec
 from fold.graph import GraphNet
 from fold.nodes import Graph, Node
@@ -120,7 +120,7 @@ def _image(body: nn.Module, made: Made, asked: Asked) -> tuple[ImageSpec, tuple[
     resize = asked.resize or (made.resize if not asked.image_size else None)
     if own := _own_normalize(body):
         if asked.mean or asked.std:
-            raise Refusal("the net normalizes by itself, with train.layers.Normalize; leave --mean and --std out")
+            raise Refusal("the net normalizes by itself, with train.layers.Normalize; leave out --mean and --std")
         mean = tuple(value.item() / 255 for value in own.offset.flatten())
         std = tuple(1 / (255 * value.item()) for value in own.scale.flatten())
         return ImageSpec(height, width, len(mean), mean, std, resize), ()
@@ -159,8 +159,8 @@ def _num_classes(net: nn.Module, example: Tensor) -> int:
         with torch.no_grad():
             answer = net(example)
     except Exception as error:  # whatever the net's own code raises
-        line = " ".join(str(error).split())[:200]
-        raise Refusal(f"the net does not take images of {taken}: {type(error).__name__}: {line}") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise Refusal(f"the net does not take images of {taken}: {reason}") from error
     if not isinstance(answer, Tensor):
         raise Refusal(f"the net answers a {type(answer).__name__}; a classifier answers one tensor, [N, classes]")
     if answer.dim() != 2 or len(answer) != len(example) or answer.shape[1] < 2:

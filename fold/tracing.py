@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from common.refusal import one_line
 from fold.nodes import Graph, needed
 from fold.operations import FUNCTIONS, LAYERS, Builder, NotListed, Ref
 from train.layers import ncrelu
@@ -68,8 +69,7 @@ def _trace_module(net: nn.Module) -> fx.GraphModule:
         with torch.no_grad():
             return fx.GraphModule(net, tracer.trace(net))
     except Exception as error:  # whatever the net's own code raises for a value without numbers
-        line = " ".join(str(error).split())[:150]
-        where = f"{tracer.deepest or 'the net'} ({type(error).__name__}: {line})"
+        where = f"{tracer.deepest or 'the net'} ({type(error).__name__}: {one_line(error, 150)})"
         raise TypeError(
             f"cannot be traced, at or after {where}: a forward's control flow must not depend on values or shapes"
         ) from error
@@ -90,8 +90,7 @@ class _Walk:
         try:
             self.values[node] = self._value(node)
         except (NotListed, TypeError, ValueError, AttributeError, IndexError) as error:
-            line = " ".join(str(error).split())[:100]
-            reason = error if isinstance(error, NotListed) else f"{node.name}: {line}"
+            reason = error if isinstance(error, NotListed) else f"{node.name}: {one_line(error, 100)}"
             self.refused.append(f"{self.builder.path or node.name} ({reason})")
             # Go on with one of the inputs, so that one message names everything that is refused.
             refs = (self.values[source] for source in node.all_input_nodes)
@@ -217,8 +216,8 @@ def _shapes(traced: fx.GraphModule, example: Tensor) -> dict[str, Any]:
         with torch.no_grad():
             Recorder(deepcopy(traced)).run(batch.clone())
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        line = " ".join(str(error).split())[:150]
-        raise TypeError(f"the net does not take an example of shape {list(example.shape)}: {line}") from error
+        shape = list(example.shape)
+        raise TypeError(f"the net does not take an example of shape {shape}: {one_line(error, 150)}") from error
     return found
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from common.files import read_whole, sha256
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 
 SEED = 0  # of a net's initial weights, used if no others are given
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep weights
@@ -158,7 +158,7 @@ def _call(path: Path, module: ModuleType, function: str) -> Any:
 
 
 def _shown(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _line(path: Path, error: BaseException) -> str:

@@ -133,7 +133,7 @@ def test_chains_fold_to_layers_without_an_example(name):
 
 
 def test_a_net_that_is_no_chain_is_refused_as_layers():
-    with pytest.raises(TypeError, match=r"no chain of layers: .*\(add\)"):
+    with pytest.raises(TypeError, match=r"not a chain of layers: .*\(add\)"):
         fold_net(moved(PlusBody()))
 
 
@@ -170,7 +170,7 @@ class Rectified(nn.Conv2d):
 @pytest.mark.parametrize("net", [Twisted(), nn.Sequential(Rectified(4, 4, 3), conv())], ids=["order", "inside"])
 def test_a_chain_whose_names_are_in_no_such_order_is_refused_as_layers_and_right_as_a_graph(net):
     net = moved(net)
-    with pytest.raises(TypeError, match="no chain of layers"):
+    with pytest.raises(TypeError, match="not a chain of layers"):
         fold_net(net)
     assert error(net, fold(net, noise(*X)), noise(*X)) < TOLERANCE
 
