@@ -29,7 +29,7 @@ def serve(config: ServeConfig) -> int:
             config = replace(config, grpc_port=port)
             where += f", gRPC at {_for_url(config.host)}:{port}"
         if config.front_ends > 1:
-            from serve.front_ends.fleet import run
+            from serve.front_ends.processes import run
         else:
             from serve.processes.serving import run
         return run(config, listener, where)

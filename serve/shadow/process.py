@@ -4,32 +4,21 @@ import json
 import os
 import shlex
 import struct
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from math import isnan
-from multiprocessing import Pipe
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from common import child
 from common.cli import given_arguments
 from common.refusal import Refusal
 from export.runtimes.runtime import Model
+from serve.config import ServeConfig
 from serve.request.access import KEY_VARIABLE
 
-if TYPE_CHECKING:
-    from serve.config import ServeConfig
-
 REFUSED, SECONDS = "refused", "<d"
-_ROOT = Path(__file__).resolve().parents[2]
-_PROGRAM = """
-import sys
-sys.path[0] = sys.argv[1]
-from serve.shadow.worker import run
-run(sys.argv[2:])
-"""
 
 
 class ShadowFailed(Exception):
@@ -56,16 +45,9 @@ class Identity:
     @classmethod
     def of(cls, model: Model, runtime: str = "") -> "Identity":
         spec, image = model.spec, model.spec.image
-        return cls(
-            model.name,
-            model.digest,
-            runtime,
-            image.shape,
-            image.resize,
-            spec.labels,
-            model.gives_probabilities,
-            spec.temperature,
-        )
+        prepared = image.shape, image.resize
+        answered = spec.labels, model.gives_probabilities, spec.temperature
+        return cls(model.name, model.digest, runtime, *prepared, *answered)
 
     @classmethod
     def from_json(cls, content: bytes) -> "Identity":
@@ -90,32 +72,25 @@ def why_unfit(served: Identity, shadow: Identity) -> str | None:
 
 
 def _shown(model: Identity) -> str:
-    return (
-        f"{'x'.join(map(str, model.image))}, cut from a shorter side of {model.resize}"
-        if model.resize
-        else (f"{'x'.join(map(str, model.image))}, scaled to it")
+    return "x".join(map(str, model.image)) + (
+        f", cut from a shorter side of {model.resize}" if model.resize else ", scaled to it"
     )
 
 
 class ShadowProcess:
     """A started process whose model is loaded and has proved itself; `identity` says what it is. Use it in a with."""
 
-    def __init__(self, config: "ServeConfig") -> None:
+    def __init__(self, config: ServeConfig) -> None:
         """Refuses what serve/run.py would, and a model that is not there within `reload_seconds`."""
         (path,) = config.model_paths
         alone = replace(
             config, models=(), shadow=None, workers=1, model_threads=1, devices=config.devices[:1], log_level="error"
         )
-        argv = [sys.executable, "-c", _PROGRAM, str(_ROOT), str(os.getpid()), str(path)]
-        self._connection, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [*argv, *shlex.split(given_arguments(alone))],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE},
-                process_group=0,  # Ctrl-C is for the server, which has requests to finish
-            )
+        options = shlex.split(given_arguments(alone))
+        environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
+        self._process, self._connection = child.start(
+            "serve.shadow.worker", os.getpid(), path, *options, env=environment
+        )
         try:
             self.identity = self._meet(path, config.reload_seconds)
         except BaseException:

@@ -11,20 +11,18 @@ from dataclasses import dataclass
 from itertools import groupby
 from queue import Empty, SimpleQueue
 from random import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from common.refusal import Refusal
 from export.runtimes.runtime import Model, Runtime
+from serve.config import ServeConfig
 from serve.request.problems import NOT_COMPARED, Problem
 from serve.shadow.comparison import Comparison
 from serve.shadow.process import BatchFailed, Identity, ShadowFailed, ShadowProcess, why_unfit
 from serve.watching.shared_counts import Counts
-
-if TYPE_CHECKING:
-    from serve.config import ServeConfig
 
 _BATCHES_WAITING = 4
 _PATIENCE_S = 30.0  # for a batch; far beyond what a model that could ever serve takes
@@ -45,7 +43,7 @@ class Shadow:
 
     def __init__(
         self,
-        source: Callable[[], "ServeConfig"],
+        source: Callable[[], ServeConfig],
         load: Callable[[str], Sequence[Runtime]],
         take_over: Callable[[], None],
         *,

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import struct
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from math import nan
@@ -23,22 +22,22 @@ from common.refusal import Refusal
 from export.runtimes.runtime import Runtime
 from serve.config import ServeConfig
 from serve.model.check import warm_up
-from serve.processes.serving import end_with_parent, load
+from serve.model.load import load
+from serve.processes.signals import end_with_parent
 from serve.shadow.process import REFUSED, SECONDS, Identity
 from serve.watching import logs
 
 _NICE = 15  # behind the model, decoders (5) and whatever else runs
 
 
-def run(argv: Sequence[str]) -> None:
-    """Answer until the parent is gone. `argv` is the parent's number and the arguments of serve/run.py."""
-    parent, *rest = argv
+def run(parent: str, *argv: str) -> None:
+    """Answer until the parent is gone. `parent` is its process id, `argv` the arguments of serve/run.py."""
     end_with_parent(signal.SIGKILL, int(parent))
     os.nice(_NICE)
     connection = Connection(0)
     with suppress(EOFError, OSError):
         try:
-            runtime = _load(parse(ServeConfig, argv=rest))
+            runtime = _load(parse(ServeConfig, argv=argv))
         except Refusal as refusal:
             connection.send_bytes(json.dumps({REFUSED: str(refusal)}).encode())
             return

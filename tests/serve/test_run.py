@@ -81,7 +81,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from export.runtimes.onnx_session import OnnxSession
 from serve import run
-from serve.processes import serving
+from serve.model import load
 
 class Hanging(OnnxSession):
     def __call__(self, images):
@@ -90,7 +90,7 @@ class Hanging(OnnxSession):
             threading.Event().wait()
         return super().__call__(images)
 
-serving.load_runtime = lambda path, **options: Hanging(path)
+load.load_runtime = lambda path, **options: Hanging(path)
 config = run.ServeConfig((Path(sys.argv[2]),), runtime="onnxruntime", port=0, drain_seconds=1, deadline_ms=60_000)
 sys.exit(run.serve(config))
 """

@@ -17,13 +17,13 @@ from common.difference import difference
 from common.refusal import Refusal
 from export.runtimes.probabilities import probabilities
 from serve.config import ServeConfig
+from serve.model.load import Roles
 from serve.request.access import Access
 from serve.request.app import make_app
 from serve.request.limits import Limits
 from serve.shadow import shadow as module
 from serve.shadow.comparison import Comparison
 from serve.shadow.process import BatchFailed, Identity, ShadowFailed, why_unfit
-from serve.shadow.roles import Roles
 from serve.shadow.shadow import Shadow
 from serve.watching.answers import Watch
 

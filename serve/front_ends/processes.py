@@ -1,4 +1,4 @@
-"""Several processes that accept, decode and answer, and one for each device, which runs the model for its share."""
+"""Several front ends, which accept, decode and answer, and one process for each device, which runs the model."""
 
 import gc
 import socket
@@ -8,44 +8,32 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from export.runtimes.runtime import Runtime
+from serve.config import ServeConfig
 from serve.decode.turns import HostBudget
 from serve.front_ends.batcher import FrontBatcher
-from serve.front_ends.device import Device, DeviceWorker
-from serve.front_ends.link import Dial
+from serve.front_ends.device import Device, DeviceServer
+from serve.front_ends.link import Dialer
 from serve.model.check import warm_up
+from serve.model.load import Roles, load_again, load_first
 from serve.processes import serving
-from serve.processes.supervisor import Role, Supervisor, Worker
+from serve.processes.supervisor import Role, Worker
 from serve.request.batcher import Served
-from serve.shadow.roles import Roles
-from serve.watching import logs
 from serve.watching.metrics import Computed
-
-if TYPE_CHECKING:
-    from serve.config import ServeConfig
 
 LoadFirst = Callable[[Roles, Path], Sequence[Runtime]]
 
 
-def run(
-    config: "ServeConfig",
-    listener: socket.socket,
-    url: str,
-    *,
-    load: LoadFirst = serving.load_first,
-) -> int:
-    """Serve on `listener` until a signal ends it; the exit status.
+def run(config: ServeConfig, listener: socket.socket, url: str, *, load: LoadFirst = load_first) -> int:
+    """Serve on `listener` until a signal; the exit status.
 
-    `load` is how a device process loads its model first; it travels there by its name.
+    `load` is how a device process loads its model first; it is pickled by name.
     """
-    logs.configure(config.log_level)
-    serving.limits_of(config)  # what is refused is refused before anything is measured
-    config, reason = serving.decide(config)
+    config, reason, _ = serving.begin(config)
     doors = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(config.front_ends)]
     devices = [(device,) for device in config.devices] or [()]
     with serving.folders() as home, ExitStack() as open_doors:
@@ -55,35 +43,36 @@ def run(
         budget.touch()
         fronts, models = [], []
         for outside, _ in doors:
-            settings = serving.settings(config, partial(_make_front_end, config, outside, budget))
+            settings = serving.uvicorn_config(config, partial(_make_front_end, config, outside, budget))
             fronts.append(partial(Worker, settings, [listener]))
         for index, device in enumerate(devices):
-            settings = serving.settings(config, partial(_make_device, replace(config, devices=device), home, load))
-            models.append(partial(DeviceWorker, settings, [inside for _, inside in doors[index :: len(devices)]]))
+            make = partial(_make_device, replace(config, devices=device), home, load)
+            sockets = [inside for _, inside in doors[index :: len(devices)]]
+            models.append(partial(Worker, serving.uvicorn_config(config, make), sockets, DeviceServer))
         what = f"{len(fronts)} front ends, {len(models)} device process{'es' if len(models) > 1 else ''}"
-        was_told = Supervisor(
+        return serving.supervise(
+            config,
             Role("front end", fronts),
             Role("device process", models),
-            drain_s=config.drain_seconds,
-            say_ready=partial(serving.say_ready, what, reason, url),
-        ).run()
-    return 0 if was_told else 2
+            text=serving.greeting(what, reason, url),
+        )
 
 
-def _make_front_end(config: "ServeConfig", door: socket.socket, budget: Path) -> FastAPI:
+def _make_front_end(config: ServeConfig, door: socket.socket, budget: Path) -> FastAPI:
     with serving.started(config) as stream:
         limits = serving.limits_of(config)
-        batcher = FrontBatcher(Dial(door, limits), limits, HostBudget(budget, limits.heavy_bytes))
-        return serving.whole_app(config, batcher, stream, load=batcher.reload, tells_all=len(config.devices) > 1)
+        batcher = FrontBatcher(Dialer(door, limits), limits, HostBudget(budget, limits.heavy_bytes))
+        tell = serving.tell_supervisor if len(config.devices) > 1 else None
+        return serving.whole_app(config, batcher, stream, load=batcher.reload, reload_everywhere=tell)
 
 
-def _make_device(config: "ServeConfig", home: Path, load: LoadFirst, doors: Sequence[socket.socket]) -> Device:
+def _make_device(config: ServeConfig, home: Path, load: LoadFirst, doors: Sequence[socket.socket]) -> Device:
     with serving.started(config):
         limits = serving.limits_of(config)
         served = Served(tuple(load(Roles(config, home), home)))
         for runtime in served.runtimes:
             warm_up(runtime, limits.max_batch)
-        device = Device(served, doors, limits, load=partial(serving.load_again, config, home))
+        device = Device(served, doors, limits, load=partial(load_again, config, home))
         computed = Computed(CollectorRegistry())
         device.observe_batch, device.observe_run = computed.observe_batch, computed.observe_run
         gc.collect()
