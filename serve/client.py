@@ -17,6 +17,7 @@ if __name__ == "__main__":
 from common.cli import run_command
 from common.refusal import Refusal
 from serve.client_protocol import (
+    DEFAULT_BOUNDS,
     DEFAULT_RETRY,
     Bounds,
     Conversation,
@@ -98,12 +99,14 @@ class Client(_Server):
         """One request: paths, bytes or pixels uint8 [H, W, C] → one result each, in order."""
         return self._carry_out(predict(encode_all(images), top_k=top_k, retry=self.retry))
 
-    def predict_many(self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = Bounds()) -> Iterator[Result]:
+    def predict_many(
+        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = DEFAULT_BOUNDS
+    ) -> Iterator[Result]:
         """Any number of images in several requests; yields in order, and reads files as they are needed."""
         return self._in_flight(self._many(images, top_k, bounds), bounds)
 
     def predict_each(
-        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = Bounds()
+        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = DEFAULT_BOUNDS
     ) -> Iterator[Result | Refusal]:
         """`predict_many`, but a bad image ends nothing: in place of its result, it yields the reason."""
         return self._in_flight(self._each(images, top_k, bounds), bounds)
@@ -168,12 +171,12 @@ class AsyncClient(_Server):
         return await self._carry_out(predict(contents, top_k=top_k, retry=self.retry))
 
     def predict_many(
-        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = Bounds()
+        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = DEFAULT_BOUNDS
     ) -> AsyncGenerator[Result]:
         return self._in_flight(self._many(images, top_k, bounds), bounds)
 
     def predict_each(
-        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = Bounds()
+        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = DEFAULT_BOUNDS
     ) -> AsyncGenerator[Result | Refusal]:
         return self._in_flight(self._each(images, top_k, bounds), bounds)
 

@@ -112,6 +112,9 @@ class Bounds:
     requests_at_once: int = 4
 
 
+DEFAULT_BOUNDS = Bounds()
+
+
 def exchange(
     send: Send, retry: Retry, *, clock: Callable[[], float] = time.monotonic
 ) -> "Conversation[httpx.Response]":

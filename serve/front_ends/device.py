@@ -205,7 +205,7 @@ class Device:
             served = prepare(self._load, self._limits.max_batch)
             self._refuse_without_room(served)
         except Refusal as refusal:
-            _log.error("the old model goes on: %s", refusal)
+            _log.error("the old model keeps serving: %s", refusal)
             raise
         self._model = model = DeviceModel(served, self._limits)
         _log.warning("now serving %s %s", served.model.name, served.model.digest)

@@ -51,10 +51,7 @@ def run(config: ServeConfig, listener: socket.socket, url: str, *, load: LoadFir
             models.append(partial(Worker, serving.uvicorn_config(config, make), sockets, DeviceServer))
         what = f"{len(fronts)} front ends, {len(models)} device process{'es' if len(models) > 1 else ''}"
         return serving.supervise(
-            config,
-            Role("front end", fronts),
-            Role("device process", models),
-            text=serving.greeting(what, reason, url),
+            config, Role("front end", fronts), Role("device process", models), text=serving.greeting(what, reason, url)
         )
 
 

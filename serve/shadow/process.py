@@ -1,4 +1,4 @@
-"""A model in a process of its own, which may crash, hang or take its time without harm to the one that serves."""
+"""A model in its own process, where it may crash, hang or be slow without harming the one that serves."""
 
 import json
 import os
@@ -22,22 +22,22 @@ REFUSED, SECONDS = "refused", "<d"
 
 
 class ShadowFailed(Exception):
-    """The process is gone, or has to go."""
+    """The process has ended, or must be ended."""
 
 
 class BatchFailed(Exception):
-    """The model raised, and its process goes on."""
+    """The model raised; its process continues."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a model says of itself that another one is compared by."""
+    """The properties of a model that decide whether another one can shadow it."""
 
     name: str
     digest: str
     runtime: str
     image: tuple[int, ...]  # height, width, channels
-    resize: int | None  # as in ImageSpec: pixels that were prepared for one model must suit the other
+    resize: int | None  # as in ImageSpec; both models get the same pixels
     labels: tuple[str, ...]
     gives_probabilities: bool
     temperature: float
@@ -51,7 +51,7 @@ class Identity:
 
     @classmethod
     def from_json(cls, content: bytes) -> "Identity":
-        """The inverse of what serve/shadow/worker.py sends; a Refusal where it sends why there is none."""
+        """Reads the first message of serve/shadow/worker.py; raises the Refusal that it may hold."""
         fields: Any = json.loads(content)
         if REFUSED in fields:
             raise Refusal(str(fields[REFUSED]))
@@ -60,7 +60,7 @@ class Identity:
 
 
 def why_unfit(served: Identity, shadow: Identity) -> str | None:
-    """Why `shadow` cannot answer what `served` is asked; None where it can."""
+    """Why `shadow` cannot answer the requests of `served`; None if it can."""
     if served.image != shadow.image or served.resize != shadow.resize:
         return f"it takes images of {_shown(shadow)}, not of {_shown(served)}"
     if len(served.labels) != len(shadow.labels):
@@ -78,10 +78,10 @@ def _shown(model: Identity) -> str:
 
 
 class ShadowProcess:
-    """A started process whose model is loaded and has proved itself; `identity` says what it is. Use it in a with."""
+    """A process whose model, described by `identity`, is loaded and checked. A context manager."""
 
     def __init__(self, config: ServeConfig) -> None:
-        """Refuses what serve/run.py would, and a model that is not there within `reload_seconds`."""
+        """Refuses what serve/run.py refuses, and a model that is not ready within `reload_seconds`."""
         (path,) = config.model_paths
         alone = replace(
             config, models=(), shadow=None, workers=1, model_threads=1, devices=config.devices[:1], log_level="error"
@@ -105,7 +105,7 @@ class ShadowProcess:
         self._connection.close()
 
     def kill(self) -> None:
-        """From any thread: what is under way ends."""
+        """End the process and any call of `ask`; from any thread."""
         self._process.kill()
         self._process.wait()
 
@@ -131,7 +131,7 @@ class ShadowProcess:
 
 
 def read_answer(answer: bytes, shape: tuple[int, int]) -> tuple[float, np.ndarray]:
-    """What serve/shadow/worker.py sends for a batch; raises BatchFailed."""
+    """Reads the answer of serve/shadow/worker.py for a batch; raises BatchFailed."""
     head = struct.calcsize(SECONDS)
     (seconds,) = struct.unpack(SECONDS, answer[:head])
     if isnan(seconds):

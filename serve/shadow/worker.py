@@ -1,8 +1,8 @@
-"""One process of serve/shadow/shadow.py: a model that answers images beside the one that serves, when cores are free.
+"""The program of serve/shadow/process.py: a model that answers images at low priority.
 
-Descriptor 0 is a socket to the parent, which gets JSON that says what the model is, or why it is refused; then it sends
-images uint8 [N, H, W, C] as bytes in C order, and gets the seconds that they took, as a float64, and logits float32
-[N, K]; or NaN in place of the seconds, and what was raised. The process ends when the parent's end closes.
+Descriptor 0 is a socket to the parent. The first message is JSON: the model's identity, or why it is refused. Then the
+parent sends images uint8 [N, H, W, C] in C order, and gets the seconds they took, as a float64, and logits float32
+[N, K]; after an error, NaN and its text. The process ends when the parent's end closes.
 """
 
 import json
@@ -27,7 +27,7 @@ from serve.processes.signals import end_with_parent
 from serve.shadow.process import REFUSED, SECONDS, Identity
 from serve.watching import logs
 
-_NICE = 15  # behind the model, decoders (5) and whatever else runs
+_NICE = 15  # lower priority than the model and the decoders (5)
 
 
 def run(parent: str, *argv: str) -> None:

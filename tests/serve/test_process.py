@@ -109,7 +109,7 @@ def test_a_killed_worker_comes_back_with_the_model_that_served_last(start, artef
     assert ask(server, file).json() == before
     server.send_signal(signal.SIGHUP)
     for _ in range(2):
-        wait_for(server, "the old model goes on")
+        wait_for(server, "the old model keeps serving")
     assert ask(server, file).json() == before
     server.send_signal(signal.SIGTERM)
     assert server.wait(60) == 0
@@ -183,7 +183,7 @@ def test_a_model_that_hangs_is_given_up_and_the_next_one_is_served(
     before = ask(server, file).json()
     shutil.copy(endless, artefact)
     server.send_signal(signal.SIGHUP)
-    line = wait_for(server, "the old model goes on: plain.onnx does not answer within 2 s")
+    line = wait_for(server, "the old model keeps serving: plain.onnx does not answer within 2 s")
     assert str(artefact.parent) not in line
     assert ask(server, file).json() == before
     shutil.copy(other_artefact, artefact)
