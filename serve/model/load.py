@@ -1,9 +1,6 @@
-"""The model that serves, loaded from its files and checked; on a reload, first tried in a process of its own."""
+"""The model that serves, loaded from its files and checked; on a reload, first tried in another process."""
 
 import logging
-import os
-import shlex
-import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +10,6 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from common import child
-from common.cli import given_arguments, run_command
 from common.cores import num_cores
 from common.documents import read_json
 from common.files import read_whole, write_whole
@@ -26,15 +21,13 @@ from export.runtimes.load import load_runtime
 from export.runtimes.runtime import Model, Runtime
 from export.runtimes.saturation import warning
 from serve.config import ServeConfig
-from serve.model.check import check, warm_up
+from serve.model.check import check
 from serve.model.copies import copied, keep, kept
-from serve.processes.signals import end_with_parent
+from serve.model.process import ModelProcess
 from serve.request.app import model_card
-from serve.watching import logs
 from serve.watching.answers import with_sound_reference
 
 _SHOWN = ("images", "num_images", "relative", "top1_agreement", "within_tolerance")  # to clients: no paths
-_ERROR = "error: "  # how `run_command` begins a refusal
 _SERVES = "serves"  # in the workers' folder; holds 1 if the shadow of the command line serves
 _log = logging.getLogger(__name__)
 
@@ -105,7 +98,8 @@ def load_again(config: ServeConfig, home: Path | None = None, digest: str | None
         if digest and digest != digest_of(copies[0], read_whole(copies[0])):
             raise Refusal(f"{paths[0]} is another file than the one that was compared; reload to compare it")
         config = replace(config, models=copies)
-        prove(config)
+        with ModelProcess(config, stderr=subprocess.DEVNULL):
+            pass  # it loads, answers and can be loaded here
         runtimes = load(config)
         if home:
             keep(home, copies, runtimes[0].model.digest)
@@ -184,42 +178,3 @@ def _by_name(paths: Sequence[Path]) -> Iterator[None]:
         for path in paths:
             message = message.replace(str(path), path.name)
         raise Refusal(message) from refusal
-
-
-def prove(config: ServeConfig) -> None:
-    """Load, check and warm up the model of `config` in another process; refuses one that fails or takes too long."""
-    paths = config.model_paths
-    name = " and ".join(map(str, paths))
-    options = given_arguments(replace(config, models=(), shadow=None, log_level="error"))
-    try:
-        done = subprocess.run(
-            child.command(__name__, os.getpid(), *paths, *shlex.split(options)),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=config.reload_seconds,
-            process_group=0,  # Ctrl-C is for the server, which has requests to finish
-        )
-    except subprocess.TimeoutExpired:
-        raise Refusal(
-            f"{name} does not answer within {config.reload_seconds} s; give it longer with --reload-seconds"
-        ) from None
-    if done.returncode:
-        errors = [line for line in done.stderr.decode(errors="replace").splitlines() if line.startswith(_ERROR)]
-        raise Refusal(
-            errors[-1].removeprefix(_ERROR)
-            if errors
-            else f"{name} ends the process that tries it with status {done.returncode}; export it again"
-        )
-
-
-def run(parent: str, *argv: str) -> int:
-    """In that process: its exit status, and a refusal on stderr. `parent` is a process id, `argv` is serve/run.py's."""
-    end_with_parent(signal.SIGKILL, int(parent))
-    return run_command(_try, ServeConfig, argv=argv)
-
-
-def _try(config: ServeConfig) -> None:
-    logs.configure(config.log_level)
-    for runtime in load(config):
-        warm_up(runtime, config.max_batch)

@@ -35,8 +35,7 @@ from serve.request.batcher import Batcher
 from serve.request.connection import Connection
 from serve.request.limits import Limits
 from serve.request.open_connections import fit_to_files
-from serve.shadow.process import ShadowProcess
-from serve.shadow.shadow import Shadow, refuse_unfit
+from serve.shadow.shadow import Shadow, refuse_unfit, start_process
 from serve.v2.rpc.port import RpcAddress
 from serve.watching import logs
 from serve.watching.shared_counts import COUNTS_VARIABLE
@@ -230,7 +229,7 @@ def _refuse_unfit_shadow(config: ServeConfig) -> None:
     """Before workers start, because each of them would only log the refusal and serve without a shadow."""
     if config.shadow:
         roles = Roles(config)
-        with ShadowProcess(roles.served) as served, ShadowProcess(roles.shadow) as shadow:
+        with start_process(roles.served) as served, start_process(roles.shadow) as shadow:
             refuse_unfit(served.identity, shadow.identity)
 
 

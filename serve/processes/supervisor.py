@@ -59,8 +59,8 @@ class Worker(Process):
 
     @property
     def server(self) -> uvicorn.Server:
-        self._server = self._server or self._make_server(self.config)
-        return self._server
+        self._server = server = self._server or self._make_server(self.config)
+        return server
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A shadow: a second model that answers a share of the images, and is compared with the one that serves.
 
-Its answers never reach a client. It runs in its own process at low priority (serve/shadow/process.py). The model's
+Its answers never reach a client. It runs in its own process at low priority (serve/model/process.py). The model's
 thread puts images into a queue without waiting; a thread here sends them to the process and compares. Images that do
 not fit into the queue are dropped and counted.
 """
@@ -8,7 +8,7 @@ not fit into the queue are dropped and counted.
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from queue import Empty, SimpleQueue
 from random import random
@@ -20,14 +20,15 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from common.refusal import Refusal
 from export.runtimes.runtime import Model, Runtime
 from serve.config import ServeConfig
+from serve.model.process import BatchFailed, Identity, ModelProcess, ProcessFailed
 from serve.request.problems import NOT_COMPARED, Problem
 from serve.shadow.comparison import Comparison
-from serve.shadow.process import BatchFailed, Identity, ShadowFailed, ShadowProcess, why_unfit
 from serve.watching.shared_counts import Counts
 
 _BATCHES_WAITING = 4
 _PATIENCE_S = 30.0  # for a batch; far longer than any usable model takes
 _LONGEST_DELAY_S = 60.0
+_NICE = 15  # lower priority than the model and the decoders (5)
 _KEPT = 8  # pairs of models whose figures are kept in memory
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Shadow:
         self.identity: Identity | None = None
         self._running = Counts("shadow-running", 1)
         self._served: Callable[[], Model] | None = None
-        self._process: ShadowProcess | None = None
+        self._process: ModelProcess | None = None
         self._pairs: dict[tuple[str, str], Comparison | None] = {}  # None: the two cannot be compared
         self._offers: SimpleQueue[_Offer | None] = SimpleQueue()  # None: wake up
         self._num_waiting, self._delay_s = 0, 0.0
@@ -73,7 +74,7 @@ class Shadow:
 
     def prepare(self, served: Model) -> None:
         """Start the process before the server is ready; refuses a model that cannot be loaded, or does not fit."""
-        self._process = ShadowProcess(self._source())
+        self._process = start_process(self._source())
         refuse_unfit(Identity.of(served), self._process.identity)
 
     def start(self, served: Callable[[], Model]) -> None:
@@ -176,9 +177,9 @@ class Shadow:
             self._is_new = False
             self._news.clear()
             try:
-                with self._process or ShadowProcess(self._source()) as self._process:
+                with self._process or start_process(self._source()) as self._process:
                     self._serve(self._process)
-            except (Refusal, ShadowFailed) as failure:
+            except (Refusal, ProcessFailed) as failure:
                 if not (self._is_new or self._has_ended):
                     self._delay_s = min(_LONGEST_DELAY_S, max(1.0, 2 * self._delay_s))
                     _log.warning("the shadow is started again in %g s: %s", self._delay_s, failure)
@@ -187,8 +188,8 @@ class Shadow:
             finally:
                 self._process, self._running.own[0] = None, 0
 
-    def _serve(self, process: ShadowProcess) -> None:
-        """Compare offered batches until the shadow is restarted or closed. Raises ShadowFailed."""
+    def _serve(self, process: ModelProcess) -> None:
+        """Compare offered batches until the shadow is restarted or closed. Raises ProcessFailed."""
         self.identity, self._running.own[0] = process.identity, 1
         _log.warning("%s %s shadows the model", process.identity.name, process.identity.digest)
         may_log = True
@@ -196,10 +197,10 @@ class Shadow:
             images = np.stack([image for offer in offers for image in offer.images])
             try:
                 seconds, logits = process.ask(images, self._patience_s)
-            except (BatchFailed, ShadowFailed) as failure:
+            except (BatchFailed, ProcessFailed) as failure:
                 for offer in offers:
                     offer.comparison.count_failed(len(offer.images))
-                if isinstance(failure, ShadowFailed):
+                if isinstance(failure, ProcessFailed):
                     raise
                 if may_log:
                     _log.warning("the shadow fails: %s; /metrics counts what else it fails on", failure)
@@ -234,7 +235,29 @@ class Shadow:
             return None
 
 
+def start_process(config: ServeConfig) -> ModelProcess:
+    """At low priority, with one thread."""
+    return ModelProcess(replace(config, workers=1, model_threads=1, devices=config.devices[:1]), nice=_NICE)
+
+
 def refuse_unfit(served: Identity, shadow: Identity) -> None:
     """Refuses a shadow that cannot answer the requests of the served model."""
     if reason := why_unfit(served, shadow):
         raise Refusal(f"{shadow.name} cannot shadow {served.name}: {reason}; export it for the same images and classes")
+
+
+def why_unfit(served: Identity, shadow: Identity) -> str | None:
+    """Why `shadow` cannot answer the requests of `served`; None if it can."""
+    if served.image != shadow.image or served.resize != shadow.resize:
+        return f"it takes images of {_input_of(shadow)}, not of {_input_of(served)}"
+    if len(served.labels) != len(shadow.labels):
+        return f"it has {len(shadow.labels)} labels, not {len(served.labels)}"
+    for index, (expected, found) in enumerate(zip(served.labels, shadow.labels, strict=True)):
+        if expected != found:
+            return f"its label {index} is {found[:40]!r}, not {expected[:40]!r}"
+    return None
+
+
+def _input_of(model: Identity) -> str:
+    size = "x".join(map(str, model.image))
+    return f"{size}, cut from a shorter side of {model.resize}" if model.resize else f"{size}, scaled to it"

@@ -15,7 +15,7 @@ from serving import PNG, ROOT, ask, read_greeting, wait_for, workers_of
 
 from common.refusal import Refusal
 from serve.config import ServeConfig
-from serve.model.load import prove
+from serve.model.process import ModelProcess
 
 # serve/run.py with a `load_runtime` that says when it is called and waits for a line, or a model that hangs.
 SLOW = """
@@ -208,17 +208,18 @@ def test_sigterm_does_not_wait_for_a_model_that_hangs(start, artefact, endless, 
 
 def test_a_model_that_crashes_is_refused_with_the_status_of_the_process_that_tried_it(artefact, monkeypatch):
     monkeypatch.setattr("common.child.PROGRAM", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(Refusal, match=r"plain\.onnx ends the process that tries it with status -9; export it again"):
-        prove(ServeConfig((artefact,)))
+    with pytest.raises(Refusal, match=r"plain\.onnx ends the process that loads it with status -9; export it again"):
+        ModelProcess(ServeConfig((artefact,)))
 
 
 @pytest.mark.slow
 def test_what_a_trial_refuses_is_said_in_its_words(tmp_path, artefact):
-    prove(ServeConfig((artefact,), runtime="onnxruntime", mean=(), max_batch=2))
+    with ModelProcess(ServeConfig((artefact,), runtime="onnxruntime", mean=(), max_batch=2)):
+        pass
     path = tmp_path / "text.onnx"
     path.write_text("hello")
     with pytest.raises(Refusal, match=r"^text\.onnx cannot be loaded as an ONNX model"):
-        prove(ServeConfig((path,)))
+        ModelProcess(ServeConfig((path,)))
 
 
 @pytest.mark.slow

@@ -18,13 +18,13 @@ from common.refusal import Refusal
 from export.runtimes.probabilities import probabilities
 from serve.config import ServeConfig
 from serve.model.load import Roles
+from serve.model.process import BatchFailed, Identity, ProcessFailed
 from serve.request.access import Access
 from serve.request.app import make_app
 from serve.request.limits import Limits
 from serve.shadow import shadow as module
 from serve.shadow.comparison import Comparison
-from serve.shadow.process import BatchFailed, Identity, ShadowFailed, why_unfit
-from serve.shadow.shadow import Shadow
+from serve.shadow.shadow import Shadow, why_unfit
 from serve.watching.answers import Watch
 
 ALERTS = ROOT / "deploy" / "alerts.yaml"
@@ -50,7 +50,7 @@ class Process:
     def wait(self):
         """As a model that hangs, until it is killed."""
         assert self._killed.wait(60)
-        raise ShadowFailed("its process ended with status -9")
+        raise ProcessFailed("its process ended with status -9")
 
     def ask(self, images, patience_s):
         self.num_asked += len(images)
@@ -60,7 +60,7 @@ class Process:
 @pytest.fixture
 def shadowed(runtime, monkeypatch):
     """`shadowed(process, ...)`: an app whose shadow is each of these processes in turn."""
-    monkeypatch.setattr(module, "ShadowProcess", lambda process: process)
+    monkeypatch.setattr(module, "start_process", lambda process: process)
 
     def shadowed(*processes, load=lambda digest: [], take_over=lambda: None, **options):
         left = list(processes)

@@ -6,7 +6,6 @@ import shlex
 import struct
 from dataclasses import dataclass, replace
 from math import isnan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from serve.request.access import KEY_VARIABLE
 REFUSED, SECONDS = "refused", "<d"
 
 
-class ShadowFailed(Exception):
+class ProcessFailed(Exception):
     """The process has ended, or must be ended."""
 
 
@@ -51,7 +50,7 @@ class Identity:
 
     @classmethod
     def from_json(cls, content: bytes) -> "Identity":
-        """Reads the first message of serve/shadow/worker.py; raises the Refusal that it may hold."""
+        """Reads the first message of serve/model/worker.py; raises the Refusal that it may hold."""
         fields: Any = json.loads(content)
         if REFUSED in fields:
             raise Refusal(str(fields[REFUSED]))
@@ -59,45 +58,26 @@ class Identity:
         return cls(**fields)
 
 
-def why_unfit(served: Identity, shadow: Identity) -> str | None:
-    """Why `shadow` cannot answer the requests of `served`; None if it can."""
-    if served.image != shadow.image or served.resize != shadow.resize:
-        return f"it takes images of {_shown(shadow)}, not of {_shown(served)}"
-    if len(served.labels) != len(shadow.labels):
-        return f"it has {len(shadow.labels)} labels, not {len(served.labels)}"
-    for index, (expected, found) in enumerate(zip(served.labels, shadow.labels, strict=True)):
-        if expected != found:
-            return f"its label {index} is {found[:40]!r}, not {expected[:40]!r}"
-    return None
+class ModelProcess:
+    """A process whose model, described by `identity`, is loaded, checked and warmed up. A context manager."""
 
+    def __init__(self, config: ServeConfig, *, nice: int = 0, stderr: int | None = None) -> None:
+        """Refuses what serve/run.py refuses, and a model that is not ready within `reload_seconds`.
 
-def _shown(model: Identity) -> str:
-    return "x".join(map(str, model.image)) + (
-        f", cut from a shorter side of {model.resize}" if model.resize else ", scaled to it"
-    )
-
-
-class ShadowProcess:
-    """A process whose model, described by `identity`, is loaded and checked. A context manager."""
-
-    def __init__(self, config: ServeConfig) -> None:
-        """Refuses what serve/run.py refuses, and a model that is not ready within `reload_seconds`."""
-        (path,) = config.model_paths
-        alone = replace(
-            config, models=(), shadow=None, workers=1, model_threads=1, devices=config.devices[:1], log_level="error"
-        )
-        options = shlex.split(given_arguments(alone))
+        `stderr` is that of `subprocess.Popen`.
+        """
+        paths = config.model_paths
+        options = shlex.split(given_arguments(replace(config, models=(), shadow=None, log_level="error")))
         environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
-        self._process, self._connection = child.start(
-            "serve.shadow.worker", os.getpid(), path, *options, env=environment
-        )
+        arguments = os.getpid(), nice, *paths, *options
+        self._process, self._connection = child.start("serve.model.worker", *arguments, env=environment, stderr=stderr)
         try:
-            self.identity = self._meet(path, config.reload_seconds)
+            self.identity = self._read_identity(" and ".join(map(str, paths)), config.reload_seconds)
         except BaseException:
             self.kill()
             raise
 
-    def __enter__(self) -> "ShadowProcess":
+    def __enter__(self) -> "ModelProcess":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,28 +90,28 @@ class ShadowProcess:
         self._process.wait()
 
     def ask(self, images: np.ndarray, patience_s: float) -> tuple[float, np.ndarray]:
-        """Seconds, and logits float32 [N, K]; raises BatchFailed or ShadowFailed."""
+        """Seconds, and logits float32 [N, K]; raises BatchFailed or ProcessFailed."""
         try:
             self._connection.send_bytes(images.tobytes())
             if not self._connection.poll(patience_s):
-                raise ShadowFailed(f"it did not answer within {patience_s:g} s")
+                raise ProcessFailed(f"it did not answer within {patience_s:g} s")
             answer = self._connection.recv_bytes()
         except (EOFError, OSError):
-            raise ShadowFailed(f"its process ended with status {self._process.wait()}") from None
+            raise ProcessFailed(f"its process ended with status {self._process.wait()}") from None
         return read_answer(answer, (len(images), len(self.identity.labels)))
 
-    def _meet(self, path: Path, patience_s: float) -> Identity:
+    def _read_identity(self, name: str, patience_s: float) -> Identity:
         try:
             if not self._connection.poll(patience_s):
-                raise Refusal(f"{path} does not answer within {patience_s:g} s; give it longer with --reload-seconds")
+                raise Refusal(f"{name} does not answer within {patience_s:g} s; give it longer with --reload-seconds")
             return Identity.from_json(self._connection.recv_bytes())
         except (EOFError, OSError):
             status = self._process.wait()
-            raise Refusal(f"{path} ends the process that loads it with status {status}; export it again") from None
+            raise Refusal(f"{name} ends the process that loads it with status {status}; export it again") from None
 
 
 def read_answer(answer: bytes, shape: tuple[int, int]) -> tuple[float, np.ndarray]:
-    """Reads the answer of serve/shadow/worker.py for a batch; raises BatchFailed."""
+    """Reads the answer of serve/model/worker.py for a batch; raises BatchFailed."""
     head = struct.calcsize(SECONDS)
     (seconds,) = struct.unpack(SECONDS, answer[:head])
     if isnan(seconds):

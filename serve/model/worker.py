@@ -1,4 +1,4 @@
-"""The program of serve/shadow/process.py: a model that answers images at low priority.
+"""The program of serve/model/process.py: loads a model and answers images.
 
 Descriptor 0 is a socket to the parent. The first message is JSON: the model's identity, or why it is refused. Then the
 parent sends images uint8 [N, H, W, C] in C order, and gets the seconds they took, as a float64, and logits float32
@@ -23,23 +23,21 @@ from export.runtimes.runtime import Runtime
 from serve.config import ServeConfig
 from serve.model.check import warm_up
 from serve.model.load import load
+from serve.model.process import REFUSED, SECONDS, Identity
 from serve.processes.signals import end_with_parent
-from serve.shadow.process import REFUSED, SECONDS, Identity
 from serve.watching import logs
 
-_NICE = 15  # lower priority than the model and the decoders (5)
 
-
-def run(parent: str, *argv: str) -> None:
+def run(parent: str, nice: str, *argv: str) -> None:
     """Answer until the parent is gone. `parent` is its process id, `argv` the arguments of serve/run.py."""
     end_with_parent(signal.SIGKILL, int(parent))
-    os.nice(_NICE)
+    os.nice(int(nice))
     connection = Connection(0)
     with suppress(EOFError, OSError):
         try:
             runtime = _load(parse(ServeConfig, argv=argv))
         except Refusal as refusal:
-            connection.send_bytes(json.dumps({REFUSED: str(refusal)}).encode())
+            connection.send_bytes(json.dumps({REFUSED: " ".join(str(refusal).split())}).encode())
             return
         connection.send_bytes(json.dumps(asdict(Identity.of(runtime.model, runtime.description))).encode())
         shape = (-1, *runtime.model.spec.image.shape)
@@ -49,16 +47,18 @@ def run(parent: str, *argv: str) -> None:
 
 
 def _load(config: ServeConfig) -> Runtime:
+    """The first of the model's runtimes; all are checked and warmed up."""
     logs.configure(config.log_level)
-    (runtime,) = load(config)
-    warm_up(runtime, config.max_batch)
-    return runtime
+    runtimes = load(config)
+    for runtime in runtimes:
+        warm_up(runtime, config.max_batch)
+    return runtimes[0]
 
 
 def _answer(runtime: Runtime, images: np.ndarray) -> bytes:
     start = perf_counter()
     try:
         logits = runtime(images)
-    except Exception as error:  # a runtime raises its library's own
+    except Exception as error:  # libraries raise their own
         return struct.pack(SECONDS, nan) + f"{type(error).__name__}: {error}".encode(errors="replace")
     return struct.pack(SECONDS, perf_counter() - start) + logits.astype(np.float32).tobytes()
