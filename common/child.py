@@ -15,7 +15,7 @@ sys.exit(importlib.import_module(module).run(*args))
 """
 
 
-def start(module: str, *args: object, **options: Any) -> tuple[subprocess.Popen[bytes], Connection]:
+def start(module: str, *args: object, **options: Any) -> tuple[subprocess.Popen[Any], Connection]:
     """A process that calls `run` of `module` with `args` as text, and a connection that it has as descriptor 0.
 
     `options` are those of Popen. Standard output is discarded, as libraries print on it. Ctrl-C is only for the parent.

@@ -131,7 +131,7 @@ class FrontBatcher(Batcher):
         try:
             finished = link.receive()
         except Disconnected:
-            _log.warning("the connection to the device process has ended; what was under way is answered 503")
+            _log.warning("the connection to the device process has ended; requests under way get 503")
             return self._retire(link)
         if finished:
             self._answer(link, finished)
@@ -206,5 +206,5 @@ def _soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arg
 
 
 def _lost() -> Problem:
-    detail = "the process that runs the model has ended, and another takes its place; ask again in 1 s"
+    detail = "the process that runs the model has ended and is being replaced; try again in 1 s"
     return Problem(NOT_READY, detail, {"Retry-After": "1"})

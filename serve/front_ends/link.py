@@ -1,6 +1,5 @@
 """A front end's side of a connection to its device process: sends images, receives logits."""
 
-import array
 import json
 import os
 import pickle
@@ -35,8 +34,8 @@ from serve.front_ends.shared_memory import (
 )
 from serve.request.limits import Limits
 
-_MOST_BYTES = 2**13  # of answers that are read at once
-_PAUSE_S = 0.05  # before another attempt at a door that was shut
+_MOST_BYTES = 2**13  # of answers read at once
+_PAUSE_S = 0.05  # before connecting again
 _REQUEST = struct.Struct(REQUEST_FORM)
 
 
@@ -63,10 +62,10 @@ class Link:
         self._free = deque(range(area.num_slots))
         self._generations = [0] * area.num_slots
         self._flights: list[Flight | None] = [None] * area.num_slots
-        self._rest = b""  # of an answer that has not come whole
-        self._lock = threading.Lock()  # between sending and the end
+        self._rest = b""  # the beginning of an incomplete answer
+        self._lock = threading.Lock()  # held by `send` and `end`
         self.is_up = True
-        self.has_newer_model = False  # there is a newer model
+        self.has_newer_model = False
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +87,7 @@ class Link:
                     left.append(owner)
                 else:
                     requests += self._put(owner, images)
-            with suppress(OSError):  # who receives finds the end
+            with suppress(OSError):  # `receive` finds the end
                 self._connection.sendall(requests)
         return left
 
@@ -249,7 +248,7 @@ def _read_exactly(connection: socket.socket, num_bytes: int) -> bytes:
 def _share_memory(connection: socket.socket, shape: Shape) -> Area:
     file = make_memory(shape)
     try:
-        socket.send_fds(connection, [array.array("I", [shape.num_slots]).tobytes()], [file])
+        socket.send_fds(connection, [struct.pack("=I", shape.num_slots)], [file])
         return Area(file, shape)
     finally:
         os.close(file)

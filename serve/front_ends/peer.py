@@ -26,7 +26,7 @@ from serve.front_ends.shared_memory import (
 from serve.request.batcher import Served
 from serve.request.limits import Limits
 
-_MOST_BYTES = 2**13  # of requests that are read at once
+_MOST_BYTES = 2**13  # of requests read at once
 _NONE = np.empty((0, 2), np.uint32)
 
 
@@ -50,11 +50,11 @@ class Peer:
         connection.setblocking(False)
         self.connection, self.door, self.model = connection, door, model
         self._area: Area | None = None
-        self._rest = b""  # of a request that has not come whole
-        self.unsent = model.greeting  # that the connection has not taken yet
+        self._rest = b""  # the beginning of an incomplete request
+        self.unsent = model.greeting  # not taken by the connection yet
         self._most_unsent = len(model.greeting)
         self._knows_newer_model = False
-        self.is_awaited = False  # until it takes what is unsent
+        self.is_awaited = False  # whether the device waits until it takes `unsent`
         self.is_open = True
 
     def read(self) -> np.ndarray:

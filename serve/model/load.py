@@ -51,7 +51,7 @@ class Roles:
         index = self._current()
         if index:
             first, promoted = (config.model_paths[0].name for config in self._configs)
-            _log.warning("%s is read, as it was promoted; a new start of the server serves %s again", promoted, first)
+            _log.warning("reading %s, which was promoted; after a restart, the server serves %s again", promoted, first)
         return self._configs[index]
 
     @property

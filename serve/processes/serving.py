@@ -243,5 +243,5 @@ def _describe(runtime: Runtime) -> str:
     reading = runtime.model.reading
     if reading is None:
         return what
-    more = "; say otherwise with --mean, --std, --resize, --labels and the like" if reading.assumed else ""
+    more = "; override with --mean, --std, --resize, --labels and the like" if reading.assumed else ""
     return f"{what}, not a file of this project; {reading}{more}"

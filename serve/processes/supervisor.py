@@ -154,7 +154,7 @@ class Supervisor:
             self._replace(place, worker, "died")
         elif place.is_ready:
             if not worker.ping(_PING_S):
-                self._replace(place, worker, f"did not say within {_PING_S:g} s that it lives")
+                self._replace(place, worker, f"did not answer within {_PING_S:g} s")
         elif worker.is_ready(_TURN_S):
             place.is_ready = True
             _log.info("%s %s serves", place.name, worker.pid)

@@ -87,9 +87,9 @@ class Comparison:
         for name, what, place in (
             ("images", "Images that both models answered", _COMPARED),
             ("agreeing_images", "Images to which both gave the same class", _AGREEING),
-            ("not_a_number_images", "Images to which the shadow gave no numbers", _NOT_A_NUMBER),
+            ("not_a_number_images", "Images to which the shadow gave logits that are not finite", _NOT_A_NUMBER),
             ("failed_images", "Images on which the shadow failed, hung or ended", _FAILED),
-            ("dropped_images", "Images that the shadow was not asked, as it was too far behind", _DROPPED),
+            ("dropped_images", "Images dropped because the shadow was too far behind", _DROPPED),
         ):
             counter = CounterMetricFamily(f"diracnet_shadow_{name}", what, labels=_LABELS)
             counter.add_metric(labels, totals[place])
@@ -101,7 +101,9 @@ class Comparison:
         )
         largest.add_metric(labels, _largest_difference(totals))
         yield largest
-        seconds = HistogramMetricFamily("diracnet_shadow_seconds", "What a batch took the shadow", labels=_LABELS)
+        seconds = HistogramMetricFamily(
+            "diracnet_shadow_seconds", "Seconds that the shadow took for a batch", labels=_LABELS
+        )
         up_to = totals[_HEAD:].cumsum().tolist()
         ends = [*map(str, _SECONDS), "+Inf"]
         seconds.add_metric(labels, list(zip(ends, up_to, strict=True)), totals[_SUM_SECONDS])

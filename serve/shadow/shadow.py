@@ -125,7 +125,7 @@ class Shadow:
         """The digest of the shadow; refuses until it has been compared with the current model on enough images."""
         shadow = self.identity
         if shadow is None or self._served is None:
-            raise Problem(NOT_COMPARED, "the shadow is not loaded yet, or cannot be, and then the log says why")
+            raise Problem(NOT_COMPARED, "the shadow is not loaded yet; if it cannot be loaded, the log says why")
         served = Identity.of(self._served())
         pairs = self._pair(served, shadow), self._pair(shadow, served)
         num = sum(pair.num_compared() for pair in pairs if pair)
@@ -182,7 +182,7 @@ class Shadow:
             except (Refusal, ProcessFailed) as failure:
                 if not (self._is_new or self._has_ended):
                     self._delay_s = min(_LONGEST_DELAY_S, max(1.0, 2 * self._delay_s))
-                    _log.warning("the shadow is started again in %g s: %s", self._delay_s, failure)
+                    _log.warning("the shadow restarts in %g s: %s", self._delay_s, failure)
                     self._running.own[0] = 0
                     self._news.wait(self._delay_s)
             finally:
@@ -203,7 +203,7 @@ class Shadow:
                 if isinstance(failure, ProcessFailed):
                     raise
                 if may_log:
-                    _log.warning("the shadow fails: %s; /metrics counts what else it fails on", failure)
+                    _log.warning("the shadow fails: %s; /metrics counts further failures", failure)
                 may_log = False
                 continue
             self._delay_s = 0.0

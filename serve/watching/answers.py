@@ -138,7 +138,7 @@ def _families() -> dict[str, Any]:
     return {
         "images": CounterMetricFamily("diracnet_answered_images", "Images that the model answered", labels=of_model),
         "nan": CounterMetricFamily(
-            "diracnet_not_a_number_images", "Images to which the model gave no numbers", labels=of_model
+            "diracnet_not_a_number_images", "Images whose logits are not finite", labels=of_model
         ),
         "classes": CounterMetricFamily(
             "diracnet_predicted_images",
@@ -149,15 +149,15 @@ def _families() -> dict[str, Any]:
             "diracnet_top_probability", "Probability of the predicted class", labels=of_model
         ),
         "margin": HistogramMetricFamily(
-            "diracnet_margin", "By how much it is above the probability of the second class", labels=of_model
+            "diracnet_margin", "Its difference from the probability of the second class", labels=of_model
         ),
         "drift": GaugeMetricFamily(
             "diracnet_drift", "Share of the latest images that differ from the model's reference", labels=of_part
         ),
         "chance": GaugeMetricFamily(
-            "diracnet_drift_chance", "What chance alone keeps the drift below, in 95 % of all cases", labels=of_part
+            "diracnet_drift_chance", "Drift that chance alone exceeds in 5 % of all cases", labels=of_part
         ),
-        "window": GaugeMetricFamily("diracnet_drift_images", "Images that the drift is of", labels=of_part),
+        "window": GaugeMetricFamily("diracnet_drift_images", "Images that the drift is measured on", labels=of_part),
     }
 
 

@@ -157,7 +157,7 @@ def test_a_shadow_that_raises_goes_on_and_says_so_once(shadowed, runtime, pixels
     assert card["failed"] == 4
     said = [record.getMessage() for record in caplog.records if record.name == "serve.shadow.shadow"]
     assert [line for line in said if "fails" in line] == [
-        "the shadow fails: RuntimeError: no memory; /metrics counts what else it fails on"
+        "the shadow fails: RuntimeError: no memory; /metrics counts further failures"
     ]
 
 
@@ -280,7 +280,7 @@ def test_roles_are_shared_by_workers_and_a_reload_of_what_was_promoted_says_so(t
     assert not caplog.text
     first.swap()
     assert second.served.models == (config.shadow,)
-    assert "other.onnx is read, as it was promoted; a new start of the server serves plain.onnx again" in caplog.text
+    assert "reading other.onnx, which was promoted; after a restart, the server serves plain.onnx again" in caplog.text
     assert (second.shadow.models, second.shadow.runtime) == (config.models, "mnn")
     second.swap()
     assert first.served.models == config.models

@@ -147,7 +147,7 @@ def test_promotion_reaches_all_workers_and_outlives_hangups_and_kills(
         until_served(server, 1 if workers == 1 else 3)  # by the worker that was asked, and then as after a reload
         server.send_signal(signal.SIGHUP)
         said = until_served(server, workers)
-        assert "other.onnx is read, as it was promoted; a new start of the server serves plain.onnx again" in said
+        assert "reading other.onnx, which was promoted; after a restart, the server serves plain.onnx again" in said
         assert digest in said
         answer = client.post("/predict", content=encode(pixels[0]), headers=PNG).json()
         assert answer["model"]["digest"] == digest
