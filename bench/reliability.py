@@ -29,7 +29,7 @@ BOUNDED = """\
 | images that wait | `--max-queue`, `--max-images` of a request | `serve/request/batcher.py` |
 | the time of an answer | `--deadline-ms` | `serve/request/batcher.py` |
 | labels of metrics | the known addresses; 128 classes of 80 characters | `serve/watching/` |
-| a reload | `--reload-seconds`, tried in a process that can be ended | `serve/model/trial.py` |
+| a reload | `--reload-seconds`, tried in a process that can be ended | `serve/model/process.py` |
 | lines of the log that nobody reads | 4 MB; those beyond are counted | `serve/watching/logs.py` |
 | JSON inside a model's file or card | 64 lists and objects inside one another | `common/documents.py` |
 

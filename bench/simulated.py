@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from export.runtimes.runtime import Runtime
-    from serve.shadow.roles import Roles
+    from serve.model.load import Roles
 
 TIMES = "DIRACNET_SIMULATED_US"  # "t0,t1" in microseconds
 EXAMPLES = ("DIRACNET_SIMULATED_US=200,4 python bench/simulated.py models/fashion-mnist.onnx --front-ends 2",)
@@ -51,14 +51,14 @@ def load(roles: "Roles", home: Path) -> "Sequence[Runtime]":
 def serve(config: ServeConfig) -> int:
     """The server, whole or in front ends and a device process."""
     from bench import simulated  # this one as other processes find it: what runs as a command has no name there
-    from serve.front_ends import fleet
+    from serve.front_ends import processes
     from serve.processes import serving
     from serve.run import listen
 
     with listen(config.host, config.port) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         if config.front_ends > 1:
-            return fleet.run(config, listener, url, load=simulated.load)
+            return processes.run(config, listener, url, load=simulated.load)
         serving.load = lambda config: [Simulated(config.model_paths[0])]
         return serving.run(config, listener, url)
 

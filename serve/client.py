@@ -5,9 +5,8 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -18,12 +17,14 @@ if __name__ == "__main__":
 from common.cli import run_command
 from common.refusal import Refusal
 from serve.client_protocol import (
+    DEFAULT_BOUNDS,
     DEFAULT_RETRY,
-    Answer,
-    Content,
+    Bounds,
     Conversation,
+    Conversations,
     Image,
     Lost,
+    Outcome,
     Result,
     Retry,
     Send,
@@ -49,20 +50,11 @@ EXAMPLES = (
 )
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """How many images are cut into requests, and how many requests run at once."""
-
-    images_per_request: int = 32
-    bytes_per_request: int = 8 * 2**20
-    requests_at_once: int = 4
-
-
 @dataclass(eq=False)
 class _Server:
-    """Where a server is and how it is asked.
+    """Where a server is and how to ask it.
 
-    `api_key` is that of the environment variable DIRACNET_API_KEY unless it is given.
+    `api_key` defaults to the environment variable DIRACNET_API_KEY.
     """
 
     url: str = DEFAULT_URL
@@ -72,18 +64,26 @@ class _Server:
     timeout_s: float = 30.0
 
     def _settings(self) -> dict[str, Any]:
-        """What httpx's clients are made with; refuses an address that is none."""
+        """The arguments of httpx's clients; refuses an invalid address."""
         import httpx
 
         try:
             address = httpx.URL(self.url)
         except httpx.InvalidURL as error:
-            raise Refusal(f"{self.url!r} is no address ({error}); it looks like {DEFAULT_URL}") from error
+            raise Refusal(f"{self.url!r} is not a valid address ({error}); it looks like {DEFAULT_URL}") from error
         if address.scheme not in ("http", "https") or not address.host:
-            raise Refusal(f"{self.url!r} is no address; it looks like {DEFAULT_URL}")
+            raise Refusal(f"{self.url!r} is not a valid address; it looks like {DEFAULT_URL}")
         key = self.api_key or os.environ.get(KEY_VARIABLE)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return {"base_url": address, "headers": headers, "timeout": self.timeout_s}
+
+    def _many(self, images: Iterable[Image], top_k: int, bounds: Bounds) -> Conversations[Result]:
+        requests = in_requests(map(encode, images), bounds)
+        return (predict(contents, top_k=top_k, retry=self.retry) for contents in requests)
+
+    def _each(self, images: Iterable[Image], top_k: int, bounds: Bounds) -> Conversations[Result | Refusal]:
+        requests = in_requests(map(encode_if_readable, images), bounds)
+        return (predict_each(contents, top_k=top_k, retry=self.retry) for contents in requests)
 
 
 @dataclass(eq=False)
@@ -100,48 +100,33 @@ class Client(_Server):
         return self._carry_out(predict(encode_all(images), top_k=top_k, retry=self.retry))
 
     def predict_many(
-        self,
-        images: Iterable[Image],
-        *,
-        top_k: int = 5,
-        bounds: Bounds = Bounds(),
+        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = DEFAULT_BOUNDS
     ) -> Iterator[Result]:
-        """Any number of images in several requests; yields in order, and reads files as it goes on."""
-        for contents in self._in_flight(
-            (predict(contents, top_k=top_k, retry=self.retry) for contents in _requests(map(encode, images), bounds)),
-            bounds,
-        ):
-            yield from contents
+        """Any number of images in several requests; yields in order, and reads files as they are needed."""
+        return self._in_flight(self._many(images, top_k, bounds), bounds)
 
     def predict_each(
-        self,
-        images: Iterable[Image],
-        *,
-        top_k: int = 5,
-        bounds: Bounds = Bounds(),
+        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = DEFAULT_BOUNDS
     ) -> Iterator[Result | Refusal]:
-        """`predict_many`, but a bad image ends nothing: the reason stands in the place of its result."""
-        contents = map(encode_if_readable, images)
-        conversations = (predict_each(group, top_k=top_k, retry=self.retry) for group in _requests(contents, bounds))
-        for results in self._in_flight(conversations, bounds):
-            yield from results
+        """`predict_many`, but a bad image ends nothing: in place of its result, it yields the reason."""
+        return self._in_flight(self._each(images, top_k, bounds), bounds)
 
-    def _in_flight(self, conversations: Iterable[Conversation[Answer]], bounds: Bounds) -> Iterator[Answer]:
-        """What each comes to, in order; so many at once as `bounds` says, none begun before there is room."""
-        pending: deque[Future[Answer]] = deque()
+    def _in_flight(self, conversations: Conversations[Outcome], bounds: Bounds) -> Iterator[Outcome]:
+        """All results in order. `bounds` limits how many conversations run at once; none is begun early."""
+        pending: deque[Future[list[Outcome]]] = deque()
         with ThreadPoolExecutor(bounds.requests_at_once) as pool:
             try:
                 for conversation in conversations:
                     if len(pending) == bounds.requests_at_once:
-                        yield pending.popleft().result()
+                        yield from pending.popleft().result()
                     pending.append(pool.submit(self._carry_out, conversation))
                 while pending:
-                    yield pending.popleft().result()
+                    yield from pending.popleft().result()
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def model(self) -> dict[str, Any]:
-        """The card of the server's model, as `GET /model` gives it."""
+        """The description of the server's model, as `GET /model` gives it."""
         return self._carry_out(model_card(retry=self.retry))
 
     def close(self) -> None:
@@ -153,14 +138,14 @@ class Client(_Server):
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _carry_out(self, conversation: Conversation[Answer]) -> Answer:
-        outcome: Any = None  # begins the conversation
+    def _carry_out(self, conversation: Conversation[Outcome]) -> Outcome:
+        reply: Any = None  # begins the conversation
         while True:
             try:
-                send = conversation.send(outcome)
+                send = conversation.send(reply)
             except StopIteration as end:
                 return end.value
-            outcome = self._send(send)
+            reply = self._send(send)
 
     def _send(self, send: Send) -> "httpx.Response | Lost":
         import httpx
@@ -185,43 +170,27 @@ class AsyncClient(_Server):
         contents = await asyncio.to_thread(encode_all, images)
         return await self._carry_out(predict(contents, top_k=top_k, retry=self.retry))
 
-    async def predict_many(
-        self,
-        images: Iterable[Image],
-        *,
-        top_k: int = 5,
-        bounds: Bounds = Bounds(),
-    ) -> AsyncIterator[Result]:
-        requests = _requests(map(encode, images), bounds)
-        conversations = (predict(contents, top_k=top_k, retry=self.retry) for contents in requests)
-        async with aclosing(self._in_flight(conversations, bounds)) as groups:
-            async for results in groups:
-                for result in results:
-                    yield result
+    def predict_many(
+        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = DEFAULT_BOUNDS
+    ) -> AsyncGenerator[Result]:
+        return self._in_flight(self._many(images, top_k, bounds), bounds)
 
-    async def predict_each(
-        self,
-        images: Iterable[Image],
-        *,
-        top_k: int = 5,
-        bounds: Bounds = Bounds(),
-    ) -> AsyncIterator[Result | Refusal]:
-        requests = _requests(map(encode_if_readable, images), bounds)
-        conversations = (predict_each(contents, top_k=top_k, retry=self.retry) for contents in requests)
-        async with aclosing(self._in_flight(conversations, bounds)) as groups:
-            async for results in groups:
-                for result in results:
-                    yield result
+    def predict_each(
+        self, images: Iterable[Image], *, top_k: int = 5, bounds: Bounds = DEFAULT_BOUNDS
+    ) -> AsyncGenerator[Result | Refusal]:
+        return self._in_flight(self._each(images, top_k, bounds), bounds)
 
-    async def _in_flight(self, conversations: Iterator[Conversation[Answer]], bounds: Bounds) -> AsyncGenerator[Answer]:
-        pending: deque[asyncio.Task[Answer]] = deque()
+    async def _in_flight(self, conversations: Conversations[Outcome], bounds: Bounds) -> AsyncGenerator[Outcome]:
+        pending: deque[asyncio.Task[list[Outcome]]] = deque()
         try:
-            while conversation := await asyncio.to_thread(next, conversations, None):  # which reads files
+            while conversation := await asyncio.to_thread(next, conversations, None):  # reads files
                 if len(pending) == bounds.requests_at_once:
-                    yield await pending.popleft()
+                    for outcome in await pending.popleft():
+                        yield outcome
                 pending.append(asyncio.create_task(self._carry_out(conversation)))
             while pending:
-                yield await pending.popleft()
+                for outcome in await pending.popleft():
+                    yield outcome
         finally:
             for task in pending:
                 task.cancel()
@@ -239,14 +208,14 @@ class AsyncClient(_Server):
     async def __aexit__(self, *error: object) -> None:
         await self.close()
 
-    async def _carry_out(self, conversation: Conversation[Answer]) -> Answer:
-        outcome: Any = None  # begins the conversation
+    async def _carry_out(self, conversation: Conversation[Outcome]) -> Outcome:
+        reply: Any = None  # begins the conversation
         while True:
             try:
-                send = conversation.send(outcome)
+                send = conversation.send(reply)
             except StopIteration as end:
                 return end.value
-            outcome = await self._send(send)
+            reply = await self._send(send)
 
     async def _send(self, send: Send) -> "httpx.Response | Lost":
         import httpx
@@ -256,10 +225,6 @@ class AsyncClient(_Server):
             return await self._http.request(send.method, send.path, **send.body)
         except httpx.TransportError as error:
             return _lost(error, self._http.base_url)
-
-
-def _requests(contents: Iterable[Content], bounds: Bounds) -> Iterator[list[Content]]:
-    return in_requests(contents, max_images=bounds.images_per_request, max_bytes=bounds.bytes_per_request)
 
 
 def _lost(error: "httpx.TransportError", url: "httpx.URL") -> Lost:
@@ -295,7 +260,7 @@ def command(config: ClientConfig) -> int:
         results = [*track(console, "asking")(client.predict_each(paths, top_k=config.top_k), len(paths))]
     answers = dict(zip(paths, results, strict=True))
     if config.json:
-        print(json.dumps([_row(path, result) for path, result in answers.items()]))
+        print(json.dumps([{"image": str(path), **_fields(result)} for path, result in answers.items()]))
     else:
         _print_table(console, answers)
     bad = {path: result for path, result in answers.items() if isinstance(result, Refusal)}
@@ -306,9 +271,8 @@ def command(config: ClientConfig) -> int:
     return 1 if bad else 0
 
 
-def _row(path: Path, result: Result | Refusal) -> dict[str, Any]:
-    fields = {"error": str(result)} if isinstance(result, Refusal) else asdict(result)
-    return {"image": str(path), **fields}
+def _fields(result: Result | Refusal) -> dict[str, Any]:
+    return {"error": str(result)} if isinstance(result, Refusal) else asdict(result)
 
 
 def _print_table(console: "Console", answers: dict[Path, Result | Refusal]) -> None:

@@ -1,7 +1,7 @@
-"""What a client says to the server and what it makes of the answers. It opens no connection itself.
+"""A client's requests, retries and reading of answers, without any connection.
 
-A conversation is a generator: it yields what to `Send` and when, is sent what came of it, and returns its result.
-`serve/client.py` carries it out with threads or with asyncio.
+A conversation is a generator: it yields what to `Send` and when, is sent the response, and returns its result.
+`serve/client.py` runs conversations with threads or with asyncio.
 """
 
 import random
@@ -22,17 +22,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 Image = Union[str, Path, bytes, "np.ndarray"]
-Answer = TypeVar("Answer")
+Outcome = TypeVar("Outcome")
 Content = TypeVar("Content", bytes, bytes | Refusal)
-Conversation = Generator["Send", Union["httpx.Response", "Lost"], Answer]
+Conversation = Generator["Send", Union["httpx.Response", "Lost"], Outcome]
+Conversations = Iterator[Conversation[list[Outcome]]]
 
-# Overload, a proxy that counts requests, and one that lost its server; a prediction changes nothing, so asking again
-# is safe. Ray's proxy says 500 where a replica was killed; the server's own 500 is a problem document and stays.
+# Overload, a rate-limiting proxy, and a proxy that lost its server. A prediction changes nothing, so a retry is safe.
+# Ray's proxy answers 500 when a replica was killed; the server's own 500 is a problem document, and is not retried.
 RETRIED = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE)
 PROBLEM = "application/problem+json"
-# Refusals of what is in a request: too large, by bytes, pixels or number of images, or not decodable.
+# The images of a request are too large, too many, or not decodable.
 OF_AN_IMAGE = (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.UNPROCESSABLE_ENTITY)
-NOT_A_NUMBER = "urn:diracnet:problem:not-a-number"  # what the net answers to an image
+NOT_A_NUMBER = "urn:diracnet:problem:not-a-number"  # the net's logits of an image are not finite
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Guess:
 
 @dataclass(frozen=True)
 class Result:
-    """The most probable class of one image, and the best `top_k`, the most probable first."""
+    """The most probable class of one image, and the `top_k` most probable ones in order."""
 
     label: str
     index: int
@@ -55,7 +56,7 @@ class Result:
 
 
 class ServerProblem(Refusal):
-    """The server answers with an error. The members are those of its problem document (RFC 9457)."""
+    """The server answers with an error. The attributes are those of its problem document (RFC 9457)."""
 
     def __init__(self, *, type: str, title: str, status: int, detail: str) -> None:
         super().__init__(f"the server refuses: {detail or title} ({status}, {type})")
@@ -63,7 +64,7 @@ class ServerProblem(Refusal):
 
 
 class Unreachable(Refusal):
-    """No answer comes from the server's address."""
+    """The server does not answer."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Lost:
-    """A request that brought no answer; `is_brief` where the next one may."""
+    """A request without an answer; `is_brief` if a retry may help."""
 
     url: str
     reason: str
@@ -87,7 +88,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Retry:
-    """How often and how long a request is tried again after 429, 502, 503, a proxy's 500 or a lost connection."""
+    """How often and how long to retry after 429, 502, 503, a proxy's 500 or a lost connection."""
 
     attempts: int = 5
     total_s: float = 30.0  # no attempt starts later than this after the first
@@ -95,20 +96,32 @@ class Retry:
     longest_wait_s: float = 5.0
 
     def wait_s(self, attempt: int, asked_s: float) -> float:
-        """Seconds after `attempt`, counted from 1: what the server asks for, and a random share of the backoff."""
+        """Seconds after `attempt`, counted from 1: the server's `Retry-After`, and a random share of the backoff."""
         return asked_s + random.uniform(0, min(self.longest_wait_s, self.first_wait_s * 2 ** (attempt - 1)))
 
 
 DEFAULT_RETRY = Retry()
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """How images are divided into requests, and how many requests run at once."""
+
+    images_per_request: int = 32
+    bytes_per_request: int = 8 * 2**20
+    requests_at_once: int = 4
+
+
+DEFAULT_BOUNDS = Bounds()
+
+
 def exchange(
     send: Send, retry: Retry, *, clock: Callable[[], float] = time.monotonic
 ) -> "Conversation[httpx.Response]":
-    """Send until an answer comes that will not pass (`_is_passing`), within the bounds of `retry`."""
+    """Send until the outcome is not transient (`_is_transient`), within the bounds of `retry`."""
     start, attempt = clock(), 1
     outcome = yield send
-    while _is_passing(outcome) and attempt < retry.attempts:
+    while _is_transient(outcome) and attempt < retry.attempts:
         wait_s = retry.wait_s(attempt, 0.0 if isinstance(outcome, Lost) else retry_after_s(outcome))
         if clock() - start + wait_s > retry.total_s:
             break
@@ -134,10 +147,10 @@ def predict(contents: list[bytes], *, top_k: int, retry: Retry) -> Conversation[
 
 
 def predict_each(contents: list[bytes | Refusal], *, top_k: int, retry: Retry) -> Conversation[list[Result | Refusal]]:
-    """`predict`, but an image that the server refuses has its `ServerProblem` in the place of its result.
+    """`predict`, but an image that the server refuses gets its `ServerProblem` in place of a result.
 
-    A request that is refused for what is in it is asked again in halves, until the bad images are alone. What is a
-    `Refusal` already, because it could not be read here, is not sent and stays in its place.
+    A request that is refused because of its images is sent again in halves, until the bad images are alone. A `Refusal`
+    in `contents`, for a file that could not be read, is not sent and stays in its place.
     """
     readable = [content for content in contents if isinstance(content, bytes)]
     answers = iter((yield from _predict_halves(readable, top_k=top_k, retry=retry)) if readable else ())
@@ -158,7 +171,7 @@ def _predict_halves(contents: list[bytes], *, top_k: int, retry: Retry) -> Conve
 
 
 def model_card(*, retry: Retry) -> Conversation[dict[str, Any]]:
-    """What the server's model says of itself."""
+    """The server's description of its model."""
     response = yield from exchange(Send("GET", "/model"), retry)
     return response.json()
 
@@ -187,18 +200,19 @@ def encode_all(images: Iterable[Image]) -> list[bytes]:
 
 
 def encode_if_readable(image: Image) -> bytes | Refusal:
-    """`encode`, or why it is impossible."""
+    """`encode`, or the reason why it fails."""
     try:
         return encode(image)
     except Refusal as refusal:
         return refusal
 
 
-def in_requests(contents: Iterable[Content], *, max_images: int, max_bytes: int) -> Iterator[list[Content]]:
-    """What `encode` gives in groups, in order; a group is within both bounds, or one image that is larger."""
+def in_requests(contents: Iterable[Content], bounds: Bounds) -> Iterator[list[Content]]:
+    """Encoded images in groups, in order; a group is within `bounds`, or one image that is larger."""
     group: list[Content] = []
     for content in contents:
-        if group and (len(group) == max_images or sum(map(_size, group)) + _size(content) > max_bytes):
+        is_full = len(group) == bounds.images_per_request
+        if group and (is_full or sum(map(_size, group)) + _size(content) > bounds.bytes_per_request):
             yield group
             group = []
         group.append(content)
@@ -211,17 +225,17 @@ def _size(content: bytes | Refusal) -> int:
 
 
 def retry_after_s(response: "httpx.Response") -> float:
-    """Seconds that `Retry-After` asks for, given in seconds or as a date; 0 where it says nothing of use."""
+    """The seconds of `Retry-After`, from seconds or a date; 0 if it is missing or invalid."""
     asked = response.headers.get("Retry-After", "").strip()
     if asked.isdecimal():
         return float(asked)
     until = _date(asked)
-    now = _date(response.headers.get("Date", "")) or datetime.now(UTC)  # the server's clock, where it tells
+    now = _date(response.headers.get("Date", "")) or datetime.now(UTC)  # the server's clock, if it is known
     return max(0.0, (until - now).total_seconds()) if until else 0.0
 
 
 def read_problem(response: "httpx.Response") -> ServerProblem:
-    """The problem document of an answer; one of the status alone where something else is in the way."""
+    """The problem document of an answer; without one, a problem made from the status alone."""
     try:
         document = response.json()
         fields = {name: str(document[name]) for name in ("type", "title", "detail")}
@@ -231,21 +245,21 @@ def read_problem(response: "httpx.Response") -> ServerProblem:
 
 
 def read_results(response: "httpx.Response", num_images: int) -> list[Result]:
-    """The results of an answer; refuses what is no answer of this server's."""
+    """The results of an answer; refuses anything else than an answer of this server."""
     try:
         results = [
             Result(**{**result, "top": tuple(Guess(**guess) for guess in result["top"])})
             for result in response.json()["results"]
         ]
     except (ValueError, TypeError, KeyError) as error:
-        raise Refusal(f"what {response.url} answers is no prediction; is it another program?") from error
+        raise Refusal(f"the answer of {response.url} is not a prediction; is it another program?") from error
     if len(results) != num_images:
         raise Refusal(f"{response.url} answers with {len(results)} results for {num_images} images")
     return results
 
 
-def _is_passing(outcome: "httpx.Response | Lost") -> bool:
-    """Whether the same request may bring another outcome soon."""
+def _is_transient(outcome: "httpx.Response | Lost") -> bool:
+    """Whether the same request may soon have another outcome."""
     if isinstance(outcome, Lost):
         return outcome.is_brief
     is_problem = outcome.headers.get("Content-Type", "").startswith(PROBLEM)

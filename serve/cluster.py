@@ -44,14 +44,14 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where Ray is: "local" starts it here, "auto" joins the one of this machine, HOST:PORT any other."""
+    """Where Ray is: "local" starts it here, "auto" joins the one on this machine, HOST:PORT any other."""
 
     address: str = "local"
 
 
 @dataclass(frozen=True)
 class Http:
-    """The proxies that take requests: one on every machine, or on the first machine alone."""
+    """The proxies that take requests: one on every machine, or only on the first."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -60,12 +60,12 @@ class Http:
 
 @dataclass(frozen=True)
 class Replicas:
-    """How many copies of the server run, and what each of them gets."""
+    """How many copies of the server run, and the resources of each."""
 
     fewest: int = 1
     most: int = 4
-    requests_each: int = 32  # that one replica shall have at once; more start another replica
-    requests_most: int = 128  # that one replica takes at once; the others wait in the proxy
+    requests_each: int = 32  # at once in one replica; more start another replica
+    requests_most: int = 128  # that one replica accepts; more wait in the proxy
     grow_after_s: float = 5.0
     shrink_after_s: float = 120.0
     cpus: float = 1.0
@@ -95,7 +95,7 @@ def command(config: ClusterConfig) -> int:
     http = settings.http
     files = read_artefact(config.model or BUNDLED)
     if settings.cluster.address == "local":
-        listen(http.host, http.port).close()  # a taken port is refused here; the proxies would try for a minute
+        listen(http.host, http.port).close()  # refuses a taken port now; the proxies would try for a minute
     serve, ray = start_ray(settings.cluster)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -115,13 +115,13 @@ def command(config: ClusterConfig) -> int:
 
 
 def read_settings(path: Path | None) -> Settings:
-    """The settings of a TOML file; refuses tables, keys and types that it may not hold, all of them at once."""
+    """The settings of a TOML file; one refusal lists all unknown tables and keys and wrong types."""
     if path is None:
         return Settings()
     try:
         document = tomllib.loads(read_whole(path).decode())
     except ValueError as error:
-        raise Refusal(f"{path} is no TOML: {error}") from error
+        raise Refusal(f"{path} is not valid TOML: {error}") from error
     kinds = get_type_hints(Settings)
     wrong = [f"there is no table [{name}]" for name in document.keys() - kinds.keys()]
     for name, kind in kinds.items():
@@ -143,23 +143,20 @@ def _faults(name: str, table: Any, kinds: dict[str, type]) -> list[str]:
 
 
 def read_artefact(path: Path) -> dict[str, bytes]:
-    """The files that make up a model, by name. They travel to the replicas, so that no disk need be shared."""
-    from export.model_file.card import card_path, read_card
-    from export.model_file.described import descriptions
-    from export.model_file.nodes import find_weights, read_graph
+    """The files of a model by name. They travel to the replicas, so that machines need no shared disk."""
+    from export.model_file.card import read_card
     from export.runtimes.load import load_runtime
+    from serve.model.copies import files_of
 
-    if path.suffix == ".engine":  # loads only where the replicas run
+    if path.suffix == ".engine":  # can be loaded only where the replicas run
         read_card(path)
-        return {file.name: read_whole(file) for file in (path, card_path(path))}
-    load_runtime(path)
-    content = read_whole(path)
-    beside = [*find_weights(path, read_graph(path, content)), *descriptions(path)]
-    return {path.name: content, **{file.name: read_whole(file) for file in beside}}
+    else:
+        load_runtime(path)
+    return {file.name: read_whole(file) for file in files_of(path)}
 
 
 def start_ray(cluster: Cluster) -> tuple[Any, Any]:
-    """Join or start a cluster; gives the modules `ray.serve` and `ray`."""
+    """Join or start a cluster; the modules `ray.serve` and `ray`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray reads it when it is imported
     try:
         import ray

@@ -27,13 +27,13 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class DemoConfig:
     model: Annotated[Path, "plain.onnx or plain.engine"]
-    images: Annotated[Path, "folder of files named LABEL_NUMBER.png, or as a photograph's format is"] = Path("held-out")
+    images: Annotated[Path, "folder of files named LABEL_NUMBER.png, or another photograph format"] = Path("held-out")
     port: Annotated[int, "port to listen on"] = 8000
     stop: Annotated[bool, "stop the server that was started for this model"] = False
 
 
 def command(config: DemoConfig) -> int:
-    """Start a server that goes on running, post held-out images and print its answers beside the truth."""
+    """Start a server that keeps running, post held-out images and print its answers beside the truth."""
     stopped = stop(config.model)
     if config.stop:
         print(f"stopped the server of {config.model}" if stopped else f"no server of {config.model} is running")
@@ -48,7 +48,7 @@ def command(config: DemoConfig) -> int:
 
 
 def find_held_out(folder: Path) -> list[Path]:
-    """Files named LABEL_NUMBER in a format that the server reads, in the order of their numbers."""
+    """Files named LABEL_NUMBER in a format that the server reads, ordered by number."""
     from common.image import SUFFIXES
 
     files = [path for path in folder.glob("*_*") if path.suffix.lower() in SUFFIXES and path.is_file()]
@@ -59,7 +59,7 @@ def find_held_out(folder: Path) -> list[Path]:
 
 
 def start(model: Path, port: int, url: str) -> None:
-    """Start serve/run.py beside this process and wait until it is ready."""
+    """Start serve/run.py and wait until it is ready."""
     import httpx
 
     log = model.with_name("server.log")
@@ -69,14 +69,14 @@ def start(model: Path, port: int, url: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C here is not for the server
+            start_new_session=True,  # Ctrl-C here does not stop the server
         )
     _pid_file(model).write_text(str(server.pid))
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
             _pid_file(model).unlink()
-            lines = log.read_text().strip().splitlines() or [f"it says nothing in {log}"]
+            lines = log.read_text().strip().splitlines() or [f"{log} is empty"]
             raise Refusal(f"the server did not start: {lines[-1].removeprefix('error: ')}")
         try:
             if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200:
@@ -89,7 +89,7 @@ def start(model: Path, port: int, url: str) -> None:
 
 
 def stop(model: Path) -> bool:
-    """End the server that was started for `model`; whether there was one."""
+    """Stop the server that was started for `model`; whether there was one."""
     try:
         pid = int(_pid_file(model).read_text())
     except (OSError, ValueError):
@@ -111,7 +111,7 @@ def _pid_file(model: Path) -> Path:
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether `pid` is a server of ours: after a restart the number may be anybody's."""
+    """Whether `pid` is a server of this project: process ids are reused."""
     if Path("/proc").is_dir():
         try:
             return str(RUN) in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
@@ -122,10 +122,10 @@ def _is_ours(pid: int) -> bool:
 
 
 def _show(url: str, file: Path) -> bool:
-    """Post one image and print the answer; whether it is the truth."""
+    """Post one image and print the answer; whether it is correct."""
     import httpx
 
-    kind = {"Content-Type": "application/octet-stream"}  # of several formats; the server sees which
+    kind = {"Content-Type": "application/octet-stream"}  # the server detects the format
     response = httpx.post(f"{url}/predict", content=file.read_bytes(), headers=kind, trust_env=False)
     answer = response.json()
     if response.status_code != 200:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it waits until there is a model to read again
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it waits until a model is loaded
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
@@ -18,9 +18,9 @@ from serve.v2.rpc.port import reserved
 
 
 def serve(config: ServeConfig) -> int:
-    """Serve a model over HTTP: a page at /, an API at /predict, its description at /docs, figures at /metrics.
+    """Serve a model over HTTP: a page at /, an API at /predict, its description at /docs, metrics at /metrics.
 
-    SIGTERM finishes what was accepted; SIGHUP reads the model's file again and swaps it without losing a request.
+    SIGTERM finishes accepted requests; SIGHUP reads the model's file again and swaps it without losing a request.
     """
     with listen(config.host, config.port) as listener, ExitStack() as held:
         where = f"http://{_for_url(config.host)}:{listener.getsockname()[1]}"
@@ -29,7 +29,7 @@ def serve(config: ServeConfig) -> int:
             config = replace(config, grpc_port=port)
             where += f", gRPC at {_for_url(config.host)}:{port}"
         if config.front_ends > 1:
-            from serve.front_ends.fleet import run
+            from serve.front_ends.processes import run
         else:
             from serve.processes.serving import run
         return run(config, listener, where)
@@ -46,7 +46,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _for_url(host: str) -> str:
-    """What a browser on this machine calls `host`."""
+    """`host` as a browser on this machine needs it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 

@@ -5,7 +5,7 @@ import threading
 from contextlib import contextmanager
 
 from common.refusal import Refusal
-from serve.front_ends.batcher import Dial
+from serve.front_ends.batcher import Dialer
 from serve.front_ends.device import Device
 from serve.request.batcher import Served
 from serve.request.limits import Limits
@@ -34,12 +34,12 @@ class Running:
         return self.pairs[index][0]
 
     def dial(self, index=0):
-        return Dial(self.door(index), self.limits)
+        return Dialer(self.door(index), self.limits)
 
     def cut(self):
         """All connections end, as when a device process is killed."""
-        for line in list(self.device._lines):
-            line.connection.shutdown(socket.SHUT_RDWR)
+        for peer in list(self.device._peers):
+            peer.connection.shutdown(socket.SHUT_RDWR)
 
     def end(self):
         self.device.stop()

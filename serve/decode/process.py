@@ -3,13 +3,10 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
-from multiprocessing import Pipe
-from pathlib import Path
 
 import numpy as np
 
+from common.child import start
 from common.image import TooManyPixels
 from common.refusal import Refusal
 from common.spec import ImageSpec
@@ -17,14 +14,6 @@ from serve.decode.worker import PIXELS, TOO_MANY
 from serve.request.access import KEY_VARIABLE
 
 _START_S = 60.0  # far beyond any start
-_ROOT = Path(__file__).resolve().parents[2]
-_WORKER = """
-import sys
-sys.path[0] = sys.argv[1]
-from serve.request.access import KEY_VARIABLE
-from serve.decode.worker import run
-run()
-"""
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # of glibc: what an image took goes back to the system after it
 _log = logging.getLogger(__name__)
 
@@ -73,15 +62,8 @@ class _Process:
     """A started process, and the socket to it."""
 
     def __init__(self) -> None:
-        self._connection, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, _ROOT],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                env={name: value for name, value in os.environ.items() if name != KEY_VARIABLE} | _MEMORY,
-                process_group=0,  # Ctrl-C is for the parent, which may have requests to finish
-            )
+        environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE} | _MEMORY
+        self._process, self._connection = start("serve.decode.worker", env=environment)
         try:
             if not self._connection.poll(_START_S):
                 raise TimeoutError(f"a decoder does not start within {_START_S:g} s")

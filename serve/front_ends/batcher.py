@@ -1,12 +1,12 @@
-"""The batcher of a front end: what is decoded goes to the device process at once, and its batches are made there.
+"""The batcher of a front end: it sends decoded images to the device process, which forms the batches.
 
 Everything before and after the model is as in serve/request/batcher.py. A job between its pixels and its logits:
 
-    _run           model thread    writes what is decoded by now into shared memory, and goes on with the next
-    device.py      its process     one batch of all that its front ends have sent
+    _run           model thread    writes the decoded images into shared memory, and continues with the next jobs
+    device.py      its process     one batch from all front ends
     _receive       event loop      logits → results
 
-A job whose device process ends is answered 503; one that is not sent yet waits for the process that takes its place.
+If the device process ends, jobs that were sent are answered 503; jobs that were not wait for its replacement.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from time import monotonic
 from export.runtimes.runtime import Runtime
 from serve.decode.decode import Decoded
 from serve.decode.turns import HostBudget
-from serve.front_ends.link import Dial, Flight, Gone, Link, Remote
+from serve.front_ends.link import Dialer, Disconnected, Flight, Link, RemoteRuntime
 from serve.model.check import apart
 from serve.request.batcher import SMOOTHING, Batcher, Job, Served, deliver, share, uncounted
 from serve.request.limits import Limits
@@ -33,12 +33,12 @@ _log = logging.getLogger(__name__)
 class FrontBatcher(Batcher):
     """A `Batcher` whose model is in another process."""
 
-    def __init__(self, dial: Dial, limits: Limits, budget: HostBudget | None = None) -> None:
-        """As soon as the device process answers."""
+    def __init__(self, dial: Dialer, limits: Limits, budget: HostBudget | None = None) -> None:
+        """Waits until the device process answers."""
         remote = dial.connect()
         super().__init__(Served((remote,)), limits, budget)
         self._dial = dial
-        self._link = remote.link  # which new jobs take
+        self._link = remote.link  # of new jobs
         self._number = remote.number
         self._at_its_end: weakref.finalize | None = None
         self._changed = threading.Condition()  # the link, or whether this is open
@@ -46,7 +46,7 @@ class FrontBatcher(Batcher):
 
     @property
     def is_up(self) -> bool:
-        """Whether there is a device process."""
+        """Whether the device process is there."""
         return self._link.is_up
 
     def start(self) -> None:
@@ -65,7 +65,7 @@ class FrontBatcher(Batcher):
         self._retire(self._link)
 
     def reload(self) -> Sequence[Runtime]:
-        """Have the device process read its model's file again, and wait until new jobs go there."""
+        """Have the device process read its model's file again, and wait until new jobs use the new model."""
         number = self._dial.reload()
         with self._changed:
             self._changed.wait_for(lambda: self._number >= number or not self._is_open)
@@ -83,13 +83,13 @@ class FrontBatcher(Batcher):
                 self._refuse(refused, self._no_room())
 
     def _send(self, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> Sequence[Job]:
-        """Those for which there is no room."""
+        """Send; the jobs for which there is no room."""
         while served := self._find(jobs[0].served):
             for job in jobs:
-                job.served = served  # which its link lives as long as
+                job.served = served  # keeps its link alive
             try:
                 return _link_of(served).send(zip(jobs, pixels, strict=True))  # type: ignore[arg-type]
-            except Gone:
+            except Disconnected:
                 continue
         raise _lost()
 
@@ -99,7 +99,7 @@ class FrontBatcher(Batcher):
         self._loop.call_soon_threadsafe(deliver, jobs)
 
     def _find(self, served: Served) -> Served | None:
-        """Where the model of `served` is, as soon as it is anywhere; None where another has taken its place."""
+        """A live connection to the model of `served`, once there is one; None if another model has replaced it."""
         if _link_of(served).is_up:
             return served
         with self._changed:
@@ -115,8 +115,8 @@ class FrontBatcher(Batcher):
 
     # In the event loop
 
-    def _use(self, remote: Remote) -> None:
-        """From now on new jobs go there. Those of the link before still come back: it ends with the last of them."""
+    def _use(self, remote: RemoteRuntime) -> None:
+        """Send new jobs there. The previous link ends with the last of its jobs."""
         loop, link = self._loop, remote.link
         with self._changed:
             if remote is not self.served.runtimes[0]:
@@ -130,12 +130,12 @@ class FrontBatcher(Batcher):
     def _receive(self, link: Link) -> None:
         try:
             finished = link.receive()
-        except Gone:
-            _log.warning("the connection to the device process has ended; what was under way is answered 503")
+        except Disconnected:
+            _log.warning("the connection to the device process has ended; requests under way get 503")
             return self._retire(link)
         if finished:
             self._answer(link, finished)
-        if link.has_news and link is self._link:
+        if link.has_newer_model and link is self._link:
             self._follow()
 
     def _answer(self, link: Link, flights: Sequence[Flight]) -> None:
@@ -145,13 +145,13 @@ class FrontBatcher(Batcher):
             link.take(bad)
             for flight in bad:
                 flight.owner.outcome = RuntimeError("the model failed; the log of the device process says why")
-        for is_probe in (False, True):  # which no count of clients' answers is about
+        for is_probe in (False, True):  # probes are not counted as answers to clients
             if some := [flight for flight in good if flight.owner.is_probe == is_probe]:
                 self._share(link, some)
         deliver([flight.owner for flight in flights])
 
     def _share(self, link: Link, flights: Sequence[Flight]) -> None:
-        """Logits → results of all that have come together."""
+        """Logits → results, for flights that were answered together."""
         now, start = monotonic(), 0
         logits, seconds = link.take(flights)
         jobs: list[Job] = [flight.owner for flight in flights]
@@ -159,7 +159,7 @@ class FrontBatcher(Batcher):
             job.model_s = max(seconds[start : start + job.num_images])
             job.queue_s = max(0.0, now - job.accepted - job.decode_s - job.model_s)
             start += job.num_images
-        per_image = max(seconds) / len(seconds)  # of what this front end had in the batch
+        per_image = max(seconds) / len(seconds)  # of this front end's part of the batch
         self.seconds_per_image = SMOOTHING * (self.seconds_per_image or per_image) + (1 - SMOOTHING) * per_image
         try:
             top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
@@ -169,7 +169,7 @@ class FrontBatcher(Batcher):
                 job.outcome = error
 
     def _retire(self, link: Link) -> None:
-        """End a link; what is under way there is lost."""
+        """End a link; the jobs under way there are lost."""
         if not link.is_up:
             return
         self._loop.remove_reader(link.fileno())
@@ -181,12 +181,12 @@ class FrontBatcher(Batcher):
             self._follow()
 
     def _follow(self) -> None:
-        """Connect anew, to a newer model or to the process that takes the place of one that ended."""
+        """Connect again, to a newer model or to the replacement of a process that ended."""
         if self._following is None or self._following.done():
             self._following = self._loop.create_task(self._connect())
 
     async def _connect(self) -> None:
-        while self._link.has_news or not self._link.is_up:
+        while self._link.has_newer_model or not self._link.is_up:
             try:
                 self._use(await apart(self._dial.connect))
             except Exception as error:
@@ -196,7 +196,7 @@ class FrontBatcher(Batcher):
 
 def _link_of(served: Served) -> Link:
     (remote,) = served.runtimes
-    assert isinstance(remote, Remote)
+    assert isinstance(remote, RemoteRuntime)
     return remote.link
 
 
@@ -206,5 +206,5 @@ def _soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *arg
 
 
 def _lost() -> Problem:
-    detail = "the process that runs the model has ended, and another takes its place; ask again in 1 s"
+    detail = "the process that runs the model has ended and is being replaced; try again in 1 s"
     return Problem(NOT_READY, detail, {"Retry-After": "1"})

@@ -1,6 +1,5 @@
-"""A front end's side of a connection to its device process: images go out, and come back as logits."""
+"""A front end's side of a connection to its device process: sends images, receives logits."""
 
-import array
 import json
 import os
 import pickle
@@ -11,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -24,7 +23,7 @@ from serve.front_ends.shared_memory import (
     CONNECT,
     FAILED,
     LENGTH,
-    NEWS,
+    NEWER_MODEL,
     RELOAD,
     REQUEST_FORM,
     Area,
@@ -35,18 +34,18 @@ from serve.front_ends.shared_memory import (
 )
 from serve.request.limits import Limits
 
-_MOST_BYTES = 2**13  # of answers that are read at once
-_PAUSE_S = 0.05  # before another attempt at a door that was shut
+_MOST_BYTES = 2**13  # of answers read at once
+_PAUSE_S = 0.05  # before connecting again
 _REQUEST = struct.Struct(REQUEST_FORM)
 
 
-class Gone(Exception):
+class Disconnected(Exception):
     """The device process has ended, or this connection to it."""
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """The images of one owner, which are answered together however many batches they were in."""
+    """The images of one owner, which are answered together even if they were in several batches."""
 
     owner: Any
     slots: list[int]
@@ -63,10 +62,10 @@ class Link:
         self._free = deque(range(area.num_slots))
         self._generations = [0] * area.num_slots
         self._flights: list[Flight | None] = [None] * area.num_slots
-        self._rest = b""  # of an answer that has not come whole
-        self._lock = threading.Lock()  # between sending and the end
+        self._rest = b""  # the beginning of an incomplete answer
+        self._lock = threading.Lock()  # held by `send` and `end`
         self.is_up = True
-        self.has_news = False  # there is a newer model
+        self.has_newer_model = False
 
     def __enter__(self) -> Self:
         return self
@@ -78,22 +77,22 @@ class Link:
         return self._connection.fileno()
 
     def send(self, parcels: Iterable[tuple[Any, Sequence[np.ndarray]]]) -> list[Any]:
-        """Hand over each owner's images [H, W, C]; the owners for whom no slots are left. `Gone` hands over nothing."""
+        """Send each owner's images [H, W, C]; the owners for whom no slots are left. `Disconnected` sends nothing."""
         left, requests = [], b""
         with self._lock:
             if not self.is_up:
-                raise Gone
+                raise Disconnected
             for owner, images in parcels:
                 if len(images) > len(self._free):
                     left.append(owner)
                 else:
                     requests += self._put(owner, images)
-            with suppress(OSError):  # who receives finds the end
+            with suppress(OSError):  # `receive` finds the end
                 self._connection.sendall(requests)
         return left
 
     def _put(self, owner: Any, images: Sequence[np.ndarray]) -> bytes:
-        """Write into free slots: the requests that name them."""
+        """Write into free slots; the requests that name them."""
         slots = [self._free.popleft() for _ in images]
         try:
             for slot, image in zip(slots, images, strict=True):
@@ -109,7 +108,7 @@ class Link:
         return requests
 
     def receive(self, *, waits: bool = False) -> list[Flight]:
-        """Those whose last image is answered by now. `Gone` at the end."""
+        """Those whose last image is answered by now. `Disconnected` when the connection ends."""
         try:
             came = self._connection.recv(_MOST_BYTES, 0 if waits else socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -117,17 +116,17 @@ class Link:
         except OSError:
             came = b""
         if not came:
-            raise Gone
+            raise Disconnected
         came = self._rest + came
         end = len(came) // ANSWER_BYTES * ANSWER_BYTES
         self._rest, finished = came[end:], []
         for slot, generation, status in struct.iter_unpack(ANSWER_FORM, came[:end]):
-            if slot == NEWS:
-                self.has_news = True
+            if slot == NEWER_MODEL:
+                self.has_newer_model = True
                 continue
             flight = self._flights[slot] if slot < self._area.num_slots else None
             if flight is None or generation != self._generations[slot]:
-                self._connection.shutdown(socket.SHUT_RDWR)  # it makes no sense: the next call finds the end
+                self._connection.shutdown(socket.SHUT_RDWR)  # an invalid answer; the next call finds the end
                 break
             self._flights[slot] = None
             flight.num_left -= 1
@@ -137,14 +136,14 @@ class Link:
         return finished
 
     def take(self, flights: Sequence[Flight]) -> tuple[np.ndarray, list[float]]:
-        """Logits [N, K] and seconds [N] of finished flights, whose slots are free from now on."""
+        """Logits [N, K] and seconds [N] of finished flights; their slots are free from now on."""
         slots = [slot for flight in flights for slot in flight.slots]
         logits, seconds = self._area.logits[slots], self._area.seconds[slots].tolist()
         self._free.extend(slots)
         return logits, seconds
 
     def end(self) -> list[Flight]:
-        """Close; what was under way."""
+        """Close; the flights that were under way."""
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)  # a thread that sends gives up
         with self._lock:
@@ -155,7 +154,7 @@ class Link:
         return flights
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Images → logits [N, K]; for a link on which nothing else is sent."""
+        """Images → logits [N, K], on a link that has nothing else under way."""
         logits = []
         for start in range(0, len(images), self._area.num_slots):
             self.send([(None, [*images[start : start + self._area.num_slots]])])
@@ -168,20 +167,20 @@ class Link:
 
 
 @dataclass(eq=False)
-class Remote:
-    """The model of a device process, as a runtime. What it holds ends with it."""
+class RemoteRuntime:
+    """The model of a device process, as a runtime. Its connection and memory end with it."""
 
+    number: int  # greater for a newer model
     model: Model
     platform: str
     description: str
     library: str
-    number: int  # the newer model has the greater one
     link: Link
-    again: "Dial"
+    dialer: "Dialer"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """On a connection of its own, beside all that `link` has under way."""
-        other = self.again.connect(num_slots=len(images))
+        """On a connection of its own, so that it does not mix with what `link` has under way."""
+        other = self.dialer.connect(num_slots=len(images))
         with other.link as link:
             if other.number != self.number:
                 raise RuntimeError("another model serves by now")
@@ -189,43 +188,41 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class Dial:
-    """Makes connections to a device process through its door, which outlives it."""
+class Dialer:
+    """Makes connections to a device process through its door, which outlives the process."""
 
     door: socket.socket
     limits: Limits
 
-    def connect(self, *, num_slots: int | None = None) -> Remote:
-        """As soon as the device process answers; refuses where there is no memory for its slots."""
+    def connect(self, *, num_slots: int | None = None) -> RemoteRuntime:
+        """Waits until the device process answers; refuses if there is no memory for the slots."""
         while True:
             connection = self._knock(CONNECT)
             try:
                 greeting = _read_greeting(connection)
-                most = shape_of(greeting.model, self.limits)
-                shape = shape_of(
-                    greeting.model, self.limits, num_slots=min(num_slots or most.num_slots, most.num_slots)
-                )
+                shape = shape_of(greeting.model, self.limits)
+                if num_slots:
+                    shape = replace(shape, num_slots=min(num_slots, shape.num_slots))
                 link = Link(connection, _share_memory(connection, shape))
-            except (OSError, EOFError):  # it ended in the middle
+            except (OSError, EOFError):  # the process ended meanwhile
                 connection.close()
                 time.sleep(_PAUSE_S)
                 continue
             except BaseException:
                 connection.close()
                 raise
-            say = (greeting.model, greeting.platform, greeting.description, greeting.library)
-            return Remote(*say, greeting.number, link, self)
+            return RemoteRuntime(**vars(greeting), link=link, dialer=self)
 
     def reload(self) -> int:
-        """Have the model's file read again: the number of what serves then. Refuses what the device process refuses."""
+        """Have the model's file read again; the number of the new model. Refuses what the device process refuses."""
         with self._knock(RELOAD) as connection, connection.makefile("rb") as file:
             answer = file.read()
         if not answer:
             raise Refusal("the device process ended while it read the model's file again")
-        said = json.loads(answer)
-        if "refusal" in said:
-            raise Refusal(said["refusal"])
-        return said["number"]
+        reply = json.loads(answer)
+        if "refusal" in reply:
+            raise Refusal(reply["refusal"])
+        return reply["number"]
 
     def _knock(self, purpose: bytes) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -236,7 +233,7 @@ class Dial:
 
 def _read_greeting(connection: socket.socket) -> Greeting:
     (length,) = struct.unpack(LENGTH, _read_exactly(connection, struct.calcsize(LENGTH)))
-    return pickle.loads(_read_exactly(connection, length))  # of the process that the supervisor started for this
+    return pickle.loads(_read_exactly(connection, length))  # from the process that the supervisor started
 
 
 def _read_exactly(connection: socket.socket, num_bytes: int) -> bytes:
@@ -251,7 +248,7 @@ def _read_exactly(connection: socket.socket, num_bytes: int) -> bytes:
 def _share_memory(connection: socket.socket, shape: Shape) -> Area:
     file = make_memory(shape)
     try:
-        socket.send_fds(connection, [array.array("I", [shape.num_slots]).tobytes()], [file])
+        socket.send_fds(connection, [struct.pack("=I", shape.num_slots)], [file])
         return Area(file, shape)
     finally:
         os.close(file)

@@ -1,4 +1,4 @@
-"""A model proves itself before it answers anybody: at the start, and when its file is read again."""
+"""A model is checked before it serves: at the start, and when its file is read again."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ Made = TypeVar("Made")
 
 
 class Reloader:
-    """Reads the served artefact again. One at a time; requests go on meanwhile, and none is lost."""
+    """Reads the served file again, one reload at a time. Requests continue meanwhile, and none is lost."""
 
     def __init__(self, batcher: Batcher, load: Load, *, max_batch: int) -> None:
         self._batcher = batcher
@@ -36,9 +36,9 @@ class Reloader:
         self._turn = asyncio.Lock()
 
     async def reload(self) -> Served:
-        """Load, check and warm up beside the old model, then swap. Refuses a bad one; the old one goes on.
+        """Load, check and warm up beside the old model, then swap. Refuses a bad model; the old one keeps serving.
 
-        The shadow's file is read again too, whatever becomes of this one.
+        The shadow's file is read again too, even if this one is refused.
         """
         try:
             return await self._take(self._load, "reading the model's file again")
@@ -47,7 +47,7 @@ class Reloader:
                 shadow.restart()
 
     async def promote(self) -> Served:
-        """The same with the shadow's file, once it was compared; the old model becomes the shadow."""
+        """The same with the shadow's file, once it was compared. The old model becomes the shadow."""
         shadow = self._batcher.shadow
         if shadow is None:
             raise Problem(NOT_COMPARED, "no model shadows this one: start the server with --shadow")
@@ -55,14 +55,14 @@ class Reloader:
         return await self._take(load, "reading the shadow's file to serve it", before=shadow.take_over)
 
     async def _take(self, load: Load, what: str, before: Callable[[], None] = lambda: None) -> Served:
-        """`before` is called when all is ready, and may still refuse."""
+        """`before` is called just before the swap, and may still refuse."""
         async with self._turn:
             try:
                 _log.info(what)
                 served = await apart(partial(prepare, load, self._max_batch))
                 before()
             except Refusal as refusal:
-                _log.error("the old model goes on: %s", refusal)
+                _log.error("the old model keeps serving: %s", refusal)
                 raise
             self._batcher.served = served
             _log.warning("now serving %s %s", served.model.name, served.model.digest)
@@ -70,7 +70,7 @@ class Reloader:
 
 
 def prepare(load: Load, max_batch: int) -> Served:
-    """A model that has proved itself; refuses any other."""
+    """A model, checked and warmed up."""
     runtimes = tuple(load())
     for runtime in runtimes:
         check(runtime)
@@ -79,7 +79,7 @@ def prepare(load: Load, max_batch: int) -> Served:
 
 
 async def apart(function: Callable[[], Made]) -> Made:
-    """What `function` gives in a thread of its own. A process that ends does not wait for it."""
+    """The result of `function`, from a daemon thread that does not delay the end of the process."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Made] = loop.create_future()
 
@@ -104,9 +104,9 @@ async def apart(function: Callable[[], Made]) -> Made:
 
 
 def check(runtime: Runtime) -> None:
-    """Refuses a model that answers noise wrongly: in shape, with what is no number, or not twice the same.
+    """Refuses a model whose answers to noise have a wrong shape, are not finite, or are not reproducible.
 
-    Where the file records what it answered when it was exported, that is compared too.
+    If the file records the answers at export, they are compared too.
     """
     model = runtime.model
     seed, expected_logits, precision = recorded(model)
@@ -116,8 +116,8 @@ def check(runtime: Runtime) -> None:
     if logits.shape != expected:
         raise Refusal(f"{model.name} gives {logits.shape[1]} values per image for {expected[1]} labels")
     if not np.isfinite(logits).all():
-        raise Refusal(f"{model.name} gives values that are no numbers; export it in a higher precision")
-    # Within the tolerance, not bit for bit: kernels of a GPU may add in another order each time.
+        raise Refusal(f"{model.name} gives values that are not finite; export it in a higher precision")
+    # Not bit for bit, because GPU kernels may add in another order each time.
     tolerance = TOLERANCES[precision or "fp32"]
     if not tolerance.covers(difference(logits, again)):
         raise Refusal(f"{model.name} gives two answers to the same images; its file or this machine is damaged")
@@ -126,7 +126,7 @@ def check(runtime: Runtime) -> None:
 
 
 def recorded(model: Model) -> tuple[int, np.ndarray | None, str]:
-    """The seed of the probe images, what the net answered to them when it was exported, and its precision."""
+    """The seed of the probe images, the net's logits of them at export, and its precision."""
     try:
         record = model.provenance.get("export", {})
         probe = record.get("probe", {"seed": SEED})
@@ -146,7 +146,7 @@ def _run(runtime: Runtime, images: np.ndarray, what: str) -> np.ndarray:
         return runtime(images)
     except Refusal:
         raise
-    except Exception as error:  # a runtime raises its library's own
+    except Exception as error:  # libraries raise their own
         _log.exception("the model fails")
         raise Refusal(f"{runtime.model.name} fails on {what} ({type(error).__name__}); export it again") from error
 
@@ -161,7 +161,7 @@ def _compare(name: str, precision: str, recorded: np.ndarray, logits: np.ndarray
 
 
 def warm_up(runtime: Runtime, max_batch: int) -> None:
-    """Run each batch size once: first calls allocate and choose kernels. Of a cascade, both forms."""
+    """Run each batch size once, because first calls allocate and choose kernels; in a cascade, with both forms."""
     if isinstance(runtime, Cascade):
         warm_up(runtime.quick, max_batch)
         return warm_up(runtime.exact, max_batch)

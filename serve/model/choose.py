@@ -1,14 +1,19 @@
-"""Which form of a net serves on this machine: the fastest of those that answer as they should."""
+"""Which file and runtime serve a net on this machine: the fastest of those that answer as they should."""
 
+import importlib.metadata
+import json
 import logging
+import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.cores import num_cores
 from common.documents import read_object
-from common.files import read_whole
+from common.files import read_whole, write_whole
 from common.refusal import Refusal
 from export.compare import ALLOWED_DROP, INT8_AGREEMENT, TOLERANCES
 from export.model_file.header import Header, read_header
@@ -19,25 +24,26 @@ from export.runtimes.runtime import Runtime
 from export.runtimes.saturation import warning
 from export.timing import geometric_means, time_answers
 from serve.model.check import check
-from serve.model.remembered import Conditions, recall, remember
 
 _log = logging.getLogger(__name__)
 
 MEASURE_S = 1.0
+FORMAT = "diracnet-runtime-2"  # increase when a runtime computes in another way
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "MNN", "numpy", "torch")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What serves; the runtime is None where the file's suffix says it."""
+    """The file that serves; `runtime` is None where the file's suffix determines it."""
 
     path: Path
     runtime: RuntimeName | None
     reason: str = ""  # for people, where something was chosen
 
 
-@dataclass(frozen=True, eq=False)  # a key of dictionaries, as itself
-class Form:
-    """A file of the net, before any runtime has seen it."""
+@dataclass(frozen=True, eq=False)  # hashed by identity
+class ModelFile:
+    """A file of the net, before any runtime has loaded it."""
 
     path: Path
     digest: str
@@ -45,11 +51,11 @@ class Form:
 
     @property
     def export(self) -> dict[str, Any]:
-        """What the export recorded; empty for somebody else's net."""
+        """What the export recorded; empty for a file that this project did not write."""
         return self.header.provenance.get("export", {})
 
 
-Candidate = tuple[Form, RuntimeName]
+Candidate = tuple[ModelFile, RuntimeName]
 
 
 def choose(
@@ -64,41 +70,36 @@ def choose(
 ) -> Choice:
     """The file and runtime with the least time, as a geometric mean over batches of 1 and of `max_batch`.
 
-    `paths` are forms of one net; `runtime` is the only one allowed, or None. Nothing is measured where one
-    candidate is left, or where the measurement lies beside the first file. Refuses forms of different nets.
+    `paths` are forms of one net; `runtime` is the only one allowed, or None. Nothing is measured if only one candidate
+    is left, or if a valid measurement is stored beside the first file. Refuses forms of different nets.
     """
     if len(paths) == 1 and (runtime or paths[0].suffix != ".onnx"):
         return Choice(paths[0], runtime)
-    forms = [_read(path) for path in paths]
-    _refuse_different_nets(forms)
-    candidates = _candidates(forms, runtime, has_devices=bool(devices))
+    files = [_read(path) for path in paths]
+    _refuse_different_nets(files)
+    candidates = _candidates(files, runtime, has_devices=bool(devices))
     if len(candidates) == 1:
-        form, name = candidates[0]
-        return Choice(form.path, name, f"{form.path.name} alone fits" if len(paths) > 1 else "")
-    conditions = Conditions.here(
-        [(form.digest, name) for form, name in candidates],
-        devices=devices,
-        num_threads=num_threads,
-        max_batch=max_batch,
-    )
-    files = {form.digest: form.path for form in forms}
-    if kept := recall(paths[0], conditions):
-        return Choice(files[kept.digest], kept.runtime, kept.reason)
+        file, name = candidates[0]
+        return Choice(file.path, name, f"{file.path.name} alone fits" if len(paths) > 1 else "")
+    keys = [[file.digest, name] for file, name in candidates]
+    conditions = Conditions(keys, num_threads, list(devices), max_batch)
+    if choice := _recall(paths[0], conditions, {file.digest: file.path for file in files}):
+        return choice
     _log.info("measuring %d ways to run the net", len(candidates))
     runtimes = _load(candidates, load, device=devices[0] if devices else None, num_threads=num_threads)
-    form, name = next(iter(runtimes))
-    reason = f"{_said(form, name)} alone passes"
+    file, name = next(iter(runtimes))
+    reason = f"{_said(file, name)} alone passes"
     if len(runtimes) > 1:
-        form, name, reason = _fastest(runtimes, max_batch, clock)
-    return Choice(form.path, name, remember(paths[0], conditions, form.digest, name, reason))
+        file, name, reason = _fastest(runtimes, max_batch, clock)
+    return Choice(file.path, name, _remember(paths[0], conditions, [file.digest, name], reason))
 
 
 def why_unfit(export: dict[str, Any]) -> str | None:
-    """Why a form must not be chosen for its speed, by the record of its export; None where it may.
+    """Why a form must not be chosen for its speed, by the record of its export; None if it may be.
 
-    Eight bits change answers, so speed alone does not justify them. They are taken where the export measured on test
-    images that they cost no more accuracy than it allows itself and keep the classes that parity demands; a form
-    without that record, or with a worse one, serves only where it is the one file named.
+    Eight bits change answers, so speed alone does not justify them. They are a candidate only if the export measured,
+    on test images, that they lose no more accuracy than `ALLOWED_DROP` and keep the classes that parity demands. A form
+    without that record, or with a worse one, serves only if it is the only file named.
     """
     precision, test = export.get("precision", "fp32"), export.get("test")
     if precision in TOLERANCES and not TOLERANCES[precision].is_statistical:
@@ -112,19 +113,19 @@ def why_unfit(export: dict[str, Any]) -> str | None:
     return None
 
 
-def _read(path: Path) -> Form:
+def _read(path: Path) -> ModelFile:
     if path.suffix != ".onnx":
-        raise Refusal(f"{path} is no .onnx file, and only those can be chosen from; serve it alone")
+        raise Refusal(f"{path} is not an .onnx file, and only those can be chosen from; serve it alone")
     content = read_whole(path)
     header = read_header(Path(path.name), content)
-    return Form(path, digest_of(path, content), header)
+    return ModelFile(path, digest_of(path, content), header)
 
 
-def _refuse_different_nets(forms: Sequence[Form]) -> None:
+def _refuse_different_nets(files: Sequence[ModelFile]) -> None:
     """Names the field of the spec, or the digest, that differs."""
-    first, *others = forms
+    first, *others = files
     for other in others:
-        before, after = ({**_spec(form), "plain_sha256": form.export.get("plain_sha256")} for form in (first, other))
+        before, after = ({**_spec(file), "plain_sha256": file.export.get("plain_sha256")} for file in (first, other))
         for name, expected in before.items():
             found = after.get(name)
             if found != expected and (name != "plain_sha256" or None not in (found, expected)):
@@ -134,27 +135,27 @@ def _refuse_different_nets(forms: Sequence[Form]) -> None:
                 )
 
 
-def _spec(form: Form) -> dict[str, Any]:
-    if "spec" not in form.header.metadata:
-        raise Refusal(f"{form.path} does not say what net it is of; serve it alone")
-    return read_object(form.header.metadata["spec"], f"the spec in {form.path}", todo="export it again")
+def _spec(file: ModelFile) -> dict[str, Any]:
+    if "spec" not in file.header.metadata:
+        raise Refusal(f"{file.path} does not say what net it is of; serve it alone")
+    return read_object(file.header.metadata["spec"], f"the spec in {file.path}", todo="export it again")
 
 
-def _candidates(forms: Sequence[Form], runtime: RuntimeName | None, *, has_devices: bool) -> list[Candidate]:
-    """What is worth loading, by what the files say of themselves; refuses where that is nothing."""
+def _candidates(files: Sequence[ModelFile], runtime: RuntimeName | None, *, has_devices: bool) -> list[Candidate]:
+    """What is worth loading, by the records in the files; refuses if that is nothing."""
     found: list[Candidate] = []
-    for form in forms:
-        reason = why_unfit(form.export) or warning(form.path, read_whole(form.path)) if len(forms) > 1 else None
+    for file in files:
+        reason = why_unfit(file.export) or warning(file.path, read_whole(file.path)) if len(files) > 1 else None
         if reason:
-            _log.warning("%s is not chosen: %s", form.path.name, reason)
+            _log.warning("%s is not chosen: %s", file.path.name, reason)
             continue
-        on_mnn = is_installed() and not has_devices and why_not(form.header) is None
+        on_mnn = is_installed() and not has_devices and why_not(file.header) is None
         for name in RUNTIMES[".onnx"]:
-            is_meant = name == runtime or (runtime is None and name not in NAMED_ONLY)
-            if is_meant and (name != "mnn" or on_mnn):
-                found.append((form, name))
+            is_allowed = name == runtime or (runtime is None and name not in NAMED_ONLY)
+            if is_allowed and (name != "mnn" or on_mnn):
+                found.append((file, name))
     if not found:
-        named = " and ".join(form.path.name for form in forms)
+        named = " and ".join(file.path.name for file in files)
         raise Refusal(f"neither of {named} can be chosen{f' for {runtime}' if runtime else ''}; name one file alone")
     return found
 
@@ -162,18 +163,18 @@ def _candidates(forms: Sequence[Form], runtime: RuntimeName | None, *, has_devic
 def _load(
     candidates: Sequence[Candidate], load: Callable[..., Runtime], *, device: int | None, num_threads: int
 ) -> dict[Candidate, Runtime]:
-    """Those that load and answer their probe images; refuses where none does, with what was said of the first."""
+    """Those that load and answer their probe images; refuses if none does, with the first one's reason."""
     runtimes: dict[Candidate, Runtime] = {}
     refusals = []
-    for form, name in candidates:
+    for file, name in candidates:
         try:
-            runtime = load(form.path, name=name, device=device, num_threads=num_threads)
+            runtime = load(file.path, name=name, device=device, num_threads=num_threads)
             check(runtime)
         except Refusal as refusal:
-            _log.warning("%s is not chosen: %s", _said(form, name), refusal)
+            _log.warning("%s is not chosen: %s", _said(file, name), refusal)
             refusals.append(refusal)
         else:
-            runtimes[form, name] = runtime
+            runtimes[file, name] = runtime
     if not runtimes:
         raise refusals[0]
     return runtimes
@@ -181,15 +182,76 @@ def _load(
 
 def _fastest(
     runtimes: dict[Candidate, Runtime], max_batch: int, clock: Callable[[], float]
-) -> tuple[Form, RuntimeName, str]:
+) -> tuple[ModelFile, RuntimeName, str]:
     candidates = {str(index): candidate for index, candidate in enumerate(runtimes)}
     answers = dict(zip(candidates, runtimes.values(), strict=True))
     image = next(iter(runtimes.values())).model.spec.image
     means = geometric_means(time_answers(answers, image, sorted({1, max_batch}), limit_s=MEASURE_S, clock=clock))
     (best, best_ms), (_, next_ms), *_ = means.items()
-    form, name = candidates[best]
-    return form, name, f"{_said(form, name)} is {next_ms / best_ms:.1f}x the next of {len(means)}"
+    file, name = candidates[best]
+    return file, name, f"{_said(file, name)} is {next_ms / best_ms:.1f}x the next of {len(means)}"
 
 
-def _said(form: Form, name: RuntimeName) -> str:
-    return f"{form.path.name} on {name}"
+def _said(file: ModelFile, name: RuntimeName) -> str:
+    return f"{file.path.name} on {name}"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Everything that can change which candidate is fastest; under other conditions it is measured again."""
+
+    candidates: list[list[str]]  # digest of the file, and the runtime's name
+    num_threads: int  # of one worker's model
+    devices: list[int]
+    max_batch: int
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    processor: str = field(default_factory=lambda: _processor())
+    num_cores: int = field(default_factory=lambda: num_cores())
+
+
+def record_path(model: Path) -> Path:
+    """Where a measured choice is stored."""
+    return model.with_name(model.name + ".runtime.json")
+
+
+def _recall(model: Path, conditions: Conditions, paths: dict[str, Path]) -> Choice | None:
+    """What was chosen under the same conditions; None without a readable record. `paths` are by digest."""
+    record_file = record_path(model)
+    try:
+        record: Any = json.loads(record_file.read_bytes())
+        if record["format"] != FORMAT or record["conditions"] != asdict(conditions):
+            return None
+        if record["chosen"] not in conditions.candidates:
+            return None
+        digest, runtime = record["chosen"]
+        return Choice(paths[digest], runtime, f"{record['reason']}, as {record_file} says")
+    except (OSError, ValueError, KeyError, TypeError):  # missing, unreadable, damaged or not ours
+        return None
+
+
+def _remember(model: Path, conditions: Conditions, chosen: list[str], reason: str) -> str:
+    """Store the choice; the reason and where it is stored. In a read-only folder, each start measures again."""
+    record = {"format": FORMAT, "chosen": chosen, "reason": reason, "conditions": asdict(conditions)}
+    try:
+        path = write_whole(record_path(model), (json.dumps(record, indent=1) + "\n").encode())
+    except Refusal as refusal:
+        return f"{reason}, not kept: {refusal}"
+    return f"{reason}, kept in {path}"
+
+
+def _versions() -> dict[str, str]:
+    """Of the installed packages that compute."""
+    versions = {}
+    for name in DISTRIBUTIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _processor() -> str:
+    """The processor's name, if the system tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()

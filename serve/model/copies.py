@@ -1,4 +1,4 @@
-"""Copies of a model's files: what is tried is what is loaded, and what served last can be loaded again."""
+"""Copies of a model's files, so that the files tried are those loaded, and those that served last stay available."""
 
 import logging
 import shutil
@@ -13,11 +13,11 @@ from export.model_file.described import descriptions
 from export.model_file.nodes import find_weights, read_graph
 
 _log = logging.getLogger(__name__)
-_LATEST = "latest"  # holds the name of the folder that holds the model that served last
+_LATEST = "latest"  # holds the folder name of the model that served last
 
 
 def files_of(path: Path) -> list[Path]:
-    """The model, and all beside it that is read with it. Refuses a model that is missing or whose weights are."""
+    """The model and the files that are read with it. Refuses missing models and weights."""
     content = read_whole(path)
     if path.suffix == ".engine":
         beside = [card_path(path)]
@@ -28,9 +28,9 @@ def files_of(path: Path) -> list[Path]:
 
 @contextmanager
 def copied(paths: Sequence[Path], home: Path | None = None) -> Iterator[tuple[Path, ...]]:
-    """The same model, of one file or several, in a folder that ends with the context unless `keep` has taken it.
+    """The same model in a folder that is deleted at the end of the context, unless `keep` has renamed it.
 
-    The files themselves where there is no room for a copy.
+    `paths` themselves if there is no room for a copy.
     """
     of_each, folder = [files_of(path) for path in paths], None
     try:
@@ -42,7 +42,7 @@ def copied(paths: Sequence[Path], home: Path | None = None) -> Iterator[tuple[Pa
                 shutil.copyfile(file, target)
     except OSError as error:
         names = " and ".join(path.name for path in paths)
-        _log.warning("%s is read where it is: there is no copy of it (%s)", names, error.strerror)
+        _log.warning("%s is read in place, because it cannot be copied (%s)", names, error.strerror)
         yield tuple(paths)
     else:
         yield _places(folder, paths)
@@ -52,11 +52,11 @@ def copied(paths: Sequence[Path], home: Path | None = None) -> Iterator[tuple[Pa
 
 
 def keep(home: Path, copies: Sequence[Path], digest: str) -> None:
-    """From now on the model that served last is `copies`, which `copied` made in `home`."""
+    """Record `copies`, which `copied` made in `home`, as the model that served last."""
     folder = copies[0].parent.parent
     if folder.parent != home:
-        return  # there is no copy
-    with suppress(OSError):  # another worker has kept the same model
+        return  # read in place
+    with suppress(OSError):  # another worker has done it
         folder.rename(home / digest)
     write_whole(home / _LATEST, digest.encode())
     for folder in home.iterdir():
@@ -65,7 +65,7 @@ def keep(home: Path, copies: Sequence[Path], digest: str) -> None:
 
 
 def kept(home: Path, paths: Sequence[Path]) -> tuple[Path, ...] | None:
-    """The model of these files that served last, or None where none has."""
+    """The copy of `paths` that served last, or None."""
     latest = home / _LATEST
     if not latest.exists():
         return None
@@ -74,5 +74,5 @@ def kept(home: Path, paths: Sequence[Path]) -> tuple[Path, ...] | None:
 
 
 def _places(folder: Path, paths: Sequence[Path]) -> tuple[Path, ...]:
-    """Where the copies of `paths` lie: each in a folder of its own, as they may have one name."""
+    """The copies of `paths`, each in its own folder because names may be equal."""
     return tuple(folder / str(index) / path.name for index, path in enumerate(paths))

@@ -1,4 +1,4 @@
-"""The proof that a model gave when it was loaded, asked for again: memory and GPUs may rot while it serves."""
+"""Repeats a model's check while it serves, because memory and GPUs may fail."""
 
 import asyncio
 import logging
@@ -19,13 +19,13 @@ from serve.model.check import recorded
 from serve.request.batcher import Batcher, Served
 from serve.request.problems import OVERLOADED, Problem
 
-MOST_SKIPPED = 9  # turns in a row in which clients wait; the next one queues with them
+MOST_SKIPPED = 9  # turns in a row while clients wait; the next turn queues with them
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What a model must answer to noise: what its file recorded, or what it answered at first."""
+    """The expected answers to noise: those recorded in the model's file, or the first ones."""
 
     images: np.ndarray
     logits: np.ndarray
@@ -33,7 +33,7 @@ class Proof:
 
 
 class Prober:
-    """Asks `batcher` as a client would, every `every_s` seconds. `error` and `fault` are those of the last turn."""
+    """Sends probe images to `batcher` every `every_s` seconds. `error` and `fault` are those of the last turn."""
 
     def __init__(
         self,
@@ -46,28 +46,28 @@ class Prober:
     ) -> None:
         self._batcher, self.every_s, self._deadline_s = batcher, every_s, deadline_s
         self._sleep, self._clock = sleep, clock
-        self._served: Served | None = None  # the model that all below is about
+        self._served: Served | None = None  # the model of the fields below
         self._proof: Proof | None = None
         self._num_skipped = 0
         self.error: float | None = None  # largest relative difference; None before the first turn
-        self.checked: float | None = None  # when: seconds since 1970
+        self.checked: float | None = None  # time of the last turn, in seconds since 1970
         self.num_failures = 0
         self._fault = ""
         self.observe: Callable[[Prober], None] = lambda prober: None
 
     @property
     def fault(self) -> str:
-        """Why the server should get no requests; "" where it may."""
+        """Why the server should get no requests; "" if it should."""
         return self._fault if self._batcher.served is self._served else ""
 
     async def run(self) -> NoReturn:
-        """Turn after turn, until it is cancelled."""
+        """Probe until cancelled."""
         while True:
             await self._sleep(self.every_s)
             await self.turn()
 
     async def turn(self) -> None:
-        """Ask once, unless clients wait; a model that has taken another's place begins anew."""
+        """Probe once, unless clients wait. A new model starts over."""
         served = self._batcher.served
         if served is not self._served:
             self._served, self._proof, self._num_skipped = served, None, 0
@@ -83,7 +83,7 @@ class Prober:
             if problem.kind is OVERLOADED:
                 return
             error, fault = float("inf"), problem.detail
-        except Exception as exception:  # a runtime raises its library's own
+        except Exception as exception:  # libraries raise their own
             error, fault = float("inf"), f"the model fails on its probe images ({type(exception).__name__})"
         if self._batcher.served is served:
             self._take(error, fault)
@@ -111,7 +111,7 @@ class Prober:
         if proof.tolerance.covers(found):
             return found.relative, ""
         return found.relative, (
-            f"{model.name} answers its probe images {found.relative:.1e} away from what it should "
+            f"{model.name} answers its probe images {found.relative:.1e} away from the expected answers "
             f"(tolerance {proof.tolerance}): memory or GPU may be damaged; ask another server"
         )
 
@@ -126,7 +126,7 @@ class Prober:
 
 
 def _proof(model: Model, images: np.ndarray, logits: np.ndarray) -> Proof:
-    """Of a file without a record the answers now, which an image may have a little different among others."""
+    """The recorded answers; without a record, the current ones, which vary slightly with an image's batch."""
     _, expected, precision = recorded(model)
     if expected is not None:
         return Proof(images, expected, TOLERANCES[precision])

@@ -1,6 +1,5 @@
-"""One process that serves, or several that share one socket under a supervisor."""
+"""One process that serves, or several workers that share one socket under a supervisor."""
 
-import ctypes
 import gc
 import logging
 import multiprocessing
@@ -9,73 +8,66 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
 from uvicorn.config import STARTUP_FAILURE
 
 from common.cores import num_cores
-from common.files import read_whole
 from common.refusal import Refusal
-from export.model_file.described import from_flags
-from export.model_file.nodes import digest_of
-from export.runtimes.cascade import Cascade, read_forms
-from export.runtimes.load import load_runtime
+from export.runtimes.cascade import read_forms
 from export.runtimes.runtime import Runtime
-from export.runtimes.saturation import warning
-from serve.model.check import Load, check
+from serve.config import ServeConfig
+from serve.model.check import Load
 from serve.model.choose import choose
-from serve.model.copies import copied, keep, kept
-from serve.model.parity_report import with_report
-from serve.model.trial import prove
+from serve.model.load import Roles, load, load_again, load_first, num_threads
+from serve.processes.signals import end_with_parent
 from serve.processes.supervisor import Role, Server, Supervisor, Worker
 from serve.request.access import Access, read_api_key
-from serve.request.app import make_app, model_card
+from serve.request.app import make_app
 from serve.request.batcher import Batcher
 from serve.request.connection import Connection
 from serve.request.limits import Limits
 from serve.request.open_connections import fit_to_files
-from serve.shadow.process import ShadowProcess
-from serve.shadow.roles import Roles
-from serve.shadow.shadow import Shadow, refuse_unfit
+from serve.shadow.shadow import Shadow, refuse_unfit, start_process
 from serve.v2.rpc.port import RpcAddress
 from serve.watching import logs
-from serve.watching.answers import with_sound_reference
 from serve.watching.shared_counts import COUNTS_VARIABLE
 from serve.watching.tracing import find_tracing
 
-if TYPE_CHECKING:
-    from serve.config import ServeConfig
 
-_log = logging.getLogger(__name__)
-_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-
-
-def run(config: "ServeConfig", listener: socket.socket, url: str) -> int:
-    """Serve on `listener` until a signal ends it; the exit status."""
-    stream = logs.configure(config.log_level)
-    limits_of(config)  # what is refused is refused before anything is measured
-    config, reason = decide(config)
+def run(config: ServeConfig, listener: socket.socket, url: str) -> int:
+    """Serve on `listener` until a signal; the exit status."""
+    config, reason, stream = begin(config)
     if config.workers > 1:
         _refuse_unfit_shadow(config)
-        return _supervise(config, listener, url, reason)
+        return _run_workers(config, listener, url, reason)
     server = _make_server(config, url, reason, stream)
     try:
         server.run(sockets=[listener])
-    except KeyboardInterrupt:  # uvicorn has finished its requests and hands the signal on
+    except KeyboardInterrupt:  # raised again by uvicorn once its requests are finished
         print("stopped", flush=True)
     return 0 if server.started else 1
 
 
-def decide(config: "ServeConfig") -> tuple["ServeConfig", str]:
-    """The config with one file and its runtime, which workers and reloads keep; and why these. A cascade has two."""
+def begin(config: ServeConfig) -> tuple[ServeConfig, str, logs.LogStream]:
+    """Start the log and decide on a model: the config with its files and runtime, and the reason for them.
+
+    Workers and reloads keep these files and this runtime.
+    """
+    stream = logs.configure(config.log_level)
+    limits_of(config)  # refuses before anything is measured
+    return *decide(config), stream
+
+
+def decide(config: ServeConfig) -> tuple[ServeConfig, str]:
+    """The config with one file, or the two of a cascade, and their runtime; and the reason for the choice."""
     if config.cascade:
         forms = read_forms(config.model_paths)
         return replace(config, models=config.model_paths, runtime="onnxruntime"), str(forms)
@@ -83,25 +75,52 @@ def decide(config: "ServeConfig") -> tuple["ServeConfig", str]:
         config.model_paths,
         runtime=config.runtime_name,
         devices=config.devices,
-        num_threads=_num_threads(config),
+        num_threads=num_threads(config),
         max_batch=config.max_batch,
     )
     return replace(config, models=(choice.path,), runtime=choice.runtime or "auto"), choice.reason
 
 
-def _supervise(config: "ServeConfig", listener: socket.socket, url: str, reason: str) -> int:
-    """Several workers, each with a model of its own."""
+def _make_server(config: ServeConfig, url: str, reason: str, stream: logs.LogStream) -> Server:
+    runtimes, roles = load(config), Roles(config)
+    shadow = _make_shadow(config, roles)
+    if shadow:
+        shadow.prepare(runtimes[0].model)
+    app = whole_app(config, runtimes, stream, load=lambda: load_again(roles.served), shadow=shadow)
+    return Server(uvicorn_config(config, app), greeting(_describe(runtimes[0]), reason, url))
+
+
+def _run_workers(config: ServeConfig, listener: socket.socket, url: str, reason: str) -> int:
+    """Several workers, each with its own copy of the model."""
     with folders() as home:
-        of_worker = settings(config, partial(_make_worker, config, home))
-        workers = Role("worker", config.workers * [partial(Worker, of_worker, [listener])])
-        ready = partial(say_ready, f"{config.workers} workers", reason, url)
-        was_told = Supervisor(workers, drain_s=config.drain_seconds, say_ready=ready).run()
-    return 0 if was_told else 2
+        worker = partial(Worker, uvicorn_config(config, partial(_make_worker, config, home)), [listener])
+        text = greeting(f"{config.workers} workers", reason, url)
+        return supervise(config, Role("worker", config.workers * [worker]), text=text)
+
+
+def _make_worker(config: ServeConfig, home: Path) -> FastAPI:
+    with started(config) as stream:
+        roles = Roles(config, home)
+        runtimes, shadow = load_first(roles, home), _make_shadow(config, roles, home)
+        return whole_app(
+            config,
+            runtimes,
+            stream,
+            load=lambda: load_again(roles.served, home),
+            shadow=shadow,
+            reload_everywhere=tell_supervisor,
+        )
+
+
+def supervise(config: ServeConfig, *roles: Role, text: str) -> int:
+    """Run these processes and print `text` when all are ready; the exit status."""
+    say_ready = partial(print, text, flush=True)
+    return 0 if Supervisor(*roles, drain_s=config.drain_seconds, say_ready=say_ready).run() else 2
 
 
 @contextmanager
 def folders() -> Iterator[Path]:
-    """A folder in which processes keep a copy of the model that served last; they count requests in another one."""
+    """A folder for a copy of the model that served last; the processes count requests in another one beside it."""
     with tempfile.TemporaryDirectory(prefix="diracnet-workers-") as folder:
         counts, home = Path(folder, "counts"), Path(folder, "model")
         counts.mkdir()
@@ -110,120 +129,28 @@ def folders() -> Iterator[Path]:
         yield home
 
 
-def say_ready(what: str, reason: str, url: str) -> None:
-    """What serves, why it was chosen, and where."""
-    print(f"{_because(what, reason)}\n{_serving_at(url)}", flush=True)
-
-
-def _make_server(config: "ServeConfig", url: str, reason: str, stream: logs.LogStream) -> Server:
-    runtimes, roles = load(config), Roles(config)
-    shadow = _make_shadow(config, roles)
-    if shadow:
-        shadow.prepare(runtimes[0].model)
-    app = whole_app(config, runtimes, stream, load=partial(_load_served, roles), shadow=shadow)
-    server = Server(settings(config, app))
-    server.greeting = f"{_because(_describe(runtimes[0]), reason)}\n{_serving_at(url)}"
-    return server
-
-
-def load(config: "ServeConfig") -> list[Runtime]:
-    """The model, checked, once for each device. What is refused is said without the file's folder."""
-    paths = config.model_paths
-    with _by_name(paths):
-        forms = read_forms(paths) if config.cascade else None
-        runtimes: list[Runtime] = []
-        for device in config.devices or (None,):
-            loaded = {path: _load_file(config, path, device) for path in paths}
-            runtime = loaded[paths[0]]
-            if forms:
-                runtime = Cascade(loaded[forms.quick], loaded[forms.exact], forms.evidence)
-                check(runtime)
-            _refuse_what_cannot_be_shown(runtime)
-            runtimes.append(runtime)
-        for path in paths:
-            if path.suffix == ".onnx" and not config.devices and (doubt := warning(path, read_whole(path))):
-                _log.warning(doubt)
-    return runtimes
-
-
-def _load_file(config: "ServeConfig", path: Path, device: int | None) -> Runtime:
-    runtime = load_runtime(
-        path,
-        name=config.runtime_name,
-        device=device,
-        num_threads=_num_threads(config),
-        shares_cores=config.cascade,
-        said=from_flags(config),
-    )
-    runtime.model = with_sound_reference(with_report(runtime.model, path))
-    check(runtime)
-    return runtime
-
-
-def _refuse_what_cannot_be_shown(runtime: Runtime) -> None:
-    """What GET /model and every answer say of the model must be JSON, before anybody asks."""
-    try:
-        JSONResponse(model_card(runtime))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise Refusal(f"what {runtime.model.name} says of itself cannot be shown: {error}; export it again") from error
-
-
-def load_again(config: "ServeConfig", home: Path | None = None, digest: str | None = None) -> list[Runtime]:
-    """The model as its files are now, first tried in another process. What is tried is a copy, kept in `home`.
-
-    Refuses a file that has another digest than the one that is asked for.
-    """
-    paths = config.model_paths
-    with _by_name(paths), copied(paths, home) as copies, _by_name(copies):
-        if digest and digest != digest_of(copies[0], read_whole(copies[0])):
-            raise Refusal(f"{paths[0]} is another file than the one that was compared; reload to compare it")
-        config = replace(config, models=copies)
-        prove(config)
-        runtimes = load(config)
-        if home:
-            keep(home, copies, runtimes[0].model.digest)
-    return runtimes
-
-
-def _load_served(roles: Roles, home: Path | None = None) -> list[Runtime]:
-    return load_again(roles.served, home)
-
-
-def load_first(roles: Roles, home: Path) -> list[Runtime]:
-    """The model that served last, or where none has, the one in the files."""
-    config = roles.served
-    paths = config.model_paths
-    if last := kept(home, paths):
-        return load(replace(config, models=last))
-    with _by_name(paths), copied(paths, home) as copies:
-        runtimes = load(replace(config, models=copies))
-        keep(home, copies, runtimes[0].model.digest)
-    return runtimes
-
-
 @contextmanager
-def _by_name(paths: Sequence[Path]) -> Iterator[None]:
-    """What is refused is said without the folders of `paths`."""
+def started(config: ServeConfig) -> Iterator[logs.LogStream]:
+    """In a process that a supervisor has started; a refusal ends it with one line."""
+    stream = logs.configure(config.log_level)
+    if supervisor := multiprocessing.parent_process():
+        # If the supervisor is killed, no process stays behind that holds the port.
+        end_with_parent(signal.SIGTERM, supervisor.pid)
     try:
-        yield
+        yield stream
     except Refusal as refusal:
-        said = str(refusal)
-        for path in paths:
-            said = said.replace(str(path), path.name)
-        raise Refusal(said) from refusal
+        print(f"error: {refusal}", file=sys.stderr)
+        sys.exit(STARTUP_FAILURE)
 
 
-def _num_threads(config: "ServeConfig") -> int:
-    """Of one model on the CPU."""
-    if config.front_ends > 1:
-        return config.model_threads or max(1, (num_cores() - config.front_ends) // max(1, len(config.devices)))
-    return config.model_threads or max(1, num_cores() // config.workers)
+def tell_supervisor() -> None:
+    """Have all processes read the model again."""
+    os.kill(os.getppid(), signal.SIGHUP)
 
 
-def limits_of(config: "ServeConfig") -> Limits:
-    """What was asked for, and what suits the machine, for each process that serves."""
-    # One core has the event loop and the model.
-    spare = num_cores() // max(config.workers, config.front_ends) - 1
+def limits_of(config: ServeConfig) -> Limits:
+    """The limits of each process that serves: as configured, and as suits this machine."""
+    spare = num_cores() // max(config.workers, config.front_ends) - 1  # one core has the event loop and the model
     limits = Limits(
         max_body_bytes=int(config.max_body_mb * 1e6),
         max_held_bytes=int(config.max_held_mb * 1e6),
@@ -240,41 +167,52 @@ def limits_of(config: "ServeConfig") -> Limits:
 
 
 def whole_app(
-    config: "ServeConfig",
+    config: ServeConfig,
     runtimes: Sequence[Runtime] | Batcher,
     stream: logs.LogStream,
     *,
     load: Load,
     shadow: Shadow | None = None,
-    tells_all: bool = False,
+    reload_everywhere: Callable[[], None] | None = None,
 ) -> FastAPI:
-    """The app of one process, with what operators see of it. One that `tells_all` has a reload reach all processes."""
+    """The app of one process, with its log, metrics and traces."""
     observers = [logs.RequestLog(stream)] if logging.getLogger().isEnabledFor(logging.INFO) else []
     tracing = find_tracing()
     limits = limits_of(config)
+    rpc = None if config.grpc_port is None else RpcAddress(config.host, config.grpc_port, config.drain_seconds)
     app = make_app(
         runtimes,
         replace(limits, max_connections=fit_to_files(limits.max_connections)),
         access=Access(read_api_key(config.api_key_file, os.environ), config.cors_origin),
         load=load,
         observers=[*observers, *([tracing] if tracing else [])],
-        reload_everywhere=_tell_supervisor if tells_all else None,
-        rpc=_rpc_address(config),
+        reload_everywhere=reload_everywhere,
+        rpc=rpc,
         shadow=shadow,
     )
-    # What is there by now stays. Collections that walk through all of it hold up every hundredth answer for 30 ms.
+    # All objects up to here stay. Collections that visit them would delay every hundredth answer by 30 ms.
     gc.collect()
     gc.freeze()
     return app
 
 
-def _rpc_address(config: "ServeConfig") -> RpcAddress | None:
-    if config.grpc_port is None:
-        return None
-    return RpcAddress(config.host, config.grpc_port, config.drain_seconds)
+def uvicorn_config(config: ServeConfig, app: FastAPI | partial[Any]) -> uvicorn.Config:
+    """`app`, or a partial that makes it in the process that serves."""
+    return uvicorn.Config(
+        app,
+        factory=isinstance(app, partial),
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # the address of a client is not used, so no header about it is trusted
+        http=Connection,
+        ws="none",
+        timeout_graceful_shutdown=config.drain_seconds,
+    )
 
 
-def _make_shadow(config: "ServeConfig", roles: Roles, home: Path | None = None) -> Shadow | None:
+def _make_shadow(config: ServeConfig, roles: Roles, home: Path | None = None) -> Shadow | None:
     if config.shadow is None:
         return None
     return Shadow(
@@ -287,62 +225,17 @@ def _make_shadow(config: "ServeConfig", roles: Roles, home: Path | None = None) 
     )
 
 
-def _refuse_unfit_shadow(config: "ServeConfig") -> None:
-    """Before workers start: what each of them would refuse later, and go on without."""
+def _refuse_unfit_shadow(config: ServeConfig) -> None:
+    """Before workers start, because each of them would only log the refusal and serve without a shadow."""
     if config.shadow:
         roles = Roles(config)
-        with ShadowProcess(roles.served) as served, ShadowProcess(roles.shadow) as shadow:
+        with start_process(roles.served) as served, start_process(roles.shadow) as shadow:
             refuse_unfit(served.identity, shadow.identity)
 
 
-def settings(config: "ServeConfig", app: FastAPI | partial[Any]) -> uvicorn.Config:
-    """Of uvicorn's."""
-    return uvicorn.Config(
-        app,
-        factory=isinstance(app, partial),
-        log_config=None,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # nobody's word for where a request comes from is needed, or taken
-        http=Connection,
-        ws="none",
-        timeout_graceful_shutdown=config.drain_seconds,
-    )
-
-
-def _make_worker(config: "ServeConfig", home: Path) -> FastAPI:
-    with started(config) as stream:
-        roles = Roles(config, home)
-        runtimes, shadow = load_first(roles, home), _make_shadow(config, roles, home)
-        again = partial(_load_served, roles, home)
-        return whole_app(config, runtimes, stream, load=again, shadow=shadow, tells_all=True)
-
-
-@contextmanager
-def started(config: "ServeConfig") -> Iterator[logs.LogStream]:
-    """In a process that a supervisor has started; what is refused ends it with one line."""
-    stream = logs.configure(config.log_level)
-    if supervisor := multiprocessing.parent_process():
-        # one that is killed leaves no process behind that holds the port
-        end_with_parent(signal.SIGTERM, supervisor.pid)
-    try:
-        yield stream
-    except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        sys.exit(STARTUP_FAILURE)
-
-
-def end_with_parent(number: signal.Signals, parent: int | None) -> None:
-    """The process `parent`, which started this one, sends it a signal when it ends, however it ends: on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it has ended before it was asked
-        os.kill(os.getpid(), number)
-
-
-def _tell_supervisor() -> None:
-    os.kill(os.getppid(), signal.SIGHUP)
+def greeting(what: str, reason: str, url: str) -> str:
+    """What serves, why it was chosen, and where."""
+    return f"{what}{': ' if reason else ''}{reason}\nserving at {url}  (Ctrl-C stops)"
 
 
 def _describe(runtime: Runtime) -> str:
@@ -350,13 +243,5 @@ def _describe(runtime: Runtime) -> str:
     reading = runtime.model.reading
     if reading is None:
         return what
-    more = "; say otherwise with --mean, --std, --resize, --labels and the like" if reading.assumed else ""
+    more = "; override with --mean, --std, --resize, --labels and the like" if reading.assumed else ""
     return f"{what}, not a file of this project; {reading}{more}"
-
-
-def _because(what: str, reason: str) -> str:
-    return f"{what}: {reason}" if reason else what
-
-
-def _serving_at(url: str) -> str:
-    return f"serving at {url}  (Ctrl-C stops)"

@@ -1,7 +1,10 @@
-"""What the operating system tells a server: stop taking work, read the model again."""
+"""Signals of a server: stop taking work, read the model again, end with the parent process."""
 
 import asyncio
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,13 +12,15 @@ from typing import Any
 
 from common.refusal import Refusal
 
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+
 
 @contextmanager
 def heed_signals(*, before_stop: Callable[[], None], reload: Callable[[], Awaitable[Any]] | None) -> Iterator[None]:
-    """SIGTERM calls `before_stop` and then whoever had it before (uvicorn); SIGHUP calls `reload`.
+    """SIGTERM calls `before_stop` and then the previous handler (uvicorn's); SIGHUP calls `reload`.
 
-    A SIGHUP that `serve/run.py` held back while the model was read is heeded now.
-    Signals belong to the main thread: elsewhere, as in tests, nothing happens.
+    A SIGHUP that `serve/run.py` blocked while the model was loading is delivered now. Only the main thread can handle
+    signals; in others, as in tests, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -48,7 +53,7 @@ def heed_signals(*, before_stop: Callable[[], None], reload: Callable[[], Awaita
 
 @contextmanager
 def hangups_blocked() -> Iterator[None]:
-    """SIGHUP waits, here and for good in a process that is started meanwhile, unless it heeds it itself."""
+    """SIGHUP waits here, and in a process that is started meanwhile until it unblocks it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
@@ -56,6 +61,14 @@ def hangups_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_with_parent(number: signal.Signals, parent: int | None) -> None:
+    """On Linux, have the process `parent`, which started this one, send it signal `number` when it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it ended before the call
+        os.kill(os.getpid(), number)
+
+
 async def _reload(reload: Callable[[], Awaitable[Any]]) -> None:
-    with suppress(Refusal):  # it stands in the log, and the old model goes on
+    with suppress(Refusal):  # it is logged, and the old model keeps serving
         await reload()

@@ -1,4 +1,4 @@
-"""Several processes that share one socket: what ends is replaced, and what cannot start is tried again."""
+"""Several processes that share one socket: those that end are replaced, and failed starts are tried again."""
 
 import logging
 import os
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
@@ -26,9 +27,11 @@ _AFTER_DRAIN_S = 3.0  # for a worker to leave once its requests are done or drop
 
 
 class Server(uvicorn.Server):
-    """Says where it is once it listens. Before that, a signal ends the process at once: there is nothing to finish."""
+    """Prints `greeting` once it listens. Before that, a signal ends the process at once: nothing is under way."""
 
-    greeting = ""
+    def __init__(self, config: uvicorn.Config, greeting: str = "") -> None:
+        super().__init__(config)
+        self.greeting = greeting
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -46,18 +49,23 @@ class Server(uvicorn.Server):
 
 
 class Worker(Process):
-    """A process that serves."""
+    """A process that serves `sockets` with what `make_server` makes there."""
+
+    def __init__(
+        self, config: uvicorn.Config, sockets: list[socket.socket], make_server: Callable[[Any], Any] = Server
+    ) -> None:
+        super().__init__(config, sockets)
+        self._make_server = make_server
 
     @property
-    def server(self) -> Server:
-        if not isinstance(self._server, Server):
-            self._server = Server(self.config)
-        return self._server
+    def server(self) -> uvicorn.Server:
+        self._server = server = self._server or self._make_server(self.config)
+        return server
 
 
 @dataclass(frozen=True)
 class Role:
-    """Processes of one kind: what the log calls one of them, and what makes each."""
+    """Processes of one kind: their name in the log, and a function that makes each."""
 
     name: str
     makes: Sequence[Callable[[], Process]]
@@ -65,7 +73,7 @@ class Role:
 
 @dataclass
 class _Place:
-    """One of the processes of a role, and the one that takes its place."""
+    """One of the processes of a role, and its replacements."""
 
     name: str
     make: Callable[[], Process]
@@ -77,7 +85,7 @@ class _Place:
     due: float = 0.0  # when the next one starts
 
     def postpone(self) -> float:
-        """A worker has ended; seconds until the next one starts: none at first, then twice as many each time."""
+        """A worker has ended; seconds until the next one starts: 0 at first, then doubled each time."""
         if self.is_ready and monotonic() - self.started >= _STABLE_S:
             self.delay_s = 0.0
         wait_s = self.delay_s if self.is_ready else max(1.0, self.delay_s)
@@ -88,9 +96,9 @@ class _Place:
 
 
 class Supervisor:
-    """Starts workers and replaces those that end, with more and more patience.
+    """Starts workers and replaces those that end, after longer and longer delays.
 
-    Of several roles each needs those behind it: they end one after the other. The last one has models and takes SIGHUP.
+    Each role needs the roles after it, so they are stopped in order. The last one has the model and gets SIGHUP.
     """
 
     def __init__(self, *roles: Role, drain_s: int, say_ready: Callable[[], None]) -> None:
@@ -102,14 +110,14 @@ class Supervisor:
         self._num_hangups = 0
 
     def run(self) -> bool:
-        """Until a signal ends it, which is True, or no worker serves and none can start."""
+        """Until a signal ends it (True), or no process of a role serves and none can start (False)."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         signal.signal(signal.SIGHUP, self._hang_up)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         is_said = False
         while not self._stop.wait(_TURN_S):
-            self._hand_on()
+            self._hand_on_hangups()
             for place in self._places:
                 self._look_after(place)
             if not is_said and all(place.is_ready for place in self._places):
@@ -130,7 +138,7 @@ class Supervisor:
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
         self._num_hangups += 1
 
-    def _hand_on(self) -> None:
+    def _hand_on_hangups(self) -> None:
         while self._num_hangups:
             self._num_hangups = 0
             for place in self._groups[-1]:
@@ -146,7 +154,7 @@ class Supervisor:
             self._replace(place, worker, "died")
         elif place.is_ready:
             if not worker.ping(_PING_S):
-                self._replace(place, worker, f"did not say within {_PING_S:g} s that it lives")
+                self._replace(place, worker, f"did not answer within {_PING_S:g} s")
         elif worker.is_ready(_TURN_S):
             place.is_ready = True
             _log.info("%s %s serves", place.name, worker.pid)

@@ -1,4 +1,4 @@
-"""What a shadow answered beside the model that serves: agreement, differences and time, counted over all workers."""
+"""A shadow compared with the model that serves: agreement, differences and time, counted over all workers."""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -10,40 +10,40 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from common.difference import share
 from common.interval import interval
 from export.runtimes.probabilities import probabilities
-from serve.shadow.process import Identity
+from serve.model.process import Identity
 from serve.watching.shared_counts import Counts
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _COMPARED, _AGREEING, _NOT_A_NUMBER, _DROPPED, _FAILED, _SUM_SECONDS, _LARGEST_ERROR, _LARGEST_VALUE, _HEAD = range(9)
-_LARGEST = [_LARGEST_ERROR, _LARGEST_VALUE]  # of all processes the largest; all else is added up
+_LARGEST = [_LARGEST_ERROR, _LARGEST_VALUE]  # the largest of all processes; all others are summed
 
 
 class Comparison:
-    """Of two models that take the same images and have the same labels. Counts are of images."""
+    """The comparison of two models with the same input and labels. Counts are of images."""
 
     def __init__(self, served: Identity, shadow: Identity) -> None:
         self.served, self.shadow = served, shadow
         self._counts = Counts(f"shadow-{served.digest}-{shadow.digest}", _HEAD + len(_SECONDS) + 1)
 
     def count_dropped(self, num: int) -> None:
-        """The shadow was too far behind to be asked."""
+        """The shadow was too far behind to answer these."""
         self._counts.own[_DROPPED] += num
 
     def count_failed(self, num: int) -> None:
-        """The shadow raised, hung or ended on these, or on others of their batch."""
+        """The shadow raised, hung or ended on the batch of these."""
         self._counts.own[_FAILED] += num
 
     def count_seconds(self, seconds: float) -> None:
-        """Of one batch."""
+        """The time of one batch."""
         own = self._counts.own
         own[_SUM_SECONDS] += seconds
         own[_HEAD + bisect_left(_SECONDS, seconds)] += 1
 
     def compare(self, served: np.ndarray, shadow: np.ndarray) -> None:
-        """Logits [N, K] of both to the same images; those of the served model are finite.
+        """Compare logits [N, K] of the same images; those of the served model are finite.
 
-        Differences are those of `difference` in common/difference.py over all images: the largest error as a share of
-        the largest value. Where either model gives probabilities, they are of probabilities.
+        Differences are defined as in `difference` in common/difference.py, over all images: the largest error as a
+        share of the largest value. If either model gives probabilities, probabilities are compared.
         """
         own, is_finite = self._counts.own, np.isfinite(shadow).all(axis=1)
         own[_NOT_A_NUMBER] += len(shadow) - is_finite.sum()
@@ -58,7 +58,7 @@ class Comparison:
         own[_COMPARED] += len(before)
 
     def num_compared(self) -> int:
-        """Images, of all processes."""
+        """Images compared, of all processes."""
         return int(self._totals()[_COMPARED])
 
     def card(self) -> dict[str, Any]:
@@ -87,9 +87,9 @@ class Comparison:
         for name, what, place in (
             ("images", "Images that both models answered", _COMPARED),
             ("agreeing_images", "Images to which both gave the same class", _AGREEING),
-            ("not_a_number_images", "Images to which the shadow gave no numbers", _NOT_A_NUMBER),
+            ("not_a_number_images", "Images to which the shadow gave logits that are not finite", _NOT_A_NUMBER),
             ("failed_images", "Images on which the shadow failed, hung or ended", _FAILED),
-            ("dropped_images", "Images that the shadow was not asked, as it was too far behind", _DROPPED),
+            ("dropped_images", "Images dropped because the shadow was too far behind", _DROPPED),
         ):
             counter = CounterMetricFamily(f"diracnet_shadow_{name}", what, labels=_LABELS)
             counter.add_metric(labels, totals[place])
@@ -101,7 +101,9 @@ class Comparison:
         )
         largest.add_metric(labels, _largest_difference(totals))
         yield largest
-        seconds = HistogramMetricFamily("diracnet_shadow_seconds", "What a batch took the shadow", labels=_LABELS)
+        seconds = HistogramMetricFamily(
+            "diracnet_shadow_seconds", "Seconds that the shadow took for a batch", labels=_LABELS
+        )
         up_to = totals[_HEAD:].cumsum().tolist()
         ends = [*map(str, _SECONDS), "+Inf"]
         seconds.add_metric(labels, list(zip(ends, up_to, strict=True)), totals[_SUM_SECONDS])

@@ -1,34 +1,34 @@
-"""A second model answers a share of the images too, never to a client, and is compared with the one that serves.
+"""A shadow: a second model that answers a share of the images, and is compared with the one that serves.
 
-It runs in a process of its own at low priority (serve/shadow/process.py). The model's thread hands images over without
-waiting; a thread here sends them on and compares. What does not fit into the queue is dropped and counted.
+Its answers never reach a client. It runs in its own process at low priority (serve/model/process.py). The model's
+thread puts images into a queue without waiting; a thread here sends them to the process and compares. Images that do
+not fit into the queue are dropped and counted.
 """
 
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from queue import Empty, SimpleQueue
 from random import random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from common.refusal import Refusal
 from export.runtimes.runtime import Model, Runtime
+from serve.config import ServeConfig
+from serve.model.process import BatchFailed, Identity, ModelProcess, ProcessFailed
 from serve.request.problems import NOT_COMPARED, Problem
 from serve.shadow.comparison import Comparison
-from serve.shadow.process import BatchFailed, Identity, ShadowFailed, ShadowProcess, why_unfit
 from serve.watching.shared_counts import Counts
 
-if TYPE_CHECKING:
-    from serve.config import ServeConfig
-
 _BATCHES_WAITING = 4
-_PATIENCE_S = 30.0  # for a batch; far beyond what a model that could ever serve takes
+_PATIENCE_S = 30.0  # for a batch; far longer than any usable model takes
 _LONGEST_DELAY_S = 60.0
+_NICE = 15  # lower priority than the model and the decoders (5)
 _KEPT = 8  # pairs of models whose figures are kept in memory
 _log = logging.getLogger(__name__)
 
@@ -41,11 +41,11 @@ class _Offer:
 
 
 class Shadow:
-    """`offer` takes batches; `comparison` is what was found. All else happens in a thread and in a process."""
+    """`offer` takes batches; `comparison_of` is the result. The rest happens in a thread and a process."""
 
     def __init__(
         self,
-        source: Callable[[], "ServeConfig"],
+        source: Callable[[], ServeConfig],
         load: Callable[[str], Sequence[Runtime]],
         take_over: Callable[[], None],
         *,
@@ -54,51 +54,51 @@ class Shadow:
         max_batch: int,
         patience_s: float = _PATIENCE_S,
     ) -> None:
-        """`source` says which file shadows now. `load` gives the runtimes of that file, which must have the digest.
+        """`source` gives the config of the shadow. `load` gives its runtimes, and refuses a file of another digest.
 
-        `take_over` is called just before they serve: what served is the shadow from then on, and `source` says so.
+        `take_over` is called just before they serve: from then on, `source` gives the config of the model before.
         """
         self._source, self.load, self._swap_files = source, load, take_over
         self.share, self._num_images, self._max_batch, self._patience_s = share, num_images, max_batch, patience_s
         self.identity: Identity | None = None
         self._running = Counts("shadow-running", 1)
         self._served: Callable[[], Model] | None = None
-        self._process: ShadowProcess | None = None
+        self._process: ModelProcess | None = None
         self._pairs: dict[tuple[str, str], Comparison | None] = {}  # None: the two cannot be compared
-        self._offers: SimpleQueue[_Offer | None] = SimpleQueue()  # None: look again what is to be done
+        self._offers: SimpleQueue[_Offer | None] = SimpleQueue()  # None: wake up
         self._num_waiting, self._delay_s = 0, 0.0
         self._lock = threading.Lock()
-        self._news = threading.Event()  # ends the wait for another start
+        self._news = threading.Event()  # ends the delay before a restart
         self._is_new, self._has_ended = False, False
         self._thread = threading.Thread(target=self._run, name="shadow", daemon=True)
 
     def prepare(self, served: Model) -> None:
-        """Start the process before anybody is answered; refuses a model that cannot be loaded, or does not fit."""
-        self._process = ShadowProcess(self._source())
+        """Start the process before the server is ready; refuses a model that cannot be loaded, or does not fit."""
+        self._process = start_process(self._source())
         refuse_unfit(Identity.of(served), self._process.identity)
 
     def start(self, served: Callable[[], Model]) -> None:
-        """`served` says which model answers now."""
+        """`served` gives the model that answers now."""
         self._served = served
         self._thread.start()
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process, even while it computes."""
         self._has_ended = True
         self._wake()
 
     def restart(self) -> None:
-        """Read the shadow's file again, or the one that has become the shadow."""
+        """Read the shadow's file again, which promotion may have changed."""
         self._is_new, self.identity = True, None
         self._wake()
 
     def take_over(self) -> None:
-        """What shadowed serves now, and what served becomes the shadow."""
+        """The shadow serves now, and the previous model becomes the shadow."""
         self._swap_files()
         self.restart()
 
     def offer(self, model: Model, images: Sequence[np.ndarray], logits: np.ndarray, is_finite: np.ndarray) -> None:
-        """A batch that `model` has answered with `logits` [N, K]; in its thread, and without waiting."""
+        """A batch that `model` answered with `logits` [N, K]. Called in the model's thread; never waits."""
         comparison = self.comparison_of(model)
         if comparison is None:
             return
@@ -113,7 +113,7 @@ class Shadow:
         self._offers.put(_Offer(comparison, [images[index] for index in chosen], logits[chosen]))
 
     def comparison_of(self, model: Model) -> Comparison | None:
-        """Of `model` with the shadow; None before there is one, or where the two cannot be compared."""
+        """The comparison with `model`; None before the shadow is loaded, or if the two cannot be compared."""
         shadow = self.identity
         if shadow is None:
             return None
@@ -122,10 +122,10 @@ class Shadow:
         return self._pair(Identity.of(model), shadow)
 
     def promotable(self) -> str:
-        """The digest of the shadow, if it has been compared with the model that serves on enough images."""
+        """The digest of the shadow; refuses until it has been compared with the current model on enough images."""
         shadow = self.identity
         if shadow is None or self._served is None:
-            raise Problem(NOT_COMPARED, "the shadow is not loaded yet, or cannot be, and then the log says why")
+            raise Problem(NOT_COMPARED, "the shadow is not loaded yet; if it cannot be loaded, the log says why")
         served = Identity.of(self._served())
         pairs = self._pair(served, shadow), self._pair(shadow, served)
         num = sum(pair.num_compared() for pair in pairs if pair)
@@ -177,19 +177,19 @@ class Shadow:
             self._is_new = False
             self._news.clear()
             try:
-                with self._process or ShadowProcess(self._source()) as self._process:
+                with self._process or start_process(self._source()) as self._process:
                     self._serve(self._process)
-            except (Refusal, ShadowFailed) as failure:
+            except (Refusal, ProcessFailed) as failure:
                 if not (self._is_new or self._has_ended):
                     self._delay_s = min(_LONGEST_DELAY_S, max(1.0, 2 * self._delay_s))
-                    _log.warning("the shadow is started again in %g s: %s", self._delay_s, failure)
+                    _log.warning("the shadow restarts in %g s: %s", self._delay_s, failure)
                     self._running.own[0] = 0
                     self._news.wait(self._delay_s)
             finally:
                 self._process, self._running.own[0] = None, 0
 
-    def _serve(self, process: ShadowProcess) -> None:
-        """Compare what is offered until there is something else to do. Raises ShadowFailed."""
+    def _serve(self, process: ModelProcess) -> None:
+        """Compare offered batches until the shadow is restarted or closed. Raises ProcessFailed."""
         self.identity, self._running.own[0] = process.identity, 1
         _log.warning("%s %s shadows the model", process.identity.name, process.identity.digest)
         may_log = True
@@ -197,13 +197,13 @@ class Shadow:
             images = np.stack([image for offer in offers for image in offer.images])
             try:
                 seconds, logits = process.ask(images, self._patience_s)
-            except (BatchFailed, ShadowFailed) as failure:
+            except (BatchFailed, ProcessFailed) as failure:
                 for offer in offers:
                     offer.comparison.count_failed(len(offer.images))
-                if isinstance(failure, ShadowFailed):
+                if isinstance(failure, ProcessFailed):
                     raise
                 if may_log:
-                    _log.warning("the shadow fails: %s; /metrics counts what else it fails on", failure)
+                    _log.warning("the shadow fails: %s; /metrics counts further failures", failure)
                 may_log = False
                 continue
             self._delay_s = 0.0
@@ -214,7 +214,7 @@ class Shadow:
                 logits = logits[len(served) :]
 
     def _gather(self) -> list[_Offer]:
-        """What has been offered by now, up to a batch and one offer; nothing where there is something else to do."""
+        """Waiting offers, up to a batch and one offer; none if the shadow is restarted or closed."""
         offers: list[_Offer] = []
         num_images = 0
         while num_images < self._max_batch and not (self._is_new or self._has_ended):
@@ -223,7 +223,7 @@ class Shadow:
                 break
             with self._lock:
                 self._num_waiting -= len(offer.images)
-            if offer.comparison.shadow == self.identity:  # else it was of the one before
+            if offer.comparison.shadow == self.identity:  # otherwise it was made for the previous shadow
                 offers.append(offer)
                 num_images += len(offer.images)
         return [] if self._is_new or self._has_ended else offers
@@ -235,7 +235,29 @@ class Shadow:
             return None
 
 
+def start_process(config: ServeConfig) -> ModelProcess:
+    """At low priority, with one thread."""
+    return ModelProcess(replace(config, workers=1, model_threads=1, devices=config.devices[:1]), nice=_NICE)
+
+
 def refuse_unfit(served: Identity, shadow: Identity) -> None:
-    """Refuses a shadow that cannot answer what the model that serves is asked."""
+    """Refuses a shadow that cannot answer the requests of the served model."""
     if reason := why_unfit(served, shadow):
         raise Refusal(f"{shadow.name} cannot shadow {served.name}: {reason}; export it for the same images and classes")
+
+
+def why_unfit(served: Identity, shadow: Identity) -> str | None:
+    """Why `shadow` cannot answer the requests of `served`; None if it can."""
+    if served.image != shadow.image or served.resize != shadow.resize:
+        return f"it takes images of {_input_of(shadow)}, not of {_input_of(served)}"
+    if len(served.labels) != len(shadow.labels):
+        return f"it has {len(shadow.labels)} labels, not {len(served.labels)}"
+    for index, (expected, found) in enumerate(zip(served.labels, shadow.labels, strict=True)):
+        if expected != found:
+            return f"its label {index} is {found[:40]!r}, not {expected[:40]!r}"
+    return None
+
+
+def _input_of(model: Identity) -> str:
+    size = "x".join(map(str, model.image))
+    return f"{size}, cut from a shorter side of {model.resize}" if model.resize else f"{size}, scaled to it"

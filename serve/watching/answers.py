@@ -1,4 +1,4 @@
-"""What the model answers, and not only how fast: counts of every batch, and how far they are from the reference."""
+"""Counts of the model's answers, and their drift from the reference in its file."""
 
 import logging
 import threading
@@ -16,11 +16,9 @@ from export.model_file.reference import KEY, Reference, read_reference
 from export.runtimes.runtime import Model
 from serve.watching.shared_counts import Counts
 
-WINDOW = 5_000  # images; drift is of the last one to two of so many, of each process
-MOST_CLASSES = (
-    128  # in /metrics, those predicted most often: some 25 kB, and the series of a class stays true in itself
-)
-_KEPT = 2  # models: the one that answers and the one before, whose last counts the next scrape still finds
+WINDOW = 5_000  # images; drift is measured on the last one to two windows of each process
+MOST_CLASSES = 128  # in /metrics, those predicted most often: about 25 kB
+_KEPT = 2  # models: the current one, and the previous one for the next scrape
 _NUM_IMAGES, _NOT_A_NUMBER, _SUM_TOP, _SUM_MARGIN, _HEAD = range(5)
 _LAST = NUM_BINS - 1
 _CARD_CLASSES = 10  # in GET /model
@@ -29,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Answers:
-    """The counts of one model: of all its answers, and as they stood one and two windows ago."""
+    """The counts of one model: of all its answers, and as they were one and two windows ago."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -38,13 +36,13 @@ class Answers:
         self._size = _HEAD + self._num_classes + 2 * NUM_BINS
         self._counts = Counts(f"answers-{model.digest}", 3 * self._size)
         self._all, self._before, self._window = self._counts.own.reshape(3, self._size)
-        self._view = self._all.data  # whose numbers are reached in a third of the time
-        self._lock = threading.Lock()  # each device has its thread
+        self._view = self._all.data  # takes a third of the time to read and write
+        self._lock = threading.Lock()  # each device has a thread
 
     def add(self, is_finite: np.ndarray, order: np.ndarray, ranked: np.ndarray) -> None:
-        """A batch: its best classes [N, ≥ 2], their probabilities, and the rows that count.
+        """Count a batch: which rows are finite, its best classes [N, ≥ 2] and their probabilities.
 
-        A loop over 32 images takes 13 µs and over one 1.2; NumPy takes 7 for either, and most batches are small.
+        A loop takes 1.2 µs for one image and 13 for 32; NumPy takes 7 for either, and most batches are small.
         """
         view, tops = self._view, _HEAD + self._num_classes
         margins = tops + NUM_BINS
@@ -69,7 +67,7 @@ class Answers:
         return self._counts.of_all().sum(0)[: self._size]
 
     def drifts(self) -> dict[str, Drift]:
-        """How far the last windows of all processes are from the reference; empty where there is neither."""
+        """The drift of the last windows of all processes; empty without answers or a reference."""
         totals, before, _ = self._counts.of_living().sum(0).reshape(3, self._size)
         recent = (totals - before)[_HEAD:]
         if self.reference is None or not part(recent, "margin").sum() > 0:
@@ -78,7 +76,7 @@ class Answers:
 
 
 class Watch:
-    """Call it with every batch; `collect` is for Prometheus, `card` for GET /model."""
+    """Call it with every batch. `collect` is for Prometheus, `card` for GET /model."""
 
     def __init__(self) -> None:
         self._answers: dict[str, Answers] = {}  # by digest; the latest is last
@@ -89,14 +87,14 @@ class Watch:
         answers.add(is_finite, order, ranked)
 
     def of(self, model: Model) -> Answers:
-        """The counts of `model`, which is one that answers."""
+        """The counts of `model`, which becomes the latest."""
         with self._lock:
             answers = self._answers.pop(model.digest, None) or Answers(model)
             self._answers = dict([*self._answers.items(), (model.digest, answers)][-_KEPT:])
             return answers
 
     def card(self, model: Model) -> dict[str, Any]:
-        """Of the model that answers: its counts, and where it has a reference, the drift from it."""
+        """The counts of the model that answers, and the drift from its reference, if it has one."""
         answers = self.of(model)
         totals = answers.totals()
         num, labels = int(totals[_NUM_IMAGES]), model.spec.labels
@@ -123,7 +121,7 @@ class Watch:
         }
 
     def collect(self) -> Iterator[Metric]:
-        """Every name once, with the samples of each model."""
+        """Each metric once, with the samples of all models."""
         families = _families()
         for answers in list(self._answers.values()):
             _add_counts(families, answers)
@@ -140,7 +138,7 @@ def _families() -> dict[str, Any]:
     return {
         "images": CounterMetricFamily("diracnet_answered_images", "Images that the model answered", labels=of_model),
         "nan": CounterMetricFamily(
-            "diracnet_not_a_number_images", "Images to which the model gave no numbers", labels=of_model
+            "diracnet_not_a_number_images", "Images whose logits are not finite", labels=of_model
         ),
         "classes": CounterMetricFamily(
             "diracnet_predicted_images",
@@ -151,15 +149,15 @@ def _families() -> dict[str, Any]:
             "diracnet_top_probability", "Probability of the predicted class", labels=of_model
         ),
         "margin": HistogramMetricFamily(
-            "diracnet_margin", "By how much it is above the probability of the second class", labels=of_model
+            "diracnet_margin", "Its difference from the probability of the second class", labels=of_model
         ),
         "drift": GaugeMetricFamily(
             "diracnet_drift", "Share of the latest images that differ from the model's reference", labels=of_part
         ),
         "chance": GaugeMetricFamily(
-            "diracnet_drift_chance", "What chance alone keeps the drift below, in 95 % of all cases", labels=of_part
+            "diracnet_drift_chance", "Drift that chance alone exceeds in 5 % of all cases", labels=of_part
         ),
-        "window": GaugeMetricFamily("diracnet_drift_images", "Images that the drift is of", labels=of_part),
+        "window": GaugeMetricFamily("diracnet_drift_images", "Images that the drift is measured on", labels=of_part),
     }
 
 
@@ -179,23 +177,23 @@ def _add_counts(families: dict[str, Any], answers: Answers) -> None:
 
 
 def reference_of(model: Model) -> Reference | None:
-    """The reference in the model's file; None where it has none, or one that is not valid."""
+    """The reference in the model's file; None if it is missing or not valid."""
     if KEY not in model.provenance:
         return None
     try:
         return read_reference(model.provenance[KEY], len(model.spec.labels))
     except Refusal as refusal:
-        _log.warning("drift of %s is not told: %s", model.name, refusal)
+        _log.warning("the drift of %s is not measured: %s", model.name, refusal)
         return None
 
 
 def with_sound_reference(model: Model) -> Model:
-    """`model` without a reference that is not valid: GET /model shows what a file says of itself."""
+    """`model` without a reference that is not valid, as GET /model shows all provenance."""
     if KEY not in model.provenance or reference_of(model):
         return model
     return replace(model, provenance={name: value for name, value in model.provenance.items() if name != KEY})
 
 
 def _most_frequent(classes: np.ndarray, num: int) -> list[int]:
-    """The first of equal ones."""
+    """Indices in order of frequency, then of index."""
     return np.argsort(-classes, kind="stable")[:num].tolist()

@@ -1,4 +1,4 @@
-"""One JSON object per line on stderr: what happens to the server, and what became of each request."""
+"""The log on stderr, one JSON object per line: events of the server, and every request."""
 
 import asyncio
 import atexit
@@ -8,19 +8,18 @@ import sys
 import threading
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 
-if TYPE_CHECKING:
-    from serve.request.predict import Visit
+from serve.request.predict import Visit
 
-_GATHER_S = 0.05  # lines that come meanwhile share a write; at 0.005 lone requests took 7 % more processor time
-_PATH_LENGTH = 200  # of what a client asked for; the rest says nothing more
+_GATHER_S = 0.05  # lines of this time share a write; at 0.005, lone requests took 7 % more processor time
+_PATH_LENGTH = 200  # characters of a requested path
 
 
 def configure(level: str) -> "LogStream":
-    """Every library's log goes to stderr as JSON, through the stream that this gives."""
+    """Send the logs of all libraries to stderr as JSON, through the returned stream."""
     stream = LogStream(sys.stderr.fileno())
     atexit.register(stream.flush)
     logging.basicConfig(level=level.upper(), handlers=[_Handler(stream)], force=True)
@@ -28,16 +27,16 @@ def configure(level: str) -> "LogStream":
 
 
 class LogStream:
-    """A file that takes lines at once, whatever becomes of it: a thread writes them.
+    """A file whose `write` never blocks: a thread does the writing.
 
-    Lines are dropped and counted while `most_bytes` of them wait (nobody reads the pipe), and where writing fails
-    (the disk is full). Once lines can be written again, the first one says how many are missing.
+    Lines are dropped and counted while `most_bytes` wait (nobody reads the pipe) and when writing fails (the disk is
+    full). The first line that can be written afterwards says how many are missing.
     """
 
     def __init__(self, file: int, *, most_bytes: int = 2**22) -> None:
         self._file, self._most_bytes = file, most_bytes
         self._changed = threading.Condition()
-        self._waiting = bytearray()  # one block: small ones that stay keep the pages around them
+        self._waiting = bytearray()  # one block, as many small ones would fragment memory
         self._num_bytes = 0  # that wait or are being written
         self._is_cut = False  # the last line in the file has no end
         self.num_dropped = 0
@@ -55,7 +54,7 @@ class LogStream:
             self._num_bytes += len(lines)
 
     def flush(self, seconds: float = 1.0) -> None:
-        """Until all that waits is written or dropped, but not for long."""
+        """Wait, up to `seconds`, until all lines are written or dropped."""
         with self._changed:
             self._changed.wait_for(lambda: not self._num_bytes, seconds)
 
@@ -75,7 +74,7 @@ class LogStream:
                 self._changed.notify_all()
 
     def _put(self, lines: bytes) -> bool:
-        """Whether all could be written. Those of a part that was are counted as dropped too."""
+        """Whether all lines could be written. After a partial write, all count as dropped."""
         rest = memoryview(b"\n" + lines if self._is_cut else lines)
         try:
             while rest:
@@ -106,24 +105,24 @@ class JsonFormatter(logging.Formatter):
             fields["traceback"] = self.formatException(record.exc_info)
         try:
             return orjson.dumps(fields).decode()
-        except TypeError:  # half a character, which no file can hold
+        except TypeError:  # a lone surrogate, which UTF-8 cannot encode
             fields = {name: value.encode(errors="replace").decode() for name, value in fields.items()}
             return orjson.dumps(fields).decode()
 
 
 class RequestLog:
-    """Call it with every finished request. Lines of one turn of the event loop share a time and one write."""
+    """Call it with every finished request. Lines of one turn of the event loop share their time and one write."""
 
     def __init__(self, stream: "BinaryIO | LogStream") -> None:
         self._stream = stream
         self._lines: list[bytes] = []
         self._time = ""
 
-    def __call__(self, visit: "Visit") -> None:
+    def __call__(self, visit: Visit) -> None:
         if not self._lines:
             asyncio.get_running_loop().call_soon(self._write)
             self._time = _now()
-        line = {
+        fields = {
             "time": self._time,
             "level": "info",
             "message": f"{visit.method} {visit.path[:_PATH_LENGTH]}",
@@ -136,7 +135,7 @@ class RequestLog:
             "model_ms": round(1000 * visit.model_s, 2),
             "total_ms": round(1000 * visit.total_s, 2),
         }
-        self._lines.append(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        self._lines.append(_line(fields))
 
     def _write(self) -> None:
         lines, self._lines = self._lines, []
@@ -144,12 +143,12 @@ class RequestLog:
 
 
 def _missing(num: int) -> bytes:
-    line = {
-        "time": _now(),
-        "level": "warning",
-        "message": f"{num} lines of the log are missing: they could not be written",
-    }
-    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+    message = f"{num} lines of the log are missing: they could not be written"
+    return _line({"time": _now(), "level": "warning", "message": message})
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _now() -> str:

@@ -1,9 +1,8 @@
-"""What an operator watches, in the format of Prometheus. Every app counts for itself, but workers count together."""
+"""Metrics in the format of Prometheus. Each app has its own counts; workers of one server count together."""
 
 import os
 from collections.abc import Iterator
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import lru_cache, partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import InfoMetricFamily
@@ -14,45 +13,35 @@ from export.runtimes.runtime import Runtime
 from serve.model.prober import Prober
 from serve.request.batcher import Batcher
 from serve.request.open_connections import Door
+from serve.request.predict import Visit
 from serve.watching.shared_counts import COUNTS_VARIABLE
-
-if TYPE_CHECKING:
-    from serve.request.predict import Visit
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _INFER = "/v2/…/infer"
-_RPC = "/inference.GRPCInferenceService/"  # whose methods are counted only where the server has them
+_RPC = "/inference.GRPCInferenceService/"  # counted only if the server has gRPC
 _STAGES = ("decode", "queue", "model", "total")
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """Call it with every finished request; `render` is the answer of GET /metrics."""
+    """Call it with every finished request; `render` is the response to GET /metrics."""
 
     def __init__(self, batcher: Batcher, door: Door) -> None:
         self._batcher = batcher
         self.own = own = CollectorRegistry()
         requests = Counter("diracnet_requests", "Requests by address and status", ("path", "status"), registry=own)
-        seconds = Histogram(
-            "diracnet_predict_seconds",
-            "Answered predictions: where their time went",
-            ("stage",),
-            buckets=_SECONDS,
-            registry=own,
-        )
-        self._count = lru_cache(requests.labels)  # finding them takes a fifth of the time of all this
+        text = "Answered predictions: where their time went"
+        seconds = Histogram("diracnet_predict_seconds", text, ("stage",), buckets=_SECONDS, registry=own)
+        self._count = lru_cache(requests.labels)  # the lookup would take a fifth of the time of a call
         self._decode, self._queue, self._model, self._total = (seconds.labels(stage) for stage in _STAGES)
         computed = Computed(own)
-        self._held = Gauge(
-            "diracnet_queue_images", "Images accepted and not answered", registry=own, multiprocess_mode="livesum"
-        )
-        connections = Gauge("diracnet_connections", "Open connections", registry=own, multiprocess_mode="livesum")
+        gauge = partial(Gauge, registry=own, multiprocess_mode="livesum")
+        self._held = gauge("diracnet_queue_images", "Images accepted and not answered")
+        connections = gauge("diracnet_connections", "Open connections")
         door.on_change = connections.set
         door.on_refuse = Counter("diracnet_connections_refused", "Connections beyond the limit", registry=own).inc
-        Gauge(
-            "diracnet_connections_limit", "Connections that may be open", registry=own, multiprocess_mode="livesum"
-        ).set(door.max_connections)
+        gauge("diracnet_connections_limit", "Connections that may be open").set(door.max_connections)
         self._shown = own
         if COUNTS_VARIABLE in os.environ:
             self._shown = CollectorRegistry()
@@ -64,7 +53,7 @@ class Metrics:
             self._shown.register(batcher.shadow)
         batcher.observe_batch, batcher.observe_run = computed.observe_batch, computed.observe_run
 
-    def __call__(self, visit: "Visit") -> None:
+    def __call__(self, visit: Visit) -> None:
         self._count(_label(visit.path), visit.status).inc()
         self._held.set(self._batcher.num_held)
         if visit.num_images:
@@ -80,13 +69,13 @@ class Metrics:
 
 
 class Computed:
-    """Counts what is computed, in the process that does."""
+    """Counts batches, in the process that computes them."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         text = "Images that the model computed at once"
         self.observe_batch = Histogram("diracnet_batch_images", text, buckets=_IMAGES, registry=registry).observe
         self._cascade = Counter("diracnet_cascade_images", "Images that a cascade answered", registry=registry)
-        text = "Those that went on from int8 to fp32"
+        text = "Images that int8 left to fp32"
         self._escalated = Counter("diracnet_cascade_escalated", text, registry=registry)
 
     def observe_run(self, runtime: Runtime) -> None:
@@ -97,20 +86,12 @@ class Computed:
 
 
 def watch_probes(metrics: Metrics, prober: Prober) -> None:
-    """Export what the server's own questions come to; of several workers the worst, and the one that asked last."""
-    error = Gauge(
-        "diracnet_probe_error",
-        "Largest relative difference of the probe images' logits from those recorded",
-        registry=metrics.own,
-        multiprocess_mode="livemax",
-    )
-    checked = Gauge(
-        "diracnet_probe_timestamp_seconds",
-        "When they were last compared",
-        registry=metrics.own,
-        multiprocess_mode="livemin",
-    )
-    failures = Counter("diracnet_probe_failures", "Comparisons beyond the tolerance", registry=metrics.own)
+    """Export the results of probes; of several workers the largest error and the oldest check."""
+    own, text = metrics.own, "Largest relative difference of the probe images' logits from those recorded"
+    error = Gauge("diracnet_probe_error", text, registry=own, multiprocess_mode="livemax")
+    text = "When they were last compared"
+    checked = Gauge("diracnet_probe_timestamp_seconds", text, registry=own, multiprocess_mode="livemin")
+    failures = Counter("diracnet_probe_failures", "Comparisons beyond the tolerance", registry=own)
 
     def observe(prober: Prober) -> None:
         error.set(prober.error or 0.0)
@@ -122,7 +103,7 @@ def watch_probes(metrics: Metrics, prober: Prober) -> None:
 
 
 class _ServedModel:
-    """Says which model answers, as whoever asks for the metrics finds it."""
+    """Describes the current model when metrics are collected."""
 
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher
@@ -134,7 +115,7 @@ class _ServedModel:
 
 
 def _label(path: str) -> str:
-    """As many series as we choose, not as clients do."""
+    """A bounded number of label values, whatever clients ask for."""
     if path.startswith("/v2/") and path.endswith("/infer"):
         return _INFER
     return path if path == "/predict" or path.startswith(_RPC) else "other"

@@ -1,6 +1,6 @@
-"""Numbers that the workers of a server count together: an array in a file for each of them, read by all.
+"""Counts that the workers of a server share: each has an array in a file, and all read the files.
 
-The library behind /metrics does the same for its own counters, one number at a time; here a batch's are added at once.
+prometheus_client does the same for its own counters, one number at a time; here a whole batch is added at once.
 """
 
 import logging
@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-# Where this module and prometheus_client find the folder in which processes count together; for the library it must
-# stand before its import.
+# Names the folder of the shared counts, for this module and for prometheus_client, which reads it when imported.
 COUNTS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _log = logging.getLogger(__name__)
 
 
 class Counts:
-    """`own` float64 [size], which starts at zero and which this process alone changes; counts are exact to 2^53."""
+    """`own`, float64 [size], starts at zero and is changed by this process only; counts are exact to 2^53."""
 
     def __init__(self, name: str, size: int) -> None:
         folder = os.environ.get(COUNTS_VARIABLE)
@@ -24,11 +23,11 @@ class Counts:
         self.own = _in_file(self._path, size) if self._path else np.zeros(size)
 
     def of_all(self) -> np.ndarray:
-        """[processes, size]: this one's, and those of workers beside it or before them."""
+        """[processes, size]: of this process and all other workers, also those that have ended."""
         return np.array([self.own, *self._others(are_alive=False)])
 
     def of_living(self) -> np.ndarray:
-        """The same without processes that have ended: for what is now."""
+        """The same without processes that have ended: for current values."""
         return np.array([self.own, *self._others(are_alive=True)])
 
     def _others(self, *, are_alive: bool) -> list[np.ndarray]:
@@ -41,14 +40,14 @@ class Counts:
 
 
 def _in_file(path: Path, size: int) -> np.ndarray:
-    """An array whose changes other processes see; in memory alone where there is no room for it on the disk."""
+    """An array in a file; in memory if the disk has no room for it."""
     num_bytes = size * np.dtype(np.float64).itemsize
     try:
-        with path.open("a+b") as file:  # what an ended process of the same number counted goes on
-            os.posix_fallocate(file.fileno(), 0, num_bytes)  # or a full disk would end the process at some later count
+        with path.open("a+b") as file:  # counts of an ended process with the same id continue
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # otherwise a full disk would kill the process later
         return np.asarray(np.memmap(path, np.float64, mode="r+", shape=(size,)))
     except OSError as error:
-        _log.warning("other workers do not see what this one counts of its answers: %s", error.strerror or error)
+        _log.warning("other workers do not see the counts of this one: %s", error.strerror or error)
         return np.zeros(size)
 
 

@@ -1,4 +1,4 @@
-"""A span for each request, where OpenTelemetry is installed and its standard variables name an endpoint."""
+"""A span for each request, if OpenTelemetry is installed and its standard variables name an endpoint."""
 
 import os
 import time
@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from serve.request.predict import Visit
+
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
-
-    from serve.request.predict import Visit
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
 def find_tracing(environment: Mapping[str, str] = os.environ) -> "Callable[[Visit], None] | None":
-    """What to call with every finished request; None unless somebody asked for traces."""
+    """A function to call with every finished request; None unless traces are configured."""
     if not any(environment.get(name) for name in _ENDPOINTS) or environment.get("OTEL_SDK_DISABLED") == "true":
         return None
     if not all(_is_installed(package) for package in _PACKAGES):
@@ -27,13 +27,13 @@ def find_tracing(environment: Mapping[str, str] = os.environ) -> "Callable[[Visi
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     resource = Resource.create({"service.name": environment.get("OTEL_SERVICE_NAME", "diracnet")})
-    provider = TracerProvider(resource=resource)  # sends what is left when the process ends
+    provider = TracerProvider(resource=resource)  # flushes when the process ends
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return Tracing(provider)
 
 
 class Tracing:
-    """Spans made after the fact from the times that a request keeps anyway, below the client's own span."""
+    """Makes spans from the recorded times of finished requests, as children of the client's span."""
 
     def __init__(self, provider: "TracerProvider") -> None:
         from opentelemetry.trace import SpanKind
@@ -43,7 +43,7 @@ class Tracing:
         self._kind = SpanKind.SERVER
         self._extract = TraceContextTextMapPropagator().extract
 
-    def __call__(self, visit: "Visit") -> None:
+    def __call__(self, visit: Visit) -> None:
         end_ns = time.time_ns()
         attributes: dict[str, Any] = {
             "http.request.method": visit.method,

@@ -161,7 +161,7 @@ def test_a_process_that_crashes_or_does_not_start_refuses_the_file(path, monkeyp
         ("import os; os.kill(os.getpid(), 11)", "a process of MNN ended with status -11"),
         ("import threading; threading.Event().wait()", "a process of MNN does not start within 0.1 s"),
     ):
-        monkeypatch.setattr("export.runtimes.mnn.pool._WORKER", program)
+        monkeypatch.setattr("common.child.PROGRAM", program)
         with pytest.raises(Refusal, match=rf"{reason}; use --runtime onnxruntime"):
             MnnModule(path, num_threads=2)
         monkeypatch.setattr("export.runtimes.mnn.pool._START_S", 0.1)

@@ -158,7 +158,7 @@ def test_a_reload_keeps_both_files_together(start, forms, written, images, encod
     before = ask(server, encode(images(1)[0])).json()["model"]
     shutil.copy(written[1][1], forms[1])  # int8 of another net, and float32 not yet
     server.send_signal(signal.SIGHUP)
-    line = wait_for(server, "the old model goes on: plain-int8.onnx and plain.onnx are not of one net")
+    line = wait_for(server, "the old model keeps serving: plain-int8.onnx and plain.onnx are not of one net")
     assert str(forms[0].parent) not in line
     assert ask(server, encode(images(1)[0])).json()["model"] == before
     shutil.copy(written[1][0], forms[0])

@@ -11,8 +11,7 @@ from export.graphs.graph import to_onnx
 from export.model_file.probe import probe_images, record_probe
 from export.runtimes.onnx_session import OnnxSession
 from fold.plain import fold_net
-from serve.model.choose import choose, why_unfit
-from serve.model.remembered import Conditions, record_path
+from serve.model.choose import Conditions, choose, record_path, why_unfit
 
 GOOD = {"float32_accuracy": 0.95, "accuracy": 0.949, "top1_agreement": 0.99}
 
@@ -113,7 +112,7 @@ def test_whatever_can_change_the_choice_is_measured_again(machine, forms, write,
         ("num_cores", lambda: 99),
     ):
         with monkeypatch.context() as patched:
-            patched.setattr(f"serve.model.remembered.{name}", value)
+            patched.setattr(f"serve.model.choose.{name}", value)
             machine.choose(*forms)
         assert machine.loaded, name
     machine.choose(*forms)
@@ -150,7 +149,7 @@ def test_a_folder_that_takes_no_file_costs_only_the_measurement(machine, forms, 
     def refuse(path, content):
         raise Refusal(f"cannot write {path}: Read-only file system; nothing was changed")
 
-    monkeypatch.setattr("serve.model.remembered.write_whole", refuse)
+    monkeypatch.setattr("serve.model.choose.write_whole", refuse)
     for _ in range(2):
         choice = machine.choose(*forms)
         assert (choice.path, len(machine.loaded)) == (forms[1], 3)
@@ -235,12 +234,12 @@ def test_files_of_different_nets_are_refused_by_the_field_that_differs(machine, 
     with pytest.raises(Refusal, match="does not say what net it is of; serve it alone"):
         machine.choose(forms[0], foreign)
     assert machine.choose(foreign).runtime == "onnxruntime"
-    with pytest.raises(Refusal, match=r"is no \.onnx file, and only those can be chosen from"):
+    with pytest.raises(Refusal, match=r"is not an \.onnx file, and only those can be chosen from"):
         machine.choose(forms[0], tmp_path / "plain.engine")
 
 
 def test_conditions_hold_what_is_of_this_machine():
-    conditions = Conditions.here([("a", "mnn")], devices=(), num_threads=1, max_batch=8)
+    conditions = Conditions([["a", "mnn"]], num_threads=1, devices=[], max_batch=8)
     assert conditions.processor
     assert "numpy" in conditions.versions
     assert replace(conditions, max_batch=9) != conditions

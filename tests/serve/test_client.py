@@ -196,7 +196,7 @@ def test_the_servers_own_failure_is_not_tried_again(scripted, make_client):
 @pytest.mark.parametrize("answer", [b"hello", b"[]", {"results": [{}]}, {"results": []}])
 def test_an_answer_of_another_program_is_refused(scripted, make_client, answer):
     server = scripted((200, answer))
-    with make_client(server.url) as client, pytest.raises(Refusal, match=r"is no prediction|0 results for 1"):
+    with make_client(server.url) as client, pytest.raises(Refusal, match=r"is not a prediction|0 results for 1"):
         client.predict([b"image"])
 
 
@@ -215,7 +215,7 @@ def test_the_key_comes_from_the_environment(scripted, make_client, monkeypatch):
 
 @pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://a:b:c"])
 def test_an_address_that_is_none_is_refused(make_client, url):
-    with pytest.raises(Refusal, match="is no address"):
+    with pytest.raises(Refusal, match="is not a valid address"):
         make_client(url).__enter__()
 
 
@@ -242,9 +242,9 @@ def test_grey_pixels_with_and_without_a_channel_are_one_image():
 
 def test_requests_are_bounded_by_number_and_by_bytes():
     images = [b"12", b"34", b"5", b"6789abc", b"d", b"e", b"f"]
-    groups = list(in_requests(images, max_images=3, max_bytes=5))
+    groups = list(in_requests(images, Bounds(images_per_request=3, bytes_per_request=5)))
     assert groups == [[b"12", b"34", b"5"], [b"6789abc"], [b"d", b"e", b"f"]]
-    assert list(in_requests([], max_images=3, max_bytes=5)) == []
+    assert list(in_requests([], Bounds(images_per_request=3, bytes_per_request=5))) == []
 
 
 def response(status=503, **headers):

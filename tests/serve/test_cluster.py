@@ -124,7 +124,7 @@ def test_the_example_holds_the_defaults():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[", "is no TOML"),
+        ("[", "is not valid TOML"),
         ("http = 1", "http must be a table"),
         ("[htpp]\nport = 1", r"there is no table \[htpp\]"),
         ('[http]\nport = "80"\nprot = 1', r"\[http\] has no prot; \[http\] port must be int, got '80'"),

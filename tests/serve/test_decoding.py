@@ -260,7 +260,7 @@ def test_a_process_that_cannot_be_started_fails_one_request(live, runtime, encod
     def fail(*_, **__):
         raise OSError("no more processes")
 
-    monkeypatch.setattr("serve.decode.process.subprocess.Popen", fail)
+    monkeypatch.setattr("common.child.subprocess.Popen", fail)
     with live(make_app(runtime, Limits())) as url:
         failed = httpx.post(f"{url}/predict", content=heavy(1200), headers={"Content-Type": "image/png"})
         alive = httpx.post(f"{url}/predict", content=encode(pixels[0]), headers={"Content-Type": "image/png"})

@@ -5,6 +5,7 @@ import random
 import socket
 import struct
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from devices import LIMITS, Running, running
 
 from common.refusal import Refusal
 from serve.front_ends.device import _MOST_EACH
-from serve.front_ends.link import Gone
+from serve.front_ends.link import Disconnected
 from serve.front_ends.shared_memory import ANSWER_BYTES, DONE, Shape, make_memory, shape_of
 from serve.request.limits import Limits
 
@@ -113,7 +114,8 @@ def raw(it, num_slots=None, file=None):
         socket.send_fds(it.door(), [b"c"], [theirs.fileno()])
     (length,) = struct.unpack("=I", ours.recv(4))
     assert len(ours.recv(length, socket.MSG_WAITALL)) == length
-    shape = shape_of(it.device._model.served.model, it.limits, num_slots=num_slots)
+    shape = it.device._model.shape
+    shape = replace(shape, num_slots=num_slots or shape.num_slots)
     memory = make_memory(shape) if file is None else file
     socket.send_fds(ours, [struct.pack("=I", shape.num_slots)], [memory])
     os.close(memory)
@@ -183,8 +185,8 @@ def test_generations_begin_anew_after_the_last_number(runtime):
     with running(runtime) as it, raw(it) as connection:
         connection.sendall(request((0, 1)))
         assert connection.recv(ANSWER_BYTES, socket.MSG_WAITALL)
-        (line,) = it.device._lines
-        line._next[0] = 0
+        (peer,) = it.device._peers
+        peer._next[0] = 0
         connection.sendall(request((0, 0)))
         assert connection.recv(ANSWER_BYTES, socket.MSG_WAITALL)
 
@@ -238,11 +240,11 @@ def test_who_does_not_read_answers_is_cut_off(runtime, caplog):
     with running(runtime) as it:
         connection = raw(it)
         connection.setblocking(True)
-        (line,) = it.device._lines
+        (peer,) = it.device._peers
         try:
             for generation in range(1, 100_000):
                 connection.sendall(request((0, generation)))
-                while line.is_open and (line._area is None or line._next[0] <= generation or line._is_busy[0]):
+                while peer.is_open and (peer._area is None or peer._next[0] <= generation or peer._is_busy[0]):
                     pass
         except (BrokenPipeError, ConnectionResetError):
             pass
@@ -307,9 +309,9 @@ def test_a_link_says_when_its_device_process_has_ended(gated, pixels):
         link.send([("a", pixels[:1])])
         gated.wait()
         it.cut()
-        with pytest.raises(Gone):
+        with pytest.raises(Disconnected):
             link.receive(waits=True)
         assert [flight.owner for flight in link.end()] == ["a"]
-        with pytest.raises(Gone):
+        with pytest.raises(Disconnected):
             link.send([("b", pixels[:1])])
         gated.open()

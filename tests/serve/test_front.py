@@ -132,9 +132,9 @@ def test_one_front_end_is_asked_for_a_reload_and_all_follow(live, runtime, other
         assert httpx.post(f"{url}/admin/reload", headers=key, timeout=60).json()["digest"] == new
         answer = httpx.post(f"{url}/predict", content=encode(pixels[0]), headers={**PNG, **key}, timeout=60)
         assert answer.json()["model"]["digest"] == new
-        while not link.has_news:
+        while not link.has_newer_model:
             assert not link.receive(waits=True)
-        while len(it.device._lines) > 2:  # the front end's connection to the old model ends when nothing needs it
+        while len(it.device._peers) > 2:  # the front end's connection to the old model ends when nothing needs it
             pass
         np.testing.assert_allclose(link.run(pixels), runtime(pixels), rtol=1e-5, atol=1e-5)  # what is begun is ended
 

@@ -172,7 +172,7 @@ def test_a_device_process_comes_back_with_the_model_that_served_last(front_ends,
     wait_for(server, " serves")
     assert ask(server, file).json() == before
     server.send_signal(signal.SIGHUP)
-    wait_for(server, "the old model goes on")
+    wait_for(server, "the old model keeps serving")
     assert ask(server, file).json() == before
 
 

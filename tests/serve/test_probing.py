@@ -77,7 +77,7 @@ def test_a_model_that_rots_is_taken_out_until_it_answers_well_again(server, rott
     for address in ("/readyz", "/v2/health/ready"):
         answer = server.get(address)
         assert answer.status_code == 503
-        assert "answers its probe images 1.0e-02 away from what it should" in answer.json()["detail"]
+        assert "answers its probe images 1.0e-02 away from the expected answers" in answer.json()["detail"]
     assert server.get("/healthz").status_code == 200
     assert server.post("/predict", content=encode(pixels[0]), headers={"Content-Type": "image/png"}).status_code == 200
     turn(server)

@@ -15,7 +15,7 @@ from serving import PNG, ROOT, ask, read_greeting, wait_for, workers_of
 
 from common.refusal import Refusal
 from serve.config import ServeConfig
-from serve.model import trial
+from serve.model.process import ModelProcess
 
 # serve/run.py with a `load_runtime` that says when it is called and waits for a line, or a model that hangs.
 SLOW = """
@@ -36,15 +36,15 @@ class Hanging:
         return getattr(self.runtime, name)
 
 def run(*args, **options):  # once serve/run.py has run its first instruction
-    from serve.processes import serving
-    load = serving.load_runtime
+    from serve.model import load as module
+    load = module.load_runtime
 
     def wait(path, **options):
         print("loads", flush=True)
         sys.stdin.readline()
         return load(path, **options)
 
-    serving.load_runtime = {"wait": wait, "hang": lambda path, **options: Hanging(load(path, **options))}[how]
+    module.load_runtime = {"wait": wait, "hang": lambda path, **options: Hanging(load(path, **options))}[how]
     return run_command(*args, **options)
 
 cli.run_command = run
@@ -115,7 +115,7 @@ def test_a_killed_worker_comes_back_with_the_model_that_served_last(start, artef
     assert connections_limit(server) == limit  # summed over the living
     server.send_signal(signal.SIGHUP)
     for _ in range(2):
-        wait_for(server, "the old model goes on")
+        wait_for(server, "the old model keeps serving")
     assert ask(server, file).json() == before
     server.send_signal(signal.SIGTERM)
     assert server.wait(60) == 0
@@ -189,7 +189,7 @@ def test_a_model_that_hangs_is_given_up_and_the_next_one_is_served(
     before = ask(server, file).json()
     shutil.copy(endless, artefact)
     server.send_signal(signal.SIGHUP)
-    line = wait_for(server, "the old model goes on: plain.onnx does not answer within 2 s")
+    line = wait_for(server, "the old model keeps serving: plain.onnx does not answer within 2 s")
     assert str(artefact.parent) not in line
     assert ask(server, file).json() == before
     shutil.copy(other_artefact, artefact)
@@ -213,18 +213,19 @@ def test_sigterm_does_not_wait_for_a_model_that_hangs(start, artefact, endless, 
 
 
 def test_a_model_that_crashes_is_refused_with_the_status_of_the_process_that_tried_it(artefact, monkeypatch):
-    monkeypatch.setattr(trial, "_PROGRAM", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(Refusal, match=r"plain\.onnx ends the process that tries it with status -9; export it again"):
-        trial.prove(ServeConfig((artefact,)))
+    monkeypatch.setattr("common.child.PROGRAM", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(Refusal, match=r"plain\.onnx ends the process that loads it with status -9; export it again"):
+        ModelProcess(ServeConfig((artefact,)))
 
 
 @pytest.mark.slow
 def test_what_a_trial_refuses_is_said_in_its_words(tmp_path, artefact):
-    trial.prove(ServeConfig((artefact,), runtime="onnxruntime", mean=(), max_batch=2))
+    with ModelProcess(ServeConfig((artefact,), runtime="onnxruntime", mean=(), max_batch=2)):
+        pass
     path = tmp_path / "text.onnx"
     path.write_text("hello")
     with pytest.raises(Refusal, match=r"^text\.onnx cannot be loaded as an ONNX model"):
-        trial.prove(ServeConfig((path,)))
+        ModelProcess(ServeConfig((path,)))
 
 
 @pytest.mark.slow

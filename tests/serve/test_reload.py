@@ -60,7 +60,7 @@ def test_a_model_that_does_not_prove_itself_is_refused(runtime):
 
     for bad, message in (
         (fake(runtime, lambda images: runtime(images)[:, :9]), "gives 9 values per image for 10 labels"),
-        (fake(runtime, lambda images: runtime(images) * np.nan), "gives values that are no numbers"),
+        (fake(runtime, lambda images: runtime(images) * np.nan), "gives values that are not finite"),
         (fake(runtime, lambda images: runtime(images) + next(count)), "gives two answers to the same images"),
         (fake(runtime, fail), r"fails on its probe images \(RuntimeError\)"),
         (fake(runtime, lambda images: 1.01 * runtime(images), provenance=record), "away from what its file recorded"),
@@ -114,7 +114,7 @@ def test_a_bad_file_leaves_the_old_model_there(served, runtime, pixels, encode, 
         answer = client.post("/predict", content=encode(pixels[0]), headers=KEY).json()
     assert answer["model"]["digest"] == runtime.model.digest
     (line,) = [record.getMessage() for record in caplog.records if record.name == "serve.model.check"]
-    assert line.startswith("the old model goes on: ")
+    assert line.startswith("the old model keeps serving: ")
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from export.runtimes.onnx_session import OnnxSession
 from serve import run
-from serve.processes import serving
+from serve.model import load
 
 class Hanging(OnnxSession):
     def __call__(self, images):
@@ -90,7 +90,7 @@ class Hanging(OnnxSession):
             threading.Event().wait()
         return super().__call__(images)
 
-serving.load_runtime = lambda path, **options: Hanging(path)
+load.load_runtime = lambda path, **options: Hanging(path)
 config = run.ServeConfig((Path(sys.argv[2]),), runtime="onnxruntime", port=0, drain_seconds=1, deadline_ms=60_000)
 sys.exit(run.serve(config))
 """
@@ -154,7 +154,7 @@ def test_sighup_reads_the_file_again_and_keeps_the_old_model_if_it_is_bad(
     assert before != after == sha256(other_artefact.read_bytes()).hexdigest()
     artefact.write_bytes(b"no model")
     server.send_signal(signal.SIGHUP)
-    line = wait_for(server, "the old model goes on: plain.onnx cannot be loaded")
+    line = wait_for(server, "the old model keeps serving: plain.onnx cannot be loaded")
     assert str(artefact.parent) not in line
     assert ask(server, file).json()["model"]["digest"] == after
 

@@ -17,14 +17,14 @@ from common.difference import difference
 from common.refusal import Refusal
 from export.runtimes.probabilities import probabilities
 from serve.config import ServeConfig
+from serve.model.load import Roles
+from serve.model.process import BatchFailed, Identity, ProcessFailed
 from serve.request.access import Access
 from serve.request.app import make_app
 from serve.request.limits import Limits
 from serve.shadow import shadow as module
 from serve.shadow.comparison import Comparison
-from serve.shadow.process import BatchFailed, Identity, ShadowFailed, why_unfit
-from serve.shadow.roles import Roles
-from serve.shadow.shadow import Shadow
+from serve.shadow.shadow import Shadow, why_unfit
 from serve.watching.answers import Watch
 
 ALERTS = ROOT / "deploy" / "alerts.yaml"
@@ -50,7 +50,7 @@ class Process:
     def wait(self):
         """As a model that hangs, until it is killed."""
         assert self._killed.wait(60)
-        raise ShadowFailed("its process ended with status -9")
+        raise ProcessFailed("its process ended with status -9")
 
     def ask(self, images, patience_s):
         self.num_asked += len(images)
@@ -60,7 +60,7 @@ class Process:
 @pytest.fixture
 def shadowed(runtime, monkeypatch):
     """`shadowed(process, ...)`: an app whose shadow is each of these processes in turn."""
-    monkeypatch.setattr(module, "ShadowProcess", lambda process: process)
+    monkeypatch.setattr(module, "start_process", lambda process: process)
 
     def shadowed(*processes, load=lambda digest: [], take_over=lambda: None, **options):
         left = list(processes)
@@ -157,7 +157,7 @@ def test_a_shadow_that_raises_goes_on_and_says_so_once(shadowed, runtime, pixels
     assert card["failed"] == 4
     said = [record.getMessage() for record in caplog.records if record.name == "serve.shadow.shadow"]
     assert [line for line in said if "fails" in line] == [
-        "the shadow fails: RuntimeError: no memory; /metrics counts what else it fails on"
+        "the shadow fails: RuntimeError: no memory; /metrics counts further failures"
     ]
 
 
@@ -280,7 +280,7 @@ def test_roles_are_shared_by_workers_and_a_reload_of_what_was_promoted_says_so(t
     assert not caplog.text
     first.swap()
     assert second.served.models == (config.shadow,)
-    assert "other.onnx is read, as it was promoted; a new start of the server serves plain.onnx again" in caplog.text
+    assert "reading other.onnx, which was promoted; after a restart, the server serves plain.onnx again" in caplog.text
     assert (second.shadow.models, second.shadow.runtime) == (config.models, "mnn")
     second.swap()
     assert first.served.models == config.models

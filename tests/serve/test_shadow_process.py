@@ -18,8 +18,9 @@ from common.refusal import Refusal
 from export.graphs.graph import to_onnx
 from fold.plain import fold_net
 from serve.config import ServeConfig
-from serve.shadow import worker
-from serve.shadow.process import BatchFailed, Identity, ShadowFailed, ShadowProcess, read_answer
+from serve.model import worker
+from serve.model.process import BatchFailed, Identity, ModelProcess, ProcessFailed, read_answer
+from serve.shadow.shadow import start_process
 
 KEY = {"X-Api-Key": "key"}
 
@@ -31,7 +32,7 @@ def config(artefact, other_artefact):
 
 @pytest.mark.slow
 def test_a_process_answers_as_the_model_here_and_says_what_it_is(config, runtime, pixels):
-    with ShadowProcess(config) as process:
+    with start_process(config) as process:
         assert process.identity == Identity.of(runtime.model, runtime.description)
         seconds, logits = process.ask(pixels[:2], 60)
         assert seconds > 0
@@ -49,13 +50,13 @@ def test_what_a_model_raises_is_told_and_a_process_goes_on(pixels):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_or_stands_still_is_given_up(config, pixels):
-    with ShadowProcess(config) as process:
+    with start_process(config) as process:
         process.kill()
-        with pytest.raises(ShadowFailed, match="ended with status -9"):
+        with pytest.raises(ProcessFailed, match="ended with status -9"):
             process.ask(pixels[:1], 60)
-    with ShadowProcess(config) as process:
+    with start_process(config) as process:
         os.kill(process._process.pid, signal.SIGSTOP)
-        with pytest.raises(ShadowFailed, match=r"did not answer within 0\.01 s"):
+        with pytest.raises(ProcessFailed, match=r"did not answer within 0\.01 s"):
             process.ask(pixels[:1], 0.01)
 
 
@@ -64,7 +65,7 @@ def test_what_a_process_refuses_is_said_in_its_words(config, tmp_path):
     path = tmp_path / "text.onnx"
     path.write_text("hello")
     with pytest.raises(Refusal, match=r"^text\.onnx cannot be loaded as an ONNX model"):
-        ShadowProcess(replace(config, models=(path,)))
+        ModelProcess(replace(config, models=(path,)))
 
 
 @pytest.fixture
@@ -108,9 +109,9 @@ def test_a_shadow_that_is_killed_comes_back_and_goes_on_counting(start_shadowed,
     with client:
         compare_two(client, pixels, encode)
         before = client.get("/model").json()["shadow"]["images"]
-        (process,) = children_of(server.pid, "shadow.worker")
+        (process,) = children_of(server.pid, "model.worker")
         os.kill(process, signal.SIGKILL)
-        while children_of(server.pid, "shadow.worker") in ([], [process]):
+        while children_of(server.pid, "model.worker") in ([], [process]):
             send(client, pixels[:1], encode)
         compare_two(client, pixels, encode)
         card = client.get("/model").json()["shadow"]
@@ -146,7 +147,7 @@ def test_promotion_reaches_all_workers_and_outlives_hangups_and_kills(
         until_served(server, 1 if workers == 1 else 3)  # by the worker that was asked, and then as after a reload
         server.send_signal(signal.SIGHUP)
         said = until_served(server, workers)
-        assert "other.onnx is read, as it was promoted; a new start of the server serves plain.onnx again" in said
+        assert "reading other.onnx, which was promoted; after a restart, the server serves plain.onnx again" in said
         assert digest in said
         answer = client.post("/predict", content=encode(pixels[0]), headers=PNG).json()
         assert answer["model"]["digest"] == digest

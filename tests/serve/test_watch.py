@@ -165,7 +165,7 @@ def test_a_bad_reference_is_left_aside_with_a_warning(runtime, pixels, encode, r
         assert client.post("/predict", content=encode(pixels[0]), headers=PNG).status_code == 200
         assert client.get("/metrics").status_code == 200
     (line,) = {record.getMessage() for record in caplog.records if record.name == "serve.watching.answers"}
-    assert line.startswith(f"drift of {model.name} is not told: the reference ")
+    assert line.startswith(f"the drift of {model.name} is not measured: the reference ")
     assert with_sound_reference(model).provenance == {"training": {}}  # and is not shown to clients
 
 
@@ -201,7 +201,7 @@ def test_a_disk_without_room_costs_the_sum_and_nothing_else(together, monkeypatc
         counts = Counts("answers", 3)
     counts.own[:] = 1
     assert counts.of_all().sum(0).tolist() == [1, 1, 1]
-    assert "other workers do not see what this one counts of its answers: No space left" in caplog.text
+    assert "other workers do not see the counts of this one: No space left" in caplog.text
 
 
 def test_what_another_version_left_there_is_not_added(together):

@@ -4,25 +4,17 @@ MNN holds Python's global lock while it computes, and its own threads share ever
 nothing, leave the caller's other threads running, and one that crashes ends a call instead of a server.
 """
 
-import subprocess
-import sys
 import threading
 import weakref
 from io import FileIO
-from multiprocessing import Pipe
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
 
+from common.child import start
+
 _START_S = 60.0  # far beyond any start
-_ROOT = Path(__file__).resolve().parents[3]
-_WORKER = """
-import sys
-sys.path[0] = sys.argv[1]
-from export.runtimes.mnn.worker import run
-run(*sys.argv[2:])
-"""
 
 
 class WorkerFailed(RuntimeError):
@@ -86,15 +78,9 @@ class _Worker:
     """One process, and the socket to it."""
 
     def __init__(self, file: int, sizes: tuple[int, int, int]) -> None:
-        self._connection, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, _ROOT, f"/dev/fd/{file}", *map(str, sizes)],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,  # MNN prints on it
-                pass_fds=(file,),
-                process_group=0,  # Ctrl-C is for the parent, which may have requests to finish
-            )
+        self._process, self._connection = start(
+            "export.runtimes.mnn.worker", f"/dev/fd/{file}", *sizes, pass_fds=(file,)
+        )
 
     def wait_until_loaded(self, until: float) -> None:
         if not self._connection.poll(max(0.0, until - monotonic())):

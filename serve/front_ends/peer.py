@@ -1,9 +1,10 @@
-"""A device process's side of one connection: what a front end asks is checked here, and nothing of it is trusted."""
+"""A device process's side of a connection to a front end. It validates every message."""
 
 import os
 import pickle
 import socket
 import struct
+from dataclasses import replace
 from time import monotonic_ns
 
 import numpy as np
@@ -14,50 +15,50 @@ from serve.front_ends.shared_memory import (
     DONE,
     FAILED,
     LENGTH,
-    NEWS,
+    NEWER_MODEL,
     REQUEST_BYTES,
     Area,
-    Broken,
     Greeting,
+    ProtocolError,
     open_area,
     shape_of,
 )
 from serve.request.batcher import Served
 from serve.request.limits import Limits
 
-_MOST_BYTES = 2**13  # of requests that are read at once
+_MOST_BYTES = 2**13  # of requests read at once
 _NONE = np.empty((0, 2), np.uint32)
 
 
-class Serving:
-    """What serves: a runtime, and what front ends are told of it."""
+class DeviceModel:
+    """The model of a device process: its runtime, and the greeting that describes it to front ends."""
 
     def __init__(self, served: Served, limits: Limits) -> None:
         (self.runtime,) = served.runtimes
         self.served = served
-        self.number = monotonic_ns()  # so that it grows when a process takes the place of another one
-        self.most_slots = shape_of(served.model, limits).num_slots
-        told = (self.runtime.platform, self.runtime.description, self.runtime.library)
-        greeting = pickle.dumps(Greeting(self.number, served.model, *told))
+        self.number = monotonic_ns()  # also grows from one process to its replacement
+        self.shape = shape_of(served.model, limits)  # with the most slots that a connection may have
+        names = self.runtime.platform, self.runtime.description, self.runtime.library
+        greeting = pickle.dumps(Greeting(self.number, served.model, *names))
         self.greeting = struct.pack(LENGTH, len(greeting)) + greeting
 
 
-class Line:
-    """This side of one connection, all of whose jobs are for one model. Trusts nothing that it reads."""
+class Peer:
+    """One connection of a front end. All its images are for one model."""
 
-    def __init__(self, connection: socket.socket, door: socket.socket, model: Serving, limits: Limits) -> None:
+    def __init__(self, connection: socket.socket, door: socket.socket, model: DeviceModel) -> None:
         connection.setblocking(False)
-        self.connection, self.door, self.model, self._limits = connection, door, model, limits
+        self.connection, self.door, self.model = connection, door, model
         self._area: Area | None = None
-        self._rest = b""  # of a request that has not come whole
-        self.unsent = model.greeting  # that the connection has not taken yet
+        self._rest = b""  # the beginning of an incomplete request
+        self.unsent = model.greeting  # not taken by the connection yet
         self._most_unsent = len(model.greeting)
-        self._is_told = False  # of a newer model
-        self.is_awaited = False  # until it takes what is unsent
+        self._knows_newer_model = False
+        self.is_awaited = False  # whether the device waits until it takes `unsent`
         self.is_open = True
 
     def read(self) -> np.ndarray:
-        """Requests [n, 2] that have come: slot, generation. `Broken` for what nobody may ask, `EOFError` at the end."""
+        """The requests [n, 2] that have arrived: slot, generation. Raises `ProtocolError`, or `EOFError` at the end."""
         if self._area is None:
             self._take_memory()
             return _NONE
@@ -75,7 +76,7 @@ class Line:
         return requests
 
     def _take_memory(self) -> None:
-        """The first message: how many slots there are, and their memory."""
+        """The first message: the number of slots, and their memory."""
         try:
             content, files, _, _ = socket.recv_fds(self.connection, 4, 1)
         except BlockingIOError:
@@ -84,11 +85,12 @@ class Line:
             if not content:
                 raise EOFError
             if len(content) != 4 or len(files) != 1:
-                raise Broken(f"it sent {len(content)} bytes and {len(files)} files in place of its memory")
+                raise ProtocolError(f"it sent {len(content)} bytes and {len(files)} files in place of its memory")
             (num_slots,) = struct.unpack("=I", content)
-            if not 1 <= num_slots <= self.model.most_slots:
-                raise Broken(f"it has {num_slots} slots, and may have 1 to {self.model.most_slots}")
-            shape = shape_of(self.model.served.model, self._limits, num_slots=num_slots)
+            most_slots = self.model.shape.num_slots
+            if not 1 <= num_slots <= most_slots:
+                raise ProtocolError(f"it has {num_slots} slots, and may have 1 to {most_slots}")
+            shape = replace(self.model.shape, num_slots=num_slots)
             self._area = open_area(files[0], shape)
         finally:
             for file in files:
@@ -98,20 +100,20 @@ class Line:
         self._most_unsent += ANSWER_BYTES * (num_slots + 1)
 
     def _check(self, slots: np.ndarray, generations: np.ndarray) -> None:
-        """Each of these slots may be written now."""
+        """Refuses slots that do not exist, are busy, or have another generation."""
         try:
             self._is_busy[slots] = True
         except IndexError:
-            raise Broken(f"it names slot {slots.max()} of {len(self._is_busy)}") from None
+            raise ProtocolError(f"it names slot {slots.max()} of {len(self._is_busy)}") from None
         self._num_busy += len(slots)
         if np.count_nonzero(self._is_busy) != self._num_busy:
-            raise Broken("it wrote a slot twice before the answer")
+            raise ProtocolError("it wrote a slot twice before the answer")
         if (self._next[slots] != generations).any():
-            raise Broken("it names a slot as it was at another time")
+            raise ProtocolError("it names a slot as it was at another time")
         self._next[slots] = generations + np.uint32(1)
 
     def images(self, requests: np.ndarray) -> np.ndarray:
-        """A copy [n, H, W, C]: what its owner writes there from now on changes nothing."""
+        """A copy [n, H, W, C], which the front end can no longer change."""
         assert self._area
         return self._area.pixels[requests[:, 0]]
 
@@ -129,22 +131,22 @@ class Line:
         self.send(answers.tobytes())
 
     def tell(self) -> None:
-        """There is a newer model; said once."""
-        if not self._is_told:
-            self._is_told = True
-            self.send(struct.pack(ANSWER_FORM, NEWS, 0, 0))
+        """Say once that there is a newer model."""
+        if not self._knows_newer_model:
+            self._knows_newer_model = True
+            self.send(struct.pack(ANSWER_FORM, NEWER_MODEL, 0, 0))
 
     def send(self, content: bytes = b"") -> None:
-        """As much as the connection takes now; the rest stays in `unsent`."""
+        """Send as much as the connection takes now; the rest stays in `unsent`."""
         content = self.unsent + content
         try:
             self.unsent = content[self.connection.send(content) :]
         except BlockingIOError:
             self.unsent = content
         if len(self.unsent) > self._most_unsent:
-            raise Broken("it does not read its answers")
+            raise ProtocolError("it does not read its answers")
 
     def close(self) -> None:
-        """Also gives the memory back, whoever still holds this."""
+        """Also releases the memory, even if this object is still referenced."""
         self.is_open, self._area = False, None
         self.connection.close()

@@ -1,15 +1,14 @@
-"""One process of serve/shadow/shadow.py: a model that answers images beside the one that serves, when cores are free.
+"""The program of serve/model/process.py: loads a model and answers images.
 
-Descriptor 0 is a socket to the parent, which gets JSON that says what the model is, or why it is refused; then it sends
-images uint8 [N, H, W, C] as bytes in C order, and gets the seconds that they took, as a float64, and logits float32
-[N, K]; or NaN in place of the seconds, and what was raised. The process ends when the parent's end closes.
+Descriptor 0 is a socket to the parent. The first message is JSON: the model's identity, or why it is refused. Then the
+parent sends images uint8 [N, H, W, C] in C order, and gets the seconds they took, as a float64, and logits float32
+[N, K]; after an error, NaN and its text. The process ends when the parent's end closes.
 """
 
 import json
 import os
 import signal
 import struct
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from math import nan
@@ -23,24 +22,22 @@ from common.refusal import Refusal
 from export.runtimes.runtime import Runtime
 from serve.config import ServeConfig
 from serve.model.check import warm_up
-from serve.processes.serving import end_with_parent, load
-from serve.shadow.process import REFUSED, SECONDS, Identity
+from serve.model.load import load
+from serve.model.process import REFUSED, SECONDS, Identity
+from serve.processes.signals import end_with_parent
 from serve.watching import logs
 
-_NICE = 15  # behind the model, decoders (5) and whatever else runs
 
-
-def run(argv: Sequence[str]) -> None:
-    """Answer until the parent is gone. `argv` is the parent's number and the arguments of serve/run.py."""
-    parent, *rest = argv
+def run(parent: str, nice: str, *argv: str) -> None:
+    """Answer until the parent is gone. `parent` is its process id, `argv` the arguments of serve/run.py."""
     end_with_parent(signal.SIGKILL, int(parent))
-    os.nice(_NICE)
+    os.nice(int(nice))
     connection = Connection(0)
     with suppress(EOFError, OSError):
         try:
-            runtime = _load(parse(ServeConfig, argv=rest))
+            runtime = _load(parse(ServeConfig, argv=argv))
         except Refusal as refusal:
-            connection.send_bytes(json.dumps({REFUSED: str(refusal)}).encode())
+            connection.send_bytes(json.dumps({REFUSED: " ".join(str(refusal).split())}).encode())
             return
         connection.send_bytes(json.dumps(asdict(Identity.of(runtime.model, runtime.description))).encode())
         shape = (-1, *runtime.model.spec.image.shape)
@@ -50,16 +47,18 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _load(config: ServeConfig) -> Runtime:
+    """The first of the model's runtimes; all are checked and warmed up."""
     logs.configure(config.log_level)
-    (runtime,) = load(config)
-    warm_up(runtime, config.max_batch)
-    return runtime
+    runtimes = load(config)
+    for runtime in runtimes:
+        warm_up(runtime, config.max_batch)
+    return runtimes[0]
 
 
 def _answer(runtime: Runtime, images: np.ndarray) -> bytes:
     start = perf_counter()
     try:
         logits = runtime(images)
-    except Exception as error:  # a runtime raises its library's own
+    except Exception as error:  # libraries raise their own
         return struct.pack(SECONDS, nan) + f"{type(error).__name__}: {error}".encode(errors="replace")
     return struct.pack(SECONDS, perf_counter() - start) + logits.astype(np.float32).tobytes()
