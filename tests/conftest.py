@@ -1,3 +1,4 @@
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ from common.spec import ImageSpec, Spec
 from train.families import build
 
 NET_SEED, IMAGES_SEED = 0, 1
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job that a script's shell started with &
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or no Ctrl-C of a test would reach anything
 
 
 @pytest.fixture(scope="session")
