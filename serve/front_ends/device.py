@@ -22,7 +22,6 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
-from uvicorn.supervisors.multiprocess import Process
 
 from common.refusal import Refusal
 from export.runtimes.runtime import Runtime
@@ -31,6 +30,7 @@ from serve.front_ends.shared_memory import CONNECT, RELOAD, Broken, make_memory,
 from serve.model.check import Load, prepare
 from serve.request.batcher import Served
 from serve.request.limits import Limits
+from serve.request.uvicorn_internals import Process
 
 _MOST_EACH = 8  # connections of one front end: two at a reload, some for its checks
 _log = logging.getLogger(__name__)

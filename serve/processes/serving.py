@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from uvicorn.config import STARTUP_FAILURE
 
 from common.cores import num_cores
 from common.files import read_whole
@@ -42,6 +41,7 @@ from serve.request.batcher import Batcher
 from serve.request.connection import Connection
 from serve.request.limits import Limits
 from serve.request.open_connections import fit_to_files
+from serve.request.uvicorn_internals import STARTUP_FAILURE
 from serve.shadow.process import ShadowProcess
 from serve.shadow.roles import Roles
 from serve.shadow.shadow import Shadow, refuse_unfit

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Literal
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from serve.request.one_write import AtOnce
+from serve.request.one_write import OneWrite
 from serve.request.open_connections import Door
 from serve.request.predict import BODY_IS_HERE, REFUSAL
 from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, Problem
+from serve.request.uvicorn_internals import HttpToolsProtocol, RequestResponseCycle, last_cycle
 
 HEADERS_S = 10.0  # from a connection's or a request's first byte to the end of its headers
 WRITE_S = 30.0  # for a client to read what it asked for
@@ -137,7 +137,7 @@ class Connection(HttpToolsProtocol):
             self._await_reader()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Callable[..., object]) -> None:
-        cycle.send = AtOnce(cycle)  # type: ignore[method-assign]
+        cycle.send = OneWrite(cycle)  # type: ignore[method-assign]
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
     # What is refused
@@ -189,7 +189,7 @@ class Connection(HttpToolsProtocol):
         scope = {"method": method, "path": url.decode("latin-1"), "query_string": b"", REFUSAL: problem}
         super().on_message_begin()
         self.scope.update(scope)  # type: ignore[typeddict-item]
-        before, self.cycle = self.cycle, self._make_cycle()
+        before, self.cycle = self.cycle, last_cycle(self)
         if before is None or before.response_complete:
             self._start_asgi_task(self.cycle, self.app)
         else:
@@ -202,21 +202,6 @@ class Connection(HttpToolsProtocol):
         else:
             self.cycle.scope[REFUSAL] = problem  # type: ignore[typeddict-unknown-key]
             self.cycle.message_event.set()
-
-    def _make_cycle(self) -> RequestResponseCycle:
-        return RequestResponseCycle(
-            scope=self.scope,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=False,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=False,
-            keep_alive=False,
-            on_response=self.on_response_complete,
-        )
 
     def _drop(self, data: bytes) -> None:
         """Let a client finish that has not read its refusal yet, which a closed socket would take back."""
