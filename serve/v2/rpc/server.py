@@ -24,7 +24,7 @@ from serve.request.access import Access
 from serve.request.batcher import Batcher
 from serve.request.body import parse as parse_in_turn
 from serve.request.limits import Limits
-from serve.request.predict import Hot, Visit
+from serve.request.predict import RequestHandler, Visit
 from serve.request.problems import Problem
 from serve.v2.routes import VERSION, describe, model_name, refuse_other_size, refuse_unknown, refuse_unready
 from serve.v2.rpc.intake import Intake
@@ -60,8 +60,8 @@ class _Method(NamedTuple):
 class RpcServer(grpc.GenericRpcHandler):
     """Takes calls from `start` until `stop`."""
 
-    def __init__(self, app: FastAPI, hot: Hot, batcher: Batcher, limits: Limits, access: Access) -> None:
-        self._app, self._hot, self._batcher, self._limits, self._access = app, hot, batcher, limits, access
+    def __init__(self, app: FastAPI, handler: RequestHandler, batcher: Batcher, limits: Limits, access: Access) -> None:
+        self._app, self._handler, self._batcher, self._limits, self._access = app, handler, batcher, limits, access
         self._intake = Intake(limits)
         self._under_way: set[asyncio.Task[Any]] = set()
         self._is_given_up = False
@@ -142,7 +142,7 @@ class RpcServer(grpc.GenericRpcHandler):
             problem = _stopping()
         finally:
             self._under_way.discard(task)
-            self._hot.finish(visit)
+            self._handler.finish(visit)
         await _refuse(context, visit, problem)
         raise AssertionError("a refused call has ended")
 
@@ -162,7 +162,7 @@ class RpcServer(grpc.GenericRpcHandler):
             if not isinstance(message, bytes):  # gRPC drops one that is longer, and says so to the client itself
                 most = f"{self._limits.max_body_bytes:,}"
                 raise Problem(problems.TOO_LARGE, f"no message came, or one of more than {most} bytes")
-            self._hot.hold(visit, len(message))
+            self._handler.hold(visit, len(message))
             return message
 
         return _Call(visit, deadline, receive)
