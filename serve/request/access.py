@@ -43,7 +43,7 @@ EVERYBODY = Access()
 
 
 def read_api_key(file: Path | None, environment: Mapping[str, str]) -> bytes | None:
-    """The key of `file`, else of DIRACNET_API_KEY, else none. Not an argument of the command, which every user of the machine can see."""
+    """The key of `file`, else of DIRACNET_API_KEY, else none. Not an argument, which every user can see."""
     if file is None and KEY_VARIABLE not in environment:
         return None
     key = read_whole(file).strip() if file else environment[KEY_VARIABLE].strip().encode()

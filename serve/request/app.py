@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.refusal import Refusal
 from export.runtimes.runtime import Runtime
-from serve.decode.decode import warm_up_decoders
+from serve.decode.pool import warm_up_decoders
 from serve.model.check import Load, Reloader, warm_up
 from serve.model.prober import Prober
 from serve.processes.signals import heed_signals
