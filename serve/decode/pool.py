@@ -217,7 +217,7 @@ def without_traceback(error: Exception) -> Exception:
 
 
 def warm_up_decoders(spec: ImageSpec) -> None:
-    """Decode a pixel in each format, whose code Pillow loads with the first image; not in AVIF, which is never light."""
+    """Decode a pixel in each format, so that Pillow loads its code; not in AVIF, which is never light."""
     for kind in set(FORMATS) - {"AVIF"}:
         file = io.BytesIO()
         Image.new("RGB", (1, 1)).save(file, kind)

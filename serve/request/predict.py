@@ -28,6 +28,7 @@ TOP_K = 5
 BODY_IS_HERE = "diracnet.body"  # an extension of the scope: the whole body has arrived
 REFUSAL = "diracnet.refusal"  # in the scope: the Problem that the connection found with its request
 _NOBODY = 499  # logged when the client has gone and no status is sent
+_NO_HEADERS: dict[str, str] = {}
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class RequestHandler:
             self._access.check(visit.path, headers)
             if visit.path == "/predict" and visit.method == "POST":
                 body = await self._predict(scope, headers, receive, visit)
-                await _answer(send, visit, 200, body)
+                await _answer(send, visit, 200, body, b"application/json", _NO_HEADERS)
             else:
                 if visit.method == "HEAD":  # answered as GET; uvicorn omits the body
                     scope = {**scope, "method": "GET"}
@@ -156,13 +157,7 @@ def _top_k(query: bytes) -> int:
 
 
 async def _answer(
-    send: Send,
-    visit: Visit,
-    status: int,
-    body: bytes,
-    *,
-    media_type: bytes = b"application/json",
-    headers: dict[str, str] | None = None,
+    send: Send, visit: Visit, status: int, body: bytes, media_type: bytes, headers: dict[str, str]
 ) -> None:
     visit.status, visit.total_s = status, monotonic() - visit.start
     fields = [
@@ -172,20 +167,19 @@ async def _answer(
         _NO_SNIFFING,
         (b"server-timing", visit.server_timing()),
     ]
-    if headers:
-        fields += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    for name, value in headers.items():
+        fields.append((name.lower().encode(), value.encode()))
     await send({"type": "http.response.start", "status": status, "headers": fields})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _refuse(send: Send, visit: Visit, problem: Problem) -> None:
-    media_type = problems.MEDIA_TYPE.encode()
-    status, body = problem.kind.status, problem.body(visit.path)
-    await _answer(send, visit, status, body, media_type=media_type, headers=problem.headers)
+    body, media_type = problem.body(visit.path), problems.MEDIA_TYPE.encode()
+    await _answer(send, visit, problem.kind.status, body, media_type, problem.headers)
 
 
 def _with_id(send: Send, visit: Visit) -> Send:
-    """`send` that adds the request's id and what its images cost, and remembers the status."""
+    """`send` that adds the request's id and its times, and records the status."""
 
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":
