@@ -170,7 +170,7 @@ class Connection(HttpToolsProtocol):
         """Parse the request again without its Upgrade header: the parser would drop its body."""
         kept = [field for field in self.headers if field[0] != b"upgrade"]
         if len(kept) == len(self.headers):
-            return self._refuse(Problem(BAD_REQUEST, "this server is not a proxy and does not take CONNECT", _CLOSE))
+            return self._refuse(Problem(BAD_REQUEST, "CONNECT asks for a proxy; this server is not one", _CLOSE))
         first = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
         head = first + b"".join(b"%b: %b\r\n" % field for field in kept)
         self.parser = httptools.HttpRequestParser(self)

@@ -17,8 +17,8 @@ __all__ = ["STARTUP_FAILURE", "STATUS_LINE", "HttpToolsProtocol", "Process", "Re
 # Attributes that are read, set, called or overridden.
 OF_CONNECTION = """
     _start_asgi_task _unset_keepalive_if_required access_logger app app_state cycle flow headers logger loop on_body
-    on_header on_headers_complete on_message_begin on_message_complete on_response_complete parser pause_writing pipeline
-    scope server_state timeout_keep_alive_handler transport url
+    on_header on_headers_complete on_message_begin on_message_complete on_response_complete parser pause_writing
+    pipeline scope server_state timeout_keep_alive_handler transport url
 """.split()
 OF_CYCLE = """
     default_headers disconnected flow keep_alive message_event more_body on_response response_complete response_started

@@ -125,7 +125,7 @@ def test_what_cannot_be_a_cascade_is_refused(forms):
 
 
 def test_a_cascade_has_no_shadow(forms):
-    with pytest.raises(Refusal, match="--cascade serves two as one; leave one of them out"):
+    with pytest.raises(Refusal, match="--cascade serves two as one; leave out one of them"):
         ServeConfig(forms, cascade=True, shadow=forms[0])
 
 

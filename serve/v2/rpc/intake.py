@@ -1,4 +1,4 @@
-"""Bounds the messages that are received at once. gRPC shows one only when it is complete, so each may be the longest."""
+"""Bounds the messages that are received at once: gRPC shows only complete ones, so each may be the longest."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

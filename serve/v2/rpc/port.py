@@ -36,7 +36,7 @@ def reserved(host: str, port: int) -> Iterator[int]:
             with socket.socket(holder.family) as asking:
                 asking.setsockopt(
                     socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-                )  # connections of an earlier server may linger
+                )  # an earlier server may have lingering ones
                 asking.bind((host, port))
                 port = asking.getsockname()[1]
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
