@@ -74,11 +74,10 @@ def make_app(
     request. `rpc` is the address of gRPC beside HTTP. `shadow` answers a share of the images too, and POST
     /admin/promote makes it the model.
     """
-    batcher = (
-        runtime
-        if isinstance(runtime, Batcher)
-        else Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
-    )
+    if isinstance(runtime, Batcher):
+        batcher = runtime
+    else:
+        batcher = Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
     batcher.shadow = shadow
     door = Door(limits.max_connections)
     metrics = Metrics(batcher, door)
@@ -92,7 +91,7 @@ def make_app(
         await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
         batcher.start()
         if rpc:
-            from serve.v2.rpc.server import RpcServer  # an extra, and a tenth of a second
+            from serve.v2.rpc.server import RpcServer  # an extra, which takes a tenth of a second to import
 
             app.state.rpc = RpcServer(app, handler, batcher, limits, access)
             await app.state.rpc.start(rpc)
@@ -122,7 +121,7 @@ def make_app(
         description="Classifies images. Every refusal is an RFC 9457 problem document.",
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # a redirect would lead to whatever host the client names
+        redirect_slashes=False,  # a redirect would go to the host that the client names
         lifespan=lifespan,
         exception_handlers=problems.exception_handlers(),
     )
