@@ -1,7 +1,7 @@
 """Where images are decoded: light ones by threads of this process, heavy ones by processes that can be killed.
 
 A thread cannot be ended, so it decodes only images whose header says that they are quick. A light image takes 11 µs in
-a thread and 88 µs in a process. For a heavy one that is no difference, and a process leaves Python's lock free.
+a thread and 88 µs in a process. For a heavy one this does not matter, and a process leaves Python's lock free.
 """
 
 import io
