@@ -26,7 +26,7 @@ from serve.request.batcher import Batcher, Served
 from serve.request.connection import Connection
 from serve.request.limits import Limits
 from serve.request.open_connections import Door
-from serve.request.predict import Hot
+from serve.request.predict import RequestHandler
 from serve.watching.logs import RequestLog
 from serve.watching.metrics import Metrics
 
@@ -68,7 +68,7 @@ async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
     def front(inner: Batcher, *, observed: bool) -> ASGIApp:
         app = cast(ASGIApp, None)  # nothing but predictions is asked
         used = observers if observed else ()
-        return Hot(app, batcher=inner, limits=Limits(), access=EVERYBODY, observers=used)
+        return RequestHandler(app, batcher=inner, limits=Limits(), access=EVERYBODY, observers=used)
 
     prompt = cast(Batcher, _Prompt(batcher, await _first_job(batcher, png)))
     layers = {

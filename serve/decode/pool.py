@@ -1,34 +1,40 @@
-"""All images that wait for a decoder: light ones for threads of this process, heavy ones for processes.
+"""Where images are decoded: light ones by threads of this process, heavy ones by processes that can be killed.
 
-A thread cannot be ended, so what one decodes is short by its header. A light image takes 11 µs here and 88 µs in a
-process, where a heavy one of seconds costs nothing more, leaves Python's lock free, and can be ended.
+A thread cannot be ended, so it decodes only images whose header says that they are quick. A light image takes 11 µs in
+a thread and 88 µs in a process. For a heavy one this does not matter, and a process leaves Python's lock free.
 """
 
+import io
 import logging
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from common.image import TooManyPixels
+import numpy as np
+from PIL import Image
+
+from common.image import FORMATS, TooManyPixels, decode
 from common.refusal import Refusal
-from serve.decode.decode import Decoded, decode_image, kept
+from common.spec import ImageSpec
 from serve.decode.process import Decoder, TookTooLong
 from serve.decode.turns import Budget, Turns
 from serve.decode.weigh import Weight, is_light, weigh
 from serve.request.limits import Limits
+from serve.request.problems import TOO_MANY_PIXELS, UNDECODABLE, Problem
 
 if TYPE_CHECKING:
     from serve.request.batcher import Job
 
+Decoded = np.ndarray | Exception  # uint8 [H, W, C], or why there are none: a Refusal if it is the image's fault
+_Decode = Callable[[bytes, "Job", int], Decoded]
 _log = logging.getLogger(__name__)
 _AGEING = 10.0  # seconds that a job lets lighter ones overtake it, for each second that it takes to decode
 
 
-class Decoding:
-    """Puts the pixels of jobs in place. `on_decoded` learns, in a decoder's thread, of a job that has all of them."""
+class DecoderPool:
+    """Fills in the pixels of jobs. `on_decoded` is called in a decoder's thread with each complete job."""
 
     def __init__(self, limits: Limits, on_decoded: "Callable[[Job], None]", budget: Budget | None = None) -> None:
         self._limits = limits
@@ -39,28 +45,24 @@ class Decoding:
         self._decoders = [
             Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
         ]
+        work = [(f"decode-{index}", self._decode_light) for index in range(limits.decode_threads)]
+        for index, decoder in enumerate(self._decoders):
+            work.append((f"decode-heavy-{index}", partial(self._decode_heavy, decoder)))
         self._threads = [
-            *(self._thread(f"decode-{index}", self._decode_light) for index in range(limits.decode_threads)),
-            *(
-                self._thread(f"decode-heavy-{index}", partial(self._decode_heavy, decoder))
-                for index, decoder in enumerate(self._decoders)
-            ),
+            threading.Thread(target=_repeat, args=(decode_next,), name=name, daemon=True) for name, decode_next in work
         ]
         self._lock = threading.Lock()  # of all that follows, and of a job's `num_undecoded`
         self._in_work: dict[int, tuple[Job, int]] = {}  # by a decoder's thread: the job, and the bytes of its image
         self._last_decoded = monotonic()
         self.given_up_bytes = 0  # of images in work that nobody waits for any more
 
-    def _thread(self, name: str, decode_next: Callable[[], bool]) -> threading.Thread:
-        return threading.Thread(target=_repeat, args=(decode_next,), name=name, daemon=True)
-
     def start(self) -> None:
-        """Decode from now on."""
+        """Begin to decode."""
         for thread in self._threads:
             thread.start()
 
     def end(self, until: float) -> None:
-        """Decode nothing more; what is still under way at the time `until` is ended."""
+        """Decode nothing more; decoders that are still at work at the time `until` are killed."""
         for _ in range(self._limits.decode_threads):
             self._light.end()
         for _ in self._decoders:
@@ -71,7 +73,7 @@ class Decoding:
             decoder.kill()
 
     def put(self, job: "Job") -> bool:
-        """Queue the images of a job; False where no decoder is needed, but perhaps `decode_rest`."""
+        """Queue a job's images; False if none was queued. The rest, if any, is for `decode_rest`."""
         due, queued = job.accepted, []
         for index, content in enumerate(job.contents):
             weight = self._weigh(content, job)
@@ -90,23 +92,23 @@ class Decoding:
         return bool(queued)
 
     def give_up(self, job: "Job") -> None:
-        """Drop the bytes of a job that nobody waits for; what a decoder works on is counted until it has finished."""
+        """Drop the bytes of a job that nobody waits for; those in work are counted until their decoder is done."""
         with self._lock:
             job.is_given_up = True
-            job.contents, job.pixels = [], []  # whoever runs the job has the lists that were there
+            job.contents, job.pixels = [], []  # who runs the job keeps the old lists
             self.given_up_bytes += sum(num_bytes for other, num_bytes in self._in_work.values() if other is job)
         self._light.drop(job)
         self._heavy.drop(job)
 
     def is_stalled(self) -> bool:
-        """Whether decoders work on what is past its deadline, and none has finished anything since."""
+        """Whether decoders work on images past their deadline, and none has finished since."""
         since = monotonic() - self._limits.deadline_s
         with self._lock:
             return self._last_decoded < since and any(job.accepted < since for job, _ in self._in_work.values())
 
     def decode_rest(self, job: "Job") -> None:
-        """Decode in the thread of the caller what no decoder took."""
-        for index, image in enumerate(job.pixels):  # the list that is there now, even if the job is given up meanwhile
+        """Decode in the caller's thread the images that were not queued."""
+        for index, image in enumerate(job.pixels):  # even if the job is given up meanwhile
             if image is None:
                 self._decode(job, index, self._decode_here)
 
@@ -115,10 +117,10 @@ class Decoding:
         try:
             return weigh(content, spec, max_pixels=self._limits.max_pixels, max_bytes=self._limits.heavy_bytes)
         except Refusal as refusal:
-            return kept(refusal)
+            return without_traceback(refusal)
 
     def _decode_light(self) -> bool:
-        """One image; False at the end. Who waits for it holds no job, and so no model that was swapped out."""
+        """One image; False at the end. A waiting thread holds no job, and so no model that was swapped out."""
         turn = self._light.get()
         if turn:
             self._decode_queued(*turn, self._decode_here)
@@ -127,27 +129,23 @@ class Decoding:
     def _decode_heavy(self, decoder: Decoder) -> bool:
         """The same, in a process."""
         turn = self._heavy.get()
-        if turn:
-            job, index = turn
-            with ExitStack() as held:
-                try:
-                    held.enter_context(self._budget.taken(job.weights[index].num_bytes))  # type: ignore[union-attr]
-                except OSError as error:  # the host's budget is a file, and no more can be open
-                    _log.exception("an image could not be decoded")
-                    failed = kept(error)
-                    self._decode_queued(job, index, lambda content, job, index: failed)
-                else:
-                    self._decode_queued(job, index, partial(self._decode_apart, decoder))
-        else:
+        if not turn:
             decoder.close()
-        return bool(turn)
+            return False
+        job, index = turn
+        try:
+            with self._budget.taken(job.weights[index].num_bytes):  # type: ignore[union-attr]
+                self._decode_queued(job, index, partial(self._decode_apart, decoder))
+        except OSError as error:  # the host's budget is a file, and no more can be open
+            self._decode_queued(job, index, partial(_fail, error))
+        return True
 
-    def _decode_queued(self, job: "Job", index: int, decode: "_Decode") -> None:
+    def _decode_queued(self, job: "Job", index: int, decode: _Decode) -> None:
         if self._decode(job, index, decode, num_queued=1):
             self._on_decoded(job)
 
-    def _decode(self, job: "Job", index: int, decode: "_Decode", *, num_queued: int = 0) -> bool:
-        """Put one image's pixels, or why there are none, in their place; whether a queued job now has all of them."""
+    def _decode(self, job: "Job", index: int, decode: _Decode, *, num_queued: int = 0) -> bool:
+        """Decode one image of a job; whether a queued job is now complete."""
         me = threading.get_ident()
         with self._lock:
             if job.is_given_up:
@@ -157,9 +155,9 @@ class Decoding:
         start = monotonic()
         try:
             image = decode(content, job, index)
-        except Exception as error:  # a process that cannot be started, for instance: of this job alone
+        except Exception as error:  # for instance, a process cannot be started
             _log.exception("an image could not be decoded")
-            image = kept(error)
+            image = without_traceback(error)
         end = monotonic()
         with self._lock:
             _, num_bytes = self._in_work.pop(me)
@@ -177,7 +175,7 @@ class Decoding:
             return not job.num_undecoded
 
     def _queue_anew(self, job: "Job", index: int, *, is_counted: bool) -> None:
-        """An image that is larger than its header said is a heavy one."""
+        """Queue an image as heavy: it is larger than its header said."""
         job.num_undecoded += not is_counted
         job.weights[index] = Weight(0, 0, self._limits.heavy_bytes, self._limits.decode_s)
         self._heavy.put(job.accepted + _AGEING * self._limits.decode_s, job, index)
@@ -195,9 +193,45 @@ class Decoding:
         )
 
 
-_Decode = Callable[[bytes, "Job", int], Decoded]
+def _fail(error: Exception, *_: object) -> Decoded:
+    raise error
 
 
 def _repeat(do_next: Callable[[], bool]) -> None:
     while do_next():
         pass
+
+
+def decode_image(content: bytes, spec: ImageSpec, *, max_pixels: int) -> Decoded:
+    """uint8 [H, W, C], or why there is none."""
+    try:
+        return decode(content, spec, max_pixels=max_pixels)
+    except Refusal as refusal:
+        return without_traceback(refusal)
+
+
+def without_traceback(error: Exception) -> Exception:
+    """The exception as a value, without its traceback, whose frames keep the image's bytes alive."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def warm_up_decoders(spec: ImageSpec) -> None:
+    """Decode a pixel in each format, so that Pillow loads its code; not in AVIF, which is never light."""
+    for kind in set(FORMATS) - {"AVIF"}:
+        file = io.BytesIO()
+        Image.new("RGB", (1, 1)).save(file, kind)
+        decode(file.getvalue(), spec)
+
+
+def find_problem(images: Sequence[Decoded | None]) -> Exception | None:
+    """One problem that names every image that could not be decoded; None if all could."""
+    bad = {index: image for index, image in enumerate(images) if isinstance(image, Exception)}
+    if not bad:
+        return None
+    if failed := [error for error in bad.values() if not isinstance(error, Refusal)]:
+        return failed[0]
+    kind = TOO_MANY_PIXELS if isinstance(next(iter(bad.values())), TooManyPixels) else UNDECODABLE
+    if len(images) == 1:
+        return Problem(kind, str(bad[0]))
+    return Problem(kind, "; ".join(f"image {index + 1} of {len(images)}: {refusal}" for index, refusal in bad.items()))

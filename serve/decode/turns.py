@@ -1,4 +1,4 @@
-"""Whose turn it is to be decoded, and how much memory all decoders take at once."""
+"""The order in which images are decoded, and the memory that all decoders may take at once."""
 
 import fcntl
 import os
@@ -16,16 +16,16 @@ Owner = TypeVar("Owner")
 
 
 class Turns(Generic[Owner]):
-    """Numbered parts of owners that wait for threads: the earliest due first, equal ones as they came.
+    """A queue of numbered parts of owners: the earliest due first, equal ones in order of arrival.
 
-    Due is when a part came plus what it weighs, so what is small overtakes what is large, but only so much later.
+    A part is due at its arrival plus its weight, so small parts overtake large ones, but only for a while.
     """
 
     def __init__(self) -> None:
         self._waiting: list[tuple[float, int, Owner, int]] = []
         self._numbers = count()
         self._lock = threading.Lock()
-        self._news: SimpleQueue[bool] = SimpleQueue()  # one entry for each part that came; False: the end
+        self._news: SimpleQueue[bool] = SimpleQueue()  # True for each part that was put; False: the end
 
     def put(self, due: float, owner: Owner, part: int) -> None:
         with self._lock:
@@ -33,10 +33,10 @@ class Turns(Generic[Owner]):
         self._news.put(True)
 
     def get(self) -> tuple[Owner, int] | None:
-        """Whose turn it is, as soon as there is one; None at the end."""
+        """The next part, waiting for one; None at the end."""
         while self._news.get():
             with self._lock:
-                if self._waiting:  # unless what came was dropped
+                if self._waiting:  # unless the part was dropped
                     _, _, owner, part = heappop(self._waiting)
                     return owner, part
         return None
@@ -61,7 +61,7 @@ class Budget:
 
     @contextmanager
     def taken(self, num_bytes: int) -> Iterator[None]:
-        """Hold so much of it, which is not more than all, as soon as it is free."""
+        """Wait for `num_bytes`, at most all of it, and hold them."""
         with self._change:
             self._change.wait_for(lambda: self._free >= num_bytes)
             self._free -= num_bytes
@@ -74,9 +74,9 @@ class Budget:
 
 
 class HostBudget(Budget):
-    """The same for all processes that name one file, of Linux: a lock on a byte of it stands for a byte of memory.
+    """One amount for all processes that share a file, on Linux: each byte locked in it is a byte of memory.
 
-    The system takes the locks of a process that ends, however it ends.
+    The system releases the locks of a process when it ends, however it ends.
     """
 
     def __init__(self, file: Path, num_bytes: int) -> None:
@@ -91,7 +91,7 @@ class HostBudget(Budget):
             yield
 
     def _find_free(self, file: int, num_bytes: int) -> int | None:
-        """The start of so many bytes, which are locked now; None where nowhere so many are free."""
+        """Lock `num_bytes` that are free, and return their start; None if there is no such range."""
         start = 0
         while start + num_bytes <= self._num_bytes:
             try:

@@ -1,12 +1,12 @@
-"""What decoding an image takes at most, by its header and the structure of its file, before anything is decoded.
+"""The most that decoding an image can cost, by its header and the structure of its file, before it is decoded.
 
-A file that is much longer to decode than its pixels explain is refused: too many scans, chunks or segments.
+A file that takes much longer to decode than its pixels explain is refused: too many scans, chunks or segments.
 """
 
 import re
 import struct
 from functools import lru_cache
-from itertools import islice, starmap
+from itertools import islice
 from typing import NamedTuple
 
 from common.image import DETAIL, TooManyPixels, refuse_too_many_pixels
@@ -22,13 +22,13 @@ _AVIF_SIZE = re.compile(rb"ispe\0\0\0\0(.{8})", re.DOTALL)
 _TEXT_BYTES = 2**20  # what Pillow inflates of one compressed text or profile
 _BAND_BYTES = 20 * 2**20  # for conversions in common/image.py, which take as much for each of 2^20 pixels at once
 _PNG = b"\x89PNG\r\n\x1a\n"
-_FEW_BYTES = 4096  # no structure in so few is worth a look
+_FEW_BYTES = 4096  # a shorter file cannot be out of proportion
 _ODD_CHUNKS = (b"zTXt", b"iTXt", b"iCCP", b"tEXt", b"eXIf", b"tRNS")
 _CHUNK = struct.Struct(">I4s")
 
 
 class Weight(NamedTuple):
-    """Size of the image, memory to decode it, and seconds on one core: rough ones, which say whose turn it is."""
+    """Size of an image, memory to decode it, and roughly the seconds on one core, which decide its turn."""
 
     width: int
     height: int
@@ -36,12 +36,12 @@ class Weight(NamedTuple):
     seconds: float
 
 
-LIGHT = Weight(0, 0, 8 * 2**20, 0.02)  # what is decoded at once, beside the model; anything above goes to a process
-_NOTHING = Weight(0, 0, 0, 0.0)  # no image, or a damaged header: the decoder says so
+LIGHT = Weight(0, 0, 8 * 2**20, 0.02)  # the most that a thread of this process decodes; heavier images go to a process
+_NOTHING = Weight(0, 0, 0, 0.0)  # not an image, or a damaged header: the decoder refuses it
 
 
 def is_light(weight: Weight) -> bool:
-    """Whether an image may be decoded in this process."""
+    """Whether an image may be decoded in a thread of this process."""
     return weight.num_bytes <= LIGHT.num_bytes and weight.seconds <= LIGHT.seconds
 
 
@@ -88,7 +88,7 @@ def _weigh(content: bytes, spec: ImageSpec) -> Weight:
 
 @lru_cache
 def _weigh_small_png(header: bytes, channels: int) -> Weight:
-    """Of nearly every request to a small model, in a fifth of the time."""
+    """A fifth of the time of `_weigh`, for nearly every request to a small model."""
     return _weigh_png(header, channels, _FEW_BYTES, num_chunks=3, num_odd=1)
 
 
@@ -128,21 +128,21 @@ def _count_chunks(content: bytes) -> tuple[int, int]:
 
 
 class _Frame(NamedTuple):
-    """What the segments of a JPEG before its first scan say."""
+    """The segments of a JPEG before its first scan."""
 
     marker: int
     width: int
     height: int
     sampling: tuple[int, ...]  # horizontal times vertical, of each component
-    largest: int  # sampling: as many samples a pixel's block has
+    largest: int  # product of the largest factors: samples of a pixel's block
     num_in_first_scan: int
     position: int  # of the first scan
 
 
 def _weigh_jpeg(content: bytes, spec: ImageSpec) -> Weight:
     frame = _read_frame(content)
-    is_buffered = frame.marker & 3 == 2 or frame.num_in_first_scan < len(frame.sampling)  # all coefficients are held
-    num_scans = content.count(b"\xff\xda", frame.position) if is_buffered else 0  # where nothing is held, one is read
+    is_buffered = frame.marker & 3 == 2 or frame.num_in_first_scan < len(frame.sampling)  # all coefficients are kept
+    num_scans = content.count(b"\xff\xda", frame.position) if is_buffered else 0  # otherwise only one is read
     if num_scans > MAX_SCANS:
         raise Refusal(f"the JPEG has {num_scans:,} scans, and {MAX_SCANS} are taken; save it anew")
     block = 8 * frame.largest
@@ -170,14 +170,10 @@ def _read_frame(content: bytes) -> _Frame:
             factors = [content[position + 11 + 3 * index] for index in range(num_components)]
             pairs = [(max(1, factor >> 4), max(1, factor & 15)) for factor in factors]
             largest = max(pair[0] for pair in pairs) * max(pair[1] for pair in pairs)
-            frame = marker, width, height, tuple(starmap(_product, pairs)), largest
+            frame = marker, width, height, tuple(across * down for across, down in pairs), largest
         is_bare = marker == 0xFF01 or 0xFFD0 <= marker <= 0xFFD9
         position += 1 if marker < 0xFFC0 or marker == 0xFFFF else 2 if is_bare else 2 + length
     raise Refusal(f"the JPEG has more than {MAX_SEGMENTS:,} segments before its pixels; save it anew")
-
-
-def _product(first: int, second: int) -> int:
-    return first * second
 
 
 def _weigh_webp(content: bytes) -> Weight:
@@ -194,7 +190,7 @@ def _weigh_webp(content: bytes) -> Weight:
 
 
 def _weigh_avif(content: bytes) -> Weight:
-    """Never light, as the stream of its pixels has a size of its own: the memory of its process is what bounds it."""
+    """Never light: its coded stream has a size of its own, which only a process's memory limit can bound."""
     found = islice(_AVIF_SIZE.finditer(content), MAX_AVIF_SIZES + 1)
     sizes = [struct.unpack(">II", match[1]) for match in found]
     if len(sizes) > MAX_AVIF_SIZES:

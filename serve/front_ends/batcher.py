@@ -18,7 +18,7 @@ from contextlib import suppress
 from time import monotonic
 
 from export.runtimes.runtime import Runtime
-from serve.decode.decode import Decoded
+from serve.decode.pool import Decoded
 from serve.decode.turns import HostBudget
 from serve.front_ends.link import Dialer, Disconnected, Flight, Link, RemoteRuntime
 from serve.model.check import apart

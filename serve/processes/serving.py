@@ -17,7 +17,6 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.config import STARTUP_FAILURE
 
 from common.cores import num_cores
 from common.refusal import Refusal
@@ -35,6 +34,7 @@ from serve.request.batcher import Batcher
 from serve.request.connection import Connection
 from serve.request.limits import Limits
 from serve.request.open_connections import fit_to_files
+from serve.request.uvicorn_internals import STARTUP_FAILURE
 from serve.shadow.shadow import Shadow, refuse_unfit, start_process
 from serve.v2.rpc.port import RpcAddress
 from serve.watching import logs

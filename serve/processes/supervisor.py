@@ -13,9 +13,9 @@ from typing import Any
 
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
-from uvicorn.supervisors.multiprocess import Process
 
 from serve.processes.signals import hangups_blocked
+from serve.request.uvicorn_internals import Process
 
 _log = logging.getLogger(__name__)
 _TURN_S = 0.1

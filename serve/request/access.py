@@ -1,4 +1,4 @@
-"""Who may ask: an API key, and the web pages of other origins."""
+"""Access: an API key, and the web pages of other origins."""
 
 import hmac
 import logging
@@ -14,19 +14,19 @@ from serve.request.problems import UNAUTHORIZED, Problem
 _log = logging.getLogger(__name__)
 
 KEY_VARIABLE = "DIRACNET_API_KEY"
-# Probes and browsers that open a page send no key; nothing here says anything of the model.
+# Probes and browsers that open a page send no key. These paths reveal nothing about the model.
 _OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
 
 
 @dataclass(frozen=True)
 class Access:
-    """Everybody who reaches the server, unless there is a key."""
+    """Open to every client, unless there is a key."""
 
     api_key: bytes | None = field(default=None, repr=False)
     cors_origins: tuple[str, ...] = ()
 
     def check(self, path: str, headers: Mapping[bytes, bytes]) -> None:
-        """Refuses a request that needs the key and does not hold it."""
+        """Refuses a request without the key that its path needs."""
         if self.api_key is None or path in _OPEN_PATHS:
             return
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
@@ -43,7 +43,7 @@ EVERYBODY = Access()
 
 
 def read_api_key(file: Path | None, environment: Mapping[str, str]) -> bytes | None:
-    """The key of `file`, else of DIRACNET_API_KEY, else none. Never an argument: every user sees those."""
+    """The key of `file`, else of DIRACNET_API_KEY, else none. Not an argument, which every user can see."""
     if file is None and KEY_VARIABLE not in environment:
         return None
     key = read_whole(file).strip() if file else environment[KEY_VARIABLE].strip().encode()

@@ -1,4 +1,4 @@
-"""One request, top to bottom: bytes → decode → batch → run → answer."""
+"""The app around a loaded model: its parts, its lifespan, and every route but `POST /predict` (predict.py)."""
 
 import asyncio
 import base64
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.refusal import Refusal
 from export.runtimes.runtime import Runtime
-from serve.decode.decode import warm_up_decoders
+from serve.decode.pool import warm_up_decoders
 from serve.model.check import Load, Reloader, warm_up
 from serve.model.prober import Prober
 from serve.processes.signals import heed_signals
@@ -29,7 +29,7 @@ from serve.request.batcher import Batcher, Served
 from serve.request.body import REQUEST_BODY
 from serve.request.limits import Limits
 from serve.request.open_connections import Door
-from serve.request.predict import TOP_K, Hot, Observer
+from serve.request.predict import TOP_K, Observer, RequestHandler
 from serve.request.problems import Problem
 from serve.shadow.shadow import Shadow
 from serve.v2.routes import make_router, refuse_unready
@@ -38,22 +38,22 @@ from serve.watching.metrics import MEDIA_TYPE, Metrics, watch_probes
 
 
 class _App(FastAPI):
-    """FastAPI behind `front`: a prediction passes none of its middleware, which would take an eighth of its time."""
+    """FastAPI behind `front`: its middleware would take an eighth of a prediction's time."""
 
     front: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self.front if scope["type"] == "http" else self.routed)(scope, receive, send)
 
+    async def routed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """FastAPI's own `__call__`."""
+        await super().__call__(scope, receive, send)
+
     def build_middleware_stack(self) -> ASGIApp:
-        """Without Starlette's outermost one, whose answer to an exception is no problem document: `front` has one."""
+        """Without ServerErrorMiddleware, whose answer is not a problem document: `front` handles exceptions."""
         outermost = super().build_middleware_stack()
         assert isinstance(outermost, ServerErrorMiddleware)
         return outermost.app
-
-    async def routed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """FastAPI as it comes."""
-        await super().__call__(scope, receive, send)
 
 
 def make_app(
@@ -67,14 +67,17 @@ def make_app(
     rpc: RpcAddress | None = None,
     shadow: Shadow | None = None,
 ) -> FastAPI:
-    """The whole server around one loaded model, in one runtime or one for each device, or in a batcher.
+    """The server around one loaded model: one runtime, one for each device, or a batcher.
 
-    It is ready once its lifespan has warmed the model up. `load` makes the runtimes anew, on SIGHUP and, where there
-    is a key, on POST /admin/reload, which then calls `reload_everywhere`. `observers` learn of every finished request.
-    `rpc` is where gRPC is served beside HTTP.
-    `shadow` answers a share of the images too, and POST /admin/promote makes it the model.
+    It is ready once its lifespan has warmed the model up. `load` loads the model again, on SIGHUP and, if there is a
+    key, on POST /admin/reload, which then calls `reload_everywhere`. `observers` are called with every finished
+    request. `rpc` is the address of gRPC beside HTTP. `shadow` answers a share of the images too, and POST
+    /admin/promote makes it the model.
     """
-    batcher = runtime if isinstance(runtime, Batcher) else Batcher(_served(runtime), limits)
+    if isinstance(runtime, Batcher):
+        batcher = runtime
+    else:
+        batcher = Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
     batcher.shadow = shadow
     door = Door(limits.max_connections)
     metrics = Metrics(batcher, door)
@@ -88,9 +91,9 @@ def make_app(
         await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
         batcher.start()
         if rpc:
-            from serve.v2.rpc.server import RpcServer  # an extra, and a tenth of a second
+            from serve.v2.rpc.server import RpcServer  # an extra, which takes a tenth of a second to import
 
-            app.state.rpc = RpcServer(app, hot, batcher, limits, access)
+            app.state.rpc = RpcServer(app, handler, batcher, limits, access)
             await app.state.rpc.start(rpc)
         if shadow:
             shadow.start(lambda: batcher.served.model)
@@ -118,32 +121,30 @@ def make_app(
         description="Classifies images. Every refusal is an RFC 9457 problem document.",
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # a redirect would lead to whatever host the client names
+        redirect_slashes=False,  # a redirect would go to the host that the client names
         lifespan=lifespan,
         exception_handlers=problems.exception_handlers(),
     )
-    app.front = hot = Hot(app.routed, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
+    handler = RequestHandler(app.routed, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
+    app.front = handler
     if access.cors_origins:
         app.front = cors = CORSMiddleware(
-            app.front,
+            handler,
             allow_origins=access.cors_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"),
             expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
         )
-        cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the one answer that `Hot` never sees
+        cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the only answer that `handler` does not send
     app.state.is_ready, app.state.rpc, app.state.prober = False, None, prober
-    _add_predict(app)
+    _describe_predict(app)
     _add_operation(app, batcher, metrics, prober)
     app.include_router(make_router(batcher, limits))
     if access.api_key and reloader:
         _add_admin(app, reloader, reload_everywhere)
-    _add_pages(app)
+    _add_page(app, "/", "page.html")
+    _add_page(app, "/docs", "docs.html")
     return app
-
-
-def _served(runtime: Runtime | Sequence[Runtime]) -> Served:
-    return Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,))
 
 
 def _warm_up(served: Served, max_batch: int) -> None:
@@ -152,7 +153,9 @@ def _warm_up(served: Served, max_batch: int) -> None:
     warm_up_decoders(served.model.spec.image)
 
 
-def _add_predict(app: FastAPI) -> None:
+def _describe_predict(app: FastAPI) -> None:
+    """The entry of `POST /predict` in OpenAPI. `RequestHandler` answers the request before it is routed."""
+
     @app.post(
         "/predict", responses=problems.documented(*problems.OF_PREDICTION), openapi_extra={"requestBody": REQUEST_BODY}
     )
@@ -160,13 +163,13 @@ def _add_predict(app: FastAPI) -> None:
         top_k: Annotated[int, Query(ge=1, description="classes per image; above the model's number: all")] = TOP_K,
     ) -> Prediction:
         """Classify one image or many."""
-        raise AssertionError("serve/request/predict.py answers it; what stands here describes it")
+        ...
 
 
 def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
     @app.get("/model", responses=problems.documented(problems.UNAUTHORIZED))
     async def card() -> dict[str, Any]:
-        """What the model says of itself, what it answered, and what its shadow did."""
+        """The model's description, and statistics of its answers, its shadow and its probes."""
         runtime, shadow = batcher.served.runtimes[0], batcher.shadow
         watched = {**batcher.watch.card(runtime.model), "shadow": shadow and shadow.card(), "probe": prober.card()}
         return {**model_card(runtime), **watched}
@@ -183,7 +186,7 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Pro
 
     @app.get("/readyz", responses=problems.documented(problems.NOT_READY))
     async def readyz(request: Request) -> dict[str, str]:
-        """The model runs at every batch size and answers as its file says, images are decoded, nothing stops."""
+        """The model has run at every batch size and answers as its file says, and images are decoded."""
         refuse_unready(request.app.state.is_ready, batcher)
         return {"status": "ready"}
 
@@ -211,66 +214,50 @@ def _add_admin(app: FastAPI, reloader: Reloader, reload_everywhere: Callable[[],
         return await take(reloader.promote)
 
 
-def _add_pages(app: FastAPI) -> None:
-    page, docs = (_read_page(name) for name in ("page.html", "docs.html"))
+def _add_page(app: FastAPI, path: str, file: str) -> None:
+    page = Path(__file__).with_name(file).read_text(encoding="utf-8")
+    response = HTMLResponse(page, headers={"Content-Security-Policy": _security_policy(page)})
 
-    @app.get("/", include_in_schema=False)
-    async def show_page() -> HTMLResponse:
-        return HTMLResponse(page, headers=page_headers(page))
-
-    @app.get("/docs", include_in_schema=False)
-    async def show_docs() -> HTMLResponse:
-        return HTMLResponse(docs, headers=page_headers(docs))
+    @app.get(path, include_in_schema=False)
+    async def show() -> HTMLResponse:
+        return response
 
 
-def page_headers(page: str) -> dict[str, str]:
-    """A browser runs the scripts and styles that stand in `page` and no others, and asks no other host for anything."""
-    hashes = {
-        tag: " ".join(f"'sha256-{_digest(text)}'" for text in re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL))
-        for tag in ("script", "style")
-    }
-    return {
-        "Content-Security-Policy": f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
-        "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    }
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(sha256(text.encode()).digest()).decode()
+def _security_policy(page: str) -> str:
+    """Allows the scripts and styles in `page` and no others, and requests to this server alone."""
+    hashes = {"script": "", "style": ""}
+    for tag in hashes:
+        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (base64.b64encode(sha256(text.encode()).digest()).decode() for text in texts)
+        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src blob: data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 def model_card(runtime: Runtime) -> dict[str, Any]:
-    """Name, digest, architecture, input and labels of the model, and how it came to be.
+    """Name, digest, architecture, input, labels and provenance of the model.
 
-    Of somebody else's: how it is read, in place of its architecture, and who says so. Of a net that its user made:
-    its name; the provenance says from what, and what the fold did.
+    In place of the architecture: for a file that is not of this project, how it is read and who says so; for a net
+    that its user made, its name.
     """
     model, spec = runtime.model, runtime.model.spec
-    image = spec.image
-    ours = {
-        "family": spec.family,
-        "depth": spec.depth,
-        "width": spec.width,
-        "nonlinearity": spec.nonlinearity,
-        "parameterization": spec.parameterization,
-    }
+    if model.reading:
+        architecture: dict[str, Any] = {"reading": asdict(model.reading)}
+    elif spec.net:
+        architecture = {"net": spec.net}
+    else:
+        fields = ("family", "depth", "width", "nonlinearity", "parameterization")
+        architecture = {name: getattr(spec, name) for name in fields}
     return {
         "name": model.name,
         "digest": model.digest,
         "file_bytes": model.num_bytes,
         "runtime": runtime.description,
-        **({"reading": asdict(model.reading)} if model.reading else {"net": spec.net} if spec.net else ours),
-        "input": {
-            "height": image.height,
-            "width": image.width,
-            "channels": image.channels,
-            "resize": image.resize,
-        },
+        **architecture,
+        "input": {name: getattr(spec.image, name) for name in ("height", "width", "channels", "resize")},
         "labels": list(spec.labels),
         "temperature": spec.temperature,
         "provenance": model.provenance,
     }
-
-
-def _read_page(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -1,14 +1,14 @@
-"""From the bytes of a request's images to its results: one queue, decoders, and one thread for each runtime.
+"""From the bytes of a request's images to its results: decoders, one queue, and one thread for each runtime.
 
-The life of a job, top to bottom:
+The life of a job:
 
-    classify       event loop      refuses what is too much, puts the job's images into a queue
-    Decoding       its threads     bytes → pixels (serve/decode/pool.py)
-    _run_jobs      model thread    all that is decoded by now → one batch → logits → results
-    deliver       event loop      every answer of the batch in one call
+    classify       event loop        refuses too many images, queues the job for decoding
+    DecoderPool    its threads       bytes → pixels (serve/decode/pool.py)
+    _run_next      model's thread    every decoded job (`_form_batch`) → logits → results
+    deliver        event loop        all answers of the batch in one call
 
-No timer holds a job back: a lone one runs at once, and while the model is busy the next batch gathers.
-A job that is given up (late, or its client gone) drops its bytes and is skipped by whoever takes it next.
+No timer holds a job back: a lone one runs at once, and while the model is busy the next batch forms.
+A job that is given up (too late, or its client has gone) drops its bytes and is skipped.
 """
 
 import asyncio
@@ -26,8 +26,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from export.runtimes.runtime import Model, Runtime
-from serve.decode.decode import Decoded, find_problem
-from serve.decode.pool import Decoding
+from serve.decode.pool import Decoded, DecoderPool, find_problem
 from serve.decode.turns import Budget
 from serve.decode.weigh import Weight
 from serve.request.answer import ModelName, Result, results_of
@@ -36,7 +35,7 @@ from serve.request.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED
 from serve.shadow.shadow import Shadow
 from serve.watching.answers import Watch
 
-_PATIENCE_S = 0.1  # nearly all jobs are done by then, and a watch costs a tenth of a request
+_PATIENCE_S = 0.1  # before the client is watched, which costs a tenth of a request: nearly all jobs are done by then
 _LAST_BATCH_S = 1.0
 SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
 
@@ -65,10 +64,10 @@ class Served:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on its way. `served` computes all of it, whatever is swapped in meanwhile.
+    """The images of one request. `served` computes all of them, even if the model is swapped meanwhile.
 
-    `contents` are files to decode, or pixels uint8 [N, H, W, C] as the model takes them. They and `pixels` are replaced
-    by empty lists when the job is given up.
+    `contents` are files to decode, or pixels uint8 [N, H, W, C] of the model's size. When the job is given up, empty
+    lists replace them and `pixels`.
     """
 
     contents: list[bytes] | np.ndarray
@@ -81,7 +80,7 @@ class Job:
     num_undecoded: int = 0  # images that decoders have not finished
     weights: list[Weight | Exception] = field(default_factory=list)
     is_given_up: bool = False
-    is_probe: bool = False  # the server's own question, which no count of clients' answers is about
+    is_probe: bool = False  # the server's own check, which no count of answers includes
     outcome: list[Result] | Exception = field(default_factory=list)
     logits: np.ndarray = field(init=False)  # [N, K], once the outcome is there
     decode_s: float = 0.0
@@ -92,29 +91,29 @@ class Job:
 
 
 class Batcher:
-    """All jobs of one server; lives on the event loop that calls `start`."""
+    """All jobs of one server, on the event loop that calls `start`."""
 
-    is_up = True  # there is a model to ask, which serve/front_ends/batcher.py has elsewhere
+    is_up = True  # whether the model can be reached: serve/front_ends/batcher.py has it in another process
 
     def __init__(self, served: Served, limits: Limits, budget: Budget | None = None) -> None:
-        """`budget` is the memory of decoders that are started for single images, where processes share it."""
+        """`budget` is the memory for heavy images, if processes share it."""
         self.served = served
         self._limits = limits
-        self.decoding = Decoding(limits, self._take_decoded, budget)
-        self.turn = asyncio.Lock()  # to read a long body of JSON
+        self.decoding = DecoderPool(limits, self._take_decoded, budget)
+        self.turn = asyncio.Lock()  # to parse long JSON
         self._decoded: SimpleQueue[Job | None] = SimpleQueue()
         self._runners: list[threading.Thread] = []
         self._is_open = False
         self.seconds_per_image = 0.0
         self.num_held = 0  # images accepted and not answered
         self.observe_batch: Callable[[int], None] = lambda num_images: None
-        self.find_fault: Callable[[], str] = lambda: ""  # why nobody should ask, serve/model/prober.py
-        self.observe_run: Callable[[Runtime], None] = lambda runtime: None  # which has computed a batch
+        self.find_fault: Callable[[], str] = lambda: ""  # why it is not ready: serve/model/prober.py
+        self.observe_run: Callable[[Runtime], None] = lambda runtime: None  # that has computed a batch
         self.watch = Watch()
         self.shadow: Shadow | None = None
 
     def start(self) -> None:
-        """Take jobs from now on."""
+        """Begin to take jobs."""
         self._loop = asyncio.get_running_loop()
         self._runners = [
             threading.Thread(target=self._run_jobs, args=(index,), name=f"model-{index}", daemon=True)
@@ -126,12 +125,12 @@ class Batcher:
         self._is_open = True
 
     async def close(self) -> None:
-        """Take no more jobs; whoever waited is answered or gone by now. A model that hangs is left behind."""
+        """Take no more jobs. By now every request has ended; a model that hangs is left behind."""
         self._is_open = False
         await asyncio.to_thread(self._end_threads, monotonic() + _LAST_BATCH_S)
 
     def check_room(self, num_images: int) -> None:
-        """Refuses so many more images where they would be too many, or the server does not run."""
+        """Refuses `num_images` more if they are too many, or if the server is not running."""
         if not self._is_open:
             raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
         num_held = self.num_held + num_images
@@ -149,18 +148,20 @@ class Batcher:
         receive: Receive,
         is_probe: bool = False,
     ) -> Job:
-        """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client is gone."""
+        """The finished job of `contents`. `deadline` is the loop's time; `receive` returns when the client has gone."""
         num_images = len(contents)
         self.check_room(num_images)
         future = self._loop.create_future()
-        job = _make_job(contents, self.served, top_k, future)
-        job.is_probe = is_probe
-        del contents
+        is_decoded = isinstance(contents, np.ndarray)
+        pixels: list[Decoded | None] = list(contents) if is_decoded else [None] * num_images
+        job = Job(contents, num_images, self.served, top_k, future, monotonic(), pixels, is_probe=is_probe)
+        del contents, pixels
         self.num_held += num_images
         until = min(self._loop.time() + _PATIENCE_S, deadline)
         job.timer = self._loop.call_at(until, self._watch, job, deadline, receive)
         try:
-            self._enqueue(job)
+            if is_decoded or not self.decoding.put(job):
+                self._decoded.put(job)
             await future
             return job
         except BaseException as error:
@@ -173,25 +174,21 @@ class Batcher:
                 if pending:
                     pending.cancel()
             self.num_held -= num_images
-            del job, future  # or an exception would hold itself, by its traceback, and all that the callers hold
+            del job, future  # or an exception's traceback would keep it and the callers' bytes alive
 
     def _watch(self, job: Job, deadline: float, receive: Receive) -> None:
-        """A job that is not answered at once: its client may go away and its deadline pass."""
+        """Give up the job if its client goes, or at the deadline."""
         job.watch = asyncio.ensure_future(receive())
         job.watch.add_done_callback(lambda _: job.future.cancel())
         job.timer = self._loop.call_at(deadline, _expire, job.future, self._limits.deadline_s)
 
-    def _enqueue(self, job: Job) -> None:
-        if isinstance(job.contents, np.ndarray) or not self.decoding.put(job):
-            self._decoded.put(job)
-
     def _take_decoded(self, job: Job) -> None:
-        """In a decoder's thread."""
+        """Called in a decoder's thread."""
         if self._is_runnable(job):
             self._decoded.put(job)
 
     def _is_runnable(self, job: Job) -> bool:
-        """Whether all images of a job are there and still wanted; answers it where one is bad."""
+        """Whether all images of a job are decoded and still wanted; refuses it if one is bad."""
         if job.future.done() or job.num_undecoded:
             return False
         if problem := find_problem(job.pixels):
@@ -205,22 +202,22 @@ class Batcher:
             pass
 
     def _run_next(self, device: int) -> bool:
-        """One batch; False at the end. Who waits for it holds no job, as in serve/decode/pool.py."""
+        """One batch; False at the end. A waiting thread holds no job, as in serve/decode/pool.py."""
         first = self._decoded.get()
         if first is None:
             return False
-        for (served, _), jobs in groupby(self._gather(first), key=lambda pair: (pair[0].served, pair[0].is_probe)):
+        for (served, _), jobs in groupby(self._form_batch(first), key=lambda pair: (pair[0].served, pair[0].is_probe)):
             self._run(served.runtimes[device], *zip(*jobs, strict=True))
         return True
 
-    def _gather(self, job: Job) -> list[tuple[Job, list[Decoded | None]]]:
-        """`job` and those behind it with their pixels, until `max_batch` images are together or none waits."""
+    def _form_batch(self, job: Job) -> list[tuple[Job, list[Decoded | None]]]:
+        """`job` and those behind it with their pixels, until there are `max_batch` images or none waits."""
         jobs = []
         num_images = 0
         while True:
             if not self._limits.decode_threads:
                 self.decoding.decode_rest(job)
-            pixels = job.pixels  # before the question: a job that is given up afterwards runs all the same
+            pixels = job.pixels  # read first: a job that is given up after the next line runs all the same
             if self._is_runnable(job):
                 jobs.append((job, pixels))
                 num_images += job.num_images
@@ -234,7 +231,7 @@ class Batcher:
         except Empty:
             return None
         if job is None:
-            self._decoded.put(None)  # the end: for the one who waits
+            self._decoded.put(None)  # the end, for `_run_next`
         return job
 
     def _run(self, runtime: Runtime, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> None:
@@ -247,7 +244,7 @@ class Batcher:
             is_finite = share(jobs, runtime.model, logits, top_k, uncounted if is_probe else self.watch)
             if self.shadow and not is_probe:
                 self.shadow.offer(runtime.model, images, logits, is_finite)
-        except Exception as error:  # whatever a runtime raises is the answer of all its jobs
+        except Exception as error:  # of whatever type: it is the outcome of all jobs
             for job in jobs:
                 job.outcome = error
         end = monotonic()
@@ -283,14 +280,6 @@ class Batcher:
             thread.join(max(0.0, until - monotonic()))
 
 
-def _make_job(
-    contents: list[bytes] | np.ndarray, served: Served, top_k: int, future: "asyncio.Future[list[Result]]"
-) -> Job:
-    num_images = len(contents)
-    pixels: list[Decoded | None] = list(contents) if isinstance(contents, np.ndarray) else [None] * num_images
-    return Job(contents, num_images, served, top_k, future, monotonic(), pixels)
-
-
 def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
     if not future.done():
         future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
@@ -299,7 +288,7 @@ def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
 def share(
     jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int], watch: Callable[..., None]
 ) -> np.ndarray:
-    """Give each job its rows; those that are no numbers are the problem of their own job. Which rows are numbers."""
+    """Give each job its results, or a problem if its own rows are not finite. Returns which rows are finite."""
     is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
     finite = np.where(is_finite[:, None], logits, 0)
     observe = partial(watch, model, is_finite)
@@ -316,14 +305,15 @@ def share(
 
 
 def uncounted(*_: object) -> None:
-    """In place of a `Watch`, for what no client has asked."""
+    """In place of a `Watch`, for probes."""
 
 
 def deliver(jobs: Sequence[Job]) -> None:
+    """Resolve the futures of finished jobs, in the event loop."""
     for job in jobs:
         outcome = job.outcome
         if isinstance(outcome, Exception):
-            job.outcome = []  # or the exception would hold itself, as in `classify`
+            job.outcome = []  # or the exception would keep itself alive, as in `classify`
         if job.future.done():
             continue
         if isinstance(outcome, Exception):

@@ -16,49 +16,34 @@ from serve.request.limits import Limits
 from serve.request.problems import BAD_REQUEST, MEDIA_TYPE_UNKNOWN, TIMEOUT, TOO_LARGE, TOO_MANY_IMAGES, Problem
 
 RAW_TYPES = (*(f"image/{kind.lower()}" for kind in FORMATS), "application/octet-stream")
-_ANY_IMAGE = "image/"  # image/jpg, image/x-ms-bmp: what a body is, its first bytes say
-_CURLS_OWN = "application/x-www-form-urlencoded"  # what curl --data-binary says unless told
-LONG_JSON_BYTES = 2**16  # longer ones are read in a thread, as they would hold up the event loop
-# A long document holds Python's lock while it is read: a million numbers for 20 ms, as many lists for 270 ms.
+_CURL_DEFAULT = "application/x-www-form-urlencoded"  # of curl --data-binary
+LONG_JSON_BYTES = 2**16  # longer documents are parsed in a thread, as they would hold up the event loop
+# Parsing holds Python's lock: 20 ms for a million numbers, 270 ms for as many lists.
 MAX_JSON_LISTS, MAX_JSON_VALUES = 2**17, 2**20
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 Read = TypeVar("Read")
 
 _BINARY = {"type": "string", "format": "binary"}
+_FORM = {
+    "type": "object",
+    "description": "File parts; the fields may have any name.",
+    "properties": {"image": {"type": "array", "items": _BINARY}},
+    "additionalProperties": _BINARY,
+}
+_BASE64 = {"type": "array", "minItems": 1, "items": {"type": "string", "contentEncoding": "base64"}}
+_JSON = {"type": "object", "required": ["images"], "properties": {"images": _BASE64}}
+_SCHEMAS = {**dict.fromkeys(RAW_TYPES, _BINARY), "multipart/form-data": _FORM, "application/json": _JSON}
 REQUEST_BODY: dict[str, Any] = {
     "required": True,
     "description": "One image as the body, one or many as files of a form, or many in base64.",
-    "content": {
-        **{media_type: {"schema": _BINARY} for media_type in RAW_TYPES},
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "description": "File parts; the fields may have any name.",
-                "properties": {"image": {"type": "array", "items": _BINARY}},
-                "additionalProperties": _BINARY,
-            }
-        },
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["images"],
-                "properties": {
-                    "images": {
-                        "type": "array",
-                        "minItems": 1,
-                        "items": {"type": "string", "contentEncoding": "base64"},
-                    }
-                },
-            }
-        },
-    },
+    "content": {media_type: {"schema": schema} for media_type, schema in _SCHEMAS.items()},
 }
 
 
 async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Limits, turn: asyncio.Lock) -> list[bytes]:
-    """The bytes of the request's images, in its order: one at least, `limits.max_images` at most.
+    """The bytes of the request's images, in order: at least one, at most `limits.max_images`.
 
-    Who has the `turn` reads a long body of JSON.
+    `turn` is the lock under which long JSON is parsed.
     """
     encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
     if encoding not in ("", "identity"):
@@ -66,7 +51,7 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
         raise Problem(MEDIA_TYPE_UNKNOWN, detail)
     content_type = headers.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
-    if media_type in RAW_TYPES or not media_type or media_type.startswith(_ANY_IMAGE):
+    if not media_type or media_type in RAW_TYPES or media_type.startswith("image/"):  # of whatever format
         return [await read_body(receive, headers, limits)]
     if media_type == "multipart/form-data":
         form = _Form(content_type, limits)
@@ -74,7 +59,7 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
         return form.finish()
     if media_type == "application/json":
         return await parse(turn, _images_of_json, await read_body(receive, headers, limits), limits)
-    if media_type == _CURLS_OWN:
+    if media_type == _CURL_DEFAULT:
         body = await read_body(receive, headers, limits)
         if begins_as_an_image(body):
             return [body]
@@ -84,9 +69,9 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
 
 
 async def parse(turn: asyncio.Lock, function: Callable[..., Read], body: bytes, *arguments: Any) -> Read:
-    """`function(body, *arguments)`; of a long body in a thread, and of one at a time, as nobody counts what it makes.
+    """`function(body, *arguments)`; a long body in a thread, one at a time, as the memory it takes is not counted.
 
-    Who gives up leaves the turn to the thread until it has finished.
+    After a cancellation the thread keeps the turn until it has finished.
     """
     if len(body) <= LONG_JSON_BYTES:
         return function(body, *arguments)
@@ -96,11 +81,11 @@ async def parse(turn: asyncio.Lock, function: Callable[..., Read], body: bytes, 
     try:
         return await asyncio.shield(running)
     finally:
-        del running  # or its exception would hold itself, by its traceback, and the body
+        del running  # or the traceback of its exception would keep the body alive
 
 
 def load_json(document: bytes) -> Any:
-    """What JSON holds. Raises ValueError where it is not valid; refuses so much that reading it holds others up."""
+    """Parses JSON. Raises ValueError if it is not valid; refuses documents that would hold up other requests."""
     num_lists = document.count(b"[") + document.count(b"{")
     num_values = document.count(b",") + num_lists
     if num_lists > MAX_JSON_LISTS or num_values > MAX_JSON_VALUES:
@@ -113,7 +98,7 @@ def load_json(document: bytes) -> Any:
 
 
 async def within_deadline(reading: Awaitable[Read], deadline: float, limits: Limits) -> Read:
-    """What `reading` gives; refuses a request that is not complete at the loop's time `deadline`."""
+    """Awaits `reading`; refuses a request that is not complete at the loop's time `deadline`."""
     try:
         async with asyncio.timeout_at(deadline):
             return await reading
@@ -135,7 +120,7 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], limits: Limit
 async def _receive_body(
     take: Callable[[bytes], None], receive: Receive, headers: dict[bytes, bytes], limits: Limits
 ) -> None:
-    """Give `take` the body as it comes; refused by its announced length, or as soon as more than the limit has come."""
+    """Call `take` with each chunk; refuses by the announced length, or as soon as the limit is exceeded."""
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced) > limits.max_body_bytes:
         raise _too_large(limits)
@@ -152,15 +137,15 @@ async def _receive_body(
 
 
 class _Form:
-    """The files of a form, part by part as they come. What is no file, or one too many, ends it at once."""
+    """Collects the files of a form as they arrive; refuses text fields and too many files at once."""
 
     def __init__(self, content_type: str, limits: Limits) -> None:
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
-            raise Problem(BAD_REQUEST, "the form cannot be read: its Content-Type has no boundary")
+            raise _unreadable_form("its Content-Type has no boundary")
         self._limits = limits
         self._files: list[bytearray] = []
-        self._unchosen: set[int] = set()  # what a browser sends of a file input that was left empty
+        self._unchosen: set[int] = set()  # empty file inputs, which browsers send too
         self._header_name = self._disposition = b""
         self._is_whole = False
         callbacks: Any = {
@@ -175,22 +160,22 @@ class _Form:
         try:
             self._parser = MultipartParser(boundary, callbacks)
         except FormParserError as error:
-            raise Problem(BAD_REQUEST, f"the form cannot be read: {error}") from error
+            raise _unreadable_form(error) from error
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes of the body."""
         try:
             self._parser.write(chunk)
         except FormParserError as error:
-            raise Problem(BAD_REQUEST, f"the form cannot be read: {error}") from error
+            raise _unreadable_form(error) from error
 
     def finish(self) -> list[bytes]:
         """The bytes of every file; refuses a form that ends too early or holds none."""
         if not self._is_whole:
-            raise Problem(BAD_REQUEST, "the form cannot be read: it ends before its last boundary")
+            raise _unreadable_form("it ends before its last boundary")
         files = [bytes(file) for index, file in enumerate(self._files) if file or index not in self._unchosen]
         if not files:
-            raise Problem(BAD_REQUEST, "the form holds no file; with curl: -F image=@image.png")
+            raise Problem(BAD_REQUEST, "the form contains no file; with curl: -F image=@image.png")
         return files
 
     def _begin_part(self) -> None:
@@ -228,7 +213,7 @@ def _images_of_json(body: bytes, limits: Limits) -> list[bytes]:
     try:
         document = load_json(body)
     except ValueError as error:
-        raise Problem(BAD_REQUEST, f"the body is no JSON: {error}") from error
+        raise Problem(BAD_REQUEST, f"the body is not valid JSON: {error}") from error
     images = document.get("images") if isinstance(document, dict) else None
     if not isinstance(images, list) or not images:
         raise Problem(BAD_REQUEST, 'the JSON must be {"images": ["<base64>", ...]} with one image or more')
@@ -240,7 +225,7 @@ def _images_of_json(body: bytes, limits: Limits) -> list[bytes]:
 def _from_base64(index: int, text: Any) -> bytes:
     """Plain or URL-safe base64, in one line or many, with or without `data:image/png;base64,` before it."""
     if not isinstance(text, str):
-        raise Problem(BAD_REQUEST, f"images[{index}] is no base64 text: it is no string")
+        raise Problem(BAD_REQUEST, f"images[{index}] is not base64: it is not a string")
     if text[:5].lower() == "data:":
         head, _, text = text.partition(",")
         if not head.lower().endswith(";base64"):
@@ -248,7 +233,11 @@ def _from_base64(index: int, text: Any) -> bytes:
     try:
         return base64.b64decode(text.encode("ascii").translate(_URL_SAFE, b" \t\r\n\v\f"), validate=True)
     except ValueError as error:
-        raise Problem(BAD_REQUEST, f"images[{index}] is no base64 text: {error}") from error
+        raise Problem(BAD_REQUEST, f"images[{index}] is not base64: {error}") from error
+
+
+def _unreadable_form(reason: object) -> Problem:
+    return Problem(BAD_REQUEST, f"the form cannot be read: {reason}")
 
 
 def _too_large(limits: Limits) -> Problem:

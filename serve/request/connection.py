@@ -1,45 +1,45 @@
-"""One connection of uvicorn's: nobody is slow or endless on it, and what is not valid HTTP gets a problem document."""
+"""One HTTP connection: clients can be neither slow nor endless, and invalid HTTP is answered by a problem document."""
 
 import asyncio
 from collections.abc import Callable
 from typing import Literal
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from serve.request.one_write import AtOnce
+from serve.request.one_write import OneWrite
 from serve.request.open_connections import Door
 from serve.request.predict import BODY_IS_HERE, REFUSAL
 from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, Problem
+from serve.request.uvicorn_internals import HttpToolsProtocol, RequestResponseCycle, last_cycle
 
-HEADERS_S = 10.0  # from a connection's or a request's first byte to the end of its headers
-WRITE_S = 30.0  # for a client to read what it asked for
+HEADERS_S = 10.0  # from the first byte of a connection or request to the end of its headers
+WRITE_S = 30.0  # for a client to read its answer
 MAX_HEADER_BYTES = 2**16
-_HEADER_BYTES = 32  # that each header or trailer counts more than its text, as in HTTP/2: RFC 9113, 6.5.2
+_HEADER_BYTES = 32  # added for each header or trailer, as in HTTP/2: RFC 9113, 6.5.2
 MAX_DROPPED_BYTES = 2**20  # after the last answer of a connection
 MAX_PIPELINED = 64  # requests that wait for the answer to the one before
-_FRAMING_PER_BODY_BYTE = 8  # what chunks may cost: one of a single byte takes five bytes more
+_FRAMING_PER_BODY_BYTE = 8  # allowed for chunks: one of a single byte takes five bytes more
 _PROBE_S = 0.25
 _CLOSE = {"Connection": "close"}
 _RETRY = {**_CLOSE, "Retry-After": "1"}
 
 
 class Connection(HttpToolsProtocol):
-    """Bounds what uvicorn leaves open: headers, trailers, chunk extensions, blank lines, pipelining, unread answers.
+    """Bounds what uvicorn does not: headers, trailers, chunk extensions, blank lines, pipelining, unread answers.
 
-    What is refused here becomes a request of its own with a refusal in its scope, so that it has an id, a line in the
-    log and its turn behind the answers before it. A body has the deadline of its request (body.py), and whatever
-    comes after an answer, but the next request, the limit of uvicorn's between two requests.
+    A refusal becomes a request with the problem in its scope, so that it has an id, a line in the log and its turn
+    behind earlier answers. A body has the deadline of its request (body.py). Between two requests, uvicorn's own limit
+    applies.
     """
 
     headers_s = HEADERS_S
     write_s = WRITE_S
     _stage: Literal["between", "headers", "body"] = "between"  # of the request that is being read
-    _timer: asyncio.TimerHandle | None = None  # while headers are awaited, or a client that has stopped sending waits
+    _timer: asyncio.TimerHandle | None = None  # for the headers, or for a client that has stopped sending
     _write_timer: asyncio.TimerHandle | None = None
     _num_header_bytes = 0
     _num_body_bytes = 0  # of what is being parsed
-    _num_unpaid_bytes = 0  # of framing that no body came with
+    _num_unpaid_bytes = 0  # of framing beyond what the body allows
     _has_begun = False  # a request, in what is being parsed
     _is_deaf = False  # after a refusal nothing more is read
 
@@ -79,7 +79,7 @@ class Connection(HttpToolsProtocol):
                 self._await_headers()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether an answer is still to be sent: a client may stop sending as soon as its request is whole."""
+        """Whether to keep the socket open: a client may stop sending once its request is complete."""
         if self._stage != "between" or self.cycle is None or self.cycle.response_complete:
             return False
         self.cycle.keep_alive = False
@@ -91,10 +91,10 @@ class Connection(HttpToolsProtocol):
         self._await_reader()
 
     def timeout_keep_alive_handler(self) -> None:
-        if self._stage != "headers":  # they have a limit of their own
+        if self._stage != "headers":  # which have their own limit
             super().timeout_keep_alive_handler()
 
-    # What the parser finds
+    # Callbacks of the parser
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -106,7 +106,7 @@ class Connection(HttpToolsProtocol):
         self._num_header_bytes += len(name) + len(value) + _HEADER_BYTES
         if self._num_header_bytes > MAX_HEADER_BYTES:
             raise _headers_too_large()
-        if self._stage != "body":  # there it is a trailer, which nobody reads: RFC 9110, 6.5.1
+        if self._stage != "body":  # trailers are dropped: RFC 9110, 6.5.1
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -116,7 +116,7 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         self._stage = "body"
         self._end_timer()
-        self._unset_keepalive_if_required()  # of an answer that left while these headers came
+        self._unset_keepalive_if_required()  # of an answer that was sent while these headers arrived
 
     def on_body(self, body: bytes) -> None:
         self._num_body_bytes += len(body)
@@ -127,7 +127,7 @@ class Connection(HttpToolsProtocol):
             return
         super().on_message_complete()
         self._stage = "between"
-        self.scope["extensions"] = {BODY_IS_HERE: {}}  # read before the first `receive`, it saves a timer
+        self.scope["extensions"] = {BODY_IS_HERE: {}}  # the handler sets no timer if the body is complete
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -137,10 +137,10 @@ class Connection(HttpToolsProtocol):
             self._await_reader()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Callable[..., object]) -> None:
-        cycle.send = AtOnce(cycle)  # type: ignore[method-assign]
+        cycle.send = OneWrite(cycle)  # type: ignore[method-assign]
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
-    # What is refused
+    # Refusals
 
     def _check_headers(self) -> None:
         if self._num_header_bytes + len(self.url) > MAX_HEADER_BYTES:
@@ -153,7 +153,7 @@ class Connection(HttpToolsProtocol):
             raise Problem(OVERLOADED, detail, _RETRY)
 
     def _bound_framing(self, num_bytes: int) -> None:
-        """Count what came without a body; what is left of a block that begins a request cannot be told apart."""
+        """Count bytes that are not of a body, except in a block in which a request begins."""
         if self._has_begun:
             return
         framing = num_bytes - self._num_body_bytes
@@ -167,10 +167,10 @@ class Connection(HttpToolsProtocol):
             self._refuse(_headers_too_large() if self._stage == "headers" else _too_much_framing())
 
     def _ignore_upgrade(self, rest: bytes) -> None:
-        """Read the request once more as if it asked for no other protocol: the parser drops its body otherwise."""
+        """Parse the request again without its Upgrade header: the parser would drop its body."""
         kept = [field for field in self.headers if field[0] != b"upgrade"]
         if len(kept) == len(self.headers):
-            return self._refuse(Problem(BAD_REQUEST, "CONNECT asks for a proxy, which this server is not", _CLOSE))
+            return self._refuse(Problem(BAD_REQUEST, "CONNECT asks for a proxy; this server is not one", _CLOSE))
         first = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
         head = first + b"".join(b"%b: %b\r\n" % field for field in kept)
         self.parser = httptools.HttpRequestParser(self)
@@ -178,7 +178,7 @@ class Connection(HttpToolsProtocol):
         self.data_received(head + b"\r\n" + rest)
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer with `problem` after what is being answered, and listen no more."""
+        """Answer with `problem` after the answers before it, and read no more."""
         stage, self._stage, self._is_deaf = self._stage, "between", True
         self._end_timer()
         if stage == "body":
@@ -189,42 +189,27 @@ class Connection(HttpToolsProtocol):
         scope = {"method": method, "path": url.decode("latin-1"), "query_string": b"", REFUSAL: problem}
         super().on_message_begin()
         self.scope.update(scope)  # type: ignore[typeddict-item]
-        before, self.cycle = self.cycle, self._make_cycle()
+        before, self.cycle = self.cycle, last_cycle(self)
         if before is None or before.response_complete:
             self._start_asgi_task(self.cycle, self.app)
         else:
             self.pipeline.appendleft((self.cycle, self.app))  # type: ignore[arg-type]
 
     def _cut_off(self, problem: Problem) -> None:
-        """End a request whose body is being read; one that is answered needs no more words."""
+        """End a request whose body is being read; if it is answered already, close the connection."""
         if self.cycle.response_complete:
             self.transport.close()
         else:
             self.cycle.scope[REFUSAL] = problem  # type: ignore[typeddict-unknown-key]
             self.cycle.message_event.set()
 
-    def _make_cycle(self) -> RequestResponseCycle:
-        return RequestResponseCycle(
-            scope=self.scope,
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=False,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=False,
-            keep_alive=False,
-            on_response=self.on_response_complete,
-        )
-
     def _drop(self, data: bytes) -> None:
-        """Let a client finish that has not read its refusal yet, which a closed socket would take back."""
+        """Let the client finish sending: closing the socket earlier would take the refusal back with a reset."""
         self._num_unpaid_bytes += len(data)
         if self._num_unpaid_bytes > MAX_DROPPED_BYTES:
             self.transport.abort()
 
-    # Time
+    # Timers
 
     def _await_headers(self) -> None:
         self._timer = self.loop.call_later(self.headers_s, self.transport.close)
@@ -239,7 +224,7 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
 
     def _probe(self) -> None:
-        """Write to a client that stopped sending: one that has gone answers with a reset, and the request ends."""
+        """Write to a client that stopped sending. If it has gone, a reset comes back and ends the request."""
         if self.cycle.response_started:
             return
         if not self.pipeline and not self.flow.write_paused and self.cycle.scope["http_version"] != "1.0":
@@ -253,7 +238,7 @@ class Connection(HttpToolsProtocol):
 
 
 def _problem_of(error: httptools.HttpParserError) -> Problem:
-    """What a callback raised, or the parser's own reason."""
+    """The problem that a callback raised, or the parser's own reason."""
     if isinstance(error.__context__, Problem):
         return error.__context__
     reason = "its address is not valid" if isinstance(error, httptools.HttpParserCallbackError) else str(error)

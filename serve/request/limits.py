@@ -1,44 +1,45 @@
-"""What requests may ask of the server, each alone and all together."""
+"""The most that single requests and all requests together may take."""
 
 import math
 from dataclasses import dataclass, replace
 
 from common.image import MAX_PIXELS
 from common.refusal import Refusal
+from serve.config import ServeConfig
 from serve.decode.weigh import LIGHT
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server holds at most: `max_body_bytes` of one body, `max_held_bytes` of all, `max_queue` images."""
+    """Of one process. The defaults are those of the command line."""
 
-    max_body_bytes: int = 20 * 2**20
-    max_held_bytes: int = 128 * 2**20  # of all requests that are not answered yet
-    max_decoded_bytes: int = 384 * 2**20  # that all decoders take at once
-    max_images: int = 64  # of one request
-    max_pixels: int = MAX_PIXELS  # of each image, as its header announces
-    max_batch: int = 32  # images that the model computes at once
-    max_queue: int = 1024  # images accepted and not answered yet
-    max_connections: int = 2048  # open at once
-    deadline_s: float = 30.0  # from a request's first byte to its answer
+    max_body_bytes: int = int(ServeConfig.max_body_mb * 1e6)  # of one request
+    max_held_bytes: int = int(ServeConfig.max_held_mb * 1e6)  # of all requests that are not answered yet
+    max_decoded_bytes: int = int(ServeConfig.max_decoded_mb * 1e6)  # of all decoders together
+    max_images: int = ServeConfig.max_images  # of one request
+    max_pixels: int = MAX_PIXELS  # of each image, by its header
+    max_batch: int = ServeConfig.max_batch  # images that the model computes at once
+    max_queue: int = ServeConfig.max_queue  # images accepted and not answered yet
+    max_connections: int = ServeConfig.max_connections  # open at once
+    deadline_s: float = ServeConfig.deadline_ms / 1000  # from a request's first byte to its answer
     decode_threads: int = 1  # 0: the thread that runs the model decodes too
-    decode_s: float = 10.0  # of processor time that one image may take
-    probe_every_s: float = 60.0  # between two questions of the server to its own model; 0: it asks none
+    decode_s: float = 10.0  # of processor time for one image
+    probe_every_s: float = ServeConfig.probe_every  # between two checks of the model's own answers; 0: never
 
     @property
     def decode_processes(self) -> int:
-        """For what is too heavy for a thread of the server; each is started when it is first needed."""
+        """For images that are too heavy for a thread; each is started when it is first needed."""
         return max(1, self.decode_threads)
 
     @property
     def heavy_bytes(self) -> int:
-        """What these processes take at once: all but the threads' share."""
+        """The memory that these processes may take at once: all but the threads' share."""
         return self.max_decoded_bytes - max(1, self.decode_threads) * LIGHT.num_bytes
 
     def of_each(self, num_processes: int) -> "Limits":
-        """What each of so many processes may hold, for all to keep to these limits: a share, or one whole request.
+        """The limits of each of `num_processes` that keep to these together: a share, or one whole request.
 
-        What single images are decoded with is one amount for all of them (`HostBudget`); threads have theirs each.
+        Memory for heavy images is one amount for all processes (`HostBudget`); threads have a share each.
         """
         others = (num_processes - 1) * max(1, self.decode_threads) * LIGHT.num_bytes
         if self.heavy_bytes - others < LIGHT.num_bytes:

@@ -1,11 +1,12 @@
-"""How an answer leaves: in one write."""
+"""The `send` of a request, which writes status, headers and body to the socket at once."""
 
 from starlette.types import Message
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+
+from serve.request.uvicorn_internals import STATUS_LINE, RequestResponseCycle
 
 
-class AtOnce:
-    """The `send` of a request: an answer of one known piece leaves in one write; any other goes uvicorn's own way."""
+class OneWrite:
+    """Sends an answer whose body is one piece of announced length in one write; leaves any other to uvicorn."""
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
@@ -19,12 +20,12 @@ class AtOnce:
         start, self._start = self._start, None
         if start is None:
             await self._send(message)  # type: ignore[arg-type]
-        elif not self._answer(start["status"], start["headers"], message):
+        elif not self._write_whole(start["status"], start["headers"], message):
             await self._send(start)  # type: ignore[arg-type]
             await self._send(message)  # type: ignore[arg-type]
 
-    def _answer(self, status: int, headers: list[tuple[bytes, bytes]], message: Message) -> bool:
-        """Write the whole answer, unless it is not whole or needs more than that."""
+    def _write_whole(self, status: int, headers: list[tuple[bytes, bytes]], message: Message) -> bool:
+        """Whether `message` completes the answer, which is then written."""
         cycle, body = self._cycle, message.get("body", b"")
         fields = dict(headers)
         is_whole = (

@@ -1,4 +1,4 @@
-"""How many connections are open at once: counted, bounded, and never more than the files that a process may open."""
+"""Open connections: counted, and bounded by the command line and by the files that the process may open."""
 
 import logging
 import sys
@@ -7,9 +7,9 @@ from time import monotonic
 
 _log = logging.getLogger(__name__)
 
-SPARE_FILES = 128  # of a process: for models, logs, libraries, and connections that are being turned away
-MAX_TURNED_AWAY = SPARE_FILES // 2  # connections beyond the limit that hear why; whoever comes on top is cut off
-_QUIET_S = 60.0  # between two lines of the log about a full server
+SPARE_FILES = 128  # for models, logs, libraries, and connections that are being refused
+MAX_TURNED_AWAY = SPARE_FILES // 2  # connections beyond the limit that are told why; any more are cut off
+_QUIET_S = 60.0  # between two log lines about a full server
 
 
 class Door:
@@ -24,16 +24,16 @@ class Door:
 
     @property
     def is_full(self) -> bool:
-        """Whether more connections are open than may be, the one that has just come included."""
+        """Whether more connections are open than allowed, including the newest."""
         return self.num_open > self.max_connections
 
     @property
     def is_overrun(self) -> bool:
-        """Whether there is no room left to turn anybody away with an answer."""
+        """Whether there is no room left to refuse a connection with an answer."""
         return self.num_open > self.max_connections + MAX_TURNED_AWAY
 
     def enter(self) -> None:
-        """One connection more."""
+        """Count a new connection."""
         self.num_open += 1
         self.on_change(self.num_open)
         if self.is_full:
@@ -41,7 +41,7 @@ class Door:
             self._say_full()
 
     def leave(self) -> None:
-        """One connection less."""
+        """Count a closed connection."""
         self.num_open -= 1
         self.on_change(self.num_open)
 
@@ -57,7 +57,7 @@ class Door:
 
 
 def fit_to_files(max_connections: int) -> int:
-    """`max_connections`, or as many as the process may open files for: its own limit is raised as far as it can be."""
+    """`max_connections`, or as many as the process may open files for, once its limit is raised as far as possible."""
     if sys.platform == "win32":
         return max_connections
     import resource

@@ -1,4 +1,8 @@
-"""What every request passes first, and all of `POST /predict`: neither routing nor validation by schema is paid."""
+"""One request, top to bottom.
+
+`RequestHandler` stands before the FastAPI app. It answers `POST /predict` itself, so that a prediction pays neither for
+routing nor for validation by schema, and passes every other request on.
+"""
 
 import asyncio
 import itertools
@@ -21,9 +25,10 @@ from serve.request.limits import Limits
 from serve.request.problems import Problem
 
 TOP_K = 5
-BODY_IS_HERE = "diracnet.body"  # an extension of the scope: the whole body has come, and nothing waits for it
+BODY_IS_HERE = "diracnet.body"  # an extension of the scope: the whole body has arrived
 REFUSAL = "diracnet.refusal"  # in the scope: the Problem that the connection found with its request
-_NOBODY = 499  # the client went away: no status is sent, this one is logged
+_NOBODY = 499  # logged when the client has gone and no status is sent
+_NO_HEADERS: dict[str, str] = {}
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
@@ -32,23 +37,7 @@ _numbers = itertools.count(1)
 
 
 class Visit:
-    """One request and what became of it. Times in seconds; those of the job are 0 where there was none."""
-
-    __slots__ = (
-        "body_bytes",
-        "client",
-        "decode_s",
-        "id",
-        "method",
-        "model_s",
-        "num_images",
-        "path",
-        "queue_s",
-        "start",
-        "status",
-        "total_s",
-        "traceparent",
-    )
+    """One request and its outcome. Times are in seconds; those of the job are 0 for a request without one."""
 
     def __init__(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         self.start = monotonic()
@@ -61,25 +50,21 @@ class Visit:
         self.decode_s = self.queue_s = self.model_s = self.total_s = 0.0
 
     def take(self, job: Job) -> None:
-        """Remember what a job cost."""
+        """Record the number of images and the times of a job."""
         self.num_images = job.num_images
         self.decode_s, self.queue_s, self.model_s = job.decode_s, job.queue_s, job.model_s
 
     def server_timing(self) -> bytes:
         """The header of that name, in milliseconds."""
-        return b"decode;dur=%.2f, queue;dur=%.2f, model;dur=%.2f, total;dur=%.2f" % (
-            1000 * self.decode_s,
-            1000 * self.queue_s,
-            1000 * self.model_s,
-            1000 * self.total_s,
-        )
+        times_ms = (1000 * self.decode_s, 1000 * self.queue_s, 1000 * self.model_s, 1000 * self.total_s)
+        return b"decode;dur=%.2f, queue;dur=%.2f, model;dur=%.2f, total;dur=%.2f" % times_ms
 
 
-Observer = Callable[[Visit], None]  # learns of every finished request
+Observer = Callable[[Visit], None]  # called with every finished request
 
 
-class Hot:
-    """In front of the FastAPI app, which answers what is not `POST /predict`."""
+class RequestHandler:
+    """The ASGI app of all HTTP requests. `app` answers those that are not `POST /predict`."""
 
     def __init__(
         self, app: ASGIApp, *, batcher: Batcher, limits: Limits, access: Access, observers: Sequence[Observer]
@@ -92,8 +77,6 @@ class Hot:
         self._held_bytes = 0  # of bodies whose requests are not answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
         scope["visit"] = visit = Visit(scope, headers)
         receive = self._holding(receive, visit, scope)
@@ -103,9 +86,9 @@ class Hot:
             self._access.check(visit.path, headers)
             if visit.path == "/predict" and visit.method == "POST":
                 body = await self._predict(scope, headers, receive, visit)
-                await _answer(send, visit, 200, body)
+                await _answer(send, visit, 200, body, b"application/json", _NO_HEADERS)
             else:
-                if visit.method == "HEAD":  # the answer to GET, whose body the server leaves away
+                if visit.method == "HEAD":  # answered as GET; uvicorn omits the body
                     scope = {**scope, "method": "GET"}
                 await self._app(scope, receive, _with_id(send, visit))
         except Problem as problem:
@@ -125,7 +108,7 @@ class Hot:
             self.finish(visit)
 
     def hold(self, visit: Visit, num_bytes: int) -> None:
-        """Count what is held of all bodies; refuses more of it than the limit."""
+        """Count bytes of a body; refuses more than the limit of all bodies together."""
         visit.body_bytes += num_bytes
         self._held_bytes += num_bytes
         if self._held_bytes + self._batcher.decoding.given_up_bytes > self._limits.max_held_bytes:
@@ -133,14 +116,14 @@ class Hot:
             raise Problem(problems.OVERLOADED, detail, {"Retry-After": "1"})
 
     def finish(self, visit: Visit) -> None:
-        """Nothing of a request is held any more; whoever observes learns of it."""
+        """Release the bytes of a finished request and call the observers."""
         self._held_bytes -= visit.body_bytes
         visit.total_s = monotonic() - visit.start
         for observe in self._observers:
             observe(visit)
 
     def _holding(self, receive: Receive, visit: Visit, scope: Scope) -> Receive:
-        """`receive` that counts what comes (see `hold`)."""
+        """`receive` that counts bytes (see `hold`)."""
 
         async def receive_and_count() -> Message:
             message = await receive()
@@ -152,8 +135,8 @@ class Hot:
         return receive_and_count
 
     async def _predict(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, visit: Visit) -> bytes:
-        """Bytes of images in, the JSON of their answer out."""
-        self._batcher.check_room(1)  # before the body is read: what is refused anyway costs as little as possible
+        """`POST /predict`: bytes of images → decode → batch → model → JSON."""
+        self._batcher.check_room(1)  # before the body is read: refusing an overload must be cheap
         top_k = _top_k(scope["query_string"])
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
         reading = read_images(receive, headers, self._limits, self._batcher.turn)
@@ -174,13 +157,7 @@ def _top_k(query: bytes) -> int:
 
 
 async def _answer(
-    send: Send,
-    visit: Visit,
-    status: int,
-    body: bytes,
-    *,
-    media_type: bytes = b"application/json",
-    headers: dict[str, str] | None = None,
+    send: Send, visit: Visit, status: int, body: bytes, media_type: bytes, headers: dict[str, str]
 ) -> None:
     visit.status, visit.total_s = status, monotonic() - visit.start
     fields = [
@@ -190,20 +167,19 @@ async def _answer(
         _NO_SNIFFING,
         (b"server-timing", visit.server_timing()),
     ]
-    if headers:
-        fields += [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    for name, value in headers.items():
+        fields.append((name.lower().encode(), value.encode()))
     await send({"type": "http.response.start", "status": status, "headers": fields})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _refuse(send: Send, visit: Visit, problem: Problem) -> None:
-    media_type = problems.MEDIA_TYPE.encode()
-    status, body = problem.kind.status, problem.body(visit.path)
-    await _answer(send, visit, status, body, media_type=media_type, headers=problem.headers)
+    body, media_type = problem.body(visit.path), problems.MEDIA_TYPE.encode()
+    await _answer(send, visit, problem.kind.status, body, media_type, problem.headers)
 
 
 def _with_id(send: Send, visit: Visit) -> Send:
-    """`send` that adds the request's id and what its images cost, and remembers the status."""
+    """`send` that adds the request's id and its times, and records the status."""
 
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""Everything the server refuses, as `application/problem+json` (RFC 9457) with stable types."""
+"""Every refusal of the server, as `application/problem+json` (RFC 9457) with stable types."""
 
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -15,7 +15,7 @@ MEDIA_TYPE = "application/problem+json"
 
 @dataclass(frozen=True)
 class Kind:
-    """One row of the table of problems. `type` is what a client may rely on."""
+    """A kind of problem. Clients may rely on its `type`."""
 
     name: str
     status: int
@@ -44,7 +44,7 @@ NOT_A_NUMBER = Kind("not-a-number", 500, "The model gave values that are no numb
 NOT_READY = Kind("not-ready", 503, "The server is starting or stopping")
 OVERLOADED = Kind("overloaded", 503, "Too much is waiting")
 DEADLINE = Kind("deadline", 504, "The answer took too long")
-# What a request for a prediction may end with, whichever way it is asked.
+# How a request for a prediction may end, over every route and gRPC.
 OF_PREDICTION = (
     BAD_REQUEST,
     UNAUTHORIZED,
@@ -73,44 +73,30 @@ class Problem(Exception):
 
     def body(self, path: str) -> bytes:
         """The problem document for a request to `path`."""
-        return ProblemBody(self.kind.type, self.kind.title, self.kind.status, self.detail).to_json(path)
+        return _document(path, self.kind.type, self.kind.title, self.kind.status, self.detail)
 
 
-@dataclass(frozen=True)
-class ProblemBody:
-    """The members of a problem document."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-
-    def to_json(self, path: str) -> bytes:
-        """With the member `error` under /v2, where the Open Inference Protocol looks for the reason."""
-        reason = {"error": self.detail} if f"{path}/".startswith("/v2/") else {}
-        return orjson.dumps({**vars(self), **reason})
+def _document(path: str, type: str, title: str, status: int, detail: str) -> bytes:
+    """JSON, with the member `error` under /v2, where the Open Inference Protocol expects the reason."""
+    reason = {"error": detail} if f"{path}/".startswith("/v2/") else {}
+    return orjson.dumps({"type": type, "title": title, "status": status, "detail": detail, **reason})
 
 
 def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI `responses` of an operation that may end with one of `kinds`."""
-    schema = {
-        "type": "object",
-        "required": ["type", "title", "status", "detail"],
-        "properties": {
-            "type": {"type": "string", "format": "uri"},
-            "title": {"type": "string"},
-            "status": {"type": "integer"},
-            "detail": {"type": "string"},
-        },
-    }
+    text = {"type": "string"}
+    members = {"type": {**text, "format": "uri"}, "title": text, "status": {"type": "integer"}, "detail": text}
+    schema = {"type": "object", "required": list(members), "properties": members}
     responses: dict[int | str, dict[str, Any]] = {}
-    for kind in kinds:
-        response = responses.setdefault(
-            kind.status, {"description": "", "content": {MEDIA_TYPE: {"schema": schema, "examples": {}}}}
-        )
-        response["description"] = "; ".join(filter(None, (response["description"], kind.title)))
-        response["content"][MEDIA_TYPE]["examples"][kind.name] = {
-            "value": {"type": kind.type, "title": kind.title, "status": kind.status, "detail": "…"}
+    for status in {kind.status: None for kind in kinds}:
+        alike = [kind for kind in kinds if kind.status == status]
+        examples = {
+            kind.name: {"value": {"type": kind.type, "title": kind.title, "status": status, "detail": "…"}}
+            for kind in alike
+        }
+        responses[status] = {
+            "description": "; ".join(kind.title for kind in alike),
+            "content": {MEDIA_TYPE: {"schema": schema, "examples": examples}},
         }
     return responses
 
@@ -138,9 +124,9 @@ async def _answer_http_exception(request: Request, error: HTTPException) -> Resp
             allowed = headers["Allow"] = _with_head(headers.get("Allow", ""))
             detail = f"{request['path']} takes {allowed}, got {request['visit'].method}"
             return await _answer_problem(request, Problem(METHOD_NOT_ALLOWED, detail, headers))
-        case status:  # a status without a type of ours: RFC 9457, section 4.2.1
-            body = ProblemBody("about:blank", HTTPStatus(status).phrase, status, str(error.detail))
-            return Response(body.to_json(_path(request)), status, headers, MEDIA_TYPE)
+        case status:  # a status that has no type here: RFC 9457, section 4.2.1
+            body = _document(_path(request), "about:blank", HTTPStatus(status).phrase, status, str(error.detail))
+            return Response(body, status, headers, MEDIA_TYPE)
 
 
 async def _answer_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
@@ -149,7 +135,7 @@ async def _answer_invalid_parameter(request: Request, error: RequestValidationEr
 
 
 def _with_head(allowed: str) -> str:
-    """What gets an address may ask for its head too (serve/request/predict.py)."""
+    """An address that takes GET takes HEAD too (serve/request/predict.py)."""
     methods = allowed.split(", ")
     return ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
 

@@ -15,16 +15,15 @@ from serve.request.batcher import Batcher, Job
 from serve.request.body import parse, read_body, within_deadline
 from serve.request.limits import Limits
 from serve.request.problems import Problem
-from serve.v2.schema import INFER_REQUEST, INFER_RESPONSES
 from serve.v2.tensors import INPUT, OUTPUT, Inference, read_inference, write_answer
 
-VERSION = "1"  # the only one; what is swapped in takes the place of what was there
+VERSION = "1"  # of every model: a new one replaces the old
 HEADER_BYTES = "Inference-Header-Content-Length"
 _EXTENSIONS = ["binary_tensor_data", "classification"]
 
 
 class ServerMetadata(TypedDict):
-    """Which server this is, and what it takes beyond the protocol's core."""
+    """The server and its extensions of the protocol."""
 
     name: str
     version: str
@@ -40,7 +39,7 @@ class TensorMetadata(TypedDict):
 
 
 class ModelMetadata(TypedDict):
-    """What the model takes and gives. `images` may be BYTES [-1] too: files, decoded and resized by the server."""
+    """The model's tensors. `images` may be BYTES [-1] too: files, decoded and resized by the server."""
 
     name: str
     versions: list[str]
@@ -115,7 +114,7 @@ def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: 
         refuse_unready(request.app.state.is_ready, batcher)
         return {"name": model_name(batcher.served.model), "ready": True}
 
-    @router.post(f"{path}/infer", dependencies=known, responses=INFER_RESPONSES, openapi_extra=INFER_REQUEST)
+    @router.post(f"{path}/infer", dependencies=known, responses=_INFER_RESPONSES, openapi_extra=_INFER_REQUEST)
     async def infer(request: Request) -> Response:
         """Images in, logits or the best classes out, in JSON or as bytes behind it."""
         deadline = asyncio.get_running_loop().time() + limits.deadline_s
@@ -145,8 +144,7 @@ async def _read(request: Request, body: bytes, limits: Limits, turn: asyncio.Loc
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise Problem(problems.MEDIA_TYPE_UNKNOWN, f"send the body as it is, without Content-Encoding {encoding!r}")
-    header_bytes = request.headers.get(HEADER_BYTES)
-    return await parse(turn, read_inference, body, header_bytes, limits)
+    return await parse(turn, read_inference, body, request.headers.get(HEADER_BYTES), limits)
 
 
 def _answer(inference: Inference, job: Job) -> Response:
@@ -159,7 +157,7 @@ def _answer(inference: Inference, job: Job) -> Response:
 
 
 def refuse_unready(is_ready: bool, batcher: Batcher) -> None:
-    """Refuses while the server starts, stops, decodes nothing or answers its probe images wrongly."""
+    """Refuses while the server starts or stops, cannot decode, or answers its probe images wrongly."""
     if not is_ready:
         raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
     if not batcher.is_up:
@@ -171,17 +169,80 @@ def refuse_unready(is_ready: bool, batcher: Batcher) -> None:
 
 
 def refuse_unknown(name: str, version: str, model: Model) -> None:
-    """Refuses any model but the one that is here."""
+    """Refuses any model but the served one."""
     if (name, version) != (model_name(model), VERSION):
         served = f"{model_name(model)!r}, version {VERSION!r}"
         raise Problem(problems.NOT_FOUND, f"the model here is {served}; got {name[:60]!r}, version {version[:60]!r}")
 
 
 def refuse_other_size(inference: Inference, model: Model) -> None:
-    """Pixels go into the model as they are, so they must have its size."""
+    """Refuses pixels of another size than the model's: they are not resized."""
     image = model.spec.image
     wanted = (image.height, image.width, image.channels)
     if isinstance(inference.images, np.ndarray) and inference.images.shape[1:] != wanted:
         found = list(inference.images.shape)
         detail = f"{model.name} takes images of shape [N, {', '.join(map(str, wanted))}], got {found}"
         raise Problem(problems.BAD_REQUEST, f"{detail}; resize them, or send files as BYTES")
+
+
+# The OpenAPI schema of `infer`
+
+
+def _object(required: str, **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+def _parameters(**properties: Any) -> dict[str, Any]:
+    return {**_object("", **properties), "description": "What the server does not know is ignored."}
+
+
+def _array(items: dict[str, Any], **bounds: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, **bounds}
+
+
+_TEXT, _BOOLEAN, _POSITIVE = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 1}
+_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+_INPUT = _object(
+    "name shape datatype",
+    name={"const": INPUT},
+    shape=_array(_POSITIVE, minItems=1, maxItems=4),
+    datatype={"enum": ["UINT8", "BYTES"]},
+    data={"type": "array", "description": "Pixels from 0 to 255, flat or nested as the shape; or files in base64."},
+    parameters=_parameters(binary_data_size={"type": "integer", "minimum": 0}),
+)
+_ASKED = _object("name", name={"const": OUTPUT}, parameters=_parameters(classification=_POSITIVE, binary_data=_BOOLEAN))
+_INFERENCE = _object(
+    "inputs",
+    id=_TEXT,
+    parameters=_parameters(binary_data_output=_BOOLEAN),
+    inputs=_array(_INPUT, minItems=1, maxItems=1),
+    outputs=_array(_ASKED, maxItems=1),
+)
+_OUTPUT = _object(
+    "name shape datatype",
+    name={"const": OUTPUT},
+    shape=_array({"type": "integer"}, minItems=2, maxItems=2),
+    datatype={"enum": ["FP32", "BYTES"]},
+    data=_array({"type": ["number", "string"]}),
+)
+_ANSWER = _object(
+    "model_name model_version outputs",
+    model_name=_TEXT,
+    model_version=_TEXT,
+    id=_TEXT,
+    outputs=_array(_OUTPUT, minItems=1, maxItems=1),
+)
+_HEADER = {
+    "name": HEADER_BYTES,
+    "in": "header",
+    "description": "Bytes of JSON in the body; tensors follow it. Without this header all of the body is JSON.",
+    "schema": _POSITIVE,
+}
+_INFER_REQUEST: dict[str, Any] = {
+    "parameters": [_HEADER],
+    "requestBody": {"required": True, "content": {"application/json": {"schema": _INFERENCE}, **_BINARY}},
+}
+_INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "One row per image.", "content": {"application/json": {"schema": _ANSWER}, **_BINARY}},
+    **problems.documented(*problems.OF_PREDICTION, problems.NOT_FOUND),
+}

@@ -1,7 +1,7 @@
-"""Tensors of the Open Inference Protocol, in JSON or as bytes behind it: images come in, logits go out.
+"""Tensors of the Open Inference Protocol, in JSON or as bytes behind it: images in, logits out.
 
-A body is a JSON header, and behind it the bytes of tensors that are not in the header itself. The HTTP header
-`Inference-Header-Content-Length` says where the JSON ends; without it all of the body is JSON.
+A body is a JSON header followed by the bytes of tensors that are not in the header itself. The HTTP header
+`Inference-Header-Content-Length` says where the JSON ends; without it the whole body is JSON.
 """
 
 import base64
@@ -21,12 +21,11 @@ from serve.request.problems import BAD_REQUEST, TOO_MANY_IMAGES, Problem
 INPUT, OUTPUT = "images", "logits"
 _KINDS = {bool: "true or false", dict: "an object", int: "a whole number", list: "a list", str: "a string"}
 _SHOWN = 60  # characters of what was found
-_NO_TENSOR: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
 class Inference:
-    """One request: pixels uint8 [N, H, W, C] or N encoded files, and how its answer should look."""
+    """One request: pixels uint8 [N, H, W, C] or N encoded files, and the form of the answer."""
 
     id: str | None
     images: np.ndarray | list[bytes]
@@ -35,12 +34,12 @@ class Inference:
 
 
 def read_inference(body: bytes, header_bytes: str | None, limits: Limits) -> Inference:
-    """What a body asks for. `header_bytes` is Inference-Header-Content-Length as it came, or None."""
+    """Parses a body. `header_bytes` is the value of Inference-Header-Content-Length, or None."""
     header, binary = _split(body, header_bytes)
     try:
         request = load_json(header)
     except ValueError as error:
-        raise Problem(BAD_REQUEST, f"the inference header is no JSON: {error}") from error
+        raise Problem(BAD_REQUEST, f"the inference header is not valid JSON: {error}") from error
     if not isinstance(request, dict):
         raise Problem(BAD_REQUEST, f"the inference header must be an object, got {_brief(request)}")
     asked = _only_tensor(request, "outputs", OUTPUT)
@@ -87,10 +86,10 @@ def _split(body: bytes, header_bytes: str | None) -> tuple[bytes, bytes]:
 
 
 def _only_tensor(request: dict[str, Any], name: str, tensor: str) -> dict[str, Any]:
-    """The one entry of `inputs` or `outputs`; an empty one where a request leaves the outputs to the server."""
+    """The only entry of `inputs` or `outputs`; an empty one for a request without outputs."""
     entries = _member(request, name, list, [])
     if not entries and tensor == OUTPUT:
-        return _NO_TENSOR
+        return {}
     if len(entries) != 1 or not isinstance(entries[0], dict) or entries[0].get("name") != tensor:
         found = ", ".join(_brief(entry.get("name") if isinstance(entry, dict) else entry) for entry in entries[:5])
         raise Problem(BAD_REQUEST, f"{name} must be one tensor named {tensor!r}, got {found or 'none'}")
@@ -98,7 +97,7 @@ def _only_tensor(request: dict[str, Any], name: str, tensor: str) -> dict[str, A
 
 
 def check_tensor(datatype: str | None, shape: list[Any], limits: Limits) -> None:
-    """Refuses what is neither pixels [N, H, W, C] nor files [N], or more of them than one request may hold."""
+    """Refuses anything but pixels [N, H, W, C] and files [N], and more images than `limits.max_images`."""
     rank = {"UINT8": 4, "BYTES": 1}.get(datatype or "")
     if rank is None:
         raise Problem(BAD_REQUEST, f"images must be UINT8 pixels or BYTES of image files, got {_brief(datatype)}")
@@ -119,7 +118,7 @@ def read_binary(binary: bytes, datatype: str | None, shape: list[int]) -> np.nda
 
 
 def read_numbers(data: list[Any], shape: list[int]) -> np.ndarray:
-    """Pixels uint8 [N, H, W, C] from whole numbers, one after another."""
+    """Pixels uint8 [N, H, W, C] from a flat list of whole numbers."""
     if set(map(type, data)) - {int}:
         wrong = next(value for value in data if type(value) is not int)
         raise Problem(BAD_REQUEST, f"images in UINT8 must be whole numbers, got {_brief(wrong)}")
@@ -154,18 +153,14 @@ def _read_images(tensor: dict[str, Any], binary: bytes, limits: Limits) -> np.nd
 def _flat(tensor: dict[str, Any], shape: list[int]) -> list[Any]:
     """The numbers in `data`, which are flat or nested as the shape."""
     data = _member(tensor, "data", list, [], of=INPUT)
-    if data and isinstance(data[0], list):
-        if len(data) != shape[0]:
-            raise _unlike(shape)
-        for size in shape[1:]:
-            if not all(isinstance(row, list) and len(row) == size for row in data):
-                raise _unlike(shape)
-            data = list(chain.from_iterable(data))
-    return data
-
-
-def _unlike(shape: list[int]) -> Problem:
-    return Problem(BAD_REQUEST, f"the data of images is neither flat nor nested as its shape {shape}")
+    if not data or not isinstance(data[0], list):
+        return data
+    rows = [data]
+    for size in shape:
+        if not all(isinstance(row, list) and len(row) == size for row in rows):
+            raise Problem(BAD_REQUEST, f"the data of images is neither flat nor nested as its shape {shape}")
+        rows = list(chain.from_iterable(rows))
+    return rows
 
 
 def _from_base64(tensor: dict[str, Any]) -> list[bytes]:
@@ -189,10 +184,9 @@ def _cut(binary: bytes) -> Iterator[bytes]:
 
 
 def counted(elements: Any, shape: list[int]) -> Any:
-    """`elements`, where there are as many as the shape says."""
-    if len(elements) != math.prod(shape):
-        found = f"got {len(elements):,}"
-        raise Problem(BAD_REQUEST, f"images of shape {shape} need {math.prod(shape):,} elements, {found}")
+    """`elements`; refuses another number of them than the shape needs."""
+    if len(elements) != (wanted := math.prod(shape)):
+        raise Problem(BAD_REQUEST, f"images of shape {shape} need {wanted:,} elements, got {len(elements):,}")
     return elements
 
 
@@ -212,7 +206,7 @@ def best_classes(logits: np.ndarray, labels: tuple[str, ...], num_classes: int) 
 
 
 def _member(members: dict[str, Any], name: str, kind: type, default: Any, *, of: str = "the request") -> Any:
-    """The member `name`, or `default` where it is missing or null; refuses one of another kind."""
+    """The member `name`, or `default` if it is missing or null; refuses one of another type."""
     value = members.get(name)
     if value is None:
         return default
@@ -222,7 +216,7 @@ def _member(members: dict[str, Any], name: str, kind: type, default: Any, *, of:
 
 
 def _brief(value: Any) -> str:
-    """What was found, in a few characters."""
+    """A value in a few characters."""
     match value:
         case list() | dict():
             return _KINDS[type(value)]

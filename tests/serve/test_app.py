@@ -139,12 +139,12 @@ def test_a_wrong_top_k_is_refused(client, pixels, encode, top_k):
         (b"hello", {"Content-Type": "text/plain"}, 415, "media-type", "got text/plain"),
         (b"x", {"Content-Type": "application/x-www-form-urlencoded"}, 415, "media-type", "with curl: --data-binary"),
         (b"x" * 20_001, PNG, 413, "too-large", "larger than 20,000 bytes"),
-        (b"{", {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
-        (b"[" * 19_000, {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
+        (b"{", {"Content-Type": "application/json"}, 400, "bad-request", "the body is not valid JSON"),
+        (b"[" * 19_000, {"Content-Type": "application/json"}, 400, "bad-request", "the body is not valid JSON"),
         (b"[]", {"Content-Type": "application/json"}, 400, "bad-request", 'must be {"images"'),
         (b'{"images": []}', {"Content-Type": "application/json"}, 400, "bad-request", 'must be {"images"'),
-        (b'{"images": ["?"]}', {"Content-Type": "application/json"}, 400, "bad-request", "images[0] is no base64"),
-        (b'{"images": [1]}', {"Content-Type": "application/json"}, 400, "bad-request", "images[0] is no base64"),
+        (b'{"images": ["?"]}', {"Content-Type": "application/json"}, 400, "bad-request", "images[0] is not base64"),
+        (b'{"images": [1]}', {"Content-Type": "application/json"}, 400, "bad-request", "images[0] is not base64"),
         (b'{"images": ["data:,abc"]}', JSON, 400, "bad-request", "images[0] is a data URL without base64"),
         (b"x", {"Content-Type": "image/png", "Content-Encoding": "gzip"}, 415, "media-type", "encoded as gzip; send"),
         (
@@ -156,10 +156,16 @@ def test_a_wrong_top_k_is_refused(client, pixels, encode, top_k):
         ),
         (b"x", {"Content-Type": "image/avif"}, 422, "undecodable", "not a PNG"),
         (b"", {"Content-Type": "application/x-www-form-urlencoded"}, 400, "bad-request", "the request has no body"),
-        (b'{"images": ["\xff"]}', {"Content-Type": "application/json"}, 400, "bad-request", "the body is no JSON"),
+        (
+            b'{"images": ["\xff"]}',
+            {"Content-Type": "application/json"},
+            400,
+            "bad-request",
+            "the body is not valid JSON",
+        ),
         (b"--", {"Content-Type": "multipart/form-data"}, 400, "bad-request", "the form cannot be read"),
         (b"x", {"Content-Type": "multipart/form-data; boundary=a"}, 400, "bad-request", "the form"),
-        (b"--a--\r\n", {"Content-Type": "multipart/form-data; boundary=a"}, 400, "bad-request", "holds no file"),
+        (b"--a--\r\n", {"Content-Type": "multipart/form-data; boundary=a"}, 400, "bad-request", "contains no file"),
     ],
 )
 def test_what_cannot_be_used_is_a_problem(client, body, headers, status, name, detail):
@@ -189,7 +195,7 @@ def test_a_file_input_that_was_left_empty_is_left_out(client, pixels, encode):
     body = chosen + encode(pixels[0]) + b"\r\n" + unchosen + b"\r\n--a--\r\n"
     assert len(client.post("/predict", content=body, headers=headers).json()["results"]) == 1
     response = client.post("/predict", content=unchosen + b"\r\n--a--\r\n", headers=headers)
-    assert_problem(response, 400, "bad-request", "the form holds no file")
+    assert_problem(response, 400, "bad-request", "the form contains no file")
 
 
 def test_a_jpeg_without_its_last_bytes_is_said_to_be_cut_short(client, pixels, encode):

@@ -10,7 +10,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from common.refusal import Refusal
-from serve.decode.decode import decode_image
+from serve.decode.pool import decode_image
 from serve.request.batcher import Batcher, Served
 from serve.request.limits import Limits
 from serve.request.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, UNDECODABLE, Problem

@@ -118,14 +118,14 @@ def test_what_cannot_be_a_cascade_is_refused(forms):
         ((forms[0], forms[0]), {}, r"is fp32; export both from one plain\.safetensors"),
         ((forms[0], forms[1].with_suffix(".engine")), {}, r"is not an \.onnx file"),
         ((forms[0], forms[1].with_name("missing.onnx")), {}, "No such file"),
-        (forms, {"runtime": "mnn"}, "leave --runtime mnn out"),
+        (forms, {"runtime": "mnn"}, "leave out --runtime mnn"),
     ):
         with pytest.raises(Refusal, match=message):
             decide(ServeConfig(paths, cascade=True, **options))
 
 
 def test_a_cascade_has_no_shadow(forms):
-    with pytest.raises(Refusal, match="--cascade serves two as one; leave one of them out"):
+    with pytest.raises(Refusal, match="--cascade serves two as one; leave out one of them"):
         ServeConfig(forms, cascade=True, shadow=forms[0])
 
 

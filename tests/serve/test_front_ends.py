@@ -208,8 +208,8 @@ def test_front_ends_that_cannot_be_are_one_line(artefact, tmp_path):
     for argv, message in (
         ([artefact, "--front-ends", 0], "--front-ends must be 1 or more, got 0"),
         ([artefact, "--front-ends", 2, "--workers", 2], "choose one of the two"),
-        ([artefact, "--front-ends", 2, "--shadow", artefact], "use --shadow with --workers"),
-        ([artefact, "--front-ends", 2, "--devices", 0, 1, 2], "3 devices need as many --front-ends at least, got 2"),
+        ([artefact, "--front-ends", 2, "--shadow", artefact], "use it with --workers"),
+        ([artefact, "--front-ends", 2, "--devices", 0, 1, 2], "3 devices need at least as many --front-ends, got 2"),
         ([artefact, "--front-ends", 64], "max_decoded_bytes must be 545,259,520 for the decoders of 64 processes"),
     ):
         done = subprocess.run(command("run.py", *argv, "--port", 0), capture_output=True, text=True)

@@ -8,7 +8,9 @@ import pytest
 from raw_http import everything
 
 from common.refusal import Refusal
+from serve.config import ServeConfig
 from serve.decode.weigh import LIGHT
+from serve.processes.serving import limits_of
 from serve.request.app import make_app
 from serve.request.connection import MAX_HEADER_BYTES, Connection
 from serve.request.limits import Limits
@@ -256,3 +258,7 @@ def test_processes_share_limits_and_each_has_room_for_one_request():
     assert (many.max_held_bytes, many.max_queue) == (10, 5)
     with pytest.raises(Refusal, match=r"^max_decoded_bytes must be 411,041,792 for the decoders of 24 processes, got"):
         limits.of_each(24)
+
+
+def test_limits_that_are_not_given_are_those_of_the_command_line():
+    assert limits_of(ServeConfig(decode_threads=1)) == Limits()

@@ -267,7 +267,7 @@ def binary_request(content, *, datatype="UINT8", shape=(1, 8, 8, 3), size=None):
         ("1.5", "must be a whole number"),
         ("", "must be a whole number, got ''"),
         ("²", "must be a whole number"),
-        ("20", "the inference header is no JSON"),
+        ("20", "the inference header is not valid JSON"),
     ],
 )
 def test_hostile_header_lengths_are_problems(client, header_bytes, detail):

@@ -1,4 +1,4 @@
-"""How many messages are received at once. gRPC shows none before it is whole, so each may be as long as the longest."""
+"""Bounds the messages that are received at once: gRPC shows only complete ones, so each may be the longest."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -7,23 +7,23 @@ from typing import Any
 from serve.request.limits import Limits
 from serve.request.problems import DEADLINE, OVERLOADED, TIMEOUT, Problem
 
-PATIENCE_S = 1.0  # for a message that others wait behind
+PATIENCE_S = 1.0  # for a message while others wait
 _RETRY = {"Retry-After": "1"}
 
 
 class Intake:
-    """Places for as many of the longest messages as may be held; who has none waits and is not read meanwhile."""
+    """Places for as many messages of the longest kind as may be held. A call without one waits, unread."""
 
     patience_s = PATIENCE_S
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._places = asyncio.Semaphore(limits.max_held_bytes // limits.max_body_bytes)
-        self._started: dict[asyncio.Timeout, float] = {}  # of those that have a place, when they got it
+        self._started: dict[asyncio.Timeout, float] = {}  # for each call with a place, the time when it got it
         self._num_waiting = 0
 
     async def receive(self, read: Callable[[], Awaitable[Any]], deadline: float) -> Any:
-        """What `read` gives by the loop's time `deadline`, or within `patience_s` where others wait for the place."""
+        """Awaits `read` until the loop's time `deadline`, or for `patience_s` if others wait for the place."""
         if self._num_waiting >= self._limits.max_queue:
             raise Problem(OVERLOADED, f"{self._num_waiting} messages wait to be received; ask again in 1 s", _RETRY)
         if self._places.locked():
@@ -38,7 +38,7 @@ class Intake:
                     self._hurry()
                 return await read()
         except TimeoutError:
-            if timeout.when() == deadline:  # nobody hurried it
+            if timeout.when() == deadline:  # no other call waited
                 raise Problem(TIMEOUT, "the message was not complete within its deadline; send less") from None
             detail = f"the message was not complete within {self.patience_s:g} s while others waited; ask again in 1 s"
             raise Problem(OVERLOADED, detail, _RETRY) from None
@@ -58,7 +58,7 @@ class Intake:
             self._num_waiting -= 1
 
     def _hurry(self) -> None:
-        """Whoever has a place keeps it for `patience_s` at most."""
+        """Limit every call that has a place to `patience_s`."""
         now = asyncio.get_running_loop().time()
         for timeout, start in self._started.items():
             until = max(now, start + self.patience_s)

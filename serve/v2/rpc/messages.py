@@ -1,21 +1,26 @@
-"""Tensors of the Open Inference Protocol as Protocol Buffers: images come in, logits go out.
+"""Messages of the Open Inference Protocol in Protocol Buffers: images in, logits out.
 
-They stand in `raw_*_contents`, as bytes, or in `contents`, typed. An answer has its tensor where its request had it.
+A tensor is in `raw_*_contents`, as bytes, or in `contents`, typed; in the answer it is where it was in the request.
+
+A message can become far larger in memory than it is: two bytes can be an object of a hundred, and 5 MB of empty tensors
+take 223 MB. So long messages are walked field by field first, and refused if they have more fields than any request
+needs.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
 import numpy as np
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
 from export.runtimes.runtime import Model
 from serve.request.limits import Limits
-from serve.request.problems import BAD_REQUEST, Problem
+from serve.request.problems import BAD_REQUEST, TOO_LARGE, Problem
 from serve.v2.routes import VERSION, model_name, refuse_unknown
-from serve.v2.rpc.bounds import check_size
 from serve.v2.tensors import (
     INPUT,
     OUTPUT,
@@ -30,11 +35,16 @@ from serve.v2.tensors import (
 
 pb: Any = service_pb2  # whose stubs do not say that these are messages
 _TYPED = {"UINT8": "uint_contents", "BYTES": "bytes_contents"}
-_SHOWN = 5  # names of what was found, and of their characters ten times as many
+_SHOWN = 5  # names in a refusal, each of up to ten times as many characters
+SHORT_BYTES = 2**16  # become 3 MB at most
+MAX_FIELDS = 4096  # of a message, nested ones included; one of 64 files has 80
+MAX_NUMBER_BYTES = 2**21  # of repeated numbers, which take four to eight times as much when parsed
+_LENGTH = 2  # the wire type of text, bytes, messages and packed numbers
+_TEXTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
 
 def parse(message: bytes, kind: Any) -> Any:
-    """The message, read; refuses bytes that are none."""
+    """The parsed message; refuses invalid bytes."""
     try:
         check_size(message, kind.DESCRIPTOR)
         return kind.FromString(message)
@@ -43,7 +53,7 @@ def parse(message: bytes, kind: Any) -> Any:
 
 
 def read_inference(message: bytes, model: Model, limits: Limits) -> Inference:
-    """What a ModelInferRequest asks; refused where it is not for `model`."""
+    """Parses a ModelInferRequest; refuses one for another model."""
     request = parse(message, pb.ModelInferRequest)
     refuse_unknown(request.model_name, request.model_version or VERSION, model)
     return Inference(
@@ -82,12 +92,12 @@ def _read_images(request: Any, limits: Limits) -> np.ndarray | list[bytes]:
     typed = [field.name for field, _ in tensor.contents.ListFields()]
     if len(raw) > 1 or (raw and typed):
         found = " and ".join([f"{len(raw)} of raw_input_contents", *typed])
-        raise Problem(BAD_REQUEST, f"images must stand in raw_input_contents or in contents, once; got {found}")
+        raise Problem(BAD_REQUEST, f"send images in raw_input_contents or in contents, once; got {found}")
     if raw:
         return read_binary(raw[0], tensor.datatype, shape)
     wanted = _TYPED[tensor.datatype]
     if set(typed) - {wanted}:
-        raise Problem(BAD_REQUEST, f"images in {tensor.datatype} must stand in {wanted}, got {', '.join(typed)}")
+        raise Problem(BAD_REQUEST, f"images in {tensor.datatype} must be in {wanted}, got {', '.join(typed)}")
     if tensor.datatype == "BYTES":
         return counted(list(tensor.contents.bytes_contents), shape)
     return read_numbers(list(tensor.contents.uint_contents), shape)
@@ -113,3 +123,69 @@ def _read_classes(request: Any) -> int | None:
 
 def _names(tensors: Sequence[Any]) -> str:
     return ", ".join(repr(tensor.name[: 10 * _SHOWN]) for tensor in tensors[:_SHOWN]) or "none"
+
+
+def check_size(message: bytes, kind: Descriptor) -> None:
+    """Refuses a message that would become far larger when parsed. Raises ValueError if it is not a message."""
+    if len(message) > SHORT_BYTES:
+        walk(message, kind)
+
+
+def walk(message: bytes, kind: Descriptor) -> None:
+    """The same for a message of any length."""
+    num_fields = num_number_bytes = 0
+    spans = [(0, len(message), kind)]
+    while spans:
+        at, end, kind = spans.pop()
+        while at < end:
+            number, wire, start, at = _next_field(message, at, end)
+            num_fields += 1
+            inner = _children(kind).get(number) if wire == _LENGTH else None
+            if isinstance(inner, Descriptor):
+                spans.append((start, at, inner))
+            elif inner:
+                num_number_bytes += at - start
+            if num_fields > MAX_FIELDS:
+                raise Problem(TOO_LARGE, f"the message has more than {MAX_FIELDS:,} fields; send less at once")
+            if num_number_bytes > MAX_NUMBER_BYTES:
+                detail = f"the message has more than {MAX_NUMBER_BYTES:,} bytes of single numbers"
+                raise Problem(TOO_LARGE, f"{detail}; send pixels in raw_input_contents")
+
+
+@lru_cache
+def _children(kind: Descriptor) -> dict[int, Descriptor | bool]:
+    """By number: what is a message of its own, and True for numbers."""
+    return {field.number: field.message_type or True for field in kind.fields if field.type not in _TEXTS}
+
+
+def _next_field(message: bytes, at: int, end: int) -> tuple[int, int, int, int]:
+    """Number and kind of the field at `at`, and where its content starts and ends."""
+    tag, start = _read_varint(message, at)
+    if tag < 8:
+        raise ValueError("a field has the number 0")
+    match tag & 7:
+        case 0:
+            after = _read_varint(message, start)[1]
+        case 1:
+            after = start + 8
+        case 2:
+            size, start = _read_varint(message, start)
+            after = start + size
+        case 5:
+            after = start + 4
+        case wire:
+            raise ValueError(f"a field of kind {wire}")
+    if after > end:
+        raise ValueError(f"a field ends at byte {after} of {end}")
+    return tag >> 3, tag & 7, start, after
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits in each byte, the lowest first, and where it ends."""
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[at + shift // 7] if at + shift // 7 < len(message) else 0x80
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at + shift // 7 + 1
+    raise ValueError(f"no number at byte {at}")

@@ -1,4 +1,4 @@
-"""Where gRPC is served: what must be known of it, and refused, before its packages are loaded."""
+"""The address of gRPC: checked and reserved before gRPC itself is imported."""
 
 import socket
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from common.refusal import Refusal
 
 @dataclass(frozen=True)
 class RpcAddress:
-    """Where calls are taken, and how long those under way may take once the server stops."""
+    """Where calls are taken, and the time for those under way when the server stops."""
 
     host: str
     port: int
@@ -24,17 +24,19 @@ class RpcAddress:
 
 @contextmanager
 def reserved(host: str, port: int) -> Iterator[int]:
-    """The number of a free port, which until the end only processes of this user that share it can have.
+    """Reserves a port, which then only processes of this user that set SO_REUSEPORT can bind. Gives its number.
 
-    Each worker binds it anew with SO_REUSEPORT, which gRPC sets on every socket of its own: two servers that know
-    nothing of one another would share a port without a word, had nobody asked for it without that option first.
+    gRPC sets that option on all its sockets, so that workers can share the port. Two servers would share it unnoticed
+    too; binding it once without the option detects another server.
     """
     if not (find_spec("grpc") and find_spec("tritonclient")):
         raise Refusal("--grpc-port needs gRPC, which is not installed: pip install -e '.[grpc]'")
     with socket.socket(_family(host, port)) as holder:
         try:
             with socket.socket(holder.family) as asking:
-                asking.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a server before it left behind
+                asking.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+                )  # an earlier server may have lingering ones
                 asking.bind((host, port))
                 port = asking.getsockname()[1]
             holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

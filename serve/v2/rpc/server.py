@@ -1,7 +1,7 @@
-"""The Open Inference Protocol over gRPC, on the event loop that serves HTTP: the same limits, key, queue and model.
+"""The Open Inference Protocol over gRPC, on the event loop of HTTP, with the same limits, key, queue and model.
 
-Every method is registered as one that takes a stream, which is the same on the wire. So a call without the key, or that
-would be refused anyway, is answered before its message is received.
+Every method is registered as one that takes a stream, which is the same on the wire: a call without the key, or one
+that would be refused anyway, is answered before its message is received.
 """
 
 import asyncio
@@ -13,10 +13,11 @@ from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what its C library would write to stderr is no JSON
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C library writes to stderr, and not in JSON
 
 import grpc
 from fastapi import FastAPI
+from grpc import StatusCode
 from starlette.types import Message
 
 from serve.request import problems
@@ -24,79 +25,90 @@ from serve.request.access import Access
 from serve.request.batcher import Batcher
 from serve.request.body import parse as parse_in_turn
 from serve.request.limits import Limits
-from serve.request.predict import Hot, Visit
+from serve.request.predict import RequestHandler, Visit
 from serve.request.problems import Problem
 from serve.v2.routes import VERSION, describe, model_name, refuse_other_size, refuse_unknown, refuse_unready
 from serve.v2.rpc.intake import Intake
 from serve.v2.rpc.messages import parse, pb, read_inference, write_inference
 from serve.v2.rpc.port import RpcAddress
-from serve.v2.rpc.statuses import STATUS_OF
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 _EXTENSIONS = ["classification"]
 _SETTLE_S = 0.3  # for clients to learn that the server stops
 _LAST_WORDS_S = 1.0  # for calls that are refused at the end of a drain
 _DETAIL_BYTES = 1500  # of a refusal: clients take 8 KB of metadata, where a byte that is not ASCII takes three
-_OK, _NOBODY = 200, 499  # in the log and in /metrics: what HTTP would have said
+_OK, _NOBODY = 200, 499  # in the log and in /metrics, as over HTTP
 _log = logging.getLogger(__name__)
+STATUS_OF = {
+    problems.BAD_REQUEST: StatusCode.INVALID_ARGUMENT,
+    problems.UNAUTHORIZED: StatusCode.UNAUTHENTICATED,
+    problems.NOT_FOUND: StatusCode.NOT_FOUND,
+    problems.TIMEOUT: StatusCode.DEADLINE_EXCEEDED,
+    problems.TOO_LARGE: StatusCode.RESOURCE_EXHAUSTED,
+    problems.TOO_MANY_IMAGES: StatusCode.RESOURCE_EXHAUSTED,
+    problems.TOO_MANY_PIXELS: StatusCode.RESOURCE_EXHAUSTED,
+    problems.UNDECODABLE: StatusCode.INVALID_ARGUMENT,
+    problems.INTERNAL: StatusCode.INTERNAL,
+    problems.NOT_A_NUMBER: StatusCode.INTERNAL,
+    problems.NOT_READY: StatusCode.UNAVAILABLE,
+    problems.OVERLOADED: StatusCode.UNAVAILABLE,
+    problems.DEADLINE: StatusCode.DEADLINE_EXCEEDED,
+}
 Context = grpc.aio.ServicerContext
 
 
 class _Call(NamedTuple):
-    """One call under way: its visit, the loop's time by which it is answered, and how its message is received."""
+    """One call: its visit, its deadline as the loop's time, and a function that receives its message."""
 
     visit: Visit
     deadline: float
     receive: Callable[[], Awaitable[bytes]]
 
 
-class _Method(NamedTuple):
-    """What answers a call, and the address under HTTP that does the same, which says whether a key is needed."""
-
-    answer: Callable[[_Call], Awaitable[bytes]]
-    address: str
+_Method = Callable[[_Call], Awaitable[bytes]]
 
 
 class RpcServer(grpc.GenericRpcHandler):
-    """Takes calls from `start` until `stop`."""
+    """Answers calls from `start` until `stop`."""
 
-    def __init__(self, app: FastAPI, hot: Hot, batcher: Batcher, limits: Limits, access: Access) -> None:
-        self._app, self._hot, self._batcher, self._limits, self._access = app, hot, batcher, limits, access
+    def __init__(self, app: FastAPI, handler: RequestHandler, batcher: Batcher, limits: Limits, access: Access) -> None:
+        self._app, self._handler, self._batcher, self._limits, self._access = app, handler, batcher, limits, access
         self._intake = Intake(limits)
         self._under_way: set[asyncio.Task[Any]] = set()
         self._is_given_up = False
         self._drain: asyncio.Task[None] | None = None
         self.port = 0
-        methods = {
-            "ServerLive": _Method(self._server_live, "/v2/health/live"),
-            "ServerReady": _Method(self._server_ready, "/v2/health/ready"),
-            "ModelReady": _Method(self._model_ready, "/v2/models"),
-            "ServerMetadata": _Method(self._server_metadata, "/v2"),
-            "ModelMetadata": _Method(self._model_metadata, "/v2/models"),
-            "ModelInfer": _Method(self._model_infer, "/v2/models"),
+        methods = {  # each with the address that does the same over HTTP, which says whether a key is needed
+            "ServerLive": (self._server_live, "/v2/health/live"),
+            "ServerReady": (self._server_ready, "/v2/health/ready"),
+            "ModelReady": (self._model_ready, "/v2/models"),
+            "ServerMetadata": (self._server_metadata, "/v2"),
+            "ModelMetadata": (self._model_metadata, "/v2/models"),
+            "ModelInfer": (self._model_infer, "/v2/models"),
         }
-        self._handlers = {
-            path: grpc.stream_unary_rpc_method_handler(partial(self._handle, path, method))
-            for path, method in ((f"/{SERVICE}/{name}", method) for name, method in methods.items())
-        }
+        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+        for name, (answer, address) in methods.items():
+            path = f"/{SERVICE}/{name}"
+            handle = partial(self._handle, path, answer, address)
+            self._handlers[path] = grpc.stream_unary_rpc_method_handler(handle)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        """For gRPC, which answers UNIMPLEMENTED where there is none."""
+        """The handler of a method; for None, gRPC answers UNIMPLEMENTED."""
         return self._handlers.get(handler_call_details.method)
 
     async def start(self, address: RpcAddress) -> None:
-        """Take calls from now on."""
+        """Begin to take calls."""
         self._loop, self._drain_s = asyncio.get_running_loop(), address.drain_s
         self._server = grpc.aio.server(handlers=(self,), options=_options(self._limits))
         self.port = self._server.add_insecure_port(str(address))
         await self._server.start()
 
     def begin_stop(self) -> None:
-        """From a signal's handler too: take no more calls, and let those under way finish."""
+        """Take no more calls, and let those under way finish. May be called by a signal handler."""
         self._loop.call_soon_threadsafe(self._begin_drain)
 
     async def stop(self) -> None:
-        """Until no call is under way; those that are after the time for it are refused."""
+        """Wait for the calls under way; after the drain's time, refuse them."""
         await self._begin_drain()
 
     def _begin_drain(self) -> "asyncio.Task[None]":
@@ -104,10 +116,10 @@ class RpcServer(grpc.GenericRpcHandler):
         return self._drain
 
     async def _finish(self) -> None:
-        """Refuse what comes, and wait for what is under way.
+        """Wait for the calls under way while new ones are refused, then stop gRPC itself.
 
-        Only then gRPC itself stops, which ends a call that comes in that moment as CANCELLED, and that no client
-        repeats. Whoever was refused before and waits as long as it was told is not among them.
+        A call that arrives at that moment ends as CANCELLED, which no client repeats. Clients that were refused before
+        and wait as long as they were told are not affected.
         """
         until = self._loop.time() + self._drain_s
         await asyncio.sleep(min(_SETTLE_S, self._drain_s))
@@ -118,8 +130,8 @@ class RpcServer(grpc.GenericRpcHandler):
             task.cancel()
         await self._server.stop(_LAST_WORDS_S)
 
-    async def _handle(self, path: str, method: _Method, stream: Any, context: Context) -> bytes:
-        """One call, whatever becomes of it."""
+    async def _handle(self, path: str, method: _Method, address: str, stream: Any, context: Context) -> bytes:
+        """One call, from its metadata to its answer or refusal."""
         headers = {key.encode(): _bytes(value) for key, value in context.invocation_metadata() or ()}
         visit = Visit({"method": "POST", "path": path, "client": (_host(context.peer()), 0)}, headers)
         task = asyncio.current_task()
@@ -128,8 +140,8 @@ class RpcServer(grpc.GenericRpcHandler):
         try:
             if self._drain:
                 raise _stopping()
-            self._access.check(method.address, headers)
-            answer = await method.answer(self._call(visit, context))
+            self._access.check(address, headers)
+            answer = await method(self._call(visit, context))
             visit.status = _OK
             context.set_trailing_metadata(_metadata(visit))
             return answer
@@ -137,12 +149,12 @@ class RpcServer(grpc.GenericRpcHandler):
             problem = self._problem_of(error, visit)
         except asyncio.CancelledError:
             visit.status = problems.DEADLINE.status if context.time_remaining() == 0 else _NOBODY
-            if not self._is_given_up:  # the client has gone, or waits no longer
+            if not self._is_given_up:  # the client has gone or given up
                 raise
             problem = _stopping()
         finally:
             self._under_way.discard(task)
-            self._hot.finish(visit)
+            self._handler.finish(visit)
         await _refuse(context, visit, problem)
         raise AssertionError("a refused call has ended")
 
@@ -162,7 +174,7 @@ class RpcServer(grpc.GenericRpcHandler):
             if not isinstance(message, bytes):  # gRPC drops one that is longer, and says so to the client itself
                 most = f"{self._limits.max_body_bytes:,}"
                 raise Problem(problems.TOO_LARGE, f"no message came, or one of more than {most} bytes")
-            self._hot.hold(visit, len(message))
+            self._handler.hold(visit, len(message))
             return message
 
         return _Call(visit, deadline, receive)
@@ -179,8 +191,8 @@ class RpcServer(grpc.GenericRpcHandler):
 
     async def _model_ready(self, call: _Call) -> bytes:
         request = parse(await call.receive(), pb.ModelReadyRequest)
-        is_here = _asks_for(request, self._batcher)
-        return pb.ModelReadyResponse(ready=is_here and self._is_ready()).SerializeToString()
+        is_served = (request.name, request.version or VERSION) == (model_name(self._batcher.served.model), VERSION)
+        return pb.ModelReadyResponse(ready=is_served and self._is_ready()).SerializeToString()
 
     async def _server_metadata(self, call: _Call) -> bytes:
         parse(await call.receive(), pb.ServerMetadataRequest)
@@ -212,17 +224,17 @@ class RpcServer(grpc.GenericRpcHandler):
 
 
 def _options(limits: Limits) -> list[tuple[str, int]]:
-    """What bounds a client that sends much, slowly, or not at all."""
+    """Bounds for clients that send much, slowly, or not at all."""
     return [
-        ("grpc.so_reuseport", 1),  # between workers; serve/v2/rpc/port.py sees to it that nobody else has the port
+        ("grpc.so_reuseport", 1),  # between workers; serve/v2/rpc/port.py keeps the port from other servers
         ("grpc.max_receive_message_length", limits.max_body_bytes),
         ("grpc.compression_enabled_algorithms_bitset", 1),  # none: 20 MB may be 20 GB of zeros
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.max_concurrent_streams", limits.max_queue),
-        ("grpc.http2.bdp_probe", 0),  # or it would take more of each message than is asked for
+        ("grpc.http2.bdp_probe", 0),  # it would read more of each message than is asked for
         ("grpc.server_handshake_timeout_ms", 10_000),
         ("grpc.max_connection_idle_ms", 300_000),
-        ("grpc.keepalive_time_ms", 30_000),  # a client that is gone without a word
+        ("grpc.keepalive_time_ms", 30_000),  # a client that has gone silently
         ("grpc.keepalive_timeout_ms", 10_000),
     ]
 
@@ -231,25 +243,18 @@ def _stopping() -> Problem:
     return Problem(problems.NOT_READY, "the server is stopping; ask another one", {"Retry-After": "1"})
 
 
-def _asks_for(request: Any, batcher: Batcher) -> bool:
-    return (request.name, request.version or VERSION) == (model_name(batcher.served.model), VERSION)
-
-
 async def _refuse(context: Context, visit: Visit, problem: Problem) -> None:
     wait_s = problem.headers.get("Retry-After")
     metadata = [*_metadata(visit), ("problem-type", problem.kind.type)]
     if wait_s:
-        # What clients with a retry policy heed of themselves, and what people read.
+        # The first is for clients with a retry policy, the second for people.
         metadata += [("grpc-retry-pushback-ms", f"{1000 * int(wait_s)}"), ("retry-after", wait_s)]
-    await context.abort(STATUS_OF[problem.kind], _cut(problem.detail), tuple(metadata))
+    detail = problem.detail.encode(errors="replace")[:_DETAIL_BYTES].decode(errors="ignore")
+    await context.abort(STATUS_OF[problem.kind], detail, tuple(metadata))
 
 
 def _metadata(visit: Visit) -> tuple[tuple[str, str], ...]:
     return (("x-request-id", visit.id.decode()), ("server-timing", visit.server_timing().decode()))
-
-
-def _cut(detail: str) -> str:
-    return detail.encode(errors="replace")[:_DETAIL_BYTES].decode(errors="ignore")
 
 
 def _bytes(value: str | bytes) -> bytes:
@@ -262,5 +267,5 @@ def _host(peer: str) -> str:
 
 
 async def _no_news() -> Message:
-    """gRPC cancels the task itself when its client is gone."""
+    """Never returns: gRPC cancels the task when its client has gone."""
     return await asyncio.get_running_loop().create_future()

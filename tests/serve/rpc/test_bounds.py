@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
 from serve.request.problems import TOO_LARGE, Problem
-from serve.v2.rpc import bounds
-from serve.v2.rpc.bounds import MAX_FIELDS, MAX_NUMBER_BYTES, check_size
+from serve.v2.rpc import messages
+from serve.v2.rpc.messages import MAX_FIELDS, MAX_NUMBER_BYTES, check_size
 
 REQUEST = pb.ModelInferRequest.DESCRIPTOR
 
@@ -20,7 +20,7 @@ def numbers(count, kind="uint_contents", value=1):
 @pytest.fixture
 def walked(monkeypatch):
     """Messages of any length are walked."""
-    monkeypatch.setattr(bounds, "SHORT_BYTES", 0)
+    monkeypatch.setattr(messages, "SHORT_BYTES", 0)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_what_is_no_message_raises_its_reason(walked, message, detail):
 @given(st.binary(max_size=64))
 def test_any_bytes_end_in_words(message):
     with suppress(ValueError, Problem):
-        bounds.walk(message, REQUEST)
+        messages.walk(message, REQUEST)
 
 
 @given(
@@ -104,10 +104,10 @@ def test_any_bytes_end_in_words(message):
     )
 )
 def test_what_the_library_writes_is_walked_to_its_end(message):
-    bounds.walk(message.SerializeToString(), REQUEST)
+    messages.walk(message.SerializeToString(), REQUEST)
 
 
 def test_short_messages_are_not_walked():
-    check_size(b"\x0b" * bounds.SHORT_BYTES, REQUEST)
+    check_size(b"\x0b" * messages.SHORT_BYTES, REQUEST)
     with pytest.raises(ValueError, match="a field of kind 3"):
-        check_size(b"\x0b" * (bounds.SHORT_BYTES + 1), REQUEST)
+        check_size(b"\x0b" * (messages.SHORT_BYTES + 1), REQUEST)

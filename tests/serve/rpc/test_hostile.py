@@ -68,10 +68,10 @@ class Silent:
         ({"inputs": [tensor(contents={"uint_contents": [0]})]}, "got 1 of raw_input_contents and uint_contents"),
         (
             typed("fp32_contents", [float("nan")] * 192),
-            "images in UINT8 must stand in uint_contents, got fp32_contents",
+            "images in UINT8 must be in uint_contents, got fp32_contents",
         ),
-        (typed("int_contents", [0] * 192), "images in UINT8 must stand in uint_contents, got int_contents"),
-        (typed("bytes_contents", [bytes(192)]), "images in UINT8 must stand in uint_contents, got bytes_contents"),
+        (typed("int_contents", [0] * 192), "images in UINT8 must be in uint_contents, got int_contents"),
+        (typed("bytes_contents", [bytes(192)]), "images in UINT8 must be in uint_contents, got bytes_contents"),
         (typed("uint_contents", [0] * 191), "need 192 elements, got 191"),
         (typed("uint_contents", [256] * 192), "must be from 0 to 255, got 256"),
         (typed("uint_contents", [2**32 - 1] * 192), "must be from 0 to 255, got 4294967295"),

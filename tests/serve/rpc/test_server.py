@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 from serve.request import problems
 from serve.request.access import Access
 from serve.request.limits import Limits
-from serve.v2.rpc.statuses import STATUS_OF
+from serve.v2.rpc.server import STATUS_OF
 
 
 def logits_of(message):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from serve.request.one_write import AtOnce
+from serve.request.one_write import OneWrite
 
 PIECES = [(b"content-type", b"text/plain"), (b"content-length", b"4")]
 
@@ -33,11 +33,11 @@ class Cycle:
 
 def send_all(cycle, headers, *bodies):
     async def send():
-        at_once = AtOnce(cycle)
-        await at_once({"type": "http.response.start", "status": 200, "headers": headers})
+        one_write = OneWrite(cycle)
+        await one_write({"type": "http.response.start", "status": 200, "headers": headers})
         assert cycle.sent == cycle.writes == []
         for index, body in enumerate(bodies, 1):
-            await at_once({"type": "http.response.body", "body": body, "more_body": index < len(bodies)})
+            await one_write({"type": "http.response.body", "body": body, "more_body": index < len(bodies)})
 
     asyncio.run(send())
 
