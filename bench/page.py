@@ -1,14 +1,16 @@
-"""What every benchmark leaves: a page of Markdown with its JSON beside it, and the machine it ran on."""
+"""The page of a benchmark: Markdown with its JSON beside it, the command that made it, and the machine it ran on."""
 
 import importlib.metadata
 import json
 import platform
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from common.cli import given_arguments
 from common.cores import num_cores
 from common.files import write_whole
 
@@ -30,6 +32,10 @@ def spread(values: Sequence[float], form: str = ".3g") -> str:
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
 
 
+def percent(share: float | None) -> str:
+    return "not measured" if share is None else f"{100 * share:.0f} %"
+
+
 def describe_machine(*packages: str) -> dict[str, str]:
     """Processor, cores that this process may use, versions of Python and of those `packages` that are installed."""
     installed = {dist.metadata["Name"].replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
@@ -42,13 +48,20 @@ def describe_machine(*packages: str) -> dict[str, str]:
     }
 
 
+def typed_command(script: str, config: Any, *, positional: str = "") -> str:
+    """The command line of `config` without --out; the field `positional` comes first and has no dashes."""
+    words = [str(value) for value in getattr(config, positional)] if positional else []
+    defaults = {name: getattr(type(config), name) for name in ("out", positional) if name}
+    return " ".join(["python", script, *words, given_arguments(replace(config, **defaults))]).rstrip()
+
+
 def write_page(folder: Path, name: str, page: str, record: dict[str, Any]) -> str:
-    """NAME.md and NAME.json in `folder`; says so in one line."""
+    """Writes NAME.md and NAME.json into `folder`; returns a line that says so."""
     write_whole(folder / f"{name}.json", f"{json.dumps(record, indent=1)}\n".encode())
     return f"wrote {write_whole(folder / f'{name}.md', page.encode())} and {name}.json"
 
 
 def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "CPU"
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")

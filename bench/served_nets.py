@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.macs import count_macs
-from bench.nets import random_net
+from bench.nets import count_macs, random_net
 from common.files import write_whole
 from common.image import decode
 from common.spec import Spec

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from bench.forms import ReferenceDiracConv2d, Workload, make_session, make_step, make_weights
+from bench.forms import Workload, make_session, make_step, make_weights
+from bench.nets import ReferenceDiracConv2d
 from train.layers import DiracConv2d
 
 SMALL = Workload(10, 0.25, 8, 4)
