@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.page import describe_machine, machine_table, spread, table, write_page
+from bench.page import describe_machine, fill, machine_table, spread, table, write_page
 from bench.rounds import Timing, alternate_all
 from common.cli import run_command
 from common.files import read_whole
@@ -97,29 +97,16 @@ def _pass_ms(answer: "Answer", images: "np.ndarray", size: int) -> float:
 
 def page(record: dict[str, Any]) -> str:
     """The page of one record."""
-    share, evidence = record["share_escalated"], record["evidence"]
     rows = [_row(size, times, record) for size, times in record["batches"].items()]
     head = ["batch", "int8", "fp32", "cascade", "cascade over fp32", "int8 over cascade", "share of the expected time"]
-    return f"""# The cascade: what it costs
-
-Written by `python bench/cascade.py`. int8 answers every image, and fp32 those whose two largest int8 logits lie within
-{evidence["threshold"]:.3g}: {100 * share:.1f} % of the {record["num_images"]:,} test images that are timed here,
-{100 * evidence["share_escalated"]:.1f} % of all {evidence["num_test"]:,}.
-[How the threshold is chosen, and what it guarantees](../eight-bits.md#an-exact-cascade).
-
-{machine_table(record["machine"])}
-
-{record["num_rounds"]} rounds in which the three take turns over the same images, {record["threads"]} threads, ONNX
-Runtime; images/s are medians, in brackets the slowest and the fastest round. "load before" is how many processes wanted
-a core in the minute before.
-
-{table(head, rows)}
-
-An image is expected to take `t8 + share · t32`, with t32 that of one image alone: of a batch one or two go on. The last
-column is the cascade's time as a share of that.
-
-**Which processor.** {_processor(record)}
-"""
+    return fill(
+        "cascade",
+        **{**record, "machine": machine_table(record["machine"])},
+        timed_percent=100 * record["share_escalated"],
+        tested_percent=100 * record["evidence"]["share_escalated"],
+        speeds=table(head, rows),
+        processor=_processor(record["machine"]["vnni"]),
+    )
 
 
 def _row(size: str, times: dict[str, Any], record: dict[str, Any]) -> list[str]:
@@ -132,12 +119,12 @@ def _row(size: str, times: dict[str, Any], record: dict[str, Any]) -> list[str]:
     return [size, *speeds, *(f"{ratio:.2f}" for ratio in ratios)]
 
 
-def _processor(record: dict[str, Any]) -> str:
+def _processor(vnni: str) -> str:
     measured, other = {
         "yes": ("with VNNI", "One without VNNI was not"),
         "no": ("without VNNI", "One with VNNI was not"),
         "unknown": ("that does not list its instructions", "Others were not"),
-    }[record["machine"]["vnni"]]
+    }[vnni]
     return f"""Measured on a processor {measured}. {other} measured: ONNX Runtime chooses its
 kernels by the processor's own description, and has no switch to leave VNNI out. The answers are the same there, as no
 sum in these files can saturate. Without VNNI int8 gains less (1.9 times fp32 for the bundled net on AMD Zen 3), and so

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.page import describe_machine, machine_table, spread, table, typed_command, write_page
+from bench.page import describe_machine, fill, machine_table, spread, table, typed_command, write_page
 from common.cli import run_command
 from common.progress import make_console, progress
 from common.refusal import Refusal
@@ -90,15 +90,7 @@ def page(record: dict[str, Any]) -> str:
     """The page of one record."""
     names = dict.fromkeys(row["command"] for row in record["rows"])
     sections = [_section(name, [row for row in record["rows"] if row["command"] == name]) for name in names]
-    return f"""# Folding and exporting
-
-Written by `{record["command"]}`. Checkpoints of random weights, with an optimizer's momentum, for 32x32 images; there \
-are no test images, so the fold is proven on 64 random ones. Each command runs {record["rounds"]} times, in a fresh \
-process each. Seconds are without imports: the median, and in brackets the smallest and the largest. Memory is \
-resident at its peak; the weights are those of the net in float32.
-
-{machine_table(record["machine"])}
-{"".join(sections)}"""
+    return fill("folding", **{**record, "machine": machine_table(record["machine"]), "sections": "".join(sections)})
 
 
 def _section(name: str, rows: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.page import describe_machine, machine_table, spread, table, typed_command
+from bench.page import describe_machine, fill, machine_table, spread, table, typed_command
 from common.cli import POSITIONAL, run_command
 from common.refusal import Refusal
 
@@ -187,21 +187,15 @@ def _slug(name: str) -> str:
 
 def markdown(record: dict[str, Any]) -> str:
     """The page of one record; one that is marked as a sample says so first."""
-    machine = record["machine"]
-    title = SAMPLE_TITLE if record["sample"] else f"Measured on {machine['device']}"
-    parts = [f"# {title}", SAMPLE_NOTE] if record["sample"] else [f"# {title}"]
-    parts += [
-        f"Written by `{record['command']}`. A time is that of one call, from images in the host's memory to logits "
-        f"there: the median of {record['rounds']} rounds of {record['round_s']:g} s that alternate between all "
-        "rows, and in brackets the fastest and the slowest round. Throughput is that of calls one after another. "
-        "Speedups are medians of ratios within a round. float32 is float32: TF32 is off.",
-        machine_table(machine),
-    ]
-    if record["tests"]:
-        parts.append(f"`tests/gpu`: {record['tests']['summary']}")
-    for net in record["nets"]:
-        parts += _net(net)
-    return "\n\n".join(parts) + "\n"
+    is_sample, tests = record["sample"], record["tests"]
+    fields = {
+        "title": SAMPLE_TITLE if is_sample else f"Measured on {record['machine']['device']}",
+        "note": SAMPLE_NOTE if is_sample else "",
+        "machine": machine_table(record["machine"]),
+        "tests": f"`tests/gpu`: {tests['summary']}" if tests else "",
+        "nets": "\n\n".join(part for net in record["nets"] for part in _net(net)),
+    }
+    return fill("gpu-check", **{**record, **fields})
 
 
 def _net(net: dict[str, Any]) -> list[str]:

@@ -5,40 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.model_rows import BASELINES, NUM_GEMM
-from bench.page import machine_table, percent, spread, table
+from bench.page import fill, machine_table, percent, spread, table
 from bench.rounds import Timing
 
 CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")
 LAYOUTS = ("ReorderInput", "ReorderOutput", "Transpose")
 NUM_LAYERS_SHOWN = 6
-INTRODUCTION = """\
-Images go in as uint8 `[N, H, W, C]` in the host's memory, logits come out there; normalisation is inside every form. \
-Every row runs in a process of its own, whose number of threads is set before its libraries load. The processes take \
-turns: one round each, forwards, then backwards. A round's time is the median of its calls, a row's the median of its \
-rounds; in brackets are its fastest and slowest round. Speedups are medians of the ratios within a round.
-
-All weights are random: they change no time, and no accuracy is measured here. *Error*: of the logits of the same \
-images, against the plain net in PyTorch and float32; in fp32 the largest difference as a share of the largest logit, \
-in int8 root mean squares without the mean over classes, which on random weights say little. A row in fp32 beyond \
-1e-4 is marked as straying and counts for no bar. *Peak*: operations of the fastest matrix product of the same \
-precision in the same rounds; a row's share of it is in the operations of direct convolution (2 × MACs of the plain \
-net), whatever the row computes. So Winograd's method, and a lowering that computes more, show for what they are: \
-above or below. *Memory* is the most that the process held, libraries and \
-all, and for MNN the sum with the processes that it computes in.
-
-What eight bits lose is measured on a trained net: 0.00 points of test accuracy on the one in `models/` \
-([results.md](../results.md)); at most 0.3 are allowed."""
-EQUAL_ERROR = """\
-Images/s of the fastest row of each net with the most threads, and its share of the peak. Two things are not the case \
-here. A plain net does not run nearer to the peak than one with skips: for one image in fp32 both are at 80 to 100 %. \
-And a DiracNet is not faster at equal error: Wide ResNets reach the same error with 0.54 to 0.61 of the \
-multiplications, and ResNet-18 a lower one at about the speed of 18-0.75. What folding gains is against the net that \
-was trained, and stands under *Bars*. RepVGG, which the same fold makes plain, has both: the lowest error of the three \
-ImageNet nets, and the most images/s."""
-BARS_INTRODUCTION = """\
-The best row of each precision, in times the speed of the Dirac net in eager PyTorch, which is fp32 in every bar. The \
-last column is where the bar itself lies for that machine's eager PyTorch, over each of the two in turn: eager's own \
-share of the peak, times the bar. Above 100 % no direct convolution reaches it, however it is written."""
 
 
 @dataclass(frozen=True)
@@ -110,17 +82,13 @@ def markdown(record: Mapping[str, Any]) -> str:
     nets = list(record["nets"].values())
     lines = [line for net in nets for num_threads in net["threads"] for line in _bars(net, num_threads)]
     head = ["net, threads", "bar", "best row", *(f"over {name.removeprefix('PyTorch eager, ')}" for name in BASELINES)]
-    bars = table([*head, "share of peak", "share the bar asks for"], lines)
-    parts = [
-        "# The plain net against its Dirac net, runtimes and other nets",
-        INTRODUCTION,
-        "## At equal error",
-        EQUAL_ERROR,
-        _equal_error(nets),
-        "## Bars",
-        f"{BARS_INTRODUCTION}\n\n{bars}" if lines else "Nothing was measured that a bar asks for.",
-    ]
-    return "\n\n".join([*parts, *(part for net in nets for part in _net(net))]) + "\n"
+    head += ["share of peak", "share the bar asks for"]
+    return fill(
+        "model",
+        equal_error=_equal_error(nets),
+        bars=fill("model-bars", bars=table(head, lines)) if lines else "Nothing was measured that a bar asks for.",
+        nets="\n\n".join(part for net in nets for part in _net(net)),
+    )
 
 
 def _equal_error(nets: Sequence[Mapping[str, Any]]) -> str:

@@ -3,8 +3,9 @@
 import importlib.metadata
 import json
 import platform
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -14,12 +15,25 @@ from common.cli import given_arguments
 from common.cores import num_cores
 from common.files import write_whole
 
+TEMPLATES = Path(__file__).with_name("pages")
+
+
+def fill(name: str, **fields: Any) -> str:
+    """The template pages/NAME.md with `fields`, written as for `str.format`; an empty one leaves no gap."""
+    page = (TEMPLATES / f"{name}.md").read_text().format(**fields)
+    return re.sub(r"\n{3,}", "\n\n", page).rstrip() + "\n"
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     # A pipe in a runtime's message would end its cell.
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def table_of(head: str, row: str, records: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table of records: "name | time" and "{name} | {seconds:.1f} s", as for `str.format`."""
+    return table(head.split(" | "), [[cell.format(**record) for cell in row.split(" | ")] for record in records])
 
 
 def machine_table(machine: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.page import describe_machine, machine_table, spread, table, typed_command, write_page
+from bench.page import describe_machine, fill, machine_table, spread, table, typed_command, write_page
 from bench.rounds import Timing, alternate, median_ms
 from common.cli import run_command
 from common.difference import difference
@@ -180,37 +180,16 @@ def make_answer(path: Path) -> Any:
 
 def page(record: dict[str, Any]) -> str:
     """The page of one record."""
-    rows, size = record["rows"], record["image_size"]
+    rows = record["rows"]
     layers = ["net", "as trained", "timm", "folded", "of these scalings", "error of timm", "of folded"]
     speed = ["net", "ms as trained", "timm", "folded", "times faster: timm", "folded", "error: as trained", "folded"]
-    return f"""# Other people's nets, folded
-
-Written by `{record["command"]}`. Nets of timm with random weights, their scales and statistics moved away from where \
-they start. *timm* is `timm.utils.reparameterize_model`, which calls the methods of the blocks themselves (`fuse`, \
-`reparameterize`, `switch_to_deploy`); *folded* is `fold.graph.fold`, which knows no block. Other programs ran on the \
-machine beside it.
-
-{machine_table(record["machine"])}
-
-## Layers
-
-Convolutions + batch norms. Errors are in float64, on two random images of {size}x{size}, as a share of the largest \
-logit. *Scalings* are batch norms that no convolution can take in, because a concatenation or several readers lie \
-between: fold writes them as depthwise 1x1 convolutions.
-
-{table(layers, [_layers(row) for row in rows])}
-
-{_verdict(rows)}
-
-## ONNX Runtime
-
-All forms are written by PyTorch's exporter, which takes in some batch norms itself, and run with one thread on one \
-image, in {record["rounds"]} rounds that alternate. Times are of the processor, not of the clock, so that other \
-programs disturb little. A ratio is the median of the rounds' ratios to the net as trained, and in brackets the \
-smallest and the largest. Errors are those of the float32 logits against the net as trained in float64.
-
-{table(speed, [_speed(row) for row in rows])}
-"""
+    return fill(
+        "reparameterized",
+        **{**record, "machine": machine_table(record["machine"])},
+        layers=table(layers, [_layers(row) for row in rows]),
+        verdict=_verdict(rows),
+        speed=table(speed, [_speed(row) for row in rows]),
+    )
 
 
 def _layers(row: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.page import describe_machine, machine_table, spread, table, typed_command, write_page
+from bench.page import describe_machine, fill, machine_table, spread, table, typed_command, write_page
 from bench.rounds import Timing, alternate_all, median_ms
 from common.cli import POSITIONAL, run_command
 from common.cores import num_cores
@@ -200,40 +200,15 @@ def page(record: dict[str, Any]) -> str:
     processes = [
         [str(row["processes"]), spread(row["round_ms"]), f"{row['images_per_s']:,.0f}"] for row in record["processes"]
     ]
-    return f"""# Training
-
-Written by `{record["command"]}`. A step is forward, backward and optimizer of the project's own trainer on \
-{record["batch_size"]} random images in memory. Figures are medians of {record["rounds"]} rounds that alternate \
-between all forms, and in brackets the smallest and the largest round.
-
-{machine_table(record["machine"])}
-
-## What the Dirac form costs
-
-`ordinary` is the same net with `nn.Conv2d`; `Dirac` is `train/layers.py`; `Dirac, reference` builds the same weight \
-as the authors' release does: `a` and `b` expanded to a value per filter, a dense δ, filters normalised as the rows of \
-a matrix. The last column is the median of the rounds' ratios.
-
-{"".join(map(_steps, record["steps"]))}## Memory
-
-The smaller net, each form in a process of its own: resident memory once everything is imported, what four steps add \
-to it at their peak, and both together.
-
-{table(["precision", "form", "imports, MB", "steps, MB", "together, MB"], memory)}
-
-## Depth
-
-Width 1/4, 8x8 images, fp32:
-
-{table(["layers", "step, ms", "ms per layer"], depths)}
-
-## Processes
-
-The cores as threads of one process, or as processes of one thread that share every batch with gloo \
-(`torchrun --nproc-per-node 2`). The smaller net in fp32, runs that alternate, each started afresh:
-
-{table(["processes", "step, ms", "images/s"], processes)}
-{_runs(record["runs"])}"""
+    fields = {
+        "machine": machine_table(record["machine"]),
+        "steps": "".join(map(_steps, record["steps"])),
+        "memory": table(["precision", "form", "imports, MB", "steps, MB", "together, MB"], memory),
+        "depths": table(["layers", "step, ms", "ms per layer"], depths),
+        "processes": table(["processes", "step, ms", "images/s"], processes),
+        "runs": fill("training-runs", runs="".join(map(_run, record["runs"]))) if record["runs"] else "",
+    }
+    return fill("training", **{**record, **fields})
 
 
 def _steps(net: dict[str, Any]) -> str:
@@ -261,18 +236,6 @@ All filters Ŵ and the gradients of a, b and W alone: {spread(ours)} ms, which i
 reference builds them {spread(reference)} ms.
 
 """
-
-
-def _runs(runs: list[dict[str, Any]]) -> str:
-    if not runs:
-        return ""
-    return f"""
-## Time to an accuracy
-
-Recorded runs on Fashion-MNIST, not made by this benchmark. Accuracy is that on images held out from the training set, \
-after each epoch; time is that of the training steps. The test images were read once, at the end. How many cores each \
-run had is said in [results.md](../results.md); images/s show it.
-{"".join(map(_run, runs))}"""
 
 
 def _run(run: dict[str, Any]) -> str:
