@@ -47,7 +47,7 @@ def command(config: FoldingConfig) -> int:
     from dataclasses import asdict
 
     from bench.checkpoints import make_checkpoint
-    from bench.cost import cost_of, in_fresh_process
+    from bench.lab.process import cost_of, in_fresh_process
     from bench.page import describe_machine, write_page
     from common.progress import make_console, progress
     from export.to_onnx import ToOnnxConfig

@@ -3,8 +3,9 @@
 import importlib.metadata
 import json
 import platform
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,49 @@ from typing import Any
 from common.cores import num_cores
 from common.files import write_whole
 
+TEMPLATES = Path(__file__).with_name("pages")
+
+
+def fill(name: str, **fields: Any) -> str:
+    """The template pages/NAME.md with `fields`, written as for `str.format`; an empty one leaves no gap."""
+    page = (TEMPLATES / f"{name}.md").read_text().format(**fields)
+    return re.sub(r"\n{3,}", "\n\n", page).rstrip() + "\n"
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     # A pipe in a runtime's message would end its cell.
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+
+
+def table_of(head: str, row: str, records: Iterable[Mapping[str, Any]]) -> str:
+    """A Markdown table of records: "name | time" and "{name} | {seconds:.1f} s", as for `str.format`."""
+    return table(head.split(" | "), [[cell.format(**record) for cell in row.split(" | ")] for record in records])
+
+
+def counts(of: Mapping[str, int]) -> str:
+    """Numbers of replies by status: "40 × 200, 1 × lost"."""
+    return ", ".join(f"{count:,} × {name}" for name, count in of.items())
+
+
+def bars_table(titles: Mapping[str, str], record: Mapping[str, Any]) -> str:
+    """A row for each bar of a record's parts, under their titles."""
+    rows = [(title, bar, met) for name, title in titles.items() for bar, met in bars_of(record[name]).items()]
+    return table(("", "bar", ""), [(title, bar, "met" if met else "MISSED") for title, bar, met in rows])
+
+
+def report_missed(record: Mapping[str, Any], parts: Iterable[str]) -> int:
+    """Print the bars of `parts` that were missed; the exit status of a command."""
+    missed = [f"missed: {name}: {bar}" for name in parts for bar, met in bars_of(record[name]).items() if not met]
+    print("\n".join(missed), end="\n" if missed else "")
+    return int(bool(missed))
+
+
+def bars_of(part: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """The bars of a part, each with whether every round met it."""
+    rounds = [part] if isinstance(part, Mapping) else part
+    return {bar: all(one["bars"][bar] for one in rounds) for bar in rounds[0]["bars"]}
 
 
 def machine_table(machine: dict[str, str]) -> str:

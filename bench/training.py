@@ -127,8 +127,8 @@ def _measure_memory(config: TrainingConfig, console: Any) -> list[dict[str, Any]
     """Each form in a process of its own: memory that one has given back would serve the next."""
     from dataclasses import asdict
 
-    from bench.cost import cost_of
     from bench.forms import Workload, take
+    from bench.lab.process import cost_of
     from common.cores import num_cores
     from common.progress import progress
 

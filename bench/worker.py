@@ -107,7 +107,7 @@ class _Contender:
         return self._answer(self._images(num_images))
 
     def peak_bytes(self) -> int | None:
-        from bench.cost import family_bytes
+        from bench.lab.process import family_bytes
 
         # getrusage would count what the parent held when it started the process.
         return family_bytes() if Path("/proc/self/status").exists() else None
