@@ -25,6 +25,15 @@ EXAMPLES = (
 )
 RELOAD_S, DRAIN_S = 20, 2
 GROWTH_MB = 8.0  # for lines that wait, and for allocators
+ENDLESS = """
+<ir_version: 9, opset_import: ["": 17]>
+endless (float[N, 3, 8, 8] x) => (float[N, 3] scores) <bool true = {1}> {
+  mean = ReduceMean <axes = [2, 3], keepdims = 0> (x)
+  scores = Loop <body = turns (int64 turn, bool go, float y) => (bool on, float z) {
+    on = Identity (go)
+    z = Neg (y)
+  }> ("", true, mean)
+}"""
 TITLES = {
     "early": "SIGTERM before it serves",
     "outage": "One worker of two is killed, and the model's file is damaged",
@@ -78,15 +87,16 @@ def _early(model: Path) -> dict[str, Any]:
 def _outage(model: Path, image: bytes) -> dict[str, Any]:
     """The file is lost and one worker of two is killed."""
     with start(model, "--workers", 2, "--model-threads", 1) as server:
-        statuses = [_ask(server.url, image) for _ in range(20)]
+        statuses = [server.predict(image) for _ in range(20)]
+        while sum("serves" in line for line in server.log()) < 2:  # or the second worker may read the damaged file
+            time.sleep(0.01)
         model.write_bytes(b"no model")
-        server.wait_for("serves")
         num_lines, begin = len(server.log()), time.monotonic()
         os.kill(server.workers()[0], signal.SIGKILL)
         while not any("serves" in line for line in server.log()[num_lines:]):
-            statuses.append(_ask(server.url, image))
+            statuses.append(server.predict(image))
         recovery_s = time.monotonic() - begin
-        statuses += [_ask(server.url, image) for _ in range(20)]
+        statuses += [server.predict(image) for _ in range(20)]
         server.stop()
     lost = sum(status != 200 for status in statuses)
     bars = {"the killed worker comes back without its file": True, "exit status 0": server.exit_status == 0}
@@ -109,7 +119,7 @@ def _hanging(model: Path, image: bytes) -> dict[str, Any]:
         num_lines = len(server.log())
         server.send(signal.SIGHUP)
         server.wait_for("reading the model's file again", after=num_lines)
-        answered = _ask(server.url, image) == 200
+        answered = server.predict(image) == 200
         end_s = server.stop()
     bars = {
         "a model that hangs is given up, and the next one is served": True,
@@ -137,18 +147,6 @@ def _unread(model: Path, image: bytes, num_requests: int) -> dict[str, Any]:
     return {"requests": num_requests, "logs": found, "bars": bars}
 
 
-def _ask(url: str, image: bytes) -> int:
-    """The status; 0 if the connection was lost."""
-    import httpx
-
-    try:
-        return httpx.post(
-            f"{url}/predict", content=image, headers={"Content-Type": "image/png"}, timeout=30
-        ).status_code
-    except httpx.TransportError:
-        return 0
-
-
 def _ask_often(url: str, image: bytes, num: int) -> int:
     """How many of `num` requests on one connection are answered 200."""
     import httpx
@@ -159,24 +157,9 @@ def _ask_often(url: str, image: bytes, num: int) -> int:
 
 def _write_endless(path: Path) -> None:
     """A classifier whose Loop has no end."""
-    import numpy as np
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import parser
 
-    value = helper.make_tensor_value_info
-    turn, go = value("turn", TensorProto.INT64, []), value("go", TensorProto.BOOL, [])
-    y, on = value("y", TensorProto.FLOAT, None), value("on", TensorProto.BOOL, [])
-    nodes = [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Neg", ["y"], ["z"])]
-    body = helper.make_graph(nodes, "body", [turn, go, y], [on, value("z", TensorProto.FLOAT, None)])
-    mean = helper.make_node("ReduceMean", ["x"], ["mean"], axes=[2, 3], keepdims=0)
-    loop = helper.make_node("Loop", ["", "true", "mean"], ["scores"], body=body)
-    inputs, outputs = (
-        value(name, TensorProto.FLOAT, shape) for name, shape in (("x", ["N", 3, 8, 8]), ("scores", ["N", 3]))
-    )
-    graph = helper.make_graph(
-        [mean, loop], "endless", [inputs], [outputs], [numpy_helper.from_array(np.array(True), "true")]
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    path.write_bytes(model.SerializeToString())
+    path.write_bytes(parser.parse_model(ENDLESS).SerializeToString())
 
 
 def markdown(record: dict[str, Any]) -> str:

@@ -193,7 +193,7 @@ async def _time_app(app: ASGIApp, png: bytes) -> float:
 
 
 async def _fastest_of(action: Callable[[], Coroutine[Any, Any, None]]) -> float:
-    times: list[float] = []
+    times = []
     for _ in range(NUM_ROUNDS):
         start = time.process_time()
         await action()
@@ -202,8 +202,8 @@ async def _fastest_of(action: Callable[[], Coroutine[Any, Any, None]]) -> float:
 
 
 def _fastest_us(action: Callable[[], object], *, num_rounds: int = NUM_ROUNDS) -> float:
-    """Of one image among `BATCH_SIZE`."""
-    times: list[float] = []
+    """Microseconds of one image among `BATCH_SIZE`."""
+    times = []
     for _ in range(num_rounds):
         start = time.process_time()
         action()

@@ -1,6 +1,5 @@
 """python bench/startup.py: from starting the server to its first answer, where the time goes, and its memory."""
 
-import http.client
 import subprocess
 import sys
 import tempfile
@@ -109,23 +108,14 @@ def _start(model: Path) -> dict[str, Any]:
     command = [sys.executable, str(SERVER), str(model), "--port", str(port), "--log-level", "error"]
     with Server(command, port) as server:
         ready_s = time.perf_counter() - begin
-        _predict(port, image)
+        statuses = [server.predict(image)]
         answer_s = time.perf_counter() - begin
-        for _ in range(NUM_REQUESTS - 1):
-            _predict(port, image)
+        statuses += [server.predict(image) for _ in range(NUM_REQUESTS - 1)]
         has_torch = "libtorch" in Path(f"/proc/{server.pid}/maps").read_text()
         resident = server.family_bytes()
+    if set(statuses) != {200}:
+        raise Refusal(f"POST /predict answered {sorted(set(statuses))}")
     return {"ready_s": ready_s, "answer_s": answer_s, "resident_bytes": resident, "has_torch": has_torch}
-
-
-def _predict(port: int, image: bytes) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", "/predict", image, {"Content-Type": "image/png"})
-    answer = connection.getresponse()
-    body = answer.read()
-    connection.close()
-    if answer.status != 200:
-        raise Refusal(f"POST /predict answered {answer.status}: {body[:200]!r}")
 
 
 def _phases(model: Path) -> dict[str, float]:

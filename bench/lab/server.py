@@ -1,5 +1,6 @@
 """A server as a process of its own, this project's or another: started, awaited, watched under load and ended."""
 
+import http.client
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -114,6 +116,17 @@ class Server:
             if time.monotonic() > until:
                 raise RuntimeError(f"the server did not log {message!r} within {START_S:g} s")
             time.sleep(5 * POLL_S)
+
+    def predict(self, image: bytes) -> int:
+        """The status of one POST /predict; 0 if the connection was lost."""
+        request = urllib.request.Request(f"{self.url}/predict", image, {"Content-Type": "image/png"})
+        try:
+            with urllib.request.urlopen(request, timeout=STOP_S) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except (OSError, http.client.HTTPException):
+            return 0
 
     def send(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
