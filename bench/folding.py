@@ -48,7 +48,7 @@ def command(config: FoldingConfig) -> int:
     import tempfile
     from collections import defaultdict
 
-    from bench.cost import cost_of, in_fresh_process
+    from bench.lab.process import cost_of, in_fresh_process
     from bench.nets import make_checkpoint
     from export.to_onnx import ToOnnxConfig
     from export.to_onnx import command as export_file

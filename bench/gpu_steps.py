@@ -272,9 +272,9 @@ def _served(argv: list[str]) -> Iterator[int]:
 
 
 def _load(port: int, image: bytes, num_connections: int, seconds: float = 3.0) -> Result:
-    from bench.open_loop import Answer, Load, predict_request
+    from bench.lab.load import Load, Reply, predict_request
 
-    answers: list[Answer] = []
+    answers: list[Reply] = []
 
     async def ask() -> None:
         load = Load(port, predict_request(image), answers.append, num_connections=num_connections)

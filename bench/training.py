@@ -105,8 +105,8 @@ def _measure_net(net: tuple[int, float], config: TrainingConfig, console: Any) -
 
 def _measure_memory(config: TrainingConfig, console: Any) -> list[dict[str, Any]]:
     """Each form in a process of its own: memory that one has given back would serve the next."""
-    from bench.cost import cost_of
     from bench.forms import Workload, take
+    from bench.lab.process import cost_of
 
     rows = []
     cases = [(precision, form) for precision in PRECISIONS for form in (FORMS[:2] if config.quick else FORMS)]

@@ -120,7 +120,7 @@ def _answer(answer: "Answer", image: "ImageSpec", num_images: int) -> Any:
 
 
 def _peak_bytes(answer: "Answer", image: "ImageSpec") -> int | None:
-    from bench.cost import family_bytes
+    from bench.lab.process import family_bytes
 
     # getrusage would count what the parent held when it started the process.
     return family_bytes() if Path("/proc/self/status").exists() else None
