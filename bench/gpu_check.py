@@ -145,7 +145,7 @@ def _run_tests(console: "Console") -> dict[str, Any]:
 
 
 def _machine(device: str) -> dict[str, str]:
-    """What was measured on, all as text; refuses where there is no CUDA device."""
+    """GPU, driver, host and versions as text; refuses where there is no CUDA device."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def machine(device: str) -> Iterator[Result]:
-    """What is here, and which libraries are really loaded."""
+    """Versions, devices, and the libraries that really load."""
     import torch
 
     from bench.page import describe_machine

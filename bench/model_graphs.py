@@ -1,4 +1,4 @@
-"""What the processes of a race read: the graphs of its nets, the logits expected, and ONNX Runtime's own profile."""
+"""The nets of a race: their graphs, the logits expected of every row, and ONNX Runtime's own profile of a graph."""
 
 import json
 from collections import defaultdict

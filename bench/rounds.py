@@ -29,7 +29,7 @@ class Timing:
         return 1000 * self.batch_size / self.median_ms
 
     def ratios_to(self, other: "Timing") -> list[float]:
-        """How many times as fast as `other`, by round: what slows down the machine for a while slows down both."""
+        """How many times as fast as `other`, by round: a slow moment of the machine slows down both."""
         return [before / after for before, after in zip(other.round_ms, self.round_ms, strict=True)]
 
     def speedup_over(self, other: "Timing") -> float:

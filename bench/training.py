@@ -104,7 +104,7 @@ def _measure_net(net: tuple[int, float], config: TrainingConfig, console: Any) -
 
 
 def _measure_memory(config: TrainingConfig, console: Any) -> list[dict[str, Any]]:
-    """Each form in a process of its own: memory that one has given back would serve the next."""
+    """Each form in a process of its own, as the next one would reuse memory that one has freed."""
     from bench.forms import Workload, take
     from bench.lab.process import cost_of
 

@@ -34,7 +34,7 @@ def test_the_optimizer_trains_the_references_own_parameters():
 
 @pytest.mark.slow
 def test_the_forms_start_alike_and_learn_alike():
-    """What the forms compute is the same; only the ordinary net is another one."""
+    """All forms of the Dirac net compute the same; the ordinary net is another one."""
     sums = {}
     for form in ("Dirac", "Dirac, reference", "ordinary"):
         step = make_step(form, SMALL)
