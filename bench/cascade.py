@@ -1,15 +1,21 @@
 """python bench/cascade.py: images/s of int8, fp32 and their cascade; writes docs/benchmarks/cascade.md and .json."""
 
+import os
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.page import describe_machine, fill, machine_table, spread, table, write_page
+from bench.rounds import Timing, alternate_all
 from common.cli import run_command
+from common.files import read_whole
+from common.progress import make_console
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -29,7 +35,7 @@ BATCHES = (1, 32)
 class CascadeBenchConfig:
     exact: Annotated[Path, "fp32 form"] = MODELS / "fashion-mnist.onnx"
     quick_form: Annotated[Path, "int8 form, with evidence"] = MODELS / "fashion-mnist-int8.onnx"
-    data_dir: Annotated[Path | None, "where the data set that the net learnt lies"] = None
+    data_dir: Annotated[Path | None, "folder of the data set that the net was trained on"] = None
     threads: Annotated[int, "of each form"] = 2
     rounds: Annotated[int, "in which the three take turns"] = 9
     images: Annotated[int, "test images of a pass"] = 1024
@@ -39,10 +45,6 @@ class CascadeBenchConfig:
 
 def command(config: CascadeBenchConfig) -> int:
     """Time passes over real test images: how many of them go on to fp32 decides what a cascade costs."""
-    import os
-
-    from bench.page import describe_machine, write_page
-    from common.progress import make_console
     from export.artefacts import open_artefact
     from export.evaluation.judged import find_judged
     from export.runtimes.cascade import Cascade, read_forms
@@ -81,86 +83,56 @@ def command(config: CascadeBenchConfig) -> int:
 
 def _time(racers: "dict[str, Answer]", images: "np.ndarray", size: int, num_rounds: int) -> dict[str, Any]:
     """The timing of a pass over all images in batches of `size`, by the name of a racer."""
-    from bench.rounds import Failure, alternate
+    passes = {name: partial(_pass_ms, answer, images, size) for name, answer in racers.items()}
+    times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
+    return {name: timing.to_dict() for name, timing in times.items()}
 
-    def lap(answer: "Answer") -> Callable[[], float]:
-        def run() -> float:
-            from time import perf_counter
 
-            start = perf_counter()
-            for first in range(0, len(images), size):
-                answer(images[first : first + size])
-            return 1000 * (perf_counter() - start)
-
-        return run
-
-    times = alternate(
-        {name: lap(answer) for name, answer in racers.items()}, batch_size=len(images), num_rounds=num_rounds
-    )
-    if failed := [f"{name}: {time.reason}" for name, time in times.items() if isinstance(time, Failure)]:
-        raise Refusal(f"a form does not run: {'; '.join(failed)}")
-    return {name: time.to_dict() for name, time in times.items()}
+def _pass_ms(answer: "Answer", images: "np.ndarray", size: int) -> float:
+    start = time.perf_counter()
+    for first in range(0, len(images), size):
+        answer(images[first : first + size])
+    return 1000 * (time.perf_counter() - start)
 
 
 def page(record: dict[str, Any]) -> str:
-    """The record for people."""
-    from bench.page import machine_table, table
-
-    share, evidence = record["share_escalated"], record["evidence"]
+    """The page of one record."""
     rows = [_row(size, times, record) for size, times in record["batches"].items()]
     head = ["batch", "int8", "fp32", "cascade", "cascade over fp32", "int8 over cascade", "share of the expected time"]
-    return f"""# The cascade: what it costs
-
-Written by `python bench/cascade.py`. int8 answers every image, and fp32 those whose two largest int8 logits lie within
-{evidence["threshold"]:.3g}: {100 * share:.1f} % of the {record["num_images"]:,} test images that are timed here,
-{100 * evidence["share_escalated"]:.1f} % of all {evidence["num_test"]:,}.
-[How the threshold is chosen, and what it guarantees](../eight-bits.md#an-exact-cascade).
-
-{machine_table(record["machine"])}
-
-{record["num_rounds"]} rounds in which the three take turns over the same images, {record["threads"]} threads, ONNX
-Runtime; images/s are medians, in brackets the slowest and the fastest round. "load before" is how many processes wanted
-a core in the minute before.
-
-{table(head, rows)}
-
-An image is expected to take `t8 + share · t32`, with t32 that of one image alone: of a batch one or two go on. The last
-column is the cascade's time as a share of that.
-
-**Which processor.** {_processor(record)}
-"""
-
-
-def _row(size: str, times: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    from bench.rounds import Timing
-
-    int8, fp32, cascade = (Timing.from_dict(times[name]) for name in ("int8", "fp32", "cascade"))
-    alone = Timing.from_dict(record["batches"]["1"]["fp32"])
-    expected = int8.median_ms + record["share_escalated"] * alone.median_ms
-    speeds = []
-    for timing in (int8, fp32, cascade):
-        low, high = (1000 * timing.batch_size / ms for ms in (max(timing.round_ms), min(timing.round_ms)))
-        speeds.append(f"{timing.images_per_s:,.0f} ({low:,.0f}–{high:,.0f})")
-    ratios = [f"{cascade.speedup_over(fp32):.2f}", f"{int8.speedup_over(cascade):.2f}"]
-    return [size, *speeds, *ratios, f"{cascade.median_ms / expected:.2f}"]
-
-
-def _processor(record: dict[str, Any]) -> str:
-    kinds = {"yes": "one with VNNI", "no": "one without VNNI", "unknown": "of which this system does not say more"}
-    measured = kinds[record["machine"]["vnni"]]
-    other = {"yes": "One without VNNI", "no": "One with VNNI", "unknown": "Another kind"}[record["machine"]["vnni"]]
-    return (
-        f"What was measured is {measured}. {other} was not: ONNX Runtime picks its kernels by what the\n"
-        "processor says of itself and has no switch to leave VNNI out. The answers are the same there, as no sum of\n"
-        "these files can saturate. Without VNNI int8 gains less (1.9 times fp32 for the bundled net on AMD Zen 3),\n"
-        "and so does the cascade."
+    return fill(
+        "cascade",
+        **{**record, "machine": machine_table(record["machine"])},
+        timed_percent=100 * record["share_escalated"],
+        tested_percent=100 * record["evidence"]["share_escalated"],
+        speeds=table(head, rows),
+        processor=_processor(record["machine"]["vnni"]),
     )
 
 
-def _has_vnni() -> str:
-    """ "yes", "no", or "unknown" where the system does not list what its processor can."""
-    from common.files import read_whole
+def _row(size: str, times: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    timings = [Timing.from_dict(times[name]) for name in ("int8", "fp32", "cascade")]
+    int8, fp32, cascade = timings
+    alone = Timing.from_dict(record["batches"]["1"]["fp32"])
+    expected = int8.median_ms + record["share_escalated"] * alone.median_ms
+    speeds = [spread([1000 * timing.batch_size / ms for ms in timing.round_ms], ",.0f") for timing in timings]
+    ratios = (cascade.speedup_over(fp32), int8.speedup_over(cascade), cascade.median_ms / expected)
+    return [size, *speeds, *(f"{ratio:.2f}" for ratio in ratios)]
 
+
+def _processor(vnni: str) -> str:
+    measured, other = {
+        "yes": ("with VNNI", "One without VNNI was not"),
+        "no": ("without VNNI", "One with VNNI was not"),
+        "unknown": ("that does not list its instructions", "Others were not"),
+    }[vnni]
+    return f"""Measured on a processor {measured}. {other} measured: ONNX Runtime chooses its
+kernels by the processor's own description, and has no switch to leave VNNI out. The answers are the same there, as no
+sum in these files can saturate. Without VNNI int8 gains less (1.9 times fp32 for the bundled net on AMD Zen 3), and so
+does the cascade."""
+
+
+def _has_vnni() -> str:
+    """ "yes", "no", or "unknown" where the system does not list its processor's instructions."""
     path = Path("/proc/cpuinfo")
     words = read_whole(path).decode().split() if path.exists() else []
     return "unknown" if "flags" not in words else "yes" if {"avx512_vnni", "avx_vnni"} & {*words} else "no"

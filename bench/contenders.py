@@ -1,25 +1,37 @@
-"""The table of what is raced: every way to run a net, each made callable as images → logits."""
+"""The table of bench/gpu_check.py: every way to run a net, made callable as images → logits, compared and timed."""
 
+import tempfile
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from bench.nets import Net
+from bench.rounds import Failure, Timing, alternate, attempt, median_ms
 from common.files import write_whole
+from common.progress import progress
 from export.artefacts import Provider, open_artefact
-from export.compare import Answer
+from export.compare import TOLERANCES, Answer, answer_all, compare
 from export.eight_bits.quantize import TRIED, Target, quantize
 from export.engines.engine import choose_builder
 from export.graphs.graph import to_onnx
+from export.model_file.signature import pad
+from export.parity import Row as ParityRow
 from export.runtimes.load import load_runtime
 from export.to_trt import ToTrtConfig
 from export.to_trt import command as build_engine_file
+from fold.image_sets import random_images
 from fold.lower import lower
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bench.gpu_check import GpuCheckConfig
 
 LOWERING = "shared"  # of every plain net in the table
 Profile = tuple[int, int, int]  # smallest, best and largest batch of engines
@@ -42,24 +54,83 @@ class Contender:
 
 def contenders(device: str) -> tuple[Contender, ...]:
     """The rows of a device, the one that others are measured against first."""
-    if device == "cpu":
-        return (
-            *_torch_rows("cpu", "fp32"),
-            Contender("--runtime torch", "fp32", partial(open_graphs, None, "fp32")),
-            Contender("ONNX Runtime CPU", "fp32", partial(open_onnx, "cpu", "fp32")),
-            Contender("ONNX Runtime CPU", "int8", partial(open_onnx, "cpu", "int8")),
-        )
-    return (
-        *_torch_rows("cuda", "fp16"),
-        Contender("--runtime torch", "fp32", partial(open_graphs, 0, "fp32")),
-        Contender("--runtime torch", "fp16", partial(open_graphs, 0, "fp16")),
-        Contender("ONNX Runtime CUDA", "fp32", partial(open_onnx, "cuda", "fp32")),
-        Contender("ONNX Runtime CUDA", "fp16", partial(open_onnx, "cuda", "fp16")),
-        Contender("ONNX Runtime TensorRT", "fp16", partial(open_onnx, "tensorrt", "fp16")),
-        Contender("TensorRT", "fp32", partial(open_engine, "fp32")),
-        Contender("TensorRT", "fp16", partial(open_engine, "fp16")),
-        Contender("TensorRT", "int8", partial(open_engine, "int8")),
-    )
+    is_gpu = device == "cuda"
+    precision = "fp16" if is_gpu else "fp32"
+    torch_form = partial(open_torch, device, precision)
+    rows: list[tuple[str, str, Callable[[Net, Path, Profile], Answer]]] = [
+        ("PyTorch, Dirac net", precision, partial(torch_form, is_dirac=True, is_compiled=False)),
+        ("PyTorch", precision, partial(torch_form, is_dirac=False, is_compiled=False)),
+        ("torch.compile", precision, partial(torch_form, is_dirac=False, is_compiled=True)),
+    ]
+    if is_gpu:
+        rows += [("--runtime torch", kind, partial(open_graphs, 0, kind)) for kind in ("fp32", "fp16")]
+        rows += [("ONNX Runtime CUDA", kind, partial(open_onnx, "cuda", kind)) for kind in ("fp32", "fp16")]
+        rows.append(("ONNX Runtime TensorRT", "fp16", partial(open_onnx, "tensorrt", "fp16")))
+        rows += [("TensorRT", kind, partial(open_engine, kind)) for kind in ("fp32", "fp16", "int8")]
+    else:
+        rows.append(("--runtime torch", "fp32", partial(open_graphs, None, "fp32")))
+        rows += [("ONNX Runtime CPU", kind, partial(open_onnx, "cpu", kind)) for kind in ("fp32", "int8")]
+    return tuple(Contender(*row, is_dirac=row[0].endswith("Dirac net")) for row in rows)
+
+
+def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str, Any]:
+    """One net: open every contender, compare its logits, then time those that answer."""
+    sizes = sorted(config.batch_sizes)
+    profile = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+    rows, answers = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for contender in contenders(config.device):
+            console.print(f"{net.name}: {contender.title}")
+            answer = attempt(partial(contender.open, net, Path(folder), profile))
+            rows[contender.title] = row = {"title": contender.title, "failed": None, "timings": {}, "parity": ""}
+            if isinstance(answer, Failure):
+                row["failed"] = row["parity"] = answer.reason
+                continue
+            answers[contender.title] = answer
+            parity = attempt(partial(_compare, net, contender, answer, profile[1]))
+            row["parity"] = parity.reason if isinstance(parity, Failure) else parity
+        with progress(console, f"{net.name}: timing", len(sizes) * config.rounds) as advance:
+            for size in sizes:
+                images = random_images(net.spec.image, size)
+                racers = {
+                    title: partial(median_ms, partial(answer, images), config.round_s)
+                    for title, answer in answers.items()
+                }
+                timings = alternate(racers, batch_size=size, num_rounds=config.rounds, advance=advance)
+                baseline = timings.get(next(iter(rows)))
+                for title, timing in timings.items():
+                    rows[title]["timings"][str(size)] = _timing_record(timing, baseline)
+    return {"name": net.name, "weights": net.weights, "batch_sizes": sizes, "rows": list(rows.values())}
+
+
+def _timing_record(timing: Timing | Failure, baseline: Timing | Failure | None) -> dict[str, Any] | str:
+    """A timing with its speedup over the first row, or why there is none."""
+    if isinstance(timing, Failure):
+        return timing.reason
+    return {**timing.to_dict(), "speedup": timing.speedup_over(baseline) if isinstance(baseline, Timing) else None}
+
+
+def _compare(net: Net, contender: Contender, answer: Answer, batch_size: int) -> dict[str, Any] | str:
+    """The worst comparison with the plain net; batches of one size, since every other one is compiled anew."""
+    if contender.is_dirac and not net.is_same:
+        return "not compared: its weights are others"
+
+    @torch.inference_mode()
+    def reference(images: np.ndarray) -> np.ndarray:
+        return net.plain(torch.from_numpy(images)).numpy()
+
+    def padded(images: np.ndarray) -> np.ndarray:
+        starts = range(0, len(images), batch_size)
+        pieces = [images[start : start + batch_size] for start in starts]
+        return np.concatenate([answer(pad(piece, batch_size))[: len(piece)] for piece in pieces])
+
+    rows = []
+    for kind, images in net.image_sets.items():
+        named = [(name, answer_all(form, images)) for name, form in (("plain", reference), (contender.title, padded))]
+        rows.append(ParityRow(kind, compare(*named, tolerance=TOLERANCES[contender.precision])))
+    # False before True before None, then the largest error: what most needs to be seen.
+    worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.relative))
+    return {**worst.to_dict(), "stated_tolerance": str(worst.comparison.tolerance)}
 
 
 def open_torch(
@@ -78,7 +149,6 @@ def open_torch(
     Pixels are normalised in float32, as in the ONNX graph.
     """
     torch.backends.cudnn.benchmark = True
-    # NCReLU's own gradient would cut the compiled graph in pieces; LOWERING has none.
     whole = (deepcopy(net.dirac) if is_dirac else lower(net.plain, lowering)).float().eval()
     normalize, dtype = whole[0].to(device), DTYPES[precision]
     rest: Callable = whole[1:].to(device, dtype).to(memory_format=torch.channels_last)
@@ -121,29 +191,10 @@ def graph_file(net: Net, precision: str, folder: Path, *, target: Target) -> Pat
         return path
     if precision == "int8":
         observed, chosen_by = np.array_split(net.calibration, 2)
-        model = quantize(
-            net.plain,
-            net.spec,
-            precision="int8",
-            target=target,
-            lowerings=TRIED,
-            observed=observed,
-            chosen_by=chosen_by,
-        ).model
+        ranges_from = {"observed": observed, "chosen_by": chosen_by}
+        found = quantize(net.plain, net.spec, precision="int8", target=target, lowerings=TRIED, **ranges_from)
+        model = found.model
     else:
         model = to_onnx(lower(net.plain, LOWERING), net.spec, {}, precision=precision)
     write_whole(path, model.SerializeToString())
     return path
-
-
-def _torch_rows(device: str, precision: str) -> tuple[Contender, ...]:
-    forms = (("PyTorch, Dirac net", True, False), ("PyTorch", False, False), ("torch.compile", False, True))
-    return tuple(
-        Contender(
-            name,
-            precision,
-            partial(open_torch, device, precision, is_dirac=is_dirac, is_compiled=is_compiled),
-            is_dirac,
-        )
-        for name, is_dirac, is_compiled in forms
-    )

@@ -1,7 +1,9 @@
-"""python bench/eight_bits.py: what eight bits lose with δ in the filters and beside them, while a net trains."""
+"""python bench/eight_bits.py: the error of eight bits with δ in the filters and beside them, while a net trains."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,8 +32,8 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class EightBitsConfig:
-    dataset: Annotated[Published, "what to learn"] = "fashion-mnist"
-    data_dir: Annotated[Path | None, "where the data set lies"] = None
+    dataset: Annotated[Published, "data set to train on"] = "fashion-mnist"
+    data_dir: Annotated[Path | None, "folder of the data set"] = None
     family: Annotated[Literal["cifar", "pooled"], "pooled trains four times faster"] = "pooled"
     depth: Annotated[int, "6N + 4 layers"] = 16
     width: Annotated[float, "width factor k of Table 1"] = 1.0
@@ -42,8 +44,6 @@ class EightBitsConfig:
 
 def command(config: EightBitsConfig) -> int:
     """Train from a = 5 and from a = 1; after every epoch fold, quantise both ways and compare with float32."""
-    from dataclasses import asdict
-
     from common.progress import make_console, progress
     from train.config import TrainConfig
     from train.data import datasets
@@ -52,33 +52,25 @@ def command(config: EightBitsConfig) -> int:
     dataset, rows, accuracies = datasets.load(config.dataset, data_dir=config.data_dir), [], {}
     with progress(make_console(), "epochs", len(STARTS) * (config.epochs + 1)) as advance:
         for start, values in STARTS.items():
-            settings = TrainConfig(
-                dataset=config.dataset,
-                family=config.family,
-                depth=config.depth,
-                width=config.width,
-                epochs=config.epochs,
-                lr=0.1,
-                precision="fp32",
-                **values,
-            ).resolved()
-            epoch = 0
+            shape = {name: getattr(config, name) for name in ("dataset", "family", "depth", "width", "epochs")}
+            settings = TrainConfig(**shape, lr=0.1, precision="fp32", **values).resolved()
+            epochs = count()
 
-            def observe(net: "nn.Sequential", start: str = start, settings: "Settings" = settings) -> None:
-                nonlocal epoch
-                if epoch:  # before the first step batch normalisation has no statistics
+            def observe(
+                net: "nn.Sequential",
+                start: str = start,
+                settings: "Settings" = settings,
+                epochs: Iterator[int] = epochs,
+            ) -> None:
+                if epoch := next(epochs):  # before the first step batch normalisation has no statistics
                     rows.append({"start": start, "epoch": epoch, **_measure(net, settings, dataset, config.images)})
                     print(_line(rows[-1]))
                 advance(note=start)
-                epoch += 1
 
             accuracies[start] = run_trial(settings, dataset, observe=observe).test_accuracy
-    write_results(
-        config.out,
-        "eight-bits",
-        _draw(rows, f"{config.dataset}, {config.family} {config.depth}-{config.width:g}"),
-        {"settings": asdict(config), "test_accuracy": accuracies, "rows": rows},
-    )
+    figure = _draw(rows, f"{config.dataset}, {config.family} {config.depth}-{config.width:g}")
+    record = {"settings": asdict(config), "test_accuracy": accuracies, "rows": rows}
+    write_results(config.out, "eight-bits", figure, record)
     return 0
 
 
@@ -96,28 +88,15 @@ def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_image
     pixels = held.first(num_images)
     observed, chosen_by = pixels[: len(pixels) // 4], pixels[len(pixels) // 4 :]
     spec = make_spec(settings, dataset.info.image, dataset.info.labels)
-    found = quantize(
-        fold_net(net.eval()).float(),
-        spec,
-        precision="int8",
-        target="onnxruntime",
-        lowerings=tuple(LABELS),
-        observed=observed,
-        chosen_by=chosen_by,
-    )
+    options = {"lowerings": tuple(LABELS), "observed": observed, "chosen_by": chosen_by}
+    found = quantize(fold_net(net.eval()).float(), spec, precision="int8", target="onnxruntime", **options)
     best = {candidate.lowering: candidate for candidate in reversed(found.candidates)}
     scales = [layer.a.item() for layer in net.modules() if isinstance(layer, DiracConv2d)]
-    return {
-        "a": {"min": min(scales), "mean": float(np.mean(scales)), "max": max(scales)},
-        **{
-            lowering: {
-                "ranges": row.method,
-                "relative_error": row.relative_error,
-                "top1_agreement": row.top1_agreement,
-            }
-            for lowering, row in best.items()
-        },
+    measured = {
+        name: {"ranges": row.method, "relative_error": row.relative_error, "top1_agreement": row.top1_agreement}
+        for name, row in best.items()
     }
+    return {"a": {"min": min(scales), "mean": float(np.mean(scales)), "max": max(scales)}, **measured}
 
 
 def _line(row: dict[str, Any]) -> str:

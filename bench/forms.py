@@ -1,17 +1,28 @@
-"""A training step in the forms that are raced: Dirac, ordinary, and Dirac as the authors' release builds its weight."""
+"""A training step in the forms that are raced: Dirac, ordinary, and Dirac as the authors' release builds its weight.
 
+`torchrun --nproc-per-node 2 bench/forms.py NUM_STEPS` times steps that processes share, as one line of JSON.
+"""
+
+import json
+import statistics
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+from torch import Tensor
+
+from bench.nets import reference_convolution
 from common.progress import make_console
 from common.spec import ImageSpec
 from train.config import TrainConfig
-from train.distributed import World
+from train.distributed import World, joined
 from train.layers import DiracConv2d
 from train.loop import Batch, train_step
 from train.machine import keep_large_buffers
@@ -31,18 +42,8 @@ class Workload:
     batch_size: int
     precision: str = "fp32"
 
-    @property
-    def title(self) -> str:
-        return f"{self.depth}-{self.width:g}, {self.side}x{self.side}, {self.precision}"
 
-
-class ReferenceDiracConv2d(DiracConv2d):
-    """Eq. 4 term by term: a and b expanded to a value per filter, δ dense, filters normalised as rows of a matrix."""
-
-    def folded_weight(self) -> Tensor:
-        a, b = (scale.expand(self.out_channels).view(-1, 1, 1, 1) for scale in (self.a, self.b))
-        normalized = functional.normalize(self.weight.flatten(1)).view(self.weight.shape)
-        return a.expand_as(self.delta) * self.delta + b.expand_as(normalized) * normalized
+SHARED, NUM_WARM_UP = Workload(16, 1.0, 28, 128), 3
 
 
 def make_session(form: Form, workload: Workload, world: World = ALONE) -> Session:
@@ -58,7 +59,10 @@ def make_session(form: Form, workload: Workload, world: World = ALONE) -> Sessio
     spec = make_spec(config, image, tuple("0123456789"))
     session = start(config, spec, world, make_console(quiet=True))
     if form == "Dirac, reference":
-        _use_reference(session.net)
+        for layer in list(session.net.modules()):
+            for name, child in layer.named_children():
+                if isinstance(child, DiracConv2d):
+                    setattr(layer, name, reference_convolution(child).to(memory_format=torch.channels_last))
     return session
 
 
@@ -96,12 +100,18 @@ def take(num_steps: int, form: Form, workload: Workload, num_threads: int) -> No
         step()
 
 
-def _use_reference(net: nn.Module) -> None:
-    """Put reference layers in place of ours; they share the parameters that the optimizer holds."""
-    for layer in list(net.modules()):
-        for name, child in layer.named_children():
-            if isinstance(child, DiracConv2d):
-                twin = ReferenceDiracConv2d(child.in_channels, child.out_channels, child.kernel_size, padding=1)
-                twin.a, twin.b = child.a, child.b
-                twin.register_parameter("weight", child.weight)
-                setattr(layer, name, twin.to(memory_format=torch.channels_last))
+def time_shared_steps(num_steps: int) -> None:
+    """Time steps of `SHARED` in all processes that torchrun started; the first one prints the median."""
+    keep_large_buffers()
+    with joined("cpu") as world:
+        step, times = make_step("Dirac", SHARED, world), []
+        for _ in range(NUM_WARM_UP + num_steps):
+            start = time.perf_counter()
+            step()
+            times.append(1000 * (time.perf_counter() - start))
+        if world.rank == 0:
+            print(json.dumps({"processes": world.size, "step_ms": statistics.median(times[NUM_WARM_UP:])}))
+
+
+if __name__ == "__main__":
+    time_shared_steps(int(sys.argv[1]))

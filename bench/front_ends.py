@@ -8,14 +8,27 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.page import machine_table, spread, table, write_page
+from bench.lab.server import start
+from bench.lab.wrk import put_load, refuse_without_tools
+from bench.page import (
+    bars_of,
+    counts,
+    describe_machine,
+    fill,
+    machine_table,
+    report_missed,
+    spread,
+    table,
+    table_of,
+    write_page,
+)
 from common.cli import POSITIONAL, given_arguments, run_command
 from common.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
     "python bench/front_ends.py                                # three minutes; writes docs/benchmarks/front-ends.md",
-    "python bench/front_ends.py --only kills --kill-seconds 600 # the record keeps what it has of the rest",
+    "python bench/front_ends.py --only kills --kill-seconds 600 # the record keeps its other part",
     "python bench/front_ends.py --quick --out runs/bench",
 )
 FRONT_ENDS = (1, 2)
@@ -29,9 +42,9 @@ class FrontEndsConfig:
     model: Annotated[Path, "plain.onnx whose images and labels are taken", POSITIONAL] = (
         ROOT / "models" / "fashion-mnist.onnx"
     )
-    image: Annotated[Path, "the image that is asked for"] = ROOT / "models" / "held-out" / "Coat_6.png"
-    device_us: Annotated[tuple[float, float], "t0 and t1: the pretended device takes t0 + n t1 for n images"] = (200, 4)
-    connections: Annotated[int, "that ask without a pause, for each front end"] = 32
+    image: Annotated[Path, "the image to send"] = ROOT / "models" / "held-out" / "Coat_6.png"
+    device_us: Annotated[tuple[float, float], "t0 and t1: the simulated device takes t0 + n t1 for n images"] = (200, 4)
+    connections: Annotated[int, "without a pause, for each front end"] = 32
     rounds: Annotated[int, "rounds that alternate over the numbers of front ends"] = 3
     seconds: Annotated[int, "of one measurement"] = 3
     kill_seconds: Annotated[int, "of the load under which processes are killed"] = 100
@@ -46,14 +59,13 @@ class FrontEndsConfig:
 
 
 def command(config: FrontEndsConfig) -> int:
-    """Front ends before a device that is pretended, and a load with kills before the real model, on 127.0.0.1.
+    """Front ends before a simulated device, and a load with kills before the real model, on 127.0.0.1.
 
-    Writes a record and its page. Exit status 1 where a bar is missed of what was measured.
+    Writes a record and its page. Exit status 1 if a bar of the record is missed.
     """
     import json
     from dataclasses import replace
 
-    from bench.page import describe_machine
     from common.files import read_whole
 
     if config.quick:
@@ -68,10 +80,7 @@ def command(config: FrontEndsConfig) -> int:
         if name in (config.only or ("scaling", "kills")):
             record[name] = {**about, **measure(config)}
     print(write_page(config.out, "front-ends", markdown(record), record))
-    missed = [bar for part in record.values() for bar, is_met in part["bars"].items() if not is_met]
-    for bar in missed:
-        print(f"missed: {bar}")
-    return 1 if missed else 0
+    return report_missed(record, record)
 
 
 # What front ends cost
@@ -80,9 +89,7 @@ def command(config: FrontEndsConfig) -> int:
 def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
     import os
 
-    from bench.hand_over import hand_over
-    from bench.load import refuse_without_tools
-    from bench.simulated import TIMES, Simulated
+    from bench.simulated import TIMES, Simulated, hand_over
     from common.progress import make_console, progress
 
     refuse_without_tools()
@@ -118,13 +125,11 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
     """One server under a load that leaves it no pause: what it answers, and what processor time that takes."""
     import os
 
-    from bench.load import put_load
-    from bench.process import Server
     from bench.simulated import TIMES
 
     os.environ[TIMES] = ",".join(f"{time:g}" for time in config.device_us)
     argv = ("--front-ends", num, "--max-batch", MAX_BATCH, "--decode-threads", 0, "--log-level", "warning")
-    with Server(config.model, *argv, script="bench/simulated.py") as server:
+    with start(config.model, *argv, script="bench/simulated.py") as server:
         processes = server.workers() or [server.pid]
         for core, process in enumerate(processes):
             _pin(process, core % 2 if num > 1 else 0)
@@ -207,62 +212,58 @@ def _on_paper(
     return rows
 
 
-# What becomes of requests while processes are killed
+# kill -9 under load
 
 
 def _kills(config: FrontEndsConfig) -> dict[str, Any]:
     import uvloop
 
-    return uvloop.run(_kill_again_and_again(config))
+    return uvloop.run(_kill_in_turn(config))
 
 
-async def _kill_again_and_again(config: FrontEndsConfig) -> dict[str, Any]:
-    """kill -9 of a front end and the device process in turn; what is lost or told to come again is asked once more."""
+async def _kill_in_turn(config: FrontEndsConfig) -> dict[str, Any]:
+    """kill -9 of a front end and the device process in turn; lost and refused requests are sent once more."""
     import asyncio
     import os
     import signal
     from collections import Counter
 
     from bench.faults import ask_again
-    from bench.open_loop import LOST, Load, predict_request
-    from bench.process import Server
+    from bench.lab.load import LOST, Reply, named, saturated
 
     image = config.image.read_bytes()
     statuses: Counter[int] = Counter()
     retries: list[asyncio.Task[bool]] = []
     killed: list[str] = []
     waits_s: list[float] = []
-    with Server(config.model, "--front-ends", 2, "--model-threads", 1, "--log-level", "warning") as server:
 
-        def take(answer: Any) -> None:
-            statuses[answer.status] += 1
-            waits_s.append(answer.seconds)
-            if answer.status in (LOST, 503):
-                retries.append(asyncio.create_task(ask_again(server.url, image)))
+    def take(reply: Reply) -> None:
+        statuses[reply.status] += 1
+        waits_s.append(reply.seconds)
+        if reply.status in (LOST, 503):
+            retries.append(asyncio.create_task(ask_again(server.url, image)))
 
-        load = Load(server.port, predict_request(image), take, num_connections=16)
-        running = asyncio.create_task(load.saturate(config.kill_seconds + 60))
-        names = {process: ("front end", "front end", "device process")[n] for n, process in enumerate(server.workers())}
-        start = load_start = asyncio.get_running_loop().time()
-        while (left := load_start + config.kill_seconds - start) > config.kill_every:
-            await asyncio.sleep(config.kill_every)
-            start += config.kill_every
-            what = ("device process", "front end")[len(killed) % 2]
-            victim = next(process for process, name in names.items() if name == what)
-            del names[victim]
-            os.kill(victim, signal.SIGKILL)
-            killed.append(what)
-            while not (new := set(server.workers()) - names.keys() - {victim}):
-                await asyncio.sleep(0.01)
-            names[new.pop()] = what
-        await asyncio.sleep(left)
-        load.stop()
-        await running
+    with start(config.model, "--front-ends", 2, "--model-threads", 1, "--log-level", "warning") as server:
+        async with saturated(server.port, image, take, num_connections=16):
+            names = dict(zip(server.workers(), ("front end", "front end", "device process"), strict=True))
+            seconds = 0
+            while config.kill_seconds - seconds > config.kill_every:
+                await asyncio.sleep(config.kill_every)
+                seconds += config.kill_every
+                what = ("device process", "front end")[len(killed) % 2]
+                victim = next(process for process, name in names.items() if name == what)
+                del names[victim]
+                os.kill(victim, signal.SIGKILL)
+                killed.append(what)
+                while not (new := set(server.workers()) - names.keys() - {victim}):
+                    await asyncio.sleep(0.01)
+                names[new.pop()] = what
+            await asyncio.sleep(config.kill_seconds - seconds)
         succeeded = sum(await asyncio.gather(*retries))
     return {
         "seconds": config.kill_seconds,
         "killed": killed,
-        "statuses": {str(status) if status else "lost": count for status, count in sorted(statuses.items())},
+        "statuses": named(statuses),
         "asked_again": len(retries),
         "answered_then": succeeded,
         "longest_wait_s": max(waits_s),
@@ -278,84 +279,64 @@ async def _kill_again_and_again(config: FrontEndsConfig) -> dict[str, Any]:
 
 def markdown(record: dict[str, Any]) -> str:
     """The page of one record."""
-    bars = [(bar, "met" if is_met else "MISSED") for part in record.values() for bar, is_met in part["bars"].items()]
-    parts = [
-        "# Front ends that share one model",
-        "`serve/run.py --front-ends N` ([how](../deployment.md#many-cores-before-one-model)): N processes read, decode "
-        "and answer, and one for each device runs the model on all that they have. The record is "
-        "[front-ends.json](front-ends.json).",
-        table(("bar", ""), bars),
-    ]
-    for name, explain in (("scaling", _scaling_parts), ("kills", _kills_parts)):
-        if name in record:
-            parts += explain(record[name])
-    return "\n\n".join(parts) + "\n"
+    bars = [(bar, "met" if is_met else "MISSED") for part in record.values() for bar, is_met in bars_of(part).items()]
+    scaling, kills = record.get("scaling"), record.get("kills")
+    return fill(
+        "front-ends",
+        bars=table(("bar", ""), bars),
+        scaling=_scaling_section(scaling) if scaling else "",
+        kills=fill(
+            "front-ends-kills",
+            **kills | {"machine": machine_table(kills["machine"]), "statuses": counts(kills["statuses"])},
+            num_killed=len(kills["killed"]),
+        )
+        if kills
+        else "",
+    )
 
 
-def _scaling_parts(part: dict[str, Any]) -> list[str]:
+def _scaling_section(part: dict[str, Any]) -> str:
     rounds, cost = part["rounds"], part["device_process"]
     names = ("requests_per_s", "p50_ms", "p99_ms", "images_per_batch", "front_end_us", "device_us")
-    rows = [
-        (f"{num} front ends" if num > 1 else "one process", *(_spread(rounds, str(num), name) for name in names))
-        for num in FRONT_ENDS
-    ]
-    fixed, each = part["device_us"]
-    return [
-        "## What they cost",
-        f"Written by `{part['command']}`.",
-        machine_table(part["machine"]),
-        f"The device is pretended: it takes {fixed:g} µs and {each:g} µs for each image, and no core. wrk asks over "
-        f"{part['connections']} connections for each front end, without a pause, on core 1. One process has core 0. Of "
-        "two front ends the first shares core 0 with the device process, and the second core 1 with wrk. Requests/s "
-        "depend on what else these cores do; what can be compared is processor time, which counts no waiting. "
-        f"Median of {len(rounds)} rounds of {part['seconds']} s, and extremes.",
-        table(
+    images = sorted({row[1] for row in cost["rows"]})
+    return fill(
+        "front-ends-scaling",
+        **{name: part[name] for name in ("command", "connections", "seconds")},
+        machine=machine_table(part["machine"]),
+        fixed_us=part["device_us"][0],
+        each_us=part["device_us"][1],
+        num_rounds=len(rounds),
+        measured=table(
             ("", "requests/s", "p50 ms", "p99 ms", "images in a batch", "µs of a core: front end", "device process"),
-            rows,
+            [
+                (
+                    f"{num} front ends" if num > 1 else "one process",
+                    *(_spread(rounds, str(num), name) for name in names),
+                )
+                for num in FRONT_ENDS
+            ],
         ),
-        f"The processor time of the device process for a batch is {cost['batch_us']:.1f} µs, "
-        f"{cost['front_end_us']:.1f} µs for each front end in it and {cost['image_us']:.2f} µs for each image, from:",
-        table(
-            ("front ends in a batch", *(f"{num} images of each" for num in sorted({row[1] for row in cost["rows"]}))),
+        cost=cost,
+        batches=table(
+            ("front ends in a batch", *(f"{num} images of each" for num in images)),
             [
                 (str(num), *(f"{us:.1f} µs" for lines, _, us in cost["rows"] if lines == num))
                 for num in sorted({row[0] for row in cost["rows"]})
             ],
         ),
-        f"On paper, with a core for each front end and one for the device process, and batches of {MAX_BATCH}:",
-        table(
-            ("front ends", "they can/s", "the device process can/s", "the device can/s", "answers/s", "share"),
-            [
-                (
-                    f"{row['front_ends']}",
-                    *(f"{row[name]:,.0f}" for name in ("front_ends_per_s", "device_process_per_s", "device_per_s")),
-                    f"{row['answers_per_s']:,.0f}",
-                    f"{row['share']:.2f}",
-                )
-                for row in part["paper"]
-            ],
+        max_batch=MAX_BATCH,
+        paper=table_of(
+            "front ends | they can/s | the device process can/s | the device can/s | answers/s | share",
+            "{front_ends} | {front_ends_per_s:,.0f} | {device_process_per_s:,.0f} | {device_per_s:,.0f} | "
+            "{answers_per_s:,.0f} | {share:.2f}",
+            part["paper"],
         ),
-        "The last column compares with N times what one process answers, or with what the device can if that is less.",
-    ]
+    )
 
 
 def _spread(rounds: list[dict[str, dict[str, float]]], num: str, name: str) -> str:
     values = [measured[num][name] for measured in rounds]
     return spread(values, ",.0f" if name == "requests_per_s" else ".3g") if any(values) else "in it"
-
-
-def _kills_parts(part: dict[str, Any]) -> list[str]:
-    statuses = ", ".join(f"{count:,} × {name}" for name, count in part["statuses"].items())
-    return [
-        "## kill -9 under load",
-        f"Written by `{part['command']}`.",
-        machine_table(part["machine"]),
-        f"Two front ends serve the real model; 16 connections ask without a pause for {part['seconds']} s. "
-        f"{len(part['killed'])} processes are killed: {', '.join(part['killed'])}. Answers: {statuses}. Of "
-        f"{part['asked_again']} requests that were lost or told to come again, {part['answered_then']} were answered "
-        f"when they were sent once more. The longest answer took {part['longest_wait_s']:.1f} s: it waited for the "
-        "device process that took the place of a killed one.",
-    ]
 
 
 if __name__ == "__main__":

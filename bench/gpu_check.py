@@ -1,26 +1,27 @@
 """python bench/gpu_check.py: build, run, compare and time every form of a net on this machine's GPU."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.cli import POSITIONAL, given_arguments, run_command
+from bench.page import describe_machine, fill, machine_table, spread, table, typed_command
+from common.cli import POSITIONAL, run_command
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.contenders import Contender
-    from bench.nets import Net
-    from bench.rounds import Failure, Timing
-    from export.compare import Answer
-
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "models" / "fashion-mnist.safetensors"
+SAMPLE_TITLE = "SAMPLE: no GPU was measured"
+SAMPLE_NOTE = (
+    "**Every figure on this page is invented**; all times are 1 ms. It shows what `make gpu-check` writes, and comes "
+    "from `tests/data/gpu-sample.json` by `python bench/gpu_check.py --render tests/data/gpu-sample.json`."
+)
 EXAMPLES = (
     "python bench/gpu_check.py                               # writes docs/gpu-NAME.md and .json",
     "python bench/gpu_check.py runs/NAME/plain.safetensors --batch-sizes 1 32",
@@ -82,6 +83,7 @@ def command(config: GpuCheckConfig) -> int:
     if config.device == "cuda":
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for every library of NVIDIA, before any is loaded
     machine = _machine(config.device)
+    from bench.contenders import measure
     from bench.nets import SEEDED, net_of_file, seeded_net
 
     if config.plain:
@@ -90,7 +92,7 @@ def command(config: GpuCheckConfig) -> int:
         nets = [seeded_net(*size) for size in SEEDED] + ([net_of_file(BUNDLED)] if BUNDLED.exists() else [])
     record = {
         "sample": False,
-        "command": _typed(config),
+        "command": typed_command("bench/gpu_check.py", config, positional="plain"),
         "machine": machine,
         "rounds": config.rounds,
         "round_s": config.round_s,
@@ -103,7 +105,7 @@ def command(config: GpuCheckConfig) -> int:
         if record["nets"] and time.monotonic() > end:
             console.print(f"{net.name} is not measured: the {config.budget_s:g} s of --budget-s have passed")
             continue
-        record["nets"].append(_measure(net, config, console))
+        record["nets"].append(measure(net, config, console))
         # After every net: what is measured survives a runtime that ends the process.
         write_whole(config.out / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
         _write_page(config.out / f"{name}.md", record, console)
@@ -121,88 +123,6 @@ def _offline(config: GpuCheckConfig, console: "Console") -> int:
     console.print(outcomes(rows))
     console.print(f"wrote {out / 'gpu-offline.md'} and gpu-offline.json")
     return 0 if all(row["outcome"] == "done" for row in rows) else 1
-
-
-def _measure(net: "Net", config: GpuCheckConfig, console: "Console") -> dict[str, Any]:
-    """One net: open every contender, compare its logits, then time those that answer."""
-    import tempfile
-
-    from bench.contenders import contenders
-    from bench.rounds import Failure, attempt, time_rounds
-    from common.progress import progress
-    from fold.image_sets import random_images
-
-    sizes = sorted(config.batch_sizes)
-    profile = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
-    rows, answers = {}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for contender in contenders(config.device):
-            console.print(f"{net.name}: {contender.title}")
-            answer = attempt(lambda contender=contender: contender.open(net, Path(folder), profile))
-            rows[contender.title] = row = {"title": contender.title, "failed": None, "timings": {}, "parity": ""}
-            if isinstance(answer, Failure):
-                row["failed"] = row["parity"] = answer.reason
-                continue
-            answers[contender.title] = answer
-            parity = attempt(lambda contender=contender, answer=answer: _compare(net, contender, answer, profile[1]))
-            row["parity"] = parity.reason if isinstance(parity, Failure) else parity
-        with progress(console, f"{net.name}: timing", len(sizes) * config.rounds) as advance:
-            for size in sizes:
-                images = random_images(net.spec.image, size)
-                timings = time_rounds(
-                    answers, images, num_rounds=config.rounds, round_s=config.round_s, advance=advance
-                )
-                _record(rows, timings, str(size))
-    return {"name": net.name, "weights": net.weights, "batch_sizes": sizes, "rows": list(rows.values())}
-
-
-def _record(rows: dict[str, dict[str, Any]], timings: "dict[str, Timing | Failure]", size: str) -> None:
-    """Timings of one batch size into the rows, with speedups over the first row."""
-    from bench.rounds import Failure
-
-    baseline = timings.get(next(iter(rows)))
-    for title, timing in timings.items():
-        if isinstance(timing, Failure):
-            rows[title]["timings"][size] = timing.reason
-            continue
-        speedup = timing.speedup_over(baseline) if baseline and not isinstance(baseline, Failure) else None
-        rows[title]["timings"][size] = {**timing.to_dict(), "speedup": speedup}
-
-
-def _compare(net: "Net", contender: "Contender", answer: "Answer", batch_size: int) -> dict[str, Any] | str:
-    """The worst comparison with the plain net; batches of one size, since every other one is compiled anew."""
-    import numpy as np
-    import torch
-
-    from export.compare import TOLERANCES, answer_all, compare
-    from export.model_file.signature import pad
-    from export.parity import Row
-
-    if contender.is_dirac and not net.is_same:
-        return "not compared: its weights are others"
-
-    @torch.inference_mode()
-    def reference(images: np.ndarray) -> np.ndarray:
-        return net.plain(torch.from_numpy(images)).numpy()
-
-    def padded(images: np.ndarray) -> np.ndarray:
-        starts = range(0, len(images), batch_size)
-        pieces = [images[start : start + batch_size] for start in starts]
-        return np.concatenate([answer(pad(piece, batch_size))[: len(piece)] for piece in pieces])
-
-    rows = []
-    for kind, images in net.image_sets.items():
-        named = [(name, answer_all(form, images)) for name, form in (("plain", reference), (contender.title, padded))]
-        rows.append(Row(kind, compare(*named, tolerance=TOLERANCES[contender.precision])))
-    # False before True before None, then the largest error: what most needs to be seen.
-    worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.relative))
-    return {**worst.to_dict(), "stated_tolerance": str(worst.comparison.tolerance)}
-
-
-def _typed(config: GpuCheckConfig) -> str:
-    """The command as one would type it, without where its results go."""
-    options = given_arguments(replace(config, plain=(), out=GpuCheckConfig.out))
-    return " ".join(["python bench/gpu_check.py", *map(str, config.plain), options]).rstrip()
 
 
 def _is_green(record: dict[str, Any]) -> bool:
@@ -225,10 +145,8 @@ def _run_tests(console: "Console") -> dict[str, Any]:
 
 
 def _machine(device: str) -> dict[str, str]:
-    """What was measured on, all as text; refuses where there is no CUDA device."""
+    """GPU, driver, host and versions as text; refuses where there is no CUDA device."""
     import torch
-
-    from bench.page import describe_machine
 
     if device == "cuda" and not torch.cuda.is_available():
         raise Refusal("no CUDA device: this needs an NVIDIA GPU and its driver; --device cpu measures the CPU")
@@ -257,7 +175,6 @@ def _driver_version() -> str:
 
 
 def _write_page(path: Path, record: dict[str, Any], console: "Console") -> None:
-    from bench.gpu_report import markdown
     from common.files import write_whole
 
     console.print(f"wrote {write_whole(path, markdown(record).encode())}")
@@ -266,6 +183,66 @@ def _write_page(path: Path, record: dict[str, Any], console: "Console") -> None:
 def _slug(name: str) -> str:
     """ "NVIDIA H100 80GB HBM3" → "nvidia-h100-80gb-hbm3"."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The page of one record; one that is marked as a sample says so first."""
+    is_sample, tests = record["sample"], record["tests"]
+    fields = {
+        "title": SAMPLE_TITLE if is_sample else f"Measured on {record['machine']['device']}",
+        "note": SAMPLE_NOTE if is_sample else "",
+        "machine": machine_table(record["machine"]),
+        "tests": f"`tests/gpu`: {tests['summary']}" if tests else "",
+        "nets": "\n\n".join(part for net in record["nets"] for part in _net(net)),
+    }
+    return fill("gpu-check", **{**record, **fields})
+
+
+def _net(net: dict[str, Any]) -> list[str]:
+    rows = net["rows"]
+    sizes = [str(size) for size in net["batch_sizes"]]
+    first = rows[0]["title"]
+    times = [[row["title"], *(_time(row, size) for size in sizes)] for row in rows]
+    speeds = [[row["title"], *(_speed(row, size) for size in sizes)] for row in rows]
+    parity = [[row["title"], *_parity(row["parity"])] for row in rows]
+    batches = [f"batch {size}" for size in sizes]
+    return [
+        f"## {net['name']}, weights: {net['weights']}",
+        "Milliseconds:",
+        table(["", *batches], times),
+        f"Images per second, and speedup over {first}:",
+        table(["", *batches], speeds),
+        "Parity with the plain net in float32 on the CPU; the worst kind of images that is judged:",
+        table(["", "images", "largest", "rms", "top-1", "tolerance", "verdict"], parity),
+    ]
+
+
+def _time(row: dict[str, Any], size: str) -> str:
+    timing = row["timings"].get(size)
+    if isinstance(timing, dict):
+        return spread(timing["round_ms"])
+    return f"failed: {timing}" if timing else "failed"  # to open; the reason stands under parity
+
+
+def _speed(row: dict[str, Any], size: str) -> str:
+    timing = row["timings"].get(size)
+    if not isinstance(timing, dict):
+        return "failed"
+    speedup = timing["speedup"]
+    return f"{timing['images_per_s']:,.0f}" + ("" if speedup is None else f" ({speedup:.2f}×)")
+
+
+def _parity(parity: dict[str, Any] | str) -> list[str]:
+    if isinstance(parity, str):
+        return [parity, *[""] * 5]
+    return [
+        f"{parity['num_images']} {parity['images']}",
+        f"{parity['relative']:.1e}",
+        f"{parity['rms']:.1e}",
+        f"{100 * parity['top1_agreement']:.2f} %",
+        parity["stated_tolerance"],
+        {True: "same", False: "DIFFERENT", None: "not judged"}[parity["within_tolerance"]],
+    ]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What bench/gpu_check.py --offline does: the road on a machine with a GPU and no network, inside a budget.
+"""The steps of bench/gpu_check.py --offline: the road on a machine with a GPU and no network, inside a budget.
 
-Each step is a process of its own with a limit. What fails, crashes or takes too long is a row with its reason, and the
-rest goes on; results are written after every step.
+Each step is a process of its own with a limit. A step that fails, crashes or takes too long is a row with its reason,
+and the rest goes on; results are written after every step.
 """
 
 import importlib.metadata
@@ -22,24 +22,14 @@ from common.files import write_whole
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--depth", "10", "--width", "0.25", "--epochs", "1")
 GRACE_S = 15.0  # between Ctrl-C and the end of a step that is over its limit
-# Packages beyond PyTorch, and the size of their wheels for Linux in MB; those of one row stand for one another.
+# Packages beyond PyTorch, and the size of their wheels for Linux in MB.
 NEEDED = {
     "train, fold": {"numpy": 17, "safetensors": 0.5, "rich": 0.3, "scikit-learn": 9, "matplotlib": 9},
     "export": {"onnx": 18, "onnxruntime-gpu": 256},
     "server": {
-        "fastapi": 0.2,
-        "starlette": 0.1,
-        "pydantic": 0.5,
-        "pydantic-core": 2,
-        "annotated-types": 0.02,
-        "typing-inspection": 0.02,
-        "uvicorn": 0.1,
-        "httptools": 0.5,
-        "uvloop": 4,
-        "python-multipart": 0.03,
-        "orjson": 0.1,
-        "prometheus-client": 0.1,
-        "pillow": 7,
+        **{"fastapi": 0.2, "starlette": 0.1, "pydantic": 0.5, "pydantic-core": 2, "annotated-types": 0.02},
+        **{"typing-inspection": 0.02, "uvicorn": 0.1, "httptools": 0.5, "uvloop": 4, "python-multipart": 0.03},
+        **{"orjson": 0.1, "prometheus-client": 0.1, "pillow": 7},
     },
     "tests": {"pytest": 0.4, "pytest-timeout": 0.02, "hypothesis": 0.6},
     "engines": {"tensorrt": 1500, "cuda-bindings": 6},
@@ -139,9 +129,9 @@ def run_step(step: Step, limit_s: float) -> dict[str, Any]:
 
 
 def needs() -> str:
-    """The packages that the steps need beside PyTorch, with the size of their wheels.
+    """A table of the packages that the steps need beside PyTorch, with the size of their wheels.
 
-    Which lack on a bare machine (bench/gpu-image.txt) and must be carried, and which are missing here.
+    It says which a bare machine (bench/gpu-image.txt) lacks, so that they must be carried, and which are missing here.
     """
     there, _, _ = (ROOT / "bench" / "gpu-image.txt").read_text().partition("\n# Not there")
     on_image = {line.partition("==")[0] for line in there.splitlines()}
@@ -154,12 +144,12 @@ def needs() -> str:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The page: which steps ran, then what each found."""
+    """The page: which steps ran, then a table for all results of a step that have the same keys."""
     parts = ["# The road on this machine", outcomes(rows)]
     for row in rows:
-        for results in _alike(row["results"]):
-            head = list(results[0])
-            parts += [f"## {row['step']}", table(head, [[_cell(result[name]) for name in head] for result in results])]
+        for head in dict.fromkeys(tuple(result) for result in row["results"]):
+            lines = [[_cell(value) for value in found.values()] for found in row["results"] if tuple(found) == head]
+            parts += [f"## {row['step']}", table(head, lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -169,16 +159,9 @@ def outcomes(rows: list[dict[str, Any]]) -> str:
 
 
 def _row(step: Step, outcome: str, seconds: float, output: str) -> dict[str, Any]:
-    lines = output.splitlines()
-    argv = " ".join(["python", *step.argv])
-    return {
-        "step": step.name,
-        "command": argv,
-        "outcome": outcome,
-        "seconds": seconds,
-        "results": list(_results(lines)),
-        "said": lines[-20:],
-    }
+    lines, argv = output.splitlines(), " ".join(["python", *step.argv])
+    results = {"results": list(_results(lines)), "said": lines[-20:]}
+    return {"step": step.name, "command": argv, "outcome": outcome, "seconds": seconds, **results}
 
 
 def _results(lines: list[str]) -> Iterator[dict[str, Any]]:
@@ -190,14 +173,6 @@ def _results(lines: list[str]) -> Iterator[dict[str, Any]]:
             except ValueError:
                 continue
             yield {name: value for name, value in found.items() if not isinstance(value, dict | list)}
-
-
-def _alike(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Results with the same keys: a table each."""
-    tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for result in results:
-        tables.setdefault(tuple(result), []).append(result)
-    return list(tables.values())
 
 
 def _cell(value: Any) -> str:

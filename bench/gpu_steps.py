@@ -3,11 +3,15 @@
 python bench/gpu_steps.py STEP cuda|cpu [FILE ...]
 """
 
+import asyncio
 import json
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -27,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def machine(device: str) -> Iterator[Result]:
-    """What is here, and which libraries are really loaded."""
+    """Versions, devices, and the libraries that really load."""
     import torch
 
     from bench.page import describe_machine
@@ -130,29 +134,21 @@ def sessions(device: str, *paths: str) -> Iterator[Result]:
     """ONNX Runtime and PyTorch: the first call of each batch size, those after it, and two sizes in turn."""
     from export.runtimes.load import load_runtime
 
+    is_gpu = device == "cuda"
+    sizes = [(size,) for size in ((1, 8, 64, 256, 1024) if is_gpu else (1, 2))]
     for path, name in product(paths, RUNTIMES):
         start = time.perf_counter()
-        runtime = load_runtime(Path(path), name=name, device=0 if device == "cuda" else None)
-        yield {
-            "model": Path(path).name,
-            "runs on": runtime.description,
-            "opened_ms": 1e3 * (time.perf_counter() - start),
-        }
-        image = runtime.model.spec.image
-        rng = np.random.default_rng(0)
-
-        def noise(num: int, image: Any = image, rng: Any = rng) -> np.ndarray:
-            return rng.integers(0, 256, (num, image.height, image.width, image.channels), dtype=np.uint8)
-
-        sizes = (1, 8, 64, 256, 1024) if device == "cuda" else (1, 2)
-        for label, batches in [
-            *((str(size), [noise(size)]) for size in sizes),
-            ("8, 32 in turn", [noise(8), noise(32)]),
-        ]:
-            times = [_call_ms(runtime, batches[index % len(batches)]) for index in range(30 if device == "cuda" else 4)]
-            median = statistics.median(times[len(batches) :])
-            which = {"model": Path(path).name, "runtime": name, "batch": label}
-            yield {**which, "first_ms": times[0], "median_ms": median}
+        runtime = load_runtime(Path(path), name=name, device=0 if is_gpu else None)
+        opened_ms, model = 1e3 * (time.perf_counter() - start), Path(path).name
+        yield {"model": model, "runs on": runtime.description, "opened_ms": opened_ms}
+        image, rng = runtime.model.spec.image, np.random.default_rng(0)
+        for turn in [*sizes, (8, 32)]:
+            shapes = [(num, image.height, image.width, image.channels) for num in turn]
+            batches = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+            times = [_call_ms(runtime, batches[index % len(batches)]) for index in range(30 if is_gpu else 4)]
+            label = ", ".join(map(str, turn)) + " in turn" * (len(turn) > 1)
+            which = {"model": model, "runtime": name, "batch": label}
+            yield {**which, "first_ms": times[0], "median_ms": statistics.median(times[len(batches) :])}
 
 
 def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = "60") -> Iterator[Result]:
@@ -257,37 +253,28 @@ def _call_ms(runtime: Any, images: np.ndarray) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _served(argv: list[str]) -> Any:
+@contextmanager
+def _served(argv: list[str]) -> Iterator[int]:
     """The port of a server that runs meanwhile."""
-    import re
-    import subprocess
-    from contextlib import contextmanager
-
-    @contextmanager
-    def running() -> Iterator[int]:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout
-        try:
-            said: list[str] = []
-            for line in process.stdout:
-                said.append(line)
-                if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
-                    yield int(found[1])
-                    return
-            raise RuntimeError("".join(said)[-500:])
-        finally:
-            process.terminate()
-            process.wait(30)
-
-    return running()
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout
+    try:
+        said: list[str] = []
+        for line in process.stdout:
+            said.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+                yield int(found[1])
+                return
+        raise RuntimeError("".join(said)[-500:])
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def _load(port: int, image: bytes, num_connections: int, seconds: float = 3.0) -> Result:
-    import asyncio
+    from bench.lab.load import Load, Reply, predict_request
 
-    from bench.open_loop import Answer, Load, predict_request
-
-    answers: list[Answer] = []
+    answers: list[Reply] = []
 
     async def ask() -> None:
         load = Load(port, predict_request(image), answers.append, num_connections=num_connections)
@@ -298,13 +285,8 @@ def _load(port: int, image: bytes, num_connections: int, seconds: float = 3.0) -
     failures = len(answers) - len(times)
     if not times:
         return {"requests_per_s": 0.0, "failures": failures}
-    p99 = times[min(len(times) - 1, int(0.99 * len(times)))]
-    return {
-        "requests_per_s": len(times) / seconds,
-        "p50_ms": statistics.median(times),
-        "p99_ms": p99,
-        "failures": failures,
-    }
+    p50, p99 = statistics.median(times), times[min(len(times) - 1, int(0.99 * len(times)))]
+    return {"requests_per_s": len(times) / seconds, "p50_ms": p50, "p99_ms": p99, "failures": failures}
 
 
 STEPS: dict[str, Callable[..., Iterator[Result]]] = {

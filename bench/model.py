@@ -1,21 +1,24 @@
 """python bench/model.py: the plain net against its Dirac net, in every runtime and beside other nets, on this CPU."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.model_rows import BASELINES, RACES, Row, gemm_rows, rows_of
-from common.cli import given_arguments, run_command
+from bench.model_rows import BASELINES, RACES, RaceRow, gemm_rows, rows_of
+from common.cli import run_command
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.model_nets import Entrant
+    from bench.model_graphs import Entrant
+    from bench.worker import Worker
 
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "mnn", "numpy")
 EXAMPLES = (
@@ -45,7 +48,7 @@ class ModelConfig:
             raise Refusal("--threads, --batches, --rounds and --round-s must be positive")
 
     def resolved(self) -> "ModelConfig":
-        """With all that depends on the form filled in, but the rounds of each net."""
+        """With every default that depends on --quick filled in; --rounds stays open where it depends on the net."""
         quick = self.quick
         return replace(
             self,
@@ -66,18 +69,16 @@ def command(config: ModelConfig) -> int:
     answers other logits than the plain net.
     """
     from bench.model_report import markdown
-    from bench.page import write_page
+    from bench.page import typed_command, write_page
     from common.progress import make_console
 
-    console, typed = make_console(), " ".join(["python bench/model.py", given_arguments(replace(config, out=None))])
-    config = config.resolved()
+    console, typed, config = make_console(), typed_command("bench/model.py", config), config.resolved()
     path = config.out / "model.json"
     record = _read(path) if config.render or path.exists() else {"nets": {}}
-    for key in () if config.render else config.nets:
-        nets = record["nets"] | {key: {"command": typed.rstrip(), **_measure(key, config, console)}}
-        record["nets"] = {name: nets[name] for name in RACES if name in nets}
-        console.print(write_page(config.out, "model", markdown(record), record))
-    if config.render:
+    for key in ("",) if config.render else config.nets:
+        if key:
+            nets = record["nets"] | {key: {"command": typed, **_measure(key, config, console)}}
+            record["nets"] = {name: nets[name] for name in RACES if name in nets}
         console.print(write_page(config.out, "model", markdown(record), record))
     return int(any(row["strays"] for net in record["nets"].values() for row in net["rows"]))
 
@@ -90,29 +91,29 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(read_whole(path))
     except ValueError as error:
-        raise Refusal(f"{path} is no JSON: {error}; move it away, or name another folder with --out") from error
+        raise Refusal(f"{path} is not valid JSON: {error}; move it away, or choose another --out") from error
 
 
 def _measure(key: str, config: ModelConfig, console: "Console") -> dict[str, Any]:
     """One net with all its rows: write its graphs, race, then profile the best of ONNX Runtime."""
     import tempfile
 
-    from bench.model_nets import entrants, expected_logits, write_graphs
+    from bench.model_graphs import entrants, expected_logits, write_graphs
     from bench.page import describe_machine
     from common.progress import progress
 
     console.print(f"{key}: making its nets and graphs")
     nets = entrants(key)
     rows = [row for row in rows_of(key, name=nets[0].name) if _is_chosen(row, config)] + gemm_rows()
-    num_rounds = config.rounds or RACES[key].rounds
+    config = replace(config, rounds=config.rounds or RACES[key].rounds)
     record = {
         "machine": describe_machine(*PACKAGES),
-        "rounds": num_rounds,
+        "rounds": config.rounds,
         "round_s": config.round_s,
         "threads": list(config.threads),
         "batches": list(config.batches),
         "entrants": [net.to_dict() for net in nets],
-        "rows": [_empty(row) for row in rows],
+        "rows": [_empty_record(row) for row in rows],
         "profiles": [],
     }
     with tempfile.TemporaryDirectory() as name:
@@ -120,113 +121,99 @@ def _measure(key: str, config: ModelConfig, console: "Console") -> dict[str, Any
         files = {row.file for row in rows if row.file}
         with progress(console, f"{key}: graphs", len(files)) as advance:
             write_graphs(nets, files, folder, advance)
-        steps = len(config.threads) * (len(rows) + len(config.batches) * num_rounds)
+        steps = len(config.threads) * (len(rows) + len(config.batches) * config.rounds)
         with progress(console, f"{key}: race", steps) as advance:
             for num_threads in config.threads:
-                race = _Race(nets, rows, record["rows"], folder, num_threads)
-                race.run(expected, config.batches, num_rounds, config.round_s, advance)
-        record["profiles"] = _profiles(record, rows, nets, folder)
+                _race(rows, record["rows"], expected, nets[0], folder, num_threads, config, advance)
+        record["profiles"] = _profiles(record, rows, nets[0], folder)
     return record
 
 
-class _Race:
-    """The processes of all rows with one number of threads."""
+def _race(
+    rows: list[RaceRow],
+    records: list[dict[str, Any]],
+    expected: dict[str, Any],
+    net: "Entrant",
+    folder: Path,
+    num_threads: int,
+    config: ModelConfig,
+    advance: Callable[..., None],
+) -> None:
+    """All rows with one number of threads: open, compare, time; fills the records."""
+    from bench.rounds import Failure, alternate
+    from bench.worker import Worker
 
-    def __init__(
-        self, nets: "list[Entrant]", rows: list[Row], records: list[dict[str, Any]], folder: Path, num_threads: int
-    ) -> None:
-        from bench.worker import Worker
-
-        self._rows, self._records, self._key = rows, records, str(num_threads)
-        image = nets[0].spec.image
-        self._workers = [Worker(row.open, folder, image, num_threads=num_threads) for row in rows]
-
-    def run(
-        self, expected: dict[str, Any], batches: tuple[int, ...], num_rounds: int, round_s: float, advance: Any
-    ) -> None:
-        """Open, compare, time; fills the records."""
-        from functools import partial
-
-        from bench.rounds import Failure, alternate
-
-        try:
-            running = self._open(expected, advance)
-            for size in batches:
-                racers = {str(i): partial(self._workers[i].time, size, round_s) for i in running}
-                for i, timing in alternate(racers, batch_size=size, num_rounds=num_rounds, advance=advance).items():
-                    row = self._records[int(i)]
-                    is_failed = isinstance(timing, Failure)
-                    row["timings"][self._key][str(size)] = "failed" if is_failed else timing.to_dict()
-                    if is_failed:
-                        row["failed"] = timing.reason
-                        running.remove(int(i))
-            for i in running:
-                self._records[i]["peak_bytes"][self._key] = self._workers[i].peak_bytes()
-        finally:
-            for worker in self._workers:
-                worker.close()
-
-    def _open(self, expected: dict[str, Any], advance: Any) -> list[int]:
-        """Which rows can be raced; the others have their reason."""
-        from bench.model_nets import NUM_COMPARED, judge_logits
-        from bench.worker import WorkerFailed
-
-        running = []
-        for i, (row, record, worker) in enumerate(zip(self._rows, self._records, self._workers, strict=True)):
-            record["timings"][self._key] = {}
-            try:
-                worker.wait_until_open()
-                logits = worker.answer(NUM_COMPARED)
-            except WorkerFailed as failure:
-                record["failed"] = str(failure)
-            else:
-                if row.net in expected:
-                    record |= judge_logits(row, expected[row.net], logits)
-                running.append(i)
+    key = str(num_threads)
+    workers = [Worker(row.open, folder, net.spec.image, num_threads=num_threads) for row in rows]
+    try:
+        running = {}
+        for i, (row, record, worker) in enumerate(zip(rows, records, workers, strict=True)):
+            record["timings"][key] = {}
+            if _opens(row, record, worker, expected):
+                running[i] = worker
             advance(note=row.title)
-        return running
+        for size in config.batches:
+            racers = {i: partial(worker.time, size, config.round_s) for i, worker in running.items()}
+            for i, timing in alternate(racers, batch_size=size, num_rounds=config.rounds, advance=advance).items():
+                is_failed = isinstance(timing, Failure)
+                records[i]["timings"][key][str(size)] = "failed" if is_failed else timing.to_dict()
+                if is_failed:
+                    records[i]["failed"] = timing.reason
+                    del running[i]
+        for i, worker in running.items():
+            records[i]["peak_bytes"][key] = worker.peak_bytes()
+    finally:
+        for worker in workers:
+            worker.close()
 
 
-def _profiles(record: dict[str, Any], rows: list[Row], nets: "list[Entrant]", folder: Path) -> list[dict[str, Any]]:
-    """ONNX Runtime's own, of the fastest of its rows in either precision, for the extreme batches."""
-    from bench.layer_profile import profile_graph
+def _opens(row: RaceRow, record: dict[str, Any], worker: "Worker", expected: dict[str, Any]) -> bool:
+    """Whether a row can be raced; its record gets the error of its logits, or the reason."""
+    from bench.model_graphs import NUM_COMPARED, judge_logits
+    from bench.worker import WorkerFailed
+
+    try:
+        worker.wait_until_open()
+        logits = worker.answer(NUM_COMPARED)
+    except WorkerFailed as failure:
+        record["failed"] = str(failure)
+        return False
+    if row.net in expected:
+        record |= judge_logits(row, expected[row.net], logits)
+    return True
+
+
+def _profiles(record: dict[str, Any], rows: list[RaceRow], net: "Entrant", folder: Path) -> list[dict[str, Any]]:
+    """ONNX Runtime's own profiles of the fastest of its rows in either precision, for the extreme batches."""
+    from bench.model_graphs import profile_graph
+    from bench.model_report import timings
     from fold.image_sets import random_images
 
     profiles, num_threads = [], max(record["threads"])
     for precision in ("fp32", "int8"):
         for size in sorted({min(record["batches"]), max(record["batches"])}):
-            raced = {}
-            for row, measured in zip(rows, record["rows"], strict=True):
-                timing = measured["timings"].get(str(num_threads), {}).get(str(size))
-                is_ours = (row.net, row.precision) == (nets[0].name, precision)
-                if is_ours and row.title.startswith("ONNX Runtime") and isinstance(timing, dict):
-                    raced[row] = timing["median_ms"]
+            raced = timings(record, net.name, precision, num_threads, size)
+            raced = {title: timing for title, timing in raced.items() if title.startswith("ONNX Runtime")}
             if raced:
-                best = min(raced, key=lambda row: raced[row])
-                images = random_images(nets[0].spec.image, size)
-                found = profile_graph(folder / best.file, images, num_threads=num_threads, folder=folder)
-                title = f"{best.title}, {precision}"
-                profiles.append({"title": title, "num_threads": num_threads, **found})
+                best = min(raced, key=lambda title: raced[title].median_ms)
+                (file,) = (
+                    row.file for row in rows if (row.net, row.title, row.precision) == (net.name, best, precision)
+                )
+                images = random_images(net.spec.image, size)
+                found = profile_graph(folder / file, images, num_threads=num_threads, folder=folder)
+                profiles.append({"title": f"{best}, {precision}", "num_threads": num_threads, **found})
     return profiles
 
 
-def _is_chosen(row: Row, config: ModelConfig) -> bool:
+def _is_chosen(row: RaceRow, config: ModelConfig) -> bool:
     """The rows that bars are stated against always run."""
     text = f"{row.net}, {row.title}, {row.precision}"
     return not config.rows or row.title in BASELINES or any(part in text for part in config.rows)
 
 
-def _empty(row: Row) -> dict[str, Any]:
-    return {
-        "net": row.net,
-        "title": row.title,
-        "precision": row.precision,
-        "failed": None,
-        "error": None,
-        "strays": False,
-        "timings": {},
-        "peak_bytes": {},
-    }
+def _empty_record(row: RaceRow) -> dict[str, Any]:
+    names = {"net": row.net, "title": row.title, "precision": row.precision}
+    return {**names, "failed": None, "error": None, "strays": False, "timings": {}, "peak_bytes": {}}
 
 
 if __name__ == "__main__":

@@ -1,61 +1,94 @@
-"""What bench/model.py recorded, as a page of Markdown."""
+"""The page of bench/model.py, and the bars that the plain net is to reach."""
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Any
 
-from bench.bars import Verdict, judge, peak
-from bench.layer_profile import CONVOLUTIONS, LAYOUTS
-from bench.model_rows import BASELINES
-from bench.page import machine_table, table
+from bench.model_rows import BASELINES, NUM_GEMM
+from bench.page import fill, machine_table, percent, spread, table
 from bench.rounds import Timing
 
+CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")
+LAYOUTS = ("ReorderInput", "ReorderOutput", "Transpose")
 NUM_LAYERS_SHOWN = 6
-INTRODUCTION = """\
-Images go in as uint8 `[N, H, W, C]` in the host's memory, logits come out there; normalisation is inside every form. \
-Every row runs in a process of its own, whose number of threads is set before its libraries load. The processes take \
-turns: one round each, forwards, then backwards. A round's time is the median of its calls, a row's the median of its \
-rounds; in brackets are its fastest and slowest round. Speedups are medians of the ratios within a round.
 
-All weights are random: they change no time, and no accuracy is measured here. *Error*: of the logits of the same \
-images, against the plain net in PyTorch and float32; in fp32 the largest difference as a share of the largest logit, \
-in int8 root mean squares without the mean over classes, which on random weights say little. A row in fp32 beyond \
-1e-4 is marked as straying and counts for no bar. *Peak*: operations of the fastest matrix product of the same \
-precision in the same rounds; a row's share of it is in the operations of direct convolution (2 × MACs of the plain \
-net), whatever the row computes. So Winograd's method, and a lowering that computes more, show for what they are: \
-above or below. *Memory* is the most that the process held, libraries and \
-all, and for MNN the sum with the processes that it computes in.
 
-What eight bits lose is measured on a trained net: 0.00 points of test accuracy on the one in `models/` \
-([results.md](../results.md)); at most 0.3 are allowed."""
-EQUAL_ERROR = """\
-Images/s of the fastest row of each net with the most threads, and its share of the peak. Two things are not the case \
-here. A plain net does not run nearer to the peak than one with skips: for one image in fp32 both are at 80 to 100 %. \
-And a DiracNet is not faster at equal error: Wide ResNets reach the same error with 0.54 to 0.61 of the \
-multiplications, and ResNet-18 a lower one at about the speed of 18-0.75. What folding gains is against the net that \
-was trained, and stands under *Bars*. RepVGG, which the same fold makes plain, has both: the lowest error of the three \
-ImageNet nets, and the most images/s."""
-BARS_INTRODUCTION = """\
-The best row of each precision, in times the speed of the Dirac net in eager PyTorch, which is fp32 in every bar. The \
-last column is where the bar itself lies for that machine's eager PyTorch, over each of the two in turn: eager's own \
-share of the peak, times the bar. Above 100 % no direct convolution reaches it, however it is written."""
+@dataclass(frozen=True)
+class Bar:
+    precision: str
+    batch_size: int
+    factor: float  # least speedup over a Dirac net in eager PyTorch
+    above_peak: bool = False  # whether direct convolution at the peak of matrix products must be exceeded too
+
+
+BARS = (Bar("fp32", 1, 5), Bar("fp32", 32, 2.4, above_peak=True), Bar("int8", 1, 14), Bar("int8", 32, 5))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One bar against one baseline. Shares are of the peak of `bar.precision`, in direct convolution's operations."""
+
+    bar: Bar
+    baseline: str
+    best: str  # title of the fastest row
+    speedup: float
+    share: float | None  # of the best row; None where no product was measured
+    share_demanded: float | None  # what `bar.factor` times the baseline would be: above 1 no direct convolution does it
+
+    @property
+    def is_met(self) -> bool:
+        return self.speedup >= self.bar.factor and (not self.bar.above_peak or (self.share or 0) > 1)
+
+
+def judge(net: Mapping[str, Any], num_threads: int) -> list[Verdict]:
+    """All bars of whose rows the record of a net has timings; rows that stray do not count."""
+    entrant, verdicts = net["entrants"][0], []
+    for bar in BARS:
+        candidates = _plain_timings(net, entrant["name"], bar.precision, num_threads, bar.batch_size)
+        if not candidates:
+            continue
+        best = min(candidates, key=lambda title: candidates[title].median_ms)
+        limit, operations = peak(net, bar.precision, num_threads, bar.batch_size), 2 * entrant["macs"]
+        before = timings(net, entrant["name"], "fp32", num_threads, bar.batch_size)
+        for baseline in (name for name in BASELINES if name in before):
+            share = operations * candidates[best].images_per_s / limit if limit else None
+            demanded = bar.factor * operations * before[baseline].images_per_s / limit if limit else None
+            speedup = candidates[best].speedup_over(before[baseline])
+            verdicts.append(Verdict(bar, baseline, best, speedup, share, demanded))
+    return verdicts
+
+
+def timings(
+    net: Mapping[str, Any], name: str, precision: str, num_threads: int, batch_size: int, *, strays: bool = True
+) -> dict[str, Timing]:
+    """By title: the rows of the entrant `name` in a precision that have a timing; without `strays` the right ones."""
+    found = {}
+    for row in net["rows"]:
+        timing = row["timings"].get(str(num_threads), {}).get(str(batch_size))
+        is_asked = (row["net"], row["precision"]) == (name, precision) and (strays or not row["strays"])
+        if is_asked and isinstance(timing, dict):
+            found[row["title"]] = Timing.from_dict(timing)
+    return found
+
+
+def peak(net: Mapping[str, Any], precision: str, num_threads: int, batch_size: int) -> float | None:
+    """Operations per second of the fastest matrix product that ran in the same rounds; None where none ran."""
+    products = timings(net, "GEMM", precision, num_threads, batch_size).values()
+    return max((1000 * 2 * NUM_GEMM[precision] ** 3 / timing.median_ms for timing in products), default=None)
 
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The page of a record with one entry for each net."""
-    nets = record["nets"].values()
-    parts = ["# The plain net against its Dirac net, runtimes and other nets", INTRODUCTION]
-    parts += ["## At equal error", f"{EQUAL_ERROR}\n\n{_equal_error(list(nets))}", "## Bars"]
-    bars = [line for net in nets for num_threads in net["threads"] for line in _bars(net, num_threads)]
-    head = ["net, threads", "bar", "best row", *(f"over {_short(name)}" for name in BASELINES)]
-    parts.append(
-        f"{BARS_INTRODUCTION}\n\n{table([*head, 'share of peak', 'share the bar asks for'], bars)}"
-        if bars
-        else "Nothing was measured that a bar asks for."
+    nets = list(record["nets"].values())
+    lines = [line for net in nets for num_threads in net["threads"] for line in _bars(net, num_threads)]
+    head = ["net, threads", "bar", "best row", *(f"over {name.removeprefix('PyTorch eager, ')}" for name in BASELINES)]
+    head += ["share of peak", "share the bar asks for"]
+    return fill(
+        "model",
+        equal_error=_equal_error(nets),
+        bars=fill("model-bars", bars=table(head, lines)) if lines else "Nothing was measured that a bar asks for.",
+        nets="\n\n".join(part for net in nets for part in _net(net)),
     )
-    for net in nets:
-        parts += _net(net)
-    return "\n\n".join(parts) + "\n"
 
 
 def _equal_error(nets: Sequence[Mapping[str, Any]]) -> str:
@@ -63,150 +96,114 @@ def _equal_error(nets: Sequence[Mapping[str, Any]]) -> str:
     columns = [("fp32", 1), ("fp32", 32), ("int8", 1), ("int8", 32)]
     lines = []
     for net in nets:
-        num_threads = max(net["threads"])
         for entrant in net["entrants"]:
-            cells = [_fastest(net, entrant, num_threads, *column) for column in columns]
+            cells = [_fastest(net, entrant, *column) for column in columns]
             lines.append([entrant["name"], entrant["published"], f"{entrant['macs'] / 1e6:,.0f} M", *cells])
     return table(["net", "published", "MACs", *(f"{precision}, batch {size}" for precision, size in columns)], lines)
 
 
-def _fastest(
-    net: Mapping[str, Any], entrant: Mapping[str, Any], num_threads: int, precision: str, batch_size: int
-) -> str:
-    """Images/s, share of the peak and title of the fastest row that does not stray and is no Dirac net."""
-    limit, found = peak(net, precision, num_threads, batch_size), []
-    for row in net["rows"]:
-        record = row["timings"].get(str(num_threads), {}).get(str(batch_size))
-        is_plain = row["title"] not in BASELINES and not row["strays"]
-        if (row["net"], row["precision"]) == (entrant["name"], precision) and is_plain and isinstance(record, dict):
-            found.append((Timing.from_dict(record).images_per_s, row["title"]))
+def _fastest(net: Mapping[str, Any], entrant: Mapping[str, Any], precision: str, batch_size: int) -> str:
+    """Images/s with the most threads, share of the peak and title of the fastest row."""
+    column = (precision, max(net["threads"]), batch_size)
+    found = _plain_timings(net, entrant["name"], *column)
     if not found:
         return ""
-    images_per_s, title = max(found)
-    share = f" ({_percent(2 * entrant['macs'] * images_per_s / limit)})" if limit else ""
-    return f"**{images_per_s:,.0f}**{share}, {title}"
+    images_per_s, title = max((timing.images_per_s, title) for title, timing in found.items())
+    return f"**{images_per_s:,.0f}**{_share(entrant, images_per_s, peak(net, *column))}, {title}"
+
+
+def _plain_timings(net: Mapping[str, Any], name: str, *column: Any) -> dict[str, Timing]:
+    """Of the rows that do not stray and are not Dirac nets."""
+    found = timings(net, name, *column, strays=False)
+    return {title: timing for title, timing in found.items() if title not in BASELINES}
+
+
+def _share(entrant: Mapping[str, Any], images_per_s: float, limit: float | None) -> str:
+    return f" ({percent(2 * entrant['macs'] * images_per_s / limit)})" if limit else ""
 
 
 def _bars(net: Mapping[str, Any], num_threads: int) -> list[list[str]]:
     """A line for each bar: what the best row reaches, over each baseline."""
-    lines = []
-    for bar, group in groupby(judge(net, num_threads), key=lambda verdict: verdict.bar):
-        verdicts = {verdict.baseline: verdict for verdict in group}
+    judged, lines = judge(net, num_threads), []
+    for bar in dict.fromkeys(verdict.bar for verdict in judged):
+        verdicts = {verdict.baseline: verdict for verdict in judged if verdict.bar == bar}
         first = next(iter(verdicts.values()))
-        lines.append(
-            [
-                f"{net['entrants'][0]['name']}, {num_threads}",
-                f"{bar.precision}, batch {bar.batch_size}: ≥ {bar.factor:g}×" + " and above the peak" * bar.above_peak,
-                first.best,
-                *(_speedup(verdicts.get(name)) for name in BASELINES),
-                _percent(first.share),
-                ", ".join(_percent(verdict.share_demanded) for verdict in verdicts.values()),
-            ]
-        )
+        speedups = [
+            f"{verdict.speedup:.2f}×, " + ("met" if verdict.is_met else "**not met**") if verdict else ""
+            for verdict in map(verdicts.get, BASELINES)
+        ]
+        text = f"{bar.precision}, batch {bar.batch_size}: ≥ {bar.factor:g}×" + " and above the peak" * bar.above_peak
+        demanded = ", ".join(percent(verdict.share_demanded) for verdict in verdicts.values())
+        name = f"{net['entrants'][0]['name']}, {num_threads}"
+        lines.append([name, text, first.best, *speedups, percent(first.share), demanded])
     return lines
-
-
-def _speedup(verdict: Verdict | None) -> str:
-    if verdict is None:
-        return ""
-    return f"{verdict.speedup:.2f}×, " + ("met" if verdict.is_met else "**not met**")
 
 
 def _net(net: Mapping[str, Any]) -> list[str]:
     entrants = [
-        [
-            entrant["name"],
-            f"{entrant['macs'] / 1e6:,.1f} M",
-            f"{entrant['parameters'] / 1e6:.2f} M",
-            entrant["published"],
-        ]
-        for entrant in net["entrants"]
+        [row["name"], f"{row['macs'] / 1e6:,.1f} M", f"{row['parameters'] / 1e6:.2f} M", row["published"]]
+        for row in net["entrants"]
     ]
-    parts = [
+    failures = [
+        f"- {row['net']}, {row['title']}, {row['precision']}: {row['failed']}" for row in net["rows"] if row["failed"]
+    ]
+    return [
         f"## {net['entrants'][0]['name']}",
         f"`{net['command']}`: {net['rounds']} rounds of {net['round_s']:g} s.",
         machine_table(net["machine"]),
         table(["net", "MACs", "parameters, folded", "published accuracy"], entrants),
+        *(part for num_threads in net["threads"] for part in _rows(net, num_threads)),
+        *(["Rows that failed:", "\n".join(failures)] if failures else []),
+        *(part for profile in net["profiles"] for part in _profile(profile)),
     ]
-    for num_threads in net["threads"]:
-        parts += _rows(net, num_threads)
-    failures = [
-        f"- {row['net']}, {row['title']}, {row['precision']}: {row['failed']}" for row in net["rows"] if row["failed"]
-    ]
-    if failures:
-        parts += ["Rows that failed:", "\n".join(failures)]
-    for profile in net["profiles"]:
-        parts += _profile(profile)
-    return parts
 
 
 def _rows(net: Mapping[str, Any], num_threads: int) -> list[str]:
     """The table of one number of threads."""
-    batches = net["batches"]
-    macs = {entrant["name"]: entrant["macs"] for entrant in net["entrants"]}
+    batches, entrants = net["batches"], {entrant["name"]: entrant for entrant in net["entrants"]}
     limits = {(kind, size): peak(net, kind, num_threads, size) for kind in ("fp32", "int8") for size in batches}
     lines = []
     for row in net["rows"]:
-        times = row["timings"].get(str(num_threads), {})
         if row["net"] == "GEMM":
             continue
-        cells = [_speed(times.get(str(size)), 2 * macs[row["net"]], limits[row["precision"], size]) for size in batches]
+        times = row["timings"].get(str(num_threads), {})
+        cells = [_speed(times.get(str(size)), entrants[row["net"]], limits[row["precision"], size]) for size in batches]
+        error = "" if row["error"] is None else f"{row['error']:.1e}" + " **strays**" * row["strays"]
         memory = row["peak_bytes"].get(str(num_threads))
-        lines.append(
-            [
-                row["net"],
-                f"{row['title']}, {row['precision']}",
-                *cells,
-                _error(row),
-                "" if memory is None else f"{memory / 1e6:,.0f} MB",
-            ]
-        )
-    peaks = ["peak", "", *(_peaks(limits, size) for size in batches), "", ""]
+        memory = "" if memory is None else f"{memory / 1e6:,.0f} MB"
+        lines.append([row["net"], f"{row['title']}, {row['precision']}", *cells, error, memory])
+    peaks = [
+        ", ".join(f"{kind} {limit / 1e9:.0f} GOP/s" for kind in ("fp32", "int8") if (limit := limits[kind, size]))
+        for size in batches
+    ]
     head = ["net", "row", *(f"batch {size}: images/s, share of peak, ms" for size in batches), "error", "memory"]
-    return [f"### {_threads(num_threads)}", table(head, [*lines, peaks])]
+    return [f"### {_threads(num_threads)}", table(head, [*lines, ["peak", "", *peaks, "", ""]])]
 
 
-def _speed(record: Mapping[str, Any] | str | None, operations: int, limit: float | None) -> str:
+def _speed(record: Mapping[str, Any] | str | None, entrant: Mapping[str, Any], limit: float | None) -> str:
     if not isinstance(record, Mapping):
         return record or ""
     timing = Timing.from_dict(record)
-    share = f" ({_percent(operations * timing.images_per_s / limit)})" if limit else ""
-    spread = f"{timing.median_ms:.3g} ({min(timing.round_ms):.3g}–{max(timing.round_ms):.3g})"
-    return f"**{timing.images_per_s:,.0f}**{share}, {spread}"
-
-
-def _peaks(limits: Mapping[tuple[str, int], float | None], size: int) -> str:
-    kinds = [f"{kind} {limit / 1e9:.0f} GOP/s" for kind in ("fp32", "int8") if (limit := limits[kind, size])]
-    return ", ".join(kinds)
-
-
-def _error(row: Mapping[str, Any]) -> str:
-    if row["error"] is None:
-        return ""
-    return f"{row['error']:.1e}" + (" **strays**" if row["strays"] else "")
+    return f"**{timing.images_per_s:,.0f}**{_share(entrant, timing.images_per_s, limit)}, {spread(timing.round_ms)}"
 
 
 def _profile(profile: Mapping[str, Any]) -> list[str]:
     operators = profile["operators"]
     total = sum(operators.values())
-    shares = {
-        "convolutions": sum(operators.get(name, 0.0) for name in CONVOLUTIONS) / total,
-        "changes of layout": sum(operators.get(name, 0.0) for name in LAYOUTS) / total,
-    }
-    rest = [(name, ms) for name, ms in operators.items() if name not in (*CONVOLUTIONS, *LAYOUTS)]
-    shown = [*(f"{_percent(share)} {name}" for name, share in shares.items())]
-    shown += [f"{_percent(ms / total)} {name}" for name, ms in rest[:3]]
+    convolutions, layouts = (sum(operators.get(name, 0.0) for name in kind) for kind in (CONVOLUTIONS, LAYOUTS))
+    others = [(name, ms) for name, ms in operators.items() if name not in (*CONVOLUTIONS, *LAYOUTS)]
+    kinds = [("convolutions", convolutions), ("changes of layout", layouts), *others[:3]]
     parts = [
         f"ONNX Runtime's own profile of *{profile['title']}*, batch {profile['batch_size']}, "
-        f"{_threads(profile['num_threads'])}: {total:.3g} ms in nodes; {', '.join(shown)}."
+        f"{_threads(profile['num_threads'])}: {total:.3g} ms in nodes; "
+        f"{', '.join(f'{percent(ms / total)} {name}' for name, ms in kinds)}."
     ]
     layers: Sequence[Mapping[str, Any]] = profile["layers"]
-    # In eight bits the kernel keeps the filters in a layout of its own, and no shape of theirs is known.
-    if sum(layer["ms"] for layer in layers) > total * shares["convolutions"] / 2:
+    # In eight bits the kernel keeps the filters in a layout of its own, and their shapes are not known.
+    if sum(layer["ms"] for layer in layers) > convolutions / 2:
         lines = [
             [
-                "×".join(map(str, layer["weight"])),
-                "×".join(map(str, layer["output"])),
+                *("×".join(map(str, layer[shape])) for shape in ("weight", "output")),
                 str(layer["num_layers"]),
                 f"{layer['ms']:.3g}",
                 f"{layer['gflop_per_s']:.0f}",
@@ -217,13 +214,5 @@ def _profile(profile: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _percent(share: float | None) -> str:
-    return "not measured" if share is None else f"{100 * share:.0f} %"
-
-
 def _threads(num: int) -> str:
     return "1 thread" if num == 1 else f"{num} threads"
-
-
-def _short(baseline: str) -> str:
-    return baseline.removeprefix("PyTorch eager, ")

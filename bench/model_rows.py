@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from export.compare import Answer
 
 
+ALL_LOWERINGS = ("concat", "shared", "shared-split", "split", "mirror", "skip")
+
+
 @dataclass(frozen=True)
 class Race:
     """A net and what it is raced beside; fewer lowerings and rounds where a call takes seconds."""
@@ -26,27 +29,20 @@ class Race:
     family: str
     depth: int
     width: float
-    peers: tuple[str, ...]  # keys of bench/other_nets.py
-    lowerings: tuple[str, ...] = ("concat", "shared", "shared-split")
+    published: str
+    peers: tuple[str, ...]  # keys of PEERS in bench/nets.py
+    lowerings: tuple[str, ...] = ALL_LOWERINGS
     rounds: int = 5
 
 
 RACES = {
-    "34-2": Race(
-        "cifar",
-        34,
-        2.0,
-        ("WRN-40-2", "RepVGG-A0 at 32x32"),
-        ("concat", "shared", "shared-split", "split", "mirror", "skip"),
+    "34-2": Race("cifar", 34, 2.0, "5.6 % error on CIFAR-10 (table 2)", ("WRN-40-2", "RepVGG-A0 at 32x32")),
+    "16-1": Race("cifar", 16, 1.0, "none published", ("WRN-16-1", "RepVGG-A0/3 at 32x32")),
+    "18-0.75": Race(
+        *("imagenet", 18, 0.75, "32.30 % top-1 error on ImageNet (table 3)", ("ResNet-18", "RepVGG-A0")),
+        lowerings=("concat", "shared", "shared-split"),
+        rounds=3,
     ),
-    "16-1": Race(
-        "cifar",
-        16,
-        1.0,
-        ("WRN-16-1", "RepVGG-A0/3 at 32x32"),
-        ("concat", "shared", "shared-split", "split", "mirror", "skip"),
-    ),
-    "18-0.75": Race("imagenet", 18, 0.75, ("ResNet-18", "RepVGG-A0"), rounds=3),
 }
 RACED_ELSEWHERE = ("concat", "shared", "shared-split")  # on OpenVINO and MNN
 INT8_LOWERINGS = ("concat", "shared", "skip")
@@ -57,7 +53,7 @@ NUM_GEMM = {"fp32": 1024, "int8": 2048}  # rows and columns; the size at which e
 
 
 @dataclass(frozen=True)
-class Row:
+class RaceRow:
     """One row. `open` takes the folder of the net's files and the number of threads."""
 
     title: str
@@ -67,15 +63,15 @@ class Row:
     file: str = ""  # the graph that it reads
 
 
-def rows_of(key: str, *, name: str) -> list[Row]:
+def rows_of(key: str, *, name: str) -> list[RaceRow]:
     """All rows of a race; `name` is that of its net."""
     race = RACES[key]
     rows = [
-        Row(REFERENCE, name, "fp32", partial(open_eager, key, "reference")),
-        Row(OURS, name, "fp32", partial(open_eager, key, "dirac")),
-        Row("PyTorch eager, concat", name, "fp32", partial(open_eager, key, "concat")),
-        Row("PyTorch eager, shared", name, "fp32", partial(open_eager, key, "shared")),
-        Row("torch.compile, shared", name, "fp32", partial(open_compiled, key, "shared")),
+        RaceRow(REFERENCE, name, "fp32", partial(open_eager, key, "reference")),
+        RaceRow(OURS, name, "fp32", partial(open_eager, key, "dirac")),
+        RaceRow("PyTorch eager, concat", name, "fp32", partial(open_eager, key, "concat")),
+        RaceRow("PyTorch eager, shared", name, "fp32", partial(open_eager, key, "shared")),
+        RaceRow("torch.compile, shared", name, "fp32", partial(open_compiled, key, "shared")),
     ]
     rows += [_row("ONNX Runtime", low, name, "fp32") for low in race.lowerings]
     rows += [_row(library, low, name, "fp32") for library in ("OpenVINO", "MNN") for low in RACED_ELSEWHERE]
@@ -87,14 +83,14 @@ def rows_of(key: str, *, name: str) -> list[Row]:
     return rows
 
 
-def gemm_rows() -> list[Row]:
+def gemm_rows() -> list[RaceRow]:
     """Matrix products, for the limit of the machine."""
     fp32, int8 = NUM_GEMM["fp32"], NUM_GEMM["int8"]
     return [
-        Row(f"oneDNN, packed weights, {fp32}", "GEMM", "fp32", partial(open_gemm, "onednn", fp32)),
-        Row(f"torch.mm, {fp32}", "GEMM", "fp32", partial(open_gemm, "torch", fp32)),
-        Row(f"numpy.matmul, {fp32}", "GEMM", "fp32", partial(open_gemm, "numpy", fp32)),
-        Row(f"torch._int_mm, {int8}", "GEMM", "int8", partial(open_gemm, "int8", int8)),
+        RaceRow(f"oneDNN, packed weights, {fp32}", "GEMM", "fp32", partial(open_gemm, "onednn", fp32)),
+        RaceRow(f"torch.mm, {fp32}", "GEMM", "fp32", partial(open_gemm, "torch", fp32)),
+        RaceRow(f"numpy.matmul, {fp32}", "GEMM", "fp32", partial(open_gemm, "numpy", fp32)),
+        RaceRow(f"torch._int_mm, {int8}", "GEMM", "int8", partial(open_gemm, "int8", int8)),
     ]
 
 
@@ -108,13 +104,12 @@ def open_eager(key: str, form: str, folder: Path, num_threads: int) -> "Answer":
     import torch
 
     from bench.contenders import open_torch
-    from bench.reference_form import reference_form
+    from bench.nets import reference_form
 
     net = _seeded(key, num_threads)
     if form != "reference":
-        return open_torch(
-            "cpu", "fp32", net, folder, (1, 1, 1), is_dirac=form == "dirac", is_compiled=False, lowering=form
-        )
+        options = {"is_dirac": form == "dirac", "is_compiled": False, "lowering": form}
+        return open_torch("cpu", "fp32", net, folder, (1, 1, 1), **options)
     module: nn.Module = reference_form(net.dirac)
 
     @torch.inference_mode()
@@ -131,7 +126,6 @@ def open_compiled(key: str, lowering: str, folder: Path, num_threads: int) -> "A
 
     # The compiler's search for CUDA warns of what no row here asks for.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
     net = _seeded(key, num_threads)
     return open_torch("cpu", "fp32", net, folder, (1, 1, 1), is_dirac=False, is_compiled=True, lowering=lowering)
 
@@ -171,8 +165,7 @@ def open_gemm(library: str, size: int, folder: Path, num_threads: int) -> "Answe
     """A product of two matrices [size, size], whatever images come; gives zero logits."""
     import numpy as np
 
-    logits = np.zeros((1, 1), np.float32)
-    multiply = _multiplier(library, size, num_threads)
+    logits, multiply = np.zeros((1, 1), np.float32), _multiplier(library, size, num_threads)
 
     def answer(images: "np.ndarray") -> "np.ndarray":
         multiply()
@@ -181,11 +174,11 @@ def open_gemm(library: str, size: int, folder: Path, num_threads: int) -> "Answe
     return answer
 
 
-def _row(library: str, lowering: str, net: str, precision: str) -> Row:
+def _row(library: str, lowering: str, net: str, precision: str) -> RaceRow:
     """A row that reads a graph: eight bits are integer nodes for ONNX Runtime, Q/DQ pairs for others."""
     kind = "qdq" if precision == "int8" and library != "ONNX Runtime" else precision
     file = graph_name(net, lowering, kind)
-    return Row(f"{library}, {lowering}", net, precision, partial(OPENERS[library], file), file)
+    return RaceRow(f"{library}, {lowering}", net, precision, partial(OPENERS[library], file), file)
 
 
 def _multiplier(library: str, size: int, num_threads: int) -> Callable[[], object]:

@@ -1,15 +1,20 @@
 """python bench/reparameterized.py: timm's nets folded by algebra, beside timm's own reparameterization."""
 
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.cli import given_arguments, run_command
+from bench.page import describe_machine, fill, machine_table, spread, table, typed_command, write_page
+from bench.rounds import Timing, alternate, median_ms
+from common.cli import run_command
+from common.difference import difference
+from common.progress import make_console, progress
 from common.refusal import Refusal
 
 NETS = (
@@ -17,7 +22,7 @@ NETS = (
     *("ghostnet_050", "mobilenetv3_small_050", "efficientnet_b0", "regnety_002", "resnet18", "resnet50", "densenet121"),
 )
 QUICK_NETS = ("mobileone_s1", "repghostnet_050", "resnet18")
-TRAINED, TIMM, FOLDED = "as trained", "timm", "folded"
+FORMS = TRAINED, TIMM, FOLDED = "as trained", "timm", "folded"
 PACKAGES = ("torch", "timm", "onnx", "onnxruntime-gpu", "onnxruntime")
 EXAMPLES = (
     "python bench/reparameterized.py                               # 13 nets, six minutes on two cores",
@@ -51,10 +56,8 @@ def command(config: ReparameterizedConfig) -> int:
         import timm
     except ImportError as error:
         raise Refusal("timm is missing: pip install -c constraints.txt -e '.[dev]'") from error
-    from bench.page import describe_machine, write_page
-    from common.progress import make_console, progress
 
-    typed, config = given_arguments(replace(config, out=ReparameterizedConfig.out)), config.resolved()
+    typed, config = typed_command("bench/reparameterized.py", config), config.resolved()
     if unknown := [name for name in config.nets if not timm.is_model(name)]:
         raise Refusal(f"timm {timm.__version__} has no net {', '.join(unknown)}; timm.list_models() lists them")
     rows: list[dict[str, Any]] = []
@@ -64,7 +67,7 @@ def command(config: ReparameterizedConfig) -> int:
             advance(1, note=name)
             rows.append({"net": name, **measure(name, config, advance)})
     record = {
-        "command": f"python bench/reparameterized.py {typed}".rstrip(),
+        "command": typed,
         "machine": describe_machine(*PACKAGES),
         "image_size": config.image_size,
         "rounds": config.rounds,
@@ -77,11 +80,8 @@ def command(config: ReparameterizedConfig) -> int:
 def measure(name: str, config: ReparameterizedConfig, advance: Any = lambda n: None) -> dict[str, Any]:
     """One net in three forms: layers, error in float64, error and time in ONNX Runtime."""
     import tempfile
-    from functools import partial
 
     import torch
-
-    from bench.rounds import Timing, alternate
 
     size = config.image_size
     x = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -90,17 +90,19 @@ def measure(name: str, config: ReparameterizedConfig, advance: Any = lambda n: N
     with torch.no_grad():
         expected = forms[TRAINED](x).numpy()
         for form, net in forms.items():
-            results[form] = {**count_layers(net), "float64_error": relative(expected, net(x).numpy())}
+            results[form] = {**count_layers(net), "float64_error": difference(expected, net(x).numpy()).relative}
     with tempfile.TemporaryDirectory() as folder:
         answers: dict[str, Any] = {}
         for form, net in forms.items():
             path = Path(folder) / f"{form}.onnx"
             results[form] |= write_onnx(path, net.float(), x[:1].float())
             answers[form] = make_answer(path)
-            results[form]["onnxruntime_error"] = relative(expected, answers[form](x.float().numpy()))
+            results[form]["onnxruntime_error"] = difference(expected, answers[form](x.float().numpy())).relative
         image = x[:1].float().numpy()
+        # Processor time: what other programs take of a core does not count.
         racers = {
-            form: partial(processor_ms, partial(answer, image), config.round_s) for form, answer in answers.items()
+            form: partial(median_ms, partial(answer, image), config.round_s, clock=time.process_time)
+            for form, answer in answers.items()
         }
         timings = alternate(racers, batch_size=1, num_rounds=config.rounds, advance=advance)
     for form, timing in timings.items():
@@ -176,59 +178,22 @@ def make_answer(path: Path) -> Any:
     return lambda x: session.run(None, {"x": x})[0]
 
 
-def processor_ms(action: Callable[[], object], seconds: float) -> float:
-    """The median processor time of calls over `seconds`: what other programs take of a core does not count."""
-    import statistics
-    import time
-
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.process_time()
-        action()
-        times.append(1000 * (time.process_time() - start))
-    return statistics.median(times)
-
-
-def relative(expected: Any, found: Any) -> float:
-    from common.difference import difference
-
-    return difference(expected, found).relative
-
-
 def page(record: dict[str, Any]) -> str:
     """The page of one record."""
-    from bench.page import machine_table, table
-
-    rows, size = record["rows"], record["image_size"]
+    rows = record["rows"]
     layers = ["net", "as trained", "timm", "folded", "of these scalings", "error of timm", "of folded"]
     speed = ["net", "ms as trained", "timm", "folded", "times faster: timm", "folded", "error: as trained", "folded"]
-    parts = (
-        "# Other people's nets, folded",
-        f"Written by `{record['command']}`. Nets of timm with random weights, their scales and statistics moved away "
-        "from where they start. *timm* is `timm.utils.reparameterize_model`, which calls the methods that blocks bring "
-        "along (`fuse`, `reparameterize`, `switch_to_deploy`); *folded* is `fold.graph.fold`, which knows no block. "
-        "Other programs ran on the machine beside it.",
-        machine_table(record["machine"]),
-        "## Layers",
-        f"Convolutions + batch norms. Errors are in float64, on two random images of {size}x{size}, as a share of the "
-        "largest logit. *Scalings* are batch norms that no convolution can take in, because a concatenation or several "
-        "readers lie between: fold writes them as depthwise 1x1 convolutions.",
-        table(layers, [_layers(row) for row in rows]),
-        _verdict(rows),
-        "## ONNX Runtime",
-        "All forms are written by PyTorch's exporter, which takes in some batch norms itself, and run with one thread "
-        f"on one image, in {record['rounds']} rounds that alternate. Times are of the processor, not of the clock, so "
-        "that other programs disturb little. A ratio is the median of the rounds' ratios to the net as trained, and in "
-        "brackets the smallest and the largest. Errors are those of the float32 logits against the net as trained in "
-        "float64.",
-        table(speed, [_speed(row) for row in rows]),
+    return fill(
+        "reparameterized",
+        **{**record, "machine": machine_table(record["machine"])},
+        layers=table(layers, [_layers(row) for row in rows]),
+        verdict=_verdict(rows),
+        speed=table(speed, [_speed(row) for row in rows]),
     )
-    return "\n\n".join(parts) + "\n"
 
 
 def _layers(row: dict[str, Any]) -> list[str]:
-    forms = [row[form] for form in (TRAINED, TIMM, FOLDED)]
+    forms = [row[form] for form in FORMS]
     counts = [f"{form['convolutions']} + {form['batch_norms']}" for form in forms]
     errors = [f"{form['float64_error']:.1e}" for form in forms[1:]]
     return [row["net"], *counts, str(row[FOLDED]["scalings"]), *errors]
@@ -248,22 +213,12 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def _speed(row: dict[str, Any]) -> list[str]:
-    from bench.page import spread
-    from bench.rounds import Timing
-
-    forms = (TRAINED, TIMM, FOLDED)
-    if failed := [row[form]["timing"] for form in forms if isinstance(row[form]["timing"], str)]:
+    if failed := [row[form]["timing"] for form in FORMS if isinstance(row[form]["timing"], str)]:
         return [row["net"], failed[0], *[""] * 6]
-    trained, timm, folded = (Timing.from_dict(row[form]["timing"]) for form in forms)
-    times = [spread(timing.round_ms, ".2f") for timing in (trained, timm, folded)]
-    ratios = [_ratios(trained, timing) for timing in (timm, folded)]
+    timings = [Timing.from_dict(row[form]["timing"]) for form in FORMS]
+    times = [spread(timing.round_ms, ".2f") for timing in timings]
+    ratios = [spread(timing.ratios_to(timings[0]), ".2f") for timing in timings[1:]]
     return [row["net"], *times, *ratios, *(f"{row[form]['onnxruntime_error']:.1e}" for form in (TRAINED, FOLDED))]
-
-
-def _ratios(trained: Any, timing: Any) -> str:
-    from bench.page import spread
-
-    return spread([a / b for a, b in zip(trained.round_ms, timing.round_ms, strict=True)], ".2f")
 
 
 if __name__ == "__main__":

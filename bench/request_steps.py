@@ -1,13 +1,14 @@
-"""Where the server's time goes for one request: the server's own parts, timed one on top of another in a process.
+"""Without sockets, on the servers' core: the model alone, and the server's own parts, timed one on top of another.
 
-Nothing crosses a socket here. What a real request takes beyond the sum is the kernel's, and the price of threads and
-caches that a model and a server share on one core.
+A real request takes longer than their sum: the kernel's work, and the threads and caches that a model and a server
+share on one core.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from email.utils import formatdate
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,8 @@ import uvloop
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from bench.alone import in_a_process
+from bench.lab.process import in_fresh_process
+from bench.rounds import median_ms
 from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
 from serve.request.access import EVERYBODY
@@ -30,13 +32,28 @@ from serve.request.predict import RequestHandler
 from serve.watching.logs import RequestLog
 from serve.watching.metrics import Metrics
 
+CORE = 0  # the servers'
 BATCH_SIZE = 32  # requests at once, and images in a batch of the model
 NUM_ROUNDS = 200
 
 
+def time_alone(model: Path, png: bytes, seconds: float) -> dict[str, float]:
+    """Milliseconds of batches of 1 and 32: `model_1`, `model_32`; and of one image with its decoding."""
+    return in_fresh_process(_time_alone, model, png, seconds, core=CORE)
+
+
+def _time_alone(model: Path, png: bytes, seconds: float) -> dict[str, float]:
+    runtime = OnnxSession(model, num_threads=1)
+    spec = runtime.model.spec.image
+    image = decode(png, spec)
+    actions = {f"model_{size}": partial(runtime, np.repeat(image[None], size, 0)) for size in (1, BATCH_SIZE)}
+    actions["decode_and_model_1"] = lambda: runtime(decode(png, spec)[None])
+    return {name: median_ms(action, seconds, min_calls=1) for name, action in actions.items()}
+
+
 def time_steps(model: Path, png: bytes) -> dict[str, float]:
-    """Microseconds of processor time for each part of a request, the fastest of many rounds, on the servers' core."""
-    return in_a_process(_time_steps, model, png)
+    """Microseconds of processor time for each part of a request, the fastest of many rounds."""
+    return in_fresh_process(_time_steps, model, png, core=CORE)
 
 
 def _time_steps(model: Path, png: bytes) -> dict[str, float]:
@@ -59,14 +76,14 @@ _QUEUE = "queue, batch, results, JSON"
 
 
 async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
-    """A server that grows: its connection alone, then its front, then metrics and log, then the batcher."""
+    """A growing server: its connection alone, then its front, then metrics and log, then the batcher."""
     limits = Limits(decode_threads=0)
     batcher, door = Batcher(Served((instant,)), limits), Door(limits.max_connections)
     batcher.start()
     observers = (Metrics(batcher, door), RequestLog(BytesIO()))
 
     def front(inner: Batcher, *, observed: bool) -> ASGIApp:
-        app = cast(ASGIApp, None)  # nothing but predictions is asked
+        app = cast(ASGIApp, None)  # only predictions are requested
         used = observers if observed else ()
         return RequestHandler(app, batcher=inner, limits=Limits(), access=EVERYBODY, observers=used)
 
@@ -83,7 +100,7 @@ async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
 
 
 class _Instant:
-    """A runtime that has computed everything before."""
+    """A runtime that returns logits computed before."""
 
     description = library = "none"
 
@@ -96,7 +113,7 @@ class _Instant:
 
 
 class _Prompt:
-    """A batcher whose every job is one that is done."""
+    """A batcher that returns one finished job for every request."""
 
     def __init__(self, batcher: Batcher, job: Any) -> None:
         self._batcher, self._job = batcher, job
@@ -109,7 +126,7 @@ class _Prompt:
 
 
 class _Transport:
-    """A socket that takes everything."""
+    """A socket that accepts everything."""
 
     def __init__(self) -> None:
         self.num_writes = 0
@@ -169,14 +186,14 @@ async def _time_app(app: ASGIApp, png: bytes) -> float:
 
     fastest = await _fastest_of(ask_all)
     if not all(transport.last.startswith(b"HTTP/1.1 200") for transport in transports):
-        raise RuntimeError(f"what was timed is no answer: {transports[0].last[:300]!r}")
+        raise RuntimeError(f"the timed request failed: {transports[0].last[:300]!r}")
     for connection in connections:
         connection.connection_lost(ConnectionResetError())
     return fastest
 
 
 async def _fastest_of(action: Callable[[], Coroutine[Any, Any, None]]) -> float:
-    times: list[float] = []
+    times = []
     for _ in range(NUM_ROUNDS):
         start = time.process_time()
         await action()
@@ -185,8 +202,8 @@ async def _fastest_of(action: Callable[[], Coroutine[Any, Any, None]]) -> float:
 
 
 def _fastest_us(action: Callable[[], object], *, num_rounds: int = NUM_ROUNDS) -> float:
-    """Of one image among `BATCH_SIZE`."""
-    times: list[float] = []
+    """Microseconds of one image among `BATCH_SIZE`."""
+    times = []
     for _ in range(num_rounds):
         start = time.process_time()
         action()

@@ -4,12 +4,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-
-from export.compare import Answer
+from common.refusal import Refusal
 
 MIN_CALLS = 3
 Result = TypeVar("Result")
@@ -31,9 +28,13 @@ class Timing:
     def images_per_s(self) -> float:
         return 1000 * self.batch_size / self.median_ms
 
+    def ratios_to(self, other: "Timing") -> list[float]:
+        """How many times as fast as `other`, by round: a slow moment of the machine slows down both."""
+        return [before / after for before, after in zip(other.round_ms, self.round_ms, strict=True)]
+
     def speedup_over(self, other: "Timing") -> float:
-        """The median of the rounds' ratios: what slows down the machine for a while slows down both."""
-        return statistics.median(before / after for before, after in zip(other.round_ms, self.round_ms, strict=True))
+        """The median of the rounds' ratios."""
+        return statistics.median(self.ratios_to(other))
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "Timing":
@@ -53,22 +54,6 @@ class Failure:
     """Why a runtime gives no result, in one line."""
 
     reason: str
-
-
-def time_rounds(
-    answers: Mapping[str, Answer],
-    images: np.ndarray,
-    *,
-    num_rounds: int,
-    round_s: float,
-    advance: Callable[[int], None] = lambda n: None,
-) -> dict[str, Timing | Failure]:
-    """For each name its timing on the batch `images`, or why it failed.
-
-    A call ends with its logits in the host's memory, so the clock waits for the device.
-    """
-    racers = {name: partial(median_ms, partial(answer, images), round_s) for name, answer in answers.items()}
-    return alternate(racers, batch_size=len(images), num_rounds=num_rounds, advance=advance)
 
 
 def alternate(
@@ -98,8 +83,16 @@ def alternate(
     return failed | {name: Timing(batch_size, tuple(times)) for name, times in rounds.items()}
 
 
+def alternate_all(racers: Mapping[Name, Callable[[], float]], **options: Any) -> dict[Name, Timing]:
+    """`alternate` where no racer may fail: refuses with the reasons of those that do."""
+    results = alternate(racers, **options)
+    if failed := [f"{name}: {found.reason}" for name, found in results.items() if isinstance(found, Failure)]:
+        raise Refusal(f"cannot be timed: {'; '.join(failed)}")
+    return {name: found for name, found in results.items() if isinstance(found, Timing)}
+
+
 def attempt(action: Callable[[], Result]) -> Result | Failure:
-    """What `action` gives, or the first line of its exception: a runtime that fails is a result too."""
+    """The result of `action`, or the first line of its exception: a runtime that fails is a result too."""
     try:
         return action()
     except Exception as error:  # every runtime raises kinds of its own
@@ -107,12 +100,21 @@ def attempt(action: Callable[[], Result]) -> Result | Failure:
         return Failure(f"{type(error).__name__}: {lines[0]}"[:200])
 
 
-def median_ms(action: Callable[[], object], seconds: float, *, min_calls: int = MIN_CALLS) -> float:
-    """The median of calls over `seconds`, `min_calls` at least."""
+def median_ms(
+    action: Callable[[], object],
+    seconds: float,
+    *,
+    min_calls: int = MIN_CALLS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """The median of calls over `seconds`, `min_calls` at least, by `clock`.
+
+    A call of a runtime ends with its logits in the host's memory, so the clock waits for the device.
+    """
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < min_calls or time.perf_counter() < end:
-        start = time.perf_counter()
+        start = clock()
         action()
-        times.append(1000 * (time.perf_counter() - start))
+        times.append(1000 * (clock() - start))
     return statistics.median(times)

@@ -1,4 +1,4 @@
-"""python bench/saturation.py PLAIN: what each bound against 16-bit saturation costs an eight-bit net."""
+"""python bench/saturation.py PLAIN: the accuracy that each bound against 16-bit saturation costs an eight-bit net."""
 
 import sys
 from collections.abc import Callable
@@ -19,15 +19,15 @@ from export.runtimes.saturation import largest_pair
 if TYPE_CHECKING:
     import onnx
 
-Bound = Callable[[np.ndarray], np.ndarray]  # filters [N_o, C, kh, kw] → what 127 steps must hold, [N_o]
+Bound = Callable[[np.ndarray], np.ndarray]  # filters [N_o, C, kh, kw] → range of 127 steps, [N_o]
 EXAMPLES = ("python bench/saturation.py runs/model/plain.safetensors     # five minutes on two cores",)
 
 
 @dataclass(frozen=True)
 class SaturationConfig:
     plain: Annotated[Path, "plain net of fold/run.py"]
-    dataset: Annotated[Published, "what it was trained on"] = "fashion-mnist"
-    data_dir: Annotated[Path | None, "where the data set lies"] = None
+    dataset: Annotated[Published, "data set it was trained on"] = "fashion-mnist"
+    data_dir: Annotated[Path | None, "folder of the data set"] = None
     lowering: Annotated[str, "form of the filters"] = "concat"
     images: Annotated[int, "training images that set the ranges"] = 512
 
@@ -48,7 +48,7 @@ def command(config: SaturationConfig) -> int:
     trained_on = plain.provenance.get("training", {}).get("dataset")
     if trained_on != config.dataset:
         raise Refusal(
-            f"{config.plain} was trained on {trained_on}, not on {config.dataset}: name its own with --dataset"
+            f"{config.plain} was trained on {trained_on}, not on {config.dataset}: choose its data set with --dataset"
         )
     lowered = lower(plain.net, config.lowering)
     floats = to_onnx(lowered, plain.spec, {})
@@ -109,7 +109,7 @@ BOUNDS: dict[str, Bound] = {
 
 
 def requantize(model: "onnx.ModelProto", filters: dict[str, np.ndarray], bound: Bound) -> float:
-    """Write the weights of an integer graph anew, in place; the share of filters whose scale the bound makes larger."""
+    """Write the weights of an integer graph again, in place; gives the share of filters with a larger scale."""
     from onnx import numpy_helper
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer}

@@ -1,7 +1,7 @@
 """python bench/server.py: our server beside a naive FastAPI handler and five others."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,8 +14,7 @@ from common.refusal import Refusal
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.served_nets import ServedNet
-    from bench.server_rounds import Field, Row
+    from bench.server_race import Race, RaceRow, ServedNet
 
 EXAMPLES = (
     "python bench/server.py                            # ten minutes; writes docs/benchmarks/server.md and .json",
@@ -54,18 +53,14 @@ def command(config: ServerConfig) -> int:
     """Requests per second and latency of servers of one ONNX file, each on one core with its client on another.
 
     Answers are compared with the model's own first. A server that cannot be installed or started, answers wrongly
-    or fails a request is a row with its reason. Exit status 1 where that is ours.
+    or fails a request is a row with its reason. Exit status 1 if ours fails.
     """
-    from dataclasses import asdict
-
-    from bench.latency import curves_of, draw_latencies
-    from bench.load import refuse_without_tools
+    from bench.lab.wrk import refuse_without_tools
     from bench.page import describe_machine, write_page
     from bench.request_steps import time_steps
-    from bench.served_nets import write_net
-    from bench.server_page import markdown
-    from bench.server_rounds import CONNECTIONS, open_field
-    from bench.servers import SERVERS
+    from bench.server_page import draw_latencies, markdown
+    from bench.server_race import CONNECTIONS, open_race, write_net
+    from bench.servers import CONTESTANTS
     from common.cores import num_cores
     from common.figure import png
     from common.files import write_whole
@@ -73,34 +68,31 @@ def command(config: ServerConfig) -> int:
 
     refuse_without_tools()
     console = make_console()
-    servers = [server for server in SERVERS if not config.servers or server.name in config.servers]
-    field = open_field(servers, config.work.absolute(), console.print)
-    num_rounds, seconds = config.schedule
-    record: dict[str, Any] = {
-        "command": f"python bench/server.py {given_arguments(config)}".rstrip(),
-        "rounds": num_rounds,
-        "seconds": seconds,
-        "connections": CONNECTIONS,
-        "machine": describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
-        "servers": [{"name": server.name, "note": server.note} for server in field.servers],
-        "models": [],
-    }
-    nets = [write_net(size, field.folder, field.pngs) for size in config.models]
+    contestants = [one for one in CONTESTANTS if not config.servers or one.name in config.servers]
+    race = open_race(contestants, config.work.absolute(), console.print)
+    nets = [write_net(size, race.folder, race.pngs) for size in config.models]
     for net in nets:
         console.print(f"{net.title}: {net.num_macs:,} multiplications per image, {net.path}")
-    for size, (net, rows, alone) in zip(config.models, _measure(field, nets, config, console), strict=True):
-        steps = time_steps(net.path, field.pngs[0])
-        model = {
-            "title": net.title,
-            "macs": net.num_macs,
-            "alone": alone,
-            "steps": steps,
-            "rows": [asdict(row) for row in rows],
-        }
-        record["models"].append({"picture": f"server-{size}.png", **model})
-    most = CONNECTIONS[-1]
+    record: dict[str, Any] = {
+        "command": f"python bench/server.py {given_arguments(config)}".rstrip(),
+        **dict(zip(("rounds", "seconds"), config.schedule, strict=True)),
+        "connections": CONNECTIONS,
+        "machine": describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
+        "servers": [{"name": one.name, "note": one.note} for one in race.contestants],
+        "models": [
+            {
+                "picture": f"server-{size}.png",
+                "title": net.title,
+                "macs": net.num_macs,
+                "alone": alone,
+                "steps": time_steps(net.path, race.pngs[0]),
+                "rows": list(map(asdict, rows)),
+            }
+            for size, net, (rows, alone) in zip(config.models, nets, _measure(race, nets, config, console), strict=True)
+        ],
+    }
     for model in record["models"]:
-        figure = draw_latencies(curves_of(model["rows"], most), f"{model['title']}: {most} connections")
+        figure = draw_latencies(model, CONNECTIONS[-1])
         console.print(f"wrote {write_whole(config.out / model['picture'], png(figure))}")
     console.print(write_page(config.out, "server", markdown(record), record))
     rows = [row for model in record["models"] for row in model["rows"]]
@@ -108,25 +100,25 @@ def command(config: ServerConfig) -> int:
 
 
 def _measure(
-    field: "Field", nets: "list[ServedNet]", config: ServerConfig, console: "Console"
-) -> "list[tuple[ServedNet, list[Row], dict[str, list[float]]]]":
+    race: "Race", nets: "list[ServedNet]", config: ServerConfig, console: "Console"
+) -> "list[tuple[list[RaceRow], dict[str, list[float]]]]":
     """For each net its rows, and the times of the model alone; every second round runs in reverse order."""
-    from bench.alone import time_alone
-    from bench.server_rounds import Row
+    from bench.request_steps import time_alone
+    from bench.server_race import RaceRow
     from common.progress import progress
 
     num_rounds, seconds = config.schedule
-    tables = [{way.title: Row(server.name, way.title) for server in field.servers for way in server.ways} for _ in nets]
+    tables = [{way.title: RaceRow(one.name, way.title) for one in race.contestants for way in one.ways} for _ in nets]
     alone: list[dict[str, list[float]]] = [{} for _ in nets]
-    with progress(console, "starts of a server", num_rounds * len(nets) * len(field.servers)) as advance:
+    with progress(console, "starts of a server", num_rounds * len(nets) * len(race.contestants)) as advance:
         for index in range(num_rounds):
             for net, rows, times in zip(nets, tables, alone, strict=True):
-                for name, milliseconds in time_alone(net.path, field.pngs[0], seconds / 2).items():
+                for name, milliseconds in time_alone(net.path, race.pngs[0], seconds / 2).items():
                     times.setdefault(name, []).append(milliseconds)
-                for server in field.servers[:: -1 if index % 2 else 1]:
-                    field.measure(server, net, rows, seconds=seconds, warm_up=not config.quick)
-                    advance(note=f"{net.title}: {server.name}")
-    return [(net, list(rows.values()), times) for net, rows, times in zip(nets, tables, alone, strict=True)]
+                for contestant in race.contestants[:: -1 if index % 2 else 1]:
+                    race.measure(contestant, net, rows, seconds=seconds, warm_up=not config.quick)
+                    advance(note=f"{net.title}: {contestant.name}")
+    return [(list(rows.values()), times) for rows, times in zip(tables, alone, strict=True)]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
-"""The table of servers that are compared: how each is started, and what its clients send for a PNG."""
+"""The servers that are compared: how each is installed and started, and what its clients send for a PNG."""
 
 import base64
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from common.files import read_whole, write_whole
+from common.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "bench" / "peers"
@@ -14,7 +19,7 @@ _BOUNDARY = "----the-images-of-the-benchmark"
 
 @dataclass(frozen=True)
 class Way:
-    """One way to ask a server. `encode` makes the body of a PNG, `find_index` finds the class in an answer."""
+    """One kind of request. `encode` makes its body from a PNG, `find_index` finds the class in the answer."""
 
     title: str
     path: str
@@ -24,14 +29,39 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Server:
-    """`arguments` of Python are made from the model's file and a port; `environment` names peers/NAME.txt."""
+class Contestant:
+    """A server. `arguments` of Python are made from the model's file and a port; `environment` names peers/NAME.txt."""
 
     name: str
     environment: str | None  # None: the Python that runs the benchmark
     arguments: Callable[[Path, int], list[str]]
     ways: tuple[Way, ...]
     note: str
+
+
+def make_environment(name: str, folder: Path) -> Path:
+    """The Python of a virtual environment with the packages of peers/NAME.txt, made below `folder` if missing.
+
+    Refuses, with the last line of pip, packages that cannot be installed here.
+    """
+    requirements = PEERS / f"{name}.txt"
+    environment = (folder / name).absolute()
+    python, installed = environment / "bin" / "python", environment / "requirements.txt"
+    wanted = read_whole(requirements)
+    if installed.exists() and installed.read_bytes() == wanted:
+        return python
+    _run([sys.executable, "-m", "venv", "--clear", str(environment)], name)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    _run([*pip, "-r", str(requirements)], name)
+    write_whole(installed, wanted)  # last, so that an interrupted installation is repeated
+    return python
+
+
+def _run(argv: list[str], name: str) -> None:
+    done = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise Refusal(f"{name} cannot be installed: {last[:300]}")
 
 
 def as_form(field: str) -> Callable[[bytes], bytes]:
@@ -55,7 +85,7 @@ def _script(name: str) -> Callable[[Path, int], list[str]]:
 
 
 def _ours(model: Path, port: int) -> list[str]:
-    # All run ONNX Runtime; left to itself, ours would choose the fastest runtime anew at every start.
+    # All run ONNX Runtime; by default, ours would choose the fastest runtime at every start.
     return [str(ROOT / "serve" / "run.py"), str(model), "--port", str(port), "--runtime", "onnxruntime"]
 
 
@@ -77,7 +107,7 @@ def _of_results(answer: Any) -> int:
 
 
 _FORM = f"multipart/form-data; boundary={_BOUNDARY}"
-OURS = Server(
+OURS = Contestant(
     "ours",
     None,
     _ours,
@@ -85,12 +115,12 @@ OURS = Server(
         Way("ours, raw body", "/predict", "image/png", bytes, _of_results),
         Way("ours, form", "/predict", _FORM, as_form("image"), _of_results),
     ),
-    "`serve/run.py --runtime onnxruntime`, since all others run that; else its ordinary command, which logs every "
+    "`serve/run.py --runtime onnxruntime`, since all others run that; otherwise its ordinary command, which logs every "
     "request, answers with the five best classes and keeps its limits, deadlines and metrics",
 )
-SERVERS = (
+CONTESTANTS = (
     OURS,
-    Server(
+    Contestant(
         "fastapi",
         "fastapi",
         _script("with_fastapi.py"),
@@ -100,28 +130,28 @@ SERVERS = (
         ),
         "the naive handler: UploadFile (or the raw body), Pillow, one run of the model for each request",
     ),
-    Server(
+    Contestant(
         "litserve",
         "litserve",
         _script("with_litserve.py"),
         (Way("LitServe", "/predict", _FORM, as_form("image"), _of_answer),),
         "a form, as its documentation sends images; batches of 32 at most, 2 ms; one worker beside the HTTP process",
     ),
-    Server(
+    Contestant(
         "bentoml",
         "bentoml",
         _bentoml,
         (Way("BentoML", "/predict", _FORM, as_form("images"), lambda answer: answer[0]["index"]),),
         "a form; adaptive batching, 32 at most; metrics off",
     ),
-    Server(
+    Contestant(
         "ray",
         "ray",
         _script("with_ray.py"),
         (Way("Ray Serve", "/", "image/png", bytes, _of_answer),),
         "the raw body; one replica, serve.batch of 32 at most, 2 ms; no dashboard",
     ),
-    Server(
+    Contestant(
         "mlserver",
         "mlserver",
         _script("with_mlserver.py"),
@@ -137,7 +167,7 @@ SERVERS = (
         "V2 protocol: JSON with the PNG in base64, which a runtime written for it decodes; adaptive batching, "
         "32 at most, 2 ms; metrics off; no worker process, which on one core only adds a hand-over",
     ),
-    Server(
+    Contestant(
         "mosec",
         "mosec",
         _mosec,

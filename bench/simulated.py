@@ -1,13 +1,17 @@
-"""python bench/simulated.py PLAIN: serve/run.py with a device that is pretended: t0 + n t1 for n images, and no core.
+"""python bench/simulated.py PLAIN: serve/run.py with a simulated device: t0 + n t1 for n images, and no core.
 
-It says nothing of the images: every answer is the same. What there is to measure is what goes on around the model.
+Every answer is the same, whatever the images: measured is the work around the model. `hand_over` measures the process
+of the device alone.
 """
 
 import os
+import socket
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -19,17 +23,17 @@ from export.runtimes.onnx_session import OnnxSession
 from serve.config import ServeConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from export.runtimes.runtime import Runtime
-    from serve.model.load import Roles
+    from serve.front_ends.link import Link
+    from serve.shadow.roles import Roles
 
 TIMES = "DIRACNET_SIMULATED_US"  # "t0,t1" in microseconds
+FRONT_ENDS, IMAGES = (1, 2, 4, 8, 16), (1, 4, 16)  # in a batch, and of each of them
 EXAMPLES = ("DIRACNET_SIMULATED_US=200,4 python bench/simulated.py models/fashion-mnist.onnx --front-ends 2",)
 
 
 class Simulated:
-    """A runtime of the device."""
+    """The runtime of the simulated device."""
 
     platform = description = library = "simulated"
 
@@ -43,24 +47,101 @@ class Simulated:
         return np.tile(self._logits, (len(images), 1))
 
 
-def load(roles: "Roles", home: Path) -> "Sequence[Runtime]":
-    """In place of the model that the file holds."""
+def load(roles: "Roles", home: Path) -> Sequence["Runtime"]:
+    """The simulated device instead of the model in the file."""
     return [Simulated(roles.served.model_paths[0])]
 
 
 def serve(config: ServeConfig) -> int:
     """The server, whole or in front ends and a device process."""
-    from bench import simulated  # this one as other processes find it: what runs as a command has no name there
-    from serve.front_ends import processes
+    from bench import simulated  # a class of __main__ would have no name in other processes
+    from serve.front_ends import fleet
     from serve.processes import serving
     from serve.run import listen
 
     with listen(config.host, config.port) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         if config.front_ends > 1:
-            return processes.run(config, listener, url, load=simulated.load)
+            return fleet.run(config, listener, url, load=simulated.load)
         serving.load = lambda config: [Simulated(config.model_paths[0])]
         return serving.run(config, listener, url)
+
+
+class Stopped:
+    """A runtime that costs nothing and stops in each batch until it may go on; `spent` is the time of its thread."""
+
+    platform = description = library = "stopped"
+
+    def __init__(self, like: Simulated) -> None:
+        self.model = like.model
+        self.spent: list[float] = []
+        self.arrived, self.may_go = threading.Semaphore(0), threading.Semaphore(0)
+        self._logits = np.zeros((max(FRONT_ENDS) * max(IMAGES), len(self.model.spec.labels)), np.float32)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        self.spent.append(time.thread_time())
+        self.arrived.release()
+        self.may_go.acquire()
+        return self._logits[: len(images)]
+
+
+def hand_over(like: Simulated, max_batch: int, times: int) -> dict[str, Any]:
+    """Processor time of the device process for a batch, beside running the model: the measured `rows`, and a fit.
+
+    The fit is microseconds of a batch, of each front end that has images in it and of each image. Images wait in all
+    connections while the model runs the batch before, so each turn of the loop is one batch.
+    """
+    from serve.front_ends.device import Device
+    from serve.front_ends.link import Dial
+    from serve.request.batcher import Served
+    from serve.request.limits import Limits
+
+    runtime, limits = Stopped(like), Limits(max_batch=max_batch)
+    doors = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(max(FRONT_ENDS))]
+    device = Device(Served((runtime,)), [inside for _, inside in doors], limits, load=lambda: [])
+    thread = threading.Thread(target=device.run)
+    thread.start()
+    links = [Dial(outside, limits).connect().link for outside, _ in doors]
+    rows = [
+        (num, num_images, _batch_us(runtime, links[:num], num_images, times))
+        for num in FRONT_ENDS
+        for num_images in IMAGES
+    ]
+    for link in links:
+        link.end()
+    device.stop()
+    thread.join()
+    for end in (end for pair in doors for end in pair):
+        end.close()
+    causes = np.array([(1, num, num * num_images) for num, num_images, _ in rows], float)
+    batch_us, front_end_us, image_us = np.linalg.lstsq(causes, np.array([us for *_, us in rows]), rcond=None)[0]
+    return {"rows": rows, "batch_us": batch_us, "front_end_us": front_end_us, "image_us": image_us}
+
+
+def _batch_us(runtime: Stopped, links: Sequence["Link"], num_images: int, times: int) -> float:
+    image = runtime.model.spec.image
+    pixels = [np.zeros((image.height, image.width, image.channels), np.uint8)] * num_images
+    links[0].send([(None, pixels[:1])])
+    runtime.arrived.acquire()
+    runtime.spent.clear()
+    before: Sequence[Link] = links[:1]
+    for _ in range(times):
+        for link in links:
+            link.send([(None, pixels)])
+        runtime.may_go.release()
+        runtime.arrived.acquire()
+        _take(before)
+        before = links
+    runtime.may_go.release()
+    _take(links)
+    return 1e6 * float(np.median(np.diff(runtime.spent)))
+
+
+def _take(links: Sequence["Link"]) -> None:
+    for link in links:
+        while not (flights := link.receive(waits=True)):
+            pass
+        link.take(flights)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """python bench/startup.py: from starting the server to its first answer, where the time goes, and its memory."""
 
+import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +12,9 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.process import in_fresh_process
+from bench.lab.server import Server, free_port
+from bench.page import describe_machine, fill, machine_table, spread, table, write_page
 from common.cli import POSITIONAL, given_arguments, run_command
 from common.refusal import Refusal
 
@@ -18,8 +23,6 @@ SERVER = ROOT / "serve" / "run.py"
 BUNDLED = ROOT / "models" / "fashion-mnist.onnx"
 IMAGE = ROOT / "models" / "held-out" / "Sneaker_9.png"
 NUM_REQUESTS = 100
-POLL_S = 0.002
-LONGEST_S = 30.0
 EXAMPLES = (
     "python bench/startup.py                                # a minute",
     "python bench/startup.py plain.onnx --rounds 15",
@@ -42,16 +45,12 @@ class StartupConfig:
 
 
 def command(config: StartupConfig) -> int:
-    """Start the server again and again, wait until /readyz answers 200, ask 100 times, and read its memory."""
-    import tempfile
-
-    from bench.cost import in_fresh_process
-    from bench.page import describe_machine, write_page
+    """Start the server again and again, wait until /readyz answers 200, send 100 requests, and read its memory."""
     from common.progress import make_console, progress
 
     console, rounds = make_console(), 3 if config.quick else config.rounds
-    starts: dict[str, list[dict[str, Any]]] = {}
-    phases: dict[str, list[dict[str, float]]] = {}
+    starts: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    phases: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         models = config.models or (in_fresh_process(_small_model, Path(folder)), BUNDLED)
         with progress(console, "starts", (rounds + 1) * len(models)) as advance:
@@ -59,8 +58,8 @@ def command(config: StartupConfig) -> int:
                 for model in models[:: 1 if index % 2 == 0 else -1]:
                     start, parts = _start(model), in_fresh_process(_phases, model)
                     if index >= 0:
-                        starts.setdefault(model.name, []).append(start)
-                        phases.setdefault(model.name, []).append(parts)
+                        starts[model.name].append(start)
+                        phases[model.name].append(parts)
                     advance(note=model.name)
         sizes = {model.name: model.stat().st_size for model in models}
     record = {
@@ -73,110 +72,54 @@ def command(config: StartupConfig) -> int:
         ],
         "imports_ms": _imports(rounds),
     }
-    console.print(write_page(config.out, "startup", page(record), record))
+    console.print(write_page(config.out, "startup", markdown(record), record))
     return 0
 
 
-def page(record: dict[str, Any]) -> str:
+def markdown(record: dict[str, Any]) -> str:
     """The page of one record."""
-    from bench.page import machine_table, spread, table
-
-    rows, phases = [], []
+    starts, phases = [], []
     for model in record["models"]:
-        starts = model["starts"]
-        columns = [[start[key] for start in starts] for key in ("ready_s", "answer_s", "resident_bytes")]
-        memory = [value / 1e6 for value in columns.pop()]
-        loads = "yes" if any(start["has_torch"] for start in starts) else "no"
+        ready_s, answer_s, resident = (
+            [start[key] for start in model["starts"]] for key in ("ready_s", "answer_s", "resident_bytes")
+        )
+        memory = spread([value / 1e6 for value in resident], ".0f")
+        loads = "yes" if any(start["has_torch"] for start in model["starts"]) else "no"
         size = f"{model['file_bytes'] / 1e6:.2f}"
-        rows.append([model["name"], size, *(spread(column, ".2f") for column in columns), spread(memory, ".0f"), loads])
-        steps = {name: [1000 * run[name] for run in model["phases"]] for name in model["phases"][0]}
-        phases.append([model["name"], *(spread(times, ".0f") for times in steps.values())])
+        starts.append([model["name"], size, spread(ready_s, ".2f"), spread(answer_s, ".2f"), memory, loads])
+        steps = ([1000 * run[name] for run in model["phases"]] for name in model["phases"][0])
+        phases.append([model["name"], *(spread(times, ".0f") for times in steps)])
     imports = sorted(record["imports_ms"].items(), key=lambda item: -item[1][0])
-    total = sum(times[0] for _, times in imports)
-    lines = [[name, f"{times[0]:.0f}"] for name, times in imports if times[0] >= 2]
-    parts = [
-        "# Starting the server",
-        f"Written by `{record['command']}`. `python serve/run.py MODEL --port N` is started {record['rounds']} times "
-        "for each model, in turns; the page cache is warm. A client asks every 2 ms until the server takes its "
-        "connection and `/readyz` answers 200. Figures are medians, and in brackets the smallest and the largest.",
-        machine_table(record["machine"]),
-        table(["model", "MB", "s until ready", "s until /predict", "MB resident", "torch loaded"], rows),
-        f"The first `/predict` is asked once the server is ready; memory is resident after {NUM_REQUESTS} of them, "
-        "in the server and in the processes of its model.",
-        "## Where the time goes",
-        "Milliseconds of each step, one after another in a fresh process:",
-        table(["model", *record["models"][0]["phases"][0]], phases),
-        f"Milliseconds of imports by package, each without what it imports in turn (`python -X importtime`, fastest of "
-        f"{record['rounds']}, packages of 2 ms and more; {total:.0f} in all, measuring included):",
-        table(["package", "ms"], lines),
-    ]
-    return "\n\n".join(parts) + "\n"
+    return fill(
+        "startup",
+        **{name: record[name] for name in ("command", "rounds")},
+        machine=machine_table(record["machine"]),
+        starts=table(["model", "MB", "s until ready", "s until /predict", "MB resident", "torch loaded"], starts),
+        num_requests=NUM_REQUESTS,
+        phases=table(["model", *record["models"][0]["phases"][0]], phases),
+        total_ms=sum(times[0] for _, times in imports),
+        imports=table(["package", "ms"], [[name, f"{times[0]:.0f}"] for name, times in imports if times[0] >= 2]),
+    )
 
 
 def _start(model: Path) -> dict[str, Any]:
     """One server from its first instruction to its last request."""
-    import time
-
-    from bench.cost import family_bytes
-
-    begin = time.perf_counter()
-    with _server(model) as (process, port):
-        _ask(port, "GET", "/readyz", begin + LONGEST_S)
-        ready_s, content = time.perf_counter() - begin, IMAGE.read_bytes()
-        _ask(port, "POST", "/predict", begin + LONGEST_S, content)
+    begin, port, image = time.perf_counter(), free_port(), IMAGE.read_bytes()
+    command = [sys.executable, str(SERVER), str(model), "--port", str(port), "--log-level", "error"]
+    with Server(command, port) as server:
+        ready_s = time.perf_counter() - begin
+        statuses = [server.predict(image)]
         answer_s = time.perf_counter() - begin
-        for _ in range(NUM_REQUESTS - 1):
-            _ask(port, "POST", "/predict", begin + LONGEST_S, content)
-        has_torch = "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
-        resident = family_bytes("VmRSS", process.pid)
+        statuses += [server.predict(image) for _ in range(NUM_REQUESTS - 1)]
+        has_torch = "libtorch" in Path(f"/proc/{server.pid}/maps").read_text()
+        resident = server.family_bytes()
+    if set(statuses) != {200}:
+        raise Refusal(f"POST /predict answered {sorted(set(statuses))}")
     return {"ready_s": ready_s, "answer_s": answer_s, "resident_bytes": resident, "has_torch": has_torch}
 
 
-@contextmanager
-def _server(model: Path) -> Iterator[tuple[Any, int]]:
-    import socket
-    import subprocess
-
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    argv = [sys.executable, str(SERVER), str(model), "--port", str(port), "--log-level", "error"]
-    process = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
-    try:
-        yield process, port
-    finally:
-        process.terminate()
-        process.wait(LONGEST_S)
-
-
-def _ask(port: int, method: str, path: str, until: float, content: bytes | None = None) -> None:
-    """Ask again where the server does not listen yet; an answer that is not 200 is an error."""
-    import http.client
-    import time
-
-    headers = {"Content-Type": "image/png"} if content else {}
-    while True:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LONGEST_S)
-        try:
-            connection.request(method, path, content, headers)
-            answer = connection.getresponse()
-            body = answer.read()
-        except ConnectionError as error:
-            if time.perf_counter() > until:
-                raise Refusal(f"the server did not answer within {LONGEST_S:.0f} s ({error}); see its error") from error
-            time.sleep(POLL_S)
-            continue
-        finally:
-            connection.close()
-        if answer.status != 200:
-            raise Refusal(f"{method} {path} answered {answer.status}: {body[:200]!r}")
-        return
-
-
 def _phases(model: Path) -> dict[str, float]:
-    """Seconds of the steps of a start, one after another in this process."""
-    import subprocess
-    import time
-
+    """Seconds of each step of a start, one after another in this process."""
     marks = [time.perf_counter()]
     subprocess.run([sys.executable, "-c", "pass"], check=True)
     marks.append(time.perf_counter())
@@ -203,10 +146,7 @@ def _phases(model: Path) -> dict[str, float]:
 
 
 def _imports(rounds: int) -> dict[str, list[float]]:
-    """Milliseconds that each package's modules take to import by themselves, sorted, for every run."""
-    import subprocess
-    from collections import defaultdict
-
+    """Milliseconds of each package's own modules, sorted over the runs."""
     program = "import export.runtimes.onnx_session, serve.processes.serving"
     found: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):

@@ -1,6 +1,7 @@
 """A contender in a process of its own, told by its parent when to run.
 
-Thread pools, allocators and settings of one runtime cannot disturb another's, and a crash ends one row.
+Thread pools, allocators and settings of one runtime cannot disturb another's, and a crash ends one row. Nothing is
+imported at the top that a contender does not need.
 """
 
 import multiprocessing
@@ -34,12 +35,12 @@ class Worker:
 
     def __init__(self, open_answer: Open, folder: Path, image: "ImageSpec", *, num_threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, open_answer, folder, image, num_threads)
+        self._connection, child_end = context.Pipe()
+        arguments = (child_end, open_answer, folder, image, num_threads)
         self._process = context.Process(target=_run, args=arguments, daemon=True)
         with _environment(dict.fromkeys(THREAD_VARIABLES, str(num_threads))):
             self._process.start()
-        theirs.close()  # or the end of the process would not close the pipe
+        child_end.close()  # or the end of the process would not close the pipe
 
     def wait_until_open(self) -> None:
         """Raises `WorkerFailed` where the contender could not be opened."""
@@ -47,24 +48,24 @@ class Worker:
 
     def time(self, batch_size: int, seconds: float) -> float:
         """The median milliseconds of a call, over `seconds` and one call at least, after a pause."""
-        return self._ask("time", batch_size, seconds)
+        return self._ask(_time, batch_size, seconds)
 
     def answer(self, num_images: int) -> Any:
         """The logits [num_images, K] of the images that every worker answers."""
-        return self._ask("answer", num_images)
+        return self._ask(_answer, num_images)
 
     def peak_bytes(self) -> int | None:
         """The most memory of the process and of those it started; None where the system does not tell."""
-        return self._ask("peak_bytes")
+        return self._ask(_peak_bytes)
 
     def close(self) -> None:
         self._process.kill()
         self._process.join()
         self._connection.close()
 
-    def _ask(self, method: str, *arguments: Any) -> Any:
+    def _ask(self, task: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            self._connection.send((method, arguments))
+            self._connection.send((task, arguments))
         except OSError as error:
             raise WorkerFailed(self._end()) from error
         return self._receive()
@@ -88,63 +89,50 @@ class Worker:
         return f"its process ended with status {self._process.exitcode}"
 
 
-class _Contender:
-    """The other end: what a worker can be asked for."""
-
-    def __init__(self, answer: "Answer", image: "ImageSpec") -> None:
-        self._answer = answer
-        self._image = image
-
-    def time(self, batch_size: int, seconds: float) -> float:
-        from time import sleep
-
-        from bench.rounds import median_ms
-
-        sleep(SETTLE_S)
-        return median_ms(partial(self._answer, self._images(batch_size)), seconds, min_calls=1)
-
-    def answer(self, num_images: int) -> Any:
-        return self._answer(self._images(num_images))
-
-    def peak_bytes(self) -> int | None:
-        from bench.cost import family_bytes
-
-        # getrusage would count what the parent held when it started the process.
-        return family_bytes() if Path("/proc/self/status").exists() else None
-
-    def _images(self, num: int) -> Any:
-        from fold.image_sets import random_images
-
-        return random_images(self._image, num)
-
-
 def _run(connection: Connection, open_answer: Open, folder: Path, image: "ImageSpec", num_threads: int) -> None:
-    """The process: open, then answer until the parent ends it."""
+    """The process: open the contender, then do one task after another until the parent ends it."""
     from bench.rounds import Failure, attempt
 
-    opened: _Contender | Failure = attempt(lambda: _Contender(open_answer(folder, num_threads), image))
-    if isinstance(opened, Failure):
-        connection.send(opened)
-        return
-    connection.send(None)
-    while True:
+    answer = attempt(partial(open_answer, folder, num_threads))
+    connection.send(answer if isinstance(answer, Failure) else None)
+    while not isinstance(answer, Failure):
         try:
-            method, arguments = connection.recv()
+            task, arguments = connection.recv()
         except EOFError:  # the parent is gone
             return
-        connection.send(attempt(lambda: getattr(opened, method)(*arguments)))  # noqa: B023
+        connection.send(attempt(partial(task, answer, image, *arguments)))
+
+
+def _time(answer: "Answer", image: "ImageSpec", batch_size: int, seconds: float) -> float:
+    from time import sleep
+
+    from bench.rounds import median_ms
+    from fold.image_sets import random_images
+
+    sleep(SETTLE_S)
+    return median_ms(partial(answer, random_images(image, batch_size)), seconds, min_calls=1)
+
+
+def _answer(answer: "Answer", image: "ImageSpec", num_images: int) -> Any:
+    from fold.image_sets import random_images
+
+    return answer(random_images(image, num_images))
+
+
+def _peak_bytes(answer: "Answer", image: "ImageSpec") -> int | None:
+    from bench.lab.process import family_bytes
+
+    # getrusage would count what the parent held when it started the process.
+    return family_bytes() if Path("/proc/self/status").exists() else None
 
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
     """Variables that a process started inside inherits."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = dict(os.environ)
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from bench import attacks, faults, reliability
-from bench.faults import Subject, Tally
-from bench.open_loop import LOST, Answer, Load, predict_request
+from bench.attacks import Attack
+from bench.faults import Subject
+from bench.lab.load import LOST, Load, Reply, Tally, predict_request
 from common.cli import run_command
 from common.files import write_whole
 from export.graphs.graph import to_onnx
@@ -124,7 +125,7 @@ def test_an_answer_fits_its_model_or_not():
 
 def test_a_request_names_itself():
     assert predict_request(b"100%d")(7).endswith(b"X-Request-Id: load-7\r\n\r\n100%d")
-    assert Answer(1, 200, b"", b"", 0.5).seconds == 0.5
+    assert Reply(1, 200, b"", b"", 0.5).seconds == 0.5
 
 
 @pytest.mark.slow
@@ -135,6 +136,42 @@ def test_every_attack_is_ended_and_costs_no_memory(subject):
     assert all(bars.values()), result
     assert result["connections"]["inside"] == "200"
     assert result["connections"]["beyond"]["503"] == MAX_TURNED_AWAY
+
+
+@pytest.mark.slow
+def test_a_siege_reports_every_answer_and_what_a_healthy_client_notices(subject):
+    png = attacks.flat_png(16, "RGB")
+    strangers = [
+        Attack("small images", lambda: 3 * [png]),
+        Attack("lists", lambda: [attacks.empty_lists(2 * 10**6)], media_type="application/json", probe="/healthz"),
+        Attack(
+            "an infer request of the wrong shape",
+            lambda: [attacks.nested_tensor(1000)],
+            path="/v2/models/{model}/infer",
+            media_type="application/json",
+        ),
+        Attack("senders that hang up", lambda: [png], hang_up=True, server=attacks.ROOMY),
+    ]
+    result = asyncio.run(attacks.siege(subject, "a-net", strangers))
+    small, lists, infer, hung_up = result["attacks"]
+    assert small["answers"] == {"200": 3}
+    assert lists["answers"] == {"413": 1}
+    assert infer["answers"].keys() <= {"400", "404"}
+    assert hung_up["answers"] == {"hung up": 1}
+    assert hung_up["server"] == list(attacks.ROOMY)
+    assert result["bars"]["every healthy request is answered 200"]
+    assert all(0 < one["mb"]["before"] <= one["mb"]["largest"] for one in result["attacks"])
+    assert {one["probe"] for one in result["attacks"]} == {"/predict", "/healthz"}
+
+
+def test_the_files_of_a_siege_are_what_they_are_named():
+    scans = Image.open(io.BytesIO(attacks.scans_jpeg(16, 3)))
+    assert (scans.format, scans.size) == ("JPEG", (16, 16))
+    assert attacks.chunks_png(5).count(b"prVt") == 5
+    assert Image.open(io.BytesIO(attacks.flat_png(8, "I;16"))).mode == "I;16"
+    assert Image.open(io.BytesIO(attacks.noise_webp(8))).format == "WEBP"
+    assert json.loads(attacks.empty_lists(9)) == {"images": [[], [], [], []]}
+    assert len(json.loads(attacks.nested_tensor(16))["inputs"][0]["data"]) == 3
 
 
 def test_a_part_that_is_measured_alone_leaves_the_others(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from bench.forms import ReferenceDiracConv2d, Workload, make_session, make_step, make_weights
+from bench.forms import Workload, make_session, make_step, make_weights
+from bench.nets import ReferenceDiracConv2d
 from train.layers import DiracConv2d
 
 SMALL = Workload(10, 0.25, 8, 4)
@@ -33,7 +34,7 @@ def test_the_optimizer_trains_the_references_own_parameters():
 
 @pytest.mark.slow
 def test_the_forms_start_alike_and_learn_alike():
-    """What the forms compute is the same; only the ordinary net is another one."""
+    """All forms of the Dirac net compute the same; the ordinary net is another one."""
     sums = {}
     for form in ("Dirac", "Dirac, reference", "ordinary"):
         step = make_step(form, SMALL)

@@ -52,8 +52,7 @@ def test_what_front_ends_and_the_device_process_cost_more_is_missing_on_paper():
 
 @pytest.mark.slow
 def test_the_hand_over_is_drawn_from_batches_of_every_kind(paths, monkeypatch):
-    from bench.hand_over import FRONT_ENDS, IMAGES, hand_over
-    from bench.simulated import TIMES, Simulated
+    from bench.simulated import FRONT_ENDS, IMAGES, TIMES, Simulated, hand_over
 
     monkeypatch.setenv(TIMES, "0,0")
     cost = hand_over(Simulated(paths[0]), 256, 3)
@@ -80,4 +79,4 @@ def test_nothing_is_lost_that_is_asked_once_more(paths, tmp_path):
     assert kills["killed"] == ["device process", "front end"]
     assert kills["answered_then"] == kills["asked_again"]
     assert kills["machine"] == describe_machine("numpy", "uvicorn")
-    assert "2 processes are killed: device process, front end." in (tmp_path / "front-ends.md").read_text()
+    assert "killed in turn, 2 times in all." in (tmp_path / "front-ends.md").read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders, gpu_check, gpu_report, nets
+from bench import contenders, gpu_check, nets
 from bench.contenders import Contender
 from common.cli import run_command
 from export.compare import TOLERANCES, compare
@@ -56,14 +56,14 @@ def test_the_cpu_table_comes_from_the_same_code(plain, tmp_path):
     assert verdicts.pop("ONNX Runtime CPU, int8")["within_tolerance"] is None
     assert all(parity["within_tolerance"] for parity in verdicts.values())
     (page,) = out.glob("cpu-*.md")
-    assert page.read_text() == gpu_report.markdown(record)
+    assert page.read_text() == gpu_check.markdown(record)
     assert "| torch.compile, fp32 | " in page.read_text()
 
 
 def test_no_net_is_begun_after_the_budget(plain, tmp_path, monkeypatch, capsys):
     measured = []
-    monkeypatch.setattr(gpu_check, "_measure", lambda net, config, console: measured.append(net.name) or {"rows": []})
-    monkeypatch.setattr(gpu_report, "markdown", lambda record: "")
+    monkeypatch.setattr(contenders, "measure", lambda net, config, console: measured.append(net.name) or {"rows": []})
+    monkeypatch.setattr(gpu_check, "markdown", lambda record: "")
     assert run(plain, plain, "--device", "cpu", "--budget-s", 1e-9, "--out", tmp_path) == 1  # nothing was compared
     assert len(measured) == 1
     assert "is not measured: the 1e-09 s of --budget-s have passed" in capsys.readouterr().out
@@ -175,7 +175,7 @@ def test_by_default_two_seeded_nets_and_the_bundled_one_are_measured(plain, tmp_
         measured.append(net.name)
         return {"name": net.name, "weights": net.weights, "batch_sizes": [], "rows": [{"title": "", "parity": ""}]}
 
-    monkeypatch.setattr(gpu_check, "_measure", measure)
+    monkeypatch.setattr(contenders, "measure", measure)
     monkeypatch.setattr(gpu_check, "BUNDLED", plain)
     assert run("--device", "cpu", "--out", tmp_path) == 1  # nothing was compared
     assert measured == ["DiracNet-16-1", "DiracNet-34-2", "DiracNet-10-0.25"]

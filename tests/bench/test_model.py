@@ -9,15 +9,10 @@ import torch
 from torch import nn
 
 from bench import model, model_rows
-from bench.bars import BARS, judge, peak
-from bench.layer_profile import profile_graph, summarize
-from bench.macs import count_macs
-from bench.model_nets import entrants, expected_logits, judge_logits, write_graphs
-from bench.model_report import markdown
-from bench.model_rows import OURS, RACES, REFERENCE, Race, Row, gemm_rows, graph_name, rows_of
-from bench.nets import seeded_net
-from bench.other_nets import PEERS
-from bench.reference_form import reference_form
+from bench.model_graphs import entrants, expected_logits, judge_logits, profile_graph, summarize, write_graphs
+from bench.model_report import BARS, judge, markdown, peak
+from bench.model_rows import OURS, RACES, REFERENCE, Race, RaceRow, gemm_rows, graph_name, rows_of
+from bench.nets import PEERS, count_macs, reference_form, seeded_net
 from common.cli import run_command
 from common.spec import Spec
 from export.runtimes.onnx_session import OnnxSession
@@ -195,7 +190,7 @@ def test_rows_have_names_of_their_own_and_both_baselines(key):
 @pytest.fixture
 def small(monkeypatch):
     """A race of a small net, under the key of a large one."""
-    monkeypatch.setitem(RACES, "16-1", Race("cifar", 10, 1.0, ("WRN-16-1",), ("concat", "shared")))
+    monkeypatch.setitem(RACES, "16-1", Race("cifar", 10, 1.0, "none published", ("WRN-16-1",), ("concat", "shared")))
 
 
 @pytest.mark.slow
@@ -252,11 +247,11 @@ def few_rows(small, monkeypatch):
     """Rows without torch, the second of which is another form of the first."""
     file = graph_name("DiracNet-10-1", "concat")
 
-    def rows(key: str, *, name: str) -> list[Row]:
+    def rows(key: str, *, name: str) -> list[RaceRow]:
         return [
-            Row(REFERENCE, name, "fp32", partial(open_session, file), file),
-            Row("ONNX Runtime, concat", name, "fp32", partial(open_session, file), file),
-            Row("absent", name, "fp32", open_nothing),
+            RaceRow(REFERENCE, name, "fp32", partial(open_session, file), file),
+            RaceRow("ONNX Runtime, concat", name, "fp32", partial(open_session, file), file),
+            RaceRow("absent", name, "fp32", open_nothing),
         ]
 
     monkeypatch.setattr(model, "rows_of", rows)
@@ -295,7 +290,7 @@ def test_the_command_races_keeps_other_nets_and_writes_the_page_again(few_rows, 
 @pytest.mark.slow
 def test_a_row_with_other_logits_is_marked_and_ends_in_status_one(few_rows, tmp_path, monkeypatch, capsys):
     rows, file = few_rows
-    bent = Row("bent", "DiracNet-10-1", "fp32", partial(open_wrong, file), file)
+    bent = RaceRow("bent", "DiracNet-10-1", "fp32", partial(open_wrong, file), file)
     monkeypatch.setattr(model, "rows_of", lambda key, name: [*rows(key, name=name), bent])
     assert run("--nets", "16-1", *SHORT, "--out", tmp_path) == 1
     assert "**strays**" in (tmp_path / "model.md").read_text()
@@ -309,7 +304,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, capsys):
     assert "cannot read" in capsys.readouterr().err
     (tmp_path / "model.json").write_text("{")
     assert run("--render", "--out", tmp_path) == 2
-    assert "is no JSON" in capsys.readouterr().err
+    assert "is not valid JSON" in capsys.readouterr().err
 
 
 def test_the_short_form_leaves_the_recorded_figures_alone():

@@ -20,7 +20,7 @@ def finished_run(tmp_path):
     """A checkpoint that says it learnt Fashion-MNIST: 92 % after its second epoch of 10 s."""
     from dataclasses import replace
 
-    from bench.checkpoints import make_checkpoint
+    from bench.nets import make_checkpoint
 
     path = tmp_path / "run" / "checkpoint.pt"
     make_checkpoint(10, 0.25, path)
@@ -46,11 +46,11 @@ def test_training(tmp_path, monkeypatch, capsys, finished_run):
 
 
 def test_training_refuses_a_run_on_something_else(tmp_path, capsys, finished_run):
-    from bench.checkpoints import make_checkpoint
+    from bench.nets import make_checkpoint
 
     make_checkpoint(10, 0.25, finished_run)
     assert run(training, training.TrainingConfig, finished_run, "--quick", "--out", tmp_path) == 2
-    assert "is no finished run on fashion-mnist" in capsys.readouterr().err
+    assert "is not a finished run on fashion-mnist" in capsys.readouterr().err
 
 
 def test_folding(tmp_path, monkeypatch, capsys):

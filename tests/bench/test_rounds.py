@@ -1,28 +1,37 @@
-import numpy as np
+import time
+from functools import partial
 
-from bench.rounds import MIN_CALLS, Failure, Timing, attempt, time_rounds
+import pytest
 
-IMAGES = np.zeros((4, 2, 2, 1), np.uint8)
+from bench.rounds import MIN_CALLS, Failure, Timing, alternate, alternate_all, attempt, median_ms
+from common.refusal import Refusal
 
 
 def test_every_second_round_runs_in_reverse_order():
     calls = []
-    answers = {name: lambda images, name=name: calls.append((name, len(images))) for name in "abc"}
-    results = time_rounds(answers, IMAGES, num_rounds=3, round_s=1e-9)
-    order = [name for name, _ in calls[::MIN_CALLS]]
-    assert "".join(order) == "abcabccbaabc"  # warm-up, then three rounds
-    assert {num for _, num in calls} == {4}
+    racers = {name: partial(median_ms, partial(calls.append, name), 1e-9) for name in "abc"}
+    results = alternate(racers, batch_size=4, num_rounds=3)
+    assert "".join(calls[::MIN_CALLS]) == "abcabccbaabc"  # warm-up, then three rounds
+    assert {timing.batch_size for timing in results.values()} == {4}
     assert {len(timing.round_ms) for timing in results.values()} == {3}
 
 
 def test_a_runtime_that_fails_is_a_result_and_the_others_go_on():
-    def fail(images):
+    def fail():
         raise MemoryError("no room\nfor more")
 
-    results = time_rounds({"a": fail, "b": lambda images: images}, IMAGES, num_rounds=2, round_s=1e-9)
+    racers = {"a": fail, "b": lambda: 1.0}
+    results = alternate(racers, batch_size=4, num_rounds=2)
     assert results["a"] == Failure("MemoryError: no room")
     assert len(results["b"].round_ms) == 2
     assert attempt(lambda: 5) == 5
+    with pytest.raises(Refusal, match="cannot be timed: a: MemoryError: no room"):
+        alternate_all(racers, batch_size=4, num_rounds=2)
+
+
+def test_time_may_be_that_of_the_processor():
+    assert median_ms(lambda: sum(range(20_000)), 0.001, clock=time.process_time) > 0
+    assert median_ms(lambda: None, 0.001, clock=iter(range(10**9)).__next__) == 1000
 
 
 def test_a_speedup_is_the_median_of_the_rounds_ratios():

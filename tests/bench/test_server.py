@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import environments, load, running, server, server_rounds
-from bench.latency import PERCENTILES
-from bench.load import Load
-from bench.served_nets import write_net
-from bench.server_page import OURS, bars_of, markdown
-from bench.server_rounds import CONNECTIONS, Row, open_field
-from bench.servers import SERVERS, Server, Way, as_form, as_inference_request
+from bench import server, server_race, servers
+from bench.lab.server import Server, free_port
+from bench.lab.wrk import WrkResult, put_load
+from bench.server_page import OURS, PERCENTILES, bars_of, draw_latencies, markdown
+from bench.server_race import CONNECTIONS, RaceRow, check_answers, open_race, start_contestant, write_net
+from bench.servers import CONTESTANTS, Contestant, Way, as_form, as_inference_request
 from common.cli import run_command
+from common.figure import png
 from common.refusal import Refusal
 from serve.request.body import read_images
 from serve.request.limits import Limits
@@ -44,8 +44,9 @@ def run(*argv):
     return run_command(server.command, server.ServerConfig, argv=[str(part) for part in argv])
 
 
-def stub(program=STUB):
-    return Server("stub", None, lambda model, port: ["-c", program, str(port)], (WAY,), "a stub")
+def start_stub(folder, program=STUB):
+    contestant = Contestant("stub", None, lambda model, port: ["-c", program, str(port)], (WAY,), "a stub")
+    return start_contestant(contestant, Path(sys.executable), folder / "m.onnx", folder / "log")
 
 
 def measured(requests_per_s, p99_ms=10.0):
@@ -123,7 +124,7 @@ def test_an_environment_is_made_once_and_made_anew_where_its_packages_change(tmp
     peers, made = tmp_path / "peers", []
     peers.mkdir()
     (peers / "x.txt").write_text("a==1\n")
-    monkeypatch.setattr(environments, "PEERS", peers)
+    monkeypatch.setattr(servers, "PEERS", peers)
 
     def play(argv, **options):
         made.append(argv)
@@ -131,12 +132,12 @@ def test_an_environment_is_made_once_and_made_anew_where_its_packages_change(tmp
         return subprocess.CompletedProcess(argv, 0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", play)
-    assert environments.make_environment("x", tmp_path) == tmp_path / "x" / "bin" / "python"
+    assert servers.make_environment("x", tmp_path) == tmp_path / "x" / "bin" / "python"
     assert len(made) == 2
-    environments.make_environment("x", tmp_path)
+    servers.make_environment("x", tmp_path)
     assert len(made) == 2
     (peers / "x.txt").write_text("a==2\n")
-    environments.make_environment("x", tmp_path)
+    servers.make_environment("x", tmp_path)
     assert len(made) == 4
 
 
@@ -144,31 +145,53 @@ def test_what_cannot_be_installed_fails_its_rows_only(tmp_path, monkeypatch):
     def refuse(name, folder):
         raise Refusal(f"{name} cannot be installed: no such wheel")
 
-    monkeypatch.setattr(server_rounds, "make_environment", refuse)
-    field = open_field([SERVERS[1]], tmp_path, print)
-    rows = {way.title: Row("fastapi", way.title) for way in SERVERS[1].ways}
-    field.measure(SERVERS[1], None, rows, seconds=1, warm_up=False)
+    monkeypatch.setattr(server_race, "make_environment", refuse)
+    race = open_race([CONTESTANTS[1]], tmp_path, print)
+    rows = {way.title: RaceRow("fastapi", way.title) for way in CONTESTANTS[1].ways}
+    race.measure(CONTESTANTS[1], None, rows, seconds=1, warm_up=False)
     assert {row.failed for row in rows.values()} == {"fastapi cannot be installed: no such wheel"}
 
 
 @pytest.mark.slow
 def test_a_server_is_started_checked_and_ended(tmp_path):
-    with running.running(stub(), Path(sys.executable), tmp_path / "m.onnx", tmp_path / "log") as url:
-        running.check_answers(url, WAY, [b"one", b"two"], [3, 3])
+    with start_stub(tmp_path) as stub:
+        check_answers(stub.url, WAY, [b"one", b"two"], [3, 3])
         with pytest.raises(Refusal, match=r"stub answers \[3, 3\] where the model itself gives \[3, 4\]"):
-            running.check_answers(url, WAY, [b"one", b"two"], [3, 4])
+            check_answers(stub.url, WAY, [b"one", b"two"], [3, 4])
     with pytest.raises(urllib.error.URLError, match="refused"):
-        urllib.request.urlopen(url)
+        urllib.request.urlopen(stub.url)
 
 
 @pytest.mark.slow
 def test_a_server_that_ends_is_refused_with_its_last_line(tmp_path):
-    broken = stub("import sys; sys.exit('no such module')")
-    with (
-        pytest.raises(Refusal, match="ends with status 1: no such module"),
-        running.running(broken, Path(sys.executable), tmp_path / "m.onnx", tmp_path / "log"),
-    ):
+    broken = start_stub(tmp_path, "import sys; sys.exit('no such module')")
+    with pytest.raises(Refusal, match="ends with status 1: no such module"), broken:
         pass
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_become_ready_is_refused_and_ended(monkeypatch):
+    program = "import time; print('still loading', flush=True); time.sleep(600)"
+    server = Server([sys.executable, "-c", program], free_port())
+    server.wait_for("still loading")
+    monkeypatch.setattr("bench.lab.server.START_S", 0.2)
+    with pytest.raises(Refusal, match=r"is not ready after 0.2 s: still loading"), server:
+        pass
+    assert server.exit_status is not None
+
+
+def test_each_nine_is_as_far_as_the_one_before():
+    def row(title, *, failed=None):
+        rounds = [{name: factor * value for name, value in PERCENTILES.items()} for factor in (1, 5, 2)]
+        return {"title": title, "failed": failed, "loads": {"64": rounds}}
+
+    rows = [row("ours"), row("theirs"), row("broken", failed="3 failures")]
+    figure = draw_latencies({"title": "a net", "rows": rows}, 64)
+    ours, theirs = figure.axes[0].lines
+    assert ours.get_xdata()[[2, 4, 5]] == pytest.approx([1, 2, 3])  # 90, 99 and 99.9 %
+    assert list(theirs.get_ydata()) == [2 * value for value in PERCENTILES.values()]  # medians of the rounds
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ours", "theirs"]
+    assert png(figure).startswith(b"\x89PNG")
 
 
 @needs_wrk
@@ -176,14 +199,14 @@ def test_a_server_that_ends_is_refused_with_its_last_line(tmp_path):
 def test_load_counts_what_fails(tmp_path):
     body = tmp_path / "body"
     body.write_bytes(b"x")
-    with running.running(stub(), Path(sys.executable), tmp_path / "m.onnx", tmp_path / "log") as url:
-        good = load.put_load(url, "/", "image/png", [body], num_connections=1, seconds=1)
+    with start_stub(tmp_path) as stub:
+        good = put_load(stub.url, "/", "image/png", [body], num_connections=1, seconds=1)
     assert good.requests_per_s > 0
     assert 0 < good.p50_ms <= good.p99_ms
     assert good.failures == 0
     program = STUB.replace("send_response(200)", "send_response(503)")
-    with running.running(stub(program), Path(sys.executable), tmp_path / "m.onnx", tmp_path / "log") as url:
-        assert load.put_load(url, "/", "image/png", [body], num_connections=1, seconds=1).failures > 0
+    with start_stub(tmp_path, program) as stub:
+        assert put_load(stub.url, "/", "image/png", [body], num_connections=1, seconds=1).failures > 0
 
 
 @needs_wrk
@@ -191,9 +214,9 @@ def test_load_counts_what_fails(tmp_path):
 def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypatch, capsys):
     milliseconds = dict.fromkeys(PERCENTILES, 2.0)
     monkeypatch.setattr(
-        server_rounds,
+        server_race,
         "put_load",
-        lambda *_, num_connections, **__: Load(100.0 * num_connections, failures=0, **milliseconds),
+        lambda *_, num_connections, **__: WrkResult(100.0 * num_connections, failures=0, **milliseconds),
     )
     argv = ("--servers", "ours", "--models", "small", "--quick", "--work", tmp_path, "--out", tmp_path / "out")
     assert run(*argv) == 0
@@ -217,7 +240,7 @@ def test_a_body_of_each_kind_holds_the_png():
     async def receive():
         return {"type": "http.request", "body": as_form("image")(b"a png"), "more_body": False}
 
-    form = next(way for way in SERVERS[0].ways if way.title == "ours, form")
+    form = next(way for way in CONTESTANTS[0].ways if way.title == "ours, form")
     headers = {b"content-type": form.media_type.encode()}
     assert asyncio.run(read_images(receive, headers, Limits(), asyncio.Lock())) == [b"a png"]
     (element,) = json.loads(as_inference_request(b"a png"))["inputs"]

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from bench import gpu_check, nets
+from bench import contenders, gpu_check, nets
 from common.progress import make_console
 from export.runtimes import gpu
 from export.runtimes.onnx_session import loadable_providers
@@ -23,7 +23,7 @@ def can_run(title):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # PyTorch's own, compiling
 def test_every_runtime_but_onnx_runtimes_tensorrt_answers_and_is_within_tolerance():
     config = gpu_check.GpuCheckConfig(batch_sizes=(1, 8), rounds=2, round_s=0.01)
-    rows = gpu_check._measure(nets.seeded_net(10, 0.25), config, make_console())["rows"]
+    rows = contenders.measure(nets.seeded_net(10, 0.25), config, make_console())["rows"]
     for row in rows:
         if not can_run(row["title"]):
             continue

@@ -1,27 +1,27 @@
-"""Requests to a server on this machine from one thread: as fast as answers come, or at a rate that waits for nobody."""
+"""Requests to a server on this machine from one thread: as fast as replies come, or at a rate that never waits."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
+
+import numpy as np
 
 HOST = "127.0.0.1"
 TICK_S = 0.001
-LOST = 0  # in place of a status: the connection ended before the answer
+LOST = 0  # in place of a status: the connection ended before the reply
 MakeRequest = Callable[[int], bytes]  # the bytes of the n-th request
 
 
-class Answer(NamedTuple):
-    """What became of the n-th request; `seconds` are counted from when it was due, so that waiting shows."""
+class Reply(NamedTuple):
+    """The outcome of the n-th request; `seconds` count from when it was due, so that waiting shows."""
 
     number: int
     status: int
     head: bytes
     body: bytes
     seconds: float
-
-
-Take = Callable[[Answer], None]
 
 
 def predict_request(image: bytes) -> MakeRequest:
@@ -31,30 +31,64 @@ def predict_request(image: bytes) -> MakeRequest:
     return lambda number: head % number + image
 
 
-class Load:
-    """Connections that are kept open, each with one request at a time; a lost one is opened again while it can be.
+def named(statuses: Counter[int]) -> dict[str, int]:
+    """How many replies had each status, as records have it: in order, and "lost" where there was no reply."""
+    return {str(status) if status else "lost": count for status, count in sorted(statuses.items())}
 
-    A load ends with a grace of `patience_s` for answers under way; what has none by then is lost.
+
+class Tally:
+    """Takes replies: how many of each status, and how long they took."""
+
+    def __init__(self) -> None:
+        self._clock = asyncio.get_running_loop().time
+        self.replies: list[tuple[int, float, float]] = []  # status, seconds, and when
+        self.num_without_retry_after = 0
+
+    def __call__(self, reply: Reply) -> None:
+        self.replies.append((reply.status, reply.seconds, self._clock()))
+        self.num_without_retry_after += reply.status == 503 and b"\r\nretry-after: " not in reply.head
+
+    def statuses(self) -> dict[str, int]:
+        return named(Counter(status for status, _, _ in self.replies))
+
+    def rate(self, start: float, seconds: float) -> float:
+        """Replies 200 a second that came within `seconds` of `start`."""
+        return sum(status == 200 and when - start <= seconds for status, _, when in self.replies) / seconds
+
+    def percentile_ms(self, status: int, percent: float) -> float:
+        return 1000 * float(np.percentile([taken for found, taken, _ in self.replies if found == status], percent))
+
+
+class Load:
+    """Connections that are kept open, each with one request at a time; a lost one is reopened where possible.
+
+    A load ends with a grace period of `patience_s` for replies under way; those that miss it are lost.
     """
 
     def __init__(
-        self, port: int, make_request: MakeRequest, take: Take, *, num_connections: int, patience_s: float = 30.0
+        self,
+        port: int,
+        make_request: MakeRequest,
+        take: Callable[[Reply], object],
+        *,
+        num_connections: int,
+        patience_s: float = 30.0,
     ) -> None:
-        self._port, self._make_request, self._take = port, make_request, take
+        self._port, self._make_request, self.take = port, make_request, take
         self._num_connections, self._patience_s = num_connections, patience_s
         self._loop = asyncio.get_running_loop()
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._over = asyncio.Event()
-        self._quiet = asyncio.Event()  # over, and no answer is under way
+        self._quiet = asyncio.Event()  # over, and no reply is under way
         self._send_next: Callable[[_Connection], None] = self._idle.append
         self.start = 0.0  # the loop's time when all connections were open
         self.num_sent = 0
         self.num_refused = 0  # connections that the server did not take
 
     async def saturate(self, seconds: float) -> None:
-        """Every connection sends its next request as soon as it has an answer."""
+        """Every connection sends its next request as soon as it has a reply."""
         self._send_next = lambda connection: self._send(connection, self._loop.time())
         await self._connect_all()
         with suppress(TimeoutError):
@@ -62,9 +96,9 @@ class Load:
         await self._end()
 
     async def offer(self, rate: float, seconds: float) -> int:
-        """`rate` requests a second, whatever becomes of them; gives how many were due.
+        """Send `rate` requests a second, whatever becomes of them; returns how many were due.
 
-        Those due while every connection waits for an answer go out as soon as one has it.
+        Those due while every connection waits for a reply go out as soon as one has it.
         """
         await self._connect_all()
         due = 0
@@ -77,7 +111,7 @@ class Load:
         return due
 
     def stop(self) -> None:
-        """Send nothing more; the load ends when what is under way has its answer."""
+        """Send nothing more; the load ends when every request under way has its reply."""
         self._over.set()
 
     async def _connect_all(self) -> None:
@@ -97,9 +131,9 @@ class Load:
                 await asyncio.wait_for(self._quiet.wait(), self._patience_s)
             except TimeoutError:
                 for connection in tuple(self._busy):
-                    connection.abort()
+                    connection.transport.abort()
         for connection in tuple(self._idle):
-            connection.abort()
+            connection.transport.abort()
         await asyncio.gather(*self._tasks)
 
     def _send(self, connection: "_Connection", due: float) -> None:
@@ -108,63 +142,62 @@ class Load:
         self._busy.add(connection)
         connection.send(self._make_request(number), number, due)
 
-    def opened(self, connection: "_Connection") -> None:
-        self._go_on(connection)
-
-    def answered(self, connection: "_Connection", answer: Answer) -> None:
+    def is_free(self, connection: "_Connection") -> None:
+        """Give an opened or answered connection its next request."""
         self._busy.discard(connection)
-        self._take(answer)
-        if not connection.is_closing:
-            self._go_on(connection)
+        if self._over.is_set():
+            connection.transport.abort()
+        elif not connection.transport.is_closing():
+            self._send_next(connection)
         self._check_quiet()
 
-    def closed(self, connection: "_Connection", unanswered: Answer | None) -> None:
+    def is_closed(self, connection: "_Connection") -> None:
+        """Open another connection in its place."""
         self._busy.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
-        if unanswered:
-            self._take(unanswered)
         self._check_quiet()
         if not self._over.is_set():
             task = self._loop.create_task(self._connect())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _go_on(self, connection: "_Connection") -> None:
-        if self._over.is_set():
-            connection.abort()
-        else:
-            self._send_next(connection)
-
     def _check_quiet(self) -> None:
         if self._over.is_set() and not self._busy:
             self._quiet.set()
 
 
+@asynccontextmanager
+async def saturated(
+    port: int, image: bytes, take: Callable[[Reply], object], *, num_connections: int
+) -> AsyncIterator[Load]:
+    """A load on POST /predict that asks without a pause meanwhile; it ends with its last reply."""
+    load = Load(port, predict_request(image), take, num_connections=num_connections)
+    task = asyncio.create_task(load.saturate(3600))
+    try:
+        yield load
+    finally:
+        load.stop()
+        await task
+
+
 class _Connection(asyncio.Protocol):
-    """One request at a time, and its answer read whole."""
+    """One request at a time; its reply is read whole."""
 
     def __init__(self, load: Load) -> None:
         self._load = load
-        self._loop = asyncio.get_running_loop()
+        self._clock = asyncio.get_running_loop().time
         self._received = b""
         self._number: int | None = None  # of the request under way
         self._due = 0.0
 
-    @property
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
     def send(self, request: bytes, number: int, due: float) -> None:
         self._number, self._due = number, due
-        self._transport.write(request)
-
-    def abort(self) -> None:
-        self._transport.abort()
+        self.transport.write(request)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._transport = transport
-        self._load.opened(self)
+        self.transport = transport
+        self._load.is_free(self)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -177,19 +210,16 @@ class _Connection(asyncio.Protocol):
             return
         body, self._received = self._received[end : end + length], self._received[end + length :]
         if b"\r\nconnection: close\r\n" in head:
-            self._transport.close()
-        self._finish(int(head[9:12]), head, body)
+            self.transport.close()
+        self._take(int(head[9:12]), head, body)
+        self._load.is_free(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        unanswered = None if self._number is None else self._answer(LOST, b"", b"")
-        self._number = None
-        self._load.closed(self, unanswered)
+        if self._number is not None:
+            self._take(LOST, b"", b"")
+        self._load.is_closed(self)
 
-    def _finish(self, status: int, head: bytes, body: bytes) -> None:
-        answer = self._answer(status, head, body)
-        self._number = None
-        self._load.answered(self, answer)
-
-    def _answer(self, status: int, head: bytes, body: bytes) -> Answer:
+    def _take(self, status: int, head: bytes, body: bytes) -> None:
         assert self._number is not None
-        return Answer(self._number, status, head, body, self._loop.time() - self._due)
+        number, self._number = self._number, None
+        self._load.take(Reply(number, status, head, body, self._clock() - self._due))

@@ -2,7 +2,7 @@ import operator
 
 import pytest
 
-from bench.cost import cost_of, in_fresh_process, memory_bytes
+from bench.lab.process import cost_of, in_fresh_process, memory_bytes
 from common.files import read_whole
 from common.refusal import Refusal
 

@@ -1,4 +1,4 @@
-"""wrk as the client: a number of connections, each of which asks again as soon as it is answered."""
+"""wrk as the client: each of its connections sends the next request as soon as it is answered."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from common.refusal import Refusal
 
-_SCRIPT = Path(__file__).with_name("load.lua")
+_SCRIPT = Path(__file__).with_name("wrk.lua")
 _CORE = "1"  # the servers have core 0
 
 
 @dataclass(frozen=True)
-class Load:
-    """What one run of wrk measured. `failures` are statuses above 399, broken connections and timeouts."""
+class WrkResult:
+    """One run of wrk. `failures` are statuses above 399, broken connections and timeouts."""
 
     requests_per_s: float
     p50_ms: float
@@ -27,12 +27,14 @@ class Load:
 
 
 def refuse_without_tools() -> None:
-    """Both are Debian packages; neither can be had from a package of Python."""
+    """Both are Debian packages; no Python package provides them."""
     if missing := [name for name in ("wrk", "taskset") if not shutil.which(name)]:
         raise Refusal(f"{' and '.join(missing)} missing: install the Debian packages wrk and util-linux")
 
 
-def put_load(url: str, path: str, media_type: str, bodies: list[Path], *, num_connections: int, seconds: float) -> Load:
+def put_load(
+    url: str, path: str, media_type: str, bodies: list[Path], *, num_connections: int, seconds: float
+) -> WrkResult:
     """Post the files `bodies` in turn for about `seconds`; wrk counts whole ones."""
     argv = ["taskset", "-c", _CORE, "wrk", "--threads", "1", "--connections", str(num_connections)]
     argv += ["--duration", f"{max(1, round(seconds))}s", "--timeout", "10s", "--script", str(_SCRIPT), url]
@@ -40,4 +42,4 @@ def put_load(url: str, path: str, media_type: str, bodies: list[Path], *, num_co
     if done.returncode:
         raise Refusal(f"wrk failed: {(done.stderr or done.stdout).strip()[-200:]}")
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    return Load(result.pop("requests") / result.pop("seconds"), **result)
+    return WrkResult(result.pop("requests") / result.pop("seconds"), **result)

@@ -1,10 +1,11 @@
-"""What a piece of work costs in a process of its own: seconds, and memory beside that of its imports."""
+"""Work in a process of its own: what it returns, and what it costs in seconds and in memory beyond its imports."""
 
 import io
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
@@ -27,14 +28,15 @@ class Cost:
         return self.peak_bytes - self.imported_bytes
 
 
-def in_fresh_process(function: Callable[..., Result], *args: Any) -> Result:
-    """`function(*args)` in a Python that has nothing else in memory; an exception is raised here."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+def in_fresh_process(function: Callable[..., Result], *args: Any, core: int | None = None) -> Result:
+    """`function(*args)` in a new Python process, on one core if given; an exception is raised here."""
+    pin = {} if core is None else {"initializer": os.sched_setaffinity, "initargs": (0, {core})}
+    with ProcessPoolExecutor(1, get_context("spawn"), **pin) as pool:
         return pool.submit(function, *args).result()
 
 
 def cost_of(modules: Sequence[str], work: Callable[..., object], *args: Any) -> Cost:
-    """What `work(*args)` costs in a fresh process that has imported `modules`. What it prints is dropped."""
+    """The cost of `work(*args)` in a fresh process that has imported `modules`. What it prints is dropped."""
     return in_fresh_process(_measure, modules, work, args)
 
 
@@ -46,9 +48,13 @@ def memory_bytes(field: str = "VmHWM", process: int | str = "self") -> int:
 
 def family_bytes(field: str = "VmHWM", process: int | str = "self") -> int:
     """`memory_bytes` of a process and of all that it started and that still run; what they share counts for each."""
-    threads = Path(f"/proc/{process}/task").iterdir()
-    children = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
-    return memory_bytes(field, process) + sum(family_bytes(field, child) for child in children)
+    total = memory_bytes(field, process)
+    for children in Path(f"/proc/{process}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            for child in children.read_text().split():
+                with suppress(OSError, StopIteration):  # the child has ended
+                    total += family_bytes(field, child)
+    return total
 
 
 def _measure(modules: Sequence[str], work: Callable[..., object], args: tuple[Any, ...]) -> Cost:

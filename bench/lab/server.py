@@ -1,0 +1,152 @@
+"""A server as a process of its own, this project's or another: started, awaited, watched under load and ended."""
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, Self
+
+from bench.lab.process import family_bytes, memory_bytes
+from common.refusal import Refusal
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S, STOP_S = 90.0, 60.0
+POLL_S = 0.002
+
+
+def start(
+    model: Path, *options: Any, script: str = "serve/run.py", stderr: "IO[bytes] | int | None" = None
+) -> "Server":
+    """`serve/run.py` with ONNX Runtime, which is otherwise compared with other runtimes at every start."""
+    port = free_port()
+    argv = ["--runtime", "onnxruntime", *map(str, options)]
+    return Server([sys.executable, str(ROOT / script), str(model), "--port", str(port), *argv], port, stderr=stderr)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Server:
+    """A started process. `with server` waits until it is ready; at the end, it and its children are stopped.
+
+    It is ready when `ready_path` is answered with 200, or, without one, when it accepts connections. Its output goes to
+    the file `log`, by default a temporary one, or its errors to `stderr`.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        *,
+        ready_path: str | None = "/readyz",
+        core: int | None = None,
+        log: Path | None = None,
+        stderr: "IO[bytes] | int | None" = None,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+        self._ready_path = ready_path
+        self._log = log.open("wb+") if log else tempfile.TemporaryFile()  # noqa: SIM115 – closed in __exit__
+        pin = [] if core is None else ["taskset", "-c", str(core)]
+        self._process = subprocess.Popen(
+            [*pin, *command], stdout=self._log, stderr=stderr or self._log, env=env, cwd=cwd, start_new_session=True
+        )
+
+    def __enter__(self) -> Self:
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._log, self._process:  # which closes its pipe
+            with suppress(subprocess.TimeoutExpired):
+                self.stop()
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def _wait_until_ready(self) -> None:
+        until = time.monotonic() + START_S
+        while time.monotonic() < until:
+            if self._process.poll() is not None:
+                raise Refusal(f"ends with status {self.exit_status}: {self._last_line()}")
+            with suppress(OSError):  # nothing listens yet, or the status is an error
+                if self._ready_path:
+                    urllib.request.urlopen(self.url + self._ready_path, timeout=START_S).close()
+                else:
+                    socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            time.sleep(POLL_S)
+        raise Refusal(f"is not ready after {START_S:g} s: {self._last_line()}")
+
+    def _last_line(self) -> str:
+        return (self.log() or ["no message"])[-1][:300]
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_status(self) -> int | None:
+        return self._process.returncode
+
+    def log(self) -> list[str]:
+        """The lines of its output so far."""
+        file = self._log.fileno()  # read without moving the position at which the server writes
+        return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace").strip().splitlines()
+
+    def wait_for(self, message: str, *, after: int = 0) -> None:
+        """Wait until a line of the log contains `message`; its first `after` lines do not count."""
+        until = time.monotonic() + START_S
+        while not any(message in line for line in self.log()[after:]):
+            if time.monotonic() > until:
+                raise RuntimeError(f"the server did not log {message!r} within {START_S:g} s")
+            time.sleep(5 * POLL_S)
+
+    def predict(self, image: bytes) -> int:
+        """The status of one POST /predict; 0 if the connection was lost."""
+        request = urllib.request.Request(f"{self.url}/predict", image, {"Content-Type": "image/png"})
+        try:
+            with urllib.request.urlopen(request, timeout=STOP_S) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+        except (OSError, http.client.HTTPException):
+            return 0
+
+    def send(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def stop(self) -> float:
+        """Send SIGTERM and wait; the seconds until the process has ended."""
+        start = time.monotonic()
+        self._process.terminate()
+        self._process.wait(STOP_S)
+        return time.monotonic() - start
+
+    def workers(self) -> list[int]:
+        """The processes that serve under a supervisor, in the order in which they were started; Linux only."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+    def rss_bytes(self) -> int:
+        """Resident memory of the process; Linux only."""
+        return memory_bytes("VmRSS", self.pid)
+
+    def family_bytes(self) -> int:
+        """Resident memory of the process and of all that it started and that still run; Linux only."""
+        return family_bytes("VmRSS", self.pid)
