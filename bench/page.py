@@ -1,4 +1,4 @@
-"""What every benchmark leaves: a page of Markdown with its JSON beside it, and the machine it ran on."""
+"""The page of a benchmark: Markdown with its JSON beside it, the command that made it, and the machine it ran on."""
 
 import importlib.metadata
 import json
@@ -6,10 +6,12 @@ import platform
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from common.cli import given_arguments
 from common.cores import num_cores
 from common.files import write_whole
 
@@ -34,30 +36,6 @@ def table_of(head: str, row: str, records: Iterable[Mapping[str, Any]]) -> str:
     return table(head.split(" | "), [[cell.format(**record) for cell in row.split(" | ")] for record in records])
 
 
-def counts(of: Mapping[str, int]) -> str:
-    """Numbers of replies by status: "40 × 200, 1 × lost"."""
-    return ", ".join(f"{count:,} × {name}" for name, count in of.items())
-
-
-def bars_table(titles: Mapping[str, str], record: Mapping[str, Any]) -> str:
-    """A row for each bar of a record's parts, under their titles."""
-    rows = [(title, bar, met) for name, title in titles.items() for bar, met in bars_of(record[name]).items()]
-    return table(("", "bar", ""), [(title, bar, "met" if met else "MISSED") for title, bar, met in rows])
-
-
-def report_missed(record: Mapping[str, Any], parts: Iterable[str]) -> int:
-    """Print the bars of `parts` that were missed; the exit status of a command."""
-    missed = [f"missed: {name}: {bar}" for name in parts for bar, met in bars_of(record[name]).items() if not met]
-    print("\n".join(missed), end="\n" if missed else "")
-    return int(bool(missed))
-
-
-def bars_of(part: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> dict[str, bool]:
-    """The bars of a part, each with whether every round met it."""
-    rounds = [part] if isinstance(part, Mapping) else part
-    return {bar: all(one["bars"][bar] for one in rounds) for bar in rounds[0]["bars"]}
-
-
 def machine_table(machine: dict[str, str]) -> str:
     """The table of `describe_machine`."""
     return table(["", ""], [[name.replace("_", " "), value] for name, value in machine.items()])
@@ -66,6 +44,10 @@ def machine_table(machine: dict[str, str]) -> str:
 def spread(values: Sequence[float], form: str = ".3g") -> str:
     """The median, and in brackets the smallest and the largest: "2 (1–4)"."""
     return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def percent(share: float | None) -> str:
+    return "not measured" if share is None else f"{100 * share:.0f} %"
 
 
 def describe_machine(*packages: str) -> dict[str, str]:
@@ -80,13 +62,20 @@ def describe_machine(*packages: str) -> dict[str, str]:
     }
 
 
+def typed_command(script: str, config: Any, *, positional: str = "") -> str:
+    """The command line of `config` without --out; the field `positional` comes first and has no dashes."""
+    words = [str(value) for value in getattr(config, positional)] if positional else []
+    defaults = {name: getattr(type(config), name) for name in ("out", positional) if name}
+    return " ".join(["python", script, *words, given_arguments(replace(config, **defaults))]).rstrip()
+
+
 def write_page(folder: Path, name: str, page: str, record: dict[str, Any]) -> str:
-    """NAME.md and NAME.json in `folder`; says so in one line."""
+    """Writes NAME.md and NAME.json into `folder`; returns a line that says so."""
     write_whole(folder / f"{name}.json", f"{json.dumps(record, indent=1)}\n".encode())
     return f"wrote {write_whole(folder / f'{name}.md', page.encode())} and {name}.json"
 
 
 def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "CPU"
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
