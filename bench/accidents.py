@@ -14,8 +14,9 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.bars import bars_table, report_missed
 from bench.lab.server import start
-from bench.page import bars_table, describe_machine, fill, machine_table, report_missed, table_of, write_page
+from bench.page import describe_machine, fill, machine_table, table_of, write_page
 from common.cli import POSITIONAL, run_command
 
 ROOT = Path(__file__).resolve().parents[1]

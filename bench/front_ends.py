@@ -1,28 +1,26 @@
 """python bench/front_ends.py: front ends that share one model, measured here and, on paper, on many cores."""
 
+import asyncio
+import json
+import os
+import signal
+import statistics
 import sys
-from dataclasses import dataclass
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.bars import bars_of, counts, report_missed
 from bench.lab.server import start
 from bench.lab.wrk import put_load, refuse_without_tools
-from bench.page import (
-    bars_of,
-    counts,
-    describe_machine,
-    fill,
-    machine_table,
-    report_missed,
-    spread,
-    table,
-    table_of,
-    write_page,
-)
+from bench.page import describe_machine, fill, machine_table, spread, table, table_of, write_page
 from common.cli import POSITIONAL, given_arguments, run_command
+from common.files import read_whole
 from common.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,10 +61,7 @@ def command(config: FrontEndsConfig) -> int:
 
     Writes a record and its page. Exit status 1 if a bar of the record is missed.
     """
-    import json
-    from dataclasses import replace
-
-    from common.files import read_whole
+    import uvloop
 
     if config.quick:
         config = replace(config, rounds=1, seconds=1, kill_seconds=10, kill_every=4)
@@ -76,9 +71,11 @@ def command(config: FrontEndsConfig) -> int:
         "command": f"python bench/front_ends.py {given_arguments(config)}".strip(),
         "machine": describe_machine("numpy", "uvicorn"),
     }
-    for name, measure in (("scaling", _scaling), ("kills", _kills)):
-        if name in (config.only or ("scaling", "kills")):
-            record[name] = {**about, **measure(config)}
+    parts = config.only or ("scaling", "kills")
+    if "scaling" in parts:
+        record["scaling"] = {**about, **_scaling(config)}
+    if "kills" in parts:
+        record["kills"] = {**about, **uvloop.run(_kills(config))}
     print(write_page(config.out, "front-ends", markdown(record), record))
     return report_missed(record, record)
 
@@ -87,8 +84,6 @@ def command(config: FrontEndsConfig) -> int:
 
 
 def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
-    import os
-
     from bench.simulated import TIMES, Simulated, hand_over
     from common.progress import make_console, progress
 
@@ -123,8 +118,6 @@ def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
 
 def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
     """One server under a load that leaves it no pause: what it answers, and what processor time that takes."""
-    import os
-
     from bench.simulated import TIMES
 
     os.environ[TIMES] = ",".join(f"{time:g}" for time in config.device_us)
@@ -154,8 +147,6 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
 
 
 def _pin(process: int, core: int) -> None:
-    import os
-
     cores = sorted(os.sched_getaffinity(0))
     for thread in Path(f"/proc/{process}/task").iterdir():
         os.sched_setaffinity(int(thread.name), {cores[core % len(cores)]})
@@ -169,16 +160,12 @@ def _cpu_s(process: int) -> float:
 
 def _batches(url: str) -> tuple[float, float]:
     """How many there were, and of how many images together."""
-    import urllib.request
-
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
     return float(lines["diracnet_batch_images_count"]), float(lines["diracnet_batch_images_sum"])
 
 
 def _median(rounds: list[dict[str, dict[str, float]]], num: str, name: str) -> float:
-    import statistics
-
     return statistics.median(measured[num][name] for measured in rounds)
 
 
@@ -215,18 +202,8 @@ def _on_paper(
 # kill -9 under load
 
 
-def _kills(config: FrontEndsConfig) -> dict[str, Any]:
-    import uvloop
-
-    return uvloop.run(_kill_in_turn(config))
-
-
-async def _kill_in_turn(config: FrontEndsConfig) -> dict[str, Any]:
+async def _kills(config: FrontEndsConfig) -> dict[str, Any]:
     """kill -9 of a front end and the device process in turn; lost and refused requests are sent once more."""
-    import asyncio
-    import os
-    import signal
-    from collections import Counter
 
     from bench.faults import ask_again
     from bench.lab.load import LOST, Reply, named, saturated

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.page import bars_table, counts, fill, machine_table, report_missed, table, table_of
+from bench.lab.bars import bars_table, counts, report_missed
+from bench.page import fill, machine_table, table, table_of
 from common.cli import POSITIONAL, given_arguments, run_command
 from common.refusal import Refusal
 

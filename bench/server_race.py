@@ -106,12 +106,12 @@ def open_race(contestants: Sequence[Contestant], work: Path, say: Callable[[str]
     """Make the environments of `contestants` below `work`, and read the images to send."""
     pythons: dict[str, Path | str] = {}
     for one in contestants:
-        if one.environment is None:
+        if one.is_ours:
             pythons[one.name] = Path(sys.executable)
             continue
         say(f"environment of {one.name}")
         try:
-            pythons[one.name] = make_environment(one.environment, work / "peers")
+            pythons[one.name] = make_environment(one.name, work / "peers")
         except Refusal as refusal:
             pythons[one.name] = str(refusal)
     pngs = [path.read_bytes() for path in sorted((ROOT / "models" / "held-out").glob("*.png"))]
@@ -121,7 +121,7 @@ def open_race(contestants: Sequence[Contestant], work: Path, say: Callable[[str]
 def start_contestant(contestant: Contestant, python: Path, model: Path, log: Path) -> Server:
     """A server of `model` on core 0, ready when it accepts connections."""
     port, env = free_port(), {**os.environ, **_ENVIRONMENT, "MODEL": str(model)}
-    if contestant.environment:
+    if not contestant.is_ours:
         env["PYTHONPATH"] = str(PEERS)
     command = [str(python), *contestant.arguments(model, port)]
     return Server(command, port, ready_path=None, core=0, log=log, env=env, cwd=log.parent)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,20 @@ class Way:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A server. `arguments` of Python are made from the model's file and a port; `environment` names peers/NAME.txt."""
+    """A server. `command` is what Python runs, word by word with {model}, {port} and the folder {peers}."""
 
     name: str
-    environment: str | None  # None: the Python that runs the benchmark
-    arguments: Callable[[Path, int], list[str]]
+    command: str
     ways: tuple[Way, ...]
     note: str
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it runs in this Python, and not in an environment with the packages of peers/NAME.txt."""
+        return self.name == "ours"
+
+    def arguments(self, model: Path, port: int) -> list[str]:
+        return [word.format(model=model, port=port, peers=PEERS) for word in self.command.split()]
 
 
 def make_environment(name: str, folder: Path) -> Path:
@@ -80,81 +88,49 @@ def as_inference_request(png: bytes) -> bytes:
     return json.dumps({"inputs": [{**element, "data": [base64.b64encode(png).decode()]}]}).encode()
 
 
-def _script(name: str) -> Callable[[Path, int], list[str]]:
-    return lambda model, port: [str(PEERS / name), str(port)]
-
-
-def _ours(model: Path, port: int) -> list[str]:
-    # All run ONNX Runtime; by default, ours would choose the fastest runtime at every start.
-    return [str(ROOT / "serve" / "run.py"), str(model), "--port", str(port), "--runtime", "onnxruntime"]
-
-
-def _bentoml(model: Path, port: int) -> list[str]:
-    service = ["with_bentoml:Service", "--working-dir", str(PEERS)]
-    return ["-m", "bentoml", "serve", *service, "--host", "127.0.0.1", "--port", str(port)]
-
-
-def _mosec(model: Path, port: int) -> list[str]:
-    return [str(PEERS / "with_mosec.py"), "--address", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
-
-
-def _of_answer(answer: Any) -> int:
-    return answer["index"]
-
-
-def _of_results(answer: Any) -> int:
-    return answer["results"][0]["index"]
-
-
 _FORM = f"multipart/form-data; boundary={_BOUNDARY}"
-OURS = Contestant(
-    "ours",
-    None,
-    _ours,
-    (
-        Way("ours, raw body", "/predict", "image/png", bytes, _of_results),
-        Way("ours, form", "/predict", _FORM, as_form("image"), _of_results),
-    ),
-    "`serve/run.py --runtime onnxruntime`, since all others run that; otherwise its ordinary command, which logs every "
-    "request, answers with the five best classes and keeps its limits, deadlines and metrics",
-)
 CONTESTANTS = (
-    OURS,
+    Contestant(
+        "ours",
+        # All run ONNX Runtime; by default, ours would choose the fastest runtime at every start.
+        "{peers}/../../serve/run.py {model} --port {port} --runtime onnxruntime",
+        tuple(
+            Way(f"ours, {kind}", "/predict", media_type, encode, lambda answer: answer["results"][0]["index"])
+            for kind, media_type, encode in (("raw body", "image/png", bytes), ("form", _FORM, as_form("image")))
+        ),
+        "`serve/run.py --runtime onnxruntime`, since all others run that; otherwise its ordinary command, which logs "
+        "every request, answers with the five best classes and keeps its limits, deadlines and metrics",
+    ),
     Contestant(
         "fastapi",
-        "fastapi",
-        _script("with_fastapi.py"),
+        "{peers}/with_fastapi.py {port}",
         (
-            Way("FastAPI handler, form", "/predict", _FORM, as_form("image"), _of_answer),
-            Way("FastAPI handler, raw body", "/raw", "image/png", bytes, _of_answer),
+            Way("FastAPI handler, form", "/predict", _FORM, as_form("image"), itemgetter("index")),
+            Way("FastAPI handler, raw body", "/raw", "image/png", bytes, itemgetter("index")),
         ),
         "the naive handler: UploadFile (or the raw body), Pillow, one run of the model for each request",
     ),
     Contestant(
         "litserve",
-        "litserve",
-        _script("with_litserve.py"),
-        (Way("LitServe", "/predict", _FORM, as_form("image"), _of_answer),),
+        "{peers}/with_litserve.py {port}",
+        (Way("LitServe", "/predict", _FORM, as_form("image"), itemgetter("index")),),
         "a form, as its documentation sends images; batches of 32 at most, 2 ms; one worker beside the HTTP process",
     ),
     Contestant(
         "bentoml",
-        "bentoml",
-        _bentoml,
+        "-m bentoml serve with_bentoml:Service --working-dir {peers} --host 127.0.0.1 --port {port}",
         (Way("BentoML", "/predict", _FORM, as_form("images"), lambda answer: answer[0]["index"]),),
         "a form; adaptive batching, 32 at most; metrics off",
     ),
     Contestant(
         "ray",
-        "ray",
-        _script("with_ray.py"),
-        (Way("Ray Serve", "/", "image/png", bytes, _of_answer),),
+        "{peers}/with_ray.py {port}",
+        (Way("Ray Serve", "/", "image/png", bytes, itemgetter("index")),),
         "the raw body; one replica, serve.batch of 32 at most, 2 ms; no dashboard",
     ),
     Contestant(
         "mlserver",
-        "mlserver",
-        _script("with_mlserver.py"),
+        "{peers}/with_mlserver.py {port}",
         (
             Way(
                 "MLServer",
@@ -169,9 +145,8 @@ CONTESTANTS = (
     ),
     Contestant(
         "mosec",
-        "mosec",
-        _mosec,
-        (Way("mosec", "/inference", "image/png", bytes, _of_answer),),
+        "{peers}/with_mosec.py --address 127.0.0.1 --port {port} --log-level warning",
+        (Way("mosec", "/inference", "image/png", bytes, itemgetter("index")),),
         "the raw body; HTTP and batching in Rust, one worker process in Python; batches of 32 at most, 2 ms",
     ),
 )

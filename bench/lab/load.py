@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 HOST = "127.0.0.1"
-TICK_S = 0.001
+TICK_S, PATIENCE_S = 0.001, 30.0
 LOST = 0  # in place of a status: the connection ended before the reply
 MakeRequest = Callable[[int], bytes]  # the bytes of the n-th request
 
@@ -62,20 +62,14 @@ class Tally:
 class Load:
     """Connections that are kept open, each with one request at a time; a lost one is reopened where possible.
 
-    A load ends with a grace period of `patience_s` for replies under way; those that miss it are lost.
+    A load ends with a grace period of `PATIENCE_S` for replies under way; those that miss it are lost.
     """
 
     def __init__(
-        self,
-        port: int,
-        make_request: MakeRequest,
-        take: Callable[[Reply], object],
-        *,
-        num_connections: int,
-        patience_s: float = 30.0,
+        self, port: int, make_request: MakeRequest, take: Callable[[Reply], object], *, num_connections: int
     ) -> None:
         self._port, self._make_request, self.take = port, make_request, take
-        self._num_connections, self._patience_s = num_connections, patience_s
+        self._num_connections = num_connections
         self._loop = asyncio.get_running_loop()
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
@@ -128,7 +122,7 @@ class Load:
         self._over.set()
         if self._busy:
             try:
-                await asyncio.wait_for(self._quiet.wait(), self._patience_s)
+                await asyncio.wait_for(self._quiet.wait(), PATIENCE_S)
             except TimeoutError:
                 for connection in tuple(self._busy):
                     connection.transport.abort()
