@@ -132,7 +132,7 @@ async def reload(subject: Subject, folder: Path, *, times: int) -> dict[str, Any
                 await _reload(server, path, contents[(turn + 1) % 2], "now serving")
             seconds = time.monotonic() - begin
             last = contents[times % 2]
-            await _reload(server, path, last[: len(last) // 2], "the old model goes on")
+            await _reload(server, path, last[: len(last) // 2], "the old model keeps serving")
             first_after_damage = load.num_sent
             await asyncio.sleep(1)
     return {

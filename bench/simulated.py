@@ -25,7 +25,7 @@ from serve.config import ServeConfig
 if TYPE_CHECKING:
     from export.runtimes.runtime import Runtime
     from serve.front_ends.link import Link
-    from serve.shadow.roles import Roles
+    from serve.model.load import Roles
 
 TIMES = "DIRACNET_SIMULATED_US"  # "t0,t1" in microseconds
 FRONT_ENDS, IMAGES = (1, 2, 4, 8, 16), (1, 4, 16)  # in a batch, and of each of them
@@ -55,14 +55,14 @@ def load(roles: "Roles", home: Path) -> Sequence["Runtime"]:
 def serve(config: ServeConfig) -> int:
     """The server, whole or in front ends and a device process."""
     from bench import simulated  # a class of __main__ would have no name in other processes
-    from serve.front_ends import fleet
+    from serve.front_ends import processes
     from serve.processes import serving
     from serve.run import listen
 
     with listen(config.host, config.port) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         if config.front_ends > 1:
-            return fleet.run(config, listener, url, load=simulated.load)
+            return processes.run(config, listener, url, load=simulated.load)
         serving.load = lambda config: [Simulated(config.model_paths[0])]
         return serving.run(config, listener, url)
 
