@@ -175,8 +175,8 @@ def _compare(net: "Net", contender: "Contender", answer: "Answer", batch_size: i
     import torch
 
     from export.compare import TOLERANCES, answer_all, compare
-    from export.model_file.signature import pad
     from export.parity import Row
+    from export.runtimes.runtime import pad
 
     if contender.is_dirac and not net.is_same:
         return "not compared: its weights are others"

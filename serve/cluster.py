@@ -144,9 +144,9 @@ def _faults(name: str, table: Any, kinds: dict[str, type]) -> list[str]:
 
 def read_artefact(path: Path) -> dict[str, bytes]:
     """The files that make up a model, by name. They travel to the replicas, so that no disk need be shared."""
-    from export.model_file.card import card_path, read_card
-    from export.model_file.described import descriptions
-    from export.model_file.nodes import find_weights, read_graph
+    from export.model_file.engine_card import card_path, read_card
+    from export.model_file.onnx_reader import find_weights, read_graph
+    from export.model_file.reading import descriptions
     from export.runtimes.load import load_runtime
 
     if path.suffix == ".engine":  # loads only where the replicas run

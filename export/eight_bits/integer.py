@@ -18,7 +18,7 @@ from torch import nn
 from common.refusal import Refusal
 from common.spec import Spec
 from export.eight_bits.calibrate import Range, Ranges
-from export.graphs.graph import Graph, finish, window, write_layer
+from export.graphs.graph import GraphWriter, finish, window, write_layer
 from export.runtimes.saturation import largest_pair
 from fold.lower import Repeat, SharedReLU
 from fold.plain import named_layers
@@ -44,7 +44,7 @@ def to_integer_onnx(net: nn.Sequential, spec: Spec, provenance: Mapping[str, Any
     `net` is a plain net lowered to concat, shared, shared-split or skip; `ranges` are those of the
     tensors of its float graph. The stem, which reads pixels, and the classifier stay in float32.
     """
-    graph, layers = Graph(), list(named_layers(deepcopy(net).float()))
+    graph, layers = GraphWriter(), list(named_layers(deepcopy(net).float()))
     start, end = _eight_bit_part(layers)
     for name, layer in layers[:start]:
         write_layer(graph, name, layer)
@@ -72,7 +72,7 @@ def _eight_bit_part(layers: Layers) -> tuple[int, int]:
     return start, next(index for index, (_, layer) in enumerate(layers) if isinstance(layer, nn.AdaptiveAvgPool2d))
 
 
-def _write_all(graph: Graph, layers: Layers, x: Quantized, ranges: Ranges) -> Quantized:
+def _write_all(graph: GraphWriter, layers: Layers, x: Quantized, ranges: Ranges) -> Quantized:
     for index, (name, layer) in enumerate(layers):
         after = next((kind for _, kind in layers[index + 1 :] if not isinstance(kind, nn.MaxPool2d)), None)
         # What a ReLU is about to remove, through a pool or not, takes no part of the range.
@@ -80,7 +80,9 @@ def _write_all(graph: Graph, layers: Layers, x: Quantized, ranges: Ranges) -> Qu
     return x
 
 
-def _write(graph: Graph, name: str, layer: nn.Module, x: Quantized, ranges: Ranges, *, rectified: bool) -> Quantized:
+def _write(
+    graph: GraphWriter, name: str, layer: nn.Module, x: Quantized, ranges: Ranges, *, rectified: bool
+) -> Quantized:
     match layer:
         case nn.ReLU():
             return x if x.zero == 0 else _same(x, graph.node("Max", name, x.name, x.parameters[1]))
@@ -108,7 +110,7 @@ def _write(graph: Graph, name: str, layer: nn.Module, x: Quantized, ranges: Rang
     raise Refusal(f"{name}: {type(layer).__name__} has no eight-bit form; export int8 as concat, shared or skip")
 
 
-def _write_convolution(graph: Graph, name: str, conv: nn.Conv2d, x: Quantized, reach: Range) -> Quantized:
+def _write_convolution(graph: GraphWriter, name: str, conv: nn.Conv2d, x: Quantized, reach: Range) -> Quantized:
     """Weights int8 with a scale for every filter, bias int32 in units of the products."""
     weight, scales = quantize_filters(conv.weight.detach().numpy())
     bias = np.zeros(len(weight)) if conv.bias is None else conv.bias.detach().numpy().astype(np.float64)
@@ -148,7 +150,7 @@ def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.rint(weight / per_filter), -127, 127).astype(np.int8), scales
 
 
-def _parameters(graph: Graph, name: str, reach: Range) -> tuple[float, int, tuple[str, str]]:
+def _parameters(graph: GraphWriter, name: str, reach: Range) -> tuple[float, int, tuple[str, str]]:
     """Scale and zero point of a tensor whose values lie in `reach`, with their names in the graph."""
     scale, zero = levels_of(reach)
     names = (

@@ -13,8 +13,8 @@ from common.files import sha256
 from common.refusal import Refusal
 from export.engines.advice import build_advice, parser_advice
 from export.graphs.onnx_file import OnnxFile, read_onnx
-from export.model_file.card import EngineCard
-from export.model_file.described import NOTHING, Described
+from export.model_file.engine_card import EngineCard
+from export.model_file.reading import NO_HINTS, ReadingHints
 from export.runtimes import gpu
 from export.runtimes.tensorrt_engine import INSTALL_TENSORRT, import_library, make_logger, make_runtime
 
@@ -65,7 +65,7 @@ def build_engine(
     path: Path,
     *,
     batch: tuple[int, int, int] | None = None,
-    said: Described = NOTHING,
+    hints: ReadingHints = NO_HINTS,
     options: BuildOptions = BuildOptions(),
     report: Report = lambda *_: None,
 ) -> Engine:
@@ -78,7 +78,7 @@ def build_engine(
         raise Refusal(f"--batch must be MIN <= OPT <= MAX from 1 on, got {' '.join(map(str, batch))}")
     builder_name = choose_builder()
     _refuse_options(builder_name, options)
-    file = read_onnx(path, said)
+    file = read_onnx(path, hints)
     batch = _fitting_batch(file, batch)
     trt = import_library(builder_name)
     logger = make_logger(trt)

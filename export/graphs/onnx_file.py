@@ -12,11 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from common.files import read_whole
 from common.refusal import Refusal
 from common.spec import Spec
-from export.model_file.classifier import Value, find_signature, find_spec
-from export.model_file.described import NOTHING, Described
-from export.model_file.header import read_header
-from export.model_file.nodes import digest_of, find_weights, read_graph
-from export.model_file.signature import Signature
+from export.model_file.onnx_reader import digest_of, find_weights, read_graph, read_header
+from export.model_file.reading import NO_HINTS, ReadingHints
+from export.model_file.signature import Signature, Value, find_signature, find_spec
 
 FLOATS = (
     TensorProto.FLOAT,
@@ -47,8 +45,8 @@ class OnnxFile:
         return next(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
-def read_onnx(path: Path, said: Described = NOTHING) -> OnnxFile:
-    """Read and check a classifier, see `find_signature`; `said` is what its user says of somebody else's.
+def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
+    """Read and check a classifier, see `find_signature`; `hints` are those of its user of somebody else's.
 
     Refuses what is no ONNX, weight files that are missing, weights that are NaN or infinite, and
     inputs and outputs that are no image classifier's.
@@ -70,7 +68,7 @@ def read_onnx(path: Path, said: Described = NOTHING) -> OnnxFile:
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [_value(value) for value in model.graph.input if value.name not in weights]
     outputs = [_value(value) for value in onnx.shape_inference.infer_shapes(model).graph.output]
-    signature, said = find_signature(path, header, graph, inputs, outputs, said)
+    signature, hints = find_signature(path, header, graph, inputs, outputs, hints)
     (output,) = (value for value in outputs if value.name == signature.output_name)
     if output.num_classes is None:
         shown = [size or "N" for size in output.shape]
@@ -84,7 +82,7 @@ def read_onnx(path: Path, said: Described = NOTHING) -> OnnxFile:
         signature=signature,
         output_dtype=output.dtype,
         output_shape=output.shape,
-        spec=find_spec(path, header, signature, said, output.num_classes),
+        spec=find_spec(path, header, signature, hints, output.num_classes),
         provenance=header.provenance,
     )
 

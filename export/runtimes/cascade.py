@@ -11,8 +11,7 @@ import numpy as np
 
 from common.files import read_whole
 from common.refusal import Refusal
-from export.model_file.header import Header, read_header
-from export.model_file.nodes import digest_of
+from export.model_file.onnx_reader import Header, digest_of, read_header
 from export.runtimes.runtime import Model, Runtime
 from export.runtimes.saturation import warning
 

@@ -24,8 +24,8 @@ from uvicorn.config import STARTUP_FAILURE
 from common.cores import num_cores
 from common.files import read_whole
 from common.refusal import Refusal
-from export.model_file.described import from_flags
-from export.model_file.nodes import digest_of
+from export.model_file.onnx_reader import digest_of
+from export.model_file.reading import from_flags
 from export.runtimes.cascade import Cascade, read_forms
 from export.runtimes.load import load_runtime
 from export.runtimes.runtime import Runtime
@@ -153,7 +153,7 @@ def _load_file(config: "ServeConfig", path: Path, device: int | None) -> Runtime
         device=device,
         num_threads=_num_threads(config),
         shares_cores=config.cascade,
-        said=from_flags(config),
+        hints=from_flags(config),
     )
     runtime.model = with_sound_reference(with_report(runtime.model, path))
     check(runtime)

@@ -13,7 +13,7 @@ from common.files import sha256
 from common.refusal import Refusal
 from export.compare import TOLERANCES, compare
 from export.graphs.graph import to_onnx
-from export.model_file.header import read_header
+from export.model_file.onnx_reader import read_header
 from export.runtimes.load import load_runtime
 from export.runtimes.mnn.module import MnnModule
 from fold.lower import lower

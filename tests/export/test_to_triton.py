@@ -14,7 +14,7 @@ from common.cli import run_command
 from common.files import sha256
 from export import to_triton
 from export.engines.engine import build_engine
-from export.model_file.card import card_path
+from export.model_file.engine_card import card_path
 from export.runtimes.offline import ort
 from export.runtimes.onnx_session import OnnxSession
 from export.triton_server import repository

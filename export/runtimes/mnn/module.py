@@ -15,7 +15,7 @@ from common.cores import num_cores
 from common.files import read_whole, sha256
 from common.refusal import Refusal
 from common.spec import ImageSpec, Spec
-from export.model_file.header import Header, read_header
+from export.model_file.onnx_reader import Header, read_header
 from export.runtimes.mnn.pool import MnnPool, WorkerFailed
 from export.runtimes.runtime import Model
 
