@@ -153,7 +153,7 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Fo
         model = onnx.load_model_from_string(read_whole(path))
         kind = precision(model)
     except DecodeError as error:
-        raise Refusal(f"{path} is no valid ONNX file: {error}; export it again") from error
+        raise Refusal(f"{path} is not a valid ONNX file: {error}; export it again") from error
     # The optimiser moves fp8 pairs over nodes that then answer wrongly (export/eight_bits/quantize.py).
     session = OnnxSession(
         path, providers=(PROVIDERS[provider],) if provider else None, optimize=kind != "fp8", hints=hints

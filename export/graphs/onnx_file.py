@@ -1,4 +1,4 @@
-"""An ONNX file before any library builds it: whole, finite, and what it takes and gives."""
+"""An ONNX file, checked before any library builds it: complete, finite, with a classifier's inputs and outputs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ FLOATS = (
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A checked classifier, ours or somebody else's."""
+    """A checked classifier, of this project or somebody else's."""
 
     path: Path
     model: onnx.ModelProto
     sha256: str  # of the file and of the weights that lie beside it
     weight_files: tuple[str, ...]  # relative to the file's folder; () where all weights are inside
-    name: str  # "DiracNet-16-1", or the file's stem for a net without our spec
+    name: str  # "DiracNet-16-1", or the file's stem for somebody else's net
     signature: Signature
     output_dtype: str  # of the logits: "float32", "float16"
     output_shape: tuple[int | None, ...]  # [N, K], or [N, K, 1, 1]
@@ -48,8 +48,8 @@ class OnnxFile:
 def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
     """Read and check a classifier, see `find_signature`; `hints` are those of its user of somebody else's.
 
-    Refuses what is no ONNX, weight files that are missing, weights that are NaN or infinite, and
-    inputs and outputs that are no image classifier's.
+    Refuses invalid files, missing weight files, weights that are NaN or infinite, and inputs and outputs other than
+    an image classifier's.
     """
     content = read_whole(path)
     try:
@@ -62,7 +62,7 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
         raise
     except Exception as error:  # protobuf and the checker raise hierarchies of their own
         reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{path} is no valid ONNX file: {reason}; export it again") from error
+        raise Refusal(f"{path} is not a valid ONNX file: {reason}; export it again") from error
     _refuse_what_is_not_finite(path, model)
     header = read_header(path, content)
     weights = {tensor.name for tensor in model.graph.initializer}
@@ -71,8 +71,7 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
     signature, hints = find_signature(path, header, graph, inputs, outputs, hints)
     (output,) = (value for value in outputs if value.name == signature.output_name)
     if output.num_classes is None:
-        shown = [size or "N" for size in output.shape]
-        raise Refusal(f"{path} answers {shown}; export it with a fixed number of classes")
+        raise Refusal(f"{path} answers {output.shown}; export it with a fixed number of classes")
     return OnnxFile(
         path=path,
         model=model,
@@ -126,8 +125,5 @@ def _floats(graph: onnx.GraphProto) -> Iterator[tuple[str, np.ndarray]]:
 
 def _value(value: onnx.ValueInfoProto) -> Value:
     kind = value.type.tensor_type
-    return Value(value.name, dtype_name(kind.elem_type), _shape(kind))
-
-
-def _shape(kind: Any) -> tuple[int | None, ...]:
-    return tuple(size.dim_value if size.HasField("dim_value") else None for size in kind.shape.dim)
+    shape = tuple(size.dim_value if size.HasField("dim_value") else None for size in kind.shape.dim)
+    return Value(value.name, dtype_name(kind.elem_type), shape)

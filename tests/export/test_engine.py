@@ -108,7 +108,7 @@ def test_wrong_arguments_are_refused_in_one_line_and_leave_the_old_engine(built,
     (tmp_path / "text.onnx").write_text("hello")
     for argv, message in (
         ([built.with_suffix(".onnx"), "--batch", 4, 2, 1], "--batch must be MIN <= OPT <= MAX"),
-        ([tmp_path / "text.onnx", "--out", built], "is no valid ONNX file"),
+        ([tmp_path / "text.onnx", "--out", built], "is not a valid ONNX file"),
         ([tmp_path / "missing.onnx", "--out", built], "No such file or directory"),
         ([built.with_suffix(".onnx"), "--out", built.with_suffix(".onnx")], "--out must end in .engine"),
         ([built.with_suffix(".onnx"), "--workspace", 0], "--workspace is in MiB, from 1 to 1048576; got 0"),

@@ -189,7 +189,7 @@ def test_wrong_arguments_are_refused_in_one_line_and_write_nothing(write_onnx, w
     fixed, out = write_foreign((4, 6, 5, 3), TensorProto.UINT8), tmp_path / "r"
     for argv, message in (
         ([tmp_path / "missing.onnx"], "No such file"),
-        ([tmp_path / "text.onnx"], "is no valid ONNX file"),
+        ([tmp_path / "text.onnx"], "is not a valid ONNX file"),
         ([path, "--name", "../up"], "--name may have letters"),
         ([path, "--name", ".hidden"], "--name may have letters"),
         ([path, "--version", 0], "--version counts from 1"),

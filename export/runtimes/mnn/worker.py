@@ -13,7 +13,7 @@ import numpy as np
 
 
 def run(converted: str, *sizes: str) -> None:
-    """Answer until the parent is gone. `converted` is a file in MNN's own format; exit status 1 where it is none.
+    """Answer until the parent is gone. `converted` is a file in MNN's own format; exit status 1 if it is invalid.
 
     `sizes` are height, width and channels of an image.
     """
@@ -34,7 +34,7 @@ def _load(converted: str) -> Any:
     manager = nn.create_runtime_manager(({"backend": 0, "numThread": 1, "precision": "high"},))
     try:
         return nn.load_module_from_file(converted, ["images"], ["logits"], runtime_manager=manager)
-    except SystemError:  # its answer to any file that it does not take
+    except SystemError:  # for every invalid file
         sys.exit(1)
 
 
