@@ -144,7 +144,7 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Fo
     from google.protobuf.message import DecodeError
 
     from export.engines.engine import precision
-    from export.graphs.half import first_overflow
+    from export.graphs.observing import first_overflow
     from export.runtimes.onnx_session import OnnxSession, loadable_providers
 
     if provider and PROVIDERS[provider] not in loadable_providers():

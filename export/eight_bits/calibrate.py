@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from export.runtimes.offline import cpu_session
+from export.graphs.observing import node_outputs
 
 METHODS = ("min-max", "percentile", "entropy")
 NUM_BINS = 2048
@@ -87,13 +87,9 @@ def _run_all(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every node's output, a batch at a time."""
     names = [name for node in model.graph.node for name in node.output if name != "logits"]
-    observed = onnx.ModelProto()
-    observed.CopyFrom(model)
-    observed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    session = cpu_session(observed.SerializeToString())
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        yield dict(zip(names, map(np.asarray, session.run(names, {"images": batch})), strict=True))
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    for batch, values in zip(batches, node_outputs(model, names, TensorProto.FLOAT, iter(batches)), strict=True):
+        yield dict(zip(names, values, strict=True))
         advance(len(batch))
 
 
