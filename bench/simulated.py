@@ -92,7 +92,7 @@ def hand_over(like: Simulated, max_batch: int, times: int) -> dict[str, Any]:
     connections while the model runs the batch before, so each turn of the loop is one batch.
     """
     from serve.front_ends.device import Device
-    from serve.front_ends.link import Dial
+    from serve.front_ends.link import Dialer
     from serve.request.batcher import Served
     from serve.request.limits import Limits
 
@@ -101,7 +101,7 @@ def hand_over(like: Simulated, max_batch: int, times: int) -> dict[str, Any]:
     device = Device(Served((runtime,)), [inside for _, inside in doors], limits, load=lambda: [])
     thread = threading.Thread(target=device.run)
     thread.start()
-    links = [Dial(outside, limits).connect().link for outside, _ in doors]
+    links = [Dialer(outside, limits).connect().link for outside, _ in doors]
     rows = [
         (num, num_images, _batch_us(runtime, links[:num], num_images, times))
         for num in FRONT_ENDS

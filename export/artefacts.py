@@ -11,7 +11,7 @@ from common.files import read_whole
 from common.refusal import Refusal
 from common.spec import Spec
 from export.compare import TOLERANCES, Answer
-from export.model_file.described import NOTHING, Described
+from export.model_file.reading import NO_HINTS, ReadingHints
 from export.model_file.signature import Reading
 from export.runtimes.cascade import Cascade, read_forms
 
@@ -63,19 +63,17 @@ class Form:
 
 
 def open_artefact(
-    path: Path, *, provider: Provider | None = None, said: Described = NOTHING, cascade: Path | None = None
+    path: Path, *, provider: Provider | None = None, hints: ReadingHints = NO_HINTS, cascade: Path | None = None
 ) -> Form:
     """A checkpoint, plain net, ONNX or engine; an ONNX on the best provider that loads, or on `provider`.
 
-    `said` is what its user says of somebody else's ONNX; `cascade` the other file of a cascade.
-    Refuses what is none of these, what is said of a file that says it itself, and a provider that does not load.
+    `hints` are its user's, for somebody else's ONNX; `cascade` is the other file of a cascade.
+    Refuses other files, hints for a file that needs none, and a provider that does not load.
     """
-    if said.sources and path.suffix != ".onnx":
-        raise Refusal(
-            f"{path} says itself how it is read; leave {', '.join(f'--{name}' for name, _ in said.sources)} out"
-        )
+    if hints.sources and path.suffix != ".onnx":
+        raise Refusal(f"{path} says itself how it is read; leave {hints.flags} out")
     if cascade:
-        return _open_cascade((path, cascade), said)
+        return _open_cascade((path, cascade), hints)
     match path.suffix:
         case ".pt":
             return _open_checkpoint(path)
@@ -84,20 +82,20 @@ def open_artefact(
         case ".onnx" if provider in ("mnn", "torch"):
             return _open_other(path, provider)
         case ".onnx":
-            return _open_onnx(path, provider, said)
+            return _open_onnx(path, provider, hints)
         case ".engine":
             return _open_engine(path)
     raise Refusal(f"{path} is no artefact of this project: name a .pt, .safetensors, .onnx or .engine file")
 
 
 def open_providers(
-    path: Path, providers: tuple[Provider, ...], *, said: Described = NOTHING
+    path: Path, providers: tuple[Provider, ...], *, hints: ReadingHints = NO_HINTS
 ) -> tuple[list[Form], list[str]]:
     """An ONNX file on each of `providers` that loads, and a line for each that does not."""
     forms, missing = [], []
     for provider in providers:
         try:
-            forms.append(open_artefact(path, provider=provider, said=said))
+            forms.append(open_artefact(path, provider=provider, hints=hints))
         except ProviderMissing as refusal:
             missing.append(str(refusal))
     if not forms:
@@ -141,12 +139,12 @@ def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: di
     return Form(str(path), path, digest, "fp32", spec, provenance, answer, layers)
 
 
-def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
+def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Form:
     import onnx
     from google.protobuf.message import DecodeError
 
     from export.engines.engine import precision
-    from export.graphs.half import first_overflow
+    from export.graphs.observing import first_overflow
     from export.runtimes.onnx_session import OnnxSession, loadable_providers
 
     if provider and PROVIDERS[provider] not in loadable_providers():
@@ -155,10 +153,10 @@ def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
         model = onnx.load_model_from_string(read_whole(path))
         kind = precision(model)
     except DecodeError as error:
-        raise Refusal(f"{path} is no valid ONNX file: {error}; export it again") from error
+        raise Refusal(f"{path} is not a valid ONNX file: {error}; export it again") from error
     # The optimiser moves fp8 pairs over nodes that then answer wrongly (export/eight_bits/quantize.py).
     session = OnnxSession(
-        path, providers=(PROVIDERS[provider],) if provider else None, optimize=kind != "fp8", said=said
+        path, providers=(PROVIDERS[provider],) if provider else None, optimize=kind != "fp8", hints=hints
     )
     if provider and session.provider != PROVIDERS[provider]:
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime fell back to {session.provider}")
@@ -185,11 +183,11 @@ def _open_onnx(path: Path, provider: Provider | None, said: Described) -> Form:
     )
 
 
-def _open_cascade(paths: tuple[Path, Path], said: Described) -> Form:
+def _open_cascade(paths: tuple[Path, Path], hints: ReadingHints) -> Form:
     from export.runtimes.onnx_session import OnnxSession
 
     forms = read_forms(paths)
-    quick, exact = (OnnxSession(path, shares_cores=True, said=said) for path in (forms.quick, forms.exact))
+    quick, exact = (OnnxSession(path, shares_cores=True, hints=hints) for path in (forms.quick, forms.exact))
     cascade = Cascade(quick, exact, forms.evidence)
 
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -282,7 +280,7 @@ def _dequantize(name: str, value: np.ndarray, constants: dict[str, np.ndarray]) 
 
 
 def _open_engine(path: Path) -> Form:
-    from export.model_file.card import read_card
+    from export.model_file.engine_card import read_card
     from export.runtimes.tensorrt_engine import TensorRTEngine
 
     runtime, card = TensorRTEngine(path), read_card(path)

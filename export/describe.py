@@ -9,7 +9,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
-from export.model_file.described import ReadingFlags, from_flags
+from export.model_file.reading import ReadingFlags, from_flags
 
 EXAMPLES = (
     "python export/describe.py model.onnx --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 --resize 256",
@@ -27,7 +27,7 @@ class DescribeConfig(ReadingFlags):
 def command(config: DescribeConfig) -> int:
     """Write model.onnx.json beside model.onnx: how pixels become its input, and what its answers mean.
 
-    Every command that takes the file reads it. What it said before and is not said now stays.
+    Every command that takes the file reads it. Fields of an earlier description that are not given now are kept.
     """
     import json
     from dataclasses import asdict
@@ -35,15 +35,15 @@ def command(config: DescribeConfig) -> int:
     from common.files import write_whole
     from common.progress import make_console
     from export.graphs.onnx_file import read_onnx
-    from export.model_file.described import NOTHING, description_path, read_description
+    from export.model_file.reading import NO_HINTS, description_path, read_description
 
     console = make_console(json=config.json)
-    said = from_flags(config)
-    file = read_onnx(config.onnx, said)  # refuses what does not fit
-    if said.sources:
+    hints = from_flags(config)
+    file = read_onnx(config.onnx, hints)  # refuses what does not fit
+    if hints.sources:
         path = description_path(config.onnx)
-        before = read_description(path) if path.exists() else NOTHING
-        console.print(f"wrote {write_whole(path, said.over(before).to_json().encode())}")
+        before = read_description(path) if path.exists() else NO_HINTS
+        console.print(f"wrote {write_whole(path, hints.over(before).to_json().encode())}")
     reading = file.signature.reading
     console.print(f"{file.name}: {reading or 'a file of this project, which says itself how it is read'}")
     if config.json:

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 from common.cli import run_command
 from common.refusal import Refusal
 from common.spec import DatasetName
-from export.model_file.described import ReadingFlags, from_flags
+from export.model_file.reading import ReadingFlags, from_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,7 +79,7 @@ def command(config: EvaluateConfig) -> int:
     if config.store_reference:
         refuse_what_takes_none(config.model)
     console = make_console(json=config.json)
-    form = open_artefact(config.model, said=from_flags(config), cascade=config.cascade)
+    form = open_artefact(config.model, hints=from_flags(config), cascade=config.cascade)
     if form.reading:
         console.print(f"{form.name}: {form.reading}")
     judged = find_judged(form, dataset=config.dataset, data_dir=config.data_dir, track=partial(track, console))

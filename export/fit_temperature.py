@@ -166,7 +166,7 @@ def _report(form: "Form", content: bytes) -> dict[Path, bytes]:
 
     from common.documents import read_json
     from common.files import read_whole, sha256
-    from export.model_file.header import read_header
+    from export.model_file.onnx_reader import read_header
 
     path = form.path.with_suffix(".json")
     if not path.exists():

@@ -10,7 +10,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
-from export.model_file.described import NOTHING, Described, ReadingFlags, from_flags
+from export.model_file.reading import NO_HINTS, ReadingFlags, ReadingHints, from_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,12 +119,12 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list[
     if config.providers and config.artefact.suffix != ".onnx":
         raise Refusal(f"--providers are for .onnx files, and {config.artefact} is none; leave them out")
     if config.providers:
-        forms, missing = open_providers(config.artefact, config.providers, said=from_flags(config))
+        forms, missing = open_providers(config.artefact, config.providers, hints=from_flags(config))
         for line in missing:
             console.print(line)
     else:
-        forms = [open_artefact(config.artefact, said=from_flags(config))]
-    others = [open_artefact(path, said=_said_of(path, config)) for path in config.against]
+        forms = [open_artefact(config.artefact, hints=from_flags(config))]
+    others = [open_artefact(path, hints=_hints_for(path, config)) for path in config.against]
     spec = forms[0].spec
     for other in others:
         if other.spec.image != spec.image or len(other.spec.labels) != len(spec.labels):
@@ -132,13 +132,13 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list[
     return forms, others
 
 
-def _said_of(path: Path, config: ParityConfig) -> Described:
+def _hints_for(path: Path, config: ParityConfig) -> ReadingHints:
     """What the user says, of a file that does not say it itself."""
     from common.files import read_whole
-    from export.model_file.header import read_header
+    from export.model_file.onnx_reader import read_header
 
     is_foreign = path.suffix == ".onnx" and read_header(path, read_whole(path)).spec is None
-    return from_flags(config) if is_foreign else NOTHING
+    return from_flags(config) if is_foreign else NO_HINTS
 
 
 def by_precision(form: "Form", other: "Form") -> tuple["Form", "Form"]:

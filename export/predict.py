@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
 from common.cli import run_command
 from common.refusal import Refusal
-from export.model_file.described import ReadingFlags, from_flags
+from export.model_file.reading import ReadingFlags, from_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +64,7 @@ def command(config: PredictConfig) -> int:
     from train.data.survey import describe_left_out
 
     console = make_console()
-    form = open_artefact(config.model, said=from_flags(config), cascade=config.cascade)
+    form = open_artefact(config.model, hints=from_flags(config), cascade=config.cascade)
     if form.reading:
         console.print(f"{form.name}: {form.reading}")
     if config.flips:

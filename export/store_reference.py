@@ -7,11 +7,9 @@ import numpy as np
 
 from common.files import read_whole, write_whole
 from common.refusal import Refusal
-from export.model_file.card import card_path, read_card
-from export.model_file.header import metadata_entry, metadata_places, read_header
-from export.model_file.histograms import count
-from export.model_file.nodes import digest_of
-from export.model_file.reference import KEY, Reference
+from export.model_file.engine_card import card_path, read_card
+from export.model_file.onnx_reader import digest_of, metadata_entry, metadata_places, read_header
+from export.model_file.reference import KEY, Reference, count
 from export.runtimes.probabilities import best
 
 SUFFIXES = (".onnx", ".engine")  # of what is served

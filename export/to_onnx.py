@@ -110,7 +110,7 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _refuse_overflow(plain: "Plain", model: "onnx.ModelProto", config: ToOnnxConfig) -> None:
     """Refuses a graph one of whose nodes leaves float16's range on random, extreme or real images."""
-    from export.graphs.half import first_overflow
+    from export.graphs.observing import first_overflow
     from fold.image_sets import extreme_images, random_images, real_images
 
     image, training = plain.spec.image, plain.provenance.get("training", {})

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 from common.cli import run_command
 from common.refusal import Refusal
-from export.model_file.described import ReadingFlags, from_flags
+from export.model_file.reading import ReadingFlags, from_flags
 
 MAX_BATCH = 64  # of an ONNX file, which has no limit of its own; that of export/to_trt.py
 EXAMPLES = (
@@ -107,7 +107,7 @@ def _read_onnx(config: ToTritonConfig) -> Source:
 
 def _read_engine(config: ToTritonConfig) -> Source:
     from common.files import read_whole, sha256
-    from export.model_file.card import read_card
+    from export.model_file.engine_card import read_card
     from export.triton_server.model_config import TENSORRT
 
     path, content, card = config.model, read_whole(config.model), read_card(config.model)

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 
 from common.cli import run_command
 from common.refusal import Refusal
-from export.model_file.described import ReadingFlags, from_flags
+from export.model_file.reading import ReadingFlags, from_flags
 
 EXAMPLES = (
     "python export/to_trt.py plain.onnx                     # writes plain.engine and plain.engine.json beside it",
@@ -57,7 +57,7 @@ def command(config: ToTrtConfig) -> int:
         raise Refusal(f"--out must end in .engine, by which the server knows one; got {out}")
     parity = _parity(config, console)
     engine = build_engine(
-        config.onnx, batch=config.batch, said=from_flags(config), options=_options(config), report=report
+        config.onnx, batch=config.batch, hints=from_flags(config), options=_options(config), report=report
     )
     engine = replace(engine, card=replace(engine.card, parity=parity))
     card = engine.card
@@ -102,7 +102,7 @@ def _parity(config: ToTrtConfig, console: Any) -> dict[str, Any] | None:
 def _read_parity(path: Path, onnx: Path) -> dict[str, Any]:
     from common.documents import read_object
     from common.files import read_whole
-    from export.model_file.nodes import digest_of
+    from export.model_file.onnx_reader import digest_of
 
     record = read_object(read_whole(path), str(path), todo="run export/parity.py again")
     if not isinstance(record.get("artefacts"), dict):
@@ -115,7 +115,7 @@ def _read_parity(path: Path, onnx: Path) -> dict[str, Any]:
 def _write(engine: Any, out: Path, timing_cache: Path | None, console: Any) -> None:
     """The engine and what belongs to it."""
     from common.files import write_whole
-    from export.model_file.card import card_path, layers_path
+    from export.model_file.engine_card import card_path, layers_path
 
     if timing_cache is not None:
         write_whole(timing_cache, engine.timing_cache)

@@ -80,25 +80,25 @@ def _rows(chain: "Chain", config: VerifyConfig, console: "Console") -> Iterator[
 def _foreign(form: "Form") -> Iterator["Row"]:
     """What the files beside somebody else's classifier, or its exporter, say of it: little can be computed."""
     from common.files import read_whole
-    from export.model_file.described import found
-    from export.model_file.header import read_header
+    from export.model_file.onnx_reader import read_header
     from export.model_file.probe import probe_images
+    from export.model_file.reading import find_hints
     from export.verification.claims import judged, shown, unchecked
 
-    said = found(form.path, read_header(form.path, read_whole(form.path)).metadata)
+    hints = find_hints(form.path, read_header(form.path, read_whole(form.path)).metadata)
     scores = form.answer(probe_images(form.spec.image))
-    for name, source in said.sources:
-        claim, recorded = f"{name}, by {source}", shown(str(getattr(said, name)))
+    for name, source in hints.sources:
+        claim, recorded = f"{name}, by {source}", shown(str(getattr(hints, name)))
         match name:
             case "labels":
                 num = scores.shape[1]
-                yield judged(claim, recorded, f"{num} values per image", is_same=num == len(said.labels or ()))
+                yield judged(claim, recorded, f"{num} values per image", is_same=num == len(hints.labels or ()))
             case "output":
                 yield judged(claim, recorded, "the graph has it", is_same=True)
-            case "scores" if said.scores == "probabilities" or not ((scores >= 0) & (scores <= 1)).all():
+            case "scores" if hints.scores == "probabilities" or not ((scores >= 0) & (scores <= 1)).all():
                 is_share = bool(((scores >= 0) & (scores <= 1)).all())
                 computed = f"from {scores.min():.3g} to {scores.max():.3g}"
-                yield judged(claim, recorded, computed, is_same=is_share == (said.scores == "probabilities"))
+                yield judged(claim, recorded, computed, is_same=is_share == (hints.scores == "probabilities"))
             case _:
                 yield unchecked(claim, recorded, "the graph does not show it; export/evaluate.py on known images may")
 

@@ -144,7 +144,7 @@ def _faults(name: str, table: Any, kinds: dict[str, type]) -> list[str]:
 
 def read_artefact(path: Path) -> dict[str, bytes]:
     """The files of a model by name. They travel to the replicas, so that machines need no shared disk."""
-    from export.model_file.card import read_card
+    from export.model_file.engine_card import read_card
     from export.runtimes.load import load_runtime
     from serve.model.copies import files_of
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from common.cli import POSITIONAL
 from common.refusal import Refusal
-from export.model_file.described import ReadingFlags
+from export.model_file.reading import ReadingFlags
 
 if TYPE_CHECKING:
     from export.runtimes.load import RuntimeName

@@ -18,7 +18,6 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path
 # Pairs in which the first module names a type of the second, which imports it.
 FOR_TYPES_ALONE = {
     ("serve.decode.pool", "serve.request.batcher"),
-    ("export.graphs.operations", "export.graphs.graph"),
 }
 
 

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 
 from common.cli import run_command
 from export import parity, to_onnx, to_trt
-from export.model_file.card import read_card
+from export.model_file.engine_card import read_card
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.saturation import may_saturate
 from fold import run as fold

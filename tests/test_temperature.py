@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 from common.cli import run_command
 from export import describe, evaluate, fit_temperature, parity, predict, to_onnx, to_triton, to_trt
 from export.artefacts import open_artefact
-from export.model_file.card import read_card
-from export.model_file.header import read_header
+from export.model_file.engine_card import read_card
+from export.model_file.onnx_reader import read_header
 from export.model_file.reference import KEY
 from export.runtimes.onnx_session import OnnxSession
 from export.store_reference import store

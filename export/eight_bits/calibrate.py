@@ -1,13 +1,13 @@
 """What values the tensors of a float graph take on real images, and the range that eight bits should cover."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from export.runtimes.offline import ort
+from export.graphs.observing import node_outputs
 
 METHODS = ("min-max", "percentile", "entropy")
 NUM_BINS = 2048
@@ -72,6 +72,11 @@ def covered(histogram: Histogram, method: str) -> Range:
     raise ValueError(f"{method} is none of {METHODS}")
 
 
+def ranges(histograms: Mapping[str, Histogram], method: str) -> dict[str, Range]:
+    """`covered` for many tensors."""
+    return {name: covered(histogram, method) for name, histogram in histograms.items()}
+
+
 def _bins_of(ends: Range) -> Range:
     low, high = ends
     return (low, high) if high > low else (low, low + 1.0)  # a tensor of zeros
@@ -82,15 +87,9 @@ def _run_all(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every node's output, a batch at a time."""
     names = [name for node in model.graph.node for name in node.output if name != "logits"]
-    observed = onnx.ModelProto()
-    observed.CopyFrom(model)
-    observed.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(observed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        yield dict(zip(names, map(np.asarray, session.run(names, {"images": batch})), strict=True))
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    for batch, values in zip(batches, node_outputs(model, names, TensorProto.FLOAT, iter(batches)), strict=True):
+        yield dict(zip(names, values, strict=True))
         advance(len(batch))
 
 
@@ -119,8 +118,3 @@ def _information_lost(histogram: Histogram, share: float) -> float:
     lost = p[(p > 0) & ~kept].sum() / total_p  # what is clipped into a bin that is empty
     p, q = p[kept] / total_p, q[kept] / total_q
     return float((p * np.log(p / q)).sum() + lost * np.log(NUM_BINS))
-
-
-def ranges(histograms: Mapping[str, Histogram], method: str, names: Iterable[str] | None = None) -> dict[str, Range]:
-    """`covered` for many tensors."""
-    return {name: covered(histograms[name], method) for name in (histograms if names is None else names)}

@@ -8,7 +8,7 @@ transpositions per layer, and a fifth of the speed.
 
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import nn
 from common.refusal import Refusal
 from common.spec import Spec
 from export.eight_bits.calibrate import Range, Ranges
-from export.graphs.graph import Graph, finish, window, write_layer
+from export.graphs.graph import GraphWriter, finish, window, write_layer
 from export.runtimes.saturation import largest_pair
 from fold.lower import Repeat, SharedReLU
 from fold.plain import named_layers
@@ -29,7 +29,7 @@ Layers = list[tuple[str, nn.Module]]
 
 
 @dataclass(frozen=True)
-class Quantized:
+class EightBitTensor:
     """A uint8 tensor [N, H, W, C] in the graph; its values are scale (q - zero)."""
 
     name: str
@@ -44,16 +44,15 @@ def to_integer_onnx(net: nn.Sequential, spec: Spec, provenance: Mapping[str, Any
     `net` is a plain net lowered to concat, shared, shared-split or skip; `ranges` are those of the
     tensors of its float graph. The stem, which reads pixels, and the classifier stay in float32.
     """
-    graph, layers = Graph(), list(named_layers(deepcopy(net).float()))
+    graph, layers = GraphWriter(), list(named_layers(deepcopy(net).float()))
     start, end = _eight_bit_part(layers)
     for name, layer in layers[:start]:
         write_layer(graph, name, layer)
     before = graph.tensor
-    low, high = ranges[before]
     graph.node("Transpose", f"{before}.channels-last", perm=[0, 2, 3, 1])
-    scale, zero, parameters = _parameters(graph, before, (low, high))
-    graph.node("QuantizeLinear", f"{before}.quantized", graph.tensor, *parameters)
-    x = _write_all(graph, layers[start:end], Quantized(graph.tensor, scale, zero, parameters), ranges)
+    channels_last, x = graph.tensor, _declare(graph, before, ranges[before])
+    x = replace(x, name=graph.node("QuantizeLinear", f"{before}.quantized", channels_last, *x.parameters))
+    x = _write_all(graph, layers[start:end], x, ranges)
     graph.node("DequantizeLinear", f"{x.name}.dequantized", x.name, *x.parameters)
     graph.node("Transpose", f"{x.name}.channels-first", perm=[0, 3, 1, 2])
     for name, layer in layers[end:]:
@@ -62,17 +61,15 @@ def to_integer_onnx(net: nn.Sequential, spec: Spec, provenance: Mapping[str, Any
 
 
 def _eight_bit_part(layers: Layers) -> tuple[int, int]:
-    """Where it starts and ends: after the stem, and before the last pool."""
-    stem = next(index for index, (_, layer) in enumerate(layers) if isinstance(layer, nn.Conv2d))
-    start = next(
-        index
-        for index, (_, layer) in enumerate(layers)
-        if index > stem and not isinstance(layer, (nn.ReLU, nn.MaxPool2d))
-    )
-    return start, next(index for index, (_, layer) in enumerate(layers) if isinstance(layer, nn.AdaptiveAvgPool2d))
+    """Where it starts and ends: after the stem with its ReLU and pool, and before the last pool."""
+    kinds = [layer for _, layer in layers]
+    start = next(index for index, layer in enumerate(kinds) if isinstance(layer, nn.Conv2d)) + 1
+    while isinstance(kinds[start], (nn.ReLU, nn.MaxPool2d)):
+        start += 1
+    return start, next(index for index, layer in enumerate(kinds) if isinstance(layer, nn.AdaptiveAvgPool2d))
 
 
-def _write_all(graph: Graph, layers: Layers, x: Quantized, ranges: Ranges) -> Quantized:
+def _write_all(graph: GraphWriter, layers: Layers, x: EightBitTensor, ranges: Ranges) -> EightBitTensor:
     for index, (name, layer) in enumerate(layers):
         after = next((kind for _, kind in layers[index + 1 :] if not isinstance(kind, nn.MaxPool2d)), None)
         # What a ReLU is about to remove, through a pool or not, takes no part of the range.
@@ -80,20 +77,22 @@ def _write_all(graph: Graph, layers: Layers, x: Quantized, ranges: Ranges) -> Qu
     return x
 
 
-def _write(graph: Graph, name: str, layer: nn.Module, x: Quantized, ranges: Ranges, *, rectified: bool) -> Quantized:
+def _write(
+    graph: GraphWriter, name: str, layer: nn.Module, x: EightBitTensor, ranges: Ranges, *, rectified: bool
+) -> EightBitTensor:
     match layer:
         case nn.ReLU():
-            return x if x.zero == 0 else _same(x, graph.node("Max", name, x.name, x.parameters[1]))
+            return x if x.zero == 0 else replace(x, name=graph.node("Max", name, x.name, x.parameters[1]))
         case NCReLU():
             parts = [graph.node(op, f"{name}.{op.lower()}", x.name, x.parameters[1]) for op in ("Max", "Min")]
-            return _same(x, graph.node("Concat", name, *parts, axis=3))
+            return replace(x, name=graph.node("Concat", name, *parts, axis=3))
         case SharedReLU():
             positive = graph.node("Max", f"{name}.max", x.name, x.parameters[1])
-            return _same(x, graph.node("Concat", name, positive, x.name, axis=3))
+            return replace(x, name=graph.node("Concat", name, positive, x.name, axis=3))
         case Repeat():
-            return _same(x, graph.node("Concat", name, x.name, x.name, axis=3))
+            return replace(x, name=graph.node("Concat", name, x.name, x.name, axis=3))
         case nn.MaxPool2d():
-            return _same(x, graph.node("NhwcMaxPool", name, x.name, domain=CONTRIB, **window(layer)))
+            return replace(x, name=graph.node("NhwcMaxPool", name, x.name, domain=CONTRIB, **window(layer)))
         case nn.Conv2d():
             return _write_convolution(graph, name, layer, x, _from_zero(ranges[name]) if rectified else ranges[name])
         case Residual():
@@ -101,20 +100,21 @@ def _write(graph: Graph, name: str, layer: nn.Module, x: Quantized, ranges: Rang
                 _write_all(graph, list(named_layers(branch, f"{name}.{kind}.")), x, ranges)
                 for kind, branch in (("body", layer.body), ("shortcut", layer.shortcut))
             ]
-            scale, zero, parameters = _parameters(graph, name, _from_zero(ranges[name]) if rectified else ranges[name])
+            total = _declare(graph, name, _from_zero(ranges[name]) if rectified else ranges[name])
             inputs = [part for end in ends for part in (end.name, *end.parameters)]
-            graph.node("QLinearAdd", name, *inputs, *parameters, domain=CONTRIB)
-            return Quantized(name, scale, zero, parameters)
+            graph.node("QLinearAdd", name, *inputs, *total.parameters, domain=CONTRIB)
+            return total
     raise Refusal(f"{name}: {type(layer).__name__} has no eight-bit form; export int8 as concat, shared or skip")
 
 
-def _write_convolution(graph: Graph, name: str, conv: nn.Conv2d, x: Quantized, reach: Range) -> Quantized:
+def _write_convolution(
+    graph: GraphWriter, name: str, conv: nn.Conv2d, x: EightBitTensor, reach: Range
+) -> EightBitTensor:
     """Weights int8 with a scale for every filter, bias int32 in units of the products."""
     weight, scales = quantize_filters(conv.weight.detach().numpy())
     bias = np.zeros(len(weight)) if conv.bias is None else conv.bias.detach().numpy().astype(np.float64)
-    limit = 2**30
-    bias = np.clip(np.rint(bias / (x.scale * scales.astype(np.float64))), -limit, limit)
-    scale, zero, parameters = _parameters(graph, name, reach)
+    bias = np.clip(np.rint(bias / (x.scale * scales.astype(np.float64))), -(2**30), 2**30)
+    output = _declare(graph, name, reach)
     graph.node(
         "QLinearConv",
         name,
@@ -123,13 +123,13 @@ def _write_convolution(graph: Graph, name: str, conv: nn.Conv2d, x: Quantized, r
         graph.constant(f"{name}.weight", weight),
         graph.constant(f"{name}.weight.scale", scales),
         graph.constant(f"{name}.weight.zero", np.zeros(len(weight), np.int8)),
-        *parameters,
+        *output.parameters,
         graph.constant(f"{name}.bias", bias.astype(np.int32)),
         domain=CONTRIB,
         channels_last=1,
         **window(conv),
     )
-    return Quantized(name, scale, zero, parameters)
+    return output
 
 
 def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,14 +148,14 @@ def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(np.rint(weight / per_filter), -127, 127).astype(np.int8), scales
 
 
-def _parameters(graph: Graph, name: str, reach: Range) -> tuple[float, int, tuple[str, str]]:
-    """Scale and zero point of a tensor whose values lie in `reach`, with their names in the graph."""
+def _declare(graph: GraphWriter, name: str, reach: Range) -> EightBitTensor:
+    """The tensor `name` for values in `reach`; its scale and zero point are written, its node is not."""
     scale, zero = levels_of(reach)
-    names = (
+    parameters = (
         graph.constant(f"{name}.scale", np.asarray(scale)),
         graph.constant(f"{name}.zero", np.asarray(zero, np.uint8)),
     )
-    return float(scale), zero, names
+    return EightBitTensor(name, float(scale), zero, parameters)
 
 
 def levels_of(reach: Range) -> tuple[np.float32, int]:
@@ -163,11 +163,6 @@ def levels_of(reach: Range) -> tuple[np.float32, int]:
     low, high = min(reach[0], 0.0), max(reach[1], 0.0)
     scale = np.float32((high - low) / 255) if high > low else np.float32(1.0)
     return scale, int(np.clip(np.rint(-low / scale), 0, 255))
-
-
-def _same(x: Quantized, name: str) -> Quantized:
-    """Another tensor in the units of `x`."""
-    return Quantized(name, x.scale, x.zero, x.parameters)
 
 
 def _from_zero(reach: Range) -> Range:

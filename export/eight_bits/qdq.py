@@ -7,15 +7,13 @@ For ONNX Runtime's CPU kernels unsigned activations with zero points, filters wh
 biases: what its optimiser makes QLinearConv of. export/eight_bits/integer.py writes faster graphs, of chains alone.
 """
 
-from collections.abc import Callable
-
 import ml_dtypes
 import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from common.refusal import Refusal
-from export.eight_bits.calibrate import Ranges
+from export.eight_bits.calibrate import Range, Ranges
 from export.eight_bits.integer import levels_of, quantize_filters
 
 LARGEST = {"int8": 127.0, "fp8": float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)}
@@ -39,8 +37,8 @@ def to_qdq_onnx(
     if not any(node.op_type == "Conv" and node.name != stem for node in model.graph.node):
         raise Refusal("the net has no convolution but its first, which eight bits leave as it is; export it as fp32")
     nodes = []
+    read = _read_by_integers if for_onnxruntime else _quantized_inputs
     for node in graph.graph.node:
-        read = _read_by_integers if for_onnxruntime else _quantized_inputs
         for index in read(node, stem, made_by):
             node.input[index] = writer.activation(node.input[index])
         if node.op_type == "Conv" and node.name != stem:
@@ -65,7 +63,7 @@ def _quantized_inputs(node: NodeProto, stem: str, made_by: dict[str, NodeProto])
 
 
 def _read_by_integers(node: NodeProto, stem: str, made_by: dict[str, NodeProto]) -> list[int]:
-    """What a convolution reads, and what comes out of one, after the ReLU that its kernel does too."""
+    """The inputs of a convolution, and inputs that are the output of one, with the ReLU that its kernel includes."""
 
     def is_of_integers(name: str) -> bool:
         maker = made_by.get(name)
@@ -97,21 +95,14 @@ class _Writer:
     def activation(self, name: str) -> str:
         """The name of tensor `name` after a Q/DQ pair."""
         if name not in self._done:
-            largest = max(map(abs, self._ranges[name])) or 1.0
-            scale = self._constant(f"{name}.q.scale", np.asarray(largest / LARGEST[self._precision], np.float32))
-            zero = self._zero(f"{name}.q.zero", ())
-            self._pair(name, scale, zero)
+            scale, zero = self._scale_and_zero(f"{name}.q", self._ranges[name])
+            parameters = [self._constant(f"{name}.q.scale", scale), self._add(zero)]
+            self._pending += [
+                helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}.q"], name=f"{name}.q"),
+                helper.make_node("DequantizeLinear", [f"{name}.q", *parameters], [f"{name}.dq"], name=f"{name}.dq"),
+            ]
+            self._done[name] = f"{name}.dq"
         return self._done[name]
-
-    def _pair(self, name: str, scale: str, zero: str) -> None:
-        self._pending += [
-            helper.make_node("QuantizeLinear", [name, scale, zero], [f"{name}.q"], name=f"{name}.q"),
-            helper.make_node("DequantizeLinear", [f"{name}.q", scale, zero], [f"{name}.dq"], name=f"{name}.dq"),
-        ]
-        self._done[name] = f"{name}.dq"
-
-    def bias(self, node: NodeProto) -> None:
-        """The bias of a convolution whose input and filters are quantised: it stays as it is."""
 
     def filters(self, name: str) -> str:
         """The name of the weight `name` [N_o, ...] after a dequantisation with a scale for every filter."""
@@ -119,19 +110,26 @@ class _Writer:
         largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
         scales = np.where(largest > 0, largest / LARGEST[self._precision], 1.0).astype(np.float32)
         levels = weight / scales.reshape(-1, *[1] * (weight.ndim - 1))
-        inputs = [
-            self._add(_tensor(name, levels, self._precision)),
-            self._constant(f"{name}.scale", scales),
-            self._zero(f"{name}.zero", scales.shape),
-        ]
+        zeros = _tensor(f"{name}.zero", np.zeros(scales.shape, np.float32), self._precision)
+        return self._dequantized(_tensor(name, levels, self._precision), scales, zeros)
+
+    def bias(self, node: NodeProto) -> None:
+        """The bias of a convolution whose input and filters are quantised: it stays as it is."""
+
+    def _scale_and_zero(self, name: str, reach: Range) -> tuple[np.ndarray, TensorProto]:
+        largest = max(map(abs, reach)) or 1.0
+        zero = _tensor(f"{name}.zero", np.zeros((), np.float32), self._precision)
+        return np.asarray(largest / LARGEST[self._precision], np.float32), zero
+
+    def _dequantized(self, levels: TensorProto, scales: np.ndarray, zeros: TensorProto) -> str:
+        """The name of stored levels [N_o, ...] times their scales [N_o]."""
+        name = levels.name
+        inputs = [self._add(levels), self._constant(f"{name}.scale", scales), self._add(zeros)]
         self._pending.append(helper.make_node("DequantizeLinear", inputs, [f"{name}.dq"], name=f"{name}.dq", axis=0))
         return f"{name}.dq"
 
     def _constant(self, name: str, array: np.ndarray) -> str:
         return self._add(numpy_helper.from_array(array, name))
-
-    def _zero(self, name: str, shape: tuple[int, ...]) -> str:
-        return self._add(_tensor(name, np.zeros(shape, np.float32), self._precision))
 
     def _add(self, tensor: TensorProto) -> str:
         self.weights[tensor.name] = tensor
@@ -141,42 +139,34 @@ class _Writer:
 class _UnsignedWriter(_Writer):
     """The same with unsigned activations, zero points and int32 biases."""
 
-    def activation(self, name: str) -> str:
-        if name not in self._done:
-            scale, zero = levels_of(self._ranges[name])
-            self._pair(
-                name,
-                self._constant(f"{name}.q.scale", np.asarray(scale, np.float32)),
-                self._constant(f"{name}.q.zero", np.asarray(zero, np.uint8)),
-            )
-        return self._done[name]
-
     def filters(self, name: str) -> str:
-        levels, scales = quantize_filters(numpy_helper.to_array(self.weights.pop(name)))
-        return self._dequantized(name, levels, scales)
+        return self._dequantized_integers(name, *quantize_filters(numpy_helper.to_array(self.weights.pop(name))))
 
     def bias(self, node: NodeProto) -> None:
         if len(node.input) < 3:
             return
         name, x, w = node.input[2], node.input[0].removesuffix(".dq"), node.input[1].removesuffix(".dq")
-        parts = [numpy_helper.to_array(self.weights[part]) for part in (f"{x}.q.scale", f"{w}.scale", name)]
-        scales = (parts[0] * parts[1]).astype(np.float32)  # those of the sums that the bias is added to
-        levels = np.clip(np.rint(parts[2].astype(np.float64) / scales), -(2**31), 2**31 - 1).astype(np.int32)
+        x_scale, w_scales, bias = (
+            numpy_helper.to_array(self.weights[part]) for part in (f"{x}.q.scale", f"{w}.scale", name)
+        )
+        scales = (x_scale * w_scales).astype(np.float32)  # those of the sums that the bias is added to
+        levels = np.clip(np.rint(bias.astype(np.float64) / scales), -(2**31), 2**31 - 1).astype(np.int32)
         del self.weights[name]
-        node.input[2] = self._dequantized(name, levels, scales)
+        node.input[2] = self._dequantized_integers(name, levels, scales)
 
-    def _dequantized(self, name: str, levels: np.ndarray, scales: np.ndarray) -> str:
-        zeros = np.zeros(scales.shape, levels.dtype)
-        inputs = [self._constant(name, levels), self._constant(f"{name}.scale", scales)]
-        inputs.append(self._constant(f"{name}.zero", zeros))
-        self._pending.append(helper.make_node("DequantizeLinear", inputs, [f"{name}.dq"], name=f"{name}.dq", axis=0))
-        return f"{name}.dq"
+    def _scale_and_zero(self, name: str, reach: Range) -> tuple[np.ndarray, TensorProto]:
+        scale, zero = levels_of(reach)
+        return np.asarray(scale, np.float32), numpy_helper.from_array(np.asarray(zero, np.uint8), f"{name}.zero")
+
+    def _dequantized_integers(self, name: str, levels: np.ndarray, scales: np.ndarray) -> str:
+        zeros = numpy_helper.from_array(np.zeros(scales.shape, levels.dtype), f"{name}.zero")
+        return self._dequantized(numpy_helper.from_array(levels, name), scales, zeros)
 
 
 def _tensor(name: str, levels: np.ndarray, precision: str) -> TensorProto:
     """Levels rounded to the eight bits of `precision`, ties to even."""
-    rounded: Callable[[np.ndarray], np.ndarray] = {
-        "int8": lambda array: np.clip(np.rint(array), -127, 127).astype(np.int8),
-        "fp8": lambda array: array.astype(ml_dtypes.float8_e4m3fn),
-    }[precision]
-    return helper.make_tensor(name, TYPES[precision], levels.shape, rounded(levels).tobytes(), raw=True)
+    if precision == "int8":
+        rounded = np.clip(np.rint(levels), -127, 127).astype(np.int8)
+    else:
+        rounded = levels.astype(ml_dtypes.float8_e4m3fn)
+    return helper.make_tensor(name, TYPES[precision], levels.shape, rounded.tobytes(), raw=True)

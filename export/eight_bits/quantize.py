@@ -15,7 +15,7 @@ from export.eight_bits.calibrate import METHODS, Ranges, observe, ranges
 from export.eight_bits.integer import to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.graphs.graph import to_onnx
-from export.runtimes.offline import ort
+from export.runtimes.offline import cpu_session, ort
 from fold.graph import GraphNet
 from fold.lower import layers_of, lower
 from fold.plain import PlainNet
@@ -25,12 +25,10 @@ Target = Literal["onnxruntime", "tensorrt"]
 # shared-split hold W1 - W2, whose range is wider than that of either.
 TRIED = ("skip", "concat")
 
-Advance = Callable[[int], None]
-
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to eight bits, and how far its logits are from float32's on the images to choose by."""
+    """One way to eight bits, and how far its logits are from float32's on the images that choose."""
 
     lowering: str
     method: str  # of export/eight_bits/calibrate.py
@@ -72,7 +70,7 @@ def quantize(
     lowerings: Sequence[str],
     observed: np.ndarray,
     chosen_by: np.ndarray,
-    advance: Advance = lambda n: None,
+    advance: Callable[[int], None] = lambda n: None,
 ) -> Quantized:
     """The eight-bit graph of a plain net whose logits stray least from float32's.
 
@@ -101,11 +99,12 @@ def num_images_run(lowerings: Sequence[str], num_observed: int, num_chosen_by: i
 
 def measure_drop(reference: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> Drop:
     """Float32's logits and eight bits' [N, K] on the same labelled test images."""
-    low, high = _lost(reference.argmax(1) == targets, logits.argmax(1) == targets)
+    right_before, right_after = (part.argmax(1) == targets for part in (reference, logits))
+    low, high = _lost(right_before, right_after)
     return Drop(
         num_images=len(targets),
-        float32_accuracy=float((reference.argmax(1) == targets).mean()),
-        accuracy=float((logits.argmax(1) == targets).mean()),
+        float32_accuracy=float(right_before.mean()),
+        accuracy=float(right_after.mean()),
         top1_agreement=top1_agreement(reference, logits),
         relative_error=relative_error(reference, logits),
         lost_low=low,
@@ -138,12 +137,11 @@ def top1_agreement(reference: np.ndarray, logits: np.ndarray) -> float:
 
 def answerer(model: onnx.ModelProto) -> Answer:
     """Images → logits through ONNX Runtime on the CPU."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options = {}
     if any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
         # Its optimiser moves fp8 pairs over nodes that then answer wrongly (1.31: errors of 70 %).
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        options["graph_optimization_level"] = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = cpu_session(model.SerializeToString(), **options)
     return lambda images: np.asarray(session.run(None, {"images": images})[0])
 
 

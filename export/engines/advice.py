@@ -12,8 +12,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from export.graphs.onnx_file import FLOATS, dtype_name, listed
 
 
-class Graph:
-    """A graph that can be asked for the types and constants that its nodes read."""
+class TypedGraph:
+    """A graph with the types and constants that its nodes read."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         graph = onnx.shape_inference.infer_shapes(model).graph
@@ -28,11 +28,17 @@ class Graph:
         return [self._types.get(name, TensorProto.UNDEFINED) for name in node.input if name]
 
     def constant(self, name: str) -> Any:
-        """The array of a weight; None for what is computed."""
+        """The array of a weight; None for a tensor that is computed."""
         return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
 
+    def concerned(self, rule: "Rule") -> list[NodeProto]:
+        return [node for node in self.nodes if rule.concerns(node, self)]
 
-Concerns = Callable[[NodeProto, Graph], bool]
+    def shown(self, node: NodeProto) -> str:
+        """A node with its input types, for messages."""
+        name = f"'{node.name}'" if node.name else f"that writes '{node.output[0]}'"
+        types = ", ".join(dtype_name(kind) for kind in self.types(node))
+        return f"{node.op_type} {name}" + (f" ({types})" if types else "")
 
 
 @dataclass(frozen=True)
@@ -42,46 +48,39 @@ class Rule:
     pattern: str  # in the message; a group is what the reason quotes
     reason: str
     remedy: str
-    concerns: Concerns = lambda node, graph: False
+    concerns: Callable[[NodeProto, TypedGraph], bool] = lambda node, graph: False
 
 
 def _is_quantizer(node: NodeProto) -> bool:
     return node.op_type in ("QuantizeLinear", "DequantizeLinear")
 
 
-def _reads_uint8(node: NodeProto, graph: Graph) -> bool:
+def _reads_uint8(node: NodeProto, graph: TypedGraph) -> bool:
     reads = graph.types(node)[:1] == [TensorProto.UINT8]
     return reads and node.op_type != "Cast" and not _is_quantizer(node)
 
 
-def _reads_int32(node: NodeProto, graph: Graph) -> bool:
+def _reads_int32(node: NodeProto, graph: TypedGraph) -> bool:
     return node.op_type == "DequantizeLinear" and graph.types(node)[:1] == [TensorProto.INT32]
 
 
-def _reads_uint8_weights(node: NodeProto, graph: Graph) -> bool:
+def _reads_uint8_weights(node: NodeProto, graph: TypedGraph) -> bool:
     weights = graph.constant(node.input[0]) if node.op_type == "DequantizeLinear" else None
     return weights is not None and weights.dtype == np.uint8
 
 
-def _has_a_shifted_zero(node: NodeProto, graph: Graph) -> bool:
+def _has_a_shifted_zero(node: NodeProto, graph: TypedGraph) -> bool:
     zero = graph.constant(node.input[2]) if _is_quantizer(node) and len(node.input) > 2 else None
     return zero is not None and bool(zero.astype(float).any())
 
 
-def _is_unsigned(node: NodeProto, graph: Graph) -> bool:
-    """ONNX gives a quantizer without a zero point the type uint8."""
-    if node.op_type != "QuantizeLinear":
-        return False
-    return graph.types(node)[2:] in ([], [TensorProto.UINT8]) and not any(
-        a.name == "output_dtype" for a in node.attribute
-    )
+def _is_unsigned(node: NodeProto, graph: TypedGraph) -> bool:
+    """Without a zero point or a type of its own, a quantizer's output is uint8."""
+    is_typed = any(attribute.name == "output_dtype" for attribute in node.attribute)
+    return node.op_type == "QuantizeLinear" and not is_typed and graph.types(node)[2:] in ([], [TensorProto.UINT8])
 
 
-def _is_for_onnx_runtime(node: NodeProto, graph: Graph) -> bool:
-    return node.domain == "com.microsoft" or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
-
-
-def _mixes_types(node: NodeProto, graph: Graph) -> bool:
+def _mixes_types(node: NodeProto, graph: TypedGraph) -> bool:
     same = ("Add", "Concat", "Conv", "ConvTranspose", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub", "Sum")
     return node.op_type in same and len({kind for kind in graph.types(node) if kind in FLOATS}) > 1
 
@@ -138,7 +137,14 @@ GRAPH_RULES = (
         f"{OUR_INT8}, or with activation_type=QInt8 in ONNX Runtime's quantizer",
         _is_unsigned,
     ),
-    Rule(r"", "computes in integers, which only ONNX Runtime does", OUR_INT8, _is_for_onnx_runtime),
+    Rule(
+        r"",
+        "computes in integers, which only ONNX Runtime does",
+        OUR_INT8,
+        lambda node, graph: (
+            node.domain == "com.microsoft" or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
+        ),
+    ),
 )
 BUILD_RULES = (
     Rule(
@@ -165,44 +171,47 @@ BUILD_RULES = (
 
 
 def parser_advice(model: onnx.ModelProto, errors: Iterable[Any]) -> str:
-    """All objections to a graph in one line, kind by kind with the nodes concerned; "" where there are none.
+    """All objections to a graph in one line, by kind, with the nodes concerned; "" if there are none.
 
     `errors` are the parser's own error objects.
     """
-    graph = Graph(model)
-    groups: dict[tuple[str, str], dict[str, NodeProto]] = {}  # (reason, remedy) to nodes by their output
+    graph = TypedGraph(model)
+    groups: dict[tuple[str, str], dict[str, NodeProto]] = {}  # (reason, remedy) → nodes by their output
+
+    def object_to(nodes: Iterable[NodeProto], reason: str, remedy: str) -> None:
+        groups.setdefault((reason, remedy), {}).update({node.output[0]: node for node in nodes})
+
     for rule in GRAPH_RULES:
-        if nodes := _concerned(rule, graph):
-            groups[rule.reason, rule.remedy] = {node.output[0]: node for node in nodes}
+        if nodes := graph.concerned(rule):
+            object_to(nodes, rule.reason, rule.remedy)
     explained = {name for nodes in groups.values() for name in nodes}
     for error in errors:
         culprit = _culprit(error, graph)
         if explained.isdisjoint(node.output[0] for node in culprit):
             rule, reason = _match(PARSER_RULES, error.desc())
-            nodes = [*culprit, *_concerned(rule, graph)]
-            groups.setdefault((reason, rule.remedy), {}).update({node.output[0]: node for node in nodes})
+            object_to([*culprit, *graph.concerned(rule)], reason, rule.remedy)
     return "; ".join(
-        f"{listed([_described(node, graph) for node in nodes.values()]) or 'the graph'}: {reason}; do: {remedy}"
+        f"{listed([graph.shown(node) for node in nodes.values()]) or 'the graph'}: {reason}; do: {remedy}"
         for (reason, remedy), nodes in groups.items()
     )
 
 
 def build_advice(message: str) -> str:
-    """What the builder's last error means, and what to do."""
+    """The meaning of the builder's last error, and what to do."""
     rule, reason = _match(BUILD_RULES, message)
     return f"{reason}; do: {rule.remedy}"
 
 
 def _match(rules: tuple[Rule, ...], message: str) -> tuple[Rule, str]:
-    """The rule of a message with its reason filled in; for an unknown message its own words, in short."""
+    """The rule of a message with its reason filled in; for an unknown message its own words, shortened."""
     for rule in rules:
         if found := re.search(rule.pattern, message):
             return rule, rule.reason.format(*found.groups())
-    return Rule("", "", "change what the message names, and export the net again"), _in_short(message)
+    return Rule("", "", "change what the message names, and export the net again"), _shortened(message)
 
 
-def _culprit(error: Any, graph: Graph) -> list[NodeProto]:
-    """The node of an error; one inside a function or a branch counts there, so only its name is known."""
+def _culprit(error: Any, graph: TypedGraph) -> list[NodeProto]:
+    """The node of an error. Inside a function or a branch, nodes are counted anew: then only its name is known."""
     index, kind, name = error.node(), error.node_operator(), error.node_name()
     if index < 0:
         return []
@@ -211,18 +220,8 @@ def _culprit(error: Any, graph: Graph) -> list[NodeProto]:
     return [helper.make_node(kind, [], [name], name=name)]
 
 
-def _concerned(rule: Rule, graph: Graph) -> list[NodeProto]:
-    return [node for node in graph.nodes if rule.concerns(node, graph)]
-
-
-def _described(node: NodeProto, graph: Graph) -> str:
-    name = f"'{node.name}'" if node.name else f"that writes '{node.output[0]}'"
-    types = ", ".join(dtype_name(kind) for kind in graph.types(node))
-    return f"{node.op_type} {name}" + (f" ({types})" if types else "")
-
-
-def _in_short(message: str) -> str:
-    """A message of the library without the places in its source and the CUDA errors that trail it."""
+def _shortened(message: str) -> str:
+    """A message of the library without places in its source code and trailing CUDA errors."""
     quoted = re.search(r'&& ?((?:"[^"]*"\s*)+)', message)
     text = quoted[1].replace('"', "") if quoted else message
     text = re.sub(r"\[checkMacros.*|^Invalid Node - .*$", "", text, flags=re.MULTILINE)

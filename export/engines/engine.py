@@ -13,8 +13,8 @@ from common.files import sha256
 from common.refusal import Refusal
 from export.engines.advice import build_advice, parser_advice
 from export.graphs.onnx_file import OnnxFile, read_onnx
-from export.model_file.card import EngineCard
-from export.model_file.described import NOTHING, Described
+from export.model_file.engine_card import Builder, EngineCard
+from export.model_file.reading import NO_HINTS, ReadingHints
 from export.runtimes import gpu
 from export.runtimes.tensorrt_engine import INSTALL_TENSORRT, import_library, make_logger, make_runtime
 
@@ -22,15 +22,15 @@ Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
 OPSETS = range(9, 26)  # what TensorRT 11 documents; its parser takes any number and guesses
 BATCH = (1, 8, 64)  # smallest, best and largest, where the graph leaves it free
 MAX_WORKSPACE_MIB = 2**20
-# GPUs that by default no build is for: Turing has no kernels for a classifier's fp32 matrix product, and
-# what came before Ada has no fp8.
+# GPUs that are left out by default: Turing has no kernels for a classifier's fp32 matrix product, and no GPU before
+# Ada has fp8.
 LEFT_OUT = {"7.5"}
 WITHOUT_FP8 = {"7.5", "8.0", "8.6"}
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build may be asked for beyond its batch."""
+    """The options of a build besides its batch."""
 
     workspace_mib: int | None = None  # the builder's scratch memory; None is all that the device has
     compute_capabilities: tuple[str, ...] = ()  # "8.9"; () is all from Ampere on that tensorrt_rtx offers
@@ -41,7 +41,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Engine:
-    """A serialised engine and what it says of itself."""
+    """A serialised engine and its card."""
 
     content: bytes
     card: EngineCard
@@ -49,7 +49,7 @@ class Engine:
     layers: str | None  # JSON of the inspector; None without a GPU that can load the engine
 
 
-def choose_builder() -> str:
+def choose_builder() -> Builder:
     """`tensorrt` where a CUDA device is, else `tensorrt_rtx`, which builds ahead of time without one."""
     if importlib.util.find_spec("tensorrt") and gpu.num_devices():
         return "tensorrt"
@@ -65,7 +65,7 @@ def build_engine(
     path: Path,
     *,
     batch: tuple[int, int, int] | None = None,
-    said: Described = NOTHING,
+    hints: ReadingHints = NO_HINTS,
     options: BuildOptions = BuildOptions(),
     report: Report = lambda *_: None,
 ) -> Engine:
@@ -78,21 +78,41 @@ def build_engine(
         raise Refusal(f"--batch must be MIN <= OPT <= MAX from 1 on, got {' '.join(map(str, batch))}")
     builder_name = choose_builder()
     _refuse_options(builder_name, options)
-    file = read_onnx(path, said)
-    batch = _fitting_batch(file, batch)
+    file = read_onnx(path, hints)
+    signature, kind, batch = file.signature, precision(file.model), _fitting_batch(file, batch)
     trt = import_library(builder_name)
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     network = _parse(trt, builder, logger, file)
     config = builder.create_builder_config()
-    _add_profile(builder, config, file, batch)
-    capabilities = configure(trt, builder_name, config, options, kind=precision(file.model))
-    _refuse_useless(builder_name, options, capabilities)
+    if signature.batch is None:
+        profile = builder.create_optimization_profile()
+        profile.set_shape(signature.input_name, *((size, *signature.shape[1:]) for size in batch))
+        config.add_optimization_profile(profile)
+    capabilities = configure(trt, builder_name, config, options, kind=kind)
     cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
     content = _build(trt, builder, network, config, report)
     if content is None:
         raise Refusal(f"{path} cannot be built by {builder_name}: {build_advice(logger.last_error())}")
-    card = _card(file, content, options, trt=trt, batch=batch, capabilities=capabilities)
+    card = EngineCard(
+        name=file.name,
+        builder=builder_name,
+        builder_version=trt.__version__,
+        precision=kind,
+        batch=batch,
+        compute_capabilities=capabilities,
+        gpu=gpu.device_name() if builder_name == "tensorrt" else None,
+        workspace_mib=options.workspace_mib,
+        version_compatible=options.version_compatible,
+        refittable=options.refittable,
+        onnx_sha256=file.sha256,
+        engine_sha256=sha256(content),
+        signature=signature,
+        output_dtype=file.output_dtype,
+        spec=file.spec,
+        provenance=file.provenance,
+        parity=None,
+    )
     return Engine(content, card, cache and bytes(cache.serialize()), inspect_layers(trt, content, card))
 
 
@@ -150,17 +170,6 @@ def _refuse_options(builder_name: str, options: BuildOptions) -> None:
         raise Refusal("--refittable needs a GPU: tensorrt_rtx compiles what can be refitted for the GPU at hand")
 
 
-def _refuse_useless(builder_name: str, options: BuildOptions, capabilities: tuple[str, ...]) -> None:
-    """An engine that this machine's GPU cannot load, unless others were asked for by name."""
-    if builder_name != "tensorrt_rtx" or options.compute_capabilities or not gpu.num_devices():
-        return
-    if (here := gpu.compute_capability()) not in capabilities:
-        raise Refusal(
-            f"tensorrt_rtx builds for compute capability {', '.join(capabilities)}, and the GPU here has {here}: "
-            f"{INSTALL_TENSORRT}, or name other GPUs with --compute-capability"
-        )
-
-
 def _parse(trt: Any, builder: Any, logger: Any, file: OnnxFile) -> Any:
     if file.opset not in OPSETS:
         known = f"{OPSETS[0]} to {OPSETS[-1]}"
@@ -192,16 +201,6 @@ def _fitting_batch(file: OnnxFile, asked: tuple[int, int, int] | None) -> tuple[
     return only, only, only
 
 
-def _add_profile(builder: Any, config: Any, file: OnnxFile, batch: tuple[int, int, int]) -> None:
-    """The optimisation profile of a free batch."""
-    signature = file.signature
-    if signature.batch is not None:
-        return
-    profile = builder.create_optimization_profile()
-    profile.set_shape(signature.input_name, *((size, *signature.shape[1:]) for size in batch))
-    config.add_optimization_profile(profile)
-
-
 def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions, *, kind: str) -> tuple[str, ...]:
     """Flags and limits of a build; the compute capabilities of the GPUs that its engine will run on.
 
@@ -227,40 +226,15 @@ def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions, *
         )
     asked = options.compute_capabilities or set(offered) - (WITHOUT_FP8 if kind == "fp8" else LEFT_OUT)
     wanted = tuple(capability for capability in offered if capability in asked)
+    if not options.compute_capabilities and gpu.num_devices() and (here := gpu.compute_capability()) not in wanted:
+        raise Refusal(
+            f"{builder_name} builds for compute capability {', '.join(wanted)}, and the GPU here has {here}: "
+            f"{INSTALL_TENSORRT}, or name other GPUs with --compute-capability"
+        )
     config.num_compute_capabilities = len(wanted)
     for index, capability in enumerate(wanted):
         config.set_compute_capability(offered[capability], index)
     return wanted
-
-
-def _card(
-    file: OnnxFile,
-    content: bytes,
-    options: BuildOptions,
-    *,
-    trt: Any,
-    batch: tuple[int, int, int],
-    capabilities: tuple[str, ...],
-) -> EngineCard:
-    return EngineCard(
-        name=file.name,
-        builder=trt.__name__,
-        builder_version=trt.__version__,
-        precision=precision(file.model),
-        batch=batch,
-        compute_capabilities=capabilities,
-        gpu=gpu.device_name() if trt.__name__ == "tensorrt" else None,
-        workspace_mib=options.workspace_mib,
-        version_compatible=options.version_compatible,
-        refittable=options.refittable,
-        onnx_sha256=file.sha256,
-        engine_sha256=sha256(content),
-        signature=file.signature,
-        output_dtype=file.output_dtype,
-        spec=file.spec,
-        provenance=file.provenance,
-        parity=None,
-    )
 
 
 def _build(trt: Any, builder: Any, network: Any, config: Any, report: Report) -> bytes | None:

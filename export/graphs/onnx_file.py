@@ -1,4 +1,4 @@
-"""An ONNX file before any library builds it: whole, finite, and what it takes and gives."""
+"""An ONNX file, checked before any library builds it: complete, finite, with a classifier's inputs and outputs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,11 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from common.files import read_whole
 from common.refusal import Refusal
 from common.spec import Spec
-from export.model_file.classifier import Value, find_signature, find_spec
-from export.model_file.described import NOTHING, Described
-from export.model_file.header import read_header
-from export.model_file.nodes import digest_of, find_weights, read_graph
-from export.model_file.signature import Signature
+from export.model_file.onnx_reader import digest_of, find_weights, read_graph, read_header
+from export.model_file.reading import NO_HINTS, ReadingHints
+from export.model_file.signature import Signature, Value, find_signature, find_spec
 
 FLOATS = (
     TensorProto.FLOAT,
@@ -29,13 +27,13 @@ FLOATS = (
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A checked classifier, ours or somebody else's."""
+    """A checked classifier, of this project or somebody else's."""
 
     path: Path
     model: onnx.ModelProto
     sha256: str  # of the file and of the weights that lie beside it
     weight_files: tuple[str, ...]  # relative to the file's folder; () where all weights are inside
-    name: str  # "DiracNet-16-1", or the file's stem for a net without our spec
+    name: str  # "DiracNet-16-1", or the file's stem for somebody else's net
     signature: Signature
     output_dtype: str  # of the logits: "float32", "float16"
     output_shape: tuple[int | None, ...]  # [N, K], or [N, K, 1, 1]
@@ -47,11 +45,11 @@ class OnnxFile:
         return next(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
-def read_onnx(path: Path, said: Described = NOTHING) -> OnnxFile:
-    """Read and check a classifier, see `find_signature`; `said` is what its user says of somebody else's.
+def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
+    """Read and check a classifier, see `find_signature`; `hints` are those of its user of somebody else's.
 
-    Refuses what is no ONNX, weight files that are missing, weights that are NaN or infinite, and
-    inputs and outputs that are no image classifier's.
+    Refuses invalid files, missing weight files, weights that are NaN or infinite, and inputs and outputs other than
+    an image classifier's.
     """
     content = read_whole(path)
     try:
@@ -64,17 +62,16 @@ def read_onnx(path: Path, said: Described = NOTHING) -> OnnxFile:
         raise
     except Exception as error:  # protobuf and the checker raise hierarchies of their own
         reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{path} is no valid ONNX file: {reason}; export it again") from error
+        raise Refusal(f"{path} is not a valid ONNX file: {reason}; export it again") from error
     _refuse_what_is_not_finite(path, model)
     header = read_header(path, content)
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [_value(value) for value in model.graph.input if value.name not in weights]
     outputs = [_value(value) for value in onnx.shape_inference.infer_shapes(model).graph.output]
-    signature, said = find_signature(path, header, graph, inputs, outputs, said)
+    signature, hints = find_signature(path, header, graph, inputs, outputs, hints)
     (output,) = (value for value in outputs if value.name == signature.output_name)
     if output.num_classes is None:
-        shown = [size or "N" for size in output.shape]
-        raise Refusal(f"{path} answers {shown}; export it with a fixed number of classes")
+        raise Refusal(f"{path} answers {output.shown}; export it with a fixed number of classes")
     return OnnxFile(
         path=path,
         model=model,
@@ -84,7 +81,7 @@ def read_onnx(path: Path, said: Described = NOTHING) -> OnnxFile:
         signature=signature,
         output_dtype=output.dtype,
         output_shape=output.shape,
-        spec=find_spec(path, header, signature, said, output.num_classes),
+        spec=find_spec(path, header, signature, hints, output.num_classes),
         provenance=header.provenance,
     )
 
@@ -128,8 +125,5 @@ def _floats(graph: onnx.GraphProto) -> Iterator[tuple[str, np.ndarray]]:
 
 def _value(value: onnx.ValueInfoProto) -> Value:
     kind = value.type.tensor_type
-    return Value(value.name, dtype_name(kind.elem_type), _shape(kind))
-
-
-def _shape(kind: Any) -> tuple[int | None, ...]:
-    return tuple(size.dim_value if size.HasField("dim_value") else None for size in kind.shape.dim)
+    shape = tuple(size.dim_value if size.HasField("dim_value") else None for size in kind.shape.dim)
+    return Value(value.name, dtype_name(kind.elem_type), shape)

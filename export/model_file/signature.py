@@ -1,58 +1,46 @@
-"""What an exported net takes and gives, ours or somebody else's, and how pixels become its input."""
+"""What a classifier is, for every command: one input of images, one output with a value for each class."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.refusal import Refusal
 from common.spec import ImageSpec, Spec
-from export.model_file.described import Channels, Described, Scores
+from export.model_file.onnx_reader import Header, OnnxGraph
+from export.model_file.reading import NO_HINTS, Reading, ReadingHints, decide_reading, find_hints
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How pixels become the input of somebody else's net, how its output is read, and who says so.
+class Value:
+    """An input or output of a graph."""
 
-    `mean` and `std` are empty where the graph normalises by itself, which one that takes uint8 does.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: int | None
-    channels: Channels
-    scores: Scores
-    sources: dict[str, str]  # field → who says it; labels too
+    name: str
+    dtype: str  # as numpy spells it
+    shape: tuple[int | None, ...]  # None where it is free
 
     @property
-    def assumed(self) -> list[str]:
-        """The fields that nobody says."""
-        return [name for name, source in self.sources.items() if source == ASSUMED]
+    def num_classes(self) -> int | None:
+        """Of an output [N, K] or [N, K, 1, 1]; 1 if it is not a classifier's, None if the graph does not say."""
+        if self.dtype not in _FLOATS or len(self.shape) < 2 or any(size not in (1, None) for size in self.shape[2:]):
+            return 1
+        return self.shape[1]
 
-    def __str__(self) -> str:
-        """In one line, for people."""
-        shown = {
-            "mean": f"mean {_listed(self.mean)}",
-            "std": f"std {_listed(self.std)}",
-            "resize": f"shorter side {self.resize}, centre cropped" if self.resize else "images stretched to its input",
-            "channels": self.channels.upper(),
-            "scores": f"answers {self.scores}",
-            "labels": "labels 'class N'",
-        }
-        assumed = [shown[name] for name in self.assumed]
-        said = [f"{name} by {source}" for name, source in self.sources.items() if source != ASSUMED]
-        parts = [f"assumed: {', '.join(assumed)}"] if assumed else []
-        return "; ".join(parts + ([f"said: {', '.join(said)}"] if said else []))
-
-
-ASSUMED = "assumed"
+    @property
+    def shown(self) -> list[int | str]:
+        """The shape, for messages."""
+        return [size or "N" for size in self.shape]
 
 
 @dataclass(frozen=True)
 class Signature:
     """One input of images, one output of logits.
 
-    A net of ours takes `images` uint8 [N, H, W, C]. Somebody else's may take uint8 or float,
+    A net of this project takes `images` uint8 [N, H, W, C]. Somebody else's may take uint8 or float,
     [N, H, W, C] or [N, C, H, W]; `reading` says how pixels become its input and how its output is read.
     """
 
@@ -71,9 +59,17 @@ class Signature:
         if self.shape[3] not in (1, 3) and self.shape[1] not in (1, 3):
             raise Refusal(f"the net takes {self.input_name} {shown}; images have 1 or 3 channels")
 
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Signature":
+        """The inverse of `dataclasses.asdict`, after a round through JSON."""
+        reading = record.get("reading")
+        if reading:
+            reading = Reading(**{**reading, "mean": tuple(reading["mean"]), "std": tuple(reading["std"])})
+        return cls(**{**record, "shape": tuple(record["shape"]), "reading": reading})
+
     @property
     def batch(self) -> int | None:
-        """The only batch size that the net takes, or None where any will do."""
+        """The only batch size that the net takes, or None if it takes any."""
         return self.shape[0]
 
     @property
@@ -98,90 +94,75 @@ class Signature:
         return np.ascontiguousarray(x, dtype=self.dtype)
 
     def to_output(self, logits: np.ndarray) -> np.ndarray:
-        """What the net gives, [N, K] with any number of ones behind it → float32 [N, K]."""
+        """The net's output, [N, K] or [N, K, 1, ...] → float32 [N, K]."""
         return np.asarray(logits).reshape(len(logits), -1).astype(np.float32, copy=False)
 
-    @property
-    def scores(self) -> Scores:
-        return self.reading.scores if self.reading else "logits"
+
+def find_signature(
+    path: Path, header: Header, graph: OnnxGraph, inputs: Sequence[Value], outputs: Sequence[Value], hints: ReadingHints
+) -> tuple[Signature, ReadingHints]:
+    """The signature of the classifier in `path`, and all hints on it: `hints` are its user's. Refuses other graphs."""
+    if header.spec is None:
+        hints = hints.over(find_hints(path, header.metadata))
+    elif hints.sources:
+        raise Refusal(f"{path} says itself how it is read; leave {hints.flags} out")
+    if len(inputs) != 1:
+        raise Refusal(f"{path} has {len(inputs)} inputs; a classifier has one, of images")
+    if nodes := graph.in_training_mode():
+        raise Refusal(
+            f"{path} was exported in training mode: the batch norm {nodes[0]} normalizes with the other images of its "
+            "batch, so that an image's answer depends on them; call net.eval() and export it again"
+        )
+    try:
+        output = _choose_output(outputs, hints.output)
+        signature = Signature(inputs[0].name, output.name, inputs[0].dtype, inputs[0].shape)
+        if header.spec is not None:
+            return signature, NO_HINTS
+        last_kind = graph.last_kind(output.name)
+        channels = signature.sizes[2]
+        reading = decide_reading(hints, dtype=signature.dtype, num_channels=channels, last_kind=last_kind)
+    except Refusal as refusal:
+        raise Refusal(f"{path}: {refusal}") from refusal
+    return replace(signature, reading=reading), hints
 
 
-def read_as(signature: Signature, said: Described, *, last_kind: str) -> Reading:
-    """How somebody else's net is read, from what is said of it and the kind of its last node."""
-    num = signature.sizes[2]
-    sources = dict.fromkeys(("mean", "std", "resize", "channels", "scores", "labels"), ASSUMED)
-    given = {name: source for name, source in said.sources if name in (*sources, "temperature")}
-    if signature.dtype == "uint8":
-        if by_hand := [f"--{name}" for name in ("mean", "std") if given.get(name) == "the command line"]:
-            raise Refusal(f"the net takes uint8 and normalises by itself; leave {' and '.join(by_hand)} out")
-        given |= {"mean": "the graph", "std": "the graph"}
-    if said.scores is None and last_kind in _SCORES:
-        given["scores"] = f"the graph's last node, {last_kind}"
-    if num == 1:
-        given["channels"] = "the graph"
-        if said.channels == "bgr":
-            raise Refusal("the net takes one channel, and bgr is an order of three; leave --channels out")
-    for name, values in (("mean", said.mean), ("std", said.std)):
-        if values is not None and len(values) != num and signature.dtype != "uint8":
-            raise Refusal(f"{name} needs {num} value{'s' * (num > 1)}, one for each channel, got {_listed(values)}")
-    is_float, scores = signature.dtype != "uint8", said.scores or _SCORES.get(last_kind, "logits")
-    if said.temperature is not None and scores == "probabilities":
-        raise Refusal("the net gives probabilities, and a temperature is for logits; leave --temperature out")
-    return Reading(
-        mean=(said.mean or (0.0,) * num) if is_float else (),
-        std=(said.std or (1.0,) * num) if is_float else (),
-        resize=said.resize,
-        channels=said.channels or "rgb",
-        scores=scores,
-        sources={**sources, **given},
-    )
+def find_spec(path: Path, header: Header, signature: Signature, hints: ReadingHints, num_classes: int) -> Spec:
+    """The spec of the file, or one made of all hints; refuses labels that do not fit."""
+    if num_classes < 2:
+        raise Refusal(f"{path} gives {num_classes} value per image; a classifier gives one per class")
+    if header.spec is None:
+        try:
+            return _foreign_spec(signature, hints, num_classes)
+        except Refusal as refusal:
+            raise Refusal(f"{path}: {refusal}") from refusal
+    if (num := len(header.spec.labels)) != num_classes:
+        raise Refusal(f"{path}: its spec has {num} labels, its graph {num_classes} logits; export it again")
+    return header.spec
 
 
-# Log-softmax gives logits as good as any: their softmax is what it is the logarithm of.
-_SCORES: dict[str, Scores] = {"Softmax": "probabilities", "Sigmoid": "probabilities", "LogSoftmax": "logits"}
-
-
-def generic_spec(
-    signature: Signature, *, num_classes: int, labels: tuple[str, ...] | None = None, temperature: float | None = None
-) -> Spec:
-    """The spec of somebody else's net: labels by number unless they are said."""
+def _foreign_spec(signature: Signature, hints: ReadingHints, num_classes: int) -> Spec:
+    """The spec of somebody else's net, with numbered labels unless it has hints on them."""
     height, width, channels = signature.sizes
     reading = signature.reading
-    if labels is not None and len(labels) != num_classes:
-        source = reading.sources["labels"] if reading else "the command line"
-        raise Refusal(f"the net has {num_classes} classes, and {source} gives {len(labels)} labels; give one for each")
-    image = ImageSpec(
-        height,
-        width,
-        channels,
-        mean=(reading and reading.mean) or (0.0,) * channels,
-        std=(reading and reading.std) or (1.0,) * channels,
-        resize=reading.resize if reading else None,
-    )
-    return Spec(
-        family="unknown",
-        depth=0,
-        width=0.0,
-        nonlinearity="relu",
-        image=image,
-        labels=labels or tuple(f"class {index}" for index in range(num_classes)),
-        temperature=1.0 if temperature is None else temperature,
-    )
+    assert reading is not None
+    if hints.labels is not None and (num := len(hints.labels)) != num_classes:
+        source = reading.sources["labels"]
+        raise Refusal(f"the net has {num_classes} classes, and {source} gives {num} labels; give one for each")
+    mean, std = reading.mean or (0.0,) * channels, reading.std or (1.0,) * channels
+    image = ImageSpec(height, width, channels, mean=mean, std=std, resize=reading.resize)
+    labels = hints.labels or tuple(f"class {index}" for index in range(num_classes))
+    return Spec.of_net("", image, labels, 1.0 if hints.temperature is None else hints.temperature)
 
 
-def signature_of(record: dict[str, Any]) -> Signature:
-    """The inverse of `dataclasses.asdict`, after a round through JSON."""
-    reading = record.get("reading")
-    if reading:
-        reading = Reading(**{**reading, "mean": tuple(reading["mean"]), "std": tuple(reading["std"])})
-    return Signature(**{**record, "shape": tuple(record["shape"]), "reading": reading})
-
-
-def _listed(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:g}" for value in values)
-
-
-def pad(images: np.ndarray, batch: int) -> np.ndarray:
-    """At least `batch` images, black ones at the end."""
-    missing = max(0, batch - len(images))
-    return np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
+def _choose_output(outputs: Sequence[Value], asked: str | None) -> Value:
+    """The output that holds the classes: the one asked for, or the only one that can."""
+    names = ", ".join(output.name for output in outputs)
+    if asked is not None and asked not in {output.name for output in outputs}:
+        raise Refusal(f"it has no output {asked}; choose one of {names} with --output")
+    able = [output for output in outputs if (output.num_classes or 2) > 1 and asked in (None, output.name)]
+    if not able:
+        shown = "; ".join(f"{output.name} {output.dtype} {output.shown}" for output in outputs)
+        raise Refusal(f"it answers {shown}; a classifier answers [N, K], one float for each of its K classes")
+    if len(able) > 1:
+        raise Refusal(f"it has the outputs {names}; choose the one that holds the classes with --output NAME")
+    return able[0]

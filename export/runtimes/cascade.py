@@ -1,4 +1,4 @@
-"""An exact cascade: eight bits answer, and an image that they leave in doubt goes on to float32. Itself a runtime."""
+"""A runtime of two files of one net: int8 answers, and images whose class it leaves in doubt go on to float32."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,8 +11,7 @@ import numpy as np
 
 from common.files import read_whole
 from common.refusal import Refusal
-from export.model_file.header import Header, read_header
-from export.model_file.nodes import digest_of
+from export.model_file.onnx_reader import Header, digest_of, read_header
 from export.runtimes.runtime import Model, Runtime
 from export.runtimes.saturation import warning
 
@@ -22,17 +21,17 @@ RECORD = "cascade"  # its key in the record of the export
 
 @dataclass(frozen=True)
 class Evidence:
-    """From which gap on eight bits are believed, and what that was worth; export/eight_bits/escalation.py measures it.
+    """The gap above which int8 is trusted, and how well that worked; export/eight_bits/escalation.py measures it.
 
-    A class has changed where it is not float32's.
+    A class has changed if it is not float32's.
     """
 
     threshold: float  # of the gap, as logits count: the largest error of `num_chosen_by` images
     num_chosen_by: int
     num_test: int  # test images, none of which chose the threshold
-    num_escalated: int  # of these: how many went on to float32,
-    num_changed: int  # whose class the cascade changes,
-    num_changed_alone: int  # and whose class eight bits alone change
+    num_escalated: int  # of these, went on to float32
+    num_changed: int  # have another class in the cascade
+    num_changed_alone: int  # have another class in int8 alone
     changed_at_most: float  # share of changed classes among images like the test images, with 95 % certainty
 
     @property
@@ -52,8 +51,8 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Forms:
-    """The two files of a cascade, which fit each other."""
+class CascadeFiles:
+    """The two files of a cascade, checked to be of one net."""
 
     quick: Path
     exact: Path
@@ -89,7 +88,7 @@ class Cascade:
 
     @property
     def counted(self) -> str:
-        """For people: how many images went on to float32 until now."""
+        """For people: how many images have gone on to float32."""
         share = 100 * self.num_escalated / max(1, self.num_images)
         return f"{self.num_escalated:,} of {self.num_images:,} images ({share:.1f} %) went on to {EXACT}"
 
@@ -112,52 +111,45 @@ def gaps(logits: np.ndarray) -> np.ndarray:
         return two[:, 1] - two[:, 0]
 
 
-def read_forms(paths: Sequence[Path]) -> Forms:
+def read_forms(paths: Sequence[Path]) -> CascadeFiles:
     """The files of a cascade in any order; refuses what is not two forms of one net with evidence that holds here."""
     quick, exact = in_order(paths)
     content = read_whole(quick)
     evidence = _read_evidence(quick, exact, read_header(quick, content))
     if doubt := warning(quick, content):
-        raise Refusal(f"{doubt}; what its cascade rests on does not hold here")
-    return Forms(quick, exact, (digest_of(quick, content), digest_of(exact, read_whole(exact))), evidence)
+        raise Refusal(f"{doubt}; the evidence for its cascade does not hold here")
+    return CascadeFiles(quick, exact, (digest_of(quick, content), digest_of(exact, read_whole(exact))), evidence)
 
 
 def in_order(paths: Sequence[Path]) -> tuple[Path, Path]:
-    """(eight bits, float32), by what the files say of themselves; refuses any but two forms of one net."""
+    """(int8, float32), by the records in the files; refuses any but two forms of one net."""
     if len(paths) != 2:
         raise Refusal(
             f"a cascade takes two files, the {EXACT} and the {QUICK} form of one net, got {len(paths)}: "
             "name both, as in plain.onnx plain-int8.onnx"
         )
-    for path in paths:
-        if path.suffix != ".onnx":
-            raise Refusal(
-                f"{path} is not an .onnx file; what a cascade rests on is measured in ONNX Runtime, and it runs there "
-                "alone: name two .onnx files"
-            )
-    headers = {path: read_header(path, read_whole(path)) for path in paths}
-    quick, exact = _by_precision(headers)
-    nets = [(header.spec, _export(header).get("plain_sha256")) for header in (headers[quick], headers[exact])]
-    if nets[0] != nets[1] or nets[0][1] is None:
+    if others := [path for path in paths if path.suffix != ".onnx"]:
         raise Refusal(
-            f"{quick} and {exact} are not of one net, by the spec and the digest of the plain net that they record; "
-            "export both from one plain.safetensors with export/to_onnx.py"
+            f"{others[0]} is not an .onnx file; a cascade runs only in ONNX Runtime, where its threshold was measured: "
+            "name two .onnx files"
         )
-    return quick, exact
-
-
-def _by_precision(headers: dict[Path, Header]) -> tuple[Path, Path]:
+    again = "export both from one plain.safetensors with export/to_onnx.py"
+    headers = {path: read_header(path, read_whole(path)) for path in paths}
     kinds = {
         path: str(_export(header).get("precision", "of no recorded precision")) for path, header in headers.items()
     }
     by_kind = {kind: path for path, kind in kinds.items()}
     if by_kind.keys() != {QUICK, EXACT}:
         found = " and ".join(f"{path} is {kind[:40]}" for path, kind in kinds.items())
+        raise Refusal(f"a cascade takes the {EXACT} and the {QUICK} form of one net, and {found}; {again}")
+    quick, exact = by_kind[QUICK], by_kind[EXACT]
+    net, other = ((header.spec, _export(header).get("plain_sha256")) for header in (headers[quick], headers[exact]))
+    if net != other or net[1] is None:
         raise Refusal(
-            f"a cascade takes the {EXACT} and the {QUICK} form of one net, and {found}; "
-            "export both from one plain.safetensors with export/to_onnx.py"
+            f"{quick} and {exact} are not of one net, by the spec and the digest of the plain net that they record; "
+            f"{again}"
         )
-    return by_kind[QUICK], by_kind[EXACT]
+    return quick, exact
 
 
 def _read_evidence(quick: Path, exact: Path, header: Header) -> Evidence:
@@ -166,20 +158,25 @@ def _read_evidence(quick: Path, exact: Path, header: Header) -> Evidence:
     if record is None:
         raise Refusal(f"{quick} does not record from which gap on its classes are {EXACT}'s; {how}")
     try:
-        values: dict[str, Any] = {field.name: record[field.name] for field in fields(Evidence)}
-        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values.values()):
-            raise ValueError(f"not all are numbers: {values}")
-        evidence = Evidence(**{**values, "threshold": float(values["threshold"])})
-        _, *counts, bound = values.values()
-        if not (isfinite(evidence.threshold) and evidence.threshold >= 0 and 0 <= bound <= 1):
-            raise ValueError(f"threshold {evidence.threshold}, changed_at_most {bound}")
-        if not all(isinstance(count, int) for count in counts) or min(counts[2:]) < 0 or min(counts[:2]) < 1:
-            raise ValueError(f"counts {counts}")
-        if max(counts[2:]) > evidence.num_test:
-            raise ValueError(f"more than {evidence.num_test} test images: {counts[2:]}")
+        evidence = Evidence(**{field.name: record[field.name] for field in fields(Evidence)})
+        _refuse_invalid(evidence)
+        return replace(evidence, threshold=float(evidence.threshold))
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise Refusal(f"the record of the cascade in {quick} is damaged ({str(error)[:120]}); {how}") from error
-    return evidence
+
+
+def _refuse_invalid(evidence: Evidence) -> None:
+    """Raises ValueError for values that no measurement gives."""
+    values = asdict(evidence)
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values.values()):
+        raise ValueError(f"not all are numbers: {values}")
+    threshold, *counts, bound = values.values()
+    if not (isfinite(threshold) and threshold >= 0 and 0 <= bound <= 1):
+        raise ValueError(f"threshold {threshold}, changed_at_most {bound}")
+    if not all(isinstance(count, int) for count in counts) or min(counts[2:]) < 0 or min(counts[:2]) < 1:
+        raise ValueError(f"counts {counts}")
+    if max(counts[2:]) > evidence.num_test:
+        raise ValueError(f"more than {evidence.num_test} test images: {counts[2:]}")
 
 
 def _export(header: Header) -> dict[str, Any]:
@@ -187,13 +184,12 @@ def _export(header: Header) -> dict[str, Any]:
 
 
 def _model(quick: Model, exact: Model, evidence: Evidence) -> Model:
-    """What both say of themselves: eight bits' record, and whose digest changes when that of either does."""
+    """The description of both: int8's record, with a digest that depends on both files."""
     forms = [
         {"precision": precision, "name": model.name, "digest": model.digest, "file_bytes": model.num_bytes}
         for precision, model in ((QUICK, quick), (EXACT, exact))
     ]
-    export = {**quick.provenance.get("export", {})}
-    export.pop("probe", None)
+    export = {key: value for key, value in quick.provenance.get("export", {}).items() if key != "probe"}
     if probe := _probe(quick, exact, evidence.threshold):
         export["probe"] = probe
     provenance = {**exact.provenance, **quick.provenance, "export": export}
@@ -206,7 +202,7 @@ def _model(quick: Model, exact: Model, evidence: Evidence) -> Model:
 
 
 def _probe(quick: Model, exact: Model, threshold: float) -> dict[str, Any] | None:
-    """What the cascade answers to its probe images by the records of both; None where one records nothing sound."""
+    """The cascade's answers to the probe images, by the records of both forms; None if one has no valid record."""
     try:
         first, second = (model.provenance["export"]["probe"] for model in (quick, exact))
         logits, others = (np.array(record["logits"], np.float64) for record in (first, second))

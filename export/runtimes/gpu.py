@@ -3,18 +3,21 @@
 import ctypes
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from common.refusal import Refusal
 
+cudart: Any = None  # NVIDIA's bindings, where they are installed
+with suppress(ImportError):
+    import cuda.bindings.runtime as cudart
+
 
 def num_devices() -> int:
     """CUDA devices of this machine; 0 where there is no driver, or no bindings."""
-    try:
-        import cuda.bindings.runtime as cudart
-    except ImportError:
+    if cudart is None:
         return 0
     error, count = cudart.cudaGetDeviceCount()
     return count if error == cudart.cudaError_t.cudaSuccess else 0
@@ -22,15 +25,11 @@ def num_devices() -> int:
 
 def use(device: int) -> None:
     """Make `device` the current one of this thread."""
-    import cuda.bindings.runtime as cudart
-
     call(cudart.cudaSetDevice(device))
 
 
 def compute_capability() -> str:
     """Of the current device: "8.9"."""
-    import cuda.bindings.runtime as cudart
-
     device = call(cudart.cudaGetDevice())
     major = call(cudart.cudaDeviceGetAttribute(cudart.cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor, device))
     minor = call(cudart.cudaDeviceGetAttribute(cudart.cudaDeviceAttr.cudaDevAttrComputeCapabilityMinor, device))
@@ -39,16 +38,12 @@ def compute_capability() -> str:
 
 def device_name() -> str:
     """The model of the current device: "NVIDIA A10"."""
-    import cuda.bindings.runtime as cudart
-
     name = call(cudart.cudaGetDeviceProperties(call(cudart.cudaGetDevice()))).name
     return name.split(b"\0")[0].decode()
 
 
 def call(result: tuple) -> Any:
-    """The value of a CUDA call, given as (error, value...); refuses where it failed."""
-    import cuda.bindings.runtime as cudart
-
+    """The value of a CUDA call, given as (error, value...); refuses if it failed."""
     error, *values = result
     if error != cudart.cudaError_t.cudaSuccess:
         _, text = cudart.cudaGetErrorString(error)
@@ -60,8 +55,6 @@ class Buffer:
     """Memory on the device and, page-locked, its mirror on the host; freed with the last reference to it."""
 
     def __init__(self, num_bytes: int) -> None:
-        import cuda.bindings.runtime as cudart
-
         self.device = call(cudart.cudaMalloc(num_bytes))
         self._host = call(cudart.cudaHostAlloc(num_bytes, cudart.cudaHostAllocDefault))
         when_gone(self, _free, self.device, self._host)
@@ -69,16 +62,12 @@ class Buffer:
 
     def upload(self, array: np.ndarray, stream: Any) -> None:
         """Copy `array` to the device, behind what the stream already does."""
-        import cuda.bindings.runtime as cudart
-
         kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._bytes[: array.nbytes] = array.reshape(-1).view(np.uint8)
         call(cudart.cudaMemcpyAsync(self.device, self._host, array.nbytes, kind, stream))
 
     def download(self, shape: tuple[int, ...], dtype: np.dtype, stream: Any) -> np.ndarray:
         """Wait for the stream, and copy what the device holds."""
-        import cuda.bindings.runtime as cudart
-
         num_bytes = int(np.prod(shape)) * dtype.itemsize
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         call(cudart.cudaMemcpyAsync(self._host, self.device, num_bytes, kind, stream))
@@ -88,38 +77,27 @@ class Buffer:
 
 def allocate(owner: object, num_bytes: int) -> int:
     """The address of memory on the device, which is freed with the last reference to `owner`."""
-    import cuda.bindings.runtime as cudart
-
     address = call(cudart.cudaMalloc(num_bytes))
-    when_gone(owner, _free_device, address)
+    when_gone(owner, _free, address)
     return int(address)
 
 
 def when_gone(owner: object, release: Callable[..., None], *arguments: Any) -> None:
-    """Call `release` when `owner` is no longer referred to; not at the end of the process, which frees all itself."""
+    """Call `release` when `owner` is no longer referred to; the end of the process frees everything anyway."""
     weakref.finalize(owner, release, *arguments).atexit = False
 
 
 def release(stream: Any, graphs: dict[int, Any]) -> None:
     """Destroy a stream on which nothing runs, and the graphs that ran on it."""
-    import cuda.bindings.runtime as cudart
-
     for graph in filter(None, graphs.values()):
         call(cudart.cudaGraphExecDestroy(graph))
     call(cudart.cudaStreamDestroy(stream))
 
 
-def _free(device: Any, host: Any) -> None:
-    import cuda.bindings.runtime as cudart
-
+def _free(device: Any, host: Any = None) -> None:
     call(cudart.cudaFree(device))
-    call(cudart.cudaFreeHost(host))
-
-
-def _free_device(address: Any) -> None:
-    import cuda.bindings.runtime as cudart
-
-    call(cudart.cudaFree(address))
+    if host is not None:
+        call(cudart.cudaFreeHost(host))
 
 
 def capture(stream: Any, work: Callable[[], None]) -> Any:
@@ -128,8 +106,6 @@ def capture(stream: Any, work: Callable[[], None]) -> Any:
     A capture is broken by whatever must run at once, such as an allocation; `work` may raise
     RuntimeError then, and nothing of it has run.
     """
-    import cuda.bindings.runtime as cudart
-
     call(cudart.cudaStreamSynchronize(stream))
     call(cudart.cudaStreamBeginCapture(stream, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
     try:
@@ -148,6 +124,4 @@ def capture(stream: Any, work: Callable[[], None]) -> Any:
 
 def launch(graph: Any, stream: Any) -> None:
     """Run a captured graph, behind what the stream already does."""
-    import cuda.bindings.runtime as cudart
-
     call(cudart.cudaGraphLaunch(graph, stream))

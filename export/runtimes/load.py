@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.refusal import Refusal
-from export.model_file.described import NOTHING, Described
+from export.model_file.reading import NO_HINTS, ReadingHints
 from export.runtimes.runtime import Runtime
 
 RuntimeName = Literal["onnxruntime", "mnn", "tensorrt", "torch"]
@@ -20,17 +20,17 @@ def load_runtime(
     device: int | None = None,
     num_threads: int = 0,
     shares_cores: bool = False,
-    said: Described = NOTHING,
+    hints: ReadingHints = NO_HINTS,
 ) -> Runtime:
     """`.onnx` through ONNX Runtime, MNN or PyTorch, `.engine` through TensorRT; anything else is refused.
 
     `device` is the number of a CUDA device; None takes the first one, or the CPU where there is none.
     `num_threads` is for the CPU; 0 lets the runtime choose. A session of ONNX Runtime that `shares_cores` with another
-    one, in turns, gives them up after each call. `said` is what a user says of somebody else's .onnx.
+    one, in turns, gives them up after each call. `hints` are those of a user of somebody else's .onnx.
     """
     if path.suffix not in RUNTIMES:
         raise Refusal(f"{path} is neither an .onnx nor an .engine file; make one with export/to_onnx.py")
-    if said.sources and path.suffix != ".onnx":
+    if hints.sources and path.suffix != ".onnx":
         raise Refusal(f"{path} keeps how it is read in its card; give --mean and the like to export/to_trt.py")
     names = RUNTIMES[path.suffix]
     match name or names[0]:
@@ -41,7 +41,7 @@ def load_runtime(
 
             if device is not None and loadable_providers() == ("CPUExecutionProvider",):
                 raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
-            return OnnxSession(path, device=device, num_threads=num_threads, shares_cores=shares_cores, said=said)
+            return OnnxSession(path, device=device, num_threads=num_threads, shares_cores=shares_cores, hints=hints)
         case "mnn":
             from export.runtimes.mnn.module import MnnModule
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime: an .onnx file made callable on the best provider that can really load."""
+"""ONNX Runtime: an .onnx file made callable on the best provider that loads here."""
 
 import ctypes
 from collections.abc import Callable
@@ -9,16 +9,12 @@ import numpy as np
 
 from common.files import read_whole
 from common.refusal import Refusal
-from export.model_file.classifier import Value, find_signature, find_spec
-from export.model_file.described import NOTHING, Described
-from export.model_file.header import read_header
-from export.model_file.nodes import digest_of, find_weights, read_graph
-from export.model_file.signature import pad
-from export.runtimes.companions import refuse_companions
-from export.runtimes.offline import ort
-from export.runtimes.runtime import Model
-
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+from export.model_file.onnx_reader import digest_of, find_weights, read_graph, read_header
+from export.model_file.probe import refuse_batch_dependence
+from export.model_file.reading import NO_HINTS, ReadingHints
+from export.model_file.signature import Value, find_signature, find_spec
+from export.runtimes.offline import ort, quiet_options
+from export.runtimes.runtime import Model, answer_in_pieces, next_power_of_two, pad
 
 
 class OnnxSession:
@@ -35,19 +31,16 @@ class OnnxSession:
         num_threads: int = 0,
         optimize: bool = True,
         shares_cores: bool = False,
-        said: Described = NOTHING,
+        hints: ReadingHints = NO_HINTS,
     ) -> None:
         content = read_whole(path)
         header, graph = read_header(path, content), read_graph(path, content)
-        options = ort.SessionOptions()
-        if find_weights(path, graph):  # else they would be looked for in the working directory
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent.resolve()))
+        options = quiet_options(path.parent if find_weights(path, graph) else None)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = num_threads
         if shares_cores:  # threads that wait busily for more work hold up another session's
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3
         asked = [(name, provider_options(name, device or 0)) for name in providers or loadable_providers()]
 
         def open_session() -> ort.InferenceSession:
@@ -55,20 +48,18 @@ class OnnxSession:
 
         try:
             self._session = open_session()
-        except Exception as error:  # ONNX Runtime raises a private hierarchy of its own
+        except Exception as error:  # ONNX Runtime's exceptions are private
             raise Refusal(f"{path} cannot be loaded as an ONNX model: {_first_line(error)}") from error
-        self.provider = self._session.get_providers()[0]  # what it really uses
+        self.provider = self._session.get_providers()[0]  # the one in use
         self._reopen = open_session if self.provider == "CUDAExecutionProvider" else None
         self._by_size: dict[int, ort.InferenceSession] = {}
         is_named = providers is not None or device is not None
         if is_named and self.provider != asked[0][0]:  # ONNX Runtime only prints that it falls back to the CPU
             raise Refusal(f"{asked[0][0]} does not start here for {path}; its libraries do not fit the driver or GPU")
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        self._signature, said = find_signature(
-            path, header, graph, [*map(_value, inputs)], [*map(_value, outputs)], said
-        )
+        inputs, outputs = ([*map(_value, get())] for get in (self._session.get_inputs, self._session.get_outputs))
+        self._signature, hints = find_signature(path, header, graph, inputs, outputs, hints)
         num_classes = len(header.spec.labels) if header.spec else self._count_classes(path)
-        spec = find_spec(path, header, self._signature, said, num_classes)
+        spec = find_spec(path, header, self._signature, hints, num_classes)
         self.model = Model(
             spec.name if header.spec else path.stem,
             digest_of(path, content),
@@ -82,9 +73,8 @@ class OnnxSession:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         batch = self._signature.batch
-        if batch and len(images) != batch:  # a fixed batch: in pieces, the last one padded
-            pieces = [images[start : start + batch] for start in range(0, len(images), batch)]
-            return np.concatenate([self._run(pad(piece, batch))[: len(piece)] for piece in pieces])
+        if batch and len(images) != batch:
+            return answer_in_pieces(self._run, images, batch, lambda num: batch)
         return self._run(images)
 
     def to_input(self, images: np.ndarray) -> np.ndarray:
@@ -94,7 +84,7 @@ class OnnxSession:
     def _run(self, images: np.ndarray) -> np.ndarray:
         names, session, num_images = self._signature, self._session, len(images)
         if self._reopen and not names.batch:
-            images = pad(images, 1 << (num_images - 1).bit_length())
+            images = pad(images, next_power_of_two(num_images))
             session = self._session_of(len(images), self._reopen)
         logits = session.run([names.output_name], {names.input_name: names.to_input(images)})[0]
         return names.to_output(np.asarray(logits))[:num_images]
@@ -110,20 +100,20 @@ class OnnxSession:
         return self._by_size[size]
 
     def _count_classes(self, path: Path) -> int:
-        """Of somebody else's net, which gives an image the same answer alone and among others, or is refused."""
+        """Of somebody else's net; refuses one whose answer to an image depends on its batch."""
         try:
-            return refuse_companions(path, self, self._signature.sizes).shape[1]
+            return refuse_batch_dependence(path, self, self._signature.sizes).shape[1]
         except Refusal:
             raise
-        except Exception as error:  # ONNX Runtime's own again, or no memory
+        except Exception as error:  # a private one of ONNX Runtime, or no memory
             raise Refusal(f"{path} fails on images of noise: {_first_line(error)}") from error
 
 
 def provider_options(name: str, device: int) -> dict[str, str]:
-    """What a provider is told: the CUDA device, and no TF32, whose 10 bits of mantissa would pass for fp32.
+    """The options of a provider: the CUDA device, and no TF32, whose 10 bits of mantissa would pass for fp32.
 
     The default search for convolution algorithms times all of them, again for each new batch size, and a server's
-    batches are of any size: cuDNN's own estimate takes its place.
+    batches are of any size: cuDNN's own estimate is used instead.
     """
     match name:
         case "CUDAExecutionProvider":

@@ -1,33 +1,34 @@
-"""What every runtime is to parity and to the server: images in, logits out. No torch, no onnx."""
+"""The interface of every runtime to parity and to the server: images in, logits out. Needs neither torch nor onnx."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from common.spec import Spec
-from export.model_file.signature import Reading
+from export.model_file.reading import Reading
 
 
 @dataclass(frozen=True)
 class Model:
-    """What an exported file says of itself."""
+    """The description of an exported file, by its own record."""
 
-    name: str  # "DiracNet-16-1", or the file's stem for a net without our spec
+    name: str  # "DiracNet-16-1", or the file's stem for somebody else's net
     digest: str  # sha256 of the artefact, hex
     spec: Spec
     provenance: dict[str, Any]  # what training, fold and export recorded; empty for somebody else's net
     num_bytes: int = 0  # of the artefact
-    reading: Reading | None = None  # how somebody else's net is read; None for ours
+    reading: Reading | None = None  # how somebody else's net is read; None for this project's
 
     @property
     def gives_probabilities(self) -> bool:
-        """Whether what the net gives are probabilities already."""
+        """Whether the net's outputs are probabilities already."""
         return self.reading is not None and self.reading.scores == "probabilities"
 
 
 class Runtime(Protocol):
-    """An exported file made callable. Safe to call from one thread at a time; what it holds ends with it."""
+    """An exported file made callable. Safe to call from one thread at a time; what it holds is freed with it."""
 
     model: Model
     platform: str  # for programs, as the Open Inference Protocol spells it: "onnxruntime_onnx"
@@ -37,3 +38,24 @@ class Runtime(Protocol):
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N, H, W, C] → logits float32 [N, K], for any N ≥ 1."""
         ...
+
+
+def answer_in_pieces(
+    answer: Callable[[np.ndarray], np.ndarray], images: np.ndarray, largest: int, size_of: Callable[[int], int]
+) -> np.ndarray:
+    """Answers [N, K] of a library with fixed batch sizes, in pieces of at most `largest` images.
+
+    A piece of n images is padded to `size_of(n)`.
+    """
+    pieces = [images[start : start + largest] for start in range(0, len(images), largest)]
+    return np.concatenate([answer(pad(piece, size_of(len(piece))))[: len(piece)] for piece in pieces])
+
+
+def pad(images: np.ndarray, batch: int) -> np.ndarray:
+    """At least `batch` images: black ones are added at the end."""
+    missing = max(0, batch - len(images))
+    return np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
+
+
+def next_power_of_two(num: int) -> int:
+    return 1 << (num - 1).bit_length()

@@ -9,28 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from export.model_file.header import contents, every_field, unpack
-from export.model_file.nodes import read_graph
-from export.runtimes.offline import ort
+from export.model_file.onnx_reader import Node, read_graph, read_int8_constants
+from export.runtimes.offline import cpu_session
 
 LARGEST_PAIR = 128  # 255 · 128 = 32,640 fits in 16 bits, 255 · 129 does not
 
 # Node → (position of its weights, axis of their filters).
-_WEIGHTS = {
-    "QLinearConv": (3, 0),
-    "ConvInteger": (1, 0),
-    "QLinearMatMul": (3, -1),
-    "MatMulInteger": (1, -1),
-}
-_FLOATS = {"Conv": (1, 0), "MatMul": (1, -1)}  # which runtimes fuse with a DequantizeLinear before them
+_INTEGER_PRODUCTS = {"QLinearConv": (3, 0), "ConvInteger": (1, 0), "QLinearMatMul": (3, -1), "MatMulInteger": (1, -1)}
+_FLOAT_PRODUCTS = {"Conv": 0, "MatMul": -1}  # runtimes fuse these with a DequantizeLinear before their second input
 # Integer nodes that multiply no weights.
 _HARMLESS = {
     "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSigmoid", "QLinearLeakyRelu",
     "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSoftmax",
 }  # fmt: skip
 
-_MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5  # field numbers of onnx.proto
-_INT8 = 3  # of TensorProto.DataType
 # MatMulInteger of two inputs, "a" uint8 [1, 64] and "b" int8 [64, 16]; tests/export/test_saturation.py makes it.
 _PROBE = bytes.fromhex(
     "080812003a5c0a180a01610a0162120179220d4d61744d756c496e74656765721201705a130a0161120e0a0c080212080a02"
@@ -40,36 +32,38 @@ _PROBE = bytes.fromhex(
 
 
 def may_saturate(path: Path, content: bytes) -> list[str]:
-    """The nodes of an ONNX file whose sums cannot be shown to stay in 16 bits; [] where all can.
+    """The nodes of an ONNX file whose sums cannot be shown to stay in 16 bits; [] if all can.
 
-    Read from the weights alone: what the metadata claims is not believed.
+    Computed from the weights alone; claims in the metadata are ignored.
     """
     graph = read_graph(path, content)
     makers = {name: node for node in graph.nodes for name in node.outputs}
-    stored: dict[str, np.ndarray | None] = {}
-    suspects = []
-    for node in graph.nodes:
-        dequantized = None
-        if node.kind in _FLOATS and len(node.inputs) > 1:
-            maker = makers.get(node.inputs[_FLOATS[node.kind][0]])
-            dequantized = maker.inputs[0] if maker and maker.kind == "DequantizeLinear" else None
-        if node.kind in _WEIGHTS:
-            at, axis = _WEIGHTS[node.kind]
-            name = node.inputs[at] if len(node.inputs) > at else ""
-        elif dequantized is not None:
-            name, axis = dequantized, _FLOATS[node.kind][1]
-        elif _is_integer(node.kind):
-            name, axis = "", 0
-        else:
-            continue
-        stored = stored or _eight_bit_weights(content)
-        if not _is_safe(stored.get(name), axis):
-            suspects.append(node.name or node.outputs[0])
-    return suspects
+    products = [(node, found) for node in graph.nodes if (found := _find_weights(node, makers))]
+    constants = read_int8_constants(content) if products else {}
+    return [node.name or node.outputs[0] for node, (name, axis) in products if not _is_safe(constants.get(name), axis)]
+
+
+def _find_weights(node: Node, makers: dict[str, Node]) -> tuple[str, int] | None:
+    """(the name of a node's eight-bit weights, the axis of their filters), None if it multiplies no eight-bit numbers.
+
+    The name is "" if the node may multiply eight-bit numbers in an unknown way.
+    """
+    if node.kind in _INTEGER_PRODUCTS:
+        at, axis = _INTEGER_PRODUCTS[node.kind]
+        return (node.inputs[at] if len(node.inputs) > at else ""), axis
+    if node.kind in _FLOAT_PRODUCTS and len(node.inputs) > 1:
+        maker = makers.get(node.inputs[1])
+        if maker and maker.kind == "DequantizeLinear":
+            return next(iter(maker.inputs), ""), _FLOAT_PRODUCTS[node.kind]
+    if node.kind not in _HARMLESS and (
+        node.kind.startswith(("QLinear", "QGemm", "QAttention")) or "Integer" in node.kind
+    ):
+        return "", 0
+    return None
 
 
 def warning(path: Path, content: bytes) -> str | None:
-    """What to say of a file whose answers this processor may compute wrongly; None where it cannot."""
+    """A warning about a file whose answers this processor may compute wrongly; None if it cannot."""
     nodes = may_saturate(path, content)
     if not nodes or not saturates():
         return None
@@ -82,10 +76,8 @@ def warning(path: Path, content: bytes) -> str | None:
 
 @lru_cache(maxsize=1)
 def saturates() -> bool:
-    """Whether this processor's sum of 64 products 255 · 127 is too small: a layer of a millisecond tells."""
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
-    session = ort.InferenceSession(_PROBE, options, providers=["CPUExecutionProvider"])
+    """Whether this processor's sum of 64 products 255 · 127 is too small: one layer is run to find out."""
+    session = cpu_session(_PROBE, intra_op_num_threads=1)
     found = session.run(None, {"a": np.full((1, 64), 255, np.uint8), "b": np.full((64, 16), 127, np.int8)})[0]
     return bool((np.asarray(found) != 64 * 255 * 127).any())
 
@@ -98,46 +90,9 @@ def largest_pair(filters: np.ndarray) -> np.ndarray:
     return np.maximum(positive, negative)
 
 
-def _is_integer(kind: str) -> bool:
-    """Whether a node may multiply eight-bit numbers in a way that is not known here."""
-    return kind not in _HARMLESS and (kind.startswith(("QLinear", "QGemm", "QAttention")) or "Integer" in kind)
-
-
 def _is_safe(weight: np.ndarray | None, axis: int) -> bool:
-    """False for weights that are not int8 constants of the file: nothing is known of them."""
+    """False for weights that are not int8 constants of the file: nothing is known about them."""
     if weight is None or weight.ndim < 2:
         return False
     filters = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.int64)
     return bool((largest_pair(filters) <= LARGEST_PAIR).all())
-
-
-def _eight_bit_weights(content: bytes) -> dict[str, np.ndarray | None]:
-    """The int8 constants by name, those stored in a way that is not known here as None."""
-    found: dict[str, np.ndarray | None] = {}
-    for graph in (value for number, value in contents(memoryview(content)) if number == _MODEL_GRAPH):
-        for tensor in (value for number, value in contents(graph) if number == _GRAPH_INITIALIZER):
-            try:
-                name, weight = _int8_tensor(tensor)
-            except (ValueError, IndexError):  # damaged: nothing is known of it
-                continue
-            found[name] = weight
-    return found
-
-
-def _int8_tensor(tensor: memoryview) -> tuple[str, np.ndarray | None]:
-    dims, kind, name, raw = [], 0, "", None
-    for number, value in every_field(tensor):
-        match number, value:  # dims = 1, data_type = 2, name = 8, raw_data = 9
-            case 1, int():
-                dims.append(value)
-            case 1, memoryview():  # all dimensions in one field
-                dims += unpack(value)
-            case 2, int():
-                kind = value
-            case 8, memoryview():
-                name = str(value, "utf-8")
-            case 9, memoryview():
-                raw = value
-    if kind != _INT8 or raw is None or not dims or len(raw) != int(np.prod(dims)):
-        return name, None
-    return name, np.frombuffer(raw, np.int8).reshape(dims)

@@ -8,10 +8,9 @@ import numpy as np
 
 from common.files import read_whole, sha256
 from common.refusal import Refusal
-from export.model_file.card import EngineCard, card_path, read_card
-from export.model_file.signature import pad
+from export.model_file.engine_card import EngineCard, card_path, read_card
 from export.runtimes import gpu
-from export.runtimes.runtime import Model
+from export.runtimes.runtime import Model, answer_in_pieces, next_power_of_two
 
 # NVIDIA's two libraries have one interface.
 EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
@@ -55,19 +54,15 @@ class TensorRTEngine:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         gpu.use(self._device)  # CUDA keeps the current device per thread
-        largest = self._card.batch[2]
-        pieces = [images[start : start + largest] for start in range(0, len(images), largest)]
-        return np.concatenate([self._run(pad(piece, self._next_size(len(piece))))[: len(piece)] for piece in pieces])
+        return answer_in_pieces(self._run, images, self._card.batch[2], self._next_size)
 
     def _next_size(self, num: int) -> int:
         """The smallest batch with a graph that holds `num` images."""
         smallest, _, largest = self._card.batch
-        return smallest if num <= smallest else min(1 << (num - 1).bit_length(), largest)
+        return smallest if num <= smallest else min(next_power_of_two(num), largest)
 
     def _allocate(self, trt: Any) -> None:
         """Buffers for the largest batch, scratch memory, and a stream."""
-        import cuda.bindings.runtime as cudart
-
         names, largest = self._card.signature, self._card.batch[2]
         num_classes = len(self._card.spec.labels)
         self._dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(names.output_name)))
@@ -77,7 +72,7 @@ class TensorRTEngine:
         self._unallocated = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self._scratch_bytes = max(1, self._engine.device_memory_size_v2)
         self._scratch = gpu.allocate(self, self._scratch_bytes)
-        self._stream = gpu.call(cudart.cudaStreamCreate())
+        self._stream = gpu.call(gpu.cudart.cudaStreamCreate())
         gpu.when_gone(self, gpu.release, self._stream, self._graphs)
 
     def _make_context(self) -> Any:
@@ -149,14 +144,14 @@ def make_logger(trt: Any) -> Any:
 
 
 def make_runtime(trt: Any, logger: Any, card: EngineCard) -> Any:
-    """What deserialises an engine; a version-compatible one brings the code that runs it along."""
+    """The runtime that deserialises an engine; a version-compatible one contains the code that runs it."""
     runtime = trt.Runtime(logger)
     runtime.engine_host_code_allowed = card.version_compatible
     return runtime
 
 
 def _fitting_library(path: Path, content: bytes, card: EngineCard, device: int) -> Any:
-    """The library that built the engine; refuses whatever does not fit, field by field."""
+    """The library that built the engine; refuses a card that does not fit this machine, naming the field."""
     again = f"(see {card_path(path).name}); build it again here with export/to_trt.py"
     if sha256(content) != card.engine_sha256:
         raise Refusal(f"{path} does not fit its card: engine_sha256 differs {again}")
@@ -171,7 +166,7 @@ def _fitting_library(path: Path, content: bytes, card: EngineCard, device: int) 
         if card.builder == "tensorrt_rtx":
             again = f"(see {card_path(path).name}); build it with tensorrt instead: {INSTALL_TENSORRT}"
         raise Refusal(f"{path}: compute_capabilities are {offered}, this GPU's is {gpu.compute_capability()} {again}")
-    # TensorRT chooses kernels for the model at hand; another one of the same architecture may not have its memory.
+    # TensorRT chooses kernels for one GPU model; another of the same architecture may have less memory.
     if card.gpu and card.gpu != (here := gpu.device_name()):
         raise Refusal(f"{path}: gpu is {card.gpu}, here is {here} {again}")
     return trt

@@ -6,6 +6,7 @@ export/runtimes/load.py imports it where it is chosen by name: it needs torch, a
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,9 @@ from torch import Tensor
 
 from common.files import read_whole, sha256
 from common.refusal import Refusal
-from export.model_file.header import read_header
-from export.model_file.signature import pad
+from export.model_file.onnx_reader import read_header
 from export.runtimes import gpu
-from export.runtimes.runtime import Model
+from export.runtimes.runtime import Model, answer_in_pieces, next_power_of_two
 from export.runtimes.torch_net import TorchNet, read_net
 from train.machine import forbid_tf32
 
@@ -32,8 +32,7 @@ _IDLE: dict[int, list[torch.cuda.Stream]] = defaultdict(list)
 class TorchGraphs:
     """The net of a file in the precision that the file has; `model` and `description` as in `Runtime`.
 
-    On the CPU, where `device` is None and no GPU is found, the same net runs without graphs: to be tried, not to be
-    fast.
+    Without a GPU, if `device` is None, the same net runs on the CPU without graphs: for trying it, not for speed.
     """
 
     platform = "pytorch_onnx"
@@ -49,7 +48,7 @@ class TorchGraphs:
         self.model = Model(header.spec.name, sha256(content), header.spec, header.provenance, num_bytes=len(content))
         self.library = f"torch {torch.__version__}"
         if device is None and not torch.cuda.is_available():
-            self._answer, self.description = _OnCpu(net), f"PyTorch on the CPU, {net.precision}"
+            self._answer, self.description = partial(_answer_on_cpu, net), f"PyTorch on the CPU, {net.precision}"
         else:
             self._answer, self.description = Graphs(net, device or 0), f"PyTorch, CUDA graphs, {net.precision}"
 
@@ -57,13 +56,9 @@ class TorchGraphs:
         return self._answer(images)
 
 
-@dataclass(frozen=True)
-class _OnCpu:
-    net: TorchNet
-
-    @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self.net(torch.tensor(images)).numpy()
+@torch.no_grad()
+def _answer_on_cpu(net: TorchNet, images: np.ndarray) -> np.ndarray:
+    return net(torch.tensor(images)).numpy()
 
 
 @dataclass(frozen=True)
@@ -80,8 +75,8 @@ class Batch:
 class Graphs:
     """A net on one stream of a device. Batches are padded to the next power of two, which has a graph of its own.
 
-    All graphs share one memory for what lies between images and logits: they run one after another. What it holds on
-    the device goes back to PyTorch with the last reference to it.
+    All graphs share one memory for what lies between images and logits: they run one after another. Its memory on
+    the device returns to PyTorch with the last reference to it.
     """
 
     def __init__(self, net: TorchNet, device: int) -> None:
@@ -96,8 +91,7 @@ class Graphs:
             self._net = net.to(self._place)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        pieces = [images[start : start + LARGEST] for start in range(0, len(images), LARGEST)]
-        return np.concatenate([self._run(pad(piece, _next_size(len(piece))))[: len(piece)] for piece in pieces])
+        return answer_in_pieces(self._run, images, LARGEST, next_power_of_two)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         if len(images) not in self._batches:
@@ -126,10 +120,6 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 logits = self._net(images)
         return Batch(_pinned(shape, torch.uint8), images, graph, logits, _pinned(logits.shape, logits.dtype))
-
-
-def _next_size(num: int) -> int:
-    return 1 << (num - 1).bit_length()
 
 
 def _place(device: int) -> torch.device:

@@ -25,6 +25,8 @@ AVERAGE_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 TYPES = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16"}
 
+Sizes = list[int]  # of the spatial dimensions
+
 
 @dataclass(frozen=True)
 class Step:
@@ -62,7 +64,7 @@ class TorchNet:
 
 
 def read_net(path: Path, content: bytes) -> TorchNet:
-    """The net of an ONNX file, on the CPU; refuses one that is damaged, or does what is not known here."""
+    """The net of an ONNX file, on the CPU; refuses a damaged file and unknown operations."""
     try:
         model = onnx.load_model_from_string(content)
         kinds = {node.op_type for node in model.graph.node if node.domain or node.op_type not in OPERATIONS}
@@ -97,8 +99,8 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
-# Operations: tensors as ONNX orders them, attributes by ONNX's names. What is not written by us has no name here, so
-# that an attribute of another meaning is an error.
+# Operations: tensors in ONNX's order, attributes by ONNX's names. Attributes that export/graphs/ never writes are not
+# named here, so that they raise an error.
 
 
 def _convolution(
@@ -106,10 +108,10 @@ def _convolution(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    kernel_shape: list[int],
-    pads: list[int],
-    strides: list[int],
-    dilations: list[int],
+    kernel_shape: Sizes,
+    pads: Sizes,
+    strides: Sizes,
+    dilations: Sizes,
     group: int,
 ) -> Tensor:
     x, padding = _padded(x, pads, 0.0)
@@ -117,17 +119,13 @@ def _convolution(
     return convolve(x, weight, bias, stride=strides, padding=padding, dilation=dilations, groups=group)
 
 
-def _max_pool(
-    x: Tensor, *, kernel_shape: list[int], pads: list[int], strides: list[int], dilations: list[int] | None = None
-) -> Tensor:
+def _max_pool(x: Tensor, *, kernel_shape: Sizes, pads: Sizes, strides: Sizes, dilations: Sizes | None = None) -> Tensor:
     x, padding = _padded(x, pads, -torch.inf)
     pool = MAX_POOLS[len(kernel_shape)]
     return pool(x, kernel_shape, stride=strides, padding=padding, dilation=dilations or 1)
 
 
-def _average_pool(
-    x: Tensor, *, kernel_shape: list[int], pads: list[int], strides: list[int], count_include_pad: int
-) -> Tensor:
+def _average_pool(x: Tensor, *, kernel_shape: Sizes, pads: Sizes, strides: Sizes, count_include_pad: int) -> Tensor:
     pool = AVERAGE_POOLS[len(kernel_shape)]
     padded, padding = _padded(x, pads, 0.0)
     mean = pool(padded, kernel_shape, stride=strides, padding=padding)
@@ -137,22 +135,18 @@ def _average_pool(
     return mean / pool(ones, kernel_shape, stride=strides, padding=padding)
 
 
-def _padded(x: Tensor, pads: list[int], value: float) -> tuple[Tensor, list[int]]:
+def _padded(x: Tensor, pads: Sizes, value: float) -> tuple[Tensor, Sizes]:
     """x padded by `value` where both sides differ, and the padding that is left for the operation itself."""
     num = len(pads) // 2
-    before, after = pads[:num], pads[num:]
-    if before == after:
-        return x, before
-    return F.pad(x, _last_first(before, after), value=value), [0] * num
+    if pads[:num] == pads[num:]:
+        return x, pads[:num]
+    return F.pad(x, _last_first(pads), value=value), [0] * num
 
 
-def _last_first(before: list[int], after: list[int]) -> list[int]:
-    """As `F.pad` wants them: the last dimension's two sides first."""
-    return [size for pair in reversed([*zip(before, after, strict=True)]) for size in pair]
-
-
-def _gemm(x: Tensor, weight: Tensor, bias: Tensor, *, transB: int) -> Tensor:
-    return F.linear(x, weight if transB else weight.T, bias)
+def _last_first(pads: Sizes) -> Sizes:
+    """ONNX's padding (beginnings, then ends) in the order of `F.pad`: both sides of the last dimension first."""
+    num = len(pads) // 2
+    return [size for pair in reversed([*zip(pads[:num], pads[num:], strict=True)]) for size in pair]
 
 
 def _slice(x: Tensor, starts: Tensor, stops: Tensor, axes: Tensor) -> Tensor:
@@ -160,37 +154,19 @@ def _slice(x: Tensor, starts: Tensor, stops: Tensor, axes: Tensor) -> Tensor:
     return x.narrow(axis, start, min(stop, x.shape[axis]) - start)
 
 
-def _pad(x: Tensor, pads: Tensor) -> Tensor:
-    sizes = pads.tolist()
-    num = len(sizes) // 2
-    return F.pad(x, _last_first(sizes[:num], sizes[num:]))
-
-
-def _global_average(x: Tensor) -> Tensor:
-    return x.mean(dim=tuple(range(2, x.dim())), keepdim=True)
-
-
-def _hard_sigmoid(x: Tensor, *, alpha: float, beta: float) -> Tensor:
-    return (alpha * x + beta).clamp(0, 1)
-
-
-def _concat(*parts: Tensor, axis: int) -> Tensor:
-    return torch.cat(parts, axis)
-
-
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "Add": torch.add,
     "AveragePool": _average_pool,
     "Cast": lambda x, *, to: x.to(TYPES[to]),
     "Clip": lambda x, low, high: torch.clamp(x, low, high),
-    "Concat": _concat,
+    "Concat": lambda *parts, axis: torch.cat(parts, axis),
     "Conv": _convolution,
     "Div": torch.div,
     "Erf": torch.erf,
     "Flatten": lambda x, *, axis=1: x.flatten(axis),
-    "Gemm": _gemm,
-    "GlobalAveragePool": _global_average,
-    "HardSigmoid": _hard_sigmoid,
+    "Gemm": lambda x, weight, bias, *, transB: F.linear(x, weight if transB else weight.T, bias),
+    "GlobalAveragePool": lambda x: x.mean(dim=tuple(range(2, x.dim())), keepdim=True),
+    "HardSigmoid": lambda x, *, alpha, beta: (alpha * x + beta).clamp(0, 1),
     "HardSwish": F.hardswish,
     "LeakyRelu": lambda x, *, alpha: F.leaky_relu(x, alpha),
     "MatMul": torch.matmul,
@@ -198,7 +174,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "Min": torch.minimum,
     "Mul": torch.mul,
     "Neg": torch.neg,
-    "Pad": _pad,
+    "Pad": lambda x, pads: F.pad(x, _last_first(pads.tolist())),
     "Relu": torch.relu,
     "Sigmoid": torch.sigmoid,
     "Slice": _slice,

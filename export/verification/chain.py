@@ -10,8 +10,8 @@ from common.files import read_whole, sha256
 from common.refusal import Refusal
 from common.spec import Spec
 from export.artefacts import Form, open_artefact
-from export.model_file.card import EngineCard, read_card
-from export.model_file.nodes import digest_of
+from export.model_file.engine_card import EngineCard, read_card
+from export.model_file.onnx_reader import digest_of
 from export.verification.claims import Claims, Row, judged, read_claims, unchecked
 
 # What lies beside a model under a name of its own, and how the files of a kind end.

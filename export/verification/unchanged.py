@@ -14,7 +14,7 @@ from common.refusal import Refusal
 from export.compare import TOLERANCES
 from export.engines.engine import precision
 from export.graphs.graph import FLOATS, to_onnx
-from export.model_file.nodes import digest_of
+from export.model_file.onnx_reader import digest_of
 from export.model_file.probe import probe_images
 from export.runtimes.saturation import may_saturate
 from export.verification.chain import Chain

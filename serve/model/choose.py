@@ -16,8 +16,7 @@ from common.documents import read_object
 from common.files import read_whole, write_whole
 from common.refusal import Refusal
 from export.compare import ALLOWED_DROP, INT8_AGREEMENT, TOLERANCES
-from export.model_file.header import Header, read_header
-from export.model_file.nodes import digest_of
+from export.model_file.onnx_reader import Header, digest_of, read_header
 from export.runtimes.load import NAMED_ONLY, RUNTIMES, RuntimeName, load_runtime
 from export.runtimes.mnn.module import is_installed, why_not
 from export.runtimes.runtime import Runtime

@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.files import read_whole, write_whole
-from export.model_file.card import card_path
-from export.model_file.described import descriptions
-from export.model_file.nodes import find_weights, read_graph
+from export.model_file.engine_card import card_path
+from export.model_file.onnx_reader import find_weights, read_graph
+from export.model_file.reading import descriptions
 
 _log = logging.getLogger(__name__)
 _LATEST = "latest"  # holds the folder name of the model that served last

@@ -14,8 +14,8 @@ from common.cores import num_cores
 from common.documents import read_json
 from common.files import read_whole, write_whole
 from common.refusal import Refusal
-from export.model_file.described import from_flags
-from export.model_file.nodes import digest_of
+from export.model_file.onnx_reader import digest_of
+from export.model_file.reading import from_flags
 from export.runtimes.cascade import Cascade, read_forms
 from export.runtimes.load import load_runtime
 from export.runtimes.runtime import Model, Runtime
@@ -132,7 +132,7 @@ def _load_file(config: ServeConfig, path: Path, device: int | None) -> Runtime:
         device=device,
         num_threads=num_threads(config),
         shares_cores=config.cascade,
-        said=from_flags(config),
+        hints=from_flags(config),
     )
     runtime.model = with_sound_reference(_with_parity_report(runtime.model, path))
     check(runtime)

@@ -12,8 +12,8 @@ from starlette.types import Message
 
 from common.difference import difference
 from export.compare import TOLERANCES, Tolerance
+from export.model_file.probe import BATCH_TOLERANCE as ALONE_AND_AMONG_OTHERS
 from export.model_file.probe import probe_images
-from export.runtimes.companions import TOLERANCE as ALONE_AND_AMONG_OTHERS
 from export.runtimes.runtime import Model
 from serve.model.check import recorded
 from serve.request.batcher import Batcher, Served

@@ -11,8 +11,7 @@ import numpy as np
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from common.refusal import Refusal
-from export.model_file.histograms import EDGES, NUM_BINS, PARTS, Drift, drift, part
-from export.model_file.reference import KEY, Reference, read_reference
+from export.model_file.reference import EDGES, KEY, NUM_BINS, PARTS, Drift, Reference, drift, part, read_reference
 from export.runtimes.runtime import Model
 from serve.watching.shared_counts import Counts
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from common.refusal import Refusal
-from export.model_file.card import card_path
+from export.model_file.engine_card import card_path
 from export.runtimes import gpu, tensorrt_engine
 from export.runtimes.load import load_runtime
 

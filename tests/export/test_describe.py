@@ -7,7 +7,7 @@ from foreign import MEAN, SAID, SHEET, STD
 
 from common.cli import run_command
 from export import describe, parity, to_triton, to_trt
-from export.model_file.card import read_card
+from export.model_file.engine_card import read_card
 from export.runtimes.onnx_session import OnnxSession
 
 

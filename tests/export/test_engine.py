@@ -19,7 +19,7 @@ from common.files import sha256
 from common.refusal import Refusal
 from export import to_trt
 from export.engines import engine
-from export.model_file.card import card_path, layers_path, read_card
+from export.model_file.engine_card import card_path, layers_path, read_card
 from export.runtimes import gpu, tensorrt_engine
 from export.runtimes.load import load_runtime
 
@@ -108,7 +108,7 @@ def test_wrong_arguments_are_refused_in_one_line_and_leave_the_old_engine(built,
     (tmp_path / "text.onnx").write_text("hello")
     for argv, message in (
         ([built.with_suffix(".onnx"), "--batch", 4, 2, 1], "--batch must be MIN <= OPT <= MAX"),
-        ([tmp_path / "text.onnx", "--out", built], "is no valid ONNX file"),
+        ([tmp_path / "text.onnx", "--out", built], "is not a valid ONNX file"),
         ([tmp_path / "missing.onnx", "--out", built], "No such file or directory"),
         ([built.with_suffix(".onnx"), "--out", built.with_suffix(".onnx")], "--out must end in .engine"),
         ([built.with_suffix(".onnx"), "--workspace", 0], "--workspace is in MiB, from 1 to 1048576; got 0"),
@@ -225,7 +225,7 @@ def test_timings_are_read_handed_on_and_written(write_onnx, tmp_path, monkeypatc
     _, path = write_onnx()
     real, timings, seen = engine.build_engine(path, batch=(1, 2, 4)), tmp_path / "timings", []
 
-    def build(path, *, batch, said, options, report):
+    def build(path, *, batch, hints, options, report):
         seen.append(options.timing_cache)
         return replace(real, timing_cache=b"more " + options.timing_cache)
 

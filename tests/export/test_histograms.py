@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from export.model_file.histograms import EDGES, NUM_BINS, PARTS, bin_of, count, drift, part
+from export.model_file.reference import EDGES, NUM_BINS, PARTS, bin_of, count, drift, part
 from export.runtimes.probabilities import best
 
 

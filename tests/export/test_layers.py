@@ -89,7 +89,7 @@ def test_an_engine_shows_the_layers_of_its_own_onnx_file_and_of_no_other(write, 
     onnx_form = open_artefact(path)
     card = SimpleNamespace(precision="fp16", onnx_sha256=onnx_form.digest)
     runtime = SimpleNamespace(model=OnnxSession(path).model)
-    monkeypatch.setattr("export.model_file.card.read_card", lambda path: card)
+    monkeypatch.setattr("export.model_file.engine_card.read_card", lambda path: card)
     monkeypatch.setattr("export.runtimes.tensorrt_engine.TensorRTEngine", lambda path: runtime)
     engine = open_artefact(path.with_suffix(".engine"))
     assert engine.precision == "fp16"
@@ -131,7 +131,7 @@ def test_a_provider_that_falls_back_is_not_taken_for_the_one_asked_for(write, mo
     )
 
     class FallenBack:
-        def __init__(self, path, providers, optimize, said):
+        def __init__(self, path, providers, optimize, hints):
             self.provider = "CPUExecutionProvider"
 
     monkeypatch.setattr("export.runtimes.onnx_session.OnnxSession", FallenBack)

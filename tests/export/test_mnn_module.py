@@ -13,7 +13,7 @@ from common.files import sha256
 from common.refusal import Refusal
 from export.compare import TOLERANCES, compare
 from export.graphs.graph import to_onnx
-from export.model_file.header import read_header
+from export.model_file.onnx_reader import read_header
 from export.runtimes.load import load_runtime
 from export.runtimes.mnn.module import MnnModule
 from fold.lower import lower
@@ -94,7 +94,7 @@ def unknown(model):
 
 def test_a_damaged_file_is_refused_in_one_line(edit, write_onnx, tmp_path):
     for change in (dangle, unknown):
-        with pytest.raises(Refusal, match="MNN's converter does not take it"):
+        with pytest.raises(Refusal, match="MNN's converter refuses it"):
             MnnModule(edit(change))
     content = write_onnx()[1].read_bytes()
     for damaged in (b"text", content[:-1], content[: len(content) // 2], b"\xff" * 40):
@@ -104,7 +104,7 @@ def test_a_damaged_file_is_refused_in_one_line(edit, write_onnx, tmp_path):
 
 
 def test_what_it_would_not_run_as_it_is_meant_is_refused(edit, write_foreign):
-    with pytest.raises(Refusal, match="is no model of this project"):
+    with pytest.raises(Refusal, match="is not a model of this project"):
         MnnModule(write_foreign())
 
     def contribute(model):
@@ -131,10 +131,10 @@ def test_where_it_cannot_run_it_says_so(write_onnx, monkeypatch):
     with monkeypatch.context() as endless:
         endless.setattr("export.runtimes.mnn.module._CONVERT", "import threading; threading.Event().wait()")
         endless.setattr("export.runtimes.mnn.module._CONVERT_S", 0.1)
-        with pytest.raises(Refusal, match="MNN's converter does not end"):
+        with pytest.raises(Refusal, match="MNN's converter does not finish"):
             MnnModule(path)
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
-    with pytest.raises(Refusal, match="MNN converts it in a temporary folder, and none can be made"):
+    with pytest.raises(Refusal, match="MNN converts it in a temporary folder, and cannot create one"):
         MnnModule(path)
     monkeypatch.setattr("export.runtimes.mnn.module.find_spec", lambda name: None)
     with pytest.raises(Refusal, match=r"MNN is not installed here: pip install '\.\[mnn\]'"):

@@ -24,7 +24,7 @@ def started():
     """The processes of MNN that this one has started and that run, in the order of their start."""
     threads = Path("/proc/self/task").iterdir()
     children = {int(pid) for thread in threads for pid in (thread / "children").read_text().split()}
-    return sorted(pid for pid in children if b"mnn.worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return sorted(pid for pid in children if b"mnn.pool" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 @pytest.fixture(autouse=True)

@@ -77,14 +77,14 @@ def test_weights_in_files_of_their_own_are_read_and_missed(write_onnx):
     for tensor in file.model.graph.initializer:
         assert np.array_equal(numpy_helper.to_array(tensor), inside[tensor.name])
     (path.parent / "weights.bin").unlink()
-    with pytest.raises(Refusal, match=r"weights in files of their own, and weights\.bin is not in .*; put them there"):
+    with pytest.raises(Refusal, match=r"weights in separate files, and weights\.bin is not in .*; put them there"):
         read_onnx(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x08\x09"])
 def test_a_file_that_is_no_onnx_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "plain.onnx").write_bytes(content)
-    with pytest.raises(Refusal, match=r"is no valid ONNX file: .*; export it again") as refusal:
+    with pytest.raises(Refusal, match=r"is not a valid ONNX file: .*; export it again") as refusal:
         read_onnx(tmp_path / "plain.onnx")
     assert "\n" not in str(refusal.value)
 
@@ -92,7 +92,7 @@ def test_a_file_that_is_no_onnx_is_refused_in_one_line(tmp_path, content):
 def test_a_truncated_file_is_refused(write_onnx):
     _, path = write_onnx()
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(Refusal, match="is no valid ONNX file"):
+    with pytest.raises(Refusal, match="is not a valid ONNX file"):
         read_onnx(path)
 
 

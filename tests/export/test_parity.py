@@ -174,7 +174,7 @@ def test_what_is_no_plain_net_is_not_exported(road, capsys):
 def test_a_damaged_and_a_missing_onnx_are_refused_in_one_line(road, tmp_path, capsys):
     damaged = tmp_path / "cut.onnx"
     damaged.write_bytes((road / "plain.onnx").read_bytes()[:5000])
-    for path, message in ((damaged, "is no valid ONNX file"), (tmp_path / "missing.onnx", "No such file")):
+    for path, message in ((damaged, "is not a valid ONNX file"), (tmp_path / "missing.onnx", "No such file")):
         assert run(path, "--against", road / "plain.safetensors") == 2
         error = capsys.readouterr().err
         assert message in error

@@ -12,10 +12,9 @@ from common.files import sha256
 from common.refusal import Refusal
 from export.evaluate import EvaluateConfig, command
 from export.graphs.graph import to_onnx
-from export.model_file.card import card_path, read_card
-from export.model_file.header import metadata_entry, read_header
-from export.model_file.histograms import NUM_BINS, count
-from export.model_file.reference import Reference, read_reference
+from export.model_file.engine_card import card_path, read_card
+from export.model_file.onnx_reader import metadata_entry, read_header
+from export.model_file.reference import NUM_BINS, Reference, count, read_reference
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.probabilities import best, probabilities
 from export.store_reference import store, without_reference

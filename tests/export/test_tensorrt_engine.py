@@ -9,7 +9,7 @@ import pytest
 from common.refusal import Refusal
 from export.compare import compare
 from export.engines.engine import build_engine
-from export.model_file.card import card_path
+from export.model_file.engine_card import card_path
 from export.runtimes import gpu, tensorrt_engine
 from export.runtimes.load import load_runtime
 from export.runtimes.onnx_session import OnnxSession

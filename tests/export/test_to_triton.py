@@ -14,7 +14,7 @@ from common.cli import run_command
 from common.files import sha256
 from export import to_triton
 from export.engines.engine import build_engine
-from export.model_file.card import card_path
+from export.model_file.engine_card import card_path
 from export.runtimes.offline import ort
 from export.runtimes.onnx_session import OnnxSession
 from export.triton_server import repository
@@ -189,7 +189,7 @@ def test_wrong_arguments_are_refused_in_one_line_and_write_nothing(write_onnx, w
     fixed, out = write_foreign((4, 6, 5, 3), TensorProto.UINT8), tmp_path / "r"
     for argv, message in (
         ([tmp_path / "missing.onnx"], "No such file"),
-        ([tmp_path / "text.onnx"], "is no valid ONNX file"),
+        ([tmp_path / "text.onnx"], "is not a valid ONNX file"),
         ([path, "--name", "../up"], "--name may have letters"),
         ([path, "--name", ".hidden"], "--name may have letters"),
         ([path, "--version", 0], "--version counts from 1"),

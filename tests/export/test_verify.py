@@ -13,8 +13,8 @@ from common.spec import Spec
 from export import to_onnx as to_onnx_command
 from export import to_trt, verify
 from export.graphs.graph import set_provenance
-from export.model_file.card import card_path
-from export.model_file.header import read_header
+from export.model_file.engine_card import card_path
+from export.model_file.onnx_reader import read_header
 from fold import run as fold
 from fold.plain import load_plain, save_plain
 from fold.user_net import Made

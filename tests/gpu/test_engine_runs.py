@@ -13,7 +13,7 @@ from export import to_trt
 from export.compare import TOLERANCES, compare
 from export.engines.engine import build_engine, choose_builder
 from export.graphs.graph import to_onnx
-from export.model_file.card import card_path, layers_path
+from export.model_file.engine_card import card_path, layers_path
 from export.runtimes import gpu
 from export.runtimes.load import load_runtime
 from export.runtimes.onnx_session import OnnxSession, loadable_providers

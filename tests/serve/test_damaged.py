@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from starlette.testclient import TestClient
 
 from common.refusal import Refusal
-from export.model_file.card import read_card
+from export.model_file.engine_card import read_card
 from serve.config import ServeConfig
 from serve.processes.serving import load
 from serve.request.access import Access

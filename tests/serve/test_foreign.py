@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from common.cli import parse
 from common.refusal import Refusal
-from export.model_file.described import from_flags
+from export.model_file.reading import from_flags
 from export.runtimes.onnx_session import OnnxSession
 from serve.cluster import read_artefact
 from serve.config import ServeConfig
@@ -87,15 +87,15 @@ def test_what_is_said_is_kept_beside_the_file_and_the_command_line_goes_before(s
     assert (model.spec.image.mean, model.spec.image.std, model.spec.image.resize) == (MEAN, STD, 36)
     assert model.spec.labels == tuple(labels)
     assert model.reading.sources["channels"] == "plain.onnx.json"
-    model = OnnxSession(sample.path, said=said("--channels", "rgb", "--probabilities")).model
+    model = OnnxSession(sample.path, hints=said("--channels", "rgb", "--probabilities")).model
     assert (model.reading.channels, model.reading.scores, model.reading.mean) == ("rgb", "probabilities", MEAN)
     assert model.reading.sources["channels"] == "the command line"
 
 
 def test_channels_are_turned_round_where_the_net_takes_them_so(sample):
     given = SAID[:1] + SAID[3:0:-1] + SAID[4:5] + SAID[:4:-1]
-    turned = OnnxSession(sample.path, said=said(*given, "--channels", "bgr"))
-    plain = OnnxSession(sample.path, said=said(*given))
+    turned = OnnxSession(sample.path, hints=said(*given, "--channels", "bgr"))
+    plain = OnnxSession(sample.path, hints=said(*given))
     assert np.array_equal(turned(sample.images), plain(np.ascontiguousarray(sample.images[..., ::-1])))
     assert not np.allclose(turned(sample.images), plain(sample.images))
 
@@ -105,7 +105,7 @@ def test_channels_are_turned_round_where_the_net_takes_them_so(sample):
     [
         ("{", "is not valid JSON"),
         ("[]", "is not a JSON object"),
-        ('{"means": [0]}', "says means, and known are"),
+        ('{"means": [0]}', "has the unknown fields means; known are"),
         ('{"mean": 3}', "3 is not a list of numbers"),
         ('{"channels": "gbr"}', "'gbr' is not one of rgb, bgr"),
         ('{"mean": [0.5]}', "mean needs 3 values, one for each channel, got 0.5"),
@@ -150,7 +150,7 @@ def test_files_of_hugging_face_and_timm_beside_the_model_are_read(sample, tmp_pa
 
 def test_a_file_of_ours_says_itself_how_it_is_read(artefact):
     with pytest.raises(Refusal, match="says itself how it is read; leave --mean, --std out"):
-        OnnxSession(artefact, said=said(*SAID))
+        OnnxSession(artefact, hints=said(*SAID))
 
 
 def test_a_graph_in_training_mode_is_refused_by_the_name_of_its_batch_norm(tmp_path):
@@ -163,7 +163,7 @@ def test_a_graph_in_training_mode_is_refused_by_the_name_of_its_batch_norm(tmp_p
 def test_todays_exporter_leaves_of_training_mode_the_dropout_alone(tmp_path):
     """Its batch norms take the running statistics, also of a net in training mode; its Dropout stays at work."""
     sample = write_today(tmp_path, "training", net().train())
-    answer = OnnxSession(sample.path, said=said(*SAID))(sample.images)
+    answer = OnnxSession(sample.path, hints=said(*SAID))(sample.images)
     np.testing.assert_allclose(softmax64(answer), sample.probabilities, atol=1e-4)
     dropping = write_today(tmp_path, "dropping", net(torch.nn.Dropout(0.5)).train())
     with pytest.raises(
@@ -181,7 +181,7 @@ def test_weights_of_todays_exporter_are_read_wherever_one_stands(tmp_path, monke
     mine, theirs = (write_today(folder, "net", net(seed=seed)) for seed, folder in enumerate(folders))
     assert (folders[0] / "net.onnx.data").exists()
     monkeypatch.chdir(folders[1])
-    runtime = OnnxSession(mine.path, said=said(*SAID))
+    runtime = OnnxSession(mine.path, hints=said(*SAID))
     np.testing.assert_allclose(softmax64(runtime(mine.images)), mine.probabilities, atol=1e-4)
     assert np.abs(mine.probabilities - theirs.probabilities).max() > 0.1
 
@@ -222,11 +222,11 @@ def test_weights_beside_the_file_are_its_own_wherever_one_stands(tmp_path, monke
     other = write(elsewhere, "external", net(seed=2))
     split(other.path)
     monkeypatch.chdir(elsewhere)
-    mine, theirs = (OnnxSession(one.path, said=said(*SAID)) for one in (sample, other))
+    mine, theirs = (OnnxSession(one.path, hints=said(*SAID)) for one in (sample, other))
     assert mine(sample.images).argmax(1).tolist() == sample.probabilities.argmax(1).tolist()
     assert not np.allclose(mine(sample.images), theirs(sample.images))
     monkeypatch.chdir(tmp_path)
-    assert np.array_equal(OnnxSession(other.path, said=said(*SAID))(sample.images), theirs(sample.images))
+    assert np.array_equal(OnnxSession(other.path, hints=said(*SAID))(sample.images), theirs(sample.images))
 
 
 def test_the_digest_covers_the_weights_and_a_reload_sees_them_change(tmp_path, encode):
@@ -274,7 +274,7 @@ def test_of_two_outputs_that_may_be_the_classes_the_user_chooses(tmp_path):
     with pytest.raises(Refusal, match=r"has the outputs .*; choose the one that holds the classes with --output NAME"):
         OnnxSession(sample.path)
     first, second = (output.name for output in onnx.load(sample.path).graph.output)
-    one, other = (OnnxSession(sample.path, said=said("--output", name)) for name in (first, second))
+    one, other = (OnnxSession(sample.path, hints=said("--output", name)) for name in (first, second))
     assert np.array_equal(one(sample.images), -other(sample.images))
     with pytest.raises(Refusal, match="has no output third; choose one of"):
-        OnnxSession(sample.path, said=said("--output", "third"))
+        OnnxSession(sample.path, hints=said("--output", "third"))

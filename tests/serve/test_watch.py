@@ -10,8 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from export.model_file.histograms import PARTS, count, part
-from export.model_file.reference import Reference
+from export.model_file.reference import PARTS, Reference, count, part
 from export.runtimes.probabilities import best, probabilities
 from serve.request.access import Access
 from serve.request.app import make_app

@@ -3,8 +3,6 @@
 import importlib.metadata
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +13,7 @@ from common.cores import num_cores
 from common.files import read_whole, sha256
 from common.refusal import Refusal
 from common.spec import ImageSpec, Spec
-from export.model_file.header import Header, read_header
+from export.model_file.onnx_reader import Header, read_header
 from export.runtimes.mnn.pool import MnnPool, WorkerFailed
 from export.runtimes.runtime import Model
 
@@ -30,7 +28,7 @@ _tools.mnnconvert(["mnnconvert", "-f", "ONNX", "--modelFile", sys.argv[1], "--MN
 
 
 class MnnModule:
-    """MNN in processes of its own, as many as it gets threads; the rest as in `Runtime`."""
+    """MNN in one process per thread; the rest as in `Runtime`."""
 
     platform = "mnn"
 
@@ -61,9 +59,9 @@ def version() -> str:
 
 
 def why_not(header: Header) -> str | None:
-    """Why MNN does not run a file as it is meant, or None: foreign nets, float16 and eight bits are not for it."""
+    """Why MNN cannot run a file correctly, or None: it runs no foreign nets, float16 or eight bits here."""
     if "spec" not in header.metadata:
-        return "is no model of this project"
+        return "is not a model of this project"
     precision = header.provenance.get("export", {}).get("precision", "fp32")
     if precision != "fp32" or set(header.domains) != {""}:
         return f"is {precision} with operators that MNN does not run"
@@ -72,15 +70,20 @@ def why_not(header: Header) -> str | None:
 
 def _start(path: Path, content: bytes, image: ImageSpec, num_workers: int) -> MnnPool:
     sizes = (image.height, image.width, image.channels)
-    with _temporary_folder(path) as folder:
+    try:
+        folder = TemporaryDirectory(prefix="mnn-")
+    except OSError as error:  # as in a container with read-only files
+        reason = error.strerror or error
+        raise Refusal(f"{path}: MNN converts it in a temporary folder, and cannot create one: {reason}") from error
+    with folder as name:
         try:
-            return MnnPool(_convert(path, content, folder), sizes, num_workers=num_workers)
+            return MnnPool(_convert(path, content, Path(name)), sizes, num_workers=num_workers)
         except (WorkerFailed, OSError) as error:
             raise Refusal(f"{path} cannot be loaded by MNN: {error}; use --runtime onnxruntime") from error
 
 
 def _convert(path: Path, content: bytes, folder: Path) -> Path:
-    """The model in MNN's own format, in `folder`; the converter leaves files in its working directory too."""
+    """The model in MNN's own format, in `folder`, where the converter also leaves other files."""
     source, converted = folder / "plain.onnx", folder / "plain.mnn"
     source.write_bytes(content)
     try:
@@ -88,19 +91,7 @@ def _convert(path: Path, content: bytes, folder: Path) -> Path:
             [sys.executable, "-c", _CONVERT, source, converted], cwd=folder, capture_output=True, timeout=_CONVERT_S
         )
     except subprocess.TimeoutExpired as error:
-        raise Refusal(f"{path}: MNN's converter does not end; use --runtime onnxruntime") from error
+        raise Refusal(f"{path}: MNN's converter does not finish; use --runtime onnxruntime") from error
     if done.returncode != 0 or not converted.exists():
-        raise Refusal(f"{path} cannot be loaded: MNN's converter does not take it; export it again")
+        raise Refusal(f"{path} cannot be loaded: MNN's converter refuses it; export it again")
     return converted
-
-
-@contextmanager
-def _temporary_folder(path: Path) -> Iterator[Path]:
-    """Removed at the end; refuses where none can be made, as in a container whose files are read-only."""
-    try:
-        folder = TemporaryDirectory(prefix="mnn-")
-    except OSError as error:
-        reason = error.strerror or error
-        raise Refusal(f"{path}: MNN converts it in a temporary folder, and none can be made: {reason}") from error
-    with folder as name:
-        yield Path(name)

@@ -1,14 +1,17 @@
-"""A batch shared among processes that run MNN, one thread each.
+"""A batch divided among processes that run MNN, one thread each.
 
 MNN holds Python's global lock while it computes, and its own threads share every layer's activations. Processes share
-nothing, leave the caller's other threads running, and one that crashes ends a call instead of a server.
+nothing and leave the caller's other threads running, and a crash ends one call instead of the server.
 """
 
 import threading
 import weakref
+from contextlib import suppress
 from io import FileIO
+from multiprocessing.connection import Connection
 from pathlib import Path
 from time import monotonic
+from typing import Any, cast
 
 import numpy as np
 
@@ -78,9 +81,7 @@ class _Worker:
     """One process, and the socket to it."""
 
     def __init__(self, file: int, sizes: tuple[int, int, int]) -> None:
-        self._process, self._connection = start(
-            "export.runtimes.mnn.worker", f"/dev/fd/{file}", *sizes, pass_fds=(file,)
-        )
+        self._process, self._connection = start("export.runtimes.mnn.pool", f"/dev/fd/{file}", *sizes, pass_fds=(file,))
 
     def wait_until_loaded(self, until: float) -> None:
         if not self._connection.poll(max(0.0, until - monotonic())):
@@ -113,3 +114,39 @@ def _end_all(workers: list[_Worker], *files: FileIO) -> None:
         workers.pop().end()
     for file in files:
         file.close()
+
+
+def run(converted: str, *sizes: str) -> None:
+    """A process of the pool: a module of MNN with one thread, which answers until the parent is gone.
+
+    `converted` is a file in MNN's own format; exit status 1 if it is invalid. `sizes` are height, width and channels of
+    an image. Descriptor 0 is a socket to the parent, which sends images uint8 [N, H, W, C] and gets logits float32
+    [N, K], both as bytes in C order; an empty message at the start says that the model is loaded.
+    """
+    module = _load(converted)
+    connection, shape = Connection(0), (-1, *map(int, sizes))
+    with suppress(EOFError, OSError):
+        connection.send_bytes(b"")
+        while True:
+            images = np.frombuffer(connection.recv_bytes(), np.uint8).reshape(shape)
+            (logits,) = module.forward([_to_input(images)])
+            connection.send_bytes(logits.read())
+
+
+def _load(converted: str) -> Any:
+    from MNN import nn as mnn_nn
+
+    nn = cast(Any, mnn_nn)  # takes its names from an extension module
+    manager = nn.create_runtime_manager(({"backend": 0, "numThread": 1, "precision": "high"},))
+    try:
+        return nn.load_module_from_file(converted, ["images"], ["logits"], runtime_manager=manager)
+    except SystemError:  # for every invalid file
+        sys.exit(1)
+
+
+def _to_input(images: np.ndarray) -> Any:
+    from MNN import expr as mnn_expr
+
+    expr = cast(Any, mnn_expr)
+    # Called NCHW although channels are last: MNN would move what is called NHWC, and the graph does it itself.
+    return expr.const(images, list(images.shape), expr.NCHW, expr.dtype.uint8)

@@ -1,0 +1,94 @@
+"""The sidecar of an engine: plain.engine.json says what plain.engine is, and for which machine."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args
+
+from common.documents import read_object
+from common.files import read_whole
+from common.refusal import Refusal
+from common.spec import Spec
+from export.model_file.signature import Signature
+
+FORMAT = "diracnet-engine-2"  # 1 did not name the GPU
+Builder = Literal["tensorrt", "tensorrt_rtx"]
+
+
+@dataclass(frozen=True)
+class EngineCard:
+    name: str
+    builder: Builder
+    builder_version: str
+    precision: str  # fp32, fp16 or int8; from the ONNX graph, which decides it
+    batch: tuple[int, int, int]  # smallest, best and largest batch of the optimisation profile
+    compute_capabilities: tuple[str, ...]  # of the GPUs that can run the engine: "8.9"
+    gpu: str | None  # the model that tensorrt built for: "NVIDIA A10"; None where every one of these GPUs will do
+    workspace_mib: int | None  # what the builder's scratch memory was limited to
+    version_compatible: bool  # later versions of the library run it too
+    refittable: bool  # its weights can be exchanged
+    onnx_sha256: str
+    engine_sha256: str
+    signature: Signature
+    output_dtype: str  # of the logits
+    spec: Spec
+    provenance: dict[str, Any]
+    parity: dict[str, Any] | None  # the report of export/parity.py on the ONNX file, where there was one
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self), "spec": self.spec.to_dict()}, indent=1)
+
+
+def card_path(engine: Path) -> Path:
+    return engine.with_name(engine.name + ".json")
+
+
+def layers_path(engine: Path) -> Path:
+    return engine.with_name(engine.name + ".layers.json")
+
+
+def read_card(engine: Path) -> EngineCard:
+    """The card beside an engine; refuses a missing, damaged or foreign one, naming the field."""
+    path, again = card_path(engine), "build the engine again with export/to_trt.py"
+    if engine.is_file() and not path.exists():
+        raise Refusal(f"{engine} has no card: {path.name} is not beside it; copy it there, or {again}")
+    record = read_object(read_whole(path), str(path), todo=again)
+    if record.get("format") != FORMAT:
+        raise Refusal(f"{path}: format is not {FORMAT}; {again}")
+    if missing := [field.name for field in fields(EngineCard) if field.name not in record]:
+        raise Refusal(f"{path} lacks {', '.join(missing)}; {again}")
+    values = {field.name: record[field.name] for field in fields(EngineCard)}
+    for name, value in values.items():
+        if not _is_valid(name, value):
+            raise Refusal(f"{path}: {name} cannot be {value!r}; {again}")
+    try:
+        values["signature"] = Signature.from_dict(values["signature"])
+    except (TypeError, KeyError) as error:
+        raise Refusal(f"{path}: signature is damaged ({error}); {again}") from error
+    values["batch"] = tuple(values["batch"])
+    values["compute_capabilities"] = tuple(map(str, values["compute_capabilities"]))
+    return EngineCard(**{**values, "spec": Spec.from_dict(values["spec"])})
+
+
+_KINDS: dict[str, type | UnionType] = {
+    **dict.fromkeys(("name", "builder_version", "precision", "onnx_sha256", "engine_sha256", "output_dtype"), str),
+    "compute_capabilities": list,
+    **dict.fromkeys(("version_compatible", "refittable"), bool),
+    **dict.fromkeys(("signature", "provenance"), dict),
+    "gpu": str | None,
+    "workspace_mib": int | None,
+    "parity": dict | None,
+    "spec": object,  # `Spec.from_dict` checks it
+}
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    match name, value:
+        case "builder", _:
+            return value in get_args(Builder)
+        case "batch", [int() as smallest, int() as best, int() as largest]:
+            return 1 <= smallest <= best <= largest
+        case "batch", _:
+            return False
+    return isinstance(value, _KINDS[name])

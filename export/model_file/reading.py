@@ -1,0 +1,290 @@
+"""How somebody else's classifier is read, by the hints of its user, of files beside it and of its exporter."""
+
+import ast
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from common.documents import read_json, read_object
+from common.files import read_whole
+from common.refusal import Refusal
+
+Channels = Literal["rgb", "bgr"]
+Scores = Literal["logits", "probabilities"]
+_COMMAND_LINE, _ASSUMED = "the command line", "assumed"  # sources
+_CONFIGS = ("preprocessor_config.json", "config.json")
+# Log-softmax outputs are valid logits: their softmax gives the same probabilities.
+_SCORES_OF: dict[str, Scores] = {"Softmax": "probabilities", "Sigmoid": "probabilities", "LogSoftmax": "logits"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingFlags:
+    """The flags of every command that takes somebody else's net: how the net is read."""
+
+    mean: Annotated[tuple[float, ...], "somebody else's net: subtracted from each channel; black is 0, white 1"] = ()
+    std: Annotated[tuple[float, ...], "somebody else's net: each channel is then divided by it"] = ()
+    resize: Annotated[int | None, "somebody else's net: pixels of the shorter side before the centre is cropped"] = None
+    labels: Annotated[Path | None, "somebody else's net: a text file with one label a line"] = None
+    channels: Annotated[Channels | None, "somebody else's net: the order of its channels"] = None
+    probabilities: Annotated[bool, "somebody else's net: it gives probabilities"] = False
+    logits: Annotated[bool, "somebody else's net: it gives logits, whatever its last node is"] = False
+    output: Annotated[str | None, "somebody else's net: the name of the output that holds the classes"] = None
+    temperature: Annotated[float | None, "somebody else's net: its logits are divided by it before the softmax"] = None
+
+
+@dataclass(frozen=True)
+class ReadingHints:
+    """What is known of how a net is read, field by field; None where nothing is."""
+
+    mean: tuple[float, ...] | None = None  # of each channel, in units of full scale
+    std: tuple[float, ...] | None = None
+    resize: int | None = None  # as in `ImageSpec`
+    labels: tuple[str, ...] | None = None
+    channels: Channels | None = None
+    scores: Scores | None = None
+    output: str | None = None
+    temperature: float | None = None  # as in `Spec`
+    sources: tuple[tuple[str, str], ...] = ()  # (field, who gives it)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        values = {name: value for name, value in asdict(self).items() if name != "sources"}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def flags(self) -> str:
+        """The flags that give these hints, for messages."""
+        return ", ".join(f"--{name}" for name, _ in self.sources)
+
+    def over(self, other: "ReadingHints") -> "ReadingHints":
+        """These hints, completed by those of `other`."""
+        fresh = {name: value for name, value in other.given.items() if getattr(self, name) is None}
+        sources = {name: source for name, source in other.sources if name in fresh}
+        return replace(self, **fresh, sources=tuple(sorted({**sources, **dict(self.sources)}.items())))
+
+    def by(self, source: str) -> "ReadingHints":
+        """The same hints, given by `source`."""
+        return replace(self, sources=tuple((name, source) for name in self.given))
+
+    def to_json(self) -> str:
+        """The content of the description beside a model."""
+        return json.dumps(self.given, indent=1, ensure_ascii=False) + "\n"
+
+
+NO_HINTS = ReadingHints()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pixels become the input of somebody else's net, how its output is read, and who says so.
+
+    `mean` and `std` are empty if the graph normalises by itself, as one that takes uint8 does.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | None
+    channels: Channels
+    scores: Scores
+    sources: dict[str, str]  # field → who gives it; labels too
+
+    @property
+    def assumed(self) -> list[str]:
+        """The fields that nobody gives."""
+        return [name for name, source in self.sources.items() if source == _ASSUMED]
+
+    def __str__(self) -> str:
+        """In one line, for people."""
+        shown = {
+            "mean": f"mean {listed(self.mean)}",
+            "std": f"std {listed(self.std)}",
+            "resize": f"shorter side {self.resize}, centre cropped" if self.resize else "images stretched to its input",
+            "channels": self.channels.upper(),
+            "scores": f"answers {self.scores}",
+            "labels": "labels 'class N'",
+        }
+        assumed = [shown[name] for name in self.assumed]
+        said = [f"{name} by {source}" for name, source in self.sources.items() if source != _ASSUMED]
+        parts = [f"assumed: {', '.join(assumed)}"] if assumed else []
+        return "; ".join(parts + ([f"said: {', '.join(said)}"] if said else []))
+
+
+def decide_reading(hints: ReadingHints, *, dtype: str, num_channels: int, last_kind: str) -> Reading:
+    """The reading of a net with inputs of `dtype`, whose last node is of `last_kind`; refuses hints that do not fit."""
+    is_float = dtype != "uint8"
+    sources = dict.fromkeys(("mean", "std", "resize", "channels", "scores", "labels"), _ASSUMED)
+    sources |= {name: source for name, source in hints.sources if name in (*sources, "temperature")}
+    if not is_float:
+        if by_hand := [f"--{name}" for name in ("mean", "std") if sources[name] == _COMMAND_LINE]:
+            raise Refusal(f"the net takes uint8 and normalises by itself; leave {' and '.join(by_hand)} out")
+        sources |= {"mean": "the graph", "std": "the graph"}
+    if hints.scores is None and last_kind in _SCORES_OF:
+        sources["scores"] = f"the graph's last node, {last_kind}"
+    if num_channels == 1:
+        sources["channels"] = "the graph"
+        if hints.channels == "bgr":
+            raise Refusal("the net takes one channel, and bgr is an order of three; leave --channels out")
+    for name, values in (("mean", hints.mean), ("std", hints.std)):
+        if values is not None and len(values) != num_channels and is_float:
+            plural = "s" * (num_channels > 1)
+            raise Refusal(f"{name} needs {num_channels} value{plural}, one for each channel, got {listed(values)}")
+    scores = hints.scores or _SCORES_OF.get(last_kind, "logits")
+    if hints.temperature is not None and scores == "probabilities":
+        raise Refusal("the net gives probabilities, and a temperature is for logits; leave --temperature out")
+    return Reading(
+        mean=(hints.mean or (0.0,) * num_channels) if is_float else (),
+        std=(hints.std or (1.0,) * num_channels) if is_float else (),
+        resize=hints.resize,
+        channels=hints.channels or "rgb",
+        scores=scores,
+        sources=sources,
+    )
+
+
+def from_flags(flags: ReadingFlags) -> ReadingHints:
+    """The hints in a command's flags."""
+    if flags.probabilities and flags.logits:
+        raise Refusal("--probabilities and --logits exclude each other; give one of them")
+    return ReadingHints(
+        mean=flags.mean or None,
+        std=flags.std or None,
+        resize=flags.resize,
+        labels=_read_labels(flags.labels) if flags.labels else None,
+        channels=flags.channels,
+        scores="probabilities" if flags.probabilities else "logits" if flags.logits else None,
+        output=flags.output,
+        temperature=flags.temperature,
+    ).by(_COMMAND_LINE)
+
+
+def description_path(model: Path) -> Path:
+    """model.onnx → model.onnx.json"""
+    return model.with_name(model.name + ".json")
+
+
+def descriptions(model: Path) -> list[Path]:
+    """The files beside a model that hold hints."""
+    return [file for file in (description_path(model), *map(model.with_name, _CONFIGS)) if file.is_file()]
+
+
+def find_hints(path: Path, metadata: dict[str, str]) -> ReadingHints:
+    """All hints but the user's: those of model.onnx.json first, then its metadata, then configs beside it."""
+    hints = read_description(description_path(path)) if description_path(path).exists() else NO_HINTS
+    return hints.over(_of_ultralytics(metadata)).over(_of_configs(path))
+
+
+def read_description(path: Path) -> ReadingHints:
+    """What export/describe.py wrote; refuses unknown fields and wrong types."""
+    again = "write it again with export/describe.py"
+    record = read_object(read_whole(path), str(path), todo=again)
+    known = {field.name for field in fields(ReadingHints)} - {"sources"}
+    if unknown := sorted(set(record) - known):
+        raise Refusal(
+            f"{path} has the unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}; {again}"
+        )
+    try:
+        return ReadingHints(**{name: _checked(name, value) for name, value in record.items()}).by(path.name)
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"{path} is not a valid description: {error}; {again}") from error
+
+
+def listed(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def _read_labels(path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(line.strip() for line in read_whole(path).decode("utf-8-sig").rstrip().splitlines())
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{path} is not a text file in UTF-8; write one label a line") from error
+
+
+def _of_ultralytics(metadata: dict[str, str]) -> ReadingHints:
+    """Its classifiers are trained on crops of x / 255, and its exporter writes the labels as a Python dict."""
+    if metadata.get("task") != "classify" or "names" not in metadata:
+        return NO_HINTS
+    try:
+        names = ast.literal_eval(metadata["names"])
+        labels = tuple(str(names[index]) for index in range(len(names)))
+        sizes = ast.literal_eval(metadata.get("imgsz", "[]"))
+    except (ValueError, SyntaxError, KeyError, TypeError):
+        return NO_HINTS
+    resize = max(sizes) if isinstance(sizes, list) and sizes else None
+    channels = 1 if metadata.get("channels") == "1" else 3
+    hints = ReadingHints((0.0,) * channels, (1.0,) * channels, resize, labels, channels="rgb")
+    return hints.by("Ultralytics' metadata in the file")
+
+
+def _of_configs(path: Path) -> ReadingHints:
+    """Configs of Hugging Face or timm beside a model; another program's file of that name gives no hints."""
+    hints = NO_HINTS
+    for name, read in zip(_CONFIGS, (_of_preprocessor, _of_config), strict=True):
+        file = path.with_name(name)
+        if file.is_file():
+            try:
+                hints = hints.over(read(read_json(read_whole(file))).by(name))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue
+    return hints
+
+
+def _of_preprocessor(record: dict[str, Any]) -> ReadingHints:
+    """Hugging Face's image processor."""
+    mean = std = None
+    if record.get("do_normalize", True) and "image_mean" in record:
+        mean, std = _floats(record["image_mean"]), _floats(record["image_std"])
+    size = record.get("size", {})
+    shorter = size.get("shortest_edge") if isinstance(size, dict) else None
+    if shorter and not record.get("do_center_crop"):
+        shorter = int(shorter / record["crop_pct"]) if "crop_pct" in record else None
+    return ReadingHints(mean, std, shorter)
+
+
+def _of_config(record: dict[str, Any]) -> ReadingHints:
+    """Labels of Hugging Face's config.json; labels and preprocessing of timm's."""
+    hints = ReadingHints(labels=_by_index(record["id2label"])) if "id2label" in record else NO_HINTS
+    if timm := record.get("pretrained_cfg"):
+        size = timm["input_size"][-1]
+        resize = int(size / timm["crop_pct"]) if timm.get("crop_mode", "center") == "center" else None
+        labels = _by_index(record["label_names"]) if "label_names" in record else None
+        hints = hints.over(ReadingHints(_floats(timm["mean"]), _floats(timm["std"]), resize, labels))
+    return hints
+
+
+def _by_index(names: Any) -> tuple[str, ...]:
+    """Labels in a list, or in a dict by their index as JSON writes it."""
+    return tuple(str(names[str(index)] if isinstance(names, dict) else names[index]) for index in range(len(names)))
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A field of a description in the type that `ReadingHints` has; raises TypeError or ValueError."""
+    match name:
+        case "mean" | "std":
+            return _floats(value)
+        case "labels" if isinstance(value, list):
+            return tuple(_typed(label, str, "text") for label in value)
+        case "labels":
+            raise TypeError(f"{value!r} is not a list of labels")
+        case "resize":
+            return _typed(value, int, "a whole number")
+        case "temperature":
+            return _typed(value, int | float, "a number")
+        case "output":
+            return _typed(value, str, "text")
+    allowed = get_args({"channels": Channels, "scores": Scores}[name])
+    if value not in allowed:
+        raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
+    return value
+
+
+def _typed(value: Any, kind: Any, in_words: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not {in_words}")
+    return value
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        raise TypeError(f"{values!r} is not a list of numbers")
+    return tuple(map(float, values))
