@@ -7,10 +7,11 @@ from torch import nn
 
 from common.spec import Spec
 from train.checkpoint import Checkpoint, save_checkpoint
+from train.data.batches import Batch
 from train.data.datasets import cifar_image
 from train.families import build, count_parameters
 from train.initialize import initialize
-from train.loop import Batch, make_optimizer, train_step
+from train.loop import make_optimizer, train_step
 
 BATCH_SIZE = 8
 

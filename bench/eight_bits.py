@@ -90,12 +90,11 @@ def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_image
     from fold.plain import fold_net
     from train.data import datasets
     from train.layers import DiracConv2d
-    from train.steps import make_spec
 
     _, held = datasets.hold_out(dataset.train, settings.validation, seed=0)
     pixels = held.first(num_images)
     observed, chosen_by = pixels[: len(pixels) // 4], pixels[len(pixels) // 4 :]
-    spec = make_spec(settings, dataset.info.image, dataset.info.labels)
+    spec = settings.spec(dataset.info.image, dataset.info.labels)
     found = quantize(
         fold_net(net.eval()).float(),
         spec,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -11,11 +12,13 @@ from torch.nn import functional
 from common.progress import make_console
 from common.spec import ImageSpec
 from train.config import TrainConfig
+from train.data.batches import Batch
+from train.data.datasets import Dataset, DatasetInfo, Split
 from train.distributed import World
 from train.layers import DiracConv2d
-from train.loop import Batch, train_step
+from train.loop import train_step
 from train.machine import keep_large_buffers
-from train.steps import Session, make_spec, start
+from train.trainer import Trainer
 
 Form = Literal["ordinary", "Dirac", "Dirac, reference"]
 ALONE = World()
@@ -45,7 +48,7 @@ class ReferenceDiracConv2d(DiracConv2d):
         return a.expand_as(self.delta) * self.delta + b.expand_as(normalized) * normalized
 
 
-def make_session(form: Form, workload: Workload, world: World = ALONE) -> Session:
+def make_trainer(form: Form, workload: Workload, world: World = ALONE) -> Trainer:
     """A net before its first step, as train/run.py makes it."""
     config = TrainConfig(
         dataset="fashion-mnist",
@@ -55,28 +58,30 @@ def make_session(form: Form, workload: Workload, world: World = ALONE) -> Sessio
         parameterization="plain" if form == "ordinary" else "dirac",
     ).resolved()
     image = ImageSpec(workload.side, workload.side, 1, (0.286,), (0.353,), resize=None)
-    spec = make_spec(config, image, tuple("0123456789"))
-    session = start(config, spec, world, make_console(quiet=True))
+    info = DatasetInfo(image, tuple("0123456789"), flip=False, crop=0)
+    some = Split(np.zeros((world.size, *image.shape), np.uint8), np.zeros(world.size))  # each step brings its own
+    dataset = Dataset(info, train=some, test=some, validation=some)
+    trainer = Trainer(config, config.spec(image, info.labels), dataset, world, make_console(quiet=True))
     if form == "Dirac, reference":
-        _use_reference(session.net)
-    return session
+        _use_reference(trainer.net)
+    return trainer
 
 
 def make_step(form: Form, workload: Workload, world: World = ALONE) -> Callable[[], Tensor]:
     """Forward, backward and optimizer on this process's share of a batch that stays the same."""
-    session = make_session(form, workload, world)
-    net, share = world.wrap(session.net), workload.batch_size // world.size
+    trainer = make_trainer(form, workload, world)
+    net, share = world.wrap(trainer.net), workload.batch_size // world.size
     generator = torch.Generator().manual_seed(world.rank)
     shape = (share, workload.side, workload.side, 1)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     batch = Batch(0, 0, images, torch.randint(10, (share,), generator=generator))
     # The rate is small: the loss shall not run away from random labels while thousands of steps are timed.
-    return lambda: train_step(net, session.optimizer, session.scaler, batch, 1e-3, precision=workload.precision)
+    return lambda: train_step(net, trainer.optimizer, trainer.scaler, batch, 1e-3, precision=workload.precision)
 
 
 def make_weights(form: Form, workload: Workload) -> Callable[[], None]:
     """Ŵ of all Dirac layers of a net and the gradients of a, b and W: what the parameterization adds to a step."""
-    net = make_session(form, workload).net
+    net = make_trainer(form, workload).net
     layers = [layer for layer in net.modules() if isinstance(layer, DiracConv2d)]
     gradients = [torch.randn_like(layer.weight) for layer in layers]
 

@@ -17,7 +17,7 @@ from export.runtimes.onnx_session import OnnxSession
 from export.to_onnx import DEFAULT_LOWERING
 from fold.lower import lower
 from fold.plain import fold_net
-from train.data.datasets import describe
+from train.data.datasets import info_of
 
 # Family, depth, width and nonlinearity.
 SIZES = {"small": ("pooled", 16, 1.0, "relu"), "large": ("cifar", 16, 1.0, "ncrelu")}
@@ -35,7 +35,7 @@ class ServedNet:
 
 def write_net(size: str, folder: Path, pngs: list[bytes]) -> ServedNet:
     """Build, fold and export a net of `SIZES` into `folder`."""
-    info = describe("fashion-mnist")
+    info = info_of("fashion-mnist")
     family, depth, width, nonlinearity = SIZES[size]
     spec = Spec(family, depth, width, nonlinearity, info.image, info.labels)
     plain = fold_net(random_net(spec, seed=0)).float()

@@ -171,4 +171,5 @@ def _residual_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, s
 def _convolution(num_in: int, num_out: int, spec: Spec, *, stride: int = 1) -> nn.Conv2d:
     if spec.parameterization in ORDINARY:
         return nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False)
-    return DiracConv2d(num_in, num_out, 3, stride=stride, padding=1, form=spec.parameterization, delta_form=spec.delta)
+    kind, delta_form = spec.parameterization, spec.delta
+    return DiracConv2d(num_in, num_out, 3, stride=stride, padding=1, parameterization=kind, delta_form=delta_form)

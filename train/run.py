@@ -24,9 +24,9 @@ EXAMPLES = (
 
 def command(config: TrainConfig) -> int:
     """Train a DiracNet; writes checkpoint.pt, best.pt, metrics.jsonl and learning_curve.png to --out."""
-    from train import session
+    from train import training
 
-    return session.describe(config) if config.describe else session.train(config)
+    return training.describe(config) if config.describe else training.train(config)
 
 
 if __name__ == "__main__":

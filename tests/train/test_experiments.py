@@ -128,7 +128,7 @@ def test_an_experiment_goes_on_with_what_it_has_and_never_with_other_settings(tm
 
 
 def test_the_residual_net_of_the_convergence_has_as_many_parameters(tmp_path):
-    info = datasets.describe("cifar10")
+    info = datasets.info_of("cifar10")
     config = ConvergenceConfig(paper=True)
     width = _width_of_equal_size(config, info)
     assert width == pytest.approx(2**0.5, rel=0.05)

@@ -13,9 +13,8 @@ from common.spec import ImageSpec, Spec
 from fold.plain import fold_net, load_plain, save_plain
 from fold.run import FoldConfig
 from fold.run import command as fold_command
-from train.begin import like
 from train.checkpoint import load_checkpoint, load_net
-from train.config import TrainConfig
+from train.config import TrainConfig, like
 from train.families import build
 from train.fine_tune import from_plain
 from train.run import command

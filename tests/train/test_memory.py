@@ -5,7 +5,7 @@ import pytest
 from common.refusal import Refusal
 from train.config import TrainConfig
 from train.distributed import World
-from train.memory import available_bytes, refuse_what_does_not_fit, training_bytes
+from train.machine import available_bytes, refuse_what_does_not_fit, training_bytes
 
 
 def test_memory_grows_with_the_batch_and_with_the_area(make_spec):

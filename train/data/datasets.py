@@ -110,7 +110,7 @@ def imagenet_image(size: int = 224, resize: int = 256) -> ImageSpec:
     return ImageSpec(size, size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=resize)
 
 
-def describe(
+def info_of(
     name: str, *, data_dir: Path | None = None, image_size: int = 32, image: ImageSpec | None = None
 ) -> DatasetInfo:
     """What is known of data set `name` before its images are read; a folder's labels are its subfolders.
@@ -141,12 +141,12 @@ def load(
     skip_unreadable: bool = False,
     track: Track = lambda items, total: items,
 ) -> Dataset:
-    """Read a data set whole, or find a folder's files: they are read when needed. `image` as in `describe`.
+    """Read a data set whole, or find a folder's files: they are read when needed. `image` as in `info_of`.
 
     `track(items, total)` wraps the loop over a folder's files, to show progress.
     Refuses a data set that is not where it should be, saying where it was looked for.
     """
-    info = describe(name, data_dir=data_dir, image_size=image_size, image=image)
+    info = info_of(name, data_dir=data_dir, image_size=image_size, image=image)
     match name:
         case "digits":
             if data_dir:
@@ -185,7 +185,7 @@ def load_as_trained(
     parts = read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
     skip_unreadable = training.get("skip_unreadable", False)
     if parts:
-        info = describe(name, data_dir=data_dir, image_size=image_size, image=image)
+        info = info_of(name, data_dir=data_dir, image_size=image_size, image=image)
         return recorded_files(_given(data_dir), parts, info, skip_unreadable=skip_unreadable)
     dataset = load(name, data_dir=data_dir, image_size=image_size, image=image, skip_unreadable=skip_unreadable)
     dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))

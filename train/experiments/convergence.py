@@ -93,11 +93,10 @@ def _width_of_equal_size(config: ConvergenceConfig, info) -> float:
     It is about sqrt(2) times as wide: without NCReLU its convolutions have half the weights.
     """
     from train.families import count_parameters, outline
-    from train.steps import make_spec
 
     def size(name: str, width: float) -> int:
         settings = config.training(depth=config.depth, width=width, **NETS[name])
-        return count_parameters(outline(make_spec(settings, info.image, info.labels)))
+        return count_parameters(outline(settings.spec(info.image, info.labels)))
 
     width = config.training().width
     wanted = size("Dirac", width)

@@ -30,6 +30,7 @@ COLOURS = {
     "relu": "C5",
 }
 PAPER = {"dataset": "cifar10", "width": 1.0}
+HISTORY = ("train_loss", "train_accuracy", "validation_accuracy")
 SAME = ("dataset", "epochs", "batch_size", "momentum", "weight_decay", "schedule", "a0", "b0", "w_std")  # to go on
 
 
@@ -76,30 +77,22 @@ def run_trial(
     observe: Callable[["nn.Sequential"], None] = lambda net: None,
 ) -> Trial:
     """Train one net. `prepare` may change it before the first step; `observe` sees it before and after each epoch."""
-    import torch
-
     from common.progress import make_console
-    from train import loop, steps
-    from train.data import datasets
+    from train.data.datasets import divide
     from train.distributed import World
+    from train.loop import evaluate
     from train.machine import choose_device
+    from train.trainer import Trainer
 
-    world = World(device=choose_device(config.device))
-    spec = steps.make_spec(config, dataset.info.image, dataset.info.labels)
-    run = steps.start(config, spec, world, make_console(quiet=True))
-    prepare(run.net)
-    observe(run.net)
-    rest, held = datasets.hold_out(dataset.train, config.validation, seed=0)
-    augmentation = steps.make_augmentation(config, dataset.info)
-    history = []
-    for epoch in range(config.epochs):
-        done = list(steps.take_steps(run, run.net, rest, augmentation, batch_size=config.batch_size, epoch=epoch))
-        sums = torch.stack([step.sums for step in done]).sum(0)
-        loss, correct = (sums / sum(step.images for step in done)).tolist()
-        validation = loop.evaluate(run.net, held, device=world.device).accuracy
-        history.append({"train_loss": loss, "train_accuracy": correct, "validation_accuracy": validation})
-        observe(run.net)
-    return Trial(run.net, history, loop.evaluate(run.net, dataset.test, device=world.device).accuracy)
+    world, spec = World(device=choose_device(config.device)), config.spec(dataset.info.image, dataset.info.labels)
+    trainer = Trainer(config, spec, divide(dataset, config.validation, seed=0), world, make_console(quiet=True))
+    prepare(trainer.net)
+    observe(trainer.net)
+    for _ in range(config.epochs):
+        trainer.epoch()
+        observe(trainer.net)
+    history = [{key: row[key] for key in HISTORY} for row in trainer.history]
+    return Trial(trainer.net, history, evaluate(trainer.net, dataset.test, device=world.device).accuracy)
 
 
 def describe(config: ExperimentConfig) -> str:
@@ -144,7 +137,7 @@ def draw_chance(axes: Any, config: ExperimentConfig, *, error: bool = False) -> 
     """The accuracy, or error, in per cent of a net that knows nothing."""
     from train.data import datasets
 
-    chance = 100 / len(datasets.describe(config.training().dataset).labels)
+    chance = 100 / len(datasets.info_of(config.training().dataset).labels)
     axes.axhline(100 - chance if error else chance, color="0.5", linestyle=":", label="chance")
 
 

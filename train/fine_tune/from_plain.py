@@ -1,6 +1,6 @@
 """Where fine-tuning of a plain file begins: opened, its batch statistics measured, and proved to be the same net."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
@@ -18,20 +18,19 @@ from common.refusal import Refusal
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.config import Settings
 from train.data import datasets
+from train.data.batches import Augmentation, batches
 from train.distributed import World
-from train.fine_tune.batch_statistics import measure, standardize
 from train.fine_tune.plain_file import PlainFile, read_plain_file
 from train.fine_tune.unfold import as_plain, unfold
-from train.loop import batches
-from train.steps import make_augmentation
 
+Moments = dict[str, tuple[Tensor, Tensor]]  # a batch normalisation's name → mean and variance [C] of what it reads
 NUM_MEASURED = 2048  # training images, as they are augmented
 NUM_PROVED, PROVED_PIXELS = 64, 400_000  # images of each kind at most, and all of their pixels: float64 takes its time
 TOLERANCES = {"float64": FLOAT64_TOLERANCE, "float32": FLOAT32_TOLERANCE}
 
 
 @dataclass(frozen=True)
-class Row:
+class LogitError:
     """How far the opened net's logits are from the plain file's."""
 
     images: str
@@ -60,7 +59,12 @@ def load_source(path: Path) -> Checkpoint | PlainFile:
 
 
 def open_plain(
-    file: PlainFile, settings: Settings, dataset: datasets.Dataset, world: World, console: Console
+    file: PlainFile,
+    settings: Settings,
+    dataset: datasets.Dataset,
+    augmentation: Augmentation,
+    device: str,
+    console: Console,
 ) -> Checkpoint:
     """The net of a plain file as training takes it up; refuses where it would not be the same net."""
     spec = file.spec
@@ -71,8 +75,8 @@ def open_plain(
         raise Refusal(f"{file.path}: {refusal}") from refusal
     taken: list[int] = []
     with progress(console, "measuring batch statistics", min(NUM_MEASURED, len(dataset.train))) as advance:
-        images = _augmented(settings, dataset, world.device, lambda num: (taken.append(num), advance(num)))
-        standardize(net, measure(deepcopy(net).float().to(world.device), images))
+        images = _augmented(settings, dataset, augmentation, device, lambda num: (taken.append(num), advance(num)))
+        standardize(net, measure(deepcopy(net).float().to(device), images))
     num = sum(taken)
     rows = prove(net, as_plain(net, file.weights), _to_prove_on(dataset))
     if failed := [row for row in rows if not row]:
@@ -84,9 +88,9 @@ def open_plain(
 
 
 @torch.no_grad()
-def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> list[Row]:
+def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> list[LogitError]:
     """Both nets, float64, on images in float64 and in float32."""
-    rows: list[Row] = []
+    rows: list[LogitError] = []
     for kind, images in image_sets.items():
         for precision, tolerance in TOLERANCES.items():
             nets = (deepcopy(part).to(getattr(torch, precision)) for part in (plain, net))
@@ -94,18 +98,22 @@ def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> li
                 torch.cat([part(batch) for batch in images.split(8)]).double().numpy(force=True) for part in nets
             )
             changes = int((~keeps_class(before, after, tolerance=tolerance)).sum())
-            rows.append(Row(kind, precision, len(images), difference(before, after).relative, changes))
+            rows.append(LogitError(kind, precision, len(images), difference(before, after).relative, changes))
     return rows
 
 
 def _augmented(
-    settings: Settings, dataset: datasets.Dataset, device: str, advance: Callable[[int], Any]
+    settings: Settings,
+    dataset: datasets.Dataset,
+    augmentation: Augmentation,
+    device: str,
+    advance: Callable[[int], Any],
 ) -> Iterator[Tensor]:
     """The batches that the first epoch begins with, whole in every process: all measure the same."""
     batch_size = min(settings.batch_size, len(dataset.train))
     first = batches(
         dataset.train,
-        make_augmentation(settings, dataset.info),
+        augmentation,
         batch_size=batch_size,
         epoch=0,
         first_step=0,
@@ -131,10 +139,57 @@ def _to_prove_on(dataset: datasets.Dataset) -> dict[str, Tensor]:
     return {"random": torch.from_numpy(random), "training": torch.from_numpy(dataset.train.first(num))}
 
 
-def _print(console: Console, path: Path, rows: list[Row], num_measured: int) -> None:
+def _print(console: Console, path: Path, rows: list[LogitError], num_measured: int) -> None:
     worst = {kind: max(row.relative for row in rows if row.precision == kind) for kind in TOLERANCES}
     kinds = " and ".join(f"{row.num_images} {row.images}" for row in rows if row.precision == "float64")
     console.print(
         f"{path} is open again: the logits differ by {worst['float64']:.1e} in float64 and {worst['float32']:.1e} in "
         f"float32 on {kinds} images, no class does; batch statistics are those of {num_measured:,} training images"
     )
+
+
+@torch.no_grad()
+def measure(net: nn.Module, batches: Iterable[Tensor]) -> Moments:
+    """Mean and variance of what each batch normalisation of `net`, in evaluation mode, reads over all `batches`."""
+    seen: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+    hooks = []
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+
+            def note(_: nn.Module, inputs: tuple[Tensor], *, name: str = name) -> None:
+                var, mean = torch.var_mean(inputs[0].double(), dim=(0, 2, 3), correction=0)
+                seen.setdefault(name, []).append((inputs[0].numel() // len(mean), mean, var))
+
+            hooks.append(layer.register_forward_pre_hook(note))
+    try:
+        for images in batches:
+            net(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: _together(parts) for name, parts in seen.items()}
+
+
+def _together(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of batches of so many values each: the variance within them and that of their means."""
+    nums, means, variances = zip(*parts, strict=True)
+    means, variances = torch.stack(means), torch.stack(variances)
+    shares = torch.tensor(nums, dtype=torch.float64, device=means.device).view(-1, 1) / sum(nums)
+    mean = (shares * means).sum(0)
+    return mean, (shares * (variances + (means - mean) ** 2)).sum(0)
+
+
+@torch.no_grad()
+def standardize(net: nn.Module, moments: Moments) -> None:
+    """Give the batch normalisations these statistics, and the γ and β with which each still is the same s x + c."""
+    for name, (mean, var) in moments.items():
+        norm = net.get_submodule(name)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        mean, var = mean.to(norm.running_mean), var.to(norm.running_var)
+        before, after = ((part + norm.eps).sqrt() for part in (norm.running_var, var))
+        norm.bias.add_(norm.weight * (mean - norm.running_mean) / before)
+        norm.weight.mul_(after / before)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)

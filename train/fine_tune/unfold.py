@@ -53,7 +53,7 @@ def unfold(weights: Mapping[str, Tensor], spec: Spec, *, a: float, b: float, std
     """A net of `spec`, float64 and in evaluation mode, whose fold has the tensors `weights` of a plain file.
 
     `a`, `b` and `std`, W's deviation, are what training starts from: the first stays, b / a is the least that is left
-    to W, and the last gives W its norm. Batch statistics are 0 and 1: see train/fine_tune/batch_statistics.py.
+    to W, and the last gives W its norm. Batch statistics are 0 and 1: see `measure` in train/fine_tune/from_plain.py.
     Refuses tensors that are not those of the spec.
     """
     if not 0 < a < float("inf") or not std > 0:
