@@ -47,7 +47,7 @@ def command(config: EightBitsConfig) -> int:
     from common.progress import make_console, progress
     from train.config import TrainConfig
     from train.data import datasets
-    from train.experiments.trial import run_trial, write_results
+    from train.experiments.lab import run_trial, write_results
 
     dataset, rows, accuracies = datasets.load(config.dataset, data_dir=config.data_dir), [], {}
     with progress(make_console(), "epochs", len(STARTS) * (config.epochs + 1)) as advance:
@@ -130,7 +130,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _draw(rows: list[dict[str, Any]], title: str) -> Any:
-    from train.experiments.trial import new_figure
+    from train.experiments.lab import new_figure
 
     figure, (scales, errors, agreements) = new_figure(3)
     styles = dict(zip(STARTS, ("-", "--"), strict=True))

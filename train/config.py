@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from train.fine_tune.plain_file import PlainFile
 
 
-# What may differ between a run and its resumption without changing a bit of the epochs that both have.
+# Options that may differ when a run is resumed: the epochs of both stay the same, bit for bit.
 FREE_TO_CHANGE = (
     *("data_dir", "download", "device", "workers", "out", "resume", "json", "describe"),
     *("epochs", "patience", "tensorboard"),
 )
 PATHS = ("data_dir", "init", "out")
+ARCHITECTURE = ("family", "depth", "width", "nonlinearity", "parameterization", "delta")  # of a `Spec`
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,9 @@ class TrainConfig:
         if self.smallest_crop is not None and not 0 < self.smallest_crop <= 1:
             raise Refusal(f"--smallest-crop must be above 0 and at most 1, got {self.smallest_crop}")
         if self.classes is not None and not self.describe:
-            raise Refusal("--classes goes with --describe; to train, name a data set")
+            raise Refusal("--classes requires --describe; to train, name a data set")
         if self.freeze and not self.init:
-            raise Refusal("--freeze keeps what --init brings: name a checkpoint with --init")
+            raise Refusal("--freeze keeps the layers of another net: name a checkpoint with --init")
         if self.qat and (self.precision not in (None, "auto", "fp32") or self.compile or self.family == "wrn"):
             raise Refusal("--qat trains chains of layers in fp32: leave out --compile, wrn and any other --precision")
         if self.patience and self.validation == 0:
@@ -160,7 +161,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Settings(Recipe, TrainConfig):
-    """What a net is trained with: a `TrainConfig` that leaves no value of its recipe open."""
+    """The settings of a training: a `TrainConfig` with all values of its recipe filled in."""
 
     dataset: DatasetName = "digits"
     nonlinearity: Nonlinearity = "ncrelu"
@@ -168,77 +169,57 @@ class Settings(Recipe, TrainConfig):
 
     def spec(self, image: ImageSpec, labels: tuple[str, ...]) -> Spec:
         """The net that is asked for, on these images."""
-        return Spec(
-            family=self.family,
-            depth=self.depth,
-            width=self.width,
-            nonlinearity=self.nonlinearity,
-            parameterization=self.parameterization,
-            delta=self.delta,
-            image=image,
-            labels=labels,
-        )
+        return Spec(image=image, labels=labels, **{name: getattr(self, name) for name in ARCHITECTURE})
 
 
 def continued(config: TrainConfig, state: "Checkpoint") -> Settings:
     """The settings of the run in `state`; refuses others that `config` gives."""
     if "epochs" not in state.config:
-        raise Refusal(f"{config.run_dir} holds an imported net, which no run of ours trained: name it with --init")
+        raise Refusal(f"{config.run_dir} holds an imported net that was not trained here: name it with --init")
     names = {field.name for field in fields(Settings)}
     was: dict[str, Any] = {name: value for name, value in state.config.items() if name in names}
     given = {field.name for field in fields(config) if getattr(config, field.name) != field.default}
     now = recorded(config)
-    changed = [name for name in sorted(given - {*FREE_TO_CHANGE}) if now[name] != was.get(name)]
-    if changed:
+    if changed := [name for name in sorted(given - {*FREE_TO_CHANGE}) if now[name] != was.get(name)]:
         flags = " ".join(f"--{name.replace('_', '-')} {was.get(name)}" for name in changed)
         raise Refusal(f"{config.run_dir} was started with {flags}; resume it with the same, or leave that out")
     paths = {name: Path(was[name]) for name in PATHS if was.get(name)}
-    taken: dict[str, Any] = {
-        name: getattr(config, name) for name in (given | {"json", "out", "resume"}) & {*FREE_TO_CHANGE}
-    }
-    together: dict[str, Any] = {**was, **paths, **taken, "out": config.run_dir}
-    settings = Settings(**together)
+    taken = {name: getattr(config, name) for name in (given | {"json", "resume"}) & {*FREE_TO_CHANGE}}
+    settings = Settings(**was | paths | taken | {"out": config.run_dir})
     if settings.epochs < was["epochs"]:
         raise Refusal(f"--epochs may grow: {config.run_dir} was started with {was['epochs']}, got {settings.epochs}")
     return settings
 
 
 def like(config: TrainConfig, source: "Checkpoint | PlainFile") -> TrainConfig:
-    """`config` for the net of `source`; refuses another that was given."""
+    """`config` with the architecture of `source`; refuses another architecture on the command line."""
     spec, defaults = source.spec, TrainConfig()
-    of_source = {
-        name: getattr(spec, name) for name in ("family", "depth", "width", "nonlinearity", "parameterization", "delta")
-    } | {"image_size": spec.image.height}
+    of_source = {name: getattr(spec, name) for name in ARCHITECTURE} | {"image_size": spec.image.height}
     for name, value in of_source.items():
-        if getattr(config, name) not in (value, getattr(defaults, name)):
-            raise Refusal(
-                f"--init brings its net along, with --{name.replace('_', '-')} {value}: "
-                f"leave out --{name.replace('_', '-')} {getattr(config, name)}"
-            )
+        if (given := getattr(config, name)) not in (value, getattr(defaults, name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise Refusal(f"the net of --init has {flag} {value}: leave out {flag} {given}")
     return replace(config, **of_source)
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
-    """Paths as text; the data set's whole, so that later commands find it from any folder."""
+    """The options for a checkpoint: paths as text, that of the data set absolute, so that later commands find it."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     return values | {"data_dir": str(config.data_dir.resolve()) if config.data_dir else None}
 
 
 def typed(config: TrainConfig) -> str:
-    """The command without the places of this machine: it travels with the model."""
+    """The command without the paths of this machine: it is recorded with the model."""
     places = {name: getattr(config, name) for name in PATHS if getattr(config, name)}
     short = {name: Path(path.resolve().name) for name, path in places.items() if name != "out" or path.is_absolute()}
     return f"python train/run.py {given_arguments(replace(config, **short))}".strip()
 
 
 def command_to_resume(config: Settings, num_processes: int) -> str:
-    """What goes on with a run when it is pasted into the shell that started it."""
+    """The command that resumes a run, for the shell that started it."""
     script = Path(__file__).with_name("run.py")
     script = script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script
-    several = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-        if num_processes > 1
-        else []
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    several = torchrun if num_processes > 1 else []
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
     return shlex.join([python, *several, str(script), "--resume", "--out", str(config.run_dir)])

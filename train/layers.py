@@ -156,7 +156,7 @@ class _NCReLU(torch.autograd.Function):
 def ncrelu(x: Tensor, dims: int | None = None) -> Tensor:
     """x [N, C, ...] → [N, 2C, ...], eq. 9; with `dims` spatial dimensions also [C, ...] → [2C, ...]."""
     if torch.compiler.is_compiling() and (dims is None or x.dim() == dims + 2):
-        # What `_NCReLU` computes, without what would cut the compiled graph in pieces.
+        # The same as `_NCReLU`, without an autograd function, which would break the compiled graph.
         return torch.cat([torch.where(x > 0, x, 0.0), torch.where(x > 0, 0.0, x)], dim=1)
     if dims is None or x.dim() == dims + 2:
         return _NCReLU.apply(x)

@@ -1,4 +1,4 @@
-"""What the machine that trains can do, and whether a training fits its memory."""
+"""The machine that trains: its device, its precision, and whether a training fits into its memory."""
 
 import ctypes
 from contextlib import suppress
@@ -57,7 +57,7 @@ def keep_large_buffers() -> None:
 
 
 def refuse_what_does_not_fit(config: Settings, spec: Spec, world: World, *, available: int | None) -> str:
-    """What a step takes, in words; refuses more than is `available`, with what would fit better."""
+    """The memory that a step takes, in words; refuses more than is `available`, and says what would fit better."""
     share = config.batch_size // world.size
     on_this_machine = world.size if world.device == "cpu" else 1
     need = on_this_machine * training_bytes(spec, share, config.precision)
@@ -70,7 +70,7 @@ def refuse_what_does_not_fit(config: Settings, spec: Spec, world: World, *, avai
 
 
 def training_bytes(spec: Spec, batch_size: int, precision: str) -> int:
-    """What a training step of one process holds at once."""
+    """Memory that a training step of one process holds at once."""
     net, num_outputs = outline(spec), 0
 
     def add(layer: nn.Module, inputs: object, output: torch.Tensor) -> None:

@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Iterator
 from copy import deepcopy
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from train.data.batches import Augmentation, Batch, batches, steps_per_epoch, to
 from train.data.datasets import Dataset, DatasetInfo
 from train.distributed import World
 from train.fine_tune.fake_quantize import FakeQuantized
-from train.fine_tune.from_plain import open_plain
+from train.fine_tune.from_plain import NUM_MEASURED, open_plain
 from train.fine_tune.plain_file import PlainFile
 from train.initialize import initialized
 from train.loop import evaluate, follow, learning_rate, make_optimizer, train_step
@@ -74,16 +76,7 @@ class Trainer:
         images, sums, lr = 0, torch.zeros(2, dtype=torch.float64, device=world.device), 0.0
         start, title = time.monotonic(), f"epoch {number + 1}/{settings.epochs}"
         with progress(self.console, title, self.num_steps, done=self.steps_done) as advance:
-            for batch in batches(
-                self.images,
-                self.augmentation,
-                batch_size=self.batch_size,
-                epoch=number,
-                first_step=self.steps_done,
-                seed=settings.seed,
-                world=world,
-                workers=settings.workers,
-            ):
+            for batch in self._batches(world):
                 # The rate of a step is that at its middle: the first of a warm-up is not zero.
                 done = (number + (batch.step + 0.5) / self.num_steps) / settings.epochs
                 lr = learning_rate(settings.schedule, settings.lr, done, warmup=settings.warmup / settings.epochs)
@@ -141,8 +134,11 @@ class Trainer:
     def fine_tune(self, source: Checkpoint | PlainFile) -> None:
         """Start from the layers of another net; from its classifier too where the classes are the same."""
         if isinstance(source, PlainFile):
-            device, console = self.world.device, self.console
-            source = open_plain(source, self.settings, self.dataset, self.augmentation, device, console)
+            device = self.world.device
+            whole = islice(self._batches(World(device=device)), -(-NUM_MEASURED // self.batch_size))
+            source = open_plain(
+                source, self.settings, self.dataset, whole, device, self.console
+            )  # alike in all processes
         learnt = load_net(source).state_dict()
         if source.spec.labels != self.spec.labels:
             learnt = {name: tensor for name, tensor in learnt.items() if not name.startswith("fc.")}
@@ -169,6 +165,19 @@ class Trainer:
             net = torch.compile(net)  # a Module, whatever torch's annotations say
             assert isinstance(net, nn.Module)
         return net
+
+    def _batches(self, world: World) -> Iterator[Batch]:
+        """The rest of the current epoch: the share of this process of `world` in each batch."""
+        return batches(
+            self.images,
+            self.augmentation,
+            batch_size=self.batch_size,
+            epoch=self.epochs_done,
+            first_step=self.steps_done,
+            seed=self.settings.seed,
+            world=world,
+            workers=self.settings.workers,
+        )
 
     def _step(self, net: nn.Module, batch: Batch, lr: float) -> Tensor:
         """[summed loss, right answers] of this process, float64.
@@ -201,7 +210,7 @@ class Trainer:
         if lost := round(num_picked - totals["images"]):
             self.console.print(f"epoch {number}: {lost} of {num_picked} images could not be read")
         if not totals["images"]:
-            raise Refusal(f"none of the {num_picked} training images of epoch {number} could be read: mend them")
+            raise Refusal(f"none of the {num_picked} training images of epoch {number} could be read: repair them")
         score, device = None, self.world.device
         if len(self.held_out) and self.world.rank == 0:
             score = evaluate(self.judged, self.held_out, device=device, workers=self.settings.workers)

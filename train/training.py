@@ -125,7 +125,7 @@ def set_up(
 def _load(
     config: TrainConfig, earlier: Checkpoint | None, image: ImageSpec | None, console: Console
 ) -> datasets.Dataset:
-    """The data set in its three parts: as the run that goes on divided it, or anew; a folder's is shown."""
+    """The data set in its three parts: divided as the run to resume recorded it, or newly; a folder's is printed."""
     if earlier and "split" in earlier.config:
         return datasets.load_as_trained(earlier.config, data_dir=config.data_dir, beside=config.run_dir, image=image)
     if earlier and config.learnt == "folder":

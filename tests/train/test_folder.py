@@ -163,7 +163,7 @@ def test_what_will_be_judged_is_decoded_before_the_first_epoch(folder, tmp_path_
     output = capsys.readouterr()
     assert "images to be judged are damaged: " in output.err
     assert "is cut short" in output.err
-    assert "mend or remove it" in output.err
+    assert "repair or remove it" in output.err
     assert "epoch 1" not in output.out
     assert not (root / "run" / "checkpoint.pt").exists()
 

@@ -129,7 +129,7 @@ def test_a_recipe_leaves_nothing_open(name):
         ({"label_smoothing": 1.5}, "--label-smoothing must be at least 0 and below 1"),
         ({"warmup": -1.0}, "--warmup must not be negative"),
         ({"smallest_crop": 0.0}, "--smallest-crop must be above 0"),
-        ({"classes": 3}, "--classes goes with --describe"),
+        ({"classes": 3}, "--classes requires --describe"),
     ],
 )
 def test_values_out_of_range_are_refused(fields, message):

@@ -162,23 +162,17 @@ def test_fine_tuning_takes_all_layers_but_the_last_and_leaves_them_while_they_ar
     tuned = load_checkpoint(tmp_path / "b" / "checkpoint.pt")
     assert not torch.equal(tuned.model["stem.conv.weight"], learnt.model["stem.conv.weight"])
     assert run_command(command, TrainConfig, argv=[*argv, "--depth", "34", "--out", str(tmp_path / "c")]) == 2
-    assert "--init brings its net along, with --depth 10: leave out --depth 34" in capsys.readouterr().err
+    assert "the net of --init has --depth 10: leave out --depth 34" in capsys.readouterr().err
     assert run_command(command, TrainConfig, argv=[*argv, "--dataset", "cifar10", "--out", str(tmp_path / "c")]) == 2
     assert "cifar10 has images of shape (32, 32, 3), the net takes (8, 8, 1)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_photographs_are_prepared_as_the_net_that_is_fine_tuned_wants_them(tmp_path, make_net, make_spec, capsys):
+def test_photographs_are_prepared_as_the_net_that_is_fine_tuned_wants_them(tmp_path, photos, make_spec, capsys):
     image = ImageSpec(8, 8, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), resize=11)
     spec = replace(make_spec(), image=image)
     save_checkpoint(tmp_path / "imported.pt", Checkpoint.fresh(spec, build(spec).state_dict(), {"dataset": "folder"}))
-    rng = np.random.default_rng(0)
-    for label in ("dark", "light"):
-        (tmp_path / "photos" / label).mkdir(parents=True)
-        for index in range(10):
-            pixels = rng.integers(0, 256, (24, 30, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{index}.png")
-    argv = ["--init", str(tmp_path / "imported.pt"), "--data-dir", str(tmp_path / "photos"), "--epochs", "1"]
+    argv = ["--init", str(tmp_path / "imported.pt"), "--data-dir", str(photos), "--epochs", "1"]
     assert run_command(command, TrainConfig, argv=[*argv, "--out", str(tmp_path / "run")]) == 0
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert (state.spec.image, state.spec.labels) == (image, ("dark", "light"))
@@ -227,7 +221,7 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path):
     content = path.read_bytes()
     for damaged in (b"", content[: len(content) // 2], b"text", content[:-40]):
         path.write_bytes(damaged)
-        with pytest.raises(Refusal, match="no checkpoint, or is cut short"):
+        with pytest.raises(Refusal, match="not a checkpoint, or is cut short"):
             load_checkpoint(path)
     torch.save({"something": 1}, path)
     with pytest.raises(Refusal, match="train one with train/run"):
@@ -242,7 +236,7 @@ class _Evil:
 def test_a_checkpoint_is_read_without_executing_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": "diracnet-checkpoint-1", "model": _Evil()}, "evil.pt")
-    with pytest.raises(Refusal, match="no checkpoint"):
+    with pytest.raises(Refusal, match="not a checkpoint"):
         load_checkpoint(Path("evil.pt"))
     assert not Path("executed").exists()
 

@@ -103,9 +103,8 @@ def _order(split: Part, rng: np.random.Generator, *, balanced: bool) -> np.ndarr
         return rng.permutation(num)
     targets = torch.as_tensor(split.targets).numpy(force=True)
     of_class = [rng.permutation(np.flatnonzero(targets == target)) for target in np.unique(targets)]
-    return rng.permutation(np.concatenate([np.resize(drawn, math.ceil(num / len(of_class))) for drawn in of_class]))[
-        :num
-    ]
+    of_each = math.ceil(num / len(of_class))
+    return rng.permutation(np.concatenate([np.resize(drawn, of_each) for drawn in of_class]))[:num]
 
 
 def _from_memory(

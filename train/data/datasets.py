@@ -34,7 +34,7 @@ FASHION_MNIST_DIRS = (Path("data"), Path("/usr/share/datasets/fashion-mnist"))  
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a data set without reading it."""
+    """A data set as it is known before it is read."""
 
     image: ImageSpec
     labels: tuple[str, ...]
@@ -73,15 +73,8 @@ class Dataset:
     sizes: Sequence[tuple[int, int]] = ()  # width and height of a folder's images
 
 
-def _digits_info() -> DatasetInfo:
-    image = ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8)
-    return DatasetInfo(image, tuple("0123456789"), flip=False, crop=0)
-
-
-def _fashion_info() -> DatasetInfo:
-    image = ImageSpec(28, 28, 1, (0.286,), (0.353,), resize=28)
-    labels = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot".split()
-    return DatasetInfo(image, tuple(label.replace("_", " ") for label in labels), flip=True, crop=1)
+def imagenet_image(size: int = 224, resize: int = 256) -> ImageSpec:
+    return ImageSpec(size, size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=resize)
 
 
 def cifar_image() -> ImageSpec:
@@ -90,44 +83,54 @@ def cifar_image() -> ImageSpec:
     return ImageSpec(32, 32, 3, tuple(m / 255 for m in mean), tuple(s / 255 for s in std), resize=32)
 
 
-def _cifar10_info() -> DatasetInfo:
-    labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    return DatasetInfo(cifar_image(), tuple(labels), flip=True, crop=4)
+def _labels(text: str) -> tuple[str, ...]:
+    return tuple(label.replace("~", " ") for label in text.split())
 
 
-def _cifar100_info() -> DatasetInfo:
-    return DatasetInfo(cifar_image(), _CIFAR100_LABELS, flip=True, crop=4)
-
-
-def _folder_info(data_dir: Path | None, image_size: int) -> DatasetInfo:
-    """Photographs: ImageNet's mean and deviation, and its resize of 256 to a crop of 224 pixels."""
-    labels = tuple(folder.name for folder in class_folders(_given(data_dir)))
-    resize = round(image_size * 256 / 224) if image_size >= 64 else image_size
-    return DatasetInfo(imagenet_image(image_size, resize), labels, flip=True, crop=0)
-
-
-def imagenet_image(size: int = 224, resize: int = 256) -> ImageSpec:
-    return ImageSpec(size, size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=resize)
+INFO = {
+    "digits": DatasetInfo(ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8), tuple("0123456789"), flip=False, crop=0),
+    "fashion-mnist": DatasetInfo(
+        ImageSpec(28, 28, 1, (0.286,), (0.353,), resize=28),
+        _labels("T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle~boot"),
+        flip=True,
+        crop=1,
+    ),
+    "cifar10": DatasetInfo(
+        cifar_image(), _labels("airplane automobile bird cat deer dog frog horse ship truck"), flip=True, crop=4
+    ),
+    "cifar100": DatasetInfo(
+        cifar_image(),
+        _labels(
+            """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+            camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+            dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+            leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+            otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
+            rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
+            sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+            willow_tree wolf woman worm"""
+        ),
+        flip=True,
+        crop=4,
+    ),
+}
 
 
 def info_of(
     name: str, *, data_dir: Path | None = None, image_size: int = 32, image: ImageSpec | None = None
 ) -> DatasetInfo:
-    """What is known of data set `name` before its images are read; a folder's labels are its subfolders.
+    """The `DatasetInfo` of data set `name`; a folder's labels are its subfolders.
 
     `image` is how a net that is there wants its images: a folder's are prepared so, others must have its shape.
     """
-    if name == "folder":
-        info = _folder_info(data_dir, image_size)
+    if name == "folder":  # photographs: ImageNet's mean and deviation, and its resize of 256 to a crop of 224 pixels
+        labels = tuple(folder.name for folder in class_folders(_given(data_dir)))
+        resize = round(image_size * 256 / 224) if image_size >= 64 else image_size
+        info = DatasetInfo(imagenet_image(image_size, resize), labels, flip=True, crop=0)
+    elif image and image.shape != INFO[name].image.shape:
+        raise Refusal(f"{name} has images of shape {INFO[name].image.shape}, the net takes {image.shape}")
     else:
-        info = {
-            "digits": _digits_info,
-            "fashion-mnist": _fashion_info,
-            "cifar10": _cifar10_info,
-            "cifar100": _cifar100_info,
-        }[name]()
-        if image and image.shape != info.image.shape:
-            raise Refusal(f"{name} has images of shape {info.image.shape}, the net takes {image.shape}")
+        info = INFO[name]
     return replace(info, image=image) if image else info
 
 
@@ -150,7 +153,7 @@ def load(
     match name:
         case "digits":
             if data_dir:
-                raise Refusal("digits come with scikit-learn: leave out --data-dir, or add --dataset folder")
+                raise Refusal("digits are bundled with scikit-learn: leave out --data-dir, or add --dataset folder")
             return Dataset(info, *_load_digits())
         case "fashion-mnist":
             return Dataset(info, *_load_fashion_mnist(data_dir, download))
@@ -201,8 +204,8 @@ def recorded_files(
     changed = [name for sizes in parts.values() for name, size in sizes.items() if num_bytes(root / name) != size]
     if changed:
         raise Changed(
-            f"{len(changed)} images of the run are gone from {root} or changed, the first is {changed[0]}: "
-            "put them back, or train anew"
+            f"{len(changed)} images of the run are missing from {root} or changed, the first is {changed[0]}: "
+            "put them back, or train again"
         )
     labels = tuple(sorted({Path(name).parent.name for name in parts["train"]}))
     info = replace(info, labels=labels)
@@ -223,7 +226,7 @@ def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:
 
 
 def record(dataset: Dataset) -> Record:
-    """What is in the parts of a divided data set: names and sizes of files, or the digest of arrays."""
+    """The `Record` of a divided data set: names and sizes of files, or the digest of arrays."""
     parts = dict(zip(PARTS, (dataset.train, dataset.validation, dataset.test), strict=True))
     files = {part: split for part, split in parts.items() if isinstance(split, Files)}
     if files:
@@ -257,17 +260,13 @@ def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
     return split.take(np.sort(order[num_held:])), split.take(np.sort(order[:num_held]))
 
 
-def _load_digits() -> tuple[Part, Part]:
+def _load_digits() -> tuple[Split, Split]:
+    """Every fifth image tests, the same ones each time."""
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-    return _every_fifth(Split(images, targets.astype(np.int64)))
-
-
-def _every_fifth(whole: Part) -> tuple[Part, Part]:
-    """(train, test): every fifth image tests, the same ones each time."""
-    index = np.arange(len(whole))
+    whole, index = Split(images, targets.astype(np.int64)), np.arange(len(targets))
     return whole.take(index[index % 5 != 4]), whole.take(index[index % 5 == 4])
 
 
@@ -304,7 +303,7 @@ def _read_idx(path: Path, num_dims: int) -> np.ndarray:
     """An IDX file of bytes, compressed or not; torchvision reads only the other kind."""
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if content[:4] != bytes((0, 0, 8, num_dims)):
-        raise ValueError(f"{path.name} is no IDX file of bytes in {num_dims} dimensions")
+        raise ValueError(f"{path.name} is not an IDX file of bytes in {num_dims} dimensions")
     shape = np.frombuffer(content, ">u4", num_dims, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape).copy()  # writable
 
@@ -333,15 +332,3 @@ def _given(data_dir: Path | None) -> Path:
     if data_dir is None:
         raise Refusal("--dataset folder needs --data-dir, a directory with one folder of images per class")
     return data_dir
-
-
-_CIFAR100_LABELS = tuple(
-    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
-    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
-    dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
-    leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
-    otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
-    rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
-    sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
-    willow_tree wolf woman worm""".split()
-)

@@ -1,11 +1,9 @@
 """Where fine-tuning of a plain file begins: opened, its batch statistics measured, and proved to be the same net."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +15,8 @@ from common.progress import progress
 from common.refusal import Refusal
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.config import Settings
-from train.data import datasets
-from train.data.batches import Augmentation, batches
-from train.distributed import World
+from train.data.batches import Batch
+from train.data.datasets import Dataset
 from train.fine_tune.plain_file import PlainFile, read_plain_file
 from train.fine_tune.unfold import as_plain, unfold
 
@@ -44,7 +41,7 @@ class LogitError:
 
 
 def load_source(path: Path) -> Checkpoint | PlainFile:
-    """What --init names: a checkpoint, or the plain net of a family; refuses any other."""
+    """The file of --init: a checkpoint, or the plain net of a family; refuses any other."""
     if path.suffix in (".onnx", ".engine"):
         raise Refusal(f"{path} is an exported file; name the plain.safetensors or checkpoint.pt that it was made of")
     if path.suffix != ".safetensors":
@@ -59,32 +56,41 @@ def load_source(path: Path) -> Checkpoint | PlainFile:
 
 
 def open_plain(
-    file: PlainFile,
-    settings: Settings,
-    dataset: datasets.Dataset,
-    augmentation: Augmentation,
-    device: str,
-    console: Console,
+    file: PlainFile, settings: Settings, dataset: Dataset, batches: Iterable[Batch], device: str, console: Console
 ) -> Checkpoint:
-    """The net of a plain file as training takes it up; refuses where it would not be the same net."""
-    spec = file.spec
+    """The net of a plain file as training takes it up; refuses where it would not be the same net.
+
+    Its batch statistics are those of `batches`, the first that it will be trained on.
+    """
     torch.manual_seed(settings.seed)  # W of filters that are zero
     try:
-        net = unfold(file.weights, spec, a=settings.a0, b=settings.b0, std=settings.w_std)
+        net = unfold(file.weights, file.spec, a=settings.a0, b=settings.b0, std=settings.w_std)
     except Refusal as refusal:
         raise Refusal(f"{file.path}: {refusal}") from refusal
-    taken: list[int] = []
     with progress(console, "measuring batch statistics", min(NUM_MEASURED, len(dataset.train))) as advance:
-        images = _augmented(settings, dataset, augmentation, device, lambda num: (taken.append(num), advance(num)))
-        standardize(net, measure(deepcopy(net).float().to(device), images))
-    num = sum(taken)
-    rows = prove(net, as_plain(net, file.weights), _to_prove_on(dataset))
-    if failed := [row for row in rows if not row]:
-        clauses = (f"{row.precision} logits on {row.images} images differ by {row.relative:.1e}" for row in failed)
+        measured: list[int] = []
+
+        def readable() -> Iterator[Tensor]:
+            for batch in batches:
+                if num := len(batch.targets):
+                    measured.append(num)
+                    yield batch.images
+                    advance(num)
+
+        moments = measure(deepcopy(net).float().to(device), readable())
+    if not measured:
+        raise Refusal("none of the first training images could be read: repair them")
+    standardize(net, moments)
+    num = sum(measured)
+    errors = prove(net, as_plain(net, file.weights), _to_prove_on(dataset))
+    if failed := [error for error in errors if not error]:
+        clauses = (
+            f"{error.precision} logits on {error.images} images differ by {error.relative:.1e}" for error in failed
+        )
         raise Refusal(f"{file.path} cannot be opened exactly: {'; '.join(clauses)}; fold its net again")
-    _print(console, file.path, rows, num)
-    record = {"measured_on": num, "logits": [vars(row) for row in rows]}
-    return Checkpoint.fresh(spec, net.float().state_dict(), {"unfold": record}, sha256=file.sha256)
+    _print(console, file.path, errors, num)
+    record = {"measured_on": num, "logits": [vars(error) for error in errors]}
+    return Checkpoint.fresh(file.spec, net.float().state_dict(), {"unfold": record}, sha256=file.sha256)
 
 
 @torch.no_grad()
@@ -102,36 +108,7 @@ def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> li
     return rows
 
 
-def _augmented(
-    settings: Settings,
-    dataset: datasets.Dataset,
-    augmentation: Augmentation,
-    device: str,
-    advance: Callable[[int], Any],
-) -> Iterator[Tensor]:
-    """The batches that the first epoch begins with, whole in every process: all measure the same."""
-    batch_size = min(settings.batch_size, len(dataset.train))
-    first = batches(
-        dataset.train,
-        augmentation,
-        batch_size=batch_size,
-        epoch=0,
-        first_step=0,
-        seed=settings.seed,
-        world=World(device=device),
-        workers=settings.workers,
-    )
-    found = False
-    for batch in islice(first, -(-NUM_MEASURED // batch_size)):
-        if len(batch.targets):
-            yield batch.images
-            found = True
-        advance(len(batch.targets))
-    if not found:
-        raise Refusal("none of the first training images could be read: mend them")
-
-
-def _to_prove_on(dataset: datasets.Dataset) -> dict[str, Tensor]:
+def _to_prove_on(dataset: Dataset) -> dict[str, Tensor]:
     """Random images and training images as they are."""
     image = dataset.info.image
     num = max(1, min(NUM_PROVED, PROVED_PIXELS // (image.height * image.width), len(dataset.train)))

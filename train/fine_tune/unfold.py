@@ -22,8 +22,8 @@ from train.families import build
 from train.initialize import initialize
 from train.layers import DiracConv2d, NCReLU
 
-# b is so many times the smallest that all filters of a layer have: at that one the two roots of the worst meet, and
-# a filter orthogonal to δ would ask for an s without bound.
+# b is this multiple of the smallest b that all filters of a layer allow. At the smallest, the two roots of the worst
+# filter meet, and a filter orthogonal to δ would need an unbounded s.
 ABOVE_SMALLEST = 1.25
 # δ takes its least-squares share where |cos θ| is at least this; where δ is nearly absent W takes part of it.
 LEAST_COSINE = 0.5
@@ -99,7 +99,7 @@ def as_plain(net: nn.Sequential, weights: Mapping[str, Tensor]) -> nn.Sequential
 
 
 def parts_of(net: nn.Module) -> Iterator[Part]:
-    """What of `net` has filters in its plain file, in the order in which it runs."""
+    """The layers of `net` that have filters in its plain file, in the order in which they run."""
     part, rectified, halved = None, False, None
     for name, layer in net.named_modules():
         if part and isinstance(layer, nn.BatchNorm2d) and part.norm is None and _residual(name) == _residual(part.name):
