@@ -185,7 +185,8 @@ def continued(config: TrainConfig, state: "Checkpoint") -> Settings:
         raise Refusal(f"{config.run_dir} was started with {flags}; resume it with the same, or leave that out")
     paths = {name: Path(was[name]) for name in PATHS if was.get(name)}
     taken = {name: getattr(config, name) for name in (given | {"json", "resume"}) & {*FREE_TO_CHANGE}}
-    settings = Settings(**was | paths | taken | {"out": config.run_dir})
+    together: dict[str, Any] = {**was, **paths, **taken, "out": config.run_dir}
+    settings = Settings(**together)
     if settings.epochs < was["epochs"]:
         raise Refusal(f"--epochs may grow: {config.run_dir} was started with {was['epochs']}, got {settings.epochs}")
     return settings

@@ -31,7 +31,10 @@ class HeldOutConfig:
 
 def command(config: HeldOutConfig) -> int:
     """Write test images, which training has not seen, as files named after their label; photographs as they are."""
+    import io
+
     import numpy as np
+    from PIL import Image
 
     from common.files import read_whole, write_whole
     from train.data.folder import Files
@@ -46,7 +49,9 @@ def command(config: HeldOutConfig) -> int:
             path = Path(test.paths[place])
             write_whole(config.out / f"{label}_{index}{path.suffix}", read_whole(path))
         else:
-            write_whole(config.out / f"{label}_{index}.png", _png(np.asarray(test.images[place])))
+            pixels, file = np.asarray(test.images[place]), io.BytesIO()
+            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
+            write_whole(config.out / f"{label}_{index}.png", file.getvalue())
     print(f"wrote {num} images to {config.out}")
     return 0
 
@@ -62,17 +67,6 @@ def _dataset(config: HeldOutConfig) -> "Dataset":
         raise Refusal("--run says what the data set is: leave out --dataset")
     state = load_checkpoint(config.run / "checkpoint.pt")
     return datasets.load_as_trained(state.config, data_dir=config.data_dir, beside=config.run, image=state.spec.image)
-
-
-def _png(pixels) -> bytes:
-    """uint8 [H, W, C], grey where C is 1."""
-    import io
-
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
-    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Data sets as uint8 arrays [N, H, W, C] with the spec of their images."""
 
 import gzip
+import hashlib
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.files import sha256
 from common.refusal import Refusal
 from common.spec import ImageSpec
 from train.data.folder import Files, LeftOut, Track, class_folders, find_files, make_files
@@ -22,8 +25,6 @@ from train.data.split import (
     check_same,
     picked_by_name,
     read_record,
-    record_arrays,
-    record_files,
 )
 
 if TYPE_CHECKING:
@@ -228,15 +229,16 @@ def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:
 def record(dataset: Dataset) -> Record:
     """The `Record` of a divided data set: names and sizes of files, or the digest of arrays."""
     parts = dict(zip(PARTS, (dataset.train, dataset.validation, dataset.test), strict=True))
-    files = {part: split for part, split in parts.items() if isinstance(split, Files)}
-    if files:
-        return record_files(
-            {part: {name: num_bytes(Path(split.root) / name) for name in split.names} for part, split in files.items()}
-        )
-    arrays = {part: split for part, split in parts.items() if isinstance(split, Split)}
-    return record_arrays(
-        {part: (np.asarray(split.images), np.asarray(split.targets)) for part, split in arrays.items()}
-    )
+    counts, digest, sizes = {part: len(split or ()) for part, split in parts.items()}, hashlib.sha256(), {}
+    for part, split in parts.items():
+        if isinstance(split, Files):
+            sizes[part] = {name: num_bytes(Path(split.root) / name) for name in split.names}
+        elif split is not None:
+            for array in (np.asarray(split.images), np.asarray(split.targets)):
+                digest.update(f"{part} {array.dtype} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+    content = json.dumps(sizes, indent=0).encode()
+    return Record(counts, sha256(content), content) if sizes else Record(counts, digest.hexdigest())
 
 
 def num_bytes(path: Path) -> int:
