@@ -1,6 +1,5 @@
 """A net in training: one object that is set up, trains an epoch, is saved and resumed."""
 
-import math
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -23,7 +22,7 @@ from train.fine_tune.fake_quantize import FakeQuantized
 from train.fine_tune.from_plain import NUM_MEASURED, open_plain
 from train.fine_tune.plain_file import PlainFile
 from train.initialize import initialized
-from train.loop import evaluate, follow, learning_rate, make_optimizer, train_step
+from train.loop import Score, evaluate, follow, learning_rate, make_optimizer, train_step
 
 
 class Trainer:
@@ -66,10 +65,7 @@ class Trainer:
         self.is_stopped = False  # set it to end between two steps
 
     def epoch(self) -> dict[str, Any] | None:
-        """Train to the end of an epoch and validate: its row of the history.
-
-        None where it was stopped before; then what was done is saved.
-        """
+        """Train to the end of an epoch and validate; gives its row of the history, None if it was stopped before."""
         settings, world, number = self.settings, self.world, self.epochs_done
         if self.wrapped is None or number == settings.freeze:
             self.wrapped = self._wrap(is_frozen=number < settings.freeze)
@@ -88,11 +84,7 @@ class Trainer:
         loss, correct, images = world.sum(torch.cat([sums, sums.new_tensor([images])])).tolist()
         fresh = {"loss": loss, "correct": correct, "images": images, "seconds": time.monotonic() - start}
         self.totals = {key: self.totals[key] + value for key, value in fresh.items()} | {"lr": lr}
-        self._refuse_divergence("loss", self.totals["loss"])  # in every process alike: the sum is over all
-        if self.steps_done == self.num_steps:
-            return self._close_epoch()
-        self.save("checkpoint.pt")
-        return None
+        return self._close_epoch() if self.steps_done == self.num_steps else None
 
     def save(self, name: str) -> None:
         """The whole state, as file `name` of the run; the first process writes it."""
@@ -134,11 +126,9 @@ class Trainer:
     def fine_tune(self, source: Checkpoint | PlainFile) -> None:
         """Start from the layers of another net; from its classifier too where the classes are the same."""
         if isinstance(source, PlainFile):
-            device = self.world.device
-            whole = islice(self._batches(World(device=device)), -(-NUM_MEASURED // self.batch_size))
-            source = open_plain(
-                source, self.settings, self.dataset, whole, device, self.console
-            )  # alike in all processes
+            alone = World(device=self.world.device)  # whole batches: all processes measure the same
+            first = islice(self._batches(alone), -(-NUM_MEASURED // self.batch_size))
+            source = open_plain(source, self.settings, self.dataset, first, alone.device, self.console)
         learnt = load_net(source).state_dict()
         if source.spec.labels != self.spec.labels:
             learnt = {name: tensor for name, tensor in learnt.items() if not name.startswith("fc.")}
@@ -211,17 +201,11 @@ class Trainer:
             self.console.print(f"epoch {number}: {lost} of {num_picked} images could not be read")
         if not totals["images"]:
             raise Refusal(f"none of the {num_picked} training images of epoch {number} could be read: repair them")
-        score, device = None, self.world.device
-        if len(self.held_out) and self.world.rank == 0:
-            score = evaluate(self.judged, self.held_out, device=device, workers=self.settings.workers)
-        loss = self.world.sum(torch.tensor(score.loss if score else 0.0, device=device)).item()
-        self._refuse_divergence("validation loss", loss)
         row: dict[str, Any] = {
             "epoch": number,
             "train_loss": totals["loss"] / totals["images"],
             "train_accuracy": totals["correct"] / totals["images"],
-            "validation_loss": score and score.loss,
-            "validation_accuracy": score and score.accuracy,
+            **self._validate(),
             "lr": totals["lr"],
             "images_per_s": totals["images"] / totals["seconds"],
             "seconds": totals["seconds"],
@@ -230,13 +214,16 @@ class Trainer:
         self.epochs_done, self.steps_done, self.totals = number, 0, _no_totals()
         return row
 
-    def _refuse_divergence(self, what: str, loss: float) -> None:
-        """Before anything of this epoch is saved: the files stay those of the last good one."""
-        if not math.isfinite(loss):
-            raise Refusal(
-                f"training diverged, the {what} of epoch {self.epochs_done + 1} is {loss}: lower --lr "
-                f"{self.settings.lr:g}; {self.settings.run_dir} keeps the files of the epoch before, if there was one"
-            )
+    def _validate(self) -> dict[str, float | None]:
+        """Loss and accuracy on the images held out, measured by the first process and known to all."""
+        if not len(self.held_out):
+            return {"validation_loss": None, "validation_accuracy": None}
+        score, device = Score(0.0, 0.0), self.world.device
+        if self.world.rank == 0:
+            score = evaluate(self.judged, self.held_out, device=device, workers=self.settings.workers)
+        numbers = torch.tensor([score.loss, score.accuracy], dtype=torch.float64, device=device)
+        loss, accuracy = self.world.sum(numbers).tolist()
+        return {"validation_loss": loss, "validation_accuracy": accuracy}
 
 
 def _augmentation(settings: Settings, info: DatasetInfo) -> Augmentation:

@@ -1,10 +1,12 @@
 """A training from its command line to its last file: set up, trained epoch by epoch, judged at the end."""
 
 import json
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -155,11 +157,14 @@ def _train_epochs(trainer: Trainer) -> None:
     events = event_files(settings.run_dir, trainer.epochs_done) if writes_events else nullcontext()
     with _stopped_by_signals(trainer), events as log:
         while trainer.epochs_done < settings.epochs:
-            if world.any(bool(settings.patience) and trainer.since_best() >= settings.patience):
+            if settings.patience and trainer.since_best() >= settings.patience:
                 console.print(f"no better validation accuracy for {settings.patience} epochs: training ends here")
                 break
             row = None if world.any(trainer.is_stopped) else trainer.epoch()
+            _refuse_divergence(trainer, row)
             if row is None:
+                if trainer.steps_done:
+                    trainer.save("checkpoint.pt")
                 raise KeyboardInterrupt(f"go on with: {command_to_resume(settings, world.size)}")
             if not trainer.since_best():
                 trainer.save("best.pt")
@@ -170,6 +175,18 @@ def _train_epochs(trainer: Trainer) -> None:
             console.print(describe_row(row, settings.epochs, left_s))
             if log:
                 log(row)
+
+
+def _refuse_divergence(trainer: Trainer, row: dict[str, Any] | None) -> None:
+    """Before anything of this epoch is saved: the files stay those of the last good one."""
+    settings, number = trainer.settings, row["epoch"] if row else trainer.epochs_done + 1
+    losses = {"loss": row["train_loss"], "validation loss": row["validation_loss"]} if row else trainer.totals
+    for what in ("loss", "validation loss"):
+        if not math.isfinite(loss := losses.get(what) or 0.0):
+            raise Refusal(
+                f"training diverged, the {what} of epoch {number} is {loss}: lower --lr {settings.lr:g}; "
+                f"{settings.run_dir} keeps the files of the epoch before, if there was one"
+            )
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def test_what_is_assumed_is_said(nets, capsys):
     assert "images are stretched to 33x33" in out
     assert "no --labels" in out
     assert run("nets.py:this_morning", "--image-size", 24, 31) == 0
-    assert "no --weights: the numbers are those that nets.py:this_morning starts from" in capsys.readouterr().out
+    assert "no --weights: nets.py:this_morning keeps its initial weights, seed 0" in capsys.readouterr().out
     assert load_plain(nets / "plain.safetensors").spec.image.width == 31
 
 

@@ -65,12 +65,12 @@ def _measure(config: ParameterizationConfig) -> list[dict[str, Any]]:
         cases,
         resume=config.resume,
         order=lambda row: (row["depth"], list(KINDS).index(row["kind"]), row["lr"]),
-        figures=lambda trials: {"validation_accuracy": _held_out_accuracy(trials)},
+        figures=_validation,
     )
 
 
-def _held_out_accuracy(trials: list[lab.Trial]) -> float:
-    return fmean(trial.history[-1]["validation_accuracy"] for trial in trials)
+def _validation(trials: list[lab.Trial]) -> dict[str, float]:
+    return {"validation_accuracy": fmean(trial.history[-1]["validation_accuracy"] for trial in trials)}
 
 
 def _draw(axes, rows) -> None:
