@@ -3,6 +3,7 @@
 import asyncio
 import math
 import threading
+from time import monotonic
 
 import numpy as np
 import pytest
@@ -76,6 +77,20 @@ def test_every_job_gets_its_own_answer_in_order(runtime, pixels, encode, decode_
         assert job.decode_s > 0
         assert job.model_s > 0
         assert job.queue_s >= 0 or decode_threads > 1  # several threads decode more than a second per second
+
+
+def test_waiting_and_decoding_and_computing_are_told_apart(runtime, encode):
+    """No moment counts twice: what the three take together is no longer than what they are parts of."""
+    file = encode(np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8))
+
+    async def scenario():
+        async with Jobs(runtime, decode_threads=1) as jobs:
+            start = monotonic()
+            return await jobs.ask(file), start, monotonic()
+
+    job, start, end = asyncio.run(scenario())
+    assert min(job.decode_s, job.queue_s, job.model_s) > 0
+    assert job.decode_s + job.queue_s + job.model_s <= end - start
 
 
 def test_a_request_of_more_images_than_a_batch_is_cut(gated, file):

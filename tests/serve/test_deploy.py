@@ -1,6 +1,5 @@
 """The image, the compose file and the manifests, where no container engine runs."""
 
-import fnmatch
 import importlib.metadata
 import json
 import re
@@ -68,17 +67,23 @@ def test_the_image_runs_as_nobody_and_without_a_shell():
         assert all(isinstance(word, str) for word in json.loads(words))
 
 
+def matches(pattern, name):
+    """As in .dockerignore: one star stays within a folder, two pass through any number of them."""
+    parts = {"**/": "(?:.*/)?", "*": "[^/]*"}
+    return re.fullmatch("".join(parts.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*)", pattern)), name)
+
+
 def test_everything_that_is_copied_exists_and_reaches_the_builder():
     lines = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
     allowed = [line.removeprefix("!") for line in lines if line.startswith("!")]
     assert "*" in lines
     for source, _ in [*copied(), ("constraints.txt", ""), ("deploy/requirements.txt", "")]:
         path = ROOT / source
-        files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+        files = [file for file in path.rglob("*") if file.suffix in (".py", ".html")] if path.is_dir() else [path]
         assert files
         for file in files:
             name = str(file.relative_to(ROOT))
-            assert any(fnmatch.fnmatch(name, pattern) for pattern in allowed), name
+            assert any(matches(pattern, name) for pattern in allowed), name
 
 
 def test_requirements_are_those_of_the_project_without_torch():

@@ -96,17 +96,23 @@ def test_workers_that_hang_at_their_start_do_not_keep_the_supervisor(start, endl
     assert server.wait(60) == 0
 
 
+def connections_limit(server):
+    lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("diracnet_connections_limit "))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [os.unlink, lambda path: path.write_bytes(b"no model")])
 def test_a_killed_worker_comes_back_with_the_model_that_served_last(start, artefact, pixels, encode, damage):
     server, file = start(artefact, "--workers", 2), encode(pixels[0])
-    before = ask(server, file).json()
+    before, limit = ask(server, file).json(), connections_limit(server)
     damage(artefact)
     for worker in workers_of(server):  # one after the other: the second serves until the first is back
         os.kill(worker, signal.SIGKILL)
         wait_for(server, " died")
         wait_for(server, " serves")
     assert ask(server, file).json() == before
+    assert connections_limit(server) == limit  # summed over the living
     server.send_signal(signal.SIGHUP)
     for _ in range(2):
         wait_for(server, "the old model goes on")

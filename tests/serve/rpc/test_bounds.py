@@ -3,10 +3,10 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serve.v2.routes.rpc import bounds
 from tritonclient.grpc import service_pb2 as pb
 
 from serve.request.problems import TOO_LARGE, Problem
+from serve.v2.rpc import bounds
 from serve.v2.rpc.bounds import MAX_FIELDS, MAX_NUMBER_BYTES, check_size
 
 REQUEST = pb.ModelInferRequest.DESCRIPTOR

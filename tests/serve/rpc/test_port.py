@@ -1,9 +1,9 @@
 import socket
 
 import pytest
-from serve.v2.routes.rpc import port as module
 
 from common.refusal import Refusal
+from serve.v2.rpc import port as module
 from serve.v2.rpc.port import RpcAddress, reserved
 
 
