@@ -144,6 +144,14 @@ def test_kurtosis_and_dead_rows_are_counted_right():
     assert measure([weights])["dead_rows"] == 4 / 96
 
 
+@pytest.mark.slow
+def test_a_net_that_diverges_is_a_result():
+    settings = ExperimentConfig(epochs=1, width=0.0625).training(depth=10, lr=1e30)
+    trial = lab.run_trial(settings, datasets.load("digits"))
+    assert not np.isfinite(trial.history[0]["train_loss"])
+    assert trial.test_accuracy < 0.5
+
+
 def test_mean_and_spread():
     assert mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
     assert mean_and_spread([0.5]) == (0.5, 0.0)

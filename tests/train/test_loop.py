@@ -18,7 +18,6 @@ from train.families import build
 from train.initialize import initialize
 from train.layers import DiracConv2d
 from train.loop import learning_rate, make_optimizer, train_step
-from train.machine import choose_precision
 from train.recipes import recipe
 from train.trainer import Trainer
 
@@ -211,14 +210,3 @@ def test_a_step_divides_by_the_images_of_all_processes_and_an_empty_batch_change
         assert torch.equal(none, torch.zeros_like(none))
     assert sums[2].tolist() == [0, 0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.named_buffers())
-
-
-def test_precision_is_what_the_device_has(monkeypatch):
-    for capable, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: {"avx512_bf16": capable})
-        assert choose_precision("auto", "cpu") == expected
-    assert choose_precision("fp32", "cpu") == "fp32"
-    with pytest.raises(Refusal, match="fp16 needs a CUDA device"):
-        choose_precision("fp16", "cpu")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert choose_precision("auto", "cuda") == "fp16"
