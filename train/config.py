@@ -29,10 +29,10 @@ ARCHITECTURE = ("family", "depth", "width", "nonlinearity", "parameterization", 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """None stands for what suits the family, or for the recipe's value; `resolved` fills them in."""
+    """The options. None means the family's default or the recipe's value; `resolved` fills them in."""
 
-    dataset: Annotated[DatasetName | None, "what to learn (default: digits, or folder with --data-dir)"] = None
-    data_dir: Annotated[Path | None, "where the data set lies"] = None
+    dataset: Annotated[DatasetName | None, "data set to train on (default: digits, or folder with --data-dir)"] = None
+    data_dir: Annotated[Path | None, "folder of the data set"] = None
     download: Annotated[bool, "let torchvision download the data set"] = False
     image_size: Annotated[int, "side of the input in pixels, for --dataset folder"] = 32
     skip_unreadable: Annotated[bool, "train without the files of a folder that cannot be read"] = False
@@ -61,30 +61,30 @@ class TrainConfig:
     ] = "repeated"
     init: Annotated[
         Path | None,
-        "fine-tune: a checkpoint, or a plain.safetensors, with the net, its image spec and its layers; "
-        "the last where the classes are the same",
+        "fine-tune the net of this checkpoint or plain.safetensors: its image spec and all its layers, "
+        "the last one if the classes are the same",
     ] = None
-    freeze: Annotated[int, "with --init: epochs at the start in which only the last layer learns"] = 0
+    freeze: Annotated[int, "with --init: number of first epochs that train only the last layer"] = 0
     qat: Annotated[
         bool, "train with filters and activations rounded to the eight bits of to_onnx.py --precision int8"
     ] = False
-    recipe: Annotated[Literal["ours", "paper"], "where the values below come from that you leave out"] = "ours"
+    recipe: Annotated[Literal["ours", "paper"], "source of the values below that are not given"] = "ours"
     epochs: Annotated[int | None, "passes over the training images"] = None
     batch_size: Annotated[int | None, "images per step, over all processes"] = None
-    lr: Annotated[float | None, "learning rate at the start"] = None
+    lr: Annotated[float | None, "initial learning rate"] = None
     momentum: Annotated[float | None, "of stochastic gradient descent"] = None
     nesterov: Annotated[Literal["yes", "no"] | None, "Nesterov's momentum"] = None
     weight_decay: Annotated[float | None, "on all parameters, eq. 6"] = None
     decay_ab: Annotated[Literal["auto", "yes", "no"], "decay a and b too; auto: unless per-channel"] = "auto"
     schedule: Annotated[Schedule | None, "to zero; or x0.2 at 30, 60, 80 %; or x0.1 at 30, 60, 90 %"] = None
     warmup: Annotated[float | None, "epochs over which the rate rises to --lr"] = None
-    label_smoothing: Annotated[float | None, "probability given to all classes alike"] = None
-    a0: Annotated[float | None, "a at the start, section 3.3"] = None
-    b0: Annotated[float | None, "b at the start, section 2"] = None
-    w_std: Annotated[float | None, "standard deviation of W at the start, section 2"] = None
+    label_smoothing: Annotated[float | None, "probability spread evenly over all classes"] = None
+    a0: Annotated[float | None, "initial a, section 3.3"] = None
+    b0: Annotated[float | None, "initial b, section 2"] = None
+    w_std: Annotated[float | None, "initial standard deviation of W, section 2"] = None
     start: Annotated[
         Start | None,
-        "of classifier and batch normalisation: as PyTorch starts them; or He's normal and 0, γ uniform in [0, 1]",
+        "initial classifier and batch normalisation: PyTorch's; or He's normal and 0, γ uniform in [0, 1]",
     ] = None
     flip: Annotated[Literal["auto", "yes", "no"], "mirror half of the images; auto: where labels allow it"] = "auto"
     crop: Annotated[int | None, "shift images by up to N pixels; default: what suits the data set"] = None
@@ -93,21 +93,21 @@ class TrainConfig:
     mixup: Annotated[float, "blend images in pairs, shares from Beta(X, X); 0 for none, 0.2 is usual"] = 0.0
     cutmix: Annotated[float, "paste a rectangle of another image, area from Beta(X, X); 0 for none, 1 is usual"] = 0.0
     balanced: Annotated[bool, "draw images of all classes equally often"] = False
-    ema: Annotated[float, "decay of a running average of the weights, judged and folded in their place; 0 for none"] = (
-        0.0
-    )
+    ema: Annotated[
+        float, "decay of a running average of the weights, judged and folded instead of them; 0 for none"
+    ] = 0.0
     patience: Annotated[int | None, "stop after N epochs without a better validation accuracy; 0 for never"] = None
-    validation: Annotated[float | None, "fraction of training images held out to pick best.pt by; 0 for none"] = None
+    validation: Annotated[float | None, "fraction of training images held out to choose best.pt; 0 for none"] = None
     seed: Annotated[int, "of initialisation, order and augmentation"] = 0
-    device: Annotated[Literal["auto", "cpu", "cuda"], "where to train"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], "device to train on"] = "auto"
     precision: Annotated[Precision | None, "of convolutions while training; auto: bf16 where the device has it"] = None
-    sync_batch_norm: Annotated[bool, "batch statistics over all processes of torchrun; on GPUs alone"] = False
+    sync_batch_norm: Annotated[bool, "batch statistics over all processes of torchrun; GPUs only"] = False
     compile: Annotated[bool, "compile the net with torch.compile"] = False
     workers: Annotated[int, "processes that decode the images of a folder"] = 2
     out: Annotated[Path | None, "run folder (default: runs/DATASET-DEPTH-WIDTH)"] = None
-    resume: Annotated[bool, "go on with the run in --out, with its settings; --epochs may grow"] = False
-    tensorboard: Annotated[bool, "write event files for TensorBoard too, to tensorboard/ in --out"] = False
-    describe: Annotated[bool, "print what would be trained, and train nothing"] = False
+    resume: Annotated[bool, "continue the run in --out with its settings; --epochs may grow"] = False
+    tensorboard: Annotated[bool, "also write TensorBoard event files to tensorboard/ in --out"] = False
+    describe: Annotated[bool, "print the net that would be trained, without training"] = False
     json: Annotated[bool, "print the result as JSON on stdout"] = False
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class TrainConfig:
         return self.out or Path("runs") / f"{self.learnt}-{self.depth}-{self.width:g}"
 
     def resolved(self, num_images: int | None = None) -> "Settings":
-        """The same with what suits the family and the recipe's values, for so many images, where none were given."""
+        """The options with the defaults of the family, and of the recipe for `num_images`, filled in."""
         wrn = self.family == "wrn"
         parameterization = self.parameterization or ("plain" if wrn else "dirac")
         values = asdict(recipe(self.recipe, family=self.family, dataset=self.learnt, num_images=num_images))

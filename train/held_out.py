@@ -22,11 +22,13 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    dataset: Annotated[DatasetName | None, "whose test images (default: digits, or folder with --data-dir)"] = None
-    data_dir: Annotated[Path | None, "where the data set lies"] = None
-    run: Annotated[Path | None, "a run's folder: its data set, and the images that it has tested on"] = None
+    dataset: Annotated[
+        DatasetName | None, "data set of the test images (default: digits, or folder with --data-dir)"
+    ] = None
+    data_dir: Annotated[Path | None, "folder of the data set"] = None
+    run: Annotated[Path | None, "folder of a run, to take the images that it tested on"] = None
     out: Annotated[Path, "folder for files named LABEL_INDEX.png, or as a photograph's format is"] = Path("held-out")
-    count: Annotated[int, "how many: the first ones, of a folder evenly from all classes"] = 10
+    count: Annotated[int, "number of images: the first ones; of a folder, evenly from all classes"] = 10
 
 
 def command(config: HeldOutConfig) -> int:

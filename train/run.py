@@ -17,7 +17,7 @@ EXAMPLES = (
     "torchrun --nproc-per-node 2 train/run.py --dataset fashion-mnist",
     "python train/run.py --data-dir photos --init runs/large/best.pt --freeze 5       # fine-tune another net",
     "python train/run.py --init plain.safetensors --qat --epochs 3 --lr 0.01 --out runs/eight-bits  # for int8",
-    "python train/run.py --resume --out runs/digits-16-1    # go on where it stopped",
+    "python train/run.py --resume --out runs/digits-16-1    # continue where it stopped",
     "python train/run.py --describe --json --family cifar --classes 10 --depth 34 --width 2",
 )
 

@@ -120,7 +120,7 @@ class Trainer:
         self.epochs_done, self.steps_done, self.totals = state.epoch, state.step, state.totals
         if state.test_accuracy is not None and state.epoch < self.settings.epochs:
             self.console.print(
-                f"the test images were read after epoch {state.epoch}: what is chosen from now on knows them"
+                f"the test images were read after epoch {state.epoch}: anything chosen from now on has seen them"
             )
 
     def fine_tune(self, source: Checkpoint | PlainFile) -> None:

@@ -106,7 +106,7 @@ def set_up(
     if not settings.skip_unreadable:
         for part in (dataset.validation, dataset.test):
             if isinstance(part, Files) and len(part):
-                refuse_what_cannot_be_judged(part, track(console, "decoding what will be judged"))
+                refuse_what_cannot_be_judged(part, track(console, "decoding validation and test images"))
     trainer = Trainer(settings, spec, dataset, world, console)
     if earlier:
         trainer.resume(earlier)
@@ -227,7 +227,7 @@ def _finish(trainer: Trainer) -> None:
         f"95 % interval {percent(interval(accuracy * num_test, num_test))}"
     )
     if row["validation_accuracy"] is not None and (num_held := len(dataset.validation or ())):
-        console.print(f"it is that of best.pt, epoch {row['epoch']}, chosen by validation")
+        console.print(f"this is the accuracy of best.pt, epoch {row['epoch']}, chosen by validation")
         num = min(len(dataset.train), max(200, num_held), 1000)
         some = dataset.train.take(np.linspace(0, len(dataset.train) - 1, num).astype(int))
         known = evaluate(load_net(chosen).to(device), some, device=device, workers=workers).accuracy

@@ -39,17 +39,17 @@ SAME = ("dataset", "epochs", "batch_size", "momentum", "weight_decay", "schedule
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """What all experiments have in common; None stands for the cheap or the paper's value."""
+    """What all experiments have in common; None means the cheap or the paper's value."""
 
     paper: Annotated[bool, "the paper's settings: CIFAR-10, 200 epochs, full width; days without a GPU"] = False
-    dataset: Annotated[Published | None, "what to learn"] = None
-    data_dir: Annotated[Path | None, "where the data set lies"] = None
+    dataset: Annotated[Published | None, "data set to train on"] = None
+    data_dir: Annotated[Path | None, "folder of the data set"] = None
     width: Annotated[float | None, "width factor k of Table 1 (cheap: 0.25)"] = None
     epochs: Annotated[int | None, "passes over the training images (cheap: 10)"] = None
     seeds: Annotated[int, "how often each net is trained"] = 3
-    device: Annotated[Literal["auto", "cpu", "cuda"], "where to train"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], "device to train on"] = "auto"
     out: Annotated[Path, "folder for the figure and the numbers"] = Path("runs/experiments")
-    redraw: Annotated[bool, "train nothing: draw the figure again from the numbers in --out"] = False
+    redraw: Annotated[bool, "draw the figure again from the numbers in --out, without training"] = False
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or (self.epochs or 1) < 1:
