@@ -48,7 +48,7 @@ class ReferenceDiracConv2d(DiracConv2d):
         return a.expand_as(self.delta) * self.delta + b.expand_as(normalized) * normalized
 
 
-def make_trainer(form: Form, workload: Workload, world: World = ALONE) -> Trainer:
+def make_session(form: Form, workload: Workload, world: World = ALONE) -> Trainer:
     """A net before its first step, as train/run.py makes it."""
     config = TrainConfig(
         dataset="fashion-mnist",
@@ -69,7 +69,7 @@ def make_trainer(form: Form, workload: Workload, world: World = ALONE) -> Traine
 
 def make_step(form: Form, workload: Workload, world: World = ALONE) -> Callable[[], Tensor]:
     """Forward, backward and optimizer on this process's share of a batch that stays the same."""
-    trainer = make_trainer(form, workload, world)
+    trainer = make_session(form, workload, world)
     net, share = world.wrap(trainer.net), workload.batch_size // world.size
     generator = torch.Generator().manual_seed(world.rank)
     shape = (share, workload.side, workload.side, 1)
@@ -81,7 +81,7 @@ def make_step(form: Form, workload: Workload, world: World = ALONE) -> Callable[
 
 def make_weights(form: Form, workload: Workload) -> Callable[[], None]:
     """Ŵ of all Dirac layers of a net and the gradients of a, b and W: what the parameterization adds to a step."""
-    net = make_trainer(form, workload).net
+    net = make_session(form, workload).net
     layers = [layer for layer in net.modules() if isinstance(layer, DiracConv2d)]
     gradients = [torch.randn_like(layer.weight) for layer in layers]
 

@@ -111,10 +111,10 @@ def _measure_net(net: tuple[int, float], config: TrainingConfig, console: Any) -
 
 
 def _describe(workload: "Workload") -> dict[str, Any]:
-    from bench.forms import make_trainer
+    from bench.forms import make_session
     from train.families import count_parameters
 
-    net = make_trainer("Dirac", workload).net
+    net = make_session("Dirac", workload).net
     size = f"{workload.side}x{workload.side}"
     return {
         "name": f"{workload.depth}-{workload.width:g}",
