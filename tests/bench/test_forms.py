@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bench.forms import ReferenceDiracConv2d, Workload, make_step, make_session, make_weights
+from bench.forms import ReferenceDiracConv2d, Workload, make_session, make_step, make_weights
 from train.layers import DiracConv2d
 
 SMALL = Workload(10, 0.25, 8, 4)
