@@ -14,8 +14,9 @@ from common.refusal import Refusal
 from common.spec import Spec
 from export.graphs.operations import write_graph, write_normalize
 from fold.graph import GraphNet
+from fold.layers import Convolution
 from fold.lower import Mirror, Negate, Repeat, SharedReLU
-from fold.plain import Convolution, PlainNet, named_layers
+from fold.plain import PlainNet, named_layers
 from train.layers import NCReLU, Normalize, Residual
 
 OPSET = 19  # the first with float8 types; ONNX Runtime and TensorRT 10 take it
