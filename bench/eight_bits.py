@@ -47,7 +47,7 @@ def command(config: EightBitsConfig) -> int:
     from common.progress import make_console, progress
     from train.config import TrainConfig
     from train.data import datasets
-    from train.experiments.trial import run_trial, write_results
+    from train.experiments.lab import run_trial, write_results
 
     dataset, rows, accuracies = datasets.load(config.dataset, data_dir=config.data_dir), [], {}
     with progress(make_console(), "epochs", len(STARTS) * (config.epochs + 1)) as advance:
@@ -82,12 +82,11 @@ def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_image
     from fold.plain import fold_net
     from train.data import datasets
     from train.layers import DiracConv2d
-    from train.steps import make_spec
 
     _, held = datasets.hold_out(dataset.train, settings.validation, seed=0)
     pixels = held.first(num_images)
     observed, chosen_by = pixels[: len(pixels) // 4], pixels[len(pixels) // 4 :]
-    spec = make_spec(settings, dataset.info.image, dataset.info.labels)
+    spec = settings.spec(dataset.info.image, dataset.info.labels)
     options = {"lowerings": tuple(LABELS), "observed": observed, "chosen_by": chosen_by}
     found = quantize(fold_net(net.eval()).float(), spec, precision="int8", target="onnxruntime", **options)
     best = {candidate.lowering: candidate for candidate in reversed(found.candidates)}
@@ -110,7 +109,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _draw(rows: list[dict[str, Any]], title: str) -> Any:
-    from train.experiments.trial import new_figure
+    from train.experiments.lab import new_figure
 
     figure, (scales, errors, agreements) = new_figure(3)
     styles = dict(zip(STARTS, ("-", "--"), strict=True))

@@ -15,6 +15,7 @@ from typing import Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +23,13 @@ from bench.nets import reference_convolution
 from common.progress import make_console
 from common.spec import ImageSpec
 from train.config import TrainConfig
+from train.data.batches import Batch
+from train.data.datasets import Dataset, DatasetInfo, Split
 from train.distributed import World, joined
 from train.layers import DiracConv2d
-from train.loop import Batch, train_step
+from train.loop import train_step
 from train.machine import keep_large_buffers
-from train.steps import Session, make_spec, start
+from train.trainer import Trainer
 
 Form = Literal["ordinary", "Dirac", "Dirac, reference"]
 ALONE = World()
@@ -46,7 +49,7 @@ class Workload:
 SHARED, NUM_WARM_UP = Workload(16, 1.0, 28, 128), 3
 
 
-def make_session(form: Form, workload: Workload, world: World = ALONE) -> Session:
+def make_session(form: Form, workload: Workload, world: World = ALONE) -> Trainer:
     """A net before its first step, as train/run.py makes it."""
     config = TrainConfig(
         dataset="fashion-mnist",
@@ -56,26 +59,28 @@ def make_session(form: Form, workload: Workload, world: World = ALONE) -> Sessio
         parameterization="plain" if form == "ordinary" else "dirac",
     ).resolved()
     image = ImageSpec(workload.side, workload.side, 1, (0.286,), (0.353,), resize=None)
-    spec = make_spec(config, image, tuple("0123456789"))
-    session = start(config, spec, world, make_console(quiet=True))
+    info = DatasetInfo(image, tuple("0123456789"), flip=False, crop=0)
+    some = Split(np.zeros((world.size, *image.shape), np.uint8), np.zeros(world.size))  # each step brings its own
+    dataset = Dataset(info, train=some, test=some, validation=some)
+    trainer = Trainer(config, config.spec(image, info.labels), dataset, world, make_console(quiet=True))
     if form == "Dirac, reference":
-        for layer in list(session.net.modules()):
+        for layer in list(trainer.net.modules()):
             for name, child in layer.named_children():
                 if isinstance(child, DiracConv2d):
                     setattr(layer, name, reference_convolution(child).to(memory_format=torch.channels_last))
-    return session
+    return trainer
 
 
 def make_step(form: Form, workload: Workload, world: World = ALONE) -> Callable[[], Tensor]:
     """Forward, backward and optimizer on this process's share of a batch that stays the same."""
-    session = make_session(form, workload, world)
-    net, share = world.wrap(session.net), workload.batch_size // world.size
+    trainer = make_session(form, workload, world)
+    net, share = world.wrap(trainer.net), workload.batch_size // world.size
     generator = torch.Generator().manual_seed(world.rank)
     shape = (share, workload.side, workload.side, 1)
     images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
     batch = Batch(0, 0, images, torch.randint(10, (share,), generator=generator))
     # The rate is small: the loss shall not run away from random labels while thousands of steps are timed.
-    return lambda: train_step(net, session.optimizer, session.scaler, batch, 1e-3, precision=workload.precision)
+    return lambda: train_step(net, trainer.optimizer, trainer.scaler, batch, 1e-3, precision=workload.precision)
 
 
 def make_weights(form: Form, workload: Workload) -> Callable[[], None]:

@@ -26,7 +26,7 @@ from export.runtimes.onnx_session import OnnxSession
 from export.to_onnx import DEFAULT_LOWERING
 from fold.lower import lower
 from fold.plain import fold_net
-from train.data.datasets import describe
+from train.data.datasets import info_of
 
 CONNECTIONS = (1, 16, 64)
 # Family, depth, width and nonlinearity of the seeded random nets for 28x28 grey images that all servers serve.
@@ -150,7 +150,7 @@ def _post(url: str, media_type: str, body: bytes) -> object:
 
 def write_net(size: str, folder: Path, pngs: list[bytes]) -> ServedNet:
     """Build, fold and export a net of `SIZES` into `folder`."""
-    info = describe("fashion-mnist")
+    info = info_of("fashion-mnist")
     family, depth, width, nonlinearity = SIZES[size]
     spec = Spec(family, depth, width, nonlinearity, info.image, info.labels)
     plain = fold_net(random_net(spec, seed=0)).float()

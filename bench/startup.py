@@ -181,7 +181,7 @@ def _small_model(folder: Path) -> Path:
     from train.data import datasets
     from train.families import build
 
-    info = datasets.describe("digits")
+    info = datasets.info_of("digits")
     spec = Spec("cifar", 10, 0.25, "ncrelu", info.image, info.labels)
     torch.manual_seed(0)
     model = to_onnx(lower(fold_net(build(spec).eval()).float(), "shared"), spec, {})

@@ -16,9 +16,10 @@ from fold.plain import fold_net, load_plain, save_plain
 from fold.proof import prove
 from serve.request.app import make_app
 from serve.request.limits import Limits
+from train.data.batches import Batch
 from train.families import build
 from train.initialize import initialize
-from train.loop import Batch, make_optimizer, train_step
+from train.loop import make_optimizer, train_step
 
 
 def a_step_of_training(spec, images):

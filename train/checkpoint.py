@@ -14,6 +14,11 @@ from common.spec import Spec
 from train.families import build
 
 FORMAT = "diracnet-checkpoint-1"
+# Of a run's config, in all artefacts made of it.
+KEPT = (
+    *("command", "dataset", "recipe", "init_sha256", "unfold", "qat", "flip", "seed", "epochs", "batch_size", "lr"),
+    *("momentum", "weight_decay", "schedule", "validation", "ema", "skip_unreadable", "split", "authors_sha256"),
+)
 
 
 @dataclass(frozen=True)
@@ -46,35 +51,14 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """What is judged, folded and fine-tuned: the average where there is one."""
+        """The weights that are judged, folded and fine-tuned: the average if the run keeps one."""
         return self.average or self.model
 
     def training_record(self) -> dict[str, Any]:
-        """What later artefacts say of this run."""
-        kept = (
-            "command",
-            "dataset",
-            "recipe",
-            "init_sha256",
-            "unfold",
-            "qat",
-            "flip",
-            "seed",
-            "epochs",
-            "batch_size",
-            "lr",
-            "momentum",
-            "weight_decay",
-            "schedule",
-            "validation",
-            "ema",
-            "skip_unreadable",
-            "split",
-            "authors_sha256",
-        )
+        """What later artefacts record of this run."""
         folder = self.config.get("data_dir") if self.config.get("dataset") == "folder" else None
         return {
-            **{key: self.config[key] for key in kept if key in self.config},
+            **{key: self.config[key] for key in KEPT if key in self.config},
             **({"folder": Path(folder).name} if folder else {}),  # its own name: the rest is this machine's
             "epochs_done": self.epoch,
             "test_accuracy": self.test_accuracy,
@@ -91,14 +75,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads without executing anything in the file; refuses what is no whole checkpoint of ours."""
+    """Reads without executing anything in the file; refuses what is not a whole checkpoint of this project."""
     content = read_whole(path)
     try:
         fields = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises half a dozen unrelated kinds
-        raise Refusal(f"{path} is no checkpoint, or is cut short ({type(error).__name__})") from error
+        raise Refusal(f"{path} is not a checkpoint, or is cut short ({type(error).__name__})") from error
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-        raise Refusal(f"{path} is no {FORMAT} file; train one with train/run.py")
+        raise Refusal(f"{path} is not a {FORMAT} file; train one with train/run.py")
     kinds = {"model": dict, "config": dict, "history": list}
     if wrong := [name for name, kind in kinds.items() if not isinstance(fields.get(name, kind()), kind)]:
         raise Refusal(f"{path} is damaged: {', '.join(wrong)} is not what a checkpoint holds; train the net again")
@@ -106,7 +90,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         fields["spec"] = Spec.from_dict(fields["spec"])
         return Checkpoint(**fields, sha256=sha256(content))
     except (KeyError, TypeError) as error:
-        raise Refusal(f"{path} misses a part of a checkpoint: {error}") from error
+        raise Refusal(f"{path} lacks a part of a checkpoint: {error}") from error
 
 
 def load_net(checkpoint: Checkpoint) -> nn.Sequential:

@@ -100,14 +100,14 @@ def _base_channels(spec: Spec) -> int:
 
 def _refuse_combinations(spec: Spec) -> None:
     if spec.parameterization == "per-channel" and spec.nonlinearity != "relu":
-        raise Refusal("per-channel a and b go with nonlinearity relu, as in the authors' second release")
+        raise Refusal("per-channel a and b require nonlinearity relu, as in the authors' second release")
     if spec.parameterization == "per-output-b" and spec.nonlinearity != "ncrelu":
-        raise Refusal("a b for each output goes with nonlinearity ncrelu, as in the authors' first published net")
+        raise Refusal("a b for each output requires nonlinearity ncrelu, as in the authors' first published net")
     if spec.family == "wrn" and (spec.nonlinearity, spec.parameterization) not in (
         ("relu", "plain"),
         ("relu", "delta"),
     ):
-        raise Refusal("family wrn goes with nonlinearity relu and parameterization plain or delta (eq. 14)")
+        raise Refusal("family wrn requires nonlinearity relu and parameterization plain or delta (eq. 14)")
 
 
 def _stem(spec: Spec, num_out: int) -> nn.Sequential:
@@ -171,4 +171,5 @@ def _residual_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, s
 def _convolution(num_in: int, num_out: int, spec: Spec, *, stride: int = 1) -> nn.Conv2d:
     if spec.parameterization in ORDINARY:
         return nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False)
-    return DiracConv2d(num_in, num_out, 3, stride=stride, padding=1, form=spec.parameterization, delta_form=spec.delta)
+    kind, delta_form = spec.parameterization, spec.delta
+    return DiracConv2d(num_in, num_out, 3, stride=stride, padding=1, parameterization=kind, delta_form=delta_form)

@@ -22,16 +22,21 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    dataset: Annotated[DatasetName | None, "whose test images (default: digits, or folder with --data-dir)"] = None
-    data_dir: Annotated[Path | None, "where the data set lies"] = None
-    run: Annotated[Path | None, "a run's folder: its data set, and the images that it has tested on"] = None
+    dataset: Annotated[
+        DatasetName | None, "data set of the test images (default: digits, or folder with --data-dir)"
+    ] = None
+    data_dir: Annotated[Path | None, "folder of the data set"] = None
+    run: Annotated[Path | None, "folder of a run, to take the images that it tested on"] = None
     out: Annotated[Path, "folder for files named LABEL_INDEX.png, or as a photograph's format is"] = Path("held-out")
-    count: Annotated[int, "how many: the first ones, of a folder evenly from all classes"] = 10
+    count: Annotated[int, "number of images: the first ones; of a folder, evenly from all classes"] = 10
 
 
 def command(config: HeldOutConfig) -> int:
     """Write test images, which training has not seen, as files named after their label; photographs as they are."""
+    import io
+
     import numpy as np
+    from PIL import Image
 
     from common.files import read_whole, write_whole
     from train.data.folder import Files
@@ -46,7 +51,9 @@ def command(config: HeldOutConfig) -> int:
             path = Path(test.paths[place])
             write_whole(config.out / f"{label}_{index}{path.suffix}", read_whole(path))
         else:
-            write_whole(config.out / f"{label}_{index}.png", _png(np.asarray(test.images[place])))
+            pixels, file = np.asarray(test.images[place]), io.BytesIO()
+            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
+            write_whole(config.out / f"{label}_{index}.png", file.getvalue())
     print(f"wrote {num} images to {config.out}")
     return 0
 
@@ -62,17 +69,6 @@ def _dataset(config: HeldOutConfig) -> "Dataset":
         raise Refusal("--run says what the data set is: leave out --dataset")
     state = load_checkpoint(config.run / "checkpoint.pt")
     return datasets.load_as_trained(state.config, data_dir=config.data_dir, beside=config.run, image=state.spec.image)
-
-
-def _png(pixels) -> bytes:
-    """uint8 [H, W, C], grey where C is 1."""
-    import io
-
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
-    return file.getvalue()
 
 
 if __name__ == "__main__":

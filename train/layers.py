@@ -55,7 +55,7 @@ def dirac_weight(a: Tensor, b: Tensor | None, delta: Tensor, weight: Tensor) -> 
 class _DiracConv(nn.modules.conv._ConvNd):
     """Ŵ in place of a convolution's weight; `weight` is W.
 
-    `form` says what `a` and `b` are: scalars (eq. 4, "dirac"), one for every output channel
+    `parameterization` says what `a` and `b` are: scalars (eq. 4, "dirac"), one for every output channel
     ("per-channel"), a scalar `a` and a `b` for every output channel ("per-output-b"), a scalar `a` alone
     (eq. 3, "unnormalized"), or neither (eq. 14, "delta"). `delta_form`: see `dirac_delta`.
     """
@@ -67,7 +67,7 @@ class _DiracConv(nn.modules.conv._ConvNd):
     def __init__(
         self,
         *args,
-        form: Parameterization = "dirac",
+        parameterization: Parameterization = "dirac",
         delta_form: Delta = "repeated",
         bias: bool = False,
         **kwargs,
@@ -76,7 +76,7 @@ class _DiracConv(nn.modules.conv._ConvNd):
         if self.groups != 1:
             raise Refusal(f"a Dirac convolution has one group, got {self.groups}")
         self.register_buffer("delta", dirac_delta(self.weight.shape, delta_form), persistent=False)
-        match form:
+        match parameterization:
             case "dirac":
                 self.a, self.b = nn.Parameter(torch.tensor(A_0)), nn.Parameter(torch.tensor(B_0))
             case "per-channel":
@@ -91,7 +91,7 @@ class _DiracConv(nn.modules.conv._ConvNd):
                 self.register_buffer("a", torch.tensor(1.0), persistent=False)
                 self.b = None
             case _:
-                raise Refusal(f"a Dirac convolution has no form {form}")
+                raise Refusal(f"a Dirac convolution has no parameterization {parameterization}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses another weight or bias: `fuse_conv_bn_eval` would scale W, which eq. 5 then normalises again."""
@@ -156,7 +156,7 @@ class _NCReLU(torch.autograd.Function):
 def ncrelu(x: Tensor, dims: int | None = None) -> Tensor:
     """x [N, C, ...] → [N, 2C, ...], eq. 9; with `dims` spatial dimensions also [C, ...] → [2C, ...]."""
     if torch.compiler.is_compiling() and (dims is None or x.dim() == dims + 2):
-        # What `_NCReLU` computes, without what would cut the compiled graph in pieces.
+        # The same as `_NCReLU`, without an autograd function, which would break the compiled graph.
         return torch.cat([torch.where(x > 0, x, 0.0), torch.where(x > 0, 0.0, x)], dim=1)
     if dims is None or x.dim() == dims + 2:
         return _NCReLU.apply(x)

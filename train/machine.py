@@ -1,11 +1,24 @@
-"""What the machine that trains can do."""
+"""The machine that trains: its device, its precision, and whether a training fits into its memory."""
 
 import ctypes
 from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.refusal import Refusal
+from common.spec import Spec
+from train.config import Settings
+from train.distributed import World
+from train.families import outline
+
+# Measured on the CPU over seven nets from DiracNet-16-1 at 32 pixels to DiracNet-18-0.75 at 224, right to a third:
+# bytes that a step holds for each number of the layers' outputs, and for each weight.
+OUTPUT_BYTES = {"fp32": 5.2, "bf16": 3.0, "fp16": 3.0}
+WEIGHT_BYTES = 32  # itself, gradient, momentum, and what eq. 4 and 5 keep for the way back
+LARGE = 96  # pixels, from which a net that keeps the stem's resolution is the wrong one
 
 
 def choose_device(choice: str) -> str:
@@ -41,3 +54,66 @@ def keep_large_buffers() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 30))  # M_MMAP_THRESHOLD
         mallopt(ctypes.c_int(-1), ctypes.c_int(1 << 30))  # M_TRIM_THRESHOLD
+
+
+def refuse_what_does_not_fit(config: Settings, spec: Spec, world: World, *, available: int | None) -> str:
+    """The memory that a step takes, in words; refuses more than is `available`, and says what would fit better."""
+    share = config.batch_size // world.size
+    on_this_machine = world.size if world.device == "cpu" else 1
+    need = on_this_machine * training_bytes(spec, share, config.precision)
+    if available is not None and need > available:
+        raise Refusal(
+            f"{spec.name} needs about {_gb(need)} to train on {config.batch_size} images of {_size(spec)} at once, and "
+            f"{_gb(available)} are free: lower --batch-size{_advice(spec, share, config.precision)}"
+        )
+    return f"about {_gb(need)} of memory{_advice(spec, share, config.precision)}"
+
+
+def training_bytes(spec: Spec, batch_size: int, precision: str) -> int:
+    """Memory that a training step of one process holds at once."""
+    net, num_outputs = outline(spec), 0
+
+    def add(layer: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        nonlocal num_outputs
+        num_outputs += output.numel()
+
+    for layer in net.modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(add)
+    with torch.no_grad(), torch.device("meta"):
+        net(torch.empty(1, *spec.image.shape, dtype=torch.uint8))
+    num_weights = sum(parameter.numel() for parameter in net.parameters())
+    return round(WEIGHT_BYTES * num_weights + OUTPUT_BYTES[precision] * batch_size * num_outputs)
+
+
+def available_bytes(device: str) -> int | None:
+    """Memory that is free on a device, within the limit of this container; None where the system does not tell."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        group = Path("/sys/fs/cgroup")
+        found.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(found, default=None)
+
+
+def _advice(spec: Spec, batch_size: int, precision: str) -> str:
+    if spec.family not in ("cifar", "pooled") or min(spec.image.height, spec.image.width) < LARGE:
+        return ""
+    suited = replace(spec, family="imagenet", depth=18, width=0.5, nonlinearity="ncrelu", parameterization="dirac")
+    need = training_bytes(suited, batch_size, precision)
+    return (
+        f"; for {_size(spec)} pixels take --family imagenet --depth 18 --width 0.5, about {_gb(need)}, "
+        "which is made for such sizes"
+    )
+
+
+def _size(spec: Spec) -> str:
+    return f"{spec.image.height}x{spec.image.width}"
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{max(1, num_bytes / 1e6):.0f} MB"

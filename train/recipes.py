@@ -32,7 +32,7 @@ class Recipe:
     precision: Precision = "auto"
 
 
-# What reached the best accuracy per minute on two CPU cores; docs/results.md has the numbers.
+# The values that reached the best accuracy per minute on two CPU cores; docs/results.md has the numbers.
 OURS = Recipe(
     epochs=30,
     batch_size=128,

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl and learning_curve.png."""
+"""The records of a run: metrics.jsonl, TensorBoard's event files, learning_curve.png and its lines of text."""
 
 import json
 from collections.abc import Callable, Iterator

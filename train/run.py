@@ -17,16 +17,16 @@ EXAMPLES = (
     "torchrun --nproc-per-node 2 train/run.py --dataset fashion-mnist",
     "python train/run.py --data-dir photos --init runs/large/best.pt --freeze 5       # fine-tune another net",
     "python train/run.py --init plain.safetensors --qat --epochs 3 --lr 0.01 --out runs/eight-bits  # for int8",
-    "python train/run.py --resume --out runs/digits-16-1    # go on where it stopped",
+    "python train/run.py --resume --out runs/digits-16-1    # continue where it stopped",
     "python train/run.py --describe --json --family cifar --classes 10 --depth 34 --width 2",
 )
 
 
 def command(config: TrainConfig) -> int:
     """Train a DiracNet; writes checkpoint.pt, best.pt, metrics.jsonl and learning_curve.png to --out."""
-    from train import session
+    from train import training
 
-    return session.describe(config) if config.describe else session.train(config)
+    return training.describe(config) if config.describe else training.train(config)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import numpy as np
 
 from common.spec import MAX_TEMPERATURE, MIN_TEMPERATURE
 
-# What an image answered wrongly costs is what keeps a net from being sure of everything. Ten events for each parameter
-# is the rule of thumb of logistic regression, which this is one of.
+# Only images answered wrongly keep the fitted net from being certain of everything. Ten events for each parameter is
+# the rule of thumb of logistic regression, and this fit is one.
 MIN_IMAGES, MIN_WRONG = 100, 10
 NUM_HALVINGS = 64  # of an interval of log T that is 9.2 long: to the last bit of a float64
 
@@ -35,7 +35,7 @@ class Fit:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What checkpoints and later artefacts keep."""
+        """The fields that checkpoints and later artefacts keep."""
         kept = ("temperature", "images", "wrong", "why_not") if self.why_not else _FITTED
         return {name: value for name, value in asdict(self).items() if name in kept}
 

@@ -23,7 +23,7 @@ def mirrored(form: Form) -> Form:
         )
     training = form.provenance.get("training", {})
     dataset, choice = training.get("dataset"), training.get("flip", "auto")
-    if choice == "no" or (choice == "auto" and dataset in get_args(Published) and not datasets.describe(dataset).flip):
+    if choice == "no" or (choice == "auto" and dataset in get_args(Published) and not datasets.info_of(dataset).flip):
         raise Refusal(
             f"{form.path} was not trained on mirror images, which may have another label there: leave --flips out"
         )

@@ -44,7 +44,7 @@ def dirac_layer(
         padding=padding,
         dilation=dilation,
         bias="bias" in tensors,
-        form=forms[many],
+        parameterization=forms[many],
         delta_form=delta_form("the state dict", f"{prefix}delta", tensors["delta"], weight.shape) or "repeated",
     )
     assert layer.b is not None  # each of the three forms has one

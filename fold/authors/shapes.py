@@ -148,7 +148,7 @@ def _resized(image: ImageSpec, size: int | None) -> ImageSpec:
 def _labels(num: int) -> tuple[str, ...]:
     """The names of the classes, if their number identifies the data set."""
     if num in (10, 100):
-        return datasets.describe(f"cifar{num}").labels
+        return datasets.info_of(f"cifar{num}").labels
     if num == 1000:
         from torchvision.models import ResNet18_Weights  # pyright: ignore[reportMissingTypeStubs]  # it has none
 

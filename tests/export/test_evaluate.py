@@ -130,7 +130,7 @@ def test_a_folder_that_does_not_fit_the_record_is_refused(trained, photos, tmp_p
     assert "does not say where its photographs lie: name their folder with --data-dir" in capsys.readouterr().err
     Image.new("RGB", (50, 50)).save(photos / LABELS[0] / "0.png")
     assert run(*argv, "--data-dir", photos) == 2
-    assert "1 images of the run are gone from" in capsys.readouterr().err
+    assert "1 images of the run are missing from" in capsys.readouterr().err
     (trained / FILE).unlink()
     assert run(*argv, "--data-dir", photos, "--dataset", "folder") == 2
     assert "keep the run's split.json beside the model" in capsys.readouterr().err
@@ -216,7 +216,7 @@ def test_a_data_set_by_name_is_judged_on_its_test_images(digits_net, tmp_path, c
     assert run(digits_net, "--dataset", "cifar10", "--out", tmp_path) == 2
     assert run(digits_net, "--dataset", "fashion-mnist", "--data-dir", tmp_path, "--out", tmp_path) == 2
     assert run(digits_net, "--data-dir", tmp_path) == 2
-    assert "digits come with scikit-learn" in capsys.readouterr().err
+    assert "digits are bundled with scikit-learn" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -168,7 +168,7 @@ def test_a_second_export_writes_the_same_bytes(road):
 
 def test_what_is_no_plain_net_is_not_exported(road, capsys):
     assert run_command(to_onnx_command.command, to_onnx_command.ToOnnxConfig, argv=[str(road / "checkpoint.pt")]) == 2
-    assert "is no safetensors file" in capsys.readouterr().err
+    assert "is not a valid safetensors file" in capsys.readouterr().err
 
 
 def test_a_damaged_and_a_missing_onnx_are_refused_in_one_line(road, tmp_path, capsys):

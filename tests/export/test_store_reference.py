@@ -25,7 +25,7 @@ from train.data import datasets
 @pytest.fixture
 def digits_net(write_onnx, tmp_path, make_net, make_spec):
     """A net for the images of digits."""
-    info = datasets.describe("digits")
+    info = datasets.info_of("digits")
     fields = {"num_labels": 10, "channels": 1}
     spec = replace(make_spec(**fields), labels=info.labels)
     path = tmp_path / "digits.onnx"

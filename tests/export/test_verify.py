@@ -34,7 +34,7 @@ def convert(*argv):
 def write_run(folder, make_net, seed=0):
     """A small net of digits with all that the road makes of it; it is not trained, and its accuracy is what it is."""
     folder.mkdir()
-    info = datasets.describe("digits")
+    info = datasets.info_of("digits")
     fields = {"width": 0.25, "channels": 1, "size": 8}
     net = make_net(seed=seed, **fields)
     spec = Spec("cifar", 10, 0.25, "ncrelu", info.image, info.labels)

@@ -155,7 +155,7 @@ def test_plain_files_that_are_damaged_are_refused(make_net, make_spec, tmp_path)
     content = path.read_bytes()
     for damaged in (b"", content[:100], content[:-9], b"hello" * 99):
         path.write_bytes(damaged)
-        with pytest.raises(Refusal, match="no safetensors file"):
+        with pytest.raises(Refusal, match="not a valid safetensors file"):
             load_plain(path)
     save_plain(path, net, make_spec(depth=16), {})
     with pytest.raises(Refusal, match="does not fit its spec"):

@@ -4,7 +4,7 @@ import numpy as np
 import reference
 import torch
 
-from train.fine_tune.batch_statistics import measure, standardize
+from train.fine_tune.from_plain import measure, standardize
 
 
 def batches(images, size=8):

@@ -54,7 +54,7 @@ def test_images_and_labels_of_different_number_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("name", "num_labels"), [("cifar10", 10), ("cifar100", 100)])
 def test_cifar_files_that_are_not_torchvisions_are_refused(tmp_path, name, num_labels):
-    assert len(datasets.describe(name).labels) == num_labels
+    assert len(datasets.info_of(name).labels) == num_labels
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     (folder / "data_batch_1").write_bytes(pickle.dumps({}))
@@ -73,7 +73,7 @@ def test_cifar_files_are_read_in_their_real_format(tmp_path, monkeypatch, name, 
     """Small files as the authors pickle them; only torchvision's checksums, which they cannot have, are set aside."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     (tmp_path / folder).mkdir()
-    labels = list(datasets.describe(name).labels)
+    labels = list(datasets.info_of(name).labels)
     meta = {"label_names": labels, "fine_label_names": labels}
     (tmp_path / folder / ("batches.meta" if name == "cifar10" else "meta")).write_bytes(pickle.dumps(meta))
     rng = np.random.default_rng(0)

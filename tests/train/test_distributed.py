@@ -17,10 +17,10 @@ from common.spec import Spec
 from train import distributed
 from train.checkpoint import load_checkpoint
 from train.data import datasets
+from train.data.batches import Augmentation, batches
 from train.distributed import World
 from train.families import build
 from train.initialize import initialize
-from train.loop import Augmentation, batches
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -45,11 +45,11 @@ import signal
 import sys
 import threading
 sys.path.insert(0, {str(ROOT)!r})
-from train import steps
+from train import trainer
 from common.cli import run_command
 from train.config import TrainConfig
 from train.run import command
-num_steps, train_step = 0, steps.train_step
+num_steps, train_step = 0, trainer.train_step
 
 def step(*arguments, **options):
     global num_steps
@@ -63,7 +63,7 @@ def step(*arguments, **options):
         came.wait()
     return train_step(*arguments, **options)
 
-steps.train_step = step
+trainer.train_step = step
 sys.exit(run_command(command, TrainConfig))
 """
 

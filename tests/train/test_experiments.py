@@ -9,10 +9,10 @@ from PIL import Image
 
 from common.cli import run_command
 from train.data import datasets
-from train.experiments import parameterization, trial
+from train.experiments import lab, parameterization
 from train.experiments.convergence import ConvergenceConfig, _width_of_equal_size
+from train.experiments.lab import ExperimentConfig, mean_and_spread
 from train.experiments.sparsity import measure
-from train.experiments.trial import ExperimentConfig, mean_and_spread
 
 SMALL = ["--epochs", "1", "--seeds", "1", "--width", "0.0625"]
 RUNS = {
@@ -80,8 +80,8 @@ def test_the_papers_settings_reach_the_training(name, tmp_path, monkeypatch):
     def see(settings, dataset, **_):
         raise Seen(settings)
 
-    monkeypatch.setattr(trial, "run_trial", see)
-    monkeypatch.setattr(trial, "load_dataset", lambda config: datasets.load("digits"))
+    monkeypatch.setattr(lab, "run_trial", see)
+    monkeypatch.setattr(lab, "load_dataset", lambda config: datasets.load("digits"))
     with pytest.raises(Seen) as seen:
         run(name, tmp_path, "--paper")
     (settings,) = seen.value.args
@@ -111,13 +111,13 @@ def test_an_experiment_goes_on_with_what_it_has_and_never_with_other_settings(tm
     ]
     path = tmp_path / "parameterization.json"
     path.write_text(json.dumps(whole | {"rows": [row for row in whole["rows"] if row["kind"] != "initialised"]}))
-    trained, run_trial = [], trial.run_trial
+    trained, run_trial = [], lab.run_trial
 
-    def counted(settings, dataset):
+    def counted(settings, dataset, **hooks):
         trained.append((settings.parameterization, settings.lr))
-        return run_trial(settings, dataset)
+        return run_trial(settings, dataset, **hooks)
 
-    monkeypatch.setattr(trial, "run_trial", counted)
+    monkeypatch.setattr(lab, "run_trial", counted)
     assert run("parameterization", tmp_path, *argv, "--lrs", "0.1", "0.5", "--resume") == whole
     assert trained == [("initialised", 0.1), ("initialised", 0.5)]
     for other in (["--epochs", "2"], ["--seeds", "2"]):
@@ -128,7 +128,7 @@ def test_an_experiment_goes_on_with_what_it_has_and_never_with_other_settings(tm
 
 
 def test_the_residual_net_of_the_convergence_has_as_many_parameters(tmp_path):
-    info = datasets.describe("cifar10")
+    info = datasets.info_of("cifar10")
     config = ConvergenceConfig(paper=True)
     width = _width_of_equal_size(config, info)
     assert width == pytest.approx(2**0.5, rel=0.05)
@@ -142,6 +142,14 @@ def test_kurtosis_and_dead_rows_are_counted_right():
     weights[2] = 0  # one filter of 32, ...
     weights[:, 5:8] = 0  # ... three inputs of 64
     assert measure([weights])["dead_rows"] == 4 / 96
+
+
+@pytest.mark.slow
+def test_a_net_that_diverges_is_a_result():
+    settings = ExperimentConfig(epochs=1, width=0.0625).training(depth=10, lr=1e30)
+    trial = lab.run_trial(settings, datasets.load("digits"))
+    assert not np.isfinite(trial.history[0]["train_loss"])
+    assert trial.test_accuracy < 0.5
 
 
 def test_mean_and_spread():

@@ -115,8 +115,8 @@ def test_a_width_without_a_channel_and_images_that_pool_away_are_refused(make_sp
         ({"family": "vgg"}, rf"family must be one of {', '.join(get_args(Family))}, got vgg"),
         ({"family": "imagenet", "depth": 16, "size": 32}, "depth must be 18 or 34 for imagenet, got 16"),
         ({"family": "imagenet-table3", "depth": 18, "size": 32}, "depth must be 34 for imagenet-table3, got 18"),
-        ({"parameterization": "per-channel"}, "per-channel a and b go with nonlinearity relu"),
-        ({"family": "wrn"}, "family wrn goes with nonlinearity relu and parameterization plain or delta"),
+        ({"parameterization": "per-channel"}, "per-channel a and b require nonlinearity relu"),
+        ({"family": "wrn"}, "family wrn requires nonlinearity relu and parameterization plain or delta"),
     ],
 )
 def test_what_a_family_does_not_have_is_refused(make_spec, fields, message):

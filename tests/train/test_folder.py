@@ -9,12 +9,12 @@ from PIL import Image
 from common.cli import run_command
 from common.image import decode
 from common.refusal import Refusal
-from train import loop
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import datasets
+from train.data.batches import Augmentation, batches
 from train.distributed import World
-from train.loop import Augmentation, batches, evaluate
+from train.loop import evaluate
 from train.run import command
 
 AUGMENTATION = Augmentation(flip=True, crop=0, smallest_crop=0.3)
@@ -71,7 +71,7 @@ def test_evaluation_sees_what_the_server_sees(folder, monkeypatch):
             seen.append(images)
             return torch.zeros(len(images), 2)
 
-    monkeypatch.setattr(loop, "JUDGED_PIXELS", 3 * 8 * 8)
+    monkeypatch.setattr("train.data.batches.JUDGED_PIXELS", 3 * 8 * 8)
     evaluate(Recorder(), test)
     assert max(len(images) for images in seen) <= 3 < len(test)
     np.testing.assert_array_equal(torch.cat(seen).numpy(), expected)
@@ -102,7 +102,7 @@ def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder
 
 def test_no_more_workers_than_cores(folder, monkeypatch):
     """PyTorch would warn, which the tests make an error."""
-    monkeypatch.setattr("train.data.stream.num_cores", lambda: 1)
+    monkeypatch.setattr("train.data.batches.num_cores", lambda: 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0}, raising=False)
     train = datasets.load("folder", data_dir=folder, image_size=8).train
     assert len(all_batches(train, workers=2)) == 3
@@ -163,7 +163,7 @@ def test_what_will_be_judged_is_decoded_before_the_first_epoch(folder, tmp_path_
     output = capsys.readouterr()
     assert "images to be judged are damaged: " in output.err
     assert "is cut short" in output.err
-    assert "mend or remove it" in output.err
+    assert "repair or remove it" in output.err
     assert "epoch 1" not in output.out
     assert not (root / "run" / "checkpoint.pt").exists()
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from common.cli import run_command
 from common.files import sha256
@@ -13,9 +12,8 @@ from common.spec import ImageSpec, Spec
 from fold.plain import fold_net, load_plain, save_plain
 from fold.run import FoldConfig
 from fold.run import command as fold_command
-from train.begin import like
 from train.checkpoint import load_checkpoint, load_net
-from train.config import TrainConfig
+from train.config import TrainConfig, like
 from train.families import build
 from train.fine_tune import from_plain
 from train.run import command
@@ -96,20 +94,17 @@ def test_before_the_first_step_the_net_is_that_of_the_file(tmp_path, write_plain
 
 
 @pytest.mark.slow
-def test_other_classes_take_all_layers_but_the_last(tmp_path, write_plain):
+def test_other_classes_take_all_layers_but_the_last(tmp_path, photos, write_plain):
     image = ImageSpec(8, 8, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), resize=11)
     net, path = write_plain(replace(DIGITS, image=image))
-    rng = np.random.default_rng(0)
-    for label in ("dark", "light"):
-        (tmp_path / "photos" / label).mkdir(parents=True)
-        for index in range(10):
-            pixels = rng.integers(0, 256, (24, 30, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{index}.png")
-    argv = ["--init", path, "--data-dir", tmp_path / "photos", "--epochs", 1, "--freeze", 1]
+    argv = ["--init", path, "--data-dir", photos, "--epochs", 1, "--freeze", 1]
     assert run(*argv, "--out", tmp_path / "run") == 0
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert (state.spec.labels, state.spec.image) == (("dark", "light"), image)
-    tuned, images = load_net(state), torch.from_numpy(rng.integers(0, 256, (9, 8, 8, 3), dtype=np.uint8))
+    tuned, images = (
+        load_net(state),
+        torch.from_numpy(np.random.default_rng(1).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)),
+    )
     with torch.no_grad():
         before, after = (part[:-1](images) for part in (net, tuned))
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
@@ -134,7 +129,7 @@ def test_files_that_are_not_the_plain_net_of_a_family_are_refused(tmp_path, writ
     for damaged in (b"", content[:-9], b"hello" * 99):
         path.write_bytes(damaged)
         assert run("--init", path, "--out", tmp_path / "run") == 2
-        assert "is no safetensors file" in capsys.readouterr().err
+        assert "is not a valid safetensors file" in capsys.readouterr().err
     plain = fold_net(net).float()
     plain.fc.bias.data[0] = float("nan")
     save_plain(path, plain, DIGITS, {})
@@ -164,7 +159,7 @@ def test_other_images_another_net_and_a_start_of_zero_are_refused(tmp_path, writ
     _, path = write_plain()
     for argv, message in (
         (["--dataset", "fashion-mnist"], "fashion-mnist has images of shape (28, 28, 1), the net takes (8, 8, 1)"),
-        (["--depth", "34"], "--init brings its net along, with --depth 10: leave out --depth 34"),
+        (["--depth", "34"], "the net of --init has --depth 10: leave out --depth 34"),
         (["--a0", "0"], "a plain file is opened with --a0 and --w-std above 0, got 0"),
     ):
         assert run("--init", path, *argv, "--out", tmp_path / "run") == 2

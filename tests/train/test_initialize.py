@@ -46,5 +46,5 @@ def test_nothing_but_ordinary_layers_is_learnt(make_spec):
 
 
 def test_a_residual_net_has_no_such_start(make_spec):
-    with pytest.raises(Refusal, match="family wrn goes with nonlinearity relu and parameterization plain or delta"):
+    with pytest.raises(Refusal, match="family wrn requires nonlinearity relu and parameterization plain or delta"):
         build(make_spec(family="wrn", width=1.0, nonlinearity="relu", parameterization="initialised"))

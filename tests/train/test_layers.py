@@ -67,17 +67,17 @@ def test_initial_values_are_the_papers():
     assert layer.weight.std().item() == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize("form", ["dirac", "per-output-b", "per-channel", "unnormalized", "delta"])
-def test_every_form_is_its_equation(form):
+@pytest.mark.parametrize("parameterization", ["dirac", "per-output-b", "per-channel", "unnormalized", "delta"])
+def test_every_parameterization_is_its_equation(parameterization):
     torch.manual_seed(0)
-    layer = DiracConv2d(8, 4, 3, form=form).double()
+    layer = DiracConv2d(8, 4, 3, parameterization=parameterization).double()
     with torch.no_grad():
         for scale in (layer.a, layer.b):
             if isinstance(scale, torch.nn.Parameter):
                 scale.normal_()
     a = layer.a.detach().numpy()
     b = None if layer.b is None else layer.b.detach().numpy()
-    expected = reference.folded_weight(None if form == "delta" else a, b, layer.weight.detach().numpy())
+    expected = reference.folded_weight(None if parameterization == "delta" else a, b, layer.weight.detach().numpy())
     np.testing.assert_allclose(layer.folded_weight().detach().numpy(), expected, rtol=0, atol=1e-13)
     assert {name: tuple(p.shape) for name, p in layer.named_parameters() if name != "weight"} == {
         "dirac": {"a": (), "b": ()},
@@ -85,7 +85,7 @@ def test_every_form_is_its_equation(form):
         "per-channel": {"a": (4,), "b": (4,)},
         "unnormalized": {"a": ()},
         "delta": {},
-    }[form]
+    }[parameterization]
 
 
 @pytest.mark.parametrize("form", ["repeated", "first"])
@@ -94,9 +94,9 @@ def test_delta_has_its_ones_where_its_form_says(shape, form):
     np.testing.assert_array_equal(dirac_delta(shape, form).numpy(), reference.delta(shape, form))
 
 
-def test_an_unknown_form_is_refused():
-    with pytest.raises(Refusal, match="no form plain"):
-        DiracConv2d(4, 4, 3, form="plain")
+def test_an_unknown_parameterization_is_refused():
+    with pytest.raises(Refusal, match="no parameterization plain"):
+        DiracConv2d(4, 4, 3, parameterization="plain")
 
 
 def test_a_zero_filter_stays_zero_instead_of_dividing_by_zero():

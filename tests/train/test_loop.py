@@ -10,15 +10,16 @@ from common.progress import make_console
 from common.refusal import Refusal
 from train import loop
 from train.config import TrainConfig
-from train.data.datasets import Split
+from train.data import batches
+from train.data.batches import Batch
+from train.data.datasets import Dataset, DatasetInfo, Split
 from train.distributed import World
 from train.families import build
 from train.initialize import initialize
 from train.layers import DiracConv2d
-from train.loop import Augmentation, Batch, learning_rate, make_optimizer, train_step
-from train.machine import choose_precision
+from train.loop import learning_rate, make_optimizer, train_step
 from train.recipes import recipe
-from train.steps import start, take_steps
+from train.trainer import Trainer
 
 
 def test_the_schedules():
@@ -43,14 +44,11 @@ def test_our_recipe_follows_the_number_of_images():
 
 def test_the_first_step_of_a_warm_up_has_a_rate_even_where_an_epoch_is_one_step(make_spec, images):
     config = TrainConfig(epochs=4, warmup=2, lr=1.0, batch_size=4).resolved()
-    session = start(config, make_spec(), World(), make_console(quiet=True))
-    split = Split(images(4), np.arange(4))
-    augmentation = Augmentation(flip=False, crop=0, smallest_crop=1)
-    rates = [
-        step.lr
-        for epoch in range(4)
-        for step in take_steps(session, session.net, split, augmentation, batch_size=4, epoch=epoch)
-    ]
+    spec, split = make_spec(), Split(images(4), np.arange(4))
+    info = DatasetInfo(spec.image, spec.labels, flip=False, crop=0)
+    dataset = Dataset(info, split, test=split, validation=split.take(np.arange(0)))
+    trainer = Trainer(config, spec, dataset, World(), make_console(quiet=True))
+    rates = [trainer.epoch()["lr"] for _ in range(4)]
     cosine = [(1 + math.cos(math.pi * middle / 4)) / 2 for middle in (0.5, 1.5, 2.5, 3.5)]
     assert rates == pytest.approx([0.25 * cosine[0], 0.75 * cosine[1], cosine[2], cosine[3]])
 
@@ -58,10 +56,10 @@ def test_the_first_step_of_a_warm_up_has_a_rate_even_where_an_epoch_is_one_step(
 def test_balanced_epochs_draw_all_classes_equally_often_and_every_image_of_a_small_one():
     targets = np.repeat([0, 1, 2], [20, 5, 2])
     split = Split(np.zeros((27, 1, 1, 1), np.uint8), targets)
-    drawn = loop._order(split, np.random.default_rng(0), balanced=True)
+    drawn = batches._order(split, np.random.default_rng(0), balanced=True)
     assert np.bincount(targets[drawn]).tolist() == [9, 9, 9]
     assert set(drawn[targets[drawn] > 0]) == set(range(20, 27))
-    assert sorted(loop._order(split, np.random.default_rng(0), balanced=False)) == list(range(27))
+    assert sorted(batches._order(split, np.random.default_rng(0), balanced=False)) == list(range(27))
 
 
 def test_mixed_targets_count_by_their_share(make_net, images):
@@ -130,7 +128,7 @@ def test_a_recipe_leaves_nothing_open(name):
         ({"label_smoothing": 1.5}, "--label-smoothing must be at least 0 and below 1"),
         ({"warmup": -1.0}, "--warmup must not be negative"),
         ({"smallest_crop": 0.0}, "--smallest-crop must be above 0"),
-        ({"classes": 3}, "--classes goes with --describe"),
+        ({"classes": 3}, "--classes requires --describe"),
     ],
 )
 def test_values_out_of_range_are_refused(fields, message):
@@ -212,14 +210,3 @@ def test_a_step_divides_by_the_images_of_all_processes_and_an_empty_batch_change
         assert torch.equal(none, torch.zeros_like(none))
     assert sums[2].tolist() == [0, 0]
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.named_buffers())
-
-
-def test_precision_is_what_the_device_has(monkeypatch):
-    for capable, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: {"avx512_bf16": capable})
-        assert choose_precision("auto", "cpu") == expected
-    assert choose_precision("fp32", "cpu") == "fp32"
-    with pytest.raises(Refusal, match="fp16 needs a CUDA device"):
-        choose_precision("fp16", "cpu")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert choose_precision("auto", "cuda") == "fp16"

@@ -20,7 +20,7 @@ from common.refusal import Refusal
 from common.spec import ImageSpec
 from fold.plain import fold_net, save_plain
 from fold.proof import prove
-from train import session, steps
+from train import trainer
 from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
 from train.config import TrainConfig
 from train.data import datasets
@@ -114,7 +114,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(means, source, plain, tmp_path, 
         return train_step(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(steps, "train_step", step)
+        patched.setattr(trainer, "train_step", step)
         assert run(*argv, "--out", tmp_path / "cut") == 130
     pasted = capsys.readouterr().err.removeprefix("interrupted: go on with: ")
     cut = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")
@@ -142,7 +142,7 @@ def test_more_epochs_go_on_from_the_last_and_say_that_the_test_images_are_known(
 @pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(tmp_path, capsys, monkeypatch):
     scores = chain([0.5, 0.6, 0.6, 0.4], repeat(0.9))
-    monkeypatch.setattr(session, "evaluate", lambda *args, **kwargs: Score(1.0, next(scores)))
+    monkeypatch.setattr(trainer, "evaluate", lambda *args, **kwargs: Score(1.0, next(scores)))
     assert run("--out", tmp_path, "--epochs", 9, "--patience", 2) == 0
     assert "no better validation accuracy for 2 epochs: training ends here" in capsys.readouterr().out
     assert [load_checkpoint(tmp_path / name).epoch for name in ("checkpoint.pt", "best.pt")] == [4, 2]
@@ -162,23 +162,17 @@ def test_fine_tuning_takes_all_layers_but_the_last_and_leaves_them_while_they_ar
     tuned = load_checkpoint(tmp_path / "b" / "checkpoint.pt")
     assert not torch.equal(tuned.model["stem.conv.weight"], learnt.model["stem.conv.weight"])
     assert run_command(command, TrainConfig, argv=[*argv, "--depth", "34", "--out", str(tmp_path / "c")]) == 2
-    assert "--init brings its net along, with --depth 10: leave out --depth 34" in capsys.readouterr().err
+    assert "the net of --init has --depth 10: leave out --depth 34" in capsys.readouterr().err
     assert run_command(command, TrainConfig, argv=[*argv, "--dataset", "cifar10", "--out", str(tmp_path / "c")]) == 2
     assert "cifar10 has images of shape (32, 32, 3), the net takes (8, 8, 1)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_photographs_are_prepared_as_the_net_that_is_fine_tuned_wants_them(tmp_path, make_net, make_spec, capsys):
+def test_photographs_are_prepared_as_the_net_that_is_fine_tuned_wants_them(tmp_path, photos, make_spec, capsys):
     image = ImageSpec(8, 8, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), resize=11)
     spec = replace(make_spec(), image=image)
     save_checkpoint(tmp_path / "imported.pt", Checkpoint.fresh(spec, build(spec).state_dict(), {"dataset": "folder"}))
-    rng = np.random.default_rng(0)
-    for label in ("dark", "light"):
-        (tmp_path / "photos" / label).mkdir(parents=True)
-        for index in range(10):
-            pixels = rng.integers(0, 256, (24, 30, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{index}.png")
-    argv = ["--init", str(tmp_path / "imported.pt"), "--data-dir", str(tmp_path / "photos"), "--epochs", "1"]
+    argv = ["--init", str(tmp_path / "imported.pt"), "--data-dir", str(photos), "--epochs", "1"]
     assert run_command(command, TrainConfig, argv=[*argv, "--out", str(tmp_path / "run")]) == 0
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     assert (state.spec.image, state.spec.labels) == (image, ("dark", "light"))
@@ -227,7 +221,7 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path):
     content = path.read_bytes()
     for damaged in (b"", content[: len(content) // 2], b"text", content[:-40]):
         path.write_bytes(damaged)
-        with pytest.raises(Refusal, match="no checkpoint, or is cut short"):
+        with pytest.raises(Refusal, match="not a checkpoint, or is cut short"):
             load_checkpoint(path)
     torch.save({"something": 1}, path)
     with pytest.raises(Refusal, match="train one with train/run"):
@@ -242,7 +236,7 @@ class _Evil:
 def test_a_checkpoint_is_read_without_executing_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": "diracnet-checkpoint-1", "model": _Evil()}, "evil.pt")
-    with pytest.raises(Refusal, match="no checkpoint"):
+    with pytest.raises(Refusal, match="not a checkpoint"):
         load_checkpoint(Path("evil.pt"))
     assert not Path("executed").exists()
 
@@ -256,13 +250,11 @@ def test_a_rate_that_is_not_positive_and_finite_is_refused(lr, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_a_run_that_diverges_ends_at_that_epoch_and_keeps_the_files_of_the_one_before(tmp_path, capsys, monkeypatch):
-    original = session.take_steps
+    def diverge(net, optimizer, scaler, batch, lr, **options):
+        sums = train_step(net, optimizer, scaler, batch, lr, **options)
+        return sums * float("nan") if batch.epoch == 1 else sums
 
-    def diverge(*args, epoch, **kwargs):
-        for step in original(*args, epoch=epoch, **kwargs):
-            yield replace(step, sums=step.sums * float("nan")) if epoch == 1 else step
-
-    monkeypatch.setattr(session, "take_steps", diverge)
+    monkeypatch.setattr(trainer, "train_step", diverge)
     assert run("--epochs", 3, "--out", tmp_path) == 2
     assert "training diverged, the loss of epoch 2 is nan: lower --lr" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "checkpoint.pt").epoch == 1
@@ -273,7 +265,7 @@ def test_a_run_that_diverges_ends_at_that_epoch_and_keeps_the_files_of_the_one_b
 @pytest.mark.slow
 def test_a_validation_loss_that_is_not_finite_ends_the_run_before_anything_is_saved(tmp_path, capsys, monkeypatch):
     """One step an epoch: the first at a rate of 0, the second blows the weights up after its own loss was finite."""
-    monkeypatch.setattr(steps, "learning_rate", lambda schedule, lr, done, **_: lr * (done >= 0.5))
+    monkeypatch.setattr(trainer, "learning_rate", lambda schedule, lr, done, **_: lr * (done >= 0.5))
     argv = ("--batch-size", 2000, "--epochs", 2, "--lr", "1e30", "--precision", "fp32")
     assert run(*argv, "--out", tmp_path) == 2
     error = capsys.readouterr().err

@@ -86,9 +86,9 @@ def test_a_net_takes_the_form_that_suits_what_was_given(argv, form, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--family wrn --nonlinearity ncrelu", "family wrn goes with nonlinearity relu"),
-        ("--family wrn --parameterization dirac", "family wrn goes with nonlinearity relu"),
-        ("--parameterization per-channel --nonlinearity ncrelu", "per-channel a and b go with nonlinearity relu"),
+        ("--family wrn --nonlinearity ncrelu", "family wrn requires nonlinearity relu"),
+        ("--family wrn --parameterization dirac", "family wrn requires nonlinearity relu"),
+        ("--parameterization per-channel --nonlinearity ncrelu", "per-channel a and b require nonlinearity relu"),
     ],
 )
 def test_a_form_that_was_given_and_does_not_fit_is_refused(argv, message, capsys):

@@ -118,7 +118,7 @@ def test_a_run_keeps_its_images_when_the_folder_grows_and_refuses_another_one(fo
     add(other / "light" / "3.png", 90, rng)
     assert run("--data-dir", other, *SMALL, "--out", tmp_path / "run", "--resume") == 2
     output = capsys.readouterr()
-    assert "1 images of the run are gone from" in output.err
+    assert "1 images of the run are missing from" in output.err
     assert "test accuracy" not in output.out
 
 

@@ -79,5 +79,5 @@ def test_a_folder_that_is_given_is_what_is_learnt(tmp_path):
     assert TrainConfig(data_dir=tmp_path).resolved().dataset == "folder"
     assert TrainConfig(data_dir=tmp_path, dataset="cifar10").resolved().dataset == "cifar10"
     assert TrainConfig().resolved().dataset == "digits"
-    with pytest.raises(Refusal, match="digits come with scikit-learn: leave out --data-dir"):
+    with pytest.raises(Refusal, match="digits are bundled with scikit-learn: leave out --data-dir"):
         datasets.load("digits", data_dir=tmp_path)

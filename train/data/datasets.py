@@ -1,6 +1,8 @@
 """Data sets as uint8 arrays [N, H, W, C] with the spec of their images."""
 
 import gzip
+import hashlib
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.files import sha256
 from common.refusal import Refusal
 from common.spec import ImageSpec
 from train.data.folder import Files, LeftOut, Track, class_folders, find_files, make_files
@@ -22,8 +25,6 @@ from train.data.split import (
     check_same,
     picked_by_name,
     read_record,
-    record_arrays,
-    record_files,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ FASHION_MNIST_DIRS = (Path("data"), Path("/usr/share/datasets/fashion-mnist"))  
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a data set without reading it."""
+    """A data set as it is known before it is read."""
 
     image: ImageSpec
     labels: tuple[str, ...]
@@ -73,15 +74,8 @@ class Dataset:
     sizes: Sequence[tuple[int, int]] = ()  # width and height of a folder's images
 
 
-def _digits_info() -> DatasetInfo:
-    image = ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8)
-    return DatasetInfo(image, tuple("0123456789"), flip=False, crop=0)
-
-
-def _fashion_info() -> DatasetInfo:
-    image = ImageSpec(28, 28, 1, (0.286,), (0.353,), resize=28)
-    labels = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle_boot".split()
-    return DatasetInfo(image, tuple(label.replace("_", " ") for label in labels), flip=True, crop=1)
+def imagenet_image(size: int = 224, resize: int = 256) -> ImageSpec:
+    return ImageSpec(size, size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=resize)
 
 
 def cifar_image() -> ImageSpec:
@@ -90,44 +84,54 @@ def cifar_image() -> ImageSpec:
     return ImageSpec(32, 32, 3, tuple(m / 255 for m in mean), tuple(s / 255 for s in std), resize=32)
 
 
-def _cifar10_info() -> DatasetInfo:
-    labels = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    return DatasetInfo(cifar_image(), tuple(labels), flip=True, crop=4)
+def _labels(text: str) -> tuple[str, ...]:
+    return tuple(label.replace("~", " ") for label in text.split())
 
 
-def _cifar100_info() -> DatasetInfo:
-    return DatasetInfo(cifar_image(), _CIFAR100_LABELS, flip=True, crop=4)
+INFO = {
+    "digits": DatasetInfo(ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8), tuple("0123456789"), flip=False, crop=0),
+    "fashion-mnist": DatasetInfo(
+        ImageSpec(28, 28, 1, (0.286,), (0.353,), resize=28),
+        _labels("T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle~boot"),
+        flip=True,
+        crop=1,
+    ),
+    "cifar10": DatasetInfo(
+        cifar_image(), _labels("airplane automobile bird cat deer dog frog horse ship truck"), flip=True, crop=4
+    ),
+    "cifar100": DatasetInfo(
+        cifar_image(),
+        _labels(
+            """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+            camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
+            dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+            leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
+            otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
+            rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
+            sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+            willow_tree wolf woman worm"""
+        ),
+        flip=True,
+        crop=4,
+    ),
+}
 
 
-def _folder_info(data_dir: Path | None, image_size: int) -> DatasetInfo:
-    """Photographs: ImageNet's mean and deviation, and its resize of 256 to a crop of 224 pixels."""
-    labels = tuple(folder.name for folder in class_folders(_given(data_dir)))
-    resize = round(image_size * 256 / 224) if image_size >= 64 else image_size
-    return DatasetInfo(imagenet_image(image_size, resize), labels, flip=True, crop=0)
-
-
-def imagenet_image(size: int = 224, resize: int = 256) -> ImageSpec:
-    return ImageSpec(size, size, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=resize)
-
-
-def describe(
+def info_of(
     name: str, *, data_dir: Path | None = None, image_size: int = 32, image: ImageSpec | None = None
 ) -> DatasetInfo:
-    """What is known of data set `name` before its images are read; a folder's labels are its subfolders.
+    """The `DatasetInfo` of data set `name`; a folder's labels are its subfolders.
 
     `image` is how a net that is there wants its images: a folder's are prepared so, others must have its shape.
     """
-    if name == "folder":
-        info = _folder_info(data_dir, image_size)
+    if name == "folder":  # photographs: ImageNet's mean and deviation, and its resize of 256 to a crop of 224 pixels
+        labels = tuple(folder.name for folder in class_folders(_given(data_dir)))
+        resize = round(image_size * 256 / 224) if image_size >= 64 else image_size
+        info = DatasetInfo(imagenet_image(image_size, resize), labels, flip=True, crop=0)
+    elif image and image.shape != INFO[name].image.shape:
+        raise Refusal(f"{name} has images of shape {INFO[name].image.shape}, the net takes {image.shape}")
     else:
-        info = {
-            "digits": _digits_info,
-            "fashion-mnist": _fashion_info,
-            "cifar10": _cifar10_info,
-            "cifar100": _cifar100_info,
-        }[name]()
-        if image and image.shape != info.image.shape:
-            raise Refusal(f"{name} has images of shape {info.image.shape}, the net takes {image.shape}")
+        info = INFO[name]
     return replace(info, image=image) if image else info
 
 
@@ -141,16 +145,16 @@ def load(
     skip_unreadable: bool = False,
     track: Track = lambda items, total: items,
 ) -> Dataset:
-    """Read a data set whole, or find a folder's files: they are read when needed. `image` as in `describe`.
+    """Read a data set whole, or find a folder's files: they are read when needed. `image` as in `info_of`.
 
     `track(items, total)` wraps the loop over a folder's files, to show progress.
     Refuses a data set that is not where it should be, saying where it was looked for.
     """
-    info = describe(name, data_dir=data_dir, image_size=image_size, image=image)
+    info = info_of(name, data_dir=data_dir, image_size=image_size, image=image)
     match name:
         case "digits":
             if data_dir:
-                raise Refusal("digits come with scikit-learn: leave out --data-dir, or add --dataset folder")
+                raise Refusal("digits are bundled with scikit-learn: leave out --data-dir, or add --dataset folder")
             return Dataset(info, *_load_digits())
         case "fashion-mnist":
             return Dataset(info, *_load_fashion_mnist(data_dir, download))
@@ -185,7 +189,7 @@ def load_as_trained(
     parts = read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
     skip_unreadable = training.get("skip_unreadable", False)
     if parts:
-        info = describe(name, data_dir=data_dir, image_size=image_size, image=image)
+        info = info_of(name, data_dir=data_dir, image_size=image_size, image=image)
         return recorded_files(_given(data_dir), parts, info, skip_unreadable=skip_unreadable)
     dataset = load(name, data_dir=data_dir, image_size=image_size, image=image, skip_unreadable=skip_unreadable)
     dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
@@ -201,8 +205,8 @@ def recorded_files(
     changed = [name for sizes in parts.values() for name, size in sizes.items() if num_bytes(root / name) != size]
     if changed:
         raise Changed(
-            f"{len(changed)} images of the run are gone from {root} or changed, the first is {changed[0]}: "
-            "put them back, or train anew"
+            f"{len(changed)} images of the run are missing from {root} or changed, the first is {changed[0]}: "
+            "put them back, or train again"
         )
     labels = tuple(sorted({Path(name).parent.name for name in parts["train"]}))
     info = replace(info, labels=labels)
@@ -223,17 +227,18 @@ def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:
 
 
 def record(dataset: Dataset) -> Record:
-    """What is in the parts of a divided data set: names and sizes of files, or the digest of arrays."""
+    """The `Record` of a divided data set: names and sizes of files, or the digest of arrays."""
     parts = dict(zip(PARTS, (dataset.train, dataset.validation, dataset.test), strict=True))
-    files = {part: split for part, split in parts.items() if isinstance(split, Files)}
-    if files:
-        return record_files(
-            {part: {name: num_bytes(Path(split.root) / name) for name in split.names} for part, split in files.items()}
-        )
-    arrays = {part: split for part, split in parts.items() if isinstance(split, Split)}
-    return record_arrays(
-        {part: (np.asarray(split.images), np.asarray(split.targets)) for part, split in arrays.items()}
-    )
+    counts, digest, sizes = {part: len(split or ()) for part, split in parts.items()}, hashlib.sha256(), {}
+    for part, split in parts.items():
+        if isinstance(split, Files):
+            sizes[part] = {name: num_bytes(Path(split.root) / name) for name in split.names}
+        elif split is not None:
+            for array in (np.asarray(split.images), np.asarray(split.targets)):
+                digest.update(f"{part} {array.dtype} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).data)
+    content = json.dumps(sizes, indent=0).encode()
+    return Record(counts, sha256(content), content) if sizes else Record(counts, digest.hexdigest())
 
 
 def num_bytes(path: Path) -> int:
@@ -257,17 +262,13 @@ def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
     return split.take(np.sort(order[num_held:])), split.take(np.sort(order[:num_held]))
 
 
-def _load_digits() -> tuple[Part, Part]:
+def _load_digits() -> tuple[Split, Split]:
+    """Every fifth image tests, the same ones each time."""
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-    return _every_fifth(Split(images, targets.astype(np.int64)))
-
-
-def _every_fifth(whole: Part) -> tuple[Part, Part]:
-    """(train, test): every fifth image tests, the same ones each time."""
-    index = np.arange(len(whole))
+    whole, index = Split(images, targets.astype(np.int64)), np.arange(len(targets))
     return whole.take(index[index % 5 != 4]), whole.take(index[index % 5 == 4])
 
 
@@ -304,7 +305,7 @@ def _read_idx(path: Path, num_dims: int) -> np.ndarray:
     """An IDX file of bytes, compressed or not; torchvision reads only the other kind."""
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if content[:4] != bytes((0, 0, 8, num_dims)):
-        raise ValueError(f"{path.name} is no IDX file of bytes in {num_dims} dimensions")
+        raise ValueError(f"{path.name} is not an IDX file of bytes in {num_dims} dimensions")
     shape = np.frombuffer(content, ">u4", num_dims, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape).copy()  # writable
 
@@ -333,15 +334,3 @@ def _given(data_dir: Path | None) -> Path:
     if data_dir is None:
         raise Refusal("--dataset folder needs --data-dir, a directory with one folder of images per class")
     return data_dir
-
-
-_CIFAR100_LABELS = tuple(
-    """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
-    camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
-    dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
-    leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
-    otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
-    rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
-    sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
-    willow_tree wolf woman worm""".split()
-)

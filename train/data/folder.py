@@ -60,7 +60,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds: the parts that it names, and what is no part of them. `test` is None if it has none."""
+    """The parts of a folder, and the files that belong to none. `validation` and `test` are None if it lacks them."""
 
     train: Files
     validation: Files | None
@@ -76,7 +76,7 @@ def read(path: str, files: Files, crop: Callable | None = None, smallest_crop: f
     except (Refusal, OSError) as error:
         if files.skip_unreadable:
             return None
-        raise Refusal(f"{path} cannot be read ({error}): mend or remove it, or add --skip-unreadable") from error
+        raise Refusal(f"{path} cannot be read ({error}): repair or remove it, or add --skip-unreadable") from error
 
 
 def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[LeftOut]]:
@@ -115,7 +115,7 @@ def _refuse_folder(error: OSError) -> None:
 def refuse_what_cannot_be_judged(files: Files, track: Track) -> None:
     """Decodes every file; refuses those that cannot be read, all in one line, unless they may be skipped.
 
-    What is judged after the last epoch is decoded before the first: a body cut short shows only then.
+    A truncated body shows only when it is decoded, and these images are first needed after the last epoch.
     """
 
     def fault(path: str) -> str | None:
@@ -188,7 +188,7 @@ def find_files(
     if unreadable and not skip_unreadable:
         raise Refusal(
             f"{len(unreadable)} of {len(every)} images cannot be read, the first is {unreadable[0]}: "
-            "mend or remove them, or add --skip-unreadable"
+            "repair or remove them, or add --skip-unreadable"
         )
     left_out += [LeftOut(path, UNREADABLE) for path in unreadable]
     parts = {
@@ -234,7 +234,7 @@ def _list(folders: list[Path], labels: tuple[str, ...]) -> tuple[list[tuple[Path
 
 
 def _reason(path: Path) -> str:
-    """Why a path in a class folder is no image of the class, or nothing."""
+    """Why a path in a class folder is not an image of the class; empty if it is one."""
     if _is_junk(path):
         return JUNK_REASON
     if path.is_dir():
@@ -254,9 +254,9 @@ def _is_junk(path: Path) -> bool:
 
 
 def _size(path: Path) -> tuple[int, int] | None:
-    """Width and height from the header, with what checksums the format has; None if the file is no sound image.
+    """Width and height from the header, with what checksums the format has; None if the file is not a valid image.
 
-    A body cut short may show only when it is decoded.
+    A truncated body may show only when it is decoded.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:

@@ -66,22 +66,6 @@ def _place(name: str, purpose: str) -> float:
     return int.from_bytes(digest[:6]) / 2**48
 
 
-def record_files(parts: Mapping[str, Sizes]) -> Record:
-    """The record of a folder's images."""
-    content = json.dumps({part: parts[part] for part in PARTS}, indent=0).encode()
-    return Record({part: len(parts[part]) for part in PARTS}, sha256(content), content)
-
-
-def record_arrays(parts: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Record:
-    """The record of images and targets in memory."""
-    digest = hashlib.sha256()
-    for part in PARTS:
-        for array in parts[part]:
-            digest.update(f"{part} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-    return Record({part: len(parts[part][1]) for part in PARTS}, digest.hexdigest())
-
-
 def read_record(path: Path, expected_sha256: str) -> dict[str, Sizes] | None:
     """The parts in a run's FILE; None where there is no such file, or it is another run's."""
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""What a folder of photographs holds, said before anything is trained on it."""
+"""The summary of a folder of photographs, printed before training."""
 
 import math
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.cli import run_command
-from train.experiments.trial import ExperimentConfig
+from train.experiments import lab
 
 NETS = {
     "plain": {"parameterization": "plain"},
@@ -23,64 +23,53 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ConvergenceConfig(ExperimentConfig):
+class ConvergenceConfig(lab.ExperimentConfig):
     depth: Annotated[int, "6N + 4 layers"] = 34
     seeds: Annotated[int, "how often each net is trained; the figure shows the mean"] = 3
 
 
 def command(config: ConvergenceConfig) -> int:
     """Training and validation error over epochs for the three kinds of net."""
-    from train.experiments.trial import describe, draw_chance, new_figure, recorded_rows, write_results
-
-    rows = recorded_rows(config, "convergence") if config.redraw else _measure(config)
-    figure, all_axes = new_figure(2, height=4.4, sharey=True)
+    rows = lab.recorded_rows(config, "convergence") if config.redraw else _measure(config)
+    figure, all_axes = lab.new_figure(2, height=4.4, sharey=True)
     for axes, part in zip(all_axes, ("train", "validation"), strict=True):
         _draw(axes, rows, f"{part}_accuracy")
-        draw_chance(axes, config, error=True)
+        lab.draw_chance(axes, config, error=True)
         axes.set(xlabel="epoch", title={"train": "training images", "validation": "held-out images"}[part])
         axes.xaxis.get_major_locator().set_params(integer=True)
     all_axes[0].set_ylabel("error, %")
-    figure.suptitle(f"{config.depth} layers, {describe(config)}")
+    figure.suptitle(f"{config.depth} layers, {config.title()}")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     numbers = {"settings": config.training(depth=config.depth), "rows": rows}
-    write_results(config.out, "convergence", figure, numbers, redraw=config.redraw)
+    lab.write_results(config.out, "convergence", figure, numbers, redraw=config.redraw)
     return 0
 
 
 def _measure(config: ConvergenceConfig) -> list[dict[str, Any]]:
-    from common.progress import make_console, progress
-    from train.experiments.trial import load_dataset, mean_and_spread, run_trial
+    from train.data.datasets import info_of
     from train.families import count_parameters
 
-    dataset, rows = load_dataset(config), []
     width = config.training().width
-    residual_width = _width_of_equal_size(config, dataset.info)
-    with progress(make_console(), "training", len(NETS) * config.seeds) as advance:
-        for name, fields in NETS.items():
-            for seed in range(config.seeds):
-                net_width = residual_width if name == "residual" else width
-                settings = config.training(depth=config.depth, **fields, seed=seed, width=net_width)
-                trial = run_trial(settings, dataset)
-                rows.append({"net": name, "seed": seed, "parameters": count_parameters(trial.net)})
-                rows[-1] |= {"history": trial.history, "test_accuracy": trial.test_accuracy}
-                advance(note=name)
-            mean, spread = mean_and_spread([row["test_accuracy"] for row in rows if row["net"] == name])
-            print(f"{name:9s} {rows[-1]['parameters']:9,} parameters: {100 * mean:.1f} ± {100 * spread:.1f} %")
-    return rows
+    widths = {"residual": _width_of_equal_size(config, info_of(config.training().dataset))}
+    cases = [
+        lab.Case(name, {"net": name}, {"depth": config.depth, "width": widths.get(name, width), **fields})
+        for name, fields in NETS.items()
+    ]
+    return lab.measure_seeds(
+        config, cases, lambda trial, _: {"parameters": count_parameters(trial.net), "history": trial.history}
+    )
 
 
 def _draw(axes, rows, key: str) -> None:
     """The mean over seeds as a line, from the best to the worst seed as a band."""
     import numpy as np
 
-    from train.experiments.trial import COLOURS
-
     for name, style in zip(NETS, ("-", "-", "--"), strict=True):
         of_net = [row for row in rows if row["net"] == name]
         errors = 100 * (1 - np.array([[epoch[key] for epoch in row["history"]] for row in of_net]))
         epochs, label = np.arange(1, errors.shape[1] + 1), f"{name}, {of_net[0]['parameters']:,} parameters"
-        axes.fill_between(epochs, errors.min(0), errors.max(0), color=COLOURS[name], alpha=0.15, linewidth=0)
-        axes.plot(epochs, errors.mean(0), f".{style}", color=COLOURS[name], label=label)
+        axes.fill_between(epochs, errors.min(0), errors.max(0), color=lab.COLOURS[name], alpha=0.15, linewidth=0)
+        axes.plot(epochs, errors.mean(0), f".{style}", color=lab.COLOURS[name], label=label)
     axes.set_yscale("symlog", linthresh=1, linscale=0.5)
     axes.set(ylim=(0, 100))
     axes.set_yticks(ticks := (0, 1, 2, 5, 10, 20, 50, 100), [str(tick) for tick in ticks])
@@ -93,11 +82,10 @@ def _width_of_equal_size(config: ConvergenceConfig, info) -> float:
     It is about sqrt(2) times as wide: without NCReLU its convolutions have half the weights.
     """
     from train.families import count_parameters, outline
-    from train.steps import make_spec
 
     def size(name: str, width: float) -> int:
         settings = config.training(depth=config.depth, width=width, **NETS[name])
-        return count_parameters(outline(make_spec(settings, info.image, info.labels)))
+        return count_parameters(outline(settings.spec(info.image, info.labels)))
 
     width = config.training().width
     wanted = size("Dirac", width)

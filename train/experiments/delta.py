@@ -9,6 +9,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.cli import run_command
+from train.experiments import lab
 
 EXAMPLES = ("python train/experiments/delta.py --out docs/experiments",)
 
@@ -22,11 +23,10 @@ class DeltaConfig:
 
 def command(config: DeltaConfig) -> int:
     """Draw the nine slices of δ for a 3x3 filter."""
-    from train.experiments.trial import new_figure, write_results
     from train.layers import dirac_delta
 
     delta = dirac_delta((config.outputs, config.inputs, 3, 3)).numpy()
-    figure, all_axes = new_figure(9, height=3.2)
+    figure, all_axes = lab.new_figure(9, height=3.2)
     figure.set_size_inches(11, 3.2)
     for index, axes in enumerate(all_axes):
         row, column = divmod(index, 3)
@@ -34,7 +34,7 @@ def command(config: DeltaConfig) -> int:
         axes.set(title=f"{row}, {column}", xticks=[], yticks=[])
     all_axes[0].set(xlabel=f"{config.inputs} inputs", ylabel=f"{config.outputs} outputs")
     ones = [[int(place) for place in where] for where in zip(*delta.nonzero(), strict=True)]
-    write_results(config.out, "delta", figure, {"shape": list(delta.shape), "ones": ones})
+    lab.write_results(config.out, "delta", figure, {"shape": list(delta.shape), "ones": ones})
     return 0
 
 

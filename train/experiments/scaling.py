@@ -3,13 +3,14 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.cli import run_command
-from train.experiments.trial import ExperimentConfig
+from train.experiments import lab
 
 # name: (a at the start, weight decay on a and b)
 STARTS = {"5, decay": (5.0, "yes"), "5, no decay": (5.0, "no"), "1, decay": (1.0, "yes"), "1, no decay": (1.0, "no")}
@@ -21,7 +22,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ScalingConfig(ExperimentConfig):
+class ScalingConfig(lab.ExperimentConfig):
     depth: Annotated[int | None, "6N + 4 layers (cheap: 34; paper: 100)"] = None
     seeds: Annotated[int, "how often each net is trained; the figure shows the first"] = 1
 
@@ -31,11 +32,9 @@ def command(config: ScalingConfig) -> int:
     import numpy as np
     from matplotlib import colormaps
 
-    from train.experiments.trial import describe, new_figure, recorded_rows, write_results
-
     depth = config.depth or (100 if config.paper else 34)
-    rows = recorded_rows(config, "scaling") if config.redraw else _measure(config, depth)
-    figure, all_axes = new_figure(len(STARTS), sharey=True)
+    rows = lab.recorded_rows(config, "scaling") if config.redraw else _measure(config, depth)
+    figure, all_axes = lab.new_figure(len(STARTS), sharey=True)
     for axes, (name, _) in zip(all_axes, STARTS.items(), strict=True):
         curves = np.array(next(row["a"] for row in rows if row["start"] == name))  # [epochs + 1, layers]
         per_group = curves.shape[1] // 3
@@ -48,38 +47,28 @@ def command(config: ScalingConfig) -> int:
         axes.xaxis.get_major_locator().set_params(integer=True)
     all_axes[0].set_ylabel("a")
     all_axes[0].legend()
-    figure.suptitle(f"DiracNet-{depth}, {describe(config)}")
+    figure.suptitle(f"DiracNet-{depth}, {config.title()}")
     numbers = {"settings": config.training(depth=depth), "rows": rows}
-    write_results(config.out, "scaling", figure, numbers, redraw=config.redraw)
+    lab.write_results(config.out, "scaling", figure, numbers, redraw=config.redraw)
     return 0
 
 
 def _measure(config: ScalingConfig, depth: int) -> list[dict[str, Any]]:
-    import numpy as np
-
-    from common.progress import make_console, progress
-    from train.experiments.trial import load_dataset, run_trial
     from train.layers import DiracConv2d
 
-    dataset, rows = load_dataset(config), []
-    with progress(make_console(), "training", len(STARTS) * config.seeds) as advance:
-        for name, (a0, decay) in STARTS.items():
-            for seed in range(config.seeds):
-                settings = config.training(depth=depth, a0=a0, decay_ab=decay, seed=seed)
-                values: list[list[float]] = []
+    def scales(net) -> list[float]:
+        return [layer.a.item() for layer in net.modules() if isinstance(layer, DiracConv2d)]
 
-                def observe(net, values=values):
-                    values.append([layer.a.item() for layer in net.modules() if isinstance(layer, DiracConv2d)])
+    def figures(trial: lab.Trial, _: int) -> dict[str, Any]:
+        last = trial.observed[-1]
+        print(f"a ends at {min(last):.2f} to {max(last):.2f}, mean {fmean(last):.2f}")
+        return {"a": trial.observed}
 
-                trial = run_trial(settings, dataset, observe=observe)
-                rows.append({"start": name, "seed": seed, "a": values, "test_accuracy": trial.test_accuracy})
-                advance(note=name)
-                last = values[-1]
-                print(
-                    f"a from {name:12s} ends at {min(last):.2f} to {max(last):.2f}, mean {np.mean(last):.2f}; "
-                    f"test accuracy {100 * trial.test_accuracy:.1f} %"
-                )
-    return rows
+    cases = [
+        lab.Case(f"a from {name}", {"start": name}, {"depth": depth, "a0": a0, "decay_ab": decay})
+        for name, (a0, decay) in STARTS.items()
+    ]
+    return lab.measure_seeds(config, cases, figures, observe=scales)
 
 
 if __name__ == "__main__":

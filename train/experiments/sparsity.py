@@ -9,7 +9,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from common.cli import run_command
-from train.experiments.trial import ExperimentConfig
+from train.experiments import lab
 
 DEAD = 1e-3  # a row is dead where its norm is below this share of its layer's largest
 EXAMPLES = (
@@ -19,7 +19,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class SparsityConfig(ExperimentConfig):
+class SparsityConfig(lab.ExperimentConfig):
     depth: Annotated[int | None, "6N + 4 layers (cheap: 34; paper: 100)"] = None
 
 
@@ -28,44 +28,34 @@ def command(config: SparsityConfig) -> int:
 
     δ is left out: with it no row could vanish, and its one value would hide all others.
     """
-    from train.experiments.trial import describe, new_figure, recorded_rows, write_results
-
     depth = config.depth or (100 if config.paper else 34)
-    rows = recorded_rows(config, "sparsity") if config.redraw else _measure(config, depth)
-    figure, (histogram, *pictures) = new_figure(3)
+    rows = lab.recorded_rows(config, "sparsity") if config.redraw else _measure(config, depth)
+    figure, (histogram, *pictures) = lab.new_figure(3)
     _draw(histogram, pictures, [row for row in rows if not row["seed"]])
-    figure.suptitle(f"DiracNet-{depth}, {describe(config)}; weights of the first seed")
+    figure.suptitle(f"DiracNet-{depth}, {config.title()}; weights of the first seed")
     numbers = {"settings": config.training(depth=depth), "rows": rows}
-    write_results(config.out, "sparsity", figure, numbers, redraw=config.redraw)
+    lab.write_results(config.out, "sparsity", figure, numbers, redraw=config.redraw)
     return 0
 
 
 def _measure(config: SparsityConfig, depth: int) -> list[dict[str, Any]]:
     import numpy as np
 
-    from common.progress import make_console, progress
-    from train.experiments.trial import load_dataset, mean_and_spread, run_trial
     from train.layers import DiracConv2d, normalize_filters
 
-    dataset, rows = load_dataset(config), []
-    with progress(make_console(), "training", 2 * config.seeds) as advance:
-        for nonlinearity in ("ncrelu", "relu"):
-            for seed in range(config.seeds):
-                settings = config.training(depth=depth, nonlinearity=nonlinearity, seed=seed)
-                trial = run_trial(settings, dataset)
-                layers = [layer for layer in trial.net.modules() if isinstance(layer, DiracConv2d)]
-                learned = [normalize_filters(layer.weight).detach().cpu().numpy() for layer in layers]
-                rows.append({"nonlinearity": nonlinearity, "seed": seed, "test_accuracy": trial.test_accuracy})
-                rows[-1] |= measure(learned)
-                if not seed:
-                    scaled = np.concatenate([w.ravel() / w.std() for w in learned])
-                    rows[-1]["counts"] = np.histogram(scaled, _bins())[0].tolist()
-                    rows[-1]["slice"] = np.round(learned[len(learned) // 2][:, :, 1, 1], 5).astype(float).tolist()
-                advance(note=nonlinearity)
-            for key in ("test_accuracy", "kurtosis", "dead_rows"):
-                mean, spread = mean_and_spread([row[key] for row in rows if row["nonlinearity"] == nonlinearity])
-                print(f"{nonlinearity:6s} {key:13s} {mean:.4f} ± {spread:.4f}")
-    return rows
+    def figures(trial: lab.Trial, seed: int) -> dict[str, Any]:
+        layers = [layer for layer in trial.net.modules() if isinstance(layer, DiracConv2d)]
+        learned = [normalize_filters(layer.weight).detach().cpu().numpy() for layer in layers]
+        if seed:
+            return measure(learned)
+        counts = np.histogram(np.concatenate([w.ravel() / w.std() for w in learned]), _bins())[0].tolist()
+        middle = np.round(learned[len(learned) // 2][:, :, 1, 1], 5).astype(float).tolist()
+        return {**measure(learned), "counts": counts, "slice": middle}
+
+    cases = [
+        lab.Case(kind, {"nonlinearity": kind}, {"depth": depth, "nonlinearity": kind}) for kind in ("ncrelu", "relu")
+    ]
+    return lab.measure_seeds(config, cases, figures)
 
 
 def _bins():
@@ -78,13 +68,11 @@ def _draw(histogram, pictures, rows) -> None:
     """How many weights have which value, and a slice of the middle layer in one scale of colours."""
     import numpy as np
 
-    from train.experiments.trial import COLOURS
-
     limit = max(np.abs(row["slice"]).max() for row in rows)
     for axes, row, style in zip(pictures, rows, ("-", "--"), strict=True):
         name = row["nonlinearity"]
         label = f"{name}, {sum(row['counts']):,} weights"
-        histogram.stairs(row["counts"], _bins(), color=COLOURS[name], linestyle=style, linewidth=1.5, label=label)
+        histogram.stairs(row["counts"], _bins(), color=lab.COLOURS[name], linestyle=style, linewidth=1.5, label=label)
         axes.imshow(row["slice"], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axes.set(title=f"{name}: W_norm, middle layer", xlabel="input channel", ylabel="output channel")
     pictures[-1].figure.colorbar(pictures[-1].images[0], ax=pictures, label="W_norm, central slice")

@@ -1,11 +1,9 @@
 """Where fine-tuning of a plain file begins: opened, its batch statistics measured, and proved to be the same net."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +15,19 @@ from common.progress import progress
 from common.refusal import Refusal
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.config import Settings
-from train.data import datasets
-from train.distributed import World
-from train.fine_tune.batch_statistics import measure, standardize
+from train.data.batches import Batch
+from train.data.datasets import Dataset
 from train.fine_tune.plain_file import PlainFile, read_plain_file
 from train.fine_tune.unfold import as_plain, unfold
-from train.loop import batches
-from train.steps import make_augmentation
 
+Moments = dict[str, tuple[Tensor, Tensor]]  # a batch normalisation's name → mean and variance [C] of what it reads
 NUM_MEASURED = 2048  # training images, as they are augmented
 NUM_PROVED, PROVED_PIXELS = 64, 400_000  # images of each kind at most, and all of their pixels: float64 takes its time
 TOLERANCES = {"float64": FLOAT64_TOLERANCE, "float32": FLOAT32_TOLERANCE}
 
 
 @dataclass(frozen=True)
-class Row:
+class LogitError:
     """How far the opened net's logits are from the plain file's."""
 
     images: str
@@ -45,7 +41,7 @@ class Row:
 
 
 def load_source(path: Path) -> Checkpoint | PlainFile:
-    """What --init names: a checkpoint, or the plain net of a family; refuses any other."""
+    """The file of --init: a checkpoint, or the plain net of a family; refuses any other."""
     if path.suffix in (".onnx", ".engine"):
         raise Refusal(f"{path} is an exported file; name the plain.safetensors or checkpoint.pt that it was made of")
     if path.suffix != ".safetensors":
@@ -60,33 +56,47 @@ def load_source(path: Path) -> Checkpoint | PlainFile:
 
 
 def open_plain(
-    file: PlainFile, settings: Settings, dataset: datasets.Dataset, world: World, console: Console
+    file: PlainFile, settings: Settings, dataset: Dataset, batches: Iterable[Batch], device: str, console: Console
 ) -> Checkpoint:
-    """The net of a plain file as training takes it up; refuses where it would not be the same net."""
-    spec = file.spec
+    """The net of a plain file as training takes it up; refuses where it would not be the same net.
+
+    Its batch statistics are those of `batches`, the first that it will be trained on.
+    """
     torch.manual_seed(settings.seed)  # W of filters that are zero
     try:
-        net = unfold(file.weights, spec, a=settings.a0, b=settings.b0, std=settings.w_std)
+        net = unfold(file.weights, file.spec, a=settings.a0, b=settings.b0, std=settings.w_std)
     except Refusal as refusal:
         raise Refusal(f"{file.path}: {refusal}") from refusal
-    taken: list[int] = []
     with progress(console, "measuring batch statistics", min(NUM_MEASURED, len(dataset.train))) as advance:
-        images = _augmented(settings, dataset, world.device, lambda num: (taken.append(num), advance(num)))
-        standardize(net, measure(deepcopy(net).float().to(world.device), images))
-    num = sum(taken)
-    rows = prove(net, as_plain(net, file.weights), _to_prove_on(dataset))
-    if failed := [row for row in rows if not row]:
-        clauses = (f"{row.precision} logits on {row.images} images differ by {row.relative:.1e}" for row in failed)
+        measured: list[int] = []
+
+        def readable() -> Iterator[Tensor]:
+            for batch in batches:
+                if num := len(batch.targets):
+                    measured.append(num)
+                    yield batch.images
+                    advance(num)
+
+        moments = measure(deepcopy(net).float().to(device), readable())
+    if not measured:
+        raise Refusal("none of the first training images could be read: repair them")
+    standardize(net, moments)
+    num = sum(measured)
+    errors = prove(net, as_plain(net, file.weights), _to_prove_on(dataset))
+    if failed := [error for error in errors if not error]:
+        clauses = (
+            f"{error.precision} logits on {error.images} images differ by {error.relative:.1e}" for error in failed
+        )
         raise Refusal(f"{file.path} cannot be opened exactly: {'; '.join(clauses)}; fold its net again")
-    _print(console, file.path, rows, num)
-    record = {"measured_on": num, "logits": [vars(row) for row in rows]}
-    return Checkpoint.fresh(spec, net.float().state_dict(), {"unfold": record}, sha256=file.sha256)
+    _print(console, file.path, errors, num)
+    record = {"measured_on": num, "logits": [vars(error) for error in errors]}
+    return Checkpoint.fresh(file.spec, net.float().state_dict(), {"unfold": record}, sha256=file.sha256)
 
 
 @torch.no_grad()
-def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> list[Row]:
+def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> list[LogitError]:
     """Both nets, float64, on images in float64 and in float32."""
-    rows: list[Row] = []
+    rows: list[LogitError] = []
     for kind, images in image_sets.items():
         for precision, tolerance in TOLERANCES.items():
             nets = (deepcopy(part).to(getattr(torch, precision)) for part in (plain, net))
@@ -94,36 +104,11 @@ def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> li
                 torch.cat([part(batch) for batch in images.split(8)]).double().numpy(force=True) for part in nets
             )
             changes = int((~keeps_class(before, after, tolerance=tolerance)).sum())
-            rows.append(Row(kind, precision, len(images), difference(before, after).relative, changes))
+            rows.append(LogitError(kind, precision, len(images), difference(before, after).relative, changes))
     return rows
 
 
-def _augmented(
-    settings: Settings, dataset: datasets.Dataset, device: str, advance: Callable[[int], Any]
-) -> Iterator[Tensor]:
-    """The batches that the first epoch begins with, whole in every process: all measure the same."""
-    batch_size = min(settings.batch_size, len(dataset.train))
-    first = batches(
-        dataset.train,
-        make_augmentation(settings, dataset.info),
-        batch_size=batch_size,
-        epoch=0,
-        first_step=0,
-        seed=settings.seed,
-        world=World(device=device),
-        workers=settings.workers,
-    )
-    found = False
-    for batch in islice(first, -(-NUM_MEASURED // batch_size)):
-        if len(batch.targets):
-            yield batch.images
-            found = True
-        advance(len(batch.targets))
-    if not found:
-        raise Refusal("none of the first training images could be read: mend them")
-
-
-def _to_prove_on(dataset: datasets.Dataset) -> dict[str, Tensor]:
+def _to_prove_on(dataset: Dataset) -> dict[str, Tensor]:
     """Random images and training images as they are."""
     image = dataset.info.image
     num = max(1, min(NUM_PROVED, PROVED_PIXELS // (image.height * image.width), len(dataset.train)))
@@ -131,10 +116,57 @@ def _to_prove_on(dataset: datasets.Dataset) -> dict[str, Tensor]:
     return {"random": torch.from_numpy(random), "training": torch.from_numpy(dataset.train.first(num))}
 
 
-def _print(console: Console, path: Path, rows: list[Row], num_measured: int) -> None:
+def _print(console: Console, path: Path, rows: list[LogitError], num_measured: int) -> None:
     worst = {kind: max(row.relative for row in rows if row.precision == kind) for kind in TOLERANCES}
     kinds = " and ".join(f"{row.num_images} {row.images}" for row in rows if row.precision == "float64")
     console.print(
         f"{path} is open again: the logits differ by {worst['float64']:.1e} in float64 and {worst['float32']:.1e} in "
         f"float32 on {kinds} images, no class does; batch statistics are those of {num_measured:,} training images"
     )
+
+
+@torch.no_grad()
+def measure(net: nn.Module, batches: Iterable[Tensor]) -> Moments:
+    """Mean and variance of what each batch normalisation of `net`, in evaluation mode, reads over all `batches`."""
+    seen: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
+    hooks = []
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.BatchNorm2d):
+
+            def note(_: nn.Module, inputs: tuple[Tensor], *, name: str = name) -> None:
+                var, mean = torch.var_mean(inputs[0].double(), dim=(0, 2, 3), correction=0)
+                seen.setdefault(name, []).append((inputs[0].numel() // len(mean), mean, var))
+
+            hooks.append(layer.register_forward_pre_hook(note))
+    try:
+        for images in batches:
+            net(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: _together(parts) for name, parts in seen.items()}
+
+
+def _together(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Of batches of so many values each: the variance within them and that of their means."""
+    nums, means, variances = zip(*parts, strict=True)
+    means, variances = torch.stack(means), torch.stack(variances)
+    shares = torch.tensor(nums, dtype=torch.float64, device=means.device).view(-1, 1) / sum(nums)
+    mean = (shares * means).sum(0)
+    return mean, (shares * (variances + (means - mean) ** 2)).sum(0)
+
+
+@torch.no_grad()
+def standardize(net: nn.Module, moments: Moments) -> None:
+    """Give the batch normalisations these statistics, and the γ and β with which each still is the same s x + c."""
+    for name, (mean, var) in moments.items():
+        norm = net.get_submodule(name)
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        mean, var = mean.to(norm.running_mean), var.to(norm.running_var)
+        before, after = ((part + norm.eps).sqrt() for part in (norm.running_var, var))
+        norm.bias.add_(norm.weight * (mean - norm.running_mean) / before)
+        norm.weight.mul_(after / before)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)

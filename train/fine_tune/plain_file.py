@@ -1,4 +1,4 @@
-"""What stands in a plain.safetensors: the weights by name, and what the header says of them."""
+"""A plain.safetensors as it is read: the weights by name, and its header."""
 
 import json
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from common.refusal import Refusal
 from common.spec import Spec
 
 FORMAT = "diracnet-plain-1"  # the spec says what the layers are
-GRAPH_FORMAT = "diracnet-graph-1"  # the graph stands in the header
+GRAPH_FORMAT = "diracnet-graph-1"  # the graph is in the header
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class PlainFile:
 
 
 def read_plain_file(path: Path) -> PlainFile:
-    """Refuses what is not a whole plain file of ours, or holds NaN or Inf."""
+    """Refuses a file that is not a whole plain file of this project, or holds NaN or Inf."""
     content = read_whole(path)
     try:
         weights = load(content)
     except SafetensorError as error:
-        raise Refusal(f"{path} is no safetensors file, or is cut short: {error}") from error
+        raise Refusal(f"{path} is not a valid safetensors file, or is cut short: {error}") from error
     metadata = _metadata(content)
     if metadata.get("format") not in (FORMAT, GRAPH_FORMAT):
-        raise Refusal(f"{path} is no {FORMAT} file; make one with fold/run.py")
+        raise Refusal(f"{path} is not a {FORMAT} file; make one with fold/run.py")
     spec = Spec.from_json(metadata.get("spec", ""))
     bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if bad:
@@ -47,6 +47,6 @@ def read_plain_file(path: Path) -> PlainFile:
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """What a safetensors file says of itself: JSON behind its length in eight bytes, sound where `load` reads it."""
+    """The metadata of a safetensors file that `load` has read: JSON after its length in eight bytes."""
     size = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + size]).get("__metadata__") or {}

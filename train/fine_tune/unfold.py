@@ -22,8 +22,8 @@ from train.families import build
 from train.initialize import initialize
 from train.layers import DiracConv2d, NCReLU
 
-# b is so many times the smallest that all filters of a layer have: at that one the two roots of the worst meet, and
-# a filter orthogonal to δ would ask for an s without bound.
+# b is this multiple of the smallest b that all filters of a layer allow. At the smallest, the two roots of the worst
+# filter meet, and a filter orthogonal to δ would need an unbounded s.
 ABOVE_SMALLEST = 1.25
 # δ takes its least-squares share where |cos θ| is at least this; where δ is nearly absent W takes part of it.
 LEAST_COSINE = 0.5
@@ -53,7 +53,7 @@ def unfold(weights: Mapping[str, Tensor], spec: Spec, *, a: float, b: float, std
     """A net of `spec`, float64 and in evaluation mode, whose fold has the tensors `weights` of a plain file.
 
     `a`, `b` and `std`, W's deviation, are what training starts from: the first stays, b / a is the least that is left
-    to W, and the last gives W its norm. Batch statistics are 0 and 1: see train/fine_tune/batch_statistics.py.
+    to W, and the last gives W its norm. Batch statistics are 0 and 1: see `measure` in train/fine_tune/from_plain.py.
     Refuses tensors that are not those of the spec.
     """
     if not 0 < a < float("inf") or not std > 0:
@@ -99,7 +99,7 @@ def as_plain(net: nn.Sequential, weights: Mapping[str, Tensor]) -> nn.Sequential
 
 
 def parts_of(net: nn.Module) -> Iterator[Part]:
-    """What of `net` has filters in its plain file, in the order in which it runs."""
+    """The layers of `net` that have filters in its plain file, in the order in which they run."""
     part, rectified, halved = None, False, None
     for name, layer in net.named_modules():
         if part and isinstance(layer, nn.BatchNorm2d) and part.norm is None and _residual(name) == _residual(part.name):

@@ -4,6 +4,7 @@ MNN holds Python's global lock while it computes, and its own threads share ever
 nothing and leave the caller's other threads running, and a crash ends one call instead of the server.
 """
 
+import sys
 import threading
 import weakref
 from contextlib import suppress

@@ -1,11 +1,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from common.refusal import Refusal
 from train.config import TrainConfig
 from train.distributed import World
-from train.memory import available_bytes, refuse_what_does_not_fit, training_bytes
+from train.machine import available_bytes, choose_precision, refuse_what_does_not_fit, training_bytes
 
 
 def test_memory_grows_with_the_batch_and_with_the_area(make_spec):
@@ -29,3 +30,14 @@ def test_more_than_there_is_is_refused_before_the_start_with_what_fits(make_spec
 def test_this_machine_says_what_is_free():
     free = available_bytes("cpu")
     assert free is None or 0 < free < 10**14
+
+
+def test_precision_is_what_the_device_has(monkeypatch):
+    for capable, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: {"avx512_bf16": capable})
+        assert choose_precision("auto", "cpu") == expected
+    assert choose_precision("fp32", "cpu") == "fp32"
+    with pytest.raises(Refusal, match="fp16 needs a CUDA device"):
+        choose_precision("fp16", "cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert choose_precision("auto", "cuda") == "fp16"

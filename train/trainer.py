@@ -1,0 +1,247 @@
+"""A net in training: one object that is set up, trains an epoch, is saved and resumed."""
+
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from common.progress import progress
+from common.refusal import Refusal
+from common.spec import Spec
+from train.checkpoint import Checkpoint, load_net, save_checkpoint
+from train.config import Settings
+from train.data.batches import Augmentation, Batch, batches, steps_per_epoch, to_device
+from train.data.datasets import Dataset, DatasetInfo
+from train.distributed import World
+from train.fine_tune.fake_quantize import FakeQuantized
+from train.fine_tune.from_plain import NUM_MEASURED, open_plain
+from train.fine_tune.plain_file import PlainFile
+from train.initialize import initialized
+from train.loop import Score, evaluate, follow, learning_rate, make_optimizer, train_step
+
+
+class Trainer:
+    """A net in training and all that changes with its steps.
+
+    `epoch` trains, `save` writes the whole state, `resume` takes it up again bit for bit; `fine_tune` starts from
+    the layers of another net.
+    """
+
+    def __init__(self, settings: Settings, spec: Spec, dataset: Dataset, world: World, console: Console) -> None:
+        assert dataset.validation is not None  # `divide` made it
+        if settings.patience and not len(dataset.validation):
+            raise Refusal("--patience waits for the validation accuracy, and no image is held out: raise --validation")
+        num = len(dataset.train)
+        self.batch_size = min(settings.batch_size, num // world.size * world.size)
+        if self.batch_size == 0:
+            raise Refusal(f"{num} training images are too few for {world.size} processes")
+        self.num_steps = steps_per_epoch(num, self.batch_size)
+        self.settings, self.spec, self.dataset, self.world, self.console = settings, spec, dataset, world, console
+        self.images, self.held_out = (to_device(part, world.device) for part in (dataset.train, dataset.validation))
+        self.augmentation = _augmentation(settings, dataset.info)
+        torch.manual_seed(settings.seed)
+        net = initialized(spec, a=settings.a0, b=settings.b0, std=settings.w_std, start=settings.start)
+        self.net = net.to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
+        self.judged = deepcopy(self.net).eval() if settings.ema else self.net  # the running average
+        self.wrapped: nn.Module | None = None  # `net` as it is trained: rounded, shared by processes, compiled
+        per_channel = spec.parameterization == "per-channel"
+        self.optimizer = make_optimizer(
+            self.net,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov == "yes",
+            weight_decay=settings.weight_decay,
+            decay_ab=settings.decay_ab == "yes" or (settings.decay_ab == "auto" and not per_channel),
+        )
+        self.scaler = torch.amp.GradScaler(world.device.split(":")[0], enabled=settings.precision == "fp16")
+        self.record: dict[str, Any] = {}  # of the run, for its checkpoint
+        self.history: list[dict[str, Any]] = []
+        self.epochs_done, self.steps_done, self.totals = 0, 0, _no_totals()  # steps and totals: of the epoch under way
+        self.is_stopped = False  # set it to end between two steps
+
+    def epoch(self) -> dict[str, Any] | None:
+        """Train to the end of an epoch and validate; gives its row of the history, None if it was stopped before."""
+        settings, world, number = self.settings, self.world, self.epochs_done
+        if self.wrapped is None or number == settings.freeze:
+            self.wrapped = self._wrap(is_frozen=number < settings.freeze)
+        images, sums, lr = 0, torch.zeros(2, dtype=torch.float64, device=world.device), 0.0
+        start, title = time.monotonic(), f"epoch {number + 1}/{settings.epochs}"
+        with progress(self.console, title, self.num_steps, done=self.steps_done) as advance:
+            for batch in self._batches(world):
+                # The rate of a step is that at its middle: the first of a warm-up is not zero.
+                done = (number + (batch.step + 0.5) / self.num_steps) / settings.epochs
+                lr = learning_rate(settings.schedule, settings.lr, done, warmup=settings.warmup / settings.epochs)
+                sums, images = sums + self._step(self.wrapped, batch, lr), images + len(batch.targets)
+                self.steps_done = batch.step + 1
+                advance(note=f"{images * world.size / (time.monotonic() - start):.0f} images/s")
+                if world.any(self.is_stopped):
+                    break
+        loss, correct, images = world.sum(torch.cat([sums, sums.new_tensor([images])])).tolist()
+        fresh = {"loss": loss, "correct": correct, "images": images, "seconds": time.monotonic() - start}
+        self.totals = {key: self.totals[key] + value for key, value in fresh.items()} | {"lr": lr}
+        return self._close_epoch() if self.steps_done == self.num_steps else None
+
+    def save(self, name: str) -> None:
+        """The whole state, as file `name` of the run; the first process writes it."""
+        state = Checkpoint(
+            spec=self.spec,
+            model=self.net.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            config=self.record,
+            epoch=self.epochs_done,
+            step=self.steps_done,
+            totals=self.totals,
+            history=self.history,
+            rng_state=torch.get_rng_state(),
+            average={} if self.judged is self.net else self.judged.state_dict(),
+        )
+        if self.world.rank == 0:
+            save_checkpoint(self.settings.run_dir / name, state)
+
+    def resume(self, state: Checkpoint) -> None:
+        """Go on where `state` was saved."""
+        try:
+            self.net.load_state_dict(state.model)
+            if self.judged is not self.net:
+                self.judged.load_state_dict(state.average)
+            self.optimizer.load_state_dict(state.optimizer)
+            self.scaler.load_state_dict(state.scaler)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise Refusal(f"{self.settings.run_dir} does not fit its own spec: {reason}") from error
+        torch.set_rng_state(state.rng_state)
+        self.record, self.history = state.config | {"epochs": self.settings.epochs}, state.history
+        self.epochs_done, self.steps_done, self.totals = state.epoch, state.step, state.totals
+        if state.test_accuracy is not None and state.epoch < self.settings.epochs:
+            self.console.print(
+                f"the test images were read after epoch {state.epoch}: anything chosen from now on has seen them"
+            )
+
+    def fine_tune(self, source: Checkpoint | PlainFile) -> None:
+        """Start from the layers of another net; from its classifier too where the classes are the same."""
+        if isinstance(source, PlainFile):
+            alone = World(device=self.world.device)  # whole batches: all processes measure the same
+            first = islice(self._batches(alone), -(-NUM_MEASURED // self.batch_size))
+            source = open_plain(source, self.settings, self.dataset, first, alone.device, self.console)
+        learnt = load_net(source).state_dict()
+        if source.spec.labels != self.spec.labels:
+            learnt = {name: tensor for name, tensor in learnt.items() if not name.startswith("fc.")}
+        for net in (self.net, self.judged):
+            net.load_state_dict(net.state_dict() | learnt)
+        self.record["init_sha256"] = source.sha256
+        if "unfold" in source.config:
+            self.record["unfold"] = source.config["unfold"]
+
+    def since_best(self) -> int:
+        """Epochs since the best by held-out accuracy, then loss; 0 where nothing is held out: the last is the best."""
+        if not self.history or self.history[-1]["validation_accuracy"] is None:
+            return 0
+        ranks = [(row["validation_accuracy"], -row["validation_loss"]) for row in self.history]
+        return len(ranks) - 1 - ranks.index(max(ranks))
+
+    def _wrap(self, *, is_frozen: bool) -> nn.Module:
+        """The net as it is trained: all of it, or its last layer alone."""
+        self.net.requires_grad_(not is_frozen)
+        self.net.get_submodule("fc").requires_grad_(True)
+        net = FakeQuantized(self.net) if self.settings.qat else self.net
+        net = self.world.wrap(net, sync_batch_norm=self.settings.sync_batch_norm)
+        if self.settings.compile:
+            net = torch.compile(net)  # a Module, whatever torch's annotations say
+            assert isinstance(net, nn.Module)
+        return net
+
+    def _batches(self, world: World) -> Iterator[Batch]:
+        """The rest of the current epoch: the share of this process of `world` in each batch."""
+        return batches(
+            self.images,
+            self.augmentation,
+            batch_size=self.batch_size,
+            epoch=self.epochs_done,
+            first_step=self.steps_done,
+            seed=self.settings.seed,
+            world=world,
+            workers=self.settings.workers,
+        )
+
+    def _step(self, net: nn.Module, batch: Batch, lr: float) -> Tensor:
+        """[summed loss, right answers] of this process, float64.
+
+        All processes leave a step out together, where none of them could read a file of its batch.
+        """
+        settings, world = self.settings, self.world
+        num_images = world.count(len(batch.targets))
+        if not num_images:
+            return torch.zeros(2, dtype=torch.float64, device=world.device)
+        sums = train_step(
+            net,
+            self.optimizer,
+            self.scaler,
+            batch,
+            lr,
+            precision=settings.precision,
+            label_smoothing=settings.label_smoothing,
+            num_images=num_images / world.size,
+            is_frozen=batch.epoch < settings.freeze,
+        )
+        if settings.ema:
+            num_taken = batch.epoch * self.num_steps + batch.step
+            follow(self.judged, self.net, min(settings.ema, (1 + num_taken) / (10 + num_taken)))
+        return sums
+
+    def _close_epoch(self) -> dict[str, Any]:
+        """Validate, and add a row to the history."""
+        totals, num_picked, number = self.totals, self.batch_size * self.num_steps, self.epochs_done + 1
+        if lost := round(num_picked - totals["images"]):
+            self.console.print(f"epoch {number}: {lost} of {num_picked} images could not be read")
+        if not totals["images"]:
+            raise Refusal(f"none of the {num_picked} training images of epoch {number} could be read: repair them")
+        row: dict[str, Any] = {
+            "epoch": number,
+            "train_loss": totals["loss"] / totals["images"],
+            "train_accuracy": totals["correct"] / totals["images"],
+            **self._validate(),
+            "lr": totals["lr"],
+            "images_per_s": totals["images"] / totals["seconds"],
+            "seconds": totals["seconds"],
+        }
+        self.history = [*self.history, row]
+        self.epochs_done, self.steps_done, self.totals = number, 0, _no_totals()
+        return row
+
+    def _validate(self) -> dict[str, float | None]:
+        """Loss and accuracy on the images held out, measured by the first process and known to all."""
+        if not len(self.held_out):
+            return {"validation_loss": None, "validation_accuracy": None}
+        score, device = Score(0.0, 0.0), self.world.device
+        if self.world.rank == 0:
+            score = evaluate(self.judged, self.held_out, device=device, workers=self.settings.workers)
+        numbers = torch.tensor([score.loss, score.accuracy], dtype=torch.float64, device=device)
+        loss, accuracy = self.world.sum(numbers).tolist()
+        return {"validation_loss": loss, "validation_accuracy": accuracy}
+
+
+def _augmentation(settings: Settings, info: DatasetInfo) -> Augmentation:
+    """Flips and crops as given, or as they suit the data set."""
+    crop = info.crop if settings.crop is None else settings.crop
+    if crop >= min(info.image.height, info.image.width):
+        raise Refusal(f"--crop must be smaller than the image, got {crop}")
+    return Augmentation(
+        flip=info.flip if settings.flip == "auto" else settings.flip == "yes",
+        crop=crop,
+        smallest_crop=settings.smallest_crop,
+        erase=settings.erase,
+        fill=tuple(round(255 * mean) for mean in info.image.mean),
+        mixup=settings.mixup,
+        cutmix=settings.cutmix,
+        balanced=settings.balanced,
+    )
+
+
+def _no_totals() -> dict[str, float]:
+    return {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}
