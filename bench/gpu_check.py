@@ -175,7 +175,7 @@ def _compare(net: "Net", contender: "Contender", answer: "Answer", batch_size: i
     import torch
 
     from export.compare import TOLERANCES, answer_all, compare
-    from export.parity import Row
+    from export.parity import ParityRow
     from export.runtimes.runtime import pad
 
     if contender.is_dirac and not net.is_same:
@@ -193,7 +193,7 @@ def _compare(net: "Net", contender: "Contender", answer: "Answer", batch_size: i
     rows = []
     for kind, images in net.image_sets.items():
         named = [(name, answer_all(form, images)) for name, form in (("plain", reference), (contender.title, padded))]
-        rows.append(Row(kind, compare(*named, tolerance=TOLERANCES[contender.precision])))
+        rows.append(ParityRow(kind, compare(*named, tolerance=TOLERANCES[contender.precision])))
     # False before True before None, then the largest error: what most needs to be seen.
     worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.relative))
     return {**worst.to_dict(), "stated_tolerance": str(worst.comparison.tolerance)}
