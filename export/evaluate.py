@@ -35,7 +35,7 @@ NUM_LISTED, NUM_NAMED = 10, 20  # classes and unreadable images on the screen; t
 
 @dataclass(frozen=True)
 class EvaluateConfig(ReadingFlags):
-    model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or anybody's classifier"]
+    model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or another ONNX classifier"]
     dataset: Annotated[DatasetName | None, "what to judge it on (default: the test images of its run)"] = None
     data_dir: Annotated[Path | None, "where the data set lies; a folder without a run's record is taken whole"] = None
     out: Annotated[Path, "folder for report.html, report.json, confusion.png, reliability.png, mistakes.png"] = Path(

@@ -123,7 +123,7 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Artefact"], l
     if not config.against:
         raise Refusal("name what to compare with: --against runs/NAME/checkpoint.pt, plain.safetensors, ...")
     if config.providers and config.artefact.suffix != ".onnx":
-        raise Refusal(f"--providers are for .onnx files, and {config.artefact} is none; leave them out")
+        raise Refusal(f"--providers are for .onnx files, and {config.artefact} is not one; leave them out")
     if config.providers:
         forms, missing = open_providers(config.artefact, config.providers, hints=from_flags(config))
         for line in missing:

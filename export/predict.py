@@ -29,7 +29,7 @@ NUM_NAMED = 20  # unreadable images that are named on the screen; the file names
 
 @dataclass(frozen=True)
 class PredictConfig(ReadingFlags):
-    model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or anybody's classifier"]
+    model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or another ONNX classifier"]
     images: Annotated[tuple[Path, ...], "image files, and folders whose images are taken, those further down too"]
     out: Annotated[Path, "file to write: .csv has a header and a row per image, .json the server's results"] = Path(
         "predictions.csv"

@@ -1,4 +1,4 @@
-"""What a file of this project claims of itself, read as anybody's words, and a claim that was computed again."""
+"""What a file of this project claims of itself, parsed as untrusted input, and a claim that was computed again."""
 
 import math
 from collections.abc import Callable, Mapping
