@@ -50,7 +50,8 @@ def find_images(chain: Chain, data_dir: Path | None) -> Images:
     """The data set that the record of the training names, divided as it says."""
     training = dict(chain.claims.training)
     if checkpoint := chain.forms.get("the checkpoint"):  # it knows where the data set lay
-        training["data_dir"] = _text(load_checkpoint(checkpoint.path).config.get("data_dir"))
+        data_folder = load_checkpoint(checkpoint.path).config.get("data_dir")
+        training["data_dir"] = data_folder if isinstance(data_folder, str) else None
     if "dataset" not in training:
         if data_dir:
             raise Refusal(f"{chain.path} does not record what it was trained on: leave --data-dir out")
@@ -342,7 +343,3 @@ def _cascade(
         near = abs(recorded[name] - found) <= ALLOWED_DROP * len(after) and num == len(after)
         is_same = near and (name != "num_changed" or found <= bound * len(after))
         yield judged(claim, said, f"{found} of {len(after):,}", is_same=bool(is_same))
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
