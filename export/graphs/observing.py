@@ -8,9 +8,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from export.compare import BATCH_SIZE
-from export.runtimes.offline import ort
-
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+from export.runtimes.offline import cpu_session
 
 
 def node_outputs(
@@ -23,11 +21,7 @@ def node_outputs(
     observed = onnx.ModelProto()
     observed.CopyFrom(model)
     observed.graph.output.extend(helper.make_tensor_value_info(name, dtype, None) for name in names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if folder:
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
-    session = ort.InferenceSession(observed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = cpu_session(observed.SerializeToString(), weights_folder=folder)
     input_name = session.get_inputs()[0].name
     for batch in batches:
         yield [np.asarray(value) for value in session.run(list(names), {input_name: batch})]

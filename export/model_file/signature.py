@@ -10,7 +10,7 @@ import numpy as np
 from common.refusal import Refusal
 from common.spec import ImageSpec, Spec
 from export.model_file.onnx_reader import Header, OnnxGraph
-from export.model_file.reading import NO_HINTS, Reading, ReadingHints, Scores, decide_reading, find_hints
+from export.model_file.reading import NO_HINTS, Reading, ReadingHints, decide_reading, find_hints
 
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -81,10 +81,6 @@ class Signature:
         """(height, width, channels)."""
         _, *sizes = (size or 0 for size in self.shape)
         return (sizes[1], sizes[2], sizes[0]) if self.channels_first else (sizes[0], sizes[1], sizes[2])
-
-    @property
-    def scores(self) -> Scores:
-        return self.reading.scores if self.reading else "logits"
 
     def to_input(self, images: np.ndarray) -> np.ndarray:
         """Pixels uint8 [N, H, W, C] → what the net takes, in C order."""

@@ -13,10 +13,8 @@ from export.model_file.onnx_reader import digest_of, find_weights, read_graph, r
 from export.model_file.probe import refuse_batch_dependence
 from export.model_file.reading import NO_HINTS, ReadingHints
 from export.model_file.signature import Value, find_signature, find_spec
-from export.runtimes.offline import ort
+from export.runtimes.offline import ort, quiet_options
 from export.runtimes.runtime import Model, answer_in_pieces, next_power_of_two, pad
-
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxSession:
@@ -37,15 +35,12 @@ class OnnxSession:
     ) -> None:
         content = read_whole(path)
         header, graph = read_header(path, content), read_graph(path, content)
-        options = ort.SessionOptions()
-        if find_weights(path, graph):  # else they would be looked for in the working directory
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent.resolve()))
+        options = quiet_options(path.parent if find_weights(path, graph) else None)
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = num_threads
         if shares_cores:  # threads that wait busily for more work hold up another session's
             options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3
         asked = [(name, provider_options(name, device or 0)) for name in providers or loadable_providers()]
 
         def open_session() -> ort.InferenceSession:
@@ -61,10 +56,8 @@ class OnnxSession:
         is_named = providers is not None or device is not None
         if is_named and self.provider != asked[0][0]:  # ONNX Runtime only prints that it falls back to the CPU
             raise Refusal(f"{asked[0][0]} does not start here for {path}; its libraries do not fit the driver or GPU")
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        self._signature, hints = find_signature(
-            path, header, graph, [*map(_value, inputs)], [*map(_value, outputs)], hints
-        )
+        inputs, outputs = ([*map(_value, get())] for get in (self._session.get_inputs, self._session.get_outputs))
+        self._signature, hints = find_signature(path, header, graph, inputs, outputs, hints)
         num_classes = len(header.spec.labels) if header.spec else self._count_classes(path)
         spec = find_spec(path, header, self._signature, hints, num_classes)
         self.model = Model(

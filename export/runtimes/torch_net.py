@@ -25,6 +25,8 @@ AVERAGE_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 TYPES = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16"}
 
+Sizes = list[int]  # of the spatial dimensions
+
 
 @dataclass(frozen=True)
 class Step:
@@ -106,10 +108,10 @@ def _convolution(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    kernel_shape: list[int],
-    pads: list[int],
-    strides: list[int],
-    dilations: list[int],
+    kernel_shape: Sizes,
+    pads: Sizes,
+    strides: Sizes,
+    dilations: Sizes,
     group: int,
 ) -> Tensor:
     x, padding = _padded(x, pads, 0.0)
@@ -117,17 +119,13 @@ def _convolution(
     return convolve(x, weight, bias, stride=strides, padding=padding, dilation=dilations, groups=group)
 
 
-def _max_pool(
-    x: Tensor, *, kernel_shape: list[int], pads: list[int], strides: list[int], dilations: list[int] | None = None
-) -> Tensor:
+def _max_pool(x: Tensor, *, kernel_shape: Sizes, pads: Sizes, strides: Sizes, dilations: Sizes | None = None) -> Tensor:
     x, padding = _padded(x, pads, -torch.inf)
     pool = MAX_POOLS[len(kernel_shape)]
     return pool(x, kernel_shape, stride=strides, padding=padding, dilation=dilations or 1)
 
 
-def _average_pool(
-    x: Tensor, *, kernel_shape: list[int], pads: list[int], strides: list[int], count_include_pad: int
-) -> Tensor:
+def _average_pool(x: Tensor, *, kernel_shape: Sizes, pads: Sizes, strides: Sizes, count_include_pad: int) -> Tensor:
     pool = AVERAGE_POOLS[len(kernel_shape)]
     padded, padding = _padded(x, pads, 0.0)
     mean = pool(padded, kernel_shape, stride=strides, padding=padding)
@@ -137,7 +135,7 @@ def _average_pool(
     return mean / pool(ones, kernel_shape, stride=strides, padding=padding)
 
 
-def _padded(x: Tensor, pads: list[int], value: float) -> tuple[Tensor, list[int]]:
+def _padded(x: Tensor, pads: Sizes, value: float) -> tuple[Tensor, Sizes]:
     """x padded by `value` where both sides differ, and the padding that is left for the operation itself."""
     num = len(pads) // 2
     if pads[:num] == pads[num:]:
@@ -145,7 +143,7 @@ def _padded(x: Tensor, pads: list[int], value: float) -> tuple[Tensor, list[int]
     return F.pad(x, _last_first(pads), value=value), [0] * num
 
 
-def _last_first(pads: list[int]) -> list[int]:
+def _last_first(pads: Sizes) -> Sizes:
     """ONNX's padding (beginnings, then ends) in the order of `F.pad`: both sides of the last dimension first."""
     num = len(pads) // 2
     return [size for pair in reversed([*zip(pads[:num], pads[num:], strict=True)]) for size in pair]

@@ -1,4 +1,4 @@
-"""What Triton Inference Server is told of a model: its config.pbtxt, as text."""
+"""The config.pbtxt of a model for Triton Inference Server."""
 
 import json
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from export.model_file.signature import Signature
 
 KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 TYPES = {"uint8": "TYPE_UINT8", "float16": "TYPE_FP16", "float32": "TYPE_FP32", "bfloat16": "TYPE_BF16"}
-# Backend, platform and file name of the two kinds of model that we write.
+# Backend, platform and file name of the two supported kinds of model.
 ONNX_RUNTIME = ("onnxruntime", "onnxruntime_onnx", "model.onnx")
 TENSORRT = ("tensorrt", "tensorrt_plan", "model.plan")
 
 
 class Word(str):
-    """The value of an enumeration, which stands without quotes."""
+    """The value of an enumeration, which is written without quotes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def config_text(model: TritonModel) -> str:
         "instance_group": [{"kind": Word(KINDS[model.kind]), "count": 1}],
         "model_warmup": [_warmup(model, batch) for batch in ([1] if fixed else sorted({1, model.max_batch}))],
     }
-    if model.temperature != 1:  # Triton gives logits: whoever makes probabilities of them reads it here
+    if model.temperature != 1:  # Triton gives logits; clients that want probabilities read it here
         fields["parameters"] = [{"key": "temperature", "value": {"string_value": repr(model.temperature)}}]
     if not fixed:
         fields["dynamic_batching"] = {

@@ -12,14 +12,15 @@ Files = Mapping[str, bytes]  # path within a folder → content
 
 
 def publish(folder: Path, version: int, *, model: Files, shared: Files) -> None:
-    """Put the files `model` into the folder of a version, and `shared` ones beside it, which all versions use.
+    """Put the files `model` into the folder of a version, and the files `shared` by all versions beside it.
 
-    Refuses a version that holds another model. Where `folder` has other versions, `shared` must be what they use.
+    Refuses a version that holds another model, and shared files other than those that earlier versions use.
     """
     target = folder / str(version)
     if target.exists():
         _refuse_another_model(target, model)
-    if _other_versions(folder, version):
+    versions = [path.name for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    if {*versions} - {str(version)}:
         _refuse_other_shared_files(folder, shared)
     if not folder.exists():
         _write_folder(folder, {**shared, **{f"{version}/{name}": content for name, content in model.items()}})
@@ -28,12 +29,6 @@ def publish(folder: Path, version: int, *, model: Files, shared: Files) -> None:
         write_whole(folder / name, content)
     if not target.exists():
         _write_folder(target, model)
-
-
-def _other_versions(folder: Path, version: int) -> list[str]:
-    if not folder.is_dir():
-        return []
-    return [path.name for path in folder.iterdir() if path.name.isdigit() and path.name != str(version)]
 
 
 def _refuse_another_model(target: Path, model: Files) -> None:
@@ -52,14 +47,13 @@ def _refuse_other_shared_files(folder: Path, shared: Files) -> None:
         held = read_whole(path) if path.exists() else b""
         if held != content:
             lines = zip(held.decode(errors="replace").splitlines(), content.decode().splitlines(), strict=False)
-            first = next(
-                (f"{old.strip()!r}, not {new.strip()!r}" for old, new in lines if old != new), "shorter or longer"
-            )
+            changes = (f"{old.strip()!r}, not {new.strip()!r}" for old, new in lines if old != new)
+            first = next(changes, "shorter or longer")
             raise Refusal(f"{path} serves other versions too and says {first}; choose another --name for this model")
 
 
 def _write_folder(target: Path, files: Files) -> None:
-    """Write into a folder beside `target`, then rename it: a server that watches never sees a part."""
+    """Write into a folder beside `target`, then rename it: a server that watches it never sees an incomplete one."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         for name, content in files.items():

@@ -3,8 +3,6 @@
 import importlib.metadata
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -72,9 +70,14 @@ def why_not(header: Header) -> str | None:
 
 def _start(path: Path, content: bytes, image: ImageSpec, num_workers: int) -> MnnPool:
     sizes = (image.height, image.width, image.channels)
-    with _temporary_folder(path) as folder:
+    try:
+        folder = TemporaryDirectory(prefix="mnn-")
+    except OSError as error:  # as in a container with read-only files
+        reason = error.strerror or error
+        raise Refusal(f"{path}: MNN converts it in a temporary folder, and cannot create one: {reason}") from error
+    with folder as name:
         try:
-            return MnnPool(_convert(path, content, folder), sizes, num_workers=num_workers)
+            return MnnPool(_convert(path, content, Path(name)), sizes, num_workers=num_workers)
         except (WorkerFailed, OSError) as error:
             raise Refusal(f"{path} cannot be loaded by MNN: {error}; use --runtime onnxruntime") from error
 
@@ -92,15 +95,3 @@ def _convert(path: Path, content: bytes, folder: Path) -> Path:
     if done.returncode != 0 or not converted.exists():
         raise Refusal(f"{path} cannot be loaded: MNN's converter refuses it; export it again")
     return converted
-
-
-@contextmanager
-def _temporary_folder(path: Path) -> Iterator[Path]:
-    """Removed at the end; refuses if none can be created, as in a container with read-only files."""
-    try:
-        folder = TemporaryDirectory(prefix="mnn-")
-    except OSError as error:
-        reason = error.strerror or error
-        raise Refusal(f"{path}: MNN converts it in a temporary folder, and cannot create one: {reason}") from error
-    with folder as name:
-        yield Path(name)
