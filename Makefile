@@ -109,7 +109,7 @@ gpu-versions: ## run the quick tests with the versions of a bare GPU machine, on
 	@command -v $(PYTHON312) >/dev/null || { echo "error: $(PYTHON312) is missing: name one with PYTHON312=" >&2; exit 2; }
 	@test -x $(GPU_VERSIONS)/bin/python || $(PYTHON312) -m venv $(GPU_VERSIONS)
 	@$(GPU_VERSIONS)/bin/python -m pip install --quiet --disable-pip-version-check -r bench/gpu-image.txt
-	@OMP_NUM_THREADS=1 $(GPU_VERSIONS)/bin/python -m pytest tests/train tests/fold tests/export tests/serve tests/bench \
+	@OMP_NUM_THREADS=1 $(GPU_VERSIONS)/bin/python -m pytest tests/common tests/train tests/fold tests/export tests/serve tests/bench \
 		-m "not slow" --numprocesses auto --dist loadfile
 
 lint: setup ## format and lint

@@ -1,4 +1,4 @@
-"""A frozen dataclass as command line: default, flag, help and record at once."""
+"""A frozen dataclass as a command line: each field is a default, a flag, a help text and a record of what was asked."""
 
 import argparse
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 from common.refusal import Refusal
 
 Config = TypeVar("Config")
-# Third in an Annotated: an argument without dashes although it has a default.
+# As the third part of an Annotated: an argument without dashes that has a default all the same.
 POSITIONAL = "positional"
 
 
@@ -24,7 +24,7 @@ def run_command(
     examples: Sequence[str] = (),
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse `argv` into `config_type`, run `command` with it and give its exit status.
+    """Parse `argv` into `config_type`, run `command` with it and return its exit status.
 
     A `Refusal` becomes one line on stderr and status 2; Ctrl-C becomes status 130.
     """
@@ -58,15 +58,14 @@ def parse(
     )
     hints = get_type_hints(config_type, include_extras=True)
     for field in _fields(config_type):
-        kind, *notes = (
-            get_args(hints[field.name]) if get_origin(hints[field.name]) is Annotated else [hints[field.name]]
-        )
-        _add_argument(parser, field, kind, notes[0] if notes else "", positional=POSITIONAL in notes[1:])
+        hint = hints[field.name]
+        kind, text, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
+        _add_argument(parser, field, kind, text, positional=POSITIONAL in marks)
     return config_type(**vars(parser.parse_args(argv)))
 
 
 def given_arguments(config: Any) -> str:
-    """The arguments that make `config` of the defaults, as one would type them."""
+    """The arguments that turn the defaults into `config`, as a user would type them."""
     words = []
     for field in _fields(config):
         value = getattr(config, field.name)
@@ -78,7 +77,7 @@ def given_arguments(config: Any) -> str:
 
 
 def _fields(config: Any) -> list[dataclasses.Field[Any]]:
-    """Of a config or its type, in the order of its arguments: those of a base class, which are keywords, come last."""
+    """The fields in the order of the command line: those of a base class, which are keyword-only, come last."""
     return sorted(dataclasses.fields(config), key=lambda field: field.kw_only is True)
 
 

@@ -1,9 +1,9 @@
-"""How many processor cores there are to work with."""
+"""The number of processor cores."""
 
 import os
 import sys
 
 
 def num_cores() -> int:
-    """Those that this process may use, where the system tells; else those of the machine."""
+    """The cores that this process may use on Linux; elsewhere all of the machine's."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

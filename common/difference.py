@@ -1,28 +1,26 @@
-"""Two answers to the same images: how far they are apart, and which images change their class."""
+"""How far two nets' outputs for the same images are apart, and which images change their class."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-# Runtimes sum n products in L layers in other orders, and folding does: roundings of u = 2^-24 add up as a random
-# walk to sqrt(L n) u of the output, 2e-5 for 34 layers of 2,304 products, 6e-5 for 400; some twice that is allowed.
+# Runtimes and folding change the order in which n products are summed in each of L layers. Roundings of u = 2^-24 add
+# up like a random walk, to sqrt(L n) u of the output: 2e-5 for 34 layers of 2,304 products, 6e-5 for 400 layers.
 FLOAT32_TOLERANCE = 1e-4
-# In float64 folding and unfolding reorder a few hundred roundings of 2^-53 per layer, which leaves 1e-15 to 1e-13 of
-# the output; a wrong fold changes its first digits. Anything between the two is a bug.
+# In float64, folding and unfolding reorder a few hundred roundings of 2^-53 per layer, which gives 1e-15 to 1e-13 of
+# the output; a wrong fold changes the first digits.
 FLOAT64_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two arrays of the same shape."""
-
     max_abs: float
     relative: float  # max_abs as a share of the largest reference value
     rms: float  # root mean square difference as a share of the reference's root mean square
 
 
 def difference(before: np.ndarray, after: np.ndarray) -> Difference:
-    """`before` is the reference."""
+    """Between two arrays of the same shape; `before` is the reference."""
     error = before.astype(np.float64) - after
     max_abs, scale = (float(np.abs(values).max()) for values in (error, before))
     rms, rms_scale = (float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) for values in (error, before))
@@ -30,11 +28,11 @@ def difference(before: np.ndarray, after: np.ndarray) -> Difference:
 
 
 def share(error: float, scale: float) -> float:
-    """`error` as a share of `scale`; where that is zero, any error is infinitely large."""
+    """`error` as a share of `scale`; infinite if `scale` is zero and `error` is not."""
     return error / scale if scale else (0.0 if error == 0 else float("inf"))
 
 
 def keeps_class(before: np.ndarray, after: np.ndarray, *, tolerance: float) -> np.ndarray:
-    """bool [N] for logits [N, K]: classes that the reference itself puts within `tolerance` of the best one tie."""
+    """bool [N] for logits [N, K]. Classes within `tolerance` of the best logit of `before` tie with it."""
     chosen = np.take_along_axis(before, after.argmax(1)[:, None], axis=1)[:, 0]
     return before.max(axis=1) - chosen <= 2 * tolerance * np.abs(before).max()

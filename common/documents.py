@@ -1,27 +1,29 @@
-"""JSON that anybody may have written. Needs only the standard library."""
+"""JSON from untrusted sources. Needs only the standard library."""
 
 import json
 from typing import Any
 
 from common.refusal import Refusal
 
-MAX_DEPTH = 64  # of lists and objects inside each other; a dozen are ours
+MAX_DEPTH = 64  # of lists and objects inside each other; this project's own documents have a dozen
 
 
 def read_json(content: bytes | str) -> Any:
-    """What a document holds. A `ValueError`, as `json.loads` raises, also where it could not be written again.
+    """Parse a document; raises `ValueError`, as `json.loads` does, also if it could not be written again.
 
-    That is where it is nested deeper than `MAX_DEPTH`, or holds half a character ("\\ud800"), which UTF-8 cannot.
+    That is the case if it is nested deeper than `MAX_DEPTH`, or holds half a character ("\\ud800"), which UTF-8 cannot
+    encode.
     """
+    too_deep = ValueError(f"it is nested deeper than {MAX_DEPTH}")
     try:
         document = json.loads(content)
     except RecursionError:
-        raise ValueError(f"it is nested deeper than {MAX_DEPTH}") from None
-    inner, depth = [document], 0
-    while inner := [value for outer in inner for value in _values(outer)]:
+        raise too_deep from None
+    level, depth = [document], 0
+    while level := [value for outer in level for value in _values(outer)]:
         depth += 1
         if depth > MAX_DEPTH:
-            raise ValueError(f"it is nested deeper than {MAX_DEPTH}")
+            raise too_deep
     try:
         json.dumps(document, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -30,7 +32,7 @@ def read_json(content: bytes | str) -> Any:
 
 
 def read_object(content: bytes | str, what: str, *, todo: str) -> dict[str, Any]:
-    """The same where it must be an object; refuses every other as damage to `what`."""
+    """The same for a document that must be an object; refuses any other, naming it `what` and the remedy `todo`."""
     try:
         document = read_json(content)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Figures of all stages, as bytes."""
+"""matplotlib figures as bytes."""
 
 import io
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def png(figure: "Figure") -> bytes:
-    """What goes into a PNG file; the same bytes for the same figure, without the date or the library's version."""
+    """A PNG file; the same bytes for the same figure, because it has no date or library version."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

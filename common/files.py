@@ -11,8 +11,7 @@ from common.refusal import Refusal
 def write_whole(path: Path, content: bytes) -> Path:
     """Write `content` beside `path`, flush it to the disk, then rename it over `path`.
 
-    An interrupted or failed write leaves the earlier file as it was and no partial file behind.
-    Refuses, in one line, where the disk or the folder does not take the file.
+    An interrupted or failed write leaves the earlier file as it was. Refuses if the file cannot be written.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -31,7 +30,7 @@ def write_whole(path: Path, content: bytes) -> Path:
 
 
 def read_whole(path: Path) -> bytes:
-    """The bytes of a file; refuses a missing or unreadable one in one line."""
+    """The bytes of a file; refuses one that is missing or unreadable."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -39,5 +38,5 @@ def read_whole(path: Path) -> bytes:
 
 
 def sha256(content: bytes) -> str:
-    """Hex digest that names an artefact."""
+    """The hex digest that names an artefact."""
     return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""An image file becomes pixels the way the spec says: one function for training folders and the server."""
+"""From an image file to the pixels that the spec asks for: the same function for training and serving."""
 
 import io
 import math
@@ -7,44 +7,32 @@ import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from common.gif import first_frame
 from common.refusal import Refusal
 from common.spec import ImageSpec
 
 _WITH_AVIF = find_spec("PIL._avif") is not None  # Pillow was built with it
-# What training folders hold and the server takes. Not TIFF: its library decodes whole tiles, whatever the image's
-# size (8x8 pixels in 783 KB took 768 MB and 4 s), gives damaged pixels as if they were sound, and writes to stderr.
+# Not TIFF: its library decodes whole tiles whatever the image's size (8x8 pixels in 783 KB took 768 MB and 4 s),
+# returns damaged pixels without an error, and writes to stderr.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", *(("AVIF",) if _WITH_AVIF else ()))
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", *((".avif",) if _WITH_AVIF else ()))
 _HEADS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP", b"BM": "BMP", b"GIF8": "GIF"}
-_OTHERS = {  # how files begin that are images elsewhere
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"\0\0\x01\0": "ICO",
-    b"%PDF": "PDF",
-    b"<svg": "SVG",
-}
-_BRANDS = {  # behind "ftyp", from byte 4 on
-    b"avif": "AVIF",
-    b"avis": "AVIF",
-    b"heic": "HEIC",
-    b"heix": "HEIC",
-    b"mif1": "HEIF",
-}
+# The first bytes of formats that are refused by name.
+_OTHERS = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"\0\0\x01\0": "ICO", b"%PDF": "PDF", b"<svg": "SVG"}
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}  # follow "ftyp"
 _STARTS = (*_HEADS, *_OTHERS)
 # A 50-megapixel photograph passes; anything larger is refused before its pixels are decoded.
 MAX_PIXELS = 64_000_000
-# Pixels to decode for one of the input. Eleven photographs of 12 megapixels, full of detail, differ at 224 pixels by
-# 0.63 of 255 levels (rms, on average) and by 6 at most from what they are when decoded whole, for half the time.
+# Decoded pixels for each pixel of the input, along a side. Eleven detailed photographs of 12 megapixels, scaled to
+# 224 pixels, differ from full decoding by 0.63 of 255 levels (rms, on average) and 6 at most, in half the time.
 DETAIL = 2
-_BAND_PIXELS = 2**20  # of a large image that is converted at once
+_BAND_PIXELS = 2**20  # converted at once, of a large image
+_MAX_GIF_BLOCKS = 10_000  # of comments and the like before a GIF's first frame; 2.5 MB of them
 _PNG_END = bytes(4) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is another number and names no size
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit differs from MAX_PIXELS, and its error names no size
 
 
 class TooManyPixels(Refusal):
@@ -61,18 +49,18 @@ def decode(
 ) -> np.ndarray:
     """Bytes of an image in one of FORMATS, of any size and mode → uint8 [height, width, channels].
 
-    Of an animation the first frame. Resized and cropped at the centre as `spec` says, or by `crop`, which keeps
-    `smallest_crop` of the area or more. A JPEG far larger than the input is decoded at a half, quarter or eighth of its
-    sides, see `_wanted`.
-    Raises `TooManyPixels` before decoding, `Refusal` where the bytes are no such image.
+    Of an animation, the first frame. Resized and cropped at the centre as `spec` says, or by `crop`, which keeps
+    `smallest_crop` of the area or more. A JPEG far larger than the input is decoded at a half, quarter or eighth of
+    its size. Raises `TooManyPixels` before decoding, `Refusal` if the bytes are not such an image.
     """
     if crop is None and spec.width * spec.height <= max_pixels and (plain := _plain_png(content, spec)):
         return _pixels(plain, spec)
     try:
-        content = first_frame(content) if content.startswith(b"GIF8") else content
+        content = _without_comments(content) if content.startswith(b"GIF8") else content
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             refuse_too_many_pixels(image.width, image.height, max_pixels)
-            image.draft(None, _wanted(spec, smallest_crop))  # before anything is decoded; JPEG alone can
+            side = DETAIL * (spec.resize or max(spec.width, spec.height)) / math.sqrt(smallest_crop)
+            image.draft(None, (math.ceil(side), math.ceil(side)))  # the smallest size to decode; only JPEG has several
             upright = _upright(image, spec.channels)
             return _pixels((crop or _centre_crop)(upright, spec), spec)
     except Refusal:
@@ -102,9 +90,9 @@ def refuse_too_many_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def _plain_png(content: bytes, spec: ImageSpec) -> Image.Image | None:
-    """A PNG that is the input as it stands: its size and mode, 8 bits, one IDAT chunk, no other that could matter.
+    """A PNG that needs no conversion: the input's size and mode, 8 bits, one IDAT chunk and nothing else.
 
-    Half the time of the general way, which takes every other file, damaged ones too.
+    Takes half the time of the general path, which all other files take, damaged ones too.
     """
     head = _plain_png_head(spec)
     start, end = len(head) + 8, len(content) - len(_PNG_END) - 4
@@ -120,7 +108,7 @@ def _plain_png(content: bytes, spec: ImageSpec) -> Image.Image | None:
 
 @lru_cache
 def _plain_png_head(spec: ImageSpec) -> bytes:
-    """Signature and IHDR chunk of such a PNG; empty where an image of the input's size is resized or cropped."""
+    """Signature and IHDR chunk of such a PNG; empty if `spec` resizes or crops an image of the input's size."""
     if spec.resize not in (None, min(spec.width, spec.height)):
         return b""
     fields = struct.pack(">IIBBBBB", spec.width, spec.height, 8, 0 if spec.channels == 1 else 2, 0, 0, 0)
@@ -128,17 +116,11 @@ def _plain_png_head(spec: ImageSpec) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(fields)) + header + struct.pack(">I", zlib.crc32(header))
 
 
-def _wanted(spec: ImageSpec, smallest_crop: float) -> tuple[int, int]:
-    """The least size at which a JPEG is decoded: DETAIL pixels for one of the input's, along either side."""
-    side = math.ceil(DETAIL * (spec.resize or max(spec.width, spec.height)) / math.sqrt(smallest_crop))
-    return side, side
-
-
 def _upright(image: Image.Image, channels: int) -> Image.Image:
     """An image of any mode in RGB or grey, turned as its EXIF tag says.
 
-    Transparent pixels lie on white, as a viewer shows them; 16-bit samples keep their upper eight bits. A large image
-    is converted in bands, so that beside it and its result only one band exists in modes between them.
+    Transparent pixels are laid on white, as viewers show them; 16-bit samples keep their upper eight bits. A large
+    image is converted in bands, so that intermediate modes take the memory of one band only.
     """
     ImageOps.exif_transpose(image, in_place=True)
     mode = "L" if channels == 1 else "RGB"
@@ -151,6 +133,30 @@ def _upright(image: Image.Image, channels: int) -> Image.Image:
     return flat
 
 
+def _without_comments(content: bytes) -> bytes:
+    """A GIF without the comments and profiles before its first frame; refuses a file with too many of them.
+
+    Pillow takes 5 s to read 20 MB of one-letter comments, and blocks all other threads meanwhile.
+    Raises `IndexError` if the file ends too early.
+    """
+    has_table, table_size = content[10] & 0x80, content[10] & 7
+    end = at = 13 + (3 << (table_size + 1) if has_table else 0)
+    control, num_blocks = b"", 0
+    while content[at] == 0x21:  # an extension: its kind, then blocks up to one of no bytes
+        start = at
+        at += 2
+        while content[at]:
+            at += content[at] + 1
+            num_blocks += 1
+        at += 1
+        num_blocks += 1
+        if num_blocks > _MAX_GIF_BLOCKS:
+            raise Refusal(f"the GIF has over {_MAX_GIF_BLOCKS:,} blocks before its first frame; send it as PNG")
+        if content[start + 1] == 0xF9:  # graphic control: says which colour is transparent
+            control = content[start:at]
+    return content[:end] + control + content[at:]
+
+
 def _centre_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
     size, box = (spec.width, spec.height), _crop_box(image, spec)
     if image.size == size and box == (0, 0, *size):
@@ -160,7 +166,7 @@ def _centre_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
 
 
 def _pixels(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    # Half the time of np.asarray(image); the bytes are read-only, and the server copies them into a batch.
+    # Takes half the time of np.asarray(image). The array is read-only; the server copies it into a batch.
     return np.frombuffer(image.tobytes(), np.uint8).reshape(spec.height, spec.width, spec.channels)
 
 
@@ -175,12 +181,12 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
     return flat if flat.mode == mode else flat.convert(mode)
 
 
-def _crop_box(image: Image.Image, spec: ImageSpec) -> tuple[float, float, float, float] | Any:
+def _crop_box(image: Image.Image, spec: ImageSpec) -> tuple[float, float, float, float]:
     """The part of the source that becomes the input, in source pixels."""
     if spec.resize is None:
         return (0.0, 0.0, float(image.width), float(image.height))
     scale = min(image.width, image.height) / spec.resize
-    # Rounding could pass the image's edge, which Pillow refuses: 28 * (29 / 28) is more than 29.
+    # Rounding can exceed the image's edge, which Pillow refuses: 28 * (29 / 28) > 29.
     width, height = min(image.width, spec.width * scale), min(image.height, spec.height * scale)
     left, top = (image.width - width) / 2, (image.height - height) / 2
     return (left, top, left + width, top + height)

@@ -1,13 +1,13 @@
-"""What a share that was counted on so many images can resolve."""
+"""Confidence intervals of a share that was counted on a limited number of images."""
 
 import math
 
-Z = 1.959964  # the normal distribution's for 95 %
-Z_TWO = 2.241403  # for 97.5 %: of two such intervals both hold with 95 %
+Z = 1.959964  # the normal distribution's quantile for an interval of 95 %
+Z_TWO = 2.241403  # for 97.5 %, so that two such intervals both hold with 95 %
 
 
 def interval(num_hits: float, num: int, *, z: float = Z) -> tuple[float, float]:
-    """Wilson's interval of a share, (low, high), of 95 % unless `z` is another; right for few images too."""
+    """Wilson's interval of a share, (low, high), 95 % unless `z` says otherwise; valid for few images too."""
     if num == 0:
         return 0.0, 1.0
     share, denominator = num_hits / num, 1 + z**2 / num
@@ -21,15 +21,15 @@ def percent(ends: tuple[float, float]) -> str:
 
 
 def at_most(num_hits: int, num: int, *, doubt: float = 0.05) -> float:
-    """The bound of Clopper and Pearson: the share of which so few hits would have been found with a chance of `doubt`.
+    """The upper bound of Clopper and Pearson: at this share, so few hits have a probability of `doubt`.
 
-    Exact for any number of images; without a hit nearly 3 / num, the rule of three.
+    Exact for any number of images. Without a hit it is close to 3 / num, the rule of three.
     """
     if num_hits >= num:
         return 1.0
 
     def chance(share: float) -> float:
-        """Of `num_hits` or fewer: the sum of binomial terms, each by its logarithm."""
+        """The probability of `num_hits` or fewer: the sum of binomial terms, each from its logarithm."""
         logs = (
             math.lgamma(num + 1) - math.lgamma(k + 1) - math.lgamma(num - k + 1)
             + k * math.log(share) + (num - k) * math.log1p(-share)

@@ -13,30 +13,25 @@ LINE_EVERY_S = 10.0
 
 
 def make_console(*, json: bool = False, quiet: bool = False) -> Console:
-    """Where people read: stdout, or stderr when stdout carries JSON. Lines are never wrapped for a pipe."""
+    """For human readers: stdout, or stderr when stdout carries JSON. Lines are never wrapped for a pipe."""
     stream = sys.stderr if json else sys.stdout
     width = None if stream.isatty() else 160
     return Console(file=stream, highlight=False, width=width, soft_wrap=True, markup=False, quiet=quiet)
 
 
 def printable(text: str) -> str:
-    """A text for people: the bytes of a file's name that are not UTF-8 become question marks."""
+    """The text with question marks for bytes of a file's name that are not UTF-8."""
     return text.encode(errors="replace").decode()
 
 
 @contextmanager
 def progress(console: Console, what: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Yields `advance(n=1, note="")`; `done` is how many steps were finished before."""
+    """Yields `advance(n=1, note="")`; `done` steps of `total` are finished already."""
     if not console.is_terminal:
         yield _plain_lines(console, what, total, done)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+    what_column, note_column = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (what_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=total, completed=done, note="")
         yield lambda n=1, note="": bar.update(task, advance=n, note=note)
@@ -55,7 +50,8 @@ def track(console: Console, what: str) -> Callable[[Iterable[Any], int], Iterato
 
 
 def _plain_lines(console: Console, what: str, total: int, done: int) -> Callable[..., None]:
-    last, start, first = time.monotonic(), time.monotonic(), done
+    start = last = time.monotonic()
+    first = done
 
     def advance(n: int = 1, note: str = "") -> None:
         nonlocal done, last

@@ -1,4 +1,4 @@
-"""What an artefact says of itself, from the checkpoint to the engine. Needs only the standard library."""
+"""The description of a model that every artefact carries, from checkpoint to engine. Standard library only."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,19 +9,19 @@ from common.refusal import Refusal
 
 Family = Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"]
 Nonlinearity = Literal["ncrelu", "relu"]
-# How a convolution's weight is made: eq. 4, eq. 4 with a b for every output channel (the authors' first release as
-# published with its notebook), with an a and a b for each (their second), eq. 3, eq. 14, W alone (the baseline), and
-# W alone that starts as eq. 4 (what the parameterization brings beyond its start).
+# How a convolution's weight is made: eq. 4; eq. 4 with a b for every output channel (the authors' first release, as
+# published with its notebook); with an a and a b for each (their second); eq. 3; eq. 14; W alone (the baseline);
+# W alone, initialised as eq. 4 (to tell the parameterization's effect from its initial values').
 Parameterization = Literal["dirac", "per-output-b", "per-channel", "unnormalized", "delta", "plain", "initialised"]
-ORDINARY: tuple[Parameterization, ...] = ("plain", "initialised")  # of these nothing but W is learnt
-# Where a layer with other numbers of inputs and outputs has its ones: repeated as eq. 7 and 8 say, or on the
-# first min(N_i, N_o) channels alone, as `torch.nn.init.dirac_` writes them (the authors' second release).
+ORDINARY: tuple[Parameterization, ...] = ("plain", "initialised")  # these learn only W
+# The ones of δ where N_i and N_o differ: repeated as in eq. 7 and 8, or only on the first min(N_i, N_o) channels, as
+# `torch.nn.init.dirac_` writes them (the authors' second release).
 Delta = Literal["repeated", "first"]
-Published = Literal["digits", "fashion-mnist", "cifar10", "cifar100"]  # data sets of one content and one set of labels
+Published = Literal["digits", "fashion-mnist", "cifar10", "cifar100"]  # data sets with fixed content and labels
 DatasetName = Literal[Published, "folder"]
-# Bounds on what is built from a spec that somebody else may have written; nets here are 400 layers deep at most.
+# Bounds on what is built from an untrusted spec; this project's nets have at most 400 layers.
 MAX_DEPTH, MAX_WIDTH, MAX_SIDE = 1000, 1000, 8192
-# Of a temperature: beyond them a class has nearly all of the probability, or all classes have the same.
+# Below, one class has nearly all of the probability; above, all classes have the same.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 100.0
 
 
@@ -46,11 +46,10 @@ class ImageSpec:
             raise Refusal(f"images must have 1 or 3 channels, got {self.channels}")
         if not len(self.mean) == len(self.std) == self.channels:
             raise Refusal(f"mean and std need {self.channels} values each, got {self.mean} and {self.std}")
-        if min(self.height, self.width) < 1 or (self.resize or max(self.height, self.width)) < max(
-            self.height, self.width
-        ):
+        shorter, longer = sorted((self.height, self.width))
+        if shorter < 1 or (self.resize or longer) < longer:
             raise Refusal(f"cannot crop {self.height}x{self.width} from images resized to {self.resize}")
-        if max(self.height, self.width) > MAX_SIDE:
+        if longer > MAX_SIDE:
             raise Refusal(f"images may be {MAX_SIDE:,} pixels high and wide, got {self.height}x{self.width}")
         if min(self.std) <= 0:
             raise Refusal(f"std must be positive, got {self.std}")
@@ -64,7 +63,7 @@ class ImageSpec:
 class Spec:
     """One model: its architecture (Table 1), its input and the meaning of its outputs."""
 
-    family: str  # a Family, or "unknown" for a net that this project has not built
+    family: str  # a Family, or "unknown" for a user's own net
     depth: int
     width: float
     nonlinearity: Nonlinearity
@@ -72,18 +71,14 @@ class Spec:
     labels: tuple[str, ...]
     parameterization: Parameterization = "dirac"
     delta: Delta = "repeated"
-    net: str = ""  # the name of a net that this project has not built; the fields of its architecture mean nothing
+    net: str = ""  # the name of a user's own net, whose family, depth and width have no meaning
     temperature: float = 1.0  # probabilities are the softmax of logits / temperature; see train/temperature.py
 
     def __post_init__(self) -> None:
-        if self.nonlinearity not in get_args(Nonlinearity):
-            raise Refusal(f"nonlinearity must be ncrelu or relu, got {self.nonlinearity}")
-        if self.parameterization not in get_args(Parameterization):
-            raise Refusal(
-                f"parameterization must be one of {', '.join(get_args(Parameterization))}, got {self.parameterization}"
-            )
-        if self.delta not in get_args(Delta):
-            raise Refusal(f"delta must be repeated or first, got {self.delta}")
+        choices = {"nonlinearity": Nonlinearity, "parameterization": Parameterization, "delta": Delta}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise Refusal(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)}")
         if not (abs(self.depth) <= MAX_DEPTH and abs(self.width) <= MAX_WIDTH):
             raise Refusal(f"depth goes up to {MAX_DEPTH:,} and width to {MAX_WIDTH:,}, got {self.depth}, {self.width}")
         try:
@@ -96,7 +91,7 @@ class Spec:
 
     @classmethod
     def of_net(cls, net: str, image: ImageSpec, labels: tuple[str, ...], temperature: float = 1.0) -> "Spec":
-        """A net that this project has not built: it has a name, and no family, depth or width."""
+        """The spec of a user's own net: it has a name, and no family, depth or width."""
         return cls("unknown", 0, 0.0, "relu", image, labels, net=net, temperature=temperature)
 
     @property
@@ -107,7 +102,7 @@ class Spec:
         return f"{'WRN' if self.family == 'wrn' else dirac}-{self.depth}-{self.width:g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """A temperature of 1 is left out: such files stay what they were before there were temperatures."""
+        """A temperature of 1 is left out, so that such files equal those written before temperatures existed."""
         fields = asdict(self)
         if self.temperature == 1:
             del fields["temperature"]
@@ -123,28 +118,17 @@ class Spec:
         """The inverse of `to_dict`; refuses fields that are missing, unknown or of the wrong type."""
         try:
             image = dict(fields["image"])
-            image = ImageSpec(
-                height=_whole(image.pop("height")),
-                width=_whole(image.pop("width")),
-                channels=_whole(image.pop("channels")),
-                mean=tuple(float(value) for value in image.pop("mean")),
-                std=tuple(float(value) for value in image.pop("std")),
-                resize=None if (resize := image.pop("resize")) is None else _whole(resize),
-                **image,
-            )
+            for key in ("height", "width", "channels"):
+                image[key] = _whole(image[key])
+            for key in ("mean", "std"):
+                image[key] = tuple(float(value) for value in image[key])
+            image["resize"] = None if image["resize"] is None else _whole(image["resize"])
             rest = {key: value for key, value in fields.items() if key != "image"}
+            image, labels = ImageSpec(**image), tuple(str(label) for label in rest.pop("labels"))
             if rest.get("net"):
-                labels = tuple(str(label) for label in rest.pop("labels"))
                 return cls.of_net(str(rest.pop("net")), image, labels, **rest)
-            return cls(
-                family=str(rest.pop("family")),
-                depth=_whole(rest.pop("depth")),
-                width=float(rest.pop("width")),
-                nonlinearity=rest.pop("nonlinearity"),
-                labels=tuple(str(label) for label in rest.pop("labels")),
-                image=image,
-                **rest,
-            )
+            rest |= {"family": str(rest["family"]), "depth": _whole(rest["depth"]), "width": float(rest["width"])}
+            return cls(image=image, labels=labels, **rest)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise Refusal(f"the model's spec is damaged: {error!r}") from error
 
@@ -154,7 +138,7 @@ class Spec:
 
 
 def refuse_temperature(value: Any) -> None:
-    """Refuses what is not a number between the bounds: zero, NaN, infinity, text, a truth value."""
+    """Refuses anything but a number between the bounds: zero, NaN, infinity, text, a bool."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (is_number and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE):
         raise Refusal(

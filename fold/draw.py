@@ -1,4 +1,4 @@
-"""python fold/draw.py checkpoint.pt: what a filter is made of, before and after folding."""
+"""python fold/draw.py checkpoint.pt: draw the parts of a filter, before and after folding."""
 
 import sys
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class DrawConfig:
     checkpoint: Annotated[Path, "a checkpoint of train/run.py"]
-    layers: Annotated[tuple[str, ...], "convolutions to draw (default: the first, the middle and the last)"] = ()
-    channels: Annotated[int, "inputs and outputs to show, the first ones"] = 32
+    layers: Annotated[tuple[str, ...], "convolutions to draw (default: first, middle and last)"] = ()
+    channels: Annotated[int, "how many inputs and outputs to show"] = 32
     out: Annotated[Path | None, "file to write (default: fold.png beside the checkpoint)"] = None
 
 
@@ -50,7 +50,7 @@ def command(config: DrawConfig) -> int:
             limit = max(abs(shown).max(), 1e-12)
             picture = axes.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set(title=title, xticks=[], yticks=[])
-            # matplotlib's types leave this one open.
+            # matplotlib does not type this method.
             figure.colorbar(picture, ax=axes, format="%.2g")  # pyright: ignore[reportUnknownMemberType]
         num_out, num_in = slices[0].shape
         row[0].set(ylabel=f"{name}\nof {num_out} outputs", xlabel=f"of {num_in} inputs")
@@ -76,7 +76,7 @@ def _centre(weight: "Tensor") -> "Tensor":
 
 
 def _dirac_layers(net: "nn.Module", config: DrawConfig) -> "dict[str, DiracConv2d]":
-    """The layers to draw by name; refuses names of none, and a net without Dirac convolutions."""
+    """The layers to draw by name; refuses unknown names, and a net without Dirac convolutions."""
     from common.refusal import Refusal
     from train.layers import DiracConv2d
 

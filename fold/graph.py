@@ -1,4 +1,4 @@
-"""Any net that can be traced, made plain: `plain = fold(net, example)`."""
+"""The plain form of any net that can be traced: `plain = fold(net, example)`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +11,7 @@ from fold.tracing import trace
 
 
 class GraphNet(nn.Module):
-    """A graph as a net: its tensors are buffers, called as in a file."""
+    """A graph as a net; its tensors are buffers, named as in a file."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
@@ -19,8 +19,7 @@ class GraphNet(nn.Module):
         self._places: dict[str, tuple[str, ...]] = {}
         for node in graph.nodes:
             for key, tensor in node.tensors.items():
-                place: nn.Module = self._place(node.name)
-                place.register_buffer(key, tensor.detach())
+                self._place(node.name).register_buffer(key, tensor.detach())
             self._places[node.name] = tuple(node.tensors)
 
     def _place(self, name: str) -> nn.Module:
@@ -32,15 +31,12 @@ class GraphNet(nn.Module):
         return place
 
     def with_tensors(self) -> Graph:
-        """The graph with the numbers as they are now."""
+        """The graph with the current tensors."""
         return replace(self.graph, nodes=tuple(self._filled(node) for node in self.graph.nodes))
 
     def _filled(self, node: Node) -> Node:
         keys = self._places[node.name]
-        if not keys:
-            return node
-        place = self.get_submodule(f"nodes.{node.name}")
-        return replace(node, tensors={key: place.get_buffer(key) for key in keys})
+        return replace(node, tensors={key: self.get_buffer(f"nodes.{node.name}.{key}") for key in keys})
 
     def forward(self, x: Tensor) -> Tensor:
         for _, value in self.values(x):
@@ -48,12 +44,11 @@ class GraphNet(nn.Module):
         return x
 
     def values(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Every node's output by name, in order; no more is held than is read again."""
+        """Every node's output by name, in order; outputs are dropped after their last reader."""
         last = {name: node.name for node in self.graph.nodes for name in node.inputs}
         held: dict[str, Tensor] = {}
         for node in self.graph.nodes:
-            whole = self._filled(node)
-            value = run(whole, [held[name] for name in node.inputs]) if node.op != "input" else x
+            value = x if node.op == "input" else run(self._filled(node), [held[name] for name in node.inputs])
             held[node.name] = value
             for name in {*node.inputs}:
                 if last[name] == node.name:
@@ -64,7 +59,7 @@ class GraphNet(nn.Module):
 def fold(net: nn.Module, example: Tensor | None = None) -> GraphNet:
     """The plain form in float64 of any net that can be traced, in evaluation mode; `net` stays as it was.
 
-    `example` is a batch that the net takes; it may be left out where no operation depends on shapes.
-    What was not merged, and why, stands in `.graph.blocked`. Refuses what `trace` refuses.
+    `example` is a batch for the net; it may be omitted if no operation depends on shapes.
+    `.graph.blocked` says what was not merged, and why. Refuses what `trace` refuses.
     """
     return GraphNet(simplify(trace(net, example))).eval()

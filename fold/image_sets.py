@@ -1,4 +1,4 @@
-"""The images that nets are compared on: real ones, random ones, and those that strain arithmetic most."""
+"""The images that nets are compared on: real ones, random ones, and extreme ones, which strain arithmetic most."""
 
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ EXTREMES = ("all black", "all white", "one hot pixel", "noise of full contrast",
 
 
 def random_images(image: ImageSpec, num: int = NUM_RANDOM) -> np.ndarray:
-    """uint8 [num, H, W, C], every value as likely as every other."""
+    """uint8 [num, H, W, C], uniformly distributed."""
     shape = (num, image.height, image.width, image.channels)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
 def extreme_images(image: ImageSpec) -> np.ndarray:
-    """One image for each of EXTREMES: the ends of the range, alone, side by side and at random."""
+    """One image for each of EXTREMES, uint8 [5, H, W, C], with values only at the ends of the range."""
     shape = (image.height, image.width, image.channels)
     hot = np.zeros(shape, np.uint8)
     hot[image.height // 2, image.width // 2] = 255
@@ -41,22 +41,22 @@ def real_images(
     data_dir: Path | None = None,
     beside: Path | None = None,
 ) -> tuple[np.ndarray | None, str]:
-    """The first test images of the data set that `training` names, or None and why.
+    """The first test images of the data set that `training` names, or None and the reason.
 
-    `training` is a checkpoint's config, or what later artefacts keep of it; `data_dir` goes before the one in it,
-    and must then have the images. `beside` is the model's folder. Refuses a data set that has changed.
+    `training` is a checkpoint's config, or what later artefacts keep of it. `data_dir` overrides the one in it,
+    and must have the images. `beside` is the model's folder. Refuses a data set that has changed.
     """
     from train.data import datasets
 
-    if "dataset" not in training and data_dir:
-        return photographs(image, data_dir, num=num), ""
     if "dataset" not in training:
+        if data_dir:
+            return photographs(image, data_dir, num=num), ""
         return None, "no artefact says what it was trained on; name a folder of images with --data-dir"
     if data_dir is None and training["dataset"] == "folder" and not Path(training.get("data_dir") or "").is_absolute():
-        return None, "no file says where the photographs lie: name their folder with --data-dir"
+        return None, "the folder of the photographs is not recorded: name it with --data-dir"
     given = data_dir or (Path(training["data_dir"]) if training.get("data_dir") else None)
     if data_dir is None and given and not given.is_dir():
-        return None, f"{given} is not there any more: name the data set's folder with --data-dir"
+        return None, f"{given} no longer exists: name the data set's folder with --data-dir"
     try:
         test = datasets.load_as_trained(training, data_dir=given, beside=beside, image=image).test
     except Changed:
@@ -69,7 +69,7 @@ def real_images(
 
 
 def photographs(image: ImageSpec, folder: Path, *, num: int) -> np.ndarray:
-    """The first `num` images of a folder and those inside it, uint8 [N, H, W, C]; refuses one that cannot be read."""
+    """The first `num` images in a folder and its subfolders, uint8 [N, H, W, C]; refuses one that cannot be read."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:num]
     if not files:
         raise Refusal(f"{folder} has no {', '.join(SUFFIXES)} file; name a folder of images with --data-dir")

@@ -1,8 +1,7 @@
-"""Linear maps with a window: convolutions, matrices, affine maps, average pools, and what they are together."""
+"""Linear maps with a window (convolutions, matrices, affine maps, average pools), their sums and compositions."""
 
 from dataclasses import dataclass, replace
 from math import gcd, prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from fold.nodes import Node
 class Linear:
     """x → W ⊙ x + bias. W is [N_o, N_i / groups, K...]; a matrix has no K.
 
-    `groups` of 0: one filter [1, 1, K...] for every channel, however many there are.
+    `groups` of 0 means one filter [1, 1, K...] for every channel, whatever their number.
     """
 
     source: str  # what it reads
@@ -28,7 +27,7 @@ class Linear:
 
     @property
     def num_in(self) -> int:
-        """0: open."""
+        """0 if unknown."""
         return self.groups * self.weight.shape[1]
 
     @property
@@ -57,14 +56,14 @@ def of_node(node: Node) -> Linear:
 
 
 def per_channel(source: str, name: str, scale: Tensor, shift: Tensor, dims: int) -> Linear:
-    """s x + t as a depthwise map of one tap; [1] for all channels, however many."""
+    """s x + t, of shapes [C], or [1] for any number of channels, as a depthwise map of one tap."""
     weight = scale.view(-1, *[1] * (dims + 1))
     groups = len(scale) if len(scale) > 1 else 0
     return Linear(source, weight, shift.expand(len(scale)), (1,) * dims, ((0, 0),) * dims, (1,) * dims, groups, name)
 
 
 def average_pool(node: Node) -> Linear:
-    """A mean is a depthwise convolution of equal taps."""
+    """An average pool as a depthwise convolution of equal taps."""
     how, dims = node.attributes, len(node.attributes["size"])
     weight = torch.full((1, 1, *how["size"]), 1 / prod(how["size"]), dtype=torch.float64)
     padding = tuple((size, size) for size in how["padding"])
@@ -73,22 +72,19 @@ def average_pool(node: Node) -> Linear:
 
 
 def to_node(linear: Linear, *, equals: str) -> Node:
-    """The convolution, or where there is no window the matrix."""
+    """A convolution, or a matrix where there is no window."""
     if not linear.kernel:
         weight = with_groups(linear, 1).weight
         return Node(linear.name, "linear", (linear.source,), {}, {"weight": weight, "bias": linear.bias}, equals)
-    attributes: dict[str, Any] = {
-        "stride": list(linear.stride),
-        "padding": [list(pair) for pair in linear.padding],
-        "dilation": list(linear.dilation),
-        "groups": linear.groups,
-    }
+    stride, dilation = list(linear.stride), list(linear.dilation)
+    padding = [list(pair) for pair in linear.padding]
+    attributes = {"stride": stride, "padding": padding, "dilation": dilation, "groups": linear.groups}
     tensors = {"weight": linear.weight, "bias": linear.bias}
     return Node(linear.name, "conv", (linear.source,), attributes, tensors, equals)
 
 
 def added(one: Linear, other: Linear) -> Linear | str:
-    """W1 ⊙ x + W2 ⊙ x as one map, or what is in the way."""
+    """W1 ⊙ x + W2 ⊙ x as one map, or what prevents it."""
     num_in = one.num_in or other.num_in
     one, other = _sized(one, num_in), _sized(other, num_in)
     if len(one.weight) != len(other.weight):
@@ -101,20 +97,17 @@ def added(one: Linear, other: Linear) -> Linear | str:
     groups = gcd(one.groups, other.groups)
     parts = [_on_dilation_of(with_groups(part, groups), beside) for part, beside in ((one, other), (other, one))]
     offsets = (a - b for (a, _), (b, _) in zip(one.padding, other.padding, strict=True))
-    if parts[0].dilation != parts[1].dilation or any(
-        offset % d for offset, d in zip(offsets, parts[0].dilation, strict=True)
-    ):
+    dilation = parts[0].dilation
+    if parts[1].dilation != dilation or any(offset % d for offset, d in zip(offsets, dilation, strict=True)):
         parts = [_undilated(part) for part in parts]
     total = _aligned_sum(*parts)
     # A small dense kernel beside a large depthwise one would become a large dense one.
-    if total.weight.numel() > one.weight.numel() + other.weight.numel():
-        ratio = total.weight.numel() / (one.weight.numel() + other.weight.numel())
-        return f"one convolution would have {ratio:.2g} times the work"
-    return total
+    ratio = total.weight.numel() / (one.weight.numel() + other.weight.numel())
+    return total if ratio <= 1 else f"one convolution would have {ratio:.2g} times the work"
 
 
 def chained(first: Linear, second: Linear) -> Linear | str:
-    """W2 ⊙ (W1 ⊙ x) as one map, or what is in the way. One of the kernels has a single tap."""
+    """W2 ⊙ (W1 ⊙ x) as one map, where one of the kernels has a single tap, or what prevents it."""
     if first.groups != 1 or second.groups != 1:
         return "a convolution with groups"
     if prod(second.kernel) != 1 and (prod(first.kernel) != 1 or any(size != 1 for size in first.stride)):
@@ -152,7 +145,7 @@ def with_groups(linear: Linear, groups: int) -> Linear:
 
 
 def _sized(linear: Linear, num: int) -> Linear:
-    """With its filter for each of `num` channels, where their number was open."""
+    """The same map with a filter for each of `num` channels, if their number was unknown."""
     if linear.groups:
         return linear
     weight = linear.weight.expand(num, *linear.weight.shape[1:])
@@ -160,12 +153,12 @@ def _sized(linear: Linear, num: int) -> Linear:
 
 
 def _outputs(linear: Linear) -> tuple[int, ...]:
-    """By how much the output is larger than the input, before the stride."""
+    """How much larger the output is than the input, before the stride."""
     return tuple(before + after - span for (before, after), span in zip(linear.padding, linear.span, strict=True))
 
 
 def _on_dilation_of(linear: Linear, other: Linear) -> Linear:
-    """A single tap has any dilation."""
+    """The same map with the dilation of `other` if it has a single tap, for which dilation has no meaning."""
     return replace(linear, dilation=other.dilation) if prod(linear.kernel) == 1 else linear
 
 
@@ -177,7 +170,7 @@ def _undilated(linear: Linear) -> Linear:
 
 
 def _aligned_sum(one: Linear, other: Linear) -> Linear:
-    """The sum of kernels whose taps lie on one grid; the window covers both. Named after the larger one."""
+    """The sum of kernels whose taps lie on one grid, in a window that covers both; named after the larger one."""
     largest = one if one.weight.numel() >= other.weight.numel() else other
     befores, afters = ([max(a[end], b[end]) for a, b in zip(one.padding, other.padding, strict=True)] for end in (0, 1))
     sizes = [
@@ -196,9 +189,6 @@ def _aligned_sum(one: Linear, other: Linear) -> Linear:
 
 
 def _stride(linear: Linear) -> str:
-    return "identity" if linear.name == linear.source else f"stride {_short(linear.stride)}"
-
-
-def _short(sizes: tuple[int, ...]) -> str:
-    """2 for (2, 2), else 2x1."""
-    return str(sizes[0]) if len({*sizes}) == 1 else "x".join(map(str, sizes))
+    """Identity, stride 2, or stride 2x1."""
+    sizes = linear.stride[:1] if len({*linear.stride}) == 1 else linear.stride
+    return "identity" if linear.name == linear.source else f"stride {'x'.join(map(str, sizes))}"

@@ -1,30 +1,29 @@
-"""One plain net, several graphs: exact ways to write an NCReLU and the convolution after it.
+"""Exact ways to write an NCReLU and the convolution after it.
 
-With W' = [W1 W2] split along its inputs (eq. 10) a layer computes W1 ⊙ max(x, 0) + W2 ⊙ min(x, 0). As
-min(x, 0) = x − max(x, 0), the same is (W1 − W2) ⊙ ρ(x) + W2 ⊙ x. The forms are equal in exact
-arithmetic; they differ in what a runtime can fuse, and in what eight bits can hold.
+With W' = [W1 W2] split along its inputs (eq. 10), a layer computes W1 ⊙ max(x, 0) + W2 ⊙ min(x, 0). Because
+min(x, 0) = x − max(x, 0), the same is (W1 − W2) ⊙ ρ(x) + W2 ⊙ x. The forms are equal in exact arithmetic;
+they differ in what a runtime can fuse and in what eight bits can represent.
 """
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import NoReturn
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from common.refusal import Refusal
 from fold.graph import GraphNet
-from fold.layers import Operation, as_sequential, nest
-from fold.lower_graph import GRAPH_LOWERINGS, lower_graph
+from fold.layers import Convolution, Operation, as_sequential, convolution, nest
 from fold.lowerings import LOWERINGS, Lowering
-from fold.passes import split_ncrelu
-from fold.plain import Convolution, PlainNet, convolution_like, named_layers
+from fold.nodes import Graph, Node
+from fold.plain import PlainNet, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
 
 Layers = list[tuple[str, nn.Module]]  # as `named_layers` gives them
-
-# A channel whose tap is below this share of the median, or negative, is rescaled by the median: by its own
-# tap its activations would outgrow all others, layer by layer, and take the range of eight bits for themselves.
+GRAPH_LOWERINGS: tuple[Lowering, ...] = ("concat", "shared", "shared-split", "split")
+# A channel whose tap is negative or below this share of the median is rescaled by the median instead of its own tap:
+# otherwise its activations would grow from layer to layer and take the range of eight bits for themselves.
 SMALLEST_TAP = 1 / 4
 
 
@@ -64,16 +63,20 @@ def lower(net: PlainNet, lowering: str) -> PlainNet:
     [z; −z], and a ReLU is all that remains. skip: δ leaves the filters again and becomes an identity
     beside them, for eight-bit weights; see `_skip`.
     A layer keeps its name and, but for mirror (z first) and skip (up to a positive factor per channel),
-    its output. `net` stays as it was. A graph is rewritten as a graph, mirror and skip as layers, where it
-    is a chain of them. Refuses other lowerings.
+    its output. `net` stays as it was. A graph stays a graph, except for mirror and skip, which need a chain of
+    layers. Refuses other lowerings, and graphs that are no such chain.
     """
-    if isinstance(net, GraphNet):
-        if lowering in GRAPH_LOWERINGS:
-            return GraphNet(lower_graph(net.with_tensors(), lowering)).eval()
-        if lowering not in LOWERINGS:
-            raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
-        net = layers_of(net) or _refuse_graph(lowering)
-    layers = list(named_layers(deepcopy(net)))
+    if lowering not in LOWERINGS:
+        raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
+    if isinstance(net, GraphNet) and lowering in GRAPH_LOWERINGS:
+        return GraphNet(_lower_graph(net.with_tensors(), lowering)).eval()
+    chain = layers_of(net)
+    if chain is None:
+        raise Refusal(
+            f"lowering {lowering} is for chains of convolutions, ReLU, NCReLU and max-pools, and this net is none; "
+            f"choose one of {', '.join(GRAPH_LOWERINGS)}"
+        )
+    layers = list(named_layers(deepcopy(chain)))
     match lowering:
         case "concat":
             return nest(layers)
@@ -83,12 +86,10 @@ def lower(net: PlainNet, lowering: str) -> PlainNet:
             return nest(_mirror(layers))
         case "skip":
             return nest(_skip(layers))
-        case _:
-            raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
 
 
 def layers_of(net: PlainNet) -> nn.Sequential | None:
-    """A plain net as layers; None for a graph that is no chain of those that a net of this project has."""
+    """A plain net as layers; None for a graph that is not a chain of the layers that this project's nets have."""
     if not isinstance(net, GraphNet):
         return net
     try:
@@ -99,7 +100,7 @@ def layers_of(net: PlainNet) -> nn.Sequential | None:
 
 
 def distinct_lowerings(net: PlainNet) -> tuple[Lowering, ...]:
-    """Those that write `net` differently: a net of ReLU alone has a single form beside skip."""
+    """Those that write `net` differently: a net without NCReLU has a single form beside skip."""
     layers = layers_of(net)
     if layers is None:
         return GRAPH_LOWERINGS if isinstance(net, GraphNet) and net.graph.count("ncrelu") else ("concat",)
@@ -107,15 +108,20 @@ def distinct_lowerings(net: PlainNet) -> tuple[Lowering, ...]:
     return LOWERINGS if has_ncrelu else ("concat", "skip")
 
 
-def _refuse_graph(lowering: str) -> NoReturn:
-    raise Refusal(
-        f"lowering {lowering} is for chains of convolutions, ReLU, NCReLU and max-pools, and this net is none; "
-        f"choose one of {', '.join(GRAPH_LOWERINGS)}"
-    )
+def split_ncrelu(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """[W1 W2] of eq. 10: the halves of the filters that read max(x, 0) and min(x, 0)."""
+    w1, w2 = weight.chunk(2, dim=1)
+    return w1, w2
+
+
+def convolution_like(layer: Convolution, weight: Tensor, bias: Tensor | None) -> Convolution:
+    """A convolution with weights [N_o, N_i, K...] that strides and pads like `layer`."""
+    how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+    return convolution(weight, bias, **how)
 
 
 def _rewrite_pairs(layers: Layers, lowering: str) -> Iterator[tuple[str, nn.Module]]:
-    """Every NCReLU with the convolution after it in another form; the rest as it is."""
+    """Every NCReLU and the convolution after it in another form; other layers as they are."""
     rest = iter(layers)
     for name, layer in rest:
         if not isinstance(layer, NCReLU):
@@ -137,14 +143,14 @@ def _rewrite_pairs(layers: Layers, lowering: str) -> Iterator[tuple[str, nn.Modu
 
 
 def _convolution(name: str, layer: nn.Module) -> tuple[str, nn.Conv2d]:
-    """The layer that reads an NCReLU; refuses what is no convolution."""
+    """The layer after an NCReLU; raises TypeError unless it is a convolution."""
     if not isinstance(layer, nn.Conv2d):
-        raise TypeError(f"{name}: {type(layer).__name__} after an NCReLU is written as concat alone")
+        raise TypeError(f"{name}: {type(layer).__name__} after an NCReLU can only be written as concat")
     return name, layer
 
 
 def _mirror(layers: Layers) -> Layers:
-    """Convolutions and ReLUs alone. A max-pool hides −z from what follows: there [x; −x] is made after it."""
+    """Only convolutions and ReLUs. After a max-pool, which would lose −z, a `Mirror` makes [x; −x]."""
     lowered: Layers = []
     after_ncrelu = False
     for name, layer in layers:
@@ -169,11 +175,10 @@ def _mirror(layers: Layers) -> Layers:
 def _skip(layers: Layers) -> Layers:
     """δ outside the filters: y = W̃ ⊙ u + δ ⊙ u, the residual net that a Dirac net implies (eq. 12).
 
-    Activations and max-pools commute with positive factors, so every channel may be measured in units
-    t of its own: x = t x̃. In them a filter is W t / t', and with t' the filter's taps under δ, δ itself
-    remains (no factor at all) beside W̃ = W t / t' − δ, which has lost its largest weights. δ ⊙ NCReLU(x)
-    of eq. 7 is x. Where W̃ holds larger weights than δ's ones, as in a net without Dirac
-    parameterization, the filter stays whole and the units start again at 1.
+    Activations and max-pools commute with positive factors, so every channel can be measured in a unit t of its
+    own: x = t x̃. In these units a filter is W t / t'. If t' are the filter's taps under δ, this is δ, without
+    a factor, plus W̃ = W t / t' − δ, which has lost the largest weights. δ ⊙ NCReLU(x) of eq. 7 is x. Where W̃ has
+    weights larger than δ's ones, as without Dirac parameterization, the filter stays whole and units restart at 1.
     """
     lowered: Layers = []
     units: Tensor | None = None  # of the channels that the next layer reads; None: all 1
@@ -207,7 +212,7 @@ def _skip(layers: Layers) -> Layers:
 
 
 def _without_delta(conv: nn.Conv2d, weight: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(W̃, units of the outputs) of a convolution whose filters are `weight`; None where δ does not pay."""
+    """(W̃, units of the outputs) of a convolution with filters `weight`; None where removing δ does not pay."""
     num_out, num_in = weight.shape[:2]
     centred = conv.padding == tuple((size - 1) / 2 for size in conv.kernel_size)
     if not centred or conv.stride != (1, 1) or conv.groups != 1 or num_in not in (num_out / 2, num_out, 2 * num_out):
@@ -224,7 +229,7 @@ def _without_delta(conv: nn.Conv2d, weight: Tensor) -> tuple[Tensor, Tensor] | N
 
 
 def _beside_delta(lowered: Layers, name: str, conv: Convolution) -> Layers:
-    """The convolution and, beside it, δ; takes the NCReLU before both off `lowered` where δ ⊙ NCReLU(x) is x."""
+    """The convolution with δ beside it. Where δ ⊙ NCReLU(x) is x, moves the NCReLU from `lowered` into the branch."""
     num_out, num_in = conv.weight.shape[:2]
     if num_in == 2 * num_out:
         _, ncrelu = lowered.pop()
@@ -238,3 +243,60 @@ def _sequence(**layers: nn.Module) -> nn.Sequential:
     for name, layer in layers.items():
         sequence.add_module(name, layer)
     return sequence
+
+
+def _lower_graph(graph: Graph, lowering: str) -> Graph:
+    """The same outputs from other nodes. A convolution keeps its name.
+
+    An NCReLU stays as it is unless all its readers are convolutions without groups.
+    """
+    halved = {
+        node.name
+        for node in graph.nodes
+        if node.op == "ncrelu"
+        and node is not graph.nodes[-1]
+        and all(reader.op == "conv" and reader.attributes["groups"] == 1 for reader in graph.readers(node.name))
+    }
+    if lowering == "concat" or not halved:
+        return graph
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.name in halved:
+            nodes += _ncrelu_nodes(node, lowering)
+        elif node.op == "conv" and node.inputs[0] in halved:
+            nodes += _convolution_nodes(node, graph[node.inputs[0]], lowering)
+        else:
+            nodes.append(node)
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _ncrelu_nodes(node: Node, lowering: str) -> Iterator[Node]:
+    """The nodes that the convolutions then read, named after the NCReLU."""
+    (x,) = node.inputs
+    match lowering:
+        case "shared":
+            yield Node(f"{node.name}.positive", "relu", (x,))
+            yield Node(node.name, "cat", (f"{node.name}.positive", x))
+        case "shared-split":
+            yield Node(node.name, "relu", (x,))
+        case _:
+            yield Node(node.name, "relu", (x,))
+            minus = {"scale": -torch.ones(1), "shift": torch.zeros(1)}
+            yield Node(f"{node.name}.negative", "affine", (x,), {}, minus)
+            yield Node(f"{node.name}.mirrored", "relu", (f"{node.name}.negative",))
+
+
+def _convolution_nodes(node: Node, ncrelu: Node, lowering: str) -> Iterator[Node]:
+    bias = node.tensors["bias"]
+    w1, w2 = split_ncrelu(node.tensors["weight"])
+    if lowering == "shared":
+        yield replace(node, tensors={"weight": torch.cat([w1 - w2, w2], dim=1), "bias": bias})
+        return
+    first, second, source = (
+        (w1 - w2, w2, ncrelu.inputs[0]) if lowering == "shared-split" else (w1, -w2, f"{ncrelu.name}.mirrored")
+    )
+    parts = (("body", ncrelu.name, first, bias), ("shortcut", source, second, torch.zeros_like(bias)))
+    for part, read, weight, shift in parts:
+        tensors = {"weight": weight.contiguous(), "bias": shift}
+        yield replace(node, name=f"{node.name}.{part}", inputs=(read,), tensors=tensors, equals="-")
+    yield Node(node.name, "add", tuple(f"{node.name}.{part}" for part, *_ in parts), {}, {}, node.origin)

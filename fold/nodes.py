@@ -1,4 +1,4 @@
-"""A net as plain data: operations by name, what they read, their numbers. No code travels in it.
+"""A net as plain data: named operations, what they read, and their numbers. It contains no code.
 
 fold/tracing.py makes a graph of a net, fold/rules.py simplifies it, fold/graph.py runs it.
 """
@@ -18,21 +18,26 @@ from train.layers import ncrelu
 
 @dataclass(frozen=True)
 class Node:
-    """One operation. `name` is unique, and of the user's module where there is one."""
+    """One operation. `name` is unique, and that of the user's module where there is one."""
 
     name: str
     op: str  # a key of OPERATIONS
     inputs: tuple[str, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict[str, Any])  # JSON
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
-    equals: str = ""  # the node of the traced graph that has this output; empty: the one of this name
+    equals: str = ""  # the node of the traced graph with this output; empty if it has the same name
 
     @property
     def origin(self) -> str:
         return self.equals or self.name
 
+    def reading(self, instead: Mapping[str, str]) -> "Node":
+        """The node with inputs replaced by the names that `instead` has for them."""
+        inputs = tuple(instead.get(name, name) for name in self.inputs)
+        return self if inputs == self.inputs else replace(self, inputs=inputs)
+
     def to_dict(self) -> dict[str, Any]:
-        """All but the tensors; those have names of their own in a file."""
+        """Everything but the tensors, which have names of their own in a file."""
         return {
             "name": self.name,
             "op": self.op,
@@ -45,7 +50,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in an order in which they can run: the first is the input, the last has the output."""
+    """Nodes in an order in which they can run: the first is the input, the last gives the output."""
 
     nodes: tuple[Node, ...]
     blocked: tuple[str, ...] = ()  # what was not merged, and why
@@ -89,30 +94,17 @@ class Graph:
         return {f"{node.name}.{key}": value for node in self.nodes for key, value in node.tensors.items()}
 
     def convert(self, dtype: torch.dtype) -> "Graph":
-        nodes = (
-            replace(node, tensors={key: value.to(dtype) for key, value in node.tensors.items()}) for node in self.nodes
-        )
-        return replace(self, nodes=tuple(nodes))
+        converted = ({key: value.to(dtype) for key, value in node.tensors.items()} for node in self.nodes)
+        nodes = zip(self.nodes, converted, strict=True)
+        return replace(self, nodes=tuple(replace(node, tensors=tensors) for node, tensors in nodes))
 
     @classmethod
     def from_dict(cls, entries: Any, tensors: Mapping[str, Tensor]) -> "Graph":
         """The inverse of `to_dict` and `tensors`; refuses operations that are not listed, and what does not fit."""
-        nodes: list[Node] = []
         try:
-            for entry in entries:
-                name = str(entry["name"])
-                node = Node(
-                    name,
-                    str(entry["op"]),
-                    tuple(str(value) for value in entry["inputs"]),
-                    dict(entry["attributes"]),
-                    {str(key): tensors[f"{name}.{key}"] for key in entry["tensors"]},
-                    str(entry["equals"]),
-                )
-                nodes.append(node)
+            graph = cls(tuple(_node(entry, tensors) for entry in entries))
         except (TypeError, KeyError, ValueError) as error:
             raise Refusal(f"the graph in the file is damaged: {error!r}") from error
-        graph = cls(tuple(nodes))
         graph.check()
         unread = tensors.keys() - graph.tensors().keys()
         if unread:
@@ -120,23 +112,38 @@ class Graph:
         return graph
 
     def check(self) -> None:
-        """Refuses operations that are not listed, names used twice, and inputs that are not there yet."""
+        """Refuses operations that are not listed, names used twice, and nodes that read later ones."""
         seen: set[str] = set()
         for index, node in enumerate(self.nodes):
             if node.op not in OPERATIONS or (node.op == "input") != (index == 0):
                 raise Refusal(f"{node.name}: {node.op} is not one of {', '.join(OPERATIONS)}")
             if node.name in seen or not seen.issuperset(node.inputs):
                 raise Refusal(f"{node.name}: the graph uses a name twice, or reads {node.inputs} too early")
-            needed = TENSORS.get(node.op, ())
-            if set(node.tensors) != set(needed):
-                raise Refusal(f"{node.name}: {node.op} has tensors {sorted(node.tensors)}, not {sorted(needed)}")
+            keys = TENSORS.get(node.op, ())
+            if set(node.tensors) != set(keys):
+                raise Refusal(f"{node.name}: {node.op} has tensors {sorted(node.tensors)}, not {sorted(keys)}")
             seen.add(node.name)
         if len(self.nodes) < 2:
             raise Refusal("the graph has no operation")
 
 
+def _node(entry: Any, tensors: Mapping[str, Tensor]) -> Node:
+    name, inputs = str(entry["name"]), tuple(str(value) for value in entry["inputs"])
+    own = {str(key): tensors[f"{name}.{key}"] for key in entry["tensors"]}
+    return Node(name, str(entry["op"]), inputs, dict(entry["attributes"]), own, str(entry["equals"]))
+
+
+def needed(nodes: Sequence[Node], last: str) -> tuple[Node, ...]:
+    """The node `last` and all that it depends on, in the order of `nodes`."""
+    read = {last}
+    for node in reversed(nodes):
+        if node.name in read:
+            read.update(node.inputs)
+    return tuple(node for node in nodes if node.name in read)
+
+
 def rank_after(node: Node, ranks: Mapping[str, int | None]) -> int | None:
-    """The number of dimensions of a node's output, the batch among them, from those of nodes before it; None: open."""
+    """The number of dimensions of a node's output, with the batch, from those of the nodes before it; None: unknown."""
     match node.op:
         case "input":
             return node.attributes.get("rank")
@@ -157,7 +164,7 @@ def rank_after(node: Node, ranks: Mapping[str, int | None]) -> int | None:
 
 
 def run(node: Node, inputs: Sequence[Tensor]) -> Tensor:
-    """What a node makes of its inputs."""
+    """A node's output."""
     return JOINS[node.op](inputs) if node.op in JOINS else MAPS[node.op](node, *inputs)
 
 
@@ -171,19 +178,17 @@ def _normalize(node: Node, images: Tensor) -> Tensor:
     return (images.permute(0, 3, 1, 2).to(scale.dtype) - offset) * scale
 
 
-def _padded(x: Tensor, padding: Sequence[Sequence[int]], value: float = 0.0) -> Tensor:
+def _padded(x: Tensor, padding: Sequence[Sequence[int]]) -> Tensor:
     flat = [end for pair in reversed(padding) for end in pair]
-    return F.pad(x, flat, value=value) if any(flat) else x
+    return F.pad(x, flat) if any(flat) else x
 
 
 def _conv(node: Node, x: Tensor) -> Tensor:
     weight, how = node.tensors["weight"], node.attributes
     convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
-    padding: list[int] | int = 0
-    if all(before == after for before, after in how["padding"]):
-        padding = [before for before, _ in how["padding"]]
-    else:
-        x = _padded(x, how["padding"])
+    padding = [before for before, _ in how["padding"]]
+    if any(before != after for before, after in how["padding"]):
+        x, padding = _padded(x, how["padding"]), 0
     return convolve(x, weight, node.tensors["bias"], how["stride"], padding, how["dilation"], how["groups"])
 
 
@@ -197,13 +202,13 @@ def _avg_pool(node: Node, x: Tensor) -> Tensor:
     return pool(x, how["size"], how["stride"], how["padding"], how["ceil"], how["count_padding"])
 
 
-# Of several inputs.
+# Operations of several inputs.
 JOINS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
     "add": lambda inputs: reduce(torch.add, inputs),
     "mul": lambda inputs: reduce(torch.mul, inputs),
     "cat": lambda inputs: torch.cat(list(inputs), dim=1),
 }
-# Of one.
+# Operations of one input.
 MAPS: dict[str, Callable[[Node, Tensor], Tensor]] = {
     "input": lambda node, x: x,
     "normalize": _normalize,

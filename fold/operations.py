@@ -1,28 +1,28 @@
-"""What PyTorch's layers and functions are in a graph. Each takes the arguments of its namesake."""
+"""How PyTorch's layers and functions are written as nodes. Each function takes the arguments of its namesake."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fold.nodes import Node, rank_after
-from fold.passes import fold_batch_norm
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize, dirac_weight
 
 
 class NotListed(Exception):
-    """An operation, or a form of it, that has no place in a graph; says what and why."""
+    """An operation, or a form of it, that a graph cannot express; says which and why."""
 
 
 class Ref(str):
-    """The name of a node: what a traced value is while the graph is written."""
+    """The name of a node, in place of a traced value while the graph is written."""
 
     __slots__ = ()
 
 
 class Builder:
-    """A graph under construction; `path` is where in the user's net the next node belongs."""
+    """A graph under construction; `path` is the module of the user's net that the next node belongs to."""
 
     def __init__(self) -> None:
         self.nodes: list[Node] = []
@@ -31,7 +31,7 @@ class Builder:
         self._ranks: dict[str, int | None] = {}
 
     def add(self, op: str, *inputs: Ref, tensors: dict[str, Tensor] | None = None, **attributes: Any) -> Ref:
-        """Append a node; its name is the path's, made unique."""
+        """Append a node, named after the path and made unique."""
         name, number = self.path or op, 1
         if name in self._names:
             name = f"{name}.{op}"
@@ -58,6 +58,11 @@ def each(value: Any, dims: int) -> list[int]:
     return [int(size) for size in (values * dims if len(values) == 1 else values)]
 
 
+def weights(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    weight = double(weight)
+    return {"weight": weight, "bias": weight.new_zeros(len(weight)) if bias is None else double(bias)}
+
+
 def convolve(
     b: Builder,
     input: Ref,
@@ -80,18 +85,22 @@ def convolve(
             pairs = [[0, 0]] * dims
         case _:
             pairs = [[size, size] for size in each(padding, dims)]
-    weight = double(weight)
-    tensors = {"weight": weight, "bias": weight.new_zeros(len(weight)) if bias is None else double(bias)}
-    return b.add("conv", input, tensors=tensors, stride=stride, padding=pairs, dilation=dilation, groups=groups)
+    how: dict[str, Any] = {"stride": stride, "padding": pairs, "dilation": dilation, "groups": groups}
+    return b.add("conv", input, tensors=weights(weight, bias), **how)
 
 
 def linear(b: Builder, input: Ref, weight: Tensor, bias: Tensor | None = None) -> Ref:
-    weight = double(weight)
-    return b.add(
-        "linear",
-        input,
-        tensors={"weight": weight, "bias": weight.new_zeros(len(weight)) if bias is None else double(bias)},
-    )
+    return b.add("linear", input, tensors=weights(weight, bias))
+
+
+def fold_batch_norm(
+    gamma: Tensor | None, beta: Tensor | None, mean: Tensor, var: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """y = s x + (β − s mean), s = γ / √(var + ε): the scale and the shift, each [C]."""
+    scale = 1 / torch.sqrt(var + epsilon)
+    if gamma is not None:
+        scale = gamma * scale
+    return scale, -scale * mean if beta is None else beta - scale * mean
 
 
 def batch_norm(
@@ -106,16 +115,14 @@ def batch_norm(
     eps: float = 1e-5,
     **known: Any,
 ) -> Ref:
-    """y = s x + (β − s mean), s = γ / √(var + ε)."""
     if running_mean is None or running_var is None:
         raise NotListed("batch norm without running statistics depends on the batch: train with track_running_stats")
     if training:
         raise NotListed("batch norm in training mode depends on the batch: call net.eval()")
     mean, var = double(running_mean), double(running_var)
-    if mean.is_meta:  # of a skeleton: PyTorch imports its compiler, a second's work, to compute with shapes
-        return b.add("affine", input, tensors={"scale": mean, "shift": mean}, **known)
-    parts = {"gamma": None if weight is None else double(weight), "beta": None if bias is None else double(bias)}
-    scale, shift = fold_batch_norm(torch.ones_like(mean), None, **parts, mean=mean, var=var, epsilon=eps)
+    gamma, beta = (None if parameter is None else double(parameter) for parameter in (weight, bias))
+    # Of a skeleton. To compute with shapes, PyTorch would import its compiler, which takes a second.
+    scale, shift = (mean, mean) if mean.is_meta else fold_batch_norm(gamma, beta, mean, var, eps)
     return b.add("affine", input, tensors={"scale": scale, "shift": shift}, **known)
 
 
@@ -145,7 +152,7 @@ def combine(b: Builder, op: str, left: Any, right: Any) -> Any:
 
 
 def channel_constants(b: Builder, value: Ref, constant: Any) -> Tensor:
-    """A number, or one for each channel, as [C] or [1]; refuses others."""
+    """A constant for all channels as [1], or one for each as [C]; refuses others."""
     if isinstance(constant, int | float):
         return torch.tensor([float(constant)], dtype=torch.float64)
     constants = double(constant)
@@ -153,15 +160,21 @@ def channel_constants(b: Builder, value: Ref, constant: Any) -> Tensor:
         return constants.reshape(1)
     large = [axis for axis, size in enumerate(constants.shape) if size > 1]
     rank = b.rank(value)
-    # Axes are matched from the right: the channels of [N, C, ...] are the one before its spatial dimensions.
+    # Broadcasting aligns axes from the right: the channels of [N, C, ...] come right before the spatial dimensions.
     if len(large) != 1 or rank is None or constants.dim() - large[0] != rank - 1:
         raise NotListed(f"constants of shape {list(constants.shape)} that are not one for each channel")
     return constants.flatten()
 
 
+def window(dims: int, kernel_size: Any, stride: Any, padding: Any, ceil_mode: bool) -> dict[str, Any]:
+    size = each(kernel_size, dims)
+    strides = each(stride, dims) if stride else size
+    return {"size": size, "stride": strides, "padding": each(padding, dims), "ceil": bool(ceil_mode)}
+
+
 def max_pool(
-    b: Builder,
     dims: int,
+    b: Builder,
     input: Ref,
     kernel_size: Any,
     stride: Any = None,
@@ -172,14 +185,13 @@ def max_pool(
 ) -> Ref:
     if return_indices:
         raise NotListed("max-pooling that returns indices")
-    size = each(kernel_size, dims)
-    how: dict[str, Any] = {"padding": each(padding, dims), "dilation": each(dilation, dims), "ceil": bool(ceil_mode)}
-    return b.add("max_pool", input, size=size, stride=each(stride, dims) if stride else size, **how)
+    how = window(dims, kernel_size, stride, padding, ceil_mode)
+    return b.add("max_pool", input, **how, dilation=each(dilation, dims))
 
 
 def avg_pool(
-    b: Builder,
     dims: int,
+    b: Builder,
     input: Ref,
     kernel_size: Any,
     stride: Any = None,
@@ -190,18 +202,13 @@ def avg_pool(
 ) -> Ref:
     if divisor_override is not None:
         raise NotListed("average pooling with a divisor of its own")
-    size = each(kernel_size, dims)
-    how: dict[str, Any] = {
-        "padding": each(padding, dims),
-        "ceil": bool(ceil_mode),
-        "count_padding": bool(count_include_pad),
-    }
-    return b.add("avg_pool", input, size=size, stride=each(stride, dims) if stride else size, **how)
+    how = window(dims, kernel_size, stride, padding, ceil_mode)
+    return b.add("avg_pool", input, **how, count_padding=bool(count_include_pad))
 
 
-def adaptive_avg_pool(b: Builder, dims: int, input: Ref, output_size: Any) -> Ref:
+def adaptive_avg_pool(dims: int, b: Builder, input: Ref, output_size: Any) -> Ref:
     if any(size != 1 for size in each(output_size, dims)):
-        raise NotListed(f"adaptive pooling to {output_size}: to 1 alone")
+        raise NotListed(f"adaptive pooling to {output_size}, only to 1 is supported")
     if b.rank(input) not in (None, dims + 2):
         raise NotListed(f"pooling of {dims} spatial dimensions reads {b.rank(input)} dimensions: give a batch")
     return b.add("global_pool", input)
@@ -211,7 +218,7 @@ def mean(b: Builder, input: Ref, dim: Any = None, keepdim: bool = False) -> Ref:
     rank = b.rank(input)
     axes = sorted(axis % rank for axis in each(dim, 1)) if rank and dim is not None else []
     if not rank or axes != list(range(2, rank)) or not axes:
-        raise NotListed(f"a mean over {dim}: over all spatial dimensions alone")
+        raise NotListed(f"a mean over {dim}, only over all spatial dimensions is supported")
     pooled = b.add("global_pool", input)
     return pooled if keepdim else b.add("flatten", pooled)
 
@@ -219,14 +226,14 @@ def mean(b: Builder, input: Ref, dim: Any = None, keepdim: bool = False) -> Ref:
 def flatten(b: Builder, input: Ref, start_dim: int = 0, end_dim: int = -1) -> Ref:
     rank = b.rank(input)
     if start_dim != 1 or end_dim not in (-1, (rank or 0) - 1):
-        raise NotListed(f"flatten from {start_dim} to {end_dim}: from 1 to the end alone")
+        raise NotListed(f"flatten from {start_dim} to {end_dim}, only from 1 to the end is supported")
     return input if rank == 2 else b.add("flatten", input)
 
 
 def cat(b: Builder, tensors: Sequence[Any], dim: int = 0) -> Ref:
     rank = b.rank(tensors[0])
     if (dim if dim >= 0 or rank is None else dim + rank) != 1 or not all(isinstance(part, Ref) for part in tensors):
-        raise NotListed(f"a concatenation along {dim}: of channels alone")
+        raise NotListed(f"a concatenation along {dim}, only of channels is supported")
     return b.add("cat", *tensors)
 
 
@@ -248,7 +255,7 @@ def getitem(b: Builder, input: Ref, index: Any) -> Ref:
     channels = cast("slice[Any, Any, Any] | None", channels)
     whole = batch == slice(None) and all(part in (slice(None), Ellipsis) for part in rest)
     if not whole or not isinstance(channels, slice) or channels.step is not None:
-        raise NotListed(f"indexing with {index}: of channels alone")
+        raise NotListed(f"indexing with {index}, only of channels is supported")
     return b.add("slice", input, start=channels.start or 0, stop=channels.stop)
 
 
@@ -256,12 +263,12 @@ def hardtanh(b: Builder, input: Ref, min_val: float = -1.0, max_val: float = 1.0
     return b.add("clip", input, low=float(min_val), high=float(max_val))
 
 
-def relu6(b: Builder, input: Ref, inplace: bool = False) -> Ref:
-    return hardtanh(b, input, 0.0, 6.0)
-
-
 def leaky_relu(b: Builder, input: Ref, negative_slope: float = 0.01, inplace: bool = False) -> Ref:
     return b.add("leaky_relu", input, slope=float(negative_slope))
+
+
+def relu6(b: Builder, input: Ref, inplace: bool = False) -> Ref:
+    return hardtanh(b, input, 0.0, 6.0)
 
 
 def gelu(b: Builder, input: Ref, approximate: str = "none") -> Ref:
@@ -282,27 +289,17 @@ def dropout(b: Builder, input: Ref, p: float = 0.5, training: bool = True, inpla
     return input
 
 
-def elementwise(op: str) -> Callable[..., Ref]:
-    def write(b: Builder, input: Ref, inplace: bool = False) -> Ref:
-        return b.add(op, input)
-
-    return write
-
-
-def by_dims(function: Callable[..., Ref], dims: int) -> Callable[..., Ref]:
-    def write(b: Builder, *args: Any, **how: Any) -> Ref:
-        return function(b, dims, *args, **how)
-
-    return write
+def elementwise(op: str, b: Builder, input: Ref, inplace: bool = False) -> Ref:
+    return b.add(op, input)
 
 
 ELEMENTWISE = ("relu", "silu", "sigmoid", "hardswish", "hardsigmoid", "tanh")
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{op: elementwise(op) for op in ELEMENTWISE},
+    **{op: partial(elementwise, op) for op in ELEMENTWISE},
     **{f"conv{dims}d": convolve for dims in (1, 2, 3)},
-    **{f"max_pool{dims}d": by_dims(max_pool, dims) for dims in (1, 2, 3)},
-    **{f"avg_pool{dims}d": by_dims(avg_pool, dims) for dims in (1, 2, 3)},
-    **{f"adaptive_avg_pool{dims}d": by_dims(adaptive_avg_pool, dims) for dims in (1, 2, 3)},
+    **{f"max_pool{dims}d": partial(max_pool, dims) for dims in (1, 2, 3)},
+    **{f"avg_pool{dims}d": partial(avg_pool, dims) for dims in (1, 2, 3)},
+    **{f"adaptive_avg_pool{dims}d": partial(adaptive_avg_pool, dims) for dims in (1, 2, 3)},
     **dict.fromkeys(("add", "iadd"), add),
     **dict.fromkeys(("mul", "imul"), multiply),
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
@@ -325,7 +322,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 def convolution_layer(b: Builder, layer: Any, x: Ref) -> Ref:
     if layer.padding_mode != "zeros":
-        raise NotListed(f"padding with {layer.padding_mode}: with zeros alone")
+        raise NotListed(f"padding with {layer.padding_mode}, only with zeros is supported")
     weight = layer.weight
     if isinstance(layer, DiracConv1d | DiracConv2d | DiracConv3d) and not weight.is_meta:
         b_norm = None if layer.b is None else double(layer.b)
@@ -336,47 +333,32 @@ def convolution_layer(b: Builder, layer: Any, x: Ref) -> Ref:
 def batch_norm_layer(b: Builder, layer: Any, x: Ref) -> Ref:
     # A layer without running statistics takes the batch's in any mode.
     whole = (layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.training)
-    known = (
-        {"rank": 4} if isinstance(layer, nn.BatchNorm2d) else {"rank": 5} if isinstance(layer, nn.BatchNorm3d) else {}
-    )
+    ranks = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
+    known = {"rank": ranks[type(layer)]} if type(layer) in ranks else {}
     return batch_norm(b, x, *whole, eps=layer.eps, **known)
 
 
-def pool_layer(b: Builder, layer: Any, x: Ref) -> Ref:
+def pool_layer(pool: Callable[..., Ref], settings: Sequence[str], b: Builder, layer: Any, x: Ref) -> Ref:
     dims = int(type(layer).__name__[-2])
-    match layer:
-        case nn.MaxPool1d() | nn.MaxPool2d() | nn.MaxPool3d():
-            window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-            return max_pool(b, dims, x, *window, layer.ceil_mode, layer.return_indices)
-        case nn.AvgPool1d():
-            window = (layer.kernel_size, layer.stride, layer.padding)
-            return avg_pool(b, dims, x, *window, layer.ceil_mode, layer.count_include_pad)
-        case nn.AvgPool2d() | nn.AvgPool3d():
-            window = (layer.kernel_size, layer.stride, layer.padding)
-            return avg_pool(b, dims, x, *window, layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
-        case _:
-            return adaptive_avg_pool(b, dims, x, layer.output_size)
+    return pool(dims, b, x, **{name: getattr(layer, name) for name in settings})
 
 
-def normalize_layer(b: Builder, layer: Normalize, x: Ref) -> Ref:
-    return b.add("normalize", x, tensors={"offset": double(layer.offset), "scale": double(layer.scale)})
-
-
-def zero_pad_layer(b: Builder, layer: Any, x: Ref) -> Ref:
-    return pad(b, x, layer.padding)
-
-
-def dropout_layer(b: Builder, layer: Any, x: Ref) -> Ref:
-    return dropout(b, x, layer.p, layer.training)
-
-
+WINDOW = ("kernel_size", "stride", "padding", "ceil_mode")
+MAX_POOL = partial(pool_layer, max_pool, (*WINDOW, "dilation", "return_indices"))
+AVG_POOL_1D = partial(pool_layer, avg_pool, (*WINDOW, "count_include_pad"))
+AVG_POOL = partial(pool_layer, avg_pool, (*WINDOW, "count_include_pad", "divisor_override"))
+GLOBAL_POOL = partial(pool_layer, adaptive_avg_pool, ("output_size",))
 LAYERS: dict[type[nn.Module], Callable[[Builder, Any, Ref], Ref]] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, DiracConv1d, DiracConv2d, DiracConv3d), convolution_layer),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), batch_norm_layer),
-    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), pool_layer),
-    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), pool_layer),
-    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), zero_pad_layer),
-    **dict.fromkeys((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), dropout_layer),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), MAX_POOL),
+    **{nn.AvgPool1d: AVG_POOL_1D, nn.AvgPool2d: AVG_POOL, nn.AvgPool3d: AVG_POOL},
+    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), GLOBAL_POOL),
+    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), lambda b, layer, x: pad(b, x, layer.padding)),
+    **dict.fromkeys(
+        (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+        lambda b, layer, x: dropout(b, x, layer.p, layer.training),
+    ),
     nn.Linear: lambda b, layer, x: linear(b, x, layer.weight, layer.bias),
     nn.Identity: lambda b, layer, x: x,
     nn.Flatten: lambda b, layer, x: flatten(b, x, layer.start_dim, layer.end_dim),
@@ -391,5 +373,7 @@ LAYERS: dict[type[nn.Module], Callable[[Builder, Any, Ref], Ref]] = {
     nn.Hardsigmoid: lambda b, layer, x: b.add("hardsigmoid", x),
     nn.Tanh: lambda b, layer, x: b.add("tanh", x),
     NCReLU: lambda b, layer, x: b.add("ncrelu", x),
-    Normalize: normalize_layer,
+    Normalize: lambda b, layer, x: b.add(
+        "normalize", x, tensors={"offset": double(layer.offset), "scale": double(layer.scale)}
+    ),
 }

@@ -1,4 +1,4 @@
-"""python fold/original.py AUTHORS_FILE: the authors' published weights as a checkpoint, or as a plain net, of ours."""
+"""python fold/original.py AUTHORS_FILE: import the authors' published weights as a checkpoint or a plain net."""
 
 import sys
 from dataclasses import dataclass
@@ -32,11 +32,10 @@ class OriginalConfig:
 
 
 def command(config: OriginalConfig) -> int:
-    """Import a file that the authors of the paper published; nothing in it is executed."""
+    """Import a file that the paper's authors published, without executing anything in it."""
     from common.files import read_whole, sha256
-    from fold.authors.dirac import checkpoint_of
     from fold.authors.files import read_saved
-    from fold.authors.folded import plain_of
+    from fold.authors.nets import checkpoint_of, plain_of
     from fold.plain import save_plain
     from train.checkpoint import load_net, save_checkpoint
 
@@ -47,7 +46,7 @@ def command(config: OriginalConfig) -> int:
         plain = plain_of(config.authors, saved, digest, image_size=config.image_size)
         save_plain(out, plain.net, plain.spec, plain.provenance)
         _report(out, plain.spec, plain.net)
-        print("folded by the authors: without its Dirac net nothing can show that the fold changed nothing")
+        print("folded by the authors: without the Dirac net, the fold cannot be verified")
         return 0
     checkpoint = checkpoint_of(config.authors, saved, digest, image_size=config.image_size)
     save_checkpoint(out, checkpoint)
@@ -56,13 +55,11 @@ def command(config: OriginalConfig) -> int:
 
 
 def _place(config: OriginalConfig, *, folded: bool) -> Path:
-    """Where to write; refuses the authors' file itself, and a name that says another kind of file."""
+    """The path to write; refuses the authors' file itself, and a suffix that does not fit the content."""
     from common.refusal import Refusal
 
-    kind, suffix, default = (
-        ("folded already", ".safetensors", "plain.safetensors") if folded else ("not folded", ".pt", "checkpoint.pt")
-    )
-    out = config.out or Path(default)
+    kind, default = ("folded already", "plain.safetensors") if folded else ("not folded", "checkpoint.pt")
+    out, suffix = config.out or Path(default), Path(default).suffix
     if out.suffix != suffix:
         raise Refusal(f"{config.authors} is {kind}: --out must end in {suffix}, got {out}")
     if out.exists() and out.samefile(config.authors):

@@ -1,8 +1,8 @@
-"""From a net to a plain one, a chain of layers or a graph, and its file."""
+"""From a net to its plain form, a chain of layers or a graph, and the file of a plain net."""
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.documents import read_object
 from common.files import write_whole
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from common.spec import Spec
 from fold.graph import GraphNet
 from fold.layers import as_sequential
@@ -22,18 +22,11 @@ from fold.shapes import infer_shapes
 from fold.tracing import trace
 from train.families import outline
 from train.fine_tune.plain_file import FORMAT, GRAPH_FORMAT, read_plain_file
-from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, Normalize
+from train.layers import Normalize
 
-PlainNet = nn.Sequential | GraphNet  # layers of a net that a spec builds; a graph of any other
+PlainNet = nn.Sequential | GraphNet  # layers for a net that a spec builds, a graph for any other
 NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 RESERVED = ("images", "logits")  # the input and output of an exported net
-Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
-MakeConvolution = Callable[..., Convolution]
-PLAIN_CONVOLUTION: dict[type[Convolution], MakeConvolution] = {
-    DiracConv1d: nn.Conv1d,
-    DiracConv2d: nn.Conv2d,
-    DiracConv3d: nn.Conv3d,
-}
 
 
 @dataclass(frozen=True)
@@ -49,37 +42,19 @@ class Plain:
 def fold_net(net: nn.Module) -> nn.Sequential:
     """A plain net in float64 with the outputs of `net` in evaluation mode, as a chain of layers; `net` stays as it was.
 
-    Layers keep their names. See fold/rules.py for what is merged. Refuses, all in one message, the layers that
-    fold/operations.py does not know, and a net that is no chain: those go through `fold.graph.fold`.
+    Layers keep their names; fold/rules.py says what is merged. Raises TypeError that names all layers that
+    fold/operations.py does not list, and for a net that is not a chain: `fold.graph.fold` takes those.
     """
     return as_sequential(simplify(trace(net)))
 
 
 def named_layers(net: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The leaves of nested sequences in the order in which they run, with dotted names."""
+    """The leaves of nested sequences, with dotted names, in the order in which they run."""
     for name, layer in net.named_children():
         if isinstance(layer, nn.Sequential):
             yield from named_layers(layer, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", layer
-
-
-def convolution_like(layer: Convolution, weight: Tensor, bias: Tensor | None) -> Convolution:
-    """An ordinary convolution of weights [N_o, N_i, ...] that strides and pads like `layer`, a Dirac one or not."""
-    make = PLAIN_CONVOLUTION.get(type(layer), type(layer))
-    plain = make(
-        weight.shape[1] * layer.groups,
-        weight.shape[0],
-        layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        groups=layer.groups,
-        bias=bias is not None,
-        padding_mode=layer.padding_mode,
-        device="meta",
-    )
-    return _with_weights(plain, weight, bias)
 
 
 def skeleton(spec: Spec) -> nn.Sequential:
@@ -90,10 +65,10 @@ def skeleton(spec: Spec) -> nn.Sequential:
 
 
 def save_plain(path: Path, net: PlainNet, spec: Spec, provenance: dict[str, Any]) -> None:
-    """plain.safetensors: weights and biases, and in the header the spec and what made them.
+    """Write plain.safetensors: weights and biases, with the spec and the provenance in the header.
 
-    Of a net that the spec does not build, the header holds the graph as well: names, operations, attributes.
-    Refuses what `infer_shapes` refuses before anything is written.
+    For a net that the spec does not build, the header has the graph as well: names, operations, attributes.
+    Refuses, before it writes, what `infer_shapes` refuses.
     """
     metadata = {"format": FORMAT, "spec": spec.to_json(), "provenance": json.dumps(provenance)}
     weights = net.state_dict()
@@ -106,29 +81,27 @@ def save_plain(path: Path, net: PlainNet, spec: Spec, provenance: dict[str, Any]
 
 
 def load_plain(path: Path) -> Plain:
-    """The inverse of `save_plain`; refuses what is no whole plain net of ours, or holds NaN or Inf."""
+    """The inverse of `save_plain`; refuses a file that is not a whole plain net, or contains NaN or Inf."""
     file = read_plain_file(path)
     metadata, weights, spec = file.metadata, file.weights, file.spec
     try:
-        net = _graph_net(metadata.get("graph", ""), weights, spec) if spec.net else _layers(weights, spec)
+        if spec.net:
+            net = _graph_net(metadata.get("graph", ""), weights, spec)
+        else:
+            net = skeleton(spec)
+            net.load_state_dict(weights, assign=True)
     except Refusal as refusal:
         raise Refusal(f"{path}: {refusal}") from refusal
     except ValueError as error:
-        raise Refusal(f"{path} is damaged: {' '.join(str(error).split())[:200]}; make it again") from error
+        raise Refusal(f"{path} is damaged: {one_line(error)}; make it again") from error
     except RuntimeError as error:
-        raise Refusal(f"{path} does not fit its spec: {' '.join(str(error).split())[:200]}") from error
+        raise Refusal(f"{path} does not fit its spec: {one_line(error)}") from error
     provenance = read_object(metadata.get("provenance", "{}"), f"the provenance in {path}", todo="fold the net again")
     return Plain(net.eval(), spec, provenance, file.sha256)
 
 
-def _layers(weights: dict[str, Tensor], spec: Spec) -> nn.Sequential:
-    net = skeleton(spec)
-    net.load_state_dict(weights, assign=True)
-    return net
-
-
 def _graph_net(text: str, weights: dict[str, Tensor], spec: Spec) -> GraphNet:
-    """The net of a header's graph, which is checked like any input: nothing of it is code."""
+    """The net of a header's graph, which is data and checked like any input."""
     try:
         entries = json.loads(text)
     except RecursionError as error:
@@ -137,12 +110,12 @@ def _graph_net(text: str, weights: dict[str, Tensor], spec: Spec) -> GraphNet:
     _check(graph, spec)
     try:
         return GraphNet(graph)
-    except (KeyError, AttributeError) as error:  # a node named like a tensor of another
+    except (KeyError, AttributeError) as error:  # a node has the name of another's tensor
         raise ValueError(f"two tensors have one name: {error}") from error
 
 
 def _check(graph: Graph, spec: Spec) -> None:
-    """Refuses a graph that is not one from images to logits, as its spec says."""
+    """Refuses a graph that does not lead from the images of its spec to logits."""
     image = spec.image
     wrong = [node.name for node in graph.nodes if not NAME.fullmatch(node.name) or node.name in RESERVED]
     if wrong:
@@ -153,10 +126,3 @@ def _check(graph: Graph, spec: Spec) -> None:
     last, num = graph.nodes[-1].name, len(spec.labels)
     if shapes[last] != (num,):
         raise Refusal(f"{last} gives {list(shapes[last])} for each image, and there are {num} labels")
-
-
-def _with_weights(plain: Convolution, weight: Tensor, bias: Tensor | None) -> Convolution:
-    plain.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return plain

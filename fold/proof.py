@@ -1,4 +1,4 @@
-"""The proof that folding changed nothing, in numbers."""
+"""The numerical proof that folding changed nothing."""
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from copy import deepcopy
@@ -16,30 +16,30 @@ from fold.plain import PlainNet, named_layers
 from fold.tracing import trace
 
 TOLERANCES = {"float64": FLOAT64_TOLERANCE, "float32": FLOAT32_TOLERANCE}
-# PyTorch's float64 convolution spreads a whole batch out before it multiplies: 64 images at once take ten times
-# as long as eight at a time.
+# PyTorch's float64 convolution unfolds a whole batch before it multiplies: 64 images at once take ten times as long
+# as eight at a time.
 BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one kind of images says of a layer or of the logits; differences as in `Difference`."""
+class ProofRow:
+    """The difference of a layer or the logits on one kind of images; see `Difference` for the figures."""
 
     what: str  # "logits" or a layer's name
-    images: str  # "random" or "real"; "given" where they have no name
+    images: str  # "random" or "real"; "given" if they have no name
     precision: str  # "float64" or "float32"
     num_images: int
     max_abs: float
     relative: float
-    top1_changes: int  # images whose class changes by more than the tolerance explains
+    top1_changes: int  # images whose class changes by more than the tolerance allows
 
 
 @dataclass(frozen=True)
 class Proof:
-    """True where every difference is within tolerance; carries all of them."""
+    """All differences; true if those of the logits are within tolerance."""
 
-    ends: tuple[Row, ...]
-    layers: tuple[Row, ...]
+    ends: tuple[ProofRow, ...]
+    layers: tuple[ProofRow, ...]
 
     def __bool__(self) -> bool:
         return not self.failures()
@@ -65,10 +65,10 @@ def prove(
     traced: Graph | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Proof:
-    """Compare a net and its plain float64 form on batches that it takes, one or several named by kind.
+    """Compare a net with its plain float64 form on a batch, or on several named by kind.
 
-    In float64 and float32: every layer with weights, and the logits. The layers of a `GraphNet` are compared
-    with those of `traced`, the net as `trace` sees it, made here where it is not given; its logits with the net's own.
+    Compares every layer with weights and the logits, in float64 and float32. The layers of a `GraphNet` are compared
+    with those of `traced`, the net as `trace` sees it (traced here if not given); its logits with the net's own.
     """
     sets = {"given": image_sets} if isinstance(image_sets, Tensor) else image_sets
     if isinstance(plain, GraphNet) and traced is None:
@@ -77,8 +77,8 @@ def prove(
         "float64": (deepcopy(net).double().eval(), plain, traced),
         "float32": (deepcopy(net).float().eval(), deepcopy(plain).float(), traced and traced.convert(torch.float32)),
     }
-    ends: list[Row] = []
-    layers: list[Row] = []
+    ends: list[ProofRow] = []
+    layers: list[ProofRow] = []
     for kind, images in sets.items():
         for precision, (before, after, graph) in nets.items():
             batches = images.to(getattr(torch, precision)) if images.is_floating_point() else images
@@ -95,8 +95,8 @@ Pairs = Callable[[Tensor], Iterator[tuple[str, Tensor, Tensor]]]  # batch → (n
 @torch.no_grad()
 def _compare(
     pairs: Pairs, images: Tensor, kind: str, precision: str, advance: Callable[[int], None]
-) -> tuple[list[Row], Row]:
-    """All layers and the logits; both nets run side by side, so that little more than a layer's outputs is held."""
+) -> tuple[list[ProofRow], ProofRow]:
+    """All layers and the logits. Both nets run side by side, so that few outputs are held at once."""
     logits: list[tuple[Tensor, Tensor]] = []
     largest: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in torch.split(images, BATCH_SIZE):
@@ -106,16 +106,16 @@ def _compare(
                 largest.setdefault(name, []).append(((before - after).abs().max(), before.abs().max()))
         logits.append((before.double(), after.double()))
         advance(len(batch))
-    layers: list[Row] = []
+    layers: list[ProofRow] = []
     for name, found in largest.items():
         max_abs, scale = (torch.stack(part).max().item() for part in zip(*found, strict=True))
-        layers.append(Row(name, kind, precision, len(images), max_abs, share(max_abs, scale), 0))
+        layers.append(ProofRow(name, kind, precision, len(images), max_abs, share(max_abs, scale), 0))
     before, after = (torch.cat(side).numpy() for side in zip(*logits, strict=True))
     if before.ndim != 2:
         raise ValueError(f"the net answers {list(before.shape)}; a proof is for classifiers, [N, classes]")
     end = difference(before, after)
     changes = int((~keeps_class(before, after, tolerance=TOLERANCES[precision])).sum())
-    return layers, Row("logits", kind, precision, len(images), end.max_abs, end.relative, changes)
+    return layers, ProofRow("logits", kind, precision, len(images), end.max_abs, end.relative, changes)
 
 
 def _pairs(net: nn.Module, plain: PlainNet, traced: Graph | None) -> Pairs:
@@ -134,7 +134,7 @@ def _pairs(net: nn.Module, plain: PlainNet, traced: Graph | None) -> Pairs:
 
 
 def _pairs_of_graphs(net: nn.Module, plain: GraphNet, traced: GraphNet) -> Pairs:
-    """A node with weights beside the traced one that gave the same; what lies between two nodes of a sum has none."""
+    """Each node with weights beside the traced one of the same output; a partial sum has no such node."""
     there = {node.name for node in traced.graph.nodes}
     origins = {name: origin for name in weighted_layers(plain) if (origin := plain.graph[name].origin) in there}
 
@@ -162,9 +162,9 @@ def weighted_layers(plain: PlainNet) -> list[str]:
 
 
 def layer_outputs(net: PlainNet, images: Tensor, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """The outputs, in order, of the layers that a plain net calls `names`, of that net or of the Dirac net before it.
+    """The outputs, in order, of the layers that a plain net calls `names`: of that net, or of the net before folding.
 
-    A convolution that took in the batch normalisation after it has the output of the latter.
+    There, a convolution with a batch normalisation after it has the output of the latter.
     """
     if isinstance(net, GraphNet):
         yield from ((name, value) for name, value in net.values(images) if name in names)
@@ -179,7 +179,7 @@ def layer_outputs(net: PlainNet, images: Tensor, names: Container[str]) -> Itera
 
 
 def _batch_norms(net: nn.Sequential, *, kept: Container[str]) -> dict[str, str]:
-    """For each batch normalisation that the convolution right before it took in, the name of the latter."""
+    """For each batch normalisation that was merged with the convolution right before it, the name of the latter."""
     normalized = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     return {
         name: before

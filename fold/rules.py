@@ -1,8 +1,8 @@
-"""The algebra of the fold. Each rule: what it matches, its equation, and what keeps it from being applied.
+"""The algebra of the fold: for each rule its pattern, its equation, and what prevents it.
 
-W ⊙ x is a convolution with zeros around x, s and t have a value per channel. A rule gives nodes in place of
-others, or a `Blocked` with the reason, or None where its pattern is not there. `simplify` applies all of
-them until none applies.
+W ⊙ x is a convolution with zeros around x; s and t have a value per channel. A rule returns nodes in place of
+others, a `Blocked` with the reason, or None where its pattern does not match. `simplify` applies all rules
+until none applies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from fold.linear import Linear, added, average_pool, chained, of_node, per_channel, to_node
-from fold.nodes import Graph, Node
+from fold.nodes import Graph, Node, needed
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """`nodes` take the place of the node `old`, and of those whose names they have; none: its readers read `source`.
+    """`nodes` replace the node `old` and those whose names they have; without any, readers of `old` read `source`.
 
-    `bypass` says, for more nodes, what their readers read instead. What nothing reads any more goes.
+    `bypass` names what the readers of further nodes read instead. Nodes that nothing reads any more are dropped.
     """
 
     old: str
@@ -37,12 +37,12 @@ class Blocked:
 
 Outcome = Rewrite | Blocked | None
 LINEAR = ("conv", "linear")
-# Max-pools, means and flattening keep each channel's sign and place.
+# These keep each channel's sign and place.
 KEEP_CHANNELS = ("max_pool", "avg_pool", "global_pool", "flatten", "relu")
 
 
 def simplify(graph: Graph) -> Graph:
-    """All rules applied to a fixed point. Each application leaves fewer nodes or fewer numbers, so there is an end."""
+    """All rules applied to a fixed point. It ends, because each application leaves fewer nodes or fewer numbers."""
     while (after := _step(graph)) is not None:
         graph = after
     reasons = dict.fromkeys(
@@ -55,35 +55,27 @@ def simplify(graph: Graph) -> Graph:
 
 
 def _step(graph: Graph) -> Graph | None:
-    """One pass over the nodes with the first rewrite of each; None where nothing is left to do."""
-    changed = False
+    """One pass over the nodes with the first rewrite of each; None if nothing is left to do."""
+    before = graph
     for name in [node.name for node in graph.nodes]:
         if name not in {node.name for node in graph.nodes}:
             continue
-        for rule in RULES:
-            outcome = rule(graph, graph[name])
-            if isinstance(outcome, Rewrite):
-                graph, changed = _apply(graph, outcome), True
-                break
-    return graph if changed else None
+        outcomes = (rule(graph, graph[name]) for rule in RULES)
+        rewrite = next((outcome for outcome in outcomes if isinstance(outcome, Rewrite)), None)
+        graph = _apply(graph, rewrite) if rewrite else graph
+    return None if graph is before else graph
 
 
 def _apply(graph: Graph, rewrite: Rewrite) -> Graph:
-    """The graph with the rewrite done and without nodes that nothing reads."""
     target = rewrite.nodes[-1].name if rewrite.nodes else rewrite.source
     instead = {**rewrite.bypass, rewrite.old: target}
     taken_in = {node.name for node in rewrite.nodes}
     nodes: list[Node] = []
     for node in graph.nodes:
-        for part in rewrite.nodes if node.name == rewrite.old else () if node.name in taken_in else (node,):
-            inputs = tuple(instead.get(name, name) for name in part.inputs)
-            nodes.append(part if inputs == part.inputs else replace(part, inputs=inputs))
+        parts = rewrite.nodes if node.name == rewrite.old else () if node.name in taken_in else (node,)
+        nodes += [part.reading(instead) for part in parts]
     last = graph.nodes[-1].name
-    read = {instead.get(last, last)}
-    for node in reversed(nodes):
-        if node.name in read:
-            read.update(node.inputs)
-    return replace(graph, nodes=tuple(node for node in nodes if node.name in read))
+    return replace(graph, nodes=needed(nodes, instead.get(last, last)))
 
 
 def affine_of_affine(graph: Graph, node: Node) -> Outcome:
@@ -96,7 +88,7 @@ def affine_of_affine(graph: Graph, node: Node) -> Outcome:
 
 
 def affine_after_linear(graph: Graph, node: Node) -> Outcome:
-    """s (W ⊙ x + c) + t = (s W) ⊙ x + (s c + t): batch norm and scaling after a convolution or a matrix."""
+    """s (W ⊙ x + c) + t = (s W) ⊙ x + (s c + t), for batch norm and scaling after a convolution or a matrix."""
     before = _before(graph, node, ("affine",), LINEAR)
     if not isinstance(before, Node):
         return before
@@ -111,7 +103,7 @@ def affine_after_linear(graph: Graph, node: Node) -> Outcome:
 
 
 def affine_before_linear(graph: Graph, node: Node) -> Outcome:
-    """W ⊙ (s x + t) + c = (W s) ⊙ x + (Σ W t + c), where no zeros are padded beside t."""
+    """W ⊙ (s x + t) + c = (W s) ⊙ x + (Σ W t + c), unless zeros are padded beside t."""
     before = _before(graph, node, LINEAR, ("affine",))
     if not isinstance(before, Node):
         return before
@@ -133,10 +125,9 @@ def affine_before_linear(graph: Graph, node: Node) -> Outcome:
 
 
 def pad_before_convolution(graph: Graph, node: Node) -> Outcome:
-    """Zeros around x, then a convolution with zeros around that: a convolution with both."""
-    if node.op != "conv" or graph[node.inputs[0]].op != "pad":
+    """Zeros around x, then a convolution that pads zeros = a convolution that pads both."""
+    if node.op != "conv" or (before := graph[node.inputs[0]]).op != "pad":
         return None
-    before = graph[node.inputs[0]]
     pairs = zip(node.attributes["padding"], before.attributes["padding"], strict=True)
     padding = [[a + b for a, b in zip(own, added, strict=True)] for own, added in pairs]
     attributes = {**node.attributes, "padding": padding}
@@ -144,9 +135,8 @@ def pad_before_convolution(graph: Graph, node: Node) -> Outcome:
 
 
 def subsampling_before_point(graph: Graph, node: Node) -> Outcome:
-    """W ⊙ x(s i) = the 1x1 convolution of stride s: a pool of one-pixel windows only leaves pixels out."""
-    before = graph[node.inputs[0]] if node.inputs else node
-    if node.op != "conv" or before.op not in ("max_pool", "avg_pool"):
+    """W ⊙ x(s i) = the 1x1 convolution of stride s, because a pool of one-pixel windows only leaves out pixels."""
+    if node.op != "conv" or (before := graph[node.inputs[0]]).op not in ("max_pool", "avg_pool"):
         return None
     how, pool = node.attributes, before.attributes
     one_pixel = prod(pool["size"]) == 1 and not any(pool["padding"])
@@ -157,8 +147,8 @@ def subsampling_before_point(graph: Graph, node: Node) -> Outcome:
 
 
 def flat_sum(graph: Graph, node: Node) -> Outcome:
-    """(x + y) + z = x + y + z, so that every pair of terms is seen."""
-    inner = [name for name in node.inputs if graph[name].op == "add" and _alone(graph, name)]
+    """(x + y) + z = x + y + z, so that `sum_of_linear` sees every pair of terms."""
+    inner = [name for name in node.inputs if graph[name].op == "add" and _has_one_reader(graph, name)]
     if node.op != "add" or not inner:
         return None
     terms = [term for name in node.inputs for term in (graph[name].inputs if name in inner else (name,))]
@@ -166,7 +156,7 @@ def flat_sum(graph: Graph, node: Node) -> Outcome:
 
 
 def sum_of_linear(graph: Graph, node: Node) -> Outcome:
-    """W1 ⊙ x + W2 ⊙ x = (W1 + W2) ⊙ x: kernels of other sizes get zeros around, groups become common ones.
+    """W1 ⊙ x + W2 ⊙ x = (W1 + W2) ⊙ x; smaller kernels get zeros around them, groups become common ones.
 
     A term is a convolution of x, an affine map (1x1, depthwise), an average pool (all taps equal), or x itself.
     """
@@ -189,7 +179,7 @@ def sum_of_linear(graph: Graph, node: Node) -> Outcome:
 
 
 def _maps_of_one_source(graph: Graph, one: Node, other: Node) -> tuple[Linear, Linear] | None:
-    """Both terms as maps of what both read, or of one of them; None where there is no such source."""
+    """Both terms as maps of one source: what both read, or one of the terms; None where there is no such source."""
     maps = [_map(graph, node) for node in (one, other)]
     for own, beside in ((maps[0], other), (maps[1], one)):
         if own and own.source == beside.name and own.num_in:
@@ -201,14 +191,12 @@ def _maps_of_one_source(graph: Graph, one: Node, other: Node) -> tuple[Linear, L
 
 
 def _map(graph: Graph, node: Node) -> Linear | None:
-    """A term as a linear map of what it reads; None where it is none, or where others read it too."""
+    """A term as a linear map of what it reads; None where it is not linear, or where others read it too."""
     rank = graph.rank(node.name)
-    if not _alone(graph, node.name):
+    if not _has_one_reader(graph, node.name):
         return None
     match node.op:
-        case "conv":
-            return of_node(node)
-        case "linear" if rank == 2:
+        case "conv" | "linear" if node.op == "conv" or rank == 2:
             return of_node(node)
         case "affine" if rank is not None:
             return per_channel(node.inputs[0], node.name, *_scale_shift(node), rank - 2)
@@ -242,12 +230,12 @@ def zero_half(graph: Graph, node: Node) -> Outcome:
     if node.op not in LINEAR or (node.op == "linear" and graph.rank(node.name) != 2):  # whose columns are channels
         return None
     above = node.inputs[0]
-    while graph[above].op in KEEP_CHANNELS and _alone(graph, above):
+    while graph[above].op in KEEP_CHANNELS and _has_one_reader(graph, above):
         above = graph[above].inputs[0]
     ncrelu = graph[above]
     if ncrelu.op != "ncrelu" or not is_nonnegative(graph, ncrelu.inputs[0]):
         return None
-    if not _alone(graph, above):
+    if not _has_one_reader(graph, above):
         return Blocked(f"half of {above} is zero and stays: {len(graph.readers(above))} nodes read it")
     if node.attributes.get("groups", 1) != 1:
         return Blocked(f"half of {above} is zero and stays: the convolution has groups")
@@ -269,13 +257,8 @@ def depthwise_point(graph: Graph, node: Node) -> Outcome:
     if node.op != "conv":
         return None
     weight, how = node.tensors["weight"], node.attributes
-    if (
-        weight.is_meta
-        or prod(weight.shape[1:]) != 1
-        or how["groups"] != len(weight)
-        or any(size != 1 for size in how["stride"])
-        or any(map(any, how["padding"]))
-    ):
+    is_point = prod(weight.shape[1:]) == 1 and how["groups"] == len(weight)
+    if weight.is_meta or not is_point or prod(how["stride"]) != 1 or any(map(any, how["padding"])):
         return None
     tensors = {"scale": weight.flatten(), "shift": node.tensors["bias"]}
     return Rewrite(node.name, (replace(node, op="affine", attributes={}, tensors=tensors),))
@@ -298,7 +281,7 @@ RULES: Sequence[Callable[[Graph, Node], Outcome]] = (
 
 
 def is_nonnegative(graph: Graph, name: str) -> bool:
-    """Whether no value of a node's output can be below zero, by what made it."""
+    """Whether a node's operation rules out values below zero."""
     node = graph[name]
     match node.op:
         case "relu" | "sigmoid" | "hardsigmoid":
@@ -311,16 +294,18 @@ def is_nonnegative(graph: Graph, name: str) -> bool:
             return False
 
 
-def _alone(graph: Graph, name: str) -> bool:
+def _has_one_reader(graph: Graph, name: str) -> bool:
     return len(graph.readers(name)) == 1
 
 
 def _before(graph: Graph, node: Node, ops: Sequence[str], before: Sequence[str]) -> Node | Blocked | None:
-    """What a node of one of `ops` reads, where that is one of `before`, and nobody else reads it."""
+    """The node that a node of one of `ops` reads, if it is one of `before` and has no other reader."""
     if node.op not in ops or graph[node.inputs[0]].op not in before:
         return None
     found = graph[node.inputs[0]]
-    return found if _alone(graph, found.name) else _not_merged(found, f"{len(graph.readers(found.name))} nodes read it")
+    if _has_one_reader(graph, found.name):
+        return found
+    return _not_merged(found, f"{len(graph.readers(found.name))} nodes read it")
 
 
 def _not_merged(before: Node, reason: str) -> Blocked:
@@ -332,7 +317,7 @@ def _scale_shift(node: Node) -> tuple[Tensor, Tensor]:
 
 
 def _with_convolutions(graph: Graph) -> Graph:
-    """Affine maps of images that are left become depthwise convolutions: runtimes know those best."""
+    """The remaining affine maps of images as depthwise convolutions, which runtimes support best."""
     nodes = list(graph.nodes)
     for index, node in enumerate(nodes):
         rank = graph.rank(node.name)

@@ -1,4 +1,4 @@
-"""python fold/run.py checkpoint.pt, or nets.py:make: make a net plain, and prove that nothing changed."""
+"""python fold/run.py checkpoint.pt, or nets.py:make: make a net plain and prove that nothing changed."""
 
 import sys
 from dataclasses import dataclass
@@ -24,29 +24,29 @@ EXAMPLES = (
     "--std 0.229 0.224 0.225 --resize 256 --labels labels.txt",
     "python fold/run.py --timm repvgg_a0 --weights repvgg_a0.safetensors --data-dir photographs",
 )
-NUM_RANDOM = 8  # images of a net of one's own: those of 224x224 take a second each in float64
+NUM_RANDOM = 8  # images for a user's own net: at 224x224, each takes a second in float64
 
 
 @dataclass(frozen=True)
 class FoldConfig:
     net: Annotated[
         str | None,
-        "a run's folder, of which best.pt is taken where there is one; a checkpoint; "
-        "or FILE.py:FUNCTION that returns a net of your own",
+        "a run's folder (best.pt if it exists), a checkpoint, or FILE.py:FUNCTION that returns your own net",
         POSITIONAL,
     ] = None
-    timm: Annotated[str | None, "in its place: a name of timm's"] = None
-    weights: Annotated[Path | None, "own net: its weights, .safetensors or a state dict that torch.save wrote"] = None
-    image_size: Annotated[tuple[int, ...], "own net: height and width of its images; one number for both"] = ()
-    mean: Annotated[tuple[float, ...], "own net: what is subtracted of each channel, black 0, white 1"] = ()
-    std: Annotated[tuple[float, ...], "own net: what each channel is divided by after that"] = ()
-    resize: Annotated[int | None, "own net: pixels of the shorter side before the centre is cropped"] = None
-    labels: Annotated[Path | None, "own net: a text file with one label a line"] = None
+    timm: Annotated[str | None, "instead: the name of a net in timm"] = None
+    weights: Annotated[Path | None, "own net: its weights, .safetensors or a state dict from torch.save"] = None
+    image_size: Annotated[tuple[int, ...], "own net: height and width of its images, or one number for both"] = ()
+    mean: Annotated[tuple[float, ...], "own net: subtracted from each channel; black is 0, white is 1"] = ()
+    std: Annotated[tuple[float, ...], "own net: divides each channel after that"] = ()
+    resize: Annotated[int | None, "own net: pixels of the shorter side before the centre crop"] = None
+    labels: Annotated[Path | None, "own net: a text file with one label per line"] = None
     out: Annotated[
-        Path | None, "file to write (default: plain.safetensors beside the checkpoint; of an own net, here)"
+        Path | None,
+        "file to write (default: plain.safetensors, beside the checkpoint or, for an own net, in this folder)",
     ] = None
     data_dir: Annotated[
-        Path | None, "where the data set lies (default: where training found it); own net: a folder of images"
+        Path | None, "folder of the data set (default: as in training); own net: a folder of images"
     ] = None
     images: Annotated[int, "test images to prove the fold on"] = 500
     json: Annotated[bool, "print the proof as JSON on stdout"] = False
@@ -57,7 +57,7 @@ class FoldConfig:
         flags = ("weights", "image_size", "mean", "std", "resize", "labels")
         given = [f"--{name.replace('_', '-')}" for name in flags if getattr(self, name) not in (None, ())]
         if self.is_checkpoint and given:
-            raise Refusal(f"leave {', '.join(given)} out: {self.net} is a checkpoint, which says it itself")
+            raise Refusal(f"leave out {', '.join(given)}: {self.net} is a checkpoint, which contains them")
         if self.images < 1 or min((*self.image_size, self.resize or 1)) < 1:
             raise Refusal("--images, --image-size and --resize must be at least 1")
 
@@ -67,7 +67,7 @@ class FoldConfig:
 
 
 def command(config: FoldConfig) -> int:
-    """Fold a net into ordinary convolutions; refuses to write where any output changed."""
+    """Fold a net into ordinary convolutions; writes nothing if any output changed."""
     import json
     from dataclasses import asdict
 
@@ -82,16 +82,15 @@ def command(config: FoldConfig) -> int:
     keep_large_buffers()
     console = make_console(json=config.json)
     source = _source(config)
-    for line in source.said:
+    for line in source.notes:
         console.print(line, highlight=False)
     image = source.spec.image
     few = {} if config.is_checkpoint else {"num": NUM_RANDOM}
     image_sets = {"random": torch.as_tensor(random_images(image, **few))}
-    real, missing = real_images(
-        image, dict(source.training), num=config.images, data_dir=config.data_dir, beside=source.beside
-    )
+    where = {"data_dir": config.data_dir, "beside": source.beside}
+    real, missing = real_images(image, dict(source.training), num=config.images, **where)
     if real is None:
-        console.print(f"no real images, the proof is on random ones alone: {missing}")
+        console.print(f"no real images, the proof is on random ones only: {missing}")
     else:
         image_sets["real"] = torch.as_tensor(real)
     with progress(console, "proving", 2 * sum(map(len, image_sets.values()))) as advance:
@@ -121,7 +120,7 @@ def _source(config: FoldConfig) -> "Source":
 
 
 def _print_table(console: "Console", proof: "Proof") -> None:
-    """Relative errors: a row for each layer with weights, a column for each precision and kind of images."""
+    """Relative errors, with a row for each layer with weights and a column for each precision and kind of images."""
     from rich.table import Table
 
     columns = [(end.precision, end.images, end.num_images) for end in proof.ends]

@@ -1,11 +1,10 @@
-"""What a graph gives for each image, from its nodes alone: the check of a graph that comes from a file.
+"""The shapes of a graph's outputs, inferred from its nodes: the check of a graph that comes from a file.
 
-Nothing is computed, so that a file of a few bytes cannot ask for memory: what an attribute may be, and how large
-a node's output may become, is known before the first number is touched.
+Attributes and sizes are checked before anything is computed, so that a small file cannot request much memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ MOST_VALUES = 2**28  # of one image's output: a gigabyte in float32
 
 
 def infer_shapes(graph: Graph, image: Shape) -> dict[str, Shape]:
-    """The shape of every node's output on an image [H, W, C], by name; refuses, by name, a node that does not fit.
+    """The shape of every node's output for an image [H, W, C], by name; refuses, by name, a node that does not fit.
 
-    Checks all that `Graph.check` does not: attributes, numbers of inputs, shapes and kinds of tensors.
+    Checks what `Graph.check` does not: attributes, numbers of inputs, shapes and dtypes of tensors.
     """
     if len(graph.nodes) > MAX_NODES:
         raise Refusal(f"the graph has {len(graph.nodes)} nodes, over the limit of {MAX_NODES:,}")
@@ -34,17 +33,14 @@ def infer_shapes(graph: Graph, image: Shape) -> dict[str, Shape]:
             shape = image if node.op == "input" else _shape(node, [shapes[name] for name in node.inputs])
         except _Misfit as misfit:
             raise Refusal(f"{node.name}: {node.op} {misfit}") from misfit
-        num = 1
-        for size in shape:
-            num *= size
-        if min(shape, default=0) < 1 or num > MOST_VALUES:
+        if min(shape, default=0) < 1 or prod(shape) > MOST_VALUES:
             raise Refusal(f"{node.name}: {node.op} would give {list(shape)} for each image")
         shapes[node.name] = shape
     return shapes
 
 
 class _Misfit(Exception):
-    """What is wrong with a node, in words that follow its operation."""
+    """What is wrong with a node, as a predicate of its operation."""
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:
@@ -52,7 +48,7 @@ def _is_whole(value: Any, least: int = 0) -> bool:
 
 
 def _is_end(value: Any) -> bool:
-    """Of a slice; below zero it counts from the last."""
+    """The end of a slice; a negative one counts from the last channel."""
     return type(value) is int and abs(value) <= LARGEST_SIZE
 
 
@@ -77,7 +73,7 @@ def _rank(value: Any) -> bool:
 
 
 _SIZES, _STEPS = _wholes(1), _wholes(0)
-# For each operation its attributes and what they may be; those in OPTIONAL may be missing.
+# The attributes of each operation and what they may be; those in OPTIONAL may be missing.
 ATTRIBUTES: dict[str, dict[str, Callable[[Any], bool]]] = {
     "input": {"rank": _rank},
     "conv": {"stride": _SIZES, "padding": _pairs, "dilation": _SIZES, "groups": lambda value: _is_whole(value, 1)},
@@ -91,7 +87,7 @@ ATTRIBUTES: dict[str, dict[str, Callable[[Any], bool]]] = {
     "avg_pool": {"size": _SIZES, "stride": _SIZES, "padding": _STEPS, "ceil": _yes_no, "count_padding": _yes_no},
 }
 OPTIONAL = ("rank",)
-NUM_INPUTS = {"input": (0, 0), "add": (2, MAX_NODES), "mul": (2, 2), "cat": (1, MAX_NODES)}  # all others: one
+NUM_INPUTS = {"input": (0, 0), "add": (2, MAX_NODES), "mul": (2, 2), "cat": (1, MAX_NODES)}  # others: one
 
 
 def _check_attributes(node: Node) -> None:
@@ -102,7 +98,7 @@ def _check_attributes(node: Node) -> None:
     missing = allowed.keys() - node.attributes.keys() - set(OPTIONAL)
     wrong = [key for key, value in node.attributes.items() if key not in allowed or not allowed[key](value)]
     if missing or wrong:
-        raise _Misfit(f"has attributes that are missing or of no sense: {', '.join(sorted({*missing, *wrong}))}")
+        raise _Misfit(f"has missing or invalid attributes: {', '.join(sorted({*missing, *wrong}))}")
 
 
 def _shape(node: Node, inputs: Sequence[Shape]) -> Shape:
@@ -140,10 +136,7 @@ def _shape(node: Node, inputs: Sequence[Shape]) -> Shape:
             _need(len(x) > 1, f"reads {list(x)}, without spatial dimensions")
             return (x[0], *[1] * (len(x) - 1))
         case "flatten":
-            num = 1
-            for size in x:
-                num *= size
-            return (num,)
+            return (prod(x),)
         case _:
             return x
 
@@ -172,21 +165,21 @@ def _pool(node: Node, x: Shape) -> Shape:
 
 
 def pooled(size: int, window: int, stride: int, padding: int, dilation: int, *, ceil: bool) -> int:
-    """How many windows there are. With `ceil` the last may reach beyond the padding, but not begin there."""
+    """The number of windows. With `ceil`, the last may reach beyond the padding, but not start there."""
     room = size + 2 * padding - dilation * (window - 1) - 1
     num = (room + stride - 1 if ceil else room) // stride + 1
     return num - 1 if ceil and (num - 1) * stride >= size + padding else num
 
 
 def _of_space(node: Node, x: Shape, key: str) -> Sequence[Any]:
-    """An attribute that has an entry for every spatial dimension."""
+    """An attribute with an entry for every spatial dimension."""
     values = node.attributes[key]
     _need(len(values) == len(x) - 1, f"has {key} {values} for {len(x) - 1} spatial dimensions")
     return values
 
 
 def _broadcast(inputs: Sequence[Shape]) -> Shape:
-    """The shape of a sum or product: sizes of 1 are repeated."""
+    """The shape of a sum or product; sizes of 1 are repeated."""
     shown = " and ".join(str(list(shape)) for shape in inputs)
     _need(len({len(shape) for shape in inputs}) == 1, f"reads {shown}")
     sizes = [{*sizes} - {1} for sizes in zip(*inputs, strict=True)]

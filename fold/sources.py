@@ -1,5 +1,6 @@
-"""What fold/run.py folds: a checkpoint of this project, or a net that its user made. Both end as the same."""
+"""The nets that fold/run.py folds: checkpoints of this project and users' own nets, both as a `Source`."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from common.files import read_whole
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from common.spec import ImageSpec, Spec
 from fold.graph import GraphNet
 from fold.nodes import Graph, Node
 from fold.plain import RESERVED, PlainNet, fold_net
 from fold.rules import simplify
 from fold.tracing import trace
-from fold.user_net import Made, from_file, from_timm
-from fold.weights import load_weights
+from fold.user_net import SEED, Made, from_file, from_timm, load_weights
 from train.checkpoint import Checkpoint, load_checkpoint, load_net
 from train.families import count_parameters
 from train.layers import Normalize
@@ -25,21 +25,21 @@ from train.layers import Normalize
 
 @dataclass(frozen=True)
 class Source:
-    """A net of images uint8 [N, H, W, C], its plain form in float64, and what is known of both."""
+    """A net for images uint8 [N, H, W, C], its plain form in float64, and what is known about them."""
 
     net: nn.Module
     plain: PlainNet
     spec: Spec
-    training: Mapping[str, Any]  # a checkpoint's config: which images it learnt from; empty where nobody says
+    training: Mapping[str, Any]  # a checkpoint's config, which names the data set; empty if unknown
     provenance: dict[str, Any]
-    beside: Path  # the folder that the plain file goes to
-    traced: Graph | None = None  # of a net that is a graph
-    said: tuple[str, ...] = ()  # lines for people
+    beside: Path  # the folder for the plain file
+    traced: Graph | None = None  # for a net that is a graph
+    notes: tuple[str, ...] = ()  # lines for the user
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a user says of a net of their own; empty where nothing."""
+    """What a user says about their own net; empty where nothing."""
 
     weights: Path | None
     image_size: tuple[int, ...]
@@ -50,17 +50,17 @@ class Asked:
 
 
 def from_checkpoint(given: Path) -> Source:
-    """A checkpoint, or of a run's folder the one to take."""
+    """A checkpoint, or the best one in a run's folder."""
     path, checkpoint, choice = _choose(given)
     net = load_net(checkpoint)
     record = {"checkpoint_sha256": checkpoint.sha256, "dirac_parameters": count_parameters(net)}
     provenance = {"training": checkpoint.training_record(), "fold": record}
-    said = (choice,) if choice else ()
-    return Source(net, fold_net(net), checkpoint.spec, checkpoint.config, provenance, path.parent, said=said)
+    notes = (choice,) if choice else ()
+    return Source(net, fold_net(net), checkpoint.spec, checkpoint.config, provenance, path.parent, notes=notes)
 
 
 def _choose(given: Path) -> tuple[Path, Checkpoint, str]:
-    """The checkpoint that `given` means, and which one that is where a run's folder has two."""
+    """The checkpoint that `given` means, and a note which one that is if a run's folder has two."""
     last, best = ((given if given.is_dir() else given.parent) / name for name in ("checkpoint.pt", "best.pt"))
     path = given if not given.is_dir() else best if best.exists() else last
     state = load_checkpoint(path)
@@ -73,18 +73,21 @@ def _choose(given: Path) -> tuple[Path, Checkpoint, str]:
 
 
 def from_user(net: str | None, timm: str | None, asked: Asked) -> Source:
-    """Refuses, in one line, a net that cannot be made, filled, traced or folded, or that classifies no images."""
+    """Refuses, in one line, a net that cannot be made, loaded, traced or folded, or that is no image classifier."""
     made = from_timm(timm, num_classes=len(asked.labels) or None) if timm else from_file(net or "")
     weights = load_weights(made.net, asked.weights) if asked.weights else None
-    said = () if weights else (f"no --weights: the numbers are those that {net or 'timm'} starts from, seed 0",)
-    return from_made(replace(made, record={**made.record, "weights_sha256": weights}), asked, said=said)
+    notes = () if weights else (f"no --weights: {net or 'timm'} keeps its initial weights, seed {SEED}",)
+    return from_made(replace(made, record={**made.record, "weights_sha256": weights}), asked, notes=notes)
 
 
-def from_made(made: Made, asked: Asked, *, said: tuple[str, ...] = ()) -> Source:
-    """The same of a net with its numbers."""
+def from_made(made: Made, asked: Asked, *, notes: tuple[str, ...] = ()) -> Source:
+    """The same for a net with its weights."""
     body = made.net.float().eval()
     image, assumed = _image(body, made, asked)
-    reference, example = _of_images(body, image), _example(image)
+    # Pixels are normalised before the net, unless it does so itself.
+    reference = body if _own_normalize(body) else nn.Sequential(Normalize(image.mean, image.std), body).eval()
+    shape = (2, image.height, image.width, image.channels)
+    example = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     num_classes = _num_classes(reference, example)
     labels = asked.labels or made.labels or tuple(f"class {index}" for index in range(num_classes))
     if len(labels) != num_classes:
@@ -104,21 +107,20 @@ def from_made(made: Made, asked: Asked, *, said: tuple[str, ...] = ()) -> Source
         "not_merged": list(plain.graph.blocked),
     }
     folded = f"{made.name}: {before} convolutions before, {after} after"
-    said = (*said, *assumed, folded, *map("not merged: {}".format, plain.graph.blocked))
-    return Source(reference, plain, Spec.of_net(made.name, image, labels), {}, {"fold": record}, Path(), traced, said)
+    notes = (*notes, *assumed, folded, *map("not merged: {}".format, plain.graph.blocked))
+    return Source(reference, plain, Spec.of_net(made.name, image, labels), {}, {"fold": record}, Path(), traced, notes)
 
 
 def _image(body: nn.Module, made: Made, asked: Asked) -> tuple[ImageSpec, tuple[str, ...]]:
-    """How an image becomes the input, and what was assumed of it."""
+    """How an image becomes the input, and notes on what was assumed."""
     size = asked.image_size or made.image_size
     if len(size) not in (1, 2):
         raise Refusal("say how large the net's images are: --image-size 224, or --image-size HEIGHT WIDTH")
     height, width = size[0], size[-1]
     resize = asked.resize or (made.resize if not asked.image_size else None)
-    own = _own_normalize(body)
-    if own is not None:
+    if own := _own_normalize(body):
         if asked.mean or asked.std:
-            raise Refusal("the net normalizes by itself, with train.layers.Normalize; leave --mean and --std out")
+            raise Refusal("the net normalizes by itself, with train.layers.Normalize; leave out --mean and --std")
         mean = tuple(value.item() / 255 for value in own.offset.flatten())
         std = tuple(1 / (255 * value.item()) for value in own.scale.flatten())
         return ImageSpec(height, width, len(mean), mean, std, resize), ()
@@ -130,10 +132,10 @@ def _image(body: nn.Module, made: Made, asked: Asked) -> tuple[ImageSpec, tuple[
         for name, value, given in (("mean", 0, asked.mean or made.mean), ("std", 1, asked.std or made.std))
         if not given
     ]
-    said = (f"assumed: {', '.join(assumed)}, of pixels from 0 to 1",) if assumed else ()
+    notes = (f"assumed: {', '.join(assumed)}, of pixels from 0 to 1",) if assumed else ()
     if resize is None:
-        said += (f"images are stretched to {height}x{width}; --resize scales the shorter side and crops instead",)
-    return ImageSpec(height, width, channels, mean, std, resize), said
+        notes += (f"images are stretched to {height}x{width}; --resize scales the shorter side and crops instead",)
+    return ImageSpec(height, width, channels, mean, std, resize), notes
 
 
 def _own_normalize(body: nn.Module) -> Normalize | None:
@@ -141,27 +143,13 @@ def _own_normalize(body: nn.Module) -> Normalize | None:
 
 
 def _num_channels(body: nn.Module, height: int, width: int) -> int:
-    """3, or 1 where the net takes that alone."""
+    """1 if the net takes that and not 3, else 3."""
     for channels in (3, 1):
-        try:
-            with torch.no_grad():
-                body(torch.zeros(2, channels, height, width))
-        except Exception:  # whatever the net's own code raises; said when the net is run in earnest
-            continue
-        return channels
+        # Whatever the net's own code raises is reported when the net runs on an example.
+        with contextlib.suppress(Exception), torch.no_grad():
+            body(torch.zeros(2, channels, height, width))
+            return channels
     return 3
-
-
-def _of_images(body: nn.Module, image: ImageSpec) -> nn.Module:
-    """The net with its pixels' normalisation before it."""
-    if _own_normalize(body) is not None:
-        return body
-    return nn.Sequential(Normalize(image.mean, image.std), body).eval()
-
-
-def _example(image: ImageSpec) -> Tensor:
-    shape = (2, image.height, image.width, image.channels)
-    return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def _num_classes(net: nn.Module, example: Tensor) -> int:
@@ -171,8 +159,8 @@ def _num_classes(net: nn.Module, example: Tensor) -> int:
         with torch.no_grad():
             answer = net(example)
     except Exception as error:  # whatever the net's own code raises
-        line = " ".join(str(error).split())[:200]
-        raise Refusal(f"the net does not take images of {taken}: {type(error).__name__}: {line}") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise Refusal(f"the net does not take images of {taken}: {reason}") from error
     if not isinstance(answer, Tensor):
         raise Refusal(f"the net answers a {type(answer).__name__}; a classifier answers one tensor, [N, classes]")
     if answer.dim() != 2 or len(answer) != len(example) or answer.shape[1] < 2:
@@ -182,40 +170,33 @@ def _num_classes(net: nn.Module, example: Tensor) -> int:
 
 
 def _traced(body: nn.Module, reference: nn.Module, example: Tensor, image: ImageSpec) -> Graph:
-    """The graph of images; nodes have the names of the user's own net, as if nothing were before it."""
+    """The graph for images, whose nodes have the names of the user's net without the normalisation before it."""
     if body is reference:
-        return _renamed(trace(body, example))
+        return _without_reserved_names(trace(body, example))
     normalize = Normalize(image.mean, image.std)
-    graph = _renamed(trace(body, normalize(example)))
-    start, taken = graph.nodes[0], {node.name for node in graph.nodes}
-    name = "normalize"
-    while name in taken:
-        name += "_"
+    graph = _without_reserved_names(trace(body, normalize(example)))
+    start, name = graph.nodes[0], _free_name("normalize", graph)
     tensors = {"offset": normalize.offset.double(), "scale": normalize.scale.double()}
     first = Node(name, "normalize", (start.name,), {}, tensors)
-    rest = [
-        replace(node, inputs=tuple(name if source == start.name else source for source in node.inputs))
-        for node in graph.nodes[1:]
-    ]
-    return replace(graph, nodes=(start, first, *rest))
+    return replace(graph, nodes=(start, first, *(node.reading({start.name: name}) for node in graph.nodes[1:])))
 
 
-def _renamed(graph: Graph) -> Graph:
-    """No node is called as the input or output of an exported net."""
-    taken = {node.name for node in graph.nodes}
-    names = {name: name for name in taken}
-    for name in RESERVED:
-        while names.get(name, "") in (*RESERVED, *(taken - {name})) and name in names:
-            names[name] += "_"
-    nodes = (
-        replace(node, name=names[node.name], inputs=tuple(names[source] for source in node.inputs))
-        for node in graph.nodes
-    )
+def _without_reserved_names(graph: Graph) -> Graph:
+    """No node has the name of the input or output of an exported net."""
+    names = {name: _free_name(f"{name}_", graph) for name in RESERVED}
+    nodes = (replace(node, name=names.get(node.name, node.name)).reading(names) for node in graph.nodes)
     return replace(graph, nodes=tuple(nodes))
 
 
+def _free_name(name: str, graph: Graph) -> str:
+    taken = {node.name for node in graph.nodes}
+    while name in taken:
+        name += "_"
+    return name
+
+
 def read_labels(path: Path) -> tuple[str, ...]:
-    """One label a line; an empty line at the end is none."""
+    """One label per line; empty lines at the end do not count."""
     try:
         return tuple(line.strip() for line in read_whole(path).decode("utf-8-sig").rstrip().splitlines())
     except UnicodeDecodeError as error:

@@ -1,8 +1,8 @@
 """From a module to its graph, by torch.fx.
 
-fx keeps a layer that it knows as one node with its name, so a Dirac convolution is seen whole; the
-batch stays open, and no input is needed. torch.export takes such layers apart into their arithmetic,
-fixes shapes, and needs ten times as long.
+fx keeps a known layer as one node with its name, so a Dirac convolution stays whole; the batch size stays open,
+and no input is needed. torch.export would split such layers into their arithmetic, fix shapes, and take ten
+times as long.
 """
 
 import operator
@@ -14,22 +14,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from fold.nodes import Graph
+from common.refusal import one_line
+from fold.nodes import Graph, needed
 from fold.operations import FUNCTIONS, LAYERS, Builder, NotListed, Ref
 from train.layers import ncrelu
 
-# Views: their shapes may come from the input's, because only the batch may be open in what they make.
+# Their arguments may depend on the input's shape, because only the batch size may be open in their results.
 VIEWS = ("view", "reshape")
-# What may compute with shapes; the results must end in views or assertions.
+# These may compute with shapes; the results must end in views or assertions.
 OF_SHAPES = ("size", "getattr", "getitem", "dim", "eq", "ne", "gt", "lt", "ge", "le", "mul", "add", "sub", "floordiv")
-
-
-# What may give a value the larger shape of a constant beside it.
+# These may give a value the larger shape of a constant beside it.
 SPREADING = ("add", "iadd", "sub", "mul", "imul", "div", "truediv")
 
 
 class Tracer(fx.Tracer):
-    """Layers that a graph knows stay whole, by their exact class: a subclass may compute something else."""
+    """Keeps the layers of `LAYERS` whole, by their exact class: a subclass may compute something else."""
 
     deepest = ""
 
@@ -43,43 +42,41 @@ class Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val  # a parameter is known: what a forward makes of it is a number, not a trace
+        return attr_val  # a parameter is known: what a forward computes from it is a number, not a trace
 
 
 def trace(net: nn.Module, example: Tensor | None = None) -> Graph:
     """The graph of `net` in float64, as it computes in evaluation mode; `net` stays as it was.
 
-    `example` is a batch that the net takes. Raises TypeError, all in one message, where an operation is not
-    listed in fold/operations.py, or depends on the batch; and where Python's control flow depends on values.
+    `example` is a batch for the net. Raises TypeError that names all operations that fold/operations.py does not
+    list or that depend on the batch, and if Python's control flow depends on values.
     """
     _refuse_hooks(net)
-    # fx computes what depends on parameters alone while it traces: in float64, on a copy.
-    traced = trace_module(deepcopy(net).double())
+    # While it traces, fx computes what depends only on parameters: in float64, on a copy.
+    traced = _trace_module(deepcopy(net).double())
     shapes = {} if example is None else _shapes(traced, example)
     walk = _Walk(traced, shapes)
     for node in traced.graph.nodes:
         walk.take(node)
     if walk.refused:
         raise TypeError(f"cannot be folded: {', '.join(walk.refused)}")
-    return Graph(_needed(walk))
+    return Graph(needed(walk.builder.nodes, str(walk.result)))
 
 
-def trace_module(net: nn.Module) -> fx.GraphModule:
-    """The net as fx sees it; its nodes are where `Graph.nodes` come from."""
+def _trace_module(net: nn.Module) -> fx.GraphModule:
     tracer = Tracer(autowrap_functions=(ncrelu,))  # under whatever name a module imported it
     try:
         with torch.no_grad():
             return fx.GraphModule(net, tracer.trace(net))
-    except Exception as error:  # whatever the net's own code raises when it meets a value that is not there
-        line = " ".join(str(error).split())[:150]
-        where = f"{tracer.deepest or 'the net'} ({type(error).__name__}: {line})"
+    except Exception as error:  # whatever the net's own code raises for a value without numbers
+        where = f"{tracer.deepest or 'the net'} ({type(error).__name__}: {one_line(error, 150)})"
         raise TypeError(
             f"cannot be traced, at or after {where}: a forward's control flow must not depend on values or shapes"
         ) from error
 
 
 class _Walk:
-    """fx's nodes, one after the other: what each is in the graph, or why it has no place there."""
+    """Takes fx's nodes in order: writes each to the graph, or records why the graph cannot express it."""
 
     def __init__(self, traced: fx.GraphModule, shapes: Mapping[str, Any]) -> None:
         self.builder, self.traced, self.shapes = Builder(), traced, shapes
@@ -92,19 +89,20 @@ class _Walk:
         self.builder.path = _path(node)
         try:
             self.values[node] = self._value(node)
-        except NotListed as reason:
+        except (NotListed, TypeError, ValueError, AttributeError, IndexError) as error:
+            reason = error if isinstance(error, NotListed) else f"{node.name}: {one_line(error, 100)}"
             self.refused.append(f"{self.builder.path or node.name} ({reason})")
-            self.values[node] = _like_first(node, self.values)
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
-            self.refused.append(f"{self.builder.path or node.name} ({node.name}: {' '.join(str(error).split())[:100]})")
-            self.values[node] = _like_first(node, self.values)
+            # Go on with one of the inputs, so that one message names everything that is refused.
+            refs = (self.values[source] for source in node.all_input_nodes)
+            self.values[node] = next((value for value in refs if isinstance(value, Ref)), Ref("input"))
 
     def _value(self, node: fx.Node) -> Any:
         match node.op:
             case "placeholder":
                 return self._input(node)
             case "get_attr":
-                return _attribute(self.traced, str(node.target))
+                value: Any = operator.attrgetter(str(node.target))(self.traced)
+                return value.detach() if isinstance(value, Tensor) else value
             case "output":
                 self.result = self._known(node.args[0])
                 if not isinstance(self.result, Ref):
@@ -175,7 +173,9 @@ class _Walk:
         if tuple(before) == tuple(after):
             return source
         if len(after) != 2 or after[0] != before[0]:
-            raise NotListed(f"a view of {list(before)} as {list(after)}: all but the batch made flat alone")
+            raise NotListed(
+                f"a view of {list(before)} as {list(after)}, only flattening all but the batch is supported"
+            )
         return self.builder.add("flatten", source)
 
     def _is_traced(self, node: fx.Node) -> bool:
@@ -190,18 +190,18 @@ def _holds_ref(value: Any) -> bool:
 
 
 def _is_tensor(shape: Any) -> bool:
-    """Shapes recorded of tensors are torch.Size; without an example nothing is recorded, and a tensor is taken."""
+    """Without an example no shape is recorded, and a value counts as a tensor."""
     return shape is None or isinstance(shape, _Shape)
 
 
 class _Shape(tuple[int, ...]):
-    """The shape of a tensor that a node gave, not a shape that it computed."""
+    """The shape of a node's tensor, as opposed to a shape that a node computed."""
 
     __slots__ = ()
 
 
 def _shapes(traced: fx.GraphModule, example: Tensor) -> dict[str, Any]:
-    """For each fx node the `_Shape` of its tensor on `example`, or its value where it is no tensor."""
+    """For each fx node the `_Shape` of its tensor on `example`, or its value if that is not a tensor."""
     found: dict[str, Any] = {}
 
     class Recorder(fx.Interpreter):
@@ -210,24 +210,19 @@ def _shapes(traced: fx.GraphModule, example: Tensor) -> dict[str, Any]:
             found[n.name] = _Shape(value.shape) if isinstance(value, Tensor) else value
             return value
 
-    # In-place layers may change what they read: a copy of both.
+    # In-place layers may change the input and the net: both are copied.
     batch = example.double() if example.is_floating_point() else example
     try:
         with torch.no_grad():
             Recorder(deepcopy(traced)).run(batch.clone())
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        line = " ".join(str(error).split())[:150]
-        raise TypeError(f"the net does not take an example of shape {list(example.shape)}: {line}") from error
+        shape = list(example.shape)
+        raise TypeError(f"the net does not take an example of shape {shape}: {one_line(error, 150)}") from error
     return found
 
 
-def _like_first(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Something to go on with, so that one message names all that is refused."""
-    return next((values[source] for source in node.all_input_nodes if isinstance(values[source], Ref)), Ref("input"))
-
-
 def _path(node: fx.Node) -> str:
-    """Where in the user's net a node belongs: its layer, or the module whose forward calls it."""
+    """The part of the user's net that a node belongs to: its layer, or the module whose forward calls it."""
     if node.op == "call_module":
         return str(node.target)
     stack: dict[Any, tuple[Any, Any]] = node.meta.get("nn_module_stack") or {}
@@ -236,7 +231,7 @@ def _path(node: fx.Node) -> str:
 
 
 def _name_of(node: fx.Node) -> str:
-    """A function's name as in FUNCTIONS; one of somebody else's module keeps its module's name before it."""
+    """A function's name as in FUNCTIONS; outside PyTorch and Python, with the name of its module before it."""
     if node.op == "call_method":
         return str(node.target).removesuffix("_")
     target = cast("Callable[..., Any]", node.target)
@@ -247,27 +242,22 @@ def _name_of(node: fx.Node) -> str:
     return f"{home}.{name}"
 
 
-def _attribute(traced: fx.GraphModule, path: str) -> Any:
-    value: Any = operator.attrgetter(path)(traced)
-    return value.detach() if isinstance(value, Tensor) else value
-
-
 def _compute(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """A node that reads parameters and numbers alone, computed in float64."""
+    """The value, in float64, of a node that reads only parameters and numbers."""
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return cast("Callable[..., Any]", node.target)(*args, **kwargs)
 
 
 def _refuse_late_inplace(node: fx.Node, *, changed: bool) -> None:
-    """A value that is overwritten must not be read again: a graph has no order of side effects."""
+    """Refuses to overwrite a value that is read again later: a graph has no order of side effects."""
     source = node.all_input_nodes[0]
     if changed and any(reader is not node and node < reader for reader in source.users):
         raise NotListed(f"{node.name} overwrites a value that {len(source.users) - 1} others read: leave inplace out")
 
 
 def _refuse_hooks(net: nn.Module) -> None:
-    """Hooks and forwards of one instance run beside the trace: they would be left out in silence."""
+    """Refuses hooks and forwards of single instances, which a trace would omit silently, and training mode."""
     modules = cast("list[tuple[str, Any]]", list(net.named_modules()))  # pyright: ignore[reportUnknownArgumentType]
     found = [
         name or "the net"
@@ -276,22 +266,7 @@ def _refuse_hooks(net: nn.Module) -> None:
     ]
     if found:
         raise TypeError(f"cannot be folded: {', '.join(found)} have hooks or a forward of their own; remove them first")
-    training = [name for name, module in modules if _depends_on_mode(module) and module.training]
+    by_mode = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)  # pyright: ignore[reportPrivateUsage]
+    training = [name for name, module in modules if isinstance(module, by_mode) and module.training]
     if training:
         raise TypeError(f"cannot be folded: {', '.join(training[:5])} in training mode; call net.eval() first")
-
-
-def _depends_on_mode(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)  # pyright: ignore[reportPrivateUsage]
-
-
-def _needed(walk: _Walk) -> tuple[Any, ...]:
-    """The nodes that the output reads, and it last."""
-    nodes = {node.name: node for node in walk.builder.nodes}
-    needed, rest = set[str](), [str(walk.result)]
-    while rest:
-        name = rest.pop()
-        if name not in needed:
-            needed.add(name)
-            rest += nodes[name].inputs
-    return tuple(node for node in walk.builder.nodes if node.name in needed)

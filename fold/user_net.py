@@ -1,8 +1,9 @@
-"""A net that this project has not built: made by a function in its user's file, or by a name of timm's."""
+"""A user's own net, made by a function in their file or by its name in timm, and its weights."""
 
 import contextlib
 import importlib.util
 import inspect
+import io
 import os
 import sys
 import traceback
@@ -11,19 +12,27 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
 
-from common.refusal import Refusal
+from common.files import read_whole, sha256
+from common.refusal import Refusal, one_line
 
-SEED = 0  # of the numbers that a net starts from, where no weights are given
+SEED = 0  # of a net's initial weights, used if no others are given
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep weights
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+COUNTER = "num_batches_tracked"  # of batch norm; not used in evaluation mode
+MOST_NAMED = 3
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Made:
-    """A net, what it is called, and what timm says of its images."""
+    """A net, its name, and what timm says about its images."""
 
     net: nn.Module
     name: str
@@ -36,74 +45,99 @@ class Made:
 
 
 def from_file(where: str) -> Made:
-    """The net that `FILE.py:FUNCTION` returns; without a name the function is `make`. It takes no arguments.
+    """The net that `FILE.py:FUNCTION` returns; FUNCTION takes no arguments, and is `make` if not named.
 
-    The file is imported, its own folder first on Python's path. Refuses, with the line, what it raises.
+    The file is imported with its own folder first on Python's path. Refuses, with the line, what it raises.
     """
     file, colon, function = where.partition(".py")
     path, function = Path(file + ".py"), function.removeprefix(":") or "make"
     if not colon or not path.is_file():
         raise Refusal(f"{where} is neither a checkpoint (.pt) nor FILE.py:FUNCTION of a file that exists")
     torch.random.manual_seed(SEED)  # pyright: ignore[reportUnknownMemberType]
-    # What the file prints must not stand in a result on stdout.
+    # What the file prints must not mix with a result on stdout.
     with _folder_first(path), contextlib.redirect_stdout(sys.stderr):
         net = _call(path, _import(path), function)
     if not isinstance(net, nn.Module):
-        what = (
-            f"the class {net.__name__}: call it"
-            if isinstance(net, type)
-            else f"an object of the type {type(net).__name__}"
-        )
+        kind = type(net).__name__
+        what = f"the class {net.__name__}: call it" if isinstance(net, type) else f"an object of the type {kind}"
         raise Refusal(f"{path}: {function} returns {what}; it must return a torch.nn.Module")
     name = type(net).__name__
     return Made(net, path.stem if name == "Sequential" else name, {"made_by": f"{path.name}:{function}"})
 
 
 def from_timm(name: str, *, num_classes: int | None) -> Made:
-    """timm's net of that name, read as timm says; without its published weights, which would be downloaded."""
+    """The net that timm calls `name`, without its published weights, which would be downloaded."""
     try:
         timm, timm_data = (importlib.import_module(module) for module in ("timm", "timm.data"))
     except ImportError as error:
         raise Refusal(f"--timm needs timm, which does not load ({error}): pip install timm") from error
     if not timm.is_model(name):
         close = ", ".join(get_close_matches(name, map(str, timm.list_models()), 3))
-        raise Refusal(f"timm has no net {name}" + (f"; close are {close}" if close else "; see timm.list_models()"))
+        raise Refusal(f"timm has no net {name}; {f'similar are {close}' if close else 'see timm.list_models()'}")
     torch.random.manual_seed(SEED)  # pyright: ignore[reportUnknownMemberType]
     net = timm.create_model(name, pretrained=False, **({"num_classes": num_classes} if num_classes else {}))
     said: dict[str, Any] = timm_data.resolve_data_config({}, pretrained_cfg=net.pretrained_cfg)
     subset = None if num_classes else timm_data.infer_imagenet_subset(net)
     labels = tuple(timm_data.ImageNetInfo(subset).label_descriptions()) if subset else ()
     _, height, width = said["input_size"]
-    # timm's other modes stretch, or add a border, which is not known here.
+    # timm's other modes stretch the image or add a border, which a spec cannot express.
     resize = int(height / said["crop_pct"]) if said["crop_mode"] == "center" and height == width else None
     mean, std = (tuple(map(float, said[key])) for key in ("mean", "std"))
     record = {"made_by": f"timm {timm.__version__}: {name}"}
     return Made(net, name, record, (height, width), mean, std, resize, labels)
 
 
+def load_weights(net: nn.Module, path: Path) -> str:
+    """Load all weights of a file into `net`, without executing code from it; returns its sha256.
+
+    The file is safetensors or a state dict that `torch.save` wrote. Refuses weights that do not fit.
+    """
+    content = read_whole(path)
+    state = _read_state(path, content)
+    own = net.state_dict()
+    missing = [name for name in own if name not in state and not name.endswith(COUNTER)]
+    unknown = [name for name in state if name not in own and not name.endswith(COUNTER)]
+    misshapen = [
+        f"{name} {list(state[name].shape)}, in the net {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    faults = [
+        *_listed("lacks", missing),
+        *_listed("has the unknown", unknown),
+        *_listed("has other shapes:", misshapen),
+    ]
+    if faults:
+        raise Refusal(f"{path} does not fit the net: it {'; it '.join(faults)}; name the weights of this very net")
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        raise Refusal(f"{path} holds NaN or infinite values in {', '.join(bad[:MOST_NAMED])}: the training diverged")
+    net.load_state_dict(state, strict=False)
+    return sha256(content)
+
+
 def _import(path: Path) -> ModuleType:
-    """The module of a file, under a name that no other module has."""
+    """The module of a file, under a name that no other module has. Refuses one that fails or opens files."""
     name = f"the_users.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.absolute())
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    raised: BaseException | None = None
     with _watched(path) as opened:
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
-            reason = None if opened else error
-        else:
-            reason = None
+            raised = error
     if opened:
         file, line = opened[0]
         raise Refusal(
             f"{path}, line {line}, reads {file} when it is imported: let it define nets only, "
             "and give their weights with --weights"
         )
-    if reason:
-        raise Refusal(f"{path}{_line(path, reason)}: the file cannot be imported: {_shown(reason)}") from reason
+    if raised:
+        raise Refusal(f"{path}{_line(path, raised)}: the file cannot be imported: {_shown(raised)}") from raised
     return module
 
 
@@ -116,9 +150,7 @@ def _call(path: Path, module: ModuleType, function: str) -> Any:
     try:
         inspect.signature(make).bind()
     except TypeError as error:
-        raise Refusal(
-            f"{path}: {function} is called without arguments, and has {error}; write one that has none"
-        ) from error
+        raise Refusal(f"{path}: {function} is called without arguments: {error}; write one that has none") from error
     try:
         return make()
     except (Exception, SystemExit) as error:
@@ -126,16 +158,15 @@ def _call(path: Path, module: ModuleType, function: str) -> Any:
 
 
 def _shown(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _line(path: Path, error: BaseException) -> str:
-    """Where in the file an exception comes from, as far as it can be told."""
-    if isinstance(error, SyntaxError) and error.filename == str(path.absolute()):
+    """The line of the file that an exception comes from, if known."""
+    file, frames = str(path.absolute()), traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) and error.filename == file:
         return f", line {error.lineno}"
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path.absolute())
-    ]
+    lines = [frame.lineno for frame in frames if frame.filename == file]
     return f", line {lines[-1]}" if lines else ""
 
 
@@ -152,7 +183,7 @@ def _folder_first(path: Path) -> Generator[None]:
 
 @contextlib.contextmanager
 def _watched(path: Path) -> Generator[list[tuple[str, int]]]:
-    """The files, with their lines, that the code of `path` itself opens; not those that an import of its opens."""
+    """The files that the code of `path` itself opens, with its lines; not those that its imports open."""
     opened: list[tuple[str, int]] = []
     watching = True
 
@@ -163,7 +194,7 @@ def _watched(path: Path) -> Generator[list[tuple[str, int]]]:
             if line and not file.startswith((sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/")):
                 opened.append((file, line))
 
-    sys.addaudithook(watch)  # there is no way to take one away: it looks no further from the end of this block on
+    sys.addaudithook(watch)  # a hook cannot be removed; `watching` makes it idle
     try:
         yield opened
     finally:
@@ -171,7 +202,7 @@ def _watched(path: Path) -> Generator[list[tuple[str, int]]]:
 
 
 def _opener(path: Path) -> int | None:
-    """The line of `path` that runs, with no import between it and now."""
+    """The line of `path` that is running, unless an import is running within it."""
     frame = inspect.currentframe()
     while frame is not None:
         file = frame.f_code.co_filename
@@ -181,3 +212,48 @@ def _opener(path: Path) -> int | None:
             return None
         frame = frame.f_back
     return None
+
+
+def _read_state(path: Path, content: bytes) -> State:
+    if path.suffix == ".safetensors":
+        try:
+            return _without_prefixes(load(content))
+        except SafetensorError as error:
+            raise Refusal(f"{path} is not a safetensors file, or is cut short: {error}") from error
+    try:
+        found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load raises half a dozen unrelated kinds
+        raise Refusal(
+            f"{path} cannot be read as weights ({type(error).__name__}); "
+            "save them with torch.save(net.state_dict(), FILE) or as safetensors"
+        ) from error
+    return _without_prefixes(_unwrapped(path, found))
+
+
+def _unwrapped(path: Path, found: Any) -> State:
+    while isinstance(found, dict):
+        entries = cast("dict[Any, Any]", found)
+        if entries and all(isinstance(value, Tensor) for value in entries.values()):
+            return {str(key): value for key, value in entries.items()}
+        inner = next((entries[key] for key in WRAPPERS if isinstance(entries.get(key), dict)), None)
+        if inner is None:
+            keys = ", ".join(str(key) for key in list(entries)[:5]) or "nothing"
+            raise Refusal(
+                f"{path} holds {keys}, and no state dict under {', '.join(WRAPPERS)}; "
+                "save it with torch.save(net.state_dict(), FILE)"
+            )
+        found = inner
+    raise Refusal(f"{path} holds a {type(found).__name__}, not a state dict; save net.state_dict()")
+
+
+def _without_prefixes(state: State) -> State:
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            return _without_prefixes({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+    return state
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    """A clause that names the first few, if there are any."""
+    rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return [f"{what} {', '.join(names[:MOST_NAMED])}{rest}"] if names else []

@@ -57,8 +57,10 @@ def conv(num_in=4, num_out=4, size=3, **how):
     return nn.Conv2d(num_in, num_out, size, **{"padding": 0 if isinstance(size, tuple) else size // 2, **how})
 
 
-def look(net, shape):
-    """How often each operation remains in the fold, what was not merged, and how far its outputs are off."""
+def check_row(net, shape, left, *said):
+    """Which operations the fold leaves, the whole of what was not merged, and outputs as before."""
     net, x = moved(net), noise(*shape)
     plain = fold(net, x)
-    return Counter(node.op for node in plain.graph.nodes), list(plain.graph.blocked), error(net, plain, x)
+    assert Counter(node.op for node in plain.graph.nodes) == {"input": 1, **left}
+    assert plain.graph.blocked == said
+    assert error(net, plain, x) < TOLERANCE

@@ -23,8 +23,7 @@ from export.verification.claims import CheckedClaim, Claims, Measured, judged, s
 from fold.image_sets import NUM_RANDOM, extreme_images, random_images
 from fold.plain import fold_net
 from fold.proof import TOLERANCES as FOLD_TOLERANCES
-from fold.proof import Row as ProofRow
-from fold.proof import prove
+from fold.proof import ProofRow, prove
 from train.checkpoint import load_checkpoint, load_net
 from train.data import datasets
 from train.data.split import Changed, Unlike

@@ -14,18 +14,18 @@ from fold.authors.hdf5 import SIGNATURE, read_hdf5
 
 @dataclass(frozen=True)
 class Saved:
-    """What an authors' file holds, float32 on the CPU, by their names without a wrapper's prefix."""
+    """The tensors of an authors' file, float32 on the CPU, by the authors' names without a wrapper's prefix."""
 
     numbers: dict[str, Tensor]
     eyes: dict[str, Tensor]  # the δ that their code cached as `eyeN_o_N_i_H_W`
-    folded: bool  # convolutions with biases, where no Dirac net is left
+    folded: bool  # convolutions with biases instead of a Dirac net
 
 
 def read_saved(path: Path, content: bytes) -> Saved:
     """`params` and `stats` of a net, or the convolutions of a folded one.
 
-    Refuses a file with anything but tensors and plain containers in it, tensors of other than finite real
-    numbers, and a layout that none of the authors' files has.
+    Refuses a file with anything but tensors and plain containers, tensors of anything but finite real numbers, and
+    a layout that none of the authors' files has.
     """
     held = read_hdf5(path, content) if content.startswith(SIGNATURE) else _read_pickle(path, content)
     if not _is_dict(held):
@@ -48,7 +48,7 @@ def read_saved(path: Path, content: bytes) -> Saved:
 
 
 def _their_name(name: Any) -> str:
-    """A tensor's name without the prefixes of `nn.DataParallel` and of the folded nets' one submodule."""
+    """A tensor's name without the prefixes of `nn.DataParallel` and of the folded nets' only submodule."""
     return str(name).removeprefix("module.").removeprefix("features.")
 
 
@@ -68,7 +68,7 @@ def _read_pickle(path: Path, content: bytes) -> Any:
         return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises half a dozen unrelated kinds
         raise Refusal(
-            f"{path} is no file of tensors in plain containers, or is cut short ({type(error).__name__}); "
+            f"{path} is not a file of tensors in plain containers, or is cut short ({type(error).__name__}); "
             "nothing in it was executed"
         ) from error
 

@@ -20,7 +20,7 @@ LARGEST_DATASET_BYTES = 1 << 30
 
 
 def read_hdf5(path: Path, content: bytes) -> Any:
-    """Nested dictionaries of float32 tensors; refuses what else is in the file, and what hickle would not write."""
+    """Nested dictionaries of float32 tensors; refuses other content, and what hickle would not write."""
     try:
         import h5py
     except ImportError as error:
@@ -35,10 +35,10 @@ def read_hdf5(path: Path, content: bytes) -> Any:
 
 
 def _members(path: Path, group: Any, seen: set[Any]) -> Iterator[tuple[str, Any]]:
-    """The members of a group by name: tensors, and dictionaries for the groups within.
+    """The members of a group by name: tensors, and dictionaries for inner groups.
 
-    A dictionary of hickle's is a group, and each of its keys another, which holds the value as `data_0`;
-    keys are quoted since hickle 3.
+    hickle writes a dictionary as a group, and each of its keys as another, with the value as `data_0`; since
+    hickle 3, keys are quoted.
     """
     import h5py
 
@@ -47,14 +47,13 @@ def _members(path: Path, group: Any, seen: set[Any]) -> Iterator[tuple[str, Any]
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise Refusal(f"{where} points to another place, which is not followed")
         member = group[name]
-        if member.id in seen:  # equal for one object, however it was reached
+        if member.id in seen:  # equal for the same object, whatever its path
             raise Refusal(f"{where} is in the file twice; hickle writes everything once")
         seen.add(member.id)
-        is_group = isinstance(member, h5py.Group)
-        yield (
-            _unquoted(name),
-            _unwrapped(dict(_members(path, member, seen))) if is_group else _tensor(where, member),
-        )
+        if isinstance(member, h5py.Group):
+            yield _unquoted(name), _unwrapped(dict(_members(path, member, seen)))
+        else:
+            yield _unquoted(name), _tensor(where, member)
 
 
 def _tensor(where: str, dataset: Any) -> Tensor:

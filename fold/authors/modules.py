@@ -1,4 +1,4 @@
-"""One `DiracConv1d`, `2d` or `3d` of the authors' module file, from a state dict, as a layer of ours."""
+"""A `DiracConv1d`, `2d` or `3d` of the authors' module file as a layer of this project, from a state dict."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.refusal import Refusal
 from common.spec import Parameterization
-from fold.authors.deltas import delta_form
+from fold.authors.shapes import delta_form
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d
 
 LAYERS = (DiracConv1d, DiracConv2d, DiracConv3d)
@@ -16,10 +16,10 @@ LAYERS = (DiracConv1d, DiracConv2d, DiracConv3d)
 def dirac_layer(
     state: Mapping[str, Tensor], prefix: str = "", *, padding: int = 0, dilation: int = 1
 ) -> DiracConv1d | DiracConv2d | DiracConv3d:
-    """The layer whose tensors are `prefix` and `alpha`, `beta`, `delta`, `weight` and, where it has one, `bias`.
+    """The layer with the tensors `alpha`, `beta`, `delta`, `weight` and, if any, `bias`, named after `prefix`.
 
-    `padding` and `dilation` are those that the authors' module was made with, as no state dict has them; its
-    stride is always 1. Refuses tensors that are missing, do not fit each other or are not finite.
+    A state dict lacks `padding` and `dilation`, so they are given here; the stride of the authors' module is 1.
+    Refuses tensors that are missing, do not fit each other or are not finite.
     """
     prefix = f"{prefix.removesuffix('.')}." if prefix else ""
     missing = [prefix + name for name in ("alpha", "beta", "delta", "weight") if prefix + name not in state]
@@ -47,7 +47,7 @@ def dirac_layer(
         form=forms[many],
         delta_form=delta_form("the state dict", f"{prefix}delta", tensors["delta"], weight.shape) or "repeated",
     )
-    assert layer.b is not None  # of the three forms each has one
+    assert layer.b is not None  # each of the three forms has one
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.a.copy_(tensors["alpha"].reshape(layer.a.shape))

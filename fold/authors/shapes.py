@@ -1,21 +1,23 @@
-"""Which of the authors' nets a file holds, from the shapes of its tensors; and its tensors by our names."""
+"""Which of the authors' nets a file contains, from the shapes of its tensors, and the tensors by our names."""
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from common.refusal import Refusal
-from common.spec import ImageSpec, Nonlinearity, Parameterization, Spec
+from common.spec import Delta, ImageSpec, Nonlinearity, Parameterization, Spec
 from train.data import datasets
 from train.families import IMAGENET_GROUPS, TABLE3_GROUPS
+from train.layers import dirac_delta
 
 Shape = tuple[int, ...]
-# A file that lacks no more than so many convolutions is told which; beyond that it is another net.
+# A file with up to this many convolutions too few or too many is refused by their names; with more, as another net.
 FEW = 2
 
 
@@ -27,11 +29,10 @@ def infer_spec(
     forms: Mapping[Nonlinearity, Parameterization],
     image_size: int | None,
 ) -> Spec:
-    """The net whose convolutions are called `conv` and `groupG.blockB.conv`, followed by `leaf`.
+    """The spec, but for δ, of the net whose convolutions are called `conv` and `groupG.blockB.conv` and then `leaf`.
 
-    A tensor of a wrong shape does not decide alone, so that `matched` can name it. `forms` says what a net
-    with each nonlinearity is; the nonlinearity follows from the inputs of the first group, twice as many
-    after NCReLU. δ is left to the caller.
+    Several tensors vote, so that `matched` can name one of a wrong shape. `forms` has the parameterization for each
+    nonlinearity, which follows from the inputs of the first group: twice as many after NCReLU.
     """
     stem, block, classifier = f"conv{leaf}", f"group0.block0.conv{leaf}", "fc.weight"
     for name, dims in ((stem, 4), (block, 4), (classifier, 2)):
@@ -53,13 +54,13 @@ def infer_spec(
         width=base / at_width_one,
         nonlinearity=nonlinearity,
         image=_resized(image, image_size),
-        labels=_labels(classifier_size(numbers)),
+        labels=_labels(_classifier_size(numbers)),
         parameterization=forms[nonlinearity],
     )
 
 
-def classifier_size(numbers: Mapping[str, Tensor]) -> int:
-    """The number of classes; where weights and biases differ in it, the number that a known data set has."""
+def _classifier_size(numbers: Mapping[str, Tensor]) -> int:
+    """The number of classes; if weights and biases disagree, the one that a known data set has."""
     sizes = [numbers[name].shape[0] for name in ("fc.weight", "fc.bias") if name in numbers and numbers[name].dim()]
     return next((size for size in sizes if size in (10, 100, 1000)), sizes[0])
 
@@ -67,16 +68,25 @@ def classifier_size(numbers: Mapping[str, Tensor]) -> int:
 def matched(
     path: Path, spec: Spec, numbers: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, Shape]]
 ) -> dict[str, Tensor]:
-    """The tensors by our names; `wanted` has our name and the shape for each of theirs.
+    """The tensors by our names; `wanted` has our name and the shape for each of the authors' names.
 
-    Refuses, in one line with their names, tensors that are missing, of another shape or not part of the net.
-    A number of shape [1] fits where [] is wanted.
+    Refuses, by name, tensors that are missing, of another shape or not part of the net. [1] is accepted for [].
     """
     wrong = list(_misfits(numbers, wanted))
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise Refusal(f"{path} is not a whole {spec.name} of {spec.family}: {', '.join(wrong[:3])}{more}")
     return {ours: numbers[theirs].reshape(shape) for theirs, (ours, shape) in wanted.items()}
+
+
+def delta_form(where: Path | str, name: str, eye: Tensor, shape: Sequence[int]) -> Delta | None:
+    """The form of δ that `eye` is for a layer of `shape`, None if both are the same; refuses a tensor of neither."""
+    is_whole = max(shape[:2]) % min(shape[:2]) == 0  # else δ cannot be repeated
+    forms: list[Delta] = ["repeated", "first"] if is_whole else ["first"]
+    fits: list[Delta] = [form for form in forms if torch.equal(eye, dirac_delta(shape, form))]
+    if not fits:
+        raise Refusal(f"{where}: {name} is neither the repeated δ of eq. 7 and 8 nor that of torch.nn.init.dirac_")
+    return fits[0] if len(fits) == 1 else None
 
 
 def _misfits(numbers: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, Shape]]) -> Iterator[str]:
@@ -91,7 +101,7 @@ def _misfits(numbers: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, Shap
 
 
 def _family(path: Path, stem: Tensor, groups: Shape, *, name: str) -> tuple[str, int, int, ImageSpec]:
-    """(family, depth, channels at width one, image): the net with these groups, or with a block or two more or less."""
+    """(family, depth, channels at width one, image) of the net whose groups differ from these by at most FEW."""
     kernel = tuple(stem.shape[2:])
     if kernel == (3, 3):
         even = 2 * ((max(groups) + 1) // 2)  # 2N convolutions in each group, Table 1
@@ -105,14 +115,9 @@ def _family(path: Path, stem: Tensor, groups: Shape, *, name: str) -> tuple[str,
         raise Refusal(f"{path}: {name} is {list(stem.shape)}: the authors' nets begin with 3x3 or 7x7 taps")
     family, depth, layers = min(nets, key=lambda net: _distance(net[2], groups))
     if _distance(layers, groups) > FEW:
-        raise Refusal(
-            f"{path}: groups of {', '.join(map(str, groups))} convolutions: "
-            + (
-                "a CIFAR net has three of 2N each"
-                if base == 16
-                else f"ImageNet nets have {' or '.join(', '.join(map(str, net[2])) for net in nets)}"
-            )
-        )
+        tables = " or ".join(", ".join(map(str, net[2])) for net in nets)
+        known = "a CIFAR net has three of 2N each" if base == 16 else f"ImageNet nets have {tables}"
+        raise Refusal(f"{path}: groups of {', '.join(map(str, groups))} convolutions: {known}")
     return family, depth, base, image
 
 
@@ -121,7 +126,7 @@ def _distance(one: Shape, other: Shape) -> int:
 
 
 def _count_blocks(numbers: Mapping[str, Tensor], leaf: str) -> Shape:
-    """Convolutions in each group, up to the last one that is there."""
+    """The number of convolutions in each group, up to the last one in the file."""
     pattern = re.compile(rf"group(\d{{1,2}})\.block(\d{{1,3}})\.conv{re.escape(leaf)}")
     places = [tuple(map(int, found.groups())) for found in map(pattern.fullmatch, numbers) if found]
     num_groups = 1 + max(group for group, _ in places)
@@ -129,7 +134,7 @@ def _count_blocks(numbers: Mapping[str, Tensor], leaf: str) -> Shape:
 
 
 def _base_channels(numbers: Mapping[str, Tensor], stem: str, block: str, *, num_groups: int) -> int:
-    """Channels of the first group, as most of the tensors that tell have it."""
+    """Channels of the first group, by majority of the tensors that depend on it."""
     told = [numbers[stem].shape[0], numbers[block].shape[0], numbers["fc.weight"].shape[1] // 2 ** (num_groups - 1)]
     return Counter(told).most_common(1)[0][0] or 1
 
@@ -141,7 +146,7 @@ def _resized(image: ImageSpec, size: int | None) -> ImageSpec:
 
 
 def _labels(num: int) -> tuple[str, ...]:
-    """The classes' names where the number of classes says which data set it was."""
+    """The names of the classes, if their number identifies the data set."""
     if num in (10, 100):
         return datasets.describe(f"cifar{num}").labels
     if num == 1000:

@@ -15,8 +15,7 @@ from export.eight_bits.quantize import answerer
 from export.graphs.graph import to_onnx
 from export.runtimes.torch_net import read_net
 from fold.graph import GraphNet, fold
-from fold.lower import lower
-from fold.lower_graph import GRAPH_LOWERINGS
+from fold.lower import GRAPH_LOWERINGS, lower
 from fold.nodes import OPERATIONS
 from fold.shapes import pooled
 from fold.sources import Asked, from_made

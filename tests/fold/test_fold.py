@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common.refusal import Refusal
-from fold.passes import fold_batch_norm, split_ncrelu
+from fold.lower import split_ncrelu
+from fold.operations import fold_batch_norm
 from fold.plain import fold_net, load_plain, named_layers, save_plain, skeleton
 from fold.proof import prove
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, dirac_delta, dirac_weight
@@ -30,9 +31,8 @@ def test_dirac_and_batch_norm_fold_exactly_in_one_to_three_dimensions(dims, m, s
         torch.tensor(a, dtype=delta.dtype), torch.tensor(b, dtype=delta.dtype), delta, torch.from_numpy(weight)
     )
     statistics = {"gamma": gamma, "beta": beta, "mean": mean, "var": var}
-    folded, bias = fold_batch_norm(
-        folded, None, **{key: torch.from_numpy(value) for key, value in statistics.items()}, epsilon=1e-5
-    )
+    scale, bias = fold_batch_norm(**{key: torch.from_numpy(value) for key, value in statistics.items()}, epsilon=1e-5)
+    folded = scale.view(-1, *[1] * (dims + 1)) * folded
     actual = reference.convolve(x, folded.numpy(), 1) + bias.numpy().reshape(1, -1, *[1] * dims)
     # eps(float64) x terms per output x size of the values, with room to spare.
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
@@ -54,7 +54,7 @@ def test_every_family_folds_to_1e_12(make_net, images, row):
     with torch.no_grad():
         expected = net.double()(x)
         error = ((plain(x) - expected).abs().max() / expected.abs().max()).item()
-    assert error <= 1e-12, f"the fold is off by {error:.1e} of the output: fold/passes.py, or a case of fold/plain.py"
+    assert error <= 1e-12, f"the fold is off by {error:.1e} of the output: fold/operations.py or fold/rules.py"
 
 
 def test_a_plain_net_holds_nothing_but_convolutions_activations_and_pools(make_net):

@@ -133,7 +133,7 @@ def test_chains_fold_to_layers_without_an_example(name):
 
 
 def test_a_net_that_is_no_chain_is_refused_as_layers():
-    with pytest.raises(TypeError, match=r"no chain of layers: .*\(add\)"):
+    with pytest.raises(TypeError, match=r"not a chain of layers: .*\(add\)"):
         fold_net(moved(PlusBody()))
 
 
@@ -170,7 +170,7 @@ class Rectified(nn.Conv2d):
 @pytest.mark.parametrize("net", [Twisted(), nn.Sequential(Rectified(4, 4, 3), conv())], ids=["order", "inside"])
 def test_a_chain_whose_names_are_in_no_such_order_is_refused_as_layers_and_right_as_a_graph(net):
     net = moved(net)
-    with pytest.raises(TypeError, match="no chain of layers"):
+    with pytest.raises(TypeError, match="not a chain of layers"):
         fold_net(net)
     assert error(net, fold(net, noise(*X)), noise(*X)) < TOLERANCE
 
@@ -198,11 +198,11 @@ REFUSED = {
         Lambda(lambda x, a: a(x) * torch.arange(1.0, 5).view(4, 1, 1), conv(4, 1)),
         r"mul of a constant that gives a value more channels or pixels",
     ),
-    "rows of an image": (Lambda(lambda x: x[:, 1:3, 0:2]), r"indexing with \(slice.* of channels alone"),
-    "images of a batch": (Lambda(lambda x: x[0:1, 1:3]), r"indexing with \(slice.* of channels alone"),
-    "every second channel": (Lambda(lambda x: x[:, ::2]), r"indexing with \(slice.* of channels alone"),
-    "a new dimension": (Lambda(lambda x: x[:, 1:3, None]), r"indexing with \(slice.* of channels alone"),
-    "one channel": (Lambda(lambda x: x[:, 1]), r"indexing with \(slice.* of channels alone"),
+    "rows of an image": (Lambda(lambda x: x[:, 1:3, 0:2]), r"indexing with \(slice.* only of channels is supported"),
+    "images of a batch": (Lambda(lambda x: x[0:1, 1:3]), r"indexing with \(slice.* only of channels is supported"),
+    "every second channel": (Lambda(lambda x: x[:, ::2]), r"indexing with \(slice.* only of channels is supported"),
+    "a new dimension": (Lambda(lambda x: x[:, 1:3, None]), r"indexing with \(slice.* only of channels is supported"),
+    "one channel": (Lambda(lambda x: x[:, 1]), r"indexing with \(slice.* only of channels is supported"),
     "a scale for each column": (Columns(), r"constants of shape \[6\] that are not one for each channel"),
     "reflection as a layer": (nn.Sequential(nn.ReflectionPad2d(1)), r"0 \(ReflectionPad2d\)"),
     "padding that cuts off": (nn.Sequential(nn.ZeroPad2d((1, -1, 0, 0))), r"0 \(ZeroPad2d: padding with anything but"),

@@ -36,9 +36,9 @@ def test_real_images_are_the_first_test_images_or_a_reason(tmp_path):
             replace(digits, height=28, width=28, resize=28), {"dataset": "fashion-mnist"}, num=7, data_dir=tmp_path
         )
     gone = {"dataset": "cifar10", "data_dir": str(tmp_path / "gone")}
-    reason = f"{tmp_path / 'gone'} is not there any more: name the data set's folder with --data-dir"
+    reason = f"{tmp_path / 'gone'} no longer exists: name the data set's folder with --data-dir"
     assert real_images(digits, gone, num=7) == (None, reason)
-    reason = "no file says where the photographs lie: name their folder with --data-dir"
+    reason = "the folder of the photographs is not recorded: name it with --data-dir"
     assert real_images(digits, {"dataset": "folder"}, num=7) == (None, reason)
     reason = "digits has images of shape (8, 8, 1), the net takes (6, 5, 3)"
     assert real_images(IMAGE, {"dataset": "digits"}, num=7) == (None, reason)

@@ -137,5 +137,5 @@ def test_an_unknown_lowering_is_refused(plain):
 @pytest.mark.parametrize("lowering", ["shared", "shared-split", "split", "mirror"])
 def test_what_is_no_convolution_after_an_ncrelu_is_refused(lowering):
     net = nn.Sequential(nn.Conv2d(1, 2, 1), NCReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 1, 1))
-    with pytest.raises(TypeError, match="2: MaxPool2d after an NCReLU is written as concat alone"):
+    with pytest.raises(TypeError, match="2: MaxPool2d after an NCReLU can only be written as concat"):
         lower(net, lowering)

@@ -100,7 +100,7 @@ def test_a_file_of_the_authors_answers_as_their_definition_at_every_stage(tmp_pa
 def test_a_folded_net_says_what_it_cannot_prove_and_how_an_image_is_prepared(tmp_path, capsys):
     (tmp_path / "net.pth").write_bytes(folded_second(num_classes=1000)[0])
     assert original(tmp_path / "net.pth", "--out", tmp_path / "plain.safetensors") == 0
-    assert "nothing can show that the fold changed nothing" in capsys.readouterr().out
+    assert "without the Dirac net, the fold cannot be verified" in capsys.readouterr().out
     plain = load_plain(tmp_path / "plain.safetensors")
     assert plain.provenance["fold"]["by"] == "the authors"
     assert "cannot be shown" in plain.provenance["fold"]["not_proven"]

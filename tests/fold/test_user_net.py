@@ -72,7 +72,7 @@ def test_what_is_assumed_is_said(nets, capsys):
     assert "images are stretched to 33x33" in out
     assert "no --labels" in out
     assert run("nets.py:this_morning", "--image-size", 24, 31) == 0
-    assert "no --weights: the numbers are those that nets.py:this_morning starts from" in capsys.readouterr().out
+    assert "no --weights: nets.py:this_morning keeps its initial weights, seed 0" in capsys.readouterr().out
     assert load_plain(nets / "plain.safetensors").spec.image.width == 31
 
 
@@ -190,7 +190,7 @@ REFUSED = {
     "bad.py:signal": "the net does not take images of 3 channels of 9x9: RuntimeError: Expected",
     "bad.py:number": "bad.py: number returns an object of the type int; it must return a torch.nn.Module",
     "bad.py:kind": "bad.py: kind returns the class Inner: call it",
-    "bad.py:arguments": "arguments is called without arguments, and has missing a required argument: 'width'",
+    "bad.py:arguments": "arguments is called without arguments: missing a required argument: 'width'",
     "bad.py:raises": "bad.py, line 29: raises raises KeyError: 'width'",
     "bad.py:leaves": "bad.py, line 30: leaves raises SystemExit: 3",
     "bad.py": "bad.py has no function make; it defines net, Inner, flow, statistics, training: name the one that",
@@ -242,11 +242,11 @@ def test_weights_that_do_not_fit_are_named(nets, capsys):
     again = ("nets.py:this_morning", "--image-size", 16, "--weights", "weights.pt")
     assert run(*again) == 2
     error = capsys.readouterr().err
-    assert "weights.pt does not fit the net: it misses stem.large.0.weight" in error
-    assert "it has, and the net has not, head.weight" in error
-    assert "it has in another shape logits.weight [9, 64], in the net [5, 64]" in error
+    assert "weights.pt does not fit the net: it lacks stem.large.0.weight" in error
+    assert "it has the unknown head.weight" in error
+    assert "it has other shapes: logits.weight [9, 64], in the net [5, 64]" in error
     bad = {
-        "a net": (own_nets.Gate(4), "cannot be read as weights alone"),
+        "a net": (own_nets.Gate(4), "cannot be read as weights"),
         "a list": ([1, 2], "holds a list, not a state dict"),
         "other keys": ({"epoch": 3}, "holds epoch, and no state dict under state_dict, model_state_dict, model, net"),
         "NaN": (
@@ -268,7 +268,7 @@ def test_flags_that_do_not_go_together_are_refused(nets, capsys):
     for argv, message in {
         (): "name one net",
         ("nets.py", "--timm", "resnet18"): "name one net",
-        ("checkpoint.pt", "--image-size", "9"): "leave --image-size out: checkpoint.pt is a checkpoint",
+        ("checkpoint.pt", "--image-size", "9"): "leave out --image-size: checkpoint.pt is a checkpoint",
         ("nets.py:this_morning",): "say how large the net's images are: --image-size 224",
         (*ASKED, "--labels", "labels.txt"): "the net has 5 classes, and there are 2 labels",
         (*ASKED, "--mean", "0.5"): "the net does not take images of 1 channel of 33x33",
@@ -289,4 +289,4 @@ def test_timm_says_how_its_net_is_read(tmp_path, monkeypatch, capsys):
     assert (spec.name, len(spec.labels)) == ("test_resnet", 1000)
     assert (spec.image.height, len(spec.image.mean)) == (64, 3)
     assert run("--timm", "repvg_a0") == 2
-    assert "timm has no net repvg_a0; close are repvgg_a0" in capsys.readouterr().err
+    assert "timm has no net repvg_a0; similar are repvgg_a0" in capsys.readouterr().err

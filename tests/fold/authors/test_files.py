@@ -88,7 +88,7 @@ class _Evil:
 )
 def test_a_pickle_with_anything_else_in_it_is_refused_and_not_executed(tmp_path, monkeypatch, zipped, content):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refusal, match=r"no file of tensors in plain containers.*nothing in it was executed"):
+    with pytest.raises(Refusal, match=r"not a file of tensors in plain containers.*nothing in it was executed"):
         read_saved(tmp_path / "model.pt7", pickled(content, zipped=zipped))
     assert not (tmp_path / "executed").exists()
 

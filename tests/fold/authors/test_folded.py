@@ -8,7 +8,7 @@ from authors import folded_first, folded_second
 
 from common.refusal import Refusal
 from fold.authors.files import Saved, read_saved
-from fold.authors.folded import plain_of
+from fold.authors.nets import plain_of
 
 
 def numbers_of(make):

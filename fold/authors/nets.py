@@ -1,38 +1,39 @@
-"""The authors' Dirac nets, as trained: `params`, and in most of their files `stats`."""
+"""The authors' nets, as trained or folded, from the tensors of their files."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.files import read_whole, sha256
 from common.refusal import Refusal
 from common.spec import Delta, Nonlinearity, Parameterization, Spec
-from fold.authors.deltas import delta_form
-from fold.authors.files import Saved, read_saved
-from fold.authors.shapes import Shape, infer_spec, matched
+from fold.authors.files import Saved
+from fold.authors.shapes import Shape, delta_form, infer_spec, matched
+from fold.plain import Plain, skeleton
 from train.checkpoint import Checkpoint, load_net
 from train.families import outline
 
-# How the factors a and b of a block are called: in the training code of both releases, in the first days of the
-# first, and in the net that was published with its notebook.
+# The names of a block's factors a and b: in the training code of both releases, in early files of the first, and in
+# the net that was published with its notebook.
 SCALES = (("alpha", "beta"), ("conv.alpha", "conv.beta"), ("conv.gamma", "conv.beta"))
 NOTEBOOK = SCALES[2]
-
-
-def import_net(path: Path, *, image_size: int | None = None) -> Checkpoint:
-    """The checkpoint in an authors' file of either release.
-
-    Family, depth, width and classes come from the shapes of the tensors, δ from the file's own.
-    """
-    content = read_whole(path)
-    return checkpoint_of(path, read_saved(path, content), sha256(content), image_size=image_size)
+FOLDED_FORMS: dict[Nonlinearity, Parameterization] = {"ncrelu": "per-output-b", "relu": "per-channel"}
+# Recorded in the plain file, because these nets come without the nets that they were folded from.
+NOT_PROVEN = (
+    "the authors folded this net, and their file lacks its Dirac net: that the fold changed nothing cannot be "
+    "shown; nonlinearity and shapes are inferred from the tensors, the ReLU before the last pool, a, b, δ and the "
+    "preprocessing are taken from the authors' definition and training code"
+)
 
 
 def checkpoint_of(path: Path, saved: Saved, digest: str, *, image_size: int | None = None) -> Checkpoint:
-    """A net that `read_saved` gave as a checkpoint; refuses names and shapes that no published net has."""
+    """The checkpoint of a net from `read_saved`; refuses names and shapes that no published net has.
+
+    Family, depth, width and classes come from the shapes of the tensors, δ from the file's own.
+    """
     numbers, scales = dict(saved.numbers), _scales(path, saved.numbers)
     forms = _forms(path, numbers, scales)
     spec = infer_spec(path, numbers, leaf="", forms=forms, image_size=image_size)
@@ -54,6 +55,30 @@ def checkpoint_of(path: Path, saved: Saved, digest: str, *, image_size: int | No
     return checkpoint
 
 
+def plain_of(path: Path, saved: Saved, digest: str, *, image_size: int | None = None) -> Plain:
+    """The plain net of a folded net from `read_saved`; refuses names and shapes that no published one has.
+
+    Both releases are for ImageNet: NCReLU in the first, ReLU in the second, ReLU before the last pool in both.
+    """
+    if "conv.weight" in saved.numbers and saved.numbers["conv.weight"].shape[2:] == (3, 3):
+        raise Refusal(
+            f"{path} is a folded CIFAR net; the authors folded only ImageNet nets: import its Dirac net instead"
+        )
+    spec = infer_spec(path, saved.numbers, leaf=".weight", forms=FOLDED_FORMS, image_size=image_size)
+    if spec.nonlinearity == "relu":
+        spec = replace(spec, delta="first")
+    net = skeleton(spec)
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    wanted = {ours.removeprefix("stem."): (ours, shape) for ours, shape in shapes.items()}
+    with torch.no_grad():
+        net.load_state_dict(matched(path, spec, saved.numbers, wanted), assign=True)
+    provenance: dict[str, Any] = {
+        "training": {"authors_file": path.name, "authors_sha256": digest},
+        "fold": {"by": "the authors", "not_proven": NOT_PROVEN},
+    }
+    return Plain(net.eval(), spec, provenance, digest)
+
+
 def _scales(path: Path, numbers: Mapping[str, Tensor]) -> tuple[str, str]:
     found = [pair for pair in SCALES if all(f"group0.block0.{name}" in numbers for name in pair)]
     if not found:
@@ -67,9 +92,9 @@ def _scales(path: Path, numbers: Mapping[str, Tensor]) -> tuple[str, str]:
 def _forms(
     path: Path, numbers: Mapping[str, Tensor], scales: tuple[str, str]
 ) -> Mapping[Nonlinearity, Parameterization]:
-    """What the net is with each nonlinearity, from how many numbers a and b are in the first block.
+    """The parameterization for each possible nonlinearity, from the sizes of a and b in the first block.
 
-    The second release had one a and one b for a layer in its first months; the same layer has them for each output.
+    In its first months, the second release had a single a and b per layer; they mean the same for each output.
     """
     num_a, num_b = (numbers[f"group0.block0.{name}"].numel() for name in scales)
     if scales == NOTEBOOK and num_a == 1:
@@ -85,18 +110,15 @@ def _forms(
 
 
 def _one_each(numbers: Mapping[str, Tensor], scales: tuple[str, str]) -> dict[str, Tensor]:
-    """A layer's single a and b once for each of its outputs."""
+    """A layer's single a and b, repeated for each of its outputs."""
     convolutions = {name.removesuffix(".conv"): w for name, w in numbers.items() if _is_conv(name) and w.dim()}
-    names = {f"{block}.{scale}": len(w) for block, w in convolutions.items() for scale in scales}
-    return {name: numbers[name].expand(num) for name, num in names.items() if _is_single(numbers.get(name))}
-
-
-def _is_single(value: Tensor | None) -> bool:
-    return value is not None and value.shape == (1,)
+    sizes = {f"{block}.{scale}": len(w) for block, w in convolutions.items() for scale in scales}
+    single = {name for name, value in numbers.items() if value.shape == (1,)}
+    return {name: numbers[name].expand(num) for name, num in sizes.items() if name in single}
 
 
 def _wanted(spec: Spec, scales: tuple[str, str]) -> dict[str, tuple[str, Shape]]:
-    """Our name and the shape for each name of theirs."""
+    """For each of the authors' names, our name and the shape."""
     wanted: dict[str, tuple[str, Shape]] = {}
     for ours, tensor in outline(spec).state_dict().items():
         where, _, leaf = ours.rpartition(".")
@@ -112,9 +134,9 @@ def _wanted(spec: Spec, scales: tuple[str, str]) -> dict[str, tuple[str, Shape]]
 
 
 def _form_of_all(path: Path, numbers: Mapping[str, Tensor], eyes: Mapping[str, Tensor]) -> Delta:
-    """Which δ the file's net was trained with, from the tensors that its code cached as `eyeN_o_N_i_H_W`.
+    """The δ that the net was trained with, from the tensors that its code cached as `eyeN_o_N_i_H_W`.
 
-    Where N_i = N_o all forms are one. Refuses a δ that is of neither form, and one that is missing.
+    For N_i = N_o the forms are the same. Refuses a δ of neither form, and a missing one.
     """
     shapes = {"eye" + "_".join(map(str, value.shape)): value.shape for name, value in numbers.items() if _is_conv(name)}
     missing = [name for name, shape in shapes.items() if shape[0] != shape[1] and name not in eyes]
@@ -127,9 +149,8 @@ def _form_of_all(path: Path, numbers: Mapping[str, Tensor], eyes: Mapping[str, T
     }
     if len(set(found.values())) > 1:
         raise Refusal(f"{path}: δ is of two forms: {', '.join(f'{name} {form}' for name, form in found.items())}")
-    for form in found.values():
-        return form
-    return "repeated"
+    forms: list[Delta] = [*found.values(), "repeated"]
+    return forms[0]
 
 
 def _is_conv(name: str) -> bool:

@@ -9,8 +9,10 @@ import torch
 from authors import optimizer_state, pickled, trained
 from torch.nn import functional
 
+from common.files import sha256
 from common.refusal import Refusal
-from fold.authors.dirac import import_net
+from fold.authors.files import read_saved
+from fold.authors.nets import checkpoint_of
 from fold.plain import fold_net, skeleton
 from train.checkpoint import load_net
 from train.families import count_parameters
@@ -20,6 +22,11 @@ def saved(tmp_path, params, stats, **more):
     path = tmp_path / "model.pt7"
     path.write_bytes(pickled({"params": params, "stats": stats, **more}))
     return path
+
+
+def import_net(path, image_size=None):
+    content = path.read_bytes()
+    return checkpoint_of(path, read_saved(path, content), sha256(content), image_size=image_size)
 
 
 def images_of(spec):

@@ -77,7 +77,7 @@ def test_an_impossible_image_is_refused(make_spec, fields, message):
 def test_an_impossible_classifier_is_refused(make_spec):
     with pytest.raises(Refusal, match="two labels or more, got 1"):
         dataclasses.replace(make_spec(), labels=("one",))
-    with pytest.raises(Refusal, match="ncrelu or relu, got tanh"):
+    with pytest.raises(Refusal, match="nonlinearity must be one of ncrelu, relu, got tanh"):
         dataclasses.replace(make_spec(), nonlinearity="tanh")
 
 
