@@ -14,7 +14,9 @@ from export.compare import TOLERANCES, Answer
 from export.model_file.reading import NO_HINTS, ReadingHints
 from export.model_file.signature import Reading
 from export.runtimes.cascade import Cascade, read_forms
+from export.runtimes.runtime import Runtime
 
+LayerOutputs = Callable[[np.ndarray], dict[str, np.ndarray]]  # images → outputs [N, ...] by the plain net's names
 Provider = Literal["cpu", "cuda", "tensorrt", "mnn", "torch"]  # ONNX Runtime's, or MNN or PyTorch in its place
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -24,7 +26,7 @@ PROVIDERS = {
 
 
 @dataclass(frozen=True)
-class Form:
+class Artefact:
     """One artefact made callable."""
 
     name: str  # its path, and the provider where several were asked for
@@ -34,7 +36,7 @@ class Form:
     spec: Spec
     provenance: dict[str, Any]
     answer: Answer
-    layers: Callable[[np.ndarray], dict[str, np.ndarray]]  # images → outputs [N, ...] by the plain net's names
+    layers: LayerOutputs
     # images → the first node that overflows in float16, where it computes in more than its graph says
     overflow: Callable[[np.ndarray], str | None] = lambda images: None
     reading: Reading | None = None  # of somebody else's net
@@ -64,7 +66,7 @@ class Form:
 
 def open_artefact(
     path: Path, *, provider: Provider | None = None, hints: ReadingHints = NO_HINTS, cascade: Path | None = None
-) -> Form:
+) -> Artefact:
     """A checkpoint, plain net, ONNX or engine; an ONNX on the best provider that loads, or on `provider`.
 
     `hints` are its user's, for somebody else's ONNX; `cascade` is the other file of a cascade.
@@ -85,12 +87,12 @@ def open_artefact(
             return _open_onnx(path, provider, hints)
         case ".engine":
             return _open_engine(path)
-    raise Refusal(f"{path} is no artefact of this project: name a .pt, .safetensors, .onnx or .engine file")
+    raise Refusal(f"{path} is not an artefact of this project: name a .pt, .safetensors, .onnx or .engine file")
 
 
 def open_providers(
     path: Path, providers: tuple[Provider, ...], *, hints: ReadingHints = NO_HINTS
-) -> tuple[list[Form], list[str]]:
+) -> tuple[list[Artefact], list[str]]:
     """An ONNX file on each of `providers` that loads, and a line for each that does not."""
     forms, missing = [], []
     for provider in providers:
@@ -107,7 +109,7 @@ class ProviderMissing(Refusal):
     """An execution provider of ONNX Runtime, or MNN, does not load on this machine."""
 
 
-def _open_checkpoint(path: Path) -> Form:
+def _open_checkpoint(path: Path) -> Artefact:
     from train.checkpoint import load_checkpoint, load_net
 
     checkpoint = load_checkpoint(path)
@@ -115,14 +117,14 @@ def _open_checkpoint(path: Path) -> Form:
     return _from_torch(path, load_net(checkpoint), checkpoint.spec, digest=checkpoint.sha256, provenance=record)
 
 
-def _open_plain(path: Path) -> Form:
+def _open_plain(path: Path) -> Artefact:
     from fold.plain import load_plain
 
     plain = load_plain(path)
     return _from_torch(path, plain.net, plain.spec, digest=plain.sha256, provenance=plain.provenance)
 
 
-def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: dict[str, Any]) -> Form:
+def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: dict[str, Any]) -> Artefact:
     import torch
 
     from fold.proof import layer_outputs
@@ -136,10 +138,35 @@ def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: di
         outputs = layer_outputs(net, torch.from_numpy(images), _layer_names(spec, provenance))
         return {name: output.numpy() for name, output in outputs}
 
-    return Form(str(path), path, digest, "fp32", spec, provenance, answer, layers)
+    return Artefact(str(path), path, digest, "fp32", spec, provenance, answer, layers)
 
 
-def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Form:
+def _from_runtime(
+    runtime: Runtime, path: Path, precision: str, layers: LayerOutputs, *, name: str = "", **more: Any
+) -> Artefact:
+    model = runtime.model
+    return Artefact(
+        name or str(path),
+        path,
+        model.digest,
+        precision,
+        model.spec,
+        model.provenance,
+        runtime,
+        layers,
+        reading=model.reading,
+        **more,
+    )
+
+
+def _without_layers(why: str) -> LayerOutputs:
+    def layers(images: np.ndarray) -> dict[str, np.ndarray]:
+        raise Refusal(why)
+
+    return layers
+
+
+def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Artefact:
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -155,9 +182,8 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Fo
     except DecodeError as error:
         raise Refusal(f"{path} is not a valid ONNX file: {error}; export it again") from error
     # The optimiser moves fp8 pairs over nodes that then answer wrongly (export/eight_bits/quantize.py).
-    session = OnnxSession(
-        path, providers=(PROVIDERS[provider],) if provider else None, optimize=kind != "fp8", hints=hints
-    )
+    optimize = kind != "fp8"
+    session = OnnxSession(path, providers=(PROVIDERS[provider],) if provider else None, optimize=optimize, hints=hints)
     if provider and session.provider != PROVIDERS[provider]:
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime fell back to {session.provider}")
 
@@ -166,48 +192,27 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Fo
             return None
         return first_overflow(model, session.to_input(images), path.parent)
 
-    made = session.model
-    return Form(
-        name=f"{path} on {provider}" if provider else str(path),
-        path=path,
-        digest=made.digest,
-        precision=kind,
-        spec=made.spec,
-        provenance=made.provenance,
-        answer=session,
-        layers=lambda images: _onnx_layers(
-            path, _layer_names(made.spec, made.provenance), images, session.provider, optimize=kind != "fp8"
-        ),
-        overflow=overflow,
-        reading=session.model.reading,
-    )
+    def layers(images: np.ndarray) -> dict[str, np.ndarray]:
+        names = _layer_names(session.model.spec, session.model.provenance)
+        return _onnx_layers(path, names, images, session.provider, optimize=optimize)
+
+    name = f"{path} on {provider}" if provider else ""
+    return _from_runtime(session, path, kind, layers, name=name, overflow=overflow)
 
 
-def _open_cascade(paths: tuple[Path, Path], hints: ReadingHints) -> Form:
+def _open_cascade(paths: tuple[Path, Path], hints: ReadingHints) -> Artefact:
     from export.runtimes.onnx_session import OnnxSession
 
-    forms = read_forms(paths)
-    quick, exact = (OnnxSession(path, shares_cores=True, hints=hints) for path in (forms.quick, forms.exact))
-    cascade = Cascade(quick, exact, forms.evidence)
-
-    def layers(images: np.ndarray) -> dict[str, np.ndarray]:
-        raise Refusal(f"{forms.quick} and {forms.exact}: a cascade shows no layers; name one of them")
-
-    return Form(
-        f"{forms.quick} and {forms.exact}",
-        forms.quick,
-        cascade.model.digest,
-        "int8",
-        cascade.model.spec,
-        cascade.model.provenance,
-        cascade,
-        layers,
-        exact=forms.exact,
-    )
+    files = read_forms(paths)
+    quick, exact = (OnnxSession(path, shares_cores=True, hints=hints) for path in (files.quick, files.exact))
+    name = f"{files.quick} and {files.exact}"
+    layers = _without_layers(f"{name}: a cascade shows no layers; name one of them")
+    cascade = Cascade(quick, exact, files.evidence)
+    return _from_runtime(cascade, files.quick, "int8", layers, name=name, exact=files.exact)
 
 
-def _open_other(path: Path, provider: Literal["mnn", "torch"]) -> Form:
-    """By a runtime in ONNX Runtime's place."""
+def _open_other(path: Path, provider: Literal["mnn", "torch"]) -> Artefact:
+    """With a runtime other than ONNX Runtime."""
     import onnx
 
     from export.engines.engine import precision
@@ -216,23 +221,29 @@ def _open_other(path: Path, provider: Literal["mnn", "torch"]) -> Form:
 
     if provider == "mnn" and not is_installed():
         raise ProviderMissing("mnn is not compared: MNN is not installed here")
-    runtime, library = load_runtime(path, name=provider), {"mnn": "MNN", "torch": "PyTorch"}[provider]
-    model = runtime.model
+    runtime = load_runtime(path, name=provider)
+    kind = precision(onnx.load_model_from_string(read_whole(path)))
+    library = {"mnn": "MNN", "torch": "PyTorch"}[provider]
+    layers = _without_layers(f"{path}: {library} shows no layers; leave --layers and --plot out")
+    return _from_runtime(runtime, path, kind, layers, name=f"{path} on {provider}")
+
+
+def _open_engine(path: Path) -> Artefact:
+    from export.model_file.engine_card import read_card
+    from export.runtimes.tensorrt_engine import TensorRTEngine
+
+    runtime, card = TensorRTEngine(path), read_card(path)
 
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
-        raise Refusal(f"{path}: {library} shows no layers; leave --layers and --plot out")
+        source = path.with_suffix(".onnx")
+        form = open_artefact(source)
+        if form.digest != card.onnx_sha256:
+            raise Refusal(
+                f"{path}: its layers can only be seen in its ONNX, and {source} is another file; export again"
+            )
+        return form.layers(images)
 
-    return Form(
-        f"{path} on {provider}",
-        path,
-        model.digest,
-        precision(onnx.load_model_from_string(read_whole(path))),
-        model.spec,
-        model.provenance,
-        runtime,
-        layers,
-        reading=model.reading,
-    )
+    return _from_runtime(runtime, path, card.precision, layers)
 
 
 def _layer_names(spec: Spec, provenance: dict[str, Any]) -> list[str]:
@@ -277,32 +288,3 @@ def _dequantize(name: str, value: np.ndarray, constants: dict[str, np.ndarray]) 
         return value.astype(np.float32)
     scale, zero = constants[f"{name}.scale"], constants[f"{name}.zero"]
     return np.moveaxis(scale * (value.astype(np.float32) - zero), -1, 1)
-
-
-def _open_engine(path: Path) -> Form:
-    from export.model_file.engine_card import read_card
-    from export.runtimes.tensorrt_engine import TensorRTEngine
-
-    runtime, card = TensorRTEngine(path), read_card(path)
-
-    def layers(images: np.ndarray) -> dict[str, np.ndarray]:
-        source = path.with_suffix(".onnx")
-        form = open_artefact(source)
-        if form.digest != card.onnx_sha256:
-            raise Refusal(
-                f"{path}: its layers can only be seen in its ONNX, and {source} is another file; export again"
-            )
-        return form.layers(images)
-
-    model = runtime.model
-    return Form(
-        str(path),
-        path,
-        model.digest,
-        card.precision,
-        model.spec,
-        model.provenance,
-        runtime,
-        layers,
-        reading=model.reading,
-    )

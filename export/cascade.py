@@ -37,13 +37,10 @@ def command(config: CascadeConfig) -> int:
     """
     import json
 
-    import onnx
-
     from common.files import write_whole
     from common.progress import make_console, progress
     from export.eight_bits.escalation import answer_both, images_to_choose_by, measure
-    from export.graphs.graph import set_provenance
-    from export.model_file.reference import KEY as REFERENCE
+    from export.metadata import rewrite_metadata
     from export.runtimes.cascade import RECORD, in_order
     from export.runtimes.onnx_session import OnnxSession
 
@@ -51,16 +48,15 @@ def command(config: CascadeConfig) -> int:
     quick, exact = in_order((config.first, config.second))
     reference, candidate = (OnnxSession(path, providers=("CPUExecutionProvider",)) for path in (exact, quick))
     dataset = _dataset(quick, candidate, config.data_dir)
-    provenance = {name: part for name, part in candidate.model.provenance.items() if name != REFERENCE}
+    provenance = candidate.model.provenance
     set_aside = images_to_choose_by(dataset, _num_calibration(quick, provenance["export"], dataset))
     if not set_aside:
         raise Refusal(f"{quick}: no image is left to choose a threshold by; train on more than these")
     with progress(console, "measuring", sum(map(len, (dataset.test, *set_aside)))) as advance:
         chosen_by, test = (answer_both(reference, candidate, parts, advance) for parts in (set_aside, [dataset.test]))
     evidence = measure(chosen_by, test)
-    model = onnx.load(quick)
-    set_provenance(model, {**provenance, "export": {**provenance["export"], RECORD: evidence.to_dict()}})
-    write_whole(quick, model.SerializeToString())
+    record = {**provenance["export"], RECORD: evidence.to_dict()}
+    write_whole(quick, rewrite_metadata(quick, {**provenance, "export": record}))
     console.print(f"wrote {quick}: {evidence}")
     if config.json:
         print(json.dumps(evidence.to_dict()))

@@ -41,7 +41,7 @@ class DrawConfig:
 
 
 @dataclass(frozen=True)
-class Row:
+class NodeRow:
     """One node of the graph."""
 
     name: str
@@ -65,7 +65,7 @@ def command(config: DrawConfig) -> int:
     return 0
 
 
-def read_rows(model: "onnx.ModelProto") -> list[Row]:
+def read_rows(model: "onnx.ModelProto") -> list[NodeRow]:
     """The nodes in the order in which they run."""
     import onnx
 
@@ -78,7 +78,7 @@ def read_rows(model: "onnx.ModelProto") -> list[Row]:
         output = shapes.get(node.output[0], ())
         sizes = [weights[name] for name in node.input if name in weights]
         rows.append(
-            Row(
+            NodeRow(
                 name=node.name or node.output[0],
                 operator=node.op_type,
                 output=" ".join(str(size or "N") for size in output),
@@ -91,7 +91,7 @@ def read_rows(model: "onnx.ModelProto") -> list[Row]:
     return rows
 
 
-def draw(rows: list[Row], title: str) -> str:
+def draw(rows: list[NodeRow], title: str) -> str:
     """The SVG: a line for each node, arcs where a node reads another one than that above it."""
     total, largest = sum(row.products for row in rows), max(row.products for row in rows)
     height = TOP + ROW * len(rows) + 12
@@ -108,7 +108,7 @@ def draw(rows: list[Row], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _draw_row(index: int, row: Row, total: int, largest: int) -> Iterator[str]:
+def _draw_row(index: int, row: NodeRow, total: int, largest: int) -> Iterator[str]:
     x, y = 70, TOP + ROW * index + 8
     for source in row.reads:
         start, bulge = TOP + ROW * source + 8, min(60, 10 * (index - source)) if index - source > 1 else 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from export.artefacts import Form
+    from export.artefacts import Artefact
     from export.evaluation.judged import Judged
     from export.evaluation.report import Mistake, Report
     from export.evaluation.scores import Evaluation
@@ -35,7 +35,7 @@ NUM_LISTED, NUM_NAMED = 10, 20  # classes and unreadable images on the screen; t
 
 @dataclass(frozen=True)
 class EvaluateConfig(ReadingFlags):
-    model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or anybody's classifier"]
+    model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or another ONNX classifier"]
     dataset: Annotated[DatasetName | None, "what to judge it on (default: the test images of its run)"] = None
     data_dir: Annotated[Path | None, "where the data set lies; a folder without a run's record is taken whole"] = None
     out: Annotated[Path, "folder for report.html, report.json, confusion.png, reliability.png, mistakes.png"] = Path(
@@ -69,10 +69,12 @@ def command(config: EvaluateConfig) -> int:
     from common.files import write_whole
     from common.progress import make_console, printable, track
     from export.artefacts import open_artefact
+    from export.evaluation.answering import mirrored
     from export.evaluation.judged import find_judged
-    from export.evaluation.mirrored import mirrored
+    from export.evaluation.report import Report
+    from export.evaluation.scores import evaluate
+    from export.metadata import refuse_what_takes_none, store_reference
     from export.runtimes.cascade import Cascade
-    from export.store_reference import refuse_what_takes_none, store
 
     if config.store_reference and config.cascade:
         raise Refusal("--store-reference is for one file, and --cascade judges two; leave one of them out")
@@ -86,7 +88,17 @@ def command(config: EvaluateConfig) -> int:
     if config.flips:
         form, judged = mirrored(form), replace(judged, what=f"{judged.what}, each with its mirror image")
     probabilities, places, unreadable = _answers(form, judged, console)
-    report = _judge(form, judged, probabilities, places, unreadable)
+    targets, labels = judged.targets[places], form.spec.labels
+    report = Report(
+        model=form.model_name,
+        file=form.file_name,
+        digest=form.digest,
+        dataset=judged.dataset,
+        what=judged.what,
+        evaluation=evaluate(probabilities, targets, labels, temperature=form.spec.temperature),
+        mistakes=_mistakes(judged, probabilities, targets, places, labels),
+        unreadable=unreadable,
+    )
     for name, content in _files(report).items():
         write_whole(config.out / name, content)
     _print_summary(console, report)
@@ -94,33 +106,14 @@ def command(config: EvaluateConfig) -> int:
         console.print(form.answer.counted)
     console.print(f"wrote {config.out / 'report.html'}, report.json, confusion.png, reliability.png and mistakes.png")
     if config.store_reference:
-        for line in store(config.model, probabilities, what=judged.what):
+        for line in store_reference(config.model, probabilities, what=judged.what):
             console.print(printable(line))
     if config.json:
         print(json.dumps(report.to_dict()))
     return 1 if report.unreadable else 0
 
 
-def _judge(
-    form: "Form", judged: "Judged", probabilities: "np.ndarray", places: list[int], unreadable: dict[str, str]
-) -> "Report":
-    from export.evaluation.report import Report
-    from export.evaluation.scores import evaluate
-
-    targets = judged.targets[places]
-    return Report(
-        model=form.model_name,
-        file=form.file_name,
-        digest=form.digest,
-        dataset=judged.dataset,
-        what=judged.what,
-        evaluation=evaluate(probabilities, targets, form.spec.labels, temperature=form.spec.temperature),
-        mistakes=_mistakes(judged, probabilities, targets, places, form.spec.labels),
-        unreadable=unreadable,
-    )
-
-
-def _answers(form: "Form", judged: "Judged", console: "Console") -> tuple["np.ndarray", list[int], dict[str, str]]:
+def _answers(form: "Artefact", judged: "Judged", console: "Console") -> tuple["np.ndarray", list[int], dict[str, str]]:
     """(probabilities [N, K], the place of each among the judged, name of an image → why it has no answer)."""
     import numpy as np
 
@@ -177,8 +170,7 @@ def _files(report: "Report") -> dict[str, bytes]:
     import json
 
     from export.evaluation import figures
-    from export.evaluation.page import to_html
-    from export.evaluation.report import describe_error
+    from export.evaluation.report import describe_error, to_html
 
     title = figures.figure_text(report.title, 80)
     error = f"expected calibration error {describe_error(report.evaluation)}"
@@ -229,8 +221,7 @@ def _print_classes(console: "Console", evaluation: "Evaluation") -> None:
 
     from common.interval import percent
     from common.progress import printable
-    from export.evaluation.page import weakest_first
-    from export.evaluation.report import share
+    from export.evaluation.report import share, weakest_first
 
     table = Table("class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1")
     for row in weakest_first(evaluation.classes)[:NUM_LISTED]:

@@ -14,7 +14,7 @@ from common.refusal import Refusal
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from export.artefacts import Form
+    from export.artefacts import Artefact
     from train.data.datasets import Part
 
 EXAMPLES = (
@@ -48,9 +48,12 @@ def command(config: FitTemperatureConfig) -> int:
     """
     import json
 
+    import numpy as np
+
     from common.files import write_whole
     from common.progress import make_console
     from export.artefacts import open_artefact
+    from export.metadata import rewrite_metadata
     from export.model_file.reference import KEY
     from train.temperature import fit_temperature
 
@@ -59,12 +62,16 @@ def command(config: FitTemperatureConfig) -> int:
     for form in forms:
         _refuse(form, forms[0])
     held = _held_out(forms[0], config)
-    fit = fit_temperature(_logits(forms[0], held, console), _targets(held))
+    fit = fit_temperature(_logits(forms[0], held, console), np.asarray(held.targets))
     console.print(str(fit))
     if fit.why_not:
         raise Refusal(f"nothing was written: {fit.why_not}")
     record = fit.to_dict() | ({"validation": config.validation} if config.validation else {})
-    contents = {form.path: _with(form, record) for form in forms}
+    contents = {}
+    for form in forms:
+        training = form.provenance["training"] | {"calibration": record | {"sha256_before": form.digest}}
+        provenance = form.provenance | {"training": training}
+        contents[form.path] = rewrite_metadata(form.path, provenance, temperature=record["temperature"])
     contents |= {path: text for form in forms for path, text in _report(form, contents[form.path]).items()}
     for path, content in contents.items():
         console.print(f"wrote {write_whole(path, content)}")
@@ -76,7 +83,7 @@ def command(config: FitTemperatureConfig) -> int:
     return 0
 
 
-def _refuse(form: "Form", first: "Form") -> None:
+def _refuse(form: "Artefact", first: "Artefact") -> None:
     """A file that is not ours, that has a temperature, or that is another net than the first."""
     if form.reading or not form.provenance:
         raise Refusal(
@@ -89,7 +96,7 @@ def _refuse(form: "Form", first: "Form") -> None:
         raise Refusal(f"{form.path} and {first.path} were not exported from one plain net; fit them one by one")
 
 
-def _held_out(form: "Form", config: FitTemperatureConfig) -> "Part":
+def _held_out(form: "Artefact", config: FitTemperatureConfig) -> "Part":
     from train.data import datasets
 
     training = form.provenance.get("training", {})
@@ -109,7 +116,7 @@ def _held_out(form: "Form", config: FitTemperatureConfig) -> "Part":
     return dataset.validation
 
 
-def _logits(form: "Form", held: "Part", console: "Console") -> Any:
+def _logits(form: "Artefact", held: "Part", console: "Console") -> Any:
     """float32 [N, K]; refuses images that cannot be read."""
     import numpy as np
 
@@ -125,39 +132,7 @@ def _logits(form: "Form", held: "Part", console: "Console") -> Any:
     return logits
 
 
-def _targets(held: "Part") -> Any:
-    import numpy as np
-
-    return np.asarray(held.targets)
-
-
-def _with(form: "Form", record: dict[str, Any]) -> bytes:
-    """The file with the temperature in its spec, and in its record the fit and the digest that it had before.
-
-    A stored reference counts probabilities of another temperature: it goes.
-    """
-    import json
-
-    import onnx
-
-    from common.files import read_whole
-    from export.model_file.reference import KEY
-
-    model = onnx.load_model_from_string(read_whole(form.path))  # weights that lie beside it stay there
-    entries = [entry for entry in model.metadata_props if entry.key != KEY]
-    del model.metadata_props[:]
-    model.metadata_props.extend(entries)
-    for entry in model.metadata_props:
-        if entry.key == "spec":
-            entry.value = json.dumps(json.loads(entry.value) | {"temperature": record["temperature"]})
-        elif entry.key == "provenance":
-            said = json.loads(entry.value)
-            said["training"]["calibration"] = record | {"sha256_before": form.digest}
-            entry.value = json.dumps(said)
-    return model.SerializeToString()
-
-
-def _report(form: "Form", content: bytes) -> dict[Path, bytes]:
+def _report(form: "Artefact", content: bytes) -> dict[Path, bytes]:
     """The report of export/parity.py beside a file, where it is of it, which names the new file then as well.
 
     What it compared is the graph, and that is the same.

@@ -9,7 +9,7 @@ import numpy as np
 from common.difference import Difference, difference
 from common.figure import png
 from common.refusal import Refusal
-from export.artefacts import Form
+from export.artefacts import Artefact
 from export.compare import TOLERANCES, Tolerance
 
 NUM_IMAGES = 8  # of each kind: the outputs of all layers of both forms are in memory at once
@@ -57,7 +57,7 @@ class LayerComparison:
         return {**names, "first_beyond_tolerance": self.first_beyond(), "layers": rows}
 
 
-def compare_layers(reference: Form, candidate: Form, images: np.ndarray) -> LayerComparison:
+def compare_layers(reference: Artefact, candidate: Artefact, images: np.ndarray) -> LayerComparison:
     """Every layer with weights on images uint8 [N, H, W, C]; refuses forms without a layer in common."""
     before, after = reference.layers(images), candidate.layers(images)
     names = [name for name in before if name in after]

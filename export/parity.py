@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from export.artefacts import Form
+    from export.artefacts import Artefact
     from export.compare import Comparison
     from export.layers import LayerComparison
 
@@ -64,7 +64,13 @@ def command(config: ParityConfig) -> int:
     layers = _compare_layers(pairs, image_sets, console) if config.layers or config.plot else []
     if config.plot:
         console.print(f"wrote {write_whole(config.plot, draw_layers(layers))}")
-    report = _report(forms, others, rows, layers)
+    report = {
+        "model": forms[0].spec.name,
+        "artefacts": {str(form.path): form.digest for form in (*forms, *others)},
+        "parity": [row.to_dict() for row in rows],
+        **forms[0].provenance,
+        **({"layers": [comparison.to_dict() for comparison in layers]} if layers else {}),
+    }
     if config.report:
         write_whole(config.report, (json.dumps(report, indent=1) + "\n").encode())
         console.print(f"wrote {config.report}")
@@ -74,7 +80,7 @@ def command(config: ParityConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
+class ParityRow:
     """One comparison on one kind of images: real, random or extreme."""
 
     images: str
@@ -109,7 +115,7 @@ class Row:
         }
 
 
-def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list["Form"]]:
+def _open(config: ParityConfig, console: "Console") -> tuple[list["Artefact"], list["Artefact"]]:
     """The artefact, on each provider asked for, and the others; refuses forms of different models."""
     from common.refusal import Refusal
     from export.artefacts import open_artefact, open_providers
@@ -117,7 +123,7 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Form"], list[
     if not config.against:
         raise Refusal("name what to compare with: --against runs/NAME/checkpoint.pt, plain.safetensors, ...")
     if config.providers and config.artefact.suffix != ".onnx":
-        raise Refusal(f"--providers are for .onnx files, and {config.artefact} is none; leave them out")
+        raise Refusal(f"--providers are for .onnx files, and {config.artefact} is not one; leave them out")
     if config.providers:
         forms, missing = open_providers(config.artefact, config.providers, hints=from_flags(config))
         for line in missing:
@@ -141,7 +147,7 @@ def _hints_for(path: Path, config: ParityConfig) -> ReadingHints:
     return from_flags(config) if is_foreign else NO_HINTS
 
 
-def by_precision(form: "Form", other: "Form") -> tuple["Form", "Form"]:
+def by_precision(form: "Artefact", other: "Artefact") -> tuple["Artefact", "Artefact"]:
     """(reference, candidate): the more precise form first, `other` where they are alike."""
     from export.compare import TOLERANCES
 
@@ -150,7 +156,7 @@ def by_precision(form: "Form", other: "Form") -> tuple["Form", "Form"]:
     return first, second
 
 
-def _image_sets(forms: list["Form"], config: ParityConfig, console: "Console") -> dict[str, "np.ndarray"]:
+def _image_sets(forms: list["Artefact"], config: ParityConfig, console: "Console") -> dict[str, "np.ndarray"]:
     """Real images where the data set is at hand, random and extreme ones; refuses int8 and fp8 without real ones."""
     from common.refusal import Refusal
     from export.compare import TOLERANCES
@@ -173,8 +179,8 @@ def _image_sets(forms: list["Form"], config: ParityConfig, console: "Console") -
 
 
 def compare_logits(
-    pairs: list[tuple["Form", "Form"]], image_sets: dict[str, "np.ndarray"], console: "Console"
-) -> list[Row]:
+    pairs: list[tuple["Artefact", "Artefact"]], image_sets: dict[str, "np.ndarray"], console: "Console"
+) -> list[ParityRow]:
     from common.progress import progress
     from export.compare import TOLERANCES, answer_all, compare
 
@@ -186,12 +192,12 @@ def compare_logits(
             for reference, candidate in pairs:
                 before, after = ((form.name, logits[form.name]) for form in (reference, candidate))
                 comparison = compare(before, after, tolerance=TOLERANCES[candidate.precision])
-                rows.append(Row(kind, comparison, reference.overflow(images) or candidate.overflow(images)))
+                rows.append(ParityRow(kind, comparison, reference.overflow(images) or candidate.overflow(images)))
     return rows
 
 
 def _compare_layers(
-    pairs: list[tuple["Form", "Form"]], image_sets: dict[str, "np.ndarray"], console: "Console"
+    pairs: list[tuple["Artefact", "Artefact"]], image_sets: dict[str, "np.ndarray"], console: "Console"
 ) -> list["LayerComparison"]:
     """Layer by layer on a few images of each kind that is judged, shown as a table for each pair."""
     import numpy as np
@@ -220,7 +226,7 @@ def _compare_layers(
     return comparisons
 
 
-def _print_table(console: "Console", rows: list[Row]) -> None:
+def _print_table(console: "Console", rows: list[ParityRow]) -> None:
     from rich.table import Table
 
     table = Table("form", "reference", "images", "largest", "rms", "top-1 agreement", "tolerance", "verdict")
@@ -241,21 +247,6 @@ def _print_table(console: "Console", rows: list[Row]) -> None:
             }[row.verdict],
         )
     console.print(table)
-
-
-def _report(
-    forms: list["Form"], others: list["Form"], rows: list[Row], layers: list["LayerComparison"]
-) -> dict[str, Any]:
-    """What was compared, by digest, with what result; and how the artefact that was checked came to be."""
-    report = {
-        "model": forms[0].spec.name,
-        "artefacts": {str(form.path): form.digest for form in (*forms, *others)},
-        "parity": [row.to_dict() for row in rows],
-        **forms[0].provenance,
-    }
-    if layers:
-        report["layers"] = [comparison.to_dict() for comparison in layers]
-    return report
 
 
 if __name__ == "__main__":

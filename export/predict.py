@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from export.artefacts import Form
+    from export.artefacts import Artefact
 
 EXAMPLES = (
     "python export/predict.py runs/photos/plain.onnx new-photos --out predictions.csv",
@@ -29,7 +29,7 @@ NUM_NAMED = 20  # unreadable images that are named on the screen; the file names
 
 @dataclass(frozen=True)
 class PredictConfig(ReadingFlags):
-    model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or anybody's classifier"]
+    model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or another ONNX classifier"]
     images: Annotated[tuple[Path, ...], "image files, and folders whose images are taken, those further down too"]
     out: Annotated[Path, "file to write: .csv has a header and a row per image, .json the server's results"] = Path(
         "predictions.csv"
@@ -57,8 +57,7 @@ def command(config: PredictConfig) -> int:
     from common.files import write_whole
     from common.progress import make_console, printable, track
     from export.artefacts import open_artefact
-    from export.evaluation.answering import answer_each, load_file
-    from export.evaluation.mirrored import mirrored
+    from export.evaluation.answering import answer_each, load_file, mirrored
     from export.runtimes.cascade import Cascade
     from train.data.folder import find_images
     from train.data.survey import describe_left_out
@@ -113,14 +112,14 @@ def _csv(results: list[dict[str, Any]], top_k: int) -> bytes:
     return file.getvalue().encode(errors="surrogateescape")  # file names that are not UTF-8 stay themselves
 
 
-def _json(form: "Form", results: list[dict[str, Any]]) -> bytes:
+def _json(form: "Artefact", results: list[dict[str, Any]]) -> bytes:
     import json
 
     model = {"name": form.model_name, "digest": form.digest}
     return (json.dumps({"model": model, "results": results}, indent=1) + "\n").encode()
 
 
-def _summarize(console: "Console", config: PredictConfig, form: "Form", results: list[dict[str, Any]]) -> int:
+def _summarize(console: "Console", config: PredictConfig, form: "Artefact", results: list[dict[str, Any]]) -> int:
     """How many of each class; what could not be read, by name. The exit status."""
     from collections import Counter
 

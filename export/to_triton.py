@@ -60,7 +60,11 @@ def command(config: ToTritonConfig) -> int:
     publish(folder, config.version, model=source.files, shared=shared)
     path = folder / str(config.version) / model.backend[2]
     console.print(f"wrote {path}: {model.backend[0]}, {source.needs}")
-    console.print(f"wrote {folder / 'config.pbtxt'} and labels.txt: {_batches(model)}")
+    preferred = " or ".join(map(str, model.preferred))
+    batches = f"batches up to {model.max_batch}, preferably {preferred}"
+    if model.signature.batch:
+        batches = f"{model.max_batch} images in every request"
+    console.print(f"wrote {folder / 'config.pbtxt'} and labels.txt: {batches}")
     if config.json:
         digest = sha256(source.files[model.backend[2]])
         record = {"name": name, "version": config.version, "backend": model.backend[0], "sha256": digest}
@@ -163,12 +167,6 @@ def _triton_model(config: ToTritonConfig, source: Source, name: str) -> Any:
         max_queue_delay_us=config.max_queue_delay,
         temperature=source.temperature,
     )
-
-
-def _batches(model: Any) -> str:
-    if model.signature.batch:
-        return f"{model.max_batch} images in every request"
-    return f"batches up to {model.max_batch}, preferably {' or '.join(map(str, model.preferred))}"
 
 
 if __name__ == "__main__":

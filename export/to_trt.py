@@ -106,7 +106,7 @@ def _read_parity(path: Path, onnx: Path) -> dict[str, Any]:
 
     record = read_object(read_whole(path), str(path), todo="run export/parity.py again")
     if not isinstance(record.get("artefacts"), dict):
-        raise Refusal(f"{path} is no report of export/parity.py: it names no artefacts")
+        raise Refusal(f"{path} is not a report of export/parity.py: it names no artefacts")
     if digest_of(onnx, read_whole(onnx)) not in record["artefacts"].values():
         raise Refusal(f"{path} is about another file than {onnx}; run export/parity.py on this one")
     return record

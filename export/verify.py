@@ -15,9 +15,9 @@ from common.refusal import Refusal
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from export.artefacts import Form
+    from export.artefacts import Artefact
     from export.verification.chain import Chain
-    from export.verification.claims import Row
+    from export.verification.claims import CheckedClaim
 
 EXAMPLES = (
     "python export/verify.py runs/demo/plain.onnx           # with what lies beside it: plain.safetensors, best.pt",
@@ -62,7 +62,7 @@ def command(config: VerifyConfig) -> int:
     return int(any(row.verdict == "differs" for row in rows))
 
 
-def _rows(chain: "Chain", config: VerifyConfig, console: "Console") -> Iterator["Row"]:
+def _rows(chain: "Chain", config: VerifyConfig, console: "Console") -> Iterator["CheckedClaim"]:
     from export.verification.recomputed import check_images, find_images
     from export.verification.unchanged import check_rest, check_unchanged
 
@@ -77,7 +77,7 @@ def _rows(chain: "Chain", config: VerifyConfig, console: "Console") -> Iterator[
     yield from check_rest(chain)
 
 
-def _foreign(form: "Form") -> Iterator["Row"]:
+def _foreign(form: "Artefact") -> Iterator["CheckedClaim"]:
     """What the files beside somebody else's classifier, or its exporter, say of it: little can be computed."""
     from common.files import read_whole
     from export.model_file.onnx_reader import read_header
@@ -103,7 +103,7 @@ def _foreign(form: "Form") -> Iterator["Row"]:
                 yield unchecked(claim, recorded, "the graph does not show it; export/evaluate.py on known images may")
 
 
-def _print(console: "Console", chain: "Chain", rows: list["Row"]) -> None:
+def _print(console: "Console", chain: "Chain", rows: list["CheckedClaim"]) -> None:
     from rich.table import Table
 
     table = Table("claim", "recorded", "computed here, or what is missing", "verdict")
@@ -132,7 +132,7 @@ def _short(text: str) -> str:
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text)
 
 
-def _report(chain: "Chain", rows: list["Row"]) -> dict[str, Any]:
+def _report(chain: "Chain", rows: list["CheckedClaim"]) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {

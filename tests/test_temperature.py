@@ -18,11 +18,11 @@ from starlette.testclient import TestClient
 from common.cli import run_command
 from export import describe, evaluate, fit_temperature, parity, predict, to_onnx, to_triton, to_trt
 from export.artefacts import open_artefact
+from export.metadata import store_reference
 from export.model_file.engine_card import read_card
 from export.model_file.onnx_reader import read_header
 from export.model_file.reference import KEY
 from export.runtimes.onnx_session import OnnxSession
-from export.store_reference import store
 from fold import run as fold
 from serve.request.app import make_app
 from serve.request.limits import Limits
@@ -209,7 +209,7 @@ def test_a_file_gets_it_afterwards_and_without_it_is_bit_for_bit_what_it_was(roa
 def test_a_reference_of_other_probabilities_goes(old, tmp_path, capsys):
     file = tmp_path / "plain.onnx"
     file.write_bytes((old / file.name).read_bytes())
-    store(file, np.full((20, 10), 0.1), what="twenty")
+    store_reference(file, np.full((20, 10), 0.1), what="twenty")
     assert KEY in read_header(file, file.read_bytes()).metadata
     assert run(fit_temperature, file) == 0
     assert "was of other probabilities: store it again" in " ".join(capsys.readouterr().out.split())

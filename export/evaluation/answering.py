@@ -3,8 +3,9 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 
@@ -12,9 +13,11 @@ from common.cores import num_cores
 from common.files import read_whole
 from common.image import decode
 from common.refusal import Refusal
-from common.spec import ImageSpec
-from export.artefacts import Form
+from common.spec import ImageSpec, Published
+from export.artefacts import Artefact
+from export.runtimes.cascade import Cascade
 from export.runtimes.probabilities import probabilities
+from train.data import datasets
 
 BATCH_SIZE = 32  # as the server's; the pixels of two batches are in memory at once
 
@@ -22,7 +25,7 @@ Item = TypeVar("Item")
 
 
 def answer_each(
-    form: Form, items: Sequence[Item], load: Callable[[Item], np.ndarray]
+    form: Artefact, items: Sequence[Item], load: Callable[[Item], np.ndarray]
 ) -> Iterator[np.ndarray | Refusal]:
     """In the order of `items`: probabilities float64 [K], or why there are none.
 
@@ -42,6 +45,28 @@ def answer_each(
             pool.shutdown(cancel_futures=True)
 
 
+def mirrored(form: Artefact) -> Artefact:
+    """`form` with the mean of what it gives for an image and for its mirror image: logits, where it gives those.
+
+    Refuses a model whose training did not mirror images, and a cascade.
+    """
+    if isinstance(form.answer, Cascade):
+        raise Refusal(
+            "a cascade keeps float32's class of an image, not that of two logits' mean: leave --flips or --cascade out"
+        )
+    training = form.provenance.get("training", {})
+    dataset, choice = training.get("dataset"), training.get("flip", "auto")
+    if choice == "no" or (choice == "auto" and dataset in get_args(Published) and not datasets.info_of(dataset).flip):
+        raise Refusal(
+            f"{form.path} was not trained on mirror images, which may have another label there: leave --flips out"
+        )
+
+    def answer(images: np.ndarray) -> np.ndarray:
+        return (form.answer(images) + form.answer(np.ascontiguousarray(images[:, :, ::-1]))) / 2
+
+    return replace(form, answer=answer)
+
+
 def load_file(path: Path | str, image: ImageSpec) -> np.ndarray:
     """A file's pixels as the server sees them."""
     return decode(read_whole(Path(path)), image)
@@ -54,7 +79,7 @@ def _loaded(load: Callable[[Item], np.ndarray], item: Item) -> np.ndarray | Refu
         return refusal
 
 
-def _answer(form: Form, batch: list[Future[np.ndarray | Refusal]]) -> Iterator[np.ndarray | Refusal]:
+def _answer(form: Artefact, batch: list[Future[np.ndarray | Refusal]]) -> Iterator[np.ndarray | Refusal]:
     images = [future.result() for future in batch]
     readable = [image for image in images if not isinstance(image, Refusal)]
     rows = iter(form.answer(np.stack(readable))) if readable else iter(())

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.refusal import Refusal
 from common.spec import DatasetName, ImageSpec, Spec
-from export.artefacts import Form
+from export.artefacts import Artefact
 from export.evaluation.answering import load_file
 from train.data import datasets
 from train.data.datasets import num_bytes
@@ -62,7 +62,7 @@ class Judged:
 
 
 def find_judged(
-    form: Form,
+    form: Artefact,
     *,
     dataset: DatasetName | None = None,
     data_dir: Path | None = None,
@@ -91,7 +91,7 @@ def find_judged(
     return _published(form, name, training if name == learnt else None, data_dir)
 
 
-def _training(form: Form) -> dict[str, Any]:
+def _training(form: Artefact) -> dict[str, Any]:
     """What the artefact says of its training; a checkpoint says more than the files made of it."""
     if form.path.suffix != ".pt":
         return form.provenance.get("training", {})
@@ -100,7 +100,7 @@ def _training(form: Form) -> dict[str, Any]:
     return load_checkpoint(form.path).config
 
 
-def _recorded(form: Form, training: dict[str, Any], data_dir: Path | None) -> Judged:
+def _recorded(form: Artefact, training: dict[str, Any], data_dir: Path | None) -> Judged:
     """The test images of the run, from its record."""
     if not training.get("split"):
         raise Refusal(
@@ -116,7 +116,7 @@ def _recorded(form: Form, training: dict[str, Any], data_dir: Path | None) -> Ju
     return _judged(form, what, "folder", dataset.test, dataset.info.labels)
 
 
-def _parts(form: Form, training: dict[str, Any]) -> dict[str, Sizes] | None:
+def _parts(form: Artefact, training: dict[str, Any]) -> dict[str, Sizes] | None:
     """Names and sizes of the run's images by part; None where its record does not lie beside the model."""
     split = training.get("split")
     digest = split.get("sha256", "") if isinstance(split, dict) else ""
@@ -130,7 +130,7 @@ def _is_of_run(data_dir: Path, parts: dict[str, Sizes]) -> bool:
     return 2 * len(there) >= len(sizes)
 
 
-def _another(form: Form, parts: dict[str, Sizes], data_dir: Path, track: Callable[[str], Track]) -> Judged:
+def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Callable[[str], Track]) -> Judged:
     """The images of another folder, or of its test part, whose class the model has and that it was not trained on.
 
     An image of the run is known by class, name and size, wherever it lies.
@@ -167,7 +167,7 @@ def _key(name: str, size: int) -> tuple[str, str, int]:
     return Path(name).parent.name, Path(name).name, size
 
 
-def _folder(form: Form, data_dir: Path | None, track: Callable[[str], Track]) -> Judged:
+def _folder(form: Artefact, data_dir: Path | None, track: Callable[[str], Track]) -> Judged:
     """All images of a folder, or the test images where it names them; nobody knows whether they were trained on."""
     if data_dir is None:
         raise Refusal("--dataset folder needs --data-dir, a directory with one folder of images per class")
@@ -178,7 +178,7 @@ def _folder(form: Form, data_dir: Path | None, track: Callable[[str], Track]) ->
     return _judged(form, what, "folder", found.test or found.train, labels, found.left_out)
 
 
-def _published(form: Form, name: str, training: dict[str, Any] | None, data_dir: Path | None) -> Judged:
+def _published(form: Artefact, name: str, training: dict[str, Any] | None, data_dir: Path | None) -> Judged:
     """The test images of a data set with a name; `training` where the model was trained on it."""
     dataset = (
         datasets.load_as_trained(training, data_dir=data_dir) if training else datasets.load(name, data_dir=data_dir)
@@ -191,7 +191,7 @@ def _published(form: Form, name: str, training: dict[str, Any] | None, data_dir:
 
 
 def _judged(
-    form: Form,
+    form: Artefact,
     what: str,
     dataset: str,
     part: datasets.Part,

@@ -9,10 +9,10 @@ from common.documents import read_json
 from common.files import read_whole, sha256
 from common.refusal import Refusal
 from common.spec import Spec
-from export.artefacts import Form, open_artefact
+from export.artefacts import Artefact, open_artefact
 from export.model_file.engine_card import EngineCard, read_card
 from export.model_file.onnx_reader import digest_of
-from export.verification.claims import Claims, Row, judged, read_claims, unchecked
+from export.verification.claims import CheckedClaim, Claims, judged, read_claims, unchecked
 
 # What lies beside a model under a name of its own, and how the files of a kind end.
 CHECKPOINTS = ("best.pt", "checkpoint.pt")
@@ -28,7 +28,7 @@ class Source:
     path: Path | None  # what has this digest
     others: tuple[tuple[Path, str], ...]  # what should have it by its name, and has another
 
-    def row(self) -> Row:
+    def row(self) -> CheckedClaim:
         claim = f"sha256 of {self.what}"
         if self.path:
             return judged(claim, self.recorded, self.recorded, is_same=True)
@@ -48,19 +48,19 @@ class Chain:
     provenance: dict[str, Any]
     claims: Claims
     card: EngineCard | None  # of an engine
-    form: Form | None  # the file made callable; None for an engine that does not run here
+    form: Artefact | None  # the file made callable; None for an engine that does not run here
     why_not: str  # it does not run
     sources: tuple[Source, ...]  # the nearest first
-    forms: dict[str, Form]  # the sources at hand, made callable, by `Source.what`
+    forms: dict[str, Artefact]  # the sources at hand, made callable, by `Source.what`
     reports: tuple[tuple[str, dict[str, Any]], ...]  # of export/parity.py: where it stands, what it says
 
     @property
-    def exported(self) -> Form | None:
+    def exported(self) -> Artefact | None:
         """The ONNX file: this one, or an engine's where it is at hand."""
         return self.form if self.path.suffix == ".onnx" else self.forms.get("the ONNX file")
 
     @property
-    def nearest(self) -> Form | None:
+    def nearest(self) -> Artefact | None:
         """The first file of the road, from this one back, that runs here."""
         return self.form or next(iter(self.forms.values()), None)
 
@@ -90,7 +90,7 @@ def find_chain(path: Path, against: Sequence[Path]) -> Chain:
     return Chain(path, digest, spec, provenance, claims, card, form, why_not, sources, forms, reports)
 
 
-def _open_engine(path: Path) -> tuple[Form | None, str]:
+def _open_engine(path: Path) -> tuple[Artefact | None, str]:
     try:
         return open_artefact(path), ""
     except Refusal as refusal:

@@ -1,4 +1,4 @@
-"""What a file of this project claims of itself, read as anybody's words, and a claim that was computed again."""
+"""What a file of this project claims of itself, parsed as untrusted input, and a claim that was computed again."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,7 +15,6 @@ from fold.lowerings import LOWERINGS
 
 Verdict = Literal["same", "differs", "cannot be checked here"]
 MOST = 10**9  # images or numbers that a record may count
-SHA256_DIGITS = 64
 # What is recorded beyond the claims below: how a file was made.
 MADE_HOW = {
     "training": "how a net was trained shows only when it is trained again",
@@ -25,7 +24,7 @@ MADE_HOW = {
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckedClaim:
     """One claim. Where it cannot be checked, `computed` says what is missing."""
 
     claim: str
@@ -34,12 +33,17 @@ class Row:
     verdict: Verdict
 
 
-def judged(claim: str, recorded: str, computed: str, *, is_same: bool) -> Row:
-    return Row(claim, recorded, computed, "same" if is_same else "differs")
+def judged(claim: str, recorded: str, computed: str, *, is_same: bool) -> CheckedClaim:
+    return CheckedClaim(claim, recorded, computed, "same" if is_same else "differs")
 
 
-def unchecked(claim: str, recorded: str, missing: str) -> Row:
-    return Row(claim, recorded, missing, "cannot be checked here")
+def compared(claim: str, recorded: Any, computed: Any) -> CheckedClaim:
+    """Of two values that are the same or are not."""
+    return judged(claim, shown(str(recorded)), shown(str(computed)), is_same=recorded == computed)
+
+
+def unchecked(claim: str, recorded: str, missing: str) -> CheckedClaim:
+    return CheckedClaim(claim, recorded, missing, "cannot be checked here")
 
 
 def shown(value: Any, most: int = 80) -> str:
@@ -80,7 +84,7 @@ class Claims:
     probe: tuple[int, np.ndarray] | None  # seed, logits [4, K]
     test: dict[str, float]  # what eight bits cost, as `Drop` has it
     cascade: dict[str, float]  # from which gap on eight bits are believed, as `Evidence` has it
-    damaged: tuple[Row, ...]
+    damaged: tuple[CheckedClaim, ...]
     rest: tuple[tuple[str, str, str], ...]  # (section, name, value) of what is not checked by any of the above
 
 
@@ -116,7 +120,7 @@ class _Record:
     """A provenance; what has been taken from it, and what could not be."""
 
     def __init__(self, provenance: Mapping[str, Any]) -> None:
-        self.damaged: list[Row] = []
+        self.damaged: list[CheckedClaim] = []
         self._sections: dict[str, dict[str, Any]] = {}
         self._taken: set[tuple[str, str]] = set()
         for name in MADE_HOW:
@@ -149,55 +153,35 @@ class _Record:
         self.damaged.append(judged(claim, shown(value), f"the record is damaged: {shown(why)}", is_same=False))
 
 
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MOST:
-        raise ValueError("it is not a whole number from 0 on")
-    return value
+def _check(is_right: Callable[[Any], bool], why: str) -> Callable[[Any], Any]:
+    """Gives a value as it is; a ValueError that says `why` for one that is not right."""
 
-
-def _seed(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**64:
-        raise ValueError("it is not the seed of random numbers")
-    return value
-
-
-def _number(value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError("it is not a finite number")
-    return float(value)
-
-
-def _share(value: Any) -> float:
-    if not 0 <= _number(value) <= 1:
-        raise ValueError("it is not from 0 to 1")
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("it is not text")
-    return value
-
-
-def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("it is neither true nor false")
-    return value
-
-
-def _sha256(value: Any) -> str:
-    if not isinstance(value, str) or len(value) != SHA256_DIGITS or set(value) - set("0123456789abcdef"):
-        raise ValueError("it is not a sha256")
-    return value
-
-
-def _one_of(known: tuple[str, ...]) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if value not in known:
-            raise ValueError(f"it is not one of {', '.join(known)}")
+    def check(value: Any) -> Any:
+        if not is_right(value):
+            raise ValueError(why)
         return value
 
     return check
+
+
+def _is_number(value: Any, kind: Any = int | float) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_count = _check(lambda value: _is_number(value, int) and 0 <= value <= MOST, "it is not a whole number from 0 on")
+_seed = _check(lambda value: _is_number(value, int) and 0 <= value < 2**64, "it is not the seed of random numbers")
+_number = _check(_is_number, "it is not a finite number")
+_share = _check(lambda value: _is_number(value) and 0 <= value <= 1, "it is not from 0 to 1")
+_text = _check(lambda value: isinstance(value, str), "it is not text")
+_bool = _check(lambda value: isinstance(value, bool), "it is neither true nor false")
+_sha256 = _check(
+    lambda value: isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"),
+    "it is not a sha256",
+)
+
+
+def _one_of(known: tuple[str, ...]) -> Callable[[Any], str]:
+    return _check(lambda value: value in known, f"it is not one of {', '.join(known)}")
 
 
 def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -227,7 +211,7 @@ def _measured(rows: Any) -> tuple[Measured, ...]:
 
 
 def _probe(probe: Any, num_classes: int) -> tuple[int, np.ndarray]:
-    logits = np.array([[_number(value) for value in row] for row in probe["logits"]])
+    logits = np.array([[_number(value) for value in row] for row in probe["logits"]], np.float64)
     if logits.shape != (NUM_IMAGES, num_classes):
         raise ValueError(f"logits of shape {list(logits.shape)} instead of {[NUM_IMAGES, num_classes]}")
     return _seed(probe["seed"]), logits

@@ -14,16 +14,16 @@ from common.difference import keeps_class
 from common.progress import progress
 from common.refusal import Refusal
 from export import parity
-from export.artefacts import Form
+from export.artefacts import Artefact
 from export.compare import ALLOWED_DROP, TOLERANCES, Comparison, answer_part
 from export.eight_bits.quantize import measure_drop
 from export.runtimes.cascade import in_doubt
 from export.verification.chain import Chain
-from export.verification.claims import Claims, Measured, Row, judged, shown, unchecked
+from export.verification.claims import CheckedClaim, Claims, Measured, judged, shown, unchecked
 from fold.image_sets import NUM_RANDOM, extreme_images, random_images
 from fold.plain import fold_net
 from fold.proof import TOLERANCES as FOLD_TOLERANCES
-from fold.proof import Proof, ProofRow, prove
+from fold.proof import ProofRow, prove
 from train.checkpoint import load_checkpoint, load_net
 from train.data import datasets
 from train.data.split import Changed, Unlike
@@ -39,7 +39,7 @@ class Images:
 
     test: datasets.Part | None
     missing: str
-    rows: tuple[Row, ...]  # what is claimed of the images themselves
+    rows: tuple[CheckedClaim, ...]  # what is claimed of the images themselves
 
     def first(self, num: int) -> np.ndarray | None:
         return self.test.first(num) if self.test is not None and num else None
@@ -49,7 +49,8 @@ def find_images(chain: Chain, data_dir: Path | None) -> Images:
     """The data set that the record of the training names, divided as it says."""
     training = dict(chain.claims.training)
     if checkpoint := chain.forms.get("the checkpoint"):  # it knows where the data set lay
-        training["data_dir"] = _text(load_checkpoint(checkpoint.path).config.get("data_dir"))
+        data_folder = load_checkpoint(checkpoint.path).config.get("data_dir")
+        training["data_dir"] = data_folder if isinstance(data_folder, str) else None
     if "dataset" not in training:
         if data_dir:
             raise Refusal(f"{chain.path} does not record what it was trained on: leave --data-dir out")
@@ -74,7 +75,7 @@ def find_images(chain: Chain, data_dir: Path | None) -> Images:
     return Images(dataset.test, "", rows)
 
 
-def check_images(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
+def check_images(chain: Chain, images: Images, console: Console) -> Iterator[CheckedClaim]:
     """All claims about images, those of the data set first."""
     yield from images.rows
     image = chain.spec.image
@@ -87,16 +88,21 @@ def check_images(chain: Chain, images: Images, console: Console) -> Iterator[Row
     yield from _accuracy(chain, images, console)
 
 
-def _proof(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
+def _proof(chain: Chain, images: Images, console: Console) -> Iterator[CheckedClaim]:
     """The fold is made and proven again from the checkpoint; the logits one by one, of the layers the worst."""
     recorded, checkpoint = chain.claims.proof, chain.forms.get("the checkpoint")
     if not recorded:
         return
     sets = _proof_images(chain, images) if checkpoint else {}
-    proof = _prove(checkpoint, sets, console) if checkpoint and sets else Proof((), ())
+    again_all: list[ProofRow] = []
+    if checkpoint and sets:
+        net = load_net(load_checkpoint(checkpoint.path))
+        with progress(console, "proving the fold again", 2 * sum(map(len, sets.values()))) as advance:
+            proof = prove(net, fold_net(net), sets, advance=advance)
+        again_all = [*proof.ends, *proof.layers]
     missing = images.missing if checkpoint else chain.missing("the checkpoint")
     for key in dict.fromkeys(map(_column, recorded)):
-        again = [row for row in (*proof.ends, *proof.layers) if _column(row) == key]
+        again = [row for row in again_all if _column(row) == key]
         yield _proof_row([row for row in recorded if _column(row) == key], again, missing)
 
 
@@ -118,13 +124,7 @@ def _proof_images(chain: Chain, images: Images) -> dict[str, torch.Tensor]:
     return {kind: torch.as_tensor(some) for kind, some in sets.items() if some is not None}
 
 
-def _prove(checkpoint: Form, sets: dict[str, torch.Tensor], console: Console) -> Proof:
-    net = load_net(load_checkpoint(checkpoint.path))
-    with progress(console, "proving the fold again", 2 * sum(map(len, sets.values()))) as advance:
-        return prove(net, fold_net(net), sets, advance=advance)
-
-
-def _proof_row(recorded: list[Measured], again: list[ProofRow], missing: str) -> Row:
+def _proof_row(recorded: list[Measured], again: list[ProofRow], missing: str) -> CheckedClaim:
     first, worst = recorded[0], max(recorded, key=lambda row: row.relative)
     what = "logits" if first.what == "logits" else f"{len(recorded)} layers"
     claim = f"fold: {what}, {first.precision}, {first.images} images"
@@ -153,11 +153,11 @@ def _figure(row: Measured | ProofRow) -> str:
     return f"{row.relative:.1e}, {row.top1_changes} of {row.num_images} classes changed"
 
 
-def _parity(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
+def _parity(chain: Chain, images: Images, console: Console) -> Iterator[CheckedClaim]:
     """The file against each that it was made of, on real, random and extreme images."""
     said = [row for where, report in chain.reports for row in _reported(where, report)]
     recorded = [row for row in said if isinstance(row, Reported)]
-    yield from (row for row in said if isinstance(row, Row))
+    yield from (row for row in said if isinstance(row, CheckedClaim))
     form = chain.nearest
     if form is None:
         yield unchecked("the same answers as its sources", "", shown(chain.why_not, 160))
@@ -169,13 +169,11 @@ def _parity(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
     real = images.first(min(num, MOST_REAL))
     sets = {"random": random_images(chain.spec.image), "extreme": extreme_images(chain.spec.image)}
     sets = sets if real is None else {"real": real, **sets}
+    digests = {source.name: source.digest for source in (form, *sources)}
     done: set[tuple[str, ...]] = set()
     pairs = [parity.by_precision(form, source) for source in sources]
     for row in parity.compare_logits(pairs, sets, console) if pairs else ():
-        reference, candidate = (
-            _by_name(name, [form, *sources]) for name in (row.comparison.reference, row.comparison.candidate)
-        )
-        key = _key(row.images, reference.digest, candidate.digest)
+        key = _key(row.images, digests[row.comparison.reference], digests[row.comparison.candidate])
         done.add(key)
         claims = [claim for claim in recorded if claim.key == key]
         if claims or row.verdict is not None:  # nobody claims what a precision is not judged by
@@ -185,10 +183,6 @@ def _parity(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
             missing = images.missing if claim.images == "real" and real is None else f"needs {claim.reference}"
             what = f"answers as {claim.reference}, {shown(claim.images)} images, in {claim.where}"
             yield unchecked(what, str(claim), missing)
-
-
-def _by_name(name: str, forms: list[Form]) -> Form:
-    return next(form for form in forms if form.name == name)
 
 
 @dataclass(frozen=True)
@@ -209,7 +203,7 @@ class Reported:
         return f"{self.relative:.1e}, {100 * self.agreement:.2f} % of {self.num}"
 
 
-def _reported(where: str, report: dict[str, Any]) -> Iterator[Reported | Row]:
+def _reported(where: str, report: dict[str, Any]) -> Iterator[Reported | CheckedClaim]:
     """The comparisons of a report; of one that is damaged what is to be said of it."""
     digests = report["artefacts"]
     for row in report["parity"]:
@@ -236,7 +230,7 @@ def _key(images: str, first: str, second: str) -> tuple[str, ...]:
     return images, *sorted((first, second))
 
 
-def _parity_row(row: parity.Row, claims: list[Reported]) -> Row:
+def _parity_row(row: parity.ParityRow, claims: list[Reported]) -> CheckedClaim:
     result: Comparison = row.comparison
     limits, found = result.tolerance, result.difference
     candidate, reference = (Path(name).name for name in (result.candidate, result.reference))
@@ -257,7 +251,7 @@ def _parity_row(row: parity.Row, claims: list[Reported]) -> Row:
     return judged(claim, recorded, computed, is_same=bool(row.verdict) and all(near))
 
 
-def _accuracy(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
+def _accuracy(chain: Chain, images: Images, console: Console) -> Iterator[CheckedClaim]:
     """Test accuracy, and what eight bits cost on the same images."""
     claims, form = chain.claims, chain.nearest
     if claims.test_accuracy is None and not claims.test and not claims.cascade:
@@ -287,7 +281,7 @@ def _accuracy(chain: Chain, images: Images, console: Console) -> Iterator[Row]:
         yield from _cascade(claims.cascade, both, missing)
 
 
-def _answers(forms: list[Form], test: datasets.Part, console: Console) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _answers(forms: list[Artefact], test: datasets.Part, console: Console) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Logits [N, K] of each form by its name, and targets [N]; a piece of the images in memory at a time."""
     with progress(console, "testing", len(test)) as advance:
         logits = answer_part([form.answer for form in forms], test, advance)
@@ -296,7 +290,7 @@ def _answers(forms: list[Form], test: datasets.Part, console: Console) -> tuple[
     return dict(zip((form.name for form in forms), logits, strict=True)), np.asarray(test.targets)
 
 
-def _accuracy_row(claim: str, recorded: float, logits: np.ndarray, targets: np.ndarray, form: Form) -> Row:
+def _accuracy_row(claim: str, recorded: float, logits: np.ndarray, targets: np.ndarray, form: Artefact) -> CheckedClaim:
     """The same up to those images whose best two classes the precision's tolerance cannot tell apart."""
     num, right = len(targets), int((logits.argmax(1) == targets).sum())
     said = f"{100 * recorded:.2f} %"
@@ -309,7 +303,7 @@ def _accuracy_row(claim: str, recorded: float, logits: np.ndarray, targets: np.n
 
 def _drop(
     claims: Claims, precision: str, logits: tuple[np.ndarray | None, np.ndarray | None], targets: np.ndarray, why: str
-) -> Iterator[Row]:
+) -> Iterator[CheckedClaim]:
     """What eight bits cost, figure by figure; shares of the images within the drop that they may cost."""
     before, after = logits
     again: dict[str, float] = {}
@@ -329,7 +323,7 @@ def _drop(
 
 def _cascade(
     recorded: dict[str, float], logits: tuple[np.ndarray | None, np.ndarray | None], why: str
-) -> Iterator[Row]:
+) -> Iterator[CheckedClaim]:
     """With the recorded threshold: how many test images go on, and how many change their class all the same."""
     claim = "cascade: threshold by {:,.0f} images".format(recorded["num_chosen_by"])
     yield unchecked(claim, f"{recorded['threshold']:.3g}", "export/cascade.py measures it again")
@@ -348,7 +342,3 @@ def _cascade(
         near = abs(recorded[name] - found) <= ALLOWED_DROP * len(after) and num == len(after)
         is_same = near and (name != "num_changed" or found <= bound * len(after))
         yield judged(claim, said, f"{found} of {len(after):,}", is_same=bool(is_same))
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None

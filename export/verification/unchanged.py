@@ -18,7 +18,7 @@ from export.model_file.onnx_reader import digest_of
 from export.model_file.probe import probe_images
 from export.runtimes.saturation import may_saturate
 from export.verification.chain import Chain
-from export.verification.claims import MADE_HOW, Row, judged, shown, unchecked
+from export.verification.claims import MADE_HOW, CheckedClaim, compared, judged, shown, unchecked
 from fold.graph import GraphNet
 from fold.lower import distinct_lowerings, lower
 from fold.plain import PlainNet, fold_net, load_plain
@@ -29,7 +29,7 @@ from train.families import count_parameters
 FLOAT32_ROUNDING = 2.0**-24  # of a number to the nearest one of float32, as a share of it
 
 
-def check_unchanged(chain: Chain) -> Iterator[Row]:
+def check_unchanged(chain: Chain) -> Iterator[CheckedClaim]:
     """All such claims of a file, those of the nearest source first."""
     if chain.card:
         yield from _of_card(chain)
@@ -42,7 +42,7 @@ def check_unchanged(chain: Chain) -> Iterator[Row]:
     yield from _of_fold(chain)
 
 
-def check_rest(chain: Chain) -> Iterator[Row]:
+def check_rest(chain: Chain) -> Iterator[CheckedClaim]:
     """What is recorded and is no claim about the file as it is: a row for each stage."""
     for section, why in MADE_HOW.items():
         if names := [name for of, name, _ in chain.claims.rest if of == section]:
@@ -51,24 +51,21 @@ def check_rest(chain: Chain) -> Iterator[Row]:
         yield unchecked(shown(section), "another record", "nothing computes it again")
 
 
-def _of_card(chain: Chain) -> Iterator[Row]:
+def _of_card(chain: Chain) -> Iterator[CheckedClaim]:
     card = chain.card
     assert card
     found = digest_of(chain.path, read_whole(chain.path))
-    yield judged("sha256 of the engine", shown(card.engine_sha256), found, is_same=found == card.engine_sha256)
+    yield compared("sha256 of the engine", card.engine_sha256, found)
     runs_on = f"{card.builder} {card.builder_version}, compute capability {', '.join(card.compute_capabilities)}"
     if chain.form:
         yield judged("library and GPU", shown(runs_on), "the engine loads here", is_same=True)
     else:
         yield unchecked("library and GPU", shown(runs_on), shown(chain.why_not, 160))
-    source = chain.exported
-    if source:
-        yield judged(
-            "precision in the card", shown(card.precision), source.precision, is_same=card.precision == source.precision
-        )
+    if source := chain.exported:
+        yield compared("precision in the card", card.precision, source.precision)
 
 
-def _in_reports(chain: Chain) -> Iterator[Row]:
+def _in_reports(chain: Chain) -> Iterator[CheckedClaim]:
     """A report of export/parity.py names files by path and digest: those of this name must be this file."""
     for where, report in chain.reports:
         if where == "the card":
@@ -82,7 +79,7 @@ def _in_reports(chain: Chain) -> Iterator[Row]:
             yield judged(f"sha256 in {where}", shown(here), digest, is_same=digest in recorded)
 
 
-def _handed_on(chain: Chain) -> Iterator[Row]:
+def _handed_on(chain: Chain) -> Iterator[CheckedClaim]:
     """What a file says of its sources is what they say themselves: their spec, training, fold and export."""
     for what, form in chain.forms.items():
         sections = [name for name in MADE_HOW if name in form.provenance]
@@ -101,7 +98,7 @@ def _unlike(section: str, recorded: Any, there: Any) -> list[str]:
     return [f"{section}.{name}" for name, value in recorded.items() if name not in before or before[name] != value]
 
 
-def _of_graph(chain: Chain) -> Iterator[Row]:
+def _of_graph(chain: Chain) -> Iterator[CheckedClaim]:
     claims, form = chain.claims, chain.exported
     if form is None:
         for name in ("precision", "opset", "lowering", "cannot_saturate"):
@@ -111,11 +108,10 @@ def _of_graph(chain: Chain) -> Iterator[Row]:
     content = read_whole(form.path)
     model = onnx.load_model_from_string(content)
     if claims.precision:
-        found = precision(model)
-        yield judged("precision", claims.precision, found, is_same=claims.precision == found)
+        yield compared("precision", claims.precision, precision(model))
     if claims.opset is not None:
         opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-        yield judged("opset", str(claims.opset), str(opset), is_same=claims.opset == opset)
+        yield compared("opset", claims.opset, opset)
     if claims.cannot_saturate is not None:
         nodes = may_saturate(form.path, content)
         text = {True: "cannot", False: "can"}
@@ -130,7 +126,7 @@ def _of_graph(chain: Chain) -> Iterator[Row]:
         yield _weights(chain, model)
 
 
-def _weights(chain: Chain, model: onnx.ModelProto) -> Row:
+def _weights(chain: Chain, model: onnx.ModelProto) -> CheckedClaim:
     """The graph and its weights beside those that are written of the plain file now."""
     claim, recorded = "lowering, and every weight", f"{chain.claims.lowering} of plain.safetensors"
     kind = precision(model)  # whatever the record says
@@ -167,7 +163,7 @@ def _other_weights(again: onnx.ModelProto, model: onnx.ModelProto) -> str | None
     return None
 
 
-def _probe(chain: Chain) -> Iterator[Row]:
+def _probe(chain: Chain) -> Iterator[CheckedClaim]:
     """What the file answers to noise, beside what it answered when it was written."""
     if chain.claims.probe is None:
         return
@@ -187,35 +183,31 @@ def _probe(chain: Chain) -> Iterator[Row]:
         yield unchecked("answers of the engine to the probe images", "4 images", shown(chain.why_not, 160))
 
 
-def _of_fold(chain: Chain) -> Iterator[Row]:
+def _of_fold(chain: Chain) -> Iterator[CheckedClaim]:
     """Numbers before the fold, and the weights after it."""
     claims = chain.claims
     plain = chain.form if chain.path.suffix == ".safetensors" else chain.forms.get("plain.safetensors")
     checkpoint = chain.forms.get("the checkpoint")
     net = load_plain(plain.path).net if plain else None
+    before = load_net(load_checkpoint(checkpoint.path)) if checkpoint and claims.checkpoint_sha256 else None
     if claims.convolutions is not None:
-        claim, recorded = "convolutions after the fold", str(claims.convolutions)
+        claim = "convolutions after the fold"
         if isinstance(net, GraphNet):
-            found = net.graph.count("conv")
-            yield judged(claim, recorded, str(found), is_same=found == claims.convolutions)
+            yield compared(claim, claims.convolutions, net.graph.count("conv"))
         else:
-            yield unchecked(claim, recorded, chain.missing("plain.safetensors"))
+            yield unchecked(claim, str(claims.convolutions), chain.missing("plain.safetensors"))
     if claims.checkpoint_sha256 is None:
         return
-    claim, recorded = "weights of plain.safetensors", "those of the fold"
-    if checkpoint is None:
-        yield unchecked(claim, recorded, chain.missing("the checkpoint"))
-        if claims.dirac_parameters is not None:
-            yield unchecked("parameters before the fold", str(claims.dirac_parameters), chain.missing("the checkpoint"))
-        return
-    before = load_net(load_checkpoint(checkpoint.path))
     if claims.dirac_parameters is not None:
-        num = count_parameters(before)
-        yield judged(
-            "parameters before the fold", str(claims.dirac_parameters), str(num), is_same=num == claims.dirac_parameters
-        )
-    if net is None:
-        yield unchecked(claim, recorded, chain.missing("plain.safetensors"))
+        claim = "parameters before the fold"
+        if before is None:
+            yield unchecked(claim, str(claims.dirac_parameters), chain.missing("the checkpoint"))
+        else:
+            yield compared(claim, claims.dirac_parameters, count_parameters(before))
+    claim, recorded = "weights of plain.safetensors", "those of the fold"
+    if before is None or net is None:
+        missing = "the checkpoint" if before is None else "plain.safetensors"
+        yield unchecked(claim, recorded, chain.missing(missing))
         return
     found = _other_numbers(fold_net(before), net)
     yield judged(claim, recorded, f"another {found}" if found else "all within the fold's 1e-9", is_same=not found)

@@ -256,7 +256,7 @@ def test_a_parity_report_on_the_same_file_is_embedded(write_onnx, tmp_path, caps
     [
         ("{", "is not valid JSON"),
         ("[]", "is not a JSON object"),
-        ('{"artefacts": ["0"]}', "is no report of export/parity.py"),
+        ('{"artefacts": ["0"]}', "is not a report of export/parity.py"),
         ('{"artefacts": {"plain.onnx": "0"}}', "is about another file than"),
     ],
 )

@@ -6,7 +6,7 @@ import reference
 from sklearn.metrics import precision_recall_fscore_support, top_k_accuracy_score
 
 from export.evaluation.figures import confusion_figure, draw, figure_text, mistakes_figure, reliability_figure
-from export.evaluation.page import describe_calibration
+from export.evaluation.report import describe_calibration
 from export.evaluation.scores import NUM_BINS, ClassScore, calibrate, confusion, evaluate
 
 LABELS = tuple(f"label {index}" for index in range(7))

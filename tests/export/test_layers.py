@@ -140,7 +140,7 @@ def test_a_provider_that_falls_back_is_not_taken_for_the_one_asked_for(write, mo
 
 
 def test_unknown_files_and_precisions_are_refused(write, tmp_path):
-    with pytest.raises(Refusal, match="is no artefact of this project"):
+    with pytest.raises(Refusal, match="is not an artefact of this project"):
         open_artefact(tmp_path / "photo.png")
     form = open_artefact(write("plain.onnx"))
     with pytest.raises(Refusal, match=r"computes in int4; known are fp32, fp16, bf16, int8, fp8"):

@@ -13,7 +13,7 @@ from common.refusal import Refusal
 from export.artefacts import open_artefact
 from export.evaluate import EvaluateConfig
 from export.evaluate import command as evaluate
-from export.evaluation.mirrored import mirrored
+from export.evaluation.answering import mirrored
 from export.graphs.graph import to_onnx
 from export.predict import PredictConfig
 from export.predict import command as predict

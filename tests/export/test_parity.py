@@ -137,7 +137,7 @@ def test_without_real_images_floats_are_judged_on_the_others(road, capsys, monke
 def test_nan_on_any_images_is_a_verdict_in_every_precision():
     broken = np.full((2, 3), np.nan)
     comparison = compare(("a", np.ones((2, 3))), ("b", broken), tolerance=TOLERANCES["int8"])
-    assert parity.Row("extreme", comparison).verdict is False
+    assert parity.ParityRow("extreme", comparison).verdict is False
 
 
 def test_a_form_that_differs_ends_in_status_one(road, tmp_path, capsys):

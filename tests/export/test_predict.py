@@ -184,7 +184,7 @@ def test_a_folder_and_a_file_in_it_are_one_image_each(write_onnx, photos, tmp_pa
         (["plain.onnx", "photos", "--mean", "0", "0", "0"], "says itself how it is read; leave --mean out"),
         (["plain.safetensors", "photos", "--mean", "0", "0", "0"], "says itself how it is read; leave --mean out"),
         (["gone.onnx", "photos"], "cannot read"),
-        (["photos", "photos"], "is no artefact of this project"),
+        (["photos", "photos"], "is not an artefact of this project"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(argv, message, write_onnx, photos, tmp_path, capsys, monkeypatch):

@@ -12,12 +12,12 @@ from common.files import sha256
 from common.refusal import Refusal
 from export.evaluate import EvaluateConfig, command
 from export.graphs.graph import to_onnx
+from export.metadata import store_reference, without_reference
 from export.model_file.engine_card import card_path, read_card
 from export.model_file.onnx_reader import metadata_entry, read_header
 from export.model_file.reference import NUM_BINS, Reference, count, read_reference
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.probabilities import best, probabilities
-from export.store_reference import store, without_reference
 from fold.plain import fold_net
 from train.data import datasets
 
@@ -50,7 +50,7 @@ def test_the_file_is_the_earlier_one_with_an_entry_behind_it(write_onnx, answers
     before, old = path.read_bytes(), OnnxSession(path)
     path.with_suffix(".json").write_text(json.dumps({"artefacts": {"plain.onnx": old.model.digest}}))
     path.with_suffix(".note.json").write_text("{}")
-    told, hint = store(path, answers, what="forty")
+    told, hint = store_reference(path, answers, what="forty")
     assert path.read_bytes().startswith(before)
     onnx.checker.check_model(str(path))
     new = OnnxSession(path)
@@ -67,11 +67,11 @@ def test_the_file_is_the_earlier_one_with_an_entry_behind_it(write_onnx, answers
 def test_another_reference_takes_the_place_of_the_first_and_the_same_changes_nothing(write_onnx, answers):
     _, path = write_onnx()
     before = path.read_bytes()
-    store(path, answers, what="forty")
+    store_reference(path, answers, what="forty")
     first = path.read_bytes()
-    store(path, answers, what="forty")
+    store_reference(path, answers, what="forty")
     assert path.read_bytes() == first
-    store(path, answers[:30], what="thirty")
+    store_reference(path, answers[:30], what="thirty")
     record = read_header(path, path.read_bytes()).provenance["reference"]
     assert (record["what"], record["images"], record["of"]) == ("thirty", 30, sha256(before))
     assert without_reference(path, path.read_bytes()) == before
@@ -79,16 +79,16 @@ def test_another_reference_takes_the_place_of_the_first_and_the_same_changes_not
 
 def test_a_reference_inside_a_file_that_another_tool_wrote_again_is_replaced(write_onnx, answers):
     _, path = write_onnx()
-    store(path, answers, what="forty")
+    store_reference(path, answers, what="forty")
     path.write_bytes(onnx.load(path).SerializeToString())  # the metadata no longer stand at the end
-    store(path, answers[:30], what="thirty")
+    store_reference(path, answers[:30], what="thirty")
     assert [entry.key for entry in onnx.load(path).metadata_props].count("reference") == 1
     assert read_header(path, path.read_bytes()).provenance["reference"]["what"] == "thirty"
 
 
 def test_somebody_elses_net_has_a_reference_too(write_foreign, answers):
     path = write_foreign()
-    store(path, answers[:, :4] / answers[:, :4].sum(1, keepdims=True), what="forty")
+    store_reference(path, answers[:, :4] / answers[:, :4].sum(1, keepdims=True), what="forty")
     provenance = OnnxSession(path).model.provenance
     assert list(provenance) == ["reference"]
     assert read_reference(provenance["reference"], 4).num_images == 40
@@ -97,7 +97,7 @@ def test_somebody_elses_net_has_a_reference_too(write_foreign, answers):
 @pytest.mark.slow
 def test_an_engine_has_it_in_its_card_and_keeps_its_digest(built, answers):
     engine, card = built.read_bytes(), read_card(built)
-    store(built, answers, what="forty")
+    store_reference(built, answers, what="forty")
     after = read_card(built)
     assert built.read_bytes() == engine
     assert after.engine_sha256 == card.engine_sha256

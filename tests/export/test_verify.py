@@ -363,7 +363,7 @@ def test_mistakes_are_refused(road, runs, run, tmp_path):
         ([road / "nothing.onnx"], "cannot read"),
         ([road / "plain.onnx", "--against", stranger], "no claim is about"),
         ([road / "plain.onnx", "--data-dir", tmp_path], "leave out --data-dir"),
-        ([stranger], "is no artefact of this project"),
+        ([stranger], "is not an artefact of this project"),
     ):
         status, found = run(*argv)
         assert (status, message in found) == (2, True), found

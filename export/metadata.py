@@ -1,7 +1,9 @@
-"""The reference of a model goes into its file: an ONNX file's metadata, or the card of an engine."""
+"""What is written into a finished model: its reference, or a changed record. Its graph and weights stay."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +23,7 @@ def refuse_what_takes_none(path: Path) -> None:
         raise Refusal(f"a reference is for what is served: name the .onnx or .engine made of {path}")
 
 
-def store(path: Path, probabilities: np.ndarray, *, what: str) -> list[str]:
+def store_reference(path: Path, probabilities: np.ndarray, *, what: str) -> list[str]:
     """Count the answers, probabilities [N, K], and keep the counts in the model; lines that say what was written.
 
     The file's other bytes stay as they are, so that the graph does. An ONNX file has another digest afterwards; that
@@ -46,6 +48,26 @@ def store(path: Path, probabilities: np.ndarray, *, what: str) -> list[str]:
     if changed != content and (names := _naming(path, before)):
         lines.append(f"these name the earlier digest, make them again where they are needed: {', '.join(names)}")
     return lines
+
+
+def rewrite_metadata(path: Path, provenance: dict[str, Any], *, temperature: float | None = None) -> bytes:
+    """An ONNX file with another provenance, and with another temperature in its spec where one is given.
+
+    A stored reference counts probabilities of the temperature that it was stored with: another one removes it.
+    """
+    import onnx
+
+    from export.graphs.graph import set_provenance
+
+    model = onnx.load_model_from_string(read_whole(path))  # weights that lie beside it stay there
+    set_provenance(model, {name: part for name, part in provenance.items() if name != KEY})
+    if temperature is not None:
+        entries = [entry for entry in model.metadata_props if entry.key != KEY]
+        del model.metadata_props[:]
+        model.metadata_props.extend(entries)
+        spec = next(entry for entry in model.metadata_props if entry.key == "spec")
+        spec.value = json.dumps(json.loads(spec.value) | {"temperature": temperature})
+    return model.SerializeToString()
 
 
 def without_reference(path: Path, content: bytes) -> bytes:
