@@ -166,7 +166,7 @@ def _refusing_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, IndexError, KeyError, TypeError, RecursionError) as error:
-        raise Refusal(f"{path} cannot be loaded as an ONNX model: its encoding is damaged; export it again") from error
+        raise Refusal(f"{path} is not a valid ONNX file: its encoding is damaged; export it again") from error
 
 
 def _read_node(message: memoryview) -> Node:

@@ -51,7 +51,7 @@ def test_a_foreign_net_that_is_no_image_classifier_is_refused(write_foreign, sha
 
 def test_a_file_that_is_no_onnx_is_refused_in_one_line(tmp_path):
     (tmp_path / "plain.onnx").write_bytes(b"text")
-    with pytest.raises(Refusal, match=r"cannot be loaded as an ONNX model") as refusal:
+    with pytest.raises(Refusal, match=r"is not a valid ONNX file") as refusal:
         load_runtime(tmp_path / "plain.onnx")
     assert "\n" not in str(refusal.value)
     with pytest.raises(Refusal, match="No such file"):

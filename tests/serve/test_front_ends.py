@@ -222,7 +222,7 @@ def test_a_model_that_cannot_be_served_ends_the_server(tmp_path):
     argv = command("run.py", tmp_path / "text.onnx", "--port", 0, "--front-ends", 2, "--runtime", "onnxruntime")
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.count("error: text.onnx cannot be loaded as an ONNX model") == 1
+    assert done.stderr.count("error: text.onnx is not a valid ONNX file") == 1
     assert "no device process serves, and none can start" in done.stderr
     assert "Traceback" not in done.stderr
 

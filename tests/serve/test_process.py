@@ -224,7 +224,7 @@ def test_what_a_trial_refuses_is_said_in_its_words(tmp_path, artefact):
         pass
     path = tmp_path / "text.onnx"
     path.write_text("hello")
-    with pytest.raises(Refusal, match=r"^text\.onnx cannot be loaded as an ONNX model"):
+    with pytest.raises(Refusal, match=r"^text\.onnx is not a valid ONNX file"):
         ModelProcess(ServeConfig((path,)))
 
 

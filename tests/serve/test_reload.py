@@ -103,14 +103,16 @@ def test_reload_takes_the_new_file_and_answers_with_it(served, other_artefact, o
     assert answer["results"][0]["index"] == other_runtime(pixels[:1]).argmax()
 
 
-@pytest.mark.parametrize("content", [b"", b"no model"])
-def test_a_bad_file_leaves_the_old_model_there(served, runtime, pixels, encode, content, caplog):
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", "cannot be loaded as an ONNX model"), (b"no model", "is not a valid ONNX file")]
+)
+def test_a_bad_file_leaves_the_old_model_there(served, runtime, pixels, encode, content, message, caplog):
     with TestClient(served.app) as client:
         served.file.write_bytes(content)
         response = client.post("/admin/reload", headers=KEY)
         assert response.status_code == 409
         assert response.json()["type"] == "urn:diracnet:problem:bad-model"
-        assert "cannot be loaded as an ONNX model" in response.json()["detail"]
+        assert message in response.json()["detail"]
         answer = client.post("/predict", content=encode(pixels[0]), headers=KEY).json()
     assert answer["model"]["digest"] == runtime.model.digest
     (line,) = [record.getMessage() for record in caplog.records if record.name == "serve.model.check"]

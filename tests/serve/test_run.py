@@ -268,12 +268,12 @@ def test_what_cannot_be_served_is_one_line(artefact, tmp_path, taken_port):
         ([artefact, "--port", taken_port], f"cannot listen on 127.0.0.1 port {taken_port}: address already in use"),
         ([artefact, "--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
         ([artefact, "--port", 99999], "cannot listen on 127.0.0.1 port 99999"),
-        ([tmp_path / "text.onnx", "--port", 0], "cannot be loaded as an ONNX model"),
+        ([tmp_path / "text.onnx", "--port", 0], "is not a valid ONNX file"),
         ([tmp_path / "missing.onnx", "--port", 0], "No such file"),
         ([artefact, "--port", 0, "--max-queue", 3], "max_queue must hold one request of 64 images, got 3"),
         ([artefact, "--port", 0, "--runtime", "openvino"], "invalid choice: 'openvino' (choose from "),
         ([artefact, "--port", 0, "--runtime", "tensorrt"], "tensorrt does not run plain.onnx; .onnx files are for"),
-        ([artefact, tmp_path / "text.onnx", "--port", 0], "text.onnx cannot be loaded as an ONNX model"),
+        ([artefact, tmp_path / "text.onnx", "--port", 0], "text.onnx is not a valid ONNX file"),
         ([artefact, "--port", 0, "--runtime", "mnn", "--devices", 0], "MNN runs on the CPU alone; leave device 0 out"),
         ([artefact, "--port", 0, "--workers", 0], "--workers must be 1 or more, got 0"),
         ([artefact, "--port", 0, "--devices", 0, 1], "ONNX Runtime finds no CUDA device 0 here"),
@@ -291,7 +291,7 @@ def test_workers_that_cannot_start_end_the_supervisor(tmp_path):
     argv = command("run.py", tmp_path / "text.onnx", "--port", 0, "--workers", 2)
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "error: text.onnx cannot be loaded as an ONNX model" in done.stderr
+    assert "error: text.onnx is not a valid ONNX file" in done.stderr
     assert "Traceback" not in done.stderr
 
 

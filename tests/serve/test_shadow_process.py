@@ -64,7 +64,7 @@ def test_a_process_that_is_killed_or_stands_still_is_given_up(config, pixels):
 def test_what_a_process_refuses_is_said_in_its_words(config, tmp_path):
     path = tmp_path / "text.onnx"
     path.write_text("hello")
-    with pytest.raises(Refusal, match=r"^text\.onnx cannot be loaded as an ONNX model"):
+    with pytest.raises(Refusal, match=r"^text\.onnx is not a valid ONNX file"):
         ModelProcess(replace(config, models=(path,)))
 
 
@@ -169,7 +169,7 @@ def test_a_shadow_that_cannot_be_one_is_one_line_before_anything_is_served(artef
     for argv, message in (
         (["--shadow", other], "cannot shadow DiracNet-10-0.25: it has 5 labels, not 10; export it for the same images"),
         (["--shadow", other, "--workers", 2], "cannot shadow DiracNet-10-0.25: it has 5 labels, not 10"),
-        (["--shadow", tmp_path / "text.onnx"], "text.onnx cannot be loaded as an ONNX model"),
+        (["--shadow", tmp_path / "text.onnx"], "text.onnx is not a valid ONNX file"),
         (["--shadow", tmp_path / "missing.onnx"], "cannot read missing.onnx: No such file"),
         (["--shadow", other, "--shadow-share", 0], "--shadow-share must be above 0 and at most 1, got 0"),
         (["--shadow", other, "--shadow-share", "nan"], "--shadow-share must be above 0 and at most 1, got nan"),
