@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.model_rows import BASELINES, NUM_GEMM
 from bench.page import fill, machine_table, percent, spread, table
 from bench.rounds import Timing
+from bench.runtimes.racers import BASELINES, NUM_GEMM
 
 CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")
 LAYOUTS = ("ReorderInput", "ReorderOutput", "Transpose")
