@@ -14,7 +14,7 @@ from bench import model
 from bench.nets import PEERS, count_macs, reference_form, seeded_net, torch_answer
 from bench.runtimes import race, racers
 from bench.runtimes.graphs import NUM_COMPARED, entrants, judge_logits, profile_graph, summarize, write_graphs
-from bench.runtimes.page import BARS, judge, markdown, peak
+from bench.runtimes.page import Column, bars_of, markdown
 from bench.runtimes.racers import OURS, RACES, REFERENCE, Graph, Race, Racer, gemm_racers, racers_of
 from common.cli import run_command
 from common.spec import Spec
@@ -120,37 +120,38 @@ def test_the_reference_form_answers_what_our_dirac_net_answers():
 
 
 def test_bars_are_judged_against_both_baselines(record):
-    verdicts = {(v.bar.precision, v.bar.batch_size, v.baseline): v for v in judge(record["nets"]["34-2"], 2)}
-    assert verdicts["fp32", 1, REFERENCE].speedup == 5
-    assert verdicts["fp32", 1, REFERENCE].is_met
-    assert verdicts["fp32", 1, OURS].speedup == 10
-    # 32 images of 20 MFLOP in 0.5 ms: 1.28 TFLOP/s.
-    assert verdicts["fp32", 32, REFERENCE].share == pytest.approx(1.28)
-    assert verdicts["fp32", 32, REFERENCE].is_met
-    assert verdicts["fp32", 32, OURS].speedup == 2
-    assert not verdicts["fp32", 32, OURS].is_met
-    assert verdicts["fp32", 32, OURS].share_demanded == pytest.approx(2.4 * 0.64)
-    assert not verdicts["int8", 1, REFERENCE].is_met
-    # 20 MOP in 1 ms of 4 TOP/s.
-    assert verdicts["int8", 1, REFERENCE].share == pytest.approx(0.005)
-    assert {v.best for v in verdicts.values()} == {"quick", "bytes"}
-    assert len(verdicts) == 6  # nothing in int8 was timed with batches of 32
+    bars = bars_of(record["nets"]["34-2"], 2)
+    assert [tuple(bar.values())[1:] for bar in bars] == [
+        ("fp32, batch 1: ≥ 5×", "quick", "5.00×, met", "10.00×, met", "1 %", "1 %, 1 %"),
+        # 32 images of 20 MFLOP in 0.5 ms: 1.28 TFLOP/s.
+        (
+            *("fp32, batch 32: ≥ 2.4× and above the peak", "quick"),
+            *("4.00×, met", "2.00×, **not met**", "128 %", "77 %, 154 %"),
+        ),
+        # 20 MOP in 1 ms of 4 TOP/s.
+        ("int8, batch 1: ≥ 14×", "bytes", "10.00×, **not met**", "20.00×, met", "0 %", "1 %, 0 %"),
+    ]  # nothing in int8 was timed with batches of 32
 
 
 def test_a_speedup_is_not_enough_where_the_peak_is_to_be_exceeded(record):
     net = record["nets"]["34-2"]
     net["entrants"][0]["macs"] //= 2
-    verdict = next(v for v in judge(net, 2) if v.bar == BARS[1] and v.baseline == REFERENCE)
-    assert verdict.speedup == 4
-    assert verdict.share == pytest.approx(0.64)
-    assert not verdict.is_met
+    bar = bars_of(net, 2)[1]
+    assert (bar["over_reference"], bar["share"]) == ("4.00×, **not met**", "64 %")
+
+
+def test_a_baseline_that_was_not_timed_leaves_its_cell_empty(record):
+    net = record["nets"]["34-2"]
+    net["rows"] = [row for row in net["rows"] if row["title"] != REFERENCE]
+    bar = bars_of(net, 2)[1]
+    assert (bar["over_reference"], bar["over_ours"], bar["demanded"]) == ("", "2.00×, **not met**", "154 %")
 
 
 def test_the_peak_is_that_of_the_fastest_product_of_the_precision(record):
     net = record["nets"]["34-2"]
-    assert peak(net, "fp32", 2, 1) == pytest.approx(1e12)
-    assert peak(net, "int8", 2, 1) == pytest.approx(4e12)
-    assert peak(net, "fp32", 1, 1) is None
+    assert Column(net, 2, 1).peak("fp32") == pytest.approx(1e12)
+    assert Column(net, 2, 1).peak("int8") == pytest.approx(4e12)
+    assert Column(net, 1, 1).peak("fp32") is None
 
 
 def test_the_page_shows_bars_limits_rows_failures_and_the_profile(record):
