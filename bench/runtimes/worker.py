@@ -6,6 +6,7 @@ imported at the top that a runtime does not need.
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -36,7 +37,7 @@ class WorkerFailed(RuntimeError):
 class Worker:
     """The process of one runtime; it loads while the parent goes on."""
 
-    def __init__(self, open_answer: Open, folder: Path, image: "ImageSpec", *, num_threads: int) -> None:
+    def __init__(self, open_answer: Open, folder: Path, image: "ImageSpec", num_threads: int) -> None:
         context = get_context("spawn")
         self._connection, child_end = context.Pipe()
         arguments = (child_end, open_answer, folder, image, num_threads)
@@ -46,10 +47,8 @@ class Worker:
 
     def ask(self, task: Callable[..., Any], *arguments: Any) -> Any:
         """What `task` returns there for the runtime, the images' spec and `arguments`, or raises `WorkerFailed`."""
-        try:
+        with suppress(OSError):  # where the process has ended, which `wait` reports
             self._connection.send((task, arguments))
-        except OSError as error:
-            raise WorkerFailed(self._end()) from error
         return self.wait()
 
     def wait(self) -> Any:
@@ -60,7 +59,8 @@ class Worker:
                 raise WorkerFailed(f"no answer in {PATIENCE_S:g} s")
             result = self._connection.recv()
         except (EOFError, OSError) as error:
-            raise WorkerFailed(self._end()) from error
+            self._process.join()
+            raise WorkerFailed(f"its process ended with status {self._process.exitcode}") from error
         if isinstance(result, Failure):
             raise WorkerFailed(result.reason)
         return result
@@ -69,10 +69,6 @@ class Worker:
         self._process.kill()
         self._process.join()
         self._connection.close()
-
-    def _end(self) -> str:
-        self._process.join()
-        return f"its process ended with status {self._process.exitcode}"
 
 
 def _run(connection: Connection, open_answer: Open, folder: Path, image: "ImageSpec", num_threads: int) -> None:

@@ -35,7 +35,7 @@ def start(tmp_path):
     workers = []
 
     def start(kind: str, num_threads: int = 1) -> Worker:
-        workers.append(Worker(partial(open_fake, kind), tmp_path, IMAGE, num_threads=num_threads))
+        workers.append(Worker(partial(open_fake, kind), tmp_path, IMAGE, num_threads))
         return workers[-1]
 
     yield start
