@@ -72,7 +72,7 @@ def command(config: ServerConfig) -> int:
     contestants = [one for one in CONTESTANTS if not config.servers or one.name in config.servers]
     nets = [write_net(size, contestants, config.work.absolute() / "server") for size in config.models]
     for net in nets:
-        console.print(f"{net.title}: {net.num_macs:,} multiplications per image, {net.path}")
+        console.print(f"{net.record['title']}: {net.record['macs']:,} multiplications per image, {net.path}")
     _race(contestants, nets, config, console)
     record: dict[str, Any] = {
         "command": f"python bench/server.py {given_arguments(config)}".rstrip(),
@@ -80,7 +80,7 @@ def command(config: ServerConfig) -> int:
         "connections": CONNECTIONS,
         "machine": describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
         "servers": [{"name": one.name, "note": one.note} for one in contestants],
-        "models": [net.to_dict() | {"steps": time_steps(net.path, net.pngs[0])} for net in nets],
+        "models": [net.record | {"steps": time_steps(net.path, net.pngs[0])} for net in nets],
     }
     for model in record["models"]:
         figure = draw_latencies(model, CONNECTIONS[-1])
@@ -90,7 +90,7 @@ def command(config: ServerConfig) -> int:
 
 
 def _race(contestants: "list[Contestant]", nets: "list[ServedNet]", config: ServerConfig, console: "Console") -> None:
-    """Fill the results of `nets`; every second round runs in reverse order."""
+    """Fill the records of `nets`; every second round runs in reverse order."""
     from bench.request_steps import time_alone
     from bench.servers.race import measure
     from common.progress import progress
@@ -100,10 +100,10 @@ def _race(contestants: "list[Contestant]", nets: "list[ServedNet]", config: Serv
         for index in range(num_rounds):
             for net in nets:
                 for name, milliseconds in time_alone(net.path, net.pngs[0], seconds / 2).items():
-                    net.alone.setdefault(name, []).append(milliseconds)
+                    net.record["alone"].setdefault(name, []).append(milliseconds)
                 for contestant in contestants[:: -1 if index % 2 else 1]:
                     measure(contestant, net, config.work.absolute(), seconds=seconds, warm_up=not config.quick)
-                    advance(note=f"{net.title}: {contestant.name}")
+                    advance(note=f"{net.record['title']}: {contestant.name}")
 
 
 if __name__ == "__main__":

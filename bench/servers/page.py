@@ -1,8 +1,8 @@
 """The page of bench/server.py: what was recorded, whether each bar is met, and the latencies as a picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import log10
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -20,75 +20,73 @@ _LONE_MS = 1.5  # that a lone request may cost beside decoding and model
 _REST = "the rest: sockets, and two threads and their caches on one core"
 
 
-class Bar(NamedTuple):
-    """One promise, what was found, and whether it is kept."""
-
-    promise: str
-    found: str
-    is_met: bool
-
-
 def markdown(record: Record) -> str:
     """The page of one record."""
     models, connections = record["models"], record["connections"]
-    bars = [bar for model in models for bar in bars_of(model, connections)]
     return render(
         "server",
         record,
         short="\n".join(_in_short(model, connections) for model in models),
         models=[_section(model, connections) for model in models],
-        bars=[bar._asdict() | {"verdict": "met" if bar.is_met else "**not met**"} for bar in bars],
+        bars=[bar for model in models for bar in bars_of(model, connections)],
     )
 
 
-def bars_of(model: Record, connections: Sequence[int]) -> list[Bar]:
+def bars_of(model: Record, connections: Sequence[int]) -> list[dict[str, str]]:
     """The bars of one model; without ours there are none, and none is judged against a row that failed."""
-    rows = _rows(model)
+    bars: list[dict[str, str]] = []
+    rows, most, is_large = _rows(model), connections[-1], model["macs"] > _LARGE_MACS
     if OURS not in rows:
-        return []
-    bars, most, ours, name = [], connections[-1], rows.pop(OURS), _millions(model)
-    is_large = model["macs"] > _LARGE_MACS
-    without_server = max(np.median(_alone(model, size)) for size in (1, 32))
+        return bars
+
+    def judge(promise: str, found: str, is_met: bool) -> None:
+        promise = f"{_millions(model)}: {promise}"
+        bars.append({"promise": promise, "found": found, "verdict": "met" if is_met else "**not met**"})
+
+    ours, without_server = rows[OURS], max(np.median(_alone(model, size)) for size in (1, 32))
     for title in [title for title in _RATIOS if title in rows]:
         ratio, found = _RATIOS[title][is_large], _ratio(ours, rows[title], most)
         bound = without_server / _median(rows[title], most, "requests_per_s")
         shown = f"{found:.1f}x; without any cost of a server {bound:.1f}x"
-        bars.append(Bar(f"{name}: {ratio:g}x {title} at {most} connections", shown, found >= ratio))
-    others = [(_median(row, most, "p99_ms"), title) for title, row in rows.items() if row["server"] != "ours"]
-    if others:
-        (best, title), p99 = min(others), _median(ours, most, "p99_ms")
+        judge(f"{ratio:g}x {title} at {most} connections", shown, found >= ratio)
+    if others := _p99_of_others(rows, most):
+        (best, title), p99 = others[0], _median(ours, most, "p99_ms")
         shown = f"{p99:.1f} ms; the lowest other is {title} with {best:.1f} ms"
-        bars.append(Bar(f"{name}: p99 at {most} connections below all others", shown, p99 < best))
+        judge(f"p99 at {most} connections below all others", shown, p99 < best)
     if is_large:
         share = np.median(_loads(ours, most, "requests_per_s") / _alone(model, 32))
-        bars.append(Bar(f"{name}: {_SHARE:.0%} of the model alone", f"{share:.1%}", share >= _SHARE))
+        judge(f"{_SHARE:.0%} of the model alone", f"{share:.1%}", share >= _SHARE)
     lone_ms = _median(ours, 1, "p50_ms") - np.median(model["alone"]["decode_and_model_1"])
-    promise = f"{name}: a lone request costs {_LONE_MS} ms beside its work"
-    return [*bars, Bar(promise, f"{lone_ms:.2f} ms", lone_ms <= _LONE_MS)]
+    judge(f"a lone request costs {_LONE_MS} ms beside its work", f"{lone_ms:.2f} ms", lone_ms <= _LONE_MS)
+    return bars
 
 
 def _in_short(model: Record, connections: Sequence[int]) -> str:
     """The first words on a model: latency under load, then throughput, like with like, the worst case too."""
     rows, few, most = _rows(model), connections[0], connections[-1]
-    if OURS not in rows or len(rows) < 2:
+    others = _p99_of_others(rows, most)
+    if OURS not in rows or not others:
         return f"- {_millions(model)}: nothing to compare."
     ours = rows[OURS]
-    others = {title: row for title, row in rows.items() if row["server"] != "ours"}
-    p99 = sorted((_median(row, most, "p99_ms"), title) for title, row in others.items())
     text = (
         f"- {_millions(model)}: with {most} connections, 99 % of the requests are answered within "
-        f"{_median(ours, most, 'p99_ms'):.1f} ms. Others: {', '.join(f'{title} {ms:.1f}' for ms, title in p99)}."
+        f"{_median(ours, most, 'p99_ms'):.1f} ms. Others: {', '.join(f'{title} {ms:.1f}' for ms, title in others)}."
     )
-    if NAIVE in others:
+    if NAIVE in rows:
         text += (
             f" Requests/s divided by those of a handler that takes the same raw body: "
-            f"{_ratio(ours, others[NAIVE], few):.2f} with {few} connection, "
-            f"{_ratio(ours, others[NAIVE], most):.2f} with {most}."
+            f"{_ratio(ours, rows[NAIVE], few):.2f} with {few} connection, "
+            f"{_ratio(ours, rows[NAIVE], most):.2f} with {most}."
         )
-    ratios = {title: _ratio(ours, row, most) for title, row in others.items()}
+    ratios = {title: _ratio(ours, rows[title], most) for _, title in others}
     if more := ", ".join(f"{title} {1 / ratio:.2f} times" for title, ratio in ratios.items() if ratio < 1):
         text += f" More requests/s than ours with {most} connections: {more}."
     return text
+
+
+def _p99_of_others(rows: Mapping[str, Record], num: int) -> list[tuple[float, str]]:
+    """In ms, the lowest first, with the title."""
+    return sorted((_median(row, num, "p99_ms"), title) for title, row in rows.items() if row["server"] != "ours")
 
 
 def _section(model: Record, connections: Sequence[int]) -> dict[str, Any]:
