@@ -59,8 +59,8 @@ def command(config: EightBitsConfig) -> None:
             _, *nets = trial.observed  # before the first step batch normalisation has no statistics
             for epoch, net in enumerate(nets, start=1):
                 rows.append({"start": start, "epoch": epoch, **_measure(net, settings, dataset, config.images)})
-                print(_line(rows[-1]))
-                advance(note=start)
+                errors = [f"{label} {rows[-1][name]['relative_error']:.2%}" for name, label in LABELS.items()]
+                advance(note=f"from {start}, epoch {epoch}: logit error {', '.join(errors)}")
     figure = _draw(rows, f"{config.dataset}, {config.family} {config.depth}-{config.width:g}")
     record = {"settings": asdict(config), "test_accuracy": accuracies, "rows": rows}
     write_results(config.out, "eight-bits", figure, record)
@@ -86,15 +86,6 @@ def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_image
         errors = {"relative_error": candidate.relative_error, "top1_agreement": candidate.top1_agreement}
         row[candidate.lowering] = {"ranges": candidate.method, **errors}
     return row
-
-
-def _line(row: dict[str, Any]) -> str:
-    parts = [
-        f"{label} {100 * row[lowering]['relative_error']:.2f} % ({100 * row[lowering]['top1_agreement']:.2f} % same)"
-        for lowering, label in LABELS.items()
-    ]
-    mean = f"from {row['start']}, epoch {row['epoch']:2d}, mean a {row['a']['mean']:.2f}"
-    return f"{mean}: logit error {', '.join(parts)}"
 
 
 def _draw(rows: list[dict[str, Any]], title: str) -> Any:

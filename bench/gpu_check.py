@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "models" / "fashion-mnist.safetensors"
-SAMPLE_TITLE = "SAMPLE: no GPU was measured"
-SAMPLE_NOTE = (
-    "**Every figure on this page is invented**; all times are 1 ms. It shows what `make gpu-check` writes, and comes "
-    "from `tests/data/gpu-sample.json` by `python bench/gpu_check.py --render tests/data/gpu-sample.json`."
-)
 EXAMPLES = (
     "python bench/gpu_check.py                               # writes docs/gpu-NAME.md and .json",
     "python bench/gpu_check.py runs/NAME/plain.safetensors --batch-sizes 1 32",
@@ -91,6 +86,7 @@ def command(config: GpuCheckConfig) -> int:
 def _measure_all(config: GpuCheckConfig, console: "Console") -> dict[str, Any]:
     """The record of all nets for which the budget has time; it is written with its page after each."""
     import os
+    import re
     import time
 
     if config.device == "cuda":
@@ -111,8 +107,8 @@ def _measure_all(config: GpuCheckConfig, console: "Console") -> dict[str, Any]:
         "tests": _run_tests(console) if config.device == "cuda" else None,
         "nets": [],
     }
-    words = "".join(letter if letter.isalnum() else " " for letter in machine["device"].lower()).split()
-    name = "-".join(["gpu" if config.device == "cuda" else "cpu", *words])  # "gpu-nvidia-h100-80gb-hbm3"
+    kind, device = "gpu" if config.device == "cuda" else "cpu", machine["device"].lower()
+    name = "-".join([kind, *re.findall(r"\w+", device)])  # "gpu-nvidia-h100-80gb-hbm3"
     end = time.monotonic() + config.budget_s
     for net in nets:
         if record["nets"] and time.monotonic() > end:
@@ -167,8 +163,8 @@ def page(record: dict[str, Any]) -> str:
     return render(
         "gpu-check",
         record,
-        title=SAMPLE_TITLE if is_sample else f"Measured on {record['machine']['device']}",
-        note=SAMPLE_NOTE if is_sample else "",
+        title="SAMPLE: no GPU was measured" if is_sample else f"Measured on {record['machine']['device']}",
+        note=render("gpu-check-sample", {}) if is_sample else "",
         tests=f"`tests/gpu`: {tests['summary']}" if tests else "",
         nets=list(map(_with_tables, record["nets"])),
     )

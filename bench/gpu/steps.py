@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from bench.rounds import median_ms
 
 if TYPE_CHECKING:
     from export.runtimes.load import RuntimeName
@@ -77,17 +78,16 @@ def _round_trip(*, num_bytes: int = 1 << 20, num_replays: int = 200) -> Result:
     def broken() -> None:
         raise RuntimeError("an allocation in the middle")
 
-    graph, broken_graph = gpu.capture(stream, copy), gpu.capture(stream, broken)
-    times = []
-    for _ in range(num_replays):
-        start = time.perf_counter()
+    def there_and_back() -> np.ndarray:
         one.upload(pixels, stream)
         gpu.launch(graph, stream)
-        answer = other.download(pixels.shape, pixels.dtype, stream)
-        times.append(time.perf_counter() - start)
+        return other.download(pixels.shape, pixels.dtype, stream)
+
+    graph, broken_graph = gpu.capture(stream, copy), gpu.capture(stream, broken)
+    is_right = bool(np.array_equal(there_and_back(), pixels)) and broken_graph is None
+    microseconds = 1e3 * median_ms(there_and_back, 0, min_calls=num_replays)
     gpu.release(stream, {1: graph})
-    is_right = bool(np.array_equal(answer, pixels)) and broken_graph is None
-    return {"right": is_right, "MB there and back, us": 1e6 * median(times)}
+    return {"right": is_right, "MB there and back, us": microseconds}
 
 
 def fold_on_device(device: str, checkpoint: str) -> Iterator[Result]:
@@ -133,26 +133,19 @@ def training_speed(device: str) -> Iterator[Result]:
     """A step of training as train/ takes it, on noise of CIFAR's size that lies on the device."""
     import torch
 
+    from bench.training_steps import make_net, make_step
     from common.spec import Spec
-    from train.data.batches import Batch
     from train.data.datasets import cifar_image
-    from train.families import build
-    from train.loop import make_optimizer, train_step
 
     nets, num = (((34, 2.0), (16, 1.0)), 128) if device == "cuda" else (((10, 0.25),), 4)
-    ways = [("fp32", "dirac", True, False), ("bf16", "dirac", True, False), ("bf16", "dirac", False, False)]
-    ways += [("bf16", "plain", True, False), ("bf16", "dirac", True, True)]
-    image = cifar_image()
-    pixels = torch.randint(0, 256, (num, image.height, image.width, 3), dtype=torch.uint8, device=device)
-    batch = Batch(0, 0, pixels, torch.randint(0, 10, (num,), device=device))
+    ways = [("fp32", "Dirac", True, False), ("bf16", "Dirac", True, False), ("bf16", "Dirac", False, False)]
+    ways += [("bf16", "ordinary", True, False), ("bf16", "Dirac", True, True)]
     for size, (precision, form, channels_last, compiled) in product(nets, ways):
-        spec = Spec("cifar", *size, "ncrelu", image, tuple("0123456789"), form)
+        spec = Spec("cifar", *size, "ncrelu", cifar_image(), tuple("0123456789"))
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        net: Any = build(spec).to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]  # torch has it
-        optimizer = make_optimizer(net, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_ab=True)
-        scaler = torch.amp.GradScaler(device, enabled=False)
-        net = torch.compile(net) if compiled else net
-        seconds = _seconds(partial(train_step, net, optimizer, scaler, batch, 0.01, precision=precision), device)
+        net = make_net(form, spec).to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]  # torch has it
+        how = {"precision": precision, "device": device} | ({"wrap": torch.compile} if compiled else {})
+        seconds = _seconds(make_step(net, spec.image, num, **how), device)
         row = {"net": spec.name, "precision": precision, "filters": form, "channels last": channels_last}
         yield {**row, "compiled": compiled, "ms_per_step": 1e3 * seconds, "images_per_s": num / seconds}
 
@@ -187,14 +180,11 @@ def sessions(device: str, *paths: str) -> Iterator[Result]:
         for turn in [*((size,) for size in sizes), (8, 32)]:
             shapes = [(num, image.height, image.width, image.channels) for num in turn]
             batches = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
-            times = []
-            for index in range(num_calls):
-                start = time.perf_counter()
-                runtime(batches[index % len(batches)])
-                times.append(1e3 * (time.perf_counter() - start))
+            call = partial(next, map(runtime, cycle(batches)))
+            first_ms, *_ = [median_ms(call, 0, min_calls=1) for _ in batches]
             batch = ", ".join(map(str, turn)) + " in turn" * (len(turn) > 1)
-            row = {"model": model, "runtime": name, "batch": batch}
-            yield {**row, "first_ms": times[0], "median_ms": median(times[len(batches) :])}
+            row = {"model": model, "runtime": name, "batch": batch, "first_ms": first_ms}
+            yield {**row, "median_ms": median_ms(call, 0, min_calls=num_calls)}
 
 
 def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = "60") -> Iterator[Result]:
