@@ -92,8 +92,8 @@ def _measure_all(config: GpuCheckConfig, console: "Console") -> dict[str, Any]:
     if config.device == "cuda":
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for every library of NVIDIA, before any is loaded
     machine = machine_of(config.device)
-    from bench.contenders import measure
     from bench.nets import SEEDED, net_of_file, seeded_net
+    from bench.runtimes.contenders import measure
 
     paths = config.plain or ((BUNDLED,) if BUNDLED.exists() else ())
     nets = [] if config.plain else [seeded_net(*size) for size in SEEDED]

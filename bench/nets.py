@@ -1,18 +1,19 @@
-"""The nets that are measured, of random weights: DiracNets in three forms, nets of other papers, a checkpoint."""
+"""The nets that are measured: DiracNets in three forms, run by PyTorch, nets of other papers, and a checkpoint."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.spec import ImageSpec, Spec
+from export.compare import Answer
 from fold.image_sets import extreme_images, random_images, real_images
 from fold.plain import fold_net, load_plain, named_layers
 from train.checkpoint import Checkpoint, save_checkpoint
@@ -25,7 +26,6 @@ from train.loop import make_optimizer, train_step
 
 SEEDED = ((16, 1.0), (34, 2.0))  # depth and width
 NUM_CALIBRATION = 256
-A0_BLOCKS, A0_WIDTHS = (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,9 @@ def net_of_file(path: Path) -> Net:
 
 def count_macs(net: nn.Module, image: ImageSpec) -> int:
     """Of one image in all convolutions and linear layers, each computed directly."""
-    total = 0
-
-    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal total
-        total += output.numel() * prod(layer.weight.shape[1:])
-
-    net = deepcopy(net).to("meta")
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(count)
-    net(torch.empty((1, image.height, image.width, image.channels), dtype=torch.uint8, device="meta"))
-    return total
+    with FlopCounterMode(display=False) as counter:
+        deepcopy(net).to("meta")(torch.empty((1, *image.shape), dtype=torch.uint8, device="meta"))
+    return counter.get_total_flops() // 2
 
 
 def make_checkpoint(depth: int, width: float, path: Path, *, seed: int = 0) -> int:
@@ -135,11 +126,6 @@ class ReferenceNCReLU(nn.Module):
         return torch.cat([x.relu(), -(-x).relu()], dim=1)
 
 
-class Contiguous(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.contiguous()
-
-
 def reference_convolution(conv: DiracConv2d) -> ReferenceDiracConv2d:
     """The layer in the form of the authors' release; it shares the parameters, which an optimizer may hold."""
     reference = ReferenceDiracConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)
@@ -149,7 +135,7 @@ def reference_convolution(conv: DiracConv2d) -> ReferenceDiracConv2d:
 
 
 def reference_form(net: nn.Sequential) -> nn.Sequential:
-    """A Dirac net as a user has it before this project: every weight made anew at each call, contiguous NCHW."""
+    """A Dirac net as a user has it before this project: every weight made anew at each call."""
 
     def convert(layer: nn.Module) -> nn.Module:
         match layer:
@@ -157,19 +143,37 @@ def reference_form(net: nn.Sequential) -> nn.Sequential:
                 return reference_convolution(layer)
             case NCReLU():
                 return ReferenceNCReLU()
-            case Normalize():
-                return nn.Sequential(layer, Contiguous())
         return layer
 
     return nn.Sequential(*(convert(layer) for _, layer in named_layers(net))).eval()
 
 
-@dataclass(frozen=True)
-class Peer:
-    """`make` takes the spec of the DiracNet, for images and labels."""
+def torch_answer(
+    net: nn.Sequential,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.channels_last,
+    is_compiled: bool = False,
+) -> Answer:
+    """A copy of `net` in PyTorch. Pixels are normalised in float32, as in the ONNX graph."""
+    torch.backends.cudnn.benchmark = True
+    whole = deepcopy(net).float().eval().to(device)
+    normalize, rest = whole[0], whole[1:].to(dtype).to(memory_format=layout)
+    run: Callable[[Tensor], Tensor] = rest
+    if is_compiled:
+        # Recompilations are limited, those of earlier nets count, and what is over the limit would run eagerly.
+        torch.compiler.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # Replaying CUDA graphs is what makes small batches fast; the CPU has none.
+        run = torch.compile(rest, dynamic=False, mode="reduce-overhead" if device == "cuda" else "default")
 
-    published: str
-    make: Callable[[Spec], nn.Sequential]
+    @torch.inference_mode()
+    def answer(images: np.ndarray) -> np.ndarray:
+        x = normalize(torch.from_numpy(images).to(device)).to(dtype, memory_format=layout)
+        return run(x).float().cpu().numpy()
+
+    return answer
 
 
 def wide_resnet(depth: int, width: float, spec: Spec) -> nn.Sequential:
@@ -180,40 +184,48 @@ def wide_resnet(depth: int, width: float, spec: Spec) -> nn.Sequential:
 
 def resnet18(spec: Spec) -> nn.Sequential:
     """Four groups of two blocks of two convolutions, each with the batch normalisation after it folded in."""
-    net = _start(spec)
-    net.append(_convolution(spec.image.channels, 64, size=7, stride=2)).append(nn.ReLU()).append(nn.MaxPool2d(3, 2, 1))
+    torch.manual_seed(0)
+    layers = [_convolution(spec.image.channels, 64, size=7, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     num_in = 64
-    for num_out, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        for block_stride in (stride, 1):
-            body = (_convolution(num_in, num_out, stride=block_stride), nn.ReLU(), _convolution(num_out, num_out))
-            shortcut = [] if num_in == num_out else [_convolution(num_in, num_out, size=1, stride=block_stride)]
-            net.append(Residual(nn.Sequential(*body), nn.Sequential(*shortcut))).append(nn.ReLU())
+    for num_out, first_stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        for stride in (first_stride, 1):
+            body = (_convolution(num_in, num_out, stride=stride), nn.ReLU(), _convolution(num_out, num_out))
+            shortcut = [] if num_in == num_out else [_convolution(num_in, num_out, size=1, stride=stride)]
+            layers += [Residual(nn.Sequential(*body), nn.Sequential(*shortcut)), nn.ReLU()]
             num_in = num_out
-    return _finish(net, num_in, spec)
+    return _classifier_of(layers, num_in, spec)
 
 
-def repvgg(widths: Sequence[int], strides: Sequence[int], spec: Spec) -> nn.Sequential:
-    """RepVGG's deployed form: 3x3 convolutions and ReLUs; a stage's first convolution has its stride."""
-    net, num_in = _start(spec), spec.image.channels
-    for num_blocks, num_out, stride in zip(A0_BLOCKS, widths, strides, strict=True):
+def repvgg(widths: Sequence[int], early_stride: int, spec: Spec) -> nn.Sequential:
+    """RepVGG's deployed form: 3x3 convolutions and ReLUs; the first two stages have `early_stride`, the others 2."""
+    torch.manual_seed(0)
+    layers, num_in = [], spec.image.channels
+    for stage, (num_blocks, num_out) in enumerate(zip(A0_BLOCKS, widths, strict=True)):
         for block in range(num_blocks):
-            net.append(_convolution(num_in, num_out, stride=1 if block else stride)).append(nn.ReLU())
+            stride = 1 if block else early_stride if stage < 2 else 2
+            layers += [_convolution(num_in, num_out, stride=stride), nn.ReLU()]
             num_in = num_out
-    return _finish(net, num_in, spec)
+    return _classifier_of(layers, num_in, spec)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`make` takes the spec of the DiracNet, for images and labels."""
+
+    published: str
+    make: Callable[[Spec], nn.Sequential]
 
 
 NOT_PUBLISHED = "none published: a chain of its stages without the strides of stem and first stage"
+A0_BLOCKS, A0_WIDTHS = (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)
+THIRD = tuple(width // 3 for width in A0_WIDTHS)
 PEERS = {
     "WRN-40-2": Peer("5.33 % error on CIFAR-10 (arXiv 1605.07146, table 4)", partial(wide_resnet, 40, 2.0)),
     "WRN-16-1": Peer("8.77 % error on CIFAR-10 (arXiv 1612.03928, table 1)", partial(wide_resnet, 16, 1.0)),
     "ResNet-18": Peer("30.50 % top-1 error on ImageNet (arXiv 1706.00388, table 3)", resnet18),
-    "RepVGG-A0": Peer(
-        "27.59 % top-1 error on ImageNet (arXiv 2101.03697, table 4)", partial(repvgg, A0_WIDTHS, (2, 2, 2, 2, 2))
-    ),
-    "RepVGG-A0 at 32x32": Peer(NOT_PUBLISHED, partial(repvgg, A0_WIDTHS, (1, 1, 2, 2, 2))),
-    "RepVGG-A0/3 at 32x32": Peer(
-        NOT_PUBLISHED, partial(repvgg, tuple(width // 3 for width in A0_WIDTHS), (1, 1, 2, 2, 2))
-    ),
+    "RepVGG-A0": Peer("27.59 % top-1 error on ImageNet (arXiv 2101.03697, table 4)", partial(repvgg, A0_WIDTHS, 2)),
+    "RepVGG-A0 at 32x32": Peer(NOT_PUBLISHED, partial(repvgg, A0_WIDTHS, 1)),
+    "RepVGG-A0/3 at 32x32": Peer(NOT_PUBLISHED, partial(repvgg, THIRD, 1)),
 }
 
 
@@ -223,13 +235,9 @@ def _random_sets(image: ImageSpec) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return {"random": images[NUM_CALIBRATION:], "extreme": extreme_images(image)}, images[:NUM_CALIBRATION]
 
 
-def _start(spec: Spec) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(Normalize(spec.image.mean, spec.image.std))
-
-
-def _finish(net: nn.Sequential, num_in: int, spec: Spec) -> nn.Sequential:
-    net.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Linear(num_in, len(spec.labels)))
+def _classifier_of(layers: Sequence[nn.Module], num_features: int, spec: Spec) -> nn.Sequential:
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_features, len(spec.labels)))
+    net = nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers, *head)
     return net.eval().requires_grad_(False)
 
 

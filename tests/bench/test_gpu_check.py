@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders, gpu_check, nets
-from bench.contenders import Contender
+from bench import gpu_check, nets
+from bench.runtimes import contenders
+from bench.runtimes.contenders import Contender
 from common.cli import run_command
 from export.compare import TOLERANCES, compare
 from export.runtimes import gpu

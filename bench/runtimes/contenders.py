@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bench.nets import Net
+from bench.nets import Net, torch_answer
 from bench.rounds import Failure, Timing, alternate, attempt, median_ms
 from common.files import write_whole
 from common.progress import progress
@@ -54,23 +53,22 @@ class Contender:
 
 def contenders(device: str) -> tuple[Contender, ...]:
     """The rows of a device, the one that others are measured against first."""
-    is_gpu = device == "cuda"
-    precision = "fp16" if is_gpu else "fp32"
-    torch_form = partial(open_torch, device, precision)
-    rows: list[tuple[str, str, Callable[[Net, Path, Profile], Answer]]] = [
-        ("PyTorch, Dirac net", precision, partial(torch_form, is_dirac=True, is_compiled=False)),
-        ("PyTorch", precision, partial(torch_form, is_dirac=False, is_compiled=False)),
-        ("torch.compile", precision, partial(torch_form, is_dirac=False, is_compiled=True)),
-    ]
-    if is_gpu:
-        rows += [("--runtime torch", kind, partial(open_graphs, 0, kind)) for kind in ("fp32", "fp16")]
-        rows += [("ONNX Runtime CUDA", kind, partial(open_onnx, "cuda", kind)) for kind in ("fp32", "fp16")]
-        rows.append(("ONNX Runtime TensorRT", "fp16", partial(open_onnx, "tensorrt", "fp16")))
-        rows += [("TensorRT", kind, partial(open_engine, kind)) for kind in ("fp32", "fp16", "int8")]
+    precision = "fp16" if device == "cuda" else "fp32"
+    in_torch = partial(open_torch, device, precision)
+    rows = (
+        Contender("PyTorch, Dirac net", precision, partial(in_torch, is_dirac=True), is_dirac=True),
+        Contender("PyTorch", precision, in_torch),
+        Contender("torch.compile", precision, partial(in_torch, is_compiled=True)),
+    )
+    if device == "cpu":
+        kinds = [("ONNX Runtime CPU", kind, partial(open_onnx, "cpu", kind)) for kind in ("fp32", "int8")]
+        kinds = [("--runtime torch", "fp32", partial(open_graphs, None, "fp32")), *kinds]
     else:
-        rows.append(("--runtime torch", "fp32", partial(open_graphs, None, "fp32")))
-        rows += [("ONNX Runtime CPU", kind, partial(open_onnx, "cpu", kind)) for kind in ("fp32", "int8")]
-    return tuple(Contender(*row, is_dirac=row[0].endswith("Dirac net")) for row in rows)
+        kinds = [("--runtime torch", kind, partial(open_graphs, 0, kind)) for kind in ("fp32", "fp16")]
+        kinds += [("ONNX Runtime CUDA", kind, partial(open_onnx, "cuda", kind)) for kind in ("fp32", "fp16")]
+        kinds += [("ONNX Runtime TensorRT", "fp16", partial(open_onnx, "tensorrt", "fp16"))]
+        kinds += [("TensorRT", kind, partial(open_engine, kind)) for kind in ("fp32", "fp16", "int8")]
+    return (*rows, *(Contender(*kind) for kind in kinds))
 
 
 def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str, Any]:
@@ -97,17 +95,17 @@ def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str,
                     for title, answer in answers.items()
                 }
                 timings = alternate(racers, batch_size=size, num_rounds=config.rounds, advance=advance)
-                baseline = timings.get(next(iter(rows)))
+                first = timings.get(next(iter(rows)))
                 for title, timing in timings.items():
-                    rows[title]["timings"][str(size)] = _timing_record(timing, baseline)
+                    rows[title]["timings"][str(size)] = (
+                        {
+                            **timing.to_dict(),
+                            "speedup": timing.speedup_over(first) if isinstance(first, Timing) else None,
+                        }
+                        if isinstance(timing, Timing)
+                        else timing.reason
+                    )
     return {"name": net.name, "weights": net.weights, "batch_sizes": sizes, "rows": list(rows.values())}
-
-
-def _timing_record(timing: Timing | Failure, baseline: Timing | Failure | None) -> dict[str, Any] | str:
-    """A timing with its speedup over the first row, or why there is none."""
-    if isinstance(timing, Failure):
-        return timing.reason
-    return {**timing.to_dict(), "speedup": timing.speedup_over(baseline) if isinstance(baseline, Timing) else None}
 
 
 def _compare(net: Net, contender: Contender, answer: Answer, batch_size: int) -> dict[str, Any] | str:
@@ -119,14 +117,11 @@ def _compare(net: Net, contender: Contender, answer: Answer, batch_size: int) ->
     def reference(images: np.ndarray) -> np.ndarray:
         return net.plain(torch.from_numpy(images)).numpy()
 
-    def padded(images: np.ndarray) -> np.ndarray:
-        starts = range(0, len(images), batch_size)
-        pieces = [images[start : start + batch_size] for start in starts]
-        return np.concatenate([answer(pad(piece, batch_size))[: len(piece)] for piece in pieces])
-
     rows = []
     for kind, images in net.image_sets.items():
-        named = [(name, answer_all(form, images)) for name, form in (("plain", reference), (contender.title, padded))]
+        pieces = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        logits = np.concatenate([answer(pad(piece, batch_size))[: len(piece)] for piece in pieces])
+        named = ("plain", answer_all(reference, images)), (contender.title, logits)
         rows.append(ParityRow(kind, compare(*named, tolerance=TOLERANCES[contender.precision])))
     # False before True before None, then the largest error: what most needs to be seen.
     worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.relative))
@@ -140,31 +135,11 @@ def open_torch(
     folder: Path,
     profile: Profile,
     *,
-    is_dirac: bool,
-    is_compiled: bool,
-    lowering: str = LOWERING,
+    is_dirac: bool = False,
+    is_compiled: bool = False,
 ) -> Answer:
-    """A net of PyTorch, the Dirac one or the plain one in `lowering`, channels last.
-
-    Pixels are normalised in float32, as in the ONNX graph.
-    """
-    torch.backends.cudnn.benchmark = True
-    whole = (deepcopy(net.dirac) if is_dirac else lower(net.plain, lowering)).float().eval()
-    normalize, dtype = whole[0].to(device), DTYPES[precision]
-    rest: Callable = whole[1:].to(device, dtype).to(memory_format=torch.channels_last)
-    if is_compiled:
-        # Recompilations are limited, those of earlier nets count, and what is over the limit would run eagerly.
-        torch.compiler.reset()
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
-        # Replaying CUDA graphs is what makes small batches fast; the CPU has none.
-        rest = torch.compile(rest, dynamic=False, mode="reduce-overhead" if device == "cuda" else "default")
-
-    @torch.inference_mode()
-    def answer(images: np.ndarray) -> np.ndarray:
-        x = normalize(torch.from_numpy(images).to(device))
-        return rest(x.to(dtype)).float().cpu().numpy()
-
-    return answer
+    form = net.dirac if is_dirac else lower(net.plain, LOWERING)
+    return torch_answer(form, device=device, dtype=DTYPES[precision], is_compiled=is_compiled)
 
 
 def open_onnx(provider: Provider, precision: str, net: Net, folder: Path, profile: Profile) -> Answer:
@@ -191,10 +166,8 @@ def graph_file(net: Net, precision: str, folder: Path, *, target: Target) -> Pat
         return path
     if precision == "int8":
         observed, chosen_by = np.array_split(net.calibration, 2)
-        ranges_from = {"observed": observed, "chosen_by": chosen_by}
-        found = quantize(net.plain, net.spec, precision="int8", target=target, lowerings=TRIED, **ranges_from)
-        model = found.model
+        images = {"observed": observed, "chosen_by": chosen_by}
+        model = quantize(net.plain, net.spec, precision="int8", target=target, lowerings=TRIED, **images).model
     else:
         model = to_onnx(lower(net.plain, LOWERING), net.spec, {}, precision=precision)
-    write_whole(path, model.SerializeToString())
-    return path
+    return write_whole(path, model.SerializeToString())
