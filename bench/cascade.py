@@ -49,14 +49,14 @@ class CascadeBenchConfig:
 
 
 def command(config: CascadeBenchConfig) -> None:
-    """Time passes over real test images: how many of them go on to fp32 decides what a cascade costs."""
+    """Time passes over real test images, because the share that goes on to fp32 decides the cost of a cascade."""
     from export.artefacts import open_artefact
     from export.evaluation.judged import find_judged
     from export.runtimes.cascade import Cascade, read_forms
     from export.runtimes.onnx_session import OnnxSession
     from export.runtimes.saturation import saturates
 
-    load = f"{os.getloadavg()[0]:.1f}"  # of the last minute: 0 on a machine that is idle
+    load = f"{os.getloadavg()[0]:.1f}"  # of the last minute: 0 on an idle machine
     forms = read_forms((config.exact, config.quick_form))
     num_rounds, num = (2, 256) if config.quick else (config.rounds, config.images)
     images = find_judged(open_artefact(forms.quick), data_dir=config.data_dir).part.first(num)
@@ -66,28 +66,23 @@ def command(config: CascadeBenchConfig) -> None:
     shared = (session(path, shares_cores=True) for path in (forms.quick, forms.exact))
     cascade = Cascade(*shared, evidence=forms.evidence)
     cascade(images)
-    share = cascade.num_escalated / cascade.num_images
+    measured = {
+        "machine": {**describe_machine("onnxruntime-gpu", "onnxruntime"), "vnni": _has_vnni(), "load before": load},
+        "saturates": saturates(),
+        "forms": str(forms),
+        "threads": config.threads,
+        "num_images": len(images),
+        "num_rounds": num_rounds,
+        "share_escalated": cascade.num_escalated / cascade.num_images,
+        "evidence": forms.evidence.to_dict(),
+        "batches": {},
+    }
     racers = {"int8": session(forms.quick), "fp32": session(forms.exact), "cascade": cascade}
-    batches = {}
     for size in BATCHES:
         passes = {name: partial(_pass_ms, answer, images, size) for name, answer in racers.items()}
         times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
-        batches[str(size)] = {name: timing.to_dict() for name, timing in times.items()}
-    machine = describe_machine("onnxruntime-gpu", "onnxruntime")
-    publish(
-        config,
-        "cascade",
-        page,
-        machine={**machine, "vnni": _has_vnni(), "load before": load},
-        saturates=saturates(),
-        forms=str(forms),
-        threads=config.threads,
-        num_images=len(images),
-        num_rounds=num_rounds,
-        share_escalated=share,
-        evidence=forms.evidence.to_dict(),
-        batches=batches,
-    )
+        measured["batches"][str(size)] = {name: timing.to_dict() for name, timing in times.items()}
+    publish(config, "cascade", page, **measured)
 
 
 def _pass_ms(answer: "Answer", images: "np.ndarray", size: int) -> float:
@@ -105,7 +100,7 @@ def _has_vnni() -> str:
 
 
 def page(record: Record) -> str:
-    """The page of one record. The cascade of a batch is expected to take int8's time and, for its share, fp32's."""
+    """The page of one record. A cascade is expected to take the time of int8 plus, for its share, that of fp32."""
     alone_ms, rows = record["batches"]["1"]["fp32"]["median_ms"], []
     for size, times in record["batches"].items():
         int8, fp32, cascade = timings = [Timing.from_dict(times[name]) for name in ("int8", "fp32", "cascade")]

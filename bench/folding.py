@@ -34,7 +34,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class FoldingConfig:
-    rounds: Annotated[int, "how often every net is folded and exported"] = 2
+    rounds: Annotated[int, "how often each net is folded and exported"] = 2
     quick: Annotated[bool, "small nets, once: under a minute"] = False
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs/benchmarks")
 
@@ -44,7 +44,7 @@ class FoldingConfig:
 
 
 def command(config: FoldingConfig) -> None:
-    """Fold and export nets of 1 to 59 million parameters and one of 400 layers, each in a process of its own."""
+    """Fold and export nets of 1 to 59 million parameters and one of 400 layers, each in its own process."""
     import tempfile
 
     from bench.lab.process import cost_of, in_fresh_process
@@ -53,28 +53,26 @@ def command(config: FoldingConfig) -> None:
     from fold import run as fold
 
     nets, rounds = (QUICK_NETS, 1) if config.quick else (NETS, config.rounds)
-    total, costs = len(nets) * (1 + 2 * rounds), defaultdict(list)
+    jobs, total = [], len(nets) * (1 + 2 * rounds)
     with tempfile.TemporaryDirectory() as folder, progress(make_console(), "nets", total) as advance:
-        checkpoints, parameters = {}, {}
-        for net in nets:
-            checkpoints[net] = Path(folder) / f"{net[0]}-{net[1]:g}" / "checkpoint.pt"
-            parameters[net] = in_fresh_process(make_checkpoint, *net, checkpoints[net])
+        for depth, width in nets:
+            name = f"{depth}-{width:g}"
+            checkpoint = Path(folder) / name / "checkpoint.pt"
+            parameters = in_fresh_process(make_checkpoint, depth, width, checkpoint)
+            export_config = to_onnx.ToOnnxConfig(checkpoint.with_name("plain.safetensors"))
+            for script, *work in (
+                ("fold/run.py", fold.command, fold.FoldConfig(str(checkpoint))),
+                ("export/to_onnx.py", to_onnx.command, export_config),
+            ):
+                row = {"command": script, "net": name, "depth": depth, "parameters": parameters, "runs": []}
+                jobs.append((row, MODULES[script], *work))
             advance(note="checkpoints")
         for index in range(rounds):
-            for net in nets[:: -1 if index % 2 else 1]:
-                config_of_export = to_onnx.ToOnnxConfig(checkpoints[net].with_name("plain.safetensors"))
-                for name, *work in (
-                    ("fold/run.py", fold.command, fold.FoldConfig(checkpoints[net])),
-                    ("export/to_onnx.py", to_onnx.command, config_of_export),
-                ):
-                    costs[name, net].append(asdict(cost_of(MODULES[name], *work)))
-                    advance(note=f"{name} {net[0]}-{net[1]:g}")
-    rows = [
-        {"command": name, "net": f"{net[0]}-{net[1]:g}", "depth": net[0], "parameters": parameters[net], "runs": runs}
-        for (name, net), runs in costs.items()
-    ]
+            for row, *job in jobs[:: -1 if index % 2 else 1]:
+                row["runs"].append(asdict(cost_of(*job)))
+                advance(note=f"{row['command']} {row['net']}")
     machine = describe_machine("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
-    publish(config, "folding", page, machine=machine, rounds=rounds, rows=rows)
+    publish(config, "folding", page, machine=machine, rounds=rounds, rows=[row for row, *_ in jobs])
 
 
 def page(record: Record) -> str:
@@ -87,7 +85,7 @@ def page(record: Record) -> str:
 
 
 def _with_figures(row: Record) -> dict[str, Any]:
-    """A row with its seconds, and the most memory of its runs: of all, of the imports, and of the command itself."""
+    """A row with its seconds and its peak memory over all runs: in total, after the imports, and the difference."""
     seconds, parameters = [run["seconds"] for run in row["runs"]], row["parameters"]
     peak, imported = (max(run[key] for run in row["runs"]) for key in ("peak_bytes", "imported_bytes"))
     figures = {"seconds": seconds, "peak": peak, "imported": imported, "own": peak - imported}
@@ -96,7 +94,7 @@ def _with_figures(row: Record) -> dict[str, Any]:
 
 
 def _growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How time and memory grow among the nets of equal depth: by parameter, and by which power of it at the end."""
+    """Growth of time and memory among nets of equal depth: per parameter, and as a power of it between the last two."""
     equals = [row for row in rows if row["depth"] == rows[0]["depth"]]
     first, before, last = equals[0], *equals[-2:]
     growth = {"depth": first["depth"], "before": before["net"], "last": last["net"]}
