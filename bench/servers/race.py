@@ -17,6 +17,7 @@ from bench.lab.server import ROOT
 from bench.lab.wrk import put_load
 from bench.nets import count_macs, random_net
 from bench.servers.contestants import Contestant, Way
+from bench.servers.page import CONNECTIONS
 from common.files import write_whole
 from common.image import decode
 from common.refusal import Refusal
@@ -28,7 +29,6 @@ from fold.lower import lower
 from fold.plain import fold_net
 from train.data.datasets import info_of
 
-CONNECTIONS = (1, 16, 64)
 # Family, depth, width and nonlinearity of the seeded random nets for 28x28 grey images that all servers serve.
 SIZES = {"small": ("pooled", 16, 1.0, "relu"), "large": ("cifar", 16, 1.0, "ncrelu")}
 _ANSWER_S = 90.0  # for the first answer of a server that listens before its model is loaded

@@ -15,8 +15,8 @@ from bench.lab.server import Server, free_port
 from bench.lab.wrk import WrkResult, put_load
 from bench.servers import contestants, race
 from bench.servers.contestants import CONTESTANTS, Contestant, Way, as_form, as_inference_request
-from bench.servers.page import OURS, PERCENTILES, bars_of, draw_latencies, markdown
-from bench.servers.race import CONNECTIONS, ServedNet, check_answers, measure, write_net
+from bench.servers.page import CONNECTIONS, OURS, PERCENTILES, bars_of, draw_latencies, markdown
+from bench.servers.race import ServedNet, check_answers, measure, write_net
 from common.cli import run_command
 from common.figure import png
 from common.refusal import Refusal
@@ -73,7 +73,7 @@ OURS_ROW = ("ours", OURS, None, [measured(5000), measured(6000)])
 
 
 def judged(model):
-    return {bar["promise"]: (bar["found"], bar["verdict"]) for bar in bars_of(model, CONNECTIONS)}
+    return {bar["promise"]: (bar["found"], bar["verdict"]) for bar in bars_of(model)}
 
 
 def test_bars_are_judged_by_medians_of_ratios_within_a_round_and_bounded_by_the_model_alone():
@@ -96,7 +96,7 @@ def test_the_share_of_the_model_alone_is_a_bar_of_the_large_model():
 def test_what_failed_is_a_row_with_its_reason_and_judges_nothing():
     lit = ("litserve", "LitServe", "ends with status 1: no | such module", [])
     model = model_of([OURS_ROW, lit])
-    assert not [bar for bar in bars_of(model, CONNECTIONS) if "LitServe" in bar["promise"] + bar["found"]]
+    assert not [bar for bar in bars_of(model) if "LitServe" in bar["promise"] + bar["found"]]
     record = {"command": "c", "rounds": 2, "seconds": 1, "connections": CONNECTIONS, "machine": {"cores": "2"}}
     page = markdown({**record, "servers": [{"name": "ours", "note": "ours"}], "models": [model]})
     assert "| LitServe | failed: ends with status 1: no / such module |  |  |" in page
@@ -107,7 +107,7 @@ def test_what_failed_is_a_row_with_its_reason_and_judges_nothing():
 
 
 def test_without_ours_there_are_no_bars():
-    assert bars_of(model_of([("ours", OURS, "10 failures at 64 connections", [])]), CONNECTIONS) == []
+    assert bars_of(model_of([("ours", OURS, "10 failures at 64 connections", [])])) == []
 
 
 def test_wrk_that_is_missing_is_said_in_one_line(monkeypatch, capsys):
@@ -190,7 +190,7 @@ def test_each_nine_is_as_far_as_the_one_before():
         return {"title": title, "failed": failed, "loads": {"64": rounds}}
 
     rows = [row("ours"), row("theirs"), row("broken", failed="3 failures")]
-    figure = draw_latencies({"title": "a net", "rows": rows}, 64)
+    figure = draw_latencies({"title": "a net", "rows": rows})
     ours, theirs = figure.axes[0].lines
     assert ours.get_xdata()[[2, 4, 5]] == pytest.approx([1, 2, 3])  # 90, 99 and 99.9 %
     assert list(theirs.get_ydata()) == [2 * value for value in PERCENTILES.values()]  # medians of the rounds
