@@ -42,17 +42,22 @@ class Net:
     calibration: np.ndarray  # other images, for the ranges of eight bits
 
 
-def seeded_net(depth: int, width: float, *, family: str = "cifar", seed: int = 0) -> Net:
-    """A DiracNet of random weights for images of CIFAR or, in the families of ImageNet, of ImageNet."""
+def seeded_net(depth: int, width: float, *, family: str = "cifar") -> Net:
+    """A DiracNet of random weights."""
+    spec = _spec(depth, width, family)
+    net = random_net(spec)
+    return Net(spec.name, "random, seed 0", spec, net, True, fold_net(net).float(), *_random_sets(spec.image))
+
+
+def _spec(depth: int, width: float, family: str = "cifar") -> Spec:
+    """For images of CIFAR or, in the families of ImageNet, of ImageNet."""
     image, num_labels = (imagenet_image(), 1000) if family.startswith("imagenet") else (cifar_image(), 10)
-    spec = Spec(family, depth, width, "ncrelu", image, tuple(f"class {index}" for index in range(num_labels)))
-    net = random_net(spec, seed=seed)
-    return Net(spec.name, f"random, seed {seed}", spec, net, True, fold_net(net).float(), *_random_sets(image))
+    return Spec(family, depth, width, "ncrelu", image, tuple(f"class {index}" for index in range(num_labels)))
 
 
-def random_net(spec: Spec, *, seed: int = 0) -> nn.Sequential:
+def random_net(spec: Spec) -> nn.Sequential:
     """The net of `spec` with every parameter and statistic off its initial value."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     net = build(spec).eval()
     with torch.no_grad():
         for name, tensor in net.state_dict().items():
@@ -89,26 +94,25 @@ def count_macs(net: nn.Module, image: ImageSpec) -> int:
     return counter.get_total_flops() // 2
 
 
-def make_checkpoint(depth: int, width: float, path: Path, *, seed: int = 0) -> int:
+def make_checkpoint(depth: int, width: float, path: Path) -> int:
     """A DiracNet for CIFAR images after one step on noise, with its momentum; gives its number of parameters.
 
     Batch normalisation has the statistics of that step, so that activations keep their size over any depth.
     """
-    torch.manual_seed(seed)
-    spec = Spec("cifar", depth, width, "ncrelu", cifar_image(), tuple(f"class {index}" for index in range(10)))
+    torch.manual_seed(0)
+    spec = _spec(depth, width)
     net = build(spec)
     initialize(net, a=1.0, b=0.1, std=0.03)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # the mean of all steps: of the only one
     optimizer = make_optimizer(net, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_ab=True)
-    images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8)
+    images = torch.randint(256, (8, *spec.image.shape), dtype=torch.uint8)
     batch = Batch(0, 0, images, torch.randint(10, (8,)))
     train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, 1e-3)
     # No data set lies beside the checkpoint, so that none is read wherever this runs.
-    config = {"dataset": "cifar10", "data_dir": str(path.parent), "seed": seed}
-    state = Checkpoint.fresh(spec, net.state_dict(), config, optimizer=optimizer.state_dict(), epoch=1)
-    save_checkpoint(path, state)
+    config = {"dataset": "cifar10", "data_dir": str(path.parent), "seed": 0}
+    save_checkpoint(path, Checkpoint.fresh(spec, net.state_dict(), config, optimizer=optimizer.state_dict(), epoch=1))
     return count_parameters(net)
 
 
@@ -208,24 +212,25 @@ def repvgg(widths: Sequence[int], early_stride: int, spec: Spec) -> nn.Sequentia
     return _classifier_of(layers, num_in, spec)
 
 
-@dataclass(frozen=True)
-class Peer:
-    """`make` takes the spec of the DiracNet, for images and labels."""
-
-    published: str
-    make: Callable[[Spec], nn.Sequential]
-
-
-NOT_PUBLISHED = "none published: a chain of its stages without the strides of stem and first stage"
 A0_BLOCKS, A0_WIDTHS = (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)
-THIRD = tuple(width // 3 for width in A0_WIDTHS)
-PEERS = {
-    "WRN-40-2": Peer("5.33 % error on CIFAR-10 (arXiv 1605.07146, table 4)", partial(wide_resnet, 40, 2.0)),
-    "WRN-16-1": Peer("8.77 % error on CIFAR-10 (arXiv 1612.03928, table 1)", partial(wide_resnet, 16, 1.0)),
-    "ResNet-18": Peer("30.50 % top-1 error on ImageNet (arXiv 1706.00388, table 3)", resnet18),
-    "RepVGG-A0": Peer("27.59 % top-1 error on ImageNet (arXiv 2101.03697, table 4)", partial(repvgg, A0_WIDTHS, 2)),
-    "RepVGG-A0 at 32x32": Peer(NOT_PUBLISHED, partial(repvgg, A0_WIDTHS, 1)),
-    "RepVGG-A0/3 at 32x32": Peer(NOT_PUBLISHED, partial(repvgg, THIRD, 1)),
+PEERS: dict[str, Callable[[Spec], nn.Sequential]] = {  # from the spec of a DiracNet, for images and labels
+    "WRN-40-2": partial(wide_resnet, 40, 2.0),
+    "WRN-16-1": partial(wide_resnet, 16, 1.0),
+    "ResNet-18": resnet18,
+    "RepVGG-A0": partial(repvgg, A0_WIDTHS, 2),
+    "RepVGG-A0 at 32x32": partial(repvgg, A0_WIDTHS, 1),
+    "RepVGG-A0/3 at 32x32": partial(repvgg, tuple(width // 3 for width in A0_WIDTHS), 1),
+}
+_WITHOUT_STRIDES = "none published: a chain of its stages without the strides of stem and first stage"
+PUBLISHED = {
+    "DiracNet-34-2": "5.6 % error on CIFAR-10 (table 2)",
+    "DiracNet-18-0.75": "32.30 % top-1 error on ImageNet (table 3)",
+    "WRN-40-2": "5.33 % error on CIFAR-10 (arXiv 1605.07146, table 4)",
+    "WRN-16-1": "8.77 % error on CIFAR-10 (arXiv 1612.03928, table 1)",
+    "ResNet-18": "30.50 % top-1 error on ImageNet (arXiv 1706.00388, table 3)",
+    "RepVGG-A0": "27.59 % top-1 error on ImageNet (arXiv 2101.03697, table 4)",
+    "RepVGG-A0 at 32x32": _WITHOUT_STRIDES,
+    "RepVGG-A0/3 at 32x32": _WITHOUT_STRIDES,
 }
 
 

@@ -1,98 +1,58 @@
-"""The nets of a race: their graphs, the logits expected of every racer, and ONNX Runtime's own profile of a graph."""
+"""The nets of a race, the logits expected of every racer, their graphs, and ONNX Runtime's own profile of a graph."""
 
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import nn
 
-from bench.nets import PEERS, count_macs, seeded_net
+from bench.nets import PEERS, seeded_net
 from bench.runtimes.page import CONVOLUTIONS
-from bench.runtimes.racers import Graph, Race, Racer
+from bench.runtimes.racers import Graph, Race
 from common.files import write_whole
 from common.spec import Spec
-from export.compare import TOLERANCES, compare
 from export.eight_bits.calibrate import observe, ranges
 from export.eight_bits.integer import to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
-from export.eight_bits.quantize import relative_error
 from export.graphs.graph import to_onnx
 from fold.image_sets import random_images
 from fold.lower import lower
-from train.families import count_parameters
 
 NUM_COMPARED = 4
 NUM_RUNS = 20  # of a profile
 NUM_OBSERVED = 32  # images that set the ranges of eight bits; the weights are random, and so is what they lose
+Nets = Mapping[str, nn.Sequential]  # by name, in their plain forms, float32
 
 
-@dataclass(frozen=True)
-class Entrant:
-    """A net of the race in its plain form, float32."""
-
-    name: str
-    plain: nn.Sequential
-    spec: Spec
-    published: str
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "macs": count_macs(self.plain, self.spec.image),
-            "parameters": count_parameters(self.plain),
-            "published": self.published,
-        }
-
-    @torch.inference_mode()
-    def logits(self) -> np.ndarray:
-        """What every racer should answer for the first random images, by PyTorch in float32."""
-        return self.plain(torch.from_numpy(random_images(self.spec.image, NUM_COMPARED))).numpy()
-
-
-def entrants(race: Race) -> list[Entrant]:
-    """The DiracNet of a race, then its peers."""
+def make_nets(race: Race) -> tuple[Spec, Nets]:
+    """The DiracNet of a race, then its peers, for the images and labels of one spec."""
     net = seeded_net(race.depth, race.width, family=race.family)
-    peers = [Entrant(name, PEERS[name].make(net.spec), net.spec, PEERS[name].published) for name in race.peers]
-    return [Entrant(net.spec.name, net.plain, net.spec, race.published), *peers]
+    return net.spec, {net.name: net.plain} | {name: PEERS[name](net.spec) for name in race.peers}
 
 
-def write_graphs(nets: Iterable[Entrant], graphs: set[Graph], folder: Path, advance: Callable[..., None]) -> None:
-    """Those `graphs` of each net into `folder`."""
-    for net in nets:
-        for graph in sorted(graph for graph in graphs if graph.net == net.name):
-            write_whole(folder / graph.file, _make(graph, net).SerializeToString())
-            advance(note=graph.file)
+@torch.inference_mode()
+def expected_logits(spec: Spec, nets: Nets) -> dict[str, np.ndarray]:
+    """By name of the net: what every racer should answer for the first random images, by PyTorch in float32."""
+    images = torch.from_numpy(random_images(spec.image, NUM_COMPARED))
+    return {name: net(images).numpy() for name, net in nets.items()}
 
 
-def _make(graph: Graph, net: Entrant) -> onnx.ModelProto:
-    lowered = lower(net.plain, graph.lowering)
-    floats = to_onnx(lowered, net.spec, {})
-    if graph.kind == "fp32":
-        return floats
-    reach = ranges(observe(floats, random_images(net.spec.image, NUM_OBSERVED)), "min-max")
-    if graph.kind == "int8":
-        return to_integer_onnx(lowered, net.spec, {}, reach)
-    return to_qdq_onnx(floats, reach, precision="int8")
-
-
-def judge_logits(racer: Racer, expected: np.ndarray, logits: np.ndarray) -> None:
-    """Record how far a racer is from the plain net in float32, and whether it is beyond its precision's tolerance.
-
-    float32: the largest difference as a share of the largest logit; int8: see export/eight_bits/quantize.py.
-    """
-    if racer.precision == "int8":
-        # Classes of random weights lie too close for their agreement to mean anything.
-        racer.error, racer.strays = relative_error(expected, logits), not np.isfinite(logits).all()
-    else:
-        comparison = compare(("plain", expected), (racer.title, logits), tolerance=TOLERANCES[racer.precision])
-        racer.error, racer.strays = comparison.relative, not comparison
+def write_graphs(spec: Spec, nets: Nets, graphs: set[Graph], folder: Path, advance: Callable[..., None]) -> None:
+    """One file for each graph, into `folder`."""
+    for graph in sorted(graphs):
+        lowered = lower(nets[graph.net], graph.lowering)
+        model = to_onnx(lowered, spec, {})
+        if graph.kind != "fp32":
+            reach = ranges(observe(model, random_images(spec.image, NUM_OBSERVED)), "min-max")
+            is_qdq = graph.kind == "qdq"
+            model = to_qdq_onnx(model, reach, precision="int8") if is_qdq else to_integer_onnx(lowered, spec, {}, reach)
+        write_whole(folder / graph.file, model.SerializeToString())
+        advance(note=graph.file)
 
 
 def profile_graph(path: Path, images: np.ndarray, *, num_threads: int) -> dict[str, Any]:

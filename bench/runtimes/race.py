@@ -1,18 +1,29 @@
 """A race of runtimes: every racer in its process, opened, compared with the plain net, then timed in turn."""
 
+import operator
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from torch import nn
+
+from bench.nets import PUBLISHED, count_macs
 from bench.page import describe_machine
 from bench.rounds import Timing, alternate
-from bench.runtimes.graphs import NUM_COMPARED, Entrant, entrants, judge_logits, profile_graph, write_graphs
-from bench.runtimes.racers import BASELINES, RACES, Racer, gemm_racers, racers_of
-from bench.runtimes.worker import Worker, WorkerFailed, logits_of, median_call_ms, peak_bytes
+from bench.runtimes.graphs import NUM_COMPARED, expected_logits, make_nets, profile_graph, write_graphs
+from bench.runtimes.page import Column
+from bench.runtimes.racers import BASELINES, RACES, Graph, Racer, gemm_racers, racers_of
+from bench.runtimes.worker import Worker, WorkerFailed, median_call_ms, peak_bytes
 from common.progress import progress
+from common.spec import ImageSpec, Spec
+from export.compare import TOLERANCES, compare
+from export.eight_bits.quantize import relative_error
 from fold.image_sets import random_images
+from train.families import count_parameters
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,28 +36,29 @@ PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "mnn", "numpy
 def measure(key: str, config: "ModelConfig", console: "Console") -> dict[str, Any]:
     """One net with all its racers: write its graphs, race, then profile the best of ONNX Runtime."""
     console.print(f"{key}: making its nets and graphs")
-    nets, num_rounds = entrants(RACES[key]), config.rounds or RACES[key].rounds
-    racers = [racer for racer in racers_of(key, name=nets[0].name) if _is_chosen(racer, config.rows)] + gemm_racers()
+    spec, nets = make_nets(RACES[key])
+    racers = [racer for racer in racers_of(key, name=spec.name) if _is_chosen(racer, config.rows)] + gemm_racers()
     graphs = {racer.graph for racer in racers if racer.graph}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with progress(console, f"{key}: graphs", len(graphs)) as advance:
-            write_graphs(nets, graphs, folder, advance)
-        steps = len(config.threads) * (len(racers) + len(config.batches) * num_rounds)
-        with progress(console, f"{key}: race", steps) as advance:
-            for num_threads in config.threads:
-                _race(racers, nets, folder, config, (num_threads, num_rounds), advance)
-        profiles = _profiles(racers, nets[0], folder, max(config.threads), config.batches)
-    return {
+    record = {
         "machine": describe_machine(*PACKAGES),
-        "rounds": num_rounds,
+        "rounds": config.rounds or RACES[key].rounds,
         "round_s": config.round_s,
         "threads": list(config.threads),
         "batches": list(config.batches),
-        "entrants": [net.to_dict() for net in nets],
-        "rows": [racer.to_dict() for racer in racers],
-        "profiles": profiles,
+        "entrants": [_entrant(name, net, spec.image) for name, net in nets.items()],
+        "rows": [_empty_row(racer) for racer in racers],
     }
+    with tempfile.TemporaryDirectory() as name:
+        folder, expected = Path(name), expected_logits(spec, nets)
+        with progress(console, f"{key}: graphs", len(graphs)) as advance:
+            write_graphs(spec, nets, graphs, folder, advance)
+        steps = len(record["threads"]) * (len(racers) + len(record["batches"]) * record["rounds"])
+        with progress(console, f"{key}: race", steps) as advance:
+            for num_threads in record["threads"]:
+                with ExitStack() as stack:
+                    workers = [stack.enter_context(closing(Worker(one.open, folder, num_threads))) for one in racers]
+                    _race(workers, record, str(num_threads), expected, spec.image, advance)
+        return {**record, "profiles": _profiles(record, spec, folder)}
 
 
 def _is_chosen(racer: Racer, parts: Sequence[str]) -> bool:
@@ -55,63 +67,74 @@ def _is_chosen(racer: Racer, parts: Sequence[str]) -> bool:
     return not parts or racer.title in BASELINES or any(part in text for part in parts)
 
 
+def _entrant(name: str, net: nn.Module, image: ImageSpec) -> dict[str, Any]:
+    published = PUBLISHED.get(name, "none published")
+    return {"name": name, "macs": count_macs(net, image), "parameters": count_parameters(net), "published": published}
+
+
+def _empty_row(racer: Racer) -> dict[str, Any]:
+    names = {"net": racer.net, "title": racer.title, "precision": racer.precision}
+    return {**names, "failed": None, "error": None, "strays": False, "timings": {}, "peak_bytes": {}}
+
+
 def _race(
-    racers: list[Racer],
-    nets: list[Entrant],
-    folder: Path,
-    config: "ModelConfig",
-    threads_and_rounds: tuple[int, int],
+    workers: list[Worker],
+    record: dict[str, Any],
+    threads: str,
+    expected: dict[str, np.ndarray],
+    image: ImageSpec,
     advance: Callable[..., None],
 ) -> None:
-    """All racers with one number of threads: open, compare, time."""
-    num_threads, num_rounds = threads_and_rounds
-    key, expected = str(num_threads), {net.name: net.logits() for net in nets}
-    workers = {racer: Worker(racer.open, folder, nets[0].spec.image, num_threads=num_threads) for racer in racers}
-    try:
-        running = {}
-        for racer, worker in workers.items():
-            racer.timings[key] = {}
-            try:
-                worker.wait()
-                logits = worker.ask(logits_of, NUM_COMPARED)
-            except WorkerFailed as failure:
-                racer.failed = str(failure)
+    """All racers with one number of threads: opened, compared, then timed in turn; fills the rows of the record."""
+    running, images = {}, random_images(image, NUM_COMPARED)
+    for worker, row in zip(workers, record["rows"], strict=True):
+        try:
+            worker.wait()
+            logits = worker.ask(operator.call, images)
+        except WorkerFailed as failure:
+            row["failed"] = str(failure)
+        else:
+            running[worker] = row
+            if row["net"] in expected:
+                row |= judge_logits(row["precision"], expected[row["net"]], logits)
+        row["timings"][threads] = {}
+        advance(note=row["title"])
+    for size in record["batches"]:
+        images = random_images(image, size)
+        calls = {worker: partial(worker.ask, median_call_ms, images, record["round_s"]) for worker in running}
+        timings = alternate(calls, batch_size=size, num_rounds=record["rounds"], advance=advance)
+        for worker, timing in timings.items():
+            if isinstance(timing, Timing):
+                running[worker]["timings"][threads][str(size)] = timing.to_dict()
             else:
-                running[racer] = worker
-                if racer.net in expected:
-                    judge_logits(racer, expected[racer.net], logits)
-            advance(note=racer.title)
-        for size in config.batches:
-            calls = {racer: partial(one.ask, median_call_ms, size, config.round_s) for racer, one in running.items()}
-            for racer, timing in alternate(calls, batch_size=size, num_rounds=num_rounds, advance=advance).items():
-                if isinstance(timing, Timing):
-                    racer.timings[key][str(size)] = timing.to_dict()
-                else:
-                    racer.timings[key][str(size)], racer.failed = "failed", timing.reason
-                    del running[racer]
-        for racer, worker in running.items():
-            racer.peak_bytes[key] = worker.ask(peak_bytes)
-    finally:
-        for worker in workers.values():
-            worker.close()
+                row = running.pop(worker)
+                row["timings"][threads][str(size)], row["failed"] = "failed", timing.reason
+    for worker, row in running.items():
+        row["peak_bytes"][threads] = worker.ask(peak_bytes)
 
 
-def _profiles(
-    racers: list[Racer], net: Entrant, folder: Path, num_threads: int, batches: Sequence[int]
-) -> list[dict[str, Any]]:
+def judge_logits(precision: str, expected: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+    """How far logits are from those of the plain net in float32, and whether that is beyond the tolerance.
+
+    float32: the largest difference as a share of the largest logit; int8: see export/eight_bits/quantize.py.
+    """
+    if precision == "int8":
+        # Classes of random weights lie too close for their agreement to mean anything.
+        return {"error": relative_error(expected, logits), "strays": not np.isfinite(logits).all()}
+    comparison = compare(("plain", expected), (precision, logits), tolerance=TOLERANCES[precision])
+    return {"error": comparison.relative, "strays": not comparison}
+
+
+def _profiles(record: dict[str, Any], spec: Spec, folder: Path) -> list[dict[str, Any]]:
     """ONNX Runtime's own profiles of the fastest of its racers in either precision, for the extreme batches."""
-    profiles = []
+    profiles, num_threads = [], max(record["threads"])
     for precision in ("fp32", "int8"):
-        for size in sorted({min(batches), max(batches)}):
-            times_ms = {
-                racer: timing["median_ms"]
-                for racer in racers
-                if racer.title.startswith("ONNX Runtime") and (racer.net, racer.precision) == (net.name, precision)
-                if isinstance(timing := racer.timings[str(num_threads)].get(str(size)), dict)
-            }
-            best = min(times_ms, key=times_ms.__getitem__, default=None)
-            if best and best.graph:
-                images = random_images(net.spec.image, size)
-                found = profile_graph(folder / best.graph.file, images, num_threads=num_threads)
-                profiles.append({"title": f"{best.title}, {precision}", "num_threads": num_threads, **found})
+        for size in sorted({min(record["batches"]), max(record["batches"])}):
+            timings = Column(record, num_threads, size).timings(spec.name, precision)
+            titles = [title for title in timings if title.startswith("ONNX Runtime, ")]
+            if titles:
+                best = min(titles, key=lambda title: timings[title].median_ms)
+                file = Graph(spec.name, best.removeprefix("ONNX Runtime, "), precision).file
+                found = profile_graph(folder / file, random_images(spec.image, size), num_threads=num_threads)
+                profiles.append({"title": f"{best}, {precision}", "num_threads": num_threads, **found})
     return profiles

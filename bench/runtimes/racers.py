@@ -4,10 +4,10 @@ Nothing here imports a library at the top, so that a process holds only what its
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench.runtimes.worker import Open
 from fold.lowerings import LOWERINGS, Lowering
@@ -32,20 +32,15 @@ class Race:
     family: str
     depth: int
     width: float
-    published: str
     peers: tuple[str, ...]  # keys of PEERS in bench/nets.py
     lowerings: tuple[Lowering, ...] = LOWERINGS
     rounds: int = 5
 
 
 RACES = {
-    "34-2": Race("cifar", 34, 2.0, "5.6 % error on CIFAR-10 (table 2)", ("WRN-40-2", "RepVGG-A0 at 32x32")),
-    "16-1": Race("cifar", 16, 1.0, "none published", ("WRN-16-1", "RepVGG-A0/3 at 32x32")),
-    "18-0.75": Race(
-        *("imagenet", 18, 0.75, "32.30 % top-1 error on ImageNet (table 3)", ("ResNet-18", "RepVGG-A0")),
-        lowerings=RACED_ELSEWHERE,
-        rounds=3,
-    ),
+    "34-2": Race("cifar", 34, 2.0, ("WRN-40-2", "RepVGG-A0 at 32x32")),
+    "16-1": Race("cifar", 16, 1.0, ("WRN-16-1", "RepVGG-A0/3 at 32x32")),
+    "18-0.75": Race("imagenet", 18, 0.75, ("ResNet-18", "RepVGG-A0"), lowerings=RACED_ELSEWHERE, rounds=3),
 }
 
 
@@ -53,7 +48,7 @@ class Graph(NamedTuple):
     """A graph of a net; `kind` is fp32, int8 for ONNX Runtime's integer nodes, or qdq."""
 
     net: str
-    lowering: Lowering
+    lowering: str
     kind: str = "fp32"
 
     @property
@@ -61,24 +56,14 @@ class Graph(NamedTuple):
         return f"{self.net.replace('/', '-over-').replace(' ', '-')}-{self.kind}-{self.lowering}.onnx"
 
 
-@dataclass(eq=False)
-class Racer:
-    """One way to run one net, and what is measured of it, by numbers of threads and of images per call."""
+class Racer(NamedTuple):
+    """One way to run one net."""
 
     title: str
     net: str  # whose it is: that of the race, a peer's, or "GEMM"
     precision: str
     open: Open
     graph: Graph | None = None  # that it reads
-    failed: str | None = None
-    error: float | None = None
-    strays: bool = False
-    timings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    peak_bytes: dict[str, int | None] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        names = [one.name for one in fields(self) if one.name not in ("open", "graph")]
-        return {name: getattr(self, name) for name in names}
 
 
 def racers_of(key: str, *, name: str) -> list[Racer]:
