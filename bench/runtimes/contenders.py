@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from bench.nets import Net, torch_answer
-from bench.rounds import Failure, Timing, alternate, attempt, median_ms
+from bench.rounds import Failure, Timing, alternate, attempt, median_ms, speedup
 from common.files import write_whole
 from common.progress import progress
 from export.artefacts import Provider, open_artefact
@@ -114,11 +114,10 @@ def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str,
             rows[contender.title] = row = {"title": contender.title, "failed": None, "timings": {}, "parity": ""}
             answer = attempt(contender.open)
             if isinstance(answer, Failure):
-                row["failed"] = row["parity"] = answer.reason
+                row["failed"] = row["parity"] = answer
                 continue
             answers[contender.title] = answer
-            parity = attempt(partial(_compare, net, contender, answer, profile[1]))
-            row["parity"] = parity.reason if isinstance(parity, Failure) else parity
+            row["parity"] = attempt(partial(_compare, net, contender, answer, profile[1]))
         with progress(console, f"{net.name}: timing", len(sizes) * config.rounds) as advance:
             for size in sizes:
                 images = random_images(net.spec.image, size)
@@ -135,8 +134,8 @@ def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str,
 
 def _with_speedup(timing: Timing | Failure, first: Timing | Failure | None) -> dict[str, Any] | str:
     if isinstance(timing, Failure):
-        return timing.reason
-    return {**timing.to_dict(), "speedup": timing.speedup_over(first) if isinstance(first, Timing) else None}
+        return timing
+    return {**timing, "speedup": speedup(timing, over=first) if isinstance(first, dict) else None}
 
 
 def _compare(net: Net, contender: Contender, answer: Answer, batch_size: int) -> dict[str, Any] | str:
