@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -126,7 +126,7 @@ def measure_memory(net: tuple[int, float], forms: Iterable[str], advance: Advanc
     rows, imports = [], ("torch", "bench.training_steps")
     for precision, form in product(PRECISIONS, forms):
         cost = cost_of(imports, _take_steps, form, digits_spec(*net), precision, num_cores())
-        rows.append({"precision": precision, "form": form, **asdict(cost), "own_bytes": cost.own_bytes})
+        rows.append({"precision": precision, "form": form, **cost})
         advance(note=f"{precision}, {form}")
     return rows
 
