@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import log
 from pathlib import Path
 from statistics import median
@@ -69,7 +69,7 @@ def command(config: FoldingConfig) -> None:
             advance(note="checkpoints")
         for index in range(rounds):
             for row, *job in jobs[:: -1 if index % 2 else 1]:
-                row["runs"].append(asdict(cost_of(*job)))
+                row["runs"].append(cost_of(*job))
                 advance(note=f"{row['command']} {row['net']}")
     machine = describe_machine("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
     publish(config, "folding", page, machine=machine, rounds=rounds, rows=[row for row, *_ in jobs])

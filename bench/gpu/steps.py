@@ -228,14 +228,14 @@ def server(device: str, path: str) -> Iterator[Result]:
 
 
 async def _load(port: int, image: bytes, num_connections: int, seconds: float = 3.0) -> Result:
-    from bench.lab.load import Load, Tally, predict_request
+    from bench.lab.load import Load, Reply, predict_request
 
-    tally = Tally()
-    load = Load(port, predict_request(image), tally, num_connections=num_connections)
+    replies: list[Reply] = []
+    load = Load(port, predict_request(image), replies.append, num_connections=num_connections)
     await load.saturate(seconds)
-    rate, num_failures = tally.rate(load.start, seconds), sum(status != 200 for status, _, _ in tally.replies)
-    times = {f"p{percent}_ms": tally.percentile_ms(200, percent) for percent in (50, 99)} if rate else {}
-    return {"requests_per_s": rate, **times, "failures": num_failures}
+    times_ms = [1000 * reply.seconds for reply in replies if reply.status == 200]
+    percentiles = zip(("p50_ms", "p99_ms"), np.percentile(times_ms, (50, 99)).tolist(), strict=True) if times_ms else ()
+    return {"requests_per_s": len(times_ms) / seconds, **dict(percentiles), "failures": len(replies) - len(times_ms)}
 
 
 STEPS: dict[str, Callable[..., Iterator[Result]]] = {

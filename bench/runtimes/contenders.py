@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bench.nets import Net, torch_answer
-from bench.rounds import Failure, Timing, alternate, attempt, median_ms
+from bench.rounds import Failure, alternate, attempt, median_ms, speedup
 from common.files import write_whole
 from common.progress import progress
 from export.artefacts import Provider, open_artefact
@@ -100,11 +100,10 @@ def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str,
             rows[title] = row = {"title": title, "failed": None, "timings": {}, "parity": ""}
             answer = attempt(open_answer)
             if isinstance(answer, Failure):
-                row["failed"] = row["parity"] = answer.reason
+                row["failed"] = row["parity"] = answer
                 continue
             answers[title] = answer
-            parity = attempt(partial(_compare, net, title, answer, profile[1]))
-            row["parity"] = parity.reason if isinstance(parity, Failure) else parity
+            row["parity"] = attempt(partial(_compare, net, title, answer, profile[1]))
         with progress(console, f"{net.name}: timing", len(sizes) * config.rounds) as advance:
             for size in sizes:
                 images = random_images(net.spec.image, size)
@@ -115,14 +114,11 @@ def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str,
                 timings = alternate(racers, batch_size=size, num_rounds=config.rounds, advance=advance)
                 first = timings.get(next(iter(rows)))
                 for title, timing in timings.items():
-                    rows[title]["timings"][str(size)] = _with_speedup(timing, first)
+                    if not isinstance(timing, Failure):
+                        over_first = speedup(timing, over=first) if isinstance(first, dict) else None
+                        timing = {**timing, "speedup": over_first}
+                    rows[title]["timings"][str(size)] = timing
     return {"name": net.name, "weights": net.weights, "batch_sizes": sizes, "rows": list(rows.values())}
-
-
-def _with_speedup(timing: Timing | Failure, first: Timing | Failure | None) -> dict[str, Any] | str:
-    if isinstance(timing, Failure):
-        return timing.reason
-    return {**timing.to_dict(), "speedup": timing.speedup_over(first) if isinstance(first, Timing) else None}
 
 
 def _compare(net: Net, title: str, answer: Answer, batch_size: int) -> dict[str, Any] | str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from bench.lab.record import Record, render
 from bench.page import percent, spread, table
-from bench.rounds import Timing
+from bench.rounds import Timing, speedup
 from bench.runtimes.racers import BASELINES, NUM_GEMM, OURS, REFERENCE
 
 CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")
@@ -27,18 +27,18 @@ class Column:
         for row in self.net["rows"]:
             timing = row["timings"].get(str(self.num_threads), {}).get(str(self.batch_size))
             if (row["net"], row["precision"], row["strays"]) == (name, precision, False) and isinstance(timing, dict):
-                found[row["title"]] = Timing.from_dict(timing)
+                found[row["title"]] = timing
         return found
 
     def fastest(self, name: str, precision: str) -> tuple[str, Timing] | None:
         """Of the rows that are not Dirac nets: the title, and the timing."""
         plain = [item for item in self.timings(name, precision).items() if item[0] not in BASELINES]
-        return min(plain, key=lambda item: item[1].median_ms, default=None)
+        return min(plain, key=lambda item: item[1]["median_ms"], default=None)
 
     def peak(self, precision: str) -> float | None:
         """Operations per second of the fastest matrix product in the same rounds; None where none ran."""
         products = self.timings("GEMM", precision).values()
-        return max((1000 * 2 * NUM_GEMM[precision] ** 3 / timing.median_ms for timing in products), default=None)
+        return max((1000 * 2 * NUM_GEMM[precision] ** 3 / timing["median_ms"] for timing in products), default=None)
 
     def share(self, macs: int, images_per_s: float, precision: str) -> float | None:
         """Of the peak, in direct convolution's operations."""
@@ -46,8 +46,8 @@ class Column:
         return 2 * macs * images_per_s / peak if peak else None
 
     def rate(self, macs: int, timing: Timing, precision: str) -> str:
-        share = self.share(macs, timing.images_per_s, precision)
-        return f"**{timing.images_per_s:,.0f}**" + ("" if share is None else f" ({percent(share)})")
+        share = self.share(macs, timing["images_per_s"], precision)
+        return f"**{timing['images_per_s']:,.0f}**" + ("" if share is None else f" ({percent(share)})")
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,15 @@ def bars_of(net: Record, num_threads: int) -> list[dict[str, str]]:
         if not (fastest and before):
             continue
         title, best = fastest
-        share = column.share(macs, best.images_per_s, bar.precision)
+        share = column.share(macs, best["images_per_s"], bar.precision)
         is_above = not bar.above_peak or (share or 0) > 1
         over = dict.fromkeys(BASELINES, "")
         for baseline, timing in before.items():
-            speedup = best.speedup_over(timing)
-            over[baseline] = f"{speedup:.2f}×, {'met' if speedup >= bar.factor and is_above else '**not met**'}"
-        demanded = [column.share(macs, bar.factor * timing.images_per_s, bar.precision) for timing in before.values()]
+            factor = speedup(best, over=timing)
+            over[baseline] = f"{factor:.2f}×, {'met' if factor >= bar.factor and is_above else '**not met**'}"
+        demanded = [
+            column.share(macs, bar.factor * timing["images_per_s"], bar.precision) for timing in before.values()
+        ]
         promise = f"{bar.precision}, batch {bar.batch_size}: ≥ {bar.factor:g}×" + " and above the peak" * bar.above_peak
         lines.append(
             {
@@ -139,7 +141,7 @@ def _rows(net: Record, num_threads: int) -> str:
         for column in columns:
             timing = row["timings"].get(str(num_threads), {}).get(str(column.batch_size))
             if isinstance(timing, dict):
-                rate = column.rate(macs[row["net"]], Timing.from_dict(timing), row["precision"])
+                rate = column.rate(macs[row["net"]], timing, row["precision"])
                 timing = f"{rate}, {spread(timing['round_ms'])}"
             cells.append(timing or "")
         error = "" if row["error"] is None else f"{row['error']:.1e}" + " **strays**" * row["strays"]
