@@ -1,7 +1,7 @@
 """python bench/server.py: our server beside a naive FastAPI handler and five others."""
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +14,8 @@ from common.refusal import Refusal
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.server_race import Race, RaceRow, ServedNet
+    from bench.servers.contestants import Contestant
+    from bench.servers.race import ServedNet
 
 EXAMPLES = (
     "python bench/server.py                            # ten minutes; writes docs/benchmarks/server.md and .json",
@@ -58,9 +59,9 @@ def command(config: ServerConfig) -> int:
     from bench.lab.wrk import refuse_without_tools
     from bench.page import describe_machine, write_page
     from bench.request_steps import time_steps
-    from bench.server_page import draw_latencies, markdown
-    from bench.server_race import CONNECTIONS, open_race, write_net
-    from bench.servers import CONTESTANTS
+    from bench.servers.contestants import CONTESTANTS
+    from bench.servers.page import draw_latencies, markdown
+    from bench.servers.race import CONNECTIONS, write_net
     from common.cores import num_cores
     from common.figure import png
     from common.files import write_whole
@@ -69,56 +70,40 @@ def command(config: ServerConfig) -> int:
     refuse_without_tools()
     console = make_console()
     contestants = [one for one in CONTESTANTS if not config.servers or one.name in config.servers]
-    race = open_race(contestants, config.work.absolute(), console.print)
-    nets = [write_net(size, race.folder, race.pngs) for size in config.models]
+    nets = [write_net(size, contestants, config.work.absolute() / "server") for size in config.models]
     for net in nets:
         console.print(f"{net.title}: {net.num_macs:,} multiplications per image, {net.path}")
+    _race(contestants, nets, config, console)
     record: dict[str, Any] = {
         "command": f"python bench/server.py {given_arguments(config)}".rstrip(),
         **dict(zip(("rounds", "seconds"), config.schedule, strict=True)),
         "connections": CONNECTIONS,
         "machine": describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
-        "servers": [{"name": one.name, "note": one.note} for one in race.contestants],
-        "models": [
-            {
-                "picture": f"server-{size}.png",
-                "title": net.title,
-                "macs": net.num_macs,
-                "alone": alone,
-                "steps": time_steps(net.path, race.pngs[0]),
-                "rows": list(map(asdict, rows)),
-            }
-            for size, net, (rows, alone) in zip(config.models, nets, _measure(race, nets, config, console), strict=True)
-        ],
+        "servers": [{"name": one.name, "note": one.note} for one in contestants],
+        "models": [net.to_dict() | {"steps": time_steps(net.path, net.pngs[0])} for net in nets],
     }
     for model in record["models"]:
         figure = draw_latencies(model, CONNECTIONS[-1])
         console.print(f"wrote {write_whole(config.out / model['picture'], png(figure))}")
     console.print(write_page(config.out, "server", markdown(record), record))
-    rows = [row for model in record["models"] for row in model["rows"]]
-    return int(any(row["failed"] for row in rows if row["server"] == "ours"))
+    return int(any(row["failed"] for model in record["models"] for row in model["rows"] if row["server"] == "ours"))
 
 
-def _measure(
-    race: "Race", nets: "list[ServedNet]", config: ServerConfig, console: "Console"
-) -> "list[tuple[list[RaceRow], dict[str, list[float]]]]":
-    """For each net its rows, and the times of the model alone; every second round runs in reverse order."""
+def _race(contestants: "list[Contestant]", nets: "list[ServedNet]", config: ServerConfig, console: "Console") -> None:
+    """Fill the results of `nets`; every second round runs in reverse order."""
     from bench.request_steps import time_alone
-    from bench.server_race import RaceRow
+    from bench.servers.race import measure
     from common.progress import progress
 
     num_rounds, seconds = config.schedule
-    tables = [{way.title: RaceRow(one.name, way.title) for one in race.contestants for way in one.ways} for _ in nets]
-    alone: list[dict[str, list[float]]] = [{} for _ in nets]
-    with progress(console, "starts of a server", num_rounds * len(nets) * len(race.contestants)) as advance:
+    with progress(console, "starts of a server", num_rounds * len(nets) * len(contestants)) as advance:
         for index in range(num_rounds):
-            for net, rows, times in zip(nets, tables, alone, strict=True):
-                for name, milliseconds in time_alone(net.path, race.pngs[0], seconds / 2).items():
-                    times.setdefault(name, []).append(milliseconds)
-                for contestant in race.contestants[:: -1 if index % 2 else 1]:
-                    race.measure(contestant, net, rows, seconds=seconds, warm_up=not config.quick)
+            for net in nets:
+                for name, milliseconds in time_alone(net.path, net.pngs[0], seconds / 2).items():
+                    net.alone.setdefault(name, []).append(milliseconds)
+                for contestant in contestants[:: -1 if index % 2 else 1]:
+                    measure(contestant, net, config.work.absolute(), seconds=seconds, warm_up=not config.quick)
                     advance(note=f"{net.title}: {contestant.name}")
-    return [(list(rows.values()), times) for rows, times in zip(tables, alone, strict=True)]
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import server, server_race, servers
+from bench import server
 from bench.lab.server import Server, free_port
 from bench.lab.wrk import WrkResult, put_load
-from bench.server_page import OURS, PERCENTILES, bars_of, draw_latencies, markdown
-from bench.server_race import CONNECTIONS, RaceRow, check_answers, open_race, start_contestant, write_net
-from bench.servers import CONTESTANTS, Contestant, Way, as_form, as_inference_request
+from bench.servers import contestants, race
+from bench.servers.contestants import CONTESTANTS, Contestant, Way, as_form, as_inference_request
+from bench.servers.page import OURS, PERCENTILES, bars_of, draw_latencies, markdown
+from bench.servers.race import CONNECTIONS, ServedNet, WayResult, check_answers, measure, write_net
 from common.cli import run_command
 from common.figure import png
 from common.refusal import Refusal
@@ -36,7 +37,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-WAY = Way("stub", "/", "image/png", bytes, lambda answer: answer["index"])
+WAY = Way("stub", "/", "image/png", bytes)
 needs_wrk = pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed here")
 
 
@@ -46,8 +47,7 @@ def run(*argv):
 
 def start_stub(folder, program=STUB):
     (folder / "stub.py").write_text(program)
-    contestant = Contestant("stub", f"{folder}/stub.py {{port}}", (WAY,), "a stub")
-    return start_contestant(contestant, Path(sys.executable), folder / "m.onnx", folder / "log")
+    return Contestant("ours", f"{folder}/stub.py {{port}}", (WAY,), "a stub").start(folder / "m.onnx", folder)
 
 
 def measured(requests_per_s, p99_ms=10.0):
@@ -125,7 +125,7 @@ def test_an_environment_is_made_once_and_made_anew_where_its_packages_change(tmp
     peers, made = tmp_path / "peers", []
     peers.mkdir()
     (peers / "x.txt").write_text("a==1\n")
-    monkeypatch.setattr(servers, "PEERS", peers)
+    monkeypatch.setattr(contestants, "PEERS", peers)
 
     def play(argv, **options):
         made.append(argv)
@@ -133,12 +133,12 @@ def test_an_environment_is_made_once_and_made_anew_where_its_packages_change(tmp
         return subprocess.CompletedProcess(argv, 0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", play)
-    assert servers.make_environment("x", tmp_path) == tmp_path / "x" / "bin" / "python"
+    assert contestants.make_environment("x", tmp_path) == tmp_path / "x" / "bin" / "python"
     assert len(made) == 2
-    servers.make_environment("x", tmp_path)
+    contestants.make_environment("x", tmp_path)
     assert len(made) == 2
     (peers / "x.txt").write_text("a==2\n")
-    servers.make_environment("x", tmp_path)
+    contestants.make_environment("x", tmp_path)
     assert len(made) == 4
 
 
@@ -146,11 +146,14 @@ def test_what_cannot_be_installed_fails_its_rows_only(tmp_path, monkeypatch):
     def refuse(name, folder):
         raise Refusal(f"{name} cannot be installed: no such wheel")
 
-    monkeypatch.setattr(server_race, "make_environment", refuse)
-    race = open_race([CONTESTANTS[1]], tmp_path, print)
-    rows = {way.title: RaceRow("fastapi", way.title) for way in CONTESTANTS[1].ways}
-    race.measure(CONTESTANTS[1], None, rows, seconds=1, warm_up=False)
-    assert {row.failed for row in rows.values()} == {"fastapi cannot be installed: no such wheel"}
+    monkeypatch.setattr(contestants, "make_environment", refuse)
+    fastapi = CONTESTANTS[1]
+    results = {way.title: WayResult("fastapi", way.title) for way in fastapi.ways}
+    others = {"LitServe": WayResult("litserve", "LitServe")}
+    net = ServedNet("small", tmp_path / "m.onnx", "a net", 1, [], [], results | others)
+    measure(fastapi, net, tmp_path, seconds=1, warm_up=False)
+    assert {row.failed for row in results.values()} == {"fastapi cannot be installed: no such wheel"}
+    assert net.results["LitServe"].failed is None
 
 
 @pytest.mark.slow
@@ -215,7 +218,7 @@ def test_load_counts_what_fails(tmp_path):
 def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypatch, capsys):
     milliseconds = dict.fromkeys(PERCENTILES, 2.0)
     monkeypatch.setattr(
-        server_race,
+        race,
         "put_load",
         lambda *_, num_connections, **__: WrkResult(100.0 * num_connections, failures=0, **milliseconds),
     )
@@ -231,15 +234,14 @@ def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypat
 
 
 def test_the_served_nets_tell_the_images_apart(tmp_path):
-    pngs = [path.read_bytes() for path in sorted((ROOT / "models" / "held-out").glob("*.png"))]
-    assert len(set(write_net("small", tmp_path, pngs).expected)) >= 4
+    assert len(set(write_net("small", CONTESTANTS, tmp_path).expected)) >= 4
 
 
 def test_a_body_of_each_kind_holds_the_png():
     import asyncio
 
     async def receive():
-        return {"type": "http.request", "body": as_form("image")(b"a png"), "more_body": False}
+        return {"type": "http.request", "body": as_form("image", b"a png"), "more_body": False}
 
     form = next(way for way in CONTESTANTS[0].ways if way.title == "ours, form")
     headers = {b"content-type": form.media_type.encode()}

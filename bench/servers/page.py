@@ -1,11 +1,10 @@
 """The page of bench/server.py: what was recorded, whether each bar is met, and the latencies as a picture."""
 
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import log10
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from bench.page import fill, machine_table, spread, table, table_of
@@ -13,19 +12,16 @@ from bench.page import fill, machine_table, spread, table, table_of
 OURS = "ours, raw body"
 NAIVE = "FastAPI handler, raw body"
 PERCENTILES = {"p50_ms": 50, "p75_ms": 75, "p90_ms": 90, "p95_ms": 95, "p99_ms": 99, "p99_9_ms": 99.9}
-# By what factor ours is to answer more than these, at the most connections, by whether the model is large.
-_RIVALS = ("LitServe", "FastAPI handler, form", NAIVE, "MLServer")
-_RATIOS = {False: (10.0, 5.0, 5.0, 5.0), True: (3.5, 3.5, 3.5, 3.5)}
+# By what factor ours is to answer more than these at the most connections: with the small model, with the large one.
+_RATIOS = {"LitServe": (10.0, 3.5), "FastAPI handler, form": (5.0, 3.5), NAIVE: (5.0, 3.5), "MLServer": (5.0, 3.5)}
 _LARGE_MACS = 10e6
 _SHARE = 0.85  # of the model alone, where the model is large
 _LONE_MS = 1.5  # that a lone request may cost beside decoding and model
 _REST = "the rest: sockets, and two threads and their caches on one core"
-RecordedModel = Mapping[str, Any]
-RecordedRow = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """One promise, what was found, and whether it is kept."""
 
     promise: str
@@ -33,7 +29,7 @@ class Bar:
     is_met: bool
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def markdown(record: Record) -> str:
     """The page of one record."""
     models, connections = record["models"], record["connections"]
     bars = [bar for model in models for bar in bars_of(model, connections)]
@@ -44,42 +40,37 @@ def markdown(record: Mapping[str, Any]) -> str:
         machine=machine_table(record["machine"]),
         setups=table_of("server | setup", "{name} | {note}", record["servers"]),
         models="\n".join(_section(model, connections) for model in models),
-        bars=table(
-            ["", "found", ""], [(bar.promise, bar.found, "met" if bar.is_met else "**not met**") for bar in bars]
-        ),
+        bars=table(["", "found", ""], [(*bar[:2], "met" if bar.is_met else "**not met**") for bar in bars]),
     )
 
 
-def bars_of(model: RecordedModel, connections: Sequence[int]) -> list[Bar]:
+def bars_of(model: Record, connections: Sequence[int]) -> list[Bar]:
     """The bars of one model; without ours there are none, and none is judged against a row that failed."""
     rows = _rows(model)
     if OURS not in rows:
         return []
-    most, ours, name = connections[-1], rows.pop(OURS), _millions(model)
+    bars, most, ours, name = [], connections[-1], rows.pop(OURS), _millions(model)
     is_large = model["macs"] > _LARGE_MACS
-    bars = []
-    for title, ratio in zip(_RIVALS, _RATIOS[is_large], strict=True):
-        if title in rows:
-            found = _ratio(ours, rows[title], most)
-            # How many times the rival's requests the model alone answers, one by one or in batches.
-            bound = max(_alone(model, 1)[1], _alone(model, 32)[1]) / _median(rows[title], most, "requests_per_s")
-            shown = f"{found:.1f}x; without any cost of a server {bound:.1f}x"
-            bars.append(Bar(f"{name}: {ratio:g}x {title} at {most} connections", shown, found >= ratio))
-    others = {title: _median(row, most, "p99_ms") for title, row in rows.items() if row["server"] != "ours"}
+    without_server = max(np.median(_alone(model, size)) for size in (1, 32))
+    for title in [title for title in _RATIOS if title in rows]:
+        ratio, found = _RATIOS[title][is_large], _ratio(ours, rows[title], most)
+        bound = without_server / _median(rows[title], most, "requests_per_s")
+        shown = f"{found:.1f}x; without any cost of a server {bound:.1f}x"
+        bars.append(Bar(f"{name}: {ratio:g}x {title} at {most} connections", shown, found >= ratio))
+    others = [(_median(row, most, "p99_ms"), title) for title, row in rows.items() if row["server"] != "ours"]
     if others:
-        best, p99 = min(others, key=lambda title: others[title]), _median(ours, most, "p99_ms")
-        shown = f"{p99:.1f} ms; the lowest other is {best} with {others[best]:.1f} ms"
-        bars.append(Bar(f"{name}: p99 at {most} connections below all others", shown, p99 < others[best]))
+        (best, title), p99 = min(others), _median(ours, most, "p99_ms")
+        shown = f"{p99:.1f} ms; the lowest other is {title} with {best:.1f} ms"
+        bars.append(Bar(f"{name}: p99 at {most} connections below all others", shown, p99 < best))
     if is_large:
-        pairs = zip(ours["loads"][str(most)], model["alone"]["model_32"], strict=True)
-        share = statistics.median(load["requests_per_s"] * alone_ms / 32000 for load, alone_ms in pairs)
+        share = np.median(_loads(ours, most, "requests_per_s") / _alone(model, 32))
         bars.append(Bar(f"{name}: {_SHARE:.0%} of the model alone", f"{share:.1%}", share >= _SHARE))
-    lone_ms = _median(ours, 1, "p50_ms") - statistics.median(model["alone"]["decode_and_model_1"])
+    lone_ms = _median(ours, 1, "p50_ms") - np.median(model["alone"]["decode_and_model_1"])
     promise = f"{name}: a lone request costs {_LONE_MS} ms beside its work"
     return [*bars, Bar(promise, f"{lone_ms:.2f} ms", lone_ms <= _LONE_MS)]
 
 
-def _in_short(model: RecordedModel, connections: Sequence[int]) -> str:
+def _in_short(model: Record, connections: Sequence[int]) -> str:
     """The first words on a model: latency under load, then throughput, like with like, the worst case too."""
     rows, few, most = _rows(model), connections[0], connections[-1]
     if OURS not in rows or len(rows) < 2:
@@ -97,25 +88,22 @@ def _in_short(model: RecordedModel, connections: Sequence[int]) -> str:
             f"{_ratio(ours, others[NAIVE], few):.2f} with {few} connection, "
             f"{_ratio(ours, others[NAIVE], most):.2f} with {most}."
         )
-    more = {title: 1 / ratio for title, row in others.items() if (ratio := _ratio(ours, row, most)) < 1}
-    if more:
-        ratios = ", ".join(f"{title} {ratio:.2f} times" for title, ratio in more.items())
-        text += f" More requests/s than ours with {most} connections: {ratios}."
+    ratios = {title: _ratio(ours, row, most) for title, row in others.items()}
+    if more := ", ".join(f"{title} {1 / ratio:.2f} times" for title, ratio in ratios.items() if ratio < 1):
+        text += f" More requests/s than ours with {most} connections: {more}."
     return text
 
 
-def _section(model: RecordedModel, connections: Sequence[int]) -> str:
-    def by_connections(cell: Callable[[RecordedRow, int], str]) -> str:
-        rows = [
-            [row["title"], f"failed: {row['failed']}", *[""] * (len(connections) - 1)]
-            if row["failed"]
-            else [row["title"], *(cell(row, num) for num in connections)]
-            for row in model["rows"]
-        ]
-        return table(["", *map(str, connections)], rows)
+def _section(model: Record, connections: Sequence[int]) -> str:
+    def by_connections(cell: Callable[[Record, int], str]) -> str:
+        lines = []
+        for row in model["rows"]:
+            cells = [f"failed: {row['failed']}"] if row["failed"] else [cell(row, num) for num in connections]
+            lines.append([row["title"], *cells, *[""] * (len(connections) - len(cells))])
+        return table(["", *map(str, connections)], lines)
 
     def spreads(name: str, form: str) -> str:
-        return by_connections(lambda row, num: spread([load[name] for load in row["loads"][str(num)]], form))
+        return by_connections(lambda row, num: spread(_loads(row, num, name).tolist(), form))
 
     ours = _rows(model).get(OURS)
     return fill(
@@ -123,8 +111,8 @@ def _section(model: RecordedModel, connections: Sequence[int]) -> str:
         **{name: model[name] for name in ("title", "picture")},
         millions=_millions(model),
         most=connections[-1],
-        **{f"alone_{size}": "{1:,.0f} ({0:,.0f}–{2:,.0f})".format(*_alone(model, size)) for size in (1, 32)},
-        decode_and_model_1=statistics.median(model["alone"]["decode_and_model_1"]),
+        **{f"alone_{size}": spread(_alone(model, size).tolist(), ",.0f") for size in (1, 32)},
+        decode_and_model_1=np.median(model["alone"]["decode_and_model_1"]),
         p99=spreads("p99_ms", ".1f"),
         p50=spreads("p50_ms", ".2f"),
         rates=spreads("requests_per_s", ",.0f"),
@@ -133,7 +121,7 @@ def _section(model: RecordedModel, connections: Sequence[int]) -> str:
     )
 
 
-def _steps(steps: Mapping[str, float], ours: RecordedRow, most: int) -> str:
+def _steps(steps: Mapping[str, float], ours: Record, most: int) -> str:
     """Where the time of one of our requests goes."""
     whole = 1e6 / _median(ours, most, "requests_per_s")
     all_us = {**steps, _REST: whole - sum(steps.values()), "a request": whole}
@@ -144,7 +132,7 @@ def _steps(steps: Mapping[str, float], ours: RecordedRow, most: int) -> str:
     )
 
 
-def draw_latencies(model: RecordedModel, most: int) -> Figure:
+def draw_latencies(model: Record, most: int) -> Figure:
     """A line for each server that did not fail: its latency in ms at each percentile, the median of its rounds.
 
     The axis of percentiles is logarithmic in the share left above them: 90, 99 and 99.9 are equally far apart.
@@ -163,26 +151,28 @@ def draw_latencies(model: RecordedModel, most: int) -> Figure:
     return figure
 
 
-def _rows(model: RecordedModel) -> dict[str, RecordedRow]:
+def _rows(model: Record) -> dict[str, Record]:
     """By title, those that did not fail."""
     return {row["title"]: row for row in model["rows"] if not row["failed"]}
 
 
-def _ratio(ours: RecordedRow, other: RecordedRow, num: int) -> float:
-    pairs = zip(ours["loads"][str(num)], other["loads"][str(num)], strict=True)
-    return statistics.median(one["requests_per_s"] / two["requests_per_s"] for one, two in pairs)
+def _loads(row: Record, num: int, name: str) -> np.ndarray:
+    """A measurement with `num` connections, in each round."""
+    return np.array([load[name] for load in row["loads"][str(num)]])
 
 
-def _median(row: RecordedRow, num: int, name: str) -> float:
-    return statistics.median(load[name] for load in row["loads"][str(num)])
+def _median(row: Record, num: int, name: str) -> float:
+    return float(np.median(_loads(row, num, name)))
 
 
-def _alone(model: RecordedModel, size: int) -> tuple[float, float, float]:
-    """Images/s of the model alone in batches: the slowest round, the median, the fastest."""
-    times_ms = model["alone"][f"model_{size}"]
-    slowest, median, fastest = (1000 * size / of(times_ms) for of in (max, statistics.median, min))
-    return slowest, median, fastest
+def _ratio(ours: Record, other: Record, num: int) -> float:
+    return float(np.median(_loads(ours, num, "requests_per_s") / _loads(other, num, "requests_per_s")))
 
 
-def _millions(model: RecordedModel) -> str:
+def _alone(model: Record, size: int) -> np.ndarray:
+    """Images/s of the model alone in batches, in each round."""
+    return 1000 * size / np.array(model["alone"][f"model_{size}"])
+
+
+def _millions(model: Record) -> str:
     return f"{model['macs'] / 1e6:.1f} MMAC"

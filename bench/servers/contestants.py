@@ -2,31 +2,40 @@
 
 import base64
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import itemgetter
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import httpx
+
+from bench.lab.server import ROOT, Server, free_port
 from common.files import read_whole, write_whole
 from common.refusal import Refusal
 
-ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "bench" / "peers"
-_BOUNDARY = "----the-images-of-the-benchmark"
+FORM = "multipart/form-data; boundary=----the-images-of-the-benchmark"
+# None of them may use the network; every library that opens threads of its own gets the one core.
+_ENVIRONMENT = {
+    "BENTOML_DO_NOT_TRACK": "true",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 @dataclass(frozen=True)
 class Way:
-    """One kind of request. `encode` makes its body from a PNG, `find_index` finds the class in the answer."""
+    """One kind of request. `encode` makes its body from a PNG; `index` leads through the answer to the class."""
 
     title: str
     path: str
     media_type: str
     encode: Callable[[bytes], bytes]
-    find_index: Callable[[Any], int]
+    index: tuple[str | int, ...] = ("index",)
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,14 @@ class Contestant:
     ways: tuple[Way, ...]
     note: str
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether it runs in this Python, and not in an environment with the packages of peers/NAME.txt."""
-        return self.name == "ours"
-
-    def arguments(self, model: Path, port: int) -> list[str]:
-        return [word.format(model=model, port=port, peers=PEERS) for word in self.command.split()]
+    def start(self, model: Path, work: Path) -> Server:
+        """Serves `model` on core 0, ready when it accepts connections. Peers run in environments below `work`."""
+        python, port, env = sys.executable, free_port(), {**os.environ, **_ENVIRONMENT, "MODEL": str(model)}
+        if self.name != "ours":
+            python, env["PYTHONPATH"] = str(make_environment(self.name, work / "peers")), str(PEERS)
+        words = [word.format(model=model, port=port, peers=PEERS) for word in self.command.split()]
+        log = model.parent / f"{self.name}.log"
+        return Server([python, *words], port, ready_path=None, core=0, log=log, env=env, cwd=model.parent)
 
 
 def make_environment(name: str, folder: Path) -> Path:
@@ -52,34 +62,25 @@ def make_environment(name: str, folder: Path) -> Path:
 
     Refuses, with the last line of pip, packages that cannot be installed here.
     """
-    requirements = PEERS / f"{name}.txt"
-    environment = (folder / name).absolute()
+    requirements, environment = PEERS / f"{name}.txt", folder / name
     python, installed = environment / "bin" / "python", environment / "requirements.txt"
     wanted = read_whole(requirements)
     if installed.exists() and installed.read_bytes() == wanted:
         return python
-    _run([sys.executable, "-m", "venv", "--clear", str(environment)], name)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    _run([*pip, "-r", str(requirements)], name)
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "-r", requirements]
+    for argv in ([sys.executable, "-m", "venv", "--clear", environment], pip):
+        done = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise Refusal(f"{name} cannot be installed: {last[:300]}")
     write_whole(installed, wanted)  # last, so that an interrupted installation is repeated
     return python
 
 
-def _run(argv: list[str], name: str) -> None:
-    done = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise Refusal(f"{name} cannot be installed: {last[:300]}")
-
-
-def as_form(field: str) -> Callable[[bytes], bytes]:
-    """A form with one file, as curl -F writes it."""
-    head = f'Content-Disposition: form-data; name="{field}"; filename="image.png"\r\nContent-Type: image/png'
-
-    def encode(png: bytes) -> bytes:
-        return f"--{_BOUNDARY}\r\n{head}\r\n\r\n".encode() + png + f"\r\n--{_BOUNDARY}--\r\n".encode()
-
-    return encode
+def as_form(field: str, png: bytes) -> bytes:
+    """A form with one file."""
+    files = {field: ("image.png", png, "image/png")}
+    return httpx.Request("POST", "http://server", headers={"Content-Type": FORM}, files=files).read()
 
 
 def as_inference_request(png: bytes) -> bytes:
@@ -88,15 +89,15 @@ def as_inference_request(png: bytes) -> bytes:
     return json.dumps({"inputs": [{**element, "data": [base64.b64encode(png).decode()]}]}).encode()
 
 
-_FORM = f"multipart/form-data; boundary={_BOUNDARY}"
+_OURS = ("results", 0, "index")
 CONTESTANTS = (
     Contestant(
         "ours",
         # All run ONNX Runtime; by default, ours would choose the fastest runtime at every start.
         "{peers}/../../serve/run.py {model} --port {port} --runtime onnxruntime",
-        tuple(
-            Way(f"ours, {kind}", "/predict", media_type, encode, lambda answer: answer["results"][0]["index"])
-            for kind, media_type, encode in (("raw body", "image/png", bytes), ("form", _FORM, as_form("image")))
+        (
+            Way("ours, raw body", "/predict", "image/png", bytes, _OURS),
+            Way("ours, form", "/predict", FORM, partial(as_form, "image"), _OURS),
         ),
         "`serve/run.py --runtime onnxruntime`, since all others run that; otherwise its ordinary command, which logs "
         "every request, answers with the five best classes and keeps its limits, deadlines and metrics",
@@ -105,27 +106,27 @@ CONTESTANTS = (
         "fastapi",
         "{peers}/with_fastapi.py {port}",
         (
-            Way("FastAPI handler, form", "/predict", _FORM, as_form("image"), itemgetter("index")),
-            Way("FastAPI handler, raw body", "/raw", "image/png", bytes, itemgetter("index")),
+            Way("FastAPI handler, form", "/predict", FORM, partial(as_form, "image")),
+            Way("FastAPI handler, raw body", "/raw", "image/png", bytes),
         ),
         "the naive handler: UploadFile (or the raw body), Pillow, one run of the model for each request",
     ),
     Contestant(
         "litserve",
         "{peers}/with_litserve.py {port}",
-        (Way("LitServe", "/predict", _FORM, as_form("image"), itemgetter("index")),),
+        (Way("LitServe", "/predict", FORM, partial(as_form, "image")),),
         "a form, as its documentation sends images; batches of 32 at most, 2 ms; one worker beside the HTTP process",
     ),
     Contestant(
         "bentoml",
         "-m bentoml serve with_bentoml:Service --working-dir {peers} --host 127.0.0.1 --port {port}",
-        (Way("BentoML", "/predict", _FORM, as_form("images"), lambda answer: answer[0]["index"]),),
+        (Way("BentoML", "/predict", FORM, partial(as_form, "images"), (0, "index")),),
         "a form; adaptive batching, 32 at most; metrics off",
     ),
     Contestant(
         "ray",
         "{peers}/with_ray.py {port}",
-        (Way("Ray Serve", "/", "image/png", bytes, itemgetter("index")),),
+        (Way("Ray Serve", "/", "image/png", bytes),),
         "the raw body; one replica, serve.batch of 32 at most, 2 ms; no dashboard",
     ),
     Contestant(
@@ -133,11 +134,8 @@ CONTESTANTS = (
         "{peers}/with_mlserver.py {port}",
         (
             Way(
-                "MLServer",
-                "/v2/models/classifier/infer",
-                "application/json",
-                as_inference_request,
-                lambda answer: answer["outputs"][0]["data"][0],
+                *("MLServer", "/v2/models/classifier/infer", "application/json", as_inference_request),
+                index=("outputs", 0, "data", 0),
             ),
         ),
         "V2 protocol: JSON with the PNG in base64, which a runtime written for it decodes; adaptive batching, "
@@ -146,7 +144,7 @@ CONTESTANTS = (
     Contestant(
         "mosec",
         "{peers}/with_mosec.py --address 127.0.0.1 --port {port} --log-level warning",
-        (Way("mosec", "/inference", "image/png", bytes, itemgetter("index")),),
+        (Way("mosec", "/inference", "image/png", bytes),),
         "the raw body; HTTP and batching in Rust, one worker process in Python; batches of 32 at most, 2 ms",
     ),
 )
