@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bench.forms import Workload, make_session, make_step, make_weights
+from bench.forms import Workload, make_trainer, make_step, make_weights
 from bench.nets import ReferenceDiracConv2d
 from train.layers import DiracConv2d
 
@@ -26,7 +26,7 @@ def test_the_references_weight_and_gradients_are_ours(channels):
 
 
 def test_the_optimizer_trains_the_references_own_parameters():
-    session = make_session("Dirac, reference", SMALL)
+    session = make_trainer("Dirac, reference", SMALL)
     assert {type(layer) for layer in dirac_layers(session.net)} == {ReferenceDiracConv2d}
     held = {id(parameter) for group in session.optimizer.param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in session.net.parameters()}
@@ -40,7 +40,7 @@ def test_the_forms_start_alike_and_learn_alike():
         step = make_step(form, SMALL)
         sums[form] = torch.stack([step() for _ in range(3)])[:, 0]
     torch.testing.assert_close(sums["Dirac, reference"], sums["Dirac"], rtol=1e-5, atol=0)
-    assert not dirac_layers(make_session("ordinary", SMALL).net)
+    assert not dirac_layers(make_trainer("ordinary", SMALL).net)
     assert torch.isfinite(sums["ordinary"]).all()
 
 
