@@ -58,10 +58,10 @@ def command(config: ServerConfig) -> int:
     """
     from bench.lab.wrk import refuse_without_tools
     from bench.page import describe_machine, write_page
-    from bench.request_steps import time_steps
     from bench.servers.contestants import CONTESTANTS
     from bench.servers.page import draw_latencies, markdown
     from bench.servers.race import CONNECTIONS, write_net
+    from bench.servers.request_steps import time_steps
     from common.cores import num_cores
     from common.figure import png
     from common.files import write_whole
@@ -91,8 +91,8 @@ def command(config: ServerConfig) -> int:
 
 def _race(contestants: "list[Contestant]", nets: "list[ServedNet]", config: ServerConfig, console: "Console") -> None:
     """Fill the results of `nets`; every second round runs in reverse order."""
-    from bench.request_steps import time_alone
     from bench.servers.race import measure
+    from bench.servers.request_steps import time_alone
     from common.progress import progress
 
     num_rounds, seconds = config.schedule

@@ -193,10 +193,12 @@ async def saturated(
     *,
     num_connections: int,
 ) -> AsyncIterator[Load]:
-    """A load that asks without a pause meanwhile; it ends with its last reply."""
+    """A load that asks without a pause, from its first reply to its last one."""
     load = Load(port, make_request, take, num_connections=num_connections)
     task = asyncio.create_task(load.saturate(3600))
     try:
+        while not load.replies:
+            await asyncio.sleep(TICK_S)
         yield load
     finally:
         load.stop()

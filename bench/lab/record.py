@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.page import TEMPLATES, machine_table, spread, typed_command, write_page
 
-UNITS = {"%": (100, " %"), "M": (1e-6, "")}
+UNITS = {"%": (100, " %"), "M": (1e-6, ""), "ms": (1000, " ms")}
 Record = Mapping[str, Any]
 
 
@@ -21,10 +21,11 @@ def render(name: str, record: Record, /, **figures: Any) -> str:
     """The template NAME filled with a record and with `figures` derived from it.
 
     - "each rows | {net} | {seconds:.2f} |" is a line for each mapping in the list `rows`; "each rows NAME" is the
-      template NAME for each.
+      template NAME for each. Where `rows` is a mapping, {name} is the key.
     - A list of numbers is written as its median, and in brackets its smallest and largest.
-    - ".1f %" is a share in per cent, ",.0f M" a number in millions.
-    - A mapping is a table of names and values; text is written as it is, whatever its format.
+    - ".1f %" is a share in per cent, ",.0f M" a number in millions, ".0f ms" one of seconds.
+    - A mapping is a table of names and values, or with the format "counts": "40 × 200, 1 × lost".
+    - Text is written as it is, whatever its format.
     """
     fields = {**record, **figures}
     lines = [_fill(line, fields) for line in (TEMPLATES / f"{name}.md").read_text().splitlines()]
@@ -35,6 +36,8 @@ def _fill(line: str, fields: Record) -> str:
     if not (repeated := re.fullmatch(r"each (\w+) (.+)", line)):
         return FIGURES.vformat(line, (), fields)
     rows, what = fields[repeated[1]], repeated[2]
+    if isinstance(rows, Mapping):
+        rows = [{"name": name, **row} for name, row in rows.items()]
     if not what.startswith("|"):
         return "\n".join(render(what, fields, **row) for row in rows)
     return "\n".join(FIGURES.vformat(what, (), {**fields, **row}) for row in rows)
@@ -45,6 +48,8 @@ class _Figures(Formatter):
         if isinstance(value, str):
             return value
         if isinstance(value, Mapping):
+            if format_spec == "counts":
+                return ", ".join(f"{count:,} × {name}" for name, count in value.items())
             return machine_table({name: str(part) for name, part in value.items()})
         form, _, unit = format_spec.partition(" ")
         factor, sign = UNITS.get(unit, (1, ""))

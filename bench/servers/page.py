@@ -127,7 +127,7 @@ def _steps(steps: Mapping[str, float], ours: Record, most: int) -> str:
     all_us = {**steps, _REST: whole - sum(steps.values()), "a request": whole}
     return (
         f"Where the time of a request goes, with {most} connections ({OURS}). Each part but the last is timed by "
-        "itself in a process on the servers' core, without sockets (`bench/request_steps.py`):\n\n"
+        "itself in a process on the servers' core, without sockets (`bench/servers/request_steps.py`):\n\n"
         + table(["", "µs", ""], [(name, f"{us:.1f}", f"{us / whole:.0%}") for name, us in all_us.items()])
     )
 

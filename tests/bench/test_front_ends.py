@@ -52,7 +52,7 @@ def test_what_front_ends_and_the_device_process_cost_more_is_missing_on_paper():
 
 @pytest.mark.slow
 def test_the_hand_over_is_drawn_from_batches_of_every_kind(paths, monkeypatch):
-    from bench.simulated import FRONT_ENDS, IMAGES, TIMES, Simulated, hand_over
+    from bench.servers.simulated import FRONT_ENDS, IMAGES, TIMES, Simulated, hand_over
 
     monkeypatch.setenv(TIMES, "0,0")
     cost = hand_over(Simulated(paths[0]), 256, 3)

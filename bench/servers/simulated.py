@@ -1,9 +1,10 @@
-"""python bench/simulated.py PLAIN: serve/run.py with a simulated device: t0 + n t1 for n images, and no core.
+"""python bench/servers/simulated.py PLAIN: serve/run.py with a simulated device: t0 + n t1 for n images, and no core.
 
 Every answer is the same, whatever the images: measured is the work around the model. `hand_over` measures the process
 of the device alone.
 """
 
+import itertools
 import os
 import socket
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 TIMES = "DIRACNET_SIMULATED_US"  # "t0,t1" in microseconds
 FRONT_ENDS, IMAGES = (1, 2, 4, 8, 16), (1, 4, 16)  # in a batch, and of each of them
-EXAMPLES = ("DIRACNET_SIMULATED_US=200,4 python bench/simulated.py models/fashion-mnist.onnx --front-ends 2",)
+EXAMPLES = ("DIRACNET_SIMULATED_US=200,4 python bench/servers/simulated.py models/fashion-mnist.onnx --front-ends 2",)
 
 
 class Simulated:
@@ -54,7 +55,7 @@ def load(roles: "Roles", home: Path) -> Sequence["Runtime"]:
 
 def serve(config: ServeConfig) -> int:
     """The server, whole or in front ends and a device process."""
-    from bench import simulated  # a class of __main__ would have no name in other processes
+    from bench.servers import simulated  # a class of __main__ would have no name in other processes
     from serve.front_ends import processes
     from serve.processes import serving
     from serve.run import listen
@@ -102,23 +103,21 @@ def hand_over(like: Simulated, max_batch: int, times: int) -> dict[str, Any]:
     thread = threading.Thread(target=device.run)
     thread.start()
     links = [Dialer(outside, limits).connect().link for outside, _ in doors]
-    rows = [
-        (num, num_images, _batch_us(runtime, links[:num], num_images, times))
-        for num in FRONT_ENDS
-        for num_images in IMAGES
-    ]
+    batches = itertools.product(FRONT_ENDS, IMAGES)
+    rows = [(num, images, _batch_us(runtime, links[:num], images, times)) for num, images in batches]
     for link in links:
         link.end()
     device.stop()
     thread.join()
-    for end in (end for pair in doors for end in pair):
+    for end in itertools.chain(*doors):
         end.close()
     causes = np.array([(1, num, num * num_images) for num, num_images, _ in rows], float)
-    batch_us, front_end_us, image_us = np.linalg.lstsq(causes, np.array([us for *_, us in rows]), rcond=None)[0]
-    return {"rows": rows, "batch_us": batch_us, "front_end_us": front_end_us, "image_us": image_us}
+    costs = np.linalg.lstsq(causes, np.array([us for *_, us in rows]), rcond=None)[0]
+    return {"rows": rows, **dict(zip(("batch_us", "front_end_us", "image_us"), costs, strict=True))}
 
 
 def _batch_us(runtime: Stopped, links: Sequence["Link"], num_images: int, times: int) -> float:
+    """The median time of the device's thread for a batch of `num_images` from each of `links`."""
     image = runtime.model.spec.image
     pixels = [np.zeros((image.height, image.width, image.channels), np.uint8)] * num_images
     links[0].send([(None, pixels[:1])])
