@@ -83,8 +83,8 @@ def command(config: GpuCheckConfig) -> int:
     if config.device == "cuda":
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for every library of NVIDIA, before any is loaded
     machine = _machine(config.device)
-    from bench.contenders import measure
     from bench.nets import SEEDED, net_of_file, seeded_net
+    from bench.runtimes.contenders import measure
 
     if config.plain:
         nets = [net_of_file(path) for path in config.plain]

@@ -1,13 +1,13 @@
 """The page of bench/server.py: what was recorded, whether each bar is met, and the latencies as a picture."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from math import log10
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.page import fill, machine_table, spread, table, table_of
+from bench.lab.record import Record, render
 
 OURS = "ours, raw body"
 NAIVE = "FastAPI handler, raw body"
@@ -18,7 +18,6 @@ _LARGE_MACS = 10e6
 _SHARE = 0.85  # of the model alone, where the model is large
 _LONE_MS = 1.5  # that a lone request may cost beside decoding and model
 _REST = "the rest: sockets, and two threads and their caches on one core"
-Record = Mapping[str, Any]
 
 
 class Bar(NamedTuple):
@@ -33,14 +32,12 @@ def markdown(record: Record) -> str:
     """The page of one record."""
     models, connections = record["models"], record["connections"]
     bars = [bar for model in models for bar in bars_of(model, connections)]
-    return fill(
+    return render(
         "server",
-        **{name: record[name] for name in ("command", "rounds", "seconds")},
+        record,
         short="\n".join(_in_short(model, connections) for model in models),
-        machine=machine_table(record["machine"]),
-        setups=table_of("server | setup", "{name} | {note}", record["servers"]),
-        models="\n".join(_section(model, connections) for model in models),
-        bars=table(["", "found", ""], [(*bar[:2], "met" if bar.is_met else "**not met**") for bar in bars]),
+        models=[_section(model, connections) for model in models],
+        bars=[bar._asdict() | {"verdict": "met" if bar.is_met else "**not met**"} for bar in bars],
     )
 
 
@@ -94,42 +91,36 @@ def _in_short(model: Record, connections: Sequence[int]) -> str:
     return text
 
 
-def _section(model: Record, connections: Sequence[int]) -> str:
-    def by_connections(cell: Callable[[Record, int], str]) -> str:
-        lines = []
-        for row in model["rows"]:
-            cells = [f"failed: {row['failed']}"] if row["failed"] else [cell(row, num) for num in connections]
-            lines.append([row["title"], *cells, *[""] * (len(connections) - len(cells))])
-        return table(["", *map(str, connections)], lines)
-
-    def spreads(name: str, form: str) -> str:
-        return by_connections(lambda row, num: spread(_loads(row, num, name).tolist(), form))
-
-    ours = _rows(model).get(OURS)
-    return fill(
-        "server-model",
-        **{name: model[name] for name in ("title", "picture")},
-        millions=_millions(model),
-        most=connections[-1],
-        **{f"alone_{size}": spread(_alone(model, size).tolist(), ",.0f") for size in (1, 32)},
-        decode_and_model_1=np.median(model["alone"]["decode_and_model_1"]),
-        p99=spreads("p99_ms", ".1f"),
-        p50=spreads("p50_ms", ".2f"),
-        rates=spreads("requests_per_s", ",.0f"),
-        ratios=by_connections(lambda row, num: f"{_ratio(ours, row, num):.1f}" if ours else ""),
-        steps=_steps(model["steps"], ours, connections[-1]) if ours else "",
-    )
+def _section(model: Record, connections: Sequence[int]) -> dict[str, Any]:
+    """The figures of the template of one model."""
+    ours, most = _rows(model).get(OURS), connections[-1]
+    return {
+        **model,
+        "millions": _millions(model),
+        "most": most,
+        **{f"alone_{size}": _alone(model, size).tolist() for size in (1, 32)},
+        "decode_and_model_1": float(np.median(model["alone"]["decode_and_model_1"])),
+        "rows": [_cells(row, ours, connections) for row in model["rows"]],
+        "steps": render("server-steps", {"most": most, "steps": _steps(model["steps"], ours, most)}) if ours else "",
+    }
 
 
-def _steps(steps: Mapping[str, float], ours: Record, most: int) -> str:
+def _cells(row: Record, ours: Record | None, connections: Sequence[int]) -> dict[str, Any]:
+    """The figures of one server, by name and number of connections; a reason in their place where it failed."""
+    cells: dict[str, Any] = {"title": row["title"]}
+    for place, num in enumerate(connections):
+        for name in ("p99_ms", "p50_ms", "requests_per_s"):
+            failed = "" if place else f"failed: {row['failed']}".replace("|", "/")  # a pipe would end the cell
+            cells[f"{name}_{num}"] = failed if row["failed"] else _loads(row, num, name).tolist()
+        cells[f"ratio_{num}"] = failed if row["failed"] else _ratio(ours, row, num) if ours else ""
+    return cells
+
+
+def _steps(steps: dict[str, float], ours: Record, most: int) -> list[dict[str, Any]]:
     """Where the time of one of our requests goes."""
     whole = 1e6 / _median(ours, most, "requests_per_s")
     all_us = {**steps, _REST: whole - sum(steps.values()), "a request": whole}
-    return (
-        f"Where the time of a request goes, with {most} connections ({OURS}). Each part but the last is timed by "
-        "itself in a process on the servers' core, without sockets (`bench/servers/request_steps.py`):\n\n"
-        + table(["", "µs", ""], [(name, f"{us:.1f}", f"{us / whole:.0%}") for name, us in all_us.items()])
-    )
+    return [{"part": part, "us": us, "share": us / whole} for part, us in all_us.items()]
 
 
 def draw_latencies(model: Record, most: int) -> Figure:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders, gpu_check, nets
-from bench.contenders import Contender
+from bench import gpu_check, nets
+from bench.runtimes import contenders
+from bench.runtimes.contenders import Contender
 from common.cli import run_command
 from export.compare import TOLERANCES, compare
 from export.runtimes import gpu
@@ -31,6 +32,11 @@ def plain(tmp_path, make_net, make_spec):
     return path
 
 
+def titles_of(device):
+    rows = contenders.contenders(device, nets.seeded_net(10, 0.25), Path("unused"), (1, 1, 1))
+    return [row.title for row in rows]
+
+
 def only_record(folder):
     (path,) = folder.glob("*.json")
     return json.loads(path.read_text())
@@ -48,7 +54,7 @@ def test_the_cpu_table_comes_from_the_same_code(plain, tmp_path):
     assert (record["sample"], record["tests"]) == (False, None)
     (net,) = record["nets"]
     titles = [row["title"] for row in net["rows"]]
-    assert titles == [contender.title for contender in contenders.contenders("cpu")]
+    assert titles == titles_of("cpu")
     assert all(len(row["timings"]["2"]["round_ms"]) == 2 for row in net["rows"])
     assert net["rows"][0]["timings"]["2"]["speedup"] == 1
     verdicts = {row["title"]: row["parity"] for row in net["rows"]}
@@ -111,18 +117,16 @@ def test_every_runtime_that_a_machine_lacks_is_a_row_with_its_reason(plain, tmp_
 
 @pytest.mark.slow
 def test_a_form_beyond_its_tolerance_and_a_failing_call_end_in_status_one(plain, tmp_path, capsys, monkeypatch):
-    def bent(net, folder, profile):
-        answer = contenders.open_torch("cpu", "fp32", net, folder, profile, is_dirac=False, is_compiled=False)
-        return lambda images: answer(images) + 2 * TOLERANCES["fp32"].largest * abs(answer(images)).max()
+    answer = nets.torch_answer(nets.net_of_file(plain).plain)
 
-    def broken(net, folder, profile):
-        def answer(images):
-            raise RuntimeError("the device | is gone")
+    def bent(images):
+        return answer(images) + 2 * TOLERANCES["fp32"].largest * abs(answer(images)).max()
 
-        return answer
+    def broken(images):
+        raise RuntimeError("the device | is gone")
 
-    rows = (Contender("bent", "fp32", bent), Contender("broken", "fp32", broken))
-    monkeypatch.setattr(contenders, "contenders", lambda device: rows)
+    rows = [Contender("bent", "fp32", lambda: bent), Contender("broken", "fp32", lambda: broken)]
+    monkeypatch.setattr(contenders, "contenders", lambda *_: rows)
     out = tmp_path / "out"
     assert run(plain, "--device", "cpu", "--batch-sizes", 1, 2, *QUICK, "--out", out) == 1
     one, other = only_record(out)["nets"][0]["rows"]
@@ -147,9 +151,9 @@ def test_seeded_nets_are_whole_repeatable_and_compared_in_both_forms():
 
 
 @pytest.mark.parametrize("is_dirac", [True, False])
-def test_half_precision_in_pytorch_is_within_its_tolerance(tmp_path, is_dirac):
+def test_half_precision_in_pytorch_is_within_its_tolerance(is_dirac):
     net = nets.seeded_net(10, 0.25)
-    answer = contenders.open_torch("cpu", "fp16", net, tmp_path, (1, 1, 1), is_dirac=is_dirac, is_compiled=False)
+    answer = nets.torch_answer(net.dirac if is_dirac else net.plain, dtype=torch.float16)
     images = net.image_sets["random"][:4]
     with torch.no_grad():
         expected = net.plain(torch.from_numpy(images)).numpy()
@@ -222,7 +226,7 @@ def test_the_sample_page_is_marked_and_comes_from_its_record(tmp_path, capsys):
     assert page == written, f"write it again: python bench/gpu_check.py --render {sample.relative_to(ROOT)} --out docs"
     assert page.startswith("# SAMPLE: no GPU was measured\n\n**Every figure on this page is invented**")
     titles = [row["title"] for row in json.loads(sample.read_text())["nets"][0]["rows"]]
-    assert titles == [contender.title for contender in contenders.contenders("cuda")]
+    assert titles == titles_of("cuda")
 
 
 def test_the_command_helps_from_any_folder_without_torch(tmp_path):

@@ -1,0 +1,156 @@
+"""The table of bench/gpu_check.py: every way to run a net, made callable as images → logits, compared and timed."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bench.nets import Net, torch_answer
+from bench.rounds import Failure, Timing, alternate, attempt, median_ms
+from common.files import write_whole
+from common.progress import progress
+from export.artefacts import Provider, open_artefact
+from export.compare import TOLERANCES, Answer, answer_all, compare
+from export.eight_bits.quantize import TRIED, Target, quantize
+from export.engines.engine import choose_builder
+from export.graphs.graph import to_onnx
+from export.parity import ParityRow
+from export.runtimes.load import load_runtime
+from export.runtimes.runtime import pad
+from export.to_trt import ToTrtConfig
+from export.to_trt import command as build_engine_file
+from fold.image_sets import random_images
+from fold.lower import lower
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bench.gpu_check import GpuCheckConfig
+
+LOWERING = "shared"  # of every plain net in the table
+Profile = tuple[int, int, int]  # smallest, best and largest batch of engines
+DIRAC_NET = "PyTorch, Dirac net"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a net, opened when it is raced."""
+
+    name: str
+    precision: str
+    open: Callable[[], Answer]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.precision}"
+
+
+def contenders(device: str, net: Net, folder: Path, profile: Profile) -> list[Contender]:
+    """The rows of a device, the one that others are measured against first; their files are written into `folder`."""
+    plain, half = lower(net.plain, LOWERING), "fp16" if device == "cuda" else "fp32"
+    in_torch = partial(torch_answer, device=device, dtype=DTYPES[half])
+    file = partial(graph_file, net, folder)
+
+    def in_onnxruntime(provider: Provider, precision: str) -> Callable[[], Answer]:
+        return lambda: open_artefact(file(precision, "onnxruntime"), provider=provider).answer
+
+    def in_graphs(number: int | None, precision: str) -> Callable[[], Answer]:
+        """As the server runs it with --runtime torch; refuses where the device is not there."""
+        return lambda: load_runtime(file(precision, "onnxruntime"), name="torch", device=number)
+
+    rows: list[tuple[str, str, Callable[[], Answer]]] = [
+        (DIRAC_NET, half, partial(in_torch, net.dirac)),
+        ("PyTorch", half, partial(in_torch, plain)),
+        ("torch.compile", half, partial(in_torch, plain, is_compiled=True)),
+    ]
+    if device == "cuda":
+        rows += [("--runtime torch", kind, in_graphs(0, kind)) for kind in ("fp32", "fp16")]
+        rows += [("ONNX Runtime CUDA", kind, in_onnxruntime("cuda", kind)) for kind in ("fp32", "fp16")]
+        rows.append(("ONNX Runtime TensorRT", "fp16", in_onnxruntime("tensorrt", "fp16")))
+        engine = partial(open_engine, file, profile)
+        rows += [("TensorRT", kind, partial(engine, kind)) for kind in ("fp32", "fp16", "int8")]
+    else:
+        rows.append(("--runtime torch", "fp32", in_graphs(None, "fp32")))
+        rows += [("ONNX Runtime CPU", kind, in_onnxruntime("cpu", kind)) for kind in ("fp32", "int8")]
+    return [Contender(*row) for row in rows]
+
+
+def open_engine(file: Callable[[str, Target], Path], profile: Profile, precision: str) -> Answer:
+    """Built and loaded as export/to_trt.py does it."""
+    choose_builder()  # refuses before eight bits are chosen, which takes longer than all else
+    onnx = file(precision, "tensorrt")
+    build_engine_file(ToTrtConfig(onnx, batch=profile))
+    return open_artefact(onnx.with_suffix(".engine")).answer
+
+
+def graph_file(net: Net, folder: Path, precision: str, target: Target) -> Path:
+    """The ONNX file of a net, written once; in eight bits the best candidate of export/eight_bits/quantize.py."""
+    path = folder / f"{net.name}-{precision}-{target}.onnx"
+    if path.exists():
+        return path
+    if precision == "int8":
+        observed, chosen_by = np.array_split(net.calibration, 2)
+        images = {"observed": observed, "chosen_by": chosen_by}
+        model = quantize(net.plain, net.spec, precision="int8", target=target, lowerings=TRIED, **images).model
+    else:
+        model = to_onnx(lower(net.plain, LOWERING), net.spec, {}, precision=precision)
+    return write_whole(path, model.SerializeToString())
+
+
+def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str, Any]:
+    """One net: open every contender, compare its logits, then time those that answer."""
+    sizes = sorted(config.batch_sizes)
+    profile = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+    rows, answers = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for contender in contenders(config.device, net, Path(folder), profile):
+            console.print(f"{net.name}: {contender.title}")
+            rows[contender.title] = row = {"title": contender.title, "failed": None, "timings": {}, "parity": ""}
+            answer = attempt(contender.open)
+            if isinstance(answer, Failure):
+                row["failed"] = row["parity"] = answer.reason
+                continue
+            answers[contender.title] = answer
+            parity = attempt(partial(_compare, net, contender, answer, profile[1]))
+            row["parity"] = parity.reason if isinstance(parity, Failure) else parity
+        with progress(console, f"{net.name}: timing", len(sizes) * config.rounds) as advance:
+            for size in sizes:
+                images = random_images(net.spec.image, size)
+                racers = {
+                    title: partial(median_ms, partial(answer, images), config.round_s)
+                    for title, answer in answers.items()
+                }
+                timings = alternate(racers, batch_size=size, num_rounds=config.rounds, advance=advance)
+                first = timings.get(next(iter(rows)))
+                for title, timing in timings.items():
+                    rows[title]["timings"][str(size)] = _with_speedup(timing, first)
+    return {"name": net.name, "weights": net.weights, "batch_sizes": sizes, "rows": list(rows.values())}
+
+
+def _with_speedup(timing: Timing | Failure, first: Timing | Failure | None) -> dict[str, Any] | str:
+    if isinstance(timing, Failure):
+        return timing.reason
+    return {**timing.to_dict(), "speedup": timing.speedup_over(first) if isinstance(first, Timing) else None}
+
+
+def _compare(net: Net, contender: Contender, answer: Answer, batch_size: int) -> dict[str, Any] | str:
+    """The worst comparison with the plain net; batches of one size, since every other one is compiled anew."""
+    if contender.name == DIRAC_NET and not net.is_same:
+        return "not compared: its weights are others"
+    rows = []
+    for kind, images in net.image_sets.items():
+        with torch.inference_mode():
+            expected = answer_all(lambda some: net.plain(torch.from_numpy(some)).numpy(), images)
+        pieces = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        logits = np.concatenate([answer(pad(piece, batch_size))[: len(piece)] for piece in pieces])
+        tolerance = TOLERANCES[contender.precision]
+        rows.append(ParityRow(kind, compare(("plain", expected), (contender.title, logits), tolerance=tolerance)))
+    # False before True before None, then the largest error: what most needs to be seen.
+    worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.relative))
+    return {**worst.to_dict(), "stated_tolerance": str(worst.comparison.tolerance)}
