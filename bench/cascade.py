@@ -66,28 +66,23 @@ def command(config: CascadeBenchConfig) -> None:
     shared = (session(path, shares_cores=True) for path in (forms.quick, forms.exact))
     cascade = Cascade(*shared, evidence=forms.evidence)
     cascade(images)
-    share = cascade.num_escalated / cascade.num_images
+    measured = {
+        "machine": {**describe_machine("onnxruntime-gpu", "onnxruntime"), "vnni": _has_vnni(), "load before": load},
+        "saturates": saturates(),
+        "forms": str(forms),
+        "threads": config.threads,
+        "num_images": len(images),
+        "num_rounds": num_rounds,
+        "share_escalated": cascade.num_escalated / cascade.num_images,
+        "evidence": forms.evidence.to_dict(),
+        "batches": {},
+    }
     racers = {"int8": session(forms.quick), "fp32": session(forms.exact), "cascade": cascade}
-    batches = {}
     for size in BATCHES:
         passes = {name: partial(_pass_ms, answer, images, size) for name, answer in racers.items()}
         times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
-        batches[str(size)] = {name: timing.to_dict() for name, timing in times.items()}
-    machine = describe_machine("onnxruntime-gpu", "onnxruntime")
-    publish(
-        config,
-        "cascade",
-        page,
-        machine={**machine, "vnni": _has_vnni(), "load before": load},
-        saturates=saturates(),
-        forms=str(forms),
-        threads=config.threads,
-        num_images=len(images),
-        num_rounds=num_rounds,
-        share_escalated=share,
-        evidence=forms.evidence.to_dict(),
-        batches=batches,
-    )
+        measured["batches"][str(size)] = {name: timing.to_dict() for name, timing in times.items()}
+    publish(config, "cascade", page, **measured)
 
 
 def _pass_ms(answer: "Answer", images: "np.ndarray", size: int) -> float:

@@ -53,28 +53,26 @@ def command(config: FoldingConfig) -> None:
     from fold import run as fold
 
     nets, rounds = (QUICK_NETS, 1) if config.quick else (NETS, config.rounds)
-    total, costs = len(nets) * (1 + 2 * rounds), defaultdict(list)
+    jobs, total = [], len(nets) * (1 + 2 * rounds)
     with tempfile.TemporaryDirectory() as folder, progress(make_console(), "nets", total) as advance:
-        checkpoints, parameters = {}, {}
-        for net in nets:
-            checkpoints[net] = Path(folder) / f"{net[0]}-{net[1]:g}" / "checkpoint.pt"
-            parameters[net] = in_fresh_process(make_checkpoint, *net, checkpoints[net])
+        for depth, width in nets:
+            name = f"{depth}-{width:g}"
+            checkpoint = Path(folder) / name / "checkpoint.pt"
+            parameters = in_fresh_process(make_checkpoint, depth, width, checkpoint)
+            export_config = to_onnx.ToOnnxConfig(checkpoint.with_name("plain.safetensors"))
+            for script, *work in (
+                ("fold/run.py", fold.command, fold.FoldConfig(checkpoint)),
+                ("export/to_onnx.py", to_onnx.command, export_config),
+            ):
+                row = {"command": script, "net": name, "depth": depth, "parameters": parameters, "runs": []}
+                jobs.append((row, MODULES[script], *work))
             advance(note="checkpoints")
         for index in range(rounds):
-            for net in nets[:: -1 if index % 2 else 1]:
-                config_of_export = to_onnx.ToOnnxConfig(checkpoints[net].with_name("plain.safetensors"))
-                for name, *work in (
-                    ("fold/run.py", fold.command, fold.FoldConfig(checkpoints[net])),
-                    ("export/to_onnx.py", to_onnx.command, config_of_export),
-                ):
-                    costs[name, net].append(asdict(cost_of(MODULES[name], *work)))
-                    advance(note=f"{name} {net[0]}-{net[1]:g}")
-    rows = [
-        {"command": name, "net": f"{net[0]}-{net[1]:g}", "depth": net[0], "parameters": parameters[net], "runs": runs}
-        for (name, net), runs in costs.items()
-    ]
+            for row, *job in jobs[:: -1 if index % 2 else 1]:
+                row["runs"].append(asdict(cost_of(*job)))
+                advance(note=f"{row['command']} {row['net']}")
     machine = describe_machine("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
-    publish(config, "folding", page, machine=machine, rounds=rounds, rows=rows)
+    publish(config, "folding", page, machine=machine, rounds=rounds, rows=[row for row, *_ in jobs])
 
 
 def page(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""python bench/reparameterized.py: timm's nets folded by algebra, beside timm's own reparameterization."""
+"""python bench/reparameterized.py: timm models folded by algebra, compared with timm's own reparameterization."""
 
 import sys
 import time
@@ -33,7 +33,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class ReparameterizedConfig:
-    nets: Annotated[tuple[str, ...], f"names of timm's (default: {' '.join(NETS)})"] = ()
+    nets: Annotated[tuple[str, ...], f"names of timm models (default: {' '.join(NETS)})"] = ()
     image_size: Annotated[int, "height and width of the images"] = 224
     rounds: Annotated[int, "rounds in which the forms of a net take turns"] = 9
     round_s: Annotated[float, "seconds of one form in one round"] = 0.2

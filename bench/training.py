@@ -46,34 +46,22 @@ class TrainingConfig:
 
 def command(config: TrainingConfig) -> None:
     """Time training steps of Dirac and ordinary nets, their memory, nets of 10 to 400 layers, and two processes."""
-    from bench import forms
+    from bench import training_steps
     from train.machine import keep_large_buffers
 
     runs = [_read_run(path) for path in config.runs]
     rounds, round_s, num_starts, num_steps = (2, 0.2, 1, 5) if config.quick else (config.rounds, config.round_s, 3, 30)
     nets, depths, names = (NETS[:1], DEPTHS[:3], FORMS[:2]) if config.quick else (NETS, DEPTHS, FORMS)
     total = len(PRECISIONS) * len(names) + 2 * num_starts + (len(nets) + 1) * rounds
+    measured = {"machine": describe_machine("torch"), "batch_size": BATCH_SIZE, "rounds": rounds, "runs": runs}
     with progress(make_console(), "measurements", total) as advance:
         # First what has processes of its own, before this one holds buffers.
-        memory = forms.measure_memory(NETS[0], names, advance)
-        processes = forms.time_processes(num_starts, num_steps, advance)
+        measured["memory"] = training_steps.measure_memory(NETS[0], names, advance)
+        measured["processes"] = training_steps.time_processes(num_starts, num_steps, advance)
         keep_large_buffers()
-        steps = [forms.time_net(net, rounds, round_s, advance) for net in nets]
-        by_depth = forms.time_depths(depths, rounds, advance)
-    publish(
-        config,
-        "training",
-        page,
-        positional="runs",
-        machine=describe_machine("torch"),
-        batch_size=BATCH_SIZE,
-        rounds=rounds,
-        steps=steps,
-        memory=memory,
-        depths=by_depth,
-        processes=processes,
-        runs=runs,
-    )
+        measured["steps"] = [training_steps.time_net(net, rounds, round_s, advance) for net in nets]
+        measured["depths"] = training_steps.time_depths(depths, rounds, advance)
+    publish(config, "training", page, positional="runs", **measured)
 
 
 def _read_run(path: Path) -> dict[str, Any]:
@@ -85,17 +73,11 @@ def _read_run(path: Path) -> dict[str, Any]:
     if state.config["dataset"] != "fashion-mnist" or state.test_accuracy is None:
         raise Refusal(f"{path} is not a finished run on fashion-mnist; leave it out")
     kept = ("epoch", "train_accuracy", "validation_accuracy", "images_per_s")
-    elapsed = accumulate(row["seconds"] for row in state.history)
-    return {
-        "name": state.spec.name,
-        "command": state.config["command"],
-        "parameters": count_parameters(load_net(state)),
-        "test_accuracy": state.test_accuracy,
-        "epochs": [
-            {**{key: row[key] for key in kept}, "elapsed_s": seconds}
-            for row, seconds in zip(state.history, elapsed, strict=True)
-        ],
-    }
+    epochs = [{key: row[key] for key in kept} for row in state.history]
+    for epoch, seconds in zip(epochs, accumulate(row["seconds"] for row in state.history), strict=True):
+        epoch["elapsed_s"] = seconds
+    about = {"name": state.spec.name, "command": state.config["command"], "test_accuracy": state.test_accuracy}
+    return {**about, "parameters": count_parameters(load_net(state)), "epochs": epochs}
 
 
 def page(record: Record) -> str:
@@ -117,13 +99,9 @@ def _run(run: Record) -> dict[str, Any]:
     epochs, goals = run["epochs"], []
     for goal in GOALS:
         reached = (row for row in epochs if (row["validation_accuracy"] or 0) >= goal)
-        first = next(reached, None)
-        time = (
-            {"epoch": first["epoch"], "time": f"{first['elapsed_s']:,.0f} s"}
-            if first
-            else {"epoch": "never", "time": ""}
-        )
-        goals.append({"goal": goal, **time})
+        first = next(reached, {"epoch": "never", "elapsed_s": None})
+        time = "" if first["elapsed_s"] is None else f"{first['elapsed_s']:,.0f} s"
+        goals.append({"goal": goal, "epoch": first["epoch"], "time": time})
     speed = [row["images_per_s"] for row in epochs]
     return {**run, "goals": goals, "num_epochs": len(epochs), "seconds": epochs[-1]["elapsed_s"], "speed": speed}
 

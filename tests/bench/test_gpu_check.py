@@ -62,14 +62,14 @@ def test_the_cpu_table_comes_from_the_same_code(plain, tmp_path):
     assert verdicts.pop("ONNX Runtime CPU, int8")["within_tolerance"] is None
     assert all(parity["within_tolerance"] for parity in verdicts.values())
     (page,) = out.glob("cpu-*.md")
-    assert page.read_text() == gpu_check.markdown(record)
+    assert page.read_text() == gpu_check.page(record)
     assert "| torch.compile, fp32 | " in page.read_text()
 
 
 def test_no_net_is_begun_after_the_budget(plain, tmp_path, monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(contenders, "measure", lambda net, config, console: measured.append(net.name) or {"rows": []})
-    monkeypatch.setattr(gpu_check, "markdown", lambda record: "")
+    monkeypatch.setattr(gpu_check, "page", lambda record: "")
     assert run(plain, plain, "--device", "cpu", "--budget-s", 1e-9, "--out", tmp_path) == 1  # nothing was compared
     assert len(measured) == 1
     assert "is not measured: the 1e-09 s of --budget-s have passed" in capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_wrong_arguments_are_refused(argv, capsys):
 def test_every_runtime_that_a_machine_lacks_is_a_row_with_its_reason(plain, tmp_path, capsys, monkeypatch):
     """Everything up to the GPU itself: graphs are written and engines built, then each row fails in its own way."""
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # restored afterwards
-    monkeypatch.setattr(gpu_check, "_machine", lambda device: {"device": "Imaginary GPU"})
+    monkeypatch.setattr(gpu_check, "machine_of", lambda device: {"device": "Imaginary GPU"})
     monkeypatch.setattr(gpu_check, "_run_tests", lambda console: {"passed": True, "summary": "none"})
     out = tmp_path / "out"
     assert run(plain, "--batch-sizes", 1, 2, *QUICK, "--out", out) == 1
@@ -189,17 +189,10 @@ def test_the_machine_is_described_with_its_gpu_and_driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Imaginary GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    done = subprocess.CompletedProcess([], 0, stdout="600.10\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    machine = gpu_check._machine("cuda")
+    monkeypatch.setattr(subprocess, "getoutput", lambda command: "600.10\n600.10")
+    machine = gpu_check.machine_of("cuda")
     assert (machine["device"], machine["compute_capability"], machine["driver"]) == ("Imaginary GPU", "9.0", "600.10")
     assert machine["torch"] == torch.__version__.partition("+")[0]
-
-    def missing(*_, **__):
-        raise FileNotFoundError("nvidia-smi")
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    assert gpu_check._driver_version() == "unknown (nvidia-smi)"
 
 
 @pytest.mark.parametrize(("status", "summary"), [(0, "12 passed in 3s"), (1, "1 failed, 11 passed in 3s")])

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from bench.forms import Workload, make_trainer, make_step, make_weights
 from bench.nets import ReferenceDiracConv2d
+from bench.training_steps import digits_spec, make_net, make_step, make_weights
 from train.layers import DiracConv2d
 
-SMALL = Workload(10, 0.25, 8, 4)
+SMALL = digits_spec(10, 0.25, side=8)
 
 
 def dirac_layers(net):
@@ -26,10 +26,11 @@ def test_the_references_weight_and_gradients_are_ours(channels):
 
 
 def test_the_optimizer_trains_the_references_own_parameters():
-    session = make_trainer("Dirac, reference", SMALL)
-    assert {type(layer) for layer in dirac_layers(session.net)} == {ReferenceDiracConv2d}
-    held = {id(parameter) for group in session.optimizer.param_groups for parameter in group["params"]}
-    assert held == {id(parameter) for parameter in session.net.parameters()}
+    net = make_net("Dirac, reference", SMALL)
+    assert {type(layer) for layer in dirac_layers(net)} == {ReferenceDiracConv2d}
+    before = [parameter.clone() for parameter in net.parameters()]
+    make_step(net, SMALL.image, 4)()
+    assert not any(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
 
 
 @pytest.mark.slow
@@ -37,10 +38,10 @@ def test_the_forms_start_alike_and_learn_alike():
     """All forms of the Dirac net compute the same; the ordinary net is another one."""
     sums = {}
     for form in ("Dirac", "Dirac, reference", "ordinary"):
-        step = make_step(form, SMALL)
+        step = make_step(make_net(form, SMALL), SMALL.image, 4)
         sums[form] = torch.stack([step() for _ in range(3)])[:, 0]
     torch.testing.assert_close(sums["Dirac, reference"], sums["Dirac"], rtol=1e-5, atol=0)
-    assert not dirac_layers(make_trainer("ordinary", SMALL).net)
+    assert not dirac_layers(make_net("ordinary", SMALL))
     assert torch.isfinite(sums["ordinary"]).all()
 
 
