@@ -5,8 +5,8 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
-import urllib.request
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from bench.lab.bars import bars_of, report_missed
 from bench.lab.record import render
-from bench.lab.server import start
+from bench.lab.server import Server, start
 from bench.lab.wrk import put_load, refuse_without_tools
 from bench.page import describe_machine, table, typed_command, write_page
 from bench.rounds import turns
@@ -124,14 +124,15 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
     options = ("--front-ends", num, "--max-batch", MAX_BATCH, "--decode-threads", 0, "--log-level", "warning")
     with start(config.model, *options, script="bench/servers/simulated.py", env=env) as server:
         processes = server.workers() or [server.pid]
-        for core, process in enumerate(processes):
-            _pin(process, core % 2 if num > 1 else 0)
+        for index, process in enumerate(processes):
+            pin = ["taskset", "--all-tasks", "--cpu-list", "--pid", str(index % 2 if num > 1 else 0), str(process)]
+            subprocess.run(pin, check=True, stdout=subprocess.DEVNULL)
         load = partial(put_load, server.url, "/predict", "image/png", [config.image])
         load = partial(load, num_connections=num * config.connections)
         load(seconds=1)
-        before = [*map(_cpu_s, processes), *_batches(server.url)]
+        before = [*map(_cpu_s, processes), *_batches(server)]
         result = load(seconds=config.seconds)
-        after = [*map(_cpu_s, processes), *_batches(server.url)]
+        after = [*map(_cpu_s, processes), *_batches(server)]
     if result.failures:
         raise Refusal(f"{num} front ends fail {result.failures} requests")
     *took, count, images = (then - first for first, then in zip(before, after, strict=True))
@@ -146,22 +147,15 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
     }
 
 
-def _pin(process: int, core: int) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    for thread in Path(f"/proc/{process}/task").iterdir():
-        os.sched_setaffinity(int(thread.name), {cores[core % len(cores)]})
-
-
 def _cpu_s(process: int) -> float:
     """Of all its threads that are there, of Linux."""
     threads = Path(f"/proc/{process}/task").glob("*/schedstat")
     return sum(int(thread.read_text().split()[0]) for thread in threads) * 1e-9
 
 
-def _batches(url: str) -> tuple[float, float]:
+def _batches(server: Server) -> tuple[float, float]:
     """How many there were, and of how many images together."""
-    with urllib.request.urlopen(f"{url}/metrics") as answer:
-        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    lines = dict(line.rsplit(" ", 1) for line in server.client.get("/metrics").text.splitlines() if line[0] != "#")
     return float(lines["diracnet_batch_images_count"]), float(lines["diracnet_batch_images_sum"])
 
 
@@ -207,22 +201,18 @@ async def _kills(config: FrontEndsConfig) -> dict[str, Any]:
     from bench.servers.faults import retried
 
     killed: list[str] = []
-    seconds = 0
     with start(config.model, "--front-ends", 2, "--model-threads", 1, "--log-level", "warning") as server:
         async with retried(server, read_whole(config.image), LOST, 503) as (load, retries):
-            names = dict(zip(server.workers(), ("front end", "front end", "device process"), strict=True))
-            while config.kill_seconds - seconds > config.kill_every:
+            processes = server.workers()  # two front ends and the device process
+            for number in range((config.kill_seconds - 1) // config.kill_every):
                 await asyncio.sleep(config.kill_every)
-                seconds += config.kill_every
-                what = ("device process", "front end")[len(killed) % 2]
-                victim = next(process for process, name in names.items() if name == what)
-                del names[victim]
-                os.kill(victim, signal.SIGKILL)
+                index, what = (0, "front end") if number % 2 else (2, "device process")
+                os.kill(processes[index], signal.SIGKILL)
                 killed.append(what)
-                while not (new := set(server.workers()) - names.keys() - {victim}):
+                while not (new := set(server.workers()) - set(processes)):
                     await asyncio.sleep(0.01)
-                names[new.pop()] = what
-            await asyncio.sleep(config.kill_seconds - seconds)
+                processes[index] = new.pop()
+            await asyncio.sleep(config.kill_seconds - len(killed) * config.kill_every)
     statuses, succeeded = load.statuses(), sum(task.result() for task in retries)
     return {
         "seconds": config.kill_seconds,

@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +63,6 @@ class Load:
         self._opening: list[asyncio.Task[None]] = []
         self.start = 0.0  # the loop's time when all connections were open
         self.num_sent = 0
-        self.num_refused = 0  # connections that the server did not take
         self.replies: list[Reply] = []  # without their heads and bodies
 
     async def saturate(self, seconds: float) -> None:
@@ -77,6 +76,18 @@ class Load:
         """
         self._rate = rate
         return int(rate * await self._run(seconds))
+
+    @asynccontextmanager
+    async def saturating(self) -> AsyncIterator[None]:
+        """`saturate` from the first reply until the context ends."""
+        task = asyncio.create_task(self.saturate(3600))
+        try:
+            while not self.replies:
+                await asyncio.sleep(TICK_S)
+            yield
+        finally:
+            self.stop()
+            await task
 
     def stop(self) -> None:
         """Send nothing more; the load ends when every request under way has its reply."""
@@ -115,10 +126,8 @@ class Load:
         return passed
 
     async def _connect(self) -> None:
-        try:
+        with suppress(OSError):  # the server has ended
             await self._loop.create_connection(lambda: _Connection(self), HOST, self._port)
-        except OSError:
-            self.num_refused += 1
 
     def _send_due(self) -> None:
         while self._idle and self.num_sent < self._num_due:
@@ -183,23 +192,3 @@ class _Connection(asyncio.Protocol):
         if self._asked:
             asked, self._asked = self._asked, None
             self._load.take(*asked, status, head, body)
-
-
-@asynccontextmanager
-async def saturated(
-    port: int,
-    make_request: MakeRequest,
-    take: Callable[[Reply], object] = lambda reply: None,
-    *,
-    num_connections: int,
-) -> AsyncIterator[Load]:
-    """A load that asks without a pause, from its first reply to its last one."""
-    load = Load(port, make_request, take, num_connections=num_connections)
-    task = asyncio.create_task(load.saturate(3600))
-    try:
-        while not load.replies:
-            await asyncio.sleep(TICK_S)
-        yield load
-    finally:
-        load.stop()
-        await task

@@ -1,6 +1,5 @@
 """A server as a process of its own, this project's or another: started, awaited, watched under load and ended."""
 
-import http.client
 import os
 import signal
 import socket
@@ -8,12 +7,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Self
+
+import httpx
 
 from bench.lab.process import family_bytes, memory_bytes
 from common.refusal import Refusal
@@ -42,7 +41,8 @@ class Server:
     """A started process. `with server` waits until it is ready; at the end, it and its children are stopped.
 
     It is ready when `ready_path` is answered with 200, or, without one, when it accepts connections. Its output goes to
-    the file `log`, by default a temporary one. `popen` are more arguments of `subprocess.Popen`.
+    the file `log`, by default a temporary one. `client` opens a connection for each request. `popen` are more arguments
+    of `subprocess.Popen`.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Server:
         pin = [] if core is None else ["taskset", "-c", str(core)]
         popen = {"stdout": self._log, "stderr": self._log, "start_new_session": True, **popen}
         self._process = subprocess.Popen([*pin, *command], **popen)
+        self.client = httpx.Client(base_url=self.url, headers={"Connection": "close"}, timeout=START_S, trust_env=False)
 
     def __enter__(self) -> Self:
         try:
@@ -71,7 +72,7 @@ class Server:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._log, self._process:  # which closes its pipe
+        with closing(self.client), self._log, self._process:  # which closes its pipe
             with suppress(subprocess.TimeoutExpired):
                 self.stop()
             with suppress(ProcessLookupError):
@@ -80,9 +81,9 @@ class Server:
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + START_S
         while self._process.poll() is None and time.monotonic() < until:
-            with suppress(OSError):  # nothing listens yet, or the status is an error
+            with suppress(OSError, httpx.HTTPError):  # nothing listens yet, or it is not ready
                 if self._ready_path:
-                    urllib.request.urlopen(self.url + self._ready_path, timeout=START_S).close()
+                    self.client.get(self._ready_path).raise_for_status()
                 else:
                     socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
                 return
@@ -121,13 +122,9 @@ class Server:
 
     def predict(self, image: bytes) -> int:
         """The status of one POST /predict; 0 if the connection was lost."""
-        request = urllib.request.Request(f"{self.url}/predict", image, {"Content-Type": "image/png"})
         try:
-            with urllib.request.urlopen(request, timeout=STOP_S) as answer:
-                return answer.status
-        except urllib.error.HTTPError as error:
-            return error.code
-        except (OSError, http.client.HTTPException):
+            return self.client.post("/predict", content=image, headers={"Content-Type": "image/png"}).status_code
+        except httpx.HTTPError:
             return 0
 
     def stop(self) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench.lab.load import HOST, Load, get_request, predict_request, saturated
+from bench.lab.load import HOST, Load, get_request, predict_request
 from bench.lab.server import Server, start
 from bench.servers.faults import Subject, sampled
 
@@ -85,10 +85,8 @@ async def attack(model: Path) -> dict[str, Any]:
 async def _flood(server: Server, head: bytes, piece: bytes) -> dict[str, float]:
     """Send `piece` without a pause, beside a client that asks for /healthz without a pause."""
     block = piece * (65536 // len(piece))
-    async with (
-        saturated(server.port, get_request("/healthz"), num_connections=1) as healthy,
-        sampled(server.rss_bytes, every_s=0.001) as memory,
-    ):
+    healthy = Load(server.port, get_request("/healthz"), num_connections=1)
+    async with healthy.saturating(), sampled(server.rss_bytes, every_s=0.001) as memory:
         num_bytes, seconds = await asyncio.to_thread(_send_on, server.port, head, block, limit_s=FLOOD_S)
     return {
         "sent_mb": num_bytes / 1e6,
@@ -236,11 +234,11 @@ async def _besiege(subject: Subject, model_name: str, attack: Attack) -> dict[st
 
 async def _send_all(port: int, path: str, attack: Attack, bodies: Sequence[bytes]) -> Counter[str]:
     """How many bodies got each answer; in threads, so that the healthy client's loop goes on."""
+    send = partial(asyncio.to_thread, _send, port, path, attack)
     if not attack.hang_up:
-        sent = [asyncio.to_thread(_send, port, path, attack, body) for body in bodies]
-        return Counter(await asyncio.gather(*sent))
+        return Counter(await asyncio.gather(*map(send, bodies)))
     for body in bodies:
-        await asyncio.to_thread(_send, port, path, attack, body)
+        await send(body)
     await asyncio.sleep(AFTERWARDS_S)
     return Counter({"hung up": len(bodies)})
 

@@ -6,17 +6,16 @@ import os
 import signal
 import sys
 import time
-import urllib.request
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 
-from bench.lab.load import LOST, Load, Reply, predict_request, saturated
+from bench.lab.load import LOST, Load, Reply, predict_request
 from bench.lab.server import Server, start
 from common.files import sha256, write_whole
 from common.refusal import Refusal
@@ -98,17 +97,16 @@ async def _maxima(port: int, image: bytes, seconds: float) -> dict[str, float]:
 async def drain(subject: Subject) -> dict[str, Any]:
     """SIGTERM under load. The log says which requests the server began: each of them must have its reply."""
     with start(subject.model) as server:
-        async with saturated(server.port, predict_request(subject.image), num_connections=32) as load:
+        load = Load(server.port, predict_request(subject.image), num_connections=32)
+        async with load.saturating():
             await asyncio.sleep(1)
             leave_s = await asyncio.to_thread(server.stop)
         begun = {int(line.split("load-")[1].split('"')[0]) for line in server.log() if '"id":"load-' in line}
     lost = len(begun - {reply.number for reply in load.replies if reply.status != LOST})
     return {
-        "sent": load.num_sent,
         "begun": len(begun),
         "answers": load.statuses(),
         "begun_and_lost": lost,
-        "connections_refused": load.num_refused,
         "leave_s": leave_s,
         "exit_status": server.exit_status,
         "bars": {"every request that was begun is answered": not lost, "exit status 0": server.exit_status == 0},
@@ -135,7 +133,8 @@ async def reload(subject: Subject, folder: Path, *, times: int) -> dict[str, Any
         await asyncio.to_thread(server.reload, message)
 
     with start(path, "--log-level", "warning") as server:
-        async with saturated(server.port, predict_request(subject.image), take, num_connections=16) as load:
+        load = Load(server.port, predict_request(subject.image), take, num_connections=16)
+        async with load.saturating():
             begin = time.monotonic()
             for turn in range(times):
                 await replace(server, contents[(turn + 1) % 2], "now serving")
@@ -149,7 +148,6 @@ async def reload(subject: Subject, folder: Path, *, times: int) -> dict[str, Any
         "reloads": times,
         "seconds_each": seconds / times,
         "statuses": statuses,
-        "digests": sorted(digests),
         "answers_that_do_not_fit": wrong,
         "bars": {
             "no request lost": statuses.keys() == {"200"},
@@ -174,10 +172,10 @@ async def kill(subject: Subject) -> dict[str, Any]:
             await asyncio.sleep(1)
             known: set[str] = set()
             while len(known) < 2:
-                known.add(await asyncio.to_thread(_find_worker, server.url))
+                known.add(await asyncio.to_thread(_find_worker, server))
             os.kill(server.workers()[0], signal.SIGKILL)
             begin = time.monotonic()
-            while await asyncio.to_thread(_find_worker, server.url) in known:
+            while await asyncio.to_thread(_find_worker, server) in known:
                 await asyncio.sleep(0.005)
             recovery_s = time.monotonic() - begin
             await asyncio.sleep(1)
@@ -194,14 +192,11 @@ async def kill(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _find_worker(url: str) -> str:
+def _find_worker(server: Server) -> str:
     """The process that takes a new connection, by the first half of the ids that it gives requests."""
     while True:
-        try:
-            with urllib.request.urlopen(f"{url}/healthz") as answer:
-                return answer.headers["x-request-id"].partition("-")[0]
-        except (OSError, HTTPException):  # the killed worker had taken it
-            continue
+        with suppress(httpx.HTTPError):  # the killed worker had taken it
+            return server.client.get("/healthz").headers["x-request-id"].partition("-")[0]
 
 
 @asynccontextmanager
@@ -216,7 +211,8 @@ async def retried(server: Server, image: bytes, *statuses: int) -> AsyncIterator
         if reply.status in statuses:
             retries.append(asyncio.create_task(_ask_again(server.url, image)))
 
-    async with saturated(server.port, predict_request(image), take, num_connections=16) as load:
+    load = Load(server.port, predict_request(image), take, num_connections=16)
+    async with load.saturating():
         yield load, retries
     await asyncio.gather(*retries)
 
