@@ -14,10 +14,8 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.bars import bars_table, report_missed
-from bench.lab.record import render
+from bench.lab.page import bars_table, describe_machine, render, report_missed, write_page
 from bench.lab.server import start
-from bench.page import describe_machine, write_page
 from common.cli import POSITIONAL, run_command
 from common.files import read_whole
 

@@ -15,12 +15,10 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.bars import bars_of, report_missed
-from bench.lab.record import render
+from bench.lab.page import bars_of, describe_machine, render, report_missed, table, typed_command, write_page
+from bench.lab.rounds import turns
 from bench.lab.server import Server, start
 from bench.lab.wrk import put_load, refuse_without_tools
-from bench.page import describe_machine, table, typed_command, write_page
-from bench.rounds import turns
 from common.cli import POSITIONAL, run_command
 from common.files import read_whole
 from common.refusal import Refusal

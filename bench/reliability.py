@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.bars import bars_table, report_missed
-from bench.lab.record import render
+from bench.lab.page import bars_table, describe_machine, render, report_missed, typed_command
 from common.cli import POSITIONAL, run_command
 from common.refusal import Refusal
 
@@ -81,7 +80,6 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
 
     import uvloop
 
-    from bench.page import describe_machine, typed_command
     from bench.servers import attacks, faults
     from common.progress import make_console, progress
 

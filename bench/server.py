@@ -56,8 +56,8 @@ def command(config: ServerConfig) -> int:
     Answers are compared with the model's own first. A server that cannot be installed or started, answers wrongly
     or fails a request is a row with its reason. Exit status 1 if ours fails.
     """
+    from bench.lab.page import describe_machine, write_page
     from bench.lab.wrk import refuse_without_tools
-    from bench.page import describe_machine, write_page
     from bench.servers.contestants import CONTESTANTS
     from bench.servers.page import draw_latencies, markdown
     from bench.servers.race import CONNECTIONS, write_net

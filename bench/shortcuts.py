@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.page import Record, describe_machine, publish, render
 from common.cli import run_command
 
 if TYPE_CHECKING:
-    from bench.lab.record import Record
     from bench.lab.server import Server
 
 EXAMPLES = (
@@ -37,10 +37,8 @@ class ShortcutsConfig:
 
 def command(config: ShortcutsConfig) -> None:
     """Race the server with all shortcuts against the server without each one of them."""
-    from bench.lab.record import publish
+    from bench.lab.rounds import turns
     from bench.lab.wrk import refuse_without_tools
-    from bench.page import describe_machine
-    from bench.rounds import turns
     from common.progress import make_console, progress
 
     refuse_without_tools()
@@ -79,10 +77,8 @@ def _measure(name: str, seconds: int, results: Rounds) -> None:
             results[name][str(num)].append(asdict(load(seconds=seconds)))
 
 
-def page(record: "Record") -> str:
+def page(record: Record) -> str:
     """The page of one record: requests/s and p99 without a shortcut, as shares of those with all in the same round."""
-    from bench.lab.record import render
-
     rows = [
         {
             "name": name,

@@ -15,11 +15,10 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.page import describe_machine, publish, render
 from bench.lab.process import in_fresh_process
-from bench.lab.record import publish, render
+from bench.lab.rounds import turns
 from bench.lab.server import start
-from bench.page import describe_machine
-from bench.rounds import turns
 from common.cli import POSITIONAL, run_command
 from common.refusal import Refusal
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.lab.process import cost_of
+from bench.lab.rounds import Timing, alternate_all, median_ms
 from bench.nets import reference_convolution
-from bench.rounds import Timing, alternate_all, median_ms
 from bench.training import BATCH_SIZE, FORMS, PRECISIONS
 from common.cores import num_cores
 from common.spec import ImageSpec, Spec

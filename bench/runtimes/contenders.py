@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from bench.lab.rounds import Failure, Timing, alternate, attempt, median_ms
 from bench.nets import Net, torch_answer
-from bench.rounds import Failure, Timing, alternate, attempt, median_ms
 from common.files import write_whole
 from common.progress import progress
 from export.artefacts import Provider, open_artefact

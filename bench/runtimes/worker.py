@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.rounds import Failure, attempt
+from bench.lab.rounds import Failure, attempt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +88,7 @@ def median_call_ms(answer: "Answer", image: "ImageSpec", batch_size: int, second
     """A task: the median milliseconds of a call, over `seconds` and one call at least, after a pause."""
     from time import sleep
 
-    from bench.rounds import median_ms
+    from bench.lab.rounds import median_ms
     from fold.image_sets import random_images
 
     sleep(SETTLE_S)

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from bench.lab.process import in_fresh_process
-from bench.rounds import median_ms
+from bench.lab.rounds import median_ms
 from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
 from serve.request.access import EVERYBODY

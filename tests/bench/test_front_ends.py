@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from bench import front_ends
-from bench.page import describe_machine
+from bench.lab.page import describe_machine
 from common.cli import run_command
 from export.graphs.graph import to_onnx
 from fold.plain import fold_net

@@ -1,7 +1,7 @@
 import json
 import re
 
-from bench.page import describe_machine, spread, table, write_page
+from bench.lab.page import describe_machine, spread, table, write_page
 
 
 def test_a_pipe_does_not_end_a_cell():

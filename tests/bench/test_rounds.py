@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from bench.rounds import MIN_CALLS, Failure, Timing, alternate, alternate_all, attempt, median_ms
+from bench.lab.rounds import MIN_CALLS, Failure, Timing, alternate, alternate_all, attempt, median_ms
 from common.refusal import Refusal
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.rounds import Failure, alternate
+from bench.lab.rounds import Failure, alternate
 from bench.runtimes.worker import THREAD_VARIABLES, Worker, WorkerFailed, logits_of, median_call_ms, peak_bytes
 from common.spec import ImageSpec
 from fold.image_sets import random_images
