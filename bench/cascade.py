@@ -48,14 +48,14 @@ class CascadeBenchConfig:
 
 
 def command(config: CascadeBenchConfig) -> None:
-    """Time passes over real test images: how many of them go on to fp32 decides what a cascade costs."""
+    """Time passes over real test images, because the share that goes on to fp32 decides the cost of a cascade."""
     from export.artefacts import open_artefact
     from export.evaluation.judged import find_judged
     from export.runtimes.cascade import Cascade, read_forms
     from export.runtimes.onnx_session import OnnxSession
     from export.runtimes.saturation import saturates
 
-    load = f"{os.getloadavg()[0]:.1f}"  # of the last minute: 0 on a machine that is idle
+    load = f"{os.getloadavg()[0]:.1f}"  # of the last minute: 0 on an idle machine
     forms = read_forms((config.exact, config.quick_form))
     num_rounds, num = (2, 256) if config.quick else (config.rounds, config.images)
     images = find_judged(open_artefact(forms.quick), data_dir=config.data_dir).part.first(num)
@@ -99,7 +99,7 @@ def _has_vnni() -> str:
 
 
 def page(record: Record) -> str:
-    """The page of one record. The cascade of a batch is expected to take int8's time and, for its share, fp32's."""
+    """The page of one record. A cascade is expected to take the time of int8 plus, for its share, that of fp32."""
     alone_ms, rows = record["batches"]["1"]["fp32"]["median_ms"], []
     for size, times in record["batches"].items():
         int8, fp32, cascade = timings = [Timing.from_dict(times[name]) for name in ("int8", "fp32", "cascade")]

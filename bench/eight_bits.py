@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from train.config import Settings
 
-# Where training starts: the paper's a and b with the deviation of W of the authors' code, and our recipe's.
+# Initial values: the paper's a and b with the standard deviation of W in the authors' code, and our recipe's.
 STARTS: dict[str, dict[str, Any]] = {
     "a = 5": {"a0": 5.0, "b0": 1e-3, "w_std": 0.1},
     "a = 1": {"a0": 1.0, "b0": 0.1, "w_std": 0.03},

@@ -33,7 +33,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class FoldingConfig:
-    rounds: Annotated[int, "how often every net is folded and exported"] = 2
+    rounds: Annotated[int, "how often each net is folded and exported"] = 2
     quick: Annotated[bool, "small nets, once: under a minute"] = False
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs/benchmarks")
 
@@ -43,7 +43,7 @@ class FoldingConfig:
 
 
 def command(config: FoldingConfig) -> None:
-    """Fold and export nets of 1 to 59 million parameters and one of 400 layers, each in a process of its own."""
+    """Fold and export nets of 1 to 59 million parameters and one of 400 layers, each in its own process."""
     import tempfile
 
     from bench.lab.process import cost_of, in_fresh_process
@@ -60,7 +60,7 @@ def command(config: FoldingConfig) -> None:
             parameters = in_fresh_process(make_checkpoint, depth, width, checkpoint)
             export_config = to_onnx.ToOnnxConfig(checkpoint.with_name("plain.safetensors"))
             for script, *work in (
-                ("fold/run.py", fold.command, fold.FoldConfig(checkpoint)),
+                ("fold/run.py", fold.command, fold.FoldConfig(str(checkpoint))),
                 ("export/to_onnx.py", to_onnx.command, export_config),
             ):
                 row = {"command": script, "net": name, "depth": depth, "parameters": parameters, "runs": []}
@@ -84,7 +84,7 @@ def page(record: Record) -> str:
 
 
 def _with_figures(row: Record) -> dict[str, Any]:
-    """A row with its seconds, and the most memory of its runs: of all, of the imports, and of the command itself."""
+    """A row with its seconds and its peak memory over all runs: in total, after the imports, and the difference."""
     seconds, parameters = [run["seconds"] for run in row["runs"]], row["parameters"]
     peak, imported = (max(run[key] for run in row["runs"]) for key in ("peak_bytes", "imported_bytes"))
     figures = {"seconds": seconds, "peak": peak, "imported": imported, "own": peak - imported}
@@ -93,7 +93,7 @@ def _with_figures(row: Record) -> dict[str, Any]:
 
 
 def _growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How time and memory grow among the nets of equal depth: by parameter, and by which power of it at the end."""
+    """Growth of time and memory among nets of equal depth: per parameter, and as a power of it between the last two."""
     equals = [row for row in rows if row["depth"] == rows[0]["depth"]]
     first, before, last = equals[0], *equals[-2:]
     growth = {"depth": first["depth"], "before": before["net"], "last": last["net"]}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "models" / "fashion-mnist.safetensors"
+QUERY = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
 EXAMPLES = (
     "python bench/gpu_check.py                               # writes docs/gpu-NAME.md and .json",
     "python bench/gpu_check.py runs/NAME/plain.safetensors --batch-sizes 1 32",
@@ -33,18 +34,18 @@ class GpuCheckConfig:
         "plain nets of fold/run.py (default: DiracNet-16-1 and 34-2 of random weights, and the net in models/)",
         POSITIONAL,
     ] = ()
-    device: Annotated[Literal["cuda", "cpu"], "cpu: the same table for the runtimes of the CPU"] = "cuda"
+    device: Annotated[Literal["cuda", "cpu"], "cpu: the same table for CPU runtimes"] = "cuda"
     batch_sizes: Annotated[tuple[int, ...], "images per call"] = (1, 8, 64, 256)
     rounds: Annotated[int, "rounds in which the rows alternate"] = 7
     round_s: Annotated[float, "seconds of one row in one round"] = 0.2
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs")
-    offline: Annotated[bool, "train, fold, export, compare, time and serve with what is installed, step by step"] = (
-        False
-    )
-    budget_s: Annotated[float, "no net is begun, with --offline no step, after so many seconds"] = 480.0
+    offline: Annotated[
+        bool, "train, fold, export, compare, time and serve step by step, with the installed packages"
+    ] = False
+    budget_s: Annotated[float, "start no net (with --offline: no step) after this many seconds"] = 480.0
     data_dir: Annotated[Path | None, "--offline: folder of Fashion-MNIST (default: digits)"] = None
     needs: Annotated[bool, "list the packages that --offline needs, with the sizes of their wheels"] = False
-    render: Annotated[Path | None, "measure nothing: write the page of this JSON record"] = None
+    render: Annotated[Path | None, "only write the page of this JSON record"] = None
 
     def __post_init__(self) -> None:
         if min(self.batch_sizes, default=0) < 1 or min(self.rounds, self.round_s, self.budget_s) <= 0:
@@ -54,8 +55,8 @@ class GpuCheckConfig:
 def command(config: GpuCheckConfig) -> int:
     """Build engines, run tests/gpu, time every runtime against eager PyTorch, and compare all logits.
 
-    A runtime that fails becomes a row with its reason. Exit status 1 where a test fails, nothing runs, or
-    a form that runs is beyond its tolerance.
+    A runtime that fails becomes a row with its reason. Exits with status 1 if a test fails, nothing runs, or
+    a result is beyond its tolerance.
     """
     import json
 
@@ -83,7 +84,7 @@ def command(config: GpuCheckConfig) -> int:
 
 
 def _measure_all(config: GpuCheckConfig, console: "Console") -> dict[str, Any]:
-    """The record of all nets for which the budget has time; it is written with its page after each."""
+    """The record of the nets that fit into the budget; it and its page are written after each net."""
     import os
     import re
     import time
@@ -114,13 +115,13 @@ def _measure_all(config: GpuCheckConfig, console: "Console") -> dict[str, Any]:
             console.print(f"{net.name} is not measured: the {config.budget_s:g} s of --budget-s have passed")
             continue
         record["nets"].append(measure(net, config, console))
-        # After every net: what is measured survives a runtime that ends the process.
+        # After every net, because a runtime may crash the process.
         console.print(write_page(config.out, name, page(record), record))
     return record
 
 
 def _run_tests(console: "Console") -> dict[str, Any]:
-    """tests/gpu in a process of its own."""
+    """tests/gpu in a separate process."""
     import subprocess
 
     console.print("tests/gpu")
@@ -132,7 +133,7 @@ def _run_tests(console: "Console") -> dict[str, Any]:
 
 
 def machine_of(device: str) -> dict[str, str]:
-    """GPU, driver, host and versions as text; refuses where there is no CUDA device."""
+    """GPU, driver, host and versions as text; refuses if there is no CUDA device."""
     import subprocess
 
     import torch
@@ -146,10 +147,7 @@ def machine_of(device: str) -> dict[str, str]:
     return {
         "device": torch.cuda.get_device_name(),
         "compute_capability": f"{major}.{minor}",
-        # Without nvidia-smi, the shell's line that says so.
-        "driver": subprocess.getoutput("nvidia-smi --query-gpu=driver_version --format=csv,noheader").partition("\n")[
-            0
-        ],
+        "driver": subprocess.getoutput(QUERY).partition("\n")[0],  # or the shell's message that it is missing
         "cuda": str(torch.version.cuda),
         "host": machine.pop("device"),
         **machine,
@@ -170,7 +168,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def _with_tables(net: dict[str, Any]) -> dict[str, Any]:
-    """A net with its times and speeds, a column for each batch size, and the cells of its parity."""
+    """A net with tables of its times and speeds, one column per batch size, and the cells of its parity."""
     sizes, rows = [str(size) for size in net["batch_sizes"]], net["rows"]
     timings = {row["title"]: [row["timings"].get(size) for size in sizes] for row in rows}
     head = ["", *(f"batch {size}" for size in sizes)]
@@ -184,7 +182,7 @@ def _with_tables(net: dict[str, Any]) -> dict[str, Any]:
 def _time(timing: dict[str, Any] | str | None) -> str:
     if isinstance(timing, dict):
         return spread(timing["round_ms"])
-    return f"failed: {timing}" if timing else "failed"  # to open; the reason stands under parity
+    return f"failed: {timing}" if timing else "failed"  # to open; the reason is in the table of parity
 
 
 def _speed(timing: dict[str, Any] | str | None) -> str:

@@ -86,7 +86,7 @@ def measure(name: str, image_size: int, round_s: float, race: Any) -> dict[str, 
             difference(logits[TRAINED], found).relative for found in (logits[form], answer({"x": images.numpy()})[0])
         ]
         results[form] = {**counts, "float64_error": errors[0], **nodes, "onnxruntime_error": errors[1]}
-        # Processor time: what other programs take of a core does not count.
+        # Processor time, so that other programs do not count.
         one = partial(answer, {"x": images[:1].numpy()})
         racers[form] = partial(median_ms, one, round_s, clock=time.process_time)
     for form, timing in race(racers).items():
@@ -95,7 +95,7 @@ def measure(name: str, image_size: int, round_s: float, race: Any) -> dict[str, 
 
 
 def make_forms(name: str, x: Any) -> dict[str, Any]:
-    """The net of random weights, with its scales and statistics moved away from their start, in its three forms."""
+    """The net with random weights in its three forms; scales and statistics differ from their initial values."""
     import timm
     import torch
     from timm.utils.model import reparameterize_model
@@ -110,7 +110,7 @@ def make_forms(name: str, x: Any) -> dict[str, Any]:
         elif tensor.is_floating_point() and tensor.dim() < 2:
             tensor.add_(torch.randn_like(tensor), alpha=0.1)
     standard = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # some of timm's methods make their new layers in the default type
+    torch.set_default_dtype(torch.float64)  # some of timm's methods create their layers in it
     try:
         reparameterized = reparameterize_model(net).eval().requires_grad_(False)
     finally:
@@ -138,7 +138,7 @@ def count_layers(net: Any) -> dict[str, int]:
 
 
 def write_onnx(net: Any, x: Any) -> tuple[bytes, dict[str, int]]:
-    """All forms by the same exporter: x float32 [N, 3, H, W] → logits. The file, and its numbers of nodes."""
+    """The ONNX file of a net, x float32 [N, 3, H, W] → logits, from PyTorch's exporter, and its numbers of nodes."""
     import io
     import warnings
 
@@ -147,7 +147,7 @@ def write_onnx(net: Any, x: Any) -> tuple[bytes, dict[str, int]]:
 
     file, dynamic = io.BytesIO(), {"x": {0: "N"}, "logits": {0: "N"}}
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # that there is a newer exporter, and that shapes are taken as fixed
+        warnings.simplefilter("ignore")  # about the newer exporter, and about fixed shapes
         names = {"input_names": ["x"], "output_names": ["logits"], "dynamic_axes": dynamic}
         torch.onnx.export(net, (x,), file, dynamo=False, opset_version=17, **names)
     kinds = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
@@ -161,7 +161,7 @@ def page(record: Record) -> str:
 
 
 def _verdict(rows: list[Any]) -> str:
-    """Where fold leaves more convolutions than timm, and whether they are scalings that timm keeps as batch norms."""
+    """The nets in which fold leaves more convolutions than timm, and the scalings and batch norms behind it."""
     more = [row for row in rows if row[FOLDED]["convolutions"] > row[TIMM]["convolutions"]]
     if not more:
         return "No net has more convolutions folded than by timm, and none keeps a batch norm."
@@ -174,7 +174,7 @@ def _verdict(rows: list[Any]) -> str:
 
 
 def _speeds(row: Record) -> Record:
-    """Times and speedups of a net's forms; of one that failed, its reason alone."""
+    """Times and speedups of a net's forms, or only the reason if one failed."""
     timings = [row[form]["timing"] for form in FORMS]
     if reason := next((timing for timing in timings if isinstance(timing, str)), ""):
         return {"net": row["net"], "ms": [reason.replace("|", "/"), "", ""], "ratios": [""] * 2, "errors": [""] * 2}

@@ -1,4 +1,4 @@
-"""python bench/saturation.py PLAIN: the accuracy that each bound against 16-bit saturation costs an eight-bit net."""
+"""python bench/saturation.py PLAIN: what each bound against 16-bit saturation costs an eight-bit net."""
 
 import sys
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def side_by_side(filters: np.ndarray) -> np.ndarray:
 
 
 def permuted(filters: np.ndarray) -> np.ndarray:
-    """`side_by_side` after a permutation: each channel in turn beside the one that asks least of all filters."""
+    """`side_by_side` after a greedy permutation: next to each channel the one that widens all filters least."""
     left, order = list(range(filters.shape[1])), []
     while left:
         channel = left.pop(0)
@@ -101,7 +101,7 @@ BOUNDS: dict[str, Bound] = {
 
 
 def requantize(model: "onnx.ModelProto", filters: dict[str, np.ndarray], bound: Bound) -> float:
-    """Write the weights of an integer graph again, in place; gives the share of filters with a larger scale."""
+    """Replace the weights of an integer graph in place; returns the share of filters with a larger scale."""
     from onnx import numpy_helper
 
     stored, widened = {tensor.name: tensor for tensor in model.graph.initializer}, []

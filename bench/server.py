@@ -3,12 +3,12 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.cli import given_arguments, run_command
+from common.cli import run_command
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def command(config: ServerConfig) -> int:
     Answers are compared with the model's own first. A server that cannot be installed or started, answers wrongly
     or fails a request is a row with its reason. Exit status 1 if ours fails.
     """
-    from bench.lab.page import describe_machine, write_page
+    from bench.lab.page import describe_machine, publish
     from bench.lab.wrk import refuse_without_tools
     from bench.servers.contestants import CONTESTANTS
-    from bench.servers.page import draw_latencies, markdown
-    from bench.servers.race import CONNECTIONS, write_net
+    from bench.servers.page import CONNECTIONS, draw_latencies, markdown
+    from bench.servers.race import write_net
     from bench.servers.request_steps import time_steps
     from common.cores import num_cores
     from common.figure import png
@@ -72,25 +72,24 @@ def command(config: ServerConfig) -> int:
     contestants = [one for one in CONTESTANTS if not config.servers or one.name in config.servers]
     nets = [write_net(size, contestants, config.work.absolute() / "server") for size in config.models]
     for net in nets:
-        console.print(f"{net.title}: {net.num_macs:,} multiplications per image, {net.path}")
+        console.print(f"{net.record['title']}: {net.record['macs']:,} multiplications per image, {net.path}")
     _race(contestants, nets, config, console)
-    record: dict[str, Any] = {
-        "command": f"python bench/server.py {given_arguments(config)}".rstrip(),
+    models = [net.record | {"steps": time_steps(net.path, net.pngs[0])} for net in nets]
+    for model in models:
+        console.print(f"wrote {write_whole(config.out / model['picture'], png(draw_latencies(model)))}")
+    publish(
+        *(config, "server", markdown),
         **dict(zip(("rounds", "seconds"), config.schedule, strict=True)),
-        "connections": CONNECTIONS,
-        "machine": describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
-        "servers": [{"name": one.name, "note": one.note} for one in contestants],
-        "models": [net.to_dict() | {"steps": time_steps(net.path, net.pngs[0])} for net in nets],
-    }
-    for model in record["models"]:
-        figure = draw_latencies(model, CONNECTIONS[-1])
-        console.print(f"wrote {write_whole(config.out / model['picture'], png(figure))}")
-    console.print(write_page(config.out, "server", markdown(record), record))
-    return int(any(row["failed"] for model in record["models"] for row in model["rows"] if row["server"] == "ours"))
+        connections=CONNECTIONS,
+        machine=describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
+        servers=[{"name": one.name, "note": one.note} for one in contestants],
+        models=models,
+    )
+    return int(any(row["failed"] for model in models for row in model["rows"] if row["server"] == "ours"))
 
 
 def _race(contestants: "list[Contestant]", nets: "list[ServedNet]", config: ServerConfig, console: "Console") -> None:
-    """Fill the results of `nets`; every second round runs in reverse order."""
+    """Fill the records of `nets`; every second round runs in reverse order."""
     from bench.servers.race import measure
     from bench.servers.request_steps import time_alone
     from common.progress import progress
@@ -100,10 +99,10 @@ def _race(contestants: "list[Contestant]", nets: "list[ServedNet]", config: Serv
         for index in range(num_rounds):
             for net in nets:
                 for name, milliseconds in time_alone(net.path, net.pngs[0], seconds / 2).items():
-                    net.alone.setdefault(name, []).append(milliseconds)
+                    net.record["alone"].setdefault(name, []).append(milliseconds)
                 for contestant in contestants[:: -1 if index % 2 else 1]:
                     measure(contestant, net, config.work.absolute(), seconds=seconds, warm_up=not config.quick)
-                    advance(note=f"{net.title}: {contestant.name}")
+                    advance(note=f"{net.record['title']}: {contestant.name}")
 
 
 if __name__ == "__main__":

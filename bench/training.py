@@ -17,7 +17,7 @@ from common.refusal import Refusal
 
 BATCH_SIZE = 128
 PRECISIONS = ("bf16", "fp32")
-FORMS = ("ordinary", "Dirac", "Dirac, reference")  # the first is what others are compared with
+FORMS = ("ordinary", "Dirac", "Dirac, reference")  # the others are compared with the first
 NETS = ((16, 1.0), (34, 2.0))  # depth and width; digits of Fashion-MNIST's size
 DEPTHS = (10, 34, 100, 202, 400)  # at width 1/4, on 8x8 images
 GOALS = (0.92, 0.94, 0.95)
@@ -54,7 +54,7 @@ def command(config: TrainingConfig) -> None:
     total = len(PRECISIONS) * len(names) + 2 * num_starts + (len(nets) + 1) * rounds
     measured = {"machine": describe_machine("torch"), "batch_size": BATCH_SIZE, "rounds": rounds, "runs": runs}
     with progress(make_console(), "measurements", total) as advance:
-        # First what has processes of its own, before this one holds buffers.
+        # First the measurements in separate processes, before this one holds buffers.
         measured["memory"] = training_steps.measure_memory(NETS[0], names, advance)
         measured["processes"] = training_steps.time_processes(num_starts, num_steps, advance)
         keep_large_buffers()
@@ -64,7 +64,7 @@ def command(config: TrainingConfig) -> None:
 
 
 def _read_run(path: Path) -> dict[str, Any]:
-    """The history of the run that left a checkpoint; refuses another data set and a run that is not finished."""
+    """The history of the run that wrote a checkpoint; refuses other data sets and unfinished runs."""
     from train.checkpoint import load_checkpoint, load_net
     from train.families import count_parameters
 

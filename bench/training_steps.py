@@ -1,6 +1,6 @@
-"""A training step in the forms that are raced: Dirac, ordinary, and Dirac as the authors' release builds its weight.
+"""A training step with ordinary convolutions, Dirac ones, and Dirac ones that build the weight as the authors do.
 
-`torchrun --nproc-per-node 2 bench/training_steps.py NUM_STEPS` prints the milliseconds of a step that processes share.
+`torchrun --nproc-per-node 2 bench/training_steps.py NUM_STEPS` prints the milliseconds of a step shared by processes.
 """
 
 import os
@@ -44,7 +44,7 @@ def digits_spec(depth: int, width: float, *, side: int = 28) -> Spec:
 
 
 def make_net(form: str, spec: Spec) -> nn.Sequential:
-    """A net before its first step, channels last; all Dirac forms start as the same function."""
+    """A net before its first step, channels last; both Dirac forms start as the same function."""
     torch.manual_seed(0)
     parameterization = "plain" if form == "ordinary" else "dirac"
     net = initialized(replace(spec, parameterization=parameterization), a=1.0, b=0.1, std=0.03)
@@ -66,7 +66,7 @@ def make_step(
     seed: int = 0,
     wrap: Callable[[Any], Any] = lambda net: net,
 ) -> Callable[[], Tensor]:
-    """Forward, backward and optimizer on a batch of noise that stays the same; `wrap` shares or compiles the net."""
+    """Forward, backward and optimizer on one batch of noise; `wrap` compiles the net or shares it among processes."""
     torch.manual_seed(seed)
     pixels = torch.randint(0, 256, (num_images, *image.shape), dtype=torch.uint8, device=device)
     batch = Batch(0, 0, pixels, torch.randint(0, 10, (num_images,), device=device))
@@ -122,7 +122,7 @@ def _race(
 
 
 def measure_memory(net: tuple[int, float], forms: Iterable[str], advance: Advance) -> list[dict[str, Any]]:
-    """Each form in a process of its own, as the next one would reuse memory that one has freed."""
+    """Each form in its own process, because a later one would reuse memory that an earlier one has freed."""
     rows, imports = [], ("torch", "bench.training_steps")
     for precision, form in product(PRECISIONS, forms):
         cost = cost_of(imports, _take_steps, form, digits_spec(*net), precision, num_cores())
@@ -140,7 +140,7 @@ def _take_steps(form: str, spec: Spec, precision: str, num_threads: int) -> None
 
 
 def time_processes(num_starts: int, num_steps: int, advance: Advance) -> list[dict[str, Any]]:
-    """One process with a thread for each core against two processes with gloo, in turns, each started afresh."""
+    """One process with a thread per core and two processes with gloo, alternating, each time started anew."""
     times: dict[int, list[float]] = {1: [], 2: []}
     for size in ((1, 2, 2, 1) * num_starts)[: 2 * num_starts]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
@@ -153,7 +153,7 @@ def time_processes(num_starts: int, num_steps: int, advance: Advance) -> list[di
 
 
 def _time_shared_steps(num_steps: int) -> None:
-    """Time steps in all processes that torchrun started; the first one prints the milliseconds of their median."""
+    """Time steps in all processes started by torchrun; the first prints the median in milliseconds."""
     keep_large_buffers()
     with joined("cpu") as world:
         spec = digits_spec(16, 1.0)

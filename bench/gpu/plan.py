@@ -1,7 +1,7 @@
-"""The steps of bench/gpu_check.py --offline: the road on a machine with a GPU and no network, inside a budget.
+"""The steps of bench/gpu_check.py --offline: every stage on a machine with a GPU and no network, within a time budget.
 
-Each step is a process of its own with a limit. A step that fails, crashes or takes too long is a row with its reason,
-and the rest goes on; results are written after every step.
+Each step runs in its own process with a time limit. If it fails, crashes or takes too long, its row gives the reason
+and the next step runs. Results are written after every step.
 """
 
 import json
@@ -22,8 +22,8 @@ from common.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--depth", "10", "--width", "0.25", "--epochs", "1")
-GRACE_S = 15.0  # between Ctrl-C and the end of a step that is over its limit
-# Packages beyond PyTorch, and the size of their wheels for Linux in MB.
+GRACE_S = 15.0  # between Ctrl-C and SIGKILL
+# Packages besides PyTorch, and the sizes of their Linux wheels in MB.
 NEEDED = {
     "train, fold": {"numpy": 17, "safetensors": 0.5, "rich": 0.3, "scikit-learn": 9, "matplotlib": 9},
     "export": {"onnx": 18, "onnxruntime-gpu": 256},
@@ -39,7 +39,7 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class Step:
-    """`argv` is run by this Python. A step whose `needs`, an earlier step's file, is not there is left out."""
+    """Arguments for this Python. The step is skipped if the file `needs`, written by an earlier step, is missing."""
 
     name: str
     limit_s: float
@@ -48,7 +48,7 @@ class Step:
 
 
 def steps(device: str, out: Path, data_dir: Path | None) -> tuple[Step, ...]:
-    """In order of worth: the end of the budget may cut the last ones. On a CPU everything is small: a rehearsal."""
+    """The most useful first, since the budget may end before the last. On a CPU everything is small: a rehearsal."""
     files = ("checkpoint.pt", "plain.safetensors", "plain.onnx", "plain-fp16.onnx", "plain.engine")
     checkpoint, plain, onnx, half, engine = (str(out / "run" / name) for name in files)
     where = ("--data-dir", str(data_dir)) if data_dir else ()
@@ -86,7 +86,7 @@ def steps(device: str, out: Path, data_dir: Path | None) -> tuple[Step, ...]:
 
 
 def run_plan(plan: tuple[Step, ...], budget_s: float, out: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """A row for each step, in turn; page and JSON are written after each."""
+    """Runs all steps and returns a row for each; the page and its JSON are written after every step."""
     end, rows = time.monotonic() + budget_s, []
     for step in plan:
         left_s = max(0.0, end - time.monotonic())
@@ -99,7 +99,7 @@ def run_plan(plan: tuple[Step, ...], budget_s: float, out: Path, say: Callable[[
 
 
 def run_step(step: Step, left_s: float) -> dict[str, Any]:
-    """One step in a session of its own, which ends with it. It is not begun with less than a third of its limit."""
+    """Runs a step in its own session, unless less than a third of its limit is left. Its children end with it."""
     row = {"step": step.name, "command": " ".join(["python", *step.argv])}
     lacks = step.needs and not Path(step.needs).exists()
     if lacks or left_s < step.limit_s / 3:
@@ -118,10 +118,10 @@ def run_step(step: Step, left_s: float) -> dict[str, Any]:
 
 
 def _wait(process: subprocess.Popen[str], limit_s: float) -> tuple[str, str]:
-    """What became of a process, and its output. At its limit it gets Ctrl-C, and is killed if it goes on."""
+    """The outcome of a process and its output. At its limit it receives SIGINT, and `GRACE_S` later SIGKILL."""
     with suppress(subprocess.TimeoutExpired):
         output, _ = process.communicate(timeout=limit_s)
-        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "it says nothing")
+        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
         status = process.returncode
         return f"failed: {last[:200]} (exit {status})" if status else "done", output
     process.send_signal(signal.SIGINT)  # a training saves its checkpoint then
@@ -132,7 +132,7 @@ def _wait(process: subprocess.Popen[str], limit_s: float) -> tuple[str, str]:
 
 
 def _results(lines: list[str]) -> Iterator[dict[str, Any]]:
-    """The lines of a step that are JSON objects, without what is nested."""
+    """The lines that are JSON objects, without their nested values."""
     for line in lines:
         with suppress(ValueError):
             if isinstance(found := json.loads(line), dict):
@@ -140,7 +140,7 @@ def _results(lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """Which steps ran, then a table for all results of a step that have the same keys."""
+    """The outcomes, then for each step one table per set of keys among its results."""
     parts = []
     for row in rows:
         for head in dict.fromkeys(tuple(result) for result in row["results"]):
@@ -156,9 +156,9 @@ def _cell(value: Any) -> str:
 
 
 def needs() -> str:
-    """A table of the packages that the steps need beside PyTorch, with the size of their wheels.
+    """A table of the packages that the steps need besides PyTorch, with the sizes of their wheels.
 
-    It says which a bare machine (bench/gpu-image.txt) lacks, so that they must be carried, and which are missing here.
+    It shows which are missing on a bare machine (bench/gpu-image.txt), so that you must bring them, and which here.
     """
     there, _, _ = (ROOT / "bench" / "gpu-image.txt").read_text().partition("\n# Not there")
     on_image = {line.partition("==")[0] for line in there.splitlines()}

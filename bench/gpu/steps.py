@@ -1,4 +1,4 @@
-"""Steps of bench/gpu/plan.py that no command of the project takes: each prints lines of JSON, one a result.
+"""Steps of bench/gpu/plan.py that no other command covers: each prints its results as lines of JSON.
 
 python -m bench.gpu.steps STEP cuda|cpu [FILE ...]
 """
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from export.runtimes.load import RuntimeName
 
 Result = dict[str, Any]
-RUNTIMES: tuple["RuntimeName", ...] = ("onnxruntime", "torch")  # what a GPU has without TensorRT
+RUNTIMES: tuple["RuntimeName", ...] = ("onnxruntime", "torch")  # available on a GPU without TensorRT
 HELD_OUT = Path(__file__).resolve().parents[2] / "models" / "held-out"
 
 
 def machine(device: str) -> Iterator[Result]:
-    """Versions, devices, and the libraries that really load."""
+    """Devices, versions, and the providers that actually load."""
     import torch
 
     from bench.gpu_check import machine_of
@@ -42,9 +42,9 @@ def machine(device: str) -> Iterator[Result]:
 
 
 def driver_calls(device: str, num_loads: str = "1000") -> Iterator[Result]:
-    """The calls of export/runtimes/gpu.py: buffers, a stream, a captured graph and its replay, a capture that breaks.
+    """The calls of export/runtimes/gpu.py: buffers, a stream, a captured graph and its replay, a capture that fails.
 
-    Then all of it again and again, as models are loaded and reloaded: nothing may be kept on the device.
+    They are then repeated `num_loads` times, as for models that are reloaded: no memory may stay allocated.
     """
     from export.runtimes import gpu
 
@@ -63,7 +63,7 @@ def driver_calls(device: str, num_loads: str = "1000") -> Iterator[Result]:
 
 
 def _round_trip(*, num_bytes: int = 1 << 20, num_replays: int = 200) -> Result:
-    """Up, copied on the device by a graph, and down again; then everything is given back."""
+    """Upload, copy on the device by a graph, download; then everything is released."""
     import cuda.bindings.runtime as cudart
 
     from export.runtimes import gpu
@@ -91,7 +91,7 @@ def _round_trip(*, num_bytes: int = 1 << 20, num_replays: int = 200) -> Result:
 
 
 def fold_on_device(device: str, checkpoint: str) -> Iterator[Result]:
-    """The Dirac net and its fold in each precision, TF32 off and on, against the Dirac net in float64 there."""
+    """The Dirac net and its fold in each precision, TF32 off and on, compared with the Dirac net in float64."""
     import torch
 
     from fold.plain import fold_net
@@ -130,7 +130,7 @@ def _in_precision(net: Any, kind: Any, device: str) -> Callable[[Any], Any]:
 
 
 def training_speed(device: str) -> Iterator[Result]:
-    """A step of training as train/ takes it, on noise of CIFAR's size that lies on the device."""
+    """A training step on CIFAR-sized noise that is already on the device."""
     import torch
 
     from bench.training_steps import make_net, make_step
@@ -144,14 +144,15 @@ def training_speed(device: str) -> Iterator[Result]:
         spec = Spec("cifar", *size, "ncrelu", cifar_image(), tuple("0123456789"))
         layout = torch.channels_last if channels_last else torch.contiguous_format
         net = make_net(form, spec).to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]  # torch has it
-        how = {"precision": precision, "device": device} | ({"wrap": torch.compile} if compiled else {})
-        seconds = _seconds(make_step(net, spec.image, num, **how), device)
+        wrap: Any = torch.compile if compiled else lambda net: net
+        step = make_step(net, spec.image, num, precision=precision, device=device, wrap=wrap)
+        seconds = _seconds(step, device)
         row = {"net": spec.name, "precision": precision, "filters": form, "channels last": channels_last}
         yield {**row, "compiled": compiled, "ms_per_step": 1e3 * seconds, "images_per_s": num / seconds}
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """Of one call, on average over some after the first ones."""
+    """The mean time of a call, after some calls of warm-up."""
     import torch
 
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -167,7 +168,7 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 
 
 def sessions(device: str, *paths: str) -> Iterator[Result]:
-    """ONNX Runtime and PyTorch: the first call of each batch size, those after it, and two sizes in turn."""
+    """ONNX Runtime and PyTorch: the first call and later calls of each batch size, and two sizes in turn."""
     from export.runtimes.load import load_runtime
 
     is_gpu, rng = device == "cuda", np.random.default_rng(0)
@@ -188,7 +189,7 @@ def sessions(device: str, *paths: str) -> Iterator[Result]:
 
 
 def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = "60") -> Iterator[Result]:
-    """--runtime torch, loaded again and again, with a graph of two sizes each: nothing may be kept on the device."""
+    """--runtime torch loaded repeatedly, with graphs of two batch sizes: no memory may stay allocated."""
     import torch
 
     from export.runtimes.load import load_runtime
@@ -200,7 +201,7 @@ def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = 
             runtime(np.zeros((num, image.height, image.width, image.channels), np.uint8))
 
     def held() -> np.ndarray:
-        """By tensors, and by PyTorch for the next ones; 0 without a device."""
+        """Bytes allocated by tensors, and bytes reserved by PyTorch's allocator; 0 without a device."""
         return np.array([torch.cuda.memory_allocated(), torch.cuda.memory_reserved()])
 
     load()
@@ -213,7 +214,7 @@ def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = 
 
 
 def server(device: str, path: str) -> Iterator[Result]:
-    """serve/run.py on both runtimes with more and more workers, asked by one process of Python, which has a limit."""
+    """serve/run.py on both runtimes with several numbers of workers; the client is one Python process, a bottleneck."""
     from bench.lab.server import start
     from common.cores import num_cores
 
@@ -227,14 +228,14 @@ def server(device: str, path: str) -> Iterator[Result]:
 
 
 async def _load(port: int, image: bytes, num_connections: int, seconds: float = 3.0) -> Result:
-    from bench.lab.load import Load, Tally, predict_request
+    from bench.lab.load import Load, Reply, predict_request
 
-    tally = Tally()
-    load = Load(port, predict_request(image), tally, num_connections=num_connections)
+    replies: list[Reply] = []
+    load = Load(port, predict_request(image), replies.append, num_connections=num_connections)
     await load.saturate(seconds)
-    rate, num_failures = tally.rate(load.start, seconds), sum(status != 200 for status, _, _ in tally.replies)
-    times = {f"p{percent}_ms": tally.percentile_ms(200, percent) for percent in (50, 99)} if rate else {}
-    return {"requests_per_s": rate, **times, "failures": num_failures}
+    times_ms = [1000 * reply.seconds for reply in replies if reply.status == 200]
+    percentiles = zip(("p50_ms", "p99_ms"), np.percentile(times_ms, (50, 99)).tolist(), strict=True) if times_ms else ()
+    return {"requests_per_s": len(times_ms) / seconds, **dict(percentiles), "failures": len(replies) - len(times_ms)}
 
 
 STEPS: dict[str, Callable[..., Iterator[Result]]] = {

@@ -84,7 +84,12 @@ def _fill(line: str, fields: Record) -> str:
         rows = [{"name": name, **row} for name, row in rows.items()]
     if not what.startswith("|"):
         return "\n".join(render(what, fields, **row) for row in rows)
-    return "\n".join(FIGURES.vformat(what, (), {**fields, **row}) for row in rows)
+    # A pipe in a runtime's message would end its cell.
+    cells = (
+        {key: value.replace("|", "/") if isinstance(value, str) else value for key, value in row.items()}
+        for row in rows
+    )
+    return "\n".join(FIGURES.vformat(what, (), {**fields, **row}) for row in cells)
 
 
 class _Figures(Formatter):

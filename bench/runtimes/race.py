@@ -1,9 +1,9 @@
 """A race of runtimes: every racer in its process, opened, compared with the plain net, then timed in turn."""
 
+import operator
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from bench.nets import PUBLISHED, count_macs
 from bench.runtimes.graphs import NUM_COMPARED, expected_logits, make_nets, profile_graph, write_graphs
 from bench.runtimes.page import Column
 from bench.runtimes.racers import BASELINES, RACES, Graph, Racer, gemm_racers, racers_of
-from bench.runtimes.worker import Worker, WorkerFailed, logits_of, median_call_ms, peak_bytes
+from bench.runtimes.worker import Worker, WorkerFailed, median_call_ms, peak_bytes
 from common.progress import progress
 from common.spec import ImageSpec, Spec
 from export.compare import TOLERANCES, compare
@@ -37,37 +37,28 @@ def measure(key: str, config: "ModelConfig", console: "Console") -> dict[str, An
     """One net with all its racers: write its graphs, race, then profile the best of ONNX Runtime."""
     console.print(f"{key}: making its nets and graphs")
     spec, nets = make_nets(RACES[key])
-    config = replace(config, rounds=config.rounds or RACES[key].rounds)
     racers = [racer for racer in racers_of(key, name=spec.name) if _is_chosen(racer, config.rows)] + gemm_racers()
     graphs = {racer.graph for racer in racers if racer.graph}
+    record = {
+        "machine": describe_machine(*PACKAGES),
+        "rounds": config.rounds or RACES[key].rounds,
+        "round_s": config.round_s,
+        "threads": list(config.threads),
+        "batches": list(config.batches),
+        "entrants": [_entrant(name, net, spec.image) for name, net in nets.items()],
+        "rows": [_empty_row(racer) for racer in racers],
+    }
     with tempfile.TemporaryDirectory() as name:
         folder, expected = Path(name), expected_logits(spec, nets)
         with progress(console, f"{key}: graphs", len(graphs)) as advance:
             write_graphs(spec, nets, graphs, folder, advance)
-        steps = len(config.threads) * (len(racers) + len(config.batches) * config.rounds)
+        steps = len(record["threads"]) * (len(racers) + len(record["batches"]) * record["rounds"])
         with progress(console, f"{key}: race", steps) as advance:
-            for num_threads in config.threads:
+            for num_threads in record["threads"]:
                 with ExitStack() as stack:
-                    workers = {
-                        racer: stack.enter_context(closing(Worker(racer.open, folder, spec.image, num_threads)))
-                        for racer in racers
-                    }
-                    _race(workers, expected, str(num_threads), config, advance)
-        record = {
-            "machine": describe_machine(*PACKAGES),
-            "rounds": config.rounds,
-            "round_s": config.round_s,
-            "threads": list(config.threads),
-            "batches": list(config.batches),
-            "entrants": [_entrant(name, net, spec.image) for name, net in nets.items()],
-            "rows": [racer.to_dict() for racer in racers],
-        }
+                    workers = [stack.enter_context(closing(Worker(one.open, folder, num_threads))) for one in racers]
+                    _race(workers, record, str(num_threads), expected, spec.image, advance)
         return {**record, "profiles": _profiles(record, spec, folder)}
-
-
-def _entrant(name: str, net: nn.Module, image: ImageSpec) -> dict[str, Any]:
-    published = PUBLISHED.get(name, "none published")
-    return {"name": name, "macs": count_macs(net, image), "parameters": count_parameters(net), "published": published}
 
 
 def _is_chosen(racer: Racer, parts: Sequence[str]) -> bool:
@@ -76,50 +67,62 @@ def _is_chosen(racer: Racer, parts: Sequence[str]) -> bool:
     return not parts or racer.title in BASELINES or any(part in text for part in parts)
 
 
+def _entrant(name: str, net: nn.Module, image: ImageSpec) -> dict[str, Any]:
+    published = PUBLISHED.get(name, "none published")
+    return {"name": name, "macs": count_macs(net, image), "parameters": count_parameters(net), "published": published}
+
+
+def _empty_row(racer: Racer) -> dict[str, Any]:
+    names = {"net": racer.net, "title": racer.title, "precision": racer.precision}
+    return {**names, "failed": None, "error": None, "strays": False, "timings": {}, "peak_bytes": {}}
+
+
 def _race(
-    workers: dict[Racer, Worker],
-    expected: dict[str, np.ndarray],
+    workers: list[Worker],
+    record: dict[str, Any],
     threads: str,
-    config: "ModelConfig",
+    expected: dict[str, np.ndarray],
+    image: ImageSpec,
     advance: Callable[..., None],
 ) -> None:
-    """All racers with one number of threads: open, compare, time."""
-    running = {}
-    for racer, worker in workers.items():
-        racer.timings[threads] = {}
+    """All racers with one number of threads: opened, compared, then timed in turn; fills the rows of the record."""
+    running, images = {}, random_images(image, NUM_COMPARED)
+    for worker, row in zip(workers, record["rows"], strict=True):
         try:
             worker.wait()
-            logits = worker.ask(logits_of, NUM_COMPARED)
+            logits = worker.ask(operator.call, images)
         except WorkerFailed as failure:
-            racer.failed = str(failure)
+            row["failed"] = str(failure)
         else:
-            running[racer] = worker
-            if racer.net in expected:
-                judge_logits(racer, expected[racer.net], logits)
-        advance(note=racer.title)
-    for size in config.batches:
-        calls = {racer: partial(one.ask, median_call_ms, size, config.round_s) for racer, one in running.items()}
-        for racer, timing in alternate(calls, batch_size=size, num_rounds=config.rounds, advance=advance).items():
+            running[worker] = row
+            if row["net"] in expected:
+                row |= judge_logits(row["precision"], expected[row["net"]], logits)
+        row["timings"][threads] = {}
+        advance(note=row["title"])
+    for size in record["batches"]:
+        images = random_images(image, size)
+        calls = {worker: partial(worker.ask, median_call_ms, images, record["round_s"]) for worker in running}
+        timings = alternate(calls, batch_size=size, num_rounds=record["rounds"], advance=advance)
+        for worker, timing in timings.items():
             if isinstance(timing, Timing):
-                racer.timings[threads][str(size)] = timing.to_dict()
+                running[worker]["timings"][threads][str(size)] = timing.to_dict()
             else:
-                racer.timings[threads][str(size)], racer.failed = "failed", timing.reason
-                del running[racer]
-    for racer, worker in running.items():
-        racer.peak_bytes[threads] = worker.ask(peak_bytes)
+                row = running.pop(worker)
+                row["timings"][threads][str(size)], row["failed"] = "failed", timing.reason
+    for worker, row in running.items():
+        row["peak_bytes"][threads] = worker.ask(peak_bytes)
 
 
-def judge_logits(racer: Racer, expected: np.ndarray, logits: np.ndarray) -> None:
-    """Record how far a racer is from the plain net in float32, and whether it is beyond its precision's tolerance.
+def judge_logits(precision: str, expected: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
+    """How far logits are from those of the plain net in float32, and whether that is beyond the tolerance.
 
     float32: the largest difference as a share of the largest logit; int8: see export/eight_bits/quantize.py.
     """
-    if racer.precision == "int8":
+    if precision == "int8":
         # Classes of random weights lie too close for their agreement to mean anything.
-        racer.error, racer.strays = relative_error(expected, logits), not np.isfinite(logits).all()
-    else:
-        comparison = compare(("plain", expected), (racer.title, logits), tolerance=TOLERANCES[racer.precision])
-        racer.error, racer.strays = comparison.relative, not comparison
+        return {"error": relative_error(expected, logits), "strays": not np.isfinite(logits).all()}
+    comparison = compare(("plain", expected), (precision, logits), tolerance=TOLERANCES[precision])
+    return {"error": comparison.relative, "strays": not comparison}
 
 
 def _profiles(record: dict[str, Any], spec: Spec, folder: Path) -> list[dict[str, Any]]:

@@ -4,10 +4,10 @@ Nothing here imports a library at the top, so that a process holds only what its
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bench.runtimes.worker import Open
 from fold.lowerings import LOWERINGS, Lowering
@@ -56,24 +56,14 @@ class Graph(NamedTuple):
         return f"{self.net.replace('/', '-over-').replace(' ', '-')}-{self.kind}-{self.lowering}.onnx"
 
 
-@dataclass(eq=False)
-class Racer:
-    """One way to run one net, and what is measured of it, by numbers of threads and of images per call."""
+class Racer(NamedTuple):
+    """One way to run one net."""
 
     title: str
     net: str  # whose it is: that of the race, a peer's, or "GEMM"
     precision: str
     open: Open
     graph: Graph | None = None  # that it reads
-    failed: str | None = None
-    error: float | None = None
-    strays: bool = False
-    timings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    peak_bytes: dict[str, int | None] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        names = [one.name for one in fields(self) if one.name not in ("open", "graph")]
-        return {name: getattr(self, name) for name in names}
 
 
 def racers_of(key: str, *, name: str) -> list[Racer]:

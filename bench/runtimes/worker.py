@@ -5,6 +5,7 @@ imported at the top that a runtime does not need.
 """
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -13,12 +14,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.lab.rounds import Failure, attempt
+from bench.lab.process import family_bytes
+from bench.lab.rounds import Failure, attempt, median_ms
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from common.spec import ImageSpec
     from export.compare import Answer
 
 # Read by OpenMP, MKL and OpenBLAS when they are loaded.
@@ -37,16 +38,16 @@ class WorkerFailed(RuntimeError):
 class Worker:
     """The process of one runtime; it loads while the parent goes on."""
 
-    def __init__(self, open_answer: Open, folder: Path, image: "ImageSpec", num_threads: int) -> None:
+    def __init__(self, open_answer: Open, folder: Path, num_threads: int) -> None:
         context = get_context("spawn")
         self._connection, child_end = context.Pipe()
-        arguments = (child_end, open_answer, folder, image, num_threads)
+        arguments = (child_end, open_answer, folder, num_threads)
         self._process = context.Process(target=_run, args=arguments, daemon=True)
         self._process.start()
         child_end.close()  # or the end of the process would not close the pipe
 
     def ask(self, task: Callable[..., Any], *arguments: Any) -> Any:
-        """What `task` returns there for the runtime, the images' spec and `arguments`, or raises `WorkerFailed`."""
+        """What `task` returns there for the runtime and `arguments`, or raises `WorkerFailed`."""
         with suppress(OSError):  # where the process has ended, which `wait` reports
             self._connection.send((task, arguments))
         return self.wait()
@@ -71,7 +72,7 @@ class Worker:
         self._connection.close()
 
 
-def _run(connection: Connection, open_answer: Open, folder: Path, image: "ImageSpec", num_threads: int) -> None:
+def _run(connection: Connection, open_answer: Open, folder: Path, num_threads: int) -> None:
     """The process: open the runtime, then do one task after another until the parent ends it."""
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(num_threads)))  # before any library is loaded
     answer = attempt(partial(open_answer, folder, num_threads))
@@ -81,30 +82,16 @@ def _run(connection: Connection, open_answer: Open, folder: Path, image: "ImageS
             task, arguments = connection.recv()
         except EOFError:  # the parent is gone
             return
-        connection.send(attempt(partial(task, answer, image, *arguments)))
+        connection.send(attempt(partial(task, answer, *arguments)))
 
 
-def median_call_ms(answer: "Answer", image: "ImageSpec", batch_size: int, seconds: float) -> float:
+def median_call_ms(answer: "Answer", images: "np.ndarray", seconds: float) -> float:
     """A task: the median milliseconds of a call, over `seconds` and one call at least, after a pause."""
-    from time import sleep
-
-    from bench.lab.rounds import median_ms
-    from fold.image_sets import random_images
-
-    sleep(SETTLE_S)
-    return median_ms(partial(answer, random_images(image, batch_size)), seconds, min_calls=1)
+    time.sleep(SETTLE_S)
+    return median_ms(partial(answer, images), seconds, min_calls=1)
 
 
-def logits_of(answer: "Answer", image: "ImageSpec", num_images: int) -> "np.ndarray":
-    """A task: the logits [num_images, K] of the images that every worker answers."""
-    from fold.image_sets import random_images
-
-    return answer(random_images(image, num_images))
-
-
-def peak_bytes(answer: "Answer", image: "ImageSpec") -> int | None:
+def peak_bytes(answer: "Answer") -> int | None:
     """A task: the most memory of the process and of those it started; None where the system does not tell."""
-    from bench.lab.process import family_bytes
-
     # getrusage would count what the parent held when it started the process.
     return family_bytes() if Path("/proc/self/status").exists() else None

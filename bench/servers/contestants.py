@@ -32,9 +32,9 @@ class Way:
     """One kind of request. `encode` makes its body from a PNG; `index` leads through the answer to the class."""
 
     title: str
-    path: str
-    media_type: str
-    encode: Callable[[bytes], bytes]
+    path: str = "/predict"
+    media_type: str = "image/png"
+    encode: Callable[[bytes], bytes] = bytes
     index: tuple[str | int, ...] = ("index",)
 
 
@@ -89,62 +89,52 @@ def as_inference_request(png: bytes) -> bytes:
     return json.dumps({"inputs": [{**element, "data": [base64.b64encode(png).decode()]}]}).encode()
 
 
-_OURS = ("results", 0, "index")
+_OURS, _INFER = ("results", 0, "index"), "/v2/models/classifier/infer"
+_form = partial(Way, media_type=FORM, encode=partial(as_form, "image"))
 CONTESTANTS = (
     Contestant(
         "ours",
         # All run ONNX Runtime; by default, ours would choose the fastest runtime at every start.
         "{peers}/../../serve/run.py {model} --port {port} --runtime onnxruntime",
-        (
-            Way("ours, raw body", "/predict", "image/png", bytes, _OURS),
-            Way("ours, form", "/predict", FORM, partial(as_form, "image"), _OURS),
-        ),
+        (Way("ours, raw body", index=_OURS), _form("ours, form", index=_OURS)),
         "`serve/run.py --runtime onnxruntime`, since all others run that; otherwise its ordinary command, which logs "
         "every request, answers with the five best classes and keeps its limits, deadlines and metrics",
     ),
     Contestant(
         "fastapi",
         "{peers}/with_fastapi.py {port}",
-        (
-            Way("FastAPI handler, form", "/predict", FORM, partial(as_form, "image")),
-            Way("FastAPI handler, raw body", "/raw", "image/png", bytes),
-        ),
+        (_form("FastAPI handler, form"), Way("FastAPI handler, raw body", "/raw")),
         "the naive handler: UploadFile (or the raw body), Pillow, one run of the model for each request",
     ),
     Contestant(
         "litserve",
         "{peers}/with_litserve.py {port}",
-        (Way("LitServe", "/predict", FORM, partial(as_form, "image")),),
+        (_form("LitServe"),),
         "a form, as its documentation sends images; batches of 32 at most, 2 ms; one worker beside the HTTP process",
     ),
     Contestant(
         "bentoml",
         "-m bentoml serve with_bentoml:Service --working-dir {peers} --host 127.0.0.1 --port {port}",
-        (Way("BentoML", "/predict", FORM, partial(as_form, "images"), (0, "index")),),
+        (_form("BentoML", encode=partial(as_form, "images"), index=(0, "index")),),
         "a form; adaptive batching, 32 at most; metrics off",
     ),
     Contestant(
         "ray",
         "{peers}/with_ray.py {port}",
-        (Way("Ray Serve", "/", "image/png", bytes),),
+        (Way("Ray Serve", "/"),),
         "the raw body; one replica, serve.batch of 32 at most, 2 ms; no dashboard",
     ),
     Contestant(
         "mlserver",
         "{peers}/with_mlserver.py {port}",
-        (
-            Way(
-                *("MLServer", "/v2/models/classifier/infer", "application/json", as_inference_request),
-                index=("outputs", 0, "data", 0),
-            ),
-        ),
+        (Way("MLServer", _INFER, "application/json", as_inference_request, ("outputs", 0, "data", 0)),),
         "V2 protocol: JSON with the PNG in base64, which a runtime written for it decodes; adaptive batching, "
         "32 at most, 2 ms; metrics off; no worker process, which on one core only adds a hand-over",
     ),
     Contestant(
         "mosec",
         "{peers}/with_mosec.py --address 127.0.0.1 --port {port} --log-level warning",
-        (Way("mosec", "/inference", "image/png", bytes),),
+        (Way("mosec", "/inference"),),
         "the raw body; HTTP and batching in Rust, one worker process in Python; batches of 32 at most, 2 ms",
     ),
 )

@@ -4,7 +4,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
@@ -17,6 +17,7 @@ from bench.lab.server import ROOT
 from bench.lab.wrk import put_load
 from bench.nets import count_macs, random_net
 from bench.servers.contestants import Contestant, Way
+from bench.servers.page import CONNECTIONS
 from common.files import write_whole
 from common.image import decode
 from common.refusal import Refusal
@@ -28,47 +29,27 @@ from fold.lower import lower
 from fold.plain import fold_net
 from train.data.datasets import info_of
 
-CONNECTIONS = (1, 16, 64)
 # Family, depth, width and nonlinearity of the seeded random nets for 28x28 grey images that all servers serve.
 SIZES = {"small": ("pooled", 16, 1.0, "relu"), "large": ("cifar", 16, 1.0, "ncrelu")}
 _ANSWER_S = 90.0  # for the first answer of a server that listens before its model is loaded
 
 
-@dataclass
-class WayResult:
-    """What one way to ask a server reached, round by round, for each number of connections; or why it failed."""
-
-    server: str
-    title: str
-    failed: str | None = None
-    loads: dict[str, list[dict[str, float]]] = field(default_factory=lambda: {str(num): [] for num in CONNECTIONS})
-
-
 @dataclass(frozen=True)
 class ServedNet:
-    """One ONNX file, the images that clients send, the class that it gives to each of them, and what is measured."""
+    """One ONNX file, the images that clients send, and the class that it gives to each of them.
 
-    size: str
+    `record` is filled round by round: milliseconds of the model alone, and in a row for each way to ask a server what
+    wrk measured with each number of connections, or why it failed.
+    """
+
     path: Path
-    title: str
-    num_macs: int
     pngs: list[bytes]
     expected: list[int]
-    results: dict[str, WayResult]  # by the title of the way
-    alone: dict[str, list[float]] = field(default_factory=dict)  # milliseconds of the model alone, round by round
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "picture": f"server-{self.size}.png",
-            "title": self.title,
-            "macs": self.num_macs,
-            "alone": self.alone,
-            "rows": list(map(asdict, self.results.values())),
-        }
+    record: dict[str, Any]
 
 
 def write_net(size: str, contestants: Sequence[Contestant], folder: Path) -> ServedNet:
-    """Build, fold and export a net of `SIZES` into `folder`, without results as yet."""
+    """Build, fold and export a net of `SIZES` into `folder`, with an empty record."""
     info = info_of("fashion-mnist")
     family, depth, width, nonlinearity = SIZES[size]
     spec = Spec(family, depth, width, nonlinearity, info.image, info.labels)
@@ -83,27 +64,37 @@ def write_net(size: str, contestants: Sequence[Contestant], folder: Path) -> Ser
     model = to_onnx(lower(plain, DEFAULT_LOWERING), spec, {})
     path = write_whole(folder / f"{size}.onnx", model.SerializeToString())
     expected = OnnxSession(path, num_threads=1)(images).argmax(axis=1).tolist()
-    title, num_macs = f"{spec.name}, {family}, {nonlinearity}", count_macs(plain, info.image)
-    results = {way.title: WayResult(one.name, way.title) for one in contestants for way in one.ways}
-    return ServedNet(size, path, title, num_macs, pngs, expected, results)
+    record = {
+        "picture": f"server-{size}.png",
+        "title": f"{spec.name}, {family}, {nonlinearity}",
+        "macs": count_macs(plain, info.image),
+        "alone": {},
+        "rows": [_empty_row(one.name, way.title) for one in contestants for way in one.ways],
+    }
+    return ServedNet(path, pngs, expected, record)
+
+
+def _empty_row(server: str, title: str) -> dict[str, Any]:
+    return {"server": server, "title": title, "failed": None, "loads": {str(num): [] for num in CONNECTIONS}}
 
 
 def measure(contestant: Contestant, net: ServedNet, work: Path, *, seconds: int, warm_up: bool) -> None:
-    """Start a server once and add a measurement to each of its results that has not failed."""
-    ways = [way for way in contestant.ways if not net.results[way.title].failed]
+    """Start a server once and add a measurement to each of its rows that has not failed."""
+    rows = {row["title"]: row for row in net.record["rows"] if not row["failed"]}
+    ways = [way for way in contestant.ways if way.title in rows]
     if not ways:
         return
     try:
         with contestant.start(net.path, work) as server:
             for way in ways:
-                _put_loads(server.url, way, net, seconds=seconds, warm_up=warm_up)
+                _put_loads(server.url, way, net, rows[way.title], seconds=seconds, warm_up=warm_up)
     except Refusal as refusal:
         for way in ways:
-            net.results[way.title].failed = str(refusal)
+            rows[way.title]["failed"] = str(refusal)
 
 
-def _put_loads(url: str, way: Way, net: ServedNet, *, seconds: int, warm_up: bool) -> None:
-    result, bodies = net.results[way.title], [way.encode(png) for png in net.pngs]
+def _put_loads(url: str, way: Way, net: ServedNet, row: dict[str, Any], *, seconds: int, warm_up: bool) -> None:
+    bodies = [way.encode(png) for png in net.pngs]
     check_answers(url, way, bodies, net.expected)
     files = [write_whole(net.path.parent / "bodies" / str(index), body) for index, body in enumerate(bodies)]
     load = partial(put_load, url, way.path, way.media_type, files)
@@ -111,9 +102,9 @@ def _put_loads(url: str, way: Way, net: ServedNet, *, seconds: int, warm_up: boo
         load(num_connections=CONNECTIONS[-1], seconds=1)
     for num_connections in CONNECTIONS:
         found = load(num_connections=num_connections, seconds=seconds)
-        result.loads[str(num_connections)].append(asdict(found))
+        row["loads"][str(num_connections)].append(asdict(found))
         if found.failures:
-            result.failed = f"{found.failures} failures at {num_connections} connections"
+            row["failed"] = f"{found.failures} failures at {num_connections} connections"
 
 
 def check_answers(url: str, way: Way, bodies: list[bytes], expected: list[int]) -> None:

@@ -32,8 +32,8 @@ def test_what_a_step_prints_as_json_is_its_result(tmp_path):
     ("text", "outcome"),
     [
         ("print('no device'); raise SystemExit(3)", "failed: no device (exit 3)"),
-        ("import os; os.abort()", "failed: it says nothing (exit -6)"),
-        ("import ctypes; ctypes.string_at(0)", "failed: it says nothing (exit -11)"),
+        ("import os; os.abort()", "failed: no output (exit -6)"),
+        ("import ctypes; ctypes.string_at(0)", "failed: no output (exit -11)"),
     ],
 )
 def test_a_step_that_fails_or_crashes_is_a_row_with_its_reason(text, outcome):

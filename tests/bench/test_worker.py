@@ -1,3 +1,4 @@
+import operator
 import os
 from functools import partial
 from pathlib import Path
@@ -6,11 +7,11 @@ import numpy as np
 import pytest
 
 from bench.lab.rounds import Failure, alternate
-from bench.runtimes.worker import THREAD_VARIABLES, Worker, WorkerFailed, logits_of, median_call_ms, peak_bytes
+from bench.runtimes.worker import THREAD_VARIABLES, Worker, WorkerFailed, median_call_ms, peak_bytes
 from common.spec import ImageSpec
 from fold.image_sets import random_images
 
-IMAGE = ImageSpec(2, 3, 1, (0.5,), (0.5,), resize=None)
+IMAGES = random_images(ImageSpec(2, 3, 1, (0.5,), (0.5,), resize=None), 4)
 
 
 def open_fake(kind: str, folder: Path, num_threads: int):
@@ -35,7 +36,7 @@ def start(tmp_path):
     workers = []
 
     def start(kind: str, num_threads: int = 1) -> Worker:
-        workers.append(Worker(partial(open_fake, kind), tmp_path, IMAGE, num_threads))
+        workers.append(Worker(partial(open_fake, kind), tmp_path, num_threads))
         return workers[-1]
 
     yield start
@@ -43,12 +44,12 @@ def start(tmp_path):
         worker.close()
 
 
-def test_a_worker_answers_the_images_that_all_workers_answer_and_times_calls(start):
+def test_a_worker_answers_images_and_times_calls(start):
     worker = start("sums", num_threads=3)
     worker.wait()
-    expected = random_images(IMAGE, 4).reshape(4, -1).sum(axis=1, dtype=np.int64)[:, None] + 3
-    assert (worker.ask(logits_of, 4) == expected).all()
-    assert worker.ask(median_call_ms, 2, 1e-9) > 0
+    expected = IMAGES.reshape(4, -1).sum(axis=1, dtype=np.int64)[:, None] + 3
+    assert (worker.ask(operator.call, IMAGES) == expected).all()
+    assert worker.ask(median_call_ms, IMAGES[:2], 1e-9) > 0
     assert worker.ask(peak_bytes) > 1e6
 
 
@@ -59,7 +60,7 @@ def test_the_number_of_threads_is_set_before_libraries_load_and_only_there(start
     assert dict(os.environ) == before
     for num, worker in enumerate(workers, start=1):
         worker.wait()
-        assert worker.ask(logits_of, 1).tolist() == [[num] * len(THREAD_VARIABLES)]
+        assert worker.ask(operator.call, IMAGES[:1]).tolist() == [[num] * len(THREAD_VARIABLES)]
 
 
 def test_a_contender_that_cannot_open_says_why_in_one_line(start):
@@ -73,14 +74,14 @@ def test_a_contender_that_fails_or_dies_ends_its_row_and_no_other(start):
     workers = {kind: start(kind) for kind in kinds}
     for worker in workers.values():
         worker.wait()
-        worker.ask(logits_of, 1)
-    racers = {kind: partial(worker.ask, median_call_ms, 2, 1e-9) for kind, worker in workers.items()}
+        worker.ask(operator.call, IMAGES[:1])
+    racers = {kind: partial(worker.ask, median_call_ms, IMAGES[:2], 1e-9) for kind, worker in workers.items()}
     results = alternate(racers, batch_size=2, num_rounds=2)
     assert len(results["sums"].round_ms) == 2
     assert results["fails in batches"] == Failure("WorkerFailed: MemoryError: no room")
     assert results["dies in batches"] == Failure("WorkerFailed: its process ended with status 7")
     with pytest.raises(WorkerFailed, match="ended with status 7"):
-        workers["dies in batches"].ask(logits_of, 1)
+        workers["dies in batches"].ask(operator.call, IMAGES[:1])
 
 
 def test_a_contender_that_hangs_is_ended(start, monkeypatch):
@@ -88,4 +89,4 @@ def test_a_contender_that_hangs_is_ended(start, monkeypatch):
     worker.wait()
     monkeypatch.setattr("bench.runtimes.worker.PATIENCE_S", 0)
     with pytest.raises(WorkerFailed, match="no answer in 0 s"):
-        worker.ask(median_call_ms, 1, 60.0)
+        worker.ask(median_call_ms, IMAGES[:1], 60.0)
