@@ -59,7 +59,7 @@ def command(config: AccidentsConfig) -> int:
         for accident in (_early, _outage, _hanging, _unread):
             shutil.copy(config.model, model)
             record[accident.__name__.removeprefix("_")] = accident(model, config)
-    print(write_page(config.out, "accidents", markdown(record), record))
+    print(write_page(config.out, "accidents", page(record), record))
     return report_missed(record, TITLES)
 
 
@@ -147,7 +147,7 @@ def _unread(model: Path, config: AccidentsConfig) -> dict[str, Any]:
     return {"requests": config.requests, "logs": logs, "bars": bars}
 
 
-def markdown(record: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> str:
     """The page of one record."""
     return render(
         "accidents",

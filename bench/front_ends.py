@@ -75,7 +75,7 @@ def command(config: FrontEndsConfig) -> int:
         record["scaling"] = {**about, **_scaling(config)}
     if not config.only or "kills" in config.only:
         record["kills"] = {**about, **uvloop.run(_kills(config))}
-    print(write_page(config.out, "front-ends", markdown(record), record))
+    print(write_page(config.out, "front-ends", page(record), record))
     return report_missed(record, record)
 
 
@@ -226,7 +226,7 @@ async def _kills(config: FrontEndsConfig) -> dict[str, Any]:
     }
 
 
-def markdown(record: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> str:
     """The page of one record."""
     bars = [(bar, "met" if is_met else "MISSED") for part in record.values() for bar, is_met in bars_of(part).items()]
     figures_of = {"scaling": _scaling_tables, "kills": lambda part: {"num_killed": len(part["killed"])}}

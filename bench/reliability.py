@@ -69,7 +69,7 @@ def command(config: ReliabilityConfig) -> int:
         record = _measure(config, json.loads(read_whole(path)) if config.only else {"alone": {}})
         content = json.dumps(record, indent=1) + "\n"
         print(f"wrote {write_whole(path, content.encode())}")
-    print(f"wrote {write_whole(config.out / 'reliability.md', markdown(record).encode())}")
+    print(f"wrote {write_whole(config.out / 'reliability.md', page(record).encode())}")
     return report_missed(record, config.only or TITLES)
 
 
@@ -136,7 +136,7 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "tuple[Subject, str]":
     return Subject(config.model, other, image, expected), model_name(session.model)
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def page(record: Mapping[str, Any]) -> str:
     """The page of one record."""
     (overload,), (reload,), (attacks,), (siege,) = (record[name] for name in ("overload", "reload", "attacks", "siege"))
     before, after = overload["closed_loop_per_s"].values()

@@ -67,10 +67,10 @@ def command(config: StartupConfig) -> None:
                     advance(note=path.name)
     machine = describe_machine("onnxruntime-gpu", "onnxruntime", "fastapi", "pydantic", "uvicorn", "numpy")
     record = {"machine": machine, "rounds": rounds, "models": list(models.values()), "imports_ms": _imports(rounds)}
-    publish(config, "startup", markdown, positional="models", **record)
+    publish(config, "startup", page, positional="models", **record)
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def page(record: Mapping[str, Any]) -> str:
     """The page of one record."""
     models = [
         {

@@ -1,7 +1,5 @@
 """The server without one of its shortcuts answers as with all; a page says what each brings."""
 
-import json
-
 import pytest
 
 from bench import shortcuts
@@ -23,8 +21,3 @@ def test_ratios_are_those_of_the_same_round():
     results = {ALL: {"1": whole, "64": whole}, "gc.freeze": {"1": less, "64": whole}}
     page = shortcuts.page({"command": "", "machine": {}, "results": results})
     assert "| 0.90 (0.90–0.90) | 1.50 (1.50–1.50) | 1.00 (1.00–1.00) | 1.00 (1.00–1.00) |" in page
-
-
-def test_the_page_is_that_of_its_record():
-    folder = ROOT / "docs" / "benchmarks"
-    assert shortcuts.page(json.loads((folder / "shortcuts.json").read_text())) == (folder / "shortcuts.md").read_text()
