@@ -15,11 +15,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import bars_table, describe_machine, render, report_missed, write_page
-from bench.lab.server import start
+from bench.lab.server import IMAGE, MODEL, ROOT, start
 from common.cli import POSITIONAL, run_command
 from common.files import read_whole
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
     "python bench/accidents.py                        # a minute; writes docs/benchmarks/accidents.md and its record",
     "python bench/accidents.py --requests 500 --out /tmp/accidents",
@@ -45,8 +44,8 @@ TITLES = {
 
 @dataclass(frozen=True)
 class AccidentsConfig:
-    model: Annotated[Path, "plain.onnx to serve", POSITIONAL] = ROOT / "models" / "fashion-mnist.onnx"
-    image: Annotated[Path, "the image to send"] = ROOT / "models" / "held-out" / "Coat_6.png"
+    model: Annotated[Path, "plain.onnx to serve", POSITIONAL] = MODEL
+    image: Annotated[Path, "the image to send"] = IMAGE
     requests: Annotated[int, "how many are sent to a server whose log nobody reads"] = 20_000
     out: Annotated[Path, "folder for accidents.md and accidents.json"] = ROOT / "docs" / "benchmarks"
 

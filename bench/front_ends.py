@@ -17,13 +17,12 @@ if __name__ == "__main__":
 
 from bench.lab.page import bars_of, describe_machine, render, report_missed, table, typed_command, write_page
 from bench.lab.rounds import turns
-from bench.lab.server import Server, start
+from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
 from bench.lab.wrk import put_load, refuse_without_tools
 from common.cli import POSITIONAL, run_command
 from common.files import read_whole
 from common.refusal import Refusal
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
     "python bench/front_ends.py                                # three minutes; writes docs/benchmarks/front-ends.md",
     "python bench/front_ends.py --only kills --kill-seconds 600 # the record keeps its other part",
@@ -37,10 +36,8 @@ BAR = 0.9
 
 @dataclass(frozen=True)
 class FrontEndsConfig:
-    model: Annotated[Path, "plain.onnx whose images and labels are taken", POSITIONAL] = (
-        ROOT / "models" / "fashion-mnist.onnx"
-    )
-    image: Annotated[Path, "the image to send"] = ROOT / "models" / "held-out" / "Coat_6.png"
+    model: Annotated[Path, "plain.onnx whose images and labels are taken", POSITIONAL] = MODEL
+    image: Annotated[Path, "the image to send"] = IMAGE
     device_us: Annotated[tuple[float, float], "t0 and t1: the simulated device takes t0 + n t1 for n images"] = (200, 4)
     connections: Annotated[int, "without a pause, for each front end"] = 32
     rounds: Annotated[int, "rounds that alternate over the numbers of front ends"] = 3
@@ -83,7 +80,7 @@ def command(config: FrontEndsConfig) -> int:
 
 
 def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
-    from bench.servers.simulated import TIMES, Simulated, hand_over
+    from bench.servers.simulated import hand_over
     from common.progress import make_console, progress
 
     refuse_without_tools()
@@ -94,8 +91,7 @@ def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
             for num in nums:
                 rounds[-1][str(num)] = _measure(config, num)
                 advance(1, f"{num} front ends")
-        os.environ[TIMES] = "0,0"
-        device_process = hand_over(Simulated(config.model), MAX_BATCH, 50 if config.quick else 1000)
+        device_process = hand_over(config.model, MAX_BATCH, 50 if config.quick else 1000)
         advance(1, "hand-over")
     paper = _on_paper(config.device_us, rounds, device_process)
     worst = _median(rounds, "2", "p99_ms") / _median(rounds, "1", "p99_ms")

@@ -10,13 +10,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import bars_table, describe_machine, render, report_missed, typed_command
+from bench.lab.server import IMAGE, MODEL, ROOT
 from common.cli import POSITIONAL, run_command
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from bench.servers.faults import Subject
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
     "python bench/reliability.py                      # two minutes; writes docs/reliability.md and its record",
     "python bench/reliability.py --quick --out /tmp/reliability",
@@ -35,8 +35,8 @@ TITLES = {
 
 @dataclass(frozen=True)
 class ReliabilityConfig:
-    model: Annotated[Path, "plain.onnx to serve", POSITIONAL] = ROOT / "models" / "fashion-mnist.onnx"
-    image: Annotated[Path, "the image to send"] = ROOT / "models" / "held-out" / "Coat_6.png"
+    model: Annotated[Path, "plain.onnx to serve", POSITIONAL] = MODEL
+    image: Annotated[Path, "the image to send"] = IMAGE
     seconds: Annotated[float, "how long ten times the maximum is offered"] = 30.0
     rounds: Annotated[int, "how often SIGTERM and kill -9 are tried"] = 5
     reloads: Annotated[int, "how often the model is exchanged"] = 30
@@ -75,7 +75,6 @@ def command(config: ReliabilityConfig) -> int:
 
 def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any]:
     """`record` with the chosen parts measured anew; it says which of them were measured alone."""
-    import os
     import tempfile
 
     import uvloop
@@ -106,8 +105,6 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
             for name in turns:
                 measured[name].append(uvloop.run(parts[name]()))
                 advance(1, name)
-    if "siege" in measured:
-        measured["siege"][0] |= {**about, "niceness": os.nice(0)}
     if not config.only:
         return {**about, "model": config.model.name, **record, **measured}
     return {**record, **measured, "alone": {**record["alone"], **dict.fromkeys(measured, about)}}
@@ -144,7 +141,6 @@ def page(record: Mapping[str, Any]) -> str:
         f'"{TITLES[name]}" was measured by `{about["command"]}` on another day: '
         + ", ".join(f"{name} {value}" for name, value in about["machine"].items())
         for name, about in record["alone"].items()
-        if name != "siege"
     ]
     besieged = [
         {**one, "options": f", `{' '.join(one['server'])}`" if one["server"] else ""} for one in siege["attacks"]
@@ -163,8 +159,6 @@ def page(record: Mapping[str, Any]) -> str:
         floods=attacks["floods"],
         drips=[{"name": name, "seconds": seconds} for name, seconds in attacks["drips_s"].items()],
         crowd=attacks["connections"],
-        siege=siege,
-        niceness=f", at a niceness of {siege['niceness']} on a shared machine" if siege["niceness"] else "",
         besieged=besieged,
     )
 

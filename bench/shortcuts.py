@@ -53,26 +53,25 @@ def command(config: ShortcutsConfig) -> None:
     publish(config, "shortcuts", page, machine=machine, results=results)
 
 
-def start_without(name: str, model: Path, *options: str) -> "Server":
-    """The server on core 0, without the shortcut `name` or, with `ALL`, as it is."""
-    from bench.lab.server import ROOT, Server, free_port
+def start_without(name: str, *options: str) -> "Server":
+    """The server of the bundled model on core 0, without the shortcut `name` or, with `ALL`, as it is."""
+    from bench.lab.server import MODEL, ROOT, Server, free_port
 
     switch_off = "" if name == ALL else SHORTCUTS[name][1]
     program = f"import gc, runpy\n{switch_off}\nrunpy.run_path('serve/run.py', run_name='__main__')"
     port = free_port()
-    argv = [sys.executable, "-c", program, str(model), "--runtime", "onnxruntime", "--port", str(port), *options]
+    argv = [sys.executable, "-c", program, str(MODEL), "--runtime", "onnxruntime", "--port", str(port), *options]
     return Server(argv, port, core=0, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def _measure(name: str, seconds: int, results: Rounds) -> None:
     """Put one server under load with each number of connections."""
-    from bench.lab.server import ROOT
+    from bench.lab.server import IMAGE
     from bench.lab.wrk import put_load
 
-    model, image = ROOT / "models" / "fashion-mnist.onnx", min((ROOT / "models" / "held-out").glob("*.png"))
-    with start_without(name, model, "--log-level", "error") as server:
+    with start_without(name, "--log-level", "error") as server:
         for num in CONNECTIONS:
-            load = partial(put_load, server.url, "/predict", "image/png", [image], num_connections=num)
+            load = partial(put_load, server.url, "/predict", "image/png", [IMAGE], num_connections=num)
             load(seconds=1)  # warm up
             results[name][str(num)].append(asdict(load(seconds=seconds)))
 

@@ -18,13 +18,10 @@ if __name__ == "__main__":
 from bench.lab.page import describe_machine, publish, render
 from bench.lab.process import in_fresh_process
 from bench.lab.rounds import turns
-from bench.lab.server import start
+from bench.lab.server import IMAGE, MODEL, ROOT, start
 from common.cli import POSITIONAL, run_command
 from common.refusal import Refusal
 
-ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = ROOT / "models" / "fashion-mnist.onnx"
-IMAGE = ROOT / "models" / "held-out" / "Sneaker_9.png"
 NUM_REQUESTS = 100
 EXAMPLES = (
     "python bench/startup.py                                # a minute",
@@ -53,7 +50,7 @@ def command(config: StartupConfig) -> None:
 
     rounds = 3 if config.quick else config.rounds
     with tempfile.TemporaryDirectory() as folder:
-        paths = config.models or (in_fresh_process(_write_small_model, Path(folder)), BUNDLED)
+        paths = config.models or (in_fresh_process(_write_small_model, Path(folder)), MODEL)
         models: dict[Path, dict[str, Any]] = {
             path: {"name": path.name, "file_bytes": path.stat().st_size, "starts": [], "phases": []} for path in paths
         }

@@ -18,6 +18,8 @@ from bench.lab.process import family_bytes, memory_bytes
 from common.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "models" / "fashion-mnist.onnx"
+IMAGE = ROOT / "models" / "held-out" / "Coat_6.png"
 START_S, STOP_S = 90.0, 60.0
 POLL_S = 0.002
 

@@ -147,41 +147,40 @@ class Attack:
     name: str
     make_bodies: Callable[[], Sequence[bytes]]
     path: str = "/predict"
-    media_type: str = "application/octet-stream"
+    is_json: bool = False
     hang_up: bool = False
     server: tuple[Any, ...] = ()  # options
-    probe: str = "/predict"  # what the healthy client asks for
+
+    @property
+    def probe(self) -> str:
+        """What the healthy client asks for: long JSON is parsed beside the event loop."""
+        return "/healthz" if self.is_json else "/predict"
 
 
 def siege_attacks(*, quick: bool) -> list[Attack]:
     """All of them; the quick form is a quarter as large."""
     side, size = (4000, 5 * 10**6) if quick else (8000, 19 * 10**6)
-    json = partial(Attack, media_type="application/json", probe="/healthz")
-    scans = Attack(
-        f"a JPEG of {side}x{side} with {side * 12:,} scans, and its sender hangs up",
-        lambda: [scans_jpeg(side, side * 12)],
-        hang_up=True,
-    )
-    uploads = Attack(
-        f"80 uploads of {size / 1e6:.0f} MB behind 4 WebPs, and their senders hang up",
-        lambda: [*4 * [noise_webp(side // 2)], *80 * [noise_webp(side // 2).ljust(size, b"\0")]],
-        hang_up=True,
-        server=ROOMY,
-    )
-    tensors = f"6 bodies of {size / 1e6:.0f} MB of nested lists for /v2"
+    half, mb = side // 2, f"{size / 1e6:.0f} MB"
+    scans = f"a JPEG of {side}x{side} with {side * 12:,} scans, and its sender hangs up"
+    uploads = f"80 uploads of {mb} behind 4 WebPs, and their senders hang up"
+    lists, tensors = f"{mb} of empty lists", f"6 bodies of {mb} of nested lists for /v2"
     rgba = Attack(f"a PNG of {side}x{side} RGBA", lambda: [flat_png(side, "RGBA")])
-    webp = Attack(f"4 WebPs of {side // 2}x{side // 2} noise", lambda: 4 * [noise_webp(side // 2)])
+    webps = Attack(f"4 WebPs of {half}x{half} noise", lambda: 4 * [noise_webp(half)])
+
+    def late_uploads() -> list[bytes]:
+        return [*webps.make_bodies(), *80 * [noise_webp(half).ljust(size, b"\0")]]
+
     return [
         Attack("nothing, for comparison", lambda: (), hang_up=True),
-        scans,
-        uploads,
+        Attack(scans, lambda: [scans_jpeg(side, side * 12)], hang_up=True),
+        Attack(uploads, late_uploads, hang_up=True, server=ROOMY),
         rgba,
         replace(rgba, name="the same, where it may be decoded", server=ROOMY),
         Attack(f"a PNG of {side}x{side}, 16-bit grey", lambda: [flat_png(side, "I;16")]),
-        json(f"{size / 1e6:.0f} MB of empty lists", lambda: [empty_lists(size)]),
-        json(tensors, lambda: 6 * [nested_tensor(size)], path="/v2/models/{model}/infer"),
-        webp,
-        replace(webp, name=f"{webp.name}, where all are decoded at once", server=(*ROOMY, "--decode-threads", 2)),
+        Attack(lists, lambda: [empty_lists(size)], is_json=True),
+        Attack(tensors, lambda: 6 * [nested_tensor(size)], path="/v2/models/{model}/infer", is_json=True),
+        webps,
+        replace(webps, name=f"{webps.name}, where all are decoded at once", server=(*ROOMY, "--decode-threads", 2)),
         Attack("4 PNGs of 100,000 chunks", lambda: 4 * [chunks_png(100_000)]),
     ]
 
@@ -245,7 +244,8 @@ async def _send_all(port: int, path: str, attack: Attack, bodies: Sequence[bytes
 
 def _send(port: int, path: str, attack: Attack, body: bytes) -> str:
     """The status of the answer, or "lost"."""
-    fields = f"Content-Type: {attack.media_type}\r\nContent-Length: {len(body)}"
+    media_type = "application/json" if attack.is_json else "application/octet-stream"
+    fields = f"Content-Type: {media_type}\r\nContent-Length: {len(body)}"
     status = b""
     with socket.create_connection((HOST, port), timeout=120) as connection, suppress(ConnectionError):
         connection.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n".encode())

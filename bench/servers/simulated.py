@@ -73,8 +73,8 @@ class Stopped:
 
     platform = description = library = "stopped"
 
-    def __init__(self, like: Simulated) -> None:
-        self.model = like.model
+    def __init__(self, path: Path) -> None:
+        self.model = OnnxSession(path, num_threads=1).model
         self.spent: list[float] = []
         self.arrived, self.may_go = threading.Semaphore(0), threading.Semaphore(0)
         self._logits = np.zeros((max(FRONT_ENDS) * max(IMAGES), len(self.model.spec.labels)), np.float32)
@@ -86,7 +86,7 @@ class Stopped:
         return self._logits[: len(images)]
 
 
-def hand_over(like: Simulated, max_batch: int, times: int) -> dict[str, Any]:
+def hand_over(path: Path, max_batch: int, times: int) -> dict[str, Any]:
     """Processor time of the device process for a batch, beside running the model: the measured `rows`, and a fit.
 
     The fit is microseconds of a batch, of each front end that has images in it and of each image. Images wait in all
@@ -97,7 +97,7 @@ def hand_over(like: Simulated, max_batch: int, times: int) -> dict[str, Any]:
     from serve.request.batcher import Served
     from serve.request.limits import Limits
 
-    runtime, limits = Stopped(like), Limits(max_batch=max_batch)
+    runtime, limits = Stopped(path), Limits(max_batch=max_batch)
     doors = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(max(FRONT_ENDS))]
     device = Device(Served((runtime,)), [inside for _, inside in doors], limits, load=lambda: [])
     thread = threading.Thread(target=device.run)

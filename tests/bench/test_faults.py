@@ -142,12 +142,12 @@ def test_a_siege_reports_every_answer_and_what_a_healthy_client_notices(subject)
     png = attacks.flat_png(16, "RGB")
     strangers = [
         Attack("small images", lambda: 3 * [png]),
-        Attack("lists", lambda: [attacks.empty_lists(2 * 10**6)], media_type="application/json", probe="/healthz"),
+        Attack("lists", lambda: [attacks.empty_lists(2 * 10**6)], is_json=True),
         Attack(
             "an infer request of the wrong shape",
             lambda: [attacks.nested_tensor(1000)],
             path="/v2/models/{model}/infer",
-            media_type="application/json",
+            is_json=True,
         ),
         Attack("senders that hang up", lambda: [png], hang_up=True, server=attacks.ROOMY),
     ]

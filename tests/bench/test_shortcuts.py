@@ -3,16 +3,15 @@
 import pytest
 
 from bench import shortcuts
-from bench.lab.server import ROOT
+from bench.lab.server import IMAGE
 from bench.shortcuts import ALL, SHORTCUTS, start_without
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [ALL, *SHORTCUTS])
 def test_a_server_without_a_shortcut_still_answers(name):
-    image = min((ROOT / "models" / "held-out").glob("*.png"))
-    with start_without(name, ROOT / "models" / "fashion-mnist.onnx") as server:
-        assert server.predict(image.read_bytes()) == 200
+    with start_without(name) as server:
+        assert server.predict(IMAGE.read_bytes()) == 200
 
 
 def test_ratios_are_those_of_the_same_round():
