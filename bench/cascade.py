@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.record import Record, publish, render
-from bench.page import describe_machine
-from bench.rounds import alternate_all, speedup
+from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.rounds import alternate_all, speedup
 from common.cli import run_command
 from common.refusal import Refusal
 

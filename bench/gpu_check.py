@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.record import render
-from bench.page import describe_machine, spread, table, typed_command, write_page
+from bench.lab.page import describe_machine, render, spread, table, typed_command, write_page
 from common.cli import POSITIONAL, run_command
 from common.refusal import Refusal
 

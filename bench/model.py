@@ -59,7 +59,7 @@ def command(config: ModelConfig) -> int:
     written; continue an interrupted run with --nets. Exit status 1 where the logits of a row in float32
     are not those of the plain net.
     """
-    from bench.page import typed_command, write_page
+    from bench.lab.page import typed_command, write_page
     from bench.runtimes.page import page
     from bench.runtimes.race import measure
     from common.documents import read_object

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.record import Record, publish, render
-from bench.page import describe_machine
-from bench.rounds import alternate, median_ms, ratios
+from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.rounds import alternate, median_ms, ratios
 from common.cli import run_command
 from common.difference import difference
 from common.progress import make_console, progress

@@ -56,13 +56,12 @@ def command(config: ServerConfig) -> int:
     Answers are compared with the model's own first. A server that cannot be installed or started, answers wrongly
     or fails a request is a row with its reason. Exit status 1 if ours fails.
     """
-    from bench.lab.record import publish
+    from bench.lab.page import describe_machine, publish
     from bench.lab.wrk import refuse_without_tools
-    from bench.page import describe_machine
-    from bench.request_steps import time_steps
     from bench.servers.contestants import CONTESTANTS
     from bench.servers.page import CONNECTIONS, draw_latencies, page
     from bench.servers.race import write_net
+    from bench.servers.request_steps import time_steps
     from common.cores import num_cores
     from common.figure import png
     from common.files import write_whole
@@ -91,8 +90,8 @@ def command(config: ServerConfig) -> int:
 
 def _race(contestants: "list[Contestant]", nets: "list[ServedNet]", config: ServerConfig, console: "Console") -> None:
     """Fill the records of `nets`; every second round runs in reverse order."""
-    from bench.request_steps import time_alone
     from bench.servers.race import measure
+    from bench.servers.request_steps import time_alone
     from common.progress import progress
 
     num_rounds, seconds = config.schedule

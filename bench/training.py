@@ -10,8 +10,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.record import Record, publish, render
-from bench.page import describe_machine
+from bench.lab.page import Record, describe_machine, publish, render
 from common.cli import POSITIONAL, run_command
 from common.progress import make_console, progress
 from common.refusal import Refusal

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.lab.process import cost_of
+from bench.lab.rounds import Timing, alternate_all, median_ms, speedup, timing_of, turns
 from bench.nets import reference_convolution
-from bench.rounds import Timing, alternate_all, median_ms, speedup, timing_of
 from bench.training import BATCH_SIZE, FORMS, PRECISIONS
 from common.cores import num_cores
 from common.spec import ImageSpec, Spec
@@ -142,7 +142,7 @@ def _take_steps(form: str, spec: Spec, precision: str, num_threads: int) -> None
 def time_processes(num_starts: int, num_steps: int, advance: Advance) -> list[dict[str, Any]]:
     """One process with a thread per core and two processes with gloo, alternating, each time started anew."""
     times: dict[int, list[float]] = {1: [], 2: []}
-    for size in ((1, 2, 2, 1) * num_starts)[: 2 * num_starts]:
+    for size in (size for _, sizes in turns((1, 2), num_starts) for size in sizes):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, num_cores() // size))}
         argv = [sys.executable, *launcher, __file__, str(num_steps)]

@@ -17,8 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench.lab.record import render
-from bench.page import table
+from bench.lab.page import render, table
 from common.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]

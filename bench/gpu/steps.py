@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.rounds import median_ms
+from bench.lab.rounds import median_ms
 
 if TYPE_CHECKING:
     from export.runtimes.load import RuntimeName

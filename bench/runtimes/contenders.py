@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from bench.lab.rounds import Failure, alternate, attempt, median_ms, speedup
 from bench.nets import Net, torch_answer
-from bench.rounds import Failure, alternate, attempt, median_ms, speedup
 from common.files import write_whole
 from common.progress import progress
 from export.artefacts import Provider, open_artefact

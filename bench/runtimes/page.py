@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from bench.lab.record import Record, render
-from bench.page import percent, spread, table
-from bench.rounds import Timing, speedup
+from bench.lab.page import Record, percent, render, spread, table
+from bench.lab.rounds import Timing, speedup
 from bench.runtimes.racers import BASELINES, NUM_GEMM, OURS, REFERENCE
 
 CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from bench.lab.page import describe_machine
+from bench.lab.rounds import Failure, alternate
 from bench.nets import PUBLISHED, count_macs
-from bench.page import describe_machine
-from bench.rounds import Failure, alternate
 from bench.runtimes.graphs import NUM_COMPARED, expected_logits, make_nets, profile_graph, write_graphs
 from bench.runtimes.page import Column
 from bench.runtimes.racers import BASELINES, RACES, Graph, Racer, gemm_racers, racers_of

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.lab.process import family_bytes
-from bench.rounds import Failure, attempt, median_ms
+from bench.lab.rounds import Failure, attempt, median_ms
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bench.lab.record import Record, render
+from bench.lab.page import Record, render
 
 OURS = "ours, raw body"
 NAIVE = "FastAPI handler, raw body"

@@ -1,7 +1,7 @@
 """The page of the cascade's benchmark says what its record holds, and its ratios are those of the times."""
 
 from bench.cascade import page
-from bench.rounds import timing_of
+from bench.lab.rounds import timing_of
 
 
 def times(**ms):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from bench import front_ends
-from bench.page import describe_machine
+from bench.lab.page import describe_machine
 from common.cli import run_command
 from export.graphs.graph import to_onnx
 from fold.plain import fold_net
@@ -51,11 +51,10 @@ def test_what_front_ends_and_the_device_process_cost_more_is_missing_on_paper():
 
 
 @pytest.mark.slow
-def test_the_hand_over_is_drawn_from_batches_of_every_kind(paths, monkeypatch):
-    from bench.simulated import FRONT_ENDS, IMAGES, TIMES, Simulated, hand_over
+def test_the_hand_over_is_drawn_from_batches_of_every_kind(paths):
+    from bench.servers.simulated import FRONT_ENDS, IMAGES, hand_over
 
-    monkeypatch.setenv(TIMES, "0,0")
-    cost = hand_over(Simulated(paths[0]), 256, 3)
+    cost = hand_over(paths[0], 256, 3)
     assert [row[:2] for row in cost["rows"]] == [(num, images) for num in FRONT_ENDS for images in IMAGES]
     assert min(us for *_, us in cost["rows"]) > 0
 

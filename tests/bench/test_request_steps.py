@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import request_steps
+from bench.servers import request_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 
-from bench.rounds import MIN_CALLS, alternate, alternate_all, attempt, median_ms, speedup, timing_of
+from bench.lab.rounds import MIN_CALLS, alternate, alternate_all, attempt, median_ms, speedup, timing_of
 from common.refusal import Refusal
 
 

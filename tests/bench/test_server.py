@@ -106,11 +106,6 @@ def test_what_failed_is_a_row_with_its_reason_and_judges_nothing():
     assert "| a request | 181.8 | 100% |" in text
 
 
-def test_the_written_page_is_that_of_its_record():
-    folder = ROOT / "docs" / "benchmarks"
-    assert page(json.loads((folder / "server.json").read_text())) == (folder / "server.md").read_text()
-
-
 def test_without_ours_there_are_no_bars():
     assert bars_of(model_of([("ours", OURS, "10 failures at 64 connections", [])])) == []
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.rounds import alternate
+from bench.lab.rounds import alternate
 from bench.runtimes.worker import THREAD_VARIABLES, Worker, WorkerFailed, median_call_ms, peak_bytes
 from common.spec import ImageSpec
 from fold.image_sets import random_images

@@ -1,9 +1,10 @@
-"""python bench/simulated.py PLAIN: serve/run.py with a simulated device: t0 + n t1 for n images, and no core.
+"""python bench/servers/simulated.py PLAIN: serve/run.py with a simulated device: t0 + n t1 for n images, and no core.
 
 Every answer is the same, whatever the images: measured is the work around the model. `hand_over` measures the process
 of the device alone.
 """
 
+import itertools
 import os
 import socket
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 TIMES = "DIRACNET_SIMULATED_US"  # "t0,t1" in microseconds
 FRONT_ENDS, IMAGES = (1, 2, 4, 8, 16), (1, 4, 16)  # in a batch, and of each of them
-EXAMPLES = ("DIRACNET_SIMULATED_US=200,4 python bench/simulated.py models/fashion-mnist.onnx --front-ends 2",)
+EXAMPLES = ("DIRACNET_SIMULATED_US=200,4 python bench/servers/simulated.py models/fashion-mnist.onnx --front-ends 2",)
 
 
 class Simulated:
@@ -54,7 +55,7 @@ def load(roles: "Roles", home: Path) -> Sequence["Runtime"]:
 
 def serve(config: ServeConfig) -> int:
     """The server, whole or in front ends and a device process."""
-    from bench import simulated  # a class of __main__ would have no name in other processes
+    from bench.servers import simulated  # a class of __main__ would have no name in other processes
     from serve.front_ends import processes
     from serve.processes import serving
     from serve.run import listen
@@ -72,8 +73,8 @@ class Stopped:
 
     platform = description = library = "stopped"
 
-    def __init__(self, like: Simulated) -> None:
-        self.model = like.model
+    def __init__(self, path: Path) -> None:
+        self.model = OnnxSession(path, num_threads=1).model
         self.spent: list[float] = []
         self.arrived, self.may_go = threading.Semaphore(0), threading.Semaphore(0)
         self._logits = np.zeros((max(FRONT_ENDS) * max(IMAGES), len(self.model.spec.labels)), np.float32)
@@ -85,7 +86,7 @@ class Stopped:
         return self._logits[: len(images)]
 
 
-def hand_over(like: Simulated, max_batch: int, times: int) -> dict[str, Any]:
+def hand_over(path: Path, max_batch: int, times: int) -> dict[str, Any]:
     """Processor time of the device process for a batch, beside running the model: the measured `rows`, and a fit.
 
     The fit is microseconds of a batch, of each front end that has images in it and of each image. Images wait in all
@@ -96,29 +97,27 @@ def hand_over(like: Simulated, max_batch: int, times: int) -> dict[str, Any]:
     from serve.request.batcher import Served
     from serve.request.limits import Limits
 
-    runtime, limits = Stopped(like), Limits(max_batch=max_batch)
+    runtime, limits = Stopped(path), Limits(max_batch=max_batch)
     doors = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(max(FRONT_ENDS))]
     device = Device(Served((runtime,)), [inside for _, inside in doors], limits, load=lambda: [])
     thread = threading.Thread(target=device.run)
     thread.start()
     links = [Dialer(outside, limits).connect().link for outside, _ in doors]
-    rows = [
-        (num, num_images, _batch_us(runtime, links[:num], num_images, times))
-        for num in FRONT_ENDS
-        for num_images in IMAGES
-    ]
+    batches = itertools.product(FRONT_ENDS, IMAGES)
+    rows = [(num, images, _batch_us(runtime, links[:num], images, times)) for num, images in batches]
     for link in links:
         link.end()
     device.stop()
     thread.join()
-    for end in (end for pair in doors for end in pair):
+    for end in itertools.chain(*doors):
         end.close()
     causes = np.array([(1, num, num * num_images) for num, num_images, _ in rows], float)
-    batch_us, front_end_us, image_us = np.linalg.lstsq(causes, np.array([us for *_, us in rows]), rcond=None)[0]
-    return {"rows": rows, "batch_us": batch_us, "front_end_us": front_end_us, "image_us": image_us}
+    costs = np.linalg.lstsq(causes, np.array([us for *_, us in rows]), rcond=None)[0]
+    return {"rows": rows, **dict(zip(("batch_us", "front_end_us", "image_us"), costs, strict=True))}
 
 
 def _batch_us(runtime: Stopped, links: Sequence["Link"], num_images: int, times: int) -> float:
+    """The median time of the device's thread for a batch of `num_images` from each of `links`."""
     image = runtime.model.spec.image
     pixels = [np.zeros((image.height, image.width, image.channels), np.uint8)] * num_images
     links[0].send([(None, pixels[:1])])

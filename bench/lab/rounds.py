@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from common.refusal import Refusal
@@ -33,6 +33,12 @@ def speedup(timing: Timing, *, over: Timing) -> float:
     return statistics.median(ratios(timing, to=over))
 
 
+def turns(names: Sequence[Name], num_rounds: int, *, warm_up: bool = False) -> Iterator[tuple[int, Sequence[Name]]]:
+    """The rounds; every second one has the names in reverse order. Round -1 is warm-up and counts for nothing."""
+    for index in range(-warm_up, num_rounds):
+        yield index, names[:: -1 if index > 0 and index % 2 else 1]
+
+
 def alternate(
     racers: Mapping[Name, Callable[[], float]],
     *,
@@ -40,24 +46,22 @@ def alternate(
     num_rounds: int,
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[Name, Timing | Failure]:
-    """Runs racers in turn; each runs for one round and gives the milliseconds of a call.
+    """Runs racers in `turns`, each for one round; it gives the milliseconds of a call.
 
-    The first round is warm-up and is not counted. Every second one runs in reverse order. A racer that fails does not
-    run again.
+    A racer that fails does not run again.
     """
     failed: dict[Name, Failure] = {}
     rounds: dict[Name, list[float]] = {name: [] for name in racers}
-    for index in range(-1, num_rounds):
-        for name in list(rounds)[:: -1 if index > 0 and index % 2 else 1]:
-            result = attempt(racers[name])
+    for index, names in turns(list(racers), num_rounds, warm_up=True):
+        for name in names:
+            result = failed.get(name) or attempt(racers[name])
             if isinstance(result, Failure):
                 failed[name] = result
-                del rounds[name]
             elif index >= 0:
                 rounds[name].append(result)
         if index >= 0:
             advance(1)
-    return failed | {name: timing_of(batch_size, times) for name, times in rounds.items()}
+    return {name: failed.get(name) or timing_of(batch_size, times) for name, times in rounds.items()}
 
 
 def alternate_all(racers: Mapping[Name, Callable[[], float]], **options: Any) -> dict[Name, Timing]:

@@ -6,7 +6,8 @@ share on one core.
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from copy import copy
 from email.utils import formatdate
 from functools import partial
 from io import BytesIO
@@ -20,11 +21,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from bench.lab.process import in_fresh_process
-from bench.rounds import median_ms
+from bench.lab.rounds import median_ms
 from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
 from serve.request.access import EVERYBODY
-from serve.request.batcher import Batcher, Served
+from serve.request.batcher import Batcher, Job, Served
 from serve.request.connection import Connection
 from serve.request.limits import Limits
 from serve.request.open_connections import Door
@@ -35,6 +36,7 @@ from serve.watching.metrics import Metrics
 CORE = 0  # the servers'
 BATCH_SIZE = 32  # requests at once, and images in a batch of the model
 NUM_ROUNDS = 200
+_QUEUE = "queue, batch, results, JSON"
 
 
 def time_alone(model: Path, png: bytes, seconds: float) -> dict[str, float]:
@@ -64,15 +66,10 @@ def _time_steps(model: Path, png: bytes) -> dict[str, float]:
         "model, in batches of 32": _fastest_us(lambda: runtime(batch), num_rounds=20),
         "decoding": _fastest_us(lambda: [decode(png, runtime.model.spec.image) for _ in range(BATCH_SIZE)]),
     }
-    before = 0.0
-    for name, us in uvloop.run(_time_layers(_Instant(runtime, batch), png)).items():
-        # The last layer decodes too.
-        steps[name] = us - before - (steps["decoding"] if name == _QUEUE else 0.0)
-        before = us
+    layers = uvloop.run(_time_layers(_Instant(runtime, batch), png))
+    steps |= {name: us - before for (name, us), before in zip(layers.items(), (0.0, *layers.values()), strict=False)}
+    steps[_QUEUE] -= steps["decoding"]  # which this layer does too
     return steps
-
-
-_QUEUE = "queue, batch, results, JSON"
 
 
 async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
@@ -80,19 +77,27 @@ async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
     limits = Limits(decode_threads=0)
     batcher, door = Batcher(Served((instant,)), limits), Door(limits.max_connections)
     batcher.start()
+    deadline = asyncio.get_running_loop().time() + 60
+    job = await batcher.classify([png], top_k=5, deadline=deadline, receive=asyncio.Event().wait)  # type: ignore[arg-type]
+
+    async def answer_at_once(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        headers = [(b"content-type", b"text/plain"), (b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def finished(*_: Any, **__: Any) -> Job:
+        return job
+
+    prompt = copy(batcher)
+    prompt.classify = finished  # type: ignore[method-assign]
+    front = partial(RequestHandler, cast(ASGIApp, None), limits=Limits(), access=EVERYBODY)  # only predictions come
     observers = (Metrics(batcher, door), RequestLog(BytesIO()))
-
-    def front(inner: Batcher, *, observed: bool) -> ASGIApp:
-        app = cast(ASGIApp, None)  # only predictions are requested
-        used = observers if observed else ()
-        return RequestHandler(app, batcher=inner, limits=Limits(), access=EVERYBODY, observers=used)
-
-    prompt = cast(Batcher, _Prompt(batcher, await _first_job(batcher, png)))
     layers = {
-        "HTTP: uvicorn's protocol and one task": _answer_at_once,
-        "body, limits, headers, ids": front(prompt, observed=False),
-        "metrics and log": front(prompt, observed=True),
-        _QUEUE: front(batcher, observed=True),
+        "HTTP: uvicorn's protocol and one task": answer_at_once,
+        "body, limits, headers, ids": front(batcher=prompt, observers=()),
+        "metrics and log": front(batcher=prompt, observers=observers),
+        _QUEUE: front(batcher=batcher, observers=observers),
     }
     times = {name: await _time_app(app, png) for name, app in layers.items()}
     await batcher.close()
@@ -112,38 +117,18 @@ class _Instant:
         return self._logits[: len(images)]
 
 
-class _Prompt:
-    """A batcher that returns one finished job for every request."""
-
-    def __init__(self, batcher: Batcher, job: Any) -> None:
-        self._batcher, self._job = batcher, job
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._batcher, name)
-
-    async def classify(self, *_: Any, **__: Any) -> Any:
-        return self._job
-
-
-class _Transport:
+class _Transport(asyncio.Transport):
     """A socket that accepts everything."""
 
     def __init__(self) -> None:
-        self.num_writes = 0
-        self.last = b""
+        super().__init__()
+        self.written = b""  # since the last request
 
-    def write(self, data: bytes) -> None:
-        self.num_writes += 1
-        self.last = data
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
 
     def is_closing(self) -> bool:
         return False
-
-    def close(self) -> None:
-        pass
-
-    def get_extra_info(self, name: str) -> None:
-        return None
 
     def get_write_buffer_size(self) -> int:
         return 0
@@ -152,52 +137,30 @@ class _Transport:
         pass
 
 
-async def _first_job(batcher: Batcher, png: bytes) -> Any:
-    deadline = asyncio.get_running_loop().time() + 60
-    return await batcher.classify([png], top_k=5, deadline=deadline, receive=asyncio.Event().wait)  # type: ignore[arg-type]
-
-
-async def _answer_at_once(scope: Scope, receive: Receive, send: Send) -> None:
-    await receive()
-    headers = [(b"content-type", b"text/plain"), (b"content-length", b"2")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": b"ok"})
-
-
 async def _time_app(app: ASGIApp, png: bytes) -> float:
     """Microseconds of one request among `BATCH_SIZE` that come at once, each on a connection of its own."""
     config = uvicorn.Config(app, log_config=None, access_log=False, http=Connection, ws="none", lifespan="off")
     config.load()
     state = ServerState()
     state.default_headers = [(b"date", formatdate(usegmt=True).encode())]
-    transports = [_Transport() for _ in range(BATCH_SIZE)]
-    connections = [Connection(config, state, {"door": Door(BATCH_SIZE)}) for _ in transports]
-    for connection, transport in zip(connections, transports, strict=True):
-        connection.connection_made(cast(asyncio.Transport, transport))
+    connections = {_Transport(): Connection(config, state, {"door": Door(BATCH_SIZE)}) for _ in range(BATCH_SIZE)}
+    for transport, connection in connections.items():
+        connection.connection_made(transport)
     head = f"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Type: image/png\r\nContent-Length: {len(png)}\r\n\r\n"
     request = head.encode() + png
-
-    async def ask_all() -> None:
-        num_writes = transports[-1].num_writes
-        for connection in connections:
-            connection.data_received(request)
-        while any(transport.num_writes == num_writes for transport in transports):
-            await asyncio.sleep(0)
-
-    fastest = await _fastest_of(ask_all)
-    if not all(transport.last.startswith(b"HTTP/1.1 200") for transport in transports):
-        raise RuntimeError(f"the timed request failed: {transports[0].last[:300]!r}")
-    for connection in connections:
-        connection.connection_lost(ConnectionResetError())
-    return fastest
-
-
-async def _fastest_of(action: Callable[[], Coroutine[Any, Any, None]]) -> float:
     times = []
     for _ in range(NUM_ROUNDS):
         start = time.process_time()
-        await action()
+        for transport, connection in connections.items():
+            transport.written = b""
+            connection.data_received(request)
+        while not all(transport.written for transport in connections):
+            await asyncio.sleep(0)
         times.append(time.process_time() - start)
+    if not all(transport.written.startswith(b"HTTP/1.1 200") for transport in connections):
+        raise RuntimeError(f"the timed request failed: {next(iter(connections)).written[:300]!r}")
+    for connection in connections.values():
+        connection.connection_lost(ConnectionResetError())
     return 1e6 * min(times) / BATCH_SIZE
 
 

@@ -6,16 +6,16 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 
-from bench.lab.load import LOST, Load, Reply, Tally, named, predict_request, saturated
+from bench.lab.load import LOST, Load, Reply, predict_request
 from bench.lab.server import Server, start
 from common.files import sha256, write_whole
 from common.refusal import Refusal
@@ -43,19 +43,24 @@ class Subject:
 
 async def overload(subject: Subject, *, seconds: float) -> dict[str, Any]:
     """Measure the closed-loop maximum, offer ten times that for `seconds`, and measure the maximum again."""
+    without_retry_after: list[int] = []
+
+    def take(reply: Reply) -> None:
+        if reply.status == 503 and b"\r\nretry-after: " not in reply.head:
+            without_retry_after.append(reply.number)
+
     options = ("--max-queue", QUEUE, "--max-images", 16, "--deadline-ms", DEADLINE_MS)
     options += ("--model-threads", 1, "--log-level", "warning")
     with start(subject.model, *options) as server:
         before = await _maxima(server.port, subject.image, seconds / 6)
         rate = OVERLOAD_FACTOR * max(before.values())
-        tally = Tally()
-        load = Load(server.port, predict_request(subject.image), tally, num_connections=OFFERING)
+        load = Load(server.port, predict_request(subject.image), take, num_connections=OFFERING)
         async with sampled(server.rss_bytes, every_s=0.1) as rss:
             due = await load.offer(rate, seconds)
         after = await _maxima(server.port, subject.image, seconds / 6)
         rss_after = server.rss_bytes()
     maximum = max(*before.values(), *after.values())
-    goodput, p99_ms, statuses = tally.rate(load.start, seconds), tally.percentile_ms(200, 99), tally.statuses()
+    goodput, p99_ms, statuses = load.rate(seconds), load.percentile_ms(200, 99), load.statuses()
     return {
         "server": ["--runtime", "onnxruntime", *map(str, options)],
         "closed_loop_per_s": {"before": before, "after": after},
@@ -66,42 +71,42 @@ async def overload(subject: Subject, *, seconds: float) -> dict[str, Any]:
         "statuses": statuses,
         "accepted_per_s": goodput,
         "goodput_share": goodput / maximum,
-        "accepted_ms": {str(percent): tally.percentile_ms(200, percent) for percent in (50, 99, 100)},
-        "refused_ms": {str(percent): tally.percentile_ms(503, percent) for percent in (50, 99)},
-        "without_retry_after": tally.num_without_retry_after,
+        "accepted_ms": {str(percent): load.percentile_ms(200, percent) for percent in (50, 99, 100)},
+        "refused_ms": {str(percent): load.percentile_ms(503, percent) for percent in (50, 99)},
+        "without_retry_after": len(without_retry_after),
         "rss_mb": {"before": rss[0] / 1e6, "largest": max(rss) / 1e6, "after": rss_after / 1e6},
         "bars": {
             f"accepted: p99 under the deadline of {DEADLINE_MS} ms": p99_ms < DEADLINE_MS,
-            "all others: 503 with Retry-After": statuses.keys() == {"200", "503"} and not tally.num_without_retry_after,
+            "all others: 503 with Retry-After": statuses.keys() == {"200", "503"} and not without_retry_after,
             f"memory: at most {MEMORY_SHARE:g} times that before": max(rss) <= MEMORY_SHARE * rss[0],
             f"accepted a second: at least {GOODPUT_SHARE:.0%} of the maximum": goodput >= GOODPUT_SHARE * maximum,
         },
     }
 
 
+async def _maxima(port: int, image: bytes, seconds: float) -> dict[str, float]:
+    """Replies 200 a second, by the number of connections that ask without a pause."""
+    rates = {}
+    for num_connections in SATURATING:
+        load = Load(port, predict_request(image), num_connections=num_connections)
+        await load.saturate(seconds)
+        rates[str(num_connections)] = load.rate(seconds)
+    return rates
+
+
 async def drain(subject: Subject) -> dict[str, Any]:
     """SIGTERM under load. The log says which requests the server began: each of them must have its reply."""
-    statuses: Counter[int] = Counter()
-    answered: set[int] = set()
-
-    def take(reply: Reply) -> None:
-        statuses[reply.status] += 1
-        if reply.status != LOST:
-            answered.add(reply.number)
-
     with start(subject.model) as server:
-        async with saturated(server.port, subject.image, take, num_connections=32) as load:
-            await asyncio.to_thread(server.wait_for, "POST /predict")
+        load = Load(server.port, predict_request(subject.image), num_connections=32)
+        async with load.saturating():
             await asyncio.sleep(1)
             leave_s = await asyncio.to_thread(server.stop)
         begun = {int(line.split("load-")[1].split('"')[0]) for line in server.log() if '"id":"load-' in line}
-    lost = len(begun - answered)
+    lost = len(begun - {reply.number for reply in load.replies if reply.status != LOST})
     return {
-        "sent": load.num_sent,
         "begun": len(begun),
-        "answers": named(statuses),
+        "answers": load.statuses(),
         "begun_and_lost": lost,
-        "connections_refused": load.num_refused,
         "leave_s": leave_s,
         "exit_status": server.exit_status,
         "bars": {"every request that was begun is answered": not lost, "exit status 0": server.exit_status == 0},
@@ -112,76 +117,113 @@ async def reload(subject: Subject, folder: Path, *, times: int) -> dict[str, Any
     """SIGHUP again and again, two models in turn, then a damaged file."""
     contents = [subject.model.read_bytes(), subject.other.read_bytes()]
     path = write_whole(folder / "served.onnx", contents[0])
-    statuses: Counter[int] = Counter()
     digests: set[str] = set()
     digests_after_damage: set[str] = set()
     wrong, first_after_damage = 0, sys.maxsize
 
     def take(reply: Reply) -> None:
         nonlocal wrong
-        statuses[reply.status] += 1
         if reply.status == 200:
             digest = json.loads(reply.body)["model"]["digest"]
             (digests if reply.number < first_after_damage else digests_after_damage).add(digest)
             wrong += not _fits(reply.body, subject.expected.get(digest))
 
+    async def replace(server: Server, content: bytes, message: str) -> None:
+        write_whole(path, content)
+        await asyncio.to_thread(server.reload, message)
+
     with start(path, "--log-level", "warning") as server:
-        async with saturated(server.port, subject.image, take, num_connections=16) as load:
+        load = Load(server.port, predict_request(subject.image), take, num_connections=16)
+        async with load.saturating():
             begin = time.monotonic()
             for turn in range(times):
-                await _reload(server, path, contents[(turn + 1) % 2], "now serving")
+                await replace(server, contents[(turn + 1) % 2], "now serving")
             seconds = time.monotonic() - begin
             last = contents[times % 2]
-            await _reload(server, path, last[: len(last) // 2], "the old model keeps serving")
+            await replace(server, last[: len(last) // 2], "the old model keeps serving")
             first_after_damage = load.num_sent
             await asyncio.sleep(1)
+    statuses = load.statuses()
     return {
         "reloads": times,
         "seconds_each": seconds / times,
-        "statuses": named(statuses),
-        "digests": sorted(digests),
+        "statuses": statuses,
         "answers_that_do_not_fit": wrong,
         "bars": {
-            "no request lost": statuses.keys() == {200},
+            "no request lost": statuses.keys() == {"200"},
             "every answer fits the model that it names": not wrong and digests == subject.expected.keys(),
             "a damaged file keeps the old model": digests_after_damage == {sha256(last)},
         },
     }
 
 
+def _fits(body: bytes, expected: np.ndarray | None) -> bool:
+    if expected is None:
+        return False
+    (result,) = json.loads(body)["results"]
+    errors = [abs(guess["probability"] - expected[guess["index"]]) for guess in result["top"]]
+    return result["index"] == int(expected.argmax()) and max(errors) < PROBABILITY_ERROR
+
+
 async def kill(subject: Subject) -> dict[str, Any]:
     """kill -9 of one of two workers under load; what it was answering is lost, and asked once more."""
-    statuses: Counter[int] = Counter()
-    retries: list[asyncio.Task[bool]] = []
-
-    def take(reply: Reply) -> None:
-        statuses[reply.status] += 1
-        if reply.status == LOST:
-            retries.append(asyncio.create_task(ask_again(server.url, subject.image)))
-
     with start(subject.model, "--workers", 2, "--model-threads", 1, "--log-level", "warning") as server:
-        async with saturated(server.port, subject.image, take, num_connections=16):
+        async with retried(server, subject.image, LOST) as (load, retries):
             await asyncio.sleep(1)
-            known: set[bytes] = set()
+            known: set[str] = set()
             while len(known) < 2:
-                known.add(await _process_of(server.port))
+                known.add(await asyncio.to_thread(_find_worker, server))
             os.kill(server.workers()[0], signal.SIGKILL)
             begin = time.monotonic()
-            while await _process_of(server.port) in known:
+            while await asyncio.to_thread(_find_worker, server) in known:
                 await asyncio.sleep(0.005)
             recovery_s = time.monotonic() - begin
             await asyncio.sleep(1)
-        succeeded = sum(await asyncio.gather(*retries))
+    statuses, succeeded = load.statuses(), sum(task.result() for task in retries)
     return {
-        "statuses": named(statuses),
+        "statuses": statuses,
         "lost": len(retries),
         "lost_and_answered_on_one_retry": succeeded,
         "recovery_s": recovery_s,
         "bars": {
             "every lost request succeeds on one retry": succeeded == len(retries),
-            "all others are answered 200": statuses.keys() <= {200, LOST},
+            "all others are answered 200": statuses.keys() <= {"200", "lost"},
         },
     }
+
+
+def _find_worker(server: Server) -> str:
+    """The process that takes a new connection, by the first half of the ids that it gives requests."""
+    while True:
+        with suppress(httpx.HTTPError):  # the killed worker had taken it
+            return server.client.get("/healthz").headers["x-request-id"].partition("-")[0]
+
+
+@asynccontextmanager
+async def retried(server: Server, image: bytes, *statuses: int) -> AsyncIterator[tuple[Load, list[asyncio.Task[bool]]]]:
+    """16 connections that ask without a pause; each request with one of `statuses` is sent once more.
+
+    At the end, each of these tasks says whether it was answered then.
+    """
+    retries: list[asyncio.Task[bool]] = []
+
+    def take(reply: Reply) -> None:
+        if reply.status in statuses:
+            retries.append(asyncio.create_task(_ask_again(server.url, image)))
+
+    load = Load(server.port, predict_request(image), take, num_connections=16)
+    async with load.saturating():
+        yield load, retries
+    await asyncio.gather(*retries)
+
+
+async def _ask_again(url: str, image: bytes) -> bool:
+    async with AsyncClient(url, retry=Retry(attempts=1)) as client:
+        try:
+            await client.predict([image])
+        except Refusal:
+            return False
+    return True
 
 
 @asynccontextmanager
@@ -199,54 +241,3 @@ async def sampled(read: Callable[[], int], *, every_s: float) -> AsyncIterator[l
         yield found
     finally:
         task.cancel()
-
-
-async def ask_again(url: str, image: bytes) -> bool:
-    """Whether one more request is answered."""
-    async with AsyncClient(url, retry=Retry(attempts=1)) as client:
-        try:
-            await client.predict([image])
-        except Refusal:
-            return False
-    return True
-
-
-async def _maxima(port: int, image: bytes, seconds: float) -> dict[str, float]:
-    """Replies 200 a second, by the number of connections that ask without a pause."""
-    rates = {}
-    for num_connections in SATURATING:
-        tally = Tally()
-        load = Load(port, predict_request(image), tally, num_connections=num_connections)
-        await load.saturate(seconds)
-        rates[str(num_connections)] = tally.rate(load.start, seconds)
-    return rates
-
-
-async def _reload(server: Server, path: Path, content: bytes, message: str) -> None:
-    write_whole(path, content)
-    num_lines = len(server.log())
-    server.send(signal.SIGHUP)
-    await asyncio.to_thread(server.wait_for, message, after=num_lines)
-
-
-def _fits(body: bytes, expected: np.ndarray | None) -> bool:
-    if expected is None:
-        return False
-    (result,) = json.loads(body)["results"]
-    is_best = result["index"] == int(expected.argmax())
-    errors = [abs(guess["probability"] - expected[guess["index"]]) for guess in result["top"]]
-    return is_best and max(errors) < PROBABILITY_ERROR
-
-
-async def _process_of(port: int) -> bytes:
-    """The process that takes a new connection: the first half of the ids that it gives requests."""
-    while True:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        try:
-            writer.write(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-            if head := (await reader.read()).lower():
-                return head.partition(b"x-request-id: ")[2].partition(b"-")[0]
-        except ConnectionError:  # the killed worker had taken it
-            continue
-        finally:
-            writer.close()

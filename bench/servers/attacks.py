@@ -4,26 +4,26 @@ Each is bounded in bytes and time. Measured are the server's memory and the wait
 """
 
 import asyncio
-import http.client
 import io
+import select
 import socket
 import struct
-import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from bench.faults import Subject, sampled
-from bench.lab.load import Load, Tally, predict_request
+from bench.lab.load import HOST, Load, get_request, predict_request
 from bench.lab.server import Server, start
+from bench.servers.faults import Subject, sampled
 
 FLOOD_BYTES, FLOOD_S = 200 * 10**6, 8.0  # that an attacker may send
 DRIP_S = 12.0  # for the server to end a connection
@@ -34,6 +34,7 @@ CONNECTIONS = 200
 _CHUNKED = b"Host: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 _HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 _PROBE, _PREDICT = b"GET /healthz HTTP/1.1\r\n" + _CHUNKED, b"POST /predict HTTP/1.1\r\n" + _CHUNKED
+# What is sent once, and then again and again.
 FLOODS = {
     "trailers, to `/healthz`": (_PROBE + b"0\r\n", b"a: b\r\n"),
     "one trailer, to `/healthz`": (_PROBE + b"0\r\na: ", b"b"),
@@ -63,11 +64,13 @@ BUSY_S = 0.05  # until a sender hangs up
 # Endless and slow requests, and too many connections
 
 
-def attack(model: Path) -> dict[str, Any]:
+async def attack(model: Path) -> dict[str, Any]:
     """Every flood, then all drips together, on one server; then more connections than another one takes."""
     with start(model, "--log-level", "warning") as server:
-        floods = {what: _flood(server, *bytes_) for what, bytes_ in FLOODS.items()}
-        drips = _drip_all(server)
+        floods = {name: await _flood(server, *sent) for name, sent in FLOODS.items()}
+        drip = partial(_send_on, server.port, pause_s=PAUSE_S, limit_s=DRIP_S)
+        dripped = await asyncio.gather(*(asyncio.to_thread(drip, *sent) for sent in DRIPS.values()))
+    drips = {name: seconds for name, (_, seconds) in zip(DRIPS, dripped, strict=True)}
     bars = {
         f"every flood is ended before {FLOOD_BYTES / 1e6:.0f} MB": all(
             flood["sent_mb"] < FLOOD_BYTES / 1e6 for flood in floods.values()
@@ -79,101 +82,59 @@ def attack(model: Path) -> dict[str, Any]:
     return {"floods": floods, "drips_s": drips, "connections": _crowd(model), "bars": bars}
 
 
-@contextmanager
-def _bystander(server: Server) -> Iterator[dict[str, float]]:
-    """Asks for /healthz without a pause, each time on a new connection: the longest wait, and the memory added."""
-    before, is_over = server.rss_bytes(), threading.Event()
-    found = {"memory_mb": 0.0, "probe_ms": 0.0}
-
-    def watch() -> None:
-        while not is_over.is_set():
-            begin = time.monotonic()
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-            connection.request("GET", "/healthz")
-            assert connection.getresponse().status == 200
-            connection.close()
-            found["probe_ms"] = max(found["probe_ms"], 1000 * (time.monotonic() - begin))
-            found["memory_mb"] = max(found["memory_mb"], (server.rss_bytes() - before) / 1e6)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield found
-    finally:
-        is_over.set()
-        thread.join()
+async def _flood(server: Server, head: bytes, piece: bytes) -> dict[str, float]:
+    """Send `piece` without a pause, beside a client that asks for /healthz without a pause."""
+    block = piece * (65536 // len(piece))
+    healthy = Load(server.port, get_request("/healthz"), num_connections=1)
+    async with healthy.saturating(), sampled(server.rss_bytes, every_s=0.001) as memory:
+        num_bytes, seconds = await asyncio.to_thread(_send_on, server.port, head, block, limit_s=FLOOD_S)
+    return {
+        "sent_mb": num_bytes / 1e6,
+        "seconds": seconds,
+        "memory_mb": (max(memory) - memory[0]) / 1e6,
+        "probe_ms": 1000 * max(reply.seconds for reply in healthy.replies),
+    }
 
 
-def _flood(server: Server, head: bytes, piece: bytes) -> dict[str, float]:
-    """Send `piece` until the server ends the connection or the attacker's bytes or time are used up."""
-    block, num_bytes, begin = piece * (65536 // len(piece)), 0, time.monotonic()
-    with _bystander(server) as found, socket.create_connection(("127.0.0.1", server.port), timeout=FLOOD_S) as peer:
-        with suppress(OSError):  # reset, or nothing is taken any more
-            peer.sendall(head)
-            while num_bytes < FLOOD_BYTES and time.monotonic() - begin < FLOOD_S:
-                num_bytes += peer.send(block)
-        seconds = time.monotonic() - begin
-    return {"sent_mb": num_bytes / 1e6, "seconds": seconds, **found}
+def _send_on(port: int, head: bytes, piece: bytes, *, limit_s: float, pause_s: float = 0.0) -> tuple[int, float]:
+    """Send `piece` until the server ends the connection or the attacker's bytes or time are used up: what it sent.
 
-
-def _drip_all(server: Server) -> dict[str, float]:
-    """Seconds until the server ended each, all of them at once."""
-    seconds = dict.fromkeys(DRIPS, 0.0)
-    threads = [
-        threading.Thread(target=lambda what=what, bytes_=bytes_: seconds.update({what: _drip(server, *bytes_)}))
-        for what, bytes_ in DRIPS.items()
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return seconds
-
-
-def _drip(server: Server, head: bytes, drop: bytes) -> float:
-    begin = time.monotonic()
-    with socket.create_connection(("127.0.0.1", server.port), timeout=PAUSE_S) as peer:
+    Answers are read only in a pause.
+    """
+    num_bytes, begin = 0, time.monotonic()
+    # It ends with a reset, or where nothing is taken any more.
+    with suppress(OSError), socket.create_connection((HOST, port), timeout=limit_s) as peer:
         peer.sendall(head)
-        while time.monotonic() - begin < DRIP_S:
-            try:
-                if not peer.recv(65536):
-                    break
-                time.sleep(PAUSE_S)
-                peer.sendall(drop)
-            except TimeoutError:
-                peer.sendall(drop)
-            except OSError:
+        while num_bytes < FLOOD_BYTES and time.monotonic() - begin < limit_s:
+            num_bytes += peer.send(piece)
+            if pause_s and select.select([peer], [], [], pause_s)[0] and not peer.recv(65536):
                 break
-    return time.monotonic() - begin
+    return num_bytes, time.monotonic() - begin
 
 
 def _crowd(model: Path) -> dict[str, Any]:
     """Twice as many connections as a server takes: what becomes of them, and of those inside."""
+
+    def connect() -> list[socket.socket]:
+        return [socket.create_connection((HOST, server.port), timeout=5) for _ in range(CONNECTIONS)]
+
+    def status(peer: socket.socket) -> str:
+        with suppress(ConnectionError):
+            return peer.recv(65536)[9:12].decode() or "closed"
+        return "closed"
+
     with start(model, "--max-connections", CONNECTIONS, "--log-level", "warning") as server:
-        before = server.rss_bytes()
-        peers = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(CONNECTIONS)]
+        before, peers = server.rss_bytes(), connect()
         peers[0].sendall(_HEALTH)
-        peers[0].recv(65536)  # the server has taken them all
-        memory = (server.rss_bytes() - before) / CONNECTIONS
-        beyond = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(CONNECTIONS)]
-        answers = Counter(_first_bytes(peer)[9:12].decode() or "closed" for peer in beyond)
+        status(peers[0])  # the server has taken them all
+        kb_each = (server.rss_bytes() - before) / CONNECTIONS / 1000
+        beyond = connect()
+        answers = Counter(status(peer) for peer in beyond)
         peers[0].sendall(_HEALTH)
-        inside = peers[0].recv(65536)[9:12].decode()
+        inside = status(peers[0])
         for peer in peers + beyond:
             peer.close()
-    return {
-        "limit": CONNECTIONS,
-        "kb_each": memory / 1000,
-        "inside": inside,
-        "beyond": dict(sorted(answers.items())),
-    }
-
-
-def _first_bytes(peer: socket.socket) -> bytes:
-    try:
-        return peer.recv(65536)
-    except ConnectionError:
-        return b""
+    return {"limit": CONNECTIONS, "kb_each": kb_each, "inside": inside, "beyond": dict(sorted(answers.items()))}
 
 
 # Under siege: requests that cost the server much more than their sender
@@ -186,43 +147,40 @@ class Attack:
     name: str
     make_bodies: Callable[[], Sequence[bytes]]
     path: str = "/predict"
-    media_type: str = "application/octet-stream"
+    is_json: bool = False
     hang_up: bool = False
     server: tuple[Any, ...] = ()  # options
-    probe: str = "/predict"  # what the healthy client asks for
+
+    @property
+    def probe(self) -> str:
+        """What the healthy client asks for: long JSON is parsed beside the event loop."""
+        return "/healthz" if self.is_json else "/predict"
 
 
 def siege_attacks(*, quick: bool) -> list[Attack]:
     """All of them; the quick form is a quarter as large."""
     side, size = (4000, 5 * 10**6) if quick else (8000, 19 * 10**6)
-    webp = Attack(f"4 WebPs of {side // 2}x{side // 2} noise", lambda: 4 * [noise_webp(side // 2)])
-    lists = Attack(f"{size / 1e6:.0f} MB of empty lists", lambda: [empty_lists(size)], probe="/healthz")
+    half, mb = side // 2, f"{size / 1e6:.0f} MB"
+    scans = f"a JPEG of {side}x{side} with {side * 12:,} scans, and its sender hangs up"
+    uploads = f"80 uploads of {mb} behind 4 WebPs, and their senders hang up"
+    lists, tensors = f"{mb} of empty lists", f"6 bodies of {mb} of nested lists for /v2"
+    rgba = Attack(f"a PNG of {side}x{side} RGBA", lambda: [flat_png(side, "RGBA")])
+    webps = Attack(f"4 WebPs of {half}x{half} noise", lambda: 4 * [noise_webp(half)])
+
+    def late_uploads() -> list[bytes]:
+        return [*webps.make_bodies(), *80 * [noise_webp(half).ljust(size, b"\0")]]
+
     return [
         Attack("nothing, for comparison", lambda: (), hang_up=True),
-        Attack(
-            f"a JPEG of {side}x{side} with {side * 12:,} scans, and its sender hangs up",
-            lambda: [scans_jpeg(side, side * 12)],
-            hang_up=True,
-        ),
-        Attack(
-            f"80 uploads of {size / 1e6:.0f} MB behind 4 WebPs, and their senders hang up",
-            lambda: [*4 * [noise_webp(side // 2)], *80 * [noise_webp(side // 2).ljust(size, b"\0")]],
-            hang_up=True,
-            server=ROOMY,
-        ),
-        Attack(f"a PNG of {side}x{side} RGBA", lambda: [flat_png(side, "RGBA")]),
-        Attack("the same, where it may be decoded", lambda: [flat_png(side, "RGBA")], server=ROOMY),
+        Attack(scans, lambda: [scans_jpeg(side, side * 12)], hang_up=True),
+        Attack(uploads, late_uploads, hang_up=True, server=ROOMY),
+        rgba,
+        replace(rgba, name="the same, where it may be decoded", server=ROOMY),
         Attack(f"a PNG of {side}x{side}, 16-bit grey", lambda: [flat_png(side, "I;16")]),
-        replace(lists, media_type="application/json"),
-        Attack(
-            f"6 bodies of {size / 1e6:.0f} MB of nested lists for /v2",
-            lambda: 6 * [nested_tensor(size)],
-            path="/v2/models/{model}/infer",
-            media_type="application/json",
-            probe="/healthz",
-        ),
-        webp,
-        replace(webp, name=f"{webp.name}, where all are decoded at once", server=(*ROOMY, "--decode-threads", 2)),
+        Attack(lists, lambda: [empty_lists(size)], is_json=True),
+        Attack(tensors, lambda: 6 * [nested_tensor(size)], path="/v2/models/{model}/infer", is_json=True),
+        webps,
+        replace(webps, name=f"{webps.name}, where all are decoded at once", server=(*ROOMY, "--decode-threads", 2)),
         Attack("4 PNGs of 100,000 chunks", lambda: 4 * [chunks_png(100_000)]),
     ]
 
@@ -247,21 +205,19 @@ async def siege(subject: Subject, model_name: str, attacks: Sequence[Attack]) ->
 
 async def _besiege(subject: Subject, model_name: str, attack: Attack) -> dict[str, Any]:
     bodies = await asyncio.to_thread(attack.make_bodies)
-    path = attack.path.format(model=model_name)
-    get = f"GET {attack.probe} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
-    probe = predict_request(subject.image) if attack.probe == "/predict" else lambda number: get
+    probe = predict_request(subject.image) if attack.probe == "/predict" else get_request(attack.probe)
     with start(subject.model, "--log-level", "warning", *attack.server) as server:
-        tally = Tally()
-        load = Load(server.port, probe, tally, num_connections=8)
-        async with sampled(server.family_bytes, every_s=0.02) as memory:
+        read_memory = partial(server.rss_bytes, with_children=True)
+        load = Load(server.port, probe, num_connections=8)
+        async with sampled(read_memory, every_s=0.02) as memory:
             probing = asyncio.create_task(load.offer(PROBES_PER_S, 600))
             await asyncio.sleep(0.5)
             begin = time.monotonic()
-            answers = await _send_all(server.port, path, attack, bodies)
+            answers = await _send_all(server.port, attack.path.format(model=model_name), attack, bodies)
             seconds = time.monotonic() - begin
             load.stop()
             await probing
-        after = server.family_bytes()
+        after = read_memory()
     return {
         "name": attack.name,
         "server": [str(argument) for argument in attack.server],
@@ -269,28 +225,29 @@ async def _besiege(subject: Subject, model_name: str, attack: Attack) -> dict[st
         "body_mb": sum(map(len, bodies)) / 1e6,
         "answers": dict(answers),
         "seconds": seconds,
-        "probes": tally.statuses(),
-        "worst_wait_s": max(taken for _, taken, _ in tally.replies),
+        "probes": load.statuses(),
+        "worst_wait_s": max(reply.seconds for reply in load.replies),
         "mb": {"before": memory[0] / 1e6, "largest": max(memory) / 1e6, "after": after / 1e6},
     }
 
 
 async def _send_all(port: int, path: str, attack: Attack, bodies: Sequence[bytes]) -> Counter[str]:
     """How many bodies got each answer; in threads, so that the healthy client's loop goes on."""
+    send = partial(asyncio.to_thread, _send, port, path, attack)
     if not attack.hang_up:
-        sent = [asyncio.to_thread(_send, port, path, attack, body) for body in bodies]
-        return Counter(await asyncio.gather(*sent))
+        return Counter(await asyncio.gather(*map(send, bodies)))
     for body in bodies:
-        await asyncio.to_thread(_send, port, path, attack, body)
+        await send(body)
     await asyncio.sleep(AFTERWARDS_S)
     return Counter({"hung up": len(bodies)})
 
 
 def _send(port: int, path: str, attack: Attack, body: bytes) -> str:
     """The status of the answer, or "lost"."""
-    fields = f"Content-Type: {attack.media_type}\r\nContent-Length: {len(body)}"
+    media_type = "application/json" if attack.is_json else "application/octet-stream"
+    fields = f"Content-Type: {media_type}\r\nContent-Length: {len(body)}"
     status = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=120) as connection, suppress(ConnectionError):
+    with socket.create_connection((HOST, port), timeout=120) as connection, suppress(ConnectionError):
         connection.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n".encode())
         connection.sendall(body)
         if attack.hang_up:
@@ -316,9 +273,8 @@ def chunks_png(num_chunks: int) -> bytes:
 
 def flat_png(side: int, mode: str) -> bytes:
     """A PNG of one colour: a thousandth of its pixels' bytes."""
-    if mode == "I;16":
-        return _encode(Image.fromarray(np.full((side, side), 4711, np.uint16)), "PNG")
-    return _encode(Image.new(mode, (side, side)), "PNG")
+    grey = np.full((side, side), 4711, np.uint16)
+    return _encode(Image.fromarray(grey) if mode == "I;16" else Image.new(mode, (side, side)), "PNG")
 
 
 def noise_webp(side: int) -> bytes:
