@@ -75,7 +75,7 @@ def measure(key: str, config: "ModelConfig", console: "Console") -> dict[str, An
 
 
 def _is_chosen(racer: Racer, parts: Sequence[str]) -> bool:
-    """Those that bars are stated against always run."""
+    """The baselines of the bars always run."""
     text = f"{racer.net}, {racer.title}, {racer.precision}"
     return not parts or racer.title in BASELINES or any(part in text for part in parts)
 
@@ -146,13 +146,13 @@ def make_nets(race: Race) -> tuple[Spec, Nets]:
 
 @torch.inference_mode()
 def expected_logits(spec: Spec, nets: Nets) -> dict[str, np.ndarray]:
-    """By name of the net: what every racer should answer for the first random images, by PyTorch in float32."""
+    """The logits of each net for the first random images, by PyTorch in float32."""
     images = torch.from_numpy(random_images(spec.image, NUM_COMPARED))
     return {name: net(images).numpy() for name, net in nets.items()}
 
 
 def write_graphs(spec: Spec, nets: Nets, graphs: set[Graph], folder: Path, advance: Callable[..., None]) -> None:
-    """One file for each graph, into `folder`."""
+    """Write each graph into a file in `folder`."""
     for graph in sorted(graphs):
         lowered = lower(nets[graph.net], graph.lowering)
         model = to_onnx(lowered, spec, {})
@@ -207,7 +207,7 @@ def summarize(events: Iterable[Mapping[str, Any]], *, num_runs: int) -> dict[str
             [tuple(shape) for tensor in arguments[f"{kind}_type_shape"] for shape in tensor.values()]
             for kind in ("input", "output")
         )
-        # In eight bits the filters are gone into a layout of the kernel's own.
+        # In eight bits, the kernel keeps the filters in a layout of its own.
         filters = [shape for shape in inputs[1:] if len(shape) == 4]
         if arguments["op_name"] in CONVOLUTIONS and filters:
             layers[filters[0], outputs[0]].append(ms)
