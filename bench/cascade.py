@@ -12,7 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import Record, describe_machine, publish, render
-from bench.lab.rounds import Timing, alternate_all
+from bench.lab.rounds import alternate_all, speedup
 from common.cli import run_command
 from common.refusal import Refusal
 
@@ -80,7 +80,7 @@ def command(config: CascadeBenchConfig) -> None:
     for size in BATCHES:
         passes = {name: partial(_pass_ms, answer, images, size) for name, answer in racers.items()}
         times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
-        measured["batches"][str(size)] = {name: timing.to_dict() for name, timing in times.items()}
+        measured["batches"][str(size)] = times
     publish(config, "cascade", page, **measured)
 
 
@@ -102,10 +102,11 @@ def page(record: Record) -> str:
     """The page of one record. A cascade is expected to take the time of int8 plus, for its share, that of fp32."""
     alone_ms, rows = record["batches"]["1"]["fp32"]["median_ms"], []
     for size, times in record["batches"].items():
-        int8, fp32, cascade = timings = [Timing.from_dict(times[name]) for name in ("int8", "fp32", "cascade")]
-        expected_ms = int8.median_ms + record["share_escalated"] * alone_ms
-        speeds = [[1000 * timing.batch_size / ms for ms in timing.round_ms] for timing in timings]
-        ratios = cascade.speedup_over(fp32), int8.speedup_over(cascade), cascade.median_ms / expected_ms
+        int8, fp32, cascade = timings = [times[name] for name in ("int8", "fp32", "cascade")]
+        expected_ms = int8["median_ms"] + record["share_escalated"] * alone_ms
+        speeds = [[1000 * timing["batch_size"] / ms for ms in timing["round_ms"]] for timing in timings]
+        share = cascade["median_ms"] / expected_ms
+        ratios = speedup(cascade, over=fp32), speedup(int8, over=cascade), share
         rows.append({"size": size, "speeds": speeds, "ratios": ratios})
     measured, other = PROCESSORS[record["machine"]["vnni"]]
     return render("cascade", record, rows=rows, measured=measured, other=other)

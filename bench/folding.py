@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import log
 from pathlib import Path
 from statistics import median
@@ -12,6 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.rounds import turns
 from common.cli import run_command
 from common.progress import make_console, progress
 from common.refusal import Refusal
@@ -66,9 +67,9 @@ def command(config: FoldingConfig) -> None:
                 row = {"command": script, "net": name, "depth": depth, "parameters": parameters, "runs": []}
                 jobs.append((row, MODULES[script], *work))
             advance(note="checkpoints")
-        for index in range(rounds):
-            for row, *job in jobs[:: -1 if index % 2 else 1]:
-                row["runs"].append(asdict(cost_of(*job)))
+        for _, in_turn in turns(jobs, rounds):
+            for row, *job in in_turn:
+                row["runs"].append(cost_of(*job))
                 advance(note=f"{row['command']} {row['net']}")
     machine = describe_machine("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
     publish(config, "folding", page, machine=machine, rounds=rounds, rows=[row for row, *_ in jobs])

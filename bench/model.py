@@ -1,10 +1,9 @@
 """python bench/model.py: the plain net against its Dirac net, in every runtime and beside other nets, on this CPU."""
 
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -61,28 +60,22 @@ def command(config: ModelConfig) -> int:
     are not those of the plain net.
     """
     from bench.lab.page import typed_command, write_page
-    from bench.runtimes.page import markdown
+    from bench.runtimes.page import page
     from bench.runtimes.race import measure
+    from common.documents import read_object
+    from common.files import read_whole
     from common.progress import make_console
 
     console, typed, config = make_console(), typed_command("bench/model.py", config), config.resolved()
-    path = config.out / "model.json"
-    record = _read(path) if config.render or path.exists() else {"nets": {}}
+    path, record = config.out / "model.json", {"nets": {}}
+    if config.render or path.exists():
+        record = read_object(read_whole(path), str(path), todo="move it away, or choose another --out")
     for key in ("",) if config.render else config.nets:
         if key:
             nets = record["nets"] | {key: {"command": typed, **measure(key, config, console)}}
             record["nets"] = {name: nets[name] for name in RACES if name in nets}
-        console.print(write_page(config.out, "model", markdown(record), record))
+        console.print(write_page(config.out, "model", page(record), record))
     return int(any(row["strays"] for net in record["nets"].values() for row in net["rows"]))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    from common.files import read_whole
-
-    try:
-        return json.loads(read_whole(path))
-    except ValueError as error:
-        raise Refusal(f"{path} is not valid JSON: {error}; move it away, or choose another --out") from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import Record, describe_machine, publish, render
-from bench.lab.rounds import Timing, alternate, median_ms
+from bench.lab.rounds import alternate, median_ms, ratios
 from common.cli import run_command
 from common.difference import difference
 from common.progress import make_console, progress
@@ -90,7 +90,7 @@ def measure(name: str, image_size: int, round_s: float, race: Any) -> dict[str, 
         one = partial(answer, {"x": images[:1].numpy()})
         racers[form] = partial(median_ms, one, round_s, clock=time.process_time)
     for form, timing in race(racers).items():
-        results[form]["timing"] = timing.to_dict() if isinstance(timing, Timing) else timing.reason
+        results[form]["timing"] = timing
     return results
 
 
@@ -178,10 +178,9 @@ def _speeds(row: Record) -> Record:
     timings = [row[form]["timing"] for form in FORMS]
     if reason := next((timing for timing in timings if isinstance(timing, str)), ""):
         return {"net": row["net"], "ms": [reason.replace("|", "/"), "", ""], "ratios": [""] * 2, "errors": [""] * 2}
-    timings = [Timing.from_dict(timing) for timing in timings]
-    ratios = [timing.ratios_to(timings[0]) for timing in timings[1:]]
+    faster = [ratios(timing, to=timings[0]) for timing in timings[1:]]
     errors = [row[form]["onnxruntime_error"] for form in (TRAINED, FOLDED)]
-    return {"net": row["net"], "ms": [list(timing.round_ms) for timing in timings], "ratios": ratios, "errors": errors}
+    return {"net": row["net"], "ms": [timing["round_ms"] for timing in timings], "ratios": faster, "errors": errors}
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def command(config: ServerConfig) -> int:
     from bench.lab.page import describe_machine, publish
     from bench.lab.wrk import refuse_without_tools
     from bench.servers.contestants import CONTESTANTS
-    from bench.servers.page import CONNECTIONS, draw_latencies, markdown
+    from bench.servers.page import CONNECTIONS, draw_latencies, page
     from bench.servers.race import write_net
     from bench.servers.request_steps import time_steps
     from common.cores import num_cores
@@ -78,7 +78,7 @@ def command(config: ServerConfig) -> int:
     for model in models:
         console.print(f"wrote {write_whole(config.out / model['picture'], png(draw_latencies(model)))}")
     publish(
-        *(config, "server", markdown),
+        *(config, "server", page),
         **dict(zip(("rounds", "seconds"), config.schedule, strict=True)),
         connections=CONNECTIONS,
         machine=describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},

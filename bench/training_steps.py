@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.lab.process import cost_of
-from bench.lab.rounds import Timing, alternate_all, median_ms
+from bench.lab.rounds import Timing, alternate_all, median_ms, speedup, timing_of, turns
 from bench.nets import reference_convolution
 from bench.training import BATCH_SIZE, FORMS, PRECISIONS
 from common.cores import num_cores
@@ -98,10 +98,10 @@ def time_net(net: tuple[int, float], rounds: int, round_s: float, advance: Advan
     rows, weights, timings = [], [], _race(actions, rounds, round_s, advance)
     for (precision, form), timing in timings.items():
         if precision == "weights":
-            weights.append({"form": form, "round_ms": list(timing.round_ms)})
+            weights.append({"form": form, "round_ms": timing["round_ms"]})
             continue
-        share = timing.speedup_over(timings[precision, FORMS[0]])
-        rows.append({"precision": precision, "form": form, **timing.to_dict(), "share_of_ordinary": share})
+        share = speedup(timing, over=timings[precision, FORMS[0]])
+        rows.append({"precision": precision, "form": form, **timing, "share_of_ordinary": share})
     parameters = count_parameters(make_net("Dirac", spec))
     about = {"name": f"{net[0]}-{net[1]:g}", "images": "28x28", "parameters": parameters}
     return {"net": about, "rows": rows, "weights": weights}
@@ -111,7 +111,7 @@ def time_depths(depths: Iterable[int], rounds: int, advance: Advance) -> list[di
     """Steps of Dirac nets of width 1/4 on 8x8 images."""
     specs = {depth: digits_spec(depth, 0.25, side=8) for depth in depths}
     steps = {depth: make_step(make_net("Dirac", spec), spec.image) for depth, spec in specs.items()}
-    return [{"depth": depth, **timing.to_dict()} for depth, timing in _race(steps, rounds, 0.1, advance).items()]
+    return [{"depth": depth, **timing} for depth, timing in _race(steps, rounds, 0.1, advance).items()]
 
 
 def _race(
@@ -126,7 +126,7 @@ def measure_memory(net: tuple[int, float], forms: Iterable[str], advance: Advanc
     rows, imports = [], ("torch", "bench.training_steps")
     for precision, form in product(PRECISIONS, forms):
         cost = cost_of(imports, _take_steps, form, digits_spec(*net), precision, num_cores())
-        rows.append({"precision": precision, "form": form, **asdict(cost), "own_bytes": cost.own_bytes})
+        rows.append({"precision": precision, "form": form, **cost})
         advance(note=f"{precision}, {form}")
     return rows
 
@@ -142,14 +142,14 @@ def _take_steps(form: str, spec: Spec, precision: str, num_threads: int) -> None
 def time_processes(num_starts: int, num_steps: int, advance: Advance) -> list[dict[str, Any]]:
     """One process with a thread per core and two processes with gloo, alternating, each time started anew."""
     times: dict[int, list[float]] = {1: [], 2: []}
-    for size in ((1, 2, 2, 1) * num_starts)[: 2 * num_starts]:
+    for size in (size for _, sizes in turns((1, 2), num_starts) for size in sizes):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, num_cores() // size))}
         argv = [sys.executable, *launcher, __file__, str(num_steps)]
         done = subprocess.run(argv, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         times[size].append(float(done.stdout))
         advance(note=f"{size} processes")
-    return [{"processes": size, **Timing(BATCH_SIZE, tuple(runs)).to_dict()} for size, runs in times.items()]
+    return [{"processes": size, **timing_of(BATCH_SIZE, runs)} for size, runs in times.items()]
 
 
 def _time_shared_steps(num_steps: int) -> None:

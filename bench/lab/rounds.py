@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from common.refusal import Refusal
@@ -11,49 +10,27 @@ from common.refusal import Refusal
 MIN_CALLS = 3
 Result = TypeVar("Result")
 Name = TypeVar("Name")
+Timing = Mapping[str, Any]  # what `timing_of` returns, as it is in records
 
 
-@dataclass(frozen=True)
-class Timing:
-    """The time of one call in each round, in milliseconds; a round's is the median of its calls."""
-
-    batch_size: int
-    round_ms: tuple[float, ...]
-
-    @property
-    def median_ms(self) -> float:
-        return statistics.median(self.round_ms)
-
-    @property
-    def images_per_s(self) -> float:
-        return 1000 * self.batch_size / self.median_ms
-
-    def ratios_to(self, other: "Timing") -> list[float]:
-        """How many times as fast as `other`, by round: a slow moment of the machine slows down both."""
-        return [before / after for before, after in zip(other.round_ms, self.round_ms, strict=True)]
-
-    def speedup_over(self, other: "Timing") -> float:
-        """The median of the rounds' ratios."""
-        return statistics.median(self.ratios_to(other))
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> "Timing":
-        return cls(record["batch_size"], tuple(record["round_ms"]))
-
-    def to_dict(self) -> dict[str, float | list[float]]:
-        return {
-            "batch_size": self.batch_size,
-            "median_ms": self.median_ms,
-            "images_per_s": self.images_per_s,
-            "round_ms": list(self.round_ms),
-        }
-
-
-@dataclass(frozen=True)
-class Failure:
+class Failure(str):
     """Why a runtime gives no result, in one line."""
 
-    reason: str
+
+def timing_of(batch_size: int, round_ms: list[float]) -> dict[str, Any]:
+    """The time of one call in each round, in milliseconds, their median, and images per second at the median."""
+    ms = statistics.median(round_ms)
+    return {"batch_size": batch_size, "median_ms": ms, "images_per_s": 1000 * batch_size / ms, "round_ms": round_ms}
+
+
+def ratios(timing: Timing, *, to: Timing) -> list[float]:
+    """How many times as fast as another, by round: a slow moment of the machine slows down both."""
+    return [before / after for before, after in zip(to["round_ms"], timing["round_ms"], strict=True)]
+
+
+def speedup(timing: Timing, *, over: Timing) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(ratios(timing, to=over))
 
 
 def turns(names: Sequence[Name], num_rounds: int, *, warm_up: bool = False) -> Iterator[tuple[int, Sequence[Name]]]:
@@ -71,7 +48,7 @@ def alternate(
 ) -> dict[Name, Timing | Failure]:
     """Runs racers in `turns`, each for one round; it gives the milliseconds of a call.
 
-    A racer that fails is left out from then on.
+    A racer that fails does not run again.
     """
     failed: dict[Name, Failure] = {}
     rounds: dict[Name, list[float]] = {name: [] for name in racers}
@@ -84,22 +61,22 @@ def alternate(
                 rounds[name].append(result)
         if index >= 0:
             advance(1)
-    return {name: failed.get(name) or Timing(batch_size, tuple(times)) for name, times in rounds.items()}
+    return {name: failed.get(name) or timing_of(batch_size, times) for name, times in rounds.items()}
 
 
 def alternate_all(racers: Mapping[Name, Callable[[], float]], **options: Any) -> dict[Name, Timing]:
-    """`alternate` where no racer may fail: refuses with the reasons of those that do."""
-    results = alternate(racers, **options)
-    if failed := [f"{name}: {found.reason}" for name, found in results.items() if isinstance(found, Failure)]:
+    """`alternate`, but refuses if a racer fails."""
+    timings = alternate(racers, **options)
+    if failed := [f"{name}: {reason}" for name, reason in timings.items() if isinstance(reason, Failure)]:
         raise Refusal(f"cannot be timed: {'; '.join(failed)}")
-    return {name: found for name, found in results.items() if isinstance(found, Timing)}
+    return {name: timing for name, timing in timings.items() if not isinstance(timing, Failure)}
 
 
 def attempt(action: Callable[[], Result]) -> Result | Failure:
     """The result of `action`, or the first line of its exception: a runtime that fails is a result too."""
     try:
         return action()
-    except Exception as error:  # every runtime raises kinds of its own
+    except Exception as error:  # every runtime has its own exceptions
         lines = str(error).strip().splitlines() or [""]
         return Failure(f"{type(error).__name__}: {lines[0]}"[:200])
 

@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bench.lab.rounds import Failure, Timing, alternate, attempt, median_ms
+from bench.lab.rounds import Failure, alternate, attempt, median_ms, speedup
 from bench.nets import Net, torch_answer
 from common.files import write_whole
 from common.progress import progress
@@ -38,21 +37,11 @@ DIRAC_NET = "PyTorch, Dirac net"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One way to run a net, opened when it is raced."""
+def contenders(device: str, net: Net, folder: Path, profile: Profile) -> dict[str, Callable[[], Answer]]:
+    """What opens each row of a device, by "name, precision"; the first one is what others are measured against.
 
-    name: str
-    precision: str
-    open: Callable[[], Answer]
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}, {self.precision}"
-
-
-def contenders(device: str, net: Net, folder: Path, profile: Profile) -> list[Contender]:
-    """The rows of a device, the one that others are measured against first; their files are written into `folder`."""
+    Files are written into `folder`.
+    """
     plain, half = lower(net.plain, LOWERING), "fp16" if device == "cuda" else "fp32"
     in_torch = partial(torch_answer, device=device, dtype=DTYPES[half])
     file = partial(graph_file, net, folder)
@@ -64,21 +53,18 @@ def contenders(device: str, net: Net, folder: Path, profile: Profile) -> list[Co
         """As the server runs it with --runtime torch; refuses where the device is not there."""
         return lambda: load_runtime(file(precision, "onnxruntime"), name="torch", device=number)
 
-    rows: list[tuple[str, str, Callable[[], Answer]]] = [
-        (DIRAC_NET, half, partial(in_torch, net.dirac)),
-        ("PyTorch", half, partial(in_torch, plain)),
-        ("torch.compile", half, partial(in_torch, plain, is_compiled=True)),
-    ]
-    if device == "cuda":
-        rows += [("--runtime torch", kind, in_graphs(0, kind)) for kind in ("fp32", "fp16")]
-        rows += [("ONNX Runtime CUDA", kind, in_onnxruntime("cuda", kind)) for kind in ("fp32", "fp16")]
-        rows.append(("ONNX Runtime TensorRT", "fp16", in_onnxruntime("tensorrt", "fp16")))
-        engine = partial(open_engine, file, profile)
-        rows += [("TensorRT", kind, partial(engine, kind)) for kind in ("fp32", "fp16", "int8")]
-    else:
-        rows.append(("--runtime torch", "fp32", in_graphs(None, "fp32")))
-        rows += [("ONNX Runtime CPU", kind, in_onnxruntime("cpu", kind)) for kind in ("fp32", "int8")]
-    return [Contender(*row) for row in rows]
+    rows: dict[str, Callable[[], Answer]] = {
+        f"{DIRAC_NET}, {half}": partial(in_torch, net.dirac),
+        f"PyTorch, {half}": partial(in_torch, plain),
+        f"torch.compile, {half}": partial(in_torch, plain, is_compiled=True),
+    }
+    if device == "cpu":
+        rows["--runtime torch, fp32"] = in_graphs(None, "fp32")
+        return rows | {f"ONNX Runtime CPU, {kind}": in_onnxruntime("cpu", kind) for kind in ("fp32", "int8")}
+    rows |= {f"--runtime torch, {kind}": in_graphs(0, kind) for kind in ("fp32", "fp16")}
+    rows |= {f"ONNX Runtime CUDA, {kind}": in_onnxruntime("cuda", kind) for kind in ("fp32", "fp16")}
+    rows["ONNX Runtime TensorRT, fp16"] = in_onnxruntime("tensorrt", "fp16")
+    return rows | {f"TensorRT, {kind}": partial(open_engine, file, profile, kind) for kind in ("fp32", "fp16", "int8")}
 
 
 def open_engine(file: Callable[[str, Target], Path], profile: Profile, precision: str) -> Answer:
@@ -109,16 +95,15 @@ def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str,
     profile = (sizes[0], sizes[len(sizes) // 2], sizes[-1])
     rows, answers = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for contender in contenders(config.device, net, Path(folder), profile):
-            console.print(f"{net.name}: {contender.title}")
-            rows[contender.title] = row = {"title": contender.title, "failed": None, "timings": {}, "parity": ""}
-            answer = attempt(contender.open)
+        for title, open_answer in contenders(config.device, net, Path(folder), profile).items():
+            console.print(f"{net.name}: {title}")
+            rows[title] = row = {"title": title, "failed": None, "timings": {}, "parity": ""}
+            answer = attempt(open_answer)
             if isinstance(answer, Failure):
-                row["failed"] = row["parity"] = answer.reason
+                row["failed"] = row["parity"] = answer
                 continue
-            answers[contender.title] = answer
-            parity = attempt(partial(_compare, net, contender, answer, profile[1]))
-            row["parity"] = parity.reason if isinstance(parity, Failure) else parity
+            answers[title] = answer
+            row["parity"] = attempt(partial(_compare, net, title, answer, profile[1]))
         with progress(console, f"{net.name}: timing", len(sizes) * config.rounds) as advance:
             for size in sizes:
                 images = random_images(net.spec.image, size)
@@ -129,28 +114,24 @@ def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str,
                 timings = alternate(racers, batch_size=size, num_rounds=config.rounds, advance=advance)
                 first = timings.get(next(iter(rows)))
                 for title, timing in timings.items():
-                    rows[title]["timings"][str(size)] = _with_speedup(timing, first)
+                    if not isinstance(timing, Failure):
+                        over_first = speedup(timing, over=first) if isinstance(first, dict) else None
+                        timing = {**timing, "speedup": over_first}
+                    rows[title]["timings"][str(size)] = timing
     return {"name": net.name, "weights": net.weights, "batch_sizes": sizes, "rows": list(rows.values())}
 
 
-def _with_speedup(timing: Timing | Failure, first: Timing | Failure | None) -> dict[str, Any] | str:
-    if isinstance(timing, Failure):
-        return timing.reason
-    return {**timing.to_dict(), "speedup": timing.speedup_over(first) if isinstance(first, Timing) else None}
-
-
-def _compare(net: Net, contender: Contender, answer: Answer, batch_size: int) -> dict[str, Any] | str:
+def _compare(net: Net, title: str, answer: Answer, batch_size: int) -> dict[str, Any] | str:
     """The worst comparison with the plain net; batches of one size, since every other one is compiled anew."""
-    if contender.name == DIRAC_NET and not net.is_same:
+    if title.startswith(DIRAC_NET) and not net.is_same:
         return "not compared: its weights are others"
-    rows = []
+    rows, tolerance = [], TOLERANCES[title.rpartition(", ")[2]]
     for kind, images in net.image_sets.items():
         with torch.inference_mode():
             expected = answer_all(lambda some: net.plain(torch.from_numpy(some)).numpy(), images)
         pieces = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
         logits = np.concatenate([answer(pad(piece, batch_size))[: len(piece)] for piece in pieces])
-        tolerance = TOLERANCES[contender.precision]
-        rows.append(ParityRow(kind, compare(("plain", expected), (contender.title, logits), tolerance=tolerance)))
+        rows.append(ParityRow(kind, compare(("plain", expected), (title, logits), tolerance=tolerance)))
     # False before True before None, then the largest error: what most needs to be seen.
     worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.relative))
     return {**worst.to_dict(), "stated_tolerance": str(worst.comparison.tolerance)}

@@ -1,7 +1,7 @@
 """The nets of a race, the logits expected of every racer, their graphs, and ONNX Runtime's own profile of a graph."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -73,8 +73,7 @@ def profile_graph(path: Path, images: np.ndarray, *, num_threads: int) -> dict[s
 
 def summarize(events: Iterable[Mapping[str, Any]], *, num_runs: int) -> dict[str, Any]:
     """Milliseconds per call by operator, and of convolutions by weights [N_o, N_i, K, K] and output [N, N_o, H, W]."""
-    operators: dict[str, float] = defaultdict(float)
-    layers: dict[tuple[tuple[int, ...], tuple[int, ...]], list[float]] = defaultdict(list)
+    operators, layers = Counter(), defaultdict(list)
     for event in events:
         if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
             continue
@@ -99,7 +98,4 @@ def summarize(events: Iterable[Mapping[str, Any]], *, num_runs: int) -> dict[str
         }
         for (weight, output), times in layers.items()
     ]
-    return {
-        "operators": dict(sorted(operators.items(), key=lambda item: -item[1])),
-        "layers": sorted(rows, key=lambda row: -row["ms"]),
-    }
+    return {"operators": dict(operators.most_common()), "layers": sorted(rows, key=lambda row: -row["ms"])}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.lab.page import Record, percent, render, spread, table
-from bench.lab.rounds import Timing
+from bench.lab.rounds import Timing, speedup
 from bench.runtimes.racers import BASELINES, NUM_GEMM, OURS, REFERENCE
 
 CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")
@@ -26,18 +26,18 @@ class Column:
         for row in self.net["rows"]:
             timing = row["timings"].get(str(self.num_threads), {}).get(str(self.batch_size))
             if (row["net"], row["precision"], row["strays"]) == (name, precision, False) and isinstance(timing, dict):
-                found[row["title"]] = Timing.from_dict(timing)
+                found[row["title"]] = timing
         return found
 
     def fastest(self, name: str, precision: str) -> tuple[str, Timing] | None:
         """Of the rows that are not Dirac nets: the title, and the timing."""
         plain = [item for item in self.timings(name, precision).items() if item[0] not in BASELINES]
-        return min(plain, key=lambda item: item[1].median_ms, default=None)
+        return min(plain, key=lambda item: item[1]["median_ms"], default=None)
 
     def peak(self, precision: str) -> float | None:
         """Operations per second of the fastest matrix product in the same rounds; None where none ran."""
         products = self.timings("GEMM", precision).values()
-        return max((1000 * 2 * NUM_GEMM[precision] ** 3 / timing.median_ms for timing in products), default=None)
+        return max((1000 * 2 * NUM_GEMM[precision] ** 3 / timing["median_ms"] for timing in products), default=None)
 
     def share(self, macs: int, images_per_s: float, precision: str) -> float | None:
         """Of the peak, in direct convolution's operations."""
@@ -45,22 +45,16 @@ class Column:
         return 2 * macs * images_per_s / peak if peak else None
 
     def rate(self, macs: int, timing: Timing, precision: str) -> str:
-        share = self.share(macs, timing.images_per_s, precision)
-        return f"**{timing.images_per_s:,.0f}**" + ("" if share is None else f" ({percent(share)})")
+        share = self.share(macs, timing["images_per_s"], precision)
+        return f"**{timing['images_per_s']:,.0f}**" + ("" if share is None else f" ({percent(share)})")
 
 
-@dataclass(frozen=True)
-class Bar:
-    precision: str
-    batch_size: int
-    factor: float  # least speedup over a Dirac net in eager PyTorch
-    above_peak: bool = False  # whether direct convolution at the peak of matrix products must be exceeded too
+# Precision, images per call, and the least speedup over a Dirac net in eager PyTorch; whether direct convolution at the
+# peak of matrix products must be exceeded too.
+BARS = (("fp32", 1, 5, False), ("fp32", 32, 2.4, True), ("int8", 1, 14, False), ("int8", 32, 5, False))
 
 
-BARS = (Bar("fp32", 1, 5), Bar("fp32", 32, 2.4, above_peak=True), Bar("int8", 1, 14), Bar("int8", 32, 5))
-
-
-def markdown(record: Record) -> str:
+def page(record: Record) -> str:
     """The page of a record with one entry for each net."""
     nets = list(record["nets"].values())
     bars = [bar for net in nets for num_threads in net["threads"] for bar in bars_of(net, num_threads)]
@@ -76,32 +70,24 @@ def markdown(record: Record) -> str:
 def bars_of(net: Record, num_threads: int) -> list[dict[str, str]]:
     """A line for each bar of whose rows the record of a net has timings: what the best row reaches."""
     name, macs, lines = net["entrants"][0]["name"], net["entrants"][0]["macs"], []
-    for bar in BARS:
-        column = Column(net, num_threads, bar.batch_size)
-        timings, fastest = column.timings(name, "fp32"), column.fastest(name, bar.precision)
+    for precision, size, factor, above_peak in BARS:
+        column = Column(net, num_threads, size)
+        timings, fastest = column.timings(name, "fp32"), column.fastest(name, precision)
         before = {baseline: timings[baseline] for baseline in BASELINES if baseline in timings}
         if not (fastest and before):
             continue
         title, best = fastest
-        share = column.share(macs, best.images_per_s, bar.precision)
-        is_above = not bar.above_peak or (share or 0) > 1
-        over = dict.fromkeys(BASELINES, "")
+        share = column.share(macs, best["images_per_s"], precision)
+        over, demanded = dict.fromkeys(BASELINES, ""), []
         for baseline, timing in before.items():
-            speedup = best.speedup_over(timing)
-            over[baseline] = f"{speedup:.2f}×, {'met' if speedup >= bar.factor and is_above else '**not met**'}"
-        demanded = [column.share(macs, bar.factor * timing.images_per_s, bar.precision) for timing in before.values()]
-        promise = f"{bar.precision}, batch {bar.batch_size}: ≥ {bar.factor:g}×" + " and above the peak" * bar.above_peak
-        lines.append(
-            {
-                "net": f"{name}, {num_threads}",
-                "bar": promise,
-                "best": title,
-                "over_reference": over[REFERENCE],
-                "over_ours": over[OURS],
-                "share": percent(share),
-                "demanded": ", ".join(map(percent, demanded)),
-            }
-        )
+            found = speedup(best, over=timing)
+            is_met = found >= factor and (not above_peak or (share or 0) > 1)
+            over[baseline] = f"{found:.2f}×, {'met' if is_met else '**not met**'}"
+            demanded.append(percent(column.share(macs, factor * timing["images_per_s"], precision)))
+        bar = f"{precision}, batch {size}: ≥ {factor:g}×" + " and above the peak" * above_peak
+        line = {"net": f"{name}, {num_threads}", "bar": bar, "best": title, "share": percent(share)}
+        over_both = {"over_reference": over[REFERENCE], "over_ours": over[OURS]}
+        lines.append({**line, **over_both, "demanded": ", ".join(demanded)})
     return lines
 
 
@@ -138,7 +124,7 @@ def _rows(net: Record, num_threads: int) -> str:
         for column in columns:
             timing = row["timings"].get(str(num_threads), {}).get(str(column.batch_size))
             if isinstance(timing, dict):
-                rate = column.rate(macs[row["net"]], Timing.from_dict(timing), row["precision"])
+                rate = column.rate(macs[row["net"]], timing, row["precision"])
                 timing = f"{rate}, {spread(timing['round_ms'])}"
             cells.append(timing or "")
         error = "" if row["error"] is None else f"{row['error']:.1e}" + " **strays**" * row["strays"]

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from bench.lab.page import describe_machine
-from bench.lab.rounds import Timing, alternate
+from bench.lab.rounds import Failure, alternate
 from bench.nets import PUBLISHED, count_macs
 from bench.runtimes.graphs import NUM_COMPARED, expected_logits, make_nets, profile_graph, write_graphs
 from bench.runtimes.page import Column
@@ -104,11 +104,11 @@ def _race(
         calls = {worker: partial(worker.ask, median_call_ms, images, record["round_s"]) for worker in running}
         timings = alternate(calls, batch_size=size, num_rounds=record["rounds"], advance=advance)
         for worker, timing in timings.items():
-            if isinstance(timing, Timing):
-                running[worker]["timings"][threads][str(size)] = timing.to_dict()
-            else:
-                row = running.pop(worker)
-                row["timings"][threads][str(size)], row["failed"] = "failed", timing.reason
+            row = running[worker]
+            row["timings"][threads][str(size)] = "failed" if isinstance(timing, Failure) else timing
+            if isinstance(timing, Failure):
+                row["failed"] = timing
+                del running[worker]
     for worker, row in running.items():
         row["peak_bytes"][threads] = worker.ask(peak_bytes)
 
@@ -133,7 +133,7 @@ def _profiles(record: dict[str, Any], spec: Spec, folder: Path) -> list[dict[str
             timings = Column(record, num_threads, size).timings(spec.name, precision)
             titles = [title for title in timings if title.startswith("ONNX Runtime, ")]
             if titles:
-                best = min(titles, key=lambda title: timings[title].median_ms)
+                best = min(titles, key=lambda title: timings[title]["median_ms"])
                 file = Graph(spec.name, best.removeprefix("ONNX Runtime, "), precision).file
                 found = profile_graph(folder / file, random_images(spec.image, size), num_threads=num_threads)
                 profiles.append({"title": f"{best}, {precision}", "num_threads": num_threads, **found})

@@ -63,7 +63,7 @@ class Worker:
             self._process.join()
             raise WorkerFailed(f"its process ended with status {self._process.exitcode}") from error
         if isinstance(result, Failure):
-            raise WorkerFailed(result.reason)
+            raise WorkerFailed(result)
         return result
 
     def close(self) -> None:

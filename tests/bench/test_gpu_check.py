@@ -10,7 +10,6 @@ import torch
 
 from bench import gpu_check, nets
 from bench.runtimes import contenders
-from bench.runtimes.contenders import Contender
 from common.cli import run_command
 from export.compare import TOLERANCES, compare
 from export.runtimes import gpu
@@ -33,8 +32,7 @@ def plain(tmp_path, make_net, make_spec):
 
 
 def titles_of(device):
-    rows = contenders.contenders(device, nets.seeded_net(10, 0.25), Path("unused"), (1, 1, 1))
-    return [row.title for row in rows]
+    return list(contenders.contenders(device, nets.seeded_net(10, 0.25), Path("unused"), (1, 1, 1)))
 
 
 def only_record(folder):
@@ -125,7 +123,7 @@ def test_a_form_beyond_its_tolerance_and_a_failing_call_end_in_status_one(plain,
     def broken(images):
         raise RuntimeError("the device | is gone")
 
-    rows = [Contender("bent", "fp32", lambda: bent), Contender("broken", "fp32", lambda: broken)]
+    rows = {"bent, fp32": lambda: bent, "broken, fp32": lambda: broken}
     monkeypatch.setattr(contenders, "contenders", lambda *_: rows)
     out = tmp_path / "out"
     assert run(plain, "--device", "cpu", "--batch-sizes", 1, 2, *QUICK, "--out", out) == 1

@@ -9,6 +9,8 @@ import pytest
 from bench import accidents, cascade, folding, front_ends, gpu_check, reparameterized, shortcuts, startup, training
 from bench.lab import page as lab
 from bench.lab.page import describe_machine, render, spread, table, write_page
+from bench.runtimes import page as runtimes
+from bench.servers import page as servers
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -57,6 +59,8 @@ def test_a_row_of_a_mapping_has_its_key(template):
 
 
 PAGES = {
+    "benchmarks/model": runtimes,
+    "benchmarks/server": servers,
     "benchmarks/training": training,
     "benchmarks/folding": folding,
     "benchmarks/reparameterized": reparameterized,

@@ -15,7 +15,7 @@ from bench.lab.server import Server, free_port
 from bench.lab.wrk import WrkResult, put_load
 from bench.servers import contestants, race
 from bench.servers.contestants import CONTESTANTS, Contestant, Way, as_form, as_inference_request
-from bench.servers.page import CONNECTIONS, OURS, PERCENTILES, bars_of, draw_latencies, markdown
+from bench.servers.page import CONNECTIONS, OURS, PERCENTILES, bars_of, draw_latencies, page
 from bench.servers.race import ServedNet, check_answers, measure, write_net
 from common.cli import run_command
 from common.figure import png
@@ -98,12 +98,12 @@ def test_what_failed_is_a_row_with_its_reason_and_judges_nothing():
     model = model_of([OURS_ROW, lit])
     assert not [bar for bar in bars_of(model) if "LitServe" in bar["promise"] + bar["found"]]
     record = {"command": "c", "rounds": 2, "seconds": 1, "connections": CONNECTIONS, "machine": {"cores": "2"}}
-    page = markdown({**record, "servers": [{"name": "ours", "note": "ours"}], "models": [model]})
-    assert "| LitServe | failed: ends with status 1: no / such module |  |  |" in page
-    assert "| ours, raw body | 5,500 (5,000–6,000) |" in page
-    assert "| decoding | 20.0 | 11% |" in page
-    assert "| the rest: sockets, and two threads and their caches on one core | 61.8 | 34% |" in page
-    assert "| a request | 181.8 | 100% |" in page
+    text = page({**record, "servers": [{"name": "ours", "note": "ours"}], "models": [model]})
+    assert "| LitServe | failed: ends with status 1: no / such module |  |  |" in text
+    assert "| ours, raw body | 5,500 (5,000–6,000) |" in text
+    assert "| decoding | 20.0 | 11% |" in text
+    assert "| the rest: sockets, and two threads and their caches on one core | 61.8 | 34% |" in text
+    assert "| a request | 181.8 | 100% |" in text
 
 
 def test_without_ours_there_are_no_bars():
@@ -230,7 +230,7 @@ def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypat
     assert [row["title"] for row in model["rows"]] == ["ours, raw body", "ours, form"]
     assert not any(row["failed"] for row in model["rows"])
     assert (tmp_path / "out" / model["picture"]).read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "out" / "server.md").read_text() == markdown(record)
+    assert (tmp_path / "out" / "server.md").read_text() == page(record)
 
 
 def test_the_served_nets_tell_the_images_apart(tmp_path):
