@@ -168,11 +168,11 @@ def _fits(body: bytes, expected: np.ndarray | None) -> bool:
 async def kill(subject: Subject) -> dict[str, Any]:
     """kill -9 of one of two workers under load; what it was answering is lost, and asked once more."""
     with start(subject.model, "--workers", 2, "--model-threads", 1, "--log-level", "warning") as server:
+        known: set[str] = set()
+        while len(known) < 2:  # so that each has connections of the load
+            known.add(await asyncio.to_thread(_find_worker, server))
         async with retried(server, subject.image, LOST) as (load, retries):
             await asyncio.sleep(1)
-            known: set[str] = set()
-            while len(known) < 2:
-                known.add(await asyncio.to_thread(_find_worker, server))
             os.kill(server.workers()[0], signal.SIGKILL)
             begin = time.monotonic()
             while await asyncio.to_thread(_find_worker, server) in known:
