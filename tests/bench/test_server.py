@@ -159,9 +159,9 @@ def test_what_cannot_be_installed_fails_its_rows_only(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_server_is_started_checked_and_ended(tmp_path):
     with start_stub(tmp_path) as stub:
-        check_answers(stub.url, WAY, [b"one", b"two"], [3, 3])
+        check_answers(stub.client, WAY, [b"one", b"two"], [3, 3])
         with pytest.raises(Refusal, match=r"stub answers \[3, 3\] where the model itself gives \[3, 4\]"):
-            check_answers(stub.url, WAY, [b"one", b"two"], [3, 4])
+            check_answers(stub.client, WAY, [b"one", b"two"], [3, 4])
     with pytest.raises(urllib.error.URLError, match="refused"):
         urllib.request.urlopen(stub.url)
 
