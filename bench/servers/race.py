@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
@@ -100,9 +100,9 @@ def _put_loads(server: Server, way: Way, net: ServedNet, row: dict[str, Any], *,
         load(num_connections=CONNECTIONS[-1], seconds=1)
     for num_connections in CONNECTIONS:
         found = load(num_connections=num_connections, seconds=seconds)
-        row["loads"][str(num_connections)].append(asdict(found))
-        if found.failures:
-            row["failed"] = f"{found.failures} failures at {num_connections} connections"
+        row["loads"][str(num_connections)].append(found)
+        if found["failures"]:
+            row["failed"] = f"{found['failures']} failures at {num_connections} connections"
 
 
 def check_answers(client: httpx.Client, way: Way, bodies: list[bytes], expected: list[int]) -> None:
