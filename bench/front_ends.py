@@ -127,14 +127,12 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
         before = [*map(_cpu_s, processes), *_batches(server)]
         result = load(seconds=config.seconds)
         after = [*map(_cpu_s, processes), *_batches(server)]
-    if result.failures:
-        raise Refusal(f"{num} front ends fail {result.failures} requests")
+    if result["failures"]:
+        raise Refusal(f"{num} front ends fail {result['failures']} requests")
     *took, count, images = (then - first for first, then in zip(before, after, strict=True))
-    num_requests = result.requests_per_s * config.seconds
+    num_requests = result["requests_per_s"] * config.seconds
     return {
-        "requests_per_s": result.requests_per_s,
-        "p50_ms": result.p50_ms,
-        "p99_ms": result.p99_ms,
+        **{name: result[name] for name in ("requests_per_s", "p50_ms", "p99_ms")},
         "images_per_batch": images / count,
         "front_end_us": 1e6 * sum(took[:num]) / num_requests,
         "device_us": 1e6 * sum(took[num:]) / num_requests,

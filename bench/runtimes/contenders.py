@@ -38,9 +38,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def contenders(device: str, net: Net, folder: Path, profile: Profile) -> dict[str, Callable[[], Answer]]:
-    """What opens each row of a device, by "name, precision"; the first one is what others are measured against.
+    """The functions that open the rows of a device, by "name, precision"; the first row is the baseline.
 
-    Files are written into `folder`.
+    They write their files into `folder`.
     """
     plain, half = lower(net.plain, LOWERING), "fp16" if device == "cuda" else "fp32"
     in_torch = partial(torch_answer, device=device, dtype=DTYPES[half])

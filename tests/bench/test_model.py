@@ -13,9 +13,16 @@ from torch import nn
 from bench import model
 from bench.nets import PEERS, count_macs, reference_form, seeded_net, torch_answer
 from bench.runtimes import race, racers
-from bench.runtimes.graphs import expected_logits, make_nets, profile_graph, summarize, write_graphs
 from bench.runtimes.page import Column, bars_of, page
-from bench.runtimes.race import NUM_COMPARED, judge_logits
+from bench.runtimes.race import (
+    NUM_COMPARED,
+    expected_logits,
+    judge_logits,
+    make_nets,
+    profile_graph,
+    summarize,
+    write_graphs,
+)
 from bench.runtimes.racers import OURS, RACES, REFERENCE, Graph, Race, Racer, gemm_racers, racers_of
 from common.cli import run_command
 from common.spec import Spec

@@ -12,7 +12,7 @@ import pytest
 
 from bench import server
 from bench.lab.server import Server, free_port
-from bench.lab.wrk import WrkResult, put_load
+from bench.lab.wrk import put_load
 from bench.servers import contestants, race
 from bench.servers.contestants import CONTESTANTS, Contestant, Way, as_form, as_inference_request
 from bench.servers.page import CONNECTIONS, OURS, PERCENTILES, bars_of, draw_latencies, page
@@ -159,9 +159,9 @@ def test_what_cannot_be_installed_fails_its_rows_only(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_server_is_started_checked_and_ended(tmp_path):
     with start_stub(tmp_path) as stub:
-        check_answers(stub.url, WAY, [b"one", b"two"], [3, 3])
+        check_answers(stub.client, WAY, [b"one", b"two"], [3, 3])
         with pytest.raises(Refusal, match=r"stub answers \[3, 3\] where the model itself gives \[3, 4\]"):
-            check_answers(stub.url, WAY, [b"one", b"two"], [3, 4])
+            check_answers(stub.client, WAY, [b"one", b"two"], [3, 4])
     with pytest.raises(urllib.error.URLError, match="refused"):
         urllib.request.urlopen(stub.url)
 
@@ -205,12 +205,12 @@ def test_load_counts_what_fails(tmp_path):
     body.write_bytes(b"x")
     with start_stub(tmp_path) as stub:
         good = put_load(stub.url, "/", "image/png", [body], num_connections=1, seconds=1)
-    assert good.requests_per_s > 0
-    assert 0 < good.p50_ms <= good.p99_ms
-    assert good.failures == 0
+    assert good["requests_per_s"] > 0
+    assert 0 < good["p50_ms"] <= good["p99_ms"]
+    assert good["failures"] == 0
     program = STUB.replace("send_response(200)", "send_response(503)")
     with start_stub(tmp_path, program) as stub:
-        assert put_load(stub.url, "/", "image/png", [body], num_connections=1, seconds=1).failures > 0
+        assert put_load(stub.url, "/", "image/png", [body], num_connections=1, seconds=1)["failures"] > 0
 
 
 @needs_wrk
@@ -220,7 +220,7 @@ def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypat
     monkeypatch.setattr(
         race,
         "put_load",
-        lambda *_, num_connections, **__: WrkResult(100.0 * num_connections, failures=0, **milliseconds),
+        lambda *_, num_connections, **__: {"requests_per_s": 100.0 * num_connections, "failures": 0, **milliseconds},
     )
     argv = ("--servers", "ours", "--models", "small", "--quick", "--work", tmp_path, "--out", tmp_path / "out")
     assert run(*argv) == 0
