@@ -28,7 +28,7 @@ EXAMPLES = (
     "python bench/front_ends.py --only kills --kill-seconds 600 # the record keeps its other part",
     "python bench/front_ends.py --quick --out runs/bench",
 )
-FRONT_ENDS = (1, 2)
+FRONT_ENDS = {"one": 1, "two": 2}
 ON_PAPER = (1, 2, 4, 8, 12, 16)
 MAX_BATCH = 256
 BAR = 0.9
@@ -86,15 +86,15 @@ def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
     refuse_without_tools()
     rounds: list[dict[str, dict[str, float]]] = []
     with progress(make_console(), "front ends", config.rounds * len(FRONT_ENDS) + 1) as advance:
-        for _, nums in turns(FRONT_ENDS, config.rounds):
+        for _, names in turns(list(FRONT_ENDS), config.rounds):
             rounds.append({})
-            for num in nums:
-                rounds[-1][str(num)] = _measure(config, num)
-                advance(1, f"{num} front ends")
+            for name in names:
+                rounds[-1][name] = _measure(config, FRONT_ENDS[name])
+                advance(1, f"{name} front ends")
         device_process = hand_over(config.model, MAX_BATCH, 50 if config.quick else 1000)
         advance(1, "hand-over")
     paper = _on_paper(config.device_us, rounds, device_process)
-    worst = _median(rounds, "2", "p99_ms") / _median(rounds, "1", "p99_ms")
+    worst = _median(rounds, "two", "p99_ms") / _median(rounds, "one", "p99_ms")
     return {
         "device_us": list(config.device_us),
         "connections": config.connections,
@@ -127,14 +127,12 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
         before = [*map(_cpu_s, processes), *_batches(server)]
         result = load(seconds=config.seconds)
         after = [*map(_cpu_s, processes), *_batches(server)]
-    if result.failures:
-        raise Refusal(f"{num} front ends fail {result.failures} requests")
+    if result["failures"]:
+        raise Refusal(f"{num} front ends fail {result['failures']} requests")
     *took, count, images = (then - first for first, then in zip(before, after, strict=True))
-    num_requests = result.requests_per_s * config.seconds
+    num_requests = result["requests_per_s"] * config.seconds
     return {
-        "requests_per_s": result.requests_per_s,
-        "p50_ms": result.p50_ms,
-        "p99_ms": result.p99_ms,
+        **{name: result[name] for name in ("requests_per_s", "p50_ms", "p99_ms")},
         "images_per_batch": images / count,
         "front_end_us": 1e6 * sum(took[:num]) / num_requests,
         "device_us": 1e6 * sum(took[num:]) / num_requests,
@@ -167,7 +165,7 @@ def _on_paper(
     """
     device_batch_us = device_us[0] + MAX_BATCH * device_us[1]
     device = MAX_BATCH * 1e6 / device_batch_us
-    alone, one_of_two = (1e6 / _median(rounds, num, "front_end_us") for num in ("1", "2"))
+    alone, one_of_two = (1e6 / _median(rounds, num, "front_end_us") for num in ("one", "two"))
     rows = []
     for num in ON_PAPER:
         front_ends = num * one_of_two if num > 1 else alone
@@ -225,29 +223,12 @@ async def _kills(config: FrontEndsConfig) -> dict[str, Any]:
 def page(record: dict[str, Any]) -> str:
     """The page of one record."""
     bars = [(bar, "met" if is_met else "MISSED") for part in record.values() for bar, is_met in bars_of(part).items()]
-    figures_of = {"scaling": _scaling_tables, "kills": lambda part: {"num_killed": len(part["killed"])}}
-    sections = [
-        render(f"front-ends-{name}", record[name], **figures(record[name]))
-        for name, figures in figures_of.items()
-        if name in record
-    ]
+    sections = []
+    if scaling := record.get("scaling"):
+        sections.append(render("front-ends-scaling", scaling, max_batch=MAX_BATCH, num_rounds=len(scaling["rounds"])))
+    if kills := record.get("kills"):
+        sections.append(render("front-ends-kills", kills, num_killed=len(kills["killed"])))
     return render("front-ends", {}, bars=table(("bar", ""), bars), sections="\n".join(sections))
-
-
-def _scaling_tables(part: dict[str, Any]) -> dict[str, Any]:
-    rounds, cost = part["rounds"], part["device_process"]
-    measured = [
-        {"name": name, **{key: [measured[num][key] for measured in rounds] for key in rounds[0]["1"]}}
-        for num, name in (("1", "one process"), ("2", "2 front ends"))
-    ]
-    measured[0]["device_us"] = "in it"
-    nums = sorted({num for num, *_ in cost["rows"]})
-    return {
-        "max_batch": MAX_BATCH,
-        "num_rounds": len(rounds),
-        "measured": measured,
-        "batches": [{"num": num, "us": [us for of, _, us in cost["rows"] if of == num]} for num in nums],
-    }
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def command(config: ModelConfig) -> int:
     are not those of the plain net.
     """
     from bench.lab.page import typed_command, write_page
-    from bench.runtimes.page import markdown
+    from bench.runtimes.page import page
     from bench.runtimes.race import measure
     from common.documents import read_object
     from common.files import read_whole
@@ -74,7 +74,7 @@ def command(config: ModelConfig) -> int:
         if key:
             nets = record["nets"] | {key: {"command": typed, **measure(key, config, console)}}
             record["nets"] = {name: nets[name] for name in RACES if name in nets}
-        console.print(write_page(config.out, "model", markdown(record), record))
+        console.print(write_page(config.out, "model", page(record), record))
     return int(any(row["strays"] for net in record["nets"].values() for row in net["rows"]))
 
 

@@ -32,21 +32,35 @@ NUM_CALIBRATION = 256
 class Net:
     """One net in the forms that are raced."""
 
-    name: str
     weights: str  # where they come from
     spec: Spec
     dirac: nn.Sequential
     is_same: bool  # whether `dirac` has the weights of `plain`, so that its logits can be compared
     plain: nn.Sequential  # float32
-    image_sets: dict[str, np.ndarray]  # images uint8 [N, H, W, C] for parity, by kind
-    calibration: np.ndarray  # other images, for the ranges of eight bits
+    real: np.ndarray | None = None  # images of its data set
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def image_sets(self) -> dict[str, np.ndarray]:
+        """Images uint8 [N, H, W, C] for parity, by kind."""
+        real = {} if self.real is None else {"real": self.real[:-NUM_CALIBRATION]}
+        others = random_images(self.spec.image, NUM_CALIBRATION + 64)[NUM_CALIBRATION:]
+        return {**real, "random": others, "extreme": extreme_images(self.spec.image)}
+
+    @property
+    def calibration(self) -> np.ndarray:
+        """Other images, for the ranges of eight bits."""
+        return random_images(self.spec.image, NUM_CALIBRATION) if self.real is None else self.real[-NUM_CALIBRATION:]
 
 
 def seeded_net(depth: int, width: float, *, family: str = "cifar") -> Net:
     """A DiracNet of random weights."""
     spec = _spec(depth, width, family)
     net = random_net(spec)
-    return Net(spec.name, "random, seed 0", spec, net, True, fold_net(net).float(), *_random_sets(spec.image))
+    return Net("random, seed 0", spec, net, True, fold_net(net).float())
 
 
 def _spec(depth: int, width: float, family: str = "cifar") -> Spec:
@@ -78,13 +92,9 @@ def random_net(spec: Spec) -> nn.Sequential:
 def net_of_file(path: Path) -> Net:
     """A plain net of fold/run.py. The fold left no Dirac form: that has random weights."""
     plain = load_plain(path)
-    image_sets, calibration = _random_sets(plain.spec.image)
     real, _ = real_images(plain.spec.image, plain.provenance.get("training", {}), num=500 + NUM_CALIBRATION)
-    if real is not None:
-        calibration, image_sets = real[-NUM_CALIBRATION:], {"real": real[:-NUM_CALIBRATION], **image_sets}
     torch.manual_seed(0)
-    dirac = build(plain.spec).eval()
-    return Net(plain.spec.name, str(path), plain.spec, dirac, False, plain.net, image_sets, calibration)
+    return Net(str(path), plain.spec, build(plain.spec).eval(), False, plain.net, real)
 
 
 def count_macs(net: nn.Module, image: ImageSpec) -> int:
@@ -232,12 +242,6 @@ PUBLISHED = {
     "RepVGG-A0 at 32x32": _WITHOUT_STRIDES,
     "RepVGG-A0/3 at 32x32": _WITHOUT_STRIDES,
 }
-
-
-def _random_sets(image: ImageSpec) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Image sets for parity, and other images for calibration."""
-    images = random_images(image, NUM_CALIBRATION + 64)
-    return {"random": images[NUM_CALIBRATION:], "extreme": extreme_images(image)}, images[:NUM_CALIBRATION]
 
 
 def _classifier_of(layers: Sequence[nn.Module], num_features: int, spec: Spec) -> nn.Sequential:

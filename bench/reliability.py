@@ -135,32 +135,13 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "tuple[Subject, str]":
 
 def page(record: Mapping[str, Any]) -> str:
     """The page of one record."""
-    (overload,), (reload,), (attacks,), (siege,) = (record[name] for name in ("overload", "reload", "attacks", "siege"))
-    before, after = overload["closed_loop_per_s"].values()
     apart = [
         f'"{TITLES[name]}" was measured by `{about["command"]}` on another day: '
         + ", ".join(f"{name} {value}" for name, value in about["machine"].items())
         for name, about in record["alone"].items()
     ]
-    besieged = [
-        {**one, "options": f", `{' '.join(one['server'])}`" if one["server"] else ""} for one in siege["attacks"]
-    ]
-    return render(
-        "reliability",
-        record,
-        apart="".join(f"{line}.\n\n" for line in apart),
-        bars=bars_table(TITLES, record),
-        overload=overload,
-        options=" ".join(overload["server"]),
-        closed_loop=[{"num": num, "before": before[num], "after": after[num]} for num in before],
-        accepted_ms=", ".join(f"{ms:.0f}" for ms in overload["accepted_ms"].values()),
-        refused_ms=", ".join(f"{ms:.0f}" for ms in overload["refused_ms"].values()),
-        reload=reload,
-        floods=attacks["floods"],
-        drips=[{"name": name, "seconds": seconds} for name, seconds in attacks["drips_s"].items()],
-        crowd=attacks["connections"],
-        besieged=besieged,
-    )
+    apart = "".join(f"{line}.\n\n" for line in apart)
+    return render("reliability", record, apart=apart, bars=bars_table(TITLES, record))
 
 
 if __name__ == "__main__":

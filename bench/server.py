@@ -23,6 +23,8 @@ EXAMPLES = (
     "python bench/server.py --servers ours litserve --models small --rounds 5 --out runs/bench",
 )
 
+SERVERS_CORE = 0
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -57,9 +59,10 @@ def command(config: ServerConfig) -> int:
     or fails a request is a row with its reason. Exit status 1 if ours fails.
     """
     from bench.lab.page import describe_machine, publish
+    from bench.lab.process import in_fresh_process
     from bench.lab.wrk import refuse_without_tools
     from bench.servers.contestants import CONTESTANTS
-    from bench.servers.page import CONNECTIONS, draw_latencies, markdown
+    from bench.servers.page import CONNECTIONS, draw_latencies, page
     from bench.servers.race import write_net
     from bench.servers.request_steps import time_steps
     from common.cores import num_cores
@@ -74,11 +77,13 @@ def command(config: ServerConfig) -> int:
     for net in nets:
         console.print(f"{net.record['title']}: {net.record['macs']:,} multiplications per image, {net.path}")
     _race(contestants, nets, config, console)
-    models = [net.record | {"steps": time_steps(net.path, net.pngs[0])} for net in nets]
+    models = [
+        net.record | {"steps": in_fresh_process(time_steps, net.path, net.pngs[0], core=SERVERS_CORE)} for net in nets
+    ]
     for model in models:
         console.print(f"wrote {write_whole(config.out / model['picture'], png(draw_latencies(model)))}")
     publish(
-        *(config, "server", markdown),
+        *(config, "server", page),
         **dict(zip(("rounds", "seconds"), config.schedule, strict=True)),
         connections=CONNECTIONS,
         machine=describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
@@ -90,17 +95,20 @@ def command(config: ServerConfig) -> int:
 
 def _race(contestants: "list[Contestant]", nets: "list[ServedNet]", config: ServerConfig, console: "Console") -> None:
     """Fill the records of `nets`; every second round runs in reverse order."""
+    from bench.lab.process import in_fresh_process
+    from bench.lab.rounds import turns
     from bench.servers.race import measure
     from bench.servers.request_steps import time_alone
     from common.progress import progress
 
     num_rounds, seconds = config.schedule
     with progress(console, "starts of a server", num_rounds * len(nets) * len(contestants)) as advance:
-        for index in range(num_rounds):
+        for _, turn in turns(contestants, num_rounds):
             for net in nets:
-                for name, milliseconds in time_alone(net.path, net.pngs[0], seconds / 2).items():
+                alone = in_fresh_process(time_alone, net.path, net.pngs[0], seconds / 2, core=SERVERS_CORE)
+                for name, milliseconds in alone.items():
                     net.record["alone"].setdefault(name, []).append(milliseconds)
-                for contestant in contestants[:: -1 if index % 2 else 1]:
+                for contestant in turn:
                     measure(contestant, net, config.work.absolute(), seconds=seconds, warm_up=not config.quick)
                     advance(note=f"{net.record['title']}: {contestant.name}")
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,7 +73,7 @@ def _measure(name: str, seconds: int, results: Rounds) -> None:
         for num in CONNECTIONS:
             load = partial(put_load, server.url, "/predict", "image/png", [IMAGE], num_connections=num)
             load(seconds=1)  # warm up
-            results[name][str(num)].append(asdict(load(seconds=seconds)))
+            results[name][str(num)].append(load(seconds=seconds))
 
 
 def page(record: Record) -> str:

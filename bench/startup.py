@@ -69,25 +69,10 @@ def command(config: StartupConfig) -> None:
 
 def page(record: Mapping[str, Any]) -> str:
     """The page of one record."""
-    models = [
-        {
-            **model,
-            **{key: [start[key] for start in model["starts"]] for key in ("ready_s", "answer_s", "resident_bytes")},
-            "has_torch": "yes" if any(start["has_torch"] for start in model["starts"]) else "no",
-            "phases_ms": [[1000 * run[name] for run in model["phases"]] for name in model["phases"][0]],
-        }
-        for model in record["models"]
-    ]
     imports = {name: times[0] for name, times in record["imports_ms"].items()}
     slowest = sorted(imports.items(), key=lambda item: -item[1])
-    return render(
-        "startup",
-        record,
-        models=models,
-        num_requests=NUM_REQUESTS,
-        total_ms=sum(imports.values()),
-        imports=[{"name": name, "ms": ms} for name, ms in slowest if ms >= 2],
-    )
+    slow = [{"name": name, "ms": ms} for name, ms in slowest if ms >= 2]
+    return render("startup", record, num_requests=NUM_REQUESTS, total_ms=sum(imports.values()), imports=slow)
 
 
 def _start(model: Path) -> dict[str, Any]:

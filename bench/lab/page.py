@@ -17,7 +17,7 @@ from common.cores import num_cores
 from common.files import write_whole
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "pages"
-UNITS = {"%": (100, " %"), "M": (1e-6, ""), "ms": (1000, " ms")}
+UNITS = {"%": (100, " %"), "M": (1e-6, ""), "m": (1000, "")}
 Record = Mapping[str, Any]
 
 
@@ -66,20 +66,21 @@ def render(name: str, record: Record, /, **figures: Any) -> str:
 
     - "each rows | {net} | {seconds:.2f} |" is a line for each mapping in the list `rows`; "each rows NAME" is the
       template NAME for each. Where `rows` is a mapping, {name} is the key.
-    - A list of numbers is written as its median, and in brackets its smallest and largest.
-    - ".1f %" is a share in per cent, ",.0f M" a number in millions, ".0f ms" one of seconds.
+    - A list of numbers is written as its median, and in brackets its smallest and largest. {rounds[seconds]} is that of
+      a list of mappings.
+    - ".1f %" is a share in per cent, ",.0f M" a number in millions, ".0f m" in thousandths.
     - A mapping is a table of names and values, or with the format "counts": "40 × 200, 1 × lost".
-    - Text is written as it is, whatever its format.
+    - Text is written as it is, whatever its format; True and False are yes and no.
     """
-    fields = {**record, **figures}
+    fields = _with_columns({**record, **figures})
     lines = [_fill(line, fields) for line in (TEMPLATES / f"{name}.md").read_text().splitlines()]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
 def _fill(line: str, fields: Record) -> str:
-    if not (repeated := re.fullmatch(r"each (\w+) (.+)", line)):
+    if not (repeated := re.fullmatch(r"each (\S+) (.+)", line)):
         return FIGURES.vformat(line, (), fields)
-    rows, what = fields[repeated[1]], repeated[2]
+    (rows, _), what = FIGURES.get_field(repeated[1], (), fields), repeated[2]
     if isinstance(rows, Mapping):
         rows = [{"name": name, **row} for name, row in rows.items()]
     if not what.startswith("|"):
@@ -92,10 +93,25 @@ def _fill(line: str, fields: Record) -> str:
     return "\n".join(FIGURES.vformat(what, (), {**fields, **row}) for row in cells)
 
 
+class _Column(list[Any]):
+    """A list of mappings whose fields are lists."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return _Column(row[key] for row in self) if isinstance(key, str) else super().__getitem__(key)
+
+
+def _with_columns(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_columns(part) for key, part in value.items()}
+    return _Column(map(_with_columns, value)) if isinstance(value, list) else value
+
+
 class _Figures(Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, str):
             return value
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         if isinstance(value, Mapping):
             if format_spec == "counts":
                 return ", ".join(f"{count:,} × {name}" for name, count in value.items())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from bench.lab.rounds import Failure, Timing, alternate, attempt, median_ms, speedup
+from bench.lab.rounds import Failure, alternate, attempt, median_ms, speedup
 from bench.nets import Net, torch_answer
 from common.files import write_whole
 from common.progress import progress
@@ -38,9 +38,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def contenders(device: str, net: Net, folder: Path, profile: Profile) -> dict[str, Callable[[], Answer]]:
-    """What opens each row of a device, by "name, precision"; the first one is what others are measured against.
+    """The functions that open the rows of a device, by "name, precision"; the first row is the baseline.
 
-    Files are written into `folder`.
+    They write their files into `folder`.
     """
     plain, half = lower(net.plain, LOWERING), "fp16" if device == "cuda" else "fp32"
     in_torch = partial(torch_answer, device=device, dtype=DTYPES[half])
@@ -114,14 +114,11 @@ def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str,
                 timings = alternate(racers, batch_size=size, num_rounds=config.rounds, advance=advance)
                 first = timings.get(next(iter(rows)))
                 for title, timing in timings.items():
-                    rows[title]["timings"][str(size)] = _with_speedup(timing, first)
+                    if not isinstance(timing, Failure):
+                        over_first = speedup(timing, over=first) if isinstance(first, dict) else None
+                        timing = {**timing, "speedup": over_first}
+                    rows[title]["timings"][str(size)] = timing
     return {"name": net.name, "weights": net.weights, "batch_sizes": sizes, "rows": list(rows.values())}
-
-
-def _with_speedup(timing: Timing | Failure, first: Timing | Failure | None) -> dict[str, Any] | str:
-    if isinstance(timing, Failure):
-        return timing
-    return {**timing, "speedup": speedup(timing, over=first) if isinstance(first, dict) else None}
 
 
 def _compare(net: Net, title: str, answer: Answer, batch_size: int) -> dict[str, Any] | str:

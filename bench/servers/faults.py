@@ -53,17 +53,20 @@ async def overload(subject: Subject, *, seconds: float) -> dict[str, Any]:
     options += ("--model-threads", 1, "--log-level", "warning")
     with start(subject.model, *options) as server:
         before = await _maxima(server.port, subject.image, seconds / 6)
-        rate = OVERLOAD_FACTOR * max(before.values())
+        rate = OVERLOAD_FACTOR * max(before)
         load = Load(server.port, predict_request(subject.image), take, num_connections=OFFERING)
         async with sampled(server.rss_bytes, every_s=0.1) as rss:
             due = await load.offer(rate, seconds)
         after = await _maxima(server.port, subject.image, seconds / 6)
         rss_after = server.rss_bytes()
-    maximum = max(*before.values(), *after.values())
+    maximum = max(*before, *after)
     goodput, p99_ms, statuses = load.rate(seconds), load.percentile_ms(200, 99), load.statuses()
     return {
-        "server": ["--runtime", "onnxruntime", *map(str, options)],
-        "closed_loop_per_s": {"before": before, "after": after},
+        "server": " ".join(["--runtime", "onnxruntime", *map(str, options)]),
+        "closed_loop_per_s": [
+            {"num": num, "before": first, "after": last}
+            for num, first, last in zip(SATURATING, before, after, strict=True)
+        ],
         "offered_per_s": rate,
         "seconds": seconds,
         "due": due,
@@ -71,8 +74,8 @@ async def overload(subject: Subject, *, seconds: float) -> dict[str, Any]:
         "statuses": statuses,
         "accepted_per_s": goodput,
         "goodput_share": goodput / maximum,
-        "accepted_ms": {str(percent): load.percentile_ms(200, percent) for percent in (50, 99, 100)},
-        "refused_ms": {str(percent): load.percentile_ms(503, percent) for percent in (50, 99)},
+        "accepted_ms": [load.percentile_ms(200, percent) for percent in (50, 99, 100)],
+        "refused_ms": [load.percentile_ms(503, percent) for percent in (50, 99)],
         "without_retry_after": len(without_retry_after),
         "rss_mb": {"before": rss[0] / 1e6, "largest": max(rss) / 1e6, "after": rss_after / 1e6},
         "bars": {
@@ -84,13 +87,13 @@ async def overload(subject: Subject, *, seconds: float) -> dict[str, Any]:
     }
 
 
-async def _maxima(port: int, image: bytes, seconds: float) -> dict[str, float]:
-    """Replies 200 a second, by the number of connections that ask without a pause."""
-    rates = {}
+async def _maxima(port: int, image: bytes, seconds: float) -> list[float]:
+    """Replies 200 a second to each number of connections that ask without a pause."""
+    rates = []
     for num_connections in SATURATING:
         load = Load(port, predict_request(image), num_connections=num_connections)
         await load.saturate(seconds)
-        rates[str(num_connections)] = load.rate(seconds)
+        rates.append(load.rate(seconds))
     return rates
 
 
@@ -168,11 +171,11 @@ def _fits(body: bytes, expected: np.ndarray | None) -> bool:
 async def kill(subject: Subject) -> dict[str, Any]:
     """kill -9 of one of two workers under load; what it was answering is lost, and asked once more."""
     with start(subject.model, "--workers", 2, "--model-threads", 1, "--log-level", "warning") as server:
+        known: set[str] = set()
+        while len(known) < 2:  # so that each has connections of the load
+            known.add(await asyncio.to_thread(_find_worker, server))
         async with retried(server, subject.image, LOST) as (load, retries):
             await asyncio.sleep(1)
-            known: set[str] = set()
-            while len(known) < 2:
-                known.add(await asyncio.to_thread(_find_worker, server))
             os.kill(server.workers()[0], signal.SIGKILL)
             begin = time.monotonic()
             while await asyncio.to_thread(_find_worker, server) in known:

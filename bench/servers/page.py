@@ -22,7 +22,7 @@ _LONE_MS = 1.5  # that a lone request may cost beside decoding and model
 _REST = "the rest: sockets, and two threads and their caches on one core"
 
 
-def markdown(record: Record) -> str:
+def page(record: Record) -> str:
     """The page of one record."""
     models = record["models"]
     return render(

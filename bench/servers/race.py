@@ -1,19 +1,18 @@
 """A race of servers: one net served by each in turn, its answers checked, then requests without a pause."""
 
-import json
 import time
-import urllib.request
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
 
-from bench.lab.server import ROOT
+from bench.lab.server import ROOT, START_S, Server
 from bench.lab.wrk import put_load
 from bench.nets import count_macs, random_net
 from bench.servers.contestants import Contestant, Way
@@ -31,7 +30,6 @@ from train.data.datasets import info_of
 
 # Family, depth, width and nonlinearity of the seeded random nets for 28x28 grey images that all servers serve.
 SIZES = {"small": ("pooled", 16, 1.0, "relu"), "large": ("cifar", 16, 1.0, "ncrelu")}
-_ANSWER_S = 90.0  # for the first answer of a server that listens before its model is loaded
 
 
 @dataclass(frozen=True)
@@ -87,42 +85,41 @@ def measure(contestant: Contestant, net: ServedNet, work: Path, *, seconds: int,
     try:
         with contestant.start(net.path, work) as server:
             for way in ways:
-                _put_loads(server.url, way, net, rows[way.title], seconds=seconds, warm_up=warm_up)
+                _put_loads(server, way, net, rows[way.title], seconds=seconds, warm_up=warm_up)
     except Refusal as refusal:
         for way in ways:
             rows[way.title]["failed"] = str(refusal)
 
 
-def _put_loads(url: str, way: Way, net: ServedNet, row: dict[str, Any], *, seconds: int, warm_up: bool) -> None:
+def _put_loads(server: Server, way: Way, net: ServedNet, row: dict[str, Any], *, seconds: int, warm_up: bool) -> None:
     bodies = [way.encode(png) for png in net.pngs]
-    check_answers(url, way, bodies, net.expected)
+    check_answers(server.client, way, bodies, net.expected)
     files = [write_whole(net.path.parent / "bodies" / str(index), body) for index, body in enumerate(bodies)]
-    load = partial(put_load, url, way.path, way.media_type, files)
+    load = partial(put_load, server.url, way.path, way.media_type, files)
     if warm_up:
         load(num_connections=CONNECTIONS[-1], seconds=1)
     for num_connections in CONNECTIONS:
         found = load(num_connections=num_connections, seconds=seconds)
-        row["loads"][str(num_connections)].append(asdict(found))
-        if found.failures:
-            row["failed"] = f"{found.failures} failures at {num_connections} connections"
+        row["loads"][str(num_connections)].append(found)
+        if found["failures"]:
+            row["failed"] = f"{found['failures']} failures at {num_connections} connections"
 
 
-def check_answers(url: str, way: Way, bodies: list[bytes], expected: list[int]) -> None:
+def check_answers(client: httpx.Client, way: Way, bodies: list[bytes], expected: list[int]) -> None:
     """Post every body once; refuses a class that is not the model's own. The first one may have to wait."""
-    found = [reduce(getitem, way.index, _post(url + way.path, way.media_type, body)) for body in bodies]
+    found = [reduce(getitem, way.index, _post(client, way, body)) for body in bodies]
     if found != expected:
         raise Refusal(f"{way.title} answers {found} where the model itself gives {expected}")
 
 
-def _post(url: str, media_type: str, body: bytes) -> Any:
+def _post(client: httpx.Client, way: Way, body: bytes) -> Any:
     """The JSON of the answer. A server that listens before its model is loaded is asked again."""
-    until = time.monotonic() + _ANSWER_S
+    until = time.monotonic() + START_S
     while True:
         try:
-            request = urllib.request.Request(url, body, {"Content-Type": media_type})
-            with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
-                return json.load(answer)
-        except OSError as error:  # or a status above 399
+            answer = client.post(way.path, content=body, headers={"Content-Type": way.media_type})
+            return answer.raise_for_status().json()
+        except httpx.HTTPError as error:
             if time.monotonic() > until:
-                raise Refusal(f"{url} gives no answer after {_ANSWER_S:g} s: {error}") from error
+                raise Refusal(f"{way.title} gives no answer after {START_S:g} s: {error}") from error
             time.sleep(0.1)

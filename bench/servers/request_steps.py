@@ -1,4 +1,4 @@
-"""Without sockets, on the servers' core: the model alone, and the server's own parts, timed one on top of another.
+"""Without sockets, in a fresh process: the model alone, and the server's own parts, timed one on top of another.
 
 A real request takes longer than their sum: the kernel's work, and the threads and caches that a model and a server
 share on one core.
@@ -20,7 +20,6 @@ import uvloop
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from bench.lab.process import in_fresh_process
 from bench.lab.rounds import median_ms
 from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
@@ -33,7 +32,6 @@ from serve.request.predict import RequestHandler
 from serve.watching.logs import RequestLog
 from serve.watching.metrics import Metrics
 
-CORE = 0  # the servers'
 BATCH_SIZE = 32  # requests at once, and images in a batch of the model
 NUM_ROUNDS = 200
 _QUEUE = "queue, batch, results, JSON"
@@ -41,10 +39,6 @@ _QUEUE = "queue, batch, results, JSON"
 
 def time_alone(model: Path, png: bytes, seconds: float) -> dict[str, float]:
     """Milliseconds of batches of 1 and 32: `model_1`, `model_32`; and of one image with its decoding."""
-    return in_fresh_process(_time_alone, model, png, seconds, core=CORE)
-
-
-def _time_alone(model: Path, png: bytes, seconds: float) -> dict[str, float]:
     runtime = OnnxSession(model, num_threads=1)
     spec = runtime.model.spec.image
     image = decode(png, spec)
@@ -55,10 +49,6 @@ def _time_alone(model: Path, png: bytes, seconds: float) -> dict[str, float]:
 
 def time_steps(model: Path, png: bytes) -> dict[str, float]:
     """Microseconds of processor time for each part of a request, the fastest of many rounds."""
-    return in_fresh_process(_time_steps, model, png, core=CORE)
-
-
-def _time_steps(model: Path, png: bytes) -> dict[str, float]:
     runtime = OnnxSession(model, num_threads=1)
     image = decode(png, runtime.model.spec.image)
     batch = np.repeat(image[None], BATCH_SIZE, 0)

@@ -103,16 +103,17 @@ def hand_over(path: Path, max_batch: int, times: int) -> dict[str, Any]:
     thread = threading.Thread(target=device.run)
     thread.start()
     links = [Dialer(outside, limits).connect().link for outside, _ in doors]
-    batches = itertools.product(FRONT_ENDS, IMAGES)
-    rows = [(num, images, _batch_us(runtime, links[:num], images, times)) for num, images in batches]
+    rows = [
+        {"num": num, "us": [_batch_us(runtime, links[:num], images, times) for images in IMAGES]} for num in FRONT_ENDS
+    ]
     for link in links:
         link.end()
     device.stop()
     thread.join()
     for end in itertools.chain(*doors):
         end.close()
-    causes = np.array([(1, num, num * num_images) for num, num_images, _ in rows], float)
-    costs = np.linalg.lstsq(causes, np.array([us for *_, us in rows]), rcond=None)[0]
+    causes = np.array([(1, num, num * images) for num in FRONT_ENDS for images in IMAGES], float)
+    costs = np.linalg.lstsq(causes, np.array([us for row in rows for us in row["us"]]), rcond=None)[0].tolist()
     return {"rows": rows, **dict(zip(("batch_us", "front_end_us", "image_us"), costs, strict=True))}
 
 

@@ -157,7 +157,7 @@ def test_a_siege_reports_every_answer_and_what_a_healthy_client_notices(subject)
     assert lists["answers"] == {"413": 1}
     assert infer["answers"].keys() <= {"400", "404"}
     assert hung_up["answers"] == {"hung up": 1}
-    assert hung_up["server"] == list(attacks.ROOMY)
+    assert hung_up["server"] == " ".join(attacks.ROOMY)
     assert result["bars"]["every healthy request is answered 200"]
     assert all(0 < one["mb"]["before"] <= one["mb"]["largest"] for one in result["attacks"])
     assert {one["probe"] for one in result["attacks"]} == {"/predict", "/healthz"}
@@ -180,7 +180,7 @@ def test_a_part_that_is_measured_alone_leaves_the_others(tmp_path, monkeypatch):
     (found,) = known["attacks"]
 
     async def attack(model):
-        return {**found, "drips_s": {"a drop": 1.25}}
+        return {**found, "drips": {"a drop": {"seconds": 1.25}}}
 
     monkeypatch.setattr(attacks, "attack", attack)
     argv = ["--only", "attacks", "--out", str(tmp_path)]

@@ -9,6 +9,8 @@ import pytest
 from bench import accidents, cascade, folding, front_ends, gpu_check, reparameterized, shortcuts, startup, training
 from bench.lab import page as lab
 from bench.lab.page import describe_machine, render, spread, table, write_page
+from bench.runtimes import page as runtimes
+from bench.servers import page as servers
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -33,7 +35,9 @@ def template(tmp_path, monkeypatch):
         ("{x:,.0f M}", 1_234_400_000, "1,234"),
         ("{x:.2f}", "failed", "failed"),
         ("{x[a][b]}", {"a": {"b": 3}}, "3"),
-        ("{x:.0f ms}", 0.25, "250 ms"),
+        ("{x:.0f m} ms", 0.25, "250 ms"),
+        ("{x[a]}", [{"a": 4}, {"a": 1}, {"a": 2}], "2 (1–4)"),
+        ("{x[0][a]}", [{"a": True}], "yes"),
         ("{x:counts}", {"200": 1234, "lost": 1}, "1,234 × 200, 1 × lost"),
         ("{x}", {"one_word": 1}, "|  |  |\n| --- | --- |\n| one word | 1 |"),
     ],
@@ -52,11 +56,13 @@ def test_a_row_or_a_template_is_repeated_for_each_entry_of_a_list(template):
 
 
 def test_a_row_of_a_mapping_has_its_key(template):
-    template("each rows | {name} | {ms} |")
-    assert render("page", {"rows": {"a": {"ms": 1}, "b": {"ms": 2}}}) == "| a | 1 |\n| b | 2 |\n"
+    template("each part[rows] | {name} | {ms} |")
+    assert render("page", {"part": {"rows": {"a": {"ms": 1}, "b": {"ms": 2}}}}) == "| a | 1 |\n| b | 2 |\n"
 
 
 PAGES = {
+    "benchmarks/model": runtimes,
+    "benchmarks/server": servers,
     "benchmarks/training": training,
     "benchmarks/folding": folding,
     "benchmarks/reparameterized": reparameterized,
