@@ -1,6 +1,10 @@
 """python export/predict.py MODEL FILES_OR_FOLDER: what a model says of any number of images, without a server."""
 
+import csv
+import io
+import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +13,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.files import read_whole, write_whole
+from common.progress import make_console, printable, track
 from common.refusal import Refusal
 from export.model_file.reading import ReadingFlags, from_flags
 
@@ -54,10 +60,9 @@ def command(config: PredictConfig) -> int:
 
     Pixels and probabilities are those that the server computes.
     """
-    from common.files import write_whole
-    from common.progress import make_console, printable, track
+    from common.image import decode
     from export.artefacts import open_artefact
-    from export.evaluation.answering import answer_each, load_file, mirrored
+    from export.evaluation.answering import answer_each, mirrored
     from export.runtimes.cascade import Cascade
     from train.data.folder import find_images
     from train.data.survey import describe_left_out
@@ -71,13 +76,13 @@ def command(config: PredictConfig) -> int:
     paths, left_out = find_images(config.images)
     for line in describe_left_out(left_out):
         console.print(printable(line))
-    answers = answer_each(form, paths, lambda path: load_file(path, form.spec.image))
+    answers = answer_each(form, paths, lambda path: decode(read_whole(path), form.spec.image))
     results = [
         _result(path, answer, form.spec.labels, config.top_k)
         for path, answer in zip(paths, track(console, "answering")(answers, len(paths)), strict=True)
     ]
-    content = _csv(results, min(config.top_k, len(form.spec.labels))) if config.out.suffix == ".csv" else None
-    write_whole(config.out, content or _json(form, results))
+    top_k = min(config.top_k, len(form.spec.labels))
+    write_whole(config.out, _csv(results, top_k) if config.out.suffix == ".csv" else _json(form, results))
     if isinstance(form.answer, Cascade):
         console.print(form.answer.counted)
     return _summarize(console, config, form, results)
@@ -98,9 +103,6 @@ def _result(path: Path, answer: "np.ndarray | Refusal", labels: tuple[str, ...],
 
 def _csv(results: list[dict[str, Any]], top_k: int) -> bytes:
     """A header and a row for each; the second guess is label_2 and so on, `error` is empty for most."""
-    import csv
-    import io
-
     guess = ("label", "index", "probability")
     columns = [f"{name}_{rank}" if rank > 1 else name for rank in range(1, top_k + 1) for name in guess]
     file = io.StringIO()
@@ -113,18 +115,12 @@ def _csv(results: list[dict[str, Any]], top_k: int) -> bytes:
 
 
 def _json(form: "Artefact", results: list[dict[str, Any]]) -> bytes:
-    import json
-
     model = {"name": form.model_name, "digest": form.digest}
     return (json.dumps({"model": model, "results": results}, indent=1) + "\n").encode()
 
 
 def _summarize(console: "Console", config: PredictConfig, form: "Artefact", results: list[dict[str, Any]]) -> int:
     """How many of each class; what could not be read, by name. The exit status."""
-    from collections import Counter
-
-    from common.progress import printable
-
     counts = Counter(result["label"] for result in results if "label" in result).most_common(10)
     bad = [result for result in results if "error" in result]
     for result in bad[:NUM_NAMED]:

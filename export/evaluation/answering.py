@@ -1,19 +1,15 @@
 """Any number of images answered one after the other: decoded by threads, a batch ahead of the net."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar, get_args
 
 import numpy as np
 
 from common.cores import num_cores
-from common.files import read_whole
-from common.image import decode
 from common.refusal import Refusal
-from common.spec import ImageSpec, Published
+from common.spec import Published
 from export.artefacts import Artefact
 from export.runtimes.cascade import Cascade
 from export.runtimes.probabilities import probabilities
@@ -32,15 +28,15 @@ def answer_each(
     `load` gives an item's pixels uint8 [H, W, C] or raises a `Refusal`; it is called from several threads.
     """
     with ThreadPoolExecutor(num_cores()) as pool:
-        ahead: deque[list[Future[np.ndarray | Refusal]]] = deque()
+
+        def submit(start: int) -> list[Future[np.ndarray]]:
+            return [pool.submit(load, item) for item in items[start : start + BATCH_SIZE]]
+
         try:
+            ahead = submit(0)
             for start in range(0, len(items), BATCH_SIZE):
-                batch = items[start : start + BATCH_SIZE]
-                ahead.append([pool.submit(_loaded, load, item) for item in batch])
-                if len(ahead) == 2:
-                    yield from _answer(form, ahead.popleft())
-            while ahead:
-                yield from _answer(form, ahead.popleft())
+                batch, ahead = ahead, submit(start + BATCH_SIZE)
+                yield from _answer(form, batch)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -67,28 +63,13 @@ def mirrored(form: Artefact) -> Artefact:
     return replace(form, answer=answer)
 
 
-def load_file(path: Path | str, image: ImageSpec) -> np.ndarray:
-    """A file's pixels as the server sees them."""
-    return decode(read_whole(Path(path)), image)
-
-
-def _loaded(load: Callable[[Item], np.ndarray], item: Item) -> np.ndarray | Refusal:
-    try:
-        return load(item)
-    except Refusal as refusal:
-        return refusal
-
-
-def _answer(form: Artefact, batch: list[Future[np.ndarray | Refusal]]) -> Iterator[np.ndarray | Refusal]:
-    images = [future.result() for future in batch]
-    readable = [image for image in images if not isinstance(image, Refusal)]
-    rows = iter(form.answer(np.stack(readable))) if readable else iter(())
-    for image in images:
-        if isinstance(image, Refusal):
-            yield image
-            continue
-        row = next(rows)
-        if np.isfinite(row).all():
+def _answer(form: Artefact, batch: list[Future[np.ndarray]]) -> Iterator[np.ndarray | Refusal]:
+    images = [future.result() for future in batch if not isinstance(future.exception(), Refusal)]
+    rows = iter(form.answer(np.stack(images)) if images else ())
+    for future in batch:
+        if isinstance(refusal := future.exception(), Refusal):
+            yield refusal
+        elif np.isfinite(row := next(rows)).all():
             yield probabilities(
                 row[None], temperature=form.spec.temperature, are_probabilities=form.gives_probabilities
             )[0]

@@ -1,20 +1,25 @@
-"""Which images a model is judged on: never those that it was trained on, where that is known."""
+"""Which images a model is evaluated on: never those that it was trained on, if that is known."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
+from common.files import read_whole
+from common.image import decode
+from common.progress import printable, track
 from common.refusal import Refusal
 from common.spec import DatasetName, ImageSpec, Spec
 from export.artefacts import Artefact
-from export.evaluation.answering import load_file
+from export.evaluation.answering import answer_each
 from train.data import datasets
 from train.data.datasets import num_bytes
-from train.data.folder import Files, LeftOut, Track, class_folders, find_files
+from train.data.folder import UNREADABLE, Files, LeftOut, Track, class_folders, find_files
 from train.data.split import FILE, Sizes, read_record
+from train.data.survey import describe_left_out
 
 ENLARGED = 160  # pixels of the shorter side of an image that is shown
 
@@ -36,29 +41,19 @@ class Judged:
     def name(self, index: int) -> str:
         return self.part.names[index] if isinstance(self.part, Files) else f"image {index}"
 
-    def pixels(self, index: int) -> np.ndarray:
-        """uint8 [H, W, C] as the net takes them."""
-        return load_file(self.part.paths[index], self.image) if isinstance(self.part, Files) else self._array(index)
+    def pixels(self, index: int, *, times: int = 1) -> np.ndarray:
+        """uint8 [H, W, C] as the net takes them; of a file, as many `times` higher and wider."""
+        if not isinstance(self.part, Files):
+            return np.asarray(self.part.images[index])
+        image, resize = self.image, self.image.resize
+        larger = replace(
+            image, height=image.height * times, width=image.width * times, resize=resize and resize * times
+        )
+        return decode(read_whole(Path(self.part.paths[index])), larger)
 
     def enlarged(self, index: int) -> np.ndarray:
-        """What the net sees of a file, with more pixels where the file has them."""
-        if not isinstance(self.part, Files):
-            return self._array(index)
-        image = self.image
-        factor = -(-ENLARGED // min(image.height, image.width))
-        larger = ImageSpec(
-            image.height * factor,
-            image.width * factor,
-            image.channels,
-            image.mean,
-            image.std,
-            image.resize and image.resize * factor,
-        )
-        return load_file(self.part.paths[index], larger)
-
-    def _array(self, index: int) -> np.ndarray:
-        assert isinstance(self.part, datasets.Split)
-        return np.asarray(self.part.images[index])
+        """What the net sees of a file, with more pixels if the file has them."""
+        return self.pixels(index, times=-(-ENLARGED // min(self.image.height, self.image.width)))
 
 
 def find_judged(
@@ -68,9 +63,9 @@ def find_judged(
     data_dir: Path | None = None,
     track: Callable[[str], Track] = lambda what: lambda items, total: items,
 ) -> Judged:
-    """The test images of the model's run, or of the data set that is named; a folder without a record whole.
+    """The test images of the model's run, or of the named data set; a folder without a record as a whole.
 
-    Of another folder than the run's all images but those that the run trained on. Refuses the run's folder where it
+    Of another folder than the run's, all images except those that the run trained on. Refuses the run's folder if it
     does not fit its record, and a folder without a class that the model has.
     """
     training = _training(form)
@@ -81,18 +76,39 @@ def find_judged(
             f"{form.path} does not say what it was trained on: name a folder with --data-dir, or a data set "
             "with --dataset"
         )
-    if name == "folder" and learnt == "folder":
-        parts = _parts(form, training)
-        if data_dir and parts and not _is_of_run(data_dir, parts):
-            return _another(form, parts, data_dir, track)
-        return _recorded(form, training, data_dir)
-    if name == "folder":
+    if name != "folder":
+        return _published(form, name, training if name == learnt else None, data_dir)
+    if learnt != "folder":
         return _folder(form, data_dir, track)
-    return _published(form, name, training if name == learnt else None, data_dir)
+    split = training.get("split")
+    parts = read_record(form.path.parent / FILE, split.get("sha256", "") if isinstance(split, dict) else "")
+    if data_dir and parts:
+        sizes = {name: size for part in parts.values() for name, size in part.items()}
+        num_there = sum(num_bytes(data_dir / name) == size for name, size in sizes.items())
+        if 2 * num_there < len(sizes):  # else it is the run's folder, grown or changed
+            return _another(form, parts, data_dir, track)
+    return _recorded(form, training, data_dir)
+
+
+def answer_judged(form: Artefact, judged: Judged, console: Console) -> tuple[np.ndarray, list[int], dict[str, str]]:
+    """(probabilities [N, K], the index of each among the judged, name of an image → why it has no answer)."""
+    for line in describe_left_out([stranger for stranger in judged.left_out if stranger.why != UNREADABLE]):
+        console.print(printable(line))
+    found = track(console, "answering")(answer_each(form, range(len(judged)), judged.pixels), len(judged))
+    answers: dict[int, np.ndarray] = {}
+    unreadable = {str(stranger.path): stranger.why for stranger in judged.left_out if stranger.why == UNREADABLE}
+    for index, answer in enumerate(found):
+        if isinstance(answer, Refusal):
+            unreadable[judged.name(index)] = str(answer)
+        else:
+            answers[index] = answer
+    if not answers:
+        raise Refusal(f"none of the {len(judged)} images could be answered: {next(iter(unreadable.values()), '')}")
+    return np.stack([*answers.values()]), [*answers], unreadable
 
 
 def _training(form: Artefact) -> dict[str, Any]:
-    """What the artefact says of its training; a checkpoint says more than the files made of it."""
+    """What the artefact says of its training; a checkpoint says more than the files made from it."""
     if form.path.suffix != ".pt":
         return form.provenance.get("training", {})
     from train.checkpoint import load_checkpoint
@@ -116,24 +132,10 @@ def _recorded(form: Artefact, training: dict[str, Any], data_dir: Path | None) -
     return _judged(form, what, "folder", dataset.test, dataset.info.labels)
 
 
-def _parts(form: Artefact, training: dict[str, Any]) -> dict[str, Sizes] | None:
-    """Names and sizes of the run's images by part; None where its record does not lie beside the model."""
-    split = training.get("split")
-    digest = split.get("sha256", "") if isinstance(split, dict) else ""
-    return read_record(form.path.parent / FILE, digest)
-
-
-def _is_of_run(data_dir: Path, parts: dict[str, Sizes]) -> bool:
-    """Whether at least half of the run's images are there as they were: its folder, grown or changed."""
-    sizes = {name: size for part in parts.values() for name, size in part.items()}
-    there = [name for name, size in sizes.items() if num_bytes(data_dir / name) == size]
-    return 2 * len(there) >= len(sizes)
-
-
 def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Callable[[str], Track]) -> Judged:
     """The images of another folder, or of its test part, whose class the model has and that it was not trained on.
 
-    An image of the run is known by class, name and size, wherever it lies.
+    An image of the run is recognised by class, name and size, wherever it lies.
     """
     labels, known = tuple(folder.name for folder in class_folders(data_dir)), form.spec.labels
     if not set(labels) & set(known):
@@ -142,33 +144,27 @@ def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Cal
         data_dir, labels, form.spec.image, skip_unreadable=True, track=track("reading images"), may_lack=True
     )
     part = found.test or found.train
-    trained = {_key(name, size) for side in ("train", "validation") for name, size in parts[side].items()}
-    left_out = list(found.left_out)
-    kept: list[int] = []
-    for index, (path, target) in enumerate(zip(part.paths, part.targets, strict=True)):
+    trained = {(*Path(name).parts[-2:], size) for side in ("train", "validation") for name, size in parts[side].items()}
+    left_out, kept = list(found.left_out), list[int]()
+    for index, (path, target) in enumerate(zip(map(Path, part.paths), part.targets, strict=True)):
         if labels[target] not in known:
-            left_out.append(LeftOut(Path(path), f"the model has no class {labels[target]}"))
-        elif _key(path, num_bytes(Path(path))) in trained:
-            left_out.append(LeftOut(Path(path), "the model was trained on it"))
+            left_out.append(LeftOut(path, f"the model has no class {labels[target]}"))
+        elif (*path.parts[-2:], num_bytes(path)) in trained:
+            left_out.append(LeftOut(path, "the model was trained on it"))
         else:
             kept.append(index)
     if not kept:
         raise Refusal(f"no image of {data_dir} is left to judge {form.path} on: {left_out[-1].why}")
     part = part.take(np.array(kept))
-    place = np.array([known.index(label) if label in known else -1 for label in labels])
-    targets = place[part.targets]
+    targets = np.array([known.index(labels[target]) for target in part.targets])
     what = "images of another folder than its run's, which training has not seen"
     if lacking := [label for index, label in enumerate(known) if index not in targets]:
         what += f"; there is none of {', '.join(lacking[:10])}"
     return Judged(what, "folder", part, targets, form.spec.image, tuple(left_out))
 
 
-def _key(name: str, size: int) -> tuple[str, str, int]:
-    return Path(name).parent.name, Path(name).name, size
-
-
 def _folder(form: Artefact, data_dir: Path | None, track: Callable[[str], Track]) -> Judged:
-    """All images of a folder, or the test images where it names them; nobody knows whether they were trained on."""
+    """All images of a folder, or its test images if it names them; whether they were trained on is not known."""
     if data_dir is None:
         raise Refusal("--dataset folder needs --data-dir, a directory with one folder of images per class")
     labels = tuple(folder.name for folder in class_folders(data_dir))
@@ -179,14 +175,14 @@ def _folder(form: Artefact, data_dir: Path | None, track: Callable[[str], Track]
 
 
 def _published(form: Artefact, name: str, training: dict[str, Any] | None, data_dir: Path | None) -> Judged:
-    """The test images of a data set with a name; `training` where the model was trained on it."""
+    """The test images of a data set with a name; `training` if the model was trained on it."""
     dataset = (
         datasets.load_as_trained(training, data_dir=data_dir) if training else datasets.load(name, data_dir=data_dir)
     )
-    image = form.spec.image
-    found, needed = dataset.test.first(1).shape[1:], (image.height, image.width, image.channels)
+    found, needed = dataset.test.first(1).shape[1:], form.spec.image.shape
     if found != needed:
-        raise Refusal(f"{name} has images of {_shape(found)}, and {form.path} takes {_shape(needed)}")
+        sizes = ["x".join(map(str, shape)) for shape in (found, needed)]
+        raise Refusal(f"{name} has images of {sizes[0]}, and {form.path} takes {sizes[1]}")
     return _judged(form, f"test images of {name}", name, dataset.test, dataset.info.labels)
 
 
@@ -203,9 +199,9 @@ def _judged(
 
 
 def place_of(labels: tuple[str, ...], spec: Spec, *, by_number: bool, path: Path) -> np.ndarray:
-    """int64 [len(labels)]: where each label of a data set stands among the model's.
+    """int64 [len(labels)]: the index of each label of a data set among the model's.
 
-    `by_number` takes them as they stand if the model's labels are numbers alone and there are as many.
+    With `by_number`, the order of the data set's own labels if the model's are numbers alone and there are as many.
     """
     if missing := [label for label in labels if label not in spec.labels]:
         numbered = spec.labels == tuple(f"class {index}" for index in range(len(spec.labels)))
@@ -217,7 +213,3 @@ def place_of(labels: tuple[str, ...], spec: Spec, *, by_number: bool, path: Path
             f"{', ...' if len(spec.labels) > 5 else ''}: {advice}"
         )
     return np.array([spec.labels.index(label) for label in labels])
-
-
-def _shape(sizes: tuple[int, ...]) -> str:
-    return "x".join(map(str, sizes))

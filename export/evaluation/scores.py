@@ -1,6 +1,6 @@
 """What can be said of a classifier from its answers to images whose class is known; every share with its interval."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,14 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Share:
-    """So many hits of so many images."""
+    """So many hits among so many images."""
 
     hits: int
     num: int
 
     @property
     def value(self) -> float | None:
-        """None of no images."""
+        """None if there are no images."""
         return self.hits / self.num if self.num else None
 
     @property
@@ -36,7 +36,7 @@ class Share:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class: of `images` that are of it and `answered` that were called it, `hits` are both."""
+    """One class: `images` are of it, `answered` were called it, `hits` are both."""
 
     label: str
     images: int
@@ -45,39 +45,27 @@ class ClassScore:
 
     @property
     def precision(self) -> Share:
-        """Of the images that were called it, those that are."""
         return Share(self.hits, self.answered)
 
     @property
     def recall(self) -> Share:
-        """Of the images that are of it, those that were called it."""
         return Share(self.hits, self.images)
 
     @property
     def f1(self) -> float | None:
-        """The harmonic mean of precision and recall, 2 hits / (images + answered)."""
-        return _f1(self._either.value)
+        """The harmonic mean of precision and recall."""
+        num = self.images + self.answered
+        return 2 * self.hits / num if num else None
 
     @property
     def f1_interval(self) -> tuple[float, float]:
         """F1 rises with the share J of hits among the images that are of the class or called it: 2 J / (1 + J)."""
-        low, high = self._either.interval
+        low, high = interval(self.hits, self.images + self.answered - self.hits)
         return 2 * low / (1 + low), 2 * high / (1 + high)
 
-    @property
-    def _either(self) -> Share:
-        return Share(self.hits, self.images + self.answered - self.hits)
-
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "label": self.label,
-            "images": self.images,
-            "answered": self.answered,
-            "hits": self.hits,
-            "precision": self.precision.to_dict(),
-            "recall": self.recall.to_dict(),
-            "f1": {"value": self.f1, "interval": self.f1_interval},
-        }
+        shares = {"precision": self.precision.to_dict(), "recall": self.recall.to_dict()}
+        return {**asdict(self), **shares, "f1": {"value": self.f1, "interval": self.f1_interval}}
 
 
 @dataclass(frozen=True)
@@ -101,15 +89,11 @@ class Calibration:
     bins: tuple[Bin, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        bins = [
-            {"low": part.low, "high": part.high, "confidence": part.confidence, "right": part.right.to_dict()}
-            for part in self.bins
-        ]
         return {
             "expected_calibration_error": self.error,
             "of_a_perfect_model": {"mean": self.perfect, "95_percent_below": self.perfect_95},
             "mean_confidence": self.confidence,
-            "bins": bins,
+            "bins": [{**vars(part), "right": part.right.to_dict()} for part in self.bins],
         }
 
 
@@ -145,11 +129,10 @@ class Evaluation:
 
     def confusions(self, num: int) -> list[tuple[str, str, int]]:
         """The most frequent mistakes: (truth, answer, how many images)."""
-        wrong = self.counts * (1 - np.eye(len(self.labels), dtype=np.int64))
-        order = np.argsort(-wrong, axis=None, kind="stable")[:num]
+        wrong = self.counts - np.diag(self.counts.diagonal())
+        order = np.argsort(-wrong, axis=None, kind="stable")[: min(num, np.count_nonzero(wrong))]
         pairs = [divmod(int(place), len(self.labels)) for place in order]
-        return [(self.labels[row], self.labels[column], int(wrong[row, column])) for row, column in pairs
-                if wrong[row, column]]  # fmt: skip
+        return [(self.labels[row], self.labels[column], int(wrong[row, column])) for row, column in pairs]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -170,23 +153,17 @@ def evaluate(
 ) -> Evaluation:
     """`probabilities` [N, K], of a temperature, of images of the classes `targets` [N]; N is at least 1."""
     order = best(probabilities, TOP)
-    answers = order[:, 0]
-    in_top = int((order == targets[:, None]).any(axis=1).sum())
-    right = answers == targets
+    answers, in_top = order[:, 0], int((order == targets[:, None]).any(axis=1).sum())
+    rows, right = np.arange(len(targets)), answers == targets
     plain = without_temperature(probabilities, temperature) if temperature != 1 else None
     return Evaluation(
         labels,
         confusion(targets, answers, len(labels)),
         Share(in_top, len(targets)) if len(labels) > TOP else None,
-        calibrate(_confidence(probabilities, answers), right),
+        calibrate(probabilities[rows, answers], right),
         temperature,
-        None if plain is None else calibrate(_confidence(plain, answers), right),
+        None if plain is None else calibrate(plain[rows, answers], right),
     )
-
-
-def _confidence(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """The probability of each answer, float64 [N]."""
-    return np.take_along_axis(probabilities, answers[:, None], axis=1)[:, 0]
 
 
 def confusion(targets: np.ndarray, answers: np.ndarray, num_classes: int) -> np.ndarray:
@@ -218,7 +195,3 @@ def calibrate(confidence: np.ndarray, right: np.ndarray) -> Calibration:
 def _error(place: np.ndarray, excess: np.ndarray) -> float:
     """The expected calibration error, from `excess`: 1 or 0 for right or wrong, less the confidence."""
     return float(np.abs(np.bincount(place, excess, NUM_BINS)).sum() / len(place))
-
-
-def _f1(share: float | None) -> float | None:
-    return None if share is None else 2 * share / (1 + share)
