@@ -20,7 +20,7 @@ from export.compare import TOLERANCES, Answer, answer_all, compare
 from export.eight_bits.quantize import TRIED, Target, quantize
 from export.engines.engine import choose_builder
 from export.graphs.graph import to_onnx
-from export.parity import ParityRow
+from export.pairs import ParityRow
 from export.runtimes.load import load_runtime
 from export.runtimes.runtime import pad
 from export.to_trt import ToTrtConfig

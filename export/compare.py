@@ -34,6 +34,14 @@ class Tolerance:
         """NaN is beyond any limit."""
         return difference.relative <= self.largest and difference.rms <= self.rms
 
+    def limited(self, difference: Difference) -> tuple[float, float]:
+        """The figure that it limits, and the limit."""
+        return (difference.rms, self.rms) if self.is_statistical else (difference.relative, self.largest)
+
+    def shown(self, difference: Difference) -> str:
+        """The figure that it limits, for people."""
+        return f"{'rms ' if self.is_statistical else ''}{self.limited(difference)[0]:.1e}"
+
     def __str__(self) -> str:
         limit = f"rms {self.rms:.2g}" if self.is_statistical else f"largest {self.largest:.0e}"
         return f"{limit}, top-1 {100 * self.agreement:g} %"
@@ -101,16 +109,9 @@ class Comparison:
         return self.difference.relative
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "reference": self.reference,
-            "candidate": self.candidate,
-            "num_images": self.num_images,
-            **asdict(self.difference),
-            "worst_image": self.worst_image,
-            "top1_agreement": self.top1_agreement,
-            "tolerance": self.tolerance.to_dict(),
-            "within_tolerance": bool(self),
-        }
+        fields = {name: value for name, value in vars(self).items() if name != "difference"}
+        verdict = {"tolerance": self.tolerance.to_dict(), "within_tolerance": bool(self)}
+        return {**fields, **asdict(self.difference), **verdict}
 
 
 def compare(

@@ -72,14 +72,14 @@ def command(config: EvaluateConfig) -> int:
     console = make_console(json=config.json)
     form = open_artefact(config.model, hints=from_flags(config), cascade=config.cascade)
     if form.reading:
-        console.print(f"{form.name}: {form.reading}")
+        console.print(f"{form.title}: {form.reading}")
     judged = find_judged(form, dataset=config.dataset, data_dir=config.data_dir, track=partial(track, console))
     if config.flips:
         form, judged = mirrored(form), replace(judged, what=f"{judged.what}, each with its mirror image")
     probabilities, places, unreadable = answer_judged(form, judged, console)
     labels = form.spec.labels
     report = Report(
-        model=form.model_name,
+        model=form.name,
         file=form.file_name,
         digest=form.digest,
         dataset=judged.dataset,

@@ -70,7 +70,7 @@ def command(config: PredictConfig) -> int:
     console = make_console()
     form = open_artefact(config.model, hints=from_flags(config), cascade=config.cascade)
     if form.reading:
-        console.print(f"{form.name}: {form.reading}")
+        console.print(f"{form.title}: {form.reading}")
     if config.flips:
         form = mirrored(form)
     paths, left_out = find_images(config.images)
@@ -115,7 +115,7 @@ def _csv(results: list[dict[str, Any]], top_k: int) -> bytes:
 
 
 def _json(form: "Artefact", results: list[dict[str, Any]]) -> bytes:
-    model = {"name": form.model_name, "digest": form.digest}
+    model = {"name": form.name, "digest": form.digest}
     return (json.dumps({"model": model, "results": results}, indent=1) + "\n").encode()
 
 
@@ -129,7 +129,7 @@ def _summarize(console: "Console", config: PredictConfig, form: "Artefact", resu
         console.print(f"and {len(bad) - NUM_NAMED} more, which {config.out} names")
     if counts:
         shown = ", ".join(f"{label} {count:,}" for label, count in counts)
-        console.print(printable(f"{form.model_name}: {shown}"))
+        console.print(printable(f"{form.name}: {shown}"))
     console.print(f"wrote {config.out}: {len(results) - len(bad):,} of {len(results):,} images answered")
     return 1 if bad else 0
 

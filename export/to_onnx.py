@@ -1,14 +1,19 @@
 """python export/to_onnx.py plain.safetensors: write a plain net as ONNX."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from rich.table import Table
+
 from common.cli import run_command
+from common.files import sha256, write_whole
+from common.progress import make_console, progress
 from common.refusal import Refusal
 from fold.lowerings import Lowering
 
@@ -26,7 +31,7 @@ EXAMPLES = (
     "python export/to_onnx.py plain.safetensors --precision int8 --target tensorrt --out for-trt.onnx",
 )
 EightBits = Literal["int8", "fp8"]
-EIGHT_BITS: tuple[EightBits, ...] = ("int8", "fp8")
+EIGHT_BITS = ("int8", "fp8")
 DEFAULT_LOWERING = "shared"  # of the forms with one convolution per layer the fastest on CPUs
 
 Made = tuple["onnx.ModelProto", dict[str, Any], bool]  # a graph, what it says of itself, whether accuracy is kept
@@ -65,10 +70,6 @@ class ToOnnxConfig:
 
 def command(config: ToOnnxConfig) -> int:
     """Write a plain net as ONNX: uint8 images in, logits out, its spec in the metadata."""
-    import json
-
-    from common.files import sha256, write_whole
-    from common.progress import make_console
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import OPSET, set_provenance
     from export.model_file.probe import probe_images, record_probe
@@ -77,10 +78,7 @@ def command(config: ToOnnxConfig) -> int:
 
     console = make_console(json=config.json)
     plain = load_plain(config.plain)
-    if config.precision in EIGHT_BITS:
-        model, record, kept = _eight_bits(plain, config, config.precision, console)
-    else:
-        model, record, kept = _floats(plain, config, console)
+    model, record, kept = (_eight_bits if config.precision in EIGHT_BITS else _floats)(plain, config, console)
     record = {"plain_sha256": plain.sha256, "precision": config.precision, "opset": OPSET, **record}
     if config.precision == "int8":  # a note for people: readers compute it from the weights
         record["cannot_saturate"] = not may_saturate(config.plain, model.SerializeToString())
@@ -96,24 +94,18 @@ def command(config: ToOnnxConfig) -> int:
 
 
 def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
+    """In fp16, refuses a graph one of whose nodes leaves float16's range on random, extreme or real images."""
     from export.graphs.graph import to_onnx
-    from fold.lower import lower
-
-    record: dict[str, Any] = {"lowering": config.lowering or DEFAULT_LOWERING}
-    if config.lowering == "auto":
-        record = _fastest(plain, config, console)
-    model = to_onnx(lower(plain.net, record["lowering"]), plain.spec, {}, precision=config.precision)
-    if config.precision == "fp16":
-        _refuse_overflow(plain, model, config)
-    return model, record, True
-
-
-def _refuse_overflow(plain: "Plain", model: "onnx.ModelProto", config: ToOnnxConfig) -> None:
-    """Refuses a graph one of whose nodes leaves float16's range on random, extreme or real images."""
     from export.graphs.observing import first_overflow
     from fold.image_sets import extreme_images, random_images, real_images
+    from fold.lower import lower
 
-    image, training = plain.spec.image, plain.provenance.get("training", {})
+    lowering, image = config.lowering or DEFAULT_LOWERING, plain.spec.image
+    record = _fastest(plain, config, console) if lowering == "auto" else {"lowering": lowering}
+    model = to_onnx(lower(plain.net, record["lowering"]), plain.spec, {}, precision=config.precision)
+    if config.precision == "fp32":
+        return model, record, True
+    training = plain.provenance.get("training", {})
     real, _ = real_images(image, training, num=config.calibration_images, data_dir=config.data_dir)
     sets = {"extreme": extreme_images(image), "random": random_images(image), "real": real}
     for kind, images in sets.items():
@@ -122,47 +114,44 @@ def _refuse_overflow(plain: "Plain", model: "onnx.ModelProto", config: ToOnnxCon
                 f"{config.plain} overflows in float16: the output of {node} is beyond 65,504 on {kind} images; "
                 "export it with --precision fp32"
             )
+    return model, record, True
 
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
     from dataclasses import asdict
 
-    from rich.table import Table
-
     from common.cores import num_cores
-    from common.progress import progress
+    from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
     from export.runtimes.offline import ort
-    from export.timing import ROUNDS, fastest, time_models
+    from export.timing import ROUNDS, geometric_means, time_answers
     from fold.lower import distinct_lowerings, lower
 
-    candidates = distinct_lowerings(plain.net)
-    models = {
-        lowering: to_onnx(lower(plain.net, lowering), plain.spec, {}, precision=config.precision).SerializeToString()
-        for lowering in candidates
+    answers = {
+        lowering: answerer(to_onnx(lower(plain.net, lowering), plain.spec, {}, precision=config.precision))
+        for lowering in distinct_lowerings(plain.net)
     }
     with progress(console, "timing lowerings", ROUNDS * len(config.batch_sizes)) as advance:
-        rows = time_models(models, plain.spec.image, config.batch_sizes, advance=advance)
+        rows = time_answers(answers, plain.spec.image, config.batch_sizes, advance=advance)
     table = Table("lowering", *(f"batch {size}, ms" for size in config.batch_sizes))
-    for lowering in candidates:
+    for lowering in answers:
         of_it = [row for row in rows if row.name == lowering]
         table.add_row(lowering, *(f"{row.median_ms:.2f} ({row.min_ms:.2f} to {row.max_ms:.2f})" for row in of_it))
     console.print(table)
     return {
-        "lowering": fastest(rows),
+        "lowering": next(iter(geometric_means(rows))),
         "timings": [asdict(row) for row in rows],
         "timed_on": f"ONNX Runtime {ort.__version__}, CPU, {num_cores()} cores",
     }
 
 
-def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, console: "Console") -> Made:
+def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     """The candidate that loses least on training images; the record says what it costs on the test images."""
     from dataclasses import asdict
 
     import numpy as np
 
-    from common.progress import progress
     from export.compare import ALLOWED_DROP, INT8_AGREEMENT
     from export.eight_bits.escalation import answer_both, measure
     from export.eight_bits.quantize import TRIED, answerer, measure_drop, num_images_run, quantize
@@ -171,13 +160,13 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
     from fold.lower import distinct_lowerings
 
     observed, chosen_by, set_aside, test = _images(plain, config, console)
-    tried = tuple(lowering for lowering in TRIED if lowering in distinct_lowerings(plain.net))
-    lowerings = tried if config.lowering is None else (config.lowering,)
+    possible = distinct_lowerings(plain.net)
+    lowerings = (config.lowering,) if config.lowering else tuple(name for name in TRIED if name in possible)
     with progress(console, "calibrating", num_images_run(lowerings, len(observed), len(chosen_by))) as advance:
         quantized = quantize(
             plain.net,
             plain.spec,
-            precision=precision,
+            precision=cast(EightBits, config.precision),
             target=config.target,
             lowerings=lowerings,
             observed=observed,
@@ -199,14 +188,11 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
             + ("" if config.allow_drop else ": exit status 1; --allow-drop accepts it"),
             file=sys.stderr,
         )
+    candidates = [asdict(candidate) for candidate in quantized.candidates]
     record = {
         "lowering": quantized.candidates[0].lowering,
         "target": config.target,
-        "calibration": {
-            "images": len(observed),
-            "chosen_by": len(chosen_by),
-            "candidates": [asdict(candidate) for candidate in quantized.candidates],
-        },
+        "calibration": {"images": len(observed), "chosen_by": len(chosen_by), "candidates": candidates},
         "test": asdict(drop),
         **({RECORD: evidence.to_dict()} if evidence else {}),
     }
@@ -218,24 +204,20 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
     from export.eight_bits.escalation import images_to_choose_by, mixed
     from train.data import datasets
 
-    training = plain.provenance.get("training", {})
+    training, image = plain.provenance.get("training", {}), plain.spec.image
     name = config.dataset or training.get("dataset")
     if name is None:
         raise Refusal(
             f"{config.plain} does not say what it was trained on: name images to calibrate on, "
             "--dataset folder --data-dir FOLDER"
         )
-    image = plain.spec.image
     if config.dataset:
-        dataset = datasets.load(name, data_dir=config.data_dir, image=image if name == "folder" else None)
+        dataset = datasets.load(name, data_dir=config.data_dir, image=image)
     else:
         dataset = datasets.load_as_trained(training, data_dir=config.data_dir, beside=config.plain.parent, image=image)
-    found, needed = dataset.info.image, (image.height, image.width, image.channels)
-    if (found.height, found.width, found.channels) != needed or len(dataset.info.labels) != len(plain.spec.labels):
-        raise Refusal(
-            f"{name} has {found.height}x{found.width}x{found.channels} images of {len(dataset.info.labels)} classes; "
-            f"{plain.spec.name} takes {'x'.join(map(str, needed))} of {len(plain.spec.labels)}: calibrate on such"
-        )
+    found, needed = len(dataset.info.labels), len(plain.spec.labels)
+    if found != needed:
+        raise Refusal(f"{name} has {found} classes, and {plain.spec.name} has {needed}: calibrate on images of these")
     num = min(config.calibration_images, max(1, len(dataset.train) // 3))  # one third sets ranges, the rest chooses
     if num < config.calibration_images:
         console.print(f"{len(dataset.train)} training images: ranges are set by {num}, not {config.calibration_images}")
@@ -246,15 +228,12 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
 
 
 def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:
-    from rich.table import Table
-
     from export.compare import ALLOWED_DROP
 
     table = Table("lowering", "ranges", "logit error", "top-1 agreement")
     for row in candidates:
-        table.add_row(
-            row.lowering, row.method, f"{100 * row.relative_error:.2f} %", f"{100 * row.top1_agreement:.2f} %"
-        )
+        shares = (f"{100 * share:.2f} %" for share in (row.relative_error, row.top1_agreement))
+        table.add_row(row.lowering, row.method, *shares)
     console.print(table)
     console.print(
         f"test accuracy {100 * drop.accuracy:.2f} %, float32 {100 * drop.float32_accuracy:.2f} %, "

@@ -12,10 +12,10 @@ from rich.console import Console
 from common.difference import keeps_class
 from common.progress import progress
 from common.refusal import Refusal
-from export import parity
 from export.artefacts import Artefact
 from export.compare import ALLOWED_DROP, TOLERANCES, answer_part
 from export.eight_bits.quantize import measure_drop
+from export.pairs import ParityRow, by_precision, compare_logits
 from export.runtimes.cascade import RECORD, Evidence, in_doubt
 from export.verification.chain import Chain
 from export.verification.claims import CheckedClaim, damaged, judged, shown, unchecked
@@ -201,11 +201,11 @@ def _parity(chain: Chain, images: FoundImages, console: Console) -> Iterator[Che
     real = images.first(max((row.num_images for row in recorded if row.images == "real"), default=NUM_REAL))
     sets = {"random": random_images(chain.spec.image), "extreme": extreme_images(chain.spec.image)}
     sets = sets if real is None else {"real": real, **sets}
-    digests = {source.name: source.digest for source in (form, *sources)}
-    pairs = [parity.by_precision(form, source) for source in sources]
+    digests = {source.title: source.digest for source in (form, *sources)}
+    pairs = [by_precision(form, source) for source in sources]
     found = {
         _key(row.images, digests[row.comparison.reference], digests[row.comparison.candidate]): row
-        for row in (parity.compare_logits(pairs, sets, console) if pairs else ())
+        for row in (compare_logits(pairs, sets, console) if pairs else ())
     }
     for key, row in found.items():
         claims = [claim for claim in recorded if claim.key == key]
@@ -218,12 +218,11 @@ def _parity(chain: Chain, images: FoundImages, console: Console) -> Iterator[Che
             yield unchecked(what, str(claim), missing)
 
 
-def _parity_row(row: parity.ParityRow, claims: list[ReportedRow]) -> CheckedClaim:
+def _parity_row(row: ParityRow, claims: list[ReportedRow]) -> CheckedClaim:
     result, limits, found = row.comparison, row.comparison.tolerance, row.comparison.difference
     candidate, reference = (Path(name).name for name in (result.candidate, result.reference))
     claim = f"{candidate} answers as {reference}, {result.num_images} {row.images} images"
-    figure = f"rms {found.rms:.1e}" if limits.is_statistical else f"{found.relative:.1e}"
-    computed = f"{figure}, {100 * result.top1_agreement:.2f} % of {result.num_images}"
+    computed = f"{limits.shown(found)}, {100 * result.top1_agreement:.2f} % of {result.num_images}"
     if row.verdict is None:
         return unchecked(claim, str(claims[0]), f"{computed}; such images are not judged in this precision")
     near = [
@@ -255,10 +254,10 @@ def _accuracy(chain: Chain, images: FoundImages, console: Console) -> Iterator[C
                 answers = answer_part([one.answer for one in wanted], images.part, advance)
             if unread := len(targets) - len(answers[0]):
                 raise Refusal(f"{unread} test images cannot be read")
-            logits = dict(zip((one.name for one in wanted), answers, strict=True))
+            logits = dict(zip((one.title for one in wanted), answers, strict=True))
         except Refusal as refusal:
             missing = shown(str(refusal), 160)
-    before, after = (logits.get(one.name) if one else None for one in (exact, form))
+    before, after = (logits.get(one.title) if one else None for one in (exact, form))
     if accuracy is not None:
         yield _accuracy_row(accuracy, before, targets, exact, missing)
     if drop:

@@ -169,7 +169,7 @@ def _probe(chain: Chain) -> Iterator[CheckedClaim]:
         yield judged(
             f"answers of {form.path.name} to the probe images",
             f"{logits.shape[0]}x{logits.shape[1]} logits, within {tolerance}",
-            f"rms {found.rms:.1e} away" if tolerance.is_statistical else f"{found.relative:.1e} away",
+            f"{tolerance.shown(found)} away",
             is_same=tolerance.covers(found),
         )
     if chain.form is None:
