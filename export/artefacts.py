@@ -58,10 +58,8 @@ def open_artefact(
     if cascade:
         return _open_cascade((path, cascade), hints)
     match path.suffix:
-        case ".pt":
-            return _open_checkpoint(path)
-        case ".safetensors":
-            return _open_plain(path)
+        case ".pt" | ".safetensors":
+            return _open_torch(path)
         case ".onnx":
             return _open_onnx(path, provider, hints)
         case ".engine":
@@ -69,46 +67,30 @@ def open_artefact(
     raise Refusal(f"{path} is not an artefact of this project: name a .pt, .safetensors, .onnx or .engine file")
 
 
-def open_providers(
-    path: Path, providers: tuple[Provider, ...], *, hints: ReadingHints = NO_HINTS
-) -> tuple[list[Artefact], list[str]]:
-    """An ONNX file on each of `providers` that loads, and a line for each that does not."""
-    forms, missing = [], []
-    for provider in providers:
-        try:
-            forms.append(open_artefact(path, provider=provider, hints=hints))
-        except ProviderMissing as refusal:
-            missing.append(str(refusal))
-    if not forms:
-        raise Refusal("; ".join(missing))
-    return forms, missing
-
-
 class ProviderMissing(Refusal):
     """An execution provider of ONNX Runtime, or MNN, does not load on this machine."""
 
 
-def _open_checkpoint(path: Path) -> Artefact:
-    from train.checkpoint import load_checkpoint, load_net
-
-    checkpoint = load_checkpoint(path)
-    record = {"training": checkpoint.training_record()}
-    return _from_torch(
-        path, load_net(checkpoint), Model(checkpoint.spec.name, checkpoint.sha256, checkpoint.spec, record)
-    )
+def _make(model: Model, path: Path, precision: str, answer: Answer, **more: Any) -> Artefact:
+    more = {"title": str(path), "file_name": path.name, **more}
+    return Artefact(**vars(model), path=path, precision=precision, answer=answer, **more)
 
 
-def _open_plain(path: Path) -> Artefact:
-    from fold.plain import load_plain
-
-    plain = load_plain(path)
-    return _from_torch(path, plain.net, Model(plain.spec.name, plain.sha256, plain.spec, plain.provenance))
-
-
-def _from_torch(path: Path, net: Any, model: Model) -> Artefact:
+def _open_torch(path: Path) -> Artefact:
+    """A checkpoint or a plain net."""
     import torch
 
+    from fold.plain import load_plain
     from fold.proof import layer_outputs
+    from train.checkpoint import load_checkpoint, load_net
+
+    if path.suffix == ".pt":
+        file = load_checkpoint(path)
+        net, record = load_net(file), {"training": file.training_record()}
+    else:
+        file = load_plain(path)
+        net, record = file.net, file.provenance
+    model = Model(file.spec.name, file.sha256, file.spec, record)
 
     @torch.no_grad()
     def answer(images: np.ndarray) -> np.ndarray:
@@ -120,11 +102,6 @@ def _from_torch(path: Path, net: Any, model: Model) -> Artefact:
         return {name: output.numpy() for name, output in outputs}
 
     return _make(model, path, "fp32", answer, layers=layers)
-
-
-def _make(model: Model, path: Path, precision: str, answer: Answer, **more: Any) -> Artefact:
-    more = {"title": str(path), "file_name": path.name, **more}
-    return Artefact(**vars(model), path=path, precision=precision, answer=answer, **more)
 
 
 def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Artefact:

@@ -1,7 +1,9 @@
 """python export/evaluate.py MODEL: how good a model is on images that it was not trained on, as a report."""
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.files import write_whole
+from common.progress import make_console, printable, track
 from common.refusal import Refusal
 from common.spec import DatasetName
 from export.model_file.reading import ReadingFlags, from_flags
@@ -53,17 +57,10 @@ def command(config: EvaluateConfig) -> int:
 
     A model of this project is judged on the test images that its run recorded, and on no other image of that folder.
     """
-    import json
-    from dataclasses import replace
-    from functools import partial
-
-    from common.files import write_whole
-    from common.progress import make_console, printable, track
     from export.artefacts import open_artefact
     from export.evaluation.answering import mirrored
-    from export.evaluation.judged import answer_judged, find_judged
-    from export.evaluation.report import Report, find_mistakes, print_summary, report_files
-    from export.evaluation.scores import evaluate
+    from export.evaluation.judged import find_judged
+    from export.evaluation.report import evaluate_form, print_summary, report_files
     from export.metadata import store_reference
     from export.runtimes.cascade import Cascade
 
@@ -76,18 +73,7 @@ def command(config: EvaluateConfig) -> int:
     judged = find_judged(form, dataset=config.dataset, data_dir=config.data_dir, track=partial(track, console))
     if config.flips:
         form, judged = mirrored(form), replace(judged, what=f"{judged.what}, each with its mirror image")
-    probabilities, places, unreadable = answer_judged(form, judged, console)
-    labels = form.spec.labels
-    report = Report(
-        model=form.name,
-        file=form.file_name,
-        digest=form.digest,
-        dataset=judged.dataset,
-        what=judged.what,
-        evaluation=evaluate(probabilities, judged.targets[places], labels, temperature=form.spec.temperature),
-        mistakes=find_mistakes(judged, probabilities, places, labels),
-        unreadable=unreadable,
-    )
+    report, probabilities = evaluate_form(form, judged, console)
     for name, content in report_files(report).items():
         write_whole(config.out / name, content)
     print_summary(console, report)

@@ -78,18 +78,23 @@ def command(config: ParityConfig) -> int:
 
 def _open(config: ParityConfig, console: "Console") -> tuple[list["Artefact"], list["Artefact"]]:
     """The artefact, on each provider asked for, and the others; refuses forms of different models."""
-    from export.artefacts import open_artefact, open_providers
+    from export.artefacts import ProviderMissing, open_artefact
 
     if not config.against:
         raise Refusal("name what to compare with: --against runs/NAME/checkpoint.pt, plain.safetensors, ...")
     if config.providers and config.artefact.suffix != ".onnx":
         raise Refusal(f"--providers are for .onnx files, and {config.artefact} is not one; leave them out")
-    if config.providers:
-        forms, missing = open_providers(config.artefact, config.providers, hints=from_flags(config))
-        for line in missing:
-            console.print(line)
-    else:
-        forms = [open_artefact(config.artefact, hints=from_flags(config))]
+    forms: list[Artefact] = []
+    missing: list[str] = []
+    for provider in config.providers or (None,):
+        try:
+            forms.append(open_artefact(config.artefact, provider=provider, hints=from_flags(config)))
+        except ProviderMissing as refusal:
+            missing.append(str(refusal))
+    if not forms:
+        raise Refusal("; ".join(missing))
+    for line in missing:
+        console.print(line)
     others = [open_artefact(path, hints=_hints_for(path, config)) for path in config.against]
     spec = forms[0].spec
     for other in others:

@@ -1,6 +1,6 @@
 """Which images a model is evaluated on: never those that it was trained on, if that is known."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from common.files import read_whole
 from common.image import decode
 from common.progress import printable, track
 from common.refusal import Refusal
-from common.spec import DatasetName, ImageSpec, Spec
+from common.spec import DatasetName, ImageSpec
 from export.artefacts import Artefact
 from export.evaluation.answering import answer_each
 from train.data import datasets
@@ -68,7 +68,11 @@ def find_judged(
     Of another folder than the run's, all images except those that the run trained on. Refuses the run's folder if it
     does not fit its record, and a folder without a class that the model has.
     """
-    training = _training(form)
+    training = form.provenance.get("training", {})
+    if form.path.suffix == ".pt":  # a checkpoint says more than the files made from it
+        from train.checkpoint import load_checkpoint
+
+        training = load_checkpoint(form.path).config
     learnt = training.get("dataset")
     name = dataset or learnt or ("folder" if data_dir else None)
     if name is None:
@@ -107,15 +111,6 @@ def answer_judged(form: Artefact, judged: Judged, console: Console) -> tuple[np.
     return np.stack([*answers.values()]), [*answers], unreadable
 
 
-def _training(form: Artefact) -> dict[str, Any]:
-    """What the artefact says of its training; a checkpoint says more than the files made from it."""
-    if form.path.suffix != ".pt":
-        return form.provenance.get("training", {})
-    from train.checkpoint import load_checkpoint
-
-    return load_checkpoint(form.path).config
-
-
 def _recorded(form: Artefact, training: dict[str, Any], data_dir: Path | None) -> Judged:
     """The test images of the run, from its record."""
     if not training.get("split"):
@@ -129,7 +124,7 @@ def _recorded(form: Artefact, training: dict[str, Any], data_dir: Path | None) -
         training, data_dir=data_dir, beside=form.path.parent, image_size=form.spec.image.height
     )
     what = "test images that its run recorded, which training has not seen"
-    return _judged(form, what, "folder", dataset.test, dataset.info.labels)
+    return _judged(form, what, dataset.test, dataset.info.labels)
 
 
 def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Callable[[str], Track]) -> Judged:
@@ -139,7 +134,7 @@ def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Cal
     """
     labels, known = tuple(folder.name for folder in class_folders(data_dir)), form.spec.labels
     if not set(labels) & set(known):
-        place_of(labels, form.spec, by_number=False, path=form.path)  # refuses
+        _places(labels, form, by_number=False)  # refuses
     found = find_files(
         data_dir, labels, form.spec.image, skip_unreadable=True, track=track("reading images"), may_lack=True
     )
@@ -171,7 +166,7 @@ def _folder(form: Artefact, data_dir: Path | None, track: Callable[[str], Track]
     found = find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track("reading images"))
     what = "images in its test folder" if found.test else "images, all of the folder"
     what += "; no record says whether the model was trained on them"
-    return _judged(form, what, "folder", found.test or found.train, labels, found.left_out)
+    return _judged(form, what, found.test or found.train, labels, left_out=tuple(found.left_out))
 
 
 def _published(form: Artefact, name: str, training: dict[str, Any] | None, data_dir: Path | None) -> Judged:
@@ -183,33 +178,29 @@ def _published(form: Artefact, name: str, training: dict[str, Any] | None, data_
     if found != needed:
         sizes = ["x".join(map(str, shape)) for shape in (found, needed)]
         raise Refusal(f"{name} has images of {sizes[0]}, and {form.path} takes {sizes[1]}")
-    return _judged(form, f"test images of {name}", name, dataset.test, dataset.info.labels)
+    return _judged(form, f"test images of {name}", dataset.test, dataset.info.labels, dataset=name)
 
 
 def _judged(
-    form: Artefact,
-    what: str,
-    dataset: str,
-    part: datasets.Part,
-    labels: tuple[str, ...],
-    left_out: Iterable[LeftOut] = (),
+    form: Artefact, what: str, part: datasets.Part, labels: tuple[str, ...], *, dataset: str = "folder", **more: Any
 ) -> Judged:
-    targets = place_of(labels, form.spec, by_number=dataset != "folder", path=form.path)[np.asarray(part.targets)]
-    return Judged(what, dataset, part, targets, form.spec.image, tuple(left_out))
+    targets = _places(labels, form, by_number=dataset != "folder")[np.asarray(part.targets)]
+    return Judged(what, dataset, part, targets, form.spec.image, **more)
 
 
-def place_of(labels: tuple[str, ...], spec: Spec, *, by_number: bool, path: Path) -> np.ndarray:
+def _places(labels: tuple[str, ...], form: Artefact, *, by_number: bool) -> np.ndarray:
     """int64 [len(labels)]: the index of each label of a data set among the model's.
 
     With `by_number`, the order of the data set's own labels if the model's are numbers alone and there are as many.
     """
-    if missing := [label for label in labels if label not in spec.labels]:
-        numbered = spec.labels == tuple(f"class {index}" for index in range(len(spec.labels)))
-        if numbered and by_number and len(labels) == len(spec.labels):
+    known = form.spec.labels
+    if missing := [label for label in labels if label not in known]:
+        numbered = known == tuple(f"class {index}" for index in range(len(known)))
+        if numbered and by_number and len(labels) == len(known):
             return np.arange(len(labels))
         advice = "name its labels with --labels" if numbered else "judge it on images of its own classes"
         raise Refusal(
-            f"{path} does not answer {', '.join(missing[:5])}; its labels are {', '.join(spec.labels[:5])}"
-            f"{', ...' if len(spec.labels) > 5 else ''}: {advice}"
+            f"{form.path} does not answer {', '.join(missing[:5])}; its labels are {', '.join(known[:5])}"
+            f"{', ...' if len(known) > 5 else ''}: {advice}"
         )
-    return np.array([spec.labels.index(label) for label in labels])
+    return np.array([known.index(label) for label in labels])

@@ -17,9 +17,10 @@ from rich.table import Table
 
 from common.interval import percent
 from common.progress import printable
+from export.artefacts import Artefact
 from export.evaluation import figures
-from export.evaluation.judged import Judged
-from export.evaluation.scores import ClassScore, Evaluation
+from export.evaluation.judged import Judged, answer_judged
+from export.evaluation.scores import ClassScore, Evaluation, evaluate
 from export.runtimes.probabilities import best
 
 NUM_SHOWN, NUM_DRAWN = 48, 24  # of the surest mistakes, in the page and in mistakes.png
@@ -42,18 +43,15 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Report:
-    model: str
-    file: str
-    digest: str  # sha256 of the file
-    dataset: str
-    what: str  # which images, in words
+    form: Artefact
+    judged: Judged
     evaluation: Evaluation
     mistakes: tuple[Mistake, ...]  # all of them, the surest first; the first NUM_SHOWN have pixels
     unreadable: dict[str, str]  # name of an image → why there is no answer
 
     @property
-    def num(self) -> int:
-        return self.evaluation.top1.num
+    def title(self) -> str:
+        return f"{self.form.name} on {self.evaluation.top1.num:,} images"
 
     @property
     def shown(self) -> list[tuple[Mistake, np.ndarray]]:
@@ -61,22 +59,22 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "model": {"name": self.model, "file": self.file, "digest": self.digest},
-            "images": {"dataset": self.dataset, "num": self.num, "what": self.what},
+            "model": {"name": self.form.name, "file": self.form.file_name, "digest": self.form.digest},
+            "images": {"dataset": self.judged.dataset, "num": self.evaluation.top1.num, "what": self.judged.what},
             **self.evaluation.to_dict(),
             "mistakes": [{key: value for key, value in vars(row).items() if key != "pixels"} for row in self.mistakes],
             "unreadable": self.unreadable,
         }
 
 
-def find_mistakes(
-    judged: Judged, probabilities: np.ndarray, places: Sequence[int], labels: Sequence[str]
-) -> tuple[Mistake, ...]:
-    """All of them, the surest first; `probabilities` [N, K] are of the images at `places` [N] of `judged`."""
-    answers, targets = best(probabilities, 1)[:, 0], judged.targets[places]
+def evaluate_form(form: Artefact, judged: Judged, console: Console) -> tuple[Report, np.ndarray]:
+    """The report, and the probabilities [N, K] of the images that could be read."""
+    probabilities, places, unreadable = answer_judged(form, judged, console)
+    targets, labels = judged.targets[places], form.spec.labels
+    answers = best(probabilities, 1)[:, 0]
     wrong = np.flatnonzero(answers != targets)
     wrong = wrong[np.argsort(-probabilities[wrong, answers[wrong]], kind="stable")]
-    return tuple(
+    mistakes = [
         Mistake(
             image=judged.name(places[row]),
             truth=labels[targets[row]],
@@ -86,7 +84,9 @@ def find_mistakes(
             pixels=judged.enlarged(places[row]) if rank < NUM_SHOWN else None,
         )
         for rank, row in enumerate(wrong)
-    )
+    ]
+    evaluation = evaluate(probabilities, targets, labels, temperature=form.spec.temperature)
+    return Report(form, judged, evaluation, tuple(mistakes), unreadable), probabilities
 
 
 def share(value: float | None) -> str:
@@ -125,7 +125,7 @@ def describe_calibration(evaluation: Evaluation) -> list[str]:
 def print_summary(console: Console, report: Report) -> None:
     """The figures, the weakest classes, the most frequent mistakes, and the images that could not be read."""
     evaluation = report.evaluation
-    console.print(f"{report.model} on {report.num:,} {report.what}")
+    console.print(f"{report.form.name} on {evaluation.top1.num:,} {report.judged.what}")
     for name, value in (("top-1", evaluation.top1), ("top-5", evaluation.top5)):
         if value:
             console.print(f"{name} {share(value.value)}, 95 % interval {percent(value.interval)}")
@@ -151,7 +151,7 @@ def print_summary(console: Console, report: Report) -> None:
 def report_files(report: Report) -> dict[str, bytes]:
     """Name → content; the page is the last, so that it is written when all others are."""
     evaluation, top1 = report.evaluation, report.evaluation.top1
-    title = figures.figure_text(_title(report), 80)
+    title = figures.figure_text(report.title, 80)
     score = f"{share(top1.value)} right, 95 % interval {percent(top1.interval)}"
     error = f"expected calibration error {describe_error(evaluation)}"
     drawn = report.shown[:NUM_DRAWN]
@@ -171,10 +171,6 @@ def report_files(report: Report) -> dict[str, bytes]:
     return {**files, "report.json": record, "report.html": _page(report, files).encode()}
 
 
-def _title(report: Report) -> str:
-    return f"{report.model} on {report.num:,} images"
-
-
 def _weakest_first(evaluation: Evaluation) -> list[ClassScore]:
     """By recall; classes without an image come last."""
     return sorted(evaluation.classes, key=lambda score: (not score.images, score.recall.value or 0.0))
@@ -183,13 +179,13 @@ def _weakest_first(evaluation: Evaluation) -> list[ClassScore]:
 def _page(report: Report, pictures: dict[str, bytes]) -> str:
     """The page, with its images inside."""
     template = Template(Path(__file__).with_name("evaluation.html").read_text())
-    notes = [f"{report.num:,} {report.what}."]
+    notes = [f"{report.evaluation.top1.num:,} {report.judged.what}."]
     if report.unreadable:
         notes.append(f"{len(report.unreadable):,} more could not be read and are in no figure.")
     height, width = report.shown[0][1].shape[:2] if report.shown else (1, 1)
     return template.substitute(
-        title=_text(_title(report)),
-        model=_text(f"{report.file}, sha256 {report.digest}"),
+        title=_text(report.title),
+        model=_text(f"{report.form.file_name}, sha256 {report.form.digest}"),
         notes=_paragraphs(notes),
         cards="\n".join(_cards(report.evaluation)),
         classes="\n".join(map(_class_row, _weakest_first(report.evaluation))),

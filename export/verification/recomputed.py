@@ -56,25 +56,30 @@ def find_images(chain: Chain, data_dir: Path | None) -> FoundImages:
         if data_dir:
             raise Refusal(f"{chain.path} does not record what it was trained on: leave --data-dir out")
         return FoundImages(None, "no record says what the net was trained on")
-    recorded = training.get("split", {})
-    claim, said = "images of training, validation and test", f"sha256 {recorded.get('sha256', '')}"
+    split = training.get("split", {})
+    said, missing, verdict = f"sha256 {split.get('sha256', '')}", "", "same"
+    dataset = None
     try:
         dataset = datasets.load_as_trained(
             training, data_dir=data_dir, beside=chain.path.parent, image=chain.spec.image
         )
     except (Changed, Unlike) as refusal:
-        return FoundImages(None, str(refusal), (judged(claim, said, shown(str(refusal), 160), is_same=False),))
+        missing, verdict = str(refusal), "differs"
     except Refusal as refusal:
         if data_dir:
             raise
-        return FoundImages(None, str(refusal), (unchecked(claim, said, shown(str(refusal), 160)),) if recorded else ())
-    rows = (judged(claim, said, said, is_same=True),) if recorded else ()
+        missing, verdict = str(refusal), "cannot be checked here"
+    rows = ()
+    if split or verdict == "differs":
+        claim = "images of training, validation and test"
+        rows = (CheckedClaim(claim, said, shown(missing, 160) or said, verdict),)
+    if dataset is None:
+        return FoundImages(None, missing, rows)
     if dataset.info.labels == chain.spec.labels:
         return FoundImages(dataset.test, "", rows)
     why = f"the classes there are {', '.join(dataset.info.labels[:5])}"
-    return FoundImages(
-        None, why, (*rows, judged("labels", shown(", ".join(chain.spec.labels)), shown(why), is_same=False))
-    )
+    labels = judged("labels", shown(", ".join(chain.spec.labels)), shown(why), is_same=False)
+    return FoundImages(None, why, (*rows, labels))
 
 
 def check_images(chain: Chain, images: FoundImages, console: Console) -> Iterator[CheckedClaim]:

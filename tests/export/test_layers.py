@@ -9,7 +9,7 @@ from onnx import helper, numpy_helper
 
 from common.refusal import Refusal
 from export import artefacts
-from export.artefacts import open_artefact, open_providers
+from export.artefacts import open_artefact
 from export.compare import TOLERANCES
 from export.graphs.graph import to_onnx
 from export.pairs import compare_layers, draw_layers
@@ -112,16 +112,6 @@ def test_nets_without_a_common_layer_are_refused(write, images):
 def test_the_picture_is_a_png_and_an_error_of_zero_has_a_place_in_it(write, images):
     path = write("plain.onnx")
     assert draw_layers([compared(path, path, images())]).startswith(b"\x89PNG")
-
-
-def test_a_provider_that_does_not_load_is_named(write, monkeypatch):
-    path = write("plain.onnx")
-    monkeypatch.setattr("export.runtimes.onnx_session.loadable_providers", lambda: ("CPUExecutionProvider",))
-    forms, missing = open_providers(path, ("cuda", "cpu"))
-    assert [form.title for form in forms] == [f"{path} on cpu"]
-    assert missing == ["cuda is not compared: ONNX Runtime's CUDAExecutionProvider does not load here"]
-    with pytest.raises(Refusal, match="cuda is not compared"):
-        open_providers(path, ("cuda",))
 
 
 def test_unknown_files_and_precisions_are_refused(write, tmp_path):

@@ -101,6 +101,8 @@ def test_providers_are_compared_one_by_one_and_missing_ones_named(road, capsys, 
     assert "tensorrt is not compared: ONNX Runtime's TensorrtExecutionProvider does not load here\n" in output.err
     candidates = {row["candidate"] for row in json.loads(output.out)["parity"]}
     assert candidates == {f"{road / 'plain.onnx'} on cpu"}
+    assert run(*argv[:3], "--providers", "tensorrt", "cuda") == 2
+    assert "CUDAExecutionProvider does not load here" in capsys.readouterr().err
     assert run(road / "checkpoint.pt", "--against", road / "plain.onnx", "--providers", "cpu") == 2
     assert "--providers are for .onnx files, and" in capsys.readouterr().err
 
