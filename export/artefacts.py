@@ -16,11 +16,7 @@ from export.runtimes.runtime import Model
 
 LayerOutputs = Callable[[np.ndarray], dict[str, np.ndarray]]  # images → outputs [N, ...] by the plain net's names
 Provider = Literal["cpu", "cuda", "tensorrt", "mnn", "torch"]  # ONNX Runtime's, or MNN or PyTorch in its place
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
 def _no_layers(images: np.ndarray) -> dict[str, np.ndarray]:
@@ -39,6 +35,7 @@ class Artefact(Model):
     # images → the first node that overflows in float16, if it computes in more than its graph says
     overflow: Callable[[np.ndarray], str | None] = lambda images: None
     file_name: str  # for reports; a cascade names both of its files
+    source: Any = None  # the Checkpoint or Plain that it was read from
 
     def __post_init__(self) -> None:
         if self.precision not in TOLERANCES:
@@ -101,7 +98,7 @@ def _open_torch(path: Path) -> Artefact:
         outputs = layer_outputs(net, torch.from_numpy(images), _layer_names(model))
         return {name: output.numpy() for name, output in outputs}
 
-    return _make(model, path, "fp32", answer, layers=layers)
+    return _make(model, path, "fp32", answer, layers=layers, source=file)
 
 
 def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Artefact:
@@ -162,9 +159,7 @@ def _open_engine(path: Path) -> Artefact:
         source = path.with_suffix(".onnx")
         form = open_artefact(source)
         if form.digest != card.onnx_sha256:
-            raise Refusal(
-                f"{path}: its layers can only be seen in its ONNX, and {source} is another file; export again"
-            )
+            raise Refusal(f"{path}: only its ONNX shows its layers, and {source} is another file; export again")
         return form.layers(images)
 
     return _make(runtime.model, path, card.precision, runtime, layers=layers)

@@ -31,23 +31,15 @@ class EvaluateConfig(ReadingFlags):
     model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or another ONNX classifier"]
     dataset: Annotated[DatasetName | None, "what to judge it on (default: the test images of its run)"] = None
     data_dir: Annotated[Path | None, "where the data set lies; a folder without a run's record is taken whole"] = None
-    out: Annotated[Path, "folder for report.html, report.json, confusion.png, reliability.png, mistakes.png"] = Path(
-        "report"
-    )
+    out: Annotated[Path, "folder for report.html, report.json and the figures"] = Path("report")
     flips: Annotated[bool, "answer each image together with its mirror image: the mean of both logits"] = False
-    cascade: Annotated[
-        Path | None, "the other form of an fp32 or int8 model: int8 answers, and fp32 where that is in doubt"
-    ] = None
-    store_reference: Annotated[
-        bool, "count the answers in the model's own file, .onnx or card of an .engine, for the server to compare with"
-    ] = False
+    cascade: Annotated[Path | None, "the other form of the model: int8 answers, and fp32 if that is in doubt"] = None
+    store_reference: Annotated[bool, "store counts of the answers in the model, for the server to compare with"] = False
     json: Annotated[bool, "print report.json on stdout"] = False
 
     def __post_init__(self) -> None:
         if self.flips and self.store_reference:
-            raise Refusal(
-                "--store-reference counts what the server will answer, which mirrors no image: leave out --flips"
-            )
+            raise Refusal("--store-reference is for the server, which mirrors no image: leave out --flips")
         if self.cascade and self.store_reference:
             raise Refusal("--store-reference is for one file, and --cascade judges two; leave one of them out")
 

@@ -39,8 +39,7 @@ class FitTemperatureConfig:
     def __post_init__(self) -> None:
         if not self.onnx or any(path.suffix != ".onnx" for path in self.onnx):
             raise Refusal(
-                "name .onnx files; a run gets its temperature by python train/run.py --resume --out RUN, and an engine "
-                "by building it again"
+                "name .onnx files; a run gets its temperature by train/run.py --resume, an engine from its .onnx"
             )
         if self.validation is not None and not 0 < self.validation < 1:
             raise Refusal(f"--validation must be above 0 and below 1, got {self.validation}")
@@ -89,9 +88,7 @@ def command(config: FitTemperatureConfig) -> int:
 def _refuse(form: "Artefact", first: "Artefact") -> None:
     """Refuses a file of somebody else, one that has a temperature, and one of another net than `first`."""
     if form.reading or not form.provenance:
-        raise Refusal(
-            f"{form.path} is not a file of this project: say its temperature with export/describe.py --temperature"
-        )
+        raise Refusal(f"{form.path} is not a file of this project: use export/describe.py --temperature")
     if form.spec.temperature != 1:
         raise Refusal(f"{form.path} has a temperature of {form.spec.temperature:g} already: nothing to do")
     net, other = (file.provenance.get("export", {}).get("plain_sha256") for file in (form, first))
@@ -106,10 +103,8 @@ def _held_out(form: "Artefact", config: FitTemperatureConfig) -> "Part":
     if "dataset" not in training:
         raise Refusal(f"{form.path} does not say what it was trained on, and so not what was held out")
     if "validation" not in training and config.validation is None:
-        raise Refusal(
-            f"{form.path} does not record which images were held out: give --validation as its training did; "
-            f"it was trained with {training.get('command', 'a command that is not recorded')}"
-        )
+        trained = training.get("command", "a command that is not recorded")
+        raise Refusal(f"{form.path} does not record which images were held out: give --validation as {trained} did")
     recorded = {"validation": config.validation, **training}
     if config.validation not in (None, recorded["validation"]):
         raise Refusal(f"{form.path} records that {training['validation']:g} was held out; leave --validation out")

@@ -37,14 +37,10 @@ NUM_NAMED = 20  # unreadable images that are named on the screen; the file names
 class PredictConfig(ReadingFlags):
     model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or another ONNX classifier"]
     images: Annotated[tuple[Path, ...], "image files, and folders whose images are taken, those further down too"]
-    out: Annotated[Path, "file to write: .csv has a header and a row per image, .json the server's results"] = Path(
-        "predictions.csv"
-    )
+    out: Annotated[Path, "file to write: a .csv with a row per image, or the server's .json"] = Path("predictions.csv")
     top_k: Annotated[int, "classes per image"] = 1
     flips: Annotated[bool, "answer each image together with its mirror image: the mean of both logits"] = False
-    cascade: Annotated[
-        Path | None, "the other form of an fp32 or int8 model: int8 answers, and fp32 where that is in doubt"
-    ] = None
+    cascade: Annotated[Path | None, "the other form of the model: int8 answers, and fp32 if that is in doubt"] = None
 
     def __post_init__(self) -> None:
         if self.top_k < 1:

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,7 +30,6 @@ EXAMPLES = (
     "python export/to_onnx.py plain.safetensors --precision int8 --out plain-int8.onnx",
     "python export/to_onnx.py plain.safetensors --precision int8 --target tensorrt --out for-trt.onnx",
 )
-EightBits = Literal["int8", "fp8"]
 EIGHT_BITS = ("int8", "fp8")
 DEFAULT_LOWERING = "shared"  # of the forms with one convolution per layer the fastest on CPUs
 
@@ -41,9 +40,9 @@ Made = tuple["onnx.ModelProto", dict[str, Any], bool]  # a graph, what it says o
 class ToOnnxConfig:
     plain: Annotated[Path, "a plain net of fold/run.py"]
     out: Annotated[Path | None, "file to write (default: the same name with .onnx)"] = None
-    precision: Annotated[
-        Literal["fp32", "fp16", "int8", "fp8"], "of the convolutions; int8 and fp8 are calibrated on training images"
-    ] = "fp32"
+    precision: Annotated[Literal["fp32", "fp16", "int8", "fp8"], "eight bits are calibrated on training images"] = (
+        "fp32"
+    )
     lowering: Annotated[
         Literal["auto", Lowering] | None,
         "how NCReLU and convolution are written; auto: the fastest in ONNX Runtime on this machine "
@@ -110,10 +109,8 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     sets = {"extreme": extreme_images(image), "random": random_images(image), "real": real}
     for kind, images in sets.items():
         if images is not None and (node := first_overflow(model, images)):
-            raise Refusal(
-                f"{config.plain} overflows in float16: the output of {node} is beyond 65,504 on {kind} images; "
-                "export it with --precision fp32"
-            )
+            where = f"the output of {node} is beyond 65,504 on {kind} images"
+            raise Refusal(f"{config.plain} overflows in float16: {where}; export it with --precision fp32")
     return model, record, True
 
 
@@ -163,16 +160,9 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Mad
     possible = distinct_lowerings(plain.net)
     lowerings = (config.lowering,) if config.lowering else tuple(name for name in TRIED if name in possible)
     with progress(console, "calibrating", num_images_run(lowerings, len(observed), len(chosen_by))) as advance:
-        quantized = quantize(
-            plain.net,
-            plain.spec,
-            precision=cast(EightBits, config.precision),
-            target=config.target,
-            lowerings=lowerings,
-            observed=observed,
-            chosen_by=chosen_by,
-            advance=advance,
-        )
+        images = {"observed": observed, "chosen_by": chosen_by}
+        how: dict[str, Any] = {"precision": config.precision, "target": config.target, "lowerings": lowerings}
+        quantized = quantize(plain.net, plain.spec, **how, **images, advance=advance)
     forms = answerer(to_onnx(plain.net, plain.spec, {})), answerer(quantized.model)
     with progress(console, "testing", sum(map(len, (test, *set_aside)))) as advance:
         tested = answer_both(*forms, [test], advance)
@@ -182,12 +172,10 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Mad
     if evidence:
         console.print(f"as a cascade: {evidence}")
     if not drop:
-        print(
-            f"more than {100 * ALLOWED_DROP:.1f} points of test accuracy are lost, "
-            f"or fewer than {100 * INT8_AGREEMENT:.0f} % of the images keep their class"
-            + ("" if config.allow_drop else ": exit status 1; --allow-drop accepts it"),
-            file=sys.stderr,
-        )
+        lost = f"more than {100 * ALLOWED_DROP:.1f} points of test accuracy are lost"
+        changed = f"fewer than {100 * INT8_AGREEMENT:.0f} % of the images keep their class"
+        status = "" if config.allow_drop else ": exit status 1; --allow-drop accepts it"
+        print(f"{lost}, or {changed}{status}", file=sys.stderr)
     candidates = [asdict(candidate) for candidate in quantized.candidates]
     record = {
         "lowering": quantized.candidates[0].lowering,
@@ -208,8 +196,7 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
     name = config.dataset or training.get("dataset")
     if name is None:
         raise Refusal(
-            f"{config.plain} does not say what it was trained on: name images to calibrate on, "
-            "--dataset folder --data-dir FOLDER"
+            f"{config.plain} records no data set: name images to calibrate on, --dataset folder --data-dir FOLDER"
         )
     if config.dataset:
         dataset = datasets.load(name, data_dir=config.data_dir, image=image)

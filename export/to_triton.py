@@ -51,9 +51,8 @@ def command(config: ToTritonConfig) -> int:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise Refusal(f"--name may have letters, digits, '_', '-' and '.', and starts with no '.'; got {name!r}")
     if config.version < 1 or config.max_queue_delay < 0:
-        raise Refusal(
-            f"--version counts from 1 and --max-queue-delay from 0; got {config.version}, {config.max_queue_delay}"
-        )
+        found = f"got {config.version}, {config.max_queue_delay}"
+        raise Refusal(f"--version counts from 1 and --max-queue-delay from 0; {found}")
     source = _read_engine(config) if config.model.suffix == ".engine" else _read_onnx(config)
     model = _triton_model(config, source, name)
     labels = "".join(f"{label}\n" for label in source.described.spec.labels)

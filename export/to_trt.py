@@ -32,9 +32,7 @@ EXAMPLES = (
 class ToTrtConfig(ReadingFlags):
     onnx: Annotated[Path, "an ONNX classifier, ours or somebody else's"]
     out: Annotated[Path | None, "file to write (default: the same name with .engine)"] = None
-    batch: Annotated[
-        tuple[int, int, int] | None, "smallest, best and largest batch (default: 1 8 64, or the graph's only one)"
-    ] = None
+    batch: Annotated[tuple[int, int, int] | None, "smallest, best and largest (default: 1 8 64, or the graph's)"] = None
     compute_capability: Annotated[tuple[str, ...], "tensorrt_rtx: GPUs to build for, e.g. 8.9 (default: 8.0 on)"] = ()
     workspace: Annotated[int | None, "scratch memory of the builder in MiB (default: all of the GPU's)"] = None
     timing_cache: Annotated[Path | None, "tensorrt: file with kernel timings, read if there and written"] = None

@@ -47,15 +47,11 @@ def mirrored(form: Artefact) -> Artefact:
     Refuses a model whose training did not mirror images, and a cascade.
     """
     if isinstance(form.answer, Cascade):
-        raise Refusal(
-            "a cascade keeps float32's class of an image, not that of two logits' mean: leave --flips or --cascade out"
-        )
+        raise Refusal("a cascade keeps float32's class of one image, not of two: leave --flips or --cascade out")
     training = form.provenance.get("training", {})
     dataset, choice = training.get("dataset"), training.get("flip", "auto")
     if choice == "no" or (choice == "auto" and dataset in get_args(Published) and not datasets.info_of(dataset).flip):
-        raise Refusal(
-            f"{form.path} was not trained on mirror images, which may have another label there: leave --flips out"
-        )
+        raise Refusal(f"{form.path} was not trained on mirror images, which may have other labels: leave --flips out")
 
     def answer(images: np.ndarray) -> np.ndarray:
         return (form.answer(images) + form.answer(np.ascontiguousarray(images[:, :, ::-1]))) / 2

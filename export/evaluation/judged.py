@@ -15,6 +15,7 @@ from common.refusal import Refusal
 from common.spec import DatasetName, ImageSpec
 from export.artefacts import Artefact
 from export.evaluation.answering import answer_each
+from train.checkpoint import Checkpoint
 from train.data import datasets
 from train.data.datasets import num_bytes
 from train.data.folder import UNREADABLE, Files, LeftOut, Track, class_folders, find_files
@@ -69,17 +70,12 @@ def find_judged(
     does not fit its record, and a folder without a class that the model has.
     """
     training = form.provenance.get("training", {})
-    if form.path.suffix == ".pt":  # a checkpoint says more than the files made from it
-        from train.checkpoint import load_checkpoint
-
-        training = load_checkpoint(form.path).config
+    if isinstance(form.source, Checkpoint):  # which says more than the files made from it
+        training = form.source.config
     learnt = training.get("dataset")
     name = dataset or learnt or ("folder" if data_dir else None)
     if name is None:
-        raise Refusal(
-            f"{form.path} does not say what it was trained on: name a folder with --data-dir, or a data set "
-            "with --dataset"
-        )
+        raise Refusal(f"{form.path} does not say what it was trained on: name images with --dataset or --data-dir")
     if name != "folder":
         return _published(form, name, training if name == learnt else None, data_dir)
     if learnt != "folder":
@@ -114,10 +110,7 @@ def answer_judged(form: Artefact, judged: Judged, console: Console) -> tuple[np.
 def _recorded(form: Artefact, training: dict[str, Any], data_dir: Path | None) -> Judged:
     """The test images of the run, from its record."""
     if not training.get("split"):
-        raise Refusal(
-            f"{form.path} does not record which images it was trained on, so that none can be told to be new to it: "
-            "train it again"
-        )
+        raise Refusal(f"{form.path} does not record which images it was trained on: train it again")
     if data_dir is None and not training.get("data_dir"):
         raise Refusal(f"{form.path} does not say where its photographs lie: name their folder with --data-dir")
     dataset = datasets.load_as_trained(

@@ -23,7 +23,7 @@ from fold.image_sets import NUM_RANDOM, extreme_images, random_images
 from fold.plain import fold_net
 from fold.proof import TOLERANCES as FOLD_TOLERANCES
 from fold.proof import ProofRow, prove
-from train.checkpoint import load_checkpoint, load_net
+from train.checkpoint import load_net
 from train.data import datasets
 from train.data.split import Changed, Unlike
 
@@ -50,7 +50,7 @@ def find_images(chain: Chain, data_dir: Path | None) -> FoundImages:
     named = {name: chain.claims.get(f"training.{name}") for name in OF_IMAGES}
     training = {name: value for name, value in named.items() if value is not None}
     if checkpoint := chain.forms.get("the checkpoint"):  # it knows where the data set lay
-        data_folder = load_checkpoint(checkpoint.path).config.get("data_dir")
+        data_folder = checkpoint.source.config.get("data_dir")
         training["data_dir"] = data_folder if isinstance(data_folder, str) else None
     if "dataset" not in training:
         if data_dir:
@@ -102,7 +102,7 @@ def _proof(chain: Chain, images: FoundImages, console: Console) -> Iterator[Chec
     if not (checkpoint := chain.forms.get("the checkpoint")):
         missing = chain.missing("the checkpoint")
     elif sets := _proof_images(recorded, chain, images):
-        net = load_net(load_checkpoint(checkpoint.path))
+        net = load_net(checkpoint.source)
         with progress(console, "proving the fold again", 2 * sum(map(len, sets.values()))) as advance:
             proof = prove(net, fold_net(net), sets, advance=advance)
         for row in (*proof.ends, *proof.layers):

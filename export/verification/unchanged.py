@@ -20,9 +20,9 @@ from export.verification.chain import Chain
 from export.verification.claims import MADE_HOW, CheckedClaim, compared, judged, shown, unchecked
 from fold.graph import GraphNet
 from fold.lower import distinct_lowerings, lower
-from fold.plain import PlainNet, fold_net, load_plain
+from fold.plain import PlainNet, fold_net
 from fold.proof import TOLERANCES as FOLD_TOLERANCES
-from train.checkpoint import load_checkpoint, load_net
+from train.checkpoint import load_net
 from train.families import count_parameters
 
 FLOAT32_ROUNDING = 2.0**-24  # of a number to the nearest one of float32, as a share of it
@@ -128,7 +128,7 @@ def _weights(chain: Chain, model: onnx.ModelProto | None) -> CheckedClaim:
     plain = chain.forms.get("plain.safetensors")
     if plain is None:
         return unchecked(claim, recorded, chain.missing("plain.safetensors"))
-    net = load_plain(plain.path).net
+    net = plain.source.net
     for name in dict.fromkeys([lowering, *distinct_lowerings(net)]):
         try:
             again = to_onnx(lower(net, name), chain.spec, {}, precision=kind)
@@ -180,14 +180,14 @@ def _of_fold(chain: Chain) -> Iterator[CheckedClaim]:
     """Counts before and after the fold, and the weights after it."""
     claims, checkpoint = chain.claims, chain.forms.get("the checkpoint")
     plain = chain.form if chain.path.suffix == ".safetensors" else chain.forms.get("plain.safetensors")
-    net = load_plain(plain.path).net if plain else None
+    net = plain.source.net if plain else None
     no_net, no_checkpoint = chain.missing("plain.safetensors"), chain.missing("the checkpoint")
     if (recorded := claims.get("fold.convolutions")) is not None:
         found = net.graph.count("conv") if isinstance(net, GraphNet) else None
         yield compared("convolutions after the fold", recorded, found, no_net)
     if claims.get("fold.checkpoint_sha256") is None:
         return
-    before = load_net(load_checkpoint(checkpoint.path)) if checkpoint else None
+    before = load_net(checkpoint.source) if checkpoint else None
     if (recorded := claims.get("fold.dirac_parameters")) is not None:
         yield compared("parameters before the fold", recorded, before and count_parameters(before), no_checkpoint)
     claim, said = "weights of plain.safetensors", "those of the fold"
