@@ -46,7 +46,7 @@ class CascadeBenchConfig:
 def command(config: CascadeBenchConfig) -> int:
     """Time passes over real test images: how many of them go on to fp32 decides what a cascade costs."""
     from export.artefacts import open_artefact
-    from export.evaluation.judged import find_judged
+    from export.evaluation.answering import find_judged
     from export.runtimes.cascade import Cascade, read_forms
     from export.runtimes.onnx_session import OnnxSession
     from export.runtimes.saturation import saturates

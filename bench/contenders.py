@@ -129,7 +129,7 @@ def _compare(net: Net, contender: Contender, answer: Answer, batch_size: int) ->
         named = [(name, answer_all(form, images)) for name, form in (("plain", reference), (contender.title, padded))]
         rows.append(ParityRow(kind, compare(*named, tolerance=TOLERANCES[contender.precision])))
     # False before True before None, then the largest error: what most needs to be seen.
-    worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.relative))
+    worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.difference.relative))
     return {**worst.to_dict(), "stated_tolerance": str(worst.comparison.tolerance)}
 
 

@@ -86,7 +86,7 @@ def judge_logits(row: RaceRow, expected: np.ndarray, logits: np.ndarray) -> dict
     if row.precision == "int8":
         # Classes of random weights lie too close for their agreement to mean anything.
         return {"error": relative_error(expected, logits), "strays": not np.isfinite(logits).all()}
-    return {"error": comparison.relative, "strays": not comparison}
+    return {"error": comparison.difference.relative, "strays": not comparison}
 
 
 def profile_graph(path: Path, images: np.ndarray, *, num_threads: int, folder: Path) -> dict[str, Any]:

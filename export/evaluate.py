@@ -50,8 +50,7 @@ def command(config: EvaluateConfig) -> int:
     A model of this project is judged on the test images that its run recorded, and on no other image of that folder.
     """
     from export.artefacts import open_artefact
-    from export.evaluation.answering import mirrored
-    from export.evaluation.judged import find_judged
+    from export.evaluation.answering import find_judged, mirrored
     from export.evaluation.report import evaluate_form, print_summary, report_files
     from export.metadata import store_reference
     from export.runtimes.cascade import Cascade

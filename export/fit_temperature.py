@@ -38,9 +38,7 @@ class FitTemperatureConfig:
 
     def __post_init__(self) -> None:
         if not self.onnx or any(path.suffix != ".onnx" for path in self.onnx):
-            raise Refusal(
-                "name .onnx files; a run gets its temperature by train/run.py --resume, an engine from its .onnx"
-            )
+            raise Refusal("name .onnx files; a run gets its temperature by train/run.py --resume, an engine when built")
         if self.validation is not None and not 0 < self.validation < 1:
             raise Refusal(f"--validation must be above 0 and below 1, got {self.validation}")
 

@@ -66,10 +66,8 @@ def time_answers(
 
 def geometric_means(rows: Sequence[Timing]) -> dict[str, float]:
     """Milliseconds of each name over all its batch sizes, the least first."""
-    logs: dict[str, list[float]] = {}
-    for row in rows:
-        logs.setdefault(row.name, []).append(math.log(row.median_ms))
-    means = {name: math.exp(statistics.fmean(of_it)) for name, of_it in logs.items()}
+    names = dict.fromkeys(row.name for row in rows)
+    means = {name: statistics.geometric_mean(row.median_ms for row in rows if row.name == name) for name in names}
     return dict(sorted(means.items(), key=lambda pair: pair[1]))
 
 

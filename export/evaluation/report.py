@@ -19,7 +19,7 @@ from common.interval import percent
 from common.progress import printable
 from export.artefacts import Artefact
 from export.evaluation import figures
-from export.evaluation.judged import Judged, answer_judged
+from export.evaluation.answering import Judged, answer_judged
 from export.evaluation.scores import ClassScore, Evaluation, evaluate
 from export.runtimes.probabilities import best
 
@@ -136,7 +136,7 @@ def print_summary(console: Console, report: Report) -> None:
     table = Table("class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1")
     for row in _weakest_first(evaluation)[:NUM_LISTED]:
         parts = [text for part in (row.recall, row.precision) for text in (share(part.value), percent(part.interval))]
-        table.add_row(printable(row.label), str(row.images), *parts, share(row.f1))
+        table.add_row(printable(row.label), str(row.images), *parts, share(row.f1.value))
     console.print(table)
     if len(evaluation.labels) > NUM_LISTED:
         console.print(f"these are the {NUM_LISTED} of {len(evaluation.labels)} classes that are recognised least often")
@@ -216,10 +216,9 @@ def _cards(evaluation: Evaluation) -> list[str]:
 
 
 def _class_row(score: ClassScore) -> str:
-    columns = [(part.value, part.interval) for part in (score.recall, score.precision)]
     cells = "".join(
-        f"<td>{'–' if value is None else f'{share(value)}<small>[{percent(ends)}]</small>'}</td>"
-        for value, ends in (*columns, (score.f1, score.f1_interval))
+        f"<td>{'–' if part.value is None else f'{share(part.value)}<small>[{percent(part.interval)}]</small>'}</td>"
+        for part in (score.recall, score.precision, score.f1)
     )
     return f"<tr><th>{_text(score.label)}</th>{cells}<td>{score.images:,}</td><td>{score.answered:,}</td></tr>"
 

@@ -35,19 +35,21 @@ class CheckedClaim:
     verdict: Verdict
 
 
-def judged(claim: str, recorded: str, computed: str, *, is_same: bool) -> CheckedClaim:
-    return CheckedClaim(claim, recorded, computed, "same" if is_same else "differs")
-
-
 def unchecked(claim: str, recorded: str, missing: str) -> CheckedClaim:
     return CheckedClaim(claim, recorded, missing, "cannot be checked here")
 
 
-def compared(claim: str, recorded: Any, computed: Any, missing: str = "") -> CheckedClaim:
-    """Two values that must be equal; `computed` is None if something is `missing` to compute it."""
+def judged(claim: str, recorded: str, computed: str | None, *, is_same: bool, missing: str = "") -> CheckedClaim:
+    """`computed` is None if something is `missing` to compute it."""
     if computed is None:
-        return unchecked(claim, shown(str(recorded)), missing)
-    return judged(claim, shown(str(recorded)), shown(str(computed)), is_same=recorded == computed)
+        return unchecked(claim, recorded, missing)
+    return CheckedClaim(claim, recorded, computed, "same" if is_same else "differs")
+
+
+def compared(claim: str, recorded: Any, computed: Any, missing: str = "") -> CheckedClaim:
+    """Two values that must be equal; `computed` as in `judged`."""
+    text = None if computed is None else shown(str(computed))
+    return judged(claim, shown(str(recorded)), text, is_same=recorded == computed, missing=missing)
 
 
 def damaged(claim: str, value: Any, why: object) -> CheckedClaim:

@@ -303,11 +303,9 @@ def _drop(
     limits = {"num_images": 0.0, "relative_error": TOLERANCES[precision].rms}
     for name, value in recorded.items():
         claim, said = f"{precision} on test images: {shown(name.replace('_', ' '))}", f"{value:.5g}"
-        if name in again:
-            is_same = abs(value - again[name]) <= limits.get(name, ALLOWED_DROP)
-            yield judged(claim, said, f"{again[name]:.5g}", is_same=is_same)
-        else:
-            yield unchecked(claim, said, missing)
+        found = f"{again[name]:.5g}" if name in again else None
+        is_same = abs(value - again.get(name, value)) <= limits.get(name, ALLOWED_DROP)
+        yield judged(claim, said, found, is_same=is_same, missing=missing)
 
 
 def _cascade(

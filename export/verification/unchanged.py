@@ -54,10 +54,8 @@ def _of_card(chain: Chain) -> Iterator[CheckedClaim]:
         return
     yield compared("sha256 of the engine", card.engine_sha256, digest_of(chain.path, read_whole(chain.path)))
     runs_on = shown(f"{card.builder} {card.builder_version}, compute capability {', '.join(card.compute_capabilities)}")
-    if chain.form:
-        yield judged("library and GPU", runs_on, "the engine loads here", is_same=True)
-    else:
-        yield unchecked("library and GPU", runs_on, shown(chain.why_not, 160))
+    found = "the engine loads here" if chain.form else None
+    yield judged("library and GPU", runs_on, found, is_same=True, missing=shown(chain.why_not, 160))
     if source := chain.exported:
         yield compared("precision in the card", card.precision, source.precision)
 
@@ -102,12 +100,9 @@ def _of_graph(chain: Chain) -> Iterator[CheckedClaim]:
             yield compared(name, recorded, read(model) if model else None, missing)
     if (recorded := chain.claims.get("export.cannot_saturate")) is not None:
         claim, said = "eight-bit sums saturate", "cannot" if recorded else "can"
-        if form:
-            nodes = may_saturate(form.path, content)
-            found = f"can, first {shown(nodes[0])}" if nodes else "cannot: no two weights of a filter exceed 128"
-            yield judged(claim, said, found, is_same=recorded != bool(nodes))
-        else:
-            yield unchecked(claim, said, missing)
+        nodes = may_saturate(form.path, content) if form else []
+        found = f"can, first {shown(nodes[0])}" if nodes else "cannot: no two weights of a filter exceed 128"
+        yield judged(claim, said, found if form else None, is_same=recorded != bool(nodes), missing=missing)
     if chain.claims.get("export.lowering"):
         yield _weights(chain, model)
 
