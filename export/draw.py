@@ -37,7 +37,7 @@ path { fill: none; stroke: #8c959f } circle { fill: #0969da } rect.bar { fill: #
 
 @dataclass(frozen=True)
 class DrawConfig:
-    onnx: Annotated[Path, "an ONNX classifier, ours or somebody else's"]
+    onnx: Annotated[Path, "an ONNX classifier, of this project or not"]
     out: Annotated[Path | None, "file to write (default: the same name with .svg)"] = None
 
 
@@ -96,7 +96,7 @@ def read_rows(model: "onnx.ModelProto") -> list[NodeRow]:
 
 
 def draw(rows: list[NodeRow], title: str) -> str:
-    """The SVG: a line for each node, arcs where a node reads another one than that above it."""
+    """The SVG: a line for each node, and arcs to the nodes that it reads."""
     total, largest = sum(row.products for row in rows), max(row.products for row in rows)
     height = TOP + ROW * len(rows) + 12
     heading = f"{title}: {len(rows)} nodes, {sum(row.num_weights for row in rows):,} weights, {total:,} products"

@@ -84,7 +84,7 @@ def command(config: FitTemperatureConfig) -> int:
 
 
 def _refuse(form: "Artefact", first: "Artefact") -> None:
-    """Refuses a file of somebody else, one that has a temperature, and one of another net than `first`."""
+    """Refuses a file of another program, one that has a temperature, and one of another net than `first`."""
     if form.reading or not form.provenance:
         raise Refusal(f"{form.path} is not a file of this project: use export/describe.py --temperature")
     if form.spec.temperature != 1:

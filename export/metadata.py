@@ -1,4 +1,4 @@
-"""What is written into a finished model: its reference, or a changed record. Its graph and weights stay."""
+"""Changes to the metadata of a finished model: its reference, its record. Its graph and weights stay."""
 
 import json
 from dataclasses import replace
@@ -43,9 +43,9 @@ def store_reference(path: Path, probabilities: np.ndarray, *, what: str) -> list
 
 
 def rewrite_metadata(path: Path, provenance: dict[str, Any], *, temperature: float | None = None) -> bytes:
-    """An ONNX file with another provenance, and with another temperature in its spec where one is given.
+    """An ONNX file with another provenance and, if given, another temperature in its spec.
 
-    A stored reference counts probabilities of the temperature that it was stored with: another one removes it.
+    A new temperature removes a stored reference, which counts probabilities of the old one.
     """
     import onnx
 

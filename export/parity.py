@@ -104,7 +104,7 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Artefact"], l
 
 
 def _hints_for(path: Path, config: ParityConfig) -> ReadingHints:
-    """What the user says, of a file that does not say it itself."""
+    """The user's hints, for a file that does not say itself how it is read."""
     from export.model_file.onnx_reader import read_header
 
     is_foreign = path.suffix == ".onnx" and read_header(path, read_whole(path)).spec is None

@@ -15,6 +15,7 @@ from common.cli import run_command
 from common.files import sha256, write_whole
 from common.progress import make_console, progress
 from common.refusal import Refusal
+from common.spec import DatasetName
 from fold.lowerings import Lowering
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class ToOnnxConfig:
     ] = None
     batch_sizes: Annotated[tuple[int, ...], "with --lowering auto: the batches to be fast at"] = (1, 8, 32)
     target: Annotated[Literal["onnxruntime", "tensorrt"], "with int8: who runs it; fp8 is for tensorrt"] = "onnxruntime"
-    dataset: Annotated[str | None, "eight bits: calibrate and test on this (default: what the net learnt)"] = None
+    dataset: Annotated[DatasetName | None, "eight bits: calibrate and test on this (default: what the net learnt)"] = (
+        None
+    )
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     calibration_images: Annotated[int, "training images whose activations set the ranges"] = 512
     allow_drop: Annotated[bool, "exit 0 even where eight bits lose more than 0.3 points of test accuracy"] = False
@@ -195,9 +198,7 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
     training, image = plain.provenance.get("training", {}), plain.spec.image
     name = config.dataset or training.get("dataset")
     if name is None:
-        raise Refusal(
-            f"{config.plain} records no data set: name images to calibrate on, --dataset folder --data-dir FOLDER"
-        )
+        raise Refusal(f"{config.plain} records no data set: name images to calibrate on by --dataset and --data-dir")
     if config.dataset:
         dataset = datasets.load(name, data_dir=config.data_dir, image=image)
     else:

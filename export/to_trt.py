@@ -30,7 +30,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class ToTrtConfig(ReadingFlags):
-    onnx: Annotated[Path, "an ONNX classifier, ours or somebody else's"]
+    onnx: Annotated[Path, "an ONNX classifier, of this project or not"]
     out: Annotated[Path | None, "file to write (default: the same name with .engine)"] = None
     batch: Annotated[tuple[int, int, int] | None, "smallest, best and largest (default: 1 8 64, or the graph's)"] = None
     compute_capability: Annotated[tuple[str, ...], "tensorrt_rtx: GPUs to build for, e.g. 8.9 (default: 8.0 on)"] = ()

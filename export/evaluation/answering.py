@@ -70,7 +70,7 @@ def _answer(form: Artefact, batch: list[Future[np.ndarray]]) -> Iterator[np.ndar
 
 
 def mirrored(form: Artefact) -> Artefact:
-    """`form` with the mean of what it gives for an image and for its mirror image: logits, where it gives those.
+    """`form` with the mean of its outputs for an image and for its mirror image.
 
     Refuses a model whose training did not mirror images, and a cascade.
     """

@@ -1,4 +1,4 @@
-"""What an evaluation found, of which model, on which images: on the screen, as report.json, and as report.html."""
+"""An evaluation as a report: on the screen, as report.json, and as report.html, one file alone."""
 
 import base64
 import io

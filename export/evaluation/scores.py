@@ -1,4 +1,4 @@
-"""What can be said of a classifier from its answers to images whose class is known; every share with its interval."""
+"""The scores of a classifier on images whose class is known; every share with its interval."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -107,7 +107,7 @@ class Evaluation:
     @property
     def mean_recall(self) -> float:
         """Over the classes that have images: the accuracy if all were equally frequent."""
-        return float(np.mean([score.recall.value for score in self.classes if score.images]))
+        return float(np.mean([score.recall.value or 0.0 for score in self.classes if score.images]))
 
     @property
     def mean_f1(self) -> float:

@@ -14,8 +14,12 @@ from export.model_file.engine_card import EngineCard, read_card
 from export.model_file.onnx_reader import digest_of
 from export.verification.claims import CheckedClaim, Claims, judged, read_claims, unchecked
 
-CHECKPOINTS = ("best.pt", "checkpoint.pt")
-SUFFIXES = {"the ONNX file": ".onnx", "plain.safetensors": ".safetensors", "the checkpoint": ".pt"}
+# Where a source may lie: a run may have many checkpoints, each as large as all other files together.
+PATTERNS = {
+    "the ONNX file": ("*.onnx",),
+    "plain.safetensors": ("*.safetensors",),
+    "the checkpoint": ("best.pt", "checkpoint.pt"),
+}
 # What else a file may be made of: the plain net of --init, the authors' file, the weights of an own net.
 OTHERS = ("training.init_sha256", "training.authors_sha256", "fold.weights_sha256")
 
@@ -24,7 +28,7 @@ OTHERS = ("training.init_sha256", "training.authors_sha256", "fold.weights_sha25
 class Source:
     """An earlier file: its recorded digest, and what lies here."""
 
-    what: str  # a key of SUFFIXES, or the record's own name
+    what: str  # a key of PATTERNS, or the record's own name
     recorded: str
     path: Path | None  # the file with this digest
     others: tuple[tuple[Path, str], ...] = ()  # files of another digest that should have this one, by their names
@@ -85,7 +89,7 @@ def find_chain(path: Path, against: Sequence[Path]) -> Chain:
     spec, provenance = (card.spec, card.provenance) if card else (form.spec, form.provenance)  # type: ignore[union-attr]
     claims = read_claims(provenance, len(spec.labels))
     sources = tuple(_sources(path, card, claims, against))
-    forms = {source.what: open_artefact(source.path) for source in sources if source.path and source.what in SUFFIXES}
+    forms = {source.what: open_artefact(source.path) for source in sources if source.path and source.what in PATTERNS}
     reports = dict(_reports([*(source.path for source in sources if source.path), path], card, against))
     # A file that was named and that no claim is about would seem to have been checked.
     used = {*reports, *(str(file) for source in sources for file in (source.path, *dict(source.others)))}
@@ -97,22 +101,23 @@ def find_chain(path: Path, against: Sequence[Path]) -> Chain:
 
 
 def _sources(path: Path, card: EngineCard | None, claims: Claims, against: Sequence[Path]) -> Iterator[Source]:
-    others = {name: digest for name in OTHERS if (digest := claims.get(name))}
+    read_too = {name: digest for name in OTHERS if (digest := claims.get(name))}
     digests = {file: _digest(file) for file in against}
-    named = [file for file in against if digests[file] not in others.values()]
+    named = [file for file in against if digests[file] not in read_too.values()]
     places = [path, *against]
     recorded = (card and card.onnx_sha256, claims.get("export.plain_sha256"), claims.get("fold.checkpoint_sha256"))
-    for (what, suffix), digest in zip(SUFFIXES.items(), recorded, strict=True):
-        if digest:
-            folders = dict.fromkeys(place.parent for place in places)
-            beside = [file for folder in folders for file in _files(folder, suffix)]
-            files = [file for file in dict.fromkeys([*named, *beside]) if file.suffix == suffix and file != path]
-            digests |= {file: _digest(file) for file in files if file not in digests}
-            found = next((file for file in files if digests[file] == digest), None)
-            expected = [file for file in files if file in named or _is_meant(file, path)]
-            yield Source(what, digest, found, tuple((file, digests[file]) for file in expected))
-            places += [found] if found else []
-    for name, digest in others.items():
+    for (what, patterns), digest in zip(PATTERNS.items(), recorded, strict=True):
+        if not digest:
+            continue
+        folders, suffix = dict.fromkeys(place.parent for place in places), Path(patterns[0]).suffix
+        beside = [file for folder in folders for name in patterns for file in sorted(folder.glob(name))]
+        files = [file for file in (*named, *beside) if file.suffix == suffix and file != path and file.is_file()]
+        digests |= {file: _digest(file) for file in files if file not in digests}
+        found = next((file for file in files if digests[file] == digest), None)
+        others = [(file, digests[file]) for file in dict.fromkeys(files) if file in named or _is_meant(file, path)]
+        yield Source(what, digest, found, tuple(others))
+        places += [found] if found else []
+    for name, digest in read_too.items():
         found = next((file for file in against if digests[file] == digest), None)
         yield Source(name.removesuffix("_sha256"), digest, found)
 
@@ -124,12 +129,6 @@ def _digest(file: Path) -> str:
         return digest_of(file, content)
     except Refusal:
         return sha256(content)
-
-
-def _files(folder: Path, suffix: str) -> list[Path]:
-    if suffix == ".pt":  # a run may have many, each as large as all other files together
-        return [file for name in CHECKPOINTS if (file := folder / name).is_file()]
-    return sorted(file for file in folder.glob(f"*{suffix}") if file.is_file())
 
 
 def _is_meant(file: Path, subject: Path) -> bool:

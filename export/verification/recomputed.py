@@ -118,14 +118,10 @@ def _table_of(row: ProofRow) -> tuple[bool, str, str]:
 
 def _proof_images(recorded: list[ProofRow], chain: Chain, images: FoundImages) -> dict[str, torch.Tensor]:
     """As many of each kind as the record says, if they are at hand."""
-    random, real = (
-        max((row.num_images for row in recorded if row.images == kind), default=0) for kind in ("random", "real")
-    )
-    sets = {
-        "random": random_images(chain.spec.image, min(random, NUM_RANDOM)) if random else None,
-        "real": images.first(real),
-    }
-    return {kind: torch.as_tensor(some) for kind, some in sets.items() if some is not None}
+    kinds = ("random", "real")
+    random, real = (max((row.num_images for row in recorded if row.images == kind), default=0) for kind in kinds)
+    sets = {"random": random_images(chain.spec.image, min(random, NUM_RANDOM)), "real": images.first(real)}
+    return {kind: torch.as_tensor(some) for kind, some in sets.items() if some is not None and len(some)}
 
 
 def _proof_row(recorded: list[ProofRow], again: dict[str, ProofRow] | None, missing: str) -> CheckedClaim:

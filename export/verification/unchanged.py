@@ -41,7 +41,7 @@ def check_unchanged(chain: Chain) -> Iterator[CheckedClaim]:
 
 
 def check_rest(chain: Chain) -> Iterator[CheckedClaim]:
-    """What is recorded and is no claim about the file as it is: a row for each stage."""
+    """A row for each stage, for the recorded entries that are not claims about the file itself."""
     for section, names in chain.claims.rest.items():
         yield unchecked(f"{section}: {shown(', '.join(names))}", f"{len(names)} entries", MADE_HOW[section])
     for section in chain.provenance.keys() - MADE_HOW.keys():
@@ -74,7 +74,7 @@ def _in_reports(chain: Chain) -> Iterator[CheckedClaim]:
 
 
 def _handed_on(chain: Chain) -> Iterator[CheckedClaim]:
-    """What a file says of its sources is what they say themselves: their spec, training, fold and export."""
+    """The file's record of its sources equals their own: spec, training, fold and export."""
     for what, form in chain.forms.items():
         sections = [name for name in MADE_HOW if name in form.provenance]
         wrong = [fault for name in sections for fault in _unlike(name, chain.provenance.get(name), form.provenance)]
@@ -144,8 +144,7 @@ def _other_weights(again: onnx.ModelProto, model: onnx.ModelProto) -> str | None
     """The first tensor of `model` that is not bit for bit the one of `again`."""
     expected = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in again.graph.initializer}
     for tensor in model.graph.initializer:
-        array = onnx.numpy_helper.to_array(tensor)
-        same = expected.get(tensor.name)
+        array, same = onnx.numpy_helper.to_array(tensor), expected.get(tensor.name)
         if same is None or array.dtype != same.dtype or not np.array_equal(array, same):
             return tensor.name
     return None
