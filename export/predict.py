@@ -77,8 +77,13 @@ def command(config: PredictConfig) -> int:
         _result(path, answer, form.spec.labels, config.top_k)
         for path, answer in zip(paths, track(console, "answering")(answers, len(paths)), strict=True)
     ]
-    top_k = min(config.top_k, len(form.spec.labels))
-    write_whole(config.out, _csv(results, top_k) if config.out.suffix == ".csv" else _json(form, results))
+    if config.out.suffix == ".csv":
+        content = _csv(results, min(config.top_k, len(form.spec.labels)))
+    else:
+        record = {"model": {"name": form.name, "digest": form.digest}, "results": results}
+        content = json.dumps(record, indent=1) + "\n"
+    # File names that are not UTF-8 stay themselves.
+    write_whole(config.out, content.encode(errors="surrogateescape"))
     if isinstance(form.answer, Cascade):
         console.print(form.answer.counted)
     return _summarize(console, config, form, results)
@@ -97,7 +102,7 @@ def _result(path: Path, answer: "np.ndarray | Refusal", labels: tuple[str, ...],
     return {"image": str(path), **top[0], "top": top}
 
 
-def _csv(results: list[dict[str, Any]], top_k: int) -> bytes:
+def _csv(results: list[dict[str, Any]], top_k: int) -> str:
     """A header and a row for each; the second guess is label_2 and so on, `error` is empty for most."""
     guess = ("label", "index", "probability")
     columns = [f"{name}_{rank}" if rank > 1 else name for rank in range(1, top_k + 1) for name in guess]
@@ -107,12 +112,7 @@ def _csv(results: list[dict[str, Any]], top_k: int) -> bytes:
     for result in results:
         values = [row[name] for row in result.get("top", ()) for name in guess] or [""] * len(columns)
         writer.writerow([result["image"], *values, result.get("error", "")])
-    return file.getvalue().encode(errors="surrogateescape")  # file names that are not UTF-8 stay themselves
-
-
-def _json(form: "Artefact", results: list[dict[str, Any]]) -> bytes:
-    model = {"name": form.name, "digest": form.digest}
-    return (json.dumps({"model": model, "results": results}, indent=1) + "\n").encode()
+    return file.getvalue()
 
 
 def _summarize(console: "Console", config: PredictConfig, form: "Artefact", results: list[dict[str, Any]]) -> int:
