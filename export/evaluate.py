@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +60,7 @@ def command(config: EvaluateConfig) -> int:
     form = open_artefact(config.model, hints=from_flags(config), cascade=config.cascade)
     if form.reading:
         console.print(f"{form.title}: {form.reading}")
-    judged = find_judged(form, dataset=config.dataset, data_dir=config.data_dir, track=partial(track, console))
+    judged = find_judged(form, dataset=config.dataset, data_dir=config.data_dir, track=track(console, "reading images"))
     if config.flips:
         form, judged = mirrored(form), replace(judged, what=f"{judged.what}, each with its mirror image")
     report, probabilities = evaluate_form(form, judged, console)

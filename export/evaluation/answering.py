@@ -124,7 +124,7 @@ def find_judged(
     *,
     dataset: DatasetName | None = None,
     data_dir: Path | None = None,
-    track: Callable[[str], Track] = lambda what: lambda items, total: items,
+    track: Track = lambda items, total: items,
 ) -> Judged:
     """The test images of the model's run, or of the named data set; a folder without a record as a whole.
 
@@ -182,7 +182,7 @@ def _recorded(form: Artefact, training: dict[str, Any], data_dir: Path | None) -
     return _judged(form, what, dataset.test, dataset.info.labels)
 
 
-def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Callable[[str], Track]) -> Judged:
+def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Track) -> Judged:
     """The images of another folder, or of its test part, whose class the model has and that it was not trained on.
 
     An image of the run is recognised by class, name and size, wherever it lies.
@@ -190,9 +190,7 @@ def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Cal
     labels, known = tuple(folder.name for folder in class_folders(data_dir)), form.spec.labels
     if not set(labels) & set(known):
         _places(labels, form, by_number=False)  # refuses
-    found = find_files(
-        data_dir, labels, form.spec.image, skip_unreadable=True, track=track("reading images"), may_lack=True
-    )
+    found = find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track, may_lack=True)
     part = found.test or found.train
     trained = {(*Path(name).parts[-2:], size) for side in ("train", "validation") for name, size in parts[side].items()}
     left_out, kept = list(found.left_out), list[int]()
@@ -213,12 +211,12 @@ def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Cal
     return Judged(what, "folder", part, targets, form.spec.image, tuple(left_out))
 
 
-def _folder(form: Artefact, data_dir: Path | None, track: Callable[[str], Track]) -> Judged:
+def _folder(form: Artefact, data_dir: Path | None, track: Track) -> Judged:
     """All images of a folder, or its test images if it names them; whether they were trained on is not known."""
     if data_dir is None:
         raise Refusal("--dataset folder needs --data-dir, a directory with one folder of images per class")
     labels = tuple(folder.name for folder in class_folders(data_dir))
-    found = find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track("reading images"))
+    found = find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track)
     what = "images in its test folder" if found.test else "images, all of the folder"
     what += "; no record says whether the model was trained on them"
     return _judged(form, what, found.test or found.train, labels, left_out=tuple(found.left_out))
