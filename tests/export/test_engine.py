@@ -13,7 +13,6 @@ import torch
 import torchvision
 from onnx import TensorProto, helper
 
-from common import files
 from common.cli import run_command
 from common.files import sha256
 from common.refusal import Refusal
@@ -331,14 +330,14 @@ def test_ctrl_c_during_a_build_leaves_what_was_there(built, write_onnx, monkeypa
 
 
 def test_an_engine_interrupted_before_its_card_is_not_served(built, monkeypatch):
-    write_whole = files.write_whole
+    write_whole = to_trt.write_whole
 
     def interrupt(path, content):
         if path == card_path(built):
             raise KeyboardInterrupt
         return write_whole(path, content)
 
-    monkeypatch.setattr(files, "write_whole", interrupt)
+    monkeypatch.setattr(to_trt, "write_whole", interrupt)
     assert run(built.with_suffix(".onnx"), "--batch", 1, 1, 2) == 130
     with pytest.raises(Refusal, match="does not fit its card: engine_sha256 differs"):
         load_runtime(built)
