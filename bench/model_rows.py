@@ -153,7 +153,7 @@ def open_openvino(file: str, folder: Path, num_threads: int) -> "Answer":
 
 
 def open_mnn(file: str, folder: Path, num_threads: int) -> "Answer":
-    from export.runtimes.mnn.module import MnnModule
+    from export.runtimes.mnn_module import MnnModule
 
     return MnnModule(folder / file, num_threads=num_threads)
 

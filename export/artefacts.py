@@ -217,7 +217,7 @@ def _open_other(path: Path, provider: Literal["mnn", "torch"]) -> Artefact:
 
     from export.engines.engine import precision
     from export.runtimes.load import load_runtime
-    from export.runtimes.mnn.module import is_installed
+    from export.runtimes.mnn_module import is_installed
 
     if provider == "mnn" and not is_installed():
         raise ProviderMissing("mnn is not compared: MNN is not installed here")

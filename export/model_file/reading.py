@@ -2,11 +2,12 @@
 
 import ast
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from common.documents import read_json, read_object
+from common.documents import is_of, read_json, read_object
 from common.files import read_whole
 from common.refusal import Refusal
 
@@ -59,9 +60,9 @@ class ReadingHints:
 
     def over(self, other: "ReadingHints") -> "ReadingHints":
         """These hints, completed by those of `other`."""
-        fresh = {name: value for name, value in other.given.items() if getattr(self, name) is None}
-        sources = {name: source for name, source in other.sources if name in fresh}
-        return replace(self, **fresh, sources=tuple(sorted({**sources, **dict(self.sources)}.items())))
+        return replace(
+            other, **self.given, sources=tuple(sorted({**dict(other.sources), **dict(self.sources)}.items()))
+        )
 
     def by(self, source: str) -> "ReadingHints":
         """The same hints, given by `source`."""
@@ -104,10 +105,11 @@ class Reading:
             "scores": f"answers {self.scores}",
             "labels": "labels 'class N'",
         }
-        assumed = [shown[name] for name in self.assumed]
-        said = [f"{name} by {source}" for name, source in self.sources.items() if source != _ASSUMED]
-        parts = [f"assumed: {', '.join(assumed)}"] if assumed else []
-        return "; ".join(parts + ([f"said: {', '.join(said)}"] if said else []))
+        parts = {
+            "assumed": [shown[name] for name in self.assumed],
+            "said": [f"{name} by {source}" for name, source in self.sources.items() if source != _ASSUMED],
+        }
+        return "; ".join(f"{kind}: {', '.join(part)}" for kind, part in parts.items() if part)
 
 
 def decide_reading(hints: ReadingHints, *, dtype: str, num_channels: int, last_kind: str) -> Reading:
@@ -178,15 +180,14 @@ def read_description(path: Path) -> ReadingHints:
     """What export/describe.py wrote; refuses unknown fields and wrong types."""
     again = "write it again with export/describe.py"
     record = read_object(read_whole(path), str(path), todo=again)
-    known = {field.name for field in fields(ReadingHints)} - {"sources"}
-    if unknown := sorted(set(record) - known):
-        raise Refusal(
-            f"{path} has the unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}; {again}"
-        )
-    try:
-        return ReadingHints(**{name: _checked(name, value) for name, value in record.items()}).by(path.name)
-    except (TypeError, ValueError) as error:
-        raise Refusal(f"{path} is not a valid description: {error}; {again}") from error
+    kinds = {field.name: field.type for field in fields(ReadingHints) if field.name != "sources"}
+    if unknown := sorted({*record} - {*kinds}):
+        known = ", ".join(sorted(kinds))
+        raise Refusal(f"{path} has the unknown fields {', '.join(unknown)}; known are {known}; {again}")
+    if bad := [f"{name} cannot be {value!r}" for name, value in record.items() if not is_of(value, kinds[name])]:
+        raise Refusal(f"{path} is not a valid description: {'; '.join(bad)}; {again}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    return ReadingHints(**values).by(path.name)
 
 
 def listed(values: tuple[float, ...]) -> str:
@@ -220,12 +221,9 @@ def _of_configs(path: Path) -> ReadingHints:
     """Configs of Hugging Face or timm beside a model; another program's file of that name gives no hints."""
     hints = NO_HINTS
     for name, read in zip(_CONFIGS, (_of_preprocessor, _of_config), strict=True):
-        file = path.with_name(name)
-        if file.is_file():
-            try:
+        if (file := path.with_name(name)).is_file():
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
                 hints = hints.over(read(read_json(read_whole(file))).by(name))
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue
     return hints
 
 
@@ -257,34 +255,7 @@ def _by_index(names: Any) -> tuple[str, ...]:
     return tuple(str(names[str(index)] if isinstance(names, dict) else names[index]) for index in range(len(names)))
 
 
-def _checked(name: str, value: Any) -> Any:
-    """A field of a description in the type that `ReadingHints` has; raises TypeError or ValueError."""
-    match name:
-        case "mean" | "std":
-            return _floats(value)
-        case "labels" if isinstance(value, list):
-            return tuple(_typed(label, str, "text") for label in value)
-        case "labels":
-            raise TypeError(f"{value!r} is not a list of labels")
-        case "resize":
-            return _typed(value, int, "a whole number")
-        case "temperature":
-            return _typed(value, int | float, "a number")
-        case "output":
-            return _typed(value, str, "text")
-    allowed = get_args({"channels": Channels, "scores": Scores}[name])
-    if value not in allowed:
-        raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
-    return value
-
-
-def _typed(value: Any, kind: Any, in_words: str) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not {in_words}")
-    return value
-
-
 def _floats(values: Any) -> tuple[float, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+    if not is_of(values, tuple[float, ...]):
         raise TypeError(f"{values!r} is not a list of numbers")
     return tuple(map(float, values))

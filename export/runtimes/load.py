@@ -43,7 +43,7 @@ def load_runtime(
                 raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
             return OnnxSession(path, device=device, num_threads=num_threads, shares_cores=shares_cores, hints=hints)
         case "mnn":
-            from export.runtimes.mnn.module import MnnModule
+            from export.runtimes.mnn_module import MnnModule
 
             if device is not None:
                 raise Refusal(f"MNN runs on the CPU alone; leave device {device} out, or use --runtime onnxruntime")
