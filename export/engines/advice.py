@@ -27,9 +27,10 @@ class TypedGraph:
         """Element types of a node's inputs, in their order; omitted inputs have none."""
         return [self._types.get(name, TensorProto.UNDEFINED) for name in node.input if name]
 
-    def constant(self, name: str) -> Any:
-        """The array of a weight; None for a tensor that is computed."""
-        return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
+    def constant(self, node: NodeProto, index: int) -> np.ndarray:
+        """The weight that is a node's input; empty where there is none, or a computed tensor."""
+        name = node.input[index] if index < len(node.input) else ""
+        return numpy_helper.to_array(self._constants[name]) if name in self._constants else np.empty(0)
 
     def concerned(self, rule: "Rule") -> list[NodeProto]:
         return [node for node in self.nodes if rule.concerns(node, self)]
@@ -51,71 +52,40 @@ class Rule:
     concerns: Callable[[NodeProto, TypedGraph], bool] = lambda node, graph: False
 
 
-def _is_quantizer(node: NodeProto) -> bool:
-    return node.op_type in ("QuantizeLinear", "DequantizeLinear")
-
-
-def _reads_uint8(node: NodeProto, graph: TypedGraph) -> bool:
-    reads = graph.types(node)[:1] == [TensorProto.UINT8]
-    return reads and node.op_type != "Cast" and not _is_quantizer(node)
-
-
-def _reads_int32(node: NodeProto, graph: TypedGraph) -> bool:
-    return node.op_type == "DequantizeLinear" and graph.types(node)[:1] == [TensorProto.INT32]
-
-
-def _reads_uint8_weights(node: NodeProto, graph: TypedGraph) -> bool:
-    weights = graph.constant(node.input[0]) if node.op_type == "DequantizeLinear" else None
-    return weights is not None and weights.dtype == np.uint8
-
-
-def _has_a_shifted_zero(node: NodeProto, graph: TypedGraph) -> bool:
-    zero = graph.constant(node.input[2]) if _is_quantizer(node) and len(node.input) > 2 else None
-    return zero is not None and bool(zero.astype(float).any())
-
-
-def _is_unsigned(node: NodeProto, graph: TypedGraph) -> bool:
-    """Without a zero point or a type of its own, a quantizer's output is uint8."""
-    is_typed = any(attribute.name == "output_dtype" for attribute in node.attribute)
-    return node.op_type == "QuantizeLinear" and not is_typed and graph.types(node)[2:] in ([], [TensorProto.UINT8])
-
-
-def _mixes_types(node: NodeProto, graph: TypedGraph) -> bool:
-    same = ("Add", "Concat", "Conv", "ConvTranspose", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub", "Sum")
-    return node.op_type in same and len({kind for kind in graph.types(node) if kind in FLOATS}) > 1
-
-
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+# Operators whose inputs must have one type.
+_OF_ONE_TYPE = ("Add", "Concat", "Conv", "ConvTranspose", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub", "Sum")
 OUR_INT8 = "export with --precision int8 --target tensorrt (export/to_onnx.py)"
 PARSER_RULES = (
     Rule(
         r"has type UInt8 but must",
         "reads uint8, which TensorRT gives to Cast alone",
         "cast to float first, then transpose and compute",
-        _reads_uint8,
+        lambda node, graph: graph.types(node)[:1] == [TensorProto.UINT8] and node.op_type not in ("Cast", *_QUANTIZERS),
     ),
     Rule(
         r"has type Int32 but must have type FP8",
         "its bias is quantized to int32",
         f"{OUR_INT8}, or with QuantizeBias=False in ONNX Runtime's quantizer",
-        _reads_int32,
+        lambda node, graph: node.op_type == "DequantizeLinear" and graph.types(node)[:1] == [TensorProto.INT32],
     ),
     Rule(
         r"Non-zero zero point",
         "its zero point is not 0",
         f"{OUR_INT8}, or with ActivationSymmetric=True and WeightSymmetric=True in ONNX Runtime's quantizer",
-        _has_a_shifted_zero,
+        lambda node, graph: node.op_type in _QUANTIZERS and bool(graph.constant(node, 2).astype(float).any()),
     ),
     Rule(
         r"unsupported input type of UINT8",
         "its weights are quantized to uint8, and TensorRT knows int8 alone",
         f"{OUR_INT8}, or with weight_type=QInt8 in ONNX Runtime's quantizer",
-        _reads_uint8_weights,
+        lambda node, graph: node.op_type == "DequantizeLinear" and graph.constant(node, 0).dtype == np.uint8,
     ),
     Rule(
         r"must be of same type|must have same input types",
         "its inputs differ in type, and a strongly typed build converts none of them",
         "put a Cast before it, or export the whole net in one precision",
-        _mixes_types,
+        lambda node, graph: node.op_type in _OF_ONE_TYPE and len({*FLOATS} & {*graph.types(node)}) > 1,
     ),
     Rule(
         r"^false$|Plugin not found|not found in plugin registry",
@@ -135,7 +105,11 @@ GRAPH_RULES = (
         r"",
         "quantizes to uint8, which TensorRT reads as int8: values beyond 127 are cut off",
         f"{OUR_INT8}, or with activation_type=QInt8 in ONNX Runtime's quantizer",
-        _is_unsigned,
+        lambda node, graph: (  # without a zero point or a type of its own, a quantizer's output is uint8
+            node.op_type == "QuantizeLinear"
+            and graph.types(node)[2:] in ([], [TensorProto.UINT8])
+            and not any(attribute.name == "output_dtype" for attribute in node.attribute)
+        ),
     ),
     Rule(
         r"",

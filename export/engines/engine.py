@@ -79,21 +79,9 @@ def build_engine(
     builder_name = choose_builder()
     _refuse_options(builder_name, options)
     file = read_onnx(path, hints)
-    signature, kind, batch = file.signature, precision(file.model), _fitting_batch(file, batch)
+    kind, batch = precision(file.model), _fitting_batch(file, batch)
     trt = import_library(builder_name)
-    logger = make_logger(trt)
-    builder = trt.Builder(logger)
-    network = _parse(trt, builder, logger, file)
-    config = builder.create_builder_config()
-    if signature.batch is None:
-        profile = builder.create_optimization_profile()
-        profile.set_shape(signature.input_name, *((size, *signature.shape[1:]) for size in batch))
-        config.add_optimization_profile(profile)
-    capabilities = configure(trt, builder_name, config, options, kind=kind)
-    cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
-    content = _build(trt, builder, network, config, report)
-    if content is None:
-        raise Refusal(f"{path} cannot be built by {builder_name}: {build_advice(logger.last_error())}")
+    content, capabilities, cache = _compile(trt, builder_name, file, batch, options, report)
     card = EngineCard(
         name=file.name,
         builder=builder_name,
@@ -107,13 +95,34 @@ def build_engine(
         refittable=options.refittable,
         onnx_sha256=file.sha256,
         engine_sha256=sha256(content),
-        signature=signature,
+        signature=file.signature,
         output_dtype=file.output_dtype,
         spec=file.spec,
         provenance=file.provenance,
         parity=None,
     )
-    return Engine(content, card, cache and bytes(cache.serialize()), inspect_layers(trt, content, card))
+    return Engine(content, card, cache, inspect_layers(trt, content, card))
+
+
+def _compile(
+    trt: Any, builder_name: str, file: OnnxFile, batch: tuple[int, int, int], options: BuildOptions, report: Report
+) -> tuple[bytes, tuple[str, ...], bytes | None]:
+    """The engine, the compute capabilities of its GPUs, and the timing cache if one was asked for."""
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = _parse(trt, builder, logger, file)
+    config = builder.create_builder_config()
+    if file.signature.batch is None:
+        profile = builder.create_optimization_profile()
+        shapes = ((size, *file.signature.shape[1:]) for size in batch)
+        profile.set_shape(file.signature.input_name, *shapes)
+        config.add_optimization_profile(profile)
+    capabilities = configure(trt, builder_name, config, options, kind=precision(file.model))
+    cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
+    content = _build(trt, builder, network, config, report)
+    if content is None:
+        raise Refusal(f"{file.path} cannot be built by {builder_name}: {build_advice(logger.last_error())}")
+    return content, capabilities, cache and bytes(cache.serialize())
 
 
 def precision(model: onnx.ModelProto) -> str:

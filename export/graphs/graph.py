@@ -64,6 +64,10 @@ class GraphWriter:
             raise Refusal(f"{name} holds {largest:.3g}, beyond {self.dtype}; export with --precision fp32")
         return self.constant(self.free(name), array.astype(self.dtype))
 
+    def weights(self, name: str, weight: Tensor, bias: Tensor | None) -> list[str]:
+        parts = {"weight": weight, "bias": bias}
+        return [self.weight(f"{name}.{key}", value) for key, value in parts.items() if value is not None]
+
     def constant(self, name: str, array: np.ndarray) -> str:
         """Numbers of exactly this type."""
         self.initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
@@ -134,9 +138,7 @@ def write_layer(graph: GraphWriter, name: str, layer: nn.Module) -> None:
         case Normalize():
             _write_normalize(graph, name, layer.offset, layer.scale)
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            parts = {"weight": layer.weight, "bias": layer.bias}
-            weights = [graph.weight(f"{name}.{key}", value) for key, value in parts.items() if value is not None]
-            graph.node("Conv", name, x, *weights, **window(layer))
+            graph.node("Conv", name, x, *graph.weights(name, layer.weight, layer.bias), **window(layer))
         case NCReLU():
             _write_ncrelu(graph, name, x)
         case SharedReLU():
@@ -164,7 +166,7 @@ def write_layer(graph: GraphWriter, name: str, layer: nn.Module) -> None:
         case nn.Flatten():
             graph.node("Flatten", name)
         case nn.Linear():
-            _write_gemm(graph, name, x, layer.weight, layer.bias)
+            graph.node("Gemm", name, x, *graph.weights(name, layer.weight, layer.bias), transB=1)
         case _:
             raise TypeError(f"{name}: {type(layer).__name__} has no ONNX form here")
 
@@ -200,16 +202,16 @@ def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shapes: list[
         case "normalize":
             _write_normalize(graph, name, node.tensors["offset"], node.tensors["scale"])
         case "conv":
-            weights = [graph.weight(f"{name}.{key}", node.tensors[key]) for key in ("weight", "bias")]
+            weights = graph.weights(name, node.tensors["weight"], node.tensors["bias"])
             window = {"strides": how["stride"], "dilations": how["dilation"], "group": how["groups"]}
             kernel = list(node.tensors["weight"].shape[2:])
             graph.node("Conv", name, x, *weights, kernel_shape=kernel, pads=_pads(how["padding"]), **window)
         case "linear" if len(shapes[0]) == 1:
-            _write_gemm(graph, name, x, node.tensors["weight"], node.tensors["bias"])
+            weights = graph.weights(name, node.tensors["weight"], node.tensors["bias"])
+            graph.node("Gemm", name, x, *weights, transB=1)
         case "linear":
-            product = graph.part(
-                "MatMul", f"{name}.product", x, graph.weight(f"{name}.weight", node.tensors["weight"].T)
-            )
+            weight = graph.weight(f"{name}.weight", node.tensors["weight"].T)
+            product = graph.part("MatMul", f"{name}.product", x, weight)
             graph.node("Add", name, product, graph.weight(f"{name}.bias", node.tensors["bias"]))
         case "affine":
             _write_affine(graph, node, x, shapes[0])
@@ -251,11 +253,6 @@ def _write_ncrelu(graph: GraphWriter, name: str, x: str) -> None:
     zero = graph.weight(f"{name}.zero", 0.0)
     positive = graph.part("Relu", f"{name}.positive", x)
     graph.node("Concat", name, positive, graph.part("Min", f"{name}.negative", x, zero), axis=1)
-
-
-def _write_gemm(graph: GraphWriter, name: str, x: str, weight: Tensor, bias: Tensor) -> None:
-    weights = (graph.weight(f"{name}.weight", weight), graph.weight(f"{name}.bias", bias))
-    graph.node("Gemm", name, x, *weights, transB=1)
 
 
 def _write_affine(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:

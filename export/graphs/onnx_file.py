@@ -10,19 +10,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from common.files import read_whole
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from common.spec import Spec
 from export.model_file.onnx_reader import digest_of, find_weights, read_graph, read_header
 from export.model_file.reading import NO_HINTS, ReadingHints
 from export.model_file.signature import Signature, Value, find_signature, find_spec
 
-FLOATS = (
-    TensorProto.FLOAT,
-    TensorProto.FLOAT16,
-    TensorProto.BFLOAT16,
-    TensorProto.DOUBLE,
-    TensorProto.FLOAT8E4M3FN,
-)
+FLOATS = [TensorProto.DataType.Value(name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "FLOAT8E4M3FN")]
 
 
 @dataclass(frozen=True)
@@ -61,8 +55,7 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
     except Refusal:
         raise
     except Exception as error:  # protobuf and the checker raise hierarchies of their own
-        reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{path} is not a valid ONNX file: {reason}; export it again") from error
+        raise Refusal(f"{path} is not a valid ONNX file: {one_line(error)}; export it again") from error
     _refuse_what_is_not_finite(path, model)
     header = read_header(path, content)
     weights = {tensor.name for tensor in model.graph.initializer}

@@ -1,7 +1,7 @@
 """The config.pbtxt of a model for Triton Inference Server."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,29 +79,14 @@ def _warmup(model: TritonModel, batch: int) -> dict[str, Any]:
     return {"name": name, "batch_size": batch, "inputs": [{"key": model.signature.input_name, "value": value}]}
 
 
-def _lines(fields: dict[str, Any], indent: str = "") -> list[str]:
-    lines = []
+def _lines(fields: dict[str, Any], indent: str = "") -> Iterator[str]:
     for name, value in fields.items():
-        match value:
-            case [dict(), *_]:
-                for item in value:
-                    lines += [f"{indent}{name} {{", *_lines(item, indent + "  "), f"{indent}}}"]
-            case dict():
-                lines += [f"{indent}{name} {{", *_lines(value, indent + "  "), f"{indent}}}"]
-            case _:
-                lines.append(f"{indent}{name}: {_scalar(value)}")
-    return lines
-
-
-def _scalar(value: Any) -> str:
-    match value:
-        case bool():
-            return str(value).lower()
-        case Word():
-            return value
-        case str():
-            return json.dumps(value, ensure_ascii=False)  # protobuf takes JSON's escapes, but no surrogates
-        case Sequence():
-            return f"[{', '.join(map(_scalar, value))}]"
-        case _:
-            return str(value)
+        items = value if isinstance(value, list) else [value]
+        if not isinstance(items[0], dict):
+            # Protobuf takes JSON's escapes, but no surrogates.
+            yield f"{indent}{name}: {value if isinstance(value, Word) else json.dumps(value, ensure_ascii=False)}"
+            continue
+        for item in items:
+            yield f"{indent}{name} {{"
+            yield from _lines(item, indent + "  ")
+            yield f"{indent}}}"
