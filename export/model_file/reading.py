@@ -112,11 +112,11 @@ class Reading:
         return "; ".join(f"{kind}: {', '.join(part)}" for kind, part in parts.items() if part)
 
 
-def decide_reading(hints: ReadingHints, *, dtype: str, num_channels: int, last_kind: str) -> Reading:
+def decide_reading(hints: ReadingHints, dtype: str, num_channels: int, last_kind: str) -> Reading:
     """The reading of a net with inputs of `dtype`, whose last node is of `last_kind`; refuses hints that do not fit."""
     is_float = dtype != "uint8"
     sources = dict.fromkeys(("mean", "std", "resize", "channels", "scores", "labels"), _ASSUMED)
-    sources |= {name: source for name, source in hints.sources if name in (*sources, "temperature")}
+    sources |= {name: source for name, source in hints.sources if name != "output"}
     if not is_float:
         if by_hand := [f"--{name}" for name in ("mean", "std") if sources[name] == _COMMAND_LINE]:
             raise Refusal(f"the net takes uint8 and normalises by itself; leave {' and '.join(by_hand)} out")
@@ -134,14 +134,8 @@ def decide_reading(hints: ReadingHints, *, dtype: str, num_channels: int, last_k
     scores = hints.scores or _SCORES_OF.get(last_kind, "logits")
     if hints.temperature is not None and scores == "probabilities":
         raise Refusal("the net gives probabilities, and a temperature is for logits; leave --temperature out")
-    return Reading(
-        mean=(hints.mean or (0.0,) * num_channels) if is_float else (),
-        std=(hints.std or (1.0,) * num_channels) if is_float else (),
-        resize=hints.resize,
-        channels=hints.channels or "rgb",
-        scores=scores,
-        sources=sources,
-    )
+    mean, std = (hints.mean or (0.0,) * num_channels, hints.std or (1.0,) * num_channels) if is_float else ((), ())
+    return Reading(mean, std, hints.resize, hints.channels or "rgb", scores, sources)
 
 
 def from_flags(flags: ReadingFlags) -> ReadingHints:
@@ -206,9 +200,8 @@ def _of_ultralytics(metadata: dict[str, str]) -> ReadingHints:
     if metadata.get("task") != "classify" or "names" not in metadata:
         return NO_HINTS
     try:
-        names = ast.literal_eval(metadata["names"])
+        names, sizes = (ast.literal_eval(text) for text in (metadata["names"], metadata.get("imgsz", "[]")))
         labels = tuple(str(names[index]) for index in range(len(names)))
-        sizes = ast.literal_eval(metadata.get("imgsz", "[]"))
     except (ValueError, SyntaxError, KeyError, TypeError):
         return NO_HINTS
     resize = max(sizes) if isinstance(sizes, list) and sizes else None
@@ -232,7 +225,7 @@ def _of_preprocessor(record: dict[str, Any]) -> ReadingHints:
     mean = std = None
     if record.get("do_normalize", True) and "image_mean" in record:
         mean, std = _floats(record["image_mean"]), _floats(record["image_std"])
-    size = record.get("size", {})
+    size = record.get("size")
     shorter = size.get("shortest_edge") if isinstance(size, dict) else None
     if shorter and not record.get("do_center_crop"):
         shorter = int(shorter / record["crop_pct"]) if "crop_pct" in record else None
@@ -241,12 +234,13 @@ def _of_preprocessor(record: dict[str, Any]) -> ReadingHints:
 
 def _of_config(record: dict[str, Any]) -> ReadingHints:
     """Labels of Hugging Face's config.json; labels and preprocessing of timm's."""
-    hints = ReadingHints(labels=_by_index(record["id2label"])) if "id2label" in record else NO_HINTS
-    if timm := record.get("pretrained_cfg"):
-        size = timm["input_size"][-1]
-        resize = int(size / timm["crop_pct"]) if timm.get("crop_mode", "center") == "center" else None
-        labels = _by_index(record["label_names"]) if "label_names" in record else None
-        hints = hints.over(ReadingHints(_floats(timm["mean"]), _floats(timm["std"]), resize, labels))
+    timm = record.get("pretrained_cfg")
+    names = record.get("id2label", record.get("label_names") if timm else None)
+    hints = ReadingHints(labels=None if names is None else _by_index(names))
+    if timm:
+        is_cropped = timm.get("crop_mode", "center") == "center"
+        resize = int(timm["input_size"][-1] / timm["crop_pct"]) if is_cropped else None
+        hints = replace(hints, mean=_floats(timm["mean"]), std=_floats(timm["std"]), resize=resize)
     return hints
 
 
