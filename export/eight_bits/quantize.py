@@ -21,8 +21,8 @@ from fold.lower import layers_of, lower
 from fold.plain import PlainNet
 
 Target = Literal["onnxruntime", "tensorrt"]
-# Lowerings that are tried where none is asked for. The others quantise no better: shared and
-# shared-split hold W1 - W2, whose range is wider than that of either.
+# Lowerings tried by default. The others quantise no better: shared and shared-split hold W1 - W2, whose range is wider
+# than that of either.
 TRIED = ("skip", "concat")
 
 
@@ -45,7 +45,7 @@ class Drop:
     accuracy: float  # top-1, as float32's
     top1_agreement: float  # share of images that keep their class
     relative_error: float
-    # Shares of the images: what was lost lies between them with 95 % certainty, see `_lost`.
+    # The share of the images that was lost lies between these with 95 % certainty.
     lost_low: float
     lost_high: float
 
@@ -99,27 +99,19 @@ def num_images_run(lowerings: Sequence[str], num_observed: int, num_chosen_by: i
 
 def measure_drop(reference: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> Drop:
     """Float32's logits and eight bits' [N, K] on the same labelled test images."""
-    right_before, right_after = (part.argmax(1) == targets for part in (reference, logits))
-    low, high = _lost(right_before, right_after)
+    before, after = (part.argmax(1) == targets for part in (reference, logits))
+    # Lost are those that turned wrong less those that turned right. Each share lies between the ends of its own
+    # interval of 97.5 %, so that both do with 95 % certainty (Bonferroni).
+    wrong, right = (interval(int(turned.sum()), len(before), z=Z_TWO) for turned in (before & ~after, after & ~before))
     return Drop(
         num_images=len(targets),
-        float32_accuracy=float(right_before.mean()),
-        accuracy=float(right_after.mean()),
+        float32_accuracy=float(before.mean()),
+        accuracy=float(after.mean()),
         top1_agreement=top1_agreement(reference, logits),
         relative_error=relative_error(reference, logits),
-        lost_low=low,
-        lost_high=high,
+        lost_low=wrong[0] - right[1],
+        lost_high=wrong[1] - right[0],
     )
-
-
-def _lost(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """An interval for the accuracy that is lost: bool [N] each, right before and after.
-
-    The difference of the shares that turned wrong and that turned right, each between the ends of its own
-    interval of 97.5 %, so that both hold together with 95 % (Bonferroni).
-    """
-    wrong, right = (interval(int(turned.sum()), len(before), z=Z_TWO) for turned in (before & ~after, after & ~before))
-    return wrong[0] - right[1], wrong[1] - right[0]
 
 
 def relative_error(reference: np.ndarray, logits: np.ndarray) -> float:
@@ -137,11 +129,10 @@ def top1_agreement(reference: np.ndarray, logits: np.ndarray) -> float:
 
 def answerer(model: onnx.ModelProto) -> Answer:
     """Images → logits through ONNX Runtime on the CPU."""
-    options = {}
-    if any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
-        # Its optimiser moves fp8 pairs over nodes that then answer wrongly (1.31: errors of 70 %).
-        options["graph_optimization_level"] = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = cpu_session(model.SerializeToString(), **options)
+    levels, kinds = ort.GraphOptimizationLevel, {tensor.data_type for tensor in model.graph.initializer}
+    # Its optimiser moves fp8 pairs over nodes that then answer wrongly (1.31: errors of 70 %).
+    level = levels.ORT_DISABLE_ALL if onnx.TensorProto.FLOAT8E4M3FN in kinds else levels.ORT_ENABLE_ALL
+    session = cpu_session(model.SerializeToString(), graph_optimization_level=level)
     return lambda images: np.asarray(session.run(None, {"images": images})[0])
 
 

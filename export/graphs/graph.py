@@ -25,14 +25,7 @@ from train.layers import NCReLU, Normalize, Residual
 OPSET = 19  # the first with float8 types; ONNX Runtime and TensorRT 10 take it
 IR_VERSION = 9
 FLOATS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
-_SAME_NAME = {
-    "relu": "Relu",
-    "sigmoid": "Sigmoid",
-    "tanh": "Tanh",
-    "hardswish": "HardSwish",
-    "mul": "Mul",
-    "global_pool": "GlobalAveragePool",
-}
+_SAME_NAME = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh", "hardswish": "HardSwish", "mul": "Mul"}
 _END = np.iinfo(np.int64).max  # of a slice without one
 
 
@@ -232,6 +225,8 @@ def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shapes: list[
             _write_pool(graph, node, x, shapes[0])
         case "flatten":
             graph.node("Flatten", name, x, axis=1)
+        case "global_pool":
+            graph.node("GlobalAveragePool", name, x)
         case _ if node.op in _SAME_NAME:
             graph.node(_SAME_NAME[node.op], name, *inputs)
         case _:

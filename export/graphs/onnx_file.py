@@ -56,7 +56,9 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
         raise
     except Exception as error:  # protobuf and the checker raise hierarchies of their own
         raise Refusal(f"{path} is not a valid ONNX file: {one_line(error)}; export it again") from error
-    _refuse_what_is_not_finite(path, model)
+    bad = ((name, np.count_nonzero(~np.isfinite(array)), array.size) for name, array in _floats(model.graph))
+    if faults := [f"{name} ({num} of {size})" for name, num, size in bad if num]:
+        raise Refusal(f"{path} holds NaN or infinite weights in {listed(faults)}; train or export the net again")
     header = read_header(path, content)
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [_value(value) for value in model.graph.input if value.name not in weights]
@@ -90,15 +92,6 @@ def listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _refuse_what_is_not_finite(path: Path, model: onnx.ModelProto) -> None:
-    faults = []
-    for name, array in _floats(model.graph):
-        if num := int(np.count_nonzero(~np.isfinite(array))):
-            faults.append(f"{name} ({num} of {array.size})")
-    if faults:
-        raise Refusal(f"{path} holds NaN or infinite weights in {listed(faults)}; train or export the net again")
-
-
 def _floats(graph: onnx.GraphProto) -> Iterator[tuple[str, np.ndarray]]:
     """The weights of a graph by name, what its Constant nodes hold, and the same of the graphs inside its nodes."""
     for tensor in graph.initializer:
@@ -108,11 +101,9 @@ def _floats(graph: onnx.GraphProto) -> Iterator[tuple[str, np.ndarray]]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _floats(attribute.g)
-            if node.op_type != "Constant":
-                continue
-            if attribute.HasField("t") and attribute.t.data_type in FLOATS:
+            if node.op_type == "Constant" and attribute.t.data_type in FLOATS:
                 yield node.output[0], numpy_helper.to_array(attribute.t)
-            if attribute.name in ("value_float", "value_floats"):
+            if node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
                 yield node.output[0], np.array([attribute.f, *attribute.floats])
 
 

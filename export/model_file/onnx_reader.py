@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.documents import read_json, read_object
-from common.files import read_whole, sha256
+from common.files import sha256
 from common.refusal import Refusal
 from common.spec import Spec
 from export.model_file.reference import KEY
@@ -120,24 +120,28 @@ def read_int8_constants(content: bytes) -> dict[str, np.ndarray | None]:
 def find_weights(path: Path, graph: OnnxGraph) -> list[Path]:
     """The files that hold a graph's weights; refuses those that are missing or outside the model's folder."""
     folders = {path.parent.resolve(), path.resolve().parent}
-    files = [path.parent / name for name in graph.weight_files]
-    for name, file in zip(graph.weight_files, files, strict=True):
+    files = {name: path.parent / name for name in graph.weight_files}
+    for name, file in files.items():
         if not any(file.resolve().is_relative_to(folder) for folder in folders):
             raise Refusal(f"{path} names the weight file {name}, which is outside its folder; export the net again")
-    if missing := [name for name, file in zip(graph.weight_files, files, strict=True) if not file.is_file()]:
+    if missing := [name for name, file in files.items() if not file.is_file()]:
         raise Refusal(
             f"{path} keeps weights in separate files, and {', '.join(missing)} is not in {path.parent}; "
             "put them there together, or export the net into one file"
         )
-    return files
+    return [*files.values()]
 
 
 def digest_of(path: Path, content: bytes) -> str:
     """The sha256 of a file. If its weights are in separate files, the sha256 of all their digests, one a line."""
-    files = find_weights(path, read_graph(path, content)) if path.suffix == ".onnx" else []
-    if not files:
-        return sha256(content)
-    return sha256("\n".join([sha256(content), *map(_file_digest, files)]).encode())
+    digests = [sha256(content)]
+    for file in find_weights(path, read_graph(path, content)) if path.suffix == ".onnx" else []:
+        try:
+            with file.open("rb") as weights:
+                digests.append(hashlib.file_digest(weights, "sha256").hexdigest())
+        except OSError as error:
+            raise Refusal(f"cannot read {file}: {error.strerror or error}") from error
+    return digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode())
 
 
 def metadata_places(content: bytes, key: str) -> list[slice]:
@@ -186,21 +190,13 @@ def _weight_files(graph: memoryview) -> Iterator[str]:
 
 
 def _read_int8(tensor: "Fields") -> np.ndarray | None:
-    dims = list(
-        chain.from_iterable([size] if isinstance(size, int) else _unpack(size) for size in tensor[_TENSOR_DIMS])
-    )
+    dims: list[int] = []
+    for size in tensor[_TENSOR_DIMS]:
+        dims += [size] if isinstance(size, int) else _unpack(size)
     raw = tensor[_TENSOR_RAW]
     if tensor[_TENSOR_TYPE] != [_INT8] or not raw or not dims or len(raw[-1]) != prod(dims):
         return None
     return np.frombuffer(raw[-1], np.int8).reshape(dims)
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return sha256(read_whole(path))  # raises the Refusal
 
 
 # Protocol Buffers: a message is a row of fields, each with a number and a wire type.

@@ -20,7 +20,7 @@ BATCH_TOLERANCE = 0.05
 
 def probe_images(image: ImageSpec, seed: int = SEED) -> np.ndarray:
     """uint8 [4, height, width, channels]: noise, the same for a seed on every machine."""
-    return _noise((image.height, image.width, image.channels), seed)
+    return _noise(image.shape, seed)
 
 
 def record_probe(logits: np.ndarray) -> dict[str, Any]:

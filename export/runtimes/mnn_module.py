@@ -99,7 +99,7 @@ class MnnModule:
             for _ in range(self._num_workers):
                 self._workers.append(_Worker(self._file.fileno(), self.model.spec.image.shape))
             for worker in self._workers:
-                worker.wait_until_loaded(until)
+                worker.receive(until)  # an empty message: the model is loaded
         except BaseException:
             _end_all(self._workers)
             raise
@@ -154,19 +154,16 @@ class _Worker:
         arguments = f"/dev/fd/{file}", *shape
         self._process, self._connection = start("export.runtimes.mnn_module", *arguments, pass_fds=(file,))
 
-    def wait_until_loaded(self, until: float) -> None:
-        if not self._connection.poll(max(0.0, until - monotonic())):
-            raise WorkerFailed(f"a process of MNN does not start within {_START_S:g} s")
-        self.receive()
-
     def send(self, images: np.ndarray) -> None:
         try:
             self._connection.send_bytes(images.tobytes())
         except OSError as error:
             raise self._failed() from error
 
-    def receive(self) -> bytes:
+    def receive(self, until: float | None = None) -> bytes:
         try:
+            if not self._connection.poll(until and max(0.0, until - monotonic())):
+                raise WorkerFailed(f"a process of MNN does not start within {_START_S:g} s")
             return self._connection.recv_bytes()
         except (EOFError, OSError) as error:
             raise self._failed() from error

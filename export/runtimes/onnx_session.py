@@ -116,10 +116,7 @@ def loadable_providers() -> tuple[str, ...]:
     if has_cuda and "CUDAExecutionProvider" in available:
         # cuDNN and the CUDA runtime lie in pip packages; this puts them where the provider finds them.
         ort.preload_dlls()
-    loads = {
-        "TensorrtExecutionProvider": has_cuda and _loads("libnvinfer.so.10"),
-        "CUDAExecutionProvider": has_cuda,
-    }
+    loads = {"TensorrtExecutionProvider": has_cuda and _loads("libnvinfer.so.10"), "CUDAExecutionProvider": has_cuda}
     return (*(name for name in loads if loads[name] and name in available), "CPUExecutionProvider")
 
 

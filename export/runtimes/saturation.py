@@ -64,8 +64,7 @@ def _find_weights(node: Node, makers: dict[str, Node]) -> tuple[str, int] | None
 
 def warning(path: Path, content: bytes) -> str | None:
     """A warning about a file whose answers this processor may compute wrongly; None if it cannot."""
-    nodes = may_saturate(path, content)
-    if not nodes or not saturates():
+    if not (nodes := may_saturate(path, content)) or not saturates():
         return None
     return (
         f"{path.name} may be answered wrongly here: this processor adds eight-bit products in 16 bits, and "

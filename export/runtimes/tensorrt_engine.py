@@ -30,18 +30,10 @@ class TensorRTEngine:
         content = read_whole(path)
         card = read_card(path)
         trt = _fitting_library(path, content, card, device)
-        self.model = Model(
-            card.name,
-            card.engine_sha256,
-            card.spec,
-            card.provenance,
-            num_bytes=len(content),
-            reading=card.signature.reading,
-        )
-        self.description = f"{card.builder}, {card.precision}"
-        self.library = f"{card.builder} {trt.__version__}"
-        self._card = card
-        self._device = device
+        reading = card.signature.reading
+        self.model = Model(card.name, card.engine_sha256, card.spec, card.provenance, len(content), reading)
+        self.description, self.library = f"{card.builder}, {card.precision}", f"{card.builder} {trt.__version__}"
+        self._card, self._device = card, device
         self._logger = make_logger(trt)
         self._runtime = make_runtime(trt, self._logger, card)  # must outlive its engine
         self._engine = self._runtime.deserialize_cuda_engine(content)
@@ -87,8 +79,7 @@ class TensorRTEngine:
         if batch not in self._graphs:
             self._graphs[batch] = self._capture(x.shape)
         self._input.upload(x, self._stream)
-        graph = self._graphs[batch]
-        if graph is None:
+        if (graph := self._graphs[batch]) is None:
             self._enqueue(self._context, x.shape)
         else:
             gpu.launch(graph, self._stream)

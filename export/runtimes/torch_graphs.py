@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -188,7 +187,9 @@ def read_net(path: Path, content: bytes) -> TorchNet:
     last_read = {name: index for index, node in enumerate(graph.node) for name in node.input}
     steps = tuple(
         Step(
-            partial(OPERATIONS[node.op_type], **_attributes(node)),
+            partial(
+                OPERATIONS[node.op_type], **{part.name: helper.get_attribute_value(part) for part in node.attribute}
+            ),
             tuple(node.input),
             node.output[0],
             tuple(name for name in dict.fromkeys(node.input) if last_read[name] == index),
@@ -204,19 +205,8 @@ def _tensor(tensor: onnx.TensorProto) -> Tensor:
     return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-
 # Operations: tensors in ONNX's order, attributes by ONNX's names. Attributes that export/graphs/ never writes are not
 # named here, so that they raise an error.
-
-
-# By the number of spatial dimensions.
-CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-MAX_POOLS: dict[int, Callable[..., Any]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-AVERAGE_POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-TYPES = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}
 
 
 def _convolution(
@@ -231,18 +221,18 @@ def _convolution(
     group: int,
 ) -> Tensor:
     x, padding = _padded(x, pads, 0.0)
-    convolve = CONVOLUTIONS[len(kernel_shape)]
+    convolve = getattr(F, f"conv{len(kernel_shape)}d")
     return convolve(x, weight, bias, stride=strides, padding=padding, dilation=dilations, groups=group)
 
 
 def _max_pool(x: Tensor, *, kernel_shape: Sizes, pads: Sizes, strides: Sizes, dilations: Sizes | None = None) -> Tensor:
     x, padding = _padded(x, pads, -torch.inf)
-    pool = MAX_POOLS[len(kernel_shape)]
+    pool = getattr(F, f"max_pool{len(kernel_shape)}d")
     return pool(x, kernel_shape, stride=strides, padding=padding, dilation=dilations or 1)
 
 
 def _average_pool(x: Tensor, *, kernel_shape: Sizes, pads: Sizes, strides: Sizes, count_include_pad: int) -> Tensor:
-    pool = AVERAGE_POOLS[len(kernel_shape)]
+    pool = getattr(F, f"avg_pool{len(kernel_shape)}d")
     padded, padding = _padded(x, pads, 0.0)
     mean = pool(padded, kernel_shape, stride=strides, padding=padding)
     if count_include_pad or not any(pads):
@@ -270,6 +260,7 @@ def _slice(x: Tensor, starts: Tensor, stops: Tensor, axes: Tensor) -> Tensor:
     return x.narrow(axis, start, min(stop, x.shape[axis]) - start)
 
 
+TYPES = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "Add": torch.add,
     "AveragePool": _average_pool,
