@@ -39,8 +39,7 @@ def command(config: ToTritonConfig) -> int:
 
     from common.files import sha256
     from common.progress import make_console
-    from export.triton_server.model_config import config_text
-    from export.triton_server.repository import publish
+    from export.triton_repository import config_text, publish
 
     console = make_console(json=config.json)
     name = config.name or config.model.stem
@@ -91,7 +90,7 @@ class Source:
 def _read_onnx(config: ToTritonConfig) -> Source:
     from common.files import read_whole
     from export.graphs.onnx_file import read_onnx
-    from export.triton_server.model_config import ONNX_RUNTIME
+    from export.triton_repository import ONNX_RUNTIME
 
     file = read_onnx(config.model, from_flags(config))
     files = {name: read_whole(config.model.parent / name) for name in file.weight_files}
@@ -112,7 +111,7 @@ def _read_onnx(config: ToTritonConfig) -> Source:
 def _read_engine(config: ToTritonConfig) -> Source:
     from common.files import read_whole, sha256
     from export.model_file.engine_card import read_card
-    from export.triton_server.model_config import TENSORRT
+    from export.triton_repository import TENSORRT
 
     path, content, card = config.model, read_whole(config.model), read_card(config.model)
     if sha256(content) != card.engine_sha256:
@@ -144,7 +143,7 @@ def _read_engine(config: ToTritonConfig) -> Source:
 
 
 def _triton_model(config: ToTritonConfig, source: Source, name: str) -> Any:
-    from export.triton_server.model_config import TYPES, TritonModel
+    from export.triton_repository import TYPES, TritonModel
 
     asked, fixed, largest = config.max_batch, source.signature.batch, source.max_batch
     if asked is not None and fixed:

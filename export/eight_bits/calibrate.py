@@ -1,4 +1,4 @@
-"""What values the tensors of a float graph take on real images, and the range that eight bits should cover."""
+"""The values of a float graph's tensors on real images, and the ranges that eight bits should cover."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -34,8 +34,8 @@ def observe(
 ) -> dict[str, Histogram]:
     """A histogram of every float tensor that a node of `model` gives, by name, on images uint8 [N, H, W, C].
 
-    Two passes over the images: the first finds the ends of the bins. `advance` is called with the
-    number of images after each batch, 2 N in all.
+    Two passes over the images: the first finds the ends of the bins. `advance` is called with the number of images
+    after each batch, 2 N in all.
     """
     names = [name for node in model.graph.node for name in node.output if name != "logits"]
     run, batches = observer(model, names, TensorProto.FLOAT), range(0, len(images), batch_size)
@@ -87,8 +87,8 @@ def ranges(histograms: Mapping[str, Histogram], method: str) -> dict[str, Range]
 def _information_lost(histogram: Histogram, share: float) -> float:
     """KL(P || Q): P is the distribution clipped to `share` of the range, Q the same in LEVELS steps.
 
-    The bin at 0, where a ReLU piles up what eight bits hold exactly, counts for nothing: its peak would
-    ask for narrow levels whatever they clip.
+    The bin at 0 is left out: a ReLU piles up there values that eight bits hold exactly, and its peak would ask for
+    narrow levels, whatever they clip.
     """
     counts = histogram.counts.copy()
     centres = histogram.low + (np.arange(NUM_BINS) + 0.5) * (histogram.high - histogram.low) / NUM_BINS
@@ -106,6 +106,6 @@ def _information_lost(histogram: Histogram, share: float) -> float:
     p[-1] += counts[last + 1 :].sum()
     kept = (p > 0) & (q > 0)
     total_p, total_q = p.sum(), q[kept].sum()
-    lost = p[(p > 0) & ~kept].sum() / total_p  # what is clipped into a bin that is empty
+    lost = p[(p > 0) & ~kept].sum() / total_p  # clipped into a bin that is empty
     p, q = p[kept] / total_p, q[kept] / total_q
     return float((p * np.log(p / q)).sum() + lost * np.log(NUM_BINS))

@@ -1,10 +1,10 @@
-"""What a cascade rests on: from which gap on eight bits keep float32's class, and what that is worth on test images.
+"""The evidence for a cascade: the gap above which eight bits keep float32's class, and how well that works.
 
 With d the difference of eight bits' logits from float32's, and t the class that eight bits give, float32 gives another
-class j only where d[t] - d[j] is at least the lead of t over j. So no class changes whose lead is larger than the
-largest such error. That error is not known for images to come; it is measured on images that the export has set
-aside, and what the threshold lets through is counted on test images, which choose nothing. So the guarantee is
-empirical: it holds for images like those, and `changed_at_most` says how surely.
+class j only if d[t] - d[j] is at least the lead of t over j. So no class changes whose lead exceeds the largest such
+error. For future images that error is unknown: it is measured on images that the export has set aside, and the classes
+that still change are counted on test images, which choose nothing. The guarantee is empirical: it holds for images like
+those, with the certainty that `changed_at_most` states.
 """
 
 from collections.abc import Callable, Sequence

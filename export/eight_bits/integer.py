@@ -73,7 +73,7 @@ def _write_all(graph: GraphWriter, layers: Layers, x: EightBitTensor, ranges: Ra
     for index, (name, layer) in enumerate(layers):
         after = next((kind for _, kind in layers[index + 1 :] if not isinstance(kind, nn.MaxPool2d)), None)
         low, high = ranges.get(name, (0.0, 0.0))
-        # What a ReLU is about to remove, through a pool or not, takes no part of the range.
+        # The range leaves out values that a ReLU then removes, through a pool or not.
         reach = (0.0, max(0.0, high)) if isinstance(after, nn.ReLU) else (low, high)
         x = _write(graph, name, layer, x, ranges, reach)
     return x
@@ -132,7 +132,7 @@ def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     No two weights of a filter add up beyond ±128, so that no processor's sum of two products with unsigned bytes
     leaves 16 bits: 255 · 128 = 32,640. Those without VNNI saturate there. A filter whose weights would is given a
     larger scale: the two largest add up to 127 steps, and rounding both adds one at most. Filters so small that their
-    scale is no normal float32 are zeros.
+    scale is not a normal float32 are zeros.
     """
     filters = weight.reshape(len(weight), -1).astype(np.float64)
     largest = np.abs(filters).max(axis=1)

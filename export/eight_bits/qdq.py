@@ -1,4 +1,4 @@
-"""Eight-bit graphs as QuantizeLinear and DequantizeLinear around what is to run in eight bits.
+"""Eight-bit graphs as QuantizeLinear and DequantizeLinear around the operators that run in eight bits.
 
 For TensorRT signed and symmetric throughout, since it has no zero points; a scale for every filter and one for
 every activation. Biases stay float32: TensorRT's parser takes no int32 ones.
@@ -147,7 +147,7 @@ class _UnsignedWriter(_Writer):
                 self.weights.pop(node.input[2]),
             )
         )
-        scales = (x_scale * w_scales).astype(np.float32)  # those of the sums that the bias is added to
+        scales = (x_scale * w_scales).astype(np.float32)  # of the sums that the bias is added to
         levels = np.clip(np.rint(bias.astype(np.float64) / scales), -(2**31), 2**31 - 1).astype(np.int32)
         node.input[2] = self._dequantized(node.input[2], levels, scales)
 

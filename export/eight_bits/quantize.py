@@ -1,4 +1,4 @@
-"""From a plain net to eight bits: which lowering and which ranges lose least, and what that costs."""
+"""From a plain net to eight bits: the lowering and ranges that lose least, and their cost in accuracy."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Drop:
-    """What eight bits cost on test images; true where accuracy and classes are kept as parity demands."""
+    """The cost of eight bits on test images; true if accuracy and classes are kept as parity demands."""
 
     num_images: int
     float32_accuracy: float
@@ -93,7 +93,7 @@ def quantize(
 
 
 def num_images_run(lowerings: Sequence[str], num_observed: int, num_chosen_by: int) -> int:
-    """How many images `quantize` runs in all: what its progress counts."""
+    """How many images `quantize` runs in all, for its progress."""
     return num_chosen_by + len(lowerings) * (2 * num_observed + len(METHODS) * num_chosen_by)
 
 
@@ -117,7 +117,7 @@ def measure_drop(reference: np.ndarray, logits: np.ndarray, targets: np.ndarray)
 def relative_error(reference: np.ndarray, logits: np.ndarray) -> float:
     """Root mean square of the difference as a share of the logits', both without their mean over classes.
 
-    What is common to all classes of an image changes no probability.
+    A value common to all classes of an image changes no probability.
     """
     before, after = (part - part.mean(axis=1, keepdims=True) for part in (reference, logits))
     return float(np.sqrt(((after - before) ** 2).mean() / (before**2).mean()))

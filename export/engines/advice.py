@@ -46,7 +46,7 @@ class TypedGraph:
 class Rule:
     """One kind of message. The parser stops at the first node of most kinds; `concerns` finds the others."""
 
-    pattern: str  # in the message; a group is what the reason quotes
+    pattern: str  # in the message; the reason quotes its groups
     reason: str
     remedy: str
     concerns: Callable[[NodeProto, TypedGraph], bool] = lambda node, graph: False
@@ -99,7 +99,7 @@ PARSER_RULES = (
     ),
     Rule(r"Unsupported data type", "TensorRT has no such type", "keep to float, int8, int32, int64 and bool"),
 )
-# Seen in the graph, whatever the parser says: it takes uint8 for int8 without a word.
+# Seen in the graph, because the parser silently takes uint8 for int8.
 GRAPH_RULES = (
     Rule(
         r"",

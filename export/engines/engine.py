@@ -19,7 +19,7 @@ from export.runtimes import gpu
 from export.runtimes.tensorrt_engine import INSTALL_TENSORRT, import_library, make_logger, make_runtime
 
 Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
-OPSETS = range(9, 26)  # what TensorRT 11 documents; its parser takes any number and guesses
+OPSETS = range(9, 26)  # documented for TensorRT 11; its parser takes any number and guesses
 BATCH = (1, 8, 64)  # smallest, best and largest, where the graph leaves it free
 MAX_WORKSPACE_MIB = 2**20
 # GPUs that are left out by default: Turing has no kernels for a classifier's fp32 matrix product, and no GPU before
@@ -71,8 +71,8 @@ def build_engine(
 ) -> Engine:
     """Parse and build the ONNX file `path` for batches of MIN, OPT and MAX images (default: BATCH, or the only one).
 
-    Precision is that of the graph. Refuses what `read_onnx` refuses, opsets and options that the library
-    does not have, and every node that it objects to, all at once with what to do.
+    The graph decides the precision. Refuses what `read_onnx` refuses, opsets and options that the library does not
+    have, and every node that it objects to, all at once with what to do.
     """
     if batch and not 1 <= batch[0] <= batch[1] <= batch[2]:
         raise Refusal(f"--batch must be MIN <= OPT <= MAX from 1 on, got {' '.join(map(str, batch))}")
@@ -152,7 +152,7 @@ def attach_timing_cache(config: Any, logger: Any, content: bytes) -> Any:
 
 
 def inspect_layers(trt: Any, content: bytes, card: EngineCard) -> str | None:
-    """What the engine's layers are and which kernels run them, as JSON; None where no GPU can load it."""
+    """The engine's layers and the kernels that run them, as JSON; None without a GPU that can load it."""
     if not gpu.num_devices() or gpu.compute_capability() not in card.compute_capabilities:
         return None
     logger = make_logger(trt)
@@ -183,7 +183,7 @@ def _parse(trt: Any, builder: Any, logger: Any, file: OnnxFile) -> Any:
     if file.opset not in OPSETS:
         known = f"{OPSETS[0]} to {OPSETS[-1]}"
         raise Refusal(f"{file.path} has opset {file.opset}; TensorRT knows {known}: export it with one of these")
-    # TensorRT 10 needs the flag for what 11 always does; where it is gone, so is the choice.
+    # TensorRT 10 needs the flag for what 11 always does and has no flag for.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)

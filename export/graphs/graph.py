@@ -119,7 +119,7 @@ def finish(graph: GraphWriter, spec: Spec, provenance: Mapping[str, Any]) -> onn
 
 
 def set_provenance(model: onnx.ModelProto, provenance: Mapping[str, Any]) -> None:
-    """Put `provenance` into the metadata in place of what is there."""
+    """Replace the provenance in the metadata."""
     entry = next(entry for entry in model.metadata_props if entry.key == "provenance")
     entry.value = json.dumps(provenance)
 
@@ -234,7 +234,7 @@ def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shapes: list[
 
 
 def _write_normalize(graph: GraphWriter, name: str, offset: Tensor, scale: Tensor) -> None:
-    """Pixels → x, in float32 whatever the precision: the rounding of a pixel would be the largest of all."""
+    """Pixels → x, always in float32: the rounding of a pixel would be the largest of all."""
     # TensorRT lets only Cast read uint8, so the transposition comes after it.
     graph.node("Cast", f"{name}.cast", to=TensorProto.FLOAT)
     graph.node("Transpose", f"{name}.transpose", perm=[0, 3, 1, 2])

@@ -21,13 +21,13 @@ FLOATS = [TensorProto.DataType.Value(name) for name in ("FLOAT", "FLOAT16", "BFL
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A checked classifier, of this project or somebody else's."""
+    """A checked classifier, of this project or third-party."""
 
     path: Path
     model: onnx.ModelProto
     sha256: str  # of the file and of the weights that lie beside it
     weight_files: tuple[str, ...]  # relative to the file's folder; () where all weights are inside
-    name: str  # "DiracNet-16-1", or the file's stem for somebody else's net
+    name: str  # "DiracNet-16-1", or the file's stem for a third-party net
     signature: Signature
     output_dtype: str  # of the logits: "float32", "float16"
     output_shape: tuple[int | None, ...]  # [N, K], or [N, K, 1, 1]
@@ -40,7 +40,7 @@ class OnnxFile:
 
 
 def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
-    """Read and check a classifier, see `find_signature`; `hints` are those of its user of somebody else's.
+    """Read and check a classifier, see `find_signature`; `hints` say how to read a third-party one.
 
     Refuses invalid files, missing weight files, weights that are NaN or infinite, and inputs and outputs other than
     an image classifier's.

@@ -1,4 +1,4 @@
-"""The sidecar of an engine: plain.engine.json says what plain.engine is, and for which machine."""
+"""The card of an engine: plain.engine.json describes plain.engine and the machine it is for."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -23,8 +23,8 @@ class EngineCard:
     precision: str  # fp32, fp16 or int8; from the ONNX graph, which decides it
     batch: tuple[int, int, int]  # smallest, best and largest batch of the optimisation profile
     compute_capabilities: tuple[str, ...]  # of the GPUs that can run the engine: "8.9"
-    gpu: str | None  # the model that tensorrt built for: "NVIDIA A10"; None where every one of these GPUs will do
-    workspace_mib: int | None  # what the builder's scratch memory was limited to
+    gpu: str | None  # the model that tensorrt built for: "NVIDIA A10"; None if any of these GPUs will do
+    workspace_mib: int | None  # the limit of the builder's scratch memory
     version_compatible: bool  # later versions of the library run it too
     refittable: bool  # its weights can be exchanged
     onnx_sha256: str

@@ -1,4 +1,4 @@
-"""What an ONNX file contains, read from its bytes without any library. The file may be damaged or hostile."""
+"""Reads an ONNX file from its bytes, without any library. The file may be damaged or hostile."""
 
 import hashlib
 from collections import defaultdict
@@ -38,12 +38,12 @@ class Header:
 
     @property
     def spec(self) -> Spec | None:
-        """None in somebody else's file."""
+        """None in a third-party file."""
         return Spec.from_json(self.metadata["spec"]) if "spec" in self.metadata else None
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What training, fold and export recorded; empty in somebody else's file. And the reference, in either."""
+        """The records of training, fold and export, empty in a third-party file; and the reference, if any."""
         record: dict[str, Any] = {}
         if "spec" in self.metadata:
             what = "the provenance in the model's file"
@@ -104,7 +104,7 @@ def read_graph(path: Path, content: bytes) -> OnnxGraph:
     with _refusing_damage(path):
         nodes = tuple(_read_node(message) for message in _inside(model, _MODEL_GRAPH, _GRAPH_NODE))
         names = {name for graph in _inside(model, _MODEL_GRAPH) for name in _weight_files(graph)}
-    return OnnxGraph(nodes, tuple(sorted(names)))
+        return OnnxGraph(nodes, tuple(sorted(names)))
 
 
 def read_int8_constants(content: bytes) -> dict[str, np.ndarray | None]:
@@ -154,8 +154,10 @@ def metadata_places(content: bytes, key: str) -> list[slice]:
 
 
 def metadata_entry(key: str, value: str) -> bytes:
-    """A metadata entry to append to an ONNX file: the order of the fields has no meaning."""
-    return _encode(_MODEL_METADATA, _encode(_KEY, key.encode()) + _encode(_VALUE, value.encode()))
+    """A metadata entry to append to an ONNX file: the order of the fields has no meaning. Needs onnx."""
+    from onnx import ModelProto, StringStringEntryProto
+
+    return ModelProto(metadata_props=[StringStringEntryProto(key=key, value=value)]).SerializeToString()
 
 
 @contextmanager
@@ -177,7 +179,7 @@ def _read_node(message: memoryview) -> Node:
 
 
 def _weight_files(graph: memoryview) -> Iterator[str]:
-    """Where tensors are stored outside the file: weights, and constants of nodes and of the graphs inside them."""
+    """The external files of weights, and of constants of nodes and of the graphs inside them."""
     attribute = (_GRAPH_NODE, _NODE_ATTRIBUTE)
     for entry in chain(
         _inside(graph, _GRAPH_INITIALIZER, _TENSOR_EXTERNAL),
@@ -262,12 +264,3 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         shift, at = shift + 7, at + 1
         if byte < 128:
             return value, at
-
-
-def _encode(number: int, content: bytes) -> bytes:
-    """A field that holds bytes."""
-    return _to_varint(number << 3 | 2) + _to_varint(len(content)) + content
-
-
-def _to_varint(value: int) -> bytes:
-    return bytes([value & 127 | 128]) + _to_varint(value >> 7) if value > 127 else bytes([value])

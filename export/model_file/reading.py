@@ -1,4 +1,4 @@
-"""How somebody else's classifier is read, by the hints of its user, of files beside it and of its exporter."""
+"""How to read a third-party classifier: hints from its user, from files beside it and from its exporter."""
 
 import ast
 import json
@@ -21,22 +21,22 @@ _SCORES_OF: dict[str, Scores] = {"Softmax": "probabilities", "Sigmoid": "probabi
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingFlags:
-    """The flags of every command that takes somebody else's net: how the net is read."""
+    """The flags of every command that takes a third-party net: how to read it."""
 
-    mean: Annotated[tuple[float, ...], "somebody else's net: subtracted from each channel; black is 0, white 1"] = ()
-    std: Annotated[tuple[float, ...], "somebody else's net: each channel is then divided by it"] = ()
-    resize: Annotated[int | None, "somebody else's net: pixels of the shorter side before the centre is cropped"] = None
-    labels: Annotated[Path | None, "somebody else's net: a text file with one label a line"] = None
-    channels: Annotated[Channels | None, "somebody else's net: the order of its channels"] = None
-    probabilities: Annotated[bool, "somebody else's net: it gives probabilities"] = False
-    logits: Annotated[bool, "somebody else's net: it gives logits, whatever its last node is"] = False
-    output: Annotated[str | None, "somebody else's net: the name of the output that holds the classes"] = None
-    temperature: Annotated[float | None, "somebody else's net: its logits are divided by it before the softmax"] = None
+    mean: Annotated[tuple[float, ...], "third-party net: subtracted from each channel; black is 0, white 1"] = ()
+    std: Annotated[tuple[float, ...], "third-party net: each channel is then divided by it"] = ()
+    resize: Annotated[int | None, "third-party net: pixels of the shorter side before the centre is cropped"] = None
+    labels: Annotated[Path | None, "third-party net: a text file with one label a line"] = None
+    channels: Annotated[Channels | None, "third-party net: the order of its channels"] = None
+    probabilities: Annotated[bool, "third-party net: it gives probabilities"] = False
+    logits: Annotated[bool, "third-party net: it gives logits, whatever its last node"] = False
+    output: Annotated[str | None, "third-party net: the name of the output that holds the classes"] = None
+    temperature: Annotated[float | None, "third-party net: its logits are divided by it before the softmax"] = None
 
 
 @dataclass(frozen=True)
 class ReadingHints:
-    """What is known of how a net is read, field by field; None where nothing is."""
+    """What is known about how to read a net; None for a field that is unknown."""
 
     mean: tuple[float, ...] | None = None  # of each channel, in units of full scale
     std: tuple[float, ...] | None = None
@@ -46,7 +46,7 @@ class ReadingHints:
     scores: Scores | None = None
     output: str | None = None
     temperature: float | None = None  # as in `Spec`
-    sources: tuple[tuple[str, str], ...] = ()  # (field, who gives it)
+    sources: tuple[tuple[str, str], ...] = ()  # (field, its source)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ NO_HINTS = ReadingHints()
 
 @dataclass(frozen=True)
 class Reading:
-    """How pixels become the input of somebody else's net, how its output is read, and who says so.
+    """How pixels become the input of a third-party net, how to read its output, and the source of each fact.
 
     `mean` and `std` are empty if the graph normalises by itself, as one that takes uint8 does.
     """
@@ -88,11 +88,11 @@ class Reading:
     resize: int | None
     channels: Channels
     scores: Scores
-    sources: dict[str, str]  # field → who gives it; labels too
+    sources: dict[str, str]  # of each field, and of the labels
 
     @property
     def assumed(self) -> list[str]:
-        """The fields that nobody gives."""
+        """The fields without a source."""
         return [name for name, source in self.sources.items() if source == _ASSUMED]
 
     def __str__(self) -> str:
@@ -165,13 +165,13 @@ def descriptions(model: Path) -> list[Path]:
 
 
 def find_hints(path: Path, metadata: dict[str, str]) -> ReadingHints:
-    """All hints but the user's: those of model.onnx.json first, then its metadata, then configs beside it."""
+    """All hints but the user's: from model.onnx.json first, then its metadata, then configs beside it."""
     hints = read_description(description_path(path)) if description_path(path).exists() else NO_HINTS
     return hints.over(_of_ultralytics(metadata)).over(_of_configs(path))
 
 
 def read_description(path: Path) -> ReadingHints:
-    """What export/describe.py wrote; refuses unknown fields and wrong types."""
+    """The hints that export/describe.py wrote; refuses unknown fields and wrong types."""
     again = "write it again with export/describe.py"
     record = read_object(read_whole(path), str(path), todo=again)
     kinds = {field.name: field.type for field in fields(ReadingHints) if field.name != "sources"}
@@ -211,7 +211,7 @@ def _of_ultralytics(metadata: dict[str, str]) -> ReadingHints:
 
 
 def _of_configs(path: Path) -> ReadingHints:
-    """Configs of Hugging Face or timm beside a model; another program's file of that name gives no hints."""
+    """Configs of Hugging Face or timm beside a model; a file of another program with such a name gives no hints."""
     hints = NO_HINTS
     for name, read in zip(_CONFIGS, (_of_preprocessor, _of_config), strict=True):
         if (file := path.with_name(name)).is_file():

@@ -1,4 +1,4 @@
-"""What a classifier is, for every command: one input of images, one output with a value for each class."""
+"""A classifier as every command sees it: one input of images, one output with a value for each class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,15 +40,15 @@ class Value:
 class Signature:
     """One input of images, one output of logits.
 
-    A net of this project takes `images` uint8 [N, H, W, C]. Somebody else's may take uint8 or float,
-    [N, H, W, C] or [N, C, H, W]; `reading` says how pixels become its input and how its output is read.
+    A net of this project takes `images` uint8 [N, H, W, C]. A third-party net may take uint8 or float, [N, H, W, C] or
+    [N, C, H, W]; `reading` says how pixels become its input and how to read its output.
     """
 
     input_name: str
     output_name: str
     dtype: str  # uint8, float16 or float32
     shape: tuple[int | None, ...]  # of the input; None where it is free
-    reading: Reading | None = None  # of somebody else's net
+    reading: Reading | None = None  # of a third-party net
 
     def __post_init__(self) -> None:
         takes = f"the net takes {self.input_name} {[size or 'N' for size in self.shape]}"
@@ -101,7 +101,7 @@ class Signature:
 def find_signature(
     path: Path, header: Header, graph: OnnxGraph, inputs: Sequence[Value], outputs: Sequence[Value], hints: ReadingHints
 ) -> tuple[Signature, ReadingHints]:
-    """The signature of the classifier in `path`, and all hints on it: `hints` are its user's. Refuses other graphs."""
+    """The signature of the classifier in `path`, and all hints on it; `hints` are its user's. Refuses other graphs."""
     if header.spec is None:
         hints = hints.over(find_hints(path, header.metadata))
     elif hints.sources:
@@ -125,7 +125,7 @@ def find_signature(
 
 
 def find_spec(path: Path, header: Header, signature: Signature, hints: ReadingHints, num_classes: int) -> Spec:
-    """The spec of the file, or one made of all hints; refuses labels that do not fit."""
+    """The spec in the file, or one made from all hints; refuses labels that do not fit."""
     if num_classes < 2:
         raise Refusal(f"{path} gives {num_classes} value per image; a classifier gives one per class")
     reading = signature.reading

@@ -112,7 +112,7 @@ def gaps(logits: np.ndarray) -> np.ndarray:
 
 
 def read_forms(paths: Sequence[Path]) -> CascadeFiles:
-    """The files of a cascade in any order; refuses what is not two forms of one net with evidence that holds here."""
+    """The files of a cascade in any order; refuses any but two forms of one net with evidence that holds here."""
     quick, exact = in_order(paths)
     content = read_whole(quick)
     evidence = _read_evidence(quick, exact, read_header(quick, content))

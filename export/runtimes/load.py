@@ -26,7 +26,7 @@ def load_runtime(
 
     `device` is the number of a CUDA device; None takes the first one, or the CPU where there is none.
     `num_threads` is for the CPU; 0 lets the runtime choose. A session of ONNX Runtime that `shares_cores` with another
-    one, in turns, gives them up after each call. `hints` are those of a user of somebody else's .onnx.
+    one, in turns, gives them up after each call. `hints` are for third-party .onnx files.
     """
     if path.suffix not in RUNTIMES:
         raise Refusal(f"{path} is neither an .onnx nor an .engine file; make one with export/to_onnx.py")

@@ -80,7 +80,7 @@ class MnnModule:
                 self._start()
             try:
                 return self._share(images)
-            except BaseException:  # an answer that was not read must not be that of the next call
+            except BaseException:  # the next call must not read this one's answer
                 _end_all(self._workers)
                 raise
 
@@ -126,7 +126,7 @@ def why_not(header: Header) -> str | None:
 
 
 def _convert(path: Path, content: bytes) -> FileIO:
-    """The model in MNN's own format, open: its name is gone, with what else the converter leaves."""
+    """The model in MNN's own format, as an open file whose folder is deleted."""
     try:
         folder = TemporaryDirectory(prefix="mnn-")
     except OSError as error:  # as in a container with read-only files
@@ -202,6 +202,6 @@ def run(converted: str, *sizes: str) -> None:
         connection.send_bytes(b"")
         while True:
             images = np.frombuffer(connection.recv_bytes(), np.uint8).reshape(shape)
-            # Called NCHW although channels are last: MNN would move what is called NHWC, and the graph does it itself.
+            # Called NCHW although channels are last: MNN would transpose NHWC, which the graph does itself.
             (logits,) = module.forward([expr.const(images, list(images.shape), expr.NCHW, expr.dtype.uint8)])
             connection.send_bytes(logits.read())

@@ -68,7 +68,7 @@ class OnnxSession:
         return self._run(images)
 
     def to_input(self, images: np.ndarray) -> np.ndarray:
-        """Pixels uint8 [N, H, W, C] → what the graph takes."""
+        """Pixels uint8 [N, H, W, C] → the graph's input."""
         return self._signature.to_input(images)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
@@ -84,7 +84,7 @@ class OnnxSession:
         return names.to_output(np.asarray(logits))[:num_images]
 
     def _count_classes(self, path: Path) -> int:
-        """Of somebody else's net; refuses one whose answer to an image depends on its batch."""
+        """Of a third-party net; refuses one whose answer to an image depends on its batch."""
         try:
             return refuse_batch_dependence(path, self, self._signature.sizes).shape[1]
         except Refusal:

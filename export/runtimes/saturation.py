@@ -1,7 +1,7 @@
-"""Whether eight-bit products can leave 16 bits: what a file's weights allow, and what this processor does then.
+"""Whether eight-bit products can overflow 16 bits: by a file's weights, and on this processor.
 
-Processors without VNNI multiply unsigned by signed bytes and add two products in 16 bits, with saturation. Which two is
-the kernel's choice, so a filter is safe where no two of its weights can do it: 255 (w + v) within 16 bits.
+Processors without VNNI multiply unsigned by signed bytes and add two products in 16 bits, with saturation. The
+kernel chooses which two, so a filter is safe if no two of its weights can do it: 255 (w + v) within 16 bits.
 """
 
 from functools import lru_cache

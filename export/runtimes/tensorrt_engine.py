@@ -21,7 +21,7 @@ class TensorRTEngine:
     """One engine on one stream; `model` and `description` as in `Runtime`.
 
     Batches run as CUDA graphs of 1, 2, 4, ... images and the profile's smallest and largest number; others are padded
-    to the next of them. What it holds on the device is freed with the last reference to it.
+    to the next of them. Its memory on the device is freed with the last reference to it.
     """
 
     platform = "tensorrt_plan"
@@ -39,7 +39,7 @@ class TensorRTEngine:
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise Refusal(f"{path} cannot be loaded: {self._logger.last_error()}")
-        self._graphs: dict[int, Any] = {}  # by batch size; None where the engine cannot be captured
+        self._graphs: dict[int, Any] = {}  # by batch size; None if the engine cannot be captured
         self._allocate(trt)
         self._context = self._make_context()
         self._captured: list[Any] = []  # contexts, which must outlive their graphs
@@ -87,10 +87,10 @@ class TensorRTEngine:
         return self._output.download(shape, self._dtype, self._stream).astype(np.float32, copy=False)
 
     def _capture(self, shape: tuple[int, ...]) -> Any:
-        """A graph of the engine for inputs of `shape`; None where it does what a graph cannot hold.
+        """A graph of the engine for inputs of `shape`; None if the engine cannot be captured.
 
-        It has a context of its own: to give one another shape would change it under its graph. The first
-        run is not captured, since it may still allocate.
+        It has its own context, because another shape would change a context under its graph. The first run is not
+        captured, since it may still allocate.
         """
         context = self._make_context()
         self._enqueue(context, shape)
@@ -107,7 +107,7 @@ class TensorRTEngine:
 
 
 def import_library(name: str) -> Any:
-    """`tensorrt` or `tensorrt_rtx`; refuses, saying what to install, where it is missing or does not load."""
+    """`tensorrt` or `tensorrt_rtx`; if it is missing or does not load, the refusal says what to install."""
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:

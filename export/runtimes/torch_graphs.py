@@ -43,7 +43,7 @@ class Step:
     compute: Callable[..., Tensor]
     inputs: tuple[str, ...]
     output: str
-    spent: tuple[str, ...]  # what no later node reads
+    spent: tuple[str, ...]  # inputs that no later node reads
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Batch:
 class Graphs:
     """A net on one stream of a device. Batches are padded to the next power of two, which has a graph of its own.
 
-    All graphs share one memory for what lies between images and logits: they run one after another. Its memory on
+    All graphs share one memory for activations, as they run one after another. Its memory on
     the device returns to PyTorch with the last reference to it.
     """
 
