@@ -49,8 +49,8 @@ def to_integer_onnx(net: nn.Sequential, spec: Spec, provenance: Mapping[str, Any
     for name, layer in layers[:start]:
         write_layer(graph, name, layer)
     before = graph.tensor
-    graph.node("Transpose", f"{before}.channels-last", perm=[0, 2, 3, 1])
-    channels_last, x = graph.tensor, _declare(graph, before, ranges[before])
+    channels_last = graph.node("Transpose", f"{before}.channels-last", perm=[0, 2, 3, 1])
+    x = _declare(graph, before, ranges[before])
     x = replace(x, name=graph.node("QuantizeLinear", f"{before}.quantized", channels_last, *x.parameters))
     x = _write_all(graph, layers[start:end], x, ranges)
     graph.node("DequantizeLinear", f"{x.name}.dequantized", x.name, *x.parameters)
@@ -145,11 +145,9 @@ def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _declare(graph: GraphWriter, name: str, reach: Range) -> EightBitTensor:
     """The tensor `name` for values in `reach`; its scale and zero point are written, its node is not."""
     scale, zero = levels_of(reach)
-    parameters = (
-        graph.constant(f"{name}.scale", np.asarray(scale)),
-        graph.constant(f"{name}.zero", np.asarray(zero, np.uint8)),
-    )
-    return EightBitTensor(name, float(scale), zero, parameters)
+    scale_name = graph.constant(f"{name}.scale", np.asarray(scale))
+    zero_name = graph.constant(f"{name}.zero", np.asarray(zero, np.uint8))
+    return EightBitTensor(name, float(scale), zero, (scale_name, zero_name))
 
 
 def levels_of(reach: Range) -> tuple[np.float32, int]:

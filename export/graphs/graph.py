@@ -86,7 +86,7 @@ def to_onnx(net: PlainNet, spec: Spec, provenance: Mapping[str, Any], *, precisi
     """
     graph = GraphWriter(FLOATS[precision])
     if isinstance(net, GraphNet):
-        write_graph(graph, net.with_tensors(), spec.image)
+        _write_graph(graph, net.with_tensors(), spec.image)
     else:
         for name, layer in named_layers(deepcopy(net).float()):
             write_layer(graph, name, layer)
@@ -178,10 +178,9 @@ def window(layer: Convolution | nn.MaxPool2d) -> dict[str, Any]:
     }
 
 
-def write_graph(graph: GraphWriter, plain: Graph, image: ImageSpec) -> None:
-    """All nodes of a plain graph, its output last."""
+def _write_graph(graph: GraphWriter, plain: Graph, image: ImageSpec) -> None:
     graph.taken = {node.name for node in plain.nodes}
-    shapes = infer_shapes(plain, (image.height, image.width, image.channels))
+    shapes = infer_shapes(plain, image.shape)
     tensors: dict[str, str] = {plain.nodes[0].name: graph.tensor}
     for node in plain.convert(torch.float32).nodes[1:]:
         _write_node(graph, node, [tensors[name] for name in node.inputs], [shapes[name] for name in node.inputs])
@@ -266,9 +265,8 @@ def _write_pool(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
 
     Padding takes no part in a maximum, nor in a mean that does not count it.
     """
-    how = node.attributes
+    how, pairs = node.attributes, []
     dilation = how.get("dilation", [1] * len(how["size"]))
-    pairs: list[list[int]] = []
     windows = zip(shape[1:], how["size"], how["stride"], how["padding"], dilation, strict=True)
     for size, taps, stride, padding, gap in windows:
         num = pooled(size, taps, stride, padding, gap, ceil=how["ceil"])
@@ -278,9 +276,8 @@ def _write_pool(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
     if node.op == "max_pool":
         graph.node("MaxPool", node.name, x, **window, dilations=dilation)
         return
-    is_longer = any(before != after for before, after in pairs)
     counts = how["count_padding"] and any(how["padding"])
-    if is_longer and counts:
+    if counts and any(before != after for before, after in pairs):
         raise Refusal(
             f"{node.name}: ONNX has no average pool that rounds its size up and counts its padding; "
             "build it with ceil_mode=False or count_include_pad=False"

@@ -88,17 +88,13 @@ class TorchGraphs:
         self.model = Model(header.spec.name, sha256(content), header.spec, header.provenance, num_bytes=len(content))
         self.library = f"torch {torch.__version__}"
         if device is None and not torch.cuda.is_available():
-            self._answer, self.description = partial(_answer_on_cpu, net), f"PyTorch on the CPU, {net.precision}"
+            answer = torch.no_grad()(lambda images: net(torch.tensor(images)).numpy())
+            self._answer, self.description = answer, f"PyTorch on the CPU, {net.precision}"
         else:
             self._answer, self.description = Graphs(net, device or 0), f"PyTorch, CUDA graphs, {net.precision}"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self._answer(images)
-
-
-@torch.no_grad()
-def _answer_on_cpu(net: TorchNet, images: np.ndarray) -> np.ndarray:
-    return net(torch.tensor(images)).numpy()
 
 
 @dataclass(frozen=True)
