@@ -103,7 +103,9 @@ def in_doubt(logits: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def gaps(logits: np.ndarray) -> np.ndarray:
-    """float64 [N]: between the two largest of each row [N, K ≥ 2]."""
+    """float64 [N]: between the two largest of each row [N, K]; infinite if there is one class, which is sure."""
+    if logits.shape[1] == 1:
+        return np.full(len(logits), np.inf)
     two = np.partition(logits.astype(np.float64), -2, axis=1)[:, -2:]
     with np.errstate(invalid="ignore"):  # infinity less infinity is NaN, hence in doubt
         return two[:, 1] - two[:, 0]
