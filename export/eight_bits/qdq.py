@@ -7,6 +7,8 @@ For ONNX Runtime's CPU kernels unsigned activations with zero points, filters wh
 biases: what its optimiser makes QLinearConv of. export/eight_bits/integer.py writes faster graphs, of chains alone.
 """
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -117,7 +119,7 @@ class _Writer:
         inputs = self._add(name, levels), self._add(f"{name}.scale", scales), self._add(f"{name}.zero", zeros)
         return self._node("DequantizeLinear", f"{name}.dq", *inputs, axis=0)
 
-    def _node(self, op: str, name: str, *inputs: str, **attributes: int) -> str:
+    def _node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
         return name
 

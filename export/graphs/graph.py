@@ -95,24 +95,15 @@ def to_onnx(net: PlainNet, spec: Spec, provenance: Mapping[str, Any], *, precisi
 
 def finish(graph: GraphWriter, spec: Spec, provenance: Mapping[str, Any]) -> onnx.ModelProto:
     """The model of a graph whose last node gives the logits."""
-    image = spec.image
     if graph.dtype != np.float32:
         graph.node("Cast", "logits", to=TensorProto.FLOAT)
     graph.nodes[-1].output[0] = "logits"
-    shape = ["N", image.height, image.width, image.channels]
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", *spec.image.shape])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(spec.labels)])
+    body = helper.make_graph(graph.nodes, spec.name, [images], [logits], graph.initializers)
     domains = sorted({node.domain for node in graph.nodes} - {""})
-    model = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            spec.name,
-            [helper.make_tensor_value_info("images", TensorProto.UINT8, shape)],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(spec.labels)])],
-            graph.initializers,
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)],
-        ir_version=IR_VERSION,
-        producer_name="diracnet-road",
-    )
+    opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    model = helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION, producer_name="diracnet-road")
     helper.set_model_props(model, {"spec": spec.to_json(), "provenance": json.dumps(provenance)})
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -98,8 +98,8 @@ class Reading:
     def __str__(self) -> str:
         """In one line, for people."""
         shown = {
-            "mean": f"mean {listed(self.mean)}",
-            "std": f"std {listed(self.std)}",
+            "mean": f"mean {numbers_text(self.mean)}",
+            "std": f"std {numbers_text(self.std)}",
             "resize": f"shorter side {self.resize}, centre cropped" if self.resize else "images stretched to its input",
             "channels": self.channels.upper(),
             "scores": f"answers {self.scores}",
@@ -130,7 +130,9 @@ def decide_reading(hints: ReadingHints, dtype: str, num_channels: int, last_kind
     for name, values in (("mean", hints.mean), ("std", hints.std)):
         if values is not None and len(values) != num_channels and is_float:
             plural = "s" * (num_channels > 1)
-            raise Refusal(f"{name} needs {num_channels} value{plural}, one for each channel, got {listed(values)}")
+            raise Refusal(
+                f"{name} needs {num_channels} value{plural}, one for each channel, got {numbers_text(values)}"
+            )
     scores = hints.scores or _SCORES_OF.get(last_kind, "logits")
     if hints.temperature is not None and scores == "probabilities":
         raise Refusal("the net gives probabilities, and a temperature is for logits; leave --temperature out")
@@ -180,11 +182,13 @@ def read_description(path: Path) -> ReadingHints:
         raise Refusal(f"{path} has the unknown fields {', '.join(unknown)}; known are {known}; {again}")
     if bad := [f"{name} cannot be {value!r}" for name, value in record.items() if not is_of(value, kinds[name])]:
         raise Refusal(f"{path} is not a valid description: {'; '.join(bad)}; {again}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
     return ReadingHints(**values).by(path.name)
 
 
-def listed(values: tuple[float, ...]) -> str:
+def numbers_text(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 

@@ -59,8 +59,8 @@ def read_reference(record: Any, num_classes: int) -> Reference:
         raise Refusal("the reference does not say what it was counted on")
     if type(images) is not int or not 1 <= images <= _MOST:
         raise Refusal(f"the reference is over {str(images)[:20]} images")
-    for name in PARTS:
-        counts, size = record.get(name), num_classes if name == "classes" else NUM_BINS
+    for name, size in zip(PARTS, (num_classes, NUM_BINS, NUM_BINS), strict=True):
+        counts: Any = record.get(name)
         if not is_of(counts, tuple[int, ...]) or len(counts) != size or min(counts) < 0:
             raise Refusal(f"{name} in the reference is not a list of {size} counts")
         if sum(counts) != images:
