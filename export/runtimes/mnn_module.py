@@ -5,7 +5,7 @@ its own threads share every layer's activations. Processes share nothing and lea
 and a crash ends one call instead of the server.
 """
 
-import importlib
+import importlib.metadata
 import subprocess
 import sys
 import threading
@@ -62,7 +62,7 @@ class MnnModule:
         self.model = Model(spec.name, sha256(content), spec, header.provenance, num_bytes=len(content))
         self._num_workers = num_threads or num_cores()
         self.description = f"MNN, {self._num_workers} process{'es' if self._num_workers > 1 else ''}"
-        self.library = f"MNN {version()}"
+        self.library = f"MNN {importlib.metadata.version('MNN')}"
         self._workers: list[_Worker] = []
         self._turn = threading.Lock()
         self._file = _convert(path, content)
@@ -107,12 +107,6 @@ class MnnModule:
 
 def is_installed() -> bool:
     return find_spec("MNN") is not None
-
-
-def version() -> str:
-    from importlib.metadata import version
-
-    return version("MNN")
 
 
 def why_not(header: Header) -> str | None:

@@ -181,18 +181,12 @@ def read_net(path: Path, content: bytes) -> TorchNet:
     tensors = {tensor.name: _tensor(tensor) for tensor in graph.initializer}
     is_half = any(tensor.dtype == torch.float16 for tensor in tensors.values())
     last_read = {name: index for index, node in enumerate(graph.node) for name in node.input}
-    steps = tuple(
-        Step(
-            partial(
-                OPERATIONS[node.op_type], **{part.name: helper.get_attribute_value(part) for part in node.attribute}
-            ),
-            tuple(node.input),
-            node.output[0],
-            tuple(name for name in dict.fromkeys(node.input) if last_read[name] == index),
-        )
-        for index, node in enumerate(graph.node)
-    )
-    return TorchNet(steps, tensors, graph.input[0].name, "fp16" if is_half else "fp32")
+    steps = []
+    for index, node in enumerate(graph.node):
+        how = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        spent = tuple(name for name in dict.fromkeys(node.input) if last_read[name] == index)
+        steps.append(Step(partial(OPERATIONS[node.op_type], **how), tuple(node.input), node.output[0], spent))
+    return TorchNet(tuple(steps), tensors, graph.input[0].name, "fp16" if is_half else "fp32")
 
 
 def _tensor(tensor: onnx.TensorProto) -> Tensor:
