@@ -52,7 +52,7 @@ def measure(chosen_by: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np
     """The evidence of pairs of logits [N, K], float32's and eight bits', of the images to choose by and of the test."""
     threshold, (reference, logits) = float(largest_error(*chosen_by)), test
     if not np.isfinite(threshold):
-        raise Refusal("eight bits or float32 answer with values that are not numbers; export the net again")
+        raise Refusal("the int8 or the float32 form gives logits that are not finite; export the net again")
     doubtful = in_doubt(logits, threshold)
     changed = reference.argmax(1) != logits.argmax(1)
     num_changed = int((changed & ~doubtful).sum())

@@ -33,7 +33,7 @@ def to_qdq_onnx(
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
     stem, integer = next(iter(convolutions), ""), set(convolutions[1:])
     if not integer - {stem}:
-        raise Refusal("the net has no convolution but its first, which eight bits leave as it is; export it as fp32")
+        raise Refusal("the net has no convolution but its first, which stays in float32; export it as fp32")
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
     graph, made_by = quantized.graph, {node.output[0]: node for node in model.graph.node}

@@ -142,7 +142,7 @@ def _write(
     if target == "tensorrt":
         return to_qdq_onnx(floats, reach, precision=precision)
     if precision != "int8":
-        raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels know int8 alone")
+        raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels have only int8")
     if isinstance(lowered, GraphNet):
         return to_qdq_onnx(floats, reach, precision=precision, for_onnxruntime=True)
     return to_integer_onnx(lowered, spec, {}, reach)

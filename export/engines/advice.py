@@ -60,7 +60,7 @@ OUR_INT8 = "export with --precision int8 --target tensorrt (export/to_onnx.py)"
 PARSER_RULES = (
     Rule(
         r"has type UInt8 but must",
-        "reads uint8, which TensorRT gives to Cast alone; do: cast to float first, then transpose and compute",
+        "reads uint8, which in TensorRT only Cast can; do: cast to float first, then transpose and compute",
         lambda node, graph: graph.types(node)[:1] == [TensorProto.UINT8] and node.op_type not in ("Cast", *_QUANTIZERS),
     ),
     Rule(
@@ -76,7 +76,7 @@ PARSER_RULES = (
     ),
     Rule(
         r"unsupported input type of UINT8",
-        "its weights are quantized to uint8, and TensorRT knows int8 alone; "
+        "its weights are quantized to uint8, and TensorRT has only int8; "
         f"do: {OUR_INT8}, or with weight_type=QInt8 in ONNX Runtime's quantizer",
         lambda node, graph: node.op_type == "DequantizeLinear" and graph.constant(node, 0).dtype == np.uint8,
     ),
@@ -128,7 +128,7 @@ BUILD_RULES = (
     ),
     Rule(
         r"libnvinfer_lean",
-        "a version-compatible engine carries the lean runtime, and that is not found here; "
+        "a version-compatible engine carries the lean runtime, which is not installed here; "
         "do: pip install tensorrt-lean, or leave out --version-compatible",
     ),
     Rule(

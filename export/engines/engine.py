@@ -75,7 +75,7 @@ def build_engine(
     have, and every node that it objects to, all at once with what to do.
     """
     if batch and not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise Refusal(f"--batch must be MIN <= OPT <= MAX from 1 on, got {' '.join(map(str, batch))}")
+        raise Refusal(f"--batch must be 1 <= MIN <= OPT <= MAX, got {' '.join(map(str, batch))}")
     builder_name = choose_builder()
     _refuse_options(builder_name, options)
     file = read_onnx(path, hints)
@@ -231,7 +231,7 @@ def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions, *
     if unknown := [capability for capability in options.compute_capabilities if capability not in offered]:
         raise Refusal(
             f"{builder_name} {trt.__version__} builds for compute capability {', '.join(offered)}, not for "
-            f"{', '.join(unknown)}; on such a GPU build with tensorrt"
+            f"{', '.join(unknown)}; for such a GPU, build with tensorrt"
         )
     asked = options.compute_capabilities or set(offered) - (WITHOUT_FP8 if kind == "fp8" else LEFT_OUT)
     wanted = tuple(capability for capability in offered if capability in asked)

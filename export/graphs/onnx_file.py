@@ -66,7 +66,7 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
     signature, hints = find_signature(path, header, graph, inputs, outputs, hints)
     (output,) = (value for value in outputs if value.name == signature.output_name)
     if output.num_classes is None:
-        raise Refusal(f"{path} answers {output.shown}; export it with a fixed number of classes")
+        raise Refusal(f"{path} gives {output.shown}; export it with a fixed number of classes")
     return OnnxFile(
         path=path,
         model=model,

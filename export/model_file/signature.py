@@ -107,7 +107,7 @@ def find_signature(
     elif hints.sources:
         raise Refusal(f"{path} says itself how it is read; leave {hints.flags} out")
     if len(inputs) != 1:
-        raise Refusal(f"{path} has {len(inputs)} inputs; a classifier has one, of images")
+        raise Refusal(f"{path} has {len(inputs)} inputs; a classifier has one input of images")
     if nodes := graph.in_training_mode():
         raise Refusal(
             f"{path} was exported in training mode: the batch norm {nodes[0]} normalizes with the other images of its "
@@ -155,7 +155,7 @@ def _choose_output(outputs: Sequence[Value], asked: str | None) -> Value:
     able = [output for output in outputs if (output.num_classes or 2) > 1 and asked in (None, output.name)]
     if not able:
         shown = "; ".join(f"{output.name} {output.dtype} {output.shown}" for output in outputs)
-        raise Refusal(f"it answers {shown}; a classifier answers [N, K], one float for each of its K classes")
+        raise Refusal(f"its outputs are {shown}; a classifier's is [N, K], one float for each of its K classes")
     if len(able) > 1:
         raise Refusal(f"it has the outputs {names}; choose the one that holds the classes with --output NAME")
     return able[0]

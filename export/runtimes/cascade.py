@@ -153,7 +153,7 @@ def _read_evidence(quick: Path, exact: Path, header: Header) -> Evidence:
     how = f"measure it with python export/cascade.py {exact} {quick}"
     record = _export(header).get(RECORD)
     if record is None:
-        raise Refusal(f"{quick} does not record from which gap on its classes are {EXACT}'s; {how}")
+        raise Refusal(f"{quick} does not record the gap above which its classes are {EXACT}'s; {how}")
     try:
         evidence = Evidence(**{field.name: record[field.name] for field in fields(Evidence)})
         _refuse_invalid(evidence)

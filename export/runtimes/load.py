@@ -31,7 +31,7 @@ def load_runtime(
     if path.suffix not in RUNTIMES:
         raise Refusal(f"{path} is neither an .onnx nor an .engine file; make one with export/to_onnx.py")
     if hints.sources and path.suffix != ".onnx":
-        raise Refusal(f"{path} keeps how it is read in its card; give --mean and the like to export/to_trt.py")
+        raise Refusal(f"{path} is read as its card says; give --mean and the like to export/to_trt.py")
     names = RUNTIMES[path.suffix]
     match name or names[0]:
         case other if other not in names:
@@ -46,7 +46,7 @@ def load_runtime(
             from export.runtimes.mnn_module import MnnModule
 
             if device is not None:
-                raise Refusal(f"MNN runs on the CPU alone; leave device {device} out, or use --runtime onnxruntime")
+                raise Refusal(f"MNN runs only on the CPU; leave device {device} out, or use --runtime onnxruntime")
             return MnnModule(path, num_threads=num_threads)
         case "torch":
             try:

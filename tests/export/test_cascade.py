@@ -281,7 +281,7 @@ def test_records_that_are_no_objects_or_lack_a_field_are_refused(forms):
         with pytest.raises(Refusal, match=r"the record of the cascade in .* is damaged"):
             read_forms(forms)
     change(forms[1], lambda export: {name: value for name, value in export.items() if name != "cascade"})
-    with pytest.raises(Refusal, match="does not record from which gap on its classes are fp32's; measure it with"):
+    with pytest.raises(Refusal, match="does not record the gap above which its classes are fp32's; measure it with"):
         read_forms(forms)
 
 

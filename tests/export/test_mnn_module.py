@@ -124,7 +124,7 @@ def test_what_it_would_not_run_as_it_is_meant_is_refused(edit, write_foreign):
 
 def test_where_it_cannot_run_it_says_so(write_onnx, monkeypatch):
     _, path = write_onnx()
-    with pytest.raises(Refusal, match="MNN runs on the CPU alone"):
+    with pytest.raises(Refusal, match="MNN runs only on the CPU"):
         load_runtime(path, name="mnn", device=0)
     with pytest.raises(Refusal, match=r"tensorrt does not run .*plain\.onnx; \.onnx files are for onnxruntime or mnn"):
         load_runtime(path, name="tensorrt")

@@ -167,7 +167,7 @@ def test_todays_exporter_leaves_of_training_mode_the_dropout_alone(tmp_path):
     np.testing.assert_allclose(softmax64(answer), sample.probabilities, atol=1e-4)
     dropping = write_today(tmp_path, "dropping", net(torch.nn.Dropout(0.5)).train())
     with pytest.raises(
-        Refusal, match=r"two answers to the same images, as Dropout in training mode does; call net\.eval"
+        Refusal, match=r"different answers to the same images, as Dropout in training mode does; call net\.eval"
     ):
         OnnxSession(dropping.path)
 
