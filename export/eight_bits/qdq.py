@@ -31,8 +31,7 @@ def to_qdq_onnx(
     the tensors.
     """
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
-    stem, integer = next(iter(convolutions), ""), set(convolutions[1:])
-    if not integer - {stem}:
+    if not (integer := {*convolutions[1:]}):
         raise Refusal("the net has no convolution but its first, which stays in float32; export it as fp32")
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
