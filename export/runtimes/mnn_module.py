@@ -128,9 +128,9 @@ def _convert(path: Path, content: bytes) -> FileIO:
         raise Refusal(f"{path}: MNN converts it in a temporary folder, and cannot create one: {reason}") from error
     with folder as name:
         source, converted = Path(name, "plain.onnx"), Path(name, "plain.mnn")
-        source.write_bytes(content)
         argv = [sys.executable, "-c", _CONVERT, source, converted]
         try:
+            source.write_bytes(content)
             done = subprocess.run(argv, cwd=name, capture_output=True, timeout=_CONVERT_S)
         except subprocess.TimeoutExpired as error:
             raise Refusal(f"{path}: MNN's converter does not finish; use --runtime onnxruntime") from error

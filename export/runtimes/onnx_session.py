@@ -111,13 +111,14 @@ def loadable_providers() -> tuple[str, ...]:
 
     Asking a session for one that does not load prints red errors, so the libraries are probed first.
     """
+    cuda, tensorrt = ("libcuda.so.1",), ("libcuda.so.1", "libnvinfer.so.10")
     available = ort.get_available_providers()
-    has_cuda = _loads("libcuda.so.1")
-    if has_cuda and "CUDAExecutionProvider" in available:
+    if "CUDAExecutionProvider" in available and _loads("libcuda.so.1"):
         # cuDNN and the CUDA runtime lie in pip packages; this puts them where the provider finds them.
         ort.preload_dlls()
-    loads = {"TensorrtExecutionProvider": has_cuda and _loads("libnvinfer.so.10"), "CUDAExecutionProvider": has_cuda}
-    return (*(name for name in loads if loads[name] and name in available), "CPUExecutionProvider")
+    needs = {"TensorrtExecutionProvider": tensorrt, "CUDAExecutionProvider": cuda}
+    gpu = [name for name, libraries in needs.items() if name in available and all(map(_loads, libraries))]
+    return (*gpu, "CPUExecutionProvider")
 
 
 def _loads(library: str) -> bool:
