@@ -38,21 +38,19 @@ def observe(
     after each batch, 2 N in all.
     """
     names = [name for node in model.graph.node for name in node.output if name != "logits"]
-    run, batches = observer(model, names, TensorProto.FLOAT), range(0, len(images), batch_size)
+    run = observer(model, names, TensorProto.FLOAT)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     ends: dict[str, Range] = dict.fromkeys(names, (0.0, 0.0))
-    for batch in (images[start : start + batch_size] for start in batches):
+    for batch in batches:
         for name, values in run(batch).items():
             low, high = ends[name]
             ends[name] = (min(low, float(values.min())), max(high, float(values.max())))
         advance(len(batch))
-    # A tensor of zeros has bins too.
-    found = {
-        name: Histogram(low, high if high > low else low + 1.0, np.zeros(NUM_BINS, np.int64))
-        for name, (low, high) in ends.items()
-    }
-    for batch in (images[start : start + batch_size] for start in batches):
+    bins = {name: (low, high if high > low else low + 1.0) for name, (low, high) in ends.items()}  # even if all are 0
+    found = {name: Histogram(*bins[name], np.zeros(NUM_BINS, np.int64)) for name in names}
+    for batch in batches:
         for name, values in run(batch).items():
-            found[name].counts[:] += np.histogram(values, NUM_BINS, (found[name].low, found[name].high))[0]
+            found[name].counts[:] += np.histogram(values, NUM_BINS, bins[name])[0]
         advance(len(batch))
     return found
 
@@ -60,8 +58,8 @@ def observe(
 def covered(histogram: Histogram, method: str) -> Range:
     """The range that `method`, one of METHODS, covers.
 
-    min-max: everything seen. percentile: all but one value in 10,000. entropy: the range whose
-    quantised distribution loses least information, measured by the Kullback-Leibler divergence.
+    min-max: everything seen. percentile: all but one value in 10,000. entropy: the range whose quantised distribution
+    loses least information, measured by the Kullback-Leibler divergence.
     """
     low, high = histogram.low, histogram.high
     match method:
