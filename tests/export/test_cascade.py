@@ -149,7 +149,7 @@ def test_the_evidence_is_what_a_count_by_hand_finds():
     assert changed[0] == 1 < changed[1]
     assert evidence.changed_at_most == at_most(1, 100)
     assert evidence.to_dict()["share_escalated"] == len(gone_on) / 100
-    with pytest.raises(Refusal, match="values that are not numbers"):
+    with pytest.raises(Refusal, match="gives logits that are not finite"):
         measure((exact, quick * np.nan), test)
 
 
