@@ -34,16 +34,8 @@ _CAPTURING = threading.Lock()  # PyTorch can do one at a time in a process
 _IDLE: dict[int, list[torch.cuda.Stream]] = defaultdict(list)
 
 Sizes = list[int]  # of the spatial dimensions
-
-
-@dataclass(frozen=True)
-class Step:
-    """One node of the graph."""
-
-    compute: Callable[..., Tensor]
-    inputs: tuple[str, ...]
-    output: str
-    spent: tuple[str, ...]  # inputs that no later node reads
+# A node: its function, its inputs, its output, and those inputs that no later node reads.
+Step = tuple[Callable[..., Tensor], tuple[str, ...], str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -57,9 +49,9 @@ class TorchNet:
 
     def __call__(self, images: Tensor) -> Tensor:
         values, x = {**self.tensors, self.input_name: images}, images
-        for step in self.steps:
-            x = values[step.output] = step.compute(*(values[name] for name in step.inputs))
-            for name in step.spent:
+        for compute, inputs, output, spent in self.steps:
+            x = values[output] = compute(*(values[name] for name in inputs))
+            for name in spent:
                 del values[name]
         return x
 
@@ -181,11 +173,11 @@ def read_net(path: Path, content: bytes) -> TorchNet:
     tensors = {tensor.name: _tensor(tensor) for tensor in graph.initializer}
     is_half = any(tensor.dtype == torch.float16 for tensor in tensors.values())
     last_read = {name: index for index, node in enumerate(graph.node) for name in node.input}
-    steps = []
+    steps: list[Step] = []
     for index, node in enumerate(graph.node):
         how = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         spent = tuple(name for name in dict.fromkeys(node.input) if last_read[name] == index)
-        steps.append(Step(partial(OPERATIONS[node.op_type], **how), tuple(node.input), node.output[0], spent))
+        steps.append((partial(OPERATIONS[node.op_type], **how), tuple(node.input), node.output[0], spent))
     return TorchNet(tuple(steps), tensors, graph.input[0].name, "fp16" if is_half else "fp32")
 
 
