@@ -108,7 +108,7 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
     from export.engines.engine import precision
     from export.graphs.observing import first_overflow
     from export.runtimes.load import load_runtime
-    from export.runtimes.mnn.module import is_installed
+    from export.runtimes.mnn_module import is_installed
     from export.runtimes.onnx_session import OnnxSession, loadable_providers
 
     if provider == "mnn" and not is_installed():

@@ -19,7 +19,7 @@ from export.model_file.reading import ReadingFlags, from_flags
 if TYPE_CHECKING:
     from export.graphs.onnx_file import OnnxFile
     from export.model_file.engine_card import EngineCard
-    from export.triton_server.model_config import TritonModel
+    from export.triton_repository import TritonModel
 
 MAX_BATCH = 64  # of an ONNX file, which has no limit of its own; that of export/to_trt.py
 EXAMPLES = (
@@ -43,8 +43,7 @@ class ToTritonConfig(ReadingFlags):
 
 def command(config: ToTritonConfig) -> int:
     """Write a model repository for Triton: configuration, labels and the model, batched and warmed up."""
-    from export.triton_server.model_config import config_text
-    from export.triton_server.repository import publish
+    from export.triton_repository import config_text, publish
 
     console = make_console(json=config.json)
     name = config.name or config.model.stem
@@ -89,7 +88,7 @@ class Source:
 
 def _read_onnx(config: ToTritonConfig) -> Source:
     from export.graphs.onnx_file import read_onnx
-    from export.triton_server.model_config import ONNX_RUNTIME
+    from export.triton_repository import ONNX_RUNTIME
 
     file = read_onnx(config.model, from_flags(config))
     files = {name: read_whole(config.model.parent / name) for name in file.weight_files}
@@ -99,7 +98,7 @@ def _read_onnx(config: ToTritonConfig) -> Source:
 
 def _read_engine(config: ToTritonConfig) -> Source:
     from export.model_file.engine_card import read_card
-    from export.triton_server.model_config import TENSORRT
+    from export.triton_repository import TENSORRT
 
     path, content, card = config.model, read_whole(config.model), read_card(config.model)
     if sha256(content) != card.engine_sha256:
@@ -119,7 +118,7 @@ def _read_engine(config: ToTritonConfig) -> Source:
 
 
 def _triton_model(config: ToTritonConfig, source: Source, name: str) -> "TritonModel":
-    from export.triton_server.model_config import TYPES, TritonModel
+    from export.triton_repository import TYPES, TritonModel
 
     described, asked, largest = source.described, config.max_batch, source.max_batch
     fixed = described.signature.batch

@@ -106,12 +106,15 @@ def test_wrong_arguments_are_refused_in_one_line_and_leave_the_old_engine(built,
     capsys.readouterr()
     (tmp_path / "text.onnx").write_text("hello")
     for argv, message in (
-        ([built.with_suffix(".onnx"), "--batch", 4, 2, 1], "--batch must be MIN <= OPT <= MAX"),
+        ([built.with_suffix(".onnx"), "--batch", 4, 2, 1], "--batch must be 1 <= MIN <= OPT <= MAX"),
         ([tmp_path / "text.onnx", "--out", built], "is not a valid ONNX file"),
         ([tmp_path / "missing.onnx", "--out", built], "No such file or directory"),
         ([built.with_suffix(".onnx"), "--out", built.with_suffix(".onnx")], "--out must end in .engine"),
         ([built.with_suffix(".onnx"), "--workspace", 0], "--workspace is in MiB, from 1 to 1048576; got 0"),
-        ([built.with_suffix(".onnx"), "--compute-capability", "9.0", "8.9"], "12.1, not for 9.0; on such a GPU build"),
+        (
+            [built.with_suffix(".onnx"), "--compute-capability", "9.0", "8.9"],
+            "12.1, not for 9.0; for such a GPU, build",
+        ),
         ([built.with_suffix(".onnx"), "--timing-cache", tmp_path / "t"], "tensorrt_rtx builds without timing kernels"),
         ([built.with_suffix(".onnx"), "--version-compatible"], "comes without the lean runtime"),
         ([built.with_suffix(".onnx"), "--parity", tmp_path / "p"], "No such file or directory"),

@@ -114,7 +114,7 @@ def test_mnn_is_compared_like_a_provider(road, capsys, monkeypatch):
     assert {row["candidate"] for row in rows} == {f"{road / 'plain.onnx'} on mnn"}
     assert run(*argv, "--layers") == 2
     assert "MNN and PyTorch show no layers; leave --layers and --plot out" in capsys.readouterr().err
-    monkeypatch.setattr("export.runtimes.mnn.module.find_spec", lambda name: None)
+    monkeypatch.setattr("export.runtimes.mnn_module.find_spec", lambda name: None)
     assert run(*argv) == 2
     assert "mnn is not compared: MNN is not installed here" in capsys.readouterr().err
 
