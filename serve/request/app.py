@@ -10,7 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Query, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.middleware.errors import ServerErrorMiddleware
@@ -32,8 +32,7 @@ from serve.request.open_connections import Door
 from serve.request.predict import TOP_K, Observer, RequestHandler
 from serve.request.problems import Problem
 from serve.shadow.shadow import Shadow
-from serve.v2.routes import make_router, refuse_unready
-from serve.v2.rpc.port import RpcAddress
+from serve.v2.routes import make_router
 from serve.watching.metrics import MEDIA_TYPE, Metrics, watch_probes
 
 
@@ -64,14 +63,14 @@ def make_app(
     load: Load | None = None,
     observers: Sequence[Observer] = (),
     reload_everywhere: Callable[[], None] | None = None,
-    rpc: RpcAddress | None = None,
+    grpc_address: str | None = None,
     shadow: Shadow | None = None,
 ) -> FastAPI:
     """The server around one loaded model: one runtime, one for each device, or a batcher.
 
     It is ready once its lifespan has warmed the model up. `load` loads the model again, on SIGHUP and, if there is a
     key, on POST /admin/reload, which then calls `reload_everywhere`. `observers` are called with every finished
-    request. `rpc` is the address of gRPC beside HTTP. `shadow` answers a share of the images too, and POST
+    request. `grpc_address` is where gRPC is served too. `shadow` answers a share of the images too, and POST
     /admin/promote makes it the model.
     """
     if isinstance(runtime, Batcher):
@@ -90,30 +89,30 @@ def make_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
         await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
         batcher.start()
-        if rpc:
-            from serve.v2.rpc.server import RpcServer  # an extra, which takes a tenth of a second to import
+        if grpc_address:
+            from serve.v2.grpc_server import GrpcServer  # an extra, which takes a tenth of a second to import
 
-            app.state.rpc = RpcServer(app, handler, batcher, limits, access)
-            await app.state.rpc.start(rpc)
+            app.state.grpc = GrpcServer(app, handler, batcher, limits, access)
+            await app.state.grpc.start(grpc_address)
         if shadow:
             shadow.start(lambda: batcher.served.model)
-        app.state.is_ready = True
+        batcher.is_ready = True
         probing = asyncio.create_task(prober.run(), name="probing") if prober.every_s else None
         with heed_signals(before_stop=no_longer_ready, reload=reloader.reload if reloader else None):
             yield {"door": door}  # to every connection
         no_longer_ready()
         if probing:
             probing.cancel()
-        if app.state.rpc:
-            await app.state.rpc.stop()
+        if app.state.grpc:
+            await app.state.grpc.stop()
         await batcher.close()
         if shadow:
             shadow.close()
 
     def no_longer_ready() -> None:
-        app.state.is_ready = False
-        if app.state.rpc:
-            app.state.rpc.begin_stop()
+        batcher.is_ready = False
+        if app.state.grpc:
+            app.state.grpc.begin_stop()
 
     app = _App(
         title="DiracNet",
@@ -136,7 +135,7 @@ def make_app(
             expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
         )
         cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the only answer that `handler` does not send
-    app.state.is_ready, app.state.rpc, app.state.prober = False, None, prober
+    app.state.grpc, app.state.prober = None, prober
     _describe_predict(app)
     _add_operation(app, batcher, metrics, prober)
     app.include_router(make_router(batcher, limits))
@@ -185,9 +184,9 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Pro
         return {"status": "ok"}
 
     @app.get("/readyz", responses=problems.documented(problems.NOT_READY))
-    async def readyz(request: Request) -> dict[str, str]:
+    async def readyz() -> dict[str, str]:
         """The model has run at every batch size and answers as its file says, and images are decoded."""
-        refuse_unready(request.app.state.is_ready, batcher)
+        batcher.check_ready()
         return {"status": "ready"}
 
 

@@ -104,6 +104,7 @@ class Batcher:
         self._decoded: SimpleQueue[Job | None] = SimpleQueue()
         self._runners: list[threading.Thread] = []
         self._is_open = False
+        self.is_ready = False  # set by the app: warmed up and not stopping
         self.seconds_per_image = 0.0
         self.num_held = 0  # images accepted and not answered
         self.observe_batch: Callable[[int], None] = lambda num_images: None
@@ -138,6 +139,17 @@ class Batcher:
             raise self._overloaded()
         if num_held > self._limits.max_images and num_held * self.served.image_bytes > self._limits.max_held_bytes:
             raise self._overloaded()  # all their pixels may be waiting for the model at once
+
+    def check_ready(self) -> None:
+        """Refuses while the server starts or stops, cannot decode, or answers its probe images wrongly."""
+        if not self.is_ready:
+            raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
+        if not self.is_up:
+            raise Problem(NOT_READY, "the process that runs the model is being replaced; ask again in a moment")
+        if self.decoding.is_stalled():
+            raise Problem(NOT_READY, "images wait, and none has been decoded for a while; ask another server")
+        if fault := self.find_fault():
+            raise Problem(NOT_READY, fault)
 
     async def classify(
         self,

@@ -45,18 +45,18 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
 
     `turn` is the lock under which long JSON is parsed.
     """
-    encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
-    if encoding not in ("", "identity"):
-        detail = f"the body is encoded as {encoding}; send it as it is, without Content-Encoding"
-        raise Problem(MEDIA_TYPE_UNKNOWN, detail)
+    refuse_encoding(headers)
     content_type = headers.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
     if not media_type or media_type in RAW_TYPES or media_type.startswith("image/"):  # of whatever format
         return [await read_body(receive, headers, limits)]
     if media_type == "multipart/form-data":
-        form = _Form(content_type, limits)
-        await _receive_body(form.feed, receive, headers, limits)
-        return form.finish()
+        try:
+            form = _Form(content_type, limits)
+            await _receive_body(form.feed, receive, headers, limits)
+            return form.finish()
+        except FormParserError as error:
+            raise Problem(BAD_REQUEST, f"the form cannot be read: {error}") from error
     if media_type == "application/json":
         return await parse(turn, _images_of_json, await read_body(receive, headers, limits), limits)
     if media_type == _CURL_DEFAULT:
@@ -66,6 +66,14 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
         raise Problem(MEDIA_TYPE_UNKNOWN, f"{media_type} is not an image; with curl: --data-binary @FILE")
     taken = f"{', '.join(RAW_TYPES)}, multipart/form-data or application/json"
     raise Problem(MEDIA_TYPE_UNKNOWN, f"send {taken}, got {media_type}")
+
+
+def refuse_encoding(headers: dict[bytes, bytes]) -> None:
+    """Refuses a compressed body: 20 MB of it may be 20 GB."""
+    given = headers.get(b"content-encoding")
+    if given and (encoding := given.decode("latin-1").strip().lower()) not in ("", "identity"):
+        detail = f"the body is encoded as {encoding}; send it as it is, without Content-Encoding"
+        raise Problem(MEDIA_TYPE_UNKNOWN, detail)
 
 
 async def parse(turn: asyncio.Lock, function: Callable[..., Read], body: bytes, *arguments: Any) -> Read:
@@ -118,7 +126,7 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], limits: Limit
 
 
 async def _receive_body(
-    take: Callable[[bytes], None], receive: Receive, headers: dict[bytes, bytes], limits: Limits
+    take: Callable[[bytes], object], receive: Receive, headers: dict[bytes, bytes], limits: Limits
 ) -> None:
     """Call `take` with each chunk; refuses by the announced length, or as soon as the limit is exceeded."""
     announced = headers.get(b"content-length", b"")
@@ -137,75 +145,55 @@ async def _receive_body(
 
 
 class _Form:
-    """Collects the files of a form as they arrive; refuses text fields and too many files at once."""
+    """Collects the files of a form as they arrive; refuses text fields and too many files before their data.
+
+    Raises FormParserError for a form that is not valid.
+    """
 
     def __init__(self, content_type: str, limits: Limits) -> None:
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
-            raise _unreadable_form("its Content-Type has no boundary")
+            raise FormParserError("its Content-Type has no boundary")
         self._limits = limits
-        self._files: list[bytearray] = []
-        self._unchosen: set[int] = set()  # empty file inputs, which browsers send too
+        self._files: list[tuple[bytes, bytearray]] = []  # each with its file's name
         self._header_name = self._disposition = b""
         self._is_whole = False
-        callbacks: Any = {
-            "on_part_begin": self._begin_part,
-            "on_header_field": self._read_header_name,
-            "on_header_value": self._read_header_value,
-            "on_header_end": self._end_header,
-            "on_headers_finished": self._end_headers,
-            "on_part_data": self._read_data,
-            "on_end": self._end,
-        }
-        try:
-            self._parser = MultipartParser(boundary, callbacks)
-        except FormParserError as error:
-            raise _unreadable_form(error) from error
-
-    def feed(self, chunk: bytes) -> None:
-        """The next bytes of the body."""
-        try:
-            self._parser.write(chunk)
-        except FormParserError as error:
-            raise _unreadable_form(error) from error
+        events = ("header_field", "header_value", "header_end", "headers_finished", "part_data", "end")
+        callbacks: Any = {f"on_{event}": getattr(self, f"_on_{event}") for event in events}
+        self.feed = MultipartParser(boundary, callbacks).write  # takes the next bytes of the body
 
     def finish(self) -> list[bytes]:
         """The bytes of every file; refuses a form that ends too early or holds none."""
         if not self._is_whole:
-            raise _unreadable_form("it ends before its last boundary")
-        files = [bytes(file) for index, file in enumerate(self._files) if file or index not in self._unchosen]
+            raise FormParserError("it ends before its last boundary")
+        files = [bytes(file) for name, file in self._files if name or file]  # browsers send empty inputs too
         if not files:
             raise Problem(BAD_REQUEST, "the form contains no file; with curl: -F image=@image.png")
         return files
 
-    def _begin_part(self) -> None:
-        if len(self._files) == self._limits.max_images:
-            raise _too_many_images(self._limits)
-        self._header_name = self._disposition = b""
-        self._files.append(bytearray())
-
-    def _read_header_name(self, data: bytes, start: int, end: int) -> None:
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
 
-    def _read_header_value(self, data: bytes, start: int, end: int) -> None:
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
         if self._header_name.lower() == b"content-disposition":
             self._disposition += data[start:end]
 
-    def _end_header(self) -> None:
+    def _on_header_end(self) -> None:
         self._header_name = b""
 
-    def _end_headers(self) -> None:
-        options = parse_options_header(self._disposition)[1]
+    def _on_headers_finished(self) -> None:
+        options, self._disposition = parse_options_header(self._disposition)[1], b""
         if b"filename" not in options:
             name = options.get(b"name", b"").decode(errors="replace")
             raise Problem(BAD_REQUEST, f"the field {name!r} holds text; send files, with curl: -F {name}=@image.png")
-        if not options[b"filename"]:
-            self._unchosen.add(len(self._files) - 1)
+        if len(self._files) == self._limits.max_images:
+            raise _too_many_images(self._limits)
+        self._files.append((options[b"filename"], bytearray()))
 
-    def _read_data(self, data: bytes, start: int, end: int) -> None:
-        self._files[-1] += data[start:end]
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._files[-1][1].extend(data[start:end])
 
-    def _end(self) -> None:
+    def _on_end(self) -> None:
         self._is_whole = True
 
 
@@ -219,10 +207,10 @@ def _images_of_json(body: bytes, limits: Limits) -> list[bytes]:
         raise Problem(BAD_REQUEST, 'the JSON must be {"images": ["<base64>", ...]} with one image or more')
     if len(images) > limits.max_images:
         raise _too_many_images(limits)
-    return [_from_base64(index, text) for index, text in enumerate(images)]
+    return [from_base64(index, text) for index, text in enumerate(images)]
 
 
-def _from_base64(index: int, text: Any) -> bytes:
+def from_base64(index: int, text: Any) -> bytes:
     """Plain or URL-safe base64, in one line or many, with or without `data:image/png;base64,` before it."""
     if not isinstance(text, str):
         raise Problem(BAD_REQUEST, f"images[{index}] is not base64: it is not a string")
@@ -234,10 +222,6 @@ def _from_base64(index: int, text: Any) -> bytes:
         return base64.b64decode(text.encode("ascii").translate(_URL_SAFE, b" \t\r\n\v\f"), validate=True)
     except ValueError as error:
         raise Problem(BAD_REQUEST, f"images[{index}] is not base64: {error}") from error
-
-
-def _unreadable_form(reason: object) -> Problem:
-    return Problem(BAD_REQUEST, f"the form cannot be read: {reason}")
 
 
 def _too_large(limits: Limits) -> Problem:

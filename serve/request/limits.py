@@ -22,6 +22,7 @@ class Limits:
     max_queue: int = ServeConfig.max_queue  # images accepted and not answered yet
     max_connections: int = ServeConfig.max_connections  # open at once
     deadline_s: float = ServeConfig.deadline_ms / 1000  # from a request's first byte to its answer
+    drain_s: float = ServeConfig.drain_seconds  # for the requests under way when the server stops
     decode_threads: int = 1  # 0: the thread that runs the model decodes too
     decode_s: float = 10.0  # of processor time for one image
     probe_every_s: float = ServeConfig.probe_every  # between two checks of the model's own answers; 0: never

@@ -27,7 +27,7 @@ from serve.request.problems import Problem
 TOP_K = 5
 BODY_IS_HERE = "diracnet.body"  # an extension of the scope: the whole body has arrived
 REFUSAL = "diracnet.refusal"  # in the scope: the Problem that the connection found with its request
-_NOBODY = 499  # logged when the client has gone and no status is sent
+NO_CLIENT = 499  # logged when the client has gone and no status is sent
 _NO_HEADERS: dict[str, str] = {}
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -94,7 +94,7 @@ class RequestHandler:
         except Problem as problem:
             await _refuse(send, visit, problem)
         except ClientDisconnect:
-            visit.status = _NOBODY
+            visit.status = NO_CLIENT
         except asyncio.CancelledError:  # the server stops and will not wait any longer
             if not visit.status:
                 await _refuse(send, visit, Problem(problems.NOT_READY, "the server is stopping; ask another one"))
@@ -113,7 +113,7 @@ class RequestHandler:
         self._held_bytes += num_bytes
         if self._held_bytes + self._batcher.decoding.given_up_bytes > self._limits.max_held_bytes:
             detail = f"{self._limits.max_held_bytes:,} bytes of requests are held already; ask again in 1 s"
-            raise Problem(problems.OVERLOADED, detail, {"Retry-After": "1"})
+            raise Problem(problems.OVERLOADED, detail, problems.RETRY)
 
     def finish(self, visit: Visit) -> None:
         """Release the bytes of a finished request and call the observers."""

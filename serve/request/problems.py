@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 MEDIA_TYPE = "application/problem+json"
+RETRY = {"Retry-After": "1"}  # seconds
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,14 @@ from typing_extensions import TypedDict  # pydantic reads no other one on Python
 
 from export.runtimes.runtime import Model
 from serve.request import problems
-from serve.request.batcher import Batcher, Job
-from serve.request.body import parse, read_body, within_deadline
+from serve.request.batcher import Batcher
+from serve.request.body import parse, read_body, refuse_encoding, within_deadline
 from serve.request.limits import Limits
 from serve.request.problems import Problem
-from serve.v2.tensors import INPUT, OUTPUT, Inference, read_inference, write_answer
+from serve.v2.tensors import INPUT, OUTPUT, Inference, read_inference, write_inference
 
 VERSION = "1"  # of every model: a new one replaces the old
 HEADER_BYTES = "Inference-Header-Content-Length"
-_EXTENSIONS = ["binary_tensor_data", "classification"]
 
 
 class ServerMetadata(TypedDict):
@@ -64,22 +63,22 @@ class ModelReady(TypedDict):
 def make_router(batcher: Batcher, limits: Limits) -> APIRouter:
     """All routes under /v2."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-    unready = problems.documented(problems.NOT_READY)
 
     @router.get("", responses=problems.documented(problems.UNAUTHORIZED))
     async def describe_server(request: Request) -> ServerMetadata:
         """The server and its extensions of the protocol."""
-        return {"name": request.app.title, "version": request.app.version, "extensions": _EXTENSIONS}
+        app, extensions = request.app, ["binary_tensor_data", "classification"]
+        return {"name": app.title, "version": app.version, "extensions": extensions}
 
     @router.get("/health/live")
     async def live() -> Live:
         """The process answers."""
         return {"live": True}
 
-    @router.get("/health/ready", responses=unready)
-    async def ready(request: Request) -> Ready:
+    @router.get("/health/ready", responses=problems.documented(problems.NOT_READY))
+    async def ready() -> Ready:
         """The model answers."""
-        refuse_unready(request.app.state.is_ready, batcher)
+        batcher.check_ready()
         return {"ready": True}
 
     async def find(name: str) -> None:
@@ -93,79 +92,56 @@ def make_router(batcher: Batcher, limits: Limits) -> APIRouter:
     return router
 
 
-def model_name(model: Model) -> str:
-    """The name of a model in an address: as export/to_triton.py takes it."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", model.name)
-
-
 def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: Batcher, limits: Limits) -> None:
     known = [Depends(find)]
-    unknown = problems.documented(problems.UNAUTHORIZED, problems.NOT_FOUND)
-    unready = problems.documented(problems.UNAUTHORIZED, problems.NOT_FOUND, problems.NOT_READY)
+    refusals = (problems.UNAUTHORIZED, problems.NOT_FOUND)
 
-    @router.get(path, dependencies=known, responses=unknown)
+    @router.get(path, dependencies=known, responses=problems.documented(*refusals))
     async def describe_model() -> ModelMetadata:
         """The model's tensors."""
-        return describe(batcher)
+        return model_metadata(batcher)
 
-    @router.get(f"{path}/ready", dependencies=known, responses=unready)
-    async def model_ready(request: Request) -> ModelReady:
+    @router.get(f"{path}/ready", dependencies=known, responses=problems.documented(*refusals, problems.NOT_READY))
+    async def model_ready() -> ModelReady:
         """The model answers."""
-        refuse_unready(request.app.state.is_ready, batcher)
+        batcher.check_ready()
         return {"name": model_name(batcher.served.model), "ready": True}
 
     @router.post(f"{path}/infer", dependencies=known, responses=_INFER_RESPONSES, openapi_extra=_INFER_REQUEST)
     async def infer(request: Request) -> Response:
         """Images in, logits or the best classes out, in JSON or as bytes behind it."""
         deadline = asyncio.get_running_loop().time() + limits.deadline_s
-        body = await within_deadline(read_body(request.receive, dict(request.headers.raw), limits), deadline, limits)
-        inference = await _read(request, body, limits, batcher.turn)
+        headers = dict(request.headers.raw)
+        refuse_encoding(headers)
+        body = await within_deadline(read_body(request.receive, headers, limits), deadline, limits)
+        inference = await parse(batcher.turn, read_inference, body, request.headers.get(HEADER_BYTES), limits)
         refuse_other_size(inference, batcher.served.model)
         job = await batcher.classify(inference.images, top_k=1, deadline=deadline, receive=request.receive)
         request.scope["visit"].take(job)
-        return _answer(inference, job)
+        model = job.served.model
+        named = {"model_name": model_name(model), "model_version": VERSION}
+        header, binary = write_inference(inference, job.logits, named, model.spec.labels)
+        if binary is None:
+            return Response(header, media_type="application/json")
+        return Response(header + binary, 200, {HEADER_BYTES: str(len(header))}, "application/octet-stream")
 
 
-def describe(batcher: Batcher) -> ModelMetadata:
+def model_metadata(batcher: Batcher) -> ModelMetadata:
     """The tensors of the model that answers now."""
     runtime = batcher.served.runtimes[0]
-    spec = runtime.model.spec
-    image = spec.image
+    image, labels = runtime.model.spec.image, runtime.model.spec.labels
     return {
         "name": model_name(runtime.model),
         "versions": [VERSION],
         "platform": runtime.platform,
         "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, image.height, image.width, image.channels]}],
-        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, len(spec.labels)]}],
+        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, len(labels)]}],
     }
 
 
-async def _read(request: Request, body: bytes, limits: Limits, turn: asyncio.Lock) -> Inference:
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise Problem(problems.MEDIA_TYPE_UNKNOWN, f"send the body as it is, without Content-Encoding {encoding!r}")
-    return await parse(turn, read_inference, body, request.headers.get(HEADER_BYTES), limits)
-
-
-def _answer(inference: Inference, job: Job) -> Response:
-    model = job.served.model
-    named = {"model_name": model_name(model), "model_version": VERSION}
-    header, binary = write_answer(inference, job.logits, named, model.spec.labels)
-    if binary is None:
-        return Response(header, media_type="application/json")
-    return Response(header + binary, media_type="application/octet-stream", headers={HEADER_BYTES: str(len(header))})
-
-
-def refuse_unready(is_ready: bool, batcher: Batcher) -> None:
-    """Refuses while the server starts or stops, cannot decode, or answers its probe images wrongly."""
-    if not is_ready:
-        raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
-    if not batcher.is_up:
-        raise Problem(problems.NOT_READY, "the process that runs the model is being replaced; ask again in a moment")
-    if batcher.decoding.is_stalled():
-        raise Problem(problems.NOT_READY, "images wait, and none has been decoded for a while; ask another server")
-    if fault := batcher.find_fault():
-        raise Problem(problems.NOT_READY, fault)
+def model_name(model: Model) -> str:
+    """The name of a model in an address: as export/to_triton.py takes it."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", model.name)
 
 
 def refuse_unknown(name: str, version: str, model: Model) -> None:

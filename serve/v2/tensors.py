@@ -4,9 +4,8 @@ A body is a JSON header followed by the bytes of tensors that are not in the hea
 `Inference-Header-Content-Length` says where the JSON ends; without it the whole body is JSON.
 """
 
-import base64
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from serve.request.body import load_json
+from serve.request.body import from_base64, load_json
 from serve.request.limits import Limits
 from serve.request.problems import BAD_REQUEST, TOO_MANY_IMAGES, Problem
 
@@ -32,6 +31,10 @@ class Inference:
     num_classes: int | None  # of the `classification` extension; None asks for logits
     is_binary: bool  # the answer's tensor follows its JSON
 
+    def __post_init__(self) -> None:
+        if self.num_classes is not None and self.num_classes < 1:
+            raise Problem(BAD_REQUEST, f"classification must be 1 or more, got {self.num_classes}")
+
 
 def read_inference(body: bytes, header_bytes: str | None, limits: Limits) -> Inference:
     """Parses a body. `header_bytes` is the value of Inference-Header-Content-Length, or None."""
@@ -42,58 +45,71 @@ def read_inference(body: bytes, header_bytes: str | None, limits: Limits) -> Inf
         raise Problem(BAD_REQUEST, f"the inference header is not valid JSON: {error}") from error
     if not isinstance(request, dict):
         raise Problem(BAD_REQUEST, f"the inference header must be an object, got {_brief(request)}")
-    asked = _only_tensor(request, "outputs", OUTPUT)
+    asked = _only_tensor(request, "outputs", OUTPUT) if _member(request, "outputs", list, []) else {}
     parameters = _member(asked, "parameters", dict, {}, of=OUTPUT)
-    num_classes = _member(parameters, "classification", int, None, of=OUTPUT)
-    if num_classes is not None and num_classes < 1:
-        raise Problem(BAD_REQUEST, f"classification must be 1 or more, got {num_classes}")
     for_all = _member(_member(request, "parameters", dict, {}), "binary_data_output", bool, False)
     return Inference(
         id=_member(request, "id", str, None),
         images=_read_images(_only_tensor(request, "inputs", INPUT), binary, limits),
-        num_classes=num_classes,
+        num_classes=_member(parameters, "classification", int, None, of=OUTPUT),
         is_binary=_member(parameters, "binary_data", bool, for_all, of=OUTPUT),
     )
 
 
-def write_answer(inference: Inference, logits: np.ndarray, model: dict[str, str], labels: tuple[str, ...]) -> Any:
+def write_inference(inference: Inference, logits: np.ndarray, model: dict[str, str], labels: tuple[str, ...]) -> Any:
     """The answer's JSON, and the bytes behind it or None. Logits float32 [N, K]."""
-    output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": logits.shape, "data": logits.ravel()}
-    if inference.num_classes:
-        classes = best_classes(logits, labels, inference.num_classes)
-        shape = (len(classes), len(classes[0]))
-        output |= {"datatype": "BYTES", "shape": shape, "data": list(chain.from_iterable(classes))}
-    binary = None
-    if inference.is_binary:
-        data = output.pop("data")
-        binary = b"".join(map(with_length, data)) if inference.num_classes else data.astype("<f4").tobytes()
-        output["parameters"] = {"binary_data_size": len(binary)}
+    output, elements, content = output_of(inference, logits, labels)
+    output |= {"data": elements} if content is None else {"parameters": {"binary_data_size": len(content)}}
     named = {} if inference.id is None else {"id": inference.id}
-    return orjson.dumps({**model, **named, "outputs": [output]}, option=orjson.OPT_SERIALIZE_NUMPY), binary
+    return orjson.dumps({**model, **named, "outputs": [output]}, option=orjson.OPT_SERIALIZE_NUMPY), content
+
+
+def output_of(
+    inference: Inference, logits: np.ndarray, labels: tuple[str, ...]
+) -> tuple[dict[str, Any], Any, bytes | None]:
+    """Name, type and shape of the answer's tensor, its elements, and these as bytes if they are asked for.
+
+    The elements are all logits, or "score:index:label" of the best classes of each image, the best first.
+    """
+    if not inference.num_classes:
+        output = {"name": OUTPUT, "datatype": "FP32", "shape": logits.shape}
+        return output, logits.ravel(), logits.astype("<f4").tobytes() if inference.is_binary else None
+    order = np.argsort(-logits, axis=1, kind="stable")[:, : inference.num_classes]
+    texts = [
+        f"{row[index]:f}:{index}:{labels[index]}"
+        for row, best in zip(logits.tolist(), order.tolist(), strict=True)
+        for index in best
+    ]
+    output = {"name": OUTPUT, "datatype": "BYTES", "shape": order.shape}
+    return output, texts, b"".join(map(_with_length, texts)) if inference.is_binary else None
 
 
 def _split(body: bytes, header_bytes: str | None) -> tuple[bytes, bytes]:
     if header_bytes is None:
         return body, b""
     if not (header_bytes.isascii() and header_bytes.isdigit() and len(header_bytes) < 20):
-        raise Problem(
-            BAD_REQUEST, f"Inference-Header-Content-Length must be a whole number, got {_brief(header_bytes)}"
-        )
+        detail = f"Inference-Header-Content-Length must be a whole number, got {_brief(header_bytes)}"
+        raise Problem(BAD_REQUEST, detail)
     size = int(header_bytes)
     if not 0 < size <= len(body):
         raise Problem(BAD_REQUEST, f"Inference-Header-Content-Length is {size}, and the body has {len(body)} bytes")
     return body[:size], body[size:]
 
 
-def _only_tensor(request: dict[str, Any], name: str, tensor: str) -> dict[str, Any]:
-    """The only entry of `inputs` or `outputs`; an empty one for a request without outputs."""
-    entries = _member(request, name, list, [])
-    if not entries and tensor == OUTPUT:
-        return {}
-    if len(entries) != 1 or not isinstance(entries[0], dict) or entries[0].get("name") != tensor:
-        found = ", ".join(_brief(entry.get("name") if isinstance(entry, dict) else entry) for entry in entries[:5])
-        raise Problem(BAD_REQUEST, f"{name} must be one tensor named {tensor!r}, got {found or 'none'}")
+def _only_tensor(request: dict[str, Any], field: str, name: str) -> dict[str, Any]:
+    """The only entry of `inputs` or `outputs`."""
+    entries = _member(request, field, list, [])
+    check_name([entry.get("name") if isinstance(entry, dict) else entry for entry in entries], field, name)
+    if not isinstance(entries[0], dict):
+        raise Problem(BAD_REQUEST, f"{field} must be a list of objects")
     return entries[0]
+
+
+def check_name(names: Sequence[Any], field: str, name: str) -> None:
+    """Refuses anything but one tensor, of that name."""
+    if list(names) != [name]:
+        found = ", ".join(map(_brief, names[:5])) or "none"
+        raise Problem(BAD_REQUEST, f"{field} must be one tensor named {name!r}, got {found}")
 
 
 def check_tensor(datatype: str | None, shape: list[Any], limits: Limits) -> None:
@@ -113,7 +129,7 @@ def check_tensor(datatype: str | None, shape: list[Any], limits: Limits) -> None
 def read_binary(binary: bytes, datatype: str | None, shape: list[int]) -> np.ndarray | list[bytes]:
     """The images of a checked tensor in its bytes: uint8 [N, H, W, C], or N files."""
     if datatype == "BYTES":
-        return counted(list(_cut(binary)), shape)
+        return check_count(list(_cut(binary)), shape)
     return _as_pixels(binary, shape)
 
 
@@ -131,7 +147,7 @@ def read_numbers(data: list[Any], shape: list[int]) -> np.ndarray:
 
 
 def _as_pixels(content: bytes, shape: list[int]) -> np.ndarray:
-    return np.frombuffer(counted(content, shape), np.uint8).reshape(shape)
+    return np.frombuffer(check_count(content, shape), np.uint8).reshape(shape)
 
 
 def _read_images(tensor: dict[str, Any], binary: bytes, limits: Limits) -> np.ndarray | list[bytes]:
@@ -147,12 +163,14 @@ def _read_images(tensor: dict[str, Any], binary: bytes, limits: Limits) -> np.nd
         raise Problem(BAD_REQUEST, "images have data in the header and binary_data_size; send one of them")
     if size is not None:
         return read_binary(binary, datatype, shape)
-    return counted(_from_base64(tensor), shape) if datatype == "BYTES" else read_numbers(_flat(tensor, shape), shape)
-
-
-def _flat(tensor: dict[str, Any], shape: list[int]) -> list[Any]:
-    """The numbers in `data`, which are flat or nested as the shape."""
     data = _member(tensor, "data", list, [], of=INPUT)
+    if datatype == "BYTES":
+        return check_count([from_base64(index, text) for index, text in enumerate(data)], shape)
+    return read_numbers(_flatten(data, shape), shape)
+
+
+def _flatten(data: list[Any], shape: list[int]) -> list[Any]:
+    """The numbers in `data`, which are flat or nested as the shape."""
     if not data or not isinstance(data[0], list):
         return data
     rows = [data]
@@ -161,15 +179,6 @@ def _flat(tensor: dict[str, Any], shape: list[int]) -> list[Any]:
             raise Problem(BAD_REQUEST, f"the data of images is neither flat nor nested as its shape {shape}")
         rows = list(chain.from_iterable(rows))
     return rows
-
-
-def _from_base64(tensor: dict[str, Any]) -> list[bytes]:
-    """The files in `data`, as JSON holds no bytes."""
-    texts = _member(tensor, "data", list, [], of=INPUT)
-    try:
-        return [base64.b64decode(text, validate=True) for text in texts]
-    except (ValueError, TypeError) as error:
-        raise Problem(BAD_REQUEST, f"images of type BYTES are base64 text in JSON: {error}") from error
 
 
 def _cut(binary: bytes) -> Iterator[bytes]:
@@ -183,26 +192,17 @@ def _cut(binary: bytes) -> Iterator[bytes]:
         start = end
 
 
-def counted(elements: Any, shape: list[int]) -> Any:
+def check_count(elements: Any, shape: list[int]) -> Any:
     """`elements`; refuses another number of them than the shape needs."""
     if len(elements) != (wanted := math.prod(shape)):
         raise Problem(BAD_REQUEST, f"images of shape {shape} need {wanted:,} elements, got {len(elements):,}")
     return elements
 
 
-def with_length(text: str) -> bytes:
+def _with_length(text: str) -> bytes:
     """An element of a BYTES tensor."""
     content = text.encode()
     return len(content).to_bytes(4, "little") + content
-
-
-def best_classes(logits: np.ndarray, labels: tuple[str, ...], num_classes: int) -> list[list[str]]:
-    """ "score:index:label" of the best classes of each image, the best first; equal ones by index."""
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :num_classes]
-    return [
-        [f"{row[index]:f}:{index}:{labels[index]}" for index in best]
-        for row, best in zip(logits.tolist(), order.tolist(), strict=True)
-    ]
 
 
 def _member(members: dict[str, Any], name: str, kind: type, default: Any, *, of: str = "the request") -> Any:

@@ -7,8 +7,8 @@ import sys
 import pytest
 from serving import ROOT
 
-from serve.v2.rpc.messages import MAX_FIELDS
-from serve.v2.rpc.server import STATUS_OF
+from serve.v2.grpc_messages import MAX_FIELDS
+from serve.v2.grpc_server import STATUS_OF
 
 PAGE = (ROOT / "docs" / "grpc.md").read_text()
 

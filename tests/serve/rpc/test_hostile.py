@@ -12,7 +12,7 @@ from tritonclient.utils import InferenceServerException
 from serve.request import problems
 from serve.request.access import Access
 from serve.request.limits import Limits
-from serve.v2.rpc.intake import Intake
+from serve.v2.grpc_server import Intake
 
 BLACK = np.zeros((1, 8, 8, 3), np.uint8)
 

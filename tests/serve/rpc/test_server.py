@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException
 from serve.request import problems
 from serve.request.access import Access
 from serve.request.limits import Limits
-from serve.v2.rpc.server import STATUS_OF
+from serve.v2.grpc_server import STATUS_OF
 
 
 def logits_of(message):
@@ -252,7 +252,7 @@ def test_what_is_under_way_is_answered_when_the_server_stops_and_nothing_more(se
         gated.close()
         first = served.raw.start(request_of(pixels))
         gated.wait()
-        served.app.state.rpc.begin_stop()
+        served.app.state.grpc.begin_stop()
         while (refused := served.raw(request_of(pixels[:1]), timeout=0.2))[0] == "DEADLINE_EXCEEDED":
             pass  # it was accepted before the server began to stop
         assert refused[:2] == ("UNAVAILABLE", "the server is stopping; ask another one")
@@ -268,7 +268,7 @@ def test_what_is_still_under_way_at_the_end_of_the_drain_is_refused(serve_rpc, g
         gated.close()
         first = served.raw.start(request_of(pixels))
         gated.wait()
-        served.app.state.rpc.begin_stop()
+        served.app.state.grpc.begin_stop()
         assert (first.code().name, first.details()) == ("UNAVAILABLE", "the server is stopping; ask another one")
         gated.open()
 

@@ -7,9 +7,8 @@ take 223 MB. So long messages are walked field by field first, and refused if th
 needs.
 """
 
-from collections.abc import Sequence
+import re
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,28 +24,28 @@ from serve.v2.tensors import (
     INPUT,
     OUTPUT,
     Inference,
-    best_classes,
+    check_count,
+    check_name,
     check_tensor,
-    counted,
+    output_of,
     read_binary,
     read_numbers,
-    with_length,
 )
 
 pb: Any = service_pb2  # whose stubs do not say that these are messages
-_TYPED = {"UINT8": "uint_contents", "BYTES": "bytes_contents"}
-_SHOWN = 5  # names in a refusal, each of up to ten times as many characters
 SHORT_BYTES = 2**16  # become 3 MB at most
 MAX_FIELDS = 4096  # of a message, nested ones included; one of 64 files has 80
 MAX_NUMBER_BYTES = 2**21  # of repeated numbers, which take four to eight times as much when parsed
-_LENGTH = 2  # the wire type of text, bytes, messages and packed numbers
+_TYPED = {"UINT8": "uint_contents", "BYTES": "bytes_contents"}
 _TEXTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
+_VARINT = re.compile(rb"[\x80-\xff]{0,9}[\0-\x7f]")
 
 
 def parse(message: bytes, kind: Any) -> Any:
     """The parsed message; refuses invalid bytes."""
     try:
-        check_size(message, kind.DESCRIPTOR)
+        if len(message) > SHORT_BYTES:
+            walk(message, kind.DESCRIPTOR)
         return kind.FromString(message)
     except (DecodeError, ValueError) as error:
         raise Problem(BAD_REQUEST, f"the message is not a valid {kind.DESCRIPTOR.name}: {error}") from error
@@ -66,28 +65,25 @@ def read_inference(message: bytes, model: Model, limits: Limits) -> Inference:
 
 def write_inference(inference: Inference, logits: np.ndarray, model: Model) -> bytes:
     """The ModelInferResponse with logits float32 [N, K], or with the best classes."""
-    answer = pb.ModelInferResponse(model_name=model_name(model), model_version=VERSION, id=inference.id)
-    output = answer.outputs.add(name=OUTPUT, datatype="FP32", shape=logits.shape)
-    if inference.num_classes:
-        classes = best_classes(logits, model.spec.labels, inference.num_classes)
-        texts = list(chain.from_iterable(classes))
-        output.datatype, output.shape[:] = "BYTES", (len(classes), len(classes[0]))
-        if inference.is_binary:
-            answer.raw_output_contents.append(b"".join(map(with_length, texts)))
-        else:
-            output.contents.bytes_contents.extend(text.encode() for text in texts)
-    elif inference.is_binary:
-        answer.raw_output_contents.append(logits.astype("<f4").tobytes())
-    else:
-        output.contents.fp32_contents.extend(logits.ravel().tolist())
+    output, elements, content = output_of(inference, logits, model.spec.labels)
+    if inference.num_classes and not inference.is_binary:
+        output["contents"] = {"bytes_contents": [text.encode() for text in elements]}
+    elif not inference.is_binary:
+        output["contents"] = {"fp32_contents": elements.tolist()}
+    answer = pb.ModelInferResponse(
+        model_name=model_name(model),
+        model_version=VERSION,
+        id=inference.id,
+        outputs=[output],
+        raw_output_contents=[content] if inference.is_binary else [],
+    )
     return answer.SerializeToString()
 
 
 def _read_images(request: Any, limits: Limits) -> np.ndarray | list[bytes]:
-    tensors, raw = request.inputs, request.raw_input_contents
-    if len(tensors) != 1 or tensors[0].name != INPUT:
-        raise Problem(BAD_REQUEST, f"inputs must be one tensor named {INPUT!r}, got {_names(tensors)}")
-    tensor, shape = tensors[0], list(tensors[0].shape)
+    raw = request.raw_input_contents
+    check_name([tensor.name for tensor in request.inputs], "inputs", INPUT)
+    tensor, shape = request.inputs[0], list(request.inputs[0].shape)
     check_tensor(tensor.datatype, shape, limits)
     typed = [field.name for field, _ in tensor.contents.ListFields()]
     if len(raw) > 1 or (raw and typed):
@@ -99,7 +95,7 @@ def _read_images(request: Any, limits: Limits) -> np.ndarray | list[bytes]:
     if set(typed) - {wanted}:
         raise Problem(BAD_REQUEST, f"images in {tensor.datatype} must be in {wanted}, got {', '.join(typed)}")
     if tensor.datatype == "BYTES":
-        return counted(list(tensor.contents.bytes_contents), shape)
+        return check_count(list(tensor.contents.bytes_contents), shape)
     return read_numbers(list(tensor.contents.uint_contents), shape)
 
 
@@ -107,8 +103,7 @@ def _read_classes(request: Any) -> int | None:
     """Of the `classification` extension."""
     if not request.outputs:
         return None
-    if len(request.outputs) != 1 or request.outputs[0].name != OUTPUT:
-        raise Problem(BAD_REQUEST, f"outputs must be one tensor named {OUTPUT!r}, got {_names(request.outputs)}")
+    check_name([tensor.name for tensor in request.outputs], "outputs", OUTPUT)
     parameters = request.outputs[0].parameters
     if "classification" not in parameters:
         return None
@@ -116,31 +111,18 @@ def _read_classes(request: Any) -> int | None:
     kind = asked.WhichOneof("parameter_choice")
     if kind not in ("int64_param", "uint64_param"):
         raise Problem(BAD_REQUEST, f"classification must be a whole number in int64_param, got {kind or 'nothing'}")
-    if getattr(asked, kind) < 1:
-        raise Problem(BAD_REQUEST, f"classification must be 1 or more, got {getattr(asked, kind)}")
     return getattr(asked, kind)
 
 
-def _names(tensors: Sequence[Any]) -> str:
-    return ", ".join(repr(tensor.name[: 10 * _SHOWN]) for tensor in tensors[:_SHOWN]) or "none"
-
-
-def check_size(message: bytes, kind: Descriptor) -> None:
-    """Refuses a message that would become far larger when parsed. Raises ValueError if it is not a message."""
-    if len(message) > SHORT_BYTES:
-        walk(message, kind)
-
-
 def walk(message: bytes, kind: Descriptor) -> None:
-    """The same for a message of any length."""
+    """Refuses a message that would become far larger when parsed. Raises ValueError if it is not a message."""
     num_fields = num_number_bytes = 0
     spans = [(0, len(message), kind)]
     while spans:
         at, end, kind = spans.pop()
         while at < end:
-            number, wire, start, at = _next_field(message, at, end)
+            inner, start, at = _next_field(message, at, end, _children(kind))
             num_fields += 1
-            inner = _children(kind).get(number) if wire == _LENGTH else None
             if isinstance(inner, Descriptor):
                 spans.append((start, at, inner))
             elif inner:
@@ -154,13 +136,16 @@ def walk(message: bytes, kind: Descriptor) -> None:
 
 @lru_cache
 def _children(kind: Descriptor) -> dict[int, Descriptor | bool]:
-    """By number: what is a message of its own, and True for numbers."""
+    """By number: which fields are messages, and True for numbers."""
     return {field.number: field.message_type or True for field in kind.fields if field.type not in _TEXTS}
 
 
-def _next_field(message: bytes, at: int, end: int) -> tuple[int, int, int, int]:
-    """Number and kind of the field at `at`, and where its content starts and ends."""
+def _next_field(
+    message: bytes, at: int, end: int, children: dict[int, Descriptor | bool]
+) -> tuple[Descriptor | bool | None, int, int]:
+    """What a field with a length holds, if it is not text, and where the field's content starts and ends."""
     tag, start = _read_varint(message, at)
+    inner = None
     if tag < 8:
         raise ValueError("a field has the number 0")
     match tag & 7:
@@ -168,24 +153,21 @@ def _next_field(message: bytes, at: int, end: int) -> tuple[int, int, int, int]:
             after = _read_varint(message, start)[1]
         case 1:
             after = start + 8
-        case 2:
+        case 2:  # text, bytes, messages and packed numbers
             size, start = _read_varint(message, start)
-            after = start + size
+            inner, after = children.get(tag >> 3), start + size
         case 5:
             after = start + 4
         case wire:
             raise ValueError(f"a field of kind {wire}")
     if after > end:
         raise ValueError(f"a field ends at byte {after} of {end}")
-    return tag >> 3, tag & 7, start, after
+    return inner, start, after
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
     """A number of seven bits in each byte, the lowest first, and where it ends."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = message[at + shift // 7] if at + shift // 7 < len(message) else 0x80
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at + shift // 7 + 1
-    raise ValueError(f"no number at byte {at}")
+    found = _VARINT.match(message, at)
+    if not found:
+        raise ValueError(f"no number at byte {at}")
+    return sum((byte & 0x7F) << 7 * place for place, byte in enumerate(found[0])), found.end()
