@@ -22,7 +22,7 @@ from serve.model.check import warm_up
 from serve.model.load import Roles, load_again, load_first
 from serve.processes import serving
 from serve.processes.supervisor import Role, Worker
-from serve.request.batcher import Served
+from serve.request.job import Served
 from serve.watching.metrics import Computed
 
 LoadFirst = Callable[[Roles, Path], Sequence[Runtime]]

@@ -19,8 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.request import problems
 from serve.request.access import Access
-from serve.request.batcher import Batcher, Job
+from serve.request.batcher import Batcher
 from serve.request.body import read_images, within_deadline
+from serve.request.job import Job
 from serve.request.limits import Limits
 from serve.request.problems import Problem
 
