@@ -26,7 +26,6 @@ from serve.request.limits import Limits
 from serve.request.problems import Problem
 
 TOP_K = 5
-BODY_IS_HERE = "diracnet.body"  # an extension of the scope: the whole body has arrived
 REFUSAL = "diracnet.refusal"  # in the scope: the Problem that the connection found with its request
 NO_CLIENT = 499  # logged when the client has gone and no status is sent
 _NO_HEADERS: dict[str, str] = {}
@@ -141,9 +140,8 @@ class RequestHandler:
         top_k = _top_k(scope["query_string"])
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
         reading = read_images(receive, headers, self._limits, self._batcher.turn)
-        if BODY_IS_HERE not in scope.get("extensions", ()):
-            reading = within_deadline(reading, deadline, self._limits)
-        job = await self._batcher.classify(await reading, top_k=top_k, deadline=deadline, receive=receive)
+        images = await within_deadline(reading, deadline, self._limits)
+        job = await self._batcher.classify(images, top_k=top_k, deadline=deadline, receive=receive)
         visit.take(job)
         return orjson.dumps({"model": job.served.name, "results": job.outcome})
 
