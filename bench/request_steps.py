@@ -25,10 +25,9 @@ from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
 from serve.request.access import EVERYBODY
 from serve.request.batcher import Batcher
-from serve.request.connection import Connection
+from serve.request.connection import Connection, Door
 from serve.request.job import Served
 from serve.request.limits import Limits
-from serve.request.open_connections import Door
 from serve.request.predict import RequestHandler
 from serve.watching.logs import RequestLog
 from serve.watching.metrics import Metrics

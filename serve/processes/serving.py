@@ -32,8 +32,7 @@ from serve.request.access import Access, read_api_key
 from serve.request.app import make_app
 from serve.request.batcher import Batcher
 from serve.request.connection import Connection
-from serve.request.limits import Limits
-from serve.request.open_connections import fit_to_files
+from serve.request.limits import Limits, fit_to_files
 from serve.request.uvicorn_internals import STARTUP_FAILURE
 from serve.shadow.shadow import Shadow, refuse_unfit, start_process
 from serve.watching import logs

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -27,9 +28,9 @@ from serve.request.access import EVERYBODY, Access
 from serve.request.answer import ModelName, Prediction
 from serve.request.batcher import Batcher
 from serve.request.body import REQUEST_BODY
+from serve.request.connection import Door
 from serve.request.job import Served
 from serve.request.limits import Limits
-from serve.request.open_connections import Door
 from serve.request.predict import TOP_K, Observer, RequestHandler
 from serve.request.problems import Problem
 from serve.shadow.shadow import Shadow
@@ -123,7 +124,7 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # a redirect would go to the host that the client names
         lifespan=lifespan,
-        exception_handlers=problems.exception_handlers(),
+        exception_handlers={Problem: problems.answer_problem, HTTPException: problems.answer_unrouted},
     )
     handler = RequestHandler(app.routed, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
     app.front = handler

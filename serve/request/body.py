@@ -187,7 +187,7 @@ class _Form:
             name = options.get(b"name", b"").decode(errors="replace")
             raise Problem(BAD_REQUEST, f"the field {name!r} holds text; send files, with curl: -F {name}=@image.png")
         if len(self._files) == self._limits.max_images:
-            raise _too_many_images(self._limits)
+            raise too_many_images(self._limits)
         self._files.append((options[b"filename"], bytearray()))
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -206,7 +206,7 @@ def _images_of_json(body: bytes, limits: Limits) -> list[bytes]:
     if not isinstance(images, list) or not images:
         raise Problem(BAD_REQUEST, 'the JSON must be {"images": ["<base64>", ...]} with one image or more')
     if len(images) > limits.max_images:
-        raise _too_many_images(limits)
+        raise too_many_images(limits)
     return [from_base64(index, text) for index, text in enumerate(images)]
 
 
@@ -228,5 +228,5 @@ def _too_large(limits: Limits) -> Problem:
     return Problem(TOO_LARGE, f"the body is larger than {limits.max_body_bytes:,} bytes; send less at once")
 
 
-def _too_many_images(limits: Limits) -> Problem:
+def too_many_images(limits: Limits) -> Problem:
     return Problem(TOO_MANY_IMAGES, f"one request takes {limits.max_images} images at most; send the rest in another")

@@ -1,14 +1,16 @@
 """One HTTP connection: clients can be neither slow nor endless, and invalid HTTP is answered by a problem document."""
 
 import asyncio
+import logging
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, Literal, cast
 
 import httptools
 
-from serve.request.open_connections import Door
+from serve.request.limits import SPARE_FILES
 from serve.request.predict import REFUSAL
-from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, Problem
+from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, RETRY, Problem
 from serve.request.uvicorn_internals import HttpToolsProtocol, RequestResponseCycle, last_cycle
 
 HEADERS_S = 10.0  # from the first byte of a connection or request to the end of its headers
@@ -19,8 +21,52 @@ MAX_DROPPED_BYTES = 2**20  # after the last answer of a connection
 MAX_PIPELINED = 64  # requests that wait for the answer to the one before
 _FRAMING_PER_BODY_BYTE = 8  # allowed for chunks: one of a single byte takes five bytes more
 _PROBE_S = 0.25
+MAX_TURNED_AWAY = SPARE_FILES // 2  # connections beyond the limit that are told why; any more are cut off
+_QUIET_S = 60.0  # between two log lines about a full server
 _CLOSE = {"Connection": "close"}
-_RETRY = {**_CLOSE, "Retry-After": "1"}
+_RETRY = {**_CLOSE, **RETRY}
+_log = logging.getLogger(__name__)
+
+
+class Door:
+    """The connections of one process."""
+
+    def __init__(self, max_connections: int) -> None:
+        self.max_connections = max_connections
+        self.num_open = 0
+        self.on_change: Callable[[int], None] = lambda num_open: None
+        self.on_refuse: Callable[[], None] = lambda: None
+        self._last_line = float("-inf")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more connections are open than allowed, including the newest."""
+        return self.num_open > self.max_connections
+
+    @property
+    def is_overrun(self) -> bool:
+        """Whether there is no room left to refuse a connection with an answer."""
+        return self.num_open > self.max_connections + MAX_TURNED_AWAY
+
+    def enter(self) -> None:
+        """Count a new connection."""
+        self.num_open += 1
+        self.on_change(self.num_open)
+        if self.is_full:
+            self.on_refuse()
+            self._say_full()
+
+    def leave(self) -> None:
+        """Count a closed connection."""
+        self.num_open -= 1
+        self.on_change(self.num_open)
+
+    def _say_full(self) -> None:
+        now = monotonic()
+        if now - self._last_line > _QUIET_S:
+            self._last_line = now
+            rest = f"the maximum; more are refused, which is logged at most every {_QUIET_S:g} s"
+            _log.warning(f"%d connections are open, {rest}", self.max_connections)
 
 
 class Connection(HttpToolsProtocol):

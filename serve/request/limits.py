@@ -1,12 +1,17 @@
 """The most that single requests and all requests together may take."""
 
+import logging
 import math
+import resource
 from dataclasses import dataclass, replace
 
 from common.image import MAX_PIXELS
 from common.refusal import Refusal
 from serve.config import ServeConfig
 from serve.decode.weigh import LIGHT
+
+SPARE_FILES = 128  # for models, logs, libraries, and connections that are being refused
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,12 @@ class Limits:
         )
 
     def __post_init__(self) -> None:
-        counts = {name: value for name, value in vars(self).items() if name not in ("decode_threads", "probe_every_s")}
-        wrong = [f"{name} must be positive, got {value}" for name, value in counts.items() if value <= 0]
+        never = ("decode_threads", "probe_every_s")  # may be 0
+        wrong = [
+            f"{name} must be positive, got {value}"
+            for name, value in vars(self).items()
+            if value <= 0 and name not in never
+        ]
         if not 0 <= self.probe_every_s < math.inf:
             wrong.append(f"probe_every_s must be 0 for never, or positive, got {self.probe_every_s}")
         if self.decode_threads < 0:
@@ -72,3 +81,18 @@ class Limits:
             wrong.append(f"max_queue must hold one request of {self.max_images} images, got {self.max_queue}")
         if wrong:
             raise Refusal("; ".join(wrong))
+
+
+def fit_to_files(max_connections: int) -> int:
+    """`max_connections`, or as many as the process may open files for, once its limit is raised as far as possible."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return max_connections
+    fitting = max(1, soft - SPARE_FILES)
+    advice = "a process may open %d files here; raise the limit with ulimit -n"
+    _log.warning(f"%d connections at once instead of %d: {advice}", fitting, max_connections, soft)
+    return fitting

@@ -9,7 +9,7 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
 from urllib.parse import parse_qs
 
@@ -28,7 +28,6 @@ from serve.request.problems import Problem
 TOP_K = 5
 REFUSAL = "diracnet.refusal"  # in the scope: the Problem that the connection found with its request
 NO_CLIENT = 499  # logged when the client has gone and no status is sent
-_NO_HEADERS: dict[str, str] = {}
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
@@ -61,6 +60,7 @@ class Visit:
 
 
 Observer = Callable[[Visit], None]  # called with every finished request
+Header = tuple[bytes, bytes]
 
 
 class RequestHandler:
@@ -69,11 +69,7 @@ class RequestHandler:
     def __init__(
         self, app: ASGIApp, *, batcher: Batcher, limits: Limits, access: Access, observers: Sequence[Observer]
     ) -> None:
-        self._app = app
-        self._batcher = batcher
-        self._limits = limits
-        self._access = access
-        self._observers = observers
+        self._app, self._batcher, self._limits, self._access, self._observers = app, batcher, limits, access, observers
         self._held_bytes = 0  # of bodies whose requests are not answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +82,7 @@ class RequestHandler:
             self._access.check(visit.path, headers)
             if visit.path == "/predict" and visit.method == "POST":
                 body = await self._predict(scope, headers, receive, visit)
-                await _answer(send, visit, 200, body, b"application/json", _NO_HEADERS)
+                await _answer(send, visit, 200, body)
             else:
                 if visit.method == "HEAD":  # answered as GET; uvicorn omits the body
                     scope = {**scope, "method": "GET"}
@@ -156,25 +152,29 @@ def _top_k(query: bytes) -> int:
 
 
 async def _answer(
-    send: Send, visit: Visit, status: int, body: bytes, media_type: bytes, headers: dict[str, str]
+    send: Send,
+    visit: Visit,
+    status: int,
+    body: bytes,
+    media_type: bytes = b"application/json",
+    more: Iterable[Header] = (),
 ) -> None:
     visit.status, visit.total_s = status, monotonic() - visit.start
-    fields = [
+    headers = [
         (b"content-type", media_type),
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", visit.id),
         _NO_SNIFFING,
         (b"server-timing", visit.server_timing()),
+        *more,
     ]
-    for name, value in headers.items():
-        fields.append((name.lower().encode(), value.encode()))
-    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _refuse(send: Send, visit: Visit, problem: Problem) -> None:
-    body, media_type = problem.body(visit.path), problems.MEDIA_TYPE.encode()
-    await _answer(send, visit, problem.kind.status, body, media_type, problem.headers)
+    more = [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
+    await _answer(send, visit, problem.kind.status, problem.body(visit.path), problems.MEDIA_TYPE.encode(), more)
 
 
 def _with_id(send: Send, visit: Visit) -> Send:

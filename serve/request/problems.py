@@ -1,11 +1,9 @@
 """Every refusal of the server, as `application/problem+json` (RFC 9457) with stable types."""
 
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any
 
 import orjson
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -73,14 +71,13 @@ class Problem(Exception):
         self.headers = headers or {}
 
     def body(self, path: str) -> bytes:
-        """The problem document for a request to `path`."""
-        return _document(path, self.kind.type, self.kind.title, self.kind.status, self.detail)
+        """The problem document for a request to `path`.
 
-
-def _document(path: str, type: str, title: str, status: int, detail: str) -> bytes:
-    """JSON, with the member `error` under /v2, where the Open Inference Protocol expects the reason."""
-    reason = {"error": detail} if f"{path}/".startswith("/v2/") else {}
-    return orjson.dumps({"type": type, "title": title, "status": status, "detail": detail, **reason})
+        Under /v2 it has the member `error`, where the Open Inference Protocol expects the reason.
+        """
+        kind, reason = self.kind, {"error": self.detail} if f"{path}/".startswith("/v2/") else {}
+        members = {"type": kind.type, "title": kind.title, "status": kind.status, "detail": self.detail, **reason}
+        return orjson.dumps(members)
 
 
 def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
@@ -89,57 +86,30 @@ def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
     members = {"type": {**text, "format": "uri"}, "title": text, "status": {"type": "integer"}, "detail": text}
     schema = {"type": "object", "required": list(members), "properties": members}
     responses: dict[int | str, dict[str, Any]] = {}
-    for status in {kind.status: None for kind in kinds}:
-        alike = [kind for kind in kinds if kind.status == status]
-        examples = {
-            kind.name: {"value": {"type": kind.type, "title": kind.title, "status": status, "detail": "…"}}
-            for kind in alike
-        }
-        responses[status] = {
-            "description": "; ".join(kind.title for kind in alike),
-            "content": {MEDIA_TYPE: {"schema": schema, "examples": examples}},
-        }
+    for kind in kinds:
+        example = {"value": {"type": kind.type, "title": kind.title, "status": kind.status, "detail": "…"}}
+        if kind.status not in responses:
+            content = {MEDIA_TYPE: {"schema": schema, "examples": {kind.name: example}}}
+            responses[kind.status] = {"description": kind.title, "content": content}
+        else:
+            responses[kind.status]["description"] += f"; {kind.title}"
+            responses[kind.status]["content"][MEDIA_TYPE]["examples"][kind.name] = example
     return responses
 
 
-def exception_handlers() -> dict[Any, Any]:
-    """For `FastAPI(exception_handlers=…)`: every refusal becomes a problem document."""
-    return {
-        Problem: _answer_problem,
-        HTTPException: _answer_http_exception,
-        RequestValidationError: _answer_invalid_parameter,
-    }
+async def answer_problem(request: Request, problem: Problem) -> Response:
+    """For `FastAPI(exception_handlers=…)`."""
+    path = request["path"].removeprefix(request.get("root_path", ""))
+    return Response(problem.body(path), problem.kind.status, problem.headers, MEDIA_TYPE)
 
 
-async def _answer_problem(request: Request, problem: Problem) -> Response:
-    return Response(problem.body(_path(request)), problem.kind.status, problem.headers, MEDIA_TYPE)
-
-
-async def _answer_http_exception(request: Request, error: HTTPException) -> Response:
-    headers = dict(error.headers or {})
-    match error.status_code:
-        case 404:
-            detail = f"{request['path']} does not exist; /docs lists what does"
-            return await _answer_problem(request, Problem(NOT_FOUND, detail, headers))
-        case 405:
-            allowed = headers["Allow"] = _with_head(headers.get("Allow", ""))
-            detail = f"{request['path']} takes {allowed}, got {request['visit'].method}"
-            return await _answer_problem(request, Problem(METHOD_NOT_ALLOWED, detail, headers))
-        case status:  # a status that has no type here: RFC 9457, section 4.2.1
-            body = _document(_path(request), "about:blank", HTTPStatus(status).phrase, status, str(error.detail))
-            return Response(body, status, headers, MEDIA_TYPE)
-
-
-async def _answer_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
-    found = (f"{fault['loc'][-1]}: {fault['msg']}, got {fault['input']!r}" for fault in error.errors())
-    return await _answer_problem(request, Problem(BAD_REQUEST, "; ".join(found)))
-
-
-def _with_head(allowed: str) -> str:
-    """An address that takes GET takes HEAD too (serve/request/predict.py)."""
-    methods = allowed.split(", ")
-    return ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
-
-
-def _path(request: Request) -> str:
-    return request["path"].removeprefix(request.get("root_path", ""))
+async def answer_unrouted(request: Request, error: HTTPException) -> Response:
+    """The same for an address that does not exist, or does not take the method."""
+    if error.status_code == NOT_FOUND.status:
+        detail = f"{request['path']} does not exist; /docs lists what does"
+        return await answer_problem(request, Problem(NOT_FOUND, detail))
+    assert error.headers  # the router raises no other
+    methods = error.headers["Allow"].split(", ")
+    allowed = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)  # answered as GET by predict.py
+    detail = f"{request['path']} takes {allowed}, got {request['visit'].method}"
+    return await answer_problem(request, Problem(METHOD_NOT_ALLOWED, detail, {"Allow": allowed}))

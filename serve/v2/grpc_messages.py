@@ -8,6 +8,7 @@ needs.
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,17 +21,7 @@ from export.runtimes.runtime import Model
 from serve.request.limits import Limits
 from serve.request.problems import BAD_REQUEST, TOO_LARGE, Problem
 from serve.v2.routes import VERSION, model_name, refuse_unknown
-from serve.v2.tensors import (
-    INPUT,
-    OUTPUT,
-    Inference,
-    check_count,
-    check_name,
-    check_tensor,
-    output_of,
-    read_binary,
-    read_numbers,
-)
+from serve.v2.tensors import Inference, InputTensor, check_count, check_request, output_of, read_binary, read_numbers
 
 pb: Any = service_pb2  # whose stubs do not say that these are messages
 SHORT_BYTES = 2**16  # become 3 MB at most
@@ -55,12 +46,16 @@ def read_inference(message: bytes, model: Model, limits: Limits) -> Inference:
     """Parses a ModelInferRequest; refuses one for another model."""
     request = parse(message, pb.ModelInferRequest)
     refuse_unknown(request.model_name, request.model_version or VERSION, model)
-    return Inference(
-        id=request.id,
-        images=_read_images(request, limits),
-        num_classes=_read_classes(request),
-        is_binary=bool(request.raw_input_contents),
-    )
+    members = {
+        "id": request.id,
+        "inputs": [
+            {"name": tensor.name, "datatype": tensor.datatype, "shape": [*tensor.shape]} for tensor in request.inputs
+        ],
+        "outputs": [{"name": tensor.name, "parameters": _values(tensor.parameters)} for tensor in request.outputs],
+    }
+    checked, asked = check_request(members, limits)
+    images = _read_images(checked.inputs[0], request.inputs[0].contents, request.raw_input_contents)
+    return Inference(checked.id, images, asked.classification, is_binary=bool(request.raw_input_contents))
 
 
 def write_inference(inference: Inference, logits: np.ndarray, model: Model) -> bytes:
@@ -80,38 +75,27 @@ def write_inference(inference: Inference, logits: np.ndarray, model: Model) -> b
     return answer.SerializeToString()
 
 
-def _read_images(request: Any, limits: Limits) -> np.ndarray | list[bytes]:
-    raw = request.raw_input_contents
-    check_name([tensor.name for tensor in request.inputs], "inputs", INPUT)
-    tensor, shape = request.inputs[0], list(request.inputs[0].shape)
-    check_tensor(tensor.datatype, shape, limits)
-    typed = [field.name for field, _ in tensor.contents.ListFields()]
+def _values(parameters: Any) -> dict[str, Any]:
+    """Parameters as in JSON; one without a value is an empty text."""
+    return {
+        name: getattr(value, value.WhichOneof("parameter_choice") or "string_param")
+        for name, value in parameters.items()
+    }
+
+
+def _read_images(tensor: InputTensor, contents: Any, raw: Sequence[bytes]) -> np.ndarray | list[bytes]:
+    typed = [field.name for field, _ in contents.ListFields()]
     if len(raw) > 1 or (raw and typed):
         found = " and ".join([f"{len(raw)} of raw_input_contents", *typed])
         raise Problem(BAD_REQUEST, f"send images in raw_input_contents or in contents, once; got {found}")
     if raw:
-        return read_binary(raw[0], tensor.datatype, shape)
+        return read_binary(raw[0], tensor)
     wanted = _TYPED[tensor.datatype]
     if set(typed) - {wanted}:
         raise Problem(BAD_REQUEST, f"images in {tensor.datatype} must be in {wanted}, got {', '.join(typed)}")
     if tensor.datatype == "BYTES":
-        return check_count(list(tensor.contents.bytes_contents), shape)
-    return read_numbers(list(tensor.contents.uint_contents), shape)
-
-
-def _read_classes(request: Any) -> int | None:
-    """Of the `classification` extension."""
-    if not request.outputs:
-        return None
-    check_name([tensor.name for tensor in request.outputs], "outputs", OUTPUT)
-    parameters = request.outputs[0].parameters
-    if "classification" not in parameters:
-        return None
-    asked = parameters["classification"]
-    kind = asked.WhichOneof("parameter_choice")
-    if kind not in ("int64_param", "uint64_param"):
-        raise Problem(BAD_REQUEST, f"classification must be a whole number in int64_param, got {kind or 'nothing'}")
-    return getattr(asked, kind)
+        return check_count(list(contents.bytes_contents), tensor)
+    return read_numbers(list(contents.uint_contents), tensor)
 
 
 def walk(message: bytes, kind: Descriptor) -> None:

@@ -15,7 +15,15 @@ from serve.request.batcher import Batcher
 from serve.request.body import parse, read_body, refuse_encoding, within_deadline
 from serve.request.limits import Limits
 from serve.request.problems import Problem
-from serve.v2.tensors import INPUT, OUTPUT, Inference, read_inference, write_inference
+from serve.v2.tensors import (
+    INPUT,
+    OUTPUT,
+    Inference,
+    InferenceAnswer,
+    InferenceRequest,
+    read_inference,
+    write_inference,
+)
 
 VERSION = "1"  # of every model: a new one replaces the old
 HEADER_BYTES = "Inference-Header-Content-Length"
@@ -161,64 +169,37 @@ def refuse_other_size(inference: Inference, model: Model) -> None:
         raise Problem(problems.BAD_REQUEST, f"{detail}; resize them, or send files as BYTES")
 
 
-# The OpenAPI schema of `infer`
+# The description of `infer` in OpenAPI
 
 
-def _object(required: str, **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": required.split(), "properties": properties}
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """`schema` with definitions in place of the references to them, which OpenAPI would resolve elsewhere."""
+    match schema:
+        case {"$ref": str(reference)}:
+            return _inlined(definitions[reference.rpartition("/")[2]], definitions)
+        case dict():
+            return {name: _inlined(part, definitions) for name, part in schema.items() if name != "$defs"}
+        case list():
+            return [_inlined(part, definitions) for part in schema]
+    return schema
 
 
-def _parameters(**properties: Any) -> dict[str, Any]:
-    return {**_object("", **properties), "description": "What the server does not know is ignored."}
-
-
-def _array(items: dict[str, Any], **bounds: int) -> dict[str, Any]:
-    return {"type": "array", "items": items, **bounds}
-
-
-_TEXT, _BOOLEAN, _POSITIVE = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 1}
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-_INPUT = _object(
-    "name shape datatype",
-    name={"const": INPUT},
-    shape=_array(_POSITIVE, minItems=1, maxItems=4),
-    datatype={"enum": ["UINT8", "BYTES"]},
-    data={"type": "array", "description": "Pixels from 0 to 255, flat or nested as the shape; or files in base64."},
-    parameters=_parameters(binary_data_size={"type": "integer", "minimum": 0}),
-)
-_ASKED = _object("name", name={"const": OUTPUT}, parameters=_parameters(classification=_POSITIVE, binary_data=_BOOLEAN))
-_INFERENCE = _object(
-    "inputs",
-    id=_TEXT,
-    parameters=_parameters(binary_data_output=_BOOLEAN),
-    inputs=_array(_INPUT, minItems=1, maxItems=1),
-    outputs=_array(_ASKED, maxItems=1),
-)
-_OUTPUT = _object(
-    "name shape datatype",
-    name={"const": OUTPUT},
-    shape=_array({"type": "integer"}, minItems=2, maxItems=2),
-    datatype={"enum": ["FP32", "BYTES"]},
-    data=_array({"type": ["number", "string"]}),
-)
-_ANSWER = _object(
-    "model_name model_version outputs",
-    model_name=_TEXT,
-    model_version=_TEXT,
-    id=_TEXT,
-    outputs=_array(_OUTPUT, minItems=1, maxItems=1),
-)
 _HEADER = {
     "name": HEADER_BYTES,
     "in": "header",
     "description": "Bytes of JSON in the body; tensors follow it. Without this header all of the body is JSON.",
-    "schema": _POSITIVE,
+    "schema": {"type": "integer", "minimum": 1},
 }
+_SCHEMA = InferenceRequest.model_json_schema()
 _INFER_REQUEST: dict[str, Any] = {
     "parameters": [_HEADER],
-    "requestBody": {"required": True, "content": {"application/json": {"schema": _INFERENCE}, **_BINARY}},
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": _inlined(_SCHEMA, _SCHEMA["$defs"])}, **_BINARY},
+    },
 }
 _INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "One row per image.", "content": {"application/json": {"schema": _ANSWER}, **_BINARY}},
+    200: {"description": "One row per image.", "model": InferenceAnswer, "content": _BINARY},
     **problems.documented(*problems.OF_PREDICTION, problems.NOT_FOUND),
 }

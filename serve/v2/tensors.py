@@ -1,25 +1,93 @@
-"""Tensors of the Open Inference Protocol, in JSON or as bytes behind it: images in, logits out.
+"""Requests and answers of the Open Inference Protocol, in JSON or as bytes behind it: images in, logits out.
 
 A body is a JSON header followed by the bytes of tensors that are not in the header itself. The HTTP header
 `Inference-Header-Content-Length` says where the JSON ends; without it the whole body is JSON.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # pydantic reads no other one on Python 3.11
+)
 
 import numpy as np
 import orjson
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from typing_extensions import TypedDict
 
-from serve.request.body import from_base64, load_json
+from serve.request.body import from_base64, load_json, too_many_images
 from serve.request.limits import Limits
-from serve.request.problems import BAD_REQUEST, TOO_MANY_IMAGES, Problem
+from serve.request.problems import BAD_REQUEST, Problem
 
 INPUT, OUTPUT = "images", "logits"
-_KINDS = {bool: "true or false", dict: "an object", int: "a whole number", list: "a list", str: "a string"}
 _SHOWN = 60  # characters of what was found
+
+
+class _Members(BaseModel):
+    """An object of the request. Unknown members are ignored, and null stands for a missing one."""
+
+    model_config = ConfigDict(strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, members: Any) -> Any:
+        if not isinstance(members, dict):
+            return members
+        return {name: value for name, value in members.items() if value is not None}
+
+
+class InputParameters(_Members):
+    binary_data_size: int | None = None
+
+
+class InputTensor(_Members):
+    """UINT8 [N, H, W, C], pixels from 0 to 255, or BYTES [N], image files."""
+
+    name: Literal["images"]
+    datatype: Literal["UINT8", "BYTES"]
+    shape: Annotated[list[PositiveInt], Field(min_length=1, max_length=4)]
+    data: list | None = Field(None, description="Pixels, flat or nested as the shape; or files in base64.")
+    parameters: InputParameters = InputParameters()
+
+
+class OutputParameters(_Members):
+    classification: PositiveInt | None = None  # so many of the best classes in place of logits
+    binary_data: bool | None = None
+
+
+class RequestedOutput(_Members):
+    name: Literal["logits"]
+    parameters: OutputParameters = OutputParameters()
+
+
+class RequestParameters(_Members):
+    binary_data_output: bool = False
+
+
+class InferenceRequest(_Members):
+    id: str | None = None
+    parameters: RequestParameters = RequestParameters()
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
+    outputs: Annotated[list[RequestedOutput], Field(max_length=1)] = []
+
+
+class OutputTensor(TypedDict):
+    name: Literal["logits"]
+    shape: list[int]
+    datatype: Literal["FP32", "BYTES"]
+    data: NotRequired[list[float | str]]
+
+
+class InferenceAnswer(TypedDict):
+    model_name: str
+    model_version: str
+    id: NotRequired[str]
+    outputs: list[OutputTensor]
 
 
 @dataclass(frozen=True)
@@ -31,29 +99,40 @@ class Inference:
     num_classes: int | None  # of the `classification` extension; None asks for logits
     is_binary: bool  # the answer's tensor follows its JSON
 
-    def __post_init__(self) -> None:
-        if self.num_classes is not None and self.num_classes < 1:
-            raise Problem(BAD_REQUEST, f"classification must be 1 or more, got {self.num_classes}")
-
 
 def read_inference(body: bytes, header_bytes: str | None, limits: Limits) -> Inference:
     """Parses a body. `header_bytes` is the value of Inference-Header-Content-Length, or None."""
     header, binary = _split(body, header_bytes)
     try:
-        request = load_json(header)
+        members = load_json(header)
     except ValueError as error:
         raise Problem(BAD_REQUEST, f"the inference header is not valid JSON: {error}") from error
-    if not isinstance(request, dict):
-        raise Problem(BAD_REQUEST, f"the inference header must be an object, got {_brief(request)}")
-    asked = _only_tensor(request, "outputs", OUTPUT) if _member(request, "outputs", list, []) else {}
-    parameters = _member(asked, "parameters", dict, {}, of=OUTPUT)
-    for_all = _member(_member(request, "parameters", dict, {}), "binary_data_output", bool, False)
+    request, asked = check_request(members, limits)
     return Inference(
-        id=_member(request, "id", str, None),
-        images=_read_images(_only_tensor(request, "inputs", INPUT), binary, limits),
-        num_classes=_member(parameters, "classification", int, None, of=OUTPUT),
-        is_binary=_member(parameters, "binary_data", bool, for_all, of=OUTPUT),
+        id=request.id,
+        images=_read_images(request.inputs[0], binary),
+        num_classes=asked.classification,
+        is_binary=request.parameters.binary_data_output if asked.binary_data is None else asked.binary_data,
     )
+
+
+def check_request(members: Any, limits: Limits) -> tuple[InferenceRequest, OutputParameters]:
+    """A request for pixels [N, H, W, C] or files [N], at most `limits.max_images`, and how it wants the answer."""
+    try:
+        request = InferenceRequest.model_validate(members)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False)[:5]
+        found = (
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {_brief(fault['input'])}" for fault in faults
+        )
+        raise Problem(BAD_REQUEST, "; ".join(found)) from error
+    (tensor,) = request.inputs
+    rank, wanted = (1, "[N]") if tensor.datatype == "BYTES" else (4, "[N, H, W, C]")
+    if len(tensor.shape) != rank:
+        raise Problem(BAD_REQUEST, f"the shape of images in {tensor.datatype} must be {wanted}, got {tensor.shape}")
+    if tensor.shape[0] > limits.max_images:
+        raise too_many_images(limits)
+    return request, request.outputs[0].parameters if request.outputs else OutputParameters()
 
 
 def write_inference(inference: Inference, logits: np.ndarray, model: dict[str, str], labels: tuple[str, ...]) -> Any:
@@ -84,6 +163,33 @@ def output_of(
     return output, texts, b"".join(map(_with_length, texts)) if inference.is_binary else None
 
 
+def read_binary(binary: bytes, tensor: InputTensor) -> np.ndarray | list[bytes]:
+    """The images in the bytes of a checked tensor: uint8 [N, H, W, C], or N files."""
+    if tensor.datatype == "BYTES":
+        return check_count(list(_cut(binary)), tensor)
+    return np.frombuffer(check_count(binary, tensor), np.uint8).reshape(tensor.shape)
+
+
+def read_numbers(data: list[Any], tensor: InputTensor) -> np.ndarray | list[bytes]:
+    """Pixels uint8 [N, H, W, C] from a flat list of whole numbers."""
+    if set(map(type, data)) - {int}:
+        wrong = next(value for value in data if type(value) is not int)
+        raise Problem(BAD_REQUEST, f"images in UINT8 must be whole numbers, got {_brief(wrong)}")
+    try:
+        return read_binary(bytes(data), tensor)
+    except ValueError as error:
+        wrong = next(value for value in data if not 0 <= value <= 255)
+        raise Problem(BAD_REQUEST, f"images in UINT8 must be from 0 to 255, got {wrong}") from error
+
+
+def check_count(elements: Any, tensor: InputTensor) -> Any:
+    """`elements`; refuses another number of them than the tensor's shape needs."""
+    if len(elements) != (wanted := math.prod(tensor.shape)):
+        detail = f"images of shape {tensor.shape} need {wanted:,} elements, got {len(elements):,}"
+        raise Problem(BAD_REQUEST, detail)
+    return elements
+
+
 def _split(body: bytes, header_bytes: str | None) -> tuple[bytes, bytes]:
     if header_bytes is None:
         return body, b""
@@ -96,77 +202,19 @@ def _split(body: bytes, header_bytes: str | None) -> tuple[bytes, bytes]:
     return body[:size], body[size:]
 
 
-def _only_tensor(request: dict[str, Any], field: str, name: str) -> dict[str, Any]:
-    """The only entry of `inputs` or `outputs`."""
-    entries = _member(request, field, list, [])
-    check_name([entry.get("name") if isinstance(entry, dict) else entry for entry in entries], field, name)
-    if not isinstance(entries[0], dict):
-        raise Problem(BAD_REQUEST, f"{field} must be a list of objects")
-    return entries[0]
-
-
-def check_name(names: Sequence[Any], field: str, name: str) -> None:
-    """Refuses anything but one tensor, of that name."""
-    if list(names) != [name]:
-        found = ", ".join(map(_brief, names[:5])) or "none"
-        raise Problem(BAD_REQUEST, f"{field} must be one tensor named {name!r}, got {found}")
-
-
-def check_tensor(datatype: str | None, shape: list[Any], limits: Limits) -> None:
-    """Refuses anything but pixels [N, H, W, C] and files [N], and more images than `limits.max_images`."""
-    rank = {"UINT8": 4, "BYTES": 1}.get(datatype or "")
-    if rank is None:
-        raise Problem(BAD_REQUEST, f"images must be UINT8 pixels or BYTES of image files, got {_brief(datatype)}")
-    if len(shape) != rank or not all(type(size) is int and size > 0 for size in shape):
-        wanted = "[N, H, W, C]" if rank == 4 else "[N]"
-        found = ", ".join(map(_brief, shape[:8]))
-        raise Problem(BAD_REQUEST, f"the shape of images in {datatype} must be {wanted}, got [{found}]")
-    if shape[0] > limits.max_images:
-        detail = f"one request takes {limits.max_images} images at most, got {shape[0]}; send the rest in another"
-        raise Problem(TOO_MANY_IMAGES, detail)
-
-
-def read_binary(binary: bytes, datatype: str | None, shape: list[int]) -> np.ndarray | list[bytes]:
-    """The images of a checked tensor in its bytes: uint8 [N, H, W, C], or N files."""
-    if datatype == "BYTES":
-        return check_count(list(_cut(binary)), shape)
-    return _as_pixels(binary, shape)
-
-
-def read_numbers(data: list[Any], shape: list[int]) -> np.ndarray:
-    """Pixels uint8 [N, H, W, C] from a flat list of whole numbers."""
-    if set(map(type, data)) - {int}:
-        wrong = next(value for value in data if type(value) is not int)
-        raise Problem(BAD_REQUEST, f"images in UINT8 must be whole numbers, got {_brief(wrong)}")
-    try:
-        content = bytes(data)
-    except ValueError as error:
-        wrong = next(value for value in data if not 0 <= value <= 255)
-        raise Problem(BAD_REQUEST, f"images in UINT8 must be from 0 to 255, got {wrong}") from error
-    return _as_pixels(content, shape)
-
-
-def _as_pixels(content: bytes, shape: list[int]) -> np.ndarray:
-    return np.frombuffer(check_count(content, shape), np.uint8).reshape(shape)
-
-
-def _read_images(tensor: dict[str, Any], binary: bytes, limits: Limits) -> np.ndarray | list[bytes]:
-    shape = _member(tensor, "shape", list, [], of=INPUT)
-    datatype = _member(tensor, "datatype", str, None, of=INPUT)
-    check_tensor(datatype, shape, limits)
-    size = _member(_member(tensor, "parameters", dict, {}, of=INPUT), "binary_data_size", int, None, of=INPUT)
+def _read_images(tensor: InputTensor, binary: bytes) -> np.ndarray | list[bytes]:
+    size, data = tensor.parameters.binary_data_size, tensor.data or []
     if size is None and binary:
         raise Problem(BAD_REQUEST, f"images have no binary_data_size, and {len(binary)} bytes follow the header")
     if size is not None and size != len(binary):
         raise Problem(BAD_REQUEST, f"binary_data_size of images is {size}, and {len(binary)} bytes follow the header")
-    if size is not None and "data" in tensor:
+    if size is not None and data:
         raise Problem(BAD_REQUEST, "images have data in the header and binary_data_size; send one of them")
     if size is not None:
-        return read_binary(binary, datatype, shape)
-    data = _member(tensor, "data", list, [], of=INPUT)
-    if datatype == "BYTES":
-        return check_count([from_base64(index, text) for index, text in enumerate(data)], shape)
-    return read_numbers(_flatten(data, shape), shape)
+        return read_binary(binary, tensor)
+    if tensor.datatype == "BYTES":
+        return check_count([from_base64(index, text) for index, text in enumerate(data)], tensor)
+    return read_numbers(_flatten(data, tensor.shape), tensor)
 
 
 def _flatten(data: list[Any], shape: list[int]) -> list[Any]:
@@ -192,35 +240,12 @@ def _cut(binary: bytes) -> Iterator[bytes]:
         start = end
 
 
-def check_count(elements: Any, shape: list[int]) -> Any:
-    """`elements`; refuses another number of them than the shape needs."""
-    if len(elements) != (wanted := math.prod(shape)):
-        raise Problem(BAD_REQUEST, f"images of shape {shape} need {wanted:,} elements, got {len(elements):,}")
-    return elements
-
-
 def _with_length(text: str) -> bytes:
     """An element of a BYTES tensor."""
     content = text.encode()
     return len(content).to_bytes(4, "little") + content
 
 
-def _member(members: dict[str, Any], name: str, kind: type, default: Any, *, of: str = "the request") -> Any:
-    """The member `name`, or `default` if it is missing or null; refuses one of another type."""
-    value = members.get(name)
-    if value is None:
-        return default
-    if type(value) is not kind:
-        raise Problem(BAD_REQUEST, f"{name} of {of} must be {_KINDS[kind]}, got {_brief(value)}")
-    return value
-
-
 def _brief(value: Any) -> str:
     """A value in a few characters."""
-    match value:
-        case list() | dict():
-            return _KINDS[type(value)]
-        case str():
-            return repr(value[:_SHOWN])
-        case _:
-            return orjson.dumps(value).decode()[:_SHOWN]
+    return {dict: "an object", list: "a list"}.get(type(value)) or repr(value)[:_SHOWN]
