@@ -40,10 +40,12 @@ class DecoderPool:
         self._decoders = [
             Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
         ]
-        work = {f"decode-{index}": self._run_light for index in range(limits.decode_threads)}
-        for index, decoder in enumerate(self._decoders):
-            work[f"decode-heavy-{index}"] = partial(self._run_heavy, decoder)
-        self._threads = [threading.Thread(target=run, name=name, daemon=True) for name, run in work.items()]
+        work = [(f"decode-{index}", self._light, None) for index in range(limits.decode_threads)]
+        work += [(f"decode-heavy-{index}", self._heavy, decoder) for index, decoder in enumerate(self._decoders)]
+        self._threads = [
+            threading.Thread(target=self._work, args=(turns, decoder), name=name, daemon=True)
+            for name, turns, decoder in work
+        ]
         self._lock = threading.Lock()  # of all that follows, and of a job's `num_undecoded`
         self._in_work: dict[int, tuple[Job, int]] = {}  # by a decoder's thread: the job, and the bytes of its image
         self._last_decoded = monotonic()
@@ -105,28 +107,31 @@ class DecoderPool:
         """Decode in the caller's thread the images that were not queued."""
         for index, image in enumerate(job.pixels):  # even if the job is given up meanwhile
             if image is None:
-                self._decode(job, index, _light_decoder(job.weights[index]))
+                self._decode(job, index, _in_thread(job.weights[index]))
 
-    def _run_light(self) -> None:
-        while _do_next(self._light, self._decode_light):
+    def _work(self, turns: Turns[Job], decoder: Decoder | None) -> None:
+        while self._decode_next(turns, decoder):
             pass
+        if decoder:
+            decoder.close()
 
-    def _run_heavy(self, decoder: Decoder) -> None:
-        while _do_next(self._heavy, partial(self._decode_heavy, decoder)):
-            pass
-        decoder.close()
-
-    def _decode_light(self, job: Job, index: int) -> None:
-        self._decode_queued(job, index, _light_decoder(job.weights[index]))
-
-    def _decode_heavy(self, decoder: Decoder, job: Job, index: int) -> None:
+    def _decode_next(self, turns: Turns[Job], decoder: Decoder | None) -> bool:
+        """One image; False at the end. A waiting thread holds no job, and so no model that was swapped out."""
+        turn = turns.get()
+        if turn is None:
+            return False
+        job, index = turn
+        if decoder is None:
+            self._decode_queued(job, index, _in_thread(job.weights[index]))
+            return True
         num_bytes = job.weights[index].num_bytes
         try:
             with self._budget.taken(num_bytes):
-                decode_apart = partial(decoder, max_pixels=self._limits.max_pixels, num_bytes=num_bytes)
-                self._decode_queued(job, index, decode_apart)
+                apart = partial(decoder, max_pixels=self._limits.max_pixels, num_bytes=num_bytes)
+                self._decode_queued(job, index, apart)
         except OSError as error:  # the host's budget is a file, and no more can be open
             self._decode_queued(job, index, partial(_fail, error))
+        return True
 
     def _decode_queued(self, job: Job, index: int, decode: _Decode) -> None:
         if self._decode(job, index, decode, num_queued=1):
@@ -169,15 +174,7 @@ class DecoderPool:
         self._heavy.put(job.accepted + _AGEING * self._limits.decode_s, job, index)
 
 
-def _do_next(turns: Turns[Job], handle: Callable[[Job, int], None]) -> bool:
-    """One image; False at the end. A waiting thread holds no job, and so no model that was swapped out."""
-    turn = turns.get()
-    if turn:
-        handle(*turn)
-    return bool(turn)
-
-
-def _light_decoder(weight: Weight) -> _Decode:
+def _in_thread(weight: Weight) -> _Decode:
     return partial(decode_image, max_pixels=weight.width * weight.height)
 
 

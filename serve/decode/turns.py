@@ -5,13 +5,14 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from heapq import heapify, heappop, heappush
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+_STARTS = 64  # places at which a range of locks may begin
 Owner = TypeVar("Owner")
 
 
@@ -84,28 +85,17 @@ class HostBudget(Budget):
 
     @contextmanager
     def taken(self, num_bytes: int) -> Iterator[None]:
+        last = self._num_bytes - num_bytes  # where such a range may begin
         with self._file.open("rb+") as file:  # its locks end when it is closed
-            start = self._find_free(file.fileno(), num_bytes)
-            if start is None:
-                _lock(file.fileno(), fcntl.F_OFD_SETLKW, self._num_bytes - num_bytes, num_bytes)
+            for start in range(0, last + 1, max(1, self._num_bytes // _STARTS)):
+                with suppress(BlockingIOError):
+                    _lock(file.fileno(), fcntl.F_OFD_SETLK, start, num_bytes)
+                    break
+            else:
+                _lock(file.fileno(), fcntl.F_OFD_SETLKW, last, num_bytes)
             yield
 
-    def _find_free(self, file: int, num_bytes: int) -> int | None:
-        """Lock `num_bytes` that are free, and return their start; None if there is no such range."""
-        start = 0
-        while start + num_bytes <= self._num_bytes:
-            try:
-                _lock(file, fcntl.F_OFD_SETLK, start, num_bytes)
-                return start
-            except BlockingIOError:
-                kind, _, in_the_way, length, _ = _lock(file, fcntl.F_OFD_GETLK, start, num_bytes)
-                start = start if kind == fcntl.F_UNLCK else in_the_way + length
-        return None
 
-
-_FLOCK = "hhqqi0q"  # of <fcntl.h>: type, whence, start, length, process
-
-
-def _lock(file: int, what: int, start: int, length: int) -> tuple[int, ...]:
-    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-    return struct.unpack(_FLOCK, fcntl.fcntl(file, what, asked))
+def _lock(file: int, command: int, start: int, length: int) -> None:
+    fields = (fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    fcntl.fcntl(file, command, struct.pack("hhqqi0q", *fields))  # type, whence, start, length, process: <fcntl.h>

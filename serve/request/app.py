@@ -41,14 +41,13 @@ from serve.watching.metrics import MEDIA_TYPE, Metrics, watch_probes
 class _App(FastAPI):
     """FastAPI behind `front`: its middleware would take an eighth of a prediction's time."""
 
-    front: ASGIApp
+    front: ASGIApp  # marks each request with a visit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (self.front if scope["type"] == "http" else self.routed)(scope, receive, send)
-
-    async def routed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """FastAPI's own `__call__`."""
-        await super().__call__(scope, receive, send)
+        if scope["type"] == "http" and "visit" not in scope:
+            await self.front(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         """Without ServerErrorMiddleware, whose answer is not a problem document: `front` handles exceptions."""
@@ -126,8 +125,9 @@ def make_app(
         lifespan=lifespan,
         exception_handlers={Problem: problems.answer_problem, HTTPException: problems.answer_unrouted},
     )
-    handler = RequestHandler(app.routed, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
-    app.front = handler
+    app.front = handler = RequestHandler(
+        app, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers)
+    )
     if access.cors_origins:
         app.front = cors = CORSMiddleware(
             handler,
@@ -168,14 +168,16 @@ def _describe_predict(app: FastAPI) -> None:
 
 
 def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
-    @app.get("/model", responses=problems.documented(problems.UNAUTHORIZED))
+    with_key = problems.documented(problems.UNAUTHORIZED)
+
+    @app.get("/model", responses=with_key)
     async def card() -> dict[str, Any]:
         """The model's description, and statistics of its answers, its shadow and its probes."""
         runtime, shadow = batcher.served.runtimes[0], batcher.shadow
         watched = {**batcher.watch.card(runtime.model), "shadow": shadow and shadow.card(), "probe": prober.card()}
         return {**model_card(runtime), **watched}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=problems.documented(problems.UNAUTHORIZED))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=with_key)
     async def show_metrics() -> Response:
         """Requests, latencies, batches, queue, model and memory for Prometheus."""
         return Response(metrics.render(), headers={"Content-Type": MEDIA_TYPE})
@@ -193,48 +195,46 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Pro
 
 
 def _add_admin(app: FastAPI, reloader: Reloader, reload_everywhere: Callable[[], None] | None) -> None:
-    async def take(swap: Callable[[], Awaitable[Served]]) -> ModelName:
+    refusals = (problems.UNAUTHORIZED, problems.BAD_MODEL)
+
+    async def swap(load: Callable[[], Awaitable[Served]]) -> ModelName:
         try:
-            served = await swap()
+            served = await load()
         except Refusal as refusal:
             raise Problem(problems.BAD_MODEL, str(refusal)) from refusal
         if reload_everywhere:
             reload_everywhere()
         return served.name
 
-    @app.post("/admin/reload", responses=problems.documented(problems.UNAUTHORIZED, problems.BAD_MODEL))
+    @app.post("/admin/reload", responses=problems.documented(*refusals))
     async def reload() -> ModelName:
         """Read the model's file again; the old model goes on if the new one is bad."""
-        return await take(reloader.reload)
+        return await swap(reloader.reload)
 
-    refusals = problems.documented(problems.UNAUTHORIZED, problems.BAD_MODEL, problems.NOT_COMPARED)
-
-    @app.post("/admin/promote", responses=refusals)
+    @app.post("/admin/promote", responses=problems.documented(*refusals, problems.NOT_COMPARED))
     async def promote() -> ModelName:
         """Serve the shadow, once it was compared on enough images; the model that served becomes the shadow."""
-        return await take(reloader.promote)
+        return await swap(reloader.promote)
 
 
 def _add_page(app: FastAPI, path: str, file: str) -> None:
+    """A page whose policy allows its own scripts and styles, and requests to this server alone."""
     page = Path(__file__).with_name(file).read_text(encoding="utf-8")
-    response = HTMLResponse(page, headers={"Content-Security-Policy": _security_policy(page)})
+    policy = (
+        f"default-src 'none'; script-src {_hashes(page, 'script')}; style-src {_hashes(page, 'style')}; "
+        "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    response = HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     @app.get(path, include_in_schema=False)
     async def show() -> HTMLResponse:
         return response
 
 
-def _security_policy(page: str) -> str:
-    """Allows the scripts and styles in `page` and no others, and requests to this server alone."""
-    hashes = {"script": "", "style": ""}
-    for tag in hashes:
-        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(sha256(text.encode()).digest()).decode() for text in texts)
-        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src blob: data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+def _hashes(page: str, tag: str) -> str:
+    """Of all elements `tag` of a page, as a Content-Security-Policy lists them."""
+    texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts)
 
 
 def model_card(runtime: Runtime) -> dict[str, Any]:

@@ -24,12 +24,8 @@ _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 Read = TypeVar("Read")
 
 _BINARY = {"type": "string", "format": "binary"}
-_FORM = {
-    "type": "object",
-    "description": "File parts; the fields may have any name.",
-    "properties": {"image": {"type": "array", "items": _BINARY}},
-    "additionalProperties": _BINARY,
-}
+_FILES = {"image": {"type": "array", "items": _BINARY}}
+_FORM = {"type": "object", "properties": _FILES, "additionalProperties": _BINARY}  # its fields may have any name
 _BASE64 = {"type": "array", "minItems": 1, "items": {"type": "string", "contentEncoding": "base64"}}
 _JSON = {"type": "object", "required": ["images"], "properties": {"images": _BASE64}}
 _SCHEMAS = {**dict.fromkeys(RAW_TYPES, _BINARY), "multipart/form-data": _FORM, "application/json": _JSON}

@@ -23,6 +23,10 @@ _FRAMING_PER_BODY_BYTE = 8  # allowed for chunks: one of a single byte takes fiv
 _PROBE_S = 0.25
 MAX_TURNED_AWAY = SPARE_FILES // 2  # connections beyond the limit that are told why; any more are cut off
 _QUIET_S = 60.0  # between two log lines about a full server
+_TOO_LARGE = f"address, headers and trailers are longer than {MAX_HEADER_BYTES:,} bytes"
+_TOO_MUCH_FRAMING = (
+    f"chunk extensions and trailers are over {MAX_HEADER_BYTES:,} bytes longer than the body; leave them out"
+)
 _CLOSE = {"Connection": "close"}
 _RETRY = {**_CLOSE, **RETRY}
 _log = logging.getLogger(__name__)
@@ -50,23 +54,21 @@ class Door:
 
     def enter(self) -> None:
         """Count a new connection."""
-        self.num_open += 1
-        self.on_change(self.num_open)
+        self._change(1)
         if self.is_full:
             self.on_refuse()
-            self._say_full()
+            if monotonic() - self._last_line > _QUIET_S:
+                self._last_line = monotonic()
+                rest = f"the maximum; more are refused, which is logged at most every {_QUIET_S:g} s"
+                _log.warning(f"%d connections are open, {rest}", self.max_connections)
 
     def leave(self) -> None:
         """Count a closed connection."""
-        self.num_open -= 1
-        self.on_change(self.num_open)
+        self._change(-1)
 
-    def _say_full(self) -> None:
-        now = monotonic()
-        if now - self._last_line > _QUIET_S:
-            self._last_line = now
-            rest = f"the maximum; more are refused, which is logged at most every {_QUIET_S:g} s"
-            _log.warning(f"%d connections are open, {rest}", self.max_connections)
+    def _change(self, by: int) -> None:
+        self.num_open += by
+        self.on_change(self.num_open)
 
 
 class Connection(HttpToolsProtocol):
@@ -150,7 +152,7 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_header_bytes += len(name) + len(value) + _HEADER_BYTES
         if self._num_header_bytes > MAX_HEADER_BYTES:
-            raise _headers_too_large()
+            raise Problem(HEADERS_TOO_LARGE, _TOO_LARGE, _CLOSE)
         if self._stage != "body":  # trailers are dropped: RFC 9110, 6.5.1
             super().on_header(name, value)
 
@@ -188,7 +190,7 @@ class Connection(HttpToolsProtocol):
 
     def _check_headers(self) -> None:
         if self._num_header_bytes + len(self.url) > MAX_HEADER_BYTES:
-            raise _headers_too_large()
+            raise Problem(HEADERS_TOO_LARGE, _TOO_LARGE, _CLOSE)
         num_hosts = [name for name, _ in self.headers].count(b"host")
         if num_hosts > 1 or (not num_hosts and self.parser.get_http_version() != "1.0"):
             raise Problem(BAD_REQUEST, f"a request has one Host header, got {num_hosts}", _CLOSE)
@@ -205,10 +207,13 @@ class Connection(HttpToolsProtocol):
         self._num_unpaid_bytes = max(0, self._num_unpaid_bytes + framing - paid)
         if self._num_unpaid_bytes <= MAX_HEADER_BYTES:
             return
-        if self._stage == "between":  # blank lines
-            self.transport.close()
-        else:
-            self._refuse(_headers_too_large() if self._stage == "headers" else _too_much_framing())
+        match self._stage:
+            case "between":  # blank lines
+                self.transport.close()
+            case "headers":
+                self._refuse(Problem(HEADERS_TOO_LARGE, _TOO_LARGE, _CLOSE))
+            case "body":
+                self._refuse(Problem(BAD_REQUEST, _TOO_MUCH_FRAMING, _CLOSE))
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Parse the request again without its Upgrade header: the parser would drop its body."""
@@ -307,14 +312,3 @@ def _problem_of(error: httptools.HttpParserError) -> Problem:
         return error.__context__
     reason = "its address is not valid" if isinstance(error, httptools.HttpParserCallbackError) else str(error)
     return Problem(BAD_REQUEST, f"the request is not valid HTTP/1.1: {reason}", _CLOSE)
-
-
-def _headers_too_large() -> Problem:
-    return Problem(
-        HEADERS_TOO_LARGE, f"address, headers and trailers are longer than {MAX_HEADER_BYTES:,} bytes", _CLOSE
-    )
-
-
-def _too_much_framing() -> Problem:
-    detail = f"chunk extensions and trailers are more than {MAX_HEADER_BYTES:,} bytes longer than the body allows"
-    return Problem(BAD_REQUEST, f"{detail}; leave them out", _CLOSE)

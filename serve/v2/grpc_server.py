@@ -35,20 +35,16 @@ _SETTLE_S = 0.3  # for clients to learn that the server stops
 _LAST_WORDS_S = 1.0  # for calls that are refused at the end of a drain
 _DETAIL_BYTES = 1500  # of a refusal: clients take 8 KB of metadata, where a byte that is not ASCII takes three
 _log = logging.getLogger(__name__)
-STATUS_OF = {
-    problems.BAD_REQUEST: StatusCode.INVALID_ARGUMENT,
-    problems.UNAUTHORIZED: StatusCode.UNAUTHENTICATED,
-    problems.NOT_FOUND: StatusCode.NOT_FOUND,
-    problems.TIMEOUT: StatusCode.DEADLINE_EXCEEDED,
-    problems.TOO_LARGE: StatusCode.RESOURCE_EXHAUSTED,
-    problems.TOO_MANY_IMAGES: StatusCode.RESOURCE_EXHAUSTED,
-    problems.TOO_MANY_PIXELS: StatusCode.RESOURCE_EXHAUSTED,
-    problems.UNDECODABLE: StatusCode.INVALID_ARGUMENT,
-    problems.INTERNAL: StatusCode.INTERNAL,
-    problems.NOT_A_NUMBER: StatusCode.INTERNAL,
-    problems.NOT_READY: StatusCode.UNAVAILABLE,
-    problems.OVERLOADED: StatusCode.UNAVAILABLE,
-    problems.DEADLINE: StatusCode.DEADLINE_EXCEEDED,
+STATUS_OF_HTTP = {
+    400: StatusCode.INVALID_ARGUMENT,
+    401: StatusCode.UNAUTHENTICATED,
+    404: StatusCode.NOT_FOUND,
+    408: StatusCode.DEADLINE_EXCEEDED,
+    413: StatusCode.RESOURCE_EXHAUSTED,
+    422: StatusCode.INVALID_ARGUMENT,
+    500: StatusCode.INTERNAL,
+    503: StatusCode.UNAVAILABLE,
+    504: StatusCode.DEADLINE_EXCEEDED,
 }
 Context = grpc.aio.ServicerContext
 _Method = Callable[[Context, Visit], Awaitable[bytes]]
@@ -287,7 +283,7 @@ async def _refuse(context: Context, visit: Visit, problem: Problem) -> None:
         # The first is for clients with a retry policy, the second for people.
         metadata += [("grpc-retry-pushback-ms", f"{1000 * int(wait_s)}"), ("retry-after", wait_s)]
     detail = problem.detail.encode(errors="replace")[:_DETAIL_BYTES].decode(errors="ignore")
-    await context.abort(STATUS_OF[problem.kind], detail, tuple(metadata))
+    await context.abort(STATUS_OF_HTTP[problem.kind.status], detail, tuple(metadata))
 
 
 def _metadata(visit: Visit) -> tuple[tuple[str, str], ...]:

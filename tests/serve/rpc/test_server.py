@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty
 
-import grpc
 import httpx
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from tritonclient.utils import InferenceServerException
 from serve.request import problems
 from serve.request.access import Access
 from serve.request.limits import Limits
-from serve.v2.grpc_server import STATUS_OF
 
 
 def logits_of(message):
@@ -271,13 +269,6 @@ def test_what_is_still_under_way_at_the_end_of_the_drain_is_refused(serve_rpc, g
         served.app.state.grpc.begin_stop()
         assert (first.code().name, first.details()) == ("UNAVAILABLE", "the server is stopping; ask another one")
         gated.open()
-
-
-def test_every_problem_that_a_call_may_have_has_a_status():
-    """Media types and headers are HTTP's own."""
-    expected = {*problems.OF_PREDICTION, problems.NOT_FOUND} - {problems.MEDIA_TYPE_UNKNOWN}
-    assert set(STATUS_OF) == expected
-    assert grpc.StatusCode.OK not in STATUS_OF.values()
 
 
 def test_two_connections_share_one_server(served_rpc, pixels):
