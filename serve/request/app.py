@@ -123,7 +123,7 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # a redirect would go to the host that the client names
         lifespan=lifespan,
-        exception_handlers={Problem: problems.answer_problem, HTTPException: problems.answer_unrouted},
+        exception_handlers={HTTPException: problems.refuse_unrouted},  # `front` answers all problems
     )
     app.front = handler = RequestHandler(
         app, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers)
@@ -208,7 +208,7 @@ def _add_admin(app: FastAPI, reloader: Reloader, reload_everywhere: Callable[[],
 
     @app.post("/admin/reload", responses=problems.documented(*refusals))
     async def reload() -> ModelName:
-        """Read the model's file again; the old model goes on if the new one is bad."""
+        """Read the model's file again; the old model keeps serving if the new one is bad."""
         return await swap(reloader.reload)
 
     @app.post("/admin/promote", responses=problems.documented(*refusals, problems.NOT_COMPARED))

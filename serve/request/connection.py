@@ -43,19 +43,14 @@ class Door:
         self._last_line = float("-inf")
 
     @property
-    def is_full(self) -> bool:
-        """Whether more connections are open than allowed, including the newest."""
-        return self.num_open > self.max_connections
-
-    @property
-    def is_overrun(self) -> bool:
-        """Whether there is no room left to refuse a connection with an answer."""
-        return self.num_open > self.max_connections + MAX_TURNED_AWAY
+    def num_beyond(self) -> int:
+        """Connections beyond the limit, including the newest."""
+        return self.num_open - self.max_connections
 
     def enter(self) -> None:
         """Count a new connection."""
         self._change(1)
-        if self.is_full:
+        if self.num_beyond > 0:
             self.on_refuse()
             if monotonic() - self._last_line > _QUIET_S:
                 self._last_line = monotonic()
@@ -94,9 +89,9 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._door: Door = self.app_state["door"]
         self._door.enter()
-        if self._door.is_overrun:
+        if self._door.num_beyond > MAX_TURNED_AWAY:
             transport.abort()
-        elif self._door.is_full:
+        elif self._door.num_beyond > 0:
             detail = f"{self._door.max_connections} connections are open already; ask again in 1 s"
             self._refuse(Problem(OVERLOADED, detail, _RETRY))
         else:

@@ -40,20 +40,15 @@ class Limits:
     @property
     def heavy_bytes(self) -> int:
         """The memory that these processes may take at once: all but the threads' share."""
-        return self.max_decoded_bytes - max(1, self.decode_threads) * LIGHT.num_bytes
+        return self.max_decoded_bytes - self.decode_processes * LIGHT.num_bytes
 
     def of_each(self, num_processes: int) -> "Limits":
         """The limits of each of `num_processes` that keep to these together: a share, or one whole request.
 
         Memory for heavy images is one amount for all processes (`HostBudget`); threads have a share each.
         """
-        others = (num_processes - 1) * max(1, self.decode_threads) * LIGHT.num_bytes
-        if self.heavy_bytes - others < LIGHT.num_bytes:
-            least = self.max_decoded_bytes - self.heavy_bytes + others + LIGHT.num_bytes
-            raise Refusal(
-                f"max_decoded_bytes must be {least:,} for the decoders of {num_processes} processes, "
-                f"got {self.max_decoded_bytes:,}"
-            )
+        self._refuse_little_memory(num_processes)
+        others = (num_processes - 1) * self.decode_processes * LIGHT.num_bytes
         return replace(
             self,
             max_held_bytes=max(self.max_body_bytes, self.max_held_bytes // num_processes),
@@ -61,12 +56,17 @@ class Limits:
             max_decoded_bytes=self.max_decoded_bytes - others,
         )
 
+    def _refuse_little_memory(self, num_processes: int) -> None:
+        least, given = (num_processes * self.decode_processes + 1) * LIGHT.num_bytes, self.max_decoded_bytes
+        if given < least:
+            decoders = f"the decoders of {num_processes} processes" if num_processes > 1 else "its decoders"
+            raise Refusal(f"max_decoded_bytes must be {least:,} for {decoders}, got {given:,}")
+
     def __post_init__(self) -> None:
-        never = ("decode_threads", "probe_every_s")  # may be 0
+        may_be_0 = ("decode_threads", "probe_every_s")
+        given = vars(self).items()
         wrong = [
-            f"{name} must be positive, got {value}"
-            for name, value in vars(self).items()
-            if value <= 0 and name not in never
+            f"{name} must be positive, got {value}" for name, value in given if value <= 0 and name not in may_be_0
         ]
         if not 0 <= self.probe_every_s < math.inf:
             wrong.append(f"probe_every_s must be 0 for never, or positive, got {self.probe_every_s}")
@@ -74,13 +74,11 @@ class Limits:
             wrong.append(f"decode_threads must not be negative, got {self.decode_threads}")
         if self.max_held_bytes < self.max_body_bytes:
             wrong.append(f"max_held_bytes must hold one body of {self.max_body_bytes:,}, got {self.max_held_bytes:,}")
-        if self.heavy_bytes < LIGHT.num_bytes:
-            least = (max(1, self.decode_threads) + 1) * LIGHT.num_bytes
-            wrong.append(f"max_decoded_bytes must be {least:,} for its threads, got {self.max_decoded_bytes:,}")
         if self.max_queue < self.max_images:
             wrong.append(f"max_queue must hold one request of {self.max_images} images, got {self.max_queue}")
         if wrong:
             raise Refusal("; ".join(wrong))
+        self._refuse_little_memory(1)
 
 
 def fit_to_files(max_connections: int) -> int:

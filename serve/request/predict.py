@@ -9,7 +9,7 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from urllib.parse import parse_qs
 
@@ -28,6 +28,7 @@ from serve.request.problems import Problem
 TOP_K = 5
 REFUSAL = "diracnet.refusal"  # in the scope: the Problem that the connection found with its request
 NO_CLIENT = 499  # logged when the client has gone and no status is sent
+_JSON, _PROBLEM = (b"content-type", b"application/json"), (b"content-type", problems.MEDIA_TYPE.encode())
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
@@ -60,7 +61,6 @@ class Visit:
 
 
 Observer = Callable[[Visit], None]  # called with every finished request
-Header = tuple[bytes, bytes]
 
 
 class RequestHandler:
@@ -82,7 +82,7 @@ class RequestHandler:
             self._access.check(visit.path, headers)
             if visit.path == "/predict" and visit.method == "POST":
                 body = await self._predict(scope, headers, receive, visit)
-                await _answer(send, visit, 200, body)
+                await _answer(send, visit, 200, body, _JSON)
             else:
                 if visit.method == "HEAD":  # answered as GET; uvicorn omits the body
                     scope = {**scope, "method": "GET"}
@@ -151,17 +151,9 @@ def _top_k(query: bytes) -> int:
     return int(given)
 
 
-async def _answer(
-    send: Send,
-    visit: Visit,
-    status: int,
-    body: bytes,
-    media_type: bytes = b"application/json",
-    more: Iterable[Header] = (),
-) -> None:
+async def _answer(send: Send, visit: Visit, status: int, body: bytes, *more: tuple[bytes, bytes]) -> None:
     visit.status, visit.total_s = status, monotonic() - visit.start
     headers = [
-        (b"content-type", media_type),
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", visit.id),
         _NO_SNIFFING,
@@ -173,8 +165,8 @@ async def _answer(
 
 
 async def _refuse(send: Send, visit: Visit, problem: Problem) -> None:
-    more = [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
-    await _answer(send, visit, problem.kind.status, problem.body(visit.path), problems.MEDIA_TYPE.encode(), more)
+    headers = [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
+    await _answer(send, visit, problem.kind.status, problem.body(visit.path), _PROBLEM, *headers)
 
 
 def _with_id(send: Send, visit: Visit) -> Send:

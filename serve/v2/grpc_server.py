@@ -10,7 +10,8 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any
+from time import monotonic
+from typing import Any, cast
 from urllib.parse import unquote
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C library writes to stderr, and not in JSON
@@ -58,7 +59,7 @@ class GrpcServer:
         self._intake = Intake(limits)
         self._under_way: set[asyncio.Task[Any]] = set()
         self._is_given_up = False
-        self._drain: asyncio.Task[None] | None = None
+        self._ends_at = 0.0  # by the clock; 0 until the server stops
         self.port = 0
 
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
@@ -85,27 +86,19 @@ class GrpcServer:
         await self._server.start()
 
     def begin_stop(self) -> None:
-        """Take no more calls, and let those under way finish. May be called by a signal handler."""
-        self._loop.call_soon_threadsafe(self._begin_drain)
+        """Refuse new calls. May be called by a signal handler."""
+        self._ends_at = self._ends_at or monotonic() + self._limits.drain_s
 
     async def stop(self) -> None:
-        """Wait for the calls under way; after the drain's time, refuse them."""
-        await self._begin_drain()
-
-    def _begin_drain(self) -> "asyncio.Task[None]":
-        self._drain = self._drain or self._loop.create_task(self._finish())
-        return self._drain
-
-    async def _finish(self) -> None:
-        """Wait for the calls under way while new ones are refused, then stop gRPC itself.
+        """Let the calls under way finish; at the end of the drain's time, refuse them. Then stop gRPC itself.
 
         A call that arrives at that moment ends as CANCELLED, which no client repeats. Clients that were refused before
         and wait as long as they were told are not affected.
         """
-        until = self._loop.time() + self._limits.drain_s
+        self.begin_stop()
         await asyncio.sleep(min(_SETTLE_S, self._limits.drain_s))
         if self._under_way:
-            await asyncio.wait(self._under_way, timeout=until - self._loop.time())
+            await asyncio.wait(self._under_way, timeout=max(0.0, self._ends_at - monotonic()))
         self._is_given_up = True
         for task in self._under_way:
             task.cancel()
@@ -115,23 +108,20 @@ class GrpcServer:
         """One call, from its metadata to its answer or refusal."""
         headers = {key.encode(): _bytes(value) for key, value in context.invocation_metadata() or ()}
         visit = Visit({"method": "POST", "path": path, "client": (_host(context.peer()), 0)}, headers)
-        task = asyncio.current_task()
-        assert task
-        self._under_way.add(task)
+        self._under_way.add(task := cast(asyncio.Task[Any], asyncio.current_task()))
         try:
-            if self._drain:
+            if self._ends_at:
                 raise _stopping()
             self._access.check(address, headers)
             answer = await method(context, visit)
             visit.status = 200
             context.set_trailing_metadata(_metadata(visit))
             return answer
-        except Problem as refusal:
-            problem = refusal.with_traceback(None)
-            visit.status = problem.kind.status
-        except Exception:
-            _log.exception("call %s failed", visit.id.decode())
-            problem = Problem(problems.INTERNAL, "the server failed; its log says why")
+        except Exception as error:
+            if not isinstance(error, Problem):
+                _log.exception("call %s failed", visit.id.decode())
+                error = Problem(problems.INTERNAL, "the server failed; its log says why")
+            problem = error.with_traceback(None)
             visit.status = problem.kind.status
         except asyncio.CancelledError:
             visit.status = problems.DEADLINE.status if context.time_remaining() == 0 else NO_CLIENT
@@ -147,8 +137,8 @@ class GrpcServer:
     async def _receive(self, context: Context, visit: Visit, deadline: float) -> bytes:
         message = await self._intake.receive(context.read, deadline)
         if not isinstance(message, bytes):  # gRPC drops one that is longer, and says so to the client itself
-            most = f"{self._limits.max_body_bytes:,}"
-            raise Problem(problems.TOO_LARGE, f"no message came, or one of more than {most} bytes")
+            detail = f"no message came, or one of more than {self._limits.max_body_bytes:,} bytes"
+            raise Problem(problems.TOO_LARGE, detail)
         self._handler.hold(visit, len(message))
         return message
 
@@ -212,9 +202,8 @@ class Intake:
     async def receive(self, read: Callable[[], Awaitable[Any]], deadline: float) -> Any:
         """Awaits `read` until the loop's time `deadline`, or for `patience_s` if others wait for the place."""
         if self._num_waiting >= self._limits.max_queue:
-            raise Problem(
-                problems.OVERLOADED, f"{self._num_waiting} messages wait to be received; ask again in 1 s", RETRY
-            )
+            detail = f"{self._num_waiting} messages wait to be received; ask again in 1 s"
+            raise Problem(problems.OVERLOADED, detail, RETRY)
         await self._take_place(deadline)
         timeout = asyncio.timeout_at(deadline)
         try:
@@ -279,8 +268,7 @@ def _stopping() -> Problem:
 async def _refuse(context: Context, visit: Visit, problem: Problem) -> None:
     wait_s = problem.headers.get("Retry-After")
     metadata = [*_metadata(visit), ("problem-type", problem.kind.type)]
-    if wait_s:
-        # The first is for clients with a retry policy, the second for people.
+    if wait_s:  # the first is for clients with a retry policy, the second for people
         metadata += [("grpc-retry-pushback-ms", f"{1000 * int(wait_s)}"), ("retry-after", wait_s)]
     detail = problem.detail.encode(errors="replace")[:_DETAIL_BYTES].decode(errors="ignore")
     await context.abort(STATUS_OF_HTTP[problem.kind.status], detail, tuple(metadata))

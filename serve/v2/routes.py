@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -95,31 +94,30 @@ def make_router(batcher: Batcher, limits: Limits) -> APIRouter:
     async def find_version(name: str, version: str) -> None:
         refuse_unknown(name, version, batcher.served.model)
 
-    _add_model(router, "/models/{name}", find, batcher, limits)
-    _add_model(router, "/models/{name}/versions/{version}", find_version, batcher, limits)
+    of_model = _make_model_router(batcher, limits)
+    router.include_router(of_model, prefix="/models/{name}", dependencies=[Depends(find)])
+    router.include_router(of_model, prefix="/models/{name}/versions/{version}", dependencies=[Depends(find_version)])
     return router
 
 
-def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: Batcher, limits: Limits) -> None:
-    known = [Depends(find)]
-    refusals = (problems.UNAUTHORIZED, problems.NOT_FOUND)
+def _make_model_router(batcher: Batcher, limits: Limits) -> APIRouter:
+    router, refusals = APIRouter(), (problems.UNAUTHORIZED, problems.NOT_FOUND)
 
-    @router.get(path, dependencies=known, responses=problems.documented(*refusals))
+    @router.get("", responses=problems.documented(*refusals))
     async def describe_model() -> ModelMetadata:
         """The model's tensors."""
         return model_metadata(batcher)
 
-    @router.get(f"{path}/ready", dependencies=known, responses=problems.documented(*refusals, problems.NOT_READY))
+    @router.get("/ready", responses=problems.documented(*refusals, problems.NOT_READY))
     async def model_ready() -> ModelReady:
         """The model answers."""
         batcher.check_ready()
         return {"name": model_name(batcher.served.model), "ready": True}
 
-    @router.post(f"{path}/infer", dependencies=known, responses=_INFER_RESPONSES, openapi_extra=_INFER_REQUEST)
+    @router.post("/infer", responses=_INFER_RESPONSES, openapi_extra=_INFER_REQUEST)
     async def infer(request: Request) -> Response:
         """Images in, logits or the best classes out, in JSON or as bytes behind it."""
-        deadline = asyncio.get_running_loop().time() + limits.deadline_s
-        headers = dict(request.headers.raw)
+        deadline, headers = asyncio.get_running_loop().time() + limits.deadline_s, dict(request.headers.raw)
         refuse_encoding(headers)
         body = await within_deadline(read_body(request.receive, headers, limits), deadline, limits)
         inference = await parse(batcher.turn, read_inference, body, request.headers.get(HEADER_BYTES), limits)
@@ -132,6 +130,8 @@ def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: 
         if binary is None:
             return Response(header, media_type="application/json")
         return Response(header + binary, 200, {HEADER_BYTES: str(len(header))}, "application/octet-stream")
+
+    return router
 
 
 def model_metadata(batcher: Batcher) -> ModelMetadata:
@@ -185,19 +185,14 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
 
 
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-_HEADER = {
-    "name": HEADER_BYTES,
-    "in": "header",
-    "description": "Bytes of JSON in the body; tensors follow it. Without this header all of the body is JSON.",
-    "schema": {"type": "integer", "minimum": 1},
-}
+_TEXT = "Bytes of JSON in the body; tensors follow it. Without this header all of the body is JSON."
 _SCHEMA = InferenceRequest.model_json_schema()
+_CONTENT = {"application/json": {"schema": _inlined(_SCHEMA, _SCHEMA["$defs"])}, **_BINARY}
 _INFER_REQUEST: dict[str, Any] = {
-    "parameters": [_HEADER],
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": _inlined(_SCHEMA, _SCHEMA["$defs"])}, **_BINARY},
-    },
+    "parameters": [
+        {"name": HEADER_BYTES, "in": "header", "description": _TEXT, "schema": {"type": "integer", "minimum": 1}}
+    ],
+    "requestBody": {"required": True, "content": _CONTENT},
 }
 _INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "One row per image.", "model": InferenceAnswer, "content": _BINARY},

@@ -1,5 +1,6 @@
 """The Open Inference Protocol over gRPC, asked by NVIDIA's client and by hand, of a server that speaks HTTP too."""
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -266,7 +267,8 @@ def test_what_is_still_under_way_at_the_end_of_the_drain_is_refused(serve_rpc, g
         gated.close()
         first = served.raw.start(request_of(pixels))
         gated.wait()
-        served.app.state.grpc.begin_stop()
+        loop, stop = served.app.state.grpc._loop, served.app.state.grpc.stop
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(30)
         assert (first.code().name, first.details()) == ("UNAVAILABLE", "the server is stopping; ask another one")
         gated.open()
 
