@@ -9,6 +9,9 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from heapq import heapify, heappop, heappush
+from itertools import count
+from queue import SimpleQueue
 from time import monotonic
 
 from PIL import Image
@@ -16,8 +19,8 @@ from PIL import Image
 from common.image import FORMATS, TooManyPixels, decode
 from common.refusal import Refusal
 from common.spec import ImageSpec
+from serve.decode.budget import Budget
 from serve.decode.process import Decoder, TookTooLong
-from serve.decode.turns import Budget, Turns
 from serve.decode.weigh import NO_WEIGHT, Weight, is_light, weigh
 from serve.request.job import Decoded, Job
 from serve.request.limits import Limits
@@ -28,14 +31,51 @@ _log = logging.getLogger(__name__)
 _AGEING = 10.0  # seconds that a job lets lighter ones overtake it, for each second that it takes to decode
 
 
+class Turns:
+    """A queue of images, each a job and an index: the earliest due first, equal ones in order of arrival.
+
+    An image is due at its arrival plus its weight, so light ones overtake heavy ones, but only for a while.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[float, int, Job, int]] = []
+        self._numbers = count()
+        self._lock = threading.Lock()
+        self._news: SimpleQueue[bool] = SimpleQueue()  # True for each image that was put; False: the end
+
+    def put(self, due: float, job: Job, index: int) -> None:
+        with self._lock:
+            heappush(self._waiting, (due, next(self._numbers), job, index))
+        self._news.put(True)
+
+    def get(self) -> tuple[Job, int] | None:
+        """The next image, waiting for one; None at the end."""
+        while self._news.get():
+            with self._lock:
+                if self._waiting:  # unless the image was dropped
+                    _, _, job, index = heappop(self._waiting)
+                    return job, index
+        return None
+
+    def drop(self, job: Job) -> None:
+        """Forget all images of `job`."""
+        with self._lock:
+            self._waiting = [entry for entry in self._waiting if entry[2] is not job]
+            heapify(self._waiting)
+
+    def end(self) -> None:
+        """One thread gets None."""
+        self._news.put(False)
+
+
 class DecoderPool:
     """Fills in the pixels of jobs. `on_decoded` is called in a decoder's thread with each complete job."""
 
     def __init__(self, limits: Limits, on_decoded: Callable[[Job], None], budget: Budget | None = None) -> None:
         self._limits = limits
         self._on_decoded = on_decoded
-        self._light: Turns[Job] = Turns()
-        self._heavy: Turns[Job] = Turns()
+        self._light: Turns = Turns()
+        self._heavy: Turns = Turns()
         self._budget = budget or Budget(limits.heavy_bytes)
         self._decoders = [
             Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
@@ -109,13 +149,13 @@ class DecoderPool:
             if image is None:
                 self._decode(job, index, _in_thread(job.weights[index]))
 
-    def _work(self, turns: Turns[Job], decoder: Decoder | None) -> None:
+    def _work(self, turns: Turns, decoder: Decoder | None) -> None:
         while self._decode_next(turns, decoder):
             pass
         if decoder:
             decoder.close()
 
-    def _decode_next(self, turns: Turns[Job], decoder: Decoder | None) -> bool:
+    def _decode_next(self, turns: Turns, decoder: Decoder | None) -> bool:
         """One image; False at the end. A waiting thread holds no job, and so no model that was swapped out."""
         turn = turns.get()
         if turn is None:

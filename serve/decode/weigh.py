@@ -58,8 +58,7 @@ def weigh(content: bytes, spec: ImageSpec, *, max_pixels: int, max_bytes: int) -
     except (struct.error, IndexError, ValueError):
         return NO_WEIGHT
     width, height, num_bytes, _ = weight
-    if width * height > max_pixels:
-        refuse_too_many_pixels(width, height, max_pixels)
+    refuse_too_many_pixels(width, height, max_pixels)
     if num_bytes > max_bytes:
         raise TooManyPixels(
             f"the image is {width}x{height} and takes {num_bytes / 1e6:,.0f} MB while it is decoded, over the limit of "

@@ -25,11 +25,10 @@ from serve.model.prober import Prober
 from serve.processes.signals import heed_signals
 from serve.request import problems
 from serve.request.access import EVERYBODY, Access
-from serve.request.answer import ModelName, Prediction
 from serve.request.batcher import Batcher
 from serve.request.body import REQUEST_BODY
 from serve.request.connection import Door
-from serve.request.job import Served
+from serve.request.job import ModelName, Prediction, Served
 from serve.request.limits import Limits
 from serve.request.predict import TOP_K, Observer, RequestHandler
 from serve.request.problems import Problem

@@ -25,10 +25,9 @@ from starlette.types import Receive
 
 from export.runtimes.probabilities import best, probabilities
 from export.runtimes.runtime import Runtime
+from serve.decode.budget import Budget
 from serve.decode.pool import DecoderPool, find_problem
-from serve.decode.turns import Budget
-from serve.request.answer import Result, result_of
-from serve.request.job import Decoded, Job, Served
+from serve.request.job import Decoded, Job, Result, Served, result_of
 from serve.request.limits import Limits
 from serve.request.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
 from serve.shadow.shadow import Shadow

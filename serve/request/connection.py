@@ -13,8 +13,6 @@ from serve.request.predict import REFUSAL
 from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, RETRY, Problem
 from serve.request.uvicorn_internals import HttpToolsProtocol, RequestResponseCycle, last_cycle
 
-HEADERS_S = 10.0  # from the first byte of a connection or request to the end of its headers
-WRITE_S = 30.0  # for a client to read its answer
 MAX_HEADER_BYTES = 2**16
 _HEADER_BYTES = 32  # added for each header or trailer, as in HTTP/2: RFC 9113, 6.5.2
 MAX_DROPPED_BYTES = 2**20  # after the last answer of a connection
@@ -74,8 +72,8 @@ class Connection(HttpToolsProtocol):
     applies.
     """
 
-    headers_s = HEADERS_S
-    write_s = WRITE_S
+    headers_s = 10.0  # from the first byte of a connection or request to the end of its headers
+    write_s = 30.0  # for a client to read its answer
     _stage: Literal["between", "headers", "body"] = "between"  # of the request that is being read
     _timer: asyncio.TimerHandle | None = None  # for the headers, or for a client that has stopped sending
     _write_timer: asyncio.TimerHandle | None = None

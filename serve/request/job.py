@@ -1,4 +1,4 @@
-"""A loaded model, and the images of one request on their way through it."""
+"""A loaded model, the images of one request on their way through it, and their results."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -6,12 +6,40 @@ from functools import cached_property
 
 import numpy as np
 from starlette.types import Message
+from typing_extensions import TypedDict  # pydantic reads no other one on Python 3.11
 
 from export.runtimes.runtime import Model, Runtime
 from serve.decode.weigh import Weight
-from serve.request.answer import ModelName, Result
 
 Decoded = np.ndarray | Exception  # uint8 [H, W, C], or why there are none: a Refusal if it is the image's fault
+
+
+class ModelName(TypedDict):
+    """Which model answered; `digest` is the sha256 of its file."""
+
+    name: str
+    digest: str
+
+
+class Guess(TypedDict):
+    """One class and the probability the model gives it."""
+
+    label: str
+    index: int
+    probability: float
+
+
+class Result(Guess):
+    """The most probable class of one image, and the best `top_k`, the most probable first."""
+
+    top: list[Guess]
+
+
+class Prediction(TypedDict):
+    """One result per image, in the order of the request."""
+
+    model: ModelName
+    results: list[Result]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,3 +90,12 @@ class Job:
     model_s: float = 0.0
     timer: asyncio.TimerHandle | None = None
     watch: "asyncio.Future[Message] | None" = None
+
+
+def result_of(order: list[int], probabilities: list[float], top_k: int, labels: tuple[str, ...]) -> Result:
+    """The best classes of one image, the most probable first, and their probabilities → the first `top_k` of them."""
+    top: list[Guess] = [
+        {"label": labels[index], "index": index, "probability": probability}
+        for index, probability in zip(order[:top_k], probabilities, strict=False)
+    ]
+    return {**top[0], "top": top}

@@ -6,6 +6,7 @@ A body is a JSON header followed by the bytes of tensors that are not in the hea
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import (
@@ -17,7 +18,8 @@ from typing import (
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic_core import ErrorDetails
 from typing_extensions import TypedDict
 
 from serve.request.body import from_base64, load_json, too_many_images
@@ -29,20 +31,21 @@ _SHOWN = 60  # characters of what was found
 
 
 class _Members(BaseModel):
-    """An object of the request. Unknown members are ignored, and null stands for a missing one."""
+    """An object of the request. Unknown members are ignored."""
 
     model_config = ConfigDict(strict=True)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, members: Any) -> Any:
-        if not isinstance(members, dict):
-            return members
-        return {name: value for name, value in members.items() if value is not None}
 
+class Parameters(_Members):
+    """Extensions of the protocol: the first of an input, the next two of an output, the last of the request."""
 
-class InputParameters(_Members):
     binary_data_size: int | None = None
+    classification: PositiveInt | None = None  # so many of the best classes in place of logits
+    binary_data: bool | None = None
+    binary_data_output: bool | None = None
+
+
+_NO_PARAMETERS = Parameters()
 
 
 class InputTensor(_Members):
@@ -51,29 +54,20 @@ class InputTensor(_Members):
     name: Literal["images"]
     datatype: Literal["UINT8", "BYTES"]
     shape: Annotated[list[PositiveInt], Field(min_length=1, max_length=4)]
-    data: list | None = Field(None, description="Pixels, flat or nested as the shape; or files in base64.")
-    parameters: InputParameters = InputParameters()
-
-
-class OutputParameters(_Members):
-    classification: PositiveInt | None = None  # so many of the best classes in place of logits
-    binary_data: bool | None = None
+    data: list[Any] | None = Field(None, description="Pixels, flat or nested as the shape; or files in base64.")
+    parameters: Parameters | None = None
 
 
 class RequestedOutput(_Members):
     name: Literal["logits"]
-    parameters: OutputParameters = OutputParameters()
-
-
-class RequestParameters(_Members):
-    binary_data_output: bool = False
+    parameters: Parameters | None = None
 
 
 class InferenceRequest(_Members):
     id: str | None = None
-    parameters: RequestParameters = RequestParameters()
+    parameters: Parameters | None = None
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
-    outputs: Annotated[list[RequestedOutput], Field(max_length=1)] = []
+    outputs: Annotated[list[RequestedOutput], Field(max_length=1)] | None = None
 
 
 class OutputTensor(TypedDict):
@@ -108,31 +102,29 @@ def read_inference(body: bytes, header_bytes: str | None, limits: Limits) -> Inf
     except ValueError as error:
         raise Problem(BAD_REQUEST, f"the inference header is not valid JSON: {error}") from error
     request, asked = check_request(members, limits)
+    of_all = request.parameters or _NO_PARAMETERS
     return Inference(
         id=request.id,
         images=_read_images(request.inputs[0], binary),
         num_classes=asked.classification,
-        is_binary=request.parameters.binary_data_output if asked.binary_data is None else asked.binary_data,
+        is_binary=bool(of_all.binary_data_output if asked.binary_data is None else asked.binary_data),
     )
 
 
-def check_request(members: Any, limits: Limits) -> tuple[InferenceRequest, OutputParameters]:
+def check_request(members: Any, limits: Limits) -> tuple[InferenceRequest, Parameters]:
     """A request for pixels [N, H, W, C] or files [N], at most `limits.max_images`, and how it wants the answer."""
     try:
         request = InferenceRequest.model_validate(members)
     except ValidationError as error:
-        faults = error.errors(include_url=False, include_context=False)[:5]
-        found = (
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {_brief(fault['input'])}" for fault in faults
-        )
-        raise Problem(BAD_REQUEST, "; ".join(found)) from error
-    (tensor,) = request.inputs
+        raise Problem(BAD_REQUEST, "; ".join(map(_describe_fault, error.errors()[:5]))) from error
+    tensor = request.inputs[0]
     rank, wanted = (1, "[N]") if tensor.datatype == "BYTES" else (4, "[N, H, W, C]")
     if len(tensor.shape) != rank:
         raise Problem(BAD_REQUEST, f"the shape of images in {tensor.datatype} must be {wanted}, got {tensor.shape}")
     if tensor.shape[0] > limits.max_images:
         raise too_many_images(limits)
-    return request, request.outputs[0].parameters if request.outputs else OutputParameters()
+    asked = request.outputs[0].parameters if request.outputs else None
+    return request, asked or _NO_PARAMETERS
 
 
 def write_inference(inference: Inference, logits: np.ndarray, model: dict[str, str], labels: tuple[str, ...]) -> Any:
@@ -172,14 +164,11 @@ def read_binary(binary: bytes, tensor: InputTensor) -> np.ndarray | list[bytes]:
 
 def read_numbers(data: list[Any], tensor: InputTensor) -> np.ndarray | list[bytes]:
     """Pixels uint8 [N, H, W, C] from a flat list of whole numbers."""
-    if set(map(type, data)) - {int}:
-        wrong = next(value for value in data if type(value) is not int)
-        raise Problem(BAD_REQUEST, f"images in UINT8 must be whole numbers, got {_brief(wrong)}")
-    try:
-        return read_binary(bytes(data), tensor)
-    except ValueError as error:
-        wrong = next(value for value in data if not 0 <= value <= 255)
-        raise Problem(BAD_REQUEST, f"images in UINT8 must be from 0 to 255, got {wrong}") from error
+    with suppress(ValueError):
+        if set(map(type, data)) <= {int}:
+            return read_binary(bytes(data), tensor)
+    wrong = next(value for value in data if type(value) is not int or not 0 <= value <= 255)
+    raise Problem(BAD_REQUEST, f"images in UINT8 must be whole numbers from 0 to 255, got {_brief(wrong)}")
 
 
 def check_count(elements: Any, tensor: InputTensor) -> Any:
@@ -203,11 +192,10 @@ def _split(body: bytes, header_bytes: str | None) -> tuple[bytes, bytes]:
 
 
 def _read_images(tensor: InputTensor, binary: bytes) -> np.ndarray | list[bytes]:
-    size, data = tensor.parameters.binary_data_size, tensor.data or []
-    if size is None and binary:
-        raise Problem(BAD_REQUEST, f"images have no binary_data_size, and {len(binary)} bytes follow the header")
-    if size is not None and size != len(binary):
-        raise Problem(BAD_REQUEST, f"binary_data_size of images is {size}, and {len(binary)} bytes follow the header")
+    size, data = (tensor.parameters or _NO_PARAMETERS).binary_data_size, tensor.data or []
+    if (size or 0) != len(binary):
+        detail = f"binary_data_size of images is {size or 0}, and {len(binary)} bytes follow the header"
+        raise Problem(BAD_REQUEST, detail)
     if size is not None and data:
         raise Problem(BAD_REQUEST, "images have data in the header and binary_data_size; send one of them")
     if size is not None:
@@ -244,6 +232,10 @@ def _with_length(text: str) -> bytes:
     """An element of a BYTES tensor."""
     content = text.encode()
     return len(content).to_bytes(4, "little") + content
+
+
+def _describe_fault(fault: ErrorDetails) -> str:
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {_brief(fault['input'])}"
 
 
 def _brief(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The order in which images are decoded, and the memory that all decoders may take at once."""
+"""The memory that all decoders may take at once, in one process or in all of the host."""
 
 import fcntl
 import os
@@ -6,51 +6,9 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from heapq import heapify, heappop, heappush
-from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Generic, TypeVar
 
 _STARTS = 64  # places at which a range of locks may begin
-Owner = TypeVar("Owner")
-
-
-class Turns(Generic[Owner]):
-    """A queue of numbered parts of owners: the earliest due first, equal ones in order of arrival.
-
-    A part is due at its arrival plus its weight, so small parts overtake large ones, but only for a while.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[float, int, Owner, int]] = []
-        self._numbers = count()
-        self._lock = threading.Lock()
-        self._news: SimpleQueue[bool] = SimpleQueue()  # True for each part that was put; False: the end
-
-    def put(self, due: float, owner: Owner, part: int) -> None:
-        with self._lock:
-            heappush(self._waiting, (due, next(self._numbers), owner, part))
-        self._news.put(True)
-
-    def get(self) -> tuple[Owner, int] | None:
-        """The next part, waiting for one; None at the end."""
-        while self._news.get():
-            with self._lock:
-                if self._waiting:  # unless the part was dropped
-                    _, _, owner, part = heappop(self._waiting)
-                    return owner, part
-        return None
-
-    def drop(self, owner: Owner) -> None:
-        """Forget all parts of `owner`."""
-        with self._lock:
-            self._waiting = [entry for entry in self._waiting if entry[2] is not owner]
-            heapify(self._waiting)
-
-    def end(self) -> None:
-        """One thread gets None."""
-        self._news.put(False)
 
 
 class Budget:
