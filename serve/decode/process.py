@@ -69,9 +69,7 @@ class Decoder:
         self._connection.recv_bytes()
         return self._process
 
-    def _ask(
-        self, process: subprocess.Popen[Any], how: tuple[ImageSpec, int, int, float], content: bytes
-    ) -> bytes | Refusal:
+    def _ask(self, process: subprocess.Popen[Any], how: tuple[Any, ...], content: bytes) -> bytes | Refusal:
         """The answer of the process; a Refusal if it takes too long or ends."""
         status = None
         try:
@@ -83,6 +81,6 @@ class Decoder:
             status = process.wait()
         if status not in (None, -signal.SIGPROF):
             _log.warning("a decoder ended with status %d on an image of %d bytes", status, len(content))
-            return Refusal("the image ends its decoder; save it anew")
+            return Refusal("the image crashes its decoder; save it again")
         _log.warning("a decoder is replaced: an image of %d bytes took longer than it may", len(content))
-        return TookTooLong(f"the image takes longer than {self._limit_s:g} s to decode; send it smaller")
+        return TookTooLong(f"the image takes longer than {self._limit_s:g} s to decode; send a smaller one")

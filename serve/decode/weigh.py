@@ -62,7 +62,7 @@ def weigh(content: bytes, spec: ImageSpec, *, max_pixels: int, max_bytes: int) -
     if num_bytes > max_bytes:
         raise TooManyPixels(
             f"the image is {width}x{height} and takes {num_bytes / 1e6:,.0f} MB while it is decoded, over the limit of "
-            f"{max_bytes / 1e6:,.0f} MB; send it smaller, or as a JPEG that is not progressive"
+            f"{max_bytes / 1e6:,.0f} MB; send a smaller one, or as a JPEG that is not progressive"
         )
     return weight
 
@@ -124,7 +124,7 @@ def _count_chunks(content: bytes) -> tuple[int, int]:
         num_chunks += 1
         num_odd += kind in _ODD_CHUNKS
         if num_chunks > most:
-            raise Refusal(f"the PNG has more than {most:,} chunks in {len(content):,} bytes; save it anew")
+            raise Refusal(f"the PNG has more than {most:,} chunks in {len(content):,} bytes; save it again")
         if kind == b"IEND":
             break
         position += 12 + length
@@ -137,7 +137,7 @@ def _weigh_jpeg(content: bytes, spec: ImageSpec) -> Weight:
     is_buffered = marker & 3 == 2 or content[position + 4] < len(sampling)  # all coefficients are kept
     num_scans = content.count(b"\xff\xda", position) if is_buffered else 0  # otherwise only one is read
     if num_scans > MAX_SCANS:
-        raise Refusal(f"the JPEG has {num_scans:,} scans, and {MAX_SCANS} are taken; save it anew")
+        raise Refusal(f"the JPEG has {num_scans:,} scans, and {MAX_SCANS} are accepted; save it again")
     largest = max(across for across, _ in factors) * max(down for _, down in factors)
     block = 8 * largest
     num_pixels = -(-width // block) * -(-height // block) * block * block
@@ -165,7 +165,7 @@ def _read_frame(content: bytes) -> tuple[int, int, int, list[tuple[int, int]], i
             frame = marker, width, height, [(max(1, factor >> 4), max(1, factor & 15)) for factor in factors]
         is_bare = marker == 0xFF01 or 0xFFD0 <= marker <= 0xFFD9
         position += 1 if marker < 0xFFC0 or marker == 0xFFFF else 2 if is_bare else 2 + length
-    raise Refusal(f"the JPEG has more than {MAX_SEGMENTS:,} segments before its pixels; save it anew")
+    raise Refusal(f"the JPEG has more than {MAX_SEGMENTS:,} segments before its pixels; save it again")
 
 
 def _size_of_webp(content: bytes) -> tuple[int, int]:
@@ -185,7 +185,7 @@ def _weigh_avif(content: bytes) -> Weight:
     found = islice(_AVIF_SIZE.finditer(content), MAX_AVIF_SIZES + 1)
     sizes = [struct.unpack(">II", match[1]) for match in found]
     if len(sizes) > MAX_AVIF_SIZES:
-        raise Refusal(f"the AVIF has more than {MAX_AVIF_SIZES} sizes of its parts; save it anew")
+        raise Refusal(f"the AVIF has more than {MAX_AVIF_SIZES} sizes of its parts; save it again")
     width, height = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
     num_pixels = width * height
     num_bytes = LIGHT.num_bytes + 20 * num_pixels + 2 * len(content)
@@ -201,7 +201,7 @@ def _weigh_bmp(content: bytes) -> Weight:
         num_bytes = 8 * num_pixels + min(20 * num_pixels, _BAND_BYTES) + 2 * len(content)
         return Weight(width, height, num_bytes, 1e-8 * num_pixels)
     if num_pixels > MAX_RLE_PIXELS:
-        detail = f"the BMP is compressed and has {num_pixels:,} pixels, and {MAX_RLE_PIXELS:,} are taken; send a PNG"
+        detail = f"the BMP is compressed and has {num_pixels:,} pixels, and {MAX_RLE_PIXELS:,} are accepted; send a PNG"
         raise Refusal(detail)
     weight = _weigh_whole(content, width, height, bytes_per_pixel=12, seconds=5e-7)
     return weight._replace(num_bytes=weight.num_bytes + LIGHT.num_bytes)

@@ -48,7 +48,6 @@ class Batcher:
         self.served = served
         self._limits = limits
         self.decoding = DecoderPool(limits, self._take_decoded, budget)
-        self.turn = asyncio.Lock()  # to parse long JSON
         self._decoded: SimpleQueue[Job | None] = SimpleQueue()
         self._runners: list[threading.Thread] = []
         self._is_open = False
@@ -81,7 +80,7 @@ class Batcher:
     def check_room(self, num_images: int) -> None:
         """Refuses `num_images` more if they are too many, or if the server is not running."""
         if not self._is_open:
-            raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
+            raise Problem(NOT_READY, "the server is starting or stopping; retry in a moment")
         num_held = self.num_held + num_images
         if num_held > self._limits.max_queue:
             raise self._overloaded()
@@ -91,11 +90,11 @@ class Batcher:
     def check_ready(self) -> None:
         """Refuses while the server starts or stops, cannot decode, or answers its probe images wrongly."""
         if not self.is_ready:
-            raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
+            raise Problem(NOT_READY, "the server is starting or stopping; retry in a moment")
         if not self.is_up:
-            raise Problem(NOT_READY, "the process that runs the model is being replaced; ask again in a moment")
+            raise Problem(NOT_READY, "the process that runs the model is being replaced; retry in a moment")
         if self.decoding.is_stalled():
-            raise Problem(NOT_READY, "images wait, and none has been decoded for a while; ask another server")
+            raise Problem(NOT_READY, "images wait, and none has been decoded for a while; try another server")
         if fault := self.find_fault():
             raise Problem(NOT_READY, fault)
 
@@ -228,7 +227,7 @@ class Batcher:
 
     def _overloaded(self) -> Problem:
         wait_s = max(1, math.ceil(self.num_held * self.seconds_per_image / len(self.served.runtimes)))
-        detail = f"{self.num_held} images are waiting; ask again in {wait_s} s"
+        detail = f"{self.num_held} images are waiting; retry in {wait_s} s"
         return Problem(OVERLOADED, detail, {"Retry-After": str(wait_s)})
 
     def _end_threads(self, until: float) -> None:
@@ -241,7 +240,7 @@ class Batcher:
 
 def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
     if not future.done():
-        future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
+        future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; retry later"))
 
 
 def give_results(jobs: Sequence[Job], logits: np.ndarray, watch: Watch) -> np.ndarray:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import orjson
@@ -20,6 +21,7 @@ _CURL_DEFAULT = "application/x-www-form-urlencoded"  # of curl --data-binary
 LONG_JSON_BYTES = 2**16  # longer documents are parsed in a thread, as they would hold up the event loop
 # Parsing holds Python's lock: 20 ms for a million numbers, 270 ms for as many lists.
 MAX_JSON_LISTS, MAX_JSON_VALUES = 2**17, 2**20
+_PARSER = ThreadPoolExecutor(1, "parse")
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 Read = TypeVar("Read")
 
@@ -36,11 +38,8 @@ REQUEST_BODY: dict[str, Any] = {
 }
 
 
-async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Limits, turn: asyncio.Lock) -> list[bytes]:
-    """The bytes of the request's images, in order: at least one, at most `limits.max_images`.
-
-    `turn` is the lock under which long JSON is parsed.
-    """
+async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> list[bytes]:
+    """The bytes of the request's images, in order: at least one, at most `limits.max_images`."""
     refuse_encoding(headers)
     content_type = headers.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
@@ -54,7 +53,7 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
         except FormParserError as error:
             raise Problem(BAD_REQUEST, f"the form cannot be read: {error}") from error
     if media_type == "application/json":
-        return await parse(turn, _images_of_json, await read_body(receive, headers, limits), limits)
+        return await parse(_images_of_json, await read_body(receive, headers, limits), limits)
     if media_type == _CURL_DEFAULT:
         body = await read_body(receive, headers, limits)
         if begins_as_an_image(body):
@@ -72,20 +71,11 @@ def refuse_encoding(headers: dict[bytes, bytes]) -> None:
         raise Problem(MEDIA_TYPE_UNKNOWN, detail)
 
 
-async def parse(turn: asyncio.Lock, function: Callable[..., Read], body: bytes, *arguments: Any) -> Read:
-    """`function(body, *arguments)`; a long body in a thread, one at a time, as the memory it takes is not counted.
-
-    After a cancellation the thread keeps the turn until it has finished.
-    """
+async def parse(function: Callable[..., Read], body: bytes, *arguments: Any) -> Read:
+    """`function(body, *arguments)`; a long body in a thread, one at a time, as the memory it takes is not counted."""
     if len(body) <= LONG_JSON_BYTES:
         return function(body, *arguments)
-    await turn.acquire()
-    running = asyncio.get_running_loop().run_in_executor(None, function, body, *arguments)
-    running.add_done_callback(lambda done: (done.cancelled() or done.exception(), turn.release()))
-    try:
-        return await asyncio.shield(running)
-    finally:
-        del running  # or the traceback of its exception would keep the body alive
+    return await asyncio.get_running_loop().run_in_executor(_PARSER, function, body, *arguments)
 
 
 def load_json(document: bytes) -> Any:
@@ -96,7 +86,7 @@ def load_json(document: bytes) -> Any:
         raise Problem(
             TOO_LARGE,
             f"the JSON has {num_values:,} values, {num_lists:,} of them lists and objects; "
-            f"{MAX_JSON_VALUES:,} and {MAX_JSON_LISTS:,} are taken; send less at once, or bytes in place of numbers",
+            f"{MAX_JSON_VALUES:,} and {MAX_JSON_LISTS:,} are accepted; send less at once, or bytes in place of numbers",
         )
     return orjson.loads(document)
 

@@ -90,7 +90,7 @@ class Connection(HttpToolsProtocol):
         if self._door.num_beyond > MAX_TURNED_AWAY:
             transport.abort()
         elif self._door.num_beyond > 0:
-            detail = f"{self._door.max_connections} connections are open already; ask again in 1 s"
+            detail = f"{self._door.max_connections} connections are open already; retry in 1 s"
             self._refuse(Problem(OVERLOADED, detail, _RETRY))
         else:
             self._await_headers()

@@ -93,13 +93,13 @@ class RequestHandler:
             visit.status = NO_CLIENT
         except asyncio.CancelledError:  # the server stops and will not wait any longer
             if not visit.status:
-                await _refuse(send, visit, Problem(problems.NOT_READY, "the server is stopping; ask another one"))
+                await _refuse(send, visit, Problem(problems.NOT_READY, "the server is stopping; try another one"))
             raise
         except Exception:
             _log.exception("request %s failed", visit.id.decode())
             if visit.status:  # the answer has begun: the server can only cut it off
                 raise
-            await _refuse(send, visit, Problem(problems.INTERNAL, "the server failed; its log says why"))
+            await _refuse(send, visit, Problem(problems.INTERNAL, "the server failed; see its log"))
         finally:
             self.finish(visit)
 
@@ -108,7 +108,7 @@ class RequestHandler:
         visit.body_bytes += num_bytes
         self._held_bytes += num_bytes
         if self._held_bytes + self._batcher.decoding.given_up_bytes > self._limits.max_held_bytes:
-            detail = f"{self._limits.max_held_bytes:,} bytes of requests are held already; ask again in 1 s"
+            detail = f"{self._limits.max_held_bytes:,} bytes of requests are held already; retry in 1 s"
             raise Problem(problems.OVERLOADED, detail, problems.RETRY)
 
     def finish(self, visit: Visit) -> None:
@@ -135,7 +135,7 @@ class RequestHandler:
         self._batcher.check_room(1)  # before the body is read: refusing an overload must be cheap
         top_k = _top_k(scope["query_string"])
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
-        reading = read_images(receive, headers, self._limits, self._batcher.turn)
+        reading = read_images(receive, headers, self._limits)
         images = await within_deadline(reading, deadline, self._limits)
         job = await self._batcher.classify(images, top_k=top_k, deadline=deadline, receive=receive)
         visit.take(job)

@@ -19,12 +19,11 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its C library writes to stder
 import grpc
 from fastapi import FastAPI
 from grpc import StatusCode
-from starlette.types import Message
 
 from serve.request import problems
 from serve.request.access import Access
 from serve.request.batcher import Batcher
-from serve.request.body import parse as parse_in_turn
+from serve.request.body import parse as parse_body
 from serve.request.limits import Limits
 from serve.request.predict import NO_CLIENT, RequestHandler, Visit
 from serve.request.problems import RETRY, Problem
@@ -106,7 +105,8 @@ class GrpcServer:
 
     async def _handle(self, path: str, address: str, method: _Method, stream: Any, context: Context) -> bytes:
         """One call, from its metadata to its answer or refusal."""
-        headers = {key.encode(): _bytes(value) for key, value in context.invocation_metadata() or ()}
+        metadata = context.invocation_metadata() or ()
+        headers = {key.encode(): value if isinstance(value, bytes) else value.encode() for key, value in metadata}
         visit = Visit({"method": "POST", "path": path, "client": (_host(context.peer()), 0)}, headers)
         self._under_way.add(task := cast(asyncio.Task[Any], asyncio.current_task()))
         try:
@@ -120,7 +120,7 @@ class GrpcServer:
         except Exception as error:
             if not isinstance(error, Problem):
                 _log.exception("call %s failed", visit.id.decode())
-                error = Problem(problems.INTERNAL, "the server failed; its log says why")
+                error = Problem(problems.INTERNAL, "the server failed; see its log")
             problem = error.with_traceback(None)
             visit.status = problem.kind.status
         except asyncio.CancelledError:
@@ -152,10 +152,11 @@ class GrpcServer:
         self._batcher.check_room(1)  # before the message is received
         model, deadline = self._batcher.served.model, self._deadline(context)
         message = await self._receive(context, visit, deadline)
-        inference = await parse_in_turn(self._batcher.turn, read_inference, message, model, self._limits)
+        inference = await parse_body(read_inference, message, model, self._limits)
         del message
         refuse_other_size(inference, self._batcher.served.model)
-        job = await self._batcher.classify(inference.images, top_k=1, deadline=deadline, receive=_never)
+        never = self._loop.create_future  # gRPC cancels the task when its client has gone
+        job = await self._batcher.classify(inference.images, top_k=1, deadline=deadline, receive=never)
         visit.take(job)
         return write_inference(inference, job.logits, job.served.model)
 
@@ -202,7 +203,7 @@ class Intake:
     async def receive(self, read: Callable[[], Awaitable[Any]], deadline: float) -> Any:
         """Awaits `read` until the loop's time `deadline`, or for `patience_s` if others wait for the place."""
         if self._num_waiting >= self._limits.max_queue:
-            detail = f"{self._num_waiting} messages wait to be received; ask again in 1 s"
+            detail = f"{self._num_waiting} messages wait to be received; retry in 1 s"
             raise Problem(problems.OVERLOADED, detail, RETRY)
         await self._take_place(deadline)
         timeout = asyncio.timeout_at(deadline)
@@ -215,7 +216,7 @@ class Intake:
         except TimeoutError:
             if timeout.when() == deadline:  # no other call waited
                 raise Problem(problems.TIMEOUT, "the message was not complete within its deadline; send less") from None
-            detail = f"the message was not complete within {self.patience_s:g} s while others waited; ask again in 1 s"
+            detail = f"the message was not complete within {self.patience_s:g} s while others waited; retry in 1 s"
             raise Problem(problems.OVERLOADED, detail, RETRY) from None
         finally:
             del self._started[timeout]
@@ -231,7 +232,7 @@ class Intake:
             async with asyncio.timeout_at(deadline):
                 await self._places.acquire()
         except TimeoutError:
-            detail = "other messages were received until the deadline; ask again later"
+            detail = "other messages were received until the deadline; retry later"
             raise Problem(problems.DEADLINE, detail) from None
         finally:
             self._num_waiting -= 1
@@ -262,7 +263,7 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
 
 
 def _stopping() -> Problem:
-    return Problem(problems.NOT_READY, "the server is stopping; ask another one", RETRY)
+    return Problem(problems.NOT_READY, "the server is stopping; try another one", RETRY)
 
 
 async def _refuse(context: Context, visit: Visit, problem: Problem) -> None:
@@ -278,15 +279,6 @@ def _metadata(visit: Visit) -> tuple[tuple[str, str], ...]:
     return (("x-request-id", visit.id.decode()), ("server-timing", visit.server_timing().decode()))
 
 
-def _bytes(value: str | bytes) -> bytes:
-    return value if isinstance(value, bytes) else value.encode("latin-1", errors="replace")
-
-
 def _host(peer: str) -> str:
     """The address in `ipv4:127.0.0.1:1234` or `ipv6:%5B::1%5D:1234`."""
     return unquote(peer.partition(":")[2]).rpartition(":")[0].strip("[]")
-
-
-async def _never() -> Message:
-    """In place of `receive`: gRPC cancels the task when its client has gone."""
-    return await asyncio.get_running_loop().create_future()

@@ -120,7 +120,7 @@ def _make_model_router(batcher: Batcher, limits: Limits) -> APIRouter:
         deadline, headers = asyncio.get_running_loop().time() + limits.deadline_s, dict(request.headers.raw)
         refuse_encoding(headers)
         body = await within_deadline(read_body(request.receive, headers, limits), deadline, limits)
-        inference = await parse(batcher.turn, read_inference, body, request.headers.get(HEADER_BYTES), limits)
+        inference = await parse(read_inference, body, request.headers.get(HEADER_BYTES), limits)
         refuse_other_size(inference, batcher.served.model)
         job = await batcher.classify(inference.images, top_k=1, deadline=deadline, receive=request.receive)
         request.scope["visit"].take(job)

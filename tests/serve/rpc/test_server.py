@@ -179,7 +179,7 @@ def test_a_full_queue_is_unavailable_and_says_when_to_come_again(serve_rpc, gate
         gated.wait()
         status, said, metadata = served.raw(request_of(pixels[:1]))
         assert (status, metadata["problem-type"]) == ("UNAVAILABLE", problems.OVERLOADED.type)
-        assert "5 images are waiting; ask again in 1 s" in said
+        assert "5 images are waiting; retry in 1 s" in said
         assert (metadata["retry-after"], metadata["grpc-retry-pushback-ms"]) == ("1", "1000")
         gated.open()
         assert logits_of(first.result()).shape == (5, 10)
@@ -254,7 +254,7 @@ def test_what_is_under_way_is_answered_when_the_server_stops_and_nothing_more(se
         served.app.state.grpc.begin_stop()
         while (refused := served.raw(request_of(pixels[:1]), timeout=0.2))[0] == "DEADLINE_EXCEEDED":
             pass  # it was accepted before the server began to stop
-        assert refused[:2] == ("UNAVAILABLE", "the server is stopping; ask another one")
+        assert refused[:2] == ("UNAVAILABLE", "the server is stopping; try another one")
         assert (refused[2]["problem-type"], refused[2]["retry-after"]) == (problems.NOT_READY.type, "1")
         assert served.raw(b"", "ServerLive")[0] == "UNAVAILABLE"
         gated.open()
@@ -269,7 +269,7 @@ def test_what_is_still_under_way_at_the_end_of_the_drain_is_refused(serve_rpc, g
         gated.wait()
         loop, stop = served.app.state.grpc._loop, served.app.state.grpc.stop
         asyncio.run_coroutine_threadsafe(stop(), loop).result(30)
-        assert (first.code().name, first.details()) == ("UNAVAILABLE", "the server is stopping; ask another one")
+        assert (first.code().name, first.details()) == ("UNAVAILABLE", "the server is stopping; try another one")
         gated.open()
 
 
