@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 _AGEING = 10.0  # seconds that a job lets lighter ones overtake it, for each second that it takes to decode
 
 
-class Turns:
+class ImageQueue:
     """A queue of images, each a job and an index: the earliest due first, equal ones in order of arrival.
 
     An image is due at its arrival plus its weight, so light ones overtake heavy ones, but only for a while.
@@ -74,8 +74,8 @@ class DecoderPool:
     def __init__(self, limits: Limits, on_decoded: Callable[[Job], None], budget: Budget | None = None) -> None:
         self._limits = limits
         self._on_decoded = on_decoded
-        self._light: Turns = Turns()
-        self._heavy: Turns = Turns()
+        self._light: ImageQueue = ImageQueue()
+        self._heavy: ImageQueue = ImageQueue()
         self._budget = budget or Budget(limits.heavy_bytes)
         self._decoders = [
             Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
@@ -83,8 +83,8 @@ class DecoderPool:
         work = [(f"decode-{index}", self._light, None) for index in range(limits.decode_threads)]
         work += [(f"decode-heavy-{index}", self._heavy, decoder) for index, decoder in enumerate(self._decoders)]
         self._threads = [
-            threading.Thread(target=self._work, args=(turns, decoder), name=name, daemon=True)
-            for name, turns, decoder in work
+            threading.Thread(target=self._work, args=(queue, decoder), name=name, daemon=True)
+            for name, queue, decoder in work
         ]
         self._lock = threading.Lock()  # of all that follows, and of a job's `num_undecoded`
         self._in_work: dict[int, tuple[Job, int]] = {}  # by a decoder's thread: the job, and the bytes of its image
@@ -124,8 +124,8 @@ class DecoderPool:
             elif self._limits.decode_threads:
                 queued.append((self._light, index))
         job.num_undecoded = len(queued)  # before any decoder sees the job
-        for turns, index in queued:
-            turns.put(due, job, index)
+        for queue, index in queued:
+            queue.put(due, job, index)
         return bool(queued)
 
     def give_up(self, job: Job) -> None:
@@ -149,15 +149,15 @@ class DecoderPool:
             if image is None:
                 self._decode(job, index, _in_thread(job.weights[index]))
 
-    def _work(self, turns: Turns, decoder: Decoder | None) -> None:
-        while self._decode_next(turns, decoder):
+    def _work(self, queue: ImageQueue, decoder: Decoder | None) -> None:
+        while self._decode_next(queue, decoder):
             pass
         if decoder:
             decoder.close()
 
-    def _decode_next(self, turns: Turns, decoder: Decoder | None) -> bool:
+    def _decode_next(self, queue: ImageQueue, decoder: Decoder | None) -> bool:
         """One image; False at the end. A waiting thread holds no job, and so no model that was swapped out."""
-        turn = turns.get()
+        turn = queue.get()
         if turn is None:
             return False
         job, index = turn

@@ -78,17 +78,18 @@ async def parse(function: Callable[..., Read], body: bytes, *arguments: Any) -> 
     return await asyncio.get_running_loop().run_in_executor(_PARSER, function, body, *arguments)
 
 
-def load_json(document: bytes) -> Any:
-    """Parses JSON. Raises ValueError if it is not valid; refuses documents that would hold up other requests."""
+def load_json(document: bytes, what: str = "the body") -> Any:
+    """Parses JSON; refuses documents that would hold up other requests."""
     num_lists = document.count(b"[") + document.count(b"{")
     num_values = document.count(b",") + num_lists
     if num_lists > MAX_JSON_LISTS or num_values > MAX_JSON_VALUES:
-        raise Problem(
-            TOO_LARGE,
-            f"the JSON has {num_values:,} values, {num_lists:,} of them lists and objects; "
-            f"{MAX_JSON_VALUES:,} and {MAX_JSON_LISTS:,} are accepted; send less at once, or bytes in place of numbers",
-        )
-    return orjson.loads(document)
+        found = f"{num_values:,} values, {num_lists:,} of them lists and objects"
+        most = f"{MAX_JSON_VALUES:,} and {MAX_JSON_LISTS:,} are accepted"
+        raise Problem(TOO_LARGE, f"the JSON has {found}; {most}; send less at once, or bytes in place of numbers")
+    try:
+        return orjson.loads(document)
+    except ValueError as error:
+        raise Problem(BAD_REQUEST, f"{what} is not valid JSON: {error}") from error
 
 
 async def within_deadline(reading: Awaitable[Read], deadline: float, limits: Limits) -> Read:
@@ -184,10 +185,7 @@ class _Form:
 
 
 def _images_of_json(body: bytes, limits: Limits) -> list[bytes]:
-    try:
-        document = load_json(body)
-    except ValueError as error:
-        raise Problem(BAD_REQUEST, f"the body is not valid JSON: {error}") from error
+    document = load_json(body)
     images = document.get("images") if isinstance(document, dict) else None
     if not isinstance(images, list) or not images:
         raise Problem(BAD_REQUEST, 'the JSON must be {"images": ["<base64>", ...]} with one image or more')

@@ -18,7 +18,7 @@ from typing import (
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from pydantic_core import ErrorDetails
 from typing_extensions import TypedDict
 
@@ -30,13 +30,7 @@ INPUT, OUTPUT = "images", "logits"
 _SHOWN = 60  # characters of what was found
 
 
-class _Members(BaseModel):
-    """An object of the request. Unknown members are ignored."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class Parameters(_Members):
+class Parameters(BaseModel):
     """Extensions of the protocol: the first of an input, the next two of an output, the last of the request."""
 
     binary_data_size: int | None = None
@@ -48,7 +42,7 @@ class Parameters(_Members):
 _NO_PARAMETERS = Parameters()
 
 
-class InputTensor(_Members):
+class InputTensor(BaseModel):
     """UINT8 [N, H, W, C], pixels from 0 to 255, or BYTES [N], image files."""
 
     name: Literal["images"]
@@ -58,12 +52,12 @@ class InputTensor(_Members):
     parameters: Parameters | None = None
 
 
-class RequestedOutput(_Members):
+class RequestedOutput(BaseModel):
     name: Literal["logits"]
     parameters: Parameters | None = None
 
 
-class InferenceRequest(_Members):
+class InferenceRequest(BaseModel):
     id: str | None = None
     parameters: Parameters | None = None
     inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
@@ -97,11 +91,7 @@ class Inference:
 def read_inference(body: bytes, header_bytes: str | None, limits: Limits) -> Inference:
     """Parses a body. `header_bytes` is the value of Inference-Header-Content-Length, or None."""
     header, binary = _split(body, header_bytes)
-    try:
-        members = load_json(header)
-    except ValueError as error:
-        raise Problem(BAD_REQUEST, f"the inference header is not valid JSON: {error}") from error
-    request, asked = check_request(members, limits)
+    request, asked = check_request(load_json(header, "the inference header"), limits)
     of_all = request.parameters or _NO_PARAMETERS
     return Inference(
         id=request.id,
@@ -114,9 +104,9 @@ def read_inference(body: bytes, header_bytes: str | None, limits: Limits) -> Inf
 def check_request(members: Any, limits: Limits) -> tuple[InferenceRequest, Parameters]:
     """A request for pixels [N, H, W, C] or files [N], at most `limits.max_images`, and how it wants the answer."""
     try:
-        request = InferenceRequest.model_validate(members)
+        request = InferenceRequest.model_validate(members, strict=True)
     except ValidationError as error:
-        raise Problem(BAD_REQUEST, "; ".join(map(_describe_fault, error.errors()[:5]))) from error
+        raise Problem(BAD_REQUEST, "; ".join(map(_explain, error.errors()[:5]))) from error
     tensor = request.inputs[0]
     rank, wanted = (1, "[N]") if tensor.datatype == "BYTES" else (4, "[N, H, W, C]")
     if len(tensor.shape) != rank:
@@ -234,7 +224,7 @@ def _with_length(text: str) -> bytes:
     return len(content).to_bytes(4, "little") + content
 
 
-def _describe_fault(fault: ErrorDetails) -> str:
+def _explain(fault: ErrorDetails) -> str:
     return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {_brief(fault['input'])}"
 
 
