@@ -28,6 +28,8 @@ SHORT_BYTES = 2**16  # become 3 MB at most
 MAX_FIELDS = 4096  # of a message, nested ones included; one of 64 files has 80
 MAX_NUMBER_BYTES = 2**21  # of repeated numbers, which take four to eight times as much when parsed
 _TYPED = {"UINT8": "uint_contents", "BYTES": "bytes_contents"}
+# Wire types. Text, bytes, messages and packed numbers have a length.
+_NUMBER, _LENGTH, _FIXED_BYTES = 0, 2, {1: 8, 5: 4}
 _TEXTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 _VARINT = re.compile(rb"[\x80-\xff]{0,9}[\0-\x7f]")
 
@@ -105,8 +107,14 @@ def walk(message: bytes, kind: Descriptor) -> None:
     while spans:
         at, end, kind = spans.pop()
         while at < end:
-            inner, start, at = _next_field(message, at, end, _children(kind))
+            tag, start = _read_varint(message, at)
+            start, at = _find_content(message, start, tag & 7)
+            if tag < 8:
+                raise ValueError("a field has the number 0")
+            if at > end:
+                raise ValueError(f"a field ends at byte {at} of {end}")
             num_fields += 1
+            inner = _children(kind).get(tag >> 3) if tag & 7 == _LENGTH else None
             if isinstance(inner, Descriptor):
                 spans.append((start, at, inner))
             elif inner:
@@ -124,29 +132,16 @@ def _children(kind: Descriptor) -> dict[int, Descriptor | bool]:
     return {field.number: field.message_type or True for field in kind.fields if field.type not in _TEXTS}
 
 
-def _next_field(
-    message: bytes, at: int, end: int, children: dict[int, Descriptor | bool]
-) -> tuple[Descriptor | bool | None, int, int]:
-    """What a field with a length holds, if it is not text, and where the field's content starts and ends."""
-    tag, start = _read_varint(message, at)
-    inner = None
-    if tag < 8:
-        raise ValueError("a field has the number 0")
-    match tag & 7:
-        case 0:
-            after = _read_varint(message, start)[1]
-        case 1:
-            after = start + 8
-        case 2:  # text, bytes, messages and packed numbers
-            size, start = _read_varint(message, start)
-            inner, after = children.get(tag >> 3), start + size
-        case 5:
-            after = start + 4
-        case wire:
-            raise ValueError(f"a field of kind {wire}")
-    if after > end:
-        raise ValueError(f"a field ends at byte {after} of {end}")
-    return inner, start, after
+def _find_content(message: bytes, start: int, wire: int) -> tuple[int, int]:
+    """Where the content of a field starts and ends; `start` is behind its tag."""
+    if wire == _LENGTH:
+        size, start = _read_varint(message, start)
+        return start, start + size
+    if wire == _NUMBER:
+        return start, _read_varint(message, start)[1]
+    if wire in _FIXED_BYTES:
+        return start, start + _FIXED_BYTES[wire]
+    raise ValueError(f"a field of kind {wire}")
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:

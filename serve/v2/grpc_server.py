@@ -202,14 +202,11 @@ class Intake:
 
     async def receive(self, read: Callable[[], Awaitable[Any]], deadline: float) -> Any:
         """Awaits `read` until the loop's time `deadline`, or for `patience_s` if others wait for the place."""
-        if self._num_waiting >= self._limits.max_queue:
-            detail = f"{self._num_waiting} messages wait to be received; retry in 1 s"
-            raise Problem(problems.OVERLOADED, detail, RETRY)
         await self._take_place(deadline)
         timeout = asyncio.timeout_at(deadline)
+        self._started[timeout] = asyncio.get_running_loop().time()
         try:
             async with timeout:
-                self._started[timeout] = asyncio.get_running_loop().time()
                 if self._num_waiting:
                     self._hurry()
                 return await read()
@@ -223,19 +220,21 @@ class Intake:
             self._places.release()
 
     async def _take_place(self, deadline: float) -> None:
-        if not self._places.locked():
-            await self._places.acquire()  # at once
-            return
-        self._num_waiting += 1
-        self._hurry()
+        if self._num_waiting >= self._limits.max_queue:
+            detail = f"{self._num_waiting} messages wait to be received; retry in 1 s"
+            raise Problem(problems.OVERLOADED, detail, RETRY)
+        must_wait = self._places.locked()
+        self._num_waiting += must_wait
         try:
+            if must_wait:
+                self._hurry()
             async with asyncio.timeout_at(deadline):
                 await self._places.acquire()
         except TimeoutError:
             detail = "other messages were received until the deadline; retry later"
             raise Problem(problems.DEADLINE, detail) from None
         finally:
-            self._num_waiting -= 1
+            self._num_waiting -= must_wait
 
     def _hurry(self) -> None:
         """Limit every call that has a place to `patience_s`."""
