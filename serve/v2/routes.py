@@ -14,15 +14,7 @@ from serve.request.batcher import Batcher
 from serve.request.body import parse, read_body, refuse_encoding, within_deadline
 from serve.request.limits import Limits
 from serve.request.problems import Problem
-from serve.v2.tensors import (
-    INPUT,
-    OUTPUT,
-    Inference,
-    InferenceAnswer,
-    InferenceRequest,
-    read_inference,
-    write_inference,
-)
+from serve.v2.tensors import Inference, InferenceAnswer, InferenceRequest, read_inference, write_inference
 
 VERSION = "1"  # of every model: a new one replaces the old
 HEADER_BYTES = "Inference-Header-Content-Length"
@@ -62,9 +54,8 @@ class Ready(TypedDict):
     ready: bool
 
 
-class ModelReady(TypedDict):
+class ModelReady(Ready):
     name: str
-    ready: bool
 
 
 def make_router(batcher: Batcher, limits: Limits) -> APIRouter:
@@ -142,8 +133,8 @@ def model_metadata(batcher: Batcher) -> ModelMetadata:
         "name": model_name(runtime.model),
         "versions": [VERSION],
         "platform": runtime.platform,
-        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, image.height, image.width, image.channels]}],
-        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, len(labels)]}],
+        "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, image.height, image.width, image.channels]}],
+        "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, len(labels)]}],
     }
 
 

@@ -26,7 +26,6 @@ from serve.request.body import from_base64, load_json, too_many_images
 from serve.request.limits import Limits
 from serve.request.problems import BAD_REQUEST, Problem
 
-INPUT, OUTPUT = "images", "logits"
 _SHOWN = 60  # characters of what was found
 
 
@@ -133,7 +132,7 @@ def output_of(
     The elements are all logits, or "score:index:label" of the best classes of each image, the best first.
     """
     if not inference.num_classes:
-        output = {"name": OUTPUT, "datatype": "FP32", "shape": logits.shape}
+        output = {"name": "logits", "datatype": "FP32", "shape": logits.shape}
         return output, logits.ravel(), logits.astype("<f4").tobytes() if inference.is_binary else None
     order = np.argsort(-logits, axis=1, kind="stable")[:, : inference.num_classes]
     texts = [
@@ -141,7 +140,7 @@ def output_of(
         for row, best in zip(logits.tolist(), order.tolist(), strict=True)
         for index in best
     ]
-    output = {"name": OUTPUT, "datatype": "BYTES", "shape": order.shape}
+    output = {"name": "logits", "datatype": "BYTES", "shape": order.shape}
     return output, texts, b"".join(map(_with_length, texts)) if inference.is_binary else None
 
 
