@@ -223,18 +223,19 @@ class Intake:
         if self._num_waiting >= self._limits.max_queue:
             detail = f"{self._num_waiting} messages wait to be received; retry in 1 s"
             raise Problem(problems.OVERLOADED, detail, RETRY)
-        must_wait = self._places.locked()
-        self._num_waiting += must_wait
+        if not self._places.locked():
+            await self._places.acquire()  # at once
+            return
+        self._num_waiting += 1
+        self._hurry()
         try:
-            if must_wait:
-                self._hurry()
             async with asyncio.timeout_at(deadline):
                 await self._places.acquire()
         except TimeoutError:
             detail = "other messages were received until the deadline; retry later"
             raise Problem(problems.DEADLINE, detail) from None
         finally:
-            self._num_waiting -= must_wait
+            self._num_waiting -= 1
 
     def _hurry(self) -> None:
         """Limit every call that has a place to `patience_s`."""
