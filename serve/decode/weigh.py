@@ -51,10 +51,7 @@ def weigh(content: bytes, spec: ImageSpec, *, max_pixels: int, max_bytes: int) -
     Raises `TooManyPixels` above either limit, `Refusal` where the structure is out of proportion.
     """
     try:
-        if len(content) <= _FEW_BYTES and content.startswith(_PNG):
-            weight = _weigh_small_png(content[16:26], spec.channels)
-        else:
-            weight = _weigh(content, spec)
+        weight = _weigh(content, spec)
     except (struct.error, IndexError, ValueError):
         return NO_WEIGHT
     width, height, num_bytes, _ = weight
@@ -69,6 +66,8 @@ def weigh(content: bytes, spec: ImageSpec, *, max_pixels: int, max_bytes: int) -
 
 def _weigh(content: bytes, spec: ImageSpec) -> Weight:
     if content.startswith(_PNG):
+        if len(content) <= _FEW_BYTES:
+            return _weigh_small_png(content[16:26], spec.channels)
         return _weigh_png(content[16:26], spec.channels, len(content), *_count_chunks(content))
     if content.startswith(b"\xff\xd8"):
         return _weigh_jpeg(content, spec)

@@ -87,7 +87,9 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
-        await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
+        for served in batcher.served.runtimes:
+            await asyncio.to_thread(warm_up, served, limits.max_batch)
+        await asyncio.to_thread(warm_up_decoders, batcher.served.model.spec.image)
         batcher.start()
         if grpc_address:
             from serve.v2.grpc_server import GrpcServer  # an extra, which takes a tenth of a second to import
@@ -137,7 +139,6 @@ def make_app(
         )
         cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the only answer that `handler` does not send
     app.state.grpc, app.state.prober = None, prober
-    _describe_predict(app)
     _add_operation(app, batcher, metrics, prober)
     app.include_router(make_router(batcher, limits))
     if access.api_key and reloader:
@@ -147,16 +148,10 @@ def make_app(
     return app
 
 
-def _warm_up(served: Served, max_batch: int) -> None:
-    for runtime in served.runtimes:
-        warm_up(runtime, max_batch)
-    warm_up_decoders(served.model.spec.image)
+def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
+    with_key = problems.documented(problems.UNAUTHORIZED)
 
-
-def _describe_predict(app: FastAPI) -> None:
-    """The entry of `POST /predict` in OpenAPI. `RequestHandler` answers the request before it is routed."""
-
-    @app.post(
+    @app.post(  # only for OpenAPI: `RequestHandler` answers the request before it is routed
         "/predict", responses=problems.documented(*problems.OF_PREDICTION), openapi_extra={"requestBody": REQUEST_BODY}
     )
     async def predict(
@@ -164,10 +159,6 @@ def _describe_predict(app: FastAPI) -> None:
     ) -> Prediction:
         """Classify one image or many."""
         ...
-
-
-def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
-    with_key = problems.documented(problems.UNAUTHORIZED)
 
     @app.get("/model", responses=with_key)
     async def card() -> dict[str, Any]:
