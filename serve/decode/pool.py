@@ -20,8 +20,7 @@ from PIL import Image
 from common.image import FORMATS, TooManyPixels, decode
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from serve.decode.budget import Budget
-from serve.decode.process import Decoder, TookTooLong
+from serve.decode.process import Budget, Decoder, TookTooLong
 from serve.decode.weigh import NO_WEIGHT, Weight, is_light, weigh
 from serve.request.job import Decoded, Job
 from serve.request.limits import Limits

@@ -43,10 +43,8 @@ class _App(FastAPI):
     front: ASGIApp  # marks each request with a visit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and "visit" not in scope:
-            await self.front(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+        answer = self.front if scope["type"] == "http" and "visit" not in scope else super().__call__
+        await answer(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         """Without ServerErrorMiddleware, whose answer is not a problem document: `front` handles exceptions."""

@@ -25,8 +25,8 @@ from starlette.types import Receive
 
 from export.runtimes.probabilities import best, probabilities
 from export.runtimes.runtime import Runtime
-from serve.decode.budget import Budget
 from serve.decode.pool import DecoderPool, find_problem
+from serve.decode.process import Budget
 from serve.request.job import Decoded, Job, Result, Served, result_of
 from serve.request.limits import Limits
 from serve.request.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
@@ -271,12 +271,10 @@ def give_results(jobs: Sequence[Job], logits: np.ndarray, watch: Watch) -> np.nd
 def deliver(jobs: Sequence[Job]) -> None:
     """Resolve the futures of finished jobs, in the event loop."""
     for job in jobs:
-        outcome = job.outcome
+        future, outcome = job.future, job.outcome
         if isinstance(outcome, Exception):
             job.outcome = []  # or the exception would keep itself alive, as in `classify`
-        if job.future.done():
-            continue
-        if isinstance(outcome, Exception):
-            job.future.set_exception(outcome)
-        else:
-            job.future.set_result(outcome)
+            if not future.done():
+                future.set_exception(outcome)
+        elif not future.done():
+            future.set_result(outcome)
