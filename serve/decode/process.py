@@ -42,24 +42,21 @@ class Decoder:
         self._limit_s, self._patience_s = limit_s, patience_s
         self._process: subprocess.Popen[Any] | None = None
 
-    def __call__(self, content: bytes, spec: ImageSpec, *, max_pixels: int, num_bytes: int) -> np.ndarray | Refusal:
-        """uint8 [H, W, C], decoded with `num_bytes` of memory, or why there is none."""
+    def __call__(self, content: bytes, spec: ImageSpec, *, max_pixels: int, num_bytes: int) -> np.ndarray:
+        """uint8 [H, W, C], decoded with `num_bytes` of memory; refuses an image that cannot be."""
         try:
             process = self._process or self._start()
             answer = self._ask(process, (spec, max_pixels, num_bytes, self._limit_s), content)
         except BaseException:
             self.close()
             raise
-        if isinstance(answer, Refusal):
-            self.close()
-            return answer
         kind, rest = answer[:1], answer[1:]
         if kind == PIXELS:
-            return np.frombuffer(rest, np.uint8).reshape(spec.height, spec.width, spec.channels)
-        return (TooManyPixels if kind == TOO_MANY else Refusal)(rest.decode(errors="replace"))
+            return np.frombuffer(rest, np.uint8).reshape(spec.shape)
+        raise (TooManyPixels if kind == TOO_MANY else Refusal)(rest.decode(errors="replace"))
 
     def kill(self) -> None:
-        """From another thread: what is under way ends at once, and a call gives a Refusal."""
+        """From another thread: what is under way ends at once, and a call refuses its image."""
         if process := self._process:
             process.kill()
 
@@ -79,8 +76,8 @@ class Decoder:
         self._connection.recv_bytes()
         return self._process
 
-    def _ask(self, process: subprocess.Popen[Any], how: tuple[Any, ...], content: bytes) -> bytes | Refusal:
-        """The answer of the process; a Refusal if it takes too long or ends."""
+    def _ask(self, process: subprocess.Popen[Any], how: tuple[Any, ...], content: bytes) -> bytes:
+        """The answer of the process; refuses the image if it takes too long or ends."""
         status = None
         try:
             self._connection.send(how)
@@ -91,9 +88,9 @@ class Decoder:
             status = process.wait()
         if status not in (None, -signal.SIGPROF):
             _log.warning("a decoder ended with status %d on an image of %d bytes", status, len(content))
-            return Refusal("the image crashes its decoder; save it again")
+            raise Refusal("the image crashes its decoder; save it again")
         _log.warning("a decoder is replaced: an image of %d bytes took longer than it may", len(content))
-        return TookTooLong(f"the image takes longer than {self._limit_s:g} s to decode; send a smaller one")
+        raise TookTooLong(f"the image takes longer than {self._limit_s:g} s to decode; send a smaller one")
 
 
 class Budget:
