@@ -80,11 +80,10 @@ class DecoderPool:
         self._decoders = [
             Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
         ]
-        work = [(f"decode-{index}", self._light, None) for index in range(limits.decode_threads)]
-        work += [(f"decode-heavy-{index}", self._heavy, decoder) for index, decoder in enumerate(self._decoders)]
+        thread, heavy = partial(threading.Thread, target=self._work, daemon=True), enumerate(self._decoders)
         self._threads = [
-            threading.Thread(target=self._work, args=(queue, decoder), name=name, daemon=True)
-            for name, queue, decoder in work
+            *(thread(name=f"decode-{index}", args=(self._light, None)) for index in range(limits.decode_threads)),
+            *(thread(name=f"decode-heavy-{index}", args=(self._heavy, decoder)) for index, decoder in heavy),
         ]
         self._lock = threading.Lock()  # of all that follows, and of a job's `num_undecoded`
         self._in_work: dict[int, tuple[Job, int]] = {}  # by a decoder's thread: the job, and the bytes of its image
