@@ -23,22 +23,19 @@ from serve.client_protocol import (
     Conversation,
     Conversations,
     Image,
-    Lost,
     Outcome,
     Result,
     Retry,
-    Send,
     encode,
     encode_all,
     encode_if_readable,
+    get_model,
     in_requests,
-    model_card,
     predict,
     predict_each,
 )
 
 if TYPE_CHECKING:
-    import httpx
     from rich.console import Console
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -127,7 +124,7 @@ class Client(_Server):
 
     def model(self) -> dict[str, Any]:
         """The description of the server's model, as `GET /model` gives it."""
-        return self._carry_out(model_card(retry=self.retry))
+        return self._carry_out(get_model(retry=self.retry))
 
     def close(self) -> None:
         self._http.close()
@@ -139,22 +136,19 @@ class Client(_Server):
         self.close()
 
     def _carry_out(self, conversation: Conversation[Outcome]) -> Outcome:
+        import httpx
+
         reply: Any = None  # begins the conversation
         while True:
             try:
                 send = conversation.send(reply)
             except StopIteration as end:
                 return end.value
-            reply = self._send(send)
-
-    def _send(self, send: Send) -> "httpx.Response | Lost":
-        import httpx
-
-        time.sleep(send.after_s)
-        try:
-            return self._http.request(send.method, send.path, **send.body)
-        except httpx.TransportError as error:
-            return _lost(error, self._http.base_url)
+            time.sleep(send.after_s)
+            try:
+                reply = self._http.request(send.method, send.path, **send.body)
+            except httpx.TransportError as error:
+                reply = error
 
 
 @dataclass(eq=False)
@@ -197,7 +191,7 @@ class AsyncClient(_Server):
             await asyncio.gather(*pending, return_exceptions=True)
 
     async def model(self) -> dict[str, Any]:
-        return await self._carry_out(model_card(retry=self.retry))
+        return await self._carry_out(get_model(retry=self.retry))
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -209,29 +203,19 @@ class AsyncClient(_Server):
         await self.close()
 
     async def _carry_out(self, conversation: Conversation[Outcome]) -> Outcome:
-        reply: Any = None  # begins the conversation
+        import httpx
+
+        reply: Any = None
         while True:
             try:
                 send = conversation.send(reply)
             except StopIteration as end:
                 return end.value
-            reply = await self._send(send)
-
-    async def _send(self, send: Send) -> "httpx.Response | Lost":
-        import httpx
-
-        await asyncio.sleep(send.after_s)
-        try:
-            return await self._http.request(send.method, send.path, **send.body)
-        except httpx.TransportError as error:
-            return _lost(error, self._http.base_url)
-
-
-def _lost(error: "httpx.TransportError", url: "httpx.URL") -> Lost:
-    import httpx
-
-    brief = (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError)
-    return Lost(str(url), str(error) or type(error).__name__, isinstance(error, brief))
+            await asyncio.sleep(send.after_s)
+            try:
+                reply = await self._http.request(send.method, send.path, **send.body)
+            except httpx.TransportError as error:
+                reply = error
 
 
 @dataclass(frozen=True)
