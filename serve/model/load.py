@@ -94,7 +94,7 @@ def load_again(config: ServeConfig, home: Path | None = None, digest: str | None
     Refuses a file with another digest than `digest`.
     """
     paths = config.model_paths
-    with _by_name(paths), copied(paths, home) as copies, _by_name(copies):
+    with _by_name(paths), copied(paths, home) as copies:
         if digest and digest != digest_of(copies[0], read_whole(copies[0])):
             raise Refusal(f"{paths[0]} is another file than the one that was compared; reload to compare it")
         config = replace(config, models=copies)

@@ -84,15 +84,39 @@ class _Place:
     delay_s: float = 0.0
     due: float = 0.0  # when the next one starts
 
-    def postpone(self) -> float:
-        """A worker has ended; seconds until the next one starts: 0 at first, then doubled each time."""
+    def look_after(self) -> None:
+        """Start a worker when it is due; replace one that has ended, hangs or takes too long to start."""
+        worker = self.worker
+        if worker is None:
+            if monotonic() >= self.due:
+                self.worker, self.started = self.make(), monotonic()
+                with hangups_blocked():  # until it has read its model
+                    self.worker.start()
+        elif not worker.process.is_alive():
+            self._replace(worker, "died")
+        elif self.is_ready:
+            if not worker.ping(_PING_S):
+                self._replace(worker, f"did not answer within {_PING_S:g} s")
+        elif worker.is_ready(_TURN_S):
+            self.is_ready = True
+            _log.info("%s %s serves", self.name, worker.pid)
+        elif monotonic() - self.started > _START_S:
+            self._replace(worker, f"was not ready within {_START_S:g} s")
+
+    def _replace(self, worker: Process, why: str) -> None:
+        """The next one starts at once at first, then after a delay that doubles each time."""
+        worker.kill()
+        worker.process.join()
+        if worker.pid:
+            mark_process_dead(worker.pid)  # what it counted stays; what it held is gone
         if self.is_ready and monotonic() - self.started >= _STABLE_S:
             self.delay_s = 0.0
         wait_s = self.delay_s if self.is_ready else max(1.0, self.delay_s)
         self.delay_s = min(_LONGEST_DELAY_S, max(1.0, 2 * self.delay_s))
         self.worker, self.has_failed, self.is_ready = None, not self.is_ready, False
         self.due = monotonic() + wait_s
-        return wait_s
+        when = f"in {wait_s:g} s" if wait_s else "now"
+        _log.warning("%s %s %s (status %s); another starts %s", self.name, worker.pid, why, worker.exitcode, when)
 
 
 class Supervisor:
@@ -104,10 +128,9 @@ class Supervisor:
     def __init__(self, *roles: Role, drain_s: int, say_ready: Callable[[], None]) -> None:
         self._drain_s, self._say_ready = drain_s, say_ready
         self._groups = [[_Place(role.name, make) for make in role.makes] for role in roles]
-        self._places = [place for group in self._groups for place in group]
         self._stop = threading.Event()
         self._must_hurry = False
-        self._num_hangups = 0
+        self._is_hung_up = False
 
     def run(self) -> bool:
         """Until a signal ends it (True), or no process of a role serves and none can start (False)."""
@@ -115,20 +138,27 @@ class Supervisor:
             signal.signal(number, self._end)
         signal.signal(signal.SIGHUP, self._hang_up)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        is_said = False
+        try:
+            return self._watch()
+        finally:
+            for group in self._groups:
+                self._end_group(group)
+
+    def _watch(self) -> bool:
+        places, is_said = [place for group in self._groups for place in group], False
         while not self._stop.wait(_TURN_S):
-            self._hand_on_hangups()
-            for place in self._places:
-                self._look_after(place)
-            if not is_said and all(place.is_ready for place in self._places):
+            if self._is_hung_up:
+                self._is_hung_up = False
+                self._pass_on_hangup()
+            for place in places:
+                place.look_after()
+            if not is_said and all(place.is_ready for place in places):
                 is_said = True
                 self._say_ready()
             for group in self._groups:
                 if all(place.worker is None and place.has_failed for place in group):
                     _log.error("no %s serves, and none can start", group[0].name)
-                    self._end_workers()
                     return False
-        self._end_workers()
         return True
 
     def _end(self, number: int, frame: FrameType | None) -> None:
@@ -136,48 +166,12 @@ class Supervisor:
         self._stop.set()
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
-        self._num_hangups += 1
+        self._is_hung_up = True
 
-    def _hand_on_hangups(self) -> None:
-        while self._num_hangups:
-            self._num_hangups = 0
-            for place in self._groups[-1]:
-                if place.worker and place.worker.pid and place.worker.process.is_alive():
-                    os.kill(place.worker.pid, signal.SIGHUP)
-
-    def _look_after(self, place: _Place) -> None:
-        worker = place.worker
-        if worker is None:
-            if monotonic() >= place.due:
-                self._start(place)
-        elif not worker.process.is_alive():
-            self._replace(place, worker, "died")
-        elif place.is_ready:
-            if not worker.ping(_PING_S):
-                self._replace(place, worker, f"did not answer within {_PING_S:g} s")
-        elif worker.is_ready(_TURN_S):
-            place.is_ready = True
-            _log.info("%s %s serves", place.name, worker.pid)
-        elif monotonic() - place.started > _START_S:
-            self._replace(place, worker, f"was not ready within {_START_S:g} s")
-
-    def _start(self, place: _Place) -> None:
-        place.worker, place.started = place.make(), monotonic()
-        with hangups_blocked():  # until it has read its model
-            place.worker.start()
-
-    def _replace(self, place: _Place, worker: Process, why: str) -> None:
-        worker.kill()
-        worker.process.join()
-        if worker.pid:
-            mark_process_dead(worker.pid)  # what it counted stays; what it held is gone
-        wait_s = place.postpone()
-        when = f"in {wait_s:g} s" if wait_s else "now"
-        _log.warning("%s %s %s (status %s); another starts %s", place.name, worker.pid, why, worker.exitcode, when)
-
-    def _end_workers(self) -> None:
-        for group in self._groups:
-            self._end_group(group)
+    def _pass_on_hangup(self) -> None:
+        for place in self._groups[-1]:
+            if place.worker and place.worker.pid and place.worker.process.is_alive():
+                os.kill(place.worker.pid, signal.SIGHUP)
 
     def _end_group(self, group: Sequence[_Place]) -> None:
         begun = [(place.worker, self._drain_s if place.is_ready else 0) for place in group if place.worker]
@@ -188,6 +182,5 @@ class Supervisor:
             until = start + patience_s + _AFTER_DRAIN_S
             while worker.process.is_alive() and monotonic() < until and not self._must_hurry:
                 worker.process.join(_TURN_S)
-            if worker.process.is_alive():
-                worker.process.kill()
+            worker.process.kill()  # if it is still there
             worker.process.join()
