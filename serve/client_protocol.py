@@ -132,7 +132,7 @@ def exchange(
 def predict(contents: list[bytes], *, top_k: int, retry: Retry) -> Conversation[list[Result]]:
     """One request for the bytes of one image or many; one result per image, in their order."""
     if not contents:
-        raise Refusal("there is no image to send; name one or more")
+        raise Refusal("there is no image to send; pass at least one")
     if len(contents) == 1:
         body: dict[str, Any] = {"content": contents[0], "headers": {"Content-Type": "application/octet-stream"}}
     else:

@@ -85,7 +85,7 @@ class FrontBatcher(Batcher):
             self._loop.call_soon_threadsafe(deliver, jobs)
 
     def _send(self, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> Sequence[Job]:
-        """Send; the jobs for which there is no room."""
+        """Send the images. Returns the jobs that do not fit into the shared memory."""
         while served := self._find(jobs[0].served):
             for job in jobs:
                 job.served = served  # keeps its link alive
@@ -117,7 +117,7 @@ class FrontBatcher(Batcher):
         try:
             finished = link.receive()
         except Disconnected:
-            _log.warning("the connection to the device process has ended; requests under way get 503")
+            _log.warning("the connection to the device process has ended; pending requests get 503")
             return self._retire(link)
         if finished:
             self._answer(link, finished)
@@ -155,7 +155,7 @@ class FrontBatcher(Batcher):
                 job.outcome = error
 
     def _retire(self, link: Link) -> None:
-        """End a link; the jobs under way there are lost."""
+        """End a link; its unfinished jobs are lost."""
         if not link.is_up:
             return
         self._loop.remove_reader(link.fileno())

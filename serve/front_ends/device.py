@@ -38,7 +38,7 @@ from serve.front_ends.shared_memory import (
     make_memory,
     shape_of,
 )
-from serve.model.check import Load, take_model
+from serve.model.check import LoadModel, take_model
 from serve.processes.signals import heed_signals
 from serve.request.batcher import Served
 from serve.request.limits import Limits
@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 class Device:
     """All connections of one device process."""
 
-    def __init__(self, served: Served, doors: Sequence[socket.socket], limits: Limits, *, load: Load) -> None:
+    def __init__(self, served: Served, doors: Sequence[socket.socket], limits: Limits, *, load: LoadModel) -> None:
         """Each front end has one of `doors`. Refuses if there is no memory for the slots of all."""
         self._doors, self._limits, self._load = doors, limits, load
         self.observe_batch: Callable[[int], None] = lambda num_images: None

@@ -68,7 +68,10 @@ class Link:
         return self._connection.fileno()
 
     def send(self, parcels: Iterable[tuple[Any, Sequence[np.ndarray]]]) -> list[Any]:
-        """Send each owner's images [H, W, C]; the owners for whom no slots are left. `Disconnected` sends nothing."""
+        """Send each owner's images [H, W, C]. Returns the owners for whom no slots are left.
+
+        Raises `Disconnected` if nothing was sent.
+        """
         left, requests = [], b""
         with self._lock:
             if not self.is_up:
@@ -83,7 +86,7 @@ class Link:
         return left
 
     def _put(self, owner: Any, images: Sequence[np.ndarray]) -> bytes:
-        """Write into free slots; the requests that name them."""
+        """Write images into free slots. Returns the requests that name them."""
         slots = [self._free.popleft() for _ in images]
         try:
             for slot, image in zip(slots, images, strict=True):
@@ -97,7 +100,7 @@ class Link:
         return struct.pack(f"={len(slots)}I", *slots)
 
     def receive(self, *, waits: bool = False) -> list[Flight]:
-        """Those whose last image is answered by now. `Disconnected` when the connection ends."""
+        """The flights whose last image has been answered. Raises `Disconnected` when the connection ends."""
         try:
             came = self._connection.recv(_MOST_BYTES, 0 if waits else socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -113,11 +116,8 @@ class Link:
             if slot == NEWER_MODEL:
                 self.has_newer_model = True
                 continue
-            flight = self._flights[slot] if slot < self._area.num_slots else None
-            if flight is None:
-                self._connection.shutdown(socket.SHUT_RDWR)  # an invalid answer; the next call finds the end
-                break
-            self._flights[slot] = None
+            flight, self._flights[slot] = self._flights[slot], None
+            assert flight
             flight.num_left -= 1
             flight.has_failed |= status == FAILED
             if not flight.num_left:
@@ -132,7 +132,7 @@ class Link:
         return logits, seconds
 
     def end(self) -> list[Flight]:
-        """Close; the flights that were under way."""
+        """Close the connection. Returns the unfinished flights."""
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)  # a thread that sends gives up
         with self._lock:
@@ -143,7 +143,7 @@ class Link:
         return flights
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Images → logits [N, K], on a link that has nothing else under way."""
+        """Images → logits [N, K], on a link without unfinished flights."""
         logits = []
         for start in range(0, len(images), self._area.num_slots):
             self.send([(None, [*images[start : start + self._area.num_slots]])])
@@ -168,11 +168,11 @@ class RemoteRuntime:
     dialer: "Dialer"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """On a connection of its own, so that it does not mix with what `link` has under way."""
+        """On a separate connection, so that it does not interfere with the flights on `link`."""
         other = self.dialer.connect()
         with other.link as link:
             if other.number != self.number:
-                raise RuntimeError("another model serves by now")
+                raise RuntimeError("another model serves now")
             return link.run(images)
 
 
@@ -218,7 +218,7 @@ class Dialer:
         return reply["number"]
 
     def _knock(self, purpose: bytes) -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            socket.send_fds(self.door, [purpose], [theirs.fileno()])
-        return ours
+        connection, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with remote:
+            socket.send_fds(self.door, [purpose], [remote.fileno()])
+        return connection

@@ -71,7 +71,7 @@ class Area:
 
 
 def make_memory(shape: Shape, greeting: bytes = b"") -> int:
-    """A fully allocated file in memory, which nobody can resize; refuses if there is no room."""
+    """A fully allocated memory file of fixed size; refuses if there is no room."""
     file = os.memfd_create("diracnet-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(file, 0, shape.num_bytes + len(greeting))  # a lack of memory is SIGBUS otherwise
@@ -79,8 +79,9 @@ def make_memory(shape: Shape, greeting: bytes = b"") -> int:
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except OSError as error:
         os.close(file)
+        reason = (error.strerror or str(error)).lower()
         raise Refusal(
-            f"{shape.num_bytes:,} bytes of shared memory for pixels cannot be had ({(error.strerror or '').lower()}); "
+            f"cannot allocate {shape.num_bytes:,} bytes of shared memory for pixels ({reason}); "
             "lower --max-held-mb or --max-queue"
         ) from error
     return file

@@ -23,14 +23,14 @@ from serve.request.problems import NOT_COMPARED, Problem
 
 _log = logging.getLogger(__name__)
 
-Load = Callable[[], Sequence[Runtime]]
+LoadModel = Callable[[], Sequence[Runtime]]
 Made = TypeVar("Made")
 
 
 class Reloader:
     """Reads the served file again, one reload at a time. Requests continue meanwhile, and none is lost."""
 
-    def __init__(self, batcher: Batcher, load: Load, *, max_batch: int) -> None:
+    def __init__(self, batcher: Batcher, load: LoadModel, *, max_batch: int) -> None:
         self._batcher = batcher
         self._load = load
         self._max_batch = max_batch
@@ -55,7 +55,7 @@ class Reloader:
         load = partial(shadow.load, shadow.promotable())
         return await self._take(load, "reading the shadow's file to serve it", before=shadow.take_over)
 
-    async def _take(self, load: Load, what: str, before: Callable[[], None] = lambda: None) -> Served:
+    async def _take(self, load: LoadModel, what: str, before: Callable[[], None] = lambda: None) -> Served:
         def swap(served: Served) -> None:
             before()
             self._batcher.served = served
@@ -64,7 +64,7 @@ class Reloader:
             return await take_model(load, self._max_batch, swap, what)
 
 
-async def take_model(load: Load, max_batch: int, swap: Callable[[Served], None], what: str) -> Served:
+async def take_model(load: LoadModel, max_batch: int, swap: Callable[[Served], None], what: str) -> Served:
     """Load, check and warm up a model in a thread, and `swap` to it, which may refuse it too."""
     try:
         _log.info(what)
@@ -77,7 +77,7 @@ async def take_model(load: Load, max_batch: int, swap: Callable[[Served], None],
     return served
 
 
-def _prepare(load: Load, max_batch: int) -> Served:
+def _prepare(load: LoadModel, max_batch: int) -> Served:
     """A model, checked and warmed up."""
     runtimes = tuple(load())
     for runtime in runtimes:
@@ -89,7 +89,7 @@ def _prepare(load: Load, max_batch: int) -> Served:
 async def apart(function: Callable[[], Made]) -> Made:
     """The result of `function`, from a daemon thread that does not delay the end of the process."""
     future: Future[Made] = Future()
-    future.set_running_or_notify_cancel()  # whoever waits may be cancelled, and the thread goes on
+    future.set_running_or_notify_cancel()  # the thread goes on if the caller is cancelled
 
     def run() -> None:
         try:

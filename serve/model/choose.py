@@ -50,7 +50,7 @@ class ModelFile:
 
     @property
     def export(self) -> dict[str, Any]:
-        """What the export recorded; empty for a file that this project did not write."""
+        """The record of the export; empty for a file that this project did not write."""
         return self.header.provenance.get("export", {})
 
 
@@ -158,7 +158,7 @@ def _spec(file: ModelFile) -> dict[str, Any]:
 
 
 def _candidates(files: Sequence[ModelFile], runtime: RuntimeName | None, *, has_devices: bool) -> list[Candidate]:
-    """What is worth loading, by the records in the files; refuses if that is nothing."""
+    """The candidates worth loading, by the records in the files; refuses if there are none."""
     found: list[Candidate] = []
     for file in files:
         reason = why_unfit(file.export) or warning(file.path, read_whole(file.path)) if len(files) > 1 else None
@@ -216,7 +216,7 @@ def record_path(model: Path) -> Path:
 def _recall(model: Path, conditions: Conditions, candidates: Sequence[Candidate]) -> Choice | None:
     """The candidate that was chosen under the same conditions; None without a readable record."""
     file = record_path(model)
-    with suppress(OSError, ValueError, KeyError, TypeError):  # missing, unreadable, damaged or not ours
+    with suppress(OSError, ValueError, KeyError, TypeError):  # missing, unreadable, damaged or another file
         record = json.loads(file.read_bytes())
         if record["format"] == FORMAT and record["conditions"] == asdict(conditions):
             chosen = (candidate for candidate in candidates if candidate.key == record["chosen"])

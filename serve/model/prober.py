@@ -78,7 +78,7 @@ class Prober:
         if self._batcher.served is served:
             self._take(error, fault)
 
-    def card(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For GET /model."""
         error = self.error if self.error is None or np.isfinite(self.error) else None
         return {

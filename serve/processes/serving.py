@@ -28,7 +28,7 @@ from serve.decode.turns import HostBudget
 from serve.front_ends.batcher import FrontBatcher
 from serve.front_ends.device import Device, DeviceServer
 from serve.front_ends.link import Dialer
-from serve.model.check import Load, warm_up
+from serve.model.check import LoadModel, warm_up
 from serve.model.choose import choose
 from serve.model.load import Roles, load, load_again, load_first, num_threads
 from serve.processes.signals import end_with_parent
@@ -90,7 +90,7 @@ def _run_alone(config: ServeConfig, listener: socket.socket, url: str, reason: s
     if shadow:
         shadow.prepare(runtimes[0].model)
     app = whole_app(config, runtimes, stream, load=lambda: load_again(roles.served), shadow=shadow)
-    server = Server(_uvicorn_config(config, app), _greeting(_describe(runtimes[0]), reason, url))
+    server = Server(_uvicorn_config(config, app), _greeting(_runtime_line(runtimes[0]), reason, url))
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # raised again by uvicorn once its requests are finished
@@ -213,7 +213,7 @@ def whole_app(
     runtimes: Sequence[Runtime] | Batcher,
     stream: logs.LogStream,
     *,
-    load: Load,
+    load: LoadModel,
     shadow: Shadow | None = None,
     reload_everywhere: Callable[[], None] | None = None,
 ) -> FastAPI:
@@ -272,11 +272,11 @@ def _make_shadow(config: ServeConfig, roles: Roles, home: Path | None = None) ->
 
 
 def _greeting(what: str, reason: str, url: str) -> str:
-    """What serves, why it was chosen, and where."""
+    """The model or processes that serve, why they were chosen, and the address."""
     return f"{what}{': ' if reason else ''}{reason}\nserving at {url}  (Ctrl-C stops)"
 
 
-def _describe(runtime: Runtime) -> str:
+def _runtime_line(runtime: Runtime) -> str:
     what = f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description} ({runtime.library})"
     reading = runtime.model.reading
     if reading is None:

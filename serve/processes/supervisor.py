@@ -27,7 +27,7 @@ _AFTER_DRAIN_S = 3.0  # for a worker to leave once its requests are done or drop
 
 
 class Server(uvicorn.Server):
-    """Prints `greeting` once it listens. Before that, a signal ends the process at once: nothing is under way."""
+    """Prints `greeting` once it listens. Before that, a signal ends the process at once, as it has no requests."""
 
     def __init__(self, config: uvicorn.Config, greeting: str = "") -> None:
         super().__init__(config)

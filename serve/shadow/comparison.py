@@ -62,7 +62,7 @@ class Comparison:
         """Images compared, of all processes."""
         return int(self._totals()[_COMPARED])
 
-    def card(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For GET /model."""
         totals = self._totals()
         num, agreeing = int(totals[_COMPARED]), int(totals[_AGREEING])

@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class _Offer:
+    """An image, and the logits [K] of the model that serves."""
+
     comparison: Comparison
     image: np.ndarray
     logits: np.ndarray
@@ -53,14 +55,13 @@ class Shadow:
         share: float,
         num_images: int,
         max_batch: int,
-        patience_s: float = _PATIENCE_S,
     ) -> None:
         """`source` gives the config of the shadow. `load` gives its runtimes, and refuses a file of another digest.
 
         `take_over` is called just before they serve: from then on, `source` gives the config of the model before.
         """
         self._source, self.load, self._swap_files = source, load, take_over
-        self.share, self._num_images, self._max_batch, self._patience_s = share, num_images, max_batch, patience_s
+        self.share, self._num_images, self._max_batch = share, num_images, max_batch
         self.model: Model | None = None  # once it is loaded
         self._description = ""  # of its runtime
         self._running = Counts("shadow-running", 1)
@@ -138,7 +139,7 @@ class Shadow:
             raise Problem(NOT_COMPARED, detail)
         return shadow.digest
 
-    def card(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For GET /model."""
         shadow = self.model
         if shadow is None or self._served is None:
@@ -146,7 +147,7 @@ class Shadow:
         found = self.comparison_of(self._served())
         named = {"name": shadow.name, "digest": shadow.digest, "runtime": self._description}
         asked = {"is_running": bool(self._running.own[0]), "share": self.share, "images_to_promote": self._num_images}
-        return {**named, **asked, **(found.card() if found else {"images": 0})}
+        return {**named, **asked, **(found.summary() if found else {"images": 0})}
 
     def collect(self) -> Iterator[Metric]:
         """For Prometheus."""
@@ -200,7 +201,7 @@ class Shadow:
             if not offers:
                 continue
             try:
-                seconds, logits = process.ask(np.stack([offer.image for offer in offers]), self._patience_s)
+                seconds, logits = process.ask(np.stack([offer.image for offer in offers]), _PATIENCE_S)
             except (BatchFailed, ProcessFailed) as failure:
                 for offer in offers:
                     offer.comparison.count_failed(1)

@@ -92,7 +92,7 @@ class Watch:
             self._answers = dict([*self._answers.items(), (model.digest, answers)][-_KEPT:])
             return answers
 
-    def card(self, model: Model) -> dict[str, Any]:
+    def summary(self, model: Model) -> dict[str, Any]:
         """The counts of the model that answers, and the drift from its reference, if it has one."""
         answers = self.of(model)
         totals = answers.totals()

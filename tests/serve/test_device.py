@@ -249,7 +249,7 @@ def test_more_memory_than_there_is_is_refused(monkeypatch, runtime):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
-        Refusal, match=r"^3,776 bytes of shared memory for pixels cannot be had \(no space left on device"
+        Refusal, match=r"^cannot allocate 3,776 bytes of shared memory for pixels \(no space left on device"
     ):
         Running(runtime, LIMITS)
 

@@ -239,7 +239,7 @@ def test_no_shared_memory_is_said_at_the_start_once(artefact, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(argv, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
-    assert done.stderr.count("bytes of shared memory for pixels cannot be had (no space left on device)") == 1
+    assert done.stderr.count("bytes of shared memory for pixels (no space left on device)") == 1
 
 
 def test_each_of_two_devices_has_a_process_that_is_replaced_and_one_front_end(start, artefact, pixels, encode):

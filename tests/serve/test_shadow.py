@@ -253,9 +253,9 @@ def test_probabilities_are_compared_at_the_temperature_of_each_model(runtime, pi
     theirs = replace(mine, digest="another", reading=SimpleNamespace(scores="probabilities"))
     comparison, logits = Comparison(mine, theirs), runtime(pixels)
     comparison.compare(logits, reference.softmax(logits, 0.5))
-    assert comparison.card()["largest_difference"] < 1e-12
+    assert comparison.summary()["largest_difference"] < 1e-12
     comparison.compare(logits, reference.softmax(logits))
-    assert comparison.card()["largest_difference"] > 0.01
+    assert comparison.summary()["largest_difference"] > 0.01
 
 
 def test_the_alerts_ask_for_what_is_there(runtime, other_runtime):
