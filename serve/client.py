@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -34,9 +34,6 @@ from serve.client_protocol import (
     predict,
     predict_each,
 )
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "DIRACNET_API_KEY"
@@ -230,6 +227,8 @@ def command(config: ClientConfig) -> int:
     """Ask a server what it sees in images; exit status 1 if one of them could not be read."""
     import json
 
+    from rich.table import Table
+
     from common.progress import make_console, printable, track
     from train.data.folder import find_images
     from train.data.survey import describe_left_out
@@ -242,36 +241,25 @@ def command(config: ClientConfig) -> int:
         console.print(printable(line))
     with Client(config.url) as client:
         results = [*track(console, "asking")(client.predict_each(paths, top_k=config.top_k), len(paths))]
-    answers = dict(zip(paths, results, strict=True))
+    table, rows, problems = Table("image", "class", "probability", "then"), [], []
+    for path, result in zip(paths, results, strict=True):
+        if isinstance(result, Refusal):
+            rows.append({"image": str(path), "error": str(result)})
+            problems.append(f"not answered: {path}: {result}")
+            continue
+        rows.append({"image": str(path), **asdict(result)})
+        best, *rest = result.top
+        others = ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in rest)
+        table.add_row(printable(str(path)), best.label, f"{best.probability:.1%}", others)
     if config.json:
-        print(json.dumps([{"image": str(path), **_fields(result)} for path, result in answers.items()]))
-    else:
-        _print_table(console, answers)
-    bad = {path: result for path, result in answers.items() if isinstance(result, Refusal)}
-    for path, refusal in bad.items():
-        console.print(printable(f"not answered: {path}: {refusal}"))
-    if bad:
-        console.print(f"{len(bad)} of {len(paths)} images were not answered")
-    return 1 if bad else 0
-
-
-def _fields(result: Result | Refusal) -> dict[str, Any]:
-    return {"error": str(result)} if isinstance(result, Refusal) else asdict(result)
-
-
-def _print_table(console: "Console", answers: dict[Path, Result | Refusal]) -> None:
-    from rich.table import Table
-
-    from common.progress import printable
-
-    table = Table("image", "class", "probability", "then")
-    for path, result in answers.items():
-        if not isinstance(result, Refusal):
-            best, *rest = result.top
-            others = ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in rest)
-            table.add_row(printable(str(path)), best.label, f"{best.probability:.1%}", others)
-    if table.row_count:
+        print(json.dumps(rows))
+    elif table.row_count:
         console.print(table)
+    for problem in problems:
+        console.print(printable(problem))
+    if problems:
+        console.print(f"{len(problems)} of {len(paths)} images were not answered")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

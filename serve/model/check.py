@@ -5,10 +5,10 @@ import logging
 import operator
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -87,18 +87,27 @@ def _prepare(load: LoadModel, max_batch: int) -> Served:
 
 
 async def apart(function: Callable[[], Made]) -> Made:
-    """The result of `function`, from a daemon thread that does not delay the end of the process."""
-    future: Future[Made] = Future()
-    future.set_running_or_notify_cancel()  # the thread goes on if the caller is cancelled
+    """The result of `function`, from a daemon thread that does not delay the end of the process.
+
+    `asyncio.wrap_future` would keep the result, a model, in a reference cycle.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Made] = loop.create_future()
+
+    def finish(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if not future.done():
+            set_outcome(outcome)
 
     def run() -> None:
         try:
-            future.set_result(function())
+            outcome = future.set_result, function()
         except BaseException as error:
-            future.set_exception(error)
+            outcome = future.set_exception, error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(finish, *outcome)
 
     threading.Thread(target=run, name="reload", daemon=True).start()
-    return await asyncio.wrap_future(future)
+    return await future
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def run(config: ServeConfig, listener: socket.socket, url: str, *, load_on_devic
     limits_of(config)  # refuses before anything is measured
     config, reason = decide(config)  # workers and reloads keep these files and this runtime
     if config.workers == config.front_ends == 1:
-        return _run_alone(config, listener, url, reason, stream)
+        return _run_alone(_make_server(config, url, reason, stream), listener)
     with _folders() as home:
         if config.front_ends > 1:
             what, roles = _front_ends(config, listener, home, load_on_device)
@@ -84,18 +84,22 @@ def decide(config: ServeConfig) -> tuple[ServeConfig, str]:
     return replace(config, models=(choice.path,), runtime=choice.runtime or "auto"), choice.reason
 
 
-def _run_alone(config: ServeConfig, listener: socket.socket, url: str, reason: str, stream: logs.LogStream) -> int:
-    runtimes, roles = load(config), Roles(config)
-    shadow = _make_shadow(config, roles)
-    if shadow:
-        shadow.prepare(runtimes[0].model)
-    app = whole_app(config, runtimes, stream, load=lambda: load_again(roles.served), shadow=shadow)
-    server = Server(_uvicorn_config(config, app), _greeting(_runtime_line(runtimes[0]), reason, url))
+def _run_alone(server: Server, listener: socket.socket) -> int:
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:  # raised again by uvicorn once its requests are finished
         print("stopped", flush=True)
     return 0 if server.started else 1
+
+
+def _make_server(config: ServeConfig, url: str, reason: str, stream: logs.LogStream) -> Server:
+    """Only the app keeps the model, which a reload replaces."""
+    runtimes, roles = load(config), Roles(config)
+    shadow = _make_shadow(config, roles)
+    if shadow:
+        shadow.prepare(runtimes[0].model)
+    app = whole_app(config, runtimes, stream, load=lambda: load_again(roles.served), shadow=shadow)
+    return Server(_uvicorn_config(config, app), _greeting(_runtime_line(runtimes[0]), reason, url))
 
 
 def _workers(config: ServeConfig, listener: socket.socket, home: Path) -> tuple[str, list[Role]]:

@@ -14,7 +14,6 @@ from typing import Any
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
 
-from serve.processes.signals import hangups_blocked
 from serve.request.uvicorn_internals import Process
 
 _log = logging.getLogger(__name__)
@@ -89,9 +88,7 @@ class _Place:
         worker = self.worker
         if worker is None:
             if monotonic() >= self.due:
-                self.worker, self.started = self.make(), monotonic()
-                with hangups_blocked():  # until it has read its model
-                    self.worker.start()
+                self._start()
         elif not worker.process.is_alive():
             self._replace(worker, "died")
         elif self.is_ready:
@@ -102,6 +99,13 @@ class _Place:
             _log.info("%s %s serves", self.name, worker.pid)
         elif monotonic() - self.started > _START_S:
             self._replace(worker, f"was not ready within {_START_S:g} s")
+
+    def _start(self) -> None:
+        """With SIGHUP blocked, which the process unblocks once it has read its model."""
+        self.worker, self.started = self.make(), monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        self.worker.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
     def _replace(self, worker: Process, why: str) -> None:
         """The next one starts at once at first, then after a delay that doubles each time."""

@@ -117,11 +117,7 @@ class Shadow:
     def comparison_of(self, model: Model) -> Comparison | None:
         """The comparison with `model`; None before the shadow is loaded, or if the two cannot be compared."""
         shadow = self.model
-        if shadow is None:
-            return None
-        if known := self._pairs.get((model.digest, shadow.digest)):
-            return known
-        return self._pair(model, shadow)
+        return self._pair(model, shadow) if shadow else None
 
     def promotable(self) -> str:
         """The digest of the shadow; refuses until it has been compared with the current model on enough images."""
