@@ -153,7 +153,9 @@ class Supervisor:
         while not self._stop.wait(_TURN_S):
             if self._is_hung_up:
                 self._is_hung_up = False
-                self._pass_on_hangup()
+                for worker in [place.worker for place in self._groups[-1]]:
+                    if worker and worker.pid and worker.process.is_alive():
+                        os.kill(worker.pid, signal.SIGHUP)
             for place in places:
                 place.look_after()
             if not is_said and all(place.is_ready for place in places):
@@ -171,11 +173,6 @@ class Supervisor:
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
         self._is_hung_up = True
-
-    def _pass_on_hangup(self) -> None:
-        for place in self._groups[-1]:
-            if place.worker and place.worker.pid and place.worker.process.is_alive():
-                os.kill(place.worker.pid, signal.SIGHUP)
 
     def _end_group(self, group: Sequence[_Place]) -> None:
         begun = [(place.worker, self._drain_s if place.is_ready else 0) for place in group if place.worker]
