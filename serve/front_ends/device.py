@@ -5,7 +5,6 @@ model runs, the next batch gathers in the connections; there is no timer. A thre
 """
 
 import asyncio
-import json
 import logging
 import os
 import pickle
@@ -199,11 +198,11 @@ class Device:
     async def _answer_reload(self, connection: socket.socket) -> None:
         try:
             await self.reload()
-            reply: dict[str, Any] = {"number": self._number}
+            reply: int | Refusal = self._number
         except Refusal as refusal:
-            reply = {"refusal": str(refusal)}
+            reply = refusal
         with connection, suppress(OSError):
-            connection.send(json.dumps(reply).encode(), socket.MSG_DONTWAIT)
+            connection.send(pickle.dumps(reply), socket.MSG_DONTWAIT)
 
     def _use(self, served: Served) -> None:
         """Describe `served` to all front ends that connect from now on. Refuses without memory for them all."""

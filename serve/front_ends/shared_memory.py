@@ -38,36 +38,28 @@ class Shape:
     """The layout of one connection's memory."""
 
     num_slots: int
-    image: tuple[int, int, int]  # height, width, channels
-    num_labels: int
-
-    @property
-    def pixel_bytes(self) -> int:
-        """Of all slots, padded so that float32 values can follow."""
-        return -(-self.num_slots * math.prod(self.image) // 4) * 4
+    slot: np.dtype  # of pixels [H, W, C], logits [K], and the seconds that their batch took
 
     @property
     def num_bytes(self) -> int:
-        return self.pixel_bytes + 4 * self.num_slots * (self.num_labels + 1)
+        return self.num_slots * self.slot.itemsize
 
 
 def shape_of(model: Model, limits: Limits) -> Shape:
     """A slot for each image that may wait for the model at once under `limits` (`Batcher.check_room`)."""
-    image = model.spec.image.shape
+    image, labels = model.spec.image.shape, model.spec.labels
+    fields = [("pixels", np.uint8, image), ("logits", np.float32, (len(labels),)), ("seconds", np.float32)]
     num_held = limits.max_held_bytes // math.prod(image)
-    return Shape(min(limits.max_queue, max(limits.max_images, num_held)), image, len(model.spec.labels))
+    return Shape(min(limits.max_queue, max(limits.max_images, num_held)), np.dtype(fields, align=True))
 
 
 class Area:
     """Memory that both processes map. A slot belongs to the front end until a request names it."""
 
     def __init__(self, file: int, shape: Shape) -> None:
-        memory = mmap.mmap(file, shape.num_bytes)
+        slots = np.ndarray(shape.num_slots, shape.slot, mmap.mmap(file, shape.num_bytes))
         self.num_slots = shape.num_slots
-        self.pixels = np.ndarray((shape.num_slots, *shape.image), np.uint8, memory)
-        self.logits = np.ndarray((shape.num_slots, shape.num_labels), np.float32, memory, shape.pixel_bytes)
-        # The time of the batch that each slot was in.
-        self.seconds = np.ndarray(shape.num_slots, np.float32, memory, shape.num_bytes - 4 * shape.num_slots)
+        self.pixels, self.logits, self.seconds = slots["pixels"], slots["logits"], slots["seconds"]
 
 
 def make_memory(shape: Shape, greeting: bytes = b"") -> int:
