@@ -25,7 +25,7 @@ _LABEL_LENGTH = 80  # characters of a label in /metrics
 _log = logging.getLogger(__name__)
 
 
-class Answers:
+class AnswerCounts:
     """The counts of one model: of all its answers, and as they were one and two windows ago."""
 
     def __init__(self, model: Model) -> None:
@@ -75,20 +75,20 @@ class Answers:
 
 
 class Watch:
-    """Call it with every batch. `collect` is for Prometheus, `card` for GET /model."""
+    """Call it with every batch. `collect` is for Prometheus, `summary` for GET /model."""
 
     def __init__(self) -> None:
-        self._answers: dict[str, Answers] = {}  # by digest; the latest is last
+        self._answers: dict[str, AnswerCounts] = {}  # by digest; the latest is last
         self._lock = threading.Lock()
 
     def __call__(self, model: Model, is_finite: np.ndarray, order: np.ndarray, ranked: np.ndarray) -> None:
         answers = self._answers.get(model.digest) or self.of(model)
         answers.add(is_finite, order, ranked)
 
-    def of(self, model: Model) -> Answers:
+    def of(self, model: Model) -> AnswerCounts:
         """The counts of `model`, which becomes the latest."""
         with self._lock:
-            answers = self._answers.pop(model.digest, None) or Answers(model)
+            answers = self._answers.pop(model.digest, None) or AnswerCounts(model)
             self._answers = dict([*self._answers.items(), (model.digest, answers)][-_KEPT:])
             return answers
 
@@ -145,7 +145,7 @@ _FAMILIES: dict[str, tuple[type[Any], str, str]] = {  # by name: the kind, its l
 }
 
 
-def _samples(answers: Answers) -> Iterator[tuple[Any, ...]]:
+def _samples(answers: AnswerCounts) -> Iterator[tuple[Any, ...]]:
     """(name of its family, labels, value, or buckets and sum) of one model."""
     digest, labels, totals = answers.model.digest, answers.model.spec.labels, answers.totals()
     yield "answered_images", [digest], totals[_NUM_IMAGES]
