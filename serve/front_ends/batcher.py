@@ -72,17 +72,19 @@ class FrontBatcher(Batcher):
     # In the model's thread
 
     def _run(self, runtime: Runtime, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> None:
-        problem: Exception | None = None
         try:
-            if refused := self._send(jobs, pixels):
-                jobs, problem = refused, self._overloaded()
-                problem.detail = f"the shared memory is full: {problem.detail}"
+            refused = self._send(jobs, pixels)
         except Exception as error:
-            problem = error
-        if problem:
-            for job in jobs:
-                job.outcome = problem
-            self._loop.call_soon_threadsafe(deliver, jobs)
+            return self._refuse(jobs, error)
+        if refused:
+            problem = self._overloaded()
+            problem.detail = f"the shared memory is full: {problem.detail}"
+            self._refuse(refused, problem)
+
+    def _refuse(self, jobs: Sequence[Job], problem: Exception) -> None:
+        for job in jobs:
+            job.outcome = problem
+        self._loop.call_soon_threadsafe(deliver, jobs)
 
     def _send(self, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> Sequence[Job]:
         """Send the images. Returns the jobs that do not fit into the shared memory."""

@@ -133,6 +133,7 @@ class Device:
 
     def add(self, peer: "_Peer") -> None:
         self._peers.add(peer)
+        peer.tell(self.served)  # if there is a newer model since it was greeted
 
     def discard(self, peer: "_Peer") -> None:
         self._peers.discard(peer)
@@ -196,12 +197,12 @@ class Device:
                 peer.tell(self.served)
 
     async def _answer_reload(self, connection: socket.socket) -> None:
-        try:
-            await self.reload()
-            reply: int | Refusal = self._number
-        except Refusal as refusal:
-            reply = refusal
         with connection, suppress(OSError):
+            try:
+                await self.reload()
+                reply: int | Refusal = self._number
+            except Refusal as refusal:
+                reply = refusal
             connection.send(pickle.dumps(reply), socket.MSG_DONTWAIT)
 
     def _use(self, served: Served) -> None:
