@@ -102,11 +102,11 @@ def choose(
     best, reason = next(iter(runtimes)), "alone passes"
     if len(runtimes) > 1:
         image, sizes = runtimes[best].model.spec.image, sorted({1, max_batch})
-        by_key = {" ".join(candidate.key): candidate for candidate in runtimes}
-        answers = {key: runtimes[candidate] for key, candidate in by_key.items()}
+        ways = {str(index): candidate for index, candidate in enumerate(runtimes)}
+        answers = {way: runtimes[candidate] for way, candidate in ways.items()}
         means = geometric_means(time_answers(answers, image, sizes, limit_s=MEASURE_S, clock=clock))
-        (key, best_ms), (_, next_ms), *_ = means.items()
-        best, reason = by_key[key], f"is {next_ms / best_ms:.1f}x the next of {len(means)}"
+        (way, best_ms), (_, next_ms), *_ = means.items()
+        best, reason = ways[way], f"is {next_ms / best_ms:.1f}x the next of {len(means)}"
     return best.chosen(_remember(paths[0], conditions, best, f"{best} {reason}"))
 
 
