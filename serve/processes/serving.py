@@ -32,7 +32,7 @@ from serve.model.check import LoadModel, warm_up
 from serve.model.choose import choose
 from serve.model.load import Roles, load, load_again, load_first, num_threads
 from serve.processes.signals import end_with_parent
-from serve.processes.supervisor import Role, Server, Supervisor, Worker
+from serve.processes.supervisor import Kinds, Server, Supervisor, Worker
 from serve.request.access import Access, read_api_key
 from serve.request.app import make_app
 from serve.request.batcher import Batcher, Served
@@ -62,11 +62,11 @@ def run(config: ServeConfig, listener: socket.socket, url: str, *, load_on_devic
         return _run_alone(_make_server(config, url, reason, stream), listener)
     with _folders() as home:
         if config.front_ends > 1:
-            what, roles = _front_ends(config, listener, home, load_on_device)
+            what, kinds = _front_ends(config, listener, home, load_on_device)
         else:
-            what, roles = _workers(config, listener, home)
+            what, kinds = _workers(config, listener, home)
         say_ready = partial(print, _greeting(what, reason, url), flush=True)
-        return 0 if Supervisor(*roles, drain_s=config.drain_seconds, say_ready=say_ready).run() else 2
+        return 0 if Supervisor(kinds, drain_s=config.drain_seconds, say_ready=say_ready).run() else 2
 
 
 def decide(config: ServeConfig) -> tuple[ServeConfig, str]:
@@ -102,14 +102,14 @@ def _make_server(config: ServeConfig, url: str, reason: str, stream: logs.LogStr
     return Server(_uvicorn_config(config, app), _greeting(_runtime_line(runtimes[0]), reason, url))
 
 
-def _workers(config: ServeConfig, listener: socket.socket, home: Path) -> tuple[str, list[Role]]:
+def _workers(config: ServeConfig, listener: socket.socket, home: Path) -> tuple[str, Kinds]:
     """Several workers, each with its own copy of the model."""
     if config.shadow:  # each of them would only log the refusal and serve without a shadow
         roles = Roles(config)
         with start_process(roles.served) as served, start_process(roles.shadow) as shadow:
             refuse_unfit(served.model, shadow.model)
     worker = partial(Worker, _uvicorn_config(config, partial(_make_worker, config, home)), [listener])
-    return f"{config.workers} workers", [Role("worker", config.workers * [worker])]
+    return f"{config.workers} workers", {"worker": config.workers * [worker]}
 
 
 def _make_worker(config: ServeConfig, home: Path) -> FastAPI:
@@ -125,7 +125,7 @@ def _make_worker(config: ServeConfig, home: Path) -> FastAPI:
         )
 
 
-def _front_ends(config: ServeConfig, listener: socket.socket, home: Path, load: LoadFirst) -> tuple[str, list[Role]]:
+def _front_ends(config: ServeConfig, listener: socket.socket, home: Path, load: LoadFirst) -> tuple[str, Kinds]:
     """Front ends, which accept, decode and answer, and one process for each device, which runs the model."""
     doors = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(config.front_ends)]
     budget = home.with_name("decoders")
@@ -140,7 +140,7 @@ def _front_ends(config: ServeConfig, listener: socket.socket, home: Path, load: 
         sockets = [inside for _, inside in doors[index :: len(devices)]]
         models.append(partial(Worker, settings, sockets, DeviceServer))
     what = f"{len(fronts)} front ends, {len(models)} device process{'es' if len(models) > 1 else ''}"
-    return what, [Role("front end", fronts), Role("device process", models)]
+    return what, {"front end": fronts, "device process": models}
 
 
 def _make_front_end(config: ServeConfig, door: socket.socket, budget: Path) -> FastAPI:

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
@@ -62,17 +62,12 @@ class Worker(Process):
         return server
 
 
-@dataclass(frozen=True)
-class Role:
-    """Processes of one kind: their name in the log, and a function that makes each."""
-
-    name: str
-    makes: Sequence[Callable[[], Process]]
+Kinds = Mapping[str, Sequence[Callable[[], Process]]]  # of processes: their name in the log, and what makes each
 
 
 @dataclass
 class _Place:
-    """One of the processes of a role, and its replacements."""
+    """One of the processes of a kind, and its replacements."""
 
     name: str
     make: Callable[[], Process]
@@ -126,18 +121,18 @@ class _Place:
 class Supervisor:
     """Starts workers and replaces those that end, after longer and longer delays.
 
-    Each role needs the roles after it, so they are stopped in order. The last one has the model and gets SIGHUP.
+    Each kind needs the kinds after it, so they are stopped in order. The last one has the model and gets SIGHUP.
     """
 
-    def __init__(self, *roles: Role, drain_s: int, say_ready: Callable[[], None]) -> None:
+    def __init__(self, kinds: Kinds, *, drain_s: int, say_ready: Callable[[], None]) -> None:
         self._drain_s, self._say_ready = drain_s, say_ready
-        self._groups = [[_Place(role.name, make) for make in role.makes] for role in roles]
+        self._groups = [[_Place(name, make) for make in makes] for name, makes in kinds.items()]
         self._stop = threading.Event()
         self._must_hurry = False
         self._is_hung_up = False
 
     def run(self) -> bool:
-        """Until a signal ends it (True), or no process of a role serves and none can start (False)."""
+        """Until a signal ends it (True), or no process of a kind serves and none can start (False)."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         signal.signal(signal.SIGHUP, self._hang_up)
