@@ -7,4 +7,4 @@ class Refusal(Exception):
 
 def one_line(error: BaseException, length: int = 200) -> str:
     """The message of an error in one line of at most `length` characters, for a refusal to quote."""
-    return " ".join(str(error).split())[:length]
+    return " ".join(str(error).split())[:length] or type(error).__name__
