@@ -1,8 +1,9 @@
 """The laboratory of the experiments: nets trained in memory, case by case, and the figures and numbers they leave."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from train.data.datasets import Dataset
 
+Row = dict[str, Any]  # of NAME.json
 # The paper's recipe in small: minutes on two cores. W's deviation is that of the authors' code, the start of the rest
 # PyTorch's.
 CHEAP = {"dataset": "digits", "width": 0.25, "epochs": 10, "batch_size": 32, "w_std": 0.1, "start": "pytorch"}
@@ -31,6 +33,13 @@ COLOURS = {
     "residual with δ": "C4",
     "ncrelu": "C0",
     "relu": "C5",
+}
+# The kinds of net that are compared, by what they are called in figures and numbers.
+KINDS = {
+    "Dirac": {"parameterization": "dirac"},
+    "initialised": {"parameterization": "initialised"},
+    "plain": {"parameterization": "plain"},
+    "residual": {"family": "wrn"},
 }
 PAPER = {"dataset": "cifar10", "width": 1.0}
 HISTORY = ("train_loss", "train_accuracy", "validation_accuracy")
@@ -57,17 +66,26 @@ class ExperimentConfig:
 
     def training(self, **fields: Any) -> Settings:
         """The settings of one training in this experiment."""
-        given = {
-            name: getattr(self, name) for name in ("dataset", "width", "epochs") if getattr(self, name) is not None
-        }
-        common = (PAPER if self.paper else CHEAP) | given
+        options = {name: getattr(self, name, None) for name in ("dataset", "width", "epochs", "depth")}
+        given = {name: value for name, value in options.items() if value is not None}
         config = TrainConfig(recipe="paper", data_dir=self.data_dir, device=self.device, validation=0.1)
-        return replace(config, **(common | fields)).resolved()
+        return replace(config, **((PAPER if self.paper else CHEAP) | given | fields)).resolved()
 
     def title(self) -> str:
         """The part of a plot's title that all experiments share."""
         settings = self.training()
-        return f"{settings.dataset}, {_plural(settings.epochs, 'epoch')}, {_plural(self.seeds, 'seed')}"
+        counts = ((settings.epochs, "epoch"), (self.seeds, "seed"))
+        return ", ".join([settings.dataset, *(f"{num} {noun}{'s' * (num != 1)}" for num, noun in counts)])
+
+
+@dataclass(frozen=True)
+class DeepConfig(ExperimentConfig):
+    """An experiment on nets of one depth, which is the paper's only with `paper`."""
+
+    depth: Annotated[int | None, "6N + 4 layers (cheap: 34; paper: 100)"] = None
+
+    def training(self, **fields: Any) -> Settings:
+        return super().training(**{"depth": self.depth or (100 if self.paper else 34)} | fields)
 
 
 @dataclass(frozen=True)
@@ -82,10 +100,27 @@ class Case:
 
 @dataclass(frozen=True)
 class Trial:
+    seed: int
     net: "nn.Sequential"
     history: list[dict[str, float]]  # per epoch: training loss and accuracy, validation accuracy
     test_accuracy: float  # read once, at the end
     observed: list[Any] = field(default_factory=list)  # of the net before the first and after each epoch
+
+    def row(self, **figures: Any) -> Row:
+        return {"seed": self.seed, "test_accuracy": self.test_accuracy, **figures}
+
+
+def conduct(
+    config: ExperimentConfig,
+    name: str,
+    measure: Callable[[Any], list[Row]],
+    draw: Callable[[Any, list[Row]], "Figure"],
+) -> int:
+    """Measure the rows, or read those of NAME.json in --out; draw them, and write both."""
+    rows = json.loads(read_whole(config.out / f"{name}.json"))["rows"] if config.redraw else measure(config)
+    numbers = {"settings": config.training(), "rows": rows}
+    write_results(config.out, name, draw(config, rows), numbers, redraw=config.redraw)
+    return 0
 
 
 def run_trial(
@@ -111,67 +146,7 @@ def run_trial(
         observed.append(observe(trainer.net))
     accuracy = evaluate(trainer.net, dataset.test, device=world.device).accuracy
     history = [{key: row[key] for key in HISTORY} for row in trainer.history]
-    return Trial(trainer.net, history, accuracy, observed)
-
-
-def run_cases(
-    config: ExperimentConfig, cases: Sequence[Case], observe: Callable[["nn.Sequential"], Any] = lambda net: None
-) -> Iterator[tuple[Case, list[Trial]]]:
-    """Train every case with every seed; gives the trials of each as soon as they are done."""
-    dataset = load_dataset(config)
-    with progress(make_console(), "training", len(cases) * config.seeds) as advance:
-        for case in cases:
-            trials = []
-            for seed in range(config.seeds):
-                settings = config.training(**case.settings, seed=seed)
-                trials.append(run_trial(settings, dataset, prepare=case.prepare, observe=observe))
-                advance(note=f"{case.name}: {100 * trials[-1].test_accuracy:.1f} %")
-            yield case, trials
-
-
-def measure_seeds(
-    config: ExperimentConfig,
-    cases: Sequence[Case],
-    figures: Callable[[Trial, int], dict[str, Any]],
-    observe: Callable[["nn.Sequential"], Any] = lambda net: None,
-) -> list[dict[str, Any]]:
-    """A row per case and seed: the case's key, the seed, the test accuracy and the `figures` of (trial, seed)."""
-    rows = []
-    for case, trials in run_cases(config, cases, observe):
-        of_case = [
-            {**case.key, "seed": seed, "test_accuracy": trial.test_accuracy, **figures(trial, seed)}
-            for seed, trial in enumerate(trials)
-        ]
-        for name in (name for name, value in of_case[0].items() if isinstance(value, float)):
-            mean, spread = mean_and_spread([row[name] for row in of_case])
-            print(f"{case.name:12s} {name:13s} {mean:.4f} ± {spread:.4f}")
-        rows += of_case
-    return rows
-
-
-def measure_accuracies(
-    config: ExperimentConfig,
-    name: str,
-    cases: Sequence[Case],
-    *,
-    resume: bool = False,
-    order: Callable[[dict[str, Any]], Any] = lambda row: 0,
-    figures: Callable[[list[Trial]], dict[str, Any]] = lambda trials: {},
-) -> list[dict[str, Any]]:
-    """A row per case, in `order`: its key, test accuracies, their mean and spread, and more `figures` of its trials.
-
-    The rows are written to NAME.json after each case; with `resume`, those that are there are not measured again.
-    """
-    rows = _kept_rows(config, name) if resume else []
-    lacking = [case for case in cases if not any(case.key.items() <= row.items() for row in rows)]
-    for case, trials in run_cases(config, lacking):
-        accuracies = [trial.test_accuracy for trial in trials]
-        mean, spread = mean_and_spread(accuracies)
-        rows.append({**case.key, **figures(trials), "accuracies": accuracies, "mean": mean, "spread": spread})
-        rows.sort(key=order)
-        write_numbers(config.out, name, {"settings": config.training(), "rows": rows})
-        print(f"{case.name}: {100 * mean:.1f} ± {100 * spread:.1f} %")
-    return rows
+    return Trial(config.seed, trainer.net, history, accuracy, observed)
 
 
 def load_dataset(config: ExperimentConfig) -> "Dataset":
@@ -180,12 +155,56 @@ def load_dataset(config: ExperimentConfig) -> "Dataset":
     return datasets.load(config.training().dataset, data_dir=config.data_dir)
 
 
-def recorded_rows(config: ExperimentConfig, name: str) -> list[dict[str, Any]]:
-    """The rows of NAME.json, where the figure alone is made again."""
-    return json.loads(read_whole(config.out / f"{name}.json"))["rows"]
+def grid(kinds: Sequence[str], depths: Sequence[int], option: str, values: Sequence[float]) -> list[Case]:
+    """Nets of some of the KINDS, in several depths and with several values of one more option."""
+    return [
+        Case(
+            f"{kind}-{depth}, {option} {value:g}",
+            {"kind": kind, "depth": depth, option: value},
+            {"depth": depth, option: value, **KINDS[kind]},
+        )
+        for depth, kind, value in product(depths, kinds, values)
+    ]
 
 
-def _kept_rows(config: ExperimentConfig, name: str) -> list[dict[str, Any]]:
+def accuracies(trials: Sequence[Trial], **figures: Any) -> list[Row]:
+    """One row for all seeds: `figures`, test accuracies, their mean and spread."""
+    each = [trial.test_accuracy for trial in trials]
+    mean, spread = mean_and_spread(each)
+    return [{**figures, "accuracies": each, "mean": mean, "spread": spread}]
+
+
+def measure(
+    config: ExperimentConfig,
+    name: str,
+    cases: Sequence[Case],
+    rows_of: Callable[[list[Trial]], list[Row]] = accuracies,
+    *,
+    observe: Callable[["nn.Sequential"], Any] = lambda net: None,
+    resume: bool = False,
+    order: Callable[[Row], Any] = lambda row: 0,
+) -> list[Row]:
+    """Train every case with every seed; gives its key and `rows_of` its trials, a row or several, in `order`.
+
+    The rows are written to NAME.json after each case; with `resume`, cases that it holds are not measured again.
+    """
+    rows, dataset = _kept_rows(config, name) if resume else [], load_dataset(config)
+    lacking = [case for case in cases if not any(case.key.items() <= row.items() for row in rows)]
+    with progress(make_console(), "training", len(lacking) * config.seeds) as advance:
+        for case in lacking:
+            trials: list[Trial] = []
+            for seed in range(config.seeds):
+                settings = config.training(**case.settings, seed=seed)
+                trials.append(run_trial(settings, dataset, prepare=case.prepare, observe=observe))
+                advance(note=f"{case.name}: {100 * trials[-1].test_accuracy:.1f} %")
+            rows = sorted([*rows, *({**case.key, **row} for row in rows_of(trials))], key=order)
+            write_numbers(config.out, name, {"settings": config.training(), "rows": rows})
+            mean, spread = mean_and_spread([trial.test_accuracy for trial in trials])
+            print(f"{case.name}: {100 * mean:.1f} ± {100 * spread:.1f} %")
+    return rows
+
+
+def _kept_rows(config: ExperimentConfig, name: str) -> list[Row]:
     """The rows of NAME.json in --out, to go on with; refuses those of other settings."""
     path = config.out / f"{name}.json"
     if not path.exists():
@@ -198,7 +217,7 @@ def _kept_rows(config: ExperimentConfig, name: str) -> list[dict[str, Any]]:
     return record["rows"]
 
 
-def draw_accuracies(axes: Any, places: list[float], rows: list[dict[str, Any]], **style: Any) -> None:
+def draw_accuracies(axes: Any, places: list[float], rows: list[Row], **style: Any) -> None:
     """Mean and spread of the test accuracy in per cent, as a line with error bars."""
     means, spreads = ([100 * row[key] for row in rows] for key in ("mean", "spread"))
     axes.errorbar(places, means, spreads, capsize=3, **style)
@@ -224,9 +243,7 @@ def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any
 
 def write_numbers(out: Path, name: str, numbers: dict[str, Any]) -> None:
     """NAME.json in `out`."""
-    text = json.dumps(
-        numbers, indent=1, default=lambda value: asdict(value) if isinstance(value, Settings) else str(value)
-    )
+    text = json.dumps(numbers, indent=1, default=lambda value: asdict(value) if is_dataclass(value) else str(value))
     write_whole(out / f"{name}.json", f"{text}\n".encode())
 
 
@@ -240,7 +257,3 @@ def new_figure(num_columns: int, *, height: float = 3.8, sharey: bool = False) -
 
     figure = Figure(figsize=(4.6 * num_columns, height), layout="constrained")
     return figure, list(figure.subplots(1, num_columns, sharey=sharey, squeeze=False)[0])
-
-
-def _plural(num: int, noun: str) -> str:
-    return f"{num} {noun}" if num == 1 else f"{num} {noun}s"
