@@ -3,14 +3,15 @@
 Attributes and sizes are checked before anything is computed, so that a small file cannot request much memory.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite, prod
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
-from common.refusal import Refusal
-from fold.nodes import Graph, Node
+from common.refusal import Refusal, one_line
+from fold.nodes import Graph, Node, run
 
 Shape = tuple[int, ...]  # of one image's output, without the batch: (C, H, W) or (K,)
 
@@ -22,25 +23,28 @@ MOST_VALUES = 2**28  # of one image's output: a gigabyte in float32
 def infer_shapes(graph: Graph, image: Shape) -> dict[str, Shape]:
     """The shape of every node's output for an image [H, W, C], by name; refuses, by name, a node that does not fit.
 
-    Checks what `Graph.check` does not: attributes, numbers of inputs, shapes and dtypes of tensors.
+    Checks what `Graph.check` does not: attributes, numbers of inputs, shapes and dtypes of tensors. The graph runs on a
+    batch of no images, so that nothing is computed.
     """
     if len(graph.nodes) > MAX_NODES:
         raise Refusal(f"the graph has {len(graph.nodes)} nodes, over the limit of {MAX_NODES:,}")
-    shapes: dict[str, Shape] = {}
+    dtype = next((tensor.dtype for tensor in graph.tensors().values()), torch.float32)
+    outputs: dict[str, Tensor] = {}
     for node in graph.nodes:
-        try:
-            _check_attributes(node)
-            shape = image if node.op == "input" else _shape(node, [shapes[name] for name in node.inputs])
-        except _Misfit as misfit:
-            raise Refusal(f"{node.name}: {node.op} {misfit}") from misfit
+        _check_attributes(node)
+        inputs = [outputs[name] for name in node.inputs]
+        output = outputs[node.name] = _output(node, inputs) if inputs else torch.zeros(0, *image, dtype=dtype)
+        shape = output.shape[1:]
         if min(shape, default=0) < 1 or prod(shape) > MOST_VALUES:
             raise Refusal(f"{node.name}: {node.op} would give {list(shape)} for each image")
-        shapes[node.name] = shape
-    return shapes
+    return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
 
-class _Misfit(Exception):
-    """What is wrong with a node, as a predicate of its operation."""
+def pooled(size: int, window: int, stride: int, padding: int, dilation: int, *, ceil: bool) -> int:
+    """The number of windows. With `ceil`, the last may reach beyond the padding, but not start there."""
+    room = size + 2 * padding - dilation * (window - 1) - 1
+    num = (room + stride - 1 if ceil else room) // stride + 1
+    return num - 1 if ceil and (num - 1) * stride >= size + padding else num
 
 
 def _is_whole(value: Any, least: int = 0) -> bool:
@@ -94,106 +98,54 @@ def _check_attributes(node: Node) -> None:
     allowed = ATTRIBUTES.get(node.op, {})
     least, most = NUM_INPUTS.get(node.op, (1, 1))
     if not least <= len(node.inputs) <= most:
-        raise _Misfit(f"reads {len(node.inputs)} nodes")
+        raise Refusal(f"{node.name}: {node.op} reads {len(node.inputs)} nodes")
     missing = allowed.keys() - node.attributes.keys() - set(OPTIONAL)
     wrong = [key for key, value in node.attributes.items() if key not in allowed or not allowed[key](value)]
     if missing or wrong:
-        raise _Misfit(f"has missing or invalid attributes: {', '.join(sorted({*missing, *wrong}))}")
+        names = ", ".join(sorted({*missing, *wrong}))
+        raise Refusal(f"{node.name}: {node.op} has missing or invalid attributes: {names}")
 
 
-def _shape(node: Node, inputs: Sequence[Shape]) -> Shape:
+def _output(node: Node, inputs: Sequence[Tensor]) -> Tensor:
+    """A node's output; refuses inputs and tensors that do not fit each other."""
+    wrong = _misfit(node, inputs)
+    if not wrong:
+        try:
+            return run(node, inputs)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            wrong = one_line(error)
+    of = f" of {list(node.tensors['weight'].shape)}" if "weight" in node.tensors else ""
+    shapes = " and ".join(str(list(x.shape[1:])) for x in inputs[:3])
+    raise Refusal(f"{node.name}: {node.op}{of} reads {shapes}: {wrong}")
+
+
+def _misfit(node: Node, inputs: Sequence[Tensor]) -> str:
+    """What is wrong although PyTorch would broadcast it; empty if nothing is."""
     x = inputs[0]
+    for key, value in node.attributes.items():
+        if isinstance(value, list) and len(cast("list[Any]", value)) != x.dim() - 2:
+            return f"{key} {value} is not for {x.dim() - 2} spatial dimensions"
+    fitting: dict[str, tuple[Shape, ...]] = {}
     match node.op:
         case "normalize":
-            _expect(node, {key: [(x[-1], 1, 1)] for key in ("offset", "scale")})
-            _need(len(x) == 3, f"reads {list(x)}, not an image [H, W, C]")
-            return x[2], x[0], x[1]
-        case "conv":
-            return _convolution(node, x)
-        case "linear":
+            fitting = dict.fromkeys(("offset", "scale"), ((x.shape[-1], 1, 1),))
+        case "conv" | "linear":
             weight = node.tensors["weight"]
-            _need(weight.dim() == 2 and weight.shape[1] == x[-1], f"of {list(weight.shape)} reads {list(x)}")
-            _expect(node, {"weight": [tuple(weight.shape)], "bias": [(weight.shape[0],)]})
-            return (*x[:-1], weight.shape[0])
+            if weight.dim() != (2 if node.op == "linear" else x.dim()):
+                return "the numbers of dimensions differ"
+            fitting = {"weight": (tuple(weight.shape),), "bias": ((len(weight),),)}
         case "affine":
-            _expect(node, {"scale": [(1,), (x[0],)], "shift": [(1,), (x[0],)]})
-            return x
-        case "add" | "mul":
-            return _broadcast(inputs)
-        case "cat":
-            _need(len({shape[1:] for shape in inputs}) == 1, f"joins {', '.join(str(list(s)) for s in inputs)}")
-            return (sum(shape[0] for shape in inputs), *x[1:])
-        case "slice":
-            return (len(range(x[0])[node.attributes["start"] : node.attributes["stop"]]), *x[1:])
-        case "pad":
-            pairs = _of_space(node, x, "padding")
-            return (x[0], *(size + before + after for size, (before, after) in zip(x[1:], pairs, strict=True)))
-        case "ncrelu":
-            return (2 * x[0], *x[1:])
-        case "max_pool" | "avg_pool":
-            return _pool(node, x)
-        case "global_pool":
-            _need(len(x) > 1, f"reads {list(x)}, without spatial dimensions")
-            return (x[0], *[1] * (len(x) - 1))
-        case "flatten":
-            return (prod(x),)
+            fitting = dict.fromkeys(("scale", "shift"), ((1,), (x.shape[1],)))
+        case "global_pool" if x.dim() < 3:
+            return "there are no spatial dimensions"
+        case "add" | "mul" if len({other.dim() for other in inputs}) > 1:
+            return "the numbers of dimensions differ"
         case _:
-            return x
-
-
-def _convolution(node: Node, x: Shape) -> Shape:
-    weight, groups = node.tensors["weight"], node.attributes["groups"]
-    _need(weight.dim() == len(x) + 1 and weight.dim() in (3, 4, 5), f"of {list(weight.shape)} reads {list(x)}")
-    num_out, per_group, *kernel = weight.shape
-    _need(per_group * groups == x[0] and num_out % groups == 0, f"of {list(weight.shape)} reads {x[0]} channels")
-    _expect(node, {"weight": [tuple(weight.shape)], "bias": [(num_out,)]})
-    how = [_of_space(node, x, key) for key in ("padding", "dilation", "stride")]
-    sizes = (
-        (size + before + after - dilation * (taps - 1) - 1) // stride + 1
-        for size, taps, (before, after), dilation, stride in zip(x[1:], kernel, *how, strict=True)
-    )
-    return (num_out, *sizes)
-
-
-def _pool(node: Node, x: Shape) -> Shape:
-    sizes, strides, paddings = (_of_space(node, x, key) for key in ("size", "stride", "padding"))
-    dilations = _of_space(node, x, "dilation") if node.op == "max_pool" else [1] * len(sizes)
-    spans = [dilation * (size - 1) + 1 for size, dilation in zip(sizes, dilations, strict=True)]
-    _need(all(2 * pad <= span for pad, span in zip(paddings, spans, strict=True)), "pads more than half its window")
-    windows = zip(x[1:], sizes, strides, paddings, dilations, strict=True)
-    return (x[0], *(pooled(*window, ceil=node.attributes["ceil"]) for window in windows))
-
-
-def pooled(size: int, window: int, stride: int, padding: int, dilation: int, *, ceil: bool) -> int:
-    """The number of windows. With `ceil`, the last may reach beyond the padding, but not start there."""
-    room = size + 2 * padding - dilation * (window - 1) - 1
-    num = (room + stride - 1 if ceil else room) // stride + 1
-    return num - 1 if ceil and (num - 1) * stride >= size + padding else num
-
-
-def _of_space(node: Node, x: Shape, key: str) -> Sequence[Any]:
-    """An attribute with an entry for every spatial dimension."""
-    values = node.attributes[key]
-    _need(len(values) == len(x) - 1, f"has {key} {values} for {len(x) - 1} spatial dimensions")
-    return values
-
-
-def _broadcast(inputs: Sequence[Shape]) -> Shape:
-    """The shape of a sum or product; sizes of 1 are repeated."""
-    shown = " and ".join(str(list(shape)) for shape in inputs)
-    _need(len({len(shape) for shape in inputs}) == 1, f"reads {shown}")
-    sizes = [{*sizes} - {1} for sizes in zip(*inputs, strict=True)]
-    _need(all(len(size) < 2 for size in sizes), f"reads {shown}")
-    return tuple(next(iter(size), 1) for size in sizes)
-
-
-def _expect(node: Node, shapes: Mapping[str, Sequence[Shape]]) -> None:
-    for key, allowed in shapes.items():
+            pass
+    for key, shapes in fitting.items():
         tensor = node.tensors[key]
-        _need(tensor.dtype in (torch.float32, torch.float64), f"has {key} of {tensor.dtype}, not float32")
-        _need(tuple(tensor.shape) in allowed, f"has {key} of shape {list(tensor.shape)}, not {list(allowed[-1])}")
-
-
-def _need(fits: bool, otherwise: str) -> None:
-    if not fits:
-        raise _Misfit(otherwise)
+        if tensor.dtype not in (torch.float32, torch.float64):
+            return f"{key} is of {tensor.dtype}, not float32"
+        if tuple(tensor.shape) not in shapes:
+            return f"{key} is of shape {list(tensor.shape)}, not {list(shapes[-1])}"
+    return ""

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from common.refusal import one_line
 from fold.nodes import Graph, needed
-from fold.operations import FUNCTIONS, LAYERS, Builder, NotListed, Ref
+from fold.operations import FUNCTIONS, LAYERS, OF_FUNCTIONS, Builder, NotListed, Ref
 from train.layers import ncrelu
 
 # Their arguments may depend on the input's shape, because only the batch size may be open in their results.
@@ -33,7 +33,7 @@ class Tracer(fx.Tracer):
     deepest = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in LAYERS or super().is_leaf_module(m, module_qualified_name)
+        return type(m) not in OF_FUNCTIONS and (type(m) in LAYERS or super().is_leaf_module(m, module_qualified_name))
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -86,11 +86,12 @@ class _Walk:
         self.result: Any = None
 
     def take(self, node: fx.Node) -> None:
-        self.builder.path = _path(node)
+        self.builder.path, kind = _home(node)
         try:
             self.values[node] = self._value(node)
         except (NotListed, TypeError, ValueError, AttributeError, IndexError) as error:
-            reason = error if isinstance(error, NotListed) else f"{node.name}: {one_line(error, 100)}"
+            listed = f"{kind.__name__}: " if kind in LAYERS or kind in OF_FUNCTIONS else ""
+            reason = f"{listed}{error}" if isinstance(error, NotListed) else f"{node.name}: {one_line(error, 100)}"
             self.refused.append(f"{self.builder.path or node.name} ({reason})")
             # Go on with one of the inputs, so that one message names everything that is refused.
             refs = (self.values[source] for source in node.all_input_nodes)
@@ -128,12 +129,8 @@ class _Walk:
         if write is None:
             raise NotListed(type(layer).__name__)
         if len(args) != 1 or node.kwargs or not isinstance(args[0], Ref):
-            raise NotListed(f"{type(layer).__name__} of more than one input")
-        _refuse_late_inplace(node, changed=getattr(layer, "inplace", False))
-        try:
-            return write(self.builder, layer, args[0])
-        except NotListed as reason:
-            raise NotListed(f"{type(layer).__name__}: {reason}") from reason
+            raise NotListed("more than one input")
+        return write(self.builder, layer, args[0])
 
     def _function(self, node: fx.Node) -> Any:
         name, args, kwargs = _name_of(node), self._known(node.args), self._known(node.kwargs)
@@ -221,13 +218,10 @@ def _shapes(traced: fx.GraphModule, example: Tensor) -> dict[str, Any]:
     return found
 
 
-def _path(node: fx.Node) -> str:
-    """The part of the user's net that a node belongs to: its layer, or the module whose forward calls it."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack: dict[Any, tuple[Any, Any]] = node.meta.get("nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    return paths[-1] if paths else ""
+def _home(node: fx.Node) -> tuple[str, type]:
+    """Path and class of the layer that a node is, or of the module whose forward calls it."""
+    stack: dict[Any, tuple[str, type]] = node.meta.get("nn_module_stack") or {"": ("", nn.Module)}
+    return list(stack.values())[-1]
 
 
 def _name_of(node: fx.Node) -> str:
