@@ -119,8 +119,7 @@ def _answers(form: "Artefact", judged: "Judged", console: "Console") -> tuple["n
 
     from common.progress import printable, track
     from export.evaluation.answering import answer_each
-    from train.data.folder import UNREADABLE
-    from train.data.survey import describe_left_out
+    from train.data.folder import UNREADABLE, describe_left_out
 
     for line in describe_left_out([stranger for stranger in judged.left_out if stranger.why != UNREADABLE]):
         console.print(printable(line))

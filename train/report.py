@@ -1,18 +1,48 @@
-"""The records of a run: metrics.jsonl, TensorBoard's event files, learning_curve.png and its lines of text."""
+"""What a run prints and records: its images, a line per epoch, metrics.jsonl, TensorBoard's files, the curve."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from rich.console import Console
+
 from common.figure import png
 from common.files import write_whole
 from common.interval import interval
 from common.refusal import Refusal
+from train.data.datasets import Dataset
+from train.data.folder import describe_left_out
+from train.data.split import PARTS
 
+MAX_CLASSES = 50  # that the survey lists; beyond, the smallest
 OVERFITTING = 0.05  # between training and validation images, beyond what chance explains
 Log = Callable[[dict[str, Any]], None]  # takes a finished epoch's row
+
+
+def print_survey(console: Console, dataset: Dataset) -> None:
+    """Images of each class in each part, their sizes, and what was left out and why."""
+    labels = dataset.info.labels
+    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    counts = np.array([np.bincount(parts[part].targets, minlength=len(labels)) for part in PARTS])
+    shown = np.sort(counts.sum(0).argsort(kind="stable")[:MAX_CLASSES])
+    width = max(len(label) for label in labels)
+    console.print(f"{'class':{width}}  " + "  ".join(f"{part:>10}" for part in PARTS))
+    for index in shown:
+        console.print(f"{labels[index]:{width}}  " + "  ".join(f"{count:10,}" for count in counts[:, index]))
+    if len(shown) < len(labels):
+        console.print(f"these are the {len(shown)} smallest of {len(labels)} classes")
+    console.print(f"{'all':{width}}  " + "  ".join(f"{count:10,}" for count in counts.sum(1)))
+    if dataset.sizes:
+        first, last = min(dataset.sizes, key=math.prod), max(dataset.sizes, key=math.prod)
+        console.print(f"sizes from {first[0]}x{first[1]} to {last[0]}x{last[1]} pixels")
+    if untested := [label for label, count in zip(labels, counts[2], strict=True) if not count]:
+        console.print(f"no image to test on: {', '.join(untested[:10])}")
+    for line in describe_left_out(dataset.left_out):
+        console.print(line)
 
 
 def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:

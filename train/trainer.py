@@ -15,8 +15,8 @@ from common.refusal import Refusal
 from common.spec import Spec
 from train.checkpoint import Checkpoint, load_net, save_checkpoint
 from train.config import Settings
-from train.data.batches import Augmentation, Batch, batches, steps_per_epoch, to_device
-from train.data.datasets import Dataset, DatasetInfo
+from train.data.batches import Batch, batches, steps_per_epoch, to_device
+from train.data.datasets import Dataset
 from train.distributed import World
 from train.fine_tune.fake_quantize import FakeQuantized
 from train.fine_tune.from_plain import NUM_MEASURED, open_plain
@@ -36,6 +36,8 @@ class Trainer:
         assert dataset.validation is not None  # `divide` made it
         if settings.patience and not len(dataset.validation):
             raise Refusal("--patience waits for the validation accuracy, and no image is held out: raise --validation")
+        if (settings.crop or 0) >= min(dataset.info.image.shape[:2]):
+            raise Refusal(f"--crop must be smaller than the image, got {settings.crop}")
         num = len(dataset.train)
         self.batch_size = min(settings.batch_size, num // world.size * world.size)
         if self.batch_size == 0:
@@ -43,7 +45,6 @@ class Trainer:
         self.num_steps = steps_per_epoch(num, self.batch_size)
         self.settings, self.spec, self.dataset, self.world, self.console = settings, spec, dataset, world, console
         self.images, self.held_out = (to_device(part, world.device) for part in (dataset.train, dataset.validation))
-        self.augmentation = _augmentation(settings, dataset.info)
         torch.manual_seed(settings.seed)
         net = initialized(spec, a=settings.a0, b=settings.b0, std=settings.w_std, start=settings.start)
         self.net = net.to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
@@ -160,13 +161,12 @@ class Trainer:
         """The rest of the current epoch: the share of this process of `world` in each batch."""
         return batches(
             self.images,
-            self.augmentation,
+            self.settings,
+            self.dataset.info,
             batch_size=self.batch_size,
             epoch=self.epochs_done,
             first_step=self.steps_done,
-            seed=self.settings.seed,
             world=world,
-            workers=self.settings.workers,
         )
 
     def _step(self, net: nn.Module, batch: Batch, lr: float) -> Tensor:
@@ -224,23 +224,6 @@ class Trainer:
         numbers = torch.tensor([score.loss, score.accuracy], dtype=torch.float64, device=device)
         loss, accuracy = self.world.sum(numbers).tolist()
         return {"validation_loss": loss, "validation_accuracy": accuracy}
-
-
-def _augmentation(settings: Settings, info: DatasetInfo) -> Augmentation:
-    """Flips and crops as given, or as they suit the data set."""
-    crop = info.crop if settings.crop is None else settings.crop
-    if crop >= min(info.image.height, info.image.width):
-        raise Refusal(f"--crop must be smaller than the image, got {crop}")
-    return Augmentation(
-        flip=info.flip if settings.flip == "auto" else settings.flip == "yes",
-        crop=crop,
-        smallest_crop=settings.smallest_crop,
-        erase=settings.erase,
-        fill=tuple(round(255 * mean) for mean in info.image.mean),
-        mixup=settings.mixup,
-        cutmix=settings.cutmix,
-        balanced=settings.balanced,
-    )
 
 
 def _no_totals() -> dict[str, float]:

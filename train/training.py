@@ -21,7 +21,6 @@ from train.config import Settings, TrainConfig, command_to_resume, continued, li
 from train.data import datasets
 from train.data.folder import Files, refuse_what_cannot_be_judged
 from train.data.split import FILE
-from train.data.survey import print_survey
 from train.distributed import World, joined
 from train.families import count_parameters, outline
 from train.fine_tune.from_plain import load_source
@@ -35,7 +34,7 @@ from train.machine import (
     keep_large_buffers,
     refuse_what_does_not_fit,
 )
-from train.report import describe_fit, describe_row, draw_learning_curve, event_files, write_metrics
+from train.report import describe_fit, describe_row, draw_learning_curve, event_files, print_survey, write_metrics
 from train.temperature import Fit, fit_temperature
 from train.trainer import Trainer
 
@@ -99,7 +98,8 @@ def set_up(
     settings = replace(settings, precision=precision)
     if settings.batch_size % world.size:
         raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {settings.batch_size}")
-    spec, split = settings.spec(dataset.info.image, dataset.info.labels), datasets.record(dataset)
+    spec = settings.spec(dataset.info.image, dataset.info.labels)
+    split, content = datasets.record(dataset)
     if earlier and replace(earlier.spec, temperature=1.0) != spec:
         raise Refusal(f"{settings.run_dir} was started with another data set; resume it with the same")
     memory = refuse_what_does_not_fit(settings, spec, world, available=available_bytes(world.device))
@@ -111,11 +111,11 @@ def set_up(
     if earlier:
         trainer.resume(earlier)
     else:
-        trainer.record = {**recorded(settings), "command": command, "split": split.to_dict()}
+        trainer.record = {**recorded(settings), "command": command, "split": split}
         if source:
             trainer.fine_tune(source)
-        if split.content and world.rank == 0:
-            write_whole(settings.run_dir / FILE, split.content)
+        if content and world.rank == 0:
+            write_whole(settings.run_dir / FILE, content)
     many = f", {world.size} processes" if world.size > 1 else ""
     console.print(
         f"{spec.name}: {count_parameters(trainer.net):,} parameters, {settings.dataset}, "

@@ -115,8 +115,14 @@ HOSTILE = {
     ),
     "channels that do not fit": (set_field("body.2.down", "inputs", ["body.1.relu"]), "reads [32, "),
     "sums that do not fit": (set_field("body.2.add", "inputs", ["body.2.down", "stem.relu"]), "add reads [32, "),
-    "other shapes": (set_tensor("logits_.bias", torch.zeros(4)), "logits_: linear of [5, 64] reads [64]: bias is of shape [4], not [5]"),
-    "whole numbers": (set_tensor("logits_.bias", torch.zeros(5, dtype=torch.int32)), "bias is of torch.int32, not float32"),
+    "other shapes": (
+        set_tensor("logits_.bias", torch.zeros(4)),
+        "bias is of shape [4], not [5]",
+    ),
+    "whole numbers": (
+        set_tensor("logits_.bias", torch.zeros(5, dtype=torch.int32)),
+        "is of torch.int32, not",
+    ),
     "a tensor too many": (set_tensor("more.weight", torch.zeros(4)), "reads none of more.weight"),
     "a tensor too few": (lambda nodes, tensors, o: tensors.pop("logits_.bias"), "is damaged: KeyError"),
     "NaN": (set_tensor("logits_.bias", torch.full((5,), torch.nan)), "NaN or infinite values in logits_.bias"),

@@ -16,8 +16,9 @@ from torch.nn import functional
 from common.spec import Spec
 from train import distributed
 from train.checkpoint import load_checkpoint
+from train.config import TrainConfig
 from train.data import datasets
-from train.data.batches import Augmentation, batches
+from train.data.batches import batches
 from train.distributed import World
 from train.families import build
 from train.initialize import initialize
@@ -75,9 +76,8 @@ def gradients(mode, world, wrap=lambda net: net):
     net = build(Spec("cifar", 10, 0.25, "ncrelu", digits.info.image, digits.info.labels))
     initialize(net, a=1.0, b=0.1, std=0.03)
     net.train(mode == "train")
-    augmentation = Augmentation(flip=True, crop=1, smallest_crop=1.0)
-    settings = {"batch_size": 64, "epoch": 0, "first_step": 0, "seed": 0, "world": world}
-    batch = next(batches(digits.train, augmentation, **settings))
+    settings = TrainConfig(flip="yes", crop=1).resolved()
+    batch = next(batches(digits.train, settings, digits.info, batch_size=64, epoch=0, first_step=0, world=world))
     shared = wrap(net)
     functional.cross_entropy(shared(batch.images), batch.targets).backward()
     return {name: parameter.grad for name, parameter in net.named_parameters()}

@@ -20,7 +20,6 @@ from train.data.split import (
     PARTS,
     TEST_SHARE,
     Changed,
-    Record,
     Sizes,
     check_same,
     picked_by_name,
@@ -194,7 +193,7 @@ def load_as_trained(
     dataset = load(name, data_dir=data_dir, image_size=image_size, image=image, skip_unreadable=skip_unreadable)
     dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
     if split:
-        check_same(record(dataset), split, where=str(data_dir or name))
+        check_same(record(dataset)[0], split, where=str(data_dir or name))
     return dataset
 
 
@@ -226,19 +225,23 @@ def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:
     return replace(dataset, train=rest, validation=held)
 
 
-def record(dataset: Dataset) -> Record:
-    """The `Record` of a divided data set: names and sizes of files, or the digest of arrays."""
+def record(dataset: Dataset) -> tuple[dict[str, Any], bytes]:
+    """What identifies the images of a divided data set: their number by part and a digest; and the content of FILE.
+
+    The digest is that of FILE, names and sizes of files by part, or of arrays, which have no FILE.
+    """
     parts = dict(zip(PARTS, (dataset.train, dataset.validation, dataset.test), strict=True))
-    counts, digest, sizes = {part: len(split or ()) for part, split in parts.items()}, hashlib.sha256(), {}
-    for part, split in parts.items():
-        if isinstance(split, Files):
-            sizes[part] = {name: num_bytes(Path(split.root) / name) for name in split.names}
-        elif split is not None:
-            for array in (np.asarray(split.images), np.asarray(split.targets)):
-                digest.update(f"{part} {array.dtype} {array.shape}".encode())
+    digest, sizes = hashlib.sha256(), dict[str, Sizes]()
+    for name, part in parts.items():
+        if isinstance(part, Files):
+            sizes[name] = {file: num_bytes(Path(part.root) / file) for file in part.names}
+        elif part is not None:
+            for array in (np.asarray(part.images), np.asarray(part.targets)):
+                digest.update(f"{name} {array.dtype} {array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).data)
-    content = json.dumps(sizes, indent=0).encode()
-    return Record(counts, sha256(content), content) if sizes else Record(counts, digest.hexdigest())
+    content = json.dumps(sizes, indent=0).encode() if sizes else b""
+    counts = {name: len(part or ()) for name, part in parts.items()}
+    return {**counts, "sha256": sha256(content) if content else digest.hexdigest()}, content
 
 
 def num_bytes(path: Path) -> int:
@@ -275,43 +278,39 @@ def _load_digits() -> tuple[Split, Split]:
 def _load_fashion_mnist(data_dir: Path | None, download: bool) -> tuple[Split, Split]:
     from torchvision.datasets import FashionMNIST
 
-    def read(folder: Path, part: str) -> Split:
-        images, labels = _find(folder, f"{part}-images-idx3-ubyte"), _find(folder, f"{part}-labels-idx1-ubyte")
-        if not images or not labels:
-            raise FileNotFoundError(folder)
-        pixels, targets = _read_idx(images, 3)[..., None], _read_idx(labels, 1).astype(np.int64)
-        if len(pixels) != len(targets):
-            raise ValueError(f"{images.name} has {len(pixels)} images, {labels.name} {len(targets)} labels")
-        return Split(pixels, targets)
-
     folders = (data_dir,) if data_dir else FASHION_MNIST_DIRS
     if download:
         FashionMNIST(str(folders[0]), train=True, download=True)
-    for folder in folders:
-        for place in (folder, folder / "FashionMNIST" / "raw"):
-            try:
-                return read(place, "train"), read(place, "t10k")
-            except FileNotFoundError:
-                continue
-            except (OSError, EOFError, ValueError, zlib.error) as error:
-                raise Refusal(f"the Fashion-MNIST files in {place} cannot be read: {error}") from error
+    for place in (place for folder in folders for place in (folder, folder / "FashionMNIST" / "raw")):
+        try:
+            return _read_fashion_mnist(place, "train"), _read_fashion_mnist(place, "t10k")
+        except FileNotFoundError:
+            continue
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise Refusal(f"the Fashion-MNIST files in {place} cannot be read: {error}") from error
     raise Refusal(
         f"Fashion-MNIST is not in {' or '.join(map(str, folders))}: install Debian's package "
         "dataset-fashion-mnist, name its folder with --data-dir, or let --download fetch it"
     )
 
 
-def _read_idx(path: Path, num_dims: int) -> np.ndarray:
-    """An IDX file of bytes, compressed or not; torchvision reads only the other kind."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+def _read_fashion_mnist(folder: Path, part: str) -> Split:
+    images, labels = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
+    pixels, targets = _read_idx(folder, images, 3), _read_idx(folder, labels, 1)
+    if len(pixels) != len(targets):
+        raise ValueError(f"{images} has {len(pixels)} images, {labels} {len(targets)} labels")
+    return Split(pixels[..., None], targets.astype(np.int64))
+
+
+def _read_idx(folder: Path, name: str, num_dims: int) -> np.ndarray:
+    """An IDX file of bytes, also a compressed one, which torchvision does not read."""
+    compressed = folder / f"{name}.gz"
+    whole = (folder / name).is_file() or not compressed.is_file()
+    content = (folder / name).read_bytes() if whole else gzip.decompress(compressed.read_bytes())
     if content[:4] != bytes((0, 0, 8, num_dims)):
-        raise ValueError(f"{path.name} is not an IDX file of bytes in {num_dims} dimensions")
+        raise ValueError(f"{name} is not an IDX file of bytes in {num_dims} dimensions")
     shape = np.frombuffer(content, ">u4", num_dims, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape).copy()  # writable
-
-
-def _find(folder: Path, stem: str) -> Path | None:
-    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
 
 
 def _load_cifar(name: str, data_dir: Path | None, download: bool) -> tuple[Split, Split]:

@@ -1,7 +1,7 @@
 """A folder of images per class: found and checked at the start, decoded only when needed."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +56,13 @@ class Files:
 class LeftOut:
     path: Path
     why: str
+
+
+def describe_left_out(left_out: Sequence[LeftOut]) -> list[str]:
+    """A line for each reason, with how many and the first."""
+    reasons = dict.fromkeys(stranger.why for stranger in left_out)
+    by_reason = {why: [stranger.path for stranger in left_out if stranger.why == why] for why in reasons}
+    return [f"left out, {why}: {len(paths)}, first {paths[0]}" for why, paths in by_reason.items()]
 
 
 @dataclass(frozen=True)

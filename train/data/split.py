@@ -4,7 +4,6 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,6 @@ class Unlike(Refusal):
     """Other images than those of the run."""
 
 
-@dataclass(frozen=True)
-class Record:
-    """How a run divided its images: `num_images` by part, and the digest of what is in them."""
-
-    num_images: dict[str, int]
-    sha256: str
-    content: bytes = b""  # of FILE, for a folder
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.num_images, "sha256": self.sha256}
-
-
 def picked_by_name(names: Sequence[str], targets: np.ndarray, share: float, *, purpose: str) -> np.ndarray:
     """bool [N]: the images of a part that takes about `share` of each class, by a hash of name and `purpose` alone.
 
@@ -47,7 +34,11 @@ def picked_by_name(names: Sequence[str], targets: np.ndarray, share: float, *, p
     another image's name does not matter, adding images makes no image of the rest one of the part,
     but for classes of one, and those all of whose hashes are below `share`.
     """
-    place = np.array([_place(name, purpose) for name in names])
+    digests = (
+        hashlib.sha256(f"{purpose}:{unicodedata.normalize('NFC', name)}".encode(errors="surrogateescape"))
+        for name in names  # the same for a name however its accents are composed
+    )
+    place = np.array([int.from_bytes(digest.digest()[:6]) / 2**48 for digest in digests])  # from 0 to below 1
     picked = place < share
     for target in np.unique(targets):
         of_class = np.flatnonzero(targets == target)
@@ -60,12 +51,6 @@ def picked_by_name(names: Sequence[str], targets: np.ndarray, share: float, *, p
     return picked
 
 
-def _place(name: str, purpose: str) -> float:
-    """A number from 0 to below 1, evenly spread; the same for a name however its accents are composed."""
-    digest = hashlib.sha256(f"{purpose}:{unicodedata.normalize('NFC', name)}".encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:6]) / 2**48
-
-
 def read_record(path: Path, expected_sha256: str) -> dict[str, Sizes] | None:
     """The parts in a run's FILE; None where there is no such file, or it is another run's."""
     if not path.is_file():
@@ -74,13 +59,11 @@ def read_record(path: Path, expected_sha256: str) -> dict[str, Sizes] | None:
     return json.loads(content) if sha256(content) == expected_sha256 else None
 
 
-def check_same(found: Record, recorded: Mapping[str, Any], *, where: str) -> None:
-    """Refuses images that are not those of the run that wrote `recorded`, a `Record` as dictionary."""
-    if found.sha256 == recorded.get("sha256"):
+def check_same(found: Mapping[str, Any], recorded: Mapping[str, Any], *, where: str) -> None:
+    """Refuses images that are not those of the run: `found` and `recorded` are what `record` in datasets.py gives."""
+    if found["sha256"] == recorded.get("sha256"):
         return
-    then, now = (
-        ", ".join(f"{counts.get(part, 0)} {part}" for part in PARTS) for counts in (recorded, found.num_images)
-    )
+    then, now = (", ".join(f"{counts.get(part, 0)} {part}" for part in PARTS) for counts in (recorded, found))
     raise Unlike(
         f"{where} does not hold the images that the model was trained and tested on ({then}; found {now}): "
         f"name them as they were with --data-dir, or keep the run's {FILE} beside the model"
