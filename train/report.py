@@ -1,6 +1,5 @@
 """What a run prints and records: its images, a line per epoch, metrics.jsonl, TensorBoard's files, the curve."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,11 +42,6 @@ def print_survey(console: Console, dataset: Dataset) -> None:
         console.print(f"no image to test on: {', '.join(untested[:10])}")
     for line in describe_left_out(dataset.left_out):
         console.print(line)
-
-
-def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """One JSON object per finished epoch."""
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in history).encode())
 
 
 @contextmanager

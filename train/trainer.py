@@ -24,6 +24,8 @@ from train.fine_tune.plain_file import PlainFile
 from train.initialize import initialized
 from train.loop import Score, evaluate, follow, learning_rate, make_optimizer, train_step
 
+NO_TOTALS = {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}
+
 
 class Trainer:
     """A net in training and all that changes with its steps.
@@ -62,7 +64,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.split(":")[0], enabled=settings.precision == "fp16")
         self.record: dict[str, Any] = {}  # of the run, for its checkpoint
         self.history: list[dict[str, Any]] = []
-        self.epochs_done, self.steps_done, self.totals = 0, 0, _no_totals()  # steps and totals: of the epoch under way
+        self.epochs_done, self.steps_done, self.totals = 0, 0, NO_TOTALS  # steps and totals: of the epoch under way
         self.is_stopped = False  # set it to end between two steps
 
     def epoch(self) -> dict[str, Any] | None:
@@ -201,30 +203,23 @@ class Trainer:
             self.console.print(f"epoch {number}: {lost} of {num_picked} images could not be read")
         if not totals["images"]:
             raise Refusal(f"none of the {num_picked} training images of epoch {number} could be read: repair them")
+        loss, accuracy = None, None
+        if len(self.held_out):  # measured by the first process and known to all
+            score, device = Score(0.0, 0.0), self.world.device
+            if self.world.rank == 0:
+                score = evaluate(self.judged, self.held_out, device=device, workers=self.settings.workers)
+            numbers = torch.tensor([score.loss, score.accuracy], dtype=torch.float64, device=device)
+            loss, accuracy = self.world.sum(numbers).tolist()
         row: dict[str, Any] = {
             "epoch": number,
             "train_loss": totals["loss"] / totals["images"],
             "train_accuracy": totals["correct"] / totals["images"],
-            **self._validate(),
+            "validation_loss": loss,
+            "validation_accuracy": accuracy,
             "lr": totals["lr"],
             "images_per_s": totals["images"] / totals["seconds"],
             "seconds": totals["seconds"],
         }
         self.history = [*self.history, row]
-        self.epochs_done, self.steps_done, self.totals = number, 0, _no_totals()
+        self.epochs_done, self.steps_done, self.totals = number, 0, NO_TOTALS
         return row
-
-    def _validate(self) -> dict[str, float | None]:
-        """Loss and accuracy on the images held out, measured by the first process and known to all."""
-        if not len(self.held_out):
-            return {"validation_loss": None, "validation_accuracy": None}
-        score, device = Score(0.0, 0.0), self.world.device
-        if self.world.rank == 0:
-            score = evaluate(self.judged, self.held_out, device=device, workers=self.settings.workers)
-        numbers = torch.tensor([score.loss, score.accuracy], dtype=torch.float64, device=device)
-        loss, accuracy = self.world.sum(numbers).tolist()
-        return {"validation_loss": loss, "validation_accuracy": accuracy}
-
-
-def _no_totals() -> dict[str, float]:
-    return {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}

@@ -34,7 +34,7 @@ from train.machine import (
     keep_large_buffers,
     refuse_what_does_not_fit,
 )
-from train.report import describe_fit, describe_row, draw_learning_curve, event_files, print_survey, write_metrics
+from train.report import describe_fit, describe_row, draw_learning_curve, event_files, print_survey
 from train.temperature import Fit, fit_temperature
 from train.trainer import Trainer
 
@@ -117,10 +117,8 @@ def set_up(
         if content and world.rank == 0:
             write_whole(settings.run_dir / FILE, content)
     many = f", {world.size} processes" if world.size > 1 else ""
-    console.print(
-        f"{spec.name}: {count_parameters(trainer.net):,} parameters, {settings.dataset}, "
-        f"{world.device}, {settings.precision}, seed {settings.seed}{many}; {memory}"
-    )
+    run = f"{settings.dataset}, {world.device}, {settings.precision}, seed {settings.seed}{many}"
+    console.print(f"{spec.name}: {count_parameters(trainer.net):,} parameters, {run}; {memory}")
     return trainer
 
 
@@ -153,8 +151,8 @@ def _load(
 def _train_epochs(trainer: Trainer) -> None:
     """Train until the last epoch, or as long as validation asks for; saves after each epoch."""
     settings, world, console = trainer.settings, trainer.world, trainer.console
-    writes_events = settings.tensorboard and world.rank == 0
-    events = event_files(settings.run_dir, trainer.epochs_done) if writes_events else nullcontext()
+    logged = settings.tensorboard and world.rank == 0
+    events = event_files(settings.run_dir, trainer.epochs_done) if logged else nullcontext()
     with _stopped_by_signals(trainer), events as log:
         while trainer.epochs_done < settings.epochs:
             if settings.patience and trainer.since_best() >= settings.patience:
@@ -170,7 +168,8 @@ def _train_epochs(trainer: Trainer) -> None:
                 trainer.save("best.pt")
             trainer.save("checkpoint.pt")
             if world.rank == 0:
-                write_metrics(settings.run_dir / "metrics.jsonl", trainer.history)
+                lines = "".join(json.dumps(row) + "\n" for row in trainer.history)
+                write_whole(settings.run_dir / "metrics.jsonl", lines.encode())
             left_s = row["seconds"] * (settings.epochs - trainer.epochs_done)
             console.print(describe_row(row, settings.epochs, left_s))
             if log:
@@ -210,8 +209,7 @@ def _finish(trainer: Trainer) -> None:
     device, workers = trainer.world.device, settings.workers
     chosen = _complete(settings, dataset, device)
     accuracy, row, num_test = chosen.test_accuracy or 0.0, chosen.history[-1], len(dataset.test)
-    title = f"{chosen.spec.name} on {settings.dataset}"
-    curve = settings.run_dir / "learning_curve.png"
+    title, curve = f"{chosen.spec.name} on {settings.dataset}", settings.run_dir / "learning_curve.png"
     draw_learning_curve(curve, trainer.history, title, smoothing=settings.label_smoothing)
     result = {
         "checkpoint": str(settings.run_dir / "best.pt"),
@@ -245,6 +243,7 @@ def _complete(settings: Settings, dataset: datasets.Dataset, device: str) -> Che
     """
     known: dict[int, Checkpoint] = {}  # both files often hold one net
     paths = [path for name in FILES if (path := settings.run_dir / name).exists()]
+    on: dict[str, Any] = {"device": device, "workers": settings.workers}
     assert dataset.validation is not None  # `divide` made it
     for path in paths:
         state = load_checkpoint(path)
@@ -253,8 +252,8 @@ def _complete(settings: Settings, dataset: datasets.Dataset, device: str) -> Che
         if state.epoch not in known:
             net, accuracy = load_net(state).to(device), state.test_accuracy
             if accuracy is None:
-                accuracy = evaluate(net, dataset.test, device=device, workers=settings.workers).accuracy
-            fit = fit_temperature(*answers(net, dataset.validation, device=device, workers=settings.workers))
+                accuracy = evaluate(net, dataset.test, **on).accuracy
+            fit = fit_temperature(*answers(net, dataset.validation, **on))
             spec = replace(state.spec, temperature=fit.temperature)
             known[state.epoch] = replace(state, test_accuracy=accuracy, spec=spec, calibration=fit.to_dict())
         done = known[state.epoch]

@@ -32,7 +32,13 @@ def read_saved(path: Path, content: bytes) -> Saved:
         raise Refusal(f"{path} holds a {type(held).__name__}, not the dictionary of an authors' file")
     unfolded = "params" in held or "stats" in held
     parts = [held.get(name, {}) for name in ("params", "stats")] if unfolded else [held]
-    numbers = {_their_name(name): value for part in parts if _is_dict(part) for name, value in part.items()}
+    # Names without the prefixes of `nn.DataParallel` and of the folded nets' only submodule.
+    numbers: dict[str, Any] = {
+        str(name).removeprefix("module.").removeprefix("features."): value
+        for part in parts
+        if _is_dict(part)
+        for name, value in part.items()
+    }
     if not unfolded and "conv.weight" not in numbers:
         found = ", ".join(sorted(map(str, held))[:5]) or "nothing"
         raise Refusal(
@@ -41,26 +47,17 @@ def read_saved(path: Path, content: bytes) -> Saved:
         )
     if unfolded and not (_is_dict(held.get("params")) and held["params"]):
         raise Refusal(f"{path} has no tensors in `params`: it is none of the authors' layouts")
-    _refuse_other_than_numbers(path, numbers)
-    tensors = {name: value.detach().float() for name, value in numbers.items()}
-    eyes = {name: tensors.pop(name) for name in list(tensors) if name.startswith("eye")}
-    return Saved(tensors, eyes, folded=not unfolded)
-
-
-def _their_name(name: Any) -> str:
-    """A tensor's name without the prefixes of `nn.DataParallel` and of the folded nets' only submodule."""
-    return str(name).removeprefix("module.").removeprefix("features.")
-
-
-def _refuse_other_than_numbers(path: Path, values: dict[str, Any]) -> None:
     strange = [
         name
-        for name, value in values.items()
+        for name, value in numbers.items()
         if not isinstance(value, Tensor) or not value.is_floating_point() or not torch.isfinite(value).all()
     ]
     if strange:
         more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
         raise Refusal(f"{path}: not a tensor of finite real numbers: {', '.join(strange[:5])}{more}")
+    tensors = {name: value.detach().float() for name, value in numbers.items()}
+    eyes = {name: tensors.pop(name) for name in list(tensors) if name.startswith("eye")}
+    return Saved(tensors, eyes, folded=not unfolded)
 
 
 def _read_pickle(path: Path, content: bytes) -> Any:

@@ -34,11 +34,20 @@ def checkpoint_of(path: Path, saved: Saved, digest: str, *, image_size: int | No
 
     Family, depth, width and classes come from the shapes of the tensors, δ from the file's own.
     """
-    numbers, scales = dict(saved.numbers), _scales(path, saved.numbers)
+    numbers = dict(saved.numbers)
+    scales = next((pair for pair in SCALES if all(f"group0.block0.{name}" in numbers for name in pair)), None)
+    if scales is None:
+        raise Refusal(
+            f"{path} is none of the authors' layouts: group0.block0.alpha and group0.block0.beta are missing, "
+            "and conv.gamma with conv.beta too"
+        )
     forms = _forms(path, numbers, scales)
     spec = infer_spec(path, numbers, leaf="", forms=forms, image_size=image_size)
-    if spec.parameterization == "per-channel":
-        numbers |= _one_each(numbers, scales)
+    if spec.parameterization == "per-channel":  # a layer's single a and b, repeated for each of its outputs
+        convolutions = [(name.removesuffix(".conv"), w) for name, w in numbers.items() if _is_conv(name) and w.dim()]
+        for name, num in ((f"{block}.{scale}", len(w)) for block, w in convolutions for scale in scales):
+            if name in numbers and numbers[name].shape == (1,):
+                numbers[name] = numbers[name].expand(num)
     model = matched(path, spec, numbers, _wanted(spec, scales))
     spec = replace(spec, delta=_form_of_all(path, numbers, saved.eyes))
     model |= {
@@ -46,11 +55,8 @@ def checkpoint_of(path: Path, saved: Saved, digest: str, *, image_size: int | No
         for name in list(model)
         if name.endswith("running_mean")
     }
-    config = {
-        "dataset": {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder"),
-        "authors_sha256": digest,
-    }
-    checkpoint = Checkpoint.fresh(spec, model, config)
+    dataset = {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder")
+    checkpoint = Checkpoint.fresh(spec, model, {"dataset": dataset, "authors_sha256": digest})
     load_net(checkpoint)
     return checkpoint
 
@@ -79,16 +85,6 @@ def plain_of(path: Path, saved: Saved, digest: str, *, image_size: int | None = 
     return Plain(net.eval(), spec, provenance, digest)
 
 
-def _scales(path: Path, numbers: Mapping[str, Tensor]) -> tuple[str, str]:
-    found = [pair for pair in SCALES if all(f"group0.block0.{name}" in numbers for name in pair)]
-    if not found:
-        raise Refusal(
-            f"{path} is none of the authors' layouts: group0.block0.alpha and group0.block0.beta are missing, "
-            "and conv.gamma with conv.beta too"
-        )
-    return found[0]
-
-
 def _forms(
     path: Path, numbers: Mapping[str, Tensor], scales: tuple[str, str]
 ) -> Mapping[Nonlinearity, Parameterization]:
@@ -107,14 +103,6 @@ def _forms(
         f"{path}: group0.block0.{scales[0]} and {scales[1]} hold {num_a} and {num_b} numbers: the authors' nets have "
         "1 and 1, 1 and one for each output, or both for each output"
     )
-
-
-def _one_each(numbers: Mapping[str, Tensor], scales: tuple[str, str]) -> dict[str, Tensor]:
-    """A layer's single a and b, repeated for each of its outputs."""
-    convolutions = {name.removesuffix(".conv"): w for name, w in numbers.items() if _is_conv(name) and w.dim()}
-    sizes = {f"{block}.{scale}": len(w) for block, w in convolutions.items() for scale in scales}
-    single = {name for name, value in numbers.items() if value.shape == (1,)}
-    return {name: numbers[name].expand(num) for name, num in sizes.items() if name in single}
 
 
 def _wanted(spec: Spec, scales: tuple[str, str]) -> dict[str, tuple[str, Shape]]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -34,35 +34,27 @@ def infer_spec(
     Several tensors vote, so that `matched` can name one of a wrong shape. `forms` has the parameterization for each
     nonlinearity, which follows from the inputs of the first group: twice as many after NCReLU.
     """
-    stem, block, classifier = f"conv{leaf}", f"group0.block0.conv{leaf}", "fc.weight"
-    for name, dims in ((stem, 4), (block, 4), (classifier, 2)):
+    stem, block = f"conv{leaf}", f"group0.block0.conv{leaf}"
+    for name, dims in ((stem, 4), (block, 4), ("fc.weight", 2)):
         if name not in numbers:
             raise Refusal(f"{path} is none of the authors' layouts: {name} is missing")
         if numbers[name].dim() != dims or 0 in numbers[name].shape:
             raise Refusal(f"{path}: {name} is {list(numbers[name].shape)}, must have {dims} dimensions")
     groups = _count_blocks(numbers, leaf)
     family, depth, at_width_one, image = _family(path, numbers[stem], groups, name=stem)
-    base = _base_channels(numbers, stem, block, num_groups=len(groups))
+    told = [numbers[stem].shape[0], numbers[block].shape[0], numbers["fc.weight"].shape[1] // 2 ** (len(groups) - 1)]
+    base = Counter(told).most_common(1)[0][0] or 1
     nonlinearity: Nonlinearity = "ncrelu" if round(numbers[block].shape[1] / base) == 2 else "relu"
     if nonlinearity not in forms:
         raise Refusal(
             f"{path}: {block} reads {numbers[block].shape[1]} channels: such a net with {nonlinearity} is not known"
         )
-    return Spec(
-        family=family,
-        depth=depth,
-        width=base / at_width_one,
-        nonlinearity=nonlinearity,
-        image=_resized(image, image_size),
-        labels=_labels(_classifier_size(numbers)),
-        parameterization=forms[nonlinearity],
-    )
-
-
-def _classifier_size(numbers: Mapping[str, Tensor]) -> int:
-    """The number of classes; if weights and biases disagree, the one that a known data set has."""
+    if image_size:
+        resize = round(image_size * (image.resize or image.height) / image.height)
+        image = replace(image, height=image_size, width=image_size, resize=resize)
     sizes = [numbers[name].shape[0] for name in ("fc.weight", "fc.bias") if name in numbers and numbers[name].dim()]
-    return next((size for size in sizes if size in (10, 100, 1000)), sizes[0])
+    num_classes = next((size for size in sizes if size in (10, 100, 1000)), sizes[0])
+    return Spec(family, depth, base / at_width_one, nonlinearity, image, _labels(num_classes), forms[nonlinearity])
 
 
 def matched(
@@ -72,7 +64,13 @@ def matched(
 
     Refuses, by name, tensors that are missing, of another shape or not part of the net. [1] is accepted for [].
     """
-    wrong = list(_misfits(numbers, wanted))
+    wrong: list[str] = []
+    for name, (_, shape) in wanted.items():
+        if name not in numbers:
+            wrong.append(f"{name} is missing")
+        elif (found := tuple(numbers[name].shape)) != shape and (found, shape) != ((1,), ()):
+            wrong.append(f"{name} is {list(found)}, must be {list(shape)}")
+    wrong += [f"{name} is not part of it" for name in numbers if name not in wanted]
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise Refusal(f"{path} is not a whole {spec.name} of {spec.family}: {', '.join(wrong[:3])}{more}")
@@ -87,17 +85,6 @@ def delta_form(where: Path | str, name: str, eye: Tensor, shape: Sequence[int]) 
     if not fits:
         raise Refusal(f"{where}: {name} is neither the repeated δ of eq. 7 and 8 nor that of torch.nn.init.dirac_")
     return fits[0] if len(fits) == 1 else None
-
-
-def _misfits(numbers: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, Shape]]) -> Iterator[str]:
-    for name, (_, shape) in wanted.items():
-        if name not in numbers:
-            yield f"{name} is missing"
-        elif (found := tuple(numbers[name].shape)) != shape and (found, shape) != ((1,), ()):
-            yield f"{name} is {list(found)}, must be {list(shape)}"
-    for name in numbers:
-        if name not in wanted:
-            yield f"{name} is not part of it"
 
 
 def _family(path: Path, stem: Tensor, groups: Shape, *, name: str) -> tuple[str, int, int, ImageSpec]:
@@ -131,18 +118,6 @@ def _count_blocks(numbers: Mapping[str, Tensor], leaf: str) -> Shape:
     places = [tuple(map(int, found.groups())) for found in map(pattern.fullmatch, numbers) if found]
     num_groups = 1 + max(group for group, _ in places)
     return tuple(max((1 + block for at, block in places if at == group), default=0) for group in range(num_groups))
-
-
-def _base_channels(numbers: Mapping[str, Tensor], stem: str, block: str, *, num_groups: int) -> int:
-    """Channels of the first group, by majority of the tensors that depend on it."""
-    told = [numbers[stem].shape[0], numbers[block].shape[0], numbers["fc.weight"].shape[1] // 2 ** (num_groups - 1)]
-    return Counter(told).most_common(1)[0][0] or 1
-
-
-def _resized(image: ImageSpec, size: int | None) -> ImageSpec:
-    if size is None:
-        return image
-    return replace(image, height=size, width=size, resize=round(size * (image.resize or image.height) / image.height))
 
 
 def _labels(num: int) -> tuple[str, ...]:

@@ -208,13 +208,11 @@ def recorded_files(
             "put them back, or train again"
         )
     labels = tuple(sorted({Path(name).parent.name for name in parts["train"]}))
-    info = replace(info, labels=labels)
-
-    def files(part: str) -> Files:
-        pairs = [(root / name, labels.index(Path(name).parent.name)) for name in parts[part]]
-        return make_files(root, pairs, info.image, skip_unreadable=skip_unreadable)
-
-    return Dataset(info, files("train"), files("test"), files("validation"))
+    train, validation, test = (
+        make_files(root, [root / name for name in parts[part]], labels, info.image, skip_unreadable=skip_unreadable)
+        for part in PARTS
+    )
+    return Dataset(replace(info, labels=labels), train, test, validation)
 
 
 def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:

@@ -179,14 +179,20 @@ def find_files(
     A class `may_lack` images where nothing is trained on them.
     """
     folders = part_folders(root)
-    found: dict[str, list[tuple[Path, int]]] = {}
-    left_out = [LeftOut(path, "not one of the parts") for path in _folders(root) if "test" in folders]
-    left_out = [stranger for stranger in left_out if stranger.path not in folders.values()]
+    strangers = [path for path in _folders(root) if "test" in folders and path not in folders.values()]
+    left_out = [LeftOut(path, "not one of the parts") for path in strangers]
     left_out += [LeftOut(path, JUNK_REASON) for path in root.iterdir() if path.is_dir() and _is_junk(path)]
+    found: dict[str, list[Path]] = {part: [] for part in folders}
     for part, folder in folders.items():
-        found[part], more = _list(_folders(folder), labels)
-        left_out += more
-    every = [path for pairs in found.values() for path, _ in pairs]
+        classes = _folders(folder)
+        if strange := [place.name for place in classes if place.name not in labels]:
+            raise Refusal(f"{folder} has classes that training has not: {', '.join(strange[:5])}")
+        for path in (path for place in classes for path in sorted(place.iterdir())):
+            if why := _reason(path):
+                left_out.append(LeftOut(path, why))
+            else:
+                found[part].append(path)
+    every = [path for paths in found.values() for path in paths]
     if not every:
         raise Refusal(f"no {', '.join(SUFFIXES)} images in the class folders of {folders['train']}")
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
@@ -199,45 +205,26 @@ def find_files(
         )
     left_out += [LeftOut(path, UNREADABLE) for path in unreadable]
     parts = {
-        part: make_files(root, [pair for pair in pairs if sizes[pair[0]]], image, skip_unreadable=skip_unreadable)
-        for part, pairs in found.items()
+        part: make_files(root, [path for path in paths if sizes[path]], labels, image, skip_unreadable=skip_unreadable)
+        for part, paths in found.items()
     }
-    if not may_lack:
-        _refuse_empty_classes(parts["train"], labels, folders["train"])
-    return Found(
-        parts["train"], parts.get("validation"), parts.get("test"), left_out, [size for size in sizes.values() if size]
-    )
-
-
-def make_files(root: Path, pairs: list[tuple[Path, int]], image: ImageSpec, *, skip_unreadable: bool) -> Files:
-    """`pairs` of a path and the index of its label."""
-    paths = np.array([str(path) for path, _ in pairs], dtype=np.str_)
-    return Files(str(root), paths, np.array([target for _, target in pairs], np.int64), image, skip_unreadable)
-
-
-def _refuse_empty_classes(train: Files, labels: tuple[str, ...], folder: Path) -> None:
+    train = parts["train"]
     counts = np.bincount(train.targets, minlength=len(labels))
-    if empty := [label for label, count in zip(labels, counts, strict=True) if not count]:
+    if (empty := [labels[index] for index in np.flatnonzero(counts == 0)]) and not may_lack:
         raise Refusal(
-            f"no {', '.join(SUFFIXES)} image to train on for {', '.join(empty[:5])} in {folder}: "
+            f"no {', '.join(SUFFIXES)} image to train on for {', '.join(empty[:5])} in {folders['train']}: "
             "add images, or remove the folder"
         )
+    known = [size for size in sizes.values() if size]
+    return Found(train, parts.get("validation"), parts.get("test"), left_out, known)
 
 
-def _list(folders: list[Path], labels: tuple[str, ...]) -> tuple[list[tuple[Path, int]], list[LeftOut]]:
-    """The images of class folders with the index of their label, and all else that lies there."""
-    strangers = [folder.name for folder in folders if folder.name not in labels]
-    if strangers:
-        raise Refusal(f"{folders[0].parent} has classes that training has not: {', '.join(strangers[:5])}")
-    found: list[tuple[Path, int]] = []
-    left_out: list[LeftOut] = []
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if why := _reason(path):
-                left_out.append(LeftOut(path, why))
-            else:
-                found.append((path, labels.index(folder.name)))
-    return found, left_out
+def make_files(
+    root: Path, paths: list[Path], labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool
+) -> Files:
+    """`paths` lie in folders named after their labels."""
+    targets = np.array([labels.index(path.parent.name) for path in paths], np.int64)
+    return Files(str(root), np.array([str(path) for path in paths], np.str_), targets, image, skip_unreadable)
 
 
 def _reason(path: Path) -> str:

@@ -12,6 +12,7 @@ with v = ‖V‖, d = ⟨V, δ⟩ and n = ‖δ‖². It is real where b ≥ a �
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,15 +81,11 @@ def as_plain(net: nn.Sequential, weights: Mapping[str, Tensor]) -> nn.Sequential
     plain = deepcopy(net)
     for part in parts_of(net):
         filters, bias = (weights[f"{part.name}.{kind}"].double() for kind in ("weight", "bias"))
-        layer = part.layer if isinstance(part.layer, nn.Conv2d) else None
-        convolution = nn.Conv2d(
-            filters.shape[1] if layer else len(filters),
-            len(filters),
-            filters.shape[2],
-            stride=layer.stride if layer else 1,  # pyright: ignore[reportArgumentType]  # a pair in two dimensions
-            padding=layer.padding if layer else 0,  # pyright: ignore[reportArgumentType]
-            groups=1 if layer else len(filters),
-        )
+        conv, (num_out, per_group, size, _) = part.layer, filters.shape
+        how: dict[str, Any] = {"groups": num_out}
+        if isinstance(conv, nn.Conv2d):
+            how = {"stride": conv.stride, "padding": conv.padding}
+        convolution = nn.Conv2d(per_group * how.get("groups", 1), num_out, size, **how)
         convolution.weight, convolution.bias = nn.Parameter(filters), nn.Parameter(bias)
         plain.set_submodule(part.name, convolution)
         if part.norm:
@@ -154,16 +151,15 @@ def _open(part: Part, filters: Tensor, *, std: float, least: float) -> Tensor:
     """
     conv = part.layer
     assert isinstance(conv, nn.Conv2d)
-    alive = filters.flatten(1).any(dim=1)
-    num_read = filters.shape[1]
+    alive, num_read = filters.flatten(1).any(dim=1), filters.shape[1]
     if part.norm is None:  # nothing scales the filter afterwards
         conv.weight.copy_(filters - conv.a * conv.delta if isinstance(conv, DiracConv2d) else filters)
         return torch.ones(len(filters))
-    if not isinstance(conv, DiracConv2d):
+    if isinstance(conv, DiracConv2d):
+        inverse, opened = _open_dirac(conv, filters, conv.delta[:, :num_read], std=std, least=least)
+    else:
         inverse = PLAIN_NORM / _norm(filters)
         opened = _per_filter(inverse) * filters
-    else:
-        inverse, opened = _open_dirac(conv, filters, conv.delta[:, :num_read], std=std, least=least)
     conv.weight[:, num_read:] = 0
     # Where b is 0, W keeps its start: from a W of 0 no gradient would lead away.
     given = alive & opened.flatten(1).any(dim=1) if getattr(conv, "b", None) is not None else alive
