@@ -25,11 +25,9 @@ from common.spec import ImageSpec
 from train.config import TrainConfig
 from train.data.batches import Batch
 from train.data.datasets import Dataset, DatasetInfo, Split
-from train.distributed import World, joined
 from train.layers import DiracConv2d
-from train.loop import train_step
-from train.machine import keep_large_buffers
-from train.trainer import Trainer
+from train.machine import World, joined, keep_large_buffers
+from train.trainer import Trainer, train_step
 
 Form = Literal["ordinary", "Dirac", "Dirac, reference"]
 ALONE = World()

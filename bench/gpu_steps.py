@@ -106,7 +106,7 @@ def training_speed(device: str) -> Iterator[Result]:
     from train.data.batches import Batch
     from train.data.datasets import cifar_image
     from train.families import build
-    from train.loop import make_optimizer, train_step
+    from train.trainer import make_optimizer, train_step
 
     nets, num = (((34, 2.0), (16, 1.0)), 128) if device == "cuda" else (((10, 0.25),), 4)
     ways = [("fp32", "dirac", True, False), ("bf16", "dirac", True, False), ("bf16", "dirac", False, False)]

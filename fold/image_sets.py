@@ -9,8 +9,7 @@ from common.files import read_whole
 from common.image import decode
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from train.data.folder import SUFFIXES
-from train.data.split import Changed
+from train.data.folder import SUFFIXES, Changed
 
 NUM_RANDOM = 64
 EXTREMES = ("all black", "all white", "one hot pixel", "noise of full contrast", "checkerboard")

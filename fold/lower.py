@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from common.refusal import Refusal
 from fold.graph import GraphNet
-from fold.layers import Convolution, Operation, as_sequential, convolution, nest
 from fold.lowerings import LOWERINGS, Lowering
 from fold.nodes import Graph, Node
-from fold.plain import PlainNet, named_layers
+from fold.plain import Convolution, Operation, PlainNet, as_sequential, convolution, named_layers, nest
 from train.layers import NCReLU, Residual, dirac_delta
 
 Layers = list[tuple[str, nn.Module]]  # as `named_layers` gives them

@@ -295,9 +295,8 @@ def elementwise(op: str, b: Builder, input: Ref, inplace: bool = False) -> Ref:
     return b.add(op, input)
 
 
-ELEMENTWISE = ("relu", "silu", "sigmoid", "hardswish", "hardsigmoid", "tanh")
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{op: partial(elementwise, op) for op in ELEMENTWISE},
+    **{op: partial(elementwise, op) for op in ("relu", "silu", "sigmoid", "hardswish", "hardsigmoid", "tanh")},
     **{f"conv{dims}d": convolve for dims in (1, 2, 3)},
     **{f"max_pool{dims}d": partial(max_pool, dims) for dims in (1, 2, 3)},
     **{f"avg_pool{dims}d": partial(avg_pool, dims) for dims in (1, 2, 3)},

@@ -169,20 +169,15 @@ def layer_outputs(net: PlainNet, images: Tensor, names: Container[str]) -> Itera
     if isinstance(net, GraphNet):
         yield from ((name, value) for name, value in net.values(images) if name in names)
         return
-    taken_in, x = _batch_norms(net, kept=names), images
+    normalized, x = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), images
+    taken_in = {
+        name: before
+        for (before, _), (name, layer) in pairwise(named_layers(net))
+        if isinstance(layer, normalized) and name not in names
+    }
     for name, layer in named_layers(net):
         x = layer(x)
         if name in names and name not in taken_in.values():
             yield name, x
         elif name in taken_in:
             yield taken_in[name], x
-
-
-def _batch_norms(net: nn.Sequential, *, kept: Container[str]) -> dict[str, str]:
-    """For each batch normalisation that was merged with the convolution right before it, the name of the latter."""
-    normalized = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return {
-        name: before
-        for (before, _), (name, layer) in pairwise(named_layers(net))
-        if isinstance(layer, normalized) and name not in kept
-    }

@@ -86,7 +86,9 @@ class _Walk:
         self.result: Any = None
 
     def take(self, node: fx.Node) -> None:
-        self.builder.path, kind = _home(node)
+        # Path and class of the layer that the node is, or of the module whose forward calls it.
+        stack: dict[Any, tuple[str, type]] = node.meta.get("nn_module_stack") or {"": ("", nn.Module)}
+        self.builder.path, kind = list(stack.values())[-1]
         try:
             self.values[node] = self._value(node)
         except (NotListed, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -134,13 +136,16 @@ class _Walk:
 
     def _function(self, node: fx.Node) -> Any:
         name, args, kwargs = _name_of(node), self._known(node.args), self._known(node.kwargs)
+        is_method = node.op == "call_method"
         sources = [source for source in node.all_input_nodes if self._is_traced(source)]
-        if not sources:
-            return _compute(node, args, kwargs)
+        if not sources:  # only parameters and numbers, known in float64
+            target = cast("Callable[..., Any]", node.target)
+            return getattr(args[0], str(target))(*args[1:], **kwargs) if is_method else target(*args, **kwargs)
         if name == "_assert":
             return None
         shape = self.shapes.get(node.name)
-        if name in OF_SHAPES and not (name in FUNCTIONS and _holds_ref(args) and _is_tensor(shape)):
+        is_tensor = shape is None or isinstance(shape, _Shape)  # without an example a value counts as a tensor
+        if name in OF_SHAPES and not (name in FUNCTIONS and _holds_ref(args) and is_tensor):
             if isinstance(shape, _Shape):
                 raise NotListed(name)
             if shape is None:
@@ -186,11 +191,6 @@ def _holds_ref(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(part, Ref) for part in cast("list[Any]", value))
 
 
-def _is_tensor(shape: Any) -> bool:
-    """Without an example no shape is recorded, and a value counts as a tensor."""
-    return shape is None or isinstance(shape, _Shape)
-
-
 class _Shape(tuple[int, ...]):
     """The shape of a node's tensor, as opposed to a shape that a node computed."""
 
@@ -218,12 +218,6 @@ def _shapes(traced: fx.GraphModule, example: Tensor) -> dict[str, Any]:
     return found
 
 
-def _home(node: fx.Node) -> tuple[str, type]:
-    """Path and class of the layer that a node is, or of the module whose forward calls it."""
-    stack: dict[Any, tuple[str, type]] = node.meta.get("nn_module_stack") or {"": ("", nn.Module)}
-    return list(stack.values())[-1]
-
-
 def _name_of(node: fx.Node) -> str:
     """A function's name as in FUNCTIONS; outside PyTorch and Python, with the name of its module before it."""
     if node.op == "call_method":
@@ -234,13 +228,6 @@ def _name_of(node: fx.Node) -> str:
     if target is ncrelu or home in ("torch", "_operator", "builtins", "math"):
         return name if name.startswith("_") else name.removesuffix("_")
     return f"{home}.{name}"
-
-
-def _compute(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """The value, in float64, of a node that reads only parameters and numbers."""
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return cast("Callable[..., Any]", node.target)(*args, **kwargs)
 
 
 def _refuse_late_inplace(node: fx.Node, *, changed: bool) -> None:

@@ -55,8 +55,13 @@ def from_file(where: str) -> Made:
         raise Refusal(f"{where} is neither a checkpoint (.pt) nor FILE.py:FUNCTION of a file that exists")
     torch.random.manual_seed(SEED)  # pyright: ignore[reportUnknownMemberType]
     # What the file prints must not mix with a result on stdout.
-    with _folder_first(path), contextlib.redirect_stdout(sys.stderr):
-        net = _call(path, _import(path), function)
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            net = _call(path, _import(path), function)
+    finally:
+        sys.path.remove(folder)
     if not isinstance(net, nn.Module):
         kind = type(net).__name__
         what = f"the class {net.__name__}: call it" if isinstance(net, type) else f"an object of the type {kind}"
@@ -93,7 +98,7 @@ def load_weights(net: nn.Module, path: Path) -> str:
     The file is safetensors or a state dict that `torch.save` wrote. Refuses weights that do not fit.
     """
     content = read_whole(path)
-    state = _read_state(path, content)
+    state = _without_prefixes(_read_state(path, content))
     own = net.state_dict()
     missing = [name for name in own if name not in state and not name.endswith(COUNTER)]
     unknown = [name for name in state if name not in own and not name.endswith(COUNTER)]
@@ -171,17 +176,6 @@ def _line(path: Path, error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _folder_first(path: Path) -> Generator[None]:
-    """The file's own folder on Python's path, as if the file were run."""
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-@contextlib.contextmanager
 def _watched(path: Path) -> Generator[list[tuple[str, int]]]:
     """The files that the code of `path` itself opens, with its lines; not those that its imports open."""
     opened: list[tuple[str, int]] = []
@@ -217,7 +211,7 @@ def _opener(path: Path) -> int | None:
 def _read_state(path: Path, content: bytes) -> State:
     if path.suffix == ".safetensors":
         try:
-            return _without_prefixes(load(content))
+            return load(content)
         except SafetensorError as error:
             raise Refusal(f"{path} is not a safetensors file, or is cut short: {error}") from error
     try:
@@ -227,10 +221,6 @@ def _read_state(path: Path, content: bytes) -> State:
             f"{path} cannot be read as weights ({type(error).__name__}); "
             "save them with torch.save(net.state_dict(), FILE) or as safetensors"
         ) from error
-    return _without_prefixes(_unwrapped(path, found))
-
-
-def _unwrapped(path: Path, found: Any) -> State:
     while isinstance(found, dict):
         entries = cast("dict[Any, Any]", found)
         if entries and all(isinstance(value, Tensor) for value in entries.values()):

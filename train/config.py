@@ -14,8 +14,7 @@ from common.spec import DatasetName, Delta, Family, ImageSpec, Nonlinearity, Par
 from train.recipes import Precision, Recipe, Schedule, Start, recipe
 
 if TYPE_CHECKING:
-    from train.checkpoint import Checkpoint
-    from train.fine_tune.plain_file import PlainFile
+    from train.checkpoint import Checkpoint, PlainFile
 
 
 # Options that may differ when a run is resumed: the epochs of both stay the same, bit for bit.

@@ -14,8 +14,7 @@ from common.files import write_whole
 from common.interval import interval
 from common.refusal import Refusal
 from train.data.datasets import Dataset
-from train.data.folder import describe_left_out
-from train.data.split import PARTS
+from train.data.folder import PARTS, describe_left_out
 
 MAX_CLASSES = 50  # that the survey lists; beyond, the smallest
 OVERFITTING = 0.05  # between training and validation images, beyond what chance explains
@@ -103,16 +102,15 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], title: str, *
 
 def _plain_log_ticks(axes: Any) -> None:
     """A logarithmic axis with ticks at 1, 2 and 5, written out; a linear one where a value is zero."""
-    lowest, highest = (edge([edge(line.get_ydata()) for line in axes.lines]) for edge in (min, max))
-    if lowest <= 0:
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    if min(min(line.get_ydata()) for line in axes.lines) <= 0:
         axes.set_ylim(0, None)
         return
-    ticks = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
-    inside = [tick for tick in ticks if lowest / 2.5 <= tick <= highest * 2.5]
     axes.set_yscale("log")
-    axes.set_yticks(inside, [f"{tick:g}" for tick in inside])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.minorticks_off()
-    axes.set_ylim(lowest / 1.2, highest * 1.2)
 
 
 def describe_row(row: dict[str, Any], num_epochs: int, left_s: float) -> str:

@@ -16,27 +16,25 @@ from common.interval import interval, percent
 from common.progress import make_console, track
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
+from train.checkpoint import Checkpoint, PlainFile, load_checkpoint, load_net, save_checkpoint
 from train.config import Settings, TrainConfig, command_to_resume, continued, like, recorded, typed
 from train.data import datasets
-from train.data.folder import Files, refuse_what_cannot_be_judged
-from train.data.split import FILE
-from train.distributed import World, joined
+from train.data.folder import FILE, Files, refuse_what_cannot_be_judged
 from train.families import count_parameters, outline
 from train.fine_tune.from_plain import load_source
-from train.fine_tune.plain_file import PlainFile
-from train.loop import answers, evaluate
 from train.machine import (
+    World,
     available_bytes,
     choose_device,
     choose_precision,
     forbid_tf32,
+    joined,
     keep_large_buffers,
     refuse_what_does_not_fit,
 )
 from train.report import describe_fit, describe_row, draw_learning_curve, event_files, print_survey
 from train.temperature import Fit, fit_temperature
-from train.trainer import Trainer
+from train.trainer import Trainer, answers, evaluate
 
 FILES = ("checkpoint.pt", "best.pt")  # where the run stands; its best epoch by validation, or its last without
 

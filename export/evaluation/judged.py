@@ -13,8 +13,7 @@ from export.artefacts import Artefact
 from export.evaluation.answering import load_file
 from train.data import datasets
 from train.data.datasets import num_bytes
-from train.data.folder import Files, LeftOut, Track, class_folders, find_files
-from train.data.split import FILE, Sizes, read_record
+from train.data.folder import FILE, Files, LeftOut, Sizes, Track, class_folders, find_files, read_record
 
 ENLARGED = 160  # pixels of the shorter side of an image that is shown
 

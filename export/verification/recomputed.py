@@ -26,7 +26,7 @@ from fold.proof import TOLERANCES as FOLD_TOLERANCES
 from fold.proof import ProofRow, prove
 from train.checkpoint import load_checkpoint, load_net
 from train.data import datasets
-from train.data.split import Changed, Unlike
+from train.data.folder import Changed, Unlike
 
 NUM_REAL = 500  # as fold/run.py and export/parity.py take where nobody says otherwise
 MOST_REAL = 10_000

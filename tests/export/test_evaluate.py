@@ -18,8 +18,7 @@ from export.graphs.graph import to_onnx
 from fold.plain import fold_net
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.data import datasets
-from train.data.folder import SUFFIXES
-from train.data.split import FILE
+from train.data.folder import FILE, SUFFIXES
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FILES = {"report.html", "report.json", "confusion.png", "reliability.png", "mistakes.png"}

@@ -20,7 +20,7 @@ from fold.plain import load_plain, save_plain
 from fold.user_net import Made
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.data import datasets
-from train.loop import evaluate
+from train.trainer import evaluate
 
 WEIGHTS, FOLDED = "lowering, and every weight", "weights of plain.safetensors"
 PLAIN_DIGEST, CHECKPOINT_DIGEST = "sha256 of plain.safetensors", "sha256 of the checkpoint"

@@ -14,9 +14,9 @@ from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import datasets
 from train.data.batches import batches
-from train.distributed import World
-from train.loop import evaluate
+from train.machine import World
 from train.run import command
+from train.trainer import evaluate
 
 SETTINGS = TrainConfig(flip="yes", crop=0, smallest_crop=0.3, seed=5, workers=0).resolved()
 

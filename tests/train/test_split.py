@@ -14,7 +14,7 @@ from fold.image_sets import real_images
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import datasets
-from train.data.split import picked_by_name
+from train.data.folder import picked_by_name
 from train.run import command
 
 SMALL = (

@@ -14,14 +14,19 @@ import numpy as np
 from common.files import sha256
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from train.data.folder import Files, LeftOut, Track, class_folders, find_files, make_files
-from train.data.split import (
+from train.data.folder import (
     FILE,
     PARTS,
     TEST_SHARE,
     Changed,
+    Files,
+    LeftOut,
     Sizes,
+    Track,
     check_same,
+    class_folders,
+    find_files,
+    make_files,
     picked_by_name,
     read_record,
 )

@@ -30,10 +30,6 @@ class ConvergenceConfig(lab.ExperimentConfig):
 
 def command(config: ConvergenceConfig) -> int:
     """Training and validation error over epochs for the three kinds of net."""
-    return lab.conduct(config, "convergence", _measure, _draw)
-
-
-def _measure(config: ConvergenceConfig) -> list[lab.Row]:
     from train.data.datasets import info_of
     from train.families import count_parameters
 
@@ -47,7 +43,7 @@ def _measure(config: ConvergenceConfig) -> list[lab.Row]:
     def rows_of(trials: list[lab.Trial]) -> list[lab.Row]:
         return [trial.row(parameters=count_parameters(trial.net), history=trial.history) for trial in trials]
 
-    return lab.measure(config, "convergence", cases, rows_of)
+    return lab.conduct(config, "convergence", cases, _draw, rows_of)
 
 
 def _draw(config: ConvergenceConfig, rows: list[lab.Row]):

@@ -34,10 +34,6 @@ def command(config: DepthConfig) -> int:
 
     All but the last have NCReLU and no skip connections.
     """
-    return lab.conduct(config, "depth", _measure, _draw)
-
-
-def _measure(config: DepthConfig) -> list[lab.Row]:
     from train.families import count_parameters
 
     depths = config.depths or (PAPER_DEPTHS if config.paper else CHEAP_DEPTHS)
@@ -49,7 +45,7 @@ def _measure(config: DepthConfig) -> list[lab.Row]:
     def order(row: lab.Row) -> tuple:
         return row["depth"], [*lab.KINDS].index(row["kind"]), row["width"]
 
-    return lab.measure(config, "depth", cases, rows_of, resume=config.resume, order=order)
+    return lab.conduct(config, "depth", cases, _draw, rows_of, resume=config.resume, order=order)
 
 
 def _draw(config: DepthConfig, rows: list[lab.Row]):

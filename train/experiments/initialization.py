@@ -27,10 +27,6 @@ class InitializationConfig(lab.ExperimentConfig):
 
 def command(config: InitializationConfig) -> int:
     """Wide ResNet with δ + W and with W alone, all convolutions from N(0, σ²) whatever their shape."""
-    return lab.conduct(config, "initialization", _measure, _draw)
-
-
-def _measure(config: InitializationConfig) -> list[lab.Row]:
     drawn = [(kind, sigma, "convolutions") for kind in ("delta", "plain") for sigma in config.sigmas]
     cases = [
         lab.Case(
@@ -42,7 +38,7 @@ def _measure(config: InitializationConfig) -> list[lab.Row]:
         )
         for kind, sigma, what in [*drawn, ("delta", 0.0, "all weights")]
     ]
-    return lab.measure(config, "initialization", cases)
+    return lab.conduct(config, "initialization", cases, _draw)
 
 
 def _draw_weights(net, *, sigma: float, classifier: bool) -> None:

@@ -1,7 +1,7 @@
 """The laboratory of the experiments: nets trained in memory, case by case, and the figures and numbers they leave."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -110,17 +110,56 @@ class Trial:
         return {"seed": self.seed, "test_accuracy": self.test_accuracy, **figures}
 
 
+def accuracies(trials: Sequence[Trial], **figures: Any) -> list[Row]:
+    """One row for all seeds: `figures`, test accuracies, their mean and spread."""
+    each = [trial.test_accuracy for trial in trials]
+    mean, spread = mean_and_spread(each)
+    return [{**figures, "accuracies": each, "mean": mean, "spread": spread}]
+
+
 def conduct(
     config: ExperimentConfig,
     name: str,
-    measure: Callable[[Any], list[Row]],
+    cases: Sequence[Case],
     draw: Callable[[Any, list[Row]], "Figure"],
+    rows_of: Callable[[list[Trial]], list[Row]] = accuracies,
+    *,
+    observe: Callable[["nn.Sequential"], Any] = lambda net: None,
+    resume: bool = False,
+    order: Callable[[Row], Any] = lambda row: 0,
 ) -> int:
-    """Measure the rows, or read those of NAME.json in --out; draw them, and write both."""
-    rows = json.loads(read_whole(config.out / f"{name}.json"))["rows"] if config.redraw else measure(config)
+    """Train every case with every seed, and write NAME.json and NAME.png; or draw NAME.json again.
+
+    A case gives `rows_of` its trials, with its key, in `order`. They are written after each case; with `resume`, cases
+    that NAME.json holds are not measured again.
+    """
+    rows = _recorded(config, name)["rows"] if config.redraw else _kept_rows(config, name) if resume else []
+    lacking = [case for case in cases if not any(case.key.items() <= row.items() for row in rows)]
+    for case, trials in _train([] if config.redraw else lacking, config, observe):
+        rows = sorted([*rows, *({**case.key, **row} for row in rows_of(trials))], key=order)
+        write_numbers(config.out, name, {"settings": config.training(), "rows": rows})
+        mean, spread = mean_and_spread([trial.test_accuracy for trial in trials])
+        print(f"{case.name}: {100 * mean:.1f} ± {100 * spread:.1f} %")
     numbers = {"settings": config.training(), "rows": rows}
     write_results(config.out, name, draw(config, rows), numbers, redraw=config.redraw)
     return 0
+
+
+def _train(
+    cases: Sequence[Case], config: ExperimentConfig, observe: Callable[["nn.Sequential"], Any]
+) -> Iterator[tuple[Case, list[Trial]]]:
+    """Each case with its trials, as soon as they are done."""
+    if not cases:
+        return
+    dataset = load_dataset(config)
+    with progress(make_console(), "training", len(cases) * config.seeds) as advance:
+        for case in cases:
+            trials: list[Trial] = []
+            for seed in range(config.seeds):
+                settings = config.training(**case.settings, seed=seed)
+                trials.append(run_trial(settings, dataset, prepare=case.prepare, observe=observe))
+                advance(note=f"{case.name}: {100 * trials[-1].test_accuracy:.1f} %")
+            yield case, trials
 
 
 def run_trial(
@@ -132,10 +171,8 @@ def run_trial(
 ) -> Trial:
     """Train one net, without files. `prepare` may change it before the first step."""
     from train.data.datasets import divide
-    from train.distributed import World
-    from train.loop import evaluate
-    from train.machine import choose_device
-    from train.trainer import Trainer
+    from train.machine import World, choose_device
+    from train.trainer import Trainer, evaluate
 
     world, spec = World(device=choose_device(config.device)), config.spec(dataset.info.image, dataset.info.labels)
     trainer = Trainer(config, spec, divide(dataset, config.validation, seed=0), world, make_console(quiet=True))
@@ -167,54 +204,21 @@ def grid(kinds: Sequence[str], depths: Sequence[int], option: str, values: Seque
     ]
 
 
-def accuracies(trials: Sequence[Trial], **figures: Any) -> list[Row]:
-    """One row for all seeds: `figures`, test accuracies, their mean and spread."""
-    each = [trial.test_accuracy for trial in trials]
-    mean, spread = mean_and_spread(each)
-    return [{**figures, "accuracies": each, "mean": mean, "spread": spread}]
-
-
-def measure(
-    config: ExperimentConfig,
-    name: str,
-    cases: Sequence[Case],
-    rows_of: Callable[[list[Trial]], list[Row]] = accuracies,
-    *,
-    observe: Callable[["nn.Sequential"], Any] = lambda net: None,
-    resume: bool = False,
-    order: Callable[[Row], Any] = lambda row: 0,
-) -> list[Row]:
-    """Train every case with every seed; gives its key and `rows_of` its trials, a row or several, in `order`.
-
-    The rows are written to NAME.json after each case; with `resume`, cases that it holds are not measured again.
-    """
-    rows, dataset = _kept_rows(config, name) if resume else [], load_dataset(config)
-    lacking = [case for case in cases if not any(case.key.items() <= row.items() for row in rows)]
-    with progress(make_console(), "training", len(lacking) * config.seeds) as advance:
-        for case in lacking:
-            trials: list[Trial] = []
-            for seed in range(config.seeds):
-                settings = config.training(**case.settings, seed=seed)
-                trials.append(run_trial(settings, dataset, prepare=case.prepare, observe=observe))
-                advance(note=f"{case.name}: {100 * trials[-1].test_accuracy:.1f} %")
-            rows = sorted([*rows, *({**case.key, **row} for row in rows_of(trials))], key=order)
-            write_numbers(config.out, name, {"settings": config.training(), "rows": rows})
-            mean, spread = mean_and_spread([trial.test_accuracy for trial in trials])
-            print(f"{case.name}: {100 * mean:.1f} ± {100 * spread:.1f} %")
-    return rows
-
-
 def _kept_rows(config: ExperimentConfig, name: str) -> list[Row]:
     """The rows of NAME.json in --out, to go on with; refuses those of other settings."""
     path = config.out / f"{name}.json"
     if not path.exists():
         return []
-    record, now = json.loads(read_whole(path)), asdict(config.training())
+    record, now = _recorded(config, name), asdict(config.training())
     other = [key for key, value in record["settings"].items() if key in SAME and now[key] != value]
     if other or any(len(row["accuracies"]) != config.seeds for row in record["rows"]):
         what = ", ".join(f"{key} {record['settings'][key]}" for key in other) or "another number of seeds"
         raise Refusal(f"{path} was measured with {what}: name another folder with --out, or leave --resume out")
     return record["rows"]
+
+
+def _recorded(config: ExperimentConfig, name: str) -> dict[str, Any]:
+    return json.loads(read_whole(config.out / f"{name}.json"))
 
 
 def draw_accuracies(axes: Any, places: list[float], rows: list[Row], **style: Any) -> None:

@@ -32,10 +32,7 @@ def command(config: ParameterizationConfig) -> int:
 
     All are of one shape, with NCReLU and without skip connections; each is given every learning rate.
     """
-    return lab.conduct(config, "parameterization", _measure, _draw)
 
-
-def _measure(config: ParameterizationConfig) -> list[lab.Row]:
     def rows_of(trials: list[lab.Trial]) -> list[lab.Row]:
         validated = fmean(trial.history[-1]["validation_accuracy"] for trial in trials)
         return lab.accuracies(trials, validation_accuracy=validated)
@@ -44,7 +41,7 @@ def _measure(config: ParameterizationConfig) -> list[lab.Row]:
         return row["depth"], KINDS.index(row["kind"]), row["lr"]
 
     cases = lab.grid(KINDS, config.depths, "lr", config.lrs)
-    return lab.measure(config, "parameterization", cases, rows_of, resume=config.resume, order=order)
+    return lab.conduct(config, "parameterization", cases, _draw, rows_of, resume=config.resume, order=order)
 
 
 def _draw(config: ParameterizationConfig, rows: list[lab.Row]):

@@ -28,10 +28,6 @@ class ScalingConfig(lab.DeepConfig):
 
 def command(config: ScalingConfig) -> int:
     """Follow a over training from 5 and from 1, with and without weight decay on it."""
-    return lab.conduct(config, "scaling", _measure, _draw)
-
-
-def _measure(config: ScalingConfig) -> list[lab.Row]:
     from train.layers import DiracConv2d
 
     def scales(net) -> list[float]:
@@ -46,7 +42,7 @@ def _measure(config: ScalingConfig) -> list[lab.Row]:
         lab.Case(f"a from {name}", {"start": name}, {"a0": a0, "decay_ab": decay})
         for name, (a0, decay) in STARTS.items()
     ]
-    return lab.measure(config, "scaling", cases, rows_of, observe=scales)
+    return lab.conduct(config, "scaling", cases, _draw, rows_of, observe=scales)
 
 
 def _draw(config: ScalingConfig, rows: list[lab.Row]):

@@ -27,10 +27,6 @@ def command(config: SparsityConfig) -> int:
 
     δ is left out: with it no row could vanish, and its one value would hide all others.
     """
-    return lab.conduct(config, "sparsity", _measure, _draw)
-
-
-def _measure(config: SparsityConfig) -> list[lab.Row]:
     import numpy as np
 
     from train.layers import DiracConv2d, normalize_filters
@@ -51,7 +47,7 @@ def _measure(config: SparsityConfig) -> list[lab.Row]:
         return rows
 
     cases = [lab.Case(kind, {"nonlinearity": kind}, {"nonlinearity": kind}) for kind in ("ncrelu", "relu")]
-    return lab.measure(config, "sparsity", cases, rows_of)
+    return lab.conduct(config, "sparsity", cases, _draw, rows_of)
 
 
 def _draw(config: SparsityConfig, rows: list[lab.Row]):

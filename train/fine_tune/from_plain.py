@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from common.difference import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, difference, keeps_class
 from common.progress import progress
 from common.refusal import Refusal
-from train.checkpoint import Checkpoint, load_checkpoint
+from train.checkpoint import Checkpoint, PlainFile, load_checkpoint, read_plain_file
 from train.config import Settings
 from train.data.batches import Batch
 from train.data.datasets import Dataset
-from train.fine_tune.plain_file import PlainFile, read_plain_file
 from train.fine_tune.unfold import as_plain, unfold
 
 Moments = dict[str, tuple[Tensor, Tensor]]  # a batch normalisation's name → mean and variance [C] of what it reads

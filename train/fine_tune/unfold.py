@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from common.refusal import Refusal
 from common.spec import Spec
-from train.families import build
-from train.initialize import initialize
+from train.families import build, initialize
 from train.layers import DiracConv2d, NCReLU
 
 # b is this multiple of the smallest b that all filters of a layer allow. At the smallest, the two roots of the worst
@@ -69,7 +68,10 @@ def unfold(weights: Mapping[str, Tensor], spec: Spec, *, a: float, b: float, std
         scale = filters.flatten()
         if isinstance(part.layer, nn.Conv2d):
             scale = _open(part, filters, std=std, least=b / a)
-        _set_norm(net.get_submodule(part.norm or part.name), scale, bias)
+        norm = net.get_submodule(part.norm or part.name)
+        if isinstance(norm, nn.BatchNorm2d):  # s x + c, with a mean of 0 and a variance of 1
+            norm.weight.copy_(scale * (1 + norm.eps) ** 0.5)
+            norm.bias.copy_(bias)
     classifier = net.get_submodule("fc")
     classifier.load_state_dict({kind: weights[f"fc.{kind}"] for kind in ("weight", "bias")})
     return net
@@ -208,10 +210,3 @@ def _norm(filters: Tensor) -> Tensor:
 
 def _per_filter(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
-
-
-def _set_norm(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
-    """Batch normalisation that is s x + c, with a mean of 0 and a variance of 1."""
-    if isinstance(norm, nn.BatchNorm2d):
-        norm.weight.copy_(scale * (1 + norm.eps) ** 0.5)
-        norm.bias.copy_(shift)
