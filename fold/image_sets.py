@@ -33,12 +33,7 @@ def extreme_images(image: ImageSpec) -> np.ndarray:
 
 
 def real_images(
-    image: ImageSpec,
-    training: dict[str, Any],
-    *,
-    num: int,
-    data_dir: Path | None = None,
-    beside: Path | None = None,
+    image: ImageSpec, training: dict[str, Any], *, num: int, data_dir: Path | None = None, beside: Path | None = None
 ) -> tuple[np.ndarray | None, str]:
     """The first test images of the data set that `training` names, or None and the reason.
 

@@ -5,6 +5,7 @@ min(x, 0) = x − max(x, 0), the same is (W1 − W2) ⊙ ρ(x) + W2 ⊙ x. The f
 they differ in what a runtime can fuse and in what eight bits can represent.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -238,10 +239,7 @@ def _beside_delta(lowered: Layers, name: str, conv: Convolution) -> Layers:
 
 
 def _sequence(**layers: nn.Module) -> nn.Sequential:
-    sequence = nn.Sequential()
-    for name, layer in layers.items():
-        sequence.add_module(name, layer)
-    return sequence
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _lower_graph(graph: Graph, lowering: str) -> Graph:

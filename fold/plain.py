@@ -89,32 +89,20 @@ def load_plain(path: Path) -> Plain:
     metadata, weights, spec = file.metadata, file.weights, file.spec
     try:
         if spec.net:
-            net = _graph_net(metadata.get("graph", ""), weights, spec)
+            graph = Graph.from_dict(json.loads(metadata.get("graph", "")), weights)
+            _check(graph, spec)
+            net = GraphNet(graph)
         else:
             net = skeleton(spec)
             net.load_state_dict(weights, assign=True)
     except Refusal as refusal:
         raise Refusal(f"{path}: {refusal}") from refusal
-    except ValueError as error:
+    except (ValueError, RecursionError, KeyError, AttributeError) as error:  # the last two: two tensors of one name
         raise Refusal(f"{path} is damaged: {one_line(error)}; make it again") from error
     except RuntimeError as error:
         raise Refusal(f"{path} does not fit its spec: {one_line(error)}") from error
     provenance = read_object(metadata.get("provenance", "{}"), f"the provenance in {path}", todo="fold the net again")
     return Plain(net.eval(), spec, provenance, file.sha256)
-
-
-def _graph_net(text: str, weights: dict[str, Tensor], spec: Spec) -> GraphNet:
-    """The net of a header's graph, which is data and checked like any input."""
-    try:
-        entries = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("the graph is nested too deeply") from error
-    graph = Graph.from_dict(entries, weights)
-    _check(graph, spec)
-    try:
-        return GraphNet(graph)
-    except (KeyError, AttributeError) as error:  # a node has the name of another's tensor
-        raise ValueError(f"two tensors have one name: {error}") from error
 
 
 def _check(graph: Graph, spec: Spec) -> None:

@@ -20,13 +20,12 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from common.files import read_whole, sha256
-from common.refusal import Refusal, one_line
+from common.refusal import Refusal, first_of, one_line
 
 SEED = 0  # of a net's initial weights, used if no others are given
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep weights
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 COUNTER = "num_batches_tracked"  # of batch norm; not used in evaluation mode
-MOST_NAMED = 3
 State = dict[str, Tensor]
 
 
@@ -100,23 +99,20 @@ def load_weights(net: nn.Module, path: Path) -> str:
     content = read_whole(path)
     state = _without_prefixes(_read_state(path, content))
     own = net.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith(COUNTER)]
-    unknown = [name for name in state if name not in own and not name.endswith(COUNTER)]
-    misshapen = [
-        f"{name} {list(state[name].shape)}, in the net {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    faults = [
-        *_listed("lacks", missing),
-        *_listed("has the unknown", unknown),
-        *_listed("has other shapes:", misshapen),
-    ]
-    if faults:
-        raise Refusal(f"{path} does not fit the net: it {'; it '.join(faults)}; name the weights of this very net")
+    faults = {
+        "lacks": [name for name in own if name not in state and not name.endswith(COUNTER)],
+        "has the unknown": [name for name in state if name not in own and not name.endswith(COUNTER)],
+        "has other shapes:": [
+            f"{name} {list(state[name].shape)}, in the net {list(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    if clauses := [f"it {what} {first_of(names)}" for what, names in faults.items() if names]:
+        raise Refusal(f"{path} does not fit the net: {'; '.join(clauses)}; name the weights of this very net")
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad:
-        raise Refusal(f"{path} holds NaN or infinite values in {', '.join(bad[:MOST_NAMED])}: the training diverged")
+        raise Refusal(f"{path} holds NaN or infinite values in {first_of(bad)}: the training diverged")
     net.load_state_dict(state, strict=False)
     return sha256(content)
 
@@ -241,9 +237,3 @@ def _without_prefixes(state: State) -> State:
         if state and all(name.startswith(prefix) for name in state):
             return _without_prefixes({name.removeprefix(prefix): tensor for name, tensor in state.items()})
     return state
-
-
-def _listed(what: str, names: list[str]) -> list[str]:
-    """A clause that names the first few, if there are any."""
-    rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return [f"{what} {', '.join(names[:MOST_NAMED])}{rest}"] if names else []

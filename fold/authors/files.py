@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from common.refusal import Refusal
+from common.refusal import Refusal, first_of
 from fold.authors.hdf5 import SIGNATURE, read_hdf5
 
 
@@ -53,8 +53,7 @@ def read_saved(path: Path, content: bytes) -> Saved:
         if not isinstance(value, Tensor) or not value.is_floating_point() or not torch.isfinite(value).all()
     ]
     if strange:
-        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
-        raise Refusal(f"{path}: not a tensor of finite real numbers: {', '.join(strange[:5])}{more}")
+        raise Refusal(f"{path}: not a tensor of finite real numbers: {first_of(strange, 5)}")
     tensors = {name: value.detach().float() for name, value in numbers.items()}
     eyes = {name: tensors.pop(name) for name in list(tensors) if name.startswith("eye")}
     return Saved(tensors, eyes, folded=not unfolded)

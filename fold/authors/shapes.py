@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.refusal import Refusal
+from common.refusal import Refusal, first_of
 from common.spec import Delta, ImageSpec, Nonlinearity, Parameterization, Spec
 from train.data import datasets
 from train.families import IMAGENET_GROUPS, TABLE3_GROUPS
@@ -72,8 +72,7 @@ def matched(
             wrong.append(f"{name} is {list(found)}, must be {list(shape)}")
     wrong += [f"{name} is not part of it" for name in numbers if name not in wanted]
     if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise Refusal(f"{path} is not a whole {spec.name} of {spec.family}: {', '.join(wrong[:3])}{more}")
+        raise Refusal(f"{path} is not a whole {spec.name} of {spec.family}: {first_of(wrong)}")
     return {ours: numbers[theirs].reshape(shape) for theirs, (ours, shape) in wanted.items()}
 
 

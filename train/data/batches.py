@@ -36,14 +36,7 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 
 
 def batches(
-    part: Part,
-    settings: Settings,
-    info: DatasetInfo,
-    *,
-    batch_size: int,
-    epoch: int,
-    first_step: int,
-    world: World,
+    part: Part, settings: Settings, info: DatasetInfo, *, batch_size: int, epoch: int, first_step: int, world: World
 ) -> Iterator[Batch]:
     """One epoch from `first_step` on, augmented: the part of each batch that falls to this process of `world`.
 
@@ -200,13 +193,7 @@ def augment(images: Tensor, *, flip: bool, crop: int, generator: torch.Generator
 
 
 def erase(
-    images: Tensor,
-    share: float,
-    fill: Sequence[int],
-    *,
-    num: int,
-    rows: slice,
-    generator: torch.Generator,
+    images: Tensor, share: float, fill: Sequence[int], *, num: int, rows: slice, generator: torch.Generator
 ) -> Tensor:
     """images [M, H, W, C], a `share` of them with a random rectangle of colour `fill`, C values up to 255.
 

@@ -88,36 +88,26 @@ def cifar_image() -> ImageSpec:
     return ImageSpec(32, 32, 3, tuple(m / 255 for m in mean), tuple(s / 255 for s in std), resize=32)
 
 
-def _labels(text: str) -> tuple[str, ...]:
-    return tuple(label.replace("~", " ") for label in text.split())
+FASHION = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle~boot"
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy
+porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm"""
+
+
+def _info(image: ImageSpec, labels: str, *, flip: bool, crop: int) -> DatasetInfo:
+    return DatasetInfo(image, tuple(label.replace("~", " ") for label in labels.split()), flip, crop)
 
 
 INFO = {
-    "digits": DatasetInfo(ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8), tuple("0123456789"), flip=False, crop=0),
-    "fashion-mnist": DatasetInfo(
-        ImageSpec(28, 28, 1, (0.286,), (0.353,), resize=28),
-        _labels("T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle~boot"),
-        flip=True,
-        crop=1,
-    ),
-    "cifar10": DatasetInfo(
-        cifar_image(), _labels("airplane automobile bird cat deer dog frog horse ship truck"), flip=True, crop=4
-    ),
-    "cifar100": DatasetInfo(
-        cifar_image(),
-        _labels(
-            """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
-            camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
-            dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
-            leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
-            otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
-            rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
-            sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
-            willow_tree wolf woman worm"""
-        ),
-        flip=True,
-        crop=4,
-    ),
+    "digits": _info(ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8), " ".join("0123456789"), flip=False, crop=0),
+    "fashion-mnist": _info(ImageSpec(28, 28, 1, (0.286,), (0.353,), resize=28), FASHION, flip=True, crop=1),
+    "cifar10": _info(cifar_image(), CIFAR10, flip=True, crop=4),
+    "cifar100": _info(cifar_image(), CIFAR100, flip=True, crop=4),
 }
 
 

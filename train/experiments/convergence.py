@@ -11,11 +11,7 @@ if __name__ == "__main__":
 from common.cli import run_command
 from train.experiments import lab
 
-NETS = {
-    "plain": {"parameterization": "plain"},
-    "Dirac": {"parameterization": "dirac"},
-    "residual": {"family": "wrn"},
-}
+NETS = {"plain": {"parameterization": "plain"}, "Dirac": {"parameterization": "dirac"}, "residual": {"family": "wrn"}}
 EXAMPLES = (
     "python train/experiments/convergence.py --depth 34 --epochs 20",
     "python train/experiments/convergence.py --paper --data-dir data --device cuda",

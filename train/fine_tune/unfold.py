@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.refusal import Refusal
+from common.refusal import Refusal, first_of
 from common.spec import Spec
 from train.families import build, initialize
 from train.layers import DiracConv2d, NCReLU
@@ -28,7 +28,6 @@ ABOVE_SMALLEST = 1.25
 # δ takes its least-squares share where |cos θ| is at least this; where δ is nearly absent W takes part of it.
 LEAST_COSINE = 0.5
 PLAIN_NORM = 2**0.5  # of a filter of an ordinary convolution: He's start, for any fan-in
-MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,7 @@ def _refuse_misfit(weights: Mapping[str, Tensor], net: nn.Sequential, parts: lis
         if isinstance(part.layer, nn.Conv2d) and part.norm is None and not wrong and weights[f"{part.name}.bias"].any()
     ]
     if wrong:
-        rest = f" and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
-        raise Refusal(f"the plain file does not fit its spec {spec.name}: {', '.join(wrong[:MOST_NAMED])}{rest}")
+        raise Refusal(f"the plain file does not fit its spec {spec.name}: {first_of(wrong)}")
 
 
 def _open(part: Part, filters: Tensor, *, std: float, least: float) -> Tensor:
