@@ -1,4 +1,4 @@
-"""The images that nets are compared on: real ones, random ones, and extreme ones, which strain arithmetic most."""
+"""The images that nets are compared on: real, random, and extreme ones, which strain arithmetic most."""
 
 from pathlib import Path
 from typing import Any

@@ -64,7 +64,7 @@ def lower(net: PlainNet, lowering: str) -> PlainNet:
     beside them, for eight-bit weights; see `_skip`.
     A layer keeps its name and, but for mirror (z first) and skip (up to a positive factor per channel),
     its output. `net` stays as it was. A graph stays a graph, except for mirror and skip, which need a chain of
-    layers. Refuses other lowerings, and graphs that are no such chain.
+    layers. Refuses other lowerings, and graphs that are not such a chain.
     """
     if lowering not in LOWERINGS:
         raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
@@ -73,7 +73,7 @@ def lower(net: PlainNet, lowering: str) -> PlainNet:
     chain = layers_of(net)
     if chain is None:
         raise Refusal(
-            f"lowering {lowering} is for chains of convolutions, ReLU, NCReLU and max-pools, and this net is none; "
+            f"lowering {lowering} is for chains of convolutions, ReLU, NCReLU and max-pools, and this net is not one; "
             f"choose one of {', '.join(GRAPH_LOWERINGS)}"
         )
     layers = list(named_layers(deepcopy(chain)))

@@ -120,7 +120,7 @@ def _output(node: Node, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _misfit(node: Node, inputs: Sequence[Tensor]) -> str:
-    """What is wrong although PyTorch would broadcast it; empty if nothing is."""
+    """The fault of a node that PyTorch would broadcast rather than refuse; empty if there is none."""
     x = inputs[0]
     for key, value in node.attributes.items():
         if isinstance(value, list) and len(cast("list[Any]", value)) != x.dim() - 2:

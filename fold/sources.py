@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a user says about their own net; empty where nothing."""
+    """A user's statements about their own net; empty if not given."""
 
     weights: Path | None
     image_size: tuple[int, ...]
@@ -73,7 +73,7 @@ def _choose(given: Path) -> tuple[Path, Checkpoint, str]:
 
 
 def from_user(net: str | None, timm: str | None, asked: Asked) -> Source:
-    """Refuses, in one line, a net that cannot be made, loaded, traced or folded, or that is no image classifier."""
+    """Refuses, in one line, a net that cannot be made, loaded, traced or folded, or is not an image classifier."""
     made = from_timm(timm, num_classes=len(asked.labels) or None) if timm else from_file(net or "")
     weights = load_weights(made.net, asked.weights) if asked.weights else None
     notes = () if weights else (f"no --weights: {net or 'timm'} keeps its initial weights, seed {SEED}",)

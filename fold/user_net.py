@@ -53,7 +53,7 @@ def from_file(where: str) -> Made:
     if not colon or not path.is_file():
         raise Refusal(f"{where} is neither a checkpoint (.pt) nor FILE.py:FUNCTION of a file that exists")
     torch.random.manual_seed(SEED)  # pyright: ignore[reportUnknownMemberType]
-    # What the file prints must not mix with a result on stdout.
+    # Output of the file must not mix with a result on stdout.
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:

@@ -61,7 +61,7 @@ class Checkpoint:
         return self.average or self.model
 
     def training_record(self) -> dict[str, Any]:
-        """What later artefacts record of this run."""
+        """The part of this run's record that later artefacts keep."""
         folder = self.config.get("data_dir") if self.config.get("dataset") == "folder" else None
         return {
             **{key: self.config[key] for key in KEPT if key in self.config},

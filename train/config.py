@@ -165,7 +165,7 @@ class Settings(Recipe, TrainConfig):
     parameterization: Parameterization = "dirac"
 
     def spec(self, image: ImageSpec, labels: tuple[str, ...]) -> Spec:
-        """The net that is asked for, on these images."""
+        """The spec of the net, for these images and labels."""
         return Spec(image=image, labels=labels, **{name: getattr(self, name) for name in ARCHITECTURE})
 
 
@@ -201,13 +201,13 @@ def like(config: TrainConfig, source: "Checkpoint | PlainFile") -> TrainConfig:
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
-    """The options for a checkpoint: paths as text, that of the data set absolute, so that later commands find it."""
+    """The options for a checkpoint: paths as text; the data set's is absolute, so that later commands find it."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     return values | {"data_dir": str(config.data_dir.resolve()) if config.data_dir else None}
 
 
 def typed(config: TrainConfig) -> str:
-    """The command without the paths of this machine: it is recorded with the model."""
+    """The command as recorded with the model, without paths of this machine."""
     places = {name: getattr(config, name) for name in PATHS if getattr(config, name)}
     short = {name: Path(path.resolve().name) for name, path in places.items() if name != "out" or path.is_absolute()}
     return f"python train/run.py {given_arguments(replace(config, **short))}".strip()

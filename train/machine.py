@@ -86,14 +86,14 @@ def joined(device: str) -> Iterator[World]:
 
 
 def choose_device(choice: str) -> str:
-    """ "cuda" or "cpu"; refuses a GPU that is not there."""
+    """ "cuda" or "cpu"; refuses a GPU that is missing."""
     if choice == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     return "cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def choose_precision(choice: str, device: str) -> str:
-    """ "fp32", "bf16" or "fp16": "auto" is bf16 where `device` has instructions for it."""
+    """ "fp32", "bf16" or "fp16": "auto" is bf16 if `device` has instructions for it."""
     if choice != "auto":
         if choice == "fp16" and device == "cpu":
             raise Refusal("--precision fp16 needs a CUDA device; the CPU trains in fp32 or bf16")
@@ -121,7 +121,7 @@ def keep_large_buffers() -> None:
 
 
 def refuse_what_does_not_fit(config: Settings, spec: Spec, world: World, *, available: int | None) -> str:
-    """The memory that a step takes, in words; refuses more than is `available`, and says what would fit better."""
+    """A clause about the memory that a step takes, with advice; refuses more than is `available`."""
     share = config.batch_size // world.size
     on_this_machine = world.size if world.device == "cpu" else 1
     need = on_this_machine * training_bytes(spec, share, config.precision)
@@ -151,7 +151,7 @@ def training_bytes(spec: Spec, batch_size: int, precision: str) -> int:
 
 
 def available_bytes(device: str) -> int | None:
-    """Memory that is free on a device, within the limit of this container; None where the system does not tell."""
+    """Free memory of a device, within the limit of this container; None if the system does not report it."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
     found = []

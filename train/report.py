@@ -1,4 +1,4 @@
-"""What a run prints and records: its images, a line per epoch, metrics.jsonl, TensorBoard's files, the curve."""
+"""The output of a run: its images as a table, a line per epoch, TensorBoard's event files, the learning curve."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -63,7 +63,7 @@ def event_files(run_dir: Path, num_done: int) -> Iterator[Log]:
 
 
 def describe_fit(train: float, num_train: int, held: float, num_held: int) -> str:
-    """Training images against validation images in words."""
+    """The accuracy on training and validation images, and whether the net overfits, as a sentence."""
     figures = (
         f"{100 * train:.1f} % of {num_train} training images and {100 * held:.1f} % of {num_held} held out are right"
     )

@@ -183,7 +183,7 @@ class Trainer:
     def _step(self, net: nn.Module, batch: Batch, lr: float) -> Tensor:
         """[summed loss, right answers] of this process, float64.
 
-        All processes leave a step out together, where none of them could read a file of its batch.
+        If no process can read a file of a batch, all of them skip the step.
         """
         settings, world = self.settings, self.world
         num_images = world.count(len(batch.targets))

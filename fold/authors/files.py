@@ -24,8 +24,8 @@ class Saved:
 def read_saved(path: Path, content: bytes) -> Saved:
     """`params` and `stats` of a net, or the convolutions of a folded one.
 
-    Refuses a file with anything but tensors and plain containers, tensors of anything but finite real numbers, and
-    a layout that none of the authors' files has.
+    Refuses content other than tensors and plain containers, numbers that are not finite and real, and a layout that
+    the authors' files do not have.
     """
     held = read_hdf5(path, content) if content.startswith(SIGNATURE) else _read_pickle(path, content)
     if not _is_dict(held):

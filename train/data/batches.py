@@ -31,17 +31,17 @@ class Batch:
 
 
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Whole batches only: each epoch leaves other images out."""
+    """Whole batches only: each epoch leaves out different images."""
     return max(1, num_images // batch_size)
 
 
 def batches(
     part: Part, settings: Settings, info: DatasetInfo, *, batch_size: int, epoch: int, first_step: int, world: World
 ) -> Iterator[Batch]:
-    """One epoch from `first_step` on, augmented: the part of each batch that falls to this process of `world`.
+    """One epoch from `first_step` on, augmented: this process's share of each batch.
 
     What a batch holds depends on (seed, epoch, step) alone, not on how many processes or workers share it.
-    Files that cannot be read are missing from it, so that it may be empty, and others are erased and mixed then.
+    Files that cannot be read are missing from it: it may be empty, and other images are erased and mixed.
     """
     key = settings.seed, epoch
     order = _order(part, np.random.default_rng(key), balanced=settings.balanced)
@@ -76,7 +76,7 @@ def batches(
 
 
 def _order(split: Part, rng: np.random.Generator, *, balanced: bool) -> np.ndarray:
-    """An epoch's images: each once, or as many but of each class equally often, rare ones again and again."""
+    """An epoch's images: each once; or as many, with each class equally often and rare images repeated."""
     num = len(split)
     if not balanced:
         return rng.permutation(num)
@@ -215,7 +215,7 @@ def erase(
 def mix(
     images: Tensor, targets: Tensor, mixup: float, cutmix: float, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(images, targets, targets of what is mixed into them, share of an image in its mixture).
+    """(images, targets, targets of the images mixed in, share of an image in its mixture).
 
     An image is mixed with its neighbour, the first with the second and so on, blended (mixup, Zhang et al., 2018) or
     with a rectangle of it (cutmix, Yun et al., 2019); a coin decides for the batch where both are given.

@@ -39,7 +39,7 @@ FASHION_MNIST_DIRS = (Path("data"), Path("/usr/share/datasets/fashion-mnist"))  
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A data set as it is known before it is read."""
+    """What is known of a data set before it is read."""
 
     image: ImageSpec
     labels: tuple[str, ...]
@@ -219,7 +219,7 @@ def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:
 
 
 def record(dataset: Dataset) -> tuple[dict[str, Any], bytes]:
-    """What identifies the images of a divided data set: their number by part and a digest; and the content of FILE.
+    """The images of a divided data set: their number by part and a digest; and the content of FILE.
 
     The digest is that of FILE, names and sizes of files by part, or of arrays, which have no FILE.
     """
@@ -246,9 +246,9 @@ def num_bytes(path: Path) -> int:
 
 
 def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
-    """A part of `split` for choosing by, and the rest for training: (rest, part).
+    """Divides `split` into the rest, for training, and a part to choose by: (rest, part).
 
-    A folder's images by their names, of each class alike; others at random.
+    A folder's images are chosen by name, the same share of each class; others at random.
     """
     if isinstance(split, Files):
         picked = picked_by_name(split.names, split.targets, fraction, purpose="validation")
@@ -259,7 +259,7 @@ def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
 
 
 def _load_digits() -> tuple[Split, Split]:
-    """Every fifth image tests, the same ones each time."""
+    """Every fifth image is for testing, the same ones each time."""
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)

@@ -32,7 +32,7 @@ Track = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, total): gives t
 
 @dataclass(frozen=True)
 class Files:
-    """Images on the disk: paths, targets int64 [N], and how they become pixels."""
+    """Images on disk: paths, targets int64 [N], and how they become pixels."""
 
     root: str  # the data set's folder
     paths: np.ndarray  # of str
@@ -66,7 +66,7 @@ class LeftOut:
 
 
 def describe_left_out(left_out: Sequence[LeftOut]) -> list[str]:
-    """A line for each reason, with how many and the first."""
+    """A line for each reason: the number of paths, and the first."""
     reasons = dict.fromkeys(stranger.why for stranger in left_out)
     by_reason = {why: [stranger.path for stranger in left_out if stranger.why == why] for why in reasons}
     return [f"left out, {why}: {len(paths)}, first {paths[0]}" for why, paths in by_reason.items()]
@@ -84,7 +84,7 @@ class Found:
 
 
 def read(path: str, files: Files, crop: Callable | None = None, smallest_crop: float = 1.0) -> np.ndarray | None:
-    """One file as uint8 [H, W, C], see `decode`; None where it is unreadable and may be skipped."""
+    """One file as uint8 [H, W, C], see `decode`; None if it cannot be read and may be skipped."""
     try:
         return decode(Path(path).read_bytes(), files.image, crop=crop, smallest_crop=smallest_crop)
     except (Refusal, OSError) as error:
@@ -94,7 +94,7 @@ def read(path: str, files: Files, crop: Callable | None = None, smallest_crop: f
 
 
 def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[LeftOut]]:
-    """The files among `paths`, each image in the folders among them and below, in order; and what else lies there.
+    """The files among `paths`, each image in the folders among them and below, in order; and all other files there.
 
     Refuses a path that is not there, and paths without one image.
     """
@@ -127,7 +127,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def refuse_what_cannot_be_judged(files: Files, track: Track) -> None:
-    """Decodes every file; refuses those that cannot be read, all in one line, unless they may be skipped.
+    """Decodes every file; refuses those that cannot be read, in one message.
 
     A truncated body shows only when it is decoded, and these images are first needed after the last epoch.
     """
@@ -268,11 +268,11 @@ def _size(path: Path) -> tuple[int, int] | None:
 
 
 class Changed(Refusal):
-    """An image of the run is gone, or is another."""
+    """An image of the run is missing or has changed."""
 
 
 class Unlike(Refusal):
-    """Other images than those of the run."""
+    """The images are not those of the run."""
 
 
 def picked_by_name(names: Sequence[str], targets: np.ndarray, share: float, *, purpose: str) -> np.ndarray:
@@ -300,7 +300,7 @@ def picked_by_name(names: Sequence[str], targets: np.ndarray, share: float, *, p
 
 
 def read_record(path: Path, expected_sha256: str) -> dict[str, Sizes] | None:
-    """The parts in a run's FILE; None where there is no such file, or it is another run's."""
+    """The parts in a run's FILE; None if there is no such file, or it belongs to another run."""
     if not path.is_file():
         return None
     content = read_whole(path)

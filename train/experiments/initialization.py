@@ -26,7 +26,7 @@ class InitializationConfig(lab.ExperimentConfig):
 
 
 def command(config: InitializationConfig) -> int:
-    """Wide ResNet with δ + W and with W alone, all convolutions from N(0, σ²) whatever their shape."""
+    """Wide ResNet with δ + W and with W alone, all convolutions drawn from N(0, σ²)."""
     drawn = [(kind, sigma, "convolutions") for kind in ("delta", "plain") for sigma in config.sigmas]
     cases = [
         lab.Case(

@@ -48,7 +48,7 @@ SAME = ("dataset", "epochs", "batch_size", "momentum", "weight_decay", "schedule
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """What all experiments have in common; None means the cheap or the paper's value."""
+    """The options of all experiments; None means the cheap value, or the paper's."""
 
     paper: Annotated[bool, "the paper's settings: CIFAR-10, 200 epochs, full width; days without a GPU"] = False
     dataset: Annotated[Published | None, "data set to train on"] = None

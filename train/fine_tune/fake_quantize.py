@@ -1,7 +1,7 @@
 """Training for eight bits: filters and activations rounded as the int8 export rounds them, gradients left alone.
 
 The export rounds s Ŵ, the filter with batch normalisation folded into it. With a scale for every filter its levels are
-those of Ŵ, whatever s is: so Ŵ is rounded here, and batch normalisation follows as ever.
+those of Ŵ, whatever s is: so Ŵ is rounded here, and batch normalisation follows as usual.
 """
 
 import torch

@@ -78,7 +78,7 @@ def unfold(weights: Mapping[str, Tensor], spec: Spec, *, a: float, b: float, std
 
 @torch.no_grad()
 def as_plain(net: nn.Sequential, weights: Mapping[str, Tensor]) -> nn.Sequential:
-    """The plain net of the same tensors with the layers of `net`, float64: what the opened one must equal."""
+    """The plain net of the same tensors with the layers of `net`, float64: the reference for the opened net."""
     plain = deepcopy(net)
     for part in parts_of(net):
         filters, bias = (weights[f"{part.name}.{kind}"].double() for kind in ("weight", "bias"))
