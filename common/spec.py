@@ -87,7 +87,8 @@ class Spec:
             raise Refusal(f"a label holds half a character, {error.object[error.start : error.end]!a}") from error
         if len(self.labels) < 2:
             raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
-        lowest, highest, given = MIN_TEMPERATURE, MAX_TEMPERATURE, self.temperature
+        lowest, highest = MIN_TEMPERATURE, MAX_TEMPERATURE
+        given: Any = self.temperature  # of a file: not yet known to be a number
         if not isinstance(given, int | float) or isinstance(given, bool) or not lowest <= given <= highest:
             raise Refusal(f"a temperature must be a number from {lowest:g} to {highest:g}, got {str(given)[:40]}")
 

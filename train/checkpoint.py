@@ -13,7 +13,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from common.files import read_whole, sha256, write_whole
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from common.spec import Spec
 from train.families import build
 
@@ -105,8 +105,8 @@ def load_net(checkpoint: Checkpoint) -> nn.Sequential:
     try:
         net.load_state_dict(checkpoint.weights)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
-        raise Refusal(f"the checkpoint's weights do not fit its spec {checkpoint.spec.name}: {detail}") from error
+        name = checkpoint.spec.name
+        raise Refusal(f"the checkpoint's weights do not fit its spec {name}: {one_line(error)}") from error
     return net.eval()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.progress import progress
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from common.spec import Spec
 from train.checkpoint import Checkpoint, PlainFile, load_net, save_checkpoint
 from train.config import Settings
@@ -125,8 +125,7 @@ class Trainer:
             self.optimizer.load_state_dict(state.optimizer)
             self.scaler.load_state_dict(state.scaler)
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise Refusal(f"{self.settings.run_dir} does not fit its own spec: {reason}") from error
+            raise Refusal(f"{self.settings.run_dir} does not fit its own spec: {one_line(error)}") from error
         torch.set_rng_state(state.rng_state)
         self.record, self.history = state.config | {"epochs": self.settings.epochs}, state.history
         self.epochs_done, self.steps_done, self.totals = state.epoch, state.step, state.totals

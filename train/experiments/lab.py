@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
@@ -247,7 +247,9 @@ def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any
 
 def write_numbers(out: Path, name: str, numbers: dict[str, Any]) -> None:
     """NAME.json in `out`."""
-    text = json.dumps(numbers, indent=1, default=lambda value: asdict(value) if is_dataclass(value) else str(value))
+    text = json.dumps(
+        numbers, indent=1, default=lambda value: asdict(value) if isinstance(value, Settings) else str(value)
+    )
     write_whole(out / f"{name}.json", f"{text}\n".encode())
 
 
