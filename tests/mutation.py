@@ -32,18 +32,6 @@ EXAMPLES = (
 )
 STAGES = ("common", "train", "fold", "export", "serve")
 NOT_PLANTED = {"__init__.py", "config.py", "run.py"}  # commands' fields and texts: no expression that decides
-COPIED = (
-    *STAGES,
-    "tests",
-    "bench",
-    "models",
-    "docs",
-    "deploy",
-    "pyproject.toml",
-    "README.md",
-    "Makefile",
-    "CITATION.cff",
-)
 TURNED = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -168,13 +156,13 @@ def _is_text(*nodes: ast.expr) -> bool:
 
 
 def copy_tree(folder: Path) -> Path:
-    """What tests need, copied to `folder`, so that no fault is ever in the tree itself."""
-    for name in COPIED:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
+    """The files that git does not ignore, copied to `folder`, so that no fault is ever in the tree itself."""
+    argv = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():  # a deleted file is listed until the deletion is staged
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
     return folder
 
 
