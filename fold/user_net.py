@@ -7,7 +7,6 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Generator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -125,12 +124,21 @@ def _import(path: Path) -> ModuleType:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    raised: BaseException | None = None
-    with _watched(path) as opened:
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raised = error
+    opened: list[tuple[str, int]] = []  # by the code of `path` itself, with its lines; not by its imports
+    is_running, raised = True, None
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if is_running and event == "open" and isinstance(arguments[0], str | bytes):
+            file, line = os.fsdecode(arguments[0]), _running_line(path)
+            if line and not file.startswith((sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/")):
+                opened.append((file, line))
+
+    sys.addaudithook(watch)  # a hook cannot be removed; afterwards it is idle
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raised = error
+    is_running = False
     if opened:
         file, line = opened[0]
         raise Refusal(
@@ -171,27 +179,7 @@ def _line(path: Path, error: BaseException) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-@contextlib.contextmanager
-def _watched(path: Path) -> Generator[list[tuple[str, int]]]:
-    """The files that the code of `path` itself opens, with its lines; not those that its imports open."""
-    opened: list[tuple[str, int]] = []
-    watching = True
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if watching and event == "open" and isinstance(arguments[0], str | bytes):
-            file = os.fsdecode(arguments[0])
-            line = _opener(path)
-            if line and not file.startswith((sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/")):
-                opened.append((file, line))
-
-    sys.addaudithook(watch)  # a hook cannot be removed; `watching` makes it idle
-    try:
-        yield opened
-    finally:
-        watching = False
-
-
-def _opener(path: Path) -> int | None:
+def _running_line(path: Path) -> int | None:
     """The line of `path` that is running, unless an import is running within it."""
     frame = inspect.currentframe()
     while frame is not None:

@@ -36,13 +36,13 @@ def command(config: ConvergenceConfig) -> int:
         for name, fields in NETS.items()
     ]
 
-    def rows_of(trials: list[lab.Trial]) -> list[lab.Row]:
+    def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
         return [trial.row(parameters=count_parameters(trial.net), history=trial.history) for trial in trials]
 
     return lab.conduct(config, "convergence", cases, _draw, rows_of)
 
 
-def _draw(config: ConvergenceConfig, rows: list[lab.Row]):
+def _draw(config: ConvergenceConfig, rows: list[lab.JsonRow]):
     """The mean over seeds as a line, from the best to the worst seed as a band."""
     import numpy as np
 

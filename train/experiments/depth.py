@@ -39,16 +39,16 @@ def command(config: DepthConfig) -> int:
     depths = config.depths or (PAPER_DEPTHS if config.paper else CHEAP_DEPTHS)
     cases = lab.grid([*lab.KINDS], depths, "width", config.widths or (config.training().width,))
 
-    def rows_of(trials: list[lab.Trial]) -> list[lab.Row]:
+    def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
         return lab.accuracies(trials, parameters=count_parameters(trials[0].net))
 
-    def order(row: lab.Row) -> tuple:
+    def order(row: lab.JsonRow) -> tuple:
         return row["depth"], [*lab.KINDS].index(row["kind"]), row["width"]
 
     return lab.conduct(config, "depth", cases, _draw, rows_of, resume=config.resume, order=order)
 
 
-def _draw(config: DepthConfig, rows: list[lab.Row]):
+def _draw(config: DepthConfig, rows: list[lab.JsonRow]):
     """A line for each kind and width, with a circle for each depth whose area says how many parameters there are.
 
     Kinds stand side by side, so that none hides another.

@@ -52,7 +52,7 @@ def _draw_weights(net, *, sigma: float, classifier: bool) -> None:
             nn.init.zeros_(layer.weight)
 
 
-def _draw(config: InitializationConfig, rows: list[lab.Row]):
+def _draw(config: InitializationConfig, rows: list[lab.JsonRow]):
     """A line for each kind, side by side, so that none hides another."""
     figure, (axes,) = lab.new_figure(1, height=4.4)
     smallest = min((row["sigma"] for row in rows if row["sigma"]), default=1.0)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from train.data.datasets import Dataset
 
-Row = dict[str, Any]  # of NAME.json
+JsonRow = dict[str, Any]  # of NAME.json
 # The paper's recipe in small: minutes on two cores. W's deviation is that of the authors' code, the start of the rest
 # PyTorch's.
 CHEAP = {"dataset": "digits", "width": 0.25, "epochs": 10, "batch_size": 32, "w_std": 0.1, "start": "pytorch"}
@@ -106,11 +106,11 @@ class Trial:
     test_accuracy: float  # read once, at the end
     observed: list[Any] = field(default_factory=list)  # of the net before the first and after each epoch
 
-    def row(self, **figures: Any) -> Row:
+    def row(self, **figures: Any) -> JsonRow:
         return {"seed": self.seed, "test_accuracy": self.test_accuracy, **figures}
 
 
-def accuracies(trials: Sequence[Trial], **figures: Any) -> list[Row]:
+def accuracies(trials: Sequence[Trial], **figures: Any) -> list[JsonRow]:
     """One row for all seeds: `figures`, test accuracies, their mean and spread."""
     each = [trial.test_accuracy for trial in trials]
     mean, spread = mean_and_spread(each)
@@ -121,12 +121,12 @@ def conduct(
     config: ExperimentConfig,
     name: str,
     cases: Sequence[Case],
-    draw: Callable[[Any, list[Row]], "Figure"],
-    rows_of: Callable[[list[Trial]], list[Row]] = accuracies,
+    draw: Callable[[Any, list[JsonRow]], "Figure"],
+    rows_of: Callable[[list[Trial]], list[JsonRow]] = accuracies,
     *,
     observe: Callable[["nn.Sequential"], Any] = lambda net: None,
     resume: bool = False,
-    order: Callable[[Row], Any] = lambda row: 0,
+    order: Callable[[JsonRow], Any] = lambda row: 0,
 ) -> int:
     """Train every case with every seed, and write NAME.json and NAME.png; or draw NAME.json again.
 
@@ -204,7 +204,7 @@ def grid(kinds: Sequence[str], depths: Sequence[int], option: str, values: Seque
     ]
 
 
-def _kept_rows(config: ExperimentConfig, name: str) -> list[Row]:
+def _kept_rows(config: ExperimentConfig, name: str) -> list[JsonRow]:
     """The rows of NAME.json in --out, to go on with; refuses those of other settings."""
     path = config.out / f"{name}.json"
     if not path.exists():
@@ -221,7 +221,7 @@ def _recorded(config: ExperimentConfig, name: str) -> dict[str, Any]:
     return json.loads(read_whole(config.out / f"{name}.json"))
 
 
-def draw_accuracies(axes: Any, places: list[float], rows: list[Row], **style: Any) -> None:
+def draw_accuracies(axes: Any, places: list[float], rows: list[JsonRow], **style: Any) -> None:
     """Mean and spread of the test accuracy in per cent, as a line with error bars."""
     means, spreads = ([100 * row[key] for row in rows] for key in ("mean", "spread"))
     axes.errorbar(places, means, spreads, capsize=3, **style)

@@ -33,18 +33,18 @@ def command(config: ParameterizationConfig) -> int:
     All are of one shape, with NCReLU and without skip connections; each is given every learning rate.
     """
 
-    def rows_of(trials: list[lab.Trial]) -> list[lab.Row]:
+    def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
         validated = fmean(trial.history[-1]["validation_accuracy"] for trial in trials)
         return lab.accuracies(trials, validation_accuracy=validated)
 
-    def order(row: lab.Row) -> tuple:
+    def order(row: lab.JsonRow) -> tuple:
         return row["depth"], KINDS.index(row["kind"]), row["lr"]
 
     cases = lab.grid(KINDS, config.depths, "lr", config.lrs)
     return lab.conduct(config, "parameterization", cases, _draw, rows_of, resume=config.resume, order=order)
 
 
-def _draw(config: ParameterizationConfig, rows: list[lab.Row]):
+def _draw(config: ParameterizationConfig, rows: list[lab.JsonRow]):
     """A line for each kind, side by side, so that none hides another."""
     depths, lrs = (sorted({row[key] for row in rows}) for key in ("depth", "lr"))
     figure, all_axes = lab.new_figure(len(depths), height=4.4, sharey=True)

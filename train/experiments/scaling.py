@@ -33,7 +33,7 @@ def command(config: ScalingConfig) -> int:
     def scales(net) -> list[float]:
         return [layer.a.item() for layer in net.modules() if isinstance(layer, DiracConv2d)]
 
-    def rows_of(trials: list[lab.Trial]) -> list[lab.Row]:
+    def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
         for last in (trial.observed[-1] for trial in trials):
             print(f"a ends at {min(last):.2f} to {max(last):.2f}, mean {fmean(last):.2f}")
         return [trial.row(a=trial.observed) for trial in trials]
@@ -45,7 +45,7 @@ def command(config: ScalingConfig) -> int:
     return lab.conduct(config, "scaling", cases, _draw, rows_of, observe=scales)
 
 
-def _draw(config: ScalingConfig, rows: list[lab.Row]):
+def _draw(config: ScalingConfig, rows: list[lab.JsonRow]):
     import numpy as np
     from matplotlib import colormaps
 

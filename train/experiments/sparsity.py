@@ -40,7 +40,7 @@ def command(config: SparsityConfig) -> int:
         middle = np.round(learned[len(learned) // 2][:, :, 1, 1], 5).astype(float).tolist()
         return {**measure(learned), "counts": counts, "slice": middle}
 
-    def rows_of(trials: list[lab.Trial]) -> list[lab.Row]:
+    def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
         rows = [trial.row(**figures(trial)) for trial in trials]
         for name in ("kurtosis", "dead_rows"):
             print("{}: {:.4f} ± {:.4f}".format(name, *lab.mean_and_spread([row[name] for row in rows])))
@@ -50,7 +50,7 @@ def command(config: SparsityConfig) -> int:
     return lab.conduct(config, "sparsity", cases, _draw, rows_of)
 
 
-def _draw(config: SparsityConfig, rows: list[lab.Row]):
+def _draw(config: SparsityConfig, rows: list[lab.JsonRow]):
     """How many weights have which value, and a slice of the middle layer in one scale of colours."""
     import numpy as np
 
