@@ -3,7 +3,7 @@
 Attributes and sizes are checked before anything is computed, so that a small file cannot request much memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isfinite, prod
 from typing import Any, cast
 
@@ -47,51 +47,46 @@ def pooled(size: int, window: int, stride: int, padding: int, dilation: int, *, 
     return num - 1 if ceil and (num - 1) * stride >= size + padding else num
 
 
-def _is_whole(value: Any, least: int = 0) -> bool:
-    return type(value) is int and least <= value <= LARGEST_SIZE
-
-
 def _is_end(value: Any) -> bool:
     """The end of a slice; a negative one counts from the last channel."""
     return type(value) is int and abs(value) <= LARGEST_SIZE
 
 
-def _wholes(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and 1 <= len(value) <= 3 and all(_is_whole(v, least) for v in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+def _is_rank(value: Any) -> bool:
+    return value is None or (type(value) is int and 2 <= value <= 5)
 
 
-def _pairs(value: Any) -> bool:
-    return isinstance(value, list) and all(_wholes(0)(pair) and len(pair) == 2 for pair in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and isfinite(value)
-
-
-def _yes_no(value: Any) -> bool:
-    return type(value) is bool
-
-
-def _rank(value: Any) -> bool:
-    return value is None or (_is_whole(value, 2) and value <= 5)
-
-
-_SIZES, _STEPS = _wholes(1), _wholes(0)
-# The attributes of each operation and what they may be; those in OPTIONAL may be missing.
-ATTRIBUTES: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "input": {"rank": _rank},
-    "conv": {"stride": _SIZES, "padding": _pairs, "dilation": _SIZES, "groups": lambda value: _is_whole(value, 1)},
-    "affine": {"rank": _rank},
-    "slice": {"start": _is_end, "stop": lambda value: value is None or _is_end(value)},
-    "pad": {"padding": _pairs},
-    "clip": {"low": _number, "high": _number},
-    "leaky_relu": {"slope": _number},
-    "gelu": {"approximate": lambda value: value in ("none", "tanh")},
-    "max_pool": {"size": _SIZES, "stride": _SIZES, "padding": _STEPS, "dilation": _SIZES, "ceil": _yes_no},
-    "avg_pool": {"size": _SIZES, "stride": _SIZES, "padding": _STEPS, "ceil": _yes_no, "count_padding": _yes_no},
+# The attributes of each operation, by example (see `_fits`) or with a test; those in OPTIONAL may be missing.
+ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "input": {"rank": _is_rank},
+    "conv": {"stride": [1], "padding": [[0, 0]], "dilation": [1], "groups": 1},
+    "affine": {"rank": _is_rank},
+    "slice": {"start": _is_end, "stop": lambda value: value is None or _is_end(value)},  # pyright: ignore[reportUnknownLambdaType]
+    "pad": {"padding": [[0, 0]]},
+    "clip": {"low": 0.0, "high": 0.0},
+    "leaky_relu": {"slope": 0.0},
+    "gelu": {"approximate": lambda value: value in ("none", "tanh")},  # pyright: ignore[reportUnknownLambdaType]
+    "max_pool": {"size": [1], "stride": [1], "padding": [0], "dilation": [1], "ceil": False},
+    "avg_pool": {"size": [1], "stride": [1], "padding": [0], "ceil": False, "count_padding": False},
 }
 OPTIONAL = ("rank",)
 NUM_INPUTS = {"input": (0, 0), "add": (2, MAX_NODES), "mul": (2, 2), "cat": (1, MAX_NODES)}  # others: one
+
+
+def _fits(value: Any, like: Any) -> bool:
+    """Whether a value is like its example: a bool, a finite number, an int that is no smaller, or a list of such."""
+    match like:
+        case bool():
+            return type(value) is bool
+        case int():
+            return type(value) is int and like <= value <= LARGEST_SIZE
+        case float():
+            return type(value) in (int, float) and isfinite(value)
+        case [first, *rest]:
+            parts = cast("list[Any]", value) if isinstance(value, list) else []
+            return (len(parts) == 2 if rest else 1 <= len(parts) <= 3) and all(_fits(part, first) for part in parts)
+        case _:
+            return like(value)
 
 
 def _check_attributes(node: Node) -> None:
@@ -100,7 +95,7 @@ def _check_attributes(node: Node) -> None:
     if not least <= len(node.inputs) <= most:
         raise Refusal(f"{node.name}: {node.op} reads {len(node.inputs)} nodes")
     missing = allowed.keys() - node.attributes.keys() - set(OPTIONAL)
-    wrong = [key for key, value in node.attributes.items() if key not in allowed or not allowed[key](value)]
+    wrong = [key for key, value in node.attributes.items() if key not in allowed or not _fits(value, allowed[key])]
     if missing or wrong:
         names = ", ".join(sorted({*missing, *wrong}))
         raise Refusal(f"{node.name}: {node.op} has missing or invalid attributes: {names}")
