@@ -181,12 +181,13 @@ def load_as_trained(
     name, recorded, split = training["dataset"], training.get("data_dir"), training.get("split") or {}
     data_dir = data_dir or (Path(recorded) if recorded else None)
     parts = read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
-    skip_unreadable = training.get("skip_unreadable", False)
+    skip = training.get("skip_unreadable", False)
+    how: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "image": image}
     if parts:
-        info = info_of(name, data_dir=data_dir, image_size=image_size, image=image)
-        return recorded_files(_given(data_dir), parts, info, skip_unreadable=skip_unreadable)
-    dataset = load(name, data_dir=data_dir, image_size=image_size, image=image, skip_unreadable=skip_unreadable)
-    dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
+        return recorded_files(_given(data_dir), parts, info_of(name, **how), skip_unreadable=skip)
+    dataset = divide(
+        load(name, **how, skip_unreadable=skip), training.get("validation", 0.0), seed=training.get("seed", 0)
+    )
     if split:
         check_same(record(dataset)[0], split, where=str(data_dir or name))
     return dataset
