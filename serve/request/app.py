@@ -78,8 +78,8 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
-        for served in batcher.served.runtimes:
-            await asyncio.to_thread(warm_up, served, limits.max_batch)
+        for each in batcher.served.runtimes:
+            await asyncio.to_thread(warm_up, each, limits.max_batch)
         await asyncio.to_thread(warm_up_decoders, batcher.served.model.spec.image)
         batcher.start()
         if grpc_address:
