@@ -91,7 +91,7 @@ def _weigh_whole(content: bytes, width: int, height: int, *, bytes_per_pixel: in
 
 @lru_cache
 def _weigh_small_png(header: bytes, channels: int) -> Weight:
-    """A fifth of the time of `_weigh`, for nearly every request to a small model."""
+    """Without counting its chunks, in a fifth of the time: nearly every request to a small model."""
     return _weigh_png(header, channels, _FEW_BYTES, num_chunks=3, num_odd=1)
 
 

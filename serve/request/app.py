@@ -14,6 +14,7 @@ from fastapi import FastAPI, Query, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.refusal import Refusal
@@ -44,6 +45,12 @@ class _App(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = self.front if scope["type"] == "http" and "visit" not in scope else super().__call__
         await answer(scope, receive, send)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Without ServerErrorMiddleware, whose answer is not a problem document: `front` handles exceptions."""
+        outermost = super().build_middleware_stack()
+        assert isinstance(outermost, ServerErrorMiddleware)
+        return outermost.app
 
 
 def make_app(
@@ -115,7 +122,7 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # a redirect would go to the host that the client names
         lifespan=lifespan,
-        exception_handlers=dict.fromkeys((HTTPException, Exception), problems.refuse),  # which `front` answers
+        exception_handlers={HTTPException: problems.refuse_unrouted},  # `front` answers all problems
     )
     app.front = handler = RequestHandler(
         app, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers)

@@ -84,8 +84,8 @@ class Batcher:
         num_held = self.num_held + num_images
         if num_held > self._limits.max_queue:
             raise self._overloaded()
-        image_bytes = math.prod(self.served.model.spec.image.shape)
-        if num_held > self._limits.max_images and num_held * image_bytes > self._limits.max_held_bytes:
+        is_many = num_held > self._limits.max_images
+        if is_many and num_held * math.prod(self.served.model.spec.image.shape) > self._limits.max_held_bytes:
             raise self._overloaded()  # all their pixels may be waiting for the model at once
 
     def check_ready(self) -> None:

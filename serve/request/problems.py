@@ -83,10 +83,9 @@ def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
     return responses
 
 
-async def refuse(request: Request, error: Exception) -> NoReturn:
-    """For `FastAPI(exception_handlers=…)`: raises `error`, or for one of the router the problem that it means."""
-    if not isinstance(error, HTTPException):
-        raise error
+async def refuse_unrouted(request: Request, error: Exception) -> NoReturn:
+    """For `FastAPI(exception_handlers=…)`: an address that does not exist, or does not take the method."""
+    assert isinstance(error, HTTPException)
     if error.status_code == NOT_FOUND.status:
         raise Problem(NOT_FOUND, f"{request['path']} does not exist; /docs lists what does")
     assert error.headers  # the router raises no other
