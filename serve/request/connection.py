@@ -40,21 +40,18 @@ class Door:
         self.on_refuse: Callable[[], None] = lambda: None
         self._last_line = float("-inf")
 
-    @property
-    def num_beyond(self) -> int:
-        """Connections beyond the limit, including the newest."""
-        return self.num_open - self.max_connections
-
-    def enter(self) -> None:
-        """Count a new connection."""
+    def enter(self) -> int:
+        """Count a new connection. Returns how many are beyond the limit, including it."""
         self.num_open += 1
         self.on_change(self.num_open)
-        if self.num_beyond > 0:
+        num_beyond = self.num_open - self.max_connections
+        if num_beyond > 0:
             self.on_refuse()
             if monotonic() - self._last_line > _QUIET_S:
                 self._last_line = monotonic()
                 rest = f"the maximum; more are refused, which is logged at most every {_QUIET_S:g} s"
                 _log.warning(f"%d connections are open, {rest}", self.max_connections)
+        return num_beyond
 
     def leave(self) -> None:
         """Count a closed connection."""
@@ -84,10 +81,10 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._door: Door = self.app_state["door"]
-        self._door.enter()
-        if self._door.num_beyond > MAX_TURNED_AWAY:
+        num_beyond = self._door.enter()
+        if num_beyond > MAX_TURNED_AWAY:
             transport.abort()
-        elif self._door.num_beyond > 0:
+        elif num_beyond > 0:
             detail = f"{self._door.max_connections} connections are open already; retry in 1 s"
             self._refuse(Problem(OVERLOADED, detail, _RETRY))
         else:
