@@ -85,9 +85,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
-        for each in batcher.served.runtimes:
-            await asyncio.to_thread(warm_up, each, limits.max_batch)
-        await asyncio.to_thread(warm_up_decoders, batcher.served.model.spec.image)
+        await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
         batcher.start()
         if grpc_address:
             from serve.v2.grpc_server import GrpcServer  # an extra, which takes a tenth of a second to import
@@ -144,6 +142,13 @@ def make_app(
     _add_page(app, "/", "page.html")
     _add_page(app, "/docs", "docs.html")
     return app
+
+
+def _warm_up(served: Served, max_batch: int) -> None:
+    """Not in the lifespan itself, whose variables would keep a model that is replaced."""
+    for runtime in served.runtimes:
+        warm_up(runtime, max_batch)
+    warm_up_decoders(served.model.spec.image)
 
 
 def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
