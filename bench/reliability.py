@@ -118,7 +118,7 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "tuple[Subject, str]":
     from common.image import decode
     from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import OnnxSession
-    from export.runtimes.probabilities import softmax
+    from export.runtimes.runtime import softmax
     from fold.plain import fold_net
     from serve.v2.routes import model_name
 

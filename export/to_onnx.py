@@ -97,8 +97,8 @@ def command(config: ToOnnxConfig) -> int:
 
 def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     """In fp16, refuses a graph one of whose nodes leaves float16's range on random, extreme or real images."""
+    from export.eight_bits.calibrate import first_overflow
     from export.graphs.graph import to_onnx
-    from export.graphs.observing import first_overflow
     from fold.image_sets import extreme_images, random_images, real_images
     from fold.lower import lower
 
@@ -124,7 +124,7 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     from common.cores import num_cores
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
-    from export.runtimes.offline import ort
+    from export.runtimes.onnx_session import ort
     from export.timing import ROUNDS, geometric_means, time_answers
     from fold.lower import distinct_lowerings, lower
 

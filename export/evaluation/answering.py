@@ -20,7 +20,7 @@ from common.refusal import Refusal
 from common.spec import DatasetName, ImageSpec, Published
 from export.artefacts import Artefact
 from export.runtimes.cascade import Cascade
-from export.runtimes.probabilities import probabilities
+from export.runtimes.runtime import probabilities
 from train.checkpoint import Checkpoint
 from train.data import datasets
 from train.data.datasets import num_bytes

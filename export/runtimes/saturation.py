@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from export.model_file.onnx_reader import Node, read_graph, read_int8_constants
-from export.runtimes.offline import cpu_session
+from export.runtimes.onnx_session import cpu_session
 
 LARGEST_PAIR = 128  # 255 · 128 = 32,640 fits in 16 bits, 255 · 129 does not
 

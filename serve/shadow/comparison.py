@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from common.difference import share
 from common.interval import interval
-from export.runtimes.probabilities import probabilities
+from export.runtimes.runtime import probabilities
 from serve.model.process import Identity
 from serve.watching.shared_counts import Counts
 

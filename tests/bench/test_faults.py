@@ -17,7 +17,7 @@ from common.cli import run_command
 from common.files import write_whole
 from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
-from export.runtimes.probabilities import softmax
+from export.runtimes.runtime import softmax
 from fold.plain import fold_net
 from serve.request.connection import MAX_TURNED_AWAY
 

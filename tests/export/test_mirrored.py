@@ -18,7 +18,7 @@ from export.graphs.graph import to_onnx
 from export.predict import PredictConfig
 from export.predict import command as predict
 from export.runtimes.cascade import Cascade
-from export.runtimes.probabilities import softmax
+from export.runtimes.runtime import softmax
 from fold.plain import fold_net
 
 
