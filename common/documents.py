@@ -1,12 +1,14 @@
 """JSON from untrusted sources. Needs only the standard library."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import is_dataclass
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from common.refusal import Refusal
 
+_IN_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", NoneType: "null"}
 MAX_DEPTH = 64  # of lists and objects inside each other; this project's own documents have a dozen
 
 
@@ -60,6 +62,27 @@ def is_of(value: Any, kind: Any) -> bool:
     if is_dataclass(origin):
         return isinstance(value, dict)
     return isinstance(value, int | float if origin is float else origin) and (origin is bool or type(value) is not bool)
+
+
+def wrong_fields(record: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[str]:
+    """The fields that are not of their annotated types: "mean cannot be 3 (expected: a list of numbers)"."""
+    return [
+        f"{name} cannot be {value!r} (expected: {_in_words(kinds[name])})"
+        for name, value in record.items()
+        if not is_of(value, kinds[name])
+    ]
+
+
+def _in_words(kind: Any) -> str:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_in_words, arguments))
+    if origin is Literal:
+        return " or ".join(map(json.dumps, arguments))
+    if origin is tuple:
+        num = "" if arguments[-1] is ... else f"{len(arguments)} "
+        return f"a list of {num}{_in_words(arguments[0]).removeprefix('a ')}s"
+    return _IN_WORDS.get(kind, "an object")
 
 
 def _values(outer: Any) -> list[Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from common.documents import is_of, read_json, read_object
+from common.documents import is_of, read_json, read_object, wrong_fields
 from common.files import read_whole
 from common.refusal import Refusal
 
@@ -180,12 +180,10 @@ def read_description(path: Path) -> ReadingHints:
     if unknown := sorted({*record} - {*kinds}):
         known = ", ".join(sorted(kinds))
         raise Refusal(f"{path} has the unknown fields {', '.join(unknown)}; known are {known}; {again}")
-    if bad := [f"{name} cannot be {value!r}" for name, value in record.items() if not is_of(value, kinds[name])]:
-        raise Refusal(f"{path} is not a valid description: {'; '.join(bad)}; {again}")
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
-    }
-    return ReadingHints(**values).by(path.name)
+    if wrong := wrong_fields(record, kinds):
+        raise Refusal(f"{path} is not a valid description: {'; '.join(wrong)}; {again}")
+    lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+    return ReadingHints(**{**record, **lists}).by(path.name)
 
 
 def numbers_text(values: tuple[float, ...]) -> str:
