@@ -86,8 +86,8 @@ class OnnxSession:
             if size not in self._by_size:
                 self._by_size[size] = self._reopen() if self._by_size else session
             images, session = pad(images, size), self._by_size[size]
-        logits = session.run([names.output_name], {names.input_name: names.to_input(images)})[0]
-        return names.to_output(np.asarray(logits))[:num_images]
+        output = np.asarray(session.run([names.output_name], {names.input_name: names.to_input(images)})[0])
+        return output.reshape(len(output), -1).astype(np.float32, copy=False)[:num_images]  # it may be [N, K, 1, 1]
 
     def _count_classes(self, path: Path) -> int:
         """Of a third-party net; refuses one whose answer to an image depends on its batch."""
