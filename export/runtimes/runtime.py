@@ -62,17 +62,14 @@ def next_power_of_two(num: int) -> int:
 
 
 def probabilities(values: np.ndarray, *, temperature: float = 1.0, are_probabilities: bool = False) -> np.ndarray:
-    """Finite logits [N, K], or probabilities already, → probabilities, float64 [N, K].
+    """Finite logits [N, K], or probabilities already, → probabilities, float64 [N, K]: softmax(logits / temperature).
 
     `temperature` comes from the model's spec; probabilities are returned unchanged.
     """
-    return values.astype(np.float64) if are_probabilities else softmax(values, temperature=temperature)
-
-
-def softmax(logits: np.ndarray, *, temperature: float = 1.0) -> np.ndarray:
-    """softmax(logits / temperature): [N, K] → float64 [N, K], each row summing to 1."""
-    below = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    powers = np.exp(below / temperature)
+    values = values.astype(np.float64)
+    if are_probabilities:
+        return values
+    powers = np.exp((values - values.max(axis=1, keepdims=True)) / temperature)
     return powers / powers.sum(axis=1, keepdims=True)
 
 
