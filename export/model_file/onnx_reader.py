@@ -154,7 +154,7 @@ def metadata_places(content: bytes, key: str) -> list[slice]:
     return [
         place
         for number, value, place in read_fields(content)
-        if number == _MODEL_METADATA and _text(_parse(value), _KEY) == key
+        if number == _MODEL_METADATA and isinstance(value, memoryview) and _text(_parse(value), _KEY) == key
     ]
 
 
