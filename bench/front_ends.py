@@ -131,12 +131,8 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
         raise Refusal(f"{num} front ends fail {result['failures']} requests")
     *took, count, images = (then - first for first, then in zip(before, after, strict=True))
     num_requests = result["requests_per_s"] * config.seconds
-    return {
-        **{name: result[name] for name in ("requests_per_s", "p50_ms", "p99_ms")},
-        "images_per_batch": images / count,
-        "front_end_us": 1e6 * sum(took[:num]) / num_requests,
-        "device_us": 1e6 * sum(took[num:]) / num_requests,
-    }
+    front_ends_us, device_us = (1e6 * sum(part) / num_requests for part in (took[:num], took[num:]))
+    return {**result, "images_per_batch": images / count, "front_end_us": front_ends_us, "device_us": device_us}
 
 
 def _cpu_s(process: int) -> float:

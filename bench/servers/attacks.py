@@ -12,12 +12,13 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 from PIL import Image
 
@@ -123,18 +124,18 @@ def _crowd(model: Path) -> dict[str, Any]:
             return peer.recv(65536)[9:12].decode() or "closed"
         return "closed"
 
-    with start(model, "--max-connections", CONNECTIONS, "--log-level", "warning") as server:
-        before, peers = server.rss_bytes(), connect()
-        peers[0].sendall(_HEALTH)
-        status(peers[0])  # the server has taken them all
+    def ask(peer: socket.socket) -> str:
+        peer.sendall(_HEALTH)
+        return status(peer)
+
+    with start(model, "--max-connections", CONNECTIONS, "--log-level", "warning") as server, ExitStack() as opened:
+        before = server.rss_bytes()
+        peers = [*map(opened.enter_context, connect())]
+        ask(peers[0])  # the server has taken them all
         kb_each = (server.rss_bytes() - before) / CONNECTIONS / 1000
-        beyond = connect()
-        answers = Counter(status(peer) for peer in beyond)
-        peers[0].sendall(_HEALTH)
-        inside = status(peers[0])
-        for peer in peers + beyond:
-            peer.close()
-    return {"limit": CONNECTIONS, "kb_each": kb_each, "inside": inside, "beyond": dict(sorted(answers.items()))}
+        beyond = Counter(map(status, map(opened.enter_context, connect())))
+        inside = ask(peers[0])
+    return {"limit": CONNECTIONS, "kb_each": kb_each, "inside": inside, "beyond": dict(sorted(beyond.items()))}
 
 
 # Under siege: requests that cost the server much more than their sender
@@ -213,7 +214,7 @@ async def _besiege(subject: Subject, model_name: str, attack: Attack) -> dict[st
             probing = asyncio.create_task(load.offer(PROBES_PER_S, 600))
             await asyncio.sleep(0.5)
             begin = time.monotonic()
-            answers = await _send_all(server.port, attack.path.format(model=model_name), attack, bodies)
+            answers = await _send_all(server, attack.path.format(model=model_name), attack, bodies)
             seconds = time.monotonic() - begin
             load.stop()
             await probing
@@ -231,9 +232,9 @@ async def _besiege(subject: Subject, model_name: str, attack: Attack) -> dict[st
     }
 
 
-async def _send_all(port: int, path: str, attack: Attack, bodies: Sequence[bytes]) -> Counter[str]:
+async def _send_all(server: Server, path: str, attack: Attack, bodies: Sequence[bytes]) -> Counter[str]:
     """How many bodies got each answer; in threads, so that the healthy client's loop goes on."""
-    send = partial(asyncio.to_thread, _send, port, path, attack)
+    send = partial(asyncio.to_thread, _send, server, path, attack)
     if not attack.hang_up:
         return Counter(await asyncio.gather(*map(send, bodies)))
     for body in bodies:
@@ -242,19 +243,13 @@ async def _send_all(port: int, path: str, attack: Attack, bodies: Sequence[bytes
     return Counter({"hung up": len(bodies)})
 
 
-def _send(port: int, path: str, attack: Attack, body: bytes) -> str:
+def _send(server: Server, path: str, attack: Attack, body: bytes) -> str:
     """The status of the answer, or "lost"."""
-    media_type = "application/json" if attack.is_json else "application/octet-stream"
-    fields = f"Content-Type: {media_type}\r\nContent-Length: {len(body)}"
-    status = b""
-    with socket.create_connection((HOST, port), timeout=120) as connection, suppress(ConnectionError):
-        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n".encode())
-        connection.sendall(body)
-        if attack.hang_up:
-            time.sleep(BUSY_S)
-        else:
-            status = connection.recv(2**16)[9:12]
-    return status.decode() or "lost"
+    headers = {"Content-Type": "application/json" if attack.is_json else "application/octet-stream"}
+    timeout = httpx.Timeout(120, read=BUSY_S if attack.hang_up else 120)
+    with suppress(httpx.HTTPError):
+        return str(server.client.post(path, content=body, headers=headers, timeout=timeout).status_code)
+    return "lost"
 
 
 def scans_jpeg(side: int, num_scans: int) -> bytes:
