@@ -134,7 +134,7 @@ def _crowd(model: Path) -> dict[str, Any]:
         ask(peers[0])  # the server has taken them all
         kb_each = (server.rss_bytes() - before) / CONNECTIONS / 1000
         beyond = Counter(map(status, map(opened.enter_context, connect())))
-        inside = ask(peers[0])
+        inside = ask(peers[1])
     return {"limit": CONNECTIONS, "kb_each": kb_each, "inside": inside, "beyond": dict(sorted(beyond.items()))}
 
 
