@@ -57,7 +57,7 @@ BARS = (("fp32", 1, 5, False), ("fp32", 32, 2.4, True), ("int8", 1, 14, False), 
 def page(record: Record) -> str:
     """The page of a record with one entry for each net."""
     nets = list(record["nets"].values())
-    bars = [bar for net in nets for num_threads in net["threads"] for bar in bars_of(net, num_threads)]
+    bars = [bar for net in nets for num_threads in net["threads"] for bar in judge_bars(net, num_threads)]
     return render(
         "model",
         record,
@@ -67,7 +67,7 @@ def page(record: Record) -> str:
     )
 
 
-def bars_of(net: Record, num_threads: int) -> list[dict[str, str]]:
+def judge_bars(net: Record, num_threads: int) -> list[dict[str, str]]:
     """A line for each bar of whose rows the record of a net has timings: what the best row reaches."""
     name, macs, lines = net["entrants"][0]["name"], net["entrants"][0]["macs"], []
     for precision, size, factor, above_peak in BARS:

@@ -30,11 +30,11 @@ def page(record: Record) -> str:
         record,
         short="\n".join(map(_in_short, models)),
         models=list(map(_section, models)),
-        bars=[bar for model in models for bar in bars_of(model)],
+        bars=[bar for model in models for bar in judge_bars(model)],
     )
 
 
-def bars_of(model: Record) -> list[dict[str, str]]:
+def judge_bars(model: Record) -> list[dict[str, str]]:
     """The bars of one model; without ours there are none, and none is judged against a row that failed."""
     bars: list[dict[str, str]] = []
     rows, is_large = _rows(model), model["macs"] > _LARGE_MACS

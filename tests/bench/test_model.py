@@ -13,7 +13,7 @@ from torch import nn
 from bench import model
 from bench.nets import PEERS, count_macs, reference_form, seeded_net, torch_answer
 from bench.runtimes import race, racers
-from bench.runtimes.page import Column, bars_of, page
+from bench.runtimes.page import Column, judge_bars, page
 from bench.runtimes.race import (
     NUM_COMPARED,
     expected_logits,
@@ -128,7 +128,7 @@ def test_the_reference_form_answers_what_our_dirac_net_answers():
 
 
 def test_bars_are_judged_against_both_baselines(record):
-    bars = bars_of(record["nets"]["34-2"], 2)
+    bars = judge_bars(record["nets"]["34-2"], 2)
     columns = ("bar", "best", "over_reference", "over_ours", "share", "demanded")
     assert [tuple(bar[column] for column in columns) for bar in bars] == [
         ("fp32, batch 1: ≥ 5×", "quick", "5.00×, met", "10.00×, met", "1 %", "1 %, 1 %"),
@@ -145,14 +145,14 @@ def test_bars_are_judged_against_both_baselines(record):
 def test_a_speedup_is_not_enough_where_the_peak_is_to_be_exceeded(record):
     net = record["nets"]["34-2"]
     net["entrants"][0]["macs"] //= 2
-    bar = bars_of(net, 2)[1]
+    bar = judge_bars(net, 2)[1]
     assert (bar["over_reference"], bar["share"]) == ("4.00×, **not met**", "64 %")
 
 
 def test_a_baseline_that_was_not_timed_leaves_its_cell_empty(record):
     net = record["nets"]["34-2"]
     net["rows"] = [row for row in net["rows"] if row["title"] != REFERENCE]
-    bar = bars_of(net, 2)[1]
+    bar = judge_bars(net, 2)[1]
     assert (bar["over_reference"], bar["over_ours"], bar["demanded"]) == ("", "2.00×, **not met**", "154 %")
 
 

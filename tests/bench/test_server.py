@@ -15,7 +15,7 @@ from bench.lab.server import Server, free_port
 from bench.lab.wrk import put_load
 from bench.servers import contestants, race
 from bench.servers.contestants import CONTESTANTS, Contestant, Way, as_form, as_inference_request
-from bench.servers.page import CONNECTIONS, OURS, PERCENTILES, bars_of, draw_latencies, page
+from bench.servers.page import CONNECTIONS, OURS, PERCENTILES, draw_latencies, judge_bars, page
 from bench.servers.race import ServedNet, check_answers, measure, write_net
 from common.cli import run_command
 from common.figure import png
@@ -73,7 +73,7 @@ OURS_ROW = ("ours", OURS, None, [measured(5000), measured(6000)])
 
 
 def judged(model):
-    return {bar["promise"]: (bar["found"], bar["verdict"]) for bar in bars_of(model)}
+    return {bar["promise"]: (bar["found"], bar["verdict"]) for bar in judge_bars(model)}
 
 
 def test_bars_are_judged_by_medians_of_ratios_within_a_round_and_bounded_by_the_model_alone():
@@ -96,7 +96,7 @@ def test_the_share_of_the_model_alone_is_a_bar_of_the_large_model():
 def test_what_failed_is_a_row_with_its_reason_and_judges_nothing():
     lit = ("litserve", "LitServe", "ends with status 1: no | such module", [])
     model = model_of([OURS_ROW, lit])
-    assert not [bar for bar in bars_of(model) if "LitServe" in bar["promise"] + bar["found"]]
+    assert not [bar for bar in judge_bars(model) if "LitServe" in bar["promise"] + bar["found"]]
     record = {"command": "c", "rounds": 2, "seconds": 1, "connections": CONNECTIONS, "machine": {"cores": "2"}}
     text = page({**record, "servers": [{"name": "ours", "note": "ours"}], "models": [model]})
     assert "| LitServe | failed: ends with status 1: no / such module |  |  |" in text
@@ -107,7 +107,7 @@ def test_what_failed_is_a_row_with_its_reason_and_judges_nothing():
 
 
 def test_without_ours_there_are_no_bars():
-    assert bars_of(model_of([("ours", OURS, "10 failures at 64 connections", [])])) == []
+    assert judge_bars(model_of([("ours", OURS, "10 failures at 64 connections", [])])) == []
 
 
 def test_wrk_that_is_missing_is_said_in_one_line(monkeypatch, capsys):
