@@ -55,7 +55,7 @@ DRIPS = {
     "headers": (b"GET /healthz HTTP/1.1\r\nHost: a\r\nA: ", b"b"),
 }
 WORST_WAIT_S = 0.3
-MEMORY_BYTES = 768 * 2**20  # what deploy/kubernetes allows
+MEMORY_MIB = 768  # what deploy/kubernetes allows
 PROBES_PER_S = 25
 AFTERWARDS_S = 2.0  # during which a sender that hung up is still felt
 ROOMY = ("--max-decoded-mb", "800")  # so that what the default refuses by its header is decoded
@@ -72,13 +72,12 @@ async def attack(model: Path) -> dict[str, Any]:
         drip = partial(_send_on, server.port, pause_s=PAUSE_S, limit_s=DRIP_S)
         dripped = await asyncio.gather(*(asyncio.to_thread(drip, *sent) for sent in DRIPS.values()))
     drips = {name: {"seconds": seconds} for name, (_, seconds) in zip(DRIPS, dripped, strict=True)}
+    worst = {key: max(flood[key] for flood in floods.values()) for key in ("sent_mb", "memory_mb", "probe_ms")}
     bars = {
-        f"every flood is ended before {FLOOD_BYTES / 1e6:.0f} MB": all(
-            flood["sent_mb"] < FLOOD_BYTES / 1e6 for flood in floods.values()
-        ),
-        f"none adds {MEMORY_MB} MB": all(flood["memory_mb"] < MEMORY_MB for flood in floods.values()),
-        f"a probe is answered within {PROBE_MS} ms": all(flood["probe_ms"] < PROBE_MS for flood in floods.values()),
-        f"every drip is ended within {DRIP_S:g} s": all(seconds < DRIP_S for _, seconds in dripped),
+        f"every flood is ended before {FLOOD_BYTES / 1e6:.0f} MB": worst["sent_mb"] < FLOOD_BYTES / 1e6,
+        f"none adds {MEMORY_MB} MB": worst["memory_mb"] < MEMORY_MB,
+        f"a probe is answered within {PROBE_MS} ms": worst["probe_ms"] < PROBE_MS,
+        f"every drip is ended within {DRIP_S:g} s": max(seconds for _, seconds in dripped) < DRIP_S,
     }
     return {"floods": floods, "drips": drips, "connections": _crowd(model), "bars": bars}
 
@@ -186,25 +185,19 @@ def siege_attacks(*, quick: bool) -> list[Attack]:
     ]
 
 
-async def siege(subject: Subject, model_name: str, attacks: Sequence[Attack]) -> dict[str, Any]:
+async def siege(subject: Subject, attacks: Sequence[Attack]) -> dict[str, Any]:
     """Each attack on a server of its own, beside a healthy client."""
-    results = [await _besiege(subject, model_name, attack) for attack in attacks]
-    served = [result for result in results if ROOMY[0] not in result["server"]]
-    return {
-        "attacks": results,
-        "bars": {
-            "every healthy request is answered 200": all(result["probes"].keys() == {"200"} for result in results),
-            f"the longest that one waits: {WORST_WAIT_S:g} s": all(
-                result["worst_wait_s"] <= WORST_WAIT_S for result in results
-            ),
-            f"memory of server and decoders, with default limits: {MEMORY_BYTES / 2**20:.0f} MiB": all(
-                result["mb"]["largest"] * 1e6 <= MEMORY_BYTES for result in served
-            ),
-        },
+    results = [await _besiege(subject, attack) for attack in attacks]
+    most_mb = max(result["mb"]["largest"] for result in results if ROOMY[0] not in result["server"])
+    bars = {
+        "every healthy request is answered 200": all(result["probes"].keys() == {"200"} for result in results),
+        f"the longest that one waits: {WORST_WAIT_S:g} s": max(r["worst_wait_s"] for r in results) <= WORST_WAIT_S,
+        f"memory of server and decoders, with default limits: {MEMORY_MIB} MiB": most_mb * 1e6 <= MEMORY_MIB * 2**20,
     }
+    return {"attacks": results, "bars": bars}
 
 
-async def _besiege(subject: Subject, model_name: str, attack: Attack) -> dict[str, Any]:
+async def _besiege(subject: Subject, attack: Attack) -> dict[str, Any]:
     bodies = await asyncio.to_thread(attack.make_bodies)
     probe = predict_request(subject.image) if attack.probe == "/predict" else get_request(attack.probe)
     with start(subject.model, "--log-level", "warning", *attack.server) as server:
@@ -214,7 +207,7 @@ async def _besiege(subject: Subject, model_name: str, attack: Attack) -> dict[st
             probing = asyncio.create_task(load.offer(PROBES_PER_S, 600))
             await asyncio.sleep(0.5)
             begin = time.monotonic()
-            answers = await _send_all(server, attack.path.format(model=model_name), attack, bodies)
+            answers = await _send_all(server, attack.path.format(model=subject.name), attack, bodies)
             seconds = time.monotonic() - begin
             load.stop()
             await probing

@@ -37,6 +37,7 @@ class Subject:
     model: Path
     other: Path
     image: bytes
+    name: str  # of the model
     expected: dict[str, np.ndarray]  # probabilities [K] of the image, by the model's digest
 
 
