@@ -76,7 +76,8 @@ def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_image
     from train.layers import DiracConv2d
 
     _, held = datasets.hold_out(dataset.train, settings.validation, seed=0)
-    observed, chosen_by = np.split(held.first(num_images), [num_images // 4])
+    pixels = held.first(num_images)
+    observed, chosen_by = np.split(pixels, [len(pixels) // 4])
     spec = settings.spec(dataset.info.image, dataset.info.labels)
     options = {"lowerings": tuple(LABELS), "observed": observed, "chosen_by": chosen_by}
     found = quantize(fold_net(net.eval()).float(), spec, precision="int8", target="onnxruntime", **options)
