@@ -135,13 +135,7 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
 
 def page(record: Mapping[str, Any]) -> str:
     """The page of one record."""
-    apart = [
-        f'"{TITLES[name]}" was measured by `{about["command"]}` on another day: '
-        + ", ".join(f"{name} {value}" for name, value in about["machine"].items())
-        for name, about in record["alone"].items()
-    ]
-    apart = "".join(f"{line}.\n\n" for line in apart)
-    return render("reliability", record, apart=apart, bars=bars_table(TITLES, record))
+    return render("reliability", record, bars=bars_table(TITLES, record))
 
 
 if __name__ == "__main__":
