@@ -50,7 +50,7 @@ class CascadeBenchConfig:
 def command(config: CascadeBenchConfig) -> None:
     """Time passes over real test images, because the share that goes on to fp32 decides the cost of a cascade."""
     from export.artefacts import open_artefact
-    from export.evaluation.judged import find_judged
+    from export.evaluation.answering import find_judged
     from export.runtimes.cascade import Cascade, read_forms
     from export.runtimes.onnx_session import OnnxSession
     from export.runtimes.saturation import saturates

@@ -18,7 +18,7 @@ from export.compare import TOLERANCES, Answer, answer_all, compare
 from export.eight_bits.quantize import TRIED, Target, quantize
 from export.engines.engine import choose_builder
 from export.graphs.graph import to_onnx
-from export.parity import ParityRow
+from export.pairs import ParityRow
 from export.runtimes.load import load_runtime
 from export.runtimes.runtime import pad
 from export.to_trt import ToTrtConfig
@@ -133,5 +133,5 @@ def _compare(net: Net, title: str, answer: Answer, batch_size: int) -> dict[str,
         logits = np.concatenate([answer(pad(piece, batch_size))[: len(piece)] for piece in pieces])
         rows.append(ParityRow(kind, compare(("plain", expected), (title, logits), tolerance=tolerance)))
     # False before True before None, then the largest error: what most needs to be seen.
-    worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.relative))
+    worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.difference.relative))
     return {**worst.to_dict(), "stated_tolerance": str(worst.comparison.tolerance)}

@@ -135,7 +135,7 @@ def judge_logits(precision: str, expected: np.ndarray, logits: np.ndarray) -> di
         # Classes of random weights lie too close for their agreement to mean anything.
         return {"error": relative_error(expected, logits), "strays": not np.isfinite(logits).all()}
     comparison = compare(("plain", expected), (precision, logits), tolerance=TOLERANCES[precision])
-    return {"error": comparison.relative, "strays": not comparison}
+    return {"error": comparison.difference.relative, "strays": not comparison}
 
 
 def make_nets(race: Race) -> tuple[Spec, Nets]:

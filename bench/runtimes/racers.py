@@ -129,7 +129,7 @@ def open_graph(library: str, file: str, folder: Path, num_threads: int) -> "Answ
 
             return OnnxSession(folder / file, providers=("CPUExecutionProvider",), num_threads=num_threads)
         case "MNN":
-            from export.runtimes.mnn.module import MnnModule
+            from export.runtimes.mnn_module import MnnModule
 
             return MnnModule(folder / file, num_threads=num_threads)
     import sys

@@ -24,10 +24,10 @@ from bench.lab.rounds import median_ms
 from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
 from serve.request.access import EVERYBODY
-from serve.request.batcher import Batcher, Job, Served
-from serve.request.connection import Connection
+from serve.request.batcher import Batcher
+from serve.request.connection import Connection, Door
+from serve.request.job import Job, Served
 from serve.request.limits import Limits
-from serve.request.open_connections import Door
 from serve.request.predict import RequestHandler
 from serve.watching.logs import RequestLog
 from serve.watching.metrics import Metrics

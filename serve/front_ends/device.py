@@ -30,7 +30,7 @@ from export.runtimes.runtime import Runtime
 from serve.front_ends.peer import DeviceModel, Peer
 from serve.front_ends.shared_memory import CONNECT, RELOAD, ProtocolError, make_memory, shape_of
 from serve.model.check import Load, prepare
-from serve.request.batcher import Served
+from serve.request.job import Served
 from serve.request.limits import Limits
 
 _MOST_EACH = 8  # connections of one front end: two during a reload, and some for its checks

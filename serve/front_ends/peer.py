@@ -23,7 +23,7 @@ from serve.front_ends.shared_memory import (
     open_area,
     shape_of,
 )
-from serve.request.batcher import Served
+from serve.request.job import Served
 from serve.request.limits import Limits
 
 _MOST_BYTES = 2**13  # of requests read at once

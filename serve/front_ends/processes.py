@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from export.runtimes.runtime import Runtime
 from serve.config import ServeConfig
-from serve.decode.turns import HostBudget
+from serve.decode.budget import HostBudget
 from serve.front_ends.batcher import FrontBatcher
 from serve.front_ends.device import Device, DeviceServer
 from serve.front_ends.link import Dialer
@@ -22,7 +22,7 @@ from serve.model.check import warm_up
 from serve.model.load import Roles, load_again, load_first
 from serve.processes import serving
 from serve.processes.supervisor import Role, Worker
-from serve.request.batcher import Served
+from serve.request.job import Served
 from serve.watching.metrics import Computed
 
 LoadFirst = Callable[[Roles, Path], Sequence[Runtime]]

@@ -16,7 +16,8 @@ from export.model_file.probe import BATCH_TOLERANCE as ALONE_AND_AMONG_OTHERS
 from export.model_file.probe import probe_images
 from export.runtimes.runtime import Model
 from serve.model.check import recorded
-from serve.request.batcher import Batcher, Served
+from serve.request.batcher import Batcher
+from serve.request.job import Served
 from serve.request.problems import OVERLOADED, Problem
 
 MOST_SKIPPED = 9  # turns in a row while clients wait; the next turn queues with them

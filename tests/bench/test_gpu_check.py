@@ -157,7 +157,7 @@ def test_half_precision_in_pytorch_is_within_its_tolerance(is_dirac):
         expected = net.plain(torch.from_numpy(images)).numpy()
     result = compare(("plain", expected), ("fp16", answer(images)), tolerance=TOLERANCES["fp16"])
     assert result
-    assert result.relative > 1e-5
+    assert result.difference.relative > 1e-5
 
 
 def test_a_net_that_learnt_a_data_set_is_compared_on_its_images_and_calibrated_on_others(tmp_path, make_net, make_spec):
