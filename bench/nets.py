@@ -19,10 +19,9 @@ from fold.plain import fold_net, load_plain, named_layers
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.data.batches import Batch
 from train.data.datasets import cifar_image, imagenet_image
-from train.families import build, count_parameters
-from train.initialize import initialize
+from train.families import build, count_parameters, initialize
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
-from train.loop import make_optimizer, train_step
+from train.trainer import make_optimizer, train_step
 
 SEEDED = ((16, 1.0), (34, 2.0))  # depth and width
 NUM_CALIBRATION = 256

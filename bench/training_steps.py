@@ -26,12 +26,10 @@ from bench.training import BATCH_SIZE, FORMS, PRECISIONS
 from common.cores import num_cores
 from common.spec import ImageSpec, Spec
 from train.data.batches import Batch
-from train.distributed import joined
-from train.families import count_parameters
-from train.initialize import initialized
+from train.families import count_parameters, initialized
 from train.layers import DiracConv2d
-from train.loop import make_optimizer, train_step
-from train.machine import keep_large_buffers
+from train.machine import joined, keep_large_buffers
+from train.trainer import make_optimizer, train_step
 
 NUM_WARM_UP, NUM_MEMORY_STEPS = 3, 4
 Advance = Callable[..., None]

@@ -60,8 +60,7 @@ def command(config: PredictConfig) -> int:
     from export.artefacts import open_artefact
     from export.evaluation.answering import answer_each, mirrored
     from export.runtimes.cascade import Cascade
-    from train.data.folder import find_images
-    from train.data.survey import describe_left_out
+    from train.data.folder import describe_left_out, find_images
 
     console = make_console()
     form = open_artefact(config.model, hints=from_flags(config), cascade=config.cascade)

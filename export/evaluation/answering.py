@@ -24,9 +24,18 @@ from export.runtimes.runtime import probabilities
 from train.checkpoint import Checkpoint
 from train.data import datasets
 from train.data.datasets import num_bytes
-from train.data.folder import UNREADABLE, Files, LeftOut, Track, class_folders, find_files
-from train.data.split import FILE, Sizes, read_record
-from train.data.survey import describe_left_out
+from train.data.folder import (
+    FILE,
+    UNREADABLE,
+    Files,
+    LeftOut,
+    Sizes,
+    Track,
+    class_folders,
+    describe_left_out,
+    find_files,
+    read_record,
+)
 
 BATCH_SIZE = 32  # as the server's; the pixels of two batches are in memory at once
 ENLARGED = 160  # pixels of the shorter side of an image that is shown

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from common.refusal import Refusal
 from common.spec import ImageSpec, Spec
 from fold.graph import GraphNet
-from fold.layers import Convolution
 from fold.lower import Mirror, Negate, Repeat, SharedReLU
 from fold.nodes import Graph, Node
-from fold.plain import PlainNet, named_layers
+from fold.plain import Convolution, PlainNet, named_layers
 from fold.shapes import Shape, infer_shapes, pooled
 from train.layers import NCReLU, Normalize, Residual
 

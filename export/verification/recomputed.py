@@ -25,7 +25,7 @@ from fold.proof import TOLERANCES as FOLD_TOLERANCES
 from fold.proof import ProofRow, prove
 from train.checkpoint import load_net
 from train.data import datasets
-from train.data.split import Changed, Unlike
+from train.data.folder import Changed, Unlike
 
 NUM_REAL = 500  # the default of fold/run.py and export/parity.py
 MOST_REAL = 10_000
