@@ -57,22 +57,19 @@ def find_images(chain: Chain, data_dir: Path | None) -> FoundImages:
             raise Refusal(f"{chain.path} does not record what it was trained on: leave --data-dir out")
         return FoundImages(None, "no record says what the net was trained on")
     split = training.get("split", {})
-    said, missing, verdict = f"sha256 {split.get('sha256', '')}", "", "same"
-    dataset = None
+    said, dataset, missing, verdict = f"sha256 {split.get('sha256', '')}", None, "", "same"
     try:
         dataset = datasets.load_as_trained(
             training, data_dir=data_dir, beside=chain.path.parent, image=chain.spec.image
         )
-    except (Changed, Unlike) as refusal:
-        missing, verdict = str(refusal), "differs"
     except Refusal as refusal:
-        if data_dir:
+        is_other = isinstance(refusal, Changed | Unlike)
+        if data_dir and not is_other:
             raise
-        missing, verdict = str(refusal), "cannot be checked here"
+        missing, verdict = str(refusal), "differs" if is_other else "cannot be checked here"
     rows = ()
     if split or verdict == "differs":
-        claim = "images of training, validation and test"
-        rows = (CheckedClaim(claim, said, shown(missing, 160) or said, verdict),)
+        rows = (CheckedClaim("images of training, validation and test", said, shown(missing, 160) or said, verdict),)
     if dataset is None:
         return FoundImages(None, missing, rows)
     if dataset.info.labels == chain.spec.labels:
@@ -156,8 +153,8 @@ class ReportedRow:
 
     where: str
     reference: str
-    images: str
     key: tuple[str, ...]  # see `_key`
+    images: str
     num_images: int
     relative: float
     rms: float
@@ -177,7 +174,7 @@ def _reported(where: str, report: dict[str, Any]) -> Iterator[ReportedRow | Chec
             figures = {name: kind(row[name]) for name, kind in kinds.items()}
             key = _key(figures["images"], *(str(report["artefacts"][name]) for name in names))
             reference = shown(Path(names[0]).name)
-            yield ReportedRow(where, reference, key=key, within_tolerance=row["within_tolerance"], **figures)
+            yield ReportedRow(where, reference, key, within_tolerance=row["within_tolerance"], **figures)
         except (TypeError, ValueError, KeyError, OverflowError) as error:
             yield damaged(f"a comparison in {where}", row, repr(error))
 
