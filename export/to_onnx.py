@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -119,8 +119,6 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
-    from dataclasses import asdict
-
     from common.cores import num_cores
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
@@ -148,8 +146,6 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
 
 def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     """The candidate that loses least on training images; the record says what it costs on the test images."""
-    from dataclasses import asdict
-
     import numpy as np
 
     from export.compare import ALLOWED_DROP, INT8_AGREEMENT
