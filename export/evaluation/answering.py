@@ -38,7 +38,6 @@ from train.data.folder import (
 )
 
 BATCH_SIZE = 32  # as the server's; the pixels of two batches are in memory at once
-ENLARGED = 160  # pixels of the shorter side of an image that is shown
 
 Item = TypeVar("Item")
 
@@ -113,17 +112,14 @@ class Judged:
     def name(self, index: int) -> str:
         return self.part.names[index] if isinstance(self.part, Files) else f"image {index}"
 
-    def pixels(self, index: int, *, times: int = 1) -> np.ndarray:
-        """uint8 [H, W, C] as the net takes them; of a file, as many `times` higher and wider."""
+    def pixels(self, index: int, *, shorter_side: int = 0) -> np.ndarray:
+        """uint8 [H, W, C] as the net takes them; a file's as many whole times larger as a `shorter_side` needs."""
         if not isinstance(self.part, Files):
             return np.asarray(self.part.images[index])
+        times = max(1, -(-shorter_side // min(self.image.height, self.image.width)))
         sides = {name: getattr(self.image, name) for name in ("height", "width", "resize")}
         larger = replace(self.image, **{name: side and side * times for name, side in sides.items()})
         return decode(read_whole(Path(self.part.paths[index])), larger)
-
-    def enlarged(self, index: int) -> np.ndarray:
-        """What the net sees of a file, with more pixels if the file has them."""
-        return self.pixels(index, times=-(-ENLARGED // min(self.image.height, self.image.width)))
 
 
 def find_judged(

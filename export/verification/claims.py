@@ -129,15 +129,12 @@ _count = _check(lambda value: _is_number(value, int) and 0 <= value <= MOST, "it
 _seed = _check(lambda value: _is_number(value, int) and 0 <= value < 2**64, "it is not the seed of random numbers")
 _number = _check(_is_number, "it is not a finite number")
 _share = _check(lambda value: _is_number(value) and 0 <= value <= 1, "it is not from 0 to 1")
+_share_or_none = _check(lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "it is not from 0 to 1")
 _text = _check(lambda value: isinstance(value, str), "it is not text")
 _bool = _check(lambda value: isinstance(value, bool), "it is neither true nor false")
 _sha256 = _check(
     lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None, "it is not a sha256"
 )
-
-
-def _share_or_none(value: Any) -> Any:
-    return None if value is None else _share(value)
 
 
 def _one_of(known: Sequence[str]) -> Callable[[Any], str]:
