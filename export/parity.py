@@ -111,12 +111,10 @@ def _image_sets(forms: list["Artefact"], config: ParityConfig, console: "Console
     from export.compare import TOLERANCES
     from fold.image_sets import extreme_images, random_images, real_images
 
-    image = forms[0].spec.image
+    image, beside = forms[0].spec.image, config.artefact.parent
     trainings = [form.provenance.get("training", {}) for form in forms]
     training = next((training for training in trainings if "dataset" in training), {})
-    real, missing = real_images(
-        image, training, num=config.images, data_dir=config.data_dir, beside=config.artefact.parent
-    )
+    real, missing = real_images(image, training, num=config.images, data_dir=config.data_dir, beside=beside)
     image_sets = {"random": random_images(image), "extreme": extreme_images(image)}
     if real is not None:
         return {"real": real, **image_sets}

@@ -59,7 +59,7 @@ def command(config: ToTritonConfig) -> int:
         raise Refusal(f"{config.model} has labels with line breaks, which Triton's list of labels cannot hold")
     fixed, (backend, _, file) = described.signature.batch, source.backend
     preferred = [] if fixed else sorted({min(source.best_batch, max_batch), max_batch})
-    text = config_text(name, source, config.kind, max_batch, preferred, max_queue_delay_us=config.max_queue_delay)
+    text = config_text(name, source, config.kind, max_batch, preferred, config.max_queue_delay)
     folder, shared = config.out / name, {"config.pbtxt": text.encode(), "labels.txt": labels.encode()}
     publish(folder, config.version, model=source.files, shared=shared)
     path = folder / str(config.version) / file

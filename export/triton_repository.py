@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,9 +40,7 @@ class Source:
     needs: str  # of the server, for people
 
 
-def config_text(
-    name: str, source: Source, kind: str, max_batch: int, preferred: Sequence[int], *, max_queue_delay_us: int
-) -> str:
+def config_text(name: str, source: Source, kind: str, max_batch: int, preferred: list[int], delay_us: int) -> str:
     """config.pbtxt in protobuf's text format; the dynamic batcher aims at the batches `preferred`."""
     names, spec, fixed = source.described.signature, source.described.spec, source.described.signature.batch
     backend, platform, file = source.backend
@@ -72,8 +70,8 @@ def config_text(
         fields["parameters"] = [{"key": "temperature", "value": {"string_value": repr(spec.temperature)}}]
     if not fixed:
         fields["dynamic_batching"] = {
-            "preferred_batch_size": list(preferred),
-            "max_queue_delay_microseconds": max_queue_delay_us,
+            "preferred_batch_size": preferred,
+            "max_queue_delay_microseconds": delay_us,
         }
     return "\n".join(_lines(fields)) + "\n"
 

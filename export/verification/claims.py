@@ -110,7 +110,7 @@ def read_claims(provenance: Mapping[str, Any], num_classes: int) -> Claims:
     return Claims(values, tuple(faults), rest)
 
 
-def _check(is_right: Callable[[Any], bool], why: str) -> Callable[[Any], Any]:
+def _check(is_right: Callable[[Any], object], why: str) -> Callable[[Any], Any]:
     """A function that returns a right value as it is, and raises ValueError with `why` for any other."""
 
     def check(value: Any) -> Any:
@@ -132,9 +132,7 @@ _share = _check(lambda value: _is_number(value) and 0 <= value <= 1, "it is not 
 _share_or_none = _check(lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "it is not from 0 to 1")
 _text = _check(lambda value: isinstance(value, str), "it is not text")
 _bool = _check(lambda value: isinstance(value, bool), "it is neither true nor false")
-_sha256 = _check(
-    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None, "it is not a sha256"
-)
+_sha256 = _check(lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value), "it is not a sha256")
 
 
 def _one_of(known: Sequence[str]) -> Callable[[Any], str]:

@@ -32,7 +32,6 @@ MOST_REAL = 10_000
 MOST_PIXEL_BYTES = 2**28  # of the random images of one comparison
 OF_IMAGES = ("dataset", "split", "validation", "seed", "skip_unreadable")  # entries that name a run's images
 
-
 Logits = tuple[np.ndarray | None, np.ndarray | None]  # [N, K] of the float32 form and of this one, if at hand
 
 
@@ -59,12 +58,10 @@ def find_images(chain: Chain, data_dir: Path | None) -> FoundImages:
         if data_dir:
             raise Refusal(f"{chain.path} does not record what it was trained on: leave --data-dir out")
         return FoundImages(None, "no record says what the net was trained on")
-    split = training.get("split", {})
+    split, image = training.get("split", {}), chain.spec.image
     said, dataset, missing, verdict = f"sha256 {split.get('sha256', '')}", None, "", "same"
     try:
-        dataset = datasets.load_as_trained(
-            training, data_dir=data_dir, beside=chain.path.parent, image=chain.spec.image
-        )
+        dataset = datasets.load_as_trained(training, data_dir=data_dir, beside=chain.path.parent, image=image)
     except Refusal as refusal:
         is_other = isinstance(refusal, Changed | Unlike)
         if data_dir and not is_other:

@@ -133,7 +133,7 @@ def test_every_name_survives_the_text_format(write_onnx, name):
 
     file = read_onnx(write_onnx()[1])
     source = Source(replace(file, signature=replace(file.signature, input_name=name)), ONNX_RUNTIME, {}, 0, 8, 8, "")
-    text = config_text("m", source, "auto", 8, [8], max_queue_delay_us=0)
+    text = config_text("m", source, "auto", 8, [8], 0)
     config = text_format.Parse(text, ModelConfig())
     assert config.input[0].name == name
     assert list(config.model_warmup[0].inputs) == [name]
