@@ -24,10 +24,10 @@ from bench.rounds import median_ms
 from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
 from serve.request.access import EVERYBODY
-from serve.request.batcher import Batcher, Served
-from serve.request.connection import Connection
+from serve.request.batcher import Batcher
+from serve.request.connection import Connection, Door
+from serve.request.job import Served
 from serve.request.limits import Limits
-from serve.request.open_connections import Door
 from serve.request.predict import RequestHandler
 from serve.watching.logs import RequestLog
 from serve.watching.metrics import Metrics
@@ -134,7 +134,7 @@ class _Transport:
 
     def write(self, data: bytes) -> None:
         self.num_writes += 1
-        self.last = data
+        self.last = data if data.startswith(b"HTTP/") else self.last + data  # a body follows its head
 
     def is_closing(self) -> bool:
         return False

@@ -90,7 +90,7 @@ def hand_over(like: Simulated, max_batch: int, times: int) -> dict[str, Any]:
     """
     from serve.front_ends.device import Device
     from serve.front_ends.link import Dialer
-    from serve.request.batcher import Served
+    from serve.request.job import Served
     from serve.request.limits import Limits
 
     runtime, limits = Stopped(like), Limits(max_batch=max_batch)

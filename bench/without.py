@@ -16,26 +16,12 @@ WITHOUT = "DIRACNET_WITHOUT"
 EXAMPLES = ("DIRACNET_WITHOUT=gc.freeze python bench/without.py models/fashion-mnist.onnx",)
 
 
-def _without_one_write() -> None:
-    from serve.request.connection import Connection
-
-    del Connection._start_asgi_task
-
-
-def _without_whole_body() -> None:
-    from serve.request import connection
-
-    connection.BODY_IS_HERE = "switched off"
-
-
 def _without_freeze() -> None:
     gc.freeze = lambda: None
 
 
 # What each shortcut does, and how it is switched off before the server starts.
 SHORTCUTS: dict[str, tuple[str, Callable[[], None]]] = {
-    "one write": ("head and body of an answer leave in one write", _without_one_write),
-    "whole body": ("a body that is complete gets no timer", _without_whole_body),
     "gc.freeze": ("garbage collections skip what was loaded at the start", _without_freeze),
 }
 

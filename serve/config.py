@@ -96,5 +96,10 @@ class ServeConfig(ReadingFlags):
         return self.models or BUNDLED_FORMS
 
     @property
+    def grpc_address(self) -> str | None:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return None if self.grpc_port is None else f"{host}:{self.grpc_port}"
+
+    @property
     def runtime_name(self) -> "RuntimeName | None":
         return None if self.runtime == "auto" else self.runtime

@@ -3,8 +3,10 @@
 import signal
 import socket
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -14,7 +16,6 @@ if __name__ == "__main__":
 from common.cli import run_command
 from common.refusal import Refusal
 from serve.config import ServeConfig
-from serve.v2.rpc.port import reserved
 
 
 def serve(config: ServeConfig) -> int:
@@ -35,12 +36,42 @@ def serve(config: ServeConfig) -> int:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; refuses a taken port or an address that is not this machine's."""
+    with _refused(f"cannot listen on {host} port {port}", "--port"):
+        return socket.create_server((host, port), family=_family(host, port))
+
+
+@contextmanager
+def reserved(host: str, port: int) -> Iterator[int]:
+    """Reserves a port for gRPC: only processes of this user that set SO_REUSEPORT can bind it. Gives its number.
+
+    gRPC sets that option on all its sockets, so that workers can share the port. Two servers would share it unnoticed
+    too; binding it once without the option detects another server.
+    """
+    if not (find_spec("grpc") and find_spec("tritonclient")):
+        raise Refusal("--grpc-port needs gRPC, which is not installed: pip install -e '.[grpc]'")
+    with ExitStack() as held:
+        with _refused(f"cannot listen on {host} port {port} for gRPC", "--grpc-port"):
+            holder = held.enter_context(socket.socket(_family(host, port)))
+            with socket.socket(holder.family) as asking:
+                asking.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past an earlier server's old sockets
+                asking.bind((host, port))
+                port = asking.getsockname()[1]
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            holder.bind((host, port))
+        yield port
+
+
+def _family(host: str, port: int) -> int:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+
+
+@contextmanager
+def _refused(what: str, flag: str) -> Iterator[None]:
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
+        yield
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise Refusal(f"cannot listen on {host} port {port}: {reason.lower()}; choose another with --port") from error
+        raise Refusal(f"{what}: {reason.lower()}; choose another with {flag}") from error
 
 
 def _for_url(host: str) -> str:

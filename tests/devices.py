@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from common.refusal import Refusal
 from serve.front_ends.batcher import Dialer
 from serve.front_ends.device import Device
-from serve.request.batcher import Served
+from serve.request.job import Served
 from serve.request.limits import Limits
 
 LIMITS = Limits(max_images=5, max_queue=8)

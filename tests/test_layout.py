@@ -15,12 +15,6 @@ FILES = sorted(path for stage in STAGES for path in (ROOT / stage).rglob("*.py")
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES if path.stem != "__init__"}
 
 
-# Pairs in which the first module names a type of the second, which imports it.
-FOR_TYPES_ALONE = {
-    ("serve.decode.pool", "serve.request.batcher"),
-}
-
-
 def imported(path):
     """Modules that a file imports anywhere, functions and what is for types alone included."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -46,8 +40,6 @@ def test_a_stage_imports_no_later_stage():
 def test_no_two_modules_import_each_other():
     """A CycleError names the modules in its round."""
     arrows = {name: MODULES.keys() & imported(path) for name, path in MODULES.items()}
-    for module, named in FOR_TYPES_ALONE:
-        arrows.get(module, set()).discard(named)
     TopologicalSorter(arrows).prepare()
 
 

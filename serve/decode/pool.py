@@ -9,47 +9,82 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from heapq import heapify, heappop, heappush
+from itertools import count
+from queue import SimpleQueue
 from time import monotonic
-from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
 from common.image import FORMATS, TooManyPixels, decode
 from common.refusal import Refusal
 from common.spec import ImageSpec
+from serve.decode.budget import Budget
 from serve.decode.process import Decoder, TookTooLong
-from serve.decode.turns import Budget, Turns
-from serve.decode.weigh import Weight, is_light, weigh
+from serve.decode.weigh import NO_WEIGHT, Weight, is_light, weigh
+from serve.request.job import Decoded, Job
 from serve.request.limits import Limits
 from serve.request.problems import TOO_MANY_PIXELS, UNDECODABLE, Problem
 
-if TYPE_CHECKING:
-    from serve.request.batcher import Job
-
-Decoded = np.ndarray | Exception  # uint8 [H, W, C], or why there are none: a Refusal if it is the image's fault
-_Decode = Callable[[bytes, "Job", int], Decoded]
+_Decode = Callable[[bytes, ImageSpec], Decoded]
 _log = logging.getLogger(__name__)
 _AGEING = 10.0  # seconds that a job lets lighter ones overtake it, for each second that it takes to decode
+
+
+class ImageQueue:
+    """A queue of images, each a job and an index: the earliest due first, equal ones in order of arrival.
+
+    An image is due at its arrival plus its weight, so light ones overtake heavy ones, but only for a while.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[float, int, Job, int]] = []
+        self._numbers = count()
+        self._lock = threading.Lock()
+        self._news: SimpleQueue[bool] = SimpleQueue()  # True for each image that was put; False: the end
+
+    def put(self, due: float, job: Job, index: int) -> None:
+        with self._lock:
+            heappush(self._waiting, (due, next(self._numbers), job, index))
+        self._news.put(True)
+
+    def get(self) -> tuple[Job, int] | None:
+        """The next image, waiting for one; None at the end."""
+        while self._news.get():
+            with self._lock:
+                if self._waiting:  # unless the image was dropped
+                    _, _, job, index = heappop(self._waiting)
+                    return job, index
+        return None
+
+    def drop(self, job: Job) -> None:
+        """Forget all images of `job`."""
+        with self._lock:
+            self._waiting = [entry for entry in self._waiting if entry[2] is not job]
+            heapify(self._waiting)
+
+    def end(self) -> None:
+        """One thread gets None."""
+        self._news.put(False)
 
 
 class DecoderPool:
     """Fills in the pixels of jobs. `on_decoded` is called in a decoder's thread with each complete job."""
 
-    def __init__(self, limits: Limits, on_decoded: "Callable[[Job], None]", budget: Budget | None = None) -> None:
+    def __init__(self, limits: Limits, on_decoded: Callable[[Job], None], budget: Budget | None = None) -> None:
         self._limits = limits
         self._on_decoded = on_decoded
-        self._light: Turns[Job] = Turns()
-        self._heavy: Turns[Job] = Turns()
+        self._light: ImageQueue = ImageQueue()
+        self._heavy: ImageQueue = ImageQueue()
         self._budget = budget or Budget(limits.heavy_bytes)
         self._decoders = [
             Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
         ]
-        work = [(f"decode-{index}", self._decode_light) for index in range(limits.decode_threads)]
-        for index, decoder in enumerate(self._decoders):
-            work.append((f"decode-heavy-{index}", partial(self._decode_heavy, decoder)))
+        work = [(f"decode-{index}", self._light, None) for index in range(limits.decode_threads)]
+        work += [(f"decode-heavy-{index}", self._heavy, decoder) for index, decoder in enumerate(self._decoders)]
         self._threads = [
-            threading.Thread(target=_repeat, args=(decode_next,), name=name, daemon=True) for name, decode_next in work
+            threading.Thread(target=self._work, args=(queue, decoder), name=name, daemon=True)
+            for name, queue, decoder in work
         ]
         self._lock = threading.Lock()  # of all that follows, and of a job's `num_undecoded`
         self._in_work: dict[int, tuple[Job, int]] = {}  # by a decoder's thread: the job, and the bytes of its image
@@ -72,26 +107,28 @@ class DecoderPool:
         for decoder in self._decoders:
             decoder.kill()
 
-    def put(self, job: "Job") -> bool:
+    def put(self, job: Job) -> bool:
         """Queue a job's images; False if none was queued. The rest, if any, is for `decode_rest`."""
-        due, queued = job.accepted, []
+        spec, due, queued = job.served.model.spec.image, job.accepted, []
         for index, content in enumerate(job.contents):
-            weight = self._weigh(content, job)
-            job.weights.append(weight)
-            if isinstance(weight, Exception):
-                job.pixels[index] = weight
+            try:
+                weight = weigh(content, spec, max_pixels=self._limits.max_pixels, max_bytes=self._limits.heavy_bytes)
+            except Refusal as refusal:
+                job.pixels[index] = without_traceback(refusal)
+                job.weights.append(NO_WEIGHT)
                 continue
+            job.weights.append(weight)
             due += _AGEING * weight.seconds
             if not is_light(weight):
                 queued.append((self._heavy, index))
             elif self._limits.decode_threads:
                 queued.append((self._light, index))
         job.num_undecoded = len(queued)  # before any decoder sees the job
-        for turns, index in queued:
-            turns.put(due, job, index)
+        for queue, index in queued:
+            queue.put(due, job, index)
         return bool(queued)
 
-    def give_up(self, job: "Job") -> None:
+    def give_up(self, job: Job) -> None:
         """Drop the bytes of a job that nobody waits for; those in work are counted until their decoder is done."""
         with self._lock:
             job.is_given_up = True
@@ -106,45 +143,41 @@ class DecoderPool:
         with self._lock:
             return self._last_decoded < since and any(job.accepted < since for job, _ in self._in_work.values())
 
-    def decode_rest(self, job: "Job") -> None:
+    def decode_rest(self, job: Job) -> None:
         """Decode in the caller's thread the images that were not queued."""
         for index, image in enumerate(job.pixels):  # even if the job is given up meanwhile
             if image is None:
-                self._decode(job, index, self._decode_here)
+                self._decode(job, index, _in_thread(job.weights[index]))
 
-    def _weigh(self, content: bytes, job: "Job") -> Weight | Exception:
-        spec = job.served.model.spec.image
-        try:
-            return weigh(content, spec, max_pixels=self._limits.max_pixels, max_bytes=self._limits.heavy_bytes)
-        except Refusal as refusal:
-            return without_traceback(refusal)
-
-    def _decode_light(self) -> bool:
-        """One image; False at the end. A waiting thread holds no job, and so no model that was swapped out."""
-        turn = self._light.get()
-        if turn:
-            self._decode_queued(*turn, self._decode_here)
-        return bool(turn)
-
-    def _decode_heavy(self, decoder: Decoder) -> bool:
-        """The same, in a process."""
-        turn = self._heavy.get()
-        if not turn:
+    def _work(self, queue: ImageQueue, decoder: Decoder | None) -> None:
+        while self._decode_next(queue, decoder):
+            pass
+        if decoder:
             decoder.close()
+
+    def _decode_next(self, queue: ImageQueue, decoder: Decoder | None) -> bool:
+        """One image; False at the end. A waiting thread holds no job, and so no model that was swapped out."""
+        turn = queue.get()
+        if turn is None:
             return False
         job, index = turn
+        if decoder is None:
+            self._decode_queued(job, index, _in_thread(job.weights[index]))
+            return True
+        num_bytes = job.weights[index].num_bytes
         try:
-            with self._budget.taken(job.weights[index].num_bytes):  # type: ignore[union-attr]
-                self._decode_queued(job, index, partial(self._decode_apart, decoder))
+            with self._budget.taken(num_bytes):
+                apart = partial(decoder, max_pixels=self._limits.max_pixels, num_bytes=num_bytes)
+                self._decode_queued(job, index, apart)
         except OSError as error:  # the host's budget is a file, and no more can be open
             self._decode_queued(job, index, partial(_fail, error))
         return True
 
-    def _decode_queued(self, job: "Job", index: int, decode: _Decode) -> None:
+    def _decode_queued(self, job: Job, index: int, decode: _Decode) -> None:
         if self._decode(job, index, decode, num_queued=1):
             self._on_decoded(job)
 
-    def _decode(self, job: "Job", index: int, decode: _Decode, *, num_queued: int = 0) -> bool:
+    def _decode(self, job: Job, index: int, decode: _Decode, *, num_queued: int = 0) -> bool:
         """Decode one image of a job; whether a queued job is now complete."""
         me = threading.get_ident()
         with self._lock:
@@ -154,7 +187,7 @@ class DecoderPool:
             self._in_work[me] = job, len(content)
         start = monotonic()
         try:
-            image = decode(content, job, index)
+            image = decode(content, job.served.model.spec.image)
         except Exception as error:  # for instance, a process cannot be started
             _log.exception("an image could not be decoded")
             image = without_traceback(error)
@@ -167,39 +200,26 @@ class DecoderPool:
                 self.given_up_bytes -= num_bytes
                 return False
             job.decode_s += end - start
-            if isinstance(image, TooManyPixels) and is_light(job.weights[index]):  # type: ignore[arg-type]
+            if isinstance(image, TooManyPixels) and is_light(job.weights[index]):
                 self._queue_anew(job, index, is_counted=bool(num_queued))
                 return False
             pixels[index] = image
             job.num_undecoded -= num_queued
             return not job.num_undecoded
 
-    def _queue_anew(self, job: "Job", index: int, *, is_counted: bool) -> None:
+    def _queue_anew(self, job: Job, index: int, *, is_counted: bool) -> None:
         """Queue an image as heavy: it is larger than its header said."""
         job.num_undecoded += not is_counted
         job.weights[index] = Weight(0, 0, self._limits.heavy_bytes, self._limits.decode_s)
         self._heavy.put(job.accepted + _AGEING * self._limits.decode_s, job, index)
 
-    def _decode_here(self, content: bytes, job: "Job", index: int) -> Decoded:
-        width, height, _, _ = job.weights[index]  # type: ignore[misc]
-        return decode_image(content, job.served.model.spec.image, max_pixels=width * height)
 
-    def _decode_apart(self, decoder: Decoder, content: bytes, job: "Job", index: int) -> Decoded:
-        return decoder(
-            content,
-            job.served.model.spec.image,
-            max_pixels=self._limits.max_pixels,
-            num_bytes=job.weights[index].num_bytes,  # type: ignore[union-attr]
-        )
+def _in_thread(weight: Weight) -> _Decode:
+    return partial(decode_image, max_pixels=weight.width * weight.height)
 
 
 def _fail(error: Exception, *_: object) -> Decoded:
     raise error
-
-
-def _repeat(do_next: Callable[[], bool]) -> None:
-    while do_next():
-        pass
 
 
 def decode_image(content: bytes, spec: ImageSpec, *, max_pixels: int) -> Decoded:

@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+from typing import Any
 
 import numpy as np
 
@@ -28,23 +30,23 @@ class Decoder:
     def __init__(self, limit_s: float, *, patience_s: float) -> None:
         """An image may take `limit_s` of processor time; after `patience_s` by the clock nobody waits for it."""
         self._limit_s, self._patience_s = limit_s, patience_s
-        self._process: _Process | None = None
+        self._process: subprocess.Popen[Any] | None = None
 
     def __call__(self, content: bytes, spec: ImageSpec, *, max_pixels: int, num_bytes: int) -> np.ndarray | Refusal:
         """uint8 [H, W, C], decoded with `num_bytes` of memory, or why there is none."""
         try:
-            process = self._process = self._process or _Process()
-            answer = process.ask((spec, max_pixels, num_bytes, self._limit_s), content, self._patience_s)
+            process = self._process or self._start()
+            answer = self._ask(process, (spec, max_pixels, num_bytes, self._limit_s), content)
         except BaseException:
             self.close()
             raise
         if isinstance(answer, Refusal):
             self.close()
             return answer
-        what, rest = answer[:1], answer[1:]
-        if what == PIXELS:
+        kind, rest = answer[:1], answer[1:]
+        if kind == PIXELS:
             return np.frombuffer(rest, np.uint8).reshape(spec.height, spec.width, spec.channels)
-        return (TooManyPixels if what == TOO_MANY else Refusal)(rest.decode(errors="replace"))
+        return (TooManyPixels if kind == TOO_MANY else Refusal)(rest.decode(errors="replace"))
 
     def kill(self) -> None:
         """From another thread: what is under way ends at once, and a call gives a Refusal."""
@@ -55,43 +57,30 @@ class Decoder:
         """End the process, whatever it does."""
         process, self._process = self._process, None
         if process:
-            process.end()
+            self._connection.close()
+            process.kill()
+            process.wait()
 
-
-class _Process:
-    """A started process, and the socket to it."""
-
-    def __init__(self) -> None:
+    def _start(self) -> subprocess.Popen[Any]:
         environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE} | _MEMORY
         self._process, self._connection = start("serve.decode.worker", env=environment)
-        try:
-            if not self._connection.poll(_START_S):
-                raise TimeoutError(f"a decoder does not start within {_START_S:g} s")
-            self._connection.recv_bytes()
-        except BaseException:
-            self.end()
-            raise
+        if not self._connection.poll(_START_S):
+            raise TimeoutError(f"a decoder does not start within {_START_S:g} s")
+        self._connection.recv_bytes()
+        return self._process
 
-    def ask(self, how: tuple[ImageSpec, int, int, float], content: bytes, patience_s: float) -> bytes | Refusal:
-        """What the process answers; a Refusal where it takes too long or ends."""
+    def _ask(self, process: subprocess.Popen[Any], how: tuple[Any, ...], content: bytes) -> bytes | Refusal:
+        """The answer of the process; a Refusal if it takes too long or ends."""
         status = None
         try:
             self._connection.send(how)
             self._connection.send_bytes(content)
-            if self._connection.poll(patience_s):
+            if self._connection.poll(self._patience_s):
                 return self._connection.recv_bytes()
         except (EOFError, OSError):
-            status = self._process.wait()
+            status = process.wait()
         if status not in (None, -signal.SIGPROF):
             _log.warning("a decoder ended with status %d on an image of %d bytes", status, len(content))
-            return Refusal("the image ends its decoder; save it anew")
+            return Refusal("the image crashes its decoder; save it again")
         _log.warning("a decoder is replaced: an image of %d bytes took longer than it may", len(content))
-        return TookTooLong(f"the image takes longer than {how[-1]:g} s to decode; send it smaller")
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def end(self) -> None:
-        self._connection.close()
-        self.kill()
-        self._process.wait()
+        return TookTooLong(f"the image takes longer than {self._limit_s:g} s to decode; send a smaller one")

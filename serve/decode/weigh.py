@@ -37,7 +37,7 @@ class Weight(NamedTuple):
 
 
 LIGHT = Weight(0, 0, 8 * 2**20, 0.02)  # the most that a thread of this process decodes; heavier images go to a process
-_NOTHING = Weight(0, 0, 0, 0.0)  # not an image, or a damaged header: the decoder refuses it
+NO_WEIGHT = Weight(0, 0, 0, 0.0)  # not an image, or a damaged header: the decoder refuses it
 
 
 def is_light(weight: Weight) -> bool:
@@ -55,15 +55,14 @@ def weigh(content: bytes, spec: ImageSpec, *, max_pixels: int, max_bytes: int) -
             weight = _weigh_small_png(content[16:26], spec.channels)
         else:
             weight = _weigh(content, spec)
-    except (struct.error, IndexError):
-        return _NOTHING
+    except (struct.error, IndexError, ValueError):
+        return NO_WEIGHT
     width, height, num_bytes, _ = weight
-    if width * height > max_pixels:
-        refuse_too_many_pixels(width, height, max_pixels)
+    refuse_too_many_pixels(width, height, max_pixels)
     if num_bytes > max_bytes:
         raise TooManyPixels(
             f"the image is {width}x{height} and takes {num_bytes / 1e6:,.0f} MB while it is decoded, over the limit of "
-            f"{max_bytes / 1e6:,.0f} MB; send it smaller, or as a JPEG that is not progressive"
+            f"{max_bytes / 1e6:,.0f} MB; send a smaller one, or as a JPEG that is not progressive"
         )
     return weight
 
@@ -74,16 +73,21 @@ def _weigh(content: bytes, spec: ImageSpec) -> Weight:
     if content.startswith(b"\xff\xd8"):
         return _weigh_jpeg(content, spec)
     if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
-        return _weigh_webp(content)
+        return _weigh_whole(content, *_size_of_webp(content), bytes_per_pixel=20, seconds=6e-8)
     if content.startswith(b"BM"):
         return _weigh_bmp(content)
     if content[4:8] == b"ftyp":
         return _weigh_avif(content)
     if content.startswith(b"GIF8"):
-        width, height = struct.unpack_from("<HH", content, 6)
-        num_pixels = width * height
-        return Weight(width, height, 12 * num_pixels + 2 * len(content), 3e-8 * (num_pixels + len(content)))
-    return _NOTHING
+        return _weigh_whole(content, *struct.unpack_from("<HH", content, 6), bytes_per_pixel=12, seconds=3e-8)
+    return NO_WEIGHT
+
+
+def _weigh_whole(content: bytes, width: int, height: int, *, bytes_per_pixel: int, seconds: float) -> Weight:
+    """An image that is decoded whole; `seconds` for each pixel and each byte of the file."""
+    num_pixels = width * height
+    num_bytes = bytes_per_pixel * num_pixels + 2 * len(content)
+    return Weight(width, height, num_bytes, seconds * (num_pixels + len(content)))
 
 
 @lru_cache
@@ -120,63 +124,51 @@ def _count_chunks(content: bytes) -> tuple[int, int]:
         num_chunks += 1
         num_odd += kind in _ODD_CHUNKS
         if num_chunks > most:
-            raise Refusal(f"the PNG has more than {most:,} chunks in {len(content):,} bytes; save it anew")
+            raise Refusal(f"the PNG has more than {most:,} chunks in {len(content):,} bytes; save it again")
         if kind == b"IEND":
             break
         position += 12 + length
     return num_chunks, num_odd
 
 
-class _Frame(NamedTuple):
-    """The segments of a JPEG before its first scan."""
-
-    marker: int
-    width: int
-    height: int
-    sampling: tuple[int, ...]  # horizontal times vertical, of each component
-    largest: int  # product of the largest factors: samples of a pixel's block
-    num_in_first_scan: int
-    position: int  # of the first scan
-
-
 def _weigh_jpeg(content: bytes, spec: ImageSpec) -> Weight:
-    frame = _read_frame(content)
-    is_buffered = frame.marker & 3 == 2 or frame.num_in_first_scan < len(frame.sampling)  # all coefficients are kept
-    num_scans = content.count(b"\xff\xda", frame.position) if is_buffered else 0  # otherwise only one is read
+    marker, width, height, factors, position = _read_frame(content)
+    sampling = [across * down for across, down in factors]  # of each component
+    is_buffered = marker & 3 == 2 or content[position + 4] < len(sampling)  # all coefficients are kept
+    num_scans = content.count(b"\xff\xda", position) if is_buffered else 0  # otherwise only one is read
     if num_scans > MAX_SCANS:
-        raise Refusal(f"the JPEG has {num_scans:,} scans, and {MAX_SCANS} are taken; save it anew")
-    block = 8 * frame.largest
-    num_pixels = -(-frame.width // block) * -(-frame.height // block) * block * block
-    num_samples = num_pixels * sum(frame.sampling) / frame.largest
-    reduction = min(frame.width, frame.height) // (DETAIL * (spec.resize or max(spec.width, spec.height)))
+        raise Refusal(f"the JPEG has {num_scans:,} scans, and {MAX_SCANS} are accepted; save it again")
+    largest = max(across for across, _ in factors) * max(down for _, down in factors)
+    block = 8 * largest
+    num_pixels = -(-width // block) * -(-height // block) * block * block
+    num_samples = num_pixels * sum(sampling) / largest
+    reduction = min(width, height) // (DETAIL * (spec.resize or max(spec.width, spec.height)))
     scale = next((scale for scale in (8, 4, 2) if reduction >= scale), 1)
     num_kept = num_pixels / scale**2
-    held = 1 if len(frame.sampling) == 1 else 4
+    held = 1 if len(sampling) == 1 else 4
     per_pixel = 2 * held + (0 if held == (1 if spec.channels == 1 else 4) else 4)
     num_bytes = per_pixel * num_kept + 2 * len(content) + (2 * num_samples if is_buffered else 0)
-    nanoseconds = 4 * num_samples / scale + 30 * len(content) + 5 * num_kept
-    nanoseconds += 0.6 * num_scans * num_samples
-    return Weight(frame.width, frame.height, int(num_bytes), 1e-9 * nanoseconds)
+    nanoseconds = (4 / scale + 0.6 * num_scans) * num_samples + 30 * len(content) + 5 * num_kept
+    return Weight(width, height, int(num_bytes), 1e-9 * nanoseconds)
 
 
-def _read_frame(content: bytes) -> _Frame:
+def _read_frame(content: bytes) -> tuple[int, int, int, list[tuple[int, int]], int]:
+    """Marker and size of the image, the sampling factors of its components, and where its first scan begins."""
     position, frame = 2, None
     for _ in range(MAX_SEGMENTS):
         marker, length = struct.unpack_from(">HH", content, position)
         if marker == 0xFFDA and frame:
-            return _Frame(*frame, content[position + 4], position)
+            return *frame, position
         if 0xFFC0 <= marker <= 0xFFCF and marker not in (0xFFC4, 0xFFC8, 0xFFCC):
             height, width, num_components = struct.unpack_from(">HHB", content, position + 5)
             factors = [content[position + 11 + 3 * index] for index in range(num_components)]
-            pairs = [(max(1, factor >> 4), max(1, factor & 15)) for factor in factors]
-            largest = max(pair[0] for pair in pairs) * max(pair[1] for pair in pairs)
-            frame = marker, width, height, tuple(across * down for across, down in pairs), largest
+            frame = marker, width, height, [(max(1, factor >> 4), max(1, factor & 15)) for factor in factors]
         is_bare = marker == 0xFF01 or 0xFFD0 <= marker <= 0xFFD9
         position += 1 if marker < 0xFFC0 or marker == 0xFFFF else 2 if is_bare else 2 + length
-    raise Refusal(f"the JPEG has more than {MAX_SEGMENTS:,} segments before its pixels; save it anew")
+    raise Refusal(f"the JPEG has more than {MAX_SEGMENTS:,} segments before its pixels; save it again")
 
 
-def _weigh_webp(content: bytes) -> Weight:
+def _size_of_webp(content: bytes) -> tuple[int, int]:
     match content[12:16]:
         case b"VP8X":
             width, height = (1 + int.from_bytes(content[at : at + 3], "little") for at in (24, 27))
@@ -185,8 +177,7 @@ def _weigh_webp(content: bytes) -> Weight:
             width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
         case _:
             width, height = (size & 0x3FFF for size in struct.unpack_from("<HH", content, 26))
-    num_pixels = width * height
-    return Weight(width, height, 20 * num_pixels + 2 * len(content), 6e-8 * (num_pixels + len(content)))
+    return width, height
 
 
 def _weigh_avif(content: bytes) -> Weight:
@@ -194,7 +185,7 @@ def _weigh_avif(content: bytes) -> Weight:
     found = islice(_AVIF_SIZE.finditer(content), MAX_AVIF_SIZES + 1)
     sizes = [struct.unpack(">II", match[1]) for match in found]
     if len(sizes) > MAX_AVIF_SIZES:
-        raise Refusal(f"the AVIF has more than {MAX_AVIF_SIZES} sizes of its parts; save it anew")
+        raise Refusal(f"the AVIF has more than {MAX_AVIF_SIZES} sizes of its parts; save it again")
     width, height = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
     num_pixels = width * height
     num_bytes = LIGHT.num_bytes + 20 * num_pixels + 2 * len(content)
@@ -210,9 +201,7 @@ def _weigh_bmp(content: bytes) -> Weight:
         num_bytes = 8 * num_pixels + min(20 * num_pixels, _BAND_BYTES) + 2 * len(content)
         return Weight(width, height, num_bytes, 1e-8 * num_pixels)
     if num_pixels > MAX_RLE_PIXELS:
-        raise Refusal(
-            f"the BMP is compressed and has {num_pixels:,} pixels, and {MAX_RLE_PIXELS:,} are taken; send a PNG"
-        )
-    return Weight(
-        width, height, 12 * num_pixels + 2 * len(content) + LIGHT.num_bytes, 5e-7 * (num_pixels + len(content))
-    )
+        detail = f"the BMP is compressed and has {num_pixels:,} pixels, and {MAX_RLE_PIXELS:,} are accepted; send a PNG"
+        raise Refusal(detail)
+    weight = _weigh_whole(content, width, height, bytes_per_pixel=12, seconds=5e-7)
+    return weight._replace(num_bytes=weight.num_bytes + LIGHT.num_bytes)

@@ -51,7 +51,7 @@ def _answer(content: bytes, spec: ImageSpec, max_pixels: int, num_bytes: int) ->
         return TOO_MANY + str(refusal).encode()
     except Refusal as refusal:
         if isinstance(refusal.__cause__, MemoryError):
-            return TOO_MANY + b"the image takes more memory than its header says; save it anew"
+            return TOO_MANY + b"the image takes more memory than its header says; save it again"
         return REFUSED + str(refusal).encode()
     finally:
         _allow(None)

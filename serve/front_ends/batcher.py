@@ -18,11 +18,11 @@ from contextlib import suppress
 from time import monotonic
 
 from export.runtimes.runtime import Runtime
-from serve.decode.pool import Decoded
-from serve.decode.turns import HostBudget
+from serve.decode.budget import HostBudget
 from serve.front_ends.link import Dialer, Disconnected, Flight, Link, RemoteRuntime
 from serve.model.check import apart
-from serve.request.batcher import SMOOTHING, Batcher, Job, Served, deliver, share, uncounted
+from serve.request.batcher import Batcher, deliver, give_results
+from serve.request.job import Decoded, Job, Served
 from serve.request.limits import Limits
 from serve.request.problems import NOT_READY, Problem
 
@@ -147,11 +147,9 @@ class FrontBatcher(Batcher):
             job.model_s = max(seconds[start : start + job.num_images])
             job.queue_s = max(0.0, now - job.accepted - job.decode_s - job.model_s)
             start += job.num_images
-        per_image = max(seconds) / len(seconds)  # of this front end's part of the batch
-        self.seconds_per_image = SMOOTHING * (self.seconds_per_image or per_image) + (1 - SMOOTHING) * per_image
+        self._record_speed(max(seconds) / len(seconds))  # of this front end's part of the batch
         try:
-            top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
-            share(jobs, jobs[0].served.model, logits, top_k, uncounted if jobs[0].is_probe else self.watch)
+            give_results(jobs, logits, self.watch)
         except Exception as error:
             for job in jobs:
                 job.outcome = error

@@ -39,7 +39,7 @@ from serve.front_ends.shared_memory import (
 )
 from serve.model.check import LoadModel, take_model
 from serve.processes.signals import heed_signals
-from serve.request.batcher import Served
+from serve.request.job import Served
 from serve.request.limits import Limits
 
 _MOST_EACH = 8  # connections of one front end: two during a reload, and some for its checks

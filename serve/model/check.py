@@ -18,7 +18,8 @@ from export.compare import TOLERANCES, Tolerance
 from export.model_file.probe import NUM_IMAGES, SEED, probe_images
 from export.runtimes.cascade import Cascade
 from export.runtimes.runtime import Model, Runtime
-from serve.request.batcher import Batcher, Served
+from serve.request.batcher import Batcher
+from serve.request.job import Served
 from serve.request.problems import NOT_COMPARED, Problem
 
 _log = logging.getLogger(__name__)

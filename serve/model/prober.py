@@ -15,7 +15,8 @@ from export.compare import Tolerance
 from export.model_file.probe import BATCH_TOLERANCE as ALONE_AND_AMONG_OTHERS
 from export.runtimes.runtime import Model
 from serve.model.check import Probe, read_probe
-from serve.request.batcher import Batcher, Served
+from serve.request.batcher import Batcher
+from serve.request.job import Served
 from serve.request.problems import OVERLOADED, Problem
 
 MOST_SKIPPED = 9  # turns in a row while clients wait; the next turn queues with them

@@ -24,7 +24,7 @@ from common.refusal import Refusal
 from export.runtimes.cascade import read_forms
 from export.runtimes.runtime import Runtime
 from serve.config import ServeConfig
-from serve.decode.turns import HostBudget
+from serve.decode.budget import HostBudget
 from serve.front_ends.batcher import FrontBatcher
 from serve.front_ends.device import Device, DeviceServer
 from serve.front_ends.link import Dialer
@@ -35,13 +35,12 @@ from serve.processes.signals import end_with_parent
 from serve.processes.supervisor import Kinds, Server, Supervisor, Worker
 from serve.request.access import Access, read_api_key
 from serve.request.app import make_app
-from serve.request.batcher import Batcher, Served
+from serve.request.batcher import Batcher
 from serve.request.connection import Connection
-from serve.request.limits import Limits
-from serve.request.open_connections import fit_to_files
+from serve.request.job import Served
+from serve.request.limits import Limits, fit_to_files
 from serve.request.uvicorn_internals import STARTUP_FAILURE
 from serve.shadow.shadow import Shadow, refuse_unfit, start_process
-from serve.v2.rpc.port import RpcAddress
 from serve.watching import logs
 from serve.watching.metrics import Computed
 from serve.watching.shared_counts import COUNTS_VARIABLE
@@ -206,6 +205,7 @@ def limits_of(config: ServeConfig) -> Limits:
         max_queue=config.max_queue,
         max_connections=config.max_connections,
         deadline_s=config.deadline_ms / 1000,
+        drain_s=config.drain_seconds,
         probe_every_s=config.probe_every,
         decode_threads=min(max(spare, 0), 4) if config.decode_threads is None else config.decode_threads,
     )
@@ -225,7 +225,6 @@ def whole_app(
     observers = [logs.RequestLog(stream)] if logging.getLogger().isEnabledFor(logging.INFO) else []
     tracing = find_tracing()
     limits = limits_of(config)
-    rpc = None if config.grpc_port is None else RpcAddress(config.host, config.grpc_port, config.drain_seconds)
     app = make_app(
         runtimes,
         replace(limits, max_connections=fit_to_files(limits.max_connections)),
@@ -233,7 +232,7 @@ def whole_app(
         load=load,
         observers=[*observers, *([tracing] if tracing else [])],
         reload_everywhere=reload_everywhere,
-        rpc=rpc,
+        grpc_address=config.grpc_address,
         shadow=shadow,
     )
     _freeze_garbage()

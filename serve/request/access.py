@@ -32,11 +32,8 @@ class Access:
         scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
         given = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         if not hmac.compare_digest(given, self.api_key):  # takes as long for a nearly right key as for a wrong one
-            raise Problem(
-                UNAUTHORIZED,
-                "send the server's key as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'",
-                {"WWW-Authenticate": "Bearer"},
-            )
+            detail = "send the server's key as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'"
+            raise Problem(UNAUTHORIZED, detail, {"WWW-Authenticate": "Bearer"})
 
 
 EVERYBODY = Access()

@@ -10,9 +10,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Query, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse
+from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,30 +25,28 @@ from serve.model.prober import Prober
 from serve.processes.signals import heed_signals
 from serve.request import problems
 from serve.request.access import EVERYBODY, Access
-from serve.request.answer import ModelName, Prediction
-from serve.request.batcher import Batcher, Served
+from serve.request.batcher import Batcher
 from serve.request.body import REQUEST_BODY
+from serve.request.connection import Door
+from serve.request.job import ModelName, Prediction, Served
 from serve.request.limits import Limits
-from serve.request.open_connections import Door
 from serve.request.predict import TOP_K, Observer, RequestHandler
 from serve.request.problems import Problem
 from serve.shadow.shadow import Shadow
-from serve.v2.routes import make_router, refuse_unready
-from serve.v2.rpc.port import RpcAddress
+from serve.v2.routes import make_router
 from serve.watching.metrics import MEDIA_TYPE, Metrics, watch_probes
 
 
 class _App(FastAPI):
     """FastAPI behind `front`: its middleware would take an eighth of a prediction's time."""
 
-    front: ASGIApp
+    front: ASGIApp  # marks each request with a visit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (self.front if scope["type"] == "http" else self.routed)(scope, receive, send)
-
-    async def routed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """FastAPI's own `__call__`."""
-        await super().__call__(scope, receive, send)
+        if scope["type"] == "http" and "visit" not in scope:
+            await self.front(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         """Without ServerErrorMiddleware, whose answer is not a problem document: `front` handles exceptions."""
@@ -64,14 +63,14 @@ def make_app(
     load: LoadModel | None = None,
     observers: Sequence[Observer] = (),
     reload_everywhere: Callable[[], None] | None = None,
-    rpc: RpcAddress | None = None,
+    grpc_address: str | None = None,
     shadow: Shadow | None = None,
 ) -> FastAPI:
     """The server around one loaded model: one runtime, one for each device, or a batcher.
 
     It is ready once its lifespan has warmed the model up. `load` loads the model again, on SIGHUP and, if there is a
     key, on POST /admin/reload, which then calls `reload_everywhere`. `observers` are called with every finished
-    request. `rpc` is the address of gRPC beside HTTP. `shadow` answers a share of the images too, and POST
+    request. `grpc_address` is where gRPC is served too. `shadow` answers a share of the images too, and POST
     /admin/promote makes it the model.
     """
     if isinstance(runtime, Batcher):
@@ -90,30 +89,30 @@ def make_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
         await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
         batcher.start()
-        if rpc:
-            from serve.v2.rpc.server import RpcServer  # an extra, which takes a tenth of a second to import
+        if grpc_address:
+            from serve.v2.grpc_server import GrpcServer  # an extra, which takes a tenth of a second to import
 
-            app.state.rpc = RpcServer(app, handler, batcher, limits, access)
-            await app.state.rpc.start(rpc)
+            app.state.grpc = GrpcServer(app, handler, batcher, limits, access)
+            await app.state.grpc.start(grpc_address)
         if shadow:
             shadow.start(lambda: batcher.served.model)
-        app.state.is_ready = True
+        batcher.is_ready = True
         probing = asyncio.create_task(prober.run(), name="probing") if prober.every_s else None
         with heed_signals(before_stop=no_longer_ready, reload=reloader.reload if reloader else None):
             yield {"door": door}  # to every connection
         no_longer_ready()
         if probing:
             probing.cancel()
-        if app.state.rpc:
-            await app.state.rpc.stop()
+        if app.state.grpc:
+            await app.state.grpc.stop()
         await batcher.close()
         if shadow:
             shadow.close()
 
     def no_longer_ready() -> None:
-        app.state.is_ready = False
-        if app.state.rpc:
-            app.state.rpc.begin_stop()
+        batcher.is_ready = False
+        if app.state.grpc:
+            app.state.grpc.begin_stop()
 
     app = _App(
         title="DiracNet",
@@ -123,10 +122,11 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # a redirect would go to the host that the client names
         lifespan=lifespan,
-        exception_handlers=problems.exception_handlers(),
+        exception_handlers={HTTPException: problems.refuse_unrouted},  # `front` answers all problems
     )
-    handler = RequestHandler(app.routed, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
-    app.front = handler
+    app.front = handler = RequestHandler(
+        app, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers)
+    )
     if access.cors_origins:
         app.front = cors = CORSMiddleware(
             handler,
@@ -136,7 +136,7 @@ def make_app(
             expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
         )
         cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the only answer that `handler` does not send
-    app.state.is_ready, app.state.rpc, app.state.prober = False, None, prober
+    app.state.grpc, app.state.prober = None, prober
     _describe_predict(app)
     _add_operation(app, batcher, metrics, prober)
     app.include_router(make_router(batcher, limits))
@@ -167,7 +167,9 @@ def _describe_predict(app: FastAPI) -> None:
 
 
 def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
-    @app.get("/model", responses=problems.documented(problems.UNAUTHORIZED))
+    with_key = problems.documented(problems.UNAUTHORIZED)
+
+    @app.get("/model", responses=with_key)
     async def card() -> dict[str, Any]:
         """The model's description, and statistics of its answers, its shadow and its probes."""
         runtime, shadow = batcher.served.runtimes[0], batcher.shadow
@@ -178,7 +180,7 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Pro
         }
         return {**model_card(runtime), **watched}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses=problems.documented(problems.UNAUTHORIZED))
+    @app.get("/metrics", response_class=PlainTextResponse, responses=with_key)
     async def show_metrics() -> Response:
         """Requests, latencies, batches, queue, model and memory for Prometheus."""
         return Response(metrics.render(), headers={"Content-Type": MEDIA_TYPE})
@@ -189,55 +191,53 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Pro
         return {"status": "ok"}
 
     @app.get("/readyz", responses=problems.documented(problems.NOT_READY))
-    async def readyz(request: Request) -> dict[str, str]:
+    async def readyz() -> dict[str, str]:
         """The model has run at every batch size and answers as its file says, and images are decoded."""
-        refuse_unready(request.app.state.is_ready, batcher)
+        batcher.check_ready()
         return {"status": "ready"}
 
 
 def _add_admin(app: FastAPI, reloader: Reloader, reload_everywhere: Callable[[], None] | None) -> None:
-    async def take(swap: Callable[[], Awaitable[Served]]) -> ModelName:
+    refusals = (problems.UNAUTHORIZED, problems.BAD_MODEL)
+
+    async def swap(load: Callable[[], Awaitable[Served]]) -> ModelName:
         try:
-            served = await swap()
+            served = await load()
         except Refusal as refusal:
             raise Problem(problems.BAD_MODEL, str(refusal)) from refusal
         if reload_everywhere:
             reload_everywhere()
         return served.name
 
-    @app.post("/admin/reload", responses=problems.documented(problems.UNAUTHORIZED, problems.BAD_MODEL))
+    @app.post("/admin/reload", responses=problems.documented(*refusals))
     async def reload() -> ModelName:
-        """Read the model's file again; the old model goes on if the new one is bad."""
-        return await take(reloader.reload)
+        """Read the model's file again; the old model keeps serving if the new one is bad."""
+        return await swap(reloader.reload)
 
-    refusals = problems.documented(problems.UNAUTHORIZED, problems.BAD_MODEL, problems.NOT_COMPARED)
-
-    @app.post("/admin/promote", responses=refusals)
+    @app.post("/admin/promote", responses=problems.documented(*refusals, problems.NOT_COMPARED))
     async def promote() -> ModelName:
         """Serve the shadow, once it was compared on enough images; the model that served becomes the shadow."""
-        return await take(reloader.promote)
+        return await swap(reloader.promote)
 
 
 def _add_page(app: FastAPI, path: str, file: str) -> None:
+    """A page whose policy allows its own scripts and styles, and requests to this server alone."""
     page = Path(__file__).with_name(file).read_text(encoding="utf-8")
-    response = HTMLResponse(page, headers={"Content-Security-Policy": _security_policy(page)})
+    policy = (
+        f"default-src 'none'; script-src {_hashes(page, 'script')}; style-src {_hashes(page, 'style')}; "
+        "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    response = HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     @app.get(path, include_in_schema=False)
     async def show() -> HTMLResponse:
         return response
 
 
-def _security_policy(page: str) -> str:
-    """Allows the scripts and styles in `page` and no others, and requests to this server alone."""
-    hashes = {"script": "", "style": ""}
-    for tag in hashes:
-        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(sha256(text.encode()).digest()).decode() for text in texts)
-        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; img-src blob: data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+def _hashes(page: str, tag: str) -> str:
+    """Of all elements `tag` of a page, as a Content-Security-Policy lists them."""
+    texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts)
 
 
 def model_card(runtime: Runtime) -> dict[str, Any]:

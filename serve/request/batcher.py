@@ -15,21 +15,19 @@ import asyncio
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
 from itertools import chain, groupby
 from queue import Empty, SimpleQueue
 from time import monotonic
 
 import numpy as np
 from starlette.requests import ClientDisconnect
-from starlette.types import Message, Receive
+from starlette.types import Receive
 
-from export.runtimes.runtime import Model, Runtime
-from serve.decode.pool import Decoded, DecoderPool, find_problem
-from serve.decode.turns import Budget
-from serve.decode.weigh import Weight
-from serve.request.answer import ModelName, Result, results_of
+from export.runtimes.probabilities import best, probabilities
+from export.runtimes.runtime import Runtime
+from serve.decode.budget import Budget
+from serve.decode.pool import DecoderPool, find_problem
+from serve.request.job import Decoded, Job, Result, Served, result_of
 from serve.request.limits import Limits
 from serve.request.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
 from serve.shadow.shadow import Shadow
@@ -37,57 +35,7 @@ from serve.watching.answers import Watch
 
 _PATIENCE_S = 0.1  # before the client is watched, which costs a tenth of a request: nearly all jobs are done by then
 _LAST_BATCH_S = 1.0
-SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
-
-
-@dataclass(frozen=True, eq=False)
-class Served:
-    """One loaded model: a runtime for each device."""
-
-    runtimes: tuple[Runtime, ...]
-
-    @property
-    def model(self) -> Model:
-        return self.runtimes[0].model
-
-    @cached_property
-    def name(self) -> ModelName:
-        """How answers name it."""
-        return {"name": self.model.name, "digest": self.model.digest}
-
-    @cached_property
-    def image_bytes(self) -> int:
-        """Of one image's pixels."""
-        image = self.model.spec.image
-        return image.height * image.width * image.channels
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """The images of one request. `served` computes all of them, even if the model is swapped meanwhile.
-
-    `contents` are files to decode, or pixels uint8 [N, H, W, C] of the model's size. When the job is given up, empty
-    lists replace them and `pixels`.
-    """
-
-    contents: list[bytes] | np.ndarray
-    num_images: int
-    served: Served
-    top_k: int
-    future: "asyncio.Future[list[Result]]"
-    accepted: float
-    pixels: list[Decoded | None]
-    num_undecoded: int = 0  # images that decoders have not finished
-    weights: list[Weight | Exception] = field(default_factory=list)
-    is_given_up: bool = False
-    is_probe: bool = False  # the server's own check, which no count of answers includes
-    outcome: list[Result] | Exception = field(default_factory=list)
-    logits: np.ndarray = field(init=False)  # [N, K], once the outcome is there
-    decode_s: float = 0.0
-    queue_s: float = 0.0
-    model_s: float = 0.0
-    timer: asyncio.TimerHandle | None = None
-    watch: "asyncio.Future[Message] | None" = None
+_SMOOTHING = 0.9  # of the measured seconds per image; a dozen batches forget a slow one
 
 
 class Batcher:
@@ -100,10 +48,10 @@ class Batcher:
         self.served = served
         self._limits = limits
         self.decoding = DecoderPool(limits, self._take_decoded, budget)
-        self.turn = asyncio.Lock()  # to parse long JSON
         self._decoded: SimpleQueue[Job | None] = SimpleQueue()
         self._runners: list[threading.Thread] = []
         self._is_open = False
+        self.is_ready = False  # set by the app: warmed up and not stopping
         self.seconds_per_image = 0.0
         self.num_held = 0  # images accepted and not answered
         self.observe_batch: Callable[[int], None] = lambda num_images: None
@@ -132,12 +80,23 @@ class Batcher:
     def check_room(self, num_images: int) -> None:
         """Refuses `num_images` more if they are too many, or if the server is not running."""
         if not self._is_open:
-            raise Problem(NOT_READY, "the server is starting or stopping; ask again in a moment")
+            raise Problem(NOT_READY, "the server is starting or stopping; retry in a moment")
         num_held = self.num_held + num_images
         if num_held > self._limits.max_queue:
             raise self._overloaded()
         if num_held > self._limits.max_images and num_held * self.served.image_bytes > self._limits.max_held_bytes:
             raise self._overloaded()  # all their pixels may be waiting for the model at once
+
+    def check_ready(self) -> None:
+        """Refuses while the server starts or stops, cannot decode, or answers its probe images wrongly."""
+        if not self.is_ready:
+            raise Problem(NOT_READY, "the server is starting or stopping; retry in a moment")
+        if not self.is_up:
+            raise Problem(NOT_READY, "the process that runs the model is being replaced; retry in a moment")
+        if self.decoding.is_stalled():
+            raise Problem(NOT_READY, "images wait, and none has been decoded for a while; try another server")
+        if fault := self.find_fault():
+            raise Problem(NOT_READY, fault)
 
     async def classify(
         self,
@@ -212,8 +171,7 @@ class Batcher:
 
     def _form_batch(self, job: Job) -> list[tuple[Job, list[Decoded | None]]]:
         """`job` and those behind it with their pixels, until there are `max_batch` images or none waits."""
-        jobs = []
-        num_images = 0
+        jobs, num_images = [], 0
         while True:
             if not self._limits.decode_threads:
                 self.decoding.decode_rest(job)
@@ -240,8 +198,7 @@ class Batcher:
             images: list[np.ndarray] = [*chain.from_iterable(pixels)]  # type: ignore[arg-type]
             is_probe = jobs[0].is_probe  # as all of them
             logits = self._compute(runtime, images, is_probe=is_probe)
-            top_k = [job.top_k for job in jobs for _ in range(job.num_images)]
-            is_finite = share(jobs, runtime.model, logits, top_k, uncounted if is_probe else self.watch)
+            is_finite = give_results(jobs, logits, self.watch)
             if self.shadow and not is_probe:
                 self.shadow.offer(runtime.model, images, logits, is_finite)
         except Exception as error:  # of whatever type: it is the outcome of all jobs
@@ -251,25 +208,26 @@ class Batcher:
         for job in jobs:
             job.model_s = end - start
             job.queue_s = start - job.accepted - job.decode_s
-        per_image = (end - start) / sum(job.num_images for job in jobs)
-        self.seconds_per_image = SMOOTHING * (self.seconds_per_image or per_image) + (1 - SMOOTHING) * per_image
+        self._record_speed((end - start) / sum(job.num_images for job in jobs))
         self._loop.call_soon_threadsafe(deliver, jobs)
 
     def _compute(self, runtime: Runtime, images: Sequence[np.ndarray], *, is_probe: bool) -> np.ndarray:
         """Images → logits [N, K], `max_batch` at a time."""
-        size = self._limits.max_batch
-        batches = [np.stack(images[start : start + size]) for start in range(0, len(images), size)]
-        logits = []
-        for batch in batches:
+        size, logits = self._limits.max_batch, []
+        for start in range(0, len(images), size):
+            batch = np.stack(images[start : start + size])
             self.observe_batch(len(batch))
             logits.append(runtime(batch))
             if not is_probe:
                 self.observe_run(runtime)
         return np.concatenate(logits)
 
+    def _record_speed(self, per_image: float) -> None:
+        self.seconds_per_image = _SMOOTHING * (self.seconds_per_image or per_image) + (1 - _SMOOTHING) * per_image
+
     def _overloaded(self) -> Problem:
         wait_s = max(1, math.ceil(self.num_held * self.seconds_per_image / len(self.served.runtimes)))
-        detail = f"{self.num_held} images are waiting; ask again in {wait_s} s"
+        detail = f"{self.num_held} images are waiting; retry in {wait_s} s"
         return Problem(OVERLOADED, detail, {"Retry-After": str(wait_s)})
 
     def _end_threads(self, until: float) -> None:
@@ -282,17 +240,23 @@ class Batcher:
 
 def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:
     if not future.done():
-        future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; ask again later"))
+        future.set_exception(Problem(DEADLINE, f"there was no answer within {deadline_s:g} s; retry later"))
 
 
-def share(
-    jobs: Sequence[Job], model: Model, logits: np.ndarray, top_k: list[int], watch: Callable[..., None]
-) -> np.ndarray:
-    """Give each job its results, or a problem if its own rows are not finite. Returns which rows are finite."""
+def give_results(jobs: Sequence[Job], logits: np.ndarray, watch: Watch) -> np.ndarray:
+    """Give each job its results, or a problem if its own rows are not finite. Returns which rows are finite.
+
+    The jobs are all probes, which `watch` does not count, or none is.
+    """
+    model, top_k = jobs[0].served.model, [job.top_k for job in jobs for _ in range(job.num_images)]
     is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
     finite = np.where(is_finite[:, None], logits, 0)
-    observe = partial(watch, model, is_finite)
-    results = results_of(finite, model.spec, top_k, are_probabilities=model.gives_probabilities, observe=observe)
+    values = probabilities(finite, temperature=model.spec.temperature, are_probabilities=model.gives_probabilities)
+    order = best(finite, max(2, *top_k))  # no temperature moves a class
+    ranked = np.take_along_axis(values, order, axis=1)
+    if not jobs[0].is_probe:
+        watch(model, is_finite, order, ranked)
+    results = [result_of(*row, model.spec.labels) for row in zip(order.tolist(), ranked.tolist(), top_k, strict=True)]
     start = 0
     for job in jobs:
         rows = slice(start, start := start + job.num_images)
@@ -302,10 +266,6 @@ def share(
             detail = f"{which} overflows {model.name}; export the model in a higher precision"
             job.outcome = Problem(NOT_A_NUMBER, detail)
     return is_finite
-
-
-def uncounted(*_: object) -> None:
-    """In place of a `Watch`, for probes."""
 
 
 def deliver(jobs: Sequence[Job]) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import orjson
@@ -20,16 +21,13 @@ _CURL_DEFAULT = "application/x-www-form-urlencoded"  # of curl --data-binary
 LONG_JSON_BYTES = 2**16  # longer documents are parsed in a thread, as they would hold up the event loop
 # Parsing holds Python's lock: 20 ms for a million numbers, 270 ms for as many lists.
 MAX_JSON_LISTS, MAX_JSON_VALUES = 2**17, 2**20
+_PARSER = ThreadPoolExecutor(1, "parse")
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 Read = TypeVar("Read")
 
 _BINARY = {"type": "string", "format": "binary"}
-_FORM = {
-    "type": "object",
-    "description": "File parts; the fields may have any name.",
-    "properties": {"image": {"type": "array", "items": _BINARY}},
-    "additionalProperties": _BINARY,
-}
+_FILES = {"image": {"type": "array", "items": _BINARY}}
+_FORM = {"type": "object", "properties": _FILES, "additionalProperties": _BINARY}  # its fields may have any name
 _BASE64 = {"type": "array", "minItems": 1, "items": {"type": "string", "contentEncoding": "base64"}}
 _JSON = {"type": "object", "required": ["images"], "properties": {"images": _BASE64}}
 _SCHEMAS = {**dict.fromkeys(RAW_TYPES, _BINARY), "multipart/form-data": _FORM, "application/json": _JSON}
@@ -40,25 +38,22 @@ REQUEST_BODY: dict[str, Any] = {
 }
 
 
-async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Limits, turn: asyncio.Lock) -> list[bytes]:
-    """The bytes of the request's images, in order: at least one, at most `limits.max_images`.
-
-    `turn` is the lock under which long JSON is parsed.
-    """
-    encoding = headers.get(b"content-encoding", b"").decode("latin-1").strip().lower()
-    if encoding not in ("", "identity"):
-        detail = f"the body is encoded as {encoding}; send it as it is, without Content-Encoding"
-        raise Problem(MEDIA_TYPE_UNKNOWN, detail)
+async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Limits) -> list[bytes]:
+    """The bytes of the request's images, in order: at least one, at most `limits.max_images`."""
+    refuse_encoding(headers)
     content_type = headers.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
     if not media_type or media_type in RAW_TYPES or media_type.startswith("image/"):  # of whatever format
         return [await read_body(receive, headers, limits)]
     if media_type == "multipart/form-data":
-        form = _Form(content_type, limits)
-        await _receive_body(form.feed, receive, headers, limits)
-        return form.finish()
+        try:
+            form = _Form(content_type, limits)
+            await _receive_body(form.feed, receive, headers, limits)
+            return form.finish()
+        except FormParserError as error:
+            raise Problem(BAD_REQUEST, f"the form cannot be read: {error}") from error
     if media_type == "application/json":
-        return await parse(turn, _images_of_json, await read_body(receive, headers, limits), limits)
+        return await parse(_images_of_json, await read_body(receive, headers, limits), limits)
     if media_type == _CURL_DEFAULT:
         body = await read_body(receive, headers, limits)
         if begins_as_an_image(body):
@@ -68,33 +63,33 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
     raise Problem(MEDIA_TYPE_UNKNOWN, f"send {taken}, got {media_type}")
 
 
-async def parse(turn: asyncio.Lock, function: Callable[..., Read], body: bytes, *arguments: Any) -> Read:
-    """`function(body, *arguments)`; a long body in a thread, one at a time, as the memory it takes is not counted.
+def refuse_encoding(headers: dict[bytes, bytes]) -> None:
+    """Refuses a compressed body: 20 MB of it may be 20 GB."""
+    given = headers.get(b"content-encoding")
+    if given and (encoding := given.decode("latin-1").strip().lower()) not in ("", "identity"):
+        detail = f"the body is encoded as {encoding}; send it as it is, without Content-Encoding"
+        raise Problem(MEDIA_TYPE_UNKNOWN, detail)
 
-    After a cancellation the thread keeps the turn until it has finished.
-    """
+
+async def parse(function: Callable[..., Read], body: bytes, *arguments: Any) -> Read:
+    """`function(body, *arguments)`; a long body in a thread, one at a time, as the memory it takes is not counted."""
     if len(body) <= LONG_JSON_BYTES:
         return function(body, *arguments)
-    await turn.acquire()
-    running = asyncio.get_running_loop().run_in_executor(None, function, body, *arguments)
-    running.add_done_callback(lambda done: (done.cancelled() or done.exception(), turn.release()))
-    try:
-        return await asyncio.shield(running)
-    finally:
-        del running  # or the traceback of its exception would keep the body alive
+    return await asyncio.get_running_loop().run_in_executor(_PARSER, function, body, *arguments)
 
 
-def load_json(document: bytes) -> Any:
-    """Parses JSON. Raises ValueError if it is not valid; refuses documents that would hold up other requests."""
+def load_json(document: bytes, what: str = "the body") -> Any:
+    """Parses JSON; refuses documents that would hold up other requests."""
     num_lists = document.count(b"[") + document.count(b"{")
     num_values = document.count(b",") + num_lists
     if num_lists > MAX_JSON_LISTS or num_values > MAX_JSON_VALUES:
-        raise Problem(
-            TOO_LARGE,
-            f"the JSON has {num_values:,} values, {num_lists:,} of them lists and objects; "
-            f"{MAX_JSON_VALUES:,} and {MAX_JSON_LISTS:,} are taken; send less at once, or bytes in place of numbers",
-        )
-    return orjson.loads(document)
+        found = f"{num_values:,} values, {num_lists:,} of them lists and objects"
+        most = f"{MAX_JSON_VALUES:,} and {MAX_JSON_LISTS:,} are accepted"
+        raise Problem(TOO_LARGE, f"the JSON has {found}; {most}; send less at once, or bytes in place of numbers")
+    try:
+        return orjson.loads(document)
+    except ValueError as error:
+        raise Problem(BAD_REQUEST, f"{what} is not valid JSON: {error}") from error
 
 
 async def within_deadline(reading: Awaitable[Read], deadline: float, limits: Limits) -> Read:
@@ -118,7 +113,7 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], limits: Limit
 
 
 async def _receive_body(
-    take: Callable[[bytes], None], receive: Receive, headers: dict[bytes, bytes], limits: Limits
+    take: Callable[[bytes], object], receive: Receive, headers: dict[bytes, bytes], limits: Limits
 ) -> None:
     """Call `take` with each chunk; refuses by the announced length, or as soon as the limit is exceeded."""
     announced = headers.get(b"content-length", b"")
@@ -137,92 +132,69 @@ async def _receive_body(
 
 
 class _Form:
-    """Collects the files of a form as they arrive; refuses text fields and too many files at once."""
+    """Collects the files of a form as they arrive; refuses text fields and too many files before their data.
+
+    Raises FormParserError for a form that is not valid.
+    """
 
     def __init__(self, content_type: str, limits: Limits) -> None:
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
-            raise _unreadable_form("its Content-Type has no boundary")
+            raise FormParserError("its Content-Type has no boundary")
         self._limits = limits
-        self._files: list[bytearray] = []
-        self._unchosen: set[int] = set()  # empty file inputs, which browsers send too
+        self._files: list[tuple[bytes, bytearray]] = []  # each with its file's name
         self._header_name = self._disposition = b""
         self._is_whole = False
-        callbacks: Any = {
-            "on_part_begin": self._begin_part,
-            "on_header_field": self._read_header_name,
-            "on_header_value": self._read_header_value,
-            "on_header_end": self._end_header,
-            "on_headers_finished": self._end_headers,
-            "on_part_data": self._read_data,
-            "on_end": self._end,
-        }
-        try:
-            self._parser = MultipartParser(boundary, callbacks)
-        except FormParserError as error:
-            raise _unreadable_form(error) from error
-
-    def feed(self, chunk: bytes) -> None:
-        """The next bytes of the body."""
-        try:
-            self._parser.write(chunk)
-        except FormParserError as error:
-            raise _unreadable_form(error) from error
+        events = ("header_field", "header_value", "header_end", "headers_finished", "part_data", "end")
+        callbacks: Any = {f"on_{event}": getattr(self, f"_on_{event}") for event in events}
+        self.feed = MultipartParser(boundary, callbacks).write  # takes the next bytes of the body
 
     def finish(self) -> list[bytes]:
         """The bytes of every file; refuses a form that ends too early or holds none."""
         if not self._is_whole:
-            raise _unreadable_form("it ends before its last boundary")
-        files = [bytes(file) for index, file in enumerate(self._files) if file or index not in self._unchosen]
+            raise FormParserError("it ends before its last boundary")
+        files = [bytes(file) for name, file in self._files if name or file]  # browsers send empty inputs too
         if not files:
             raise Problem(BAD_REQUEST, "the form contains no file; with curl: -F image=@image.png")
         return files
 
-    def _begin_part(self) -> None:
-        if len(self._files) == self._limits.max_images:
-            raise _too_many_images(self._limits)
-        self._header_name = self._disposition = b""
-        self._files.append(bytearray())
-
-    def _read_header_name(self, data: bytes, start: int, end: int) -> None:
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
 
-    def _read_header_value(self, data: bytes, start: int, end: int) -> None:
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
         if self._header_name.lower() == b"content-disposition":
             self._disposition += data[start:end]
 
-    def _end_header(self) -> None:
+    def _on_header_end(self) -> None:
         self._header_name = b""
 
-    def _end_headers(self) -> None:
-        options = parse_options_header(self._disposition)[1]
+    def _on_headers_finished(self) -> None:
+        options, self._disposition = parse_options_header(self._disposition)[1], b""
         if b"filename" not in options:
             name = options.get(b"name", b"").decode(errors="replace")
             raise Problem(BAD_REQUEST, f"the field {name!r} holds text; send files, with curl: -F {name}=@image.png")
-        if not options[b"filename"]:
-            self._unchosen.add(len(self._files) - 1)
+        if len(self._files) == self._limits.max_images:
+            raise too_many_images(self._limits)
+        self._files.append((options[b"filename"], bytearray()))
 
-    def _read_data(self, data: bytes, start: int, end: int) -> None:
-        self._files[-1] += data[start:end]
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._files[-1][1].extend(data[start:end])
 
-    def _end(self) -> None:
+    def _on_end(self) -> None:
         self._is_whole = True
 
 
 def _images_of_json(body: bytes, limits: Limits) -> list[bytes]:
-    try:
-        document = load_json(body)
-    except ValueError as error:
-        raise Problem(BAD_REQUEST, f"the body is not valid JSON: {error}") from error
+    document = load_json(body)
     images = document.get("images") if isinstance(document, dict) else None
     if not isinstance(images, list) or not images:
         raise Problem(BAD_REQUEST, 'the JSON must be {"images": ["<base64>", ...]} with one image or more')
     if len(images) > limits.max_images:
-        raise _too_many_images(limits)
-    return [_from_base64(index, text) for index, text in enumerate(images)]
+        raise too_many_images(limits)
+    return [from_base64(index, text) for index, text in enumerate(images)]
 
 
-def _from_base64(index: int, text: Any) -> bytes:
+def from_base64(index: int, text: Any) -> bytes:
     """Plain or URL-safe base64, in one line or many, with or without `data:image/png;base64,` before it."""
     if not isinstance(text, str):
         raise Problem(BAD_REQUEST, f"images[{index}] is not base64: it is not a string")
@@ -236,13 +208,9 @@ def _from_base64(index: int, text: Any) -> bytes:
         raise Problem(BAD_REQUEST, f"images[{index}] is not base64: {error}") from error
 
 
-def _unreadable_form(reason: object) -> Problem:
-    return Problem(BAD_REQUEST, f"the form cannot be read: {reason}")
-
-
 def _too_large(limits: Limits) -> Problem:
     return Problem(TOO_LARGE, f"the body is larger than {limits.max_body_bytes:,} bytes; send less at once")
 
 
-def _too_many_images(limits: Limits) -> Problem:
+def too_many_images(limits: Limits) -> Problem:
     return Problem(TOO_MANY_IMAGES, f"one request takes {limits.max_images} images at most; send the rest in another")

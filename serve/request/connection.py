@@ -1,27 +1,67 @@
 """One HTTP connection: clients can be neither slow nor endless, and invalid HTTP is answered by a problem document."""
 
 import asyncio
+import logging
 from collections.abc import Callable
-from typing import Literal
+from time import monotonic
+from typing import Any, Literal, cast
 
 import httptools
 
-from serve.request.one_write import OneWrite
-from serve.request.open_connections import Door
-from serve.request.predict import BODY_IS_HERE, REFUSAL
-from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, Problem
+from serve.request.limits import SPARE_FILES
+from serve.request.predict import REFUSAL
+from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, RETRY, Problem
 from serve.request.uvicorn_internals import HttpToolsProtocol, RequestResponseCycle, last_cycle
 
-HEADERS_S = 10.0  # from the first byte of a connection or request to the end of its headers
-WRITE_S = 30.0  # for a client to read its answer
 MAX_HEADER_BYTES = 2**16
 _HEADER_BYTES = 32  # added for each header or trailer, as in HTTP/2: RFC 9113, 6.5.2
 MAX_DROPPED_BYTES = 2**20  # after the last answer of a connection
 MAX_PIPELINED = 64  # requests that wait for the answer to the one before
 _FRAMING_PER_BODY_BYTE = 8  # allowed for chunks: one of a single byte takes five bytes more
 _PROBE_S = 0.25
+MAX_TURNED_AWAY = SPARE_FILES // 2  # connections beyond the limit that are told why; any more are cut off
+_QUIET_S = 60.0  # between two log lines about a full server
+_TOO_LARGE = f"address, headers and trailers are longer than {MAX_HEADER_BYTES:,} bytes"
+_TOO_MUCH_FRAMING = (
+    f"chunk extensions and trailers are over {MAX_HEADER_BYTES:,} bytes longer than the body; leave them out"
+)
 _CLOSE = {"Connection": "close"}
-_RETRY = {**_CLOSE, "Retry-After": "1"}
+_RETRY = {**_CLOSE, **RETRY}
+_log = logging.getLogger(__name__)
+
+
+class Door:
+    """The connections of one process."""
+
+    def __init__(self, max_connections: int) -> None:
+        self.max_connections = max_connections
+        self.num_open = 0
+        self.on_change: Callable[[int], None] = lambda num_open: None
+        self.on_refuse: Callable[[], None] = lambda: None
+        self._last_line = float("-inf")
+
+    @property
+    def num_beyond(self) -> int:
+        """Connections beyond the limit, including the newest."""
+        return self.num_open - self.max_connections
+
+    def enter(self) -> None:
+        """Count a new connection."""
+        self._change(1)
+        if self.num_beyond > 0:
+            self.on_refuse()
+            if monotonic() - self._last_line > _QUIET_S:
+                self._last_line = monotonic()
+                rest = f"the maximum; more are refused, which is logged at most every {_QUIET_S:g} s"
+                _log.warning(f"%d connections are open, {rest}", self.max_connections)
+
+    def leave(self) -> None:
+        """Count a closed connection."""
+        self._change(-1)
+
+    def _change(self, by: int) -> None:
+        self.num_open += by
+        self.on_change(self.num_open)
 
 
 class Connection(HttpToolsProtocol):
@@ -32,8 +72,8 @@ class Connection(HttpToolsProtocol):
     applies.
     """
 
-    headers_s = HEADERS_S
-    write_s = WRITE_S
+    headers_s = 10.0  # from the first byte of a connection or request to the end of its headers
+    write_s = 30.0  # for a client to read its answer
     _stage: Literal["between", "headers", "body"] = "between"  # of the request that is being read
     _timer: asyncio.TimerHandle | None = None  # for the headers, or for a client that has stopped sending
     _write_timer: asyncio.TimerHandle | None = None
@@ -47,10 +87,10 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._door: Door = self.app_state["door"]
         self._door.enter()
-        if self._door.is_overrun:
+        if self._door.num_beyond > MAX_TURNED_AWAY:
             transport.abort()
-        elif self._door.is_full:
-            detail = f"{self._door.max_connections} connections are open already; ask again in 1 s"
+        elif self._door.num_beyond > 0:
+            detail = f"{self._door.max_connections} connections are open already; retry in 1 s"
             self._refuse(Problem(OVERLOADED, detail, _RETRY))
         else:
             self._await_headers()
@@ -105,7 +145,7 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         self._num_header_bytes += len(name) + len(value) + _HEADER_BYTES
         if self._num_header_bytes > MAX_HEADER_BYTES:
-            raise _headers_too_large()
+            raise Problem(HEADERS_TOO_LARGE, _TOO_LARGE, _CLOSE)
         if self._stage != "body":  # trailers are dropped: RFC 9110, 6.5.1
             super().on_header(name, value)
 
@@ -127,7 +167,6 @@ class Connection(HttpToolsProtocol):
             return
         super().on_message_complete()
         self._stage = "between"
-        self.scope["extensions"] = {BODY_IS_HERE: {}}  # the handler sets no timer if the body is complete
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -137,14 +176,14 @@ class Connection(HttpToolsProtocol):
             self._await_reader()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Callable[..., object]) -> None:
-        cycle.send = OneWrite(cycle)  # type: ignore[method-assign]
+        cycle.transport = cast(asyncio.Transport, _LastAnswer(cycle))
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
     # Refusals
 
     def _check_headers(self) -> None:
         if self._num_header_bytes + len(self.url) > MAX_HEADER_BYTES:
-            raise _headers_too_large()
+            raise Problem(HEADERS_TOO_LARGE, _TOO_LARGE, _CLOSE)
         num_hosts = [name for name, _ in self.headers].count(b"host")
         if num_hosts > 1 or (not num_hosts and self.parser.get_http_version() != "1.0"):
             raise Problem(BAD_REQUEST, f"a request has one Host header, got {num_hosts}", _CLOSE)
@@ -161,10 +200,13 @@ class Connection(HttpToolsProtocol):
         self._num_unpaid_bytes = max(0, self._num_unpaid_bytes + framing - paid)
         if self._num_unpaid_bytes <= MAX_HEADER_BYTES:
             return
-        if self._stage == "between":  # blank lines
-            self.transport.close()
-        else:
-            self._refuse(_headers_too_large() if self._stage == "headers" else _too_much_framing())
+        match self._stage:
+            case "between":  # blank lines
+                self.transport.close()
+            case "headers":
+                self._refuse(Problem(HEADERS_TOO_LARGE, _TOO_LARGE, _CLOSE))
+            case "body":
+                self._refuse(Problem(BAD_REQUEST, _TOO_MUCH_FRAMING, _CLOSE))
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Parse the request again without its Upgrade header: the parser would drop its body."""
@@ -237,20 +279,29 @@ class Connection(HttpToolsProtocol):
             self._timer = None
 
 
+class _LastAnswer:
+    """The transport of `cycle`, which uvicorn closes after the last answer.
+
+    While the request is still arriving, only the sending half is closed: closing the socket would take the answer back
+    with a reset.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle, self._transport = cycle, cycle.transport
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if self._cycle.response_complete and self._cycle.more_body:
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+
+
 def _problem_of(error: httptools.HttpParserError) -> Problem:
     """The problem that a callback raised, or the parser's own reason."""
     if isinstance(error.__context__, Problem):
         return error.__context__
     reason = "its address is not valid" if isinstance(error, httptools.HttpParserCallbackError) else str(error)
     return Problem(BAD_REQUEST, f"the request is not valid HTTP/1.1: {reason}", _CLOSE)
-
-
-def _headers_too_large() -> Problem:
-    return Problem(
-        HEADERS_TOO_LARGE, f"address, headers and trailers are longer than {MAX_HEADER_BYTES:,} bytes", _CLOSE
-    )
-
-
-def _too_much_framing() -> Problem:
-    detail = f"chunk extensions and trailers are more than {MAX_HEADER_BYTES:,} bytes longer than the body allows"
-    return Problem(BAD_REQUEST, f"{detail}; leave them out", _CLOSE)

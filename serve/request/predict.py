@@ -19,16 +19,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.request import problems
 from serve.request.access import Access
-from serve.request.batcher import Batcher, Job
+from serve.request.batcher import Batcher
 from serve.request.body import read_images, within_deadline
+from serve.request.job import Job
 from serve.request.limits import Limits
 from serve.request.problems import Problem
 
 TOP_K = 5
-BODY_IS_HERE = "diracnet.body"  # an extension of the scope: the whole body has arrived
 REFUSAL = "diracnet.refusal"  # in the scope: the Problem that the connection found with its request
-_NOBODY = 499  # logged when the client has gone and no status is sent
-_NO_HEADERS: dict[str, str] = {}
+NO_CLIENT = 499  # logged when the client has gone and no status is sent
+_JSON, _PROBLEM = (b"content-type", b"application/json"), (b"content-type", problems.MEDIA_TYPE.encode())
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _log = logging.getLogger(__name__)
@@ -69,11 +69,7 @@ class RequestHandler:
     def __init__(
         self, app: ASGIApp, *, batcher: Batcher, limits: Limits, access: Access, observers: Sequence[Observer]
     ) -> None:
-        self._app = app
-        self._batcher = batcher
-        self._limits = limits
-        self._access = access
-        self._observers = observers
+        self._app, self._batcher, self._limits, self._access, self._observers = app, batcher, limits, access, observers
         self._held_bytes = 0  # of bodies whose requests are not answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +82,7 @@ class RequestHandler:
             self._access.check(visit.path, headers)
             if visit.path == "/predict" and visit.method == "POST":
                 body = await self._predict(scope, headers, receive, visit)
-                await _answer(send, visit, 200, body, b"application/json", _NO_HEADERS)
+                await _answer(send, visit, 200, body, _JSON)
             else:
                 if visit.method == "HEAD":  # answered as GET; uvicorn omits the body
                     scope = {**scope, "method": "GET"}
@@ -94,16 +90,16 @@ class RequestHandler:
         except Problem as problem:
             await _refuse(send, visit, problem)
         except ClientDisconnect:
-            visit.status = _NOBODY
+            visit.status = NO_CLIENT
         except asyncio.CancelledError:  # the server stops and will not wait any longer
             if not visit.status:
-                await _refuse(send, visit, Problem(problems.NOT_READY, "the server is stopping; ask another one"))
+                await _refuse(send, visit, Problem(problems.NOT_READY, "the server is stopping; try another one"))
             raise
         except Exception:
             _log.exception("request %s failed", visit.id.decode())
             if visit.status:  # the answer has begun: the server can only cut it off
                 raise
-            await _refuse(send, visit, Problem(problems.INTERNAL, "the server failed; its log says why"))
+            await _refuse(send, visit, Problem(problems.INTERNAL, "the server failed; see its log"))
         finally:
             self.finish(visit)
 
@@ -112,8 +108,8 @@ class RequestHandler:
         visit.body_bytes += num_bytes
         self._held_bytes += num_bytes
         if self._held_bytes + self._batcher.decoding.given_up_bytes > self._limits.max_held_bytes:
-            detail = f"{self._limits.max_held_bytes:,} bytes of requests are held already; ask again in 1 s"
-            raise Problem(problems.OVERLOADED, detail, {"Retry-After": "1"})
+            detail = f"{self._limits.max_held_bytes:,} bytes of requests are held already; retry in 1 s"
+            raise Problem(problems.OVERLOADED, detail, problems.RETRY)
 
     def finish(self, visit: Visit) -> None:
         """Release the bytes of a finished request and call the observers."""
@@ -139,10 +135,9 @@ class RequestHandler:
         self._batcher.check_room(1)  # before the body is read: refusing an overload must be cheap
         top_k = _top_k(scope["query_string"])
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
-        reading = read_images(receive, headers, self._limits, self._batcher.turn)
-        if BODY_IS_HERE not in scope.get("extensions", ()):
-            reading = within_deadline(reading, deadline, self._limits)
-        job = await self._batcher.classify(await reading, top_k=top_k, deadline=deadline, receive=receive)
+        reading = read_images(receive, headers, self._limits)
+        images = await within_deadline(reading, deadline, self._limits)
+        job = await self._batcher.classify(images, top_k=top_k, deadline=deadline, receive=receive)
         visit.take(job)
         return orjson.dumps({"model": job.served.name, "results": job.outcome})
 
@@ -156,26 +151,22 @@ def _top_k(query: bytes) -> int:
     return int(given)
 
 
-async def _answer(
-    send: Send, visit: Visit, status: int, body: bytes, media_type: bytes, headers: dict[str, str]
-) -> None:
+async def _answer(send: Send, visit: Visit, status: int, body: bytes, *more: tuple[bytes, bytes]) -> None:
     visit.status, visit.total_s = status, monotonic() - visit.start
-    fields = [
-        (b"content-type", media_type),
+    headers = [
         (b"content-length", b"%d" % len(body)),
         (b"x-request-id", visit.id),
         _NO_SNIFFING,
         (b"server-timing", visit.server_timing()),
+        *more,
     ]
-    for name, value in headers.items():
-        fields.append((name.lower().encode(), value.encode()))
-    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
 async def _refuse(send: Send, visit: Visit, problem: Problem) -> None:
-    body, media_type = problem.body(visit.path), problems.MEDIA_TYPE.encode()
-    await _answer(send, visit, problem.kind.status, body, media_type, problem.headers)
+    headers = [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
+    await _answer(send, visit, problem.kind.status, problem.body(visit.path), _PROBLEM, *headers)
 
 
 def _with_id(send: Send, visit: Visit) -> Send:

@@ -1,16 +1,17 @@
 """Every refusal of the server, as `application/problem+json` (RFC 9457) with stable types."""
 
 from dataclasses import dataclass
-from http import HTTPStatus
-from typing import Any
+from typing import Any, NoReturn
 
 import orjson
-from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
 
 MEDIA_TYPE = "application/problem+json"
+_TEXT = {"type": "string"}
+_MEMBERS = {"type": {**_TEXT, "format": "uri"}, "title": _TEXT, "status": {"type": "integer"}, "detail": _TEXT}
+_SCHEMA = {"type": "object", "required": list(_MEMBERS), "properties": _MEMBERS}
+RETRY = {"Retry-After": "1"}  # seconds
 
 
 @dataclass(frozen=True)
@@ -25,24 +26,28 @@ class Kind:
     def type(self) -> str:
         return f"urn:diracnet:problem:{self.name}"
 
+    def members(self, detail: str) -> dict[str, Any]:
+        """Of the problem document."""
+        return {"type": self.type, "title": self.title, "status": self.status, "detail": detail}
+
 
 BAD_REQUEST = Kind("bad-request", 400, "The request cannot be understood")
-UNAUTHORIZED = Kind("unauthorized", 401, "The server asks for its API key")
+UNAUTHORIZED = Kind("unauthorized", 401, "The API key is missing or wrong")
 NOT_FOUND = Kind("not-found", 404, "There is nothing at this address")
-METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "This address does not take this method")
-TIMEOUT = Kind("timeout", 408, "The request came too slowly")
-BAD_MODEL = Kind("bad-model", 409, "The new model cannot be served; the old one goes on")
+METHOD_NOT_ALLOWED = Kind("method-not-allowed", 405, "This address does not accept this method")
+TIMEOUT = Kind("timeout", 408, "The request arrived too slowly")
+BAD_MODEL = Kind("bad-model", 409, "The new model cannot be served; the old one keeps serving")
 NOT_COMPARED = Kind("not-compared", 409, "The shadow has not been compared enough")
 TOO_LARGE = Kind("too-large", 413, "The request is too large")
 TOO_MANY_IMAGES = Kind("too-many-images", 413, "The request holds too many images")
 TOO_MANY_PIXELS = Kind("too-many-pixels", 413, "An image has too many pixels")
-MEDIA_TYPE_UNKNOWN = Kind("media-type", 415, "The server does not take this media type")
+MEDIA_TYPE_UNKNOWN = Kind("media-type", 415, "The server does not accept this media type")
 UNDECODABLE = Kind("undecodable", 422, "An image cannot be decoded")
 HEADERS_TOO_LARGE = Kind("headers-too-large", 431, "The headers are too large")
 INTERNAL = Kind("internal", 500, "The server failed")
-NOT_A_NUMBER = Kind("not-a-number", 500, "The model gave values that are no numbers")
+NOT_A_NUMBER = Kind("not-a-number", 500, "The output of the model is not finite")
 NOT_READY = Kind("not-ready", 503, "The server is starting or stopping")
-OVERLOADED = Kind("overloaded", 503, "Too much is waiting")
+OVERLOADED = Kind("overloaded", 503, "Too many requests are waiting")
 DEADLINE = Kind("deadline", 504, "The answer took too long")
 # How a request for a prediction may end, over every route and gRPC.
 OF_PREDICTION = (
@@ -72,73 +77,32 @@ class Problem(Exception):
         self.headers = headers or {}
 
     def body(self, path: str) -> bytes:
-        """The problem document for a request to `path`."""
-        return _document(path, self.kind.type, self.kind.title, self.kind.status, self.detail)
+        """The problem document for a request to `path`.
 
-
-def _document(path: str, type: str, title: str, status: int, detail: str) -> bytes:
-    """JSON, with the member `error` under /v2, where the Open Inference Protocol expects the reason."""
-    reason = {"error": detail} if f"{path}/".startswith("/v2/") else {}
-    return orjson.dumps({"type": type, "title": title, "status": status, "detail": detail, **reason})
+        Under /v2 it has the member `error`, where the Open Inference Protocol expects the reason.
+        """
+        reason = {"error": self.detail} if f"{path}/".startswith("/v2/") else {}
+        return orjson.dumps({**self.kind.members(self.detail), **reason})
 
 
 def documented(*kinds: Kind) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI `responses` of an operation that may end with one of `kinds`."""
-    text = {"type": "string"}
-    members = {"type": {**text, "format": "uri"}, "title": text, "status": {"type": "integer"}, "detail": text}
-    schema = {"type": "object", "required": list(members), "properties": members}
     responses: dict[int | str, dict[str, Any]] = {}
-    for status in {kind.status: None for kind in kinds}:
+    for status in dict.fromkeys(kind.status for kind in kinds):
         alike = [kind for kind in kinds if kind.status == status]
-        examples = {
-            kind.name: {"value": {"type": kind.type, "title": kind.title, "status": status, "detail": "…"}}
-            for kind in alike
-        }
-        responses[status] = {
-            "description": "; ".join(kind.title for kind in alike),
-            "content": {MEDIA_TYPE: {"schema": schema, "examples": examples}},
-        }
+        content = {"schema": _SCHEMA, "examples": {kind.name: {"value": kind.members("…")} for kind in alike}}
+        description = "; ".join(kind.title for kind in alike)
+        responses[status] = {"description": description, "content": {MEDIA_TYPE: content}}
     return responses
 
 
-def exception_handlers() -> dict[Any, Any]:
-    """For `FastAPI(exception_handlers=…)`: every refusal becomes a problem document."""
-    return {
-        Problem: _answer_problem,
-        HTTPException: _answer_http_exception,
-        RequestValidationError: _answer_invalid_parameter,
-    }
-
-
-async def _answer_problem(request: Request, problem: Problem) -> Response:
-    return Response(problem.body(_path(request)), problem.kind.status, problem.headers, MEDIA_TYPE)
-
-
-async def _answer_http_exception(request: Request, error: HTTPException) -> Response:
-    headers = dict(error.headers or {})
-    match error.status_code:
-        case 404:
-            detail = f"{request['path']} does not exist; /docs lists what does"
-            return await _answer_problem(request, Problem(NOT_FOUND, detail, headers))
-        case 405:
-            allowed = headers["Allow"] = _with_head(headers.get("Allow", ""))
-            detail = f"{request['path']} takes {allowed}, got {request['visit'].method}"
-            return await _answer_problem(request, Problem(METHOD_NOT_ALLOWED, detail, headers))
-        case status:  # a status that has no type here: RFC 9457, section 4.2.1
-            body = _document(_path(request), "about:blank", HTTPStatus(status).phrase, status, str(error.detail))
-            return Response(body, status, headers, MEDIA_TYPE)
-
-
-async def _answer_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
-    found = (f"{fault['loc'][-1]}: {fault['msg']}, got {fault['input']!r}" for fault in error.errors())
-    return await _answer_problem(request, Problem(BAD_REQUEST, "; ".join(found)))
-
-
-def _with_head(allowed: str) -> str:
-    """An address that takes GET takes HEAD too (serve/request/predict.py)."""
-    methods = allowed.split(", ")
-    return ", ".join([*methods, "HEAD"] if "GET" in methods else methods)
-
-
-def _path(request: Request) -> str:
-    return request["path"].removeprefix(request.get("root_path", ""))
+async def refuse_unrouted(request: Request, error: Exception) -> NoReturn:
+    """For `FastAPI(exception_handlers=…)`: an address that does not exist, or does not take the method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == NOT_FOUND.status:
+        raise Problem(NOT_FOUND, f"{request['path']} does not exist; /docs lists what does")
+    assert error.headers  # the router raises no other
+    methods = error.headers["Allow"].split(", ")
+    allowed = ", ".join([*methods, "HEAD"] if "GET" in methods else methods)  # answered as GET by predict.py
+    detail = f"{request['path']} takes {allowed}, got {request['visit'].method}"
+    raise Problem(METHOD_NOT_ALLOWED, detail, {"Allow": allowed})

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,14 @@ from typing_extensions import TypedDict  # pydantic reads no other one on Python
 
 from export.runtimes.runtime import Model
 from serve.request import problems
-from serve.request.batcher import Batcher, Job
-from serve.request.body import parse, read_body, within_deadline
+from serve.request.batcher import Batcher
+from serve.request.body import parse, read_body, refuse_encoding, within_deadline
 from serve.request.limits import Limits
 from serve.request.problems import Problem
-from serve.v2.tensors import INPUT, OUTPUT, Inference, read_inference, write_answer
+from serve.v2.tensors import Inference, InferenceAnswer, InferenceRequest, read_inference, write_inference
 
 VERSION = "1"  # of every model: a new one replaces the old
 HEADER_BYTES = "Inference-Header-Content-Length"
-_EXTENSIONS = ["binary_tensor_data", "classification"]
 
 
 class ServerMetadata(TypedDict):
@@ -56,30 +54,29 @@ class Ready(TypedDict):
     ready: bool
 
 
-class ModelReady(TypedDict):
+class ModelReady(Ready):
     name: str
-    ready: bool
 
 
 def make_router(batcher: Batcher, limits: Limits) -> APIRouter:
     """All routes under /v2."""
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
-    unready = problems.documented(problems.NOT_READY)
 
     @router.get("", responses=problems.documented(problems.UNAUTHORIZED))
     async def describe_server(request: Request) -> ServerMetadata:
         """The server and its extensions of the protocol."""
-        return {"name": request.app.title, "version": request.app.version, "extensions": _EXTENSIONS}
+        app, extensions = request.app, ["binary_tensor_data", "classification"]
+        return {"name": app.title, "version": app.version, "extensions": extensions}
 
     @router.get("/health/live")
     async def live() -> Live:
         """The process answers."""
         return {"live": True}
 
-    @router.get("/health/ready", responses=unready)
-    async def ready(request: Request) -> Ready:
+    @router.get("/health/ready", responses=problems.documented(problems.NOT_READY))
+    async def ready() -> Ready:
         """The model answers."""
-        refuse_unready(request.app.state.is_ready, batcher)
+        batcher.check_ready()
         return {"ready": True}
 
     async def find(name: str) -> None:
@@ -88,84 +85,62 @@ def make_router(batcher: Batcher, limits: Limits) -> APIRouter:
     async def find_version(name: str, version: str) -> None:
         refuse_unknown(name, version, batcher.served.model)
 
-    _add_model(router, "/models/{name}", find, batcher, limits)
-    _add_model(router, "/models/{name}/versions/{version}", find_version, batcher, limits)
+    of_model = _make_model_router(batcher, limits)
+    router.include_router(of_model, prefix="/models/{name}", dependencies=[Depends(find)])
+    router.include_router(of_model, prefix="/models/{name}/versions/{version}", dependencies=[Depends(find_version)])
     return router
+
+
+def _make_model_router(batcher: Batcher, limits: Limits) -> APIRouter:
+    router, refusals = APIRouter(), (problems.UNAUTHORIZED, problems.NOT_FOUND)
+
+    @router.get("", responses=problems.documented(*refusals))
+    async def describe_model() -> ModelMetadata:
+        """The model's tensors."""
+        return model_metadata(batcher)
+
+    @router.get("/ready", responses=problems.documented(*refusals, problems.NOT_READY))
+    async def model_ready() -> ModelReady:
+        """The model answers."""
+        batcher.check_ready()
+        return {"name": model_name(batcher.served.model), "ready": True}
+
+    @router.post("/infer", responses=_INFER_RESPONSES, openapi_extra=_INFER_REQUEST)
+    async def infer(request: Request) -> Response:
+        """Images in, logits or the best classes out, in JSON or as bytes behind it."""
+        deadline, headers = asyncio.get_running_loop().time() + limits.deadline_s, dict(request.headers.raw)
+        refuse_encoding(headers)
+        body = await within_deadline(read_body(request.receive, headers, limits), deadline, limits)
+        inference = await parse(read_inference, body, request.headers.get(HEADER_BYTES), limits)
+        refuse_other_size(inference, batcher.served.model)
+        job = await batcher.classify(inference.images, top_k=1, deadline=deadline, receive=request.receive)
+        request.scope["visit"].take(job)
+        model = job.served.model
+        named = {"model_name": model_name(model), "model_version": VERSION}
+        header, binary = write_inference(inference, job.logits, named, model.spec.labels)
+        if binary is None:
+            return Response(header, media_type="application/json")
+        return Response(header + binary, 200, {HEADER_BYTES: str(len(header))}, "application/octet-stream")
+
+    return router
+
+
+def model_metadata(batcher: Batcher) -> ModelMetadata:
+    """The tensors of the model that answers now."""
+    runtime = batcher.served.runtimes[0]
+    image, labels = runtime.model.spec.image, runtime.model.spec.labels
+    return {
+        "name": model_name(runtime.model),
+        "versions": [VERSION],
+        "platform": runtime.platform,
+        "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, image.height, image.width, image.channels]}],
+        "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, len(labels)]}],
+    }
 
 
 def model_name(model: Model) -> str:
     """The name of a model in an address: as export/to_triton.py takes it."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", model.name)
-
-
-def _add_model(router: APIRouter, path: str, find: Callable[..., Any], batcher: Batcher, limits: Limits) -> None:
-    known = [Depends(find)]
-    unknown = problems.documented(problems.UNAUTHORIZED, problems.NOT_FOUND)
-    unready = problems.documented(problems.UNAUTHORIZED, problems.NOT_FOUND, problems.NOT_READY)
-
-    @router.get(path, dependencies=known, responses=unknown)
-    async def describe_model() -> ModelMetadata:
-        """The model's tensors."""
-        return describe(batcher)
-
-    @router.get(f"{path}/ready", dependencies=known, responses=unready)
-    async def model_ready(request: Request) -> ModelReady:
-        """The model answers."""
-        refuse_unready(request.app.state.is_ready, batcher)
-        return {"name": model_name(batcher.served.model), "ready": True}
-
-    @router.post(f"{path}/infer", dependencies=known, responses=_INFER_RESPONSES, openapi_extra=_INFER_REQUEST)
-    async def infer(request: Request) -> Response:
-        """Images in, logits or the best classes out, in JSON or as bytes behind it."""
-        deadline = asyncio.get_running_loop().time() + limits.deadline_s
-        body = await within_deadline(read_body(request.receive, dict(request.headers.raw), limits), deadline, limits)
-        inference = await _read(request, body, limits, batcher.turn)
-        refuse_other_size(inference, batcher.served.model)
-        job = await batcher.classify(inference.images, top_k=1, deadline=deadline, receive=request.receive)
-        request.scope["visit"].take(job)
-        return _answer(inference, job)
-
-
-def describe(batcher: Batcher) -> ModelMetadata:
-    """The tensors of the model that answers now."""
-    runtime = batcher.served.runtimes[0]
-    spec = runtime.model.spec
-    image = spec.image
-    return {
-        "name": model_name(runtime.model),
-        "versions": [VERSION],
-        "platform": runtime.platform,
-        "inputs": [{"name": INPUT, "datatype": "UINT8", "shape": [-1, image.height, image.width, image.channels]}],
-        "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, len(spec.labels)]}],
-    }
-
-
-async def _read(request: Request, body: bytes, limits: Limits, turn: asyncio.Lock) -> Inference:
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise Problem(problems.MEDIA_TYPE_UNKNOWN, f"send the body as it is, without Content-Encoding {encoding!r}")
-    return await parse(turn, read_inference, body, request.headers.get(HEADER_BYTES), limits)
-
-
-def _answer(inference: Inference, job: Job) -> Response:
-    model = job.served.model
-    named = {"model_name": model_name(model), "model_version": VERSION}
-    header, binary = write_answer(inference, job.logits, named, model.spec.labels)
-    if binary is None:
-        return Response(header, media_type="application/json")
-    return Response(header + binary, media_type="application/octet-stream", headers={HEADER_BYTES: str(len(header))})
-
-
-def refuse_unready(is_ready: bool, batcher: Batcher) -> None:
-    """Refuses while the server starts or stops, cannot decode, or answers its probe images wrongly."""
-    if not is_ready:
-        raise Problem(problems.NOT_READY, "the server is starting or stopping; ask again in a moment")
-    if not batcher.is_up:
-        raise Problem(problems.NOT_READY, "the process that runs the model is being replaced; ask again in a moment")
-    if batcher.decoding.is_stalled():
-        raise Problem(problems.NOT_READY, "images wait, and none has been decoded for a while; ask another server")
-    if fault := batcher.find_fault():
-        raise Problem(problems.NOT_READY, fault)
 
 
 def refuse_unknown(name: str, version: str, model: Model) -> None:
@@ -185,64 +160,32 @@ def refuse_other_size(inference: Inference, model: Model) -> None:
         raise Problem(problems.BAD_REQUEST, f"{detail}; resize them, or send files as BYTES")
 
 
-# The OpenAPI schema of `infer`
+# The description of `infer` in OpenAPI
 
 
-def _object(required: str, **properties: Any) -> dict[str, Any]:
-    return {"type": "object", "required": required.split(), "properties": properties}
+def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
+    """`schema` with definitions in place of the references to them, which OpenAPI would resolve elsewhere."""
+    match schema:
+        case {"$ref": str(reference)}:
+            return _inlined(definitions[reference.rpartition("/")[2]], definitions)
+        case dict():
+            return {name: _inlined(part, definitions) for name, part in schema.items() if name != "$defs"}
+        case list():
+            return [_inlined(part, definitions) for part in schema]
+    return schema
 
 
-def _parameters(**properties: Any) -> dict[str, Any]:
-    return {**_object("", **properties), "description": "What the server does not know is ignored."}
-
-
-def _array(items: dict[str, Any], **bounds: int) -> dict[str, Any]:
-    return {"type": "array", "items": items, **bounds}
-
-
-_TEXT, _BOOLEAN, _POSITIVE = {"type": "string"}, {"type": "boolean"}, {"type": "integer", "minimum": 1}
 _BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-_INPUT = _object(
-    "name shape datatype",
-    name={"const": INPUT},
-    shape=_array(_POSITIVE, minItems=1, maxItems=4),
-    datatype={"enum": ["UINT8", "BYTES"]},
-    data={"type": "array", "description": "Pixels from 0 to 255, flat or nested as the shape; or files in base64."},
-    parameters=_parameters(binary_data_size={"type": "integer", "minimum": 0}),
-)
-_ASKED = _object("name", name={"const": OUTPUT}, parameters=_parameters(classification=_POSITIVE, binary_data=_BOOLEAN))
-_INFERENCE = _object(
-    "inputs",
-    id=_TEXT,
-    parameters=_parameters(binary_data_output=_BOOLEAN),
-    inputs=_array(_INPUT, minItems=1, maxItems=1),
-    outputs=_array(_ASKED, maxItems=1),
-)
-_OUTPUT = _object(
-    "name shape datatype",
-    name={"const": OUTPUT},
-    shape=_array({"type": "integer"}, minItems=2, maxItems=2),
-    datatype={"enum": ["FP32", "BYTES"]},
-    data=_array({"type": ["number", "string"]}),
-)
-_ANSWER = _object(
-    "model_name model_version outputs",
-    model_name=_TEXT,
-    model_version=_TEXT,
-    id=_TEXT,
-    outputs=_array(_OUTPUT, minItems=1, maxItems=1),
-)
-_HEADER = {
-    "name": HEADER_BYTES,
-    "in": "header",
-    "description": "Bytes of JSON in the body; tensors follow it. Without this header all of the body is JSON.",
-    "schema": _POSITIVE,
-}
+_TEXT = "Bytes of JSON in the body; tensors follow it. Without this header all of the body is JSON."
+_SCHEMA = InferenceRequest.model_json_schema()
+_CONTENT = {"application/json": {"schema": _inlined(_SCHEMA, _SCHEMA["$defs"])}, **_BINARY}
 _INFER_REQUEST: dict[str, Any] = {
-    "parameters": [_HEADER],
-    "requestBody": {"required": True, "content": {"application/json": {"schema": _INFERENCE}, **_BINARY}},
+    "parameters": [
+        {"name": HEADER_BYTES, "in": "header", "description": _TEXT, "schema": {"type": "integer", "minimum": 1}}
+    ],
+    "requestBody": {"required": True, "content": _CONTENT},
 }
 _INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "One row per image.", "content": {"application/json": {"schema": _ANSWER}, **_BINARY}},
+    200: {"description": "One row per image.", "model": InferenceAnswer, "content": _BINARY},
     **problems.documented(*problems.OF_PREDICTION, problems.NOT_FOUND),
 }

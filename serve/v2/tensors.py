@@ -1,26 +1,80 @@
-"""Tensors of the Open Inference Protocol, in JSON or as bytes behind it: images in, logits out.
+"""Requests and answers of the Open Inference Protocol, in JSON or as bytes behind it: images in, logits out.
 
 A body is a JSON header followed by the bytes of tensors that are not in the header itself. The HTTP header
 `Inference-Header-Content-Length` says where the JSON ends; without it the whole body is JSON.
 """
 
-import base64
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # pydantic reads no other one on Python 3.11
+)
 
 import numpy as np
 import orjson
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
+from pydantic_core import ErrorDetails
+from typing_extensions import TypedDict
 
-from serve.request.body import load_json
+from serve.request.body import from_base64, load_json, too_many_images
 from serve.request.limits import Limits
-from serve.request.problems import BAD_REQUEST, TOO_MANY_IMAGES, Problem
+from serve.request.problems import BAD_REQUEST, Problem
 
-INPUT, OUTPUT = "images", "logits"
-_KINDS = {bool: "true or false", dict: "an object", int: "a whole number", list: "a list", str: "a string"}
 _SHOWN = 60  # characters of what was found
+
+
+class Parameters(BaseModel):
+    """Extensions of the protocol: the first of an input, the next two of an output, the last of the request."""
+
+    binary_data_size: int | None = None
+    classification: PositiveInt | None = None  # so many of the best classes in place of logits
+    binary_data: bool | None = None
+    binary_data_output: bool | None = None
+
+
+_NO_PARAMETERS = Parameters()
+
+
+class InputTensor(BaseModel):
+    """UINT8 [N, H, W, C], pixels from 0 to 255, or BYTES [N], image files."""
+
+    name: Literal["images"]
+    datatype: Literal["UINT8", "BYTES"]
+    shape: Annotated[list[PositiveInt], Field(min_length=1, max_length=4)]
+    data: list[Any] | None = Field(None, description="Pixels, flat or nested as the shape; or files in base64.")
+    parameters: Parameters | None = None
+
+
+class RequestedOutput(BaseModel):
+    name: Literal["logits"]
+    parameters: Parameters | None = None
+
+
+class InferenceRequest(BaseModel):
+    id: str | None = None
+    parameters: Parameters | None = None
+    inputs: Annotated[list[InputTensor], Field(min_length=1, max_length=1)]
+    outputs: Annotated[list[RequestedOutput], Field(max_length=1)] | None = None
+
+
+class OutputTensor(TypedDict):
+    name: Literal["logits"]
+    shape: list[int]
+    datatype: Literal["FP32", "BYTES"]
+    data: NotRequired[list[float | str]]
+
+
+class InferenceAnswer(TypedDict):
+    model_name: str
+    model_version: str
+    id: NotRequired[str]
+    outputs: list[OutputTensor]
 
 
 @dataclass(frozen=True)
@@ -36,123 +90,112 @@ class Inference:
 def read_inference(body: bytes, header_bytes: str | None, limits: Limits) -> Inference:
     """Parses a body. `header_bytes` is the value of Inference-Header-Content-Length, or None."""
     header, binary = _split(body, header_bytes)
-    try:
-        request = load_json(header)
-    except ValueError as error:
-        raise Problem(BAD_REQUEST, f"the inference header is not valid JSON: {error}") from error
-    if not isinstance(request, dict):
-        raise Problem(BAD_REQUEST, f"the inference header must be an object, got {_brief(request)}")
-    asked = _only_tensor(request, "outputs", OUTPUT)
-    parameters = _member(asked, "parameters", dict, {}, of=OUTPUT)
-    num_classes = _member(parameters, "classification", int, None, of=OUTPUT)
-    if num_classes is not None and num_classes < 1:
-        raise Problem(BAD_REQUEST, f"classification must be 1 or more, got {num_classes}")
-    for_all = _member(_member(request, "parameters", dict, {}), "binary_data_output", bool, False)
+    request, asked = check_request(load_json(header, "the inference header"), limits)
+    of_all = request.parameters or _NO_PARAMETERS
     return Inference(
-        id=_member(request, "id", str, None),
-        images=_read_images(_only_tensor(request, "inputs", INPUT), binary, limits),
-        num_classes=num_classes,
-        is_binary=_member(parameters, "binary_data", bool, for_all, of=OUTPUT),
+        id=request.id,
+        images=_read_images(request.inputs[0], binary),
+        num_classes=asked.classification,
+        is_binary=bool(of_all.binary_data_output if asked.binary_data is None else asked.binary_data),
     )
 
 
-def write_answer(inference: Inference, logits: np.ndarray, model: dict[str, str], labels: tuple[str, ...]) -> Any:
+def check_request(members: Any, limits: Limits) -> tuple[InferenceRequest, Parameters]:
+    """A request for pixels [N, H, W, C] or files [N], at most `limits.max_images`, and how it wants the answer."""
+    try:
+        request = InferenceRequest.model_validate(members, strict=True)
+    except ValidationError as error:
+        raise Problem(BAD_REQUEST, "; ".join(map(_explain, error.errors()[:5]))) from error
+    tensor = request.inputs[0]
+    rank, wanted = (1, "[N]") if tensor.datatype == "BYTES" else (4, "[N, H, W, C]")
+    if len(tensor.shape) != rank:
+        raise Problem(BAD_REQUEST, f"the shape of images in {tensor.datatype} must be {wanted}, got {tensor.shape}")
+    if tensor.shape[0] > limits.max_images:
+        raise too_many_images(limits)
+    asked = request.outputs[0].parameters if request.outputs else None
+    return request, asked or _NO_PARAMETERS
+
+
+def write_inference(inference: Inference, logits: np.ndarray, model: dict[str, str], labels: tuple[str, ...]) -> Any:
     """The answer's JSON, and the bytes behind it or None. Logits float32 [N, K]."""
-    output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": logits.shape, "data": logits.ravel()}
-    if inference.num_classes:
-        classes = best_classes(logits, labels, inference.num_classes)
-        shape = (len(classes), len(classes[0]))
-        output |= {"datatype": "BYTES", "shape": shape, "data": list(chain.from_iterable(classes))}
-    binary = None
-    if inference.is_binary:
-        data = output.pop("data")
-        binary = b"".join(map(with_length, data)) if inference.num_classes else data.astype("<f4").tobytes()
-        output["parameters"] = {"binary_data_size": len(binary)}
+    output, elements, content = output_of(inference, logits, labels)
+    output |= {"data": elements} if content is None else {"parameters": {"binary_data_size": len(content)}}
     named = {} if inference.id is None else {"id": inference.id}
-    return orjson.dumps({**model, **named, "outputs": [output]}, option=orjson.OPT_SERIALIZE_NUMPY), binary
+    return orjson.dumps({**model, **named, "outputs": [output]}, option=orjson.OPT_SERIALIZE_NUMPY), content
+
+
+def output_of(
+    inference: Inference, logits: np.ndarray, labels: tuple[str, ...]
+) -> tuple[dict[str, Any], Any, bytes | None]:
+    """Name, type and shape of the answer's tensor, its elements, and these as bytes if they are asked for.
+
+    The elements are all logits, or "score:index:label" of the best classes of each image, the best first.
+    """
+    if not inference.num_classes:
+        output = {"name": "logits", "datatype": "FP32", "shape": logits.shape}
+        return output, logits.ravel(), logits.astype("<f4").tobytes() if inference.is_binary else None
+    order = np.argsort(-logits, axis=1, kind="stable")[:, : inference.num_classes]
+    texts = [
+        f"{row[index]:f}:{index}:{labels[index]}"
+        for row, best in zip(logits.tolist(), order.tolist(), strict=True)
+        for index in best
+    ]
+    output = {"name": "logits", "datatype": "BYTES", "shape": order.shape}
+    return output, texts, b"".join(map(_with_length, texts)) if inference.is_binary else None
+
+
+def read_binary(binary: bytes, tensor: InputTensor) -> np.ndarray | list[bytes]:
+    """The images in the bytes of a checked tensor: uint8 [N, H, W, C], or N files."""
+    if tensor.datatype == "BYTES":
+        return check_count(list(_cut(binary)), tensor)
+    return np.frombuffer(check_count(binary, tensor), np.uint8).reshape(tensor.shape)
+
+
+def read_numbers(data: list[Any], tensor: InputTensor) -> np.ndarray | list[bytes]:
+    """Pixels uint8 [N, H, W, C] from a flat list of whole numbers."""
+    with suppress(ValueError):
+        if set(map(type, data)) <= {int}:
+            return read_binary(bytes(data), tensor)
+    wrong = next(value for value in data if type(value) is not int or not 0 <= value <= 255)
+    raise Problem(BAD_REQUEST, f"images in UINT8 must be whole numbers from 0 to 255, got {_brief(wrong)}")
+
+
+def check_count(elements: Any, tensor: InputTensor) -> Any:
+    """`elements`; refuses another number of them than the tensor's shape needs."""
+    if len(elements) != (wanted := math.prod(tensor.shape)):
+        detail = f"images of shape {tensor.shape} need {wanted:,} elements, got {len(elements):,}"
+        raise Problem(BAD_REQUEST, detail)
+    return elements
 
 
 def _split(body: bytes, header_bytes: str | None) -> tuple[bytes, bytes]:
     if header_bytes is None:
         return body, b""
     if not (header_bytes.isascii() and header_bytes.isdigit() and len(header_bytes) < 20):
-        raise Problem(
-            BAD_REQUEST, f"Inference-Header-Content-Length must be a whole number, got {_brief(header_bytes)}"
-        )
+        detail = f"Inference-Header-Content-Length must be a whole number, got {_brief(header_bytes)}"
+        raise Problem(BAD_REQUEST, detail)
     size = int(header_bytes)
     if not 0 < size <= len(body):
         raise Problem(BAD_REQUEST, f"Inference-Header-Content-Length is {size}, and the body has {len(body)} bytes")
     return body[:size], body[size:]
 
 
-def _only_tensor(request: dict[str, Any], name: str, tensor: str) -> dict[str, Any]:
-    """The only entry of `inputs` or `outputs`; an empty one for a request without outputs."""
-    entries = _member(request, name, list, [])
-    if not entries and tensor == OUTPUT:
-        return {}
-    if len(entries) != 1 or not isinstance(entries[0], dict) or entries[0].get("name") != tensor:
-        found = ", ".join(_brief(entry.get("name") if isinstance(entry, dict) else entry) for entry in entries[:5])
-        raise Problem(BAD_REQUEST, f"{name} must be one tensor named {tensor!r}, got {found or 'none'}")
-    return entries[0]
-
-
-def check_tensor(datatype: str | None, shape: list[Any], limits: Limits) -> None:
-    """Refuses anything but pixels [N, H, W, C] and files [N], and more images than `limits.max_images`."""
-    rank = {"UINT8": 4, "BYTES": 1}.get(datatype or "")
-    if rank is None:
-        raise Problem(BAD_REQUEST, f"images must be UINT8 pixels or BYTES of image files, got {_brief(datatype)}")
-    if len(shape) != rank or not all(type(size) is int and size > 0 for size in shape):
-        wanted = "[N, H, W, C]" if rank == 4 else "[N]"
-        found = ", ".join(map(_brief, shape[:8]))
-        raise Problem(BAD_REQUEST, f"the shape of images in {datatype} must be {wanted}, got [{found}]")
-    if shape[0] > limits.max_images:
-        detail = f"one request takes {limits.max_images} images at most, got {shape[0]}; send the rest in another"
-        raise Problem(TOO_MANY_IMAGES, detail)
-
-
-def read_binary(binary: bytes, datatype: str | None, shape: list[int]) -> np.ndarray | list[bytes]:
-    """The images of a checked tensor in its bytes: uint8 [N, H, W, C], or N files."""
-    if datatype == "BYTES":
-        return counted(list(_cut(binary)), shape)
-    return _as_pixels(binary, shape)
-
-
-def read_numbers(data: list[Any], shape: list[int]) -> np.ndarray:
-    """Pixels uint8 [N, H, W, C] from a flat list of whole numbers."""
-    if set(map(type, data)) - {int}:
-        wrong = next(value for value in data if type(value) is not int)
-        raise Problem(BAD_REQUEST, f"images in UINT8 must be whole numbers, got {_brief(wrong)}")
-    try:
-        content = bytes(data)
-    except ValueError as error:
-        wrong = next(value for value in data if not 0 <= value <= 255)
-        raise Problem(BAD_REQUEST, f"images in UINT8 must be from 0 to 255, got {wrong}") from error
-    return _as_pixels(content, shape)
-
-
-def _as_pixels(content: bytes, shape: list[int]) -> np.ndarray:
-    return np.frombuffer(counted(content, shape), np.uint8).reshape(shape)
-
-
-def _read_images(tensor: dict[str, Any], binary: bytes, limits: Limits) -> np.ndarray | list[bytes]:
-    shape = _member(tensor, "shape", list, [], of=INPUT)
-    datatype = _member(tensor, "datatype", str, None, of=INPUT)
-    check_tensor(datatype, shape, limits)
-    size = _member(_member(tensor, "parameters", dict, {}, of=INPUT), "binary_data_size", int, None, of=INPUT)
-    if size is None and binary:
-        raise Problem(BAD_REQUEST, f"images have no binary_data_size, and {len(binary)} bytes follow the header")
-    if size is not None and size != len(binary):
-        raise Problem(BAD_REQUEST, f"binary_data_size of images is {size}, and {len(binary)} bytes follow the header")
-    if size is not None and "data" in tensor:
+def _read_images(tensor: InputTensor, binary: bytes) -> np.ndarray | list[bytes]:
+    size, data = (tensor.parameters or _NO_PARAMETERS).binary_data_size, tensor.data or []
+    if (size or 0) != len(binary):
+        detail = f"binary_data_size of images is {size or 0}, and {len(binary)} bytes follow the header"
+        raise Problem(BAD_REQUEST, detail)
+    if size is not None and data:
         raise Problem(BAD_REQUEST, "images have data in the header and binary_data_size; send one of them")
     if size is not None:
-        return read_binary(binary, datatype, shape)
-    return counted(_from_base64(tensor), shape) if datatype == "BYTES" else read_numbers(_flat(tensor, shape), shape)
+        return read_binary(binary, tensor)
+    if tensor.datatype == "BYTES":
+        return check_count([from_base64(index, text) for index, text in enumerate(data)], tensor)
+    return read_numbers(_flatten(data, tensor.shape), tensor)
 
 
-def _flat(tensor: dict[str, Any], shape: list[int]) -> list[Any]:
+def _flatten(data: list[Any], shape: list[int]) -> list[Any]:
     """The numbers in `data`, which are flat or nested as the shape."""
-    data = _member(tensor, "data", list, [], of=INPUT)
     if not data or not isinstance(data[0], list):
         return data
     rows = [data]
@@ -161,15 +204,6 @@ def _flat(tensor: dict[str, Any], shape: list[int]) -> list[Any]:
             raise Problem(BAD_REQUEST, f"the data of images is neither flat nor nested as its shape {shape}")
         rows = list(chain.from_iterable(rows))
     return rows
-
-
-def _from_base64(tensor: dict[str, Any]) -> list[bytes]:
-    """The files in `data`, as JSON holds no bytes."""
-    texts = _member(tensor, "data", list, [], of=INPUT)
-    try:
-        return [base64.b64decode(text, validate=True) for text in texts]
-    except (ValueError, TypeError) as error:
-        raise Problem(BAD_REQUEST, f"images of type BYTES are base64 text in JSON: {error}") from error
 
 
 def _cut(binary: bytes) -> Iterator[bytes]:
@@ -183,44 +217,16 @@ def _cut(binary: bytes) -> Iterator[bytes]:
         start = end
 
 
-def counted(elements: Any, shape: list[int]) -> Any:
-    """`elements`; refuses another number of them than the shape needs."""
-    if len(elements) != (wanted := math.prod(shape)):
-        raise Problem(BAD_REQUEST, f"images of shape {shape} need {wanted:,} elements, got {len(elements):,}")
-    return elements
-
-
-def with_length(text: str) -> bytes:
+def _with_length(text: str) -> bytes:
     """An element of a BYTES tensor."""
     content = text.encode()
     return len(content).to_bytes(4, "little") + content
 
 
-def best_classes(logits: np.ndarray, labels: tuple[str, ...], num_classes: int) -> list[list[str]]:
-    """ "score:index:label" of the best classes of each image, the best first; equal ones by index."""
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :num_classes]
-    return [
-        [f"{row[index]:f}:{index}:{labels[index]}" for index in best]
-        for row, best in zip(logits.tolist(), order.tolist(), strict=True)
-    ]
-
-
-def _member(members: dict[str, Any], name: str, kind: type, default: Any, *, of: str = "the request") -> Any:
-    """The member `name`, or `default` if it is missing or null; refuses one of another type."""
-    value = members.get(name)
-    if value is None:
-        return default
-    if type(value) is not kind:
-        raise Problem(BAD_REQUEST, f"{name} of {of} must be {_KINDS[kind]}, got {_brief(value)}")
-    return value
+def _explain(fault: ErrorDetails) -> str:
+    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {_brief(fault['input'])}"
 
 
 def _brief(value: Any) -> str:
     """A value in a few characters."""
-    match value:
-        case list() | dict():
-            return _KINDS[type(value)]
-        case str():
-            return repr(value[:_SHOWN])
-        case _:
-            return orjson.dumps(value).decode()[:_SHOWN]
+    return {dict: "an object", list: "a list"}.get(type(value)) or repr(value)[:_SHOWN]

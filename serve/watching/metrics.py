@@ -12,7 +12,7 @@ from export.runtimes.cascade import Cascade
 from export.runtimes.runtime import Runtime
 from serve.model.prober import Prober
 from serve.request.batcher import Batcher
-from serve.request.open_connections import Door
+from serve.request.connection import Door
 from serve.request.predict import Visit
 from serve.watching.shared_counts import COUNTS_VARIABLE
 

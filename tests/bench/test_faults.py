@@ -18,7 +18,7 @@ from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.probabilities import softmax
 from fold.plain import fold_net
-from serve.request.open_connections import MAX_TURNED_AWAY
+from serve.request.connection import MAX_TURNED_AWAY
 
 
 @pytest.fixture

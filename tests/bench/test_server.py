@@ -243,6 +243,6 @@ def test_a_body_of_each_kind_holds_the_png():
 
     form = next(way for way in CONTESTANTS[0].ways if way.title == "ours, form")
     headers = {b"content-type": form.media_type.encode()}
-    assert asyncio.run(read_images(receive, headers, Limits(), asyncio.Lock())) == [b"a png"]
+    assert asyncio.run(read_images(receive, headers, Limits())) == [b"a png"]
     (element,) = json.loads(as_inference_request(b"a png"))["inputs"]
     assert element["data"] == ["YSBwbmc="]

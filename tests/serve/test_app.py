@@ -290,7 +290,7 @@ def test_a_failure_says_nothing_of_the_inside(runtime, pixels, encode):
     with TestClient(make_app(broken, Limits()), raise_server_exceptions=False) as client:
         broken.is_broken = True  # from after the warm-up on
         response = client.post("/predict", content=encode(pixels[0]), headers=PNG)
-    assert_problem(response, 500, "internal", "its log says why")
+    assert_problem(response, 500, "internal", "see its log")
     assert "secret" not in response.text
 
 

@@ -11,7 +11,8 @@ from starlette.requests import ClientDisconnect
 
 from common.refusal import Refusal
 from serve.decode.pool import decode_image
-from serve.request.batcher import Batcher, Served
+from serve.request.batcher import Batcher
+from serve.request.job import Served
 from serve.request.limits import Limits
 from serve.request.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, UNDECODABLE, Problem
 

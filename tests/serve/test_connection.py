@@ -244,6 +244,18 @@ def test_a_client_that_sends_on_after_its_refusal_is_cut_off(served, connect):
     assert flood(connection, b"NONSENSE\r\n\r\n", b"a") >= MAX_DROPPED_BYTES // 2
 
 
+def test_an_early_answer_is_not_taken_back_while_the_body_still_comes(live, runtime, connect):
+    with live(make_app(runtime, Limits(max_body_bytes=1000)), http=Connection) as url:
+        connection = connect(url)
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 500000\r\n\r\n")
+        answer = everything(connection)
+        for _ in range(2):  # a socket that is closed answers the first one with a reset, which would discard the answer
+            connection.sendall(b"x" * 1000)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"\r\nconnection: close\r\n" in answer
+    assert problem_in(answer)["status"] == 413
+
+
 def test_so_many_requests_may_wait_behind_one(live, gated, connect, pixels, encode):
     gated.open()
     with live(make_app(gated, Limits()), http=Connection) as url:

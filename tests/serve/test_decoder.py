@@ -27,7 +27,7 @@ def ask(decoder, content, *, num_bytes=10**8, max_pixels=10**8):
 
 
 def process_of(decoder):
-    return decoder._process._process
+    return decoder._process
 
 
 def test_a_process_decodes_as_the_server_does_and_stays(decoder, encode):
@@ -64,7 +64,7 @@ def test_a_decoder_that_takes_too_long_is_ended_and_replaced(encode, limit_s, pa
     decoder._patience_s = patience_s
     answer = ask(decoder, long_jpeg(encode))
     assert isinstance(answer, TookTooLong)
-    assert str(answer) == f"the image takes longer than {limit_s:g} s to decode; send it smaller"
+    assert str(answer) == f"the image takes longer than {limit_s:g} s to decode; send a smaller one"
     assert ended.poll() is not None
     decoder._patience_s = 60
     assert ask(decoder, small).shape == (8, 8, 3)
@@ -85,7 +85,7 @@ def test_a_process_that_ends_by_itself_is_the_problem_of_one_image(decoder, enco
     small = encode(np.zeros((8, 8, 3), np.uint8))
     ask(decoder, small)
     decoder.kill()
-    assert str(ask(decoder, small)) == "the image ends its decoder; save it anew"
+    assert str(ask(decoder, small)) == "the image crashes its decoder; save it again"
     assert ask(decoder, small).shape == (8, 8, 3)
 
 

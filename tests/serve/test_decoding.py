@@ -17,7 +17,8 @@ from starlette.requests import ClientDisconnect
 from common.image import decode
 from serve.decode.weigh import Weight
 from serve.request.app import make_app
-from serve.request.batcher import Batcher, Served
+from serve.request.batcher import Batcher
+from serve.request.job import Served
 from serve.request.limits import Limits
 from serve.request.problems import DEADLINE, INTERNAL, TOO_MANY_PIXELS, UNDECODABLE, Problem
 

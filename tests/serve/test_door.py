@@ -11,9 +11,8 @@ from fastapi import Response
 from raw_http import CHUNKED, HEALTH, everything, post, problem_in
 
 from serve.request.app import make_app
-from serve.request.connection import Connection
-from serve.request.limits import Limits
-from serve.request.open_connections import MAX_TURNED_AWAY, SPARE_FILES
+from serve.request.connection import MAX_TURNED_AWAY, Connection
+from serve.request.limits import SPARE_FILES, Limits
 
 
 @pytest.mark.slow
@@ -171,7 +170,7 @@ def test_a_flood_of_connections_takes_no_more_files_than_are_spared(live, runtim
 def test_connections_fit_the_files_of_the_process(num_files, fitting):
     script = f"""
 import logging, resource
-from serve.request.open_connections import fit_to_files
+from serve.request.limits import fit_to_files
 logging.basicConfig()
 resource.setrlimit(resource.RLIMIT_NOFILE, {num_files})
 print(fit_to_files(1000), resource.getrlimit(resource.RLIMIT_NOFILE)[0])

@@ -210,7 +210,7 @@ def test_no_pad_is_offered_for_photographs(page, browser, fields):
 
 def test_a_key_is_asked_for_and_then_sent(page, browser, tmp_path):
     page(api_key="open")
-    wait_for(browser, "status", "The server asks for its API key")
+    wait_for(browser, "status", "The API key is missing or wrong")
     choose(browser, write_image(tmp_path / "image.png"))
     browser.find_element("id", "secret").send_keys("open\n")
     wait_for(browser, "facts", "Digest")

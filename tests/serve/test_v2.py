@@ -128,11 +128,21 @@ def test_classification_gives_score_index_and_label(triton_client, runtime, pixe
             r"of shape \[N, 8, 8, 3\], got \[1, 9, 8, 3",
         ),
         (np.zeros((8, 8, 3), np.uint8), "UINT8", "images", r"must be \[N, H, W, C\], got \[8, 8, 3\]"),
-        (np.zeros((0, 8, 8, 3), np.uint8), "UINT8", "images", r"must be \[N, H, W, C\], got \[0"),
-        (np.zeros((41, 8, 8, 3), np.uint8), "UINT8", "images", "40 images at most, got 41"),
-        (np.full((1, 8, 8, 3), np.nan, np.float32), "FP32", "images", "must be UINT8 pixels or BYTES of .*'FP32'"),
+        (
+            np.zeros((0, 8, 8, 3), np.uint8),
+            "UINT8",
+            "images",
+            r"inputs\.0\.shape\.0: Input should be greater than 0, got 0",
+        ),
+        (np.zeros((41, 8, 8, 3), np.uint8), "UINT8", "images", "takes 40 images at most"),
+        (
+            np.full((1, 8, 8, 3), np.nan, np.float32),
+            "FP32",
+            "images",
+            "datatype: Input should be 'UINT8' or 'BYTES', got 'FP32'",
+        ),
         (np.zeros((1, 8, 8, 3), bool), "BOOL", "images", "got 'BOOL'"),
-        (np.zeros((1, 8, 8, 3), np.uint8), "UINT8", "input", "inputs must be one tensor named 'images', got 'input'"),
+        (np.zeros((1, 8, 8, 3), np.uint8), "UINT8", "input", "name: Input should be 'images', got 'input'"),
         (np.array([b"no image"], np.object_), "BYTES", "images", "not a PNG"),
         (np.array([[b"no image"]], np.object_), "BYTES", "images", r"must be \[N\], got \[1, 1\]"),
     ],
@@ -145,9 +155,9 @@ def test_nvidias_client_learns_what_was_wrong(triton_client, array, datatype, na
 def test_nvidias_client_learns_of_wrong_names(triton_client, pixels):
     with pytest.raises(InferenceServerException, match=f"the model here is '{NAME}', version '1'; got 'other'"):
         triton_client.infer("other", images_of(pixels))
-    with pytest.raises(InferenceServerException, match="outputs must be one tensor named 'logits', got 'other'"):
+    with pytest.raises(InferenceServerException, match=r"outputs\.0\.name: Input should be 'logits', got 'other'"):
         triton_client.infer(NAME, images_of(pixels), outputs=[triton.InferRequestedOutput("other")])
-    with pytest.raises(InferenceServerException, match="without Content-Encoding 'gzip'"):
+    with pytest.raises(InferenceServerException, match="encoded as gzip; send it as it is, without Content-Encoding"):
         triton_client.infer(NAME, images_of(pixels), request_compression_algorithm="gzip")
 
 
@@ -161,45 +171,45 @@ def test_data_may_be_nested_as_the_shape(client, pixels):
 @pytest.mark.parametrize(
     ("change", "detail"),
     [
-        ({"data": [256] * 192}, "must be from 0 to 255, got 256"),
-        ({"data": [-1] * 192}, "must be from 0 to 255, got -1"),
-        ({"data": [2**63] * 192}, "must be from 0 to 255"),
-        ({"data": [0.5] * 192}, "must be whole numbers, got 0.5"),
-        ({"data": [10**40] * 192}, "must be whole numbers, got 1e"),
-        ({"data": [0] * 191 + [True]}, "must be whole numbers, got true"),
-        ({"data": ["0"] * 192}, "must be whole numbers, got '0'"),
-        ({"data": [None] * 192}, "must be whole numbers, got null"),
-        ({"data": [0] * 191 + [[0]]}, "must be whole numbers, got a list"),
-        ({"data": [{}] * 192}, "must be whole numbers, got an object"),
+        ({"data": [256] * 192}, "from 0 to 255, got 256"),
+        ({"data": [-1] * 192}, "from 0 to 255, got -1"),
+        ({"data": [2**63] * 192}, "from 0 to 255"),
+        ({"data": [0.5] * 192}, "whole numbers from 0 to 255, got 0.5"),
+        ({"data": [10**40] * 192}, "whole numbers from 0 to 255, got 1e"),
+        ({"data": [0] * 191 + [True]}, "whole numbers from 0 to 255, got True"),
+        ({"data": ["0"] * 192}, "whole numbers from 0 to 255, got '0'"),
+        ({"data": [None] * 192}, "whole numbers from 0 to 255, got None"),
+        ({"data": [0] * 191 + [[0]]}, "whole numbers from 0 to 255, got a list"),
+        ({"data": [{}] * 192}, "whole numbers from 0 to 255, got an object"),
         ({"data": [0] * 191}, "need 192 elements, got 191"),
         ({"data": []}, "need 192 elements, got 0"),
         ({"data": None}, "need 192 elements, got 0"),
-        ({"data": "0" * 192}, "data of images must be a list, got '000"),
-        ({"data": {"0": 0}}, "data of images must be a list, got an object"),
+        ({"data": "0" * 192}, "inputs.0.data: Input should be a valid list, got '000"),
+        ({"data": {"0": 0}}, "inputs.0.data: Input should be a valid list, got an object"),
         ({"data": [[0] * 192]}, "neither flat nor nested as its shape"),
         ({"data": [[[[0] * 3] * 8] * 7 + [0]]}, "neither flat nor nested as its shape"),
         ({"data": [[[[0] * 3] * 8] * 8] * 2}, "neither flat nor nested as its shape"),
-        ({"data": [[[[[0]] * 3] * 8] * 8]}, "must be whole numbers, got a list"),
-        ({"shape": [-1, 8, 8, 3]}, "must be [N, H, W, C], got [-1, 8, 8, 3]"),
-        ({"shape": [True, 8, 8, 3]}, "must be [N, H, W, C], got [true, 8, 8, 3]"),
-        ({"shape": [1.0, 8, 8, 3]}, "must be [N, H, W, C], got [1.0, 8, 8, 3]"),
-        ({"shape": [1, "8", 8, 3]}, "must be [N, H, W, C], got [1, '8', 8, 3]"),
+        ({"data": [[[[[0]] * 3] * 8] * 8]}, "whole numbers from 0 to 255, got a list"),
+        ({"shape": [-1, 8, 8, 3]}, "inputs.0.shape.0: Input should be greater than 0, got -1"),
+        ({"shape": [True, 8, 8, 3]}, "inputs.0.shape.0: Input should be a valid integer, got True"),
+        ({"shape": [1.0, 8, 8, 3]}, "inputs.0.shape.0: Input should be a valid integer, got 1.0"),
+        ({"shape": [1, "8", 8, 3]}, "inputs.0.shape.1: Input should be a valid integer, got '8'"),
         ({"shape": [1, 2**62, 2**62, 3]}, "elements, got 192"),
-        ({"shape": [1] * 5000}, "must be [N, H, W, C], got [1, 1"),
-        ({"shape": []}, "must be [N, H, W, C], got []"),
-        ({"shape": 1}, "shape of images must be a list, got 1"),
-        ({"shape": None}, "must be [N, H, W, C], got []"),
-        ({"datatype": None}, "got null"),
-        ({"datatype": 8}, "datatype of images must be a string, got 8"),
+        ({"shape": [1] * 5000}, "inputs.0.shape: List should have at most 4 items"),
+        ({"shape": []}, "inputs.0.shape: List should have at least 1 item"),
+        ({"shape": 1}, "inputs.0.shape: Input should be a valid list, got 1"),
+        ({"shape": None}, "inputs.0.shape: Input should be a valid list"),
+        ({"datatype": None}, "inputs.0.datatype: Input should be 'UINT8' or 'BYTES', got None"),
+        ({"datatype": 8}, "inputs.0.datatype: Input should be 'UINT8' or 'BYTES', got 8"),
         ({"datatype": "x" * 5000}, "got 'xxx"),
-        ({"name": None}, "must be one tensor named 'images', got null"),
-        ({"name": ["images"]}, "must be one tensor named 'images', got a list"),
-        ({"parameters": []}, "parameters of images must be an object, got a list"),
+        ({"name": None}, "inputs.0.name: Input should be 'images', got None"),
+        ({"name": ["images"]}, "inputs.0.name: Input should be 'images', got a list"),
+        ({"parameters": []}, "inputs.0.parameters: Input should be a valid dictionary"),
         ({"parameters": {"binary_data_size": 192}}, "binary_data_size of images is 192, and 0 bytes follow"),
         ({"parameters": {"binary_data_size": 0}}, "data in the header and binary_data_size"),
-        ({"parameters": {"binary_data_size": True}}, "binary_data_size of images must be a whole number, got true"),
-        ({"datatype": "BYTES", "shape": [1]}, "base64 text in JSON"),
-        ({"datatype": "BYTES", "shape": [1], "data": ["?"]}, "base64 text in JSON"),
+        ({"parameters": {"binary_data_size": True}}, "binary_data_size: Input should be a valid integer, got True"),
+        ({"datatype": "BYTES", "shape": [1]}, "is not base64"),
+        ({"datatype": "BYTES", "shape": [1], "data": ["?"]}, "is not base64"),
         ({"datatype": "BYTES", "shape": [2], "data": ["AAAA"]}, "need 2 elements, got 1"),
     ],
 )
@@ -210,16 +220,28 @@ def test_hostile_tensors_are_problems(client, pixels, change, detail):
 @pytest.mark.parametrize(
     ("change", "detail"),
     [
-        ({"inputs": None}, "inputs must be one tensor named 'images', got none"),
-        ({"inputs": {}}, "inputs of the request must be a list, got an object"),
-        ({"inputs": [1, [], "x"]}, "must be one tensor named 'images', got 1, a list, 'x'"),
-        ({"id": 7}, "id of the request must be a string, got 7"),
-        ({"parameters": "x"}, "parameters of the request must be an object"),
-        ({"parameters": {"binary_data_output": 1}}, "binary_data_output of the request must be true or false, got 1"),
-        ({"outputs": [{"name": "logits"}] * 2}, "outputs must be one tensor named 'logits', got 'logits', 'logits'"),
-        ({"outputs": [{"name": "logits", "parameters": {"binary_data": "yes"}}]}, "must be true or false, got 'yes'"),
-        ({"outputs": [{"name": "logits", "parameters": {"classification": 0}}]}, "must be 1 or more, got 0"),
-        ({"outputs": [{"name": "logits", "parameters": {"classification": True}}]}, "a whole number, got true"),
+        ({"inputs": None}, "inputs: Input should be a valid list"),
+        ({"inputs": {}}, "inputs: Input should be a valid list, got an object"),
+        ({"inputs": [1, [], "x"]}, "inputs: List should have at most 1 item"),
+        ({"id": 7}, "id: Input should be a valid string, got 7"),
+        ({"parameters": "x"}, "parameters: Input should be a valid dictionary"),
+        (
+            {"parameters": {"binary_data_output": 1}},
+            "parameters.binary_data_output: Input should be a valid boolean, got 1",
+        ),
+        ({"outputs": [{"name": "logits"}] * 2}, "outputs: List should have at most 1 item"),
+        (
+            {"outputs": [{"name": "logits", "parameters": {"binary_data": "yes"}}]},
+            "binary_data: Input should be a valid boolean, got 'yes'",
+        ),
+        (
+            {"outputs": [{"name": "logits", "parameters": {"classification": 0}}]},
+            "classification: Input should be greater than 0, got 0",
+        ),
+        (
+            {"outputs": [{"name": "logits", "parameters": {"classification": True}}]},
+            "classification: Input should be a valid integer, got True",
+        ),
     ],
 )
 def test_hostile_requests_are_problems(client, pixels, change, detail):
@@ -299,14 +321,14 @@ def test_wrong_byte_counts_are_problems(client, content, fields, detail):
 def test_bytes_without_a_size_are_a_problem(client, pixels):
     header = json.dumps(in_json(pixels[:1])).encode()
     response = client.post(INFER, content=header + b"12345", headers={LENGTH: str(len(header))})
-    assert_protocol_problem(response, 400, "bad-request", "have no binary_data_size, and 5 bytes follow")
+    assert_protocol_problem(response, 400, "bad-request", "binary_data_size of images is 0, and 5 bytes follow")
 
 
 def test_the_limits_are_those_of_predict(client, encode):
     assert_protocol_problem(client.post(INFER, content=b"x" * 20_001), 413, "too-large")
     body, header_bytes = binary_request(bytes(768), shape=(4, 8, 8, 3))
     response = client.post(INFER, content=body, headers={LENGTH: str(header_bytes)})
-    assert_protocol_problem(response, 413, "too-many-images", "3 images at most, got 4")
+    assert_protocol_problem(response, 413, "too-many-images", "3 images at most")
     file = base64.b64encode(encode(np.zeros((1000, 1001), np.uint8))).decode()
     tensor = {"name": "images", "datatype": "BYTES", "shape": [1], "data": [file]}
     assert_protocol_problem(client.post(INFER, json={"inputs": [tensor]}), 413, "too-many-pixels", "1001x1000")

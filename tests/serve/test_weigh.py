@@ -157,7 +157,7 @@ def progressive(num_more):
 def test_a_jpeg_of_many_scans_is_refused():
     _, num_scans = progressive(0)
     weighed(progressive(MAX_SCANS - num_scans)[0])
-    with pytest.raises(Refusal, match=r"the JPEG has 101 scans, and 100 are taken; save it anew"):
+    with pytest.raises(Refusal, match=r"the JPEG has 101 scans, and 100 are accepted; save it again"):
         weighed(progressive(MAX_SCANS - num_scans + 1)[0])
 
 
@@ -173,7 +173,7 @@ def test_a_png_of_many_chunks_is_refused():
     content = encode(Image.new("L", (1, 1)), "PNG")
     chunk = bytes(4) + b"prVt" + struct.pack(">I", zlib.crc32(b"prVt"))
     weighed(content[:33] + MAX_CHUNKS * chunk + content[33:])
-    with pytest.raises(Refusal, match=r"the PNG has more than 2\d\d chunks in 6,\d\d\d bytes; save it anew"):
+    with pytest.raises(Refusal, match=r"the PNG has more than 2\d\d chunks in 6,\d\d\d bytes; save it again"):
         weighed(content[:33] + 2 * MAX_CHUNKS * chunk + content[33:])
 
 
@@ -192,7 +192,7 @@ def test_an_avif_of_many_sizes_is_refused_and_one_of_none_is_not_light():
     content = image("avif", 8, 8)
     size = b"ispe" + struct.pack(">III", 0, 9, 9)
     weighed(content + (MAX_AVIF_SIZES - 1) * size)
-    with pytest.raises(Refusal, match="the AVIF has more than 64 sizes of its parts; save it anew"):
+    with pytest.raises(Refusal, match="the AVIF has more than 64 sizes of its parts; save it again"):
         weighed(content + MAX_AVIF_SIZES * size)
     assert not is_light(weighed(content.replace(b"ispe", b"none")))
 

@@ -59,19 +59,17 @@ def test_long_bodies_are_read_one_at_a_time_even_if_the_first_is_given_up():
         order.append("first")
 
     async def scenario():
-        turn = asyncio.Lock()
-        given_up = asyncio.create_task(parse(turn, first, LONG))
+        given_up = asyncio.create_task(parse(first, LONG))
         await asyncio.to_thread(first_is_in.wait, 60)
         given_up.cancel()
         with pytest.raises(asyncio.CancelledError):
             await given_up
-        second = asyncio.create_task(parse(turn, lambda body: order.append("second"), LONG))
+        second = asyncio.create_task(parse(lambda body: order.append("second"), LONG))
         await asyncio.sleep(0)
-        assert await parse(turn, len, b"short") == 5  # waits for nobody
-        assert turn.locked()
+        assert await parse(len, b"short") == 5  # waits for nobody
+        assert not second.done()
         go_on.set()
         await second
-        assert not turn.locked()
 
     asyncio.run(scenario())
     assert order == ["first", "second"]
@@ -89,7 +87,7 @@ def test_a_body_that_cannot_be_read_is_not_kept():
 
     async def scenario():
         with pytest.raises(ValueError, match="no"):
-            await parse(asyncio.Lock(), refuse, Body(LONG))
+            await parse(refuse, Body(LONG))
 
     gc.disable()
     try:

@@ -1,4 +1,5 @@
 from contextlib import contextmanager
+from dataclasses import replace
 from queue import SimpleQueue
 from types import SimpleNamespace
 
@@ -7,7 +8,6 @@ from rpc_calls import Raw, tritons
 
 from serve.request.app import make_app
 from serve.request.limits import Limits
-from serve.v2.rpc.port import RpcAddress
 
 LIMITS = Limits()
 
@@ -19,10 +19,10 @@ def serve_rpc(live):
     @contextmanager
     def serve_rpc(runtime, limits=LIMITS, *, drain_s=30.0, loop="uvloop", **options):
         visits = SimpleQueue()
-        address = RpcAddress("127.0.0.1", 0, drain_s)
-        app = make_app(runtime, limits, rpc=address, observers=[visits.put], **options)
+        limits = replace(limits, drain_s=drain_s)
+        app = make_app(runtime, limits, grpc_address="127.0.0.1:0", observers=[visits.put], **options)
         with live(app, loop=loop) as url:
-            target = f"127.0.0.1:{app.state.rpc.port}"
+            target = f"127.0.0.1:{app.state.grpc.port}"
             raw = Raw(target)
             yield SimpleNamespace(app=app, url=url, target=target, visits=visits, raw=raw)
             raw.channel.close()

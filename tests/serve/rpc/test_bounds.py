@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
 from serve.request.problems import TOO_LARGE, Problem
-from serve.v2.rpc import messages
-from serve.v2.rpc.messages import MAX_FIELDS, MAX_NUMBER_BYTES, check_size
+from serve.v2 import grpc_messages as messages
+from serve.v2.grpc_messages import MAX_FIELDS, MAX_NUMBER_BYTES, walk
 
 REQUEST = pb.ModelInferRequest.DESCRIPTOR
 
@@ -15,12 +15,6 @@ REQUEST = pb.ModelInferRequest.DESCRIPTOR
 def numbers(count, kind="uint_contents", value=1):
     tensor = {"name": "images", "contents": {kind: [value] * count}}
     return pb.ModelInferRequest(inputs=[tensor]).SerializeToString()
-
-
-@pytest.fixture
-def walked(monkeypatch):
-    """Messages of any length are walked."""
-    monkeypatch.setattr(messages, "SHORT_BYTES", 0)
 
 
 @pytest.mark.parametrize(
@@ -33,15 +27,15 @@ def walked(monkeypatch):
         pb.ModelInferRequest(parameters={"x": {"double_param": 0.5}, "y": {"bool_param": True}}),
     ],
 )
-def test_what_a_request_may_hold_passes(walked, message):
-    check_size(message.SerializeToString(), REQUEST)
+def test_what_a_request_may_hold_passes(message):
+    walk(message.SerializeToString(), REQUEST)
 
 
 @pytest.mark.parametrize("kind", ["uint_contents", "int64_contents", "bool_contents"])
-def test_numbers_are_counted_by_their_bytes(walked, kind):
-    check_size(numbers(MAX_NUMBER_BYTES, kind), REQUEST)
+def test_numbers_are_counted_by_their_bytes(kind):
+    walk(numbers(MAX_NUMBER_BYTES, kind), REQUEST)
     with pytest.raises(Problem, match="send pixels in raw_input_contents") as caught:
-        check_size(numbers(MAX_NUMBER_BYTES + 1, kind), REQUEST)
+        walk(numbers(MAX_NUMBER_BYTES + 1, kind), REQUEST)
     assert caught.value.kind is TOO_LARGE
 
 
@@ -56,9 +50,9 @@ def test_numbers_are_counted_by_their_bytes(walked, kind):
         pb.ModelInferRequest(inputs=[{"parameters": {str(index): {} for index in range(MAX_FIELDS)}}]),
     ],
 )
-def test_more_fields_than_any_request_has_are_refused(walked, message):
+def test_more_fields_than_any_request_has_are_refused(message):
     with pytest.raises(Problem, match="more than 4,096 fields") as caught:
-        check_size(message.SerializeToString(), REQUEST)
+        walk(message.SerializeToString(), REQUEST)
     assert caught.value.kind is TOO_LARGE
 
 
@@ -74,15 +68,15 @@ def test_more_fields_than_any_request_has_are_refused(walked, message):
         (b"\0\0", "a field has the number 0"),
     ],
 )
-def test_what_is_no_message_raises_its_reason(walked, message, detail):
+def test_what_is_no_message_raises_its_reason(message, detail):
     with pytest.raises(ValueError, match=detail):
-        check_size(message, REQUEST)
+        walk(message, REQUEST)
 
 
 @given(st.binary(max_size=64))
 def test_any_bytes_end_in_words(message):
     with suppress(ValueError, Problem):
-        messages.walk(message, REQUEST)
+        walk(message, REQUEST)
 
 
 @given(
@@ -104,10 +98,12 @@ def test_any_bytes_end_in_words(message):
     )
 )
 def test_what_the_library_writes_is_walked_to_its_end(message):
-    messages.walk(message.SerializeToString(), REQUEST)
+    walk(message.SerializeToString(), REQUEST)
 
 
 def test_short_messages_are_not_walked():
-    check_size(b"\x0b" * messages.SHORT_BYTES, REQUEST)
-    with pytest.raises(ValueError, match="a field of kind 3"):
-        check_size(b"\x0b" * (messages.SHORT_BYTES + 1), REQUEST)
+    message = b"\x0b" * messages.SHORT_BYTES
+    with pytest.raises(Problem, match="Error parsing message"):
+        messages.parse(message, pb.ModelInferRequest)
+    with pytest.raises(Problem, match="a field of kind 3"):
+        messages.parse(message + b"\x0b", pb.ModelInferRequest)

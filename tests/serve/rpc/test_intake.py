@@ -4,7 +4,7 @@ import pytest
 
 from serve.request.limits import Limits
 from serve.request.problems import DEADLINE, OVERLOADED, TIMEOUT, Problem
-from serve.v2.rpc.intake import Intake
+from serve.v2.grpc_server import Intake
 
 TWO = Limits(max_body_bytes=100, max_held_bytes=250, max_queue=64)
 

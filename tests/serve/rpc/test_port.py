@@ -3,8 +3,9 @@ import socket
 import pytest
 
 from common.refusal import Refusal
-from serve.v2.rpc import port as module
-from serve.v2.rpc.port import RpcAddress, reserved
+from serve import run as module
+from serve.config import ServeConfig
+from serve.run import reserved
 
 
 def bind(port, *options):
@@ -49,5 +50,5 @@ def test_without_its_packages_the_extra_is_named(monkeypatch):
 
 
 def test_an_address_is_written_as_grpc_reads_it():
-    assert str(RpcAddress("127.0.0.1", 8001, 1)) == "127.0.0.1:8001"
-    assert str(RpcAddress("::1", 8001, 1)) == "[::1]:8001"
+    assert ServeConfig(grpc_port=8001).grpc_address == "127.0.0.1:8001"
+    assert ServeConfig(host="::1", grpc_port=8001).grpc_address == "[::1]:8001"

@@ -5,25 +5,26 @@ import threading
 import pytest
 from serving import ROOT
 
-from serve.decode.turns import Budget, HostBudget, Turns
+from serve.decode.budget import Budget, HostBudget
+from serve.decode.pool import ImageQueue
 
 
 def test_the_earliest_due_comes_first_and_equal_ones_as_they_came():
-    turns = Turns()
+    queue = ImageQueue()
     for due, owner in ((3, "c"), (1, "a"), (2, "b"), (1, "a, too")):
-        turns.put(due, owner, 0)
-    turns.end()
-    assert [turns.get() for _ in range(5)] == [("a", 0), ("a, too", 0), ("b", 0), ("c", 0), None]
+        queue.put(due, owner, 0)
+    queue.end()
+    assert [queue.get() for _ in range(5)] == [("a", 0), ("a, too", 0), ("b", 0), ("c", 0), None]
 
 
 def test_what_is_dropped_has_no_turn():
-    turns, gone, here = Turns(), object(), object()
+    queue, gone, here = ImageQueue(), object(), object()
     for part in range(3):
-        turns.put(0, gone, part)
-        turns.put(1, here, part)
-    turns.drop(gone)
-    turns.end()
-    assert [turns.get() for _ in range(4)] == [(here, 0), (here, 1), (here, 2), None]
+        queue.put(0, gone, part)
+        queue.put(1, here, part)
+    queue.drop(gone)
+    queue.end()
+    assert [queue.get() for _ in range(4)] == [(here, 0), (here, 1), (here, 2), None]
 
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has locks that end with their file")
@@ -54,7 +55,7 @@ HOLD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from serve.decode.turns import HostBudget
+from serve.decode.budget import HostBudget
 with HostBudget(Path(sys.argv[2]), 10).taken(7):
     print("holds", flush=True)
     sys.stdin.readline()
