@@ -12,6 +12,8 @@ from tritonclient.utils import InferenceServerException
 from serve.request.access import Access
 from serve.request.app import make_app
 from serve.request.limits import Limits
+from serve.request.problems import Problem
+from serve.v2 import tensors
 from serve.v2.routes import model_name
 
 NAME = "DiracNet-10-0.25"
@@ -247,6 +249,20 @@ def test_hostile_tensors_are_problems(client, pixels, change, detail):
 def test_hostile_requests_are_problems(client, pixels, change, detail):
     response = client.post(INFER, json={**in_json(pixels[:1]), **change})
     assert_protocol_problem(response, 400, "bad-request", detail)
+
+
+def test_what_is_no_object_is_called_the_request(client):
+    detail = "the request: Input should be a valid dictionary or instance of InferenceRequest, got a list"
+    assert_protocol_problem(client.post(INFER, json=[]), 400, "bad-request", detail)
+
+
+def test_of_a_long_text_only_what_is_shown_is_written(monkeypatch):
+    lengths = []
+    monkeypatch.setattr(tensors, "repr", lambda value: lengths.append(len(value)) or repr(value), raising=False)
+    body = json.dumps({"inputs": [{"name": "x" * 10_000, "datatype": "UINT8", "shape": [1, 1, 1, 1]}]}).encode()
+    with pytest.raises(Problem, match="got 'xxx"):
+        tensors.read_inference(body, None, Limits())
+    assert lengths == [60]
 
 
 @pytest.mark.parametrize(
