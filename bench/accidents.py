@@ -14,12 +14,11 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.bars import bars_table, report_missed
-from bench.lab.server import start
-from bench.page import describe_machine, fill, machine_table, table_of, write_page
+from bench.lab.page import bars_table, describe_machine, render, report_missed, write_page
+from bench.lab.server import IMAGE, MODEL, ROOT, start
 from common.cli import POSITIONAL, run_command
+from common.files import read_whole
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
     "python bench/accidents.py                        # a minute; writes docs/benchmarks/accidents.md and its record",
     "python bench/accidents.py --requests 500 --out /tmp/accidents",
@@ -45,48 +44,40 @@ TITLES = {
 
 @dataclass(frozen=True)
 class AccidentsConfig:
-    model: Annotated[Path, "plain.onnx to serve", POSITIONAL] = ROOT / "models" / "fashion-mnist.onnx"
-    image: Annotated[Path, "the image to send"] = ROOT / "models" / "held-out" / "Coat_6.png"
+    model: Annotated[Path, "plain.onnx to serve", POSITIONAL] = MODEL
+    image: Annotated[Path, "the image to send"] = IMAGE
     requests: Annotated[int, "how many are sent to a server whose log nobody reads"] = 20_000
     out: Annotated[Path, "folder for accidents.md and accidents.json"] = ROOT / "docs" / "benchmarks"
 
 
 def command(config: AccidentsConfig) -> int:
     """Expose a server on 127.0.0.1 to events at the wrong time. Exit status 1 if a bar is missed."""
-    from common.files import read_whole
-
-    image = read_whole(config.image)
-    accidents = {
-        "early": _early,
-        "outage": lambda model: _outage(model, image),
-        "hanging": lambda model: _hanging(model, image),
-        "unread": lambda model: _unread(model, image, config.requests),
-    }
     record: dict[str, Any] = {"machine": describe_machine("onnxruntime-gpu", "uvicorn"), "model": config.model.name}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "served.onnx")
-        for name, accident in accidents.items():
+        for accident in (_early, _outage, _hanging, _unread):
             shutil.copy(config.model, model)
-            record[name] = accident(model)
-    print(write_page(config.out, "accidents", markdown(record), record))
+            record[accident.__name__.removeprefix("_")] = accident(model, config)
+    print(write_page(config.out, "accidents", page(record), record))
     return report_missed(record, TITLES)
 
 
-def _early(model: Path) -> dict[str, Any]:
+def _early(model: Path, config: AccidentsConfig) -> dict[str, Any]:
     """SIGTERM while the model is read from a pipe that gives nothing, like a mount that hangs."""
     model.unlink()
     os.mkfifo(model)
-    seconds = {}
+    seconds = []
     for workers in (1, 2):
         server = start(model, "--workers", workers)
         with model.open("wb"):  # waits for a reader
-            seconds[f"{workers} worker{'s' * (workers > 1)}"] = server.stop()
+            seconds.append(server.stop())
     model.unlink()
-    return {"seconds": seconds, "bars": {"a server that reads its model ends within 5 s": max(seconds.values()) < 5}}
+    return {"seconds": seconds, "bars": {"a server that reads its model ends within 5 s": max(seconds) < 5}}
 
 
-def _outage(model: Path, image: bytes) -> dict[str, Any]:
+def _outage(model: Path, config: AccidentsConfig) -> dict[str, Any]:
     """The file is lost and one worker of two is killed."""
+    image = read_whole(config.image)
     with start(model, "--workers", 2, "--model-threads", 1) as server:
         statuses = [server.predict(image) for _ in range(20)]
         while sum("serves" in line for line in server.log()) < 2:  # or the second worker may read the damaged file
@@ -104,23 +95,21 @@ def _outage(model: Path, image: bytes) -> dict[str, Any]:
     return {"requests": len(statuses), "lost": lost, "recovery_s": recovery_s, "bars": bars}
 
 
-def _hanging(model: Path, image: bytes) -> dict[str, Any]:
-    """A model without an end is given up, the next one is served; SIGTERM does not wait for another."""
-    good = model.read_bytes()
+def _hanging(model: Path, config: AccidentsConfig) -> dict[str, Any]:
+    """A classifier whose Loop has no end is given up, the next one is served; SIGTERM does not wait for another."""
+    from onnx import parser
+
+    good, endless = model.read_bytes(), parser.parse_model(ENDLESS).SerializeToString()
     with start(model, "--reload-seconds", RELOAD_S, "--drain-seconds", DRAIN_S) as server:
-        _write_endless(model)
+        model.write_bytes(endless)
         begin = time.monotonic()
-        server.send(signal.SIGHUP)
-        server.wait_for("does not answer within")
+        server.reload("does not answer within")
         given_up_s = time.monotonic() - begin
         model.write_bytes(good)
-        server.send(signal.SIGHUP)
-        server.wait_for("now serving")
-        _write_endless(model)
-        num_lines = len(server.log())
-        server.send(signal.SIGHUP)
-        server.wait_for("reading the model's file again", after=num_lines)
-        answered = server.predict(image) == 200
+        server.reload("now serving")
+        model.write_bytes(endless)
+        server.reload("reading the model's file again")
+        answered = server.predict(read_whole(config.image)) == 200
         end_s = server.stop()
     bars = {
         "a model that hangs is given up, and the next one is served": True,
@@ -130,55 +119,36 @@ def _hanging(model: Path, image: bytes) -> dict[str, Any]:
     return {"given_up_s": given_up_s, "end_s": end_s, "bars": bars}
 
 
-def _unread(model: Path, image: bytes, num_requests: int) -> dict[str, Any]:
+def _unread(model: Path, config: AccidentsConfig) -> dict[str, Any]:
     """Requests to servers whose log goes into a pipe that nobody reads, and to a full disk."""
-    found: dict[str, dict[str, float]] = {}
+    import httpx
+
+    image = read_whole(config.image)
+
+    def num_answered(num_requests: int) -> int:
+        with httpx.Client(timeout=30, headers={"Content-Type": "image/png"}) as client:
+            answers = (client.post(f"{server.url}/predict", content=image) for _ in range(num_requests))
+            return sum(answer.status_code == 200 for answer in answers)
+
+    logs: dict[str, dict[str, float]] = {}
     with open("/dev/full", "wb") as full:
         for name, stderr in (("a pipe that nobody reads", subprocess.PIPE), ("a full disk", full)):
             with start(model, stderr=stderr) as server:
-                _ask_often(server.url, image, num_requests // 4)
+                num_answered(config.requests // 4)
                 before = server.rss_bytes()
-                answered = _ask_often(server.url, image, num_requests)
+                answered = num_answered(config.requests)
                 growth_mb = (server.rss_bytes() - before) / 1e6
-                found[name] = {"answered": answered, "growth_mb": growth_mb, "end_s": server.stop()}
+                logs[name] = {"answered": answered, "growth_mb": growth_mb, "end_s": server.stop()}
     bars = {
-        "every request is answered": all(row["answered"] == num_requests for row in found.values()),
-        f"memory grows by less than {GROWTH_MB:g} MB": all(row["growth_mb"] < GROWTH_MB for row in found.values()),
+        "every request is answered": all(log["answered"] == config.requests for log in logs.values()),
+        f"memory grows by less than {GROWTH_MB:g} MB": all(log["growth_mb"] < GROWTH_MB for log in logs.values()),
     }
-    return {"requests": num_requests, "logs": found, "bars": bars}
+    return {"requests": config.requests, "logs": logs, "bars": bars}
 
 
-def _ask_often(url: str, image: bytes, num: int) -> int:
-    """How many of `num` requests on one connection are answered 200."""
-    import httpx
-
-    with httpx.Client(timeout=30, headers={"Content-Type": "image/png"}) as client:
-        return sum(client.post(f"{url}/predict", content=image).status_code == 200 for _ in range(num))
-
-
-def _write_endless(path: Path) -> None:
-    """A classifier whose Loop has no end."""
-    from onnx import parser
-
-    path.write_bytes(parser.parse_model(ENDLESS).SerializeToString())
-
-
-def markdown(record: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> str:
     """The page of one record."""
-    unread = record["unread"]
-    return fill(
-        "accidents",
-        **{name: record[name] for name in ("model", "outage", "hanging")},
-        reload_s=RELOAD_S,
-        machine=machine_table(record["machine"]),
-        bars=bars_table(TITLES, record),
-        early=", ".join(f"{seconds:.2f} with {name}" for name, seconds in record["early"]["seconds"].items()),
-        unread=table_of(
-            f"the log goes to | answered 200 of {unread['requests']:,} | memory grew by | SIGTERM took",
-            "{name} | {answered:,} | {growth_mb:.1f} MB | {end_s:.2f} s",
-            ({"name": name, **row} for name, row in unread["logs"].items()),
-        ),
-    )
+    return render("accidents", record, reload_s=RELOAD_S, bars=bars_table(TITLES, record))
 
 
 if __name__ == "__main__":

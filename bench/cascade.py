@@ -6,16 +6,14 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.page import describe_machine, fill, machine_table, spread, table, write_page
-from bench.rounds import Timing, alternate_all
+from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.rounds import alternate_all, speedup
 from common.cli import run_command
-from common.files import read_whole
-from common.progress import make_console
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -29,6 +27,12 @@ EXAMPLES = (
 )
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BATCHES = (1, 32)
+# By whether the processor has VNNI: what was measured, and what was not.
+PROCESSORS = {
+    "yes": ("with VNNI", "One without VNNI was not"),
+    "no": ("without VNNI", "One with VNNI was not"),
+    "unknown": ("that does not list its instructions", "Others were not"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,49 +47,41 @@ class CascadeBenchConfig:
     out: Annotated[Path, "folder for cascade.md and cascade.json"] = Path("docs/benchmarks")
 
 
-def command(config: CascadeBenchConfig) -> int:
-    """Time passes over real test images: how many of them go on to fp32 decides what a cascade costs."""
+def command(config: CascadeBenchConfig) -> None:
+    """Time passes over real test images, because the share that goes on to fp32 decides the cost of a cascade."""
     from export.artefacts import open_artefact
-    from export.evaluation.judged import find_judged
+    from export.evaluation.answering import find_judged
     from export.runtimes.cascade import Cascade, read_forms
     from export.runtimes.onnx_session import OnnxSession
     from export.runtimes.saturation import saturates
 
-    console, load = make_console(), f"{os.getloadavg()[0]:.1f}"  # of the last minute: 0 on a machine that is idle
+    load = f"{os.getloadavg()[0]:.1f}"  # of the last minute: 0 on an idle machine
     forms = read_forms((config.exact, config.quick_form))
-    judged = find_judged(open_artefact(forms.quick), data_dir=config.data_dir)
     num_rounds, num = (2, 256) if config.quick else (config.rounds, config.images)
-    images = judged.part.first(num)
+    images = find_judged(open_artefact(forms.quick), data_dir=config.data_dir).part.first(num)
     if len(images) < max(BATCHES):
         raise Refusal(f"there are {len(images)} test images; {max(BATCHES)} are a batch")
-    paths, threads = (forms.quick, forms.exact), config.threads
-    alone = [OnnxSession(path, num_threads=threads) for path in paths]
-    cascade = Cascade(
-        *(OnnxSession(path, num_threads=threads, shares_cores=True) for path in paths), evidence=forms.evidence
-    )
+    session = partial(OnnxSession, num_threads=config.threads)
+    shared = (session(path, shares_cores=True) for path in (forms.quick, forms.exact))
+    cascade = Cascade(*shared, evidence=forms.evidence)
     cascade(images)
-    share = cascade.num_escalated / cascade.num_images
-    racers = {"int8": alone[0], "fp32": alone[1], "cascade": cascade}
-    record = {
+    measured = {
         "machine": {**describe_machine("onnxruntime-gpu", "onnxruntime"), "vnni": _has_vnni(), "load before": load},
         "saturates": saturates(),
         "forms": str(forms),
         "threads": config.threads,
         "num_images": len(images),
         "num_rounds": num_rounds,
-        "share_escalated": share,
+        "share_escalated": cascade.num_escalated / cascade.num_images,
         "evidence": forms.evidence.to_dict(),
-        "batches": {str(size): _time(racers, images, size, num_rounds) for size in BATCHES},
+        "batches": {},
     }
-    console.print(write_page(config.out, "cascade", page(record), record))
-    return 0
-
-
-def _time(racers: "dict[str, Answer]", images: "np.ndarray", size: int, num_rounds: int) -> dict[str, Any]:
-    """The timing of a pass over all images in batches of `size`, by the name of a racer."""
-    passes = {name: partial(_pass_ms, answer, images, size) for name, answer in racers.items()}
-    times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
-    return {name: timing.to_dict() for name, timing in times.items()}
+    racers = {"int8": session(forms.quick), "fp32": session(forms.exact), "cascade": cascade}
+    for size in BATCHES:
+        passes = {name: partial(_pass_ms, answer, images, size) for name, answer in racers.items()}
+        times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
+        measured["batches"][str(size)] = times
+    publish(config, "cascade", page, **measured)
 
 
 def _pass_ms(answer: "Answer", images: "np.ndarray", size: int) -> float:
@@ -95,47 +91,25 @@ def _pass_ms(answer: "Answer", images: "np.ndarray", size: int) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def page(record: dict[str, Any]) -> str:
-    """The page of one record."""
-    rows = [_row(size, times, record) for size, times in record["batches"].items()]
-    head = ["batch", "int8", "fp32", "cascade", "cascade over fp32", "int8 over cascade", "share of the expected time"]
-    return fill(
-        "cascade",
-        **{**record, "machine": machine_table(record["machine"])},
-        timed_percent=100 * record["share_escalated"],
-        tested_percent=100 * record["evidence"]["share_escalated"],
-        speeds=table(head, rows),
-        processor=_processor(record["machine"]["vnni"]),
-    )
-
-
-def _row(size: str, times: dict[str, Any], record: dict[str, Any]) -> list[str]:
-    timings = [Timing.from_dict(times[name]) for name in ("int8", "fp32", "cascade")]
-    int8, fp32, cascade = timings
-    alone = Timing.from_dict(record["batches"]["1"]["fp32"])
-    expected = int8.median_ms + record["share_escalated"] * alone.median_ms
-    speeds = [spread([1000 * timing.batch_size / ms for ms in timing.round_ms], ",.0f") for timing in timings]
-    ratios = (cascade.speedup_over(fp32), int8.speedup_over(cascade), cascade.median_ms / expected)
-    return [size, *speeds, *(f"{ratio:.2f}" for ratio in ratios)]
-
-
-def _processor(vnni: str) -> str:
-    measured, other = {
-        "yes": ("with VNNI", "One without VNNI was not"),
-        "no": ("without VNNI", "One with VNNI was not"),
-        "unknown": ("that does not list its instructions", "Others were not"),
-    }[vnni]
-    return f"""Measured on a processor {measured}. {other} measured: ONNX Runtime chooses its
-kernels by the processor's own description, and has no switch to leave VNNI out. The answers are the same there, as no
-sum in these files can saturate. Without VNNI int8 gains less (1.9 times fp32 for the bundled net on AMD Zen 3), and so
-does the cascade."""
-
-
 def _has_vnni() -> str:
     """ "yes", "no", or "unknown" where the system does not list its processor's instructions."""
     path = Path("/proc/cpuinfo")
-    words = read_whole(path).decode().split() if path.exists() else []
+    words = path.read_text().split() if path.exists() else []
     return "unknown" if "flags" not in words else "yes" if {"avx512_vnni", "avx_vnni"} & {*words} else "no"
+
+
+def page(record: Record) -> str:
+    """The page of one record. A cascade is expected to take the time of int8 plus, for its share, that of fp32."""
+    alone_ms, rows = record["batches"]["1"]["fp32"]["median_ms"], []
+    for size, times in record["batches"].items():
+        int8, fp32, cascade = timings = [times[name] for name in ("int8", "fp32", "cascade")]
+        expected_ms = int8["median_ms"] + record["share_escalated"] * alone_ms
+        speeds = [[1000 * timing["batch_size"] / ms for ms in timing["round_ms"]] for timing in timings]
+        share = cascade["median_ms"] / expected_ms
+        ratios = speedup(cascade, over=fp32), speedup(int8, over=cascade), share
+        rows.append({"size": size, "speeds": speeds, "ratios": ratios})
+    measured, other = PROCESSORS[record["machine"]["vnni"]]
+    return render("cascade", record, rows=rows, measured=measured, other=other)
 
 
 if __name__ == "__main__":

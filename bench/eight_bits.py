@@ -1,9 +1,7 @@
 """python bench/eight_bits.py: the error of eight bits with δ in the filters and beside them, while a net trains."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
     from train.config import Settings
 
-# Where training starts: the paper's a and b with the deviation of W of the authors' code, and our recipe's.
+# Initial values: the paper's a and b with the standard deviation of W in the authors' code, and our recipe's.
 STARTS: dict[str, dict[str, Any]] = {
     "a = 5": {"a0": 5.0, "b0": 1e-3, "w_std": 0.1},
     "a = 1": {"a0": 1.0, "b0": 0.1, "w_std": 0.03},
@@ -42,36 +40,30 @@ class EightBitsConfig:
     out: Annotated[Path, "folder for the figure and the numbers"] = Path("docs/experiments")
 
 
-def command(config: EightBitsConfig) -> int:
+def command(config: EightBitsConfig) -> None:
     """Train from a = 5 and from a = 1; after every epoch fold, quantise both ways and compare with float32."""
+    from copy import deepcopy
+
     from common.progress import make_console, progress
     from train.config import TrainConfig
     from train.data import datasets
     from train.experiments.lab import run_trial, write_results
 
     dataset, rows, accuracies = datasets.load(config.dataset, data_dir=config.data_dir), [], {}
-    with progress(make_console(), "epochs", len(STARTS) * (config.epochs + 1)) as advance:
+    shape = {name: getattr(config, name) for name in ("dataset", "family", "depth", "width", "epochs")}
+    with progress(make_console(), "epochs", len(STARTS) * config.epochs) as advance:
         for start, values in STARTS.items():
-            shape = {name: getattr(config, name) for name in ("dataset", "family", "depth", "width", "epochs")}
             settings = TrainConfig(**shape, lr=0.1, precision="fp32", **values).resolved()
-            epochs = count()
-
-            def observe(
-                net: "nn.Sequential",
-                start: str = start,
-                settings: "Settings" = settings,
-                epochs: Iterator[int] = epochs,
-            ) -> None:
-                if epoch := next(epochs):  # before the first step batch normalisation has no statistics
-                    rows.append({"start": start, "epoch": epoch, **_measure(net, settings, dataset, config.images)})
-                    print(_line(rows[-1]))
-                advance(note=start)
-
-            accuracies[start] = run_trial(settings, dataset, observe=observe).test_accuracy
+            trial = run_trial(settings, dataset, observe=deepcopy)
+            accuracies[start] = trial.test_accuracy
+            _, *nets = trial.observed  # before the first step batch normalisation has no statistics
+            for epoch, net in enumerate(nets, start=1):
+                rows.append({"start": start, "epoch": epoch, **_measure(net, settings, dataset, config.images)})
+                errors = [f"{label} {rows[-1][name]['relative_error']:.2%}" for name, label in LABELS.items()]
+                advance(note=f"from {start}, epoch {epoch}: logit error {', '.join(errors)}")
     figure = _draw(rows, f"{config.dataset}, {config.family} {config.depth}-{config.width:g}")
     record = {"settings": asdict(config), "test_accuracy": accuracies, "rows": rows}
     write_results(config.out, "eight-bits", figure, record)
-    return 0
 
 
 def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_images: int) -> dict[str, Any]:
@@ -85,49 +77,37 @@ def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_image
 
     _, held = datasets.hold_out(dataset.train, settings.validation, seed=0)
     pixels = held.first(num_images)
-    observed, chosen_by = pixels[: len(pixels) // 4], pixels[len(pixels) // 4 :]
+    observed, chosen_by = np.split(pixels, [len(pixels) // 4])
     spec = settings.spec(dataset.info.image, dataset.info.labels)
     options = {"lowerings": tuple(LABELS), "observed": observed, "chosen_by": chosen_by}
     found = quantize(fold_net(net.eval()).float(), spec, precision="int8", target="onnxruntime", **options)
-    best = {candidate.lowering: candidate for candidate in reversed(found.candidates)}
     scales = [layer.a.item() for layer in net.modules() if isinstance(layer, DiracConv2d)]
-    measured = {
-        name: {"ranges": row.method, "relative_error": row.relative_error, "top1_agreement": row.top1_agreement}
-        for name, row in best.items()
-    }
-    return {"a": {"min": min(scales), "mean": float(np.mean(scales)), "max": max(scales)}, **measured}
-
-
-def _line(row: dict[str, Any]) -> str:
-    parts = [
-        f"{label} {100 * row[lowering]['relative_error']:.2f} % ({100 * row[lowering]['top1_agreement']:.2f} % same)"
-        for lowering, label in LABELS.items()
-    ]
-    return (
-        f"from {row['start']}, epoch {row['epoch']:2d}, mean a {row['a']['mean']:.2f}: logit error {', '.join(parts)}"
-    )
+    row: dict[str, Any] = {"a": {"min": min(scales), "mean": float(np.mean(scales)), "max": max(scales)}}
+    for candidate in reversed(found.candidates):  # the best is the last of its lowering
+        errors = {"relative_error": candidate.relative_error, "top1_agreement": candidate.top1_agreement}
+        row[candidate.lowering] = {"ranges": candidate.method, **errors}
+    return row
 
 
 def _draw(rows: list[dict[str, Any]], title: str) -> Any:
     from train.experiments.lab import new_figure
 
     figure, (scales, errors, agreements) = new_figure(3)
-    styles = dict(zip(STARTS, ("-", "--"), strict=True))
-    colours = dict(zip(LABELS, ("tab:red", "tab:blue"), strict=True))
-    for start, style in styles.items():
-        of_it = [row for row in rows if row["start"] == start]
-        epochs = [row["epoch"] for row in of_it]
-        scales.plot(epochs, [row["a"]["mean"] for row in of_it], style, color="black", label=f"from {start}")
-        scales.fill_between(
-            epochs, *([row["a"][end] for row in of_it] for end in ("min", "max")), color="black", alpha=0.12, lw=0
-        )
-        for lowering, label in LABELS.items():
+    for start, style in zip(STARTS, ("-", "--"), strict=True):
+        from_start = [row for row in rows if row["start"] == start]
+        epochs = [row["epoch"] for row in from_start]
+        least, mean, largest = ([row["a"][name] for row in from_start] for name in ("min", "mean", "max"))
+        scales.plot(epochs, mean, style, color="black", label=f"from {start}")
+        scales.fill_between(epochs, least, largest, color="black", alpha=0.12, lw=0)
+        for (lowering, label), color in zip(LABELS.items(), ("tab:red", "tab:blue"), strict=True):
             for axes, key in ((errors, "relative_error"), (agreements, "top1_agreement")):
-                values = [100 * row[lowering][key] for row in of_it]
-                axes.plot(epochs, values, style, color=colours[lowering], label=f"{label}, from {start}")
-    scales.set(xlabel="epoch", title="a: mean, least and largest of all layers", ylim=(0, None))
-    errors.set(xlabel="epoch", title="int8 logit error, %", ylim=(0, None))
-    agreements.set(xlabel="epoch", title="images that keep their class, %")
+                percents = [100 * row[lowering][key] for row in from_start]
+                axes.plot(epochs, percents, style, color=color, label=f"{label}, from {start}")
+    scales.set(title="a: mean, least and largest of all layers", ylim=(0, None))
+    errors.set(title="int8 logit error, %", ylim=(0, None))
+    agreements.set(title="images that keep their class, %")
+    for axes in (scales, errors, agreements):
+        axes.set_xlabel("epoch")
     for axes in (scales, errors):
         axes.legend(fontsize=8)
     figure.suptitle(title)

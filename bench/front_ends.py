@@ -5,31 +5,30 @@ import json
 import os
 import signal
 import statistics
+import subprocess
 import sys
-import urllib.request
-from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.bars import bars_of, counts, report_missed
-from bench.lab.server import start
+from bench.lab.page import bars_of, describe_machine, render, report_missed, table, typed_command, write_page
+from bench.lab.rounds import turns
+from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
 from bench.lab.wrk import put_load, refuse_without_tools
-from bench.page import describe_machine, fill, machine_table, spread, table, table_of, write_page
-from common.cli import POSITIONAL, given_arguments, run_command
+from common.cli import POSITIONAL, run_command
 from common.files import read_whole
 from common.refusal import Refusal
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = (
     "python bench/front_ends.py                                # three minutes; writes docs/benchmarks/front-ends.md",
     "python bench/front_ends.py --only kills --kill-seconds 600 # the record keeps its other part",
     "python bench/front_ends.py --quick --out runs/bench",
 )
-FRONT_ENDS = (1, 2)
+FRONT_ENDS = {"one": 1, "two": 2}
 ON_PAPER = (1, 2, 4, 8, 12, 16)
 MAX_BATCH = 256
 BAR = 0.9
@@ -37,10 +36,8 @@ BAR = 0.9
 
 @dataclass(frozen=True)
 class FrontEndsConfig:
-    model: Annotated[Path, "plain.onnx whose images and labels are taken", POSITIONAL] = (
-        ROOT / "models" / "fashion-mnist.onnx"
-    )
-    image: Annotated[Path, "the image to send"] = ROOT / "models" / "held-out" / "Coat_6.png"
+    model: Annotated[Path, "plain.onnx whose images and labels are taken", POSITIONAL] = MODEL
+    image: Annotated[Path, "the image to send"] = IMAGE
     device_us: Annotated[tuple[float, float], "t0 and t1: the simulated device takes t0 + n t1 for n images"] = (200, 4)
     connections: Annotated[int, "without a pause, for each front end"] = 32
     rounds: Annotated[int, "rounds that alternate over the numbers of front ends"] = 3
@@ -68,15 +65,14 @@ def command(config: FrontEndsConfig) -> int:
     path = config.out / "front-ends.json"
     record: dict[str, Any] = json.loads(read_whole(path)) if config.only and path.exists() else {}
     about = {
-        "command": f"python bench/front_ends.py {given_arguments(config)}".strip(),
+        "command": typed_command("bench/front_ends.py", config),
         "machine": describe_machine("numpy", "uvicorn"),
     }
-    parts = config.only or ("scaling", "kills")
-    if "scaling" in parts:
+    if not config.only or "scaling" in config.only:
         record["scaling"] = {**about, **_scaling(config)}
-    if "kills" in parts:
+    if not config.only or "kills" in config.only:
         record["kills"] = {**about, **uvloop.run(_kills(config))}
-    print(write_page(config.out, "front-ends", markdown(record), record))
+    print(write_page(config.out, "front-ends", page(record), record))
     return report_missed(record, record)
 
 
@@ -84,23 +80,21 @@ def command(config: FrontEndsConfig) -> int:
 
 
 def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
-    from bench.simulated import TIMES, Simulated, hand_over
+    from bench.servers.simulated import hand_over
     from common.progress import make_console, progress
 
     refuse_without_tools()
     rounds: list[dict[str, dict[str, float]]] = []
     with progress(make_console(), "front ends", config.rounds * len(FRONT_ENDS) + 1) as advance:
-        for turn in range(config.rounds):
-            measured = {}
-            for num in FRONT_ENDS[:: -1 if turn % 2 else 1]:
-                measured[str(num)] = _measure(config, num)
-                advance(1, f"{num} front ends")
-            rounds.append(measured)
-        os.environ[TIMES] = "0,0"
-        device_process = hand_over(Simulated(config.model), MAX_BATCH, 50 if config.quick else 1000)
+        for _, names in turns(list(FRONT_ENDS), config.rounds):
+            rounds.append({})
+            for name in names:
+                rounds[-1][name] = _measure(config, FRONT_ENDS[name])
+                advance(1, f"{name} front ends")
+        device_process = hand_over(config.model, MAX_BATCH, 50 if config.quick else 1000)
         advance(1, "hand-over")
     paper = _on_paper(config.device_us, rounds, device_process)
-    worst = _median(rounds, "2", "p99_ms") / _median(rounds, "1", "p99_ms")
+    worst = _median(rounds, "two", "p99_ms") / _median(rounds, "one", "p99_ms")
     return {
         "device_us": list(config.device_us),
         "connections": config.connections,
@@ -118,38 +112,31 @@ def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
 
 def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
     """One server under a load that leaves it no pause: what it answers, and what processor time that takes."""
-    from bench.simulated import TIMES
+    from bench.servers.simulated import TIMES
 
-    os.environ[TIMES] = ",".join(f"{time:g}" for time in config.device_us)
-    argv = ("--front-ends", num, "--max-batch", MAX_BATCH, "--decode-threads", 0, "--log-level", "warning")
-    with start(config.model, *argv, script="bench/simulated.py") as server:
+    env = {**os.environ, TIMES: ",".join(f"{time:g}" for time in config.device_us)}
+    options = ("--front-ends", num, "--max-batch", MAX_BATCH, "--decode-threads", 0, "--log-level", "warning")
+    with start(config.model, *options, script="bench/servers/simulated.py", env=env) as server:
         processes = server.workers() or [server.pid]
-        for core, process in enumerate(processes):
-            _pin(process, core % 2 if num > 1 else 0)
-        load = {"num_connections": num * config.connections}
-        put_load(server.url, "/predict", "image/png", [config.image], **load, seconds=1)
-        before = [_cpu_s(process) for process in processes]
-        batches = _batches(server.url)
-        result = put_load(server.url, "/predict", "image/png", [config.image], **load, seconds=config.seconds)
-        took = [after - first for first, after in zip(before, map(_cpu_s, processes), strict=True)]
-        count, images = (after - first for first, after in zip(batches, _batches(server.url), strict=True))
-    if result.failures:
-        raise Refusal(f"{num} front ends fail {result.failures} requests")
-    num_requests = result.requests_per_s * config.seconds
+        for index, process in enumerate(processes):
+            pin = ["taskset", "--all-tasks", "--cpu-list", "--pid", str(index % 2 if num > 1 else 0), str(process)]
+            subprocess.run(pin, check=True, stdout=subprocess.DEVNULL)
+        load = partial(put_load, server.url, "/predict", "image/png", [config.image])
+        load = partial(load, num_connections=num * config.connections)
+        load(seconds=1)
+        before = [*map(_cpu_s, processes), *_batches(server)]
+        result = load(seconds=config.seconds)
+        after = [*map(_cpu_s, processes), *_batches(server)]
+    if result["failures"]:
+        raise Refusal(f"{num} front ends fail {result['failures']} requests")
+    *took, count, images = (then - first for first, then in zip(before, after, strict=True))
+    num_requests = result["requests_per_s"] * config.seconds
     return {
-        "requests_per_s": result.requests_per_s,
-        "p50_ms": result.p50_ms,
-        "p99_ms": result.p99_ms,
+        **{name: result[name] for name in ("requests_per_s", "p50_ms", "p99_ms")},
         "images_per_batch": images / count,
         "front_end_us": 1e6 * sum(took[:num]) / num_requests,
         "device_us": 1e6 * sum(took[num:]) / num_requests,
     }
-
-
-def _pin(process: int, core: int) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    for thread in Path(f"/proc/{process}/task").iterdir():
-        os.sched_setaffinity(int(thread.name), {cores[core % len(cores)]})
 
 
 def _cpu_s(process: int) -> float:
@@ -158,10 +145,9 @@ def _cpu_s(process: int) -> float:
     return sum(int(thread.read_text().split()[0]) for thread in threads) * 1e-9
 
 
-def _batches(url: str) -> tuple[float, float]:
+def _batches(server: Server) -> tuple[float, float]:
     """How many there were, and of how many images together."""
-    with urllib.request.urlopen(f"{url}/metrics") as answer:
-        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    lines = dict(line.rsplit(" ", 1) for line in server.client.get("/metrics").text.splitlines() if line[0] != "#")
     return float(lines["diracnet_batch_images_count"]), float(lines["diracnet_batch_images_sum"])
 
 
@@ -177,23 +163,22 @@ def _on_paper(
     Front ends answer N times what one of two does in a second of its core. The device process adds to the time of the
     device what it does for a full batch from all of them.
     """
-    fixed_us, each_us = device_us
-    alone = 1e6 / _median(rounds, "1", "front_end_us")
+    device_batch_us = device_us[0] + MAX_BATCH * device_us[1]
+    device = MAX_BATCH * 1e6 / device_batch_us
+    alone, one_of_two = (1e6 / _median(rounds, num, "front_end_us") for num in ("one", "two"))
     rows = []
     for num in ON_PAPER:
-        front_ends = alone if num == 1 else num * 1e6 / _median(rounds, "2", "front_end_us")
-        device = MAX_BATCH * 1e6 / (fixed_us + MAX_BATCH * each_us)
+        front_ends = num * one_of_two if num > 1 else alone
         added_us = cost["batch_us"] + num * cost["front_end_us"] + MAX_BATCH * cost["image_us"] if num > 1 else 0.0
-        process = MAX_BATCH * 1e6 / (fixed_us + MAX_BATCH * each_us + added_us)
-        answers = min(front_ends, process)
+        process = MAX_BATCH * 1e6 / (device_batch_us + added_us)
         rows.append(
             {
                 "front_ends": num,
                 "front_ends_per_s": front_ends,
                 "device_process_per_s": process,
                 "device_per_s": device,
-                "answers_per_s": answers,
-                "share": answers / min(num * alone, device),
+                "answers_per_s": min(front_ends, process),
+                "share": min(front_ends, process) / min(num * alone, device),
             }
         )
     return rows
@@ -204,116 +189,46 @@ def _on_paper(
 
 async def _kills(config: FrontEndsConfig) -> dict[str, Any]:
     """kill -9 of a front end and the device process in turn; lost and refused requests are sent once more."""
+    from bench.lab.load import LOST
+    from bench.servers.faults import retried
 
-    from bench.faults import ask_again
-    from bench.lab.load import LOST, Reply, named, saturated
-
-    image = config.image.read_bytes()
-    statuses: Counter[int] = Counter()
-    retries: list[asyncio.Task[bool]] = []
     killed: list[str] = []
-    waits_s: list[float] = []
-
-    def take(reply: Reply) -> None:
-        statuses[reply.status] += 1
-        waits_s.append(reply.seconds)
-        if reply.status in (LOST, 503):
-            retries.append(asyncio.create_task(ask_again(server.url, image)))
-
     with start(config.model, "--front-ends", 2, "--model-threads", 1, "--log-level", "warning") as server:
-        async with saturated(server.port, image, take, num_connections=16):
-            names = dict(zip(server.workers(), ("front end", "front end", "device process"), strict=True))
-            seconds = 0
-            while config.kill_seconds - seconds > config.kill_every:
+        async with retried(server, read_whole(config.image), LOST, 503) as (load, retries):
+            processes = server.workers()  # two front ends and the device process
+            for number in range((config.kill_seconds - 1) // config.kill_every):
                 await asyncio.sleep(config.kill_every)
-                seconds += config.kill_every
-                what = ("device process", "front end")[len(killed) % 2]
-                victim = next(process for process, name in names.items() if name == what)
-                del names[victim]
-                os.kill(victim, signal.SIGKILL)
+                index, what = (0, "front end") if number % 2 else (2, "device process")
+                os.kill(processes[index], signal.SIGKILL)
                 killed.append(what)
-                while not (new := set(server.workers()) - names.keys() - {victim}):
+                while not (new := set(server.workers()) - set(processes)):
                     await asyncio.sleep(0.01)
-                names[new.pop()] = what
-            await asyncio.sleep(config.kill_seconds - seconds)
-        succeeded = sum(await asyncio.gather(*retries))
+                processes[index] = new.pop()
+            await asyncio.sleep(config.kill_seconds - len(killed) * config.kill_every)
+    statuses, succeeded = load.statuses(), sum(task.result() for task in retries)
     return {
         "seconds": config.kill_seconds,
         "killed": killed,
-        "statuses": named(statuses),
+        "statuses": statuses,
         "asked_again": len(retries),
         "answered_then": succeeded,
-        "longest_wait_s": max(waits_s),
+        "longest_wait_s": max(reply.seconds for reply in load.replies),
         "bars": {
             "what was lost or told to come again is answered on one retry": succeeded == len(retries),
-            "all others are answered 200": statuses.keys() <= {200, 503, LOST},
+            "all others are answered 200": statuses.keys() <= {"200", "503", "lost"},
         },
     }
 
 
-# The page
-
-
-def markdown(record: dict[str, Any]) -> str:
+def page(record: dict[str, Any]) -> str:
     """The page of one record."""
     bars = [(bar, "met" if is_met else "MISSED") for part in record.values() for bar, is_met in bars_of(part).items()]
-    scaling, kills = record.get("scaling"), record.get("kills")
-    return fill(
-        "front-ends",
-        bars=table(("bar", ""), bars),
-        scaling=_scaling_section(scaling) if scaling else "",
-        kills=fill(
-            "front-ends-kills",
-            **kills | {"machine": machine_table(kills["machine"]), "statuses": counts(kills["statuses"])},
-            num_killed=len(kills["killed"]),
-        )
-        if kills
-        else "",
-    )
-
-
-def _scaling_section(part: dict[str, Any]) -> str:
-    rounds, cost = part["rounds"], part["device_process"]
-    names = ("requests_per_s", "p50_ms", "p99_ms", "images_per_batch", "front_end_us", "device_us")
-    images = sorted({row[1] for row in cost["rows"]})
-    return fill(
-        "front-ends-scaling",
-        **{name: part[name] for name in ("command", "connections", "seconds")},
-        machine=machine_table(part["machine"]),
-        fixed_us=part["device_us"][0],
-        each_us=part["device_us"][1],
-        num_rounds=len(rounds),
-        measured=table(
-            ("", "requests/s", "p50 ms", "p99 ms", "images in a batch", "µs of a core: front end", "device process"),
-            [
-                (
-                    f"{num} front ends" if num > 1 else "one process",
-                    *(_spread(rounds, str(num), name) for name in names),
-                )
-                for num in FRONT_ENDS
-            ],
-        ),
-        cost=cost,
-        batches=table(
-            ("front ends in a batch", *(f"{num} images of each" for num in images)),
-            [
-                (str(num), *(f"{us:.1f} µs" for lines, _, us in cost["rows"] if lines == num))
-                for num in sorted({row[0] for row in cost["rows"]})
-            ],
-        ),
-        max_batch=MAX_BATCH,
-        paper=table_of(
-            "front ends | they can/s | the device process can/s | the device can/s | answers/s | share",
-            "{front_ends} | {front_ends_per_s:,.0f} | {device_process_per_s:,.0f} | {device_per_s:,.0f} | "
-            "{answers_per_s:,.0f} | {share:.2f}",
-            part["paper"],
-        ),
-    )
-
-
-def _spread(rounds: list[dict[str, dict[str, float]]], num: str, name: str) -> str:
-    values = [measured[num][name] for measured in rounds]
-    return spread(values, ",.0f" if name == "requests_per_s" else ".3g") if any(values) else "in it"
+    sections = []
+    if scaling := record.get("scaling"):
+        sections.append(render("front-ends-scaling", scaling, max_batch=MAX_BATCH, num_rounds=len(scaling["rounds"])))
+    if kills := record.get("kills"):
+        sections.append(render("front-ends-kills", kills, num_killed=len(kills["killed"])))
+    return render("front-ends", {}, bars=table(("bar", ""), bars), sections="\n".join(sections))
 
 
 if __name__ == "__main__":

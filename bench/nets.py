@@ -1,58 +1,76 @@
-"""The nets that are measured, of random weights: DiracNets in three forms, nets of other papers, a checkpoint."""
+"""The nets that are measured: DiracNets in three forms, run by PyTorch, nets of other papers, and a checkpoint."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.spec import ImageSpec, Spec
+from export.compare import Answer
 from fold.image_sets import extreme_images, random_images, real_images
 from fold.plain import fold_net, load_plain, named_layers
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.data.batches import Batch
 from train.data.datasets import cifar_image, imagenet_image
-from train.families import build, count_parameters
-from train.initialize import initialize
+from train.families import build, count_parameters, initialize
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
-from train.loop import make_optimizer, train_step
+from train.trainer import make_optimizer, train_step
 
 SEEDED = ((16, 1.0), (34, 2.0))  # depth and width
 NUM_CALIBRATION = 256
-A0_BLOCKS, A0_WIDTHS = (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)
 
 
 @dataclass(frozen=True)
 class Net:
     """One net in the forms that are raced."""
 
-    name: str
     weights: str  # where they come from
     spec: Spec
     dirac: nn.Sequential
     is_same: bool  # whether `dirac` has the weights of `plain`, so that its logits can be compared
     plain: nn.Sequential  # float32
-    image_sets: dict[str, np.ndarray]  # images uint8 [N, H, W, C] for parity, by kind
-    calibration: np.ndarray  # other images, for the ranges of eight bits
+    real: np.ndarray | None = None  # images of its data set
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def image_sets(self) -> dict[str, np.ndarray]:
+        """Images uint8 [N, H, W, C] for parity, by kind."""
+        real = {} if self.real is None else {"real": self.real[:-NUM_CALIBRATION]}
+        others = random_images(self.spec.image, NUM_CALIBRATION + 64)[NUM_CALIBRATION:]
+        return {**real, "random": others, "extreme": extreme_images(self.spec.image)}
+
+    @property
+    def calibration(self) -> np.ndarray:
+        """Other images, for the ranges of eight bits."""
+        return random_images(self.spec.image, NUM_CALIBRATION) if self.real is None else self.real[-NUM_CALIBRATION:]
 
 
-def seeded_net(depth: int, width: float, *, family: str = "cifar", seed: int = 0) -> Net:
-    """A DiracNet of random weights for images of CIFAR or, in the families of ImageNet, of ImageNet."""
+def seeded_net(depth: int, width: float, *, family: str = "cifar") -> Net:
+    """A DiracNet of random weights."""
+    spec = _spec(depth, width, family)
+    net = random_net(spec)
+    return Net("random, seed 0", spec, net, True, fold_net(net).float())
+
+
+def _spec(depth: int, width: float, family: str = "cifar") -> Spec:
+    """For images of CIFAR or, in the families of ImageNet, of ImageNet."""
     image, num_labels = (imagenet_image(), 1000) if family.startswith("imagenet") else (cifar_image(), 10)
-    spec = Spec(family, depth, width, "ncrelu", image, tuple(f"class {index}" for index in range(num_labels)))
-    net = random_net(spec, seed=seed)
-    return Net(spec.name, f"random, seed {seed}", spec, net, True, fold_net(net).float(), *_random_sets(image))
+    return Spec(family, depth, width, "ncrelu", image, tuple(f"class {index}" for index in range(num_labels)))
 
 
-def random_net(spec: Spec, *, seed: int = 0) -> nn.Sequential:
+def random_net(spec: Spec) -> nn.Sequential:
     """The net of `spec` with every parameter and statistic off its initial value."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     net = build(spec).eval()
     with torch.no_grad():
         for name, tensor in net.state_dict().items():
@@ -73,51 +91,37 @@ def random_net(spec: Spec, *, seed: int = 0) -> nn.Sequential:
 def net_of_file(path: Path) -> Net:
     """A plain net of fold/run.py. The fold left no Dirac form: that has random weights."""
     plain = load_plain(path)
-    image_sets, calibration = _random_sets(plain.spec.image)
     real, _ = real_images(plain.spec.image, plain.provenance.get("training", {}), num=500 + NUM_CALIBRATION)
-    if real is not None:
-        calibration, image_sets = real[-NUM_CALIBRATION:], {"real": real[:-NUM_CALIBRATION], **image_sets}
     torch.manual_seed(0)
-    dirac = build(plain.spec).eval()
-    return Net(plain.spec.name, str(path), plain.spec, dirac, False, plain.net, image_sets, calibration)
+    return Net(str(path), plain.spec, build(plain.spec).eval(), False, plain.net, real)
 
 
 def count_macs(net: nn.Module, image: ImageSpec) -> int:
     """Of one image in all convolutions and linear layers, each computed directly."""
-    total = 0
-
-    def count(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal total
-        total += output.numel() * prod(layer.weight.shape[1:])
-
-    net = deepcopy(net).to("meta")
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(count)
-    net(torch.empty((1, image.height, image.width, image.channels), dtype=torch.uint8, device="meta"))
-    return total
+    with FlopCounterMode(display=False) as counter:
+        deepcopy(net).to("meta")(torch.empty((1, *image.shape), dtype=torch.uint8, device="meta"))
+    return counter.get_total_flops() // 2
 
 
-def make_checkpoint(depth: int, width: float, path: Path, *, seed: int = 0) -> int:
+def make_checkpoint(depth: int, width: float, path: Path) -> int:
     """A DiracNet for CIFAR images after one step on noise, with its momentum; gives its number of parameters.
 
     Batch normalisation has the statistics of that step, so that activations keep their size over any depth.
     """
-    torch.manual_seed(seed)
-    spec = Spec("cifar", depth, width, "ncrelu", cifar_image(), tuple(f"class {index}" for index in range(10)))
+    torch.manual_seed(0)
+    spec = _spec(depth, width)
     net = build(spec)
     initialize(net, a=1.0, b=0.1, std=0.03)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # the mean of all steps: of the only one
     optimizer = make_optimizer(net, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_ab=True)
-    images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8)
+    images = torch.randint(256, (8, *spec.image.shape), dtype=torch.uint8)
     batch = Batch(0, 0, images, torch.randint(10, (8,)))
     train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, 1e-3)
     # No data set lies beside the checkpoint, so that none is read wherever this runs.
-    config = {"dataset": "cifar10", "data_dir": str(path.parent), "seed": seed}
-    state = Checkpoint.fresh(spec, net.state_dict(), config, optimizer=optimizer.state_dict(), epoch=1)
-    save_checkpoint(path, state)
+    config = {"dataset": "cifar10", "data_dir": str(path.parent), "seed": 0}
+    save_checkpoint(path, Checkpoint.fresh(spec, net.state_dict(), config, optimizer=optimizer.state_dict(), epoch=1))
     return count_parameters(net)
 
 
@@ -135,11 +139,6 @@ class ReferenceNCReLU(nn.Module):
         return torch.cat([x.relu(), -(-x).relu()], dim=1)
 
 
-class Contiguous(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.contiguous()
-
-
 def reference_convolution(conv: DiracConv2d) -> ReferenceDiracConv2d:
     """The layer in the form of the authors' release; it shares the parameters, which an optimizer may hold."""
     reference = ReferenceDiracConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)
@@ -149,7 +148,7 @@ def reference_convolution(conv: DiracConv2d) -> ReferenceDiracConv2d:
 
 
 def reference_form(net: nn.Sequential) -> nn.Sequential:
-    """A Dirac net as a user has it before this project: every weight made anew at each call, contiguous NCHW."""
+    """A Dirac net as a user has it before this project: every weight made anew at each call."""
 
     def convert(layer: nn.Module) -> nn.Module:
         match layer:
@@ -157,19 +156,37 @@ def reference_form(net: nn.Sequential) -> nn.Sequential:
                 return reference_convolution(layer)
             case NCReLU():
                 return ReferenceNCReLU()
-            case Normalize():
-                return nn.Sequential(layer, Contiguous())
         return layer
 
     return nn.Sequential(*(convert(layer) for _, layer in named_layers(net))).eval()
 
 
-@dataclass(frozen=True)
-class Peer:
-    """`make` takes the spec of the DiracNet, for images and labels."""
+def torch_answer(
+    net: nn.Sequential,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    layout: torch.memory_format = torch.channels_last,
+    is_compiled: bool = False,
+) -> Answer:
+    """A copy of `net` in PyTorch. Pixels are normalised in float32, as in the ONNX graph."""
+    torch.backends.cudnn.benchmark = True
+    whole = deepcopy(net).float().eval().to(device)
+    normalize, rest = whole[0], whole[1:].to(dtype).to(memory_format=layout)
+    run: Callable[[Tensor], Tensor] = rest
+    if is_compiled:
+        # Recompilations are limited, those of earlier nets count, and what is over the limit would run eagerly.
+        torch.compiler.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # Replaying CUDA graphs is what makes small batches fast; the CPU has none.
+        run = torch.compile(rest, dynamic=False, mode="reduce-overhead" if device == "cuda" else "default")
 
-    published: str
-    make: Callable[[Spec], nn.Sequential]
+    @torch.inference_mode()
+    def answer(images: np.ndarray) -> np.ndarray:
+        x = normalize(torch.from_numpy(images).to(device)).to(dtype, memory_format=layout)
+        return run(x).float().cpu().numpy()
+
+    return answer
 
 
 def wide_resnet(depth: int, width: float, spec: Spec) -> nn.Sequential:
@@ -180,56 +197,55 @@ def wide_resnet(depth: int, width: float, spec: Spec) -> nn.Sequential:
 
 def resnet18(spec: Spec) -> nn.Sequential:
     """Four groups of two blocks of two convolutions, each with the batch normalisation after it folded in."""
-    net = _start(spec)
-    net.append(_convolution(spec.image.channels, 64, size=7, stride=2)).append(nn.ReLU()).append(nn.MaxPool2d(3, 2, 1))
+    torch.manual_seed(0)
+    layers = [_convolution(spec.image.channels, 64, size=7, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     num_in = 64
-    for num_out, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        for block_stride in (stride, 1):
-            body = (_convolution(num_in, num_out, stride=block_stride), nn.ReLU(), _convolution(num_out, num_out))
-            shortcut = [] if num_in == num_out else [_convolution(num_in, num_out, size=1, stride=block_stride)]
-            net.append(Residual(nn.Sequential(*body), nn.Sequential(*shortcut))).append(nn.ReLU())
+    for num_out, first_stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        for stride in (first_stride, 1):
+            body = (_convolution(num_in, num_out, stride=stride), nn.ReLU(), _convolution(num_out, num_out))
+            shortcut = [] if num_in == num_out else [_convolution(num_in, num_out, size=1, stride=stride)]
+            layers += [Residual(nn.Sequential(*body), nn.Sequential(*shortcut)), nn.ReLU()]
             num_in = num_out
-    return _finish(net, num_in, spec)
+    return _classifier_of(layers, num_in, spec)
 
 
-def repvgg(widths: Sequence[int], strides: Sequence[int], spec: Spec) -> nn.Sequential:
-    """RepVGG's deployed form: 3x3 convolutions and ReLUs; a stage's first convolution has its stride."""
-    net, num_in = _start(spec), spec.image.channels
-    for num_blocks, num_out, stride in zip(A0_BLOCKS, widths, strides, strict=True):
+def repvgg(widths: Sequence[int], early_stride: int, spec: Spec) -> nn.Sequential:
+    """RepVGG's deployed form: 3x3 convolutions and ReLUs; the first two stages have `early_stride`, the others 2."""
+    torch.manual_seed(0)
+    layers, num_in = [], spec.image.channels
+    for stage, (num_blocks, num_out) in enumerate(zip(A0_BLOCKS, widths, strict=True)):
         for block in range(num_blocks):
-            net.append(_convolution(num_in, num_out, stride=1 if block else stride)).append(nn.ReLU())
+            stride = 1 if block else early_stride if stage < 2 else 2
+            layers += [_convolution(num_in, num_out, stride=stride), nn.ReLU()]
             num_in = num_out
-    return _finish(net, num_in, spec)
+    return _classifier_of(layers, num_in, spec)
 
 
-NOT_PUBLISHED = "none published: a chain of its stages without the strides of stem and first stage"
-PEERS = {
-    "WRN-40-2": Peer("5.33 % error on CIFAR-10 (arXiv 1605.07146, table 4)", partial(wide_resnet, 40, 2.0)),
-    "WRN-16-1": Peer("8.77 % error on CIFAR-10 (arXiv 1612.03928, table 1)", partial(wide_resnet, 16, 1.0)),
-    "ResNet-18": Peer("30.50 % top-1 error on ImageNet (arXiv 1706.00388, table 3)", resnet18),
-    "RepVGG-A0": Peer(
-        "27.59 % top-1 error on ImageNet (arXiv 2101.03697, table 4)", partial(repvgg, A0_WIDTHS, (2, 2, 2, 2, 2))
-    ),
-    "RepVGG-A0 at 32x32": Peer(NOT_PUBLISHED, partial(repvgg, A0_WIDTHS, (1, 1, 2, 2, 2))),
-    "RepVGG-A0/3 at 32x32": Peer(
-        NOT_PUBLISHED, partial(repvgg, tuple(width // 3 for width in A0_WIDTHS), (1, 1, 2, 2, 2))
-    ),
+A0_BLOCKS, A0_WIDTHS = (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)
+PEERS: dict[str, Callable[[Spec], nn.Sequential]] = {  # from the spec of a DiracNet, for images and labels
+    "WRN-40-2": partial(wide_resnet, 40, 2.0),
+    "WRN-16-1": partial(wide_resnet, 16, 1.0),
+    "ResNet-18": resnet18,
+    "RepVGG-A0": partial(repvgg, A0_WIDTHS, 2),
+    "RepVGG-A0 at 32x32": partial(repvgg, A0_WIDTHS, 1),
+    "RepVGG-A0/3 at 32x32": partial(repvgg, tuple(width // 3 for width in A0_WIDTHS), 1),
+}
+_WITHOUT_STRIDES = "none published: a chain of its stages without the strides of stem and first stage"
+PUBLISHED = {
+    "DiracNet-34-2": "5.6 % error on CIFAR-10 (table 2)",
+    "DiracNet-18-0.75": "32.30 % top-1 error on ImageNet (table 3)",
+    "WRN-40-2": "5.33 % error on CIFAR-10 (arXiv 1605.07146, table 4)",
+    "WRN-16-1": "8.77 % error on CIFAR-10 (arXiv 1612.03928, table 1)",
+    "ResNet-18": "30.50 % top-1 error on ImageNet (arXiv 1706.00388, table 3)",
+    "RepVGG-A0": "27.59 % top-1 error on ImageNet (arXiv 2101.03697, table 4)",
+    "RepVGG-A0 at 32x32": _WITHOUT_STRIDES,
+    "RepVGG-A0/3 at 32x32": _WITHOUT_STRIDES,
 }
 
 
-def _random_sets(image: ImageSpec) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Image sets for parity, and other images for calibration."""
-    images = random_images(image, NUM_CALIBRATION + 64)
-    return {"random": images[NUM_CALIBRATION:], "extreme": extreme_images(image)}, images[:NUM_CALIBRATION]
-
-
-def _start(spec: Spec) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(Normalize(spec.image.mean, spec.image.std))
-
-
-def _finish(net: nn.Sequential, num_in: int, spec: Spec) -> nn.Sequential:
-    net.append(nn.AdaptiveAvgPool2d(1)).append(nn.Flatten()).append(nn.Linear(num_in, len(spec.labels)))
+def _classifier_of(layers: Sequence[nn.Module], num_features: int, spec: Spec) -> nn.Sequential:
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_features, len(spec.labels)))
+    net = nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers, *head)
     return net.eval().requires_grad_(False)
 
 

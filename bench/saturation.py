@@ -1,4 +1,4 @@
-"""python bench/saturation.py PLAIN: the accuracy that each bound against 16-bit saturation costs an eight-bit net."""
+"""python bench/saturation.py PLAIN: what each bound against 16-bit saturation costs an eight-bit net."""
 
 import sys
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class SaturationConfig:
     images: Annotated[int, "training images that set the ranges"] = 512
 
 
-def command(config: SaturationConfig) -> int:
+def command(config: SaturationConfig) -> None:
     """Quantise a net under each bound and compare it with float32 on the whole test split, as a Markdown table."""
     from export.compare import answer_all
     from export.eight_bits.calibrate import observe, ranges
@@ -47,9 +47,8 @@ def command(config: SaturationConfig) -> int:
     plain, dataset = load_plain(config.plain), datasets.load(config.dataset, data_dir=config.data_dir)
     trained_on = plain.provenance.get("training", {}).get("dataset")
     if trained_on != config.dataset:
-        raise Refusal(
-            f"{config.plain} was trained on {trained_on}, not on {config.dataset}: choose its data set with --dataset"
-        )
+        wrong = f"{config.plain} was trained on {trained_on}, not on {config.dataset}"
+        raise Refusal(f"{wrong}: choose its data set with --dataset")
     lowered = lower(plain.net, config.lowering)
     floats = to_onnx(lowered, plain.spec, {})
     order = np.random.default_rng(0).permutation(len(dataset.train))[: config.images]
@@ -63,30 +62,25 @@ def command(config: SaturationConfig) -> int:
     for name, bound in BOUNDS.items():
         widened = requantize(model, filters, bound)
         drop = measure_drop(reference, answer_all(answerer(model), pixels), targets)
-        print(
-            f"| {name} | {100 * widened:.0f} % | {100 * drop.accuracy:.2f} % | {100 * drop.top1_agreement:.2f} % "
-            f"| {100 * drop.relative_error:.2f} % |",
-            flush=True,
-        )
+        shares = (drop.accuracy, drop.top1_agreement, drop.relative_error)
+        print(f"| {name} | {100 * widened:.0f} % |", *(f"{100 * share:.2f} % |" for share in shares), flush=True)
     print(f"| float32 | | {100 * drop.float32_accuracy:.2f} % | | |")
-    return 0
 
 
 def largest(filters: np.ndarray) -> np.ndarray:
-    return np.abs(filters).reshape(len(filters), -1).max(axis=1)
+    return np.abs(filters).max(axis=(1, 2, 3))
 
 
 def side_by_side(filters: np.ndarray) -> np.ndarray:
     """Two input channels of one tap, in the kernel's order: taps outermost, channels innermost."""
-    rows = np.moveaxis(filters, 1, -1)
-    rows = rows.reshape(len(rows), -1)
+    rows = np.moveaxis(filters, 1, -1).reshape(len(filters), -1)
     pairs = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2))).reshape(len(rows), -1, 2)
-    signed = np.maximum(np.maximum(pairs, 0).sum(2), np.maximum(-pairs, 0).sum(2)).max(axis=1)
-    return np.maximum(signed, largest(filters))
+    signed = [part.clip(0).sum(axis=2).max(axis=1) for part in (pairs, -pairs)]
+    return np.maximum.reduce([*signed, largest(filters)])
 
 
 def permuted(filters: np.ndarray) -> np.ndarray:
-    """`side_by_side` after a permutation: each channel in turn beside the one that asks least of all filters."""
+    """`side_by_side` after a greedy permutation: next to each channel the one that widens all filters least."""
     left, order = list(range(filters.shape[1])), []
     while left:
         channel = left.pop(0)
@@ -94,26 +88,23 @@ def permuted(filters: np.ndarray) -> np.ndarray:
         if left:
             cost = [(side_by_side(filters[:, [channel, other]]) / largest(filters).clip(1e-30)).sum() for other in left]
             order.append(left.pop(int(np.argmin(cost))))
-    return np.maximum(side_by_side(filters[:, order]), largest(filters))
+    return side_by_side(filters[:, order])
 
 
 BOUNDS: dict[str, Bound] = {
     "none (saturates without VNNI)": largest,
     "pairs side by side in the kernel": side_by_side,
     "the same, channels permuted": permuted,
-    "any two weights of a filter": lambda filters: np.maximum(
-        largest(filters), largest_pair(filters.reshape(len(filters), -1))
-    ),
+    "any two weights of a filter": lambda filters: largest_pair(filters.reshape(len(filters), -1)),
     "seven bits": lambda filters: largest(filters) * 127 / 63,
 }
 
 
 def requantize(model: "onnx.ModelProto", filters: dict[str, np.ndarray], bound: Bound) -> float:
-    """Write the weights of an integer graph again, in place; gives the share of filters with a larger scale."""
+    """Replace the weights of an integer graph in place; returns the share of filters with a larger scale."""
     from onnx import numpy_helper
 
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    widened = []
+    stored, widened = {tensor.name: tensor for tensor in model.graph.initializer}, []
     for node in model.graph.node:
         if node.op_type != "QLinearConv":
             continue

@@ -1,26 +1,29 @@
 """python bench/server.py: our server beside a naive FastAPI handler and five others."""
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.cli import given_arguments, run_command
+from common.cli import run_command
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.server_race import Race, RaceRow, ServedNet
+    from bench.servers.contestants import Contestant
+    from bench.servers.race import ServedNet
 
 EXAMPLES = (
     "python bench/server.py                            # ten minutes; writes docs/benchmarks/server.md and .json",
     "python bench/server.py --quick --out runs/bench   # one round of one second each: under two minutes",
     "python bench/server.py --servers ours litserve --models small --rounds 5 --out runs/bench",
 )
+
+SERVERS_CORE = 0
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,13 @@ def command(config: ServerConfig) -> int:
     Answers are compared with the model's own first. A server that cannot be installed or started, answers wrongly
     or fails a request is a row with its reason. Exit status 1 if ours fails.
     """
+    from bench.lab.page import describe_machine, publish
+    from bench.lab.process import in_fresh_process
     from bench.lab.wrk import refuse_without_tools
-    from bench.page import describe_machine, write_page
-    from bench.request_steps import time_steps
-    from bench.server_page import draw_latencies, markdown
-    from bench.server_race import CONNECTIONS, open_race, write_net
-    from bench.servers import CONTESTANTS
+    from bench.servers.contestants import CONTESTANTS
+    from bench.servers.page import CONNECTIONS, draw_latencies, page
+    from bench.servers.race import write_net
+    from bench.servers.request_steps import time_steps
     from common.cores import num_cores
     from common.figure import png
     from common.files import write_whole
@@ -69,56 +73,44 @@ def command(config: ServerConfig) -> int:
     refuse_without_tools()
     console = make_console()
     contestants = [one for one in CONTESTANTS if not config.servers or one.name in config.servers]
-    race = open_race(contestants, config.work.absolute(), console.print)
-    nets = [write_net(size, race.folder, race.pngs) for size in config.models]
+    nets = [write_net(size, contestants, config.work.absolute() / "server") for size in config.models]
     for net in nets:
-        console.print(f"{net.title}: {net.num_macs:,} multiplications per image, {net.path}")
-    record: dict[str, Any] = {
-        "command": f"python bench/server.py {given_arguments(config)}".rstrip(),
+        console.print(f"{net.record['title']}: {net.record['macs']:,} multiplications per image, {net.path}")
+    _race(contestants, nets, config, console)
+    models = [
+        net.record | {"steps": in_fresh_process(time_steps, net.path, net.pngs[0], core=SERVERS_CORE)} for net in nets
+    ]
+    for model in models:
+        console.print(f"wrote {write_whole(config.out / model['picture'], png(draw_latencies(model)))}")
+    publish(
+        *(config, "server", page),
         **dict(zip(("rounds", "seconds"), config.schedule, strict=True)),
-        "connections": CONNECTIONS,
-        "machine": describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
-        "servers": [{"name": one.name, "note": one.note} for one in race.contestants],
-        "models": [
-            {
-                "picture": f"server-{size}.png",
-                "title": net.title,
-                "macs": net.num_macs,
-                "alone": alone,
-                "steps": time_steps(net.path, race.pngs[0]),
-                "rows": list(map(asdict, rows)),
-            }
-            for size, net, (rows, alone) in zip(config.models, nets, _measure(race, nets, config, console), strict=True)
-        ],
-    }
-    for model in record["models"]:
-        figure = draw_latencies(model, CONNECTIONS[-1])
-        console.print(f"wrote {write_whole(config.out / model['picture'], png(figure))}")
-    console.print(write_page(config.out, "server", markdown(record), record))
-    rows = [row for model in record["models"] for row in model["rows"]]
-    return int(any(row["failed"] for row in rows if row["server"] == "ours"))
+        connections=CONNECTIONS,
+        machine=describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
+        servers=[{"name": one.name, "note": one.note} for one in contestants],
+        models=models,
+    )
+    return int(any(row["failed"] for model in models for row in model["rows"] if row["server"] == "ours"))
 
 
-def _measure(
-    race: "Race", nets: "list[ServedNet]", config: ServerConfig, console: "Console"
-) -> "list[tuple[list[RaceRow], dict[str, list[float]]]]":
-    """For each net its rows, and the times of the model alone; every second round runs in reverse order."""
-    from bench.request_steps import time_alone
-    from bench.server_race import RaceRow
+def _race(contestants: "list[Contestant]", nets: "list[ServedNet]", config: ServerConfig, console: "Console") -> None:
+    """Fill the records of `nets`; every second round runs in reverse order."""
+    from bench.lab.process import in_fresh_process
+    from bench.lab.rounds import turns
+    from bench.servers.race import measure
+    from bench.servers.request_steps import time_alone
     from common.progress import progress
 
     num_rounds, seconds = config.schedule
-    tables = [{way.title: RaceRow(one.name, way.title) for one in race.contestants for way in one.ways} for _ in nets]
-    alone: list[dict[str, list[float]]] = [{} for _ in nets]
-    with progress(console, "starts of a server", num_rounds * len(nets) * len(race.contestants)) as advance:
-        for index in range(num_rounds):
-            for net, rows, times in zip(nets, tables, alone, strict=True):
-                for name, milliseconds in time_alone(net.path, race.pngs[0], seconds / 2).items():
-                    times.setdefault(name, []).append(milliseconds)
-                for contestant in race.contestants[:: -1 if index % 2 else 1]:
-                    race.measure(contestant, net, rows, seconds=seconds, warm_up=not config.quick)
-                    advance(note=f"{net.title}: {contestant.name}")
-    return [(list(rows.values()), times) for rows, times in zip(tables, alone, strict=True)]
+    with progress(console, "starts of a server", num_rounds * len(nets) * len(contestants)) as advance:
+        for _, turn in turns(contestants, num_rounds):
+            for net in nets:
+                alone = in_fresh_process(time_alone, net.path, net.pngs[0], seconds / 2, core=SERVERS_CORE)
+                for name, milliseconds in alone.items():
+                    net.record["alone"].setdefault(name, []).append(milliseconds)
+                for contestant in turn:
+                    measure(contestant, net, config.work.absolute(), seconds=seconds, warm_up=not config.quick)
+                    advance(note=f"{net.record['title']}: {contestant.name}")
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.without import SHORTCUTS, WITHOUT
+from bench.lab.page import Record, describe_machine, publish, render
 from common.cli import run_command
+
+if TYPE_CHECKING:
+    from bench.lab.server import Server
 
 EXAMPLES = (
     "python bench/shortcuts.py                      # three minutes, on two quiet cores with wrk and taskset",
@@ -19,6 +22,8 @@ EXAMPLES = (
 )
 CONNECTIONS = (1, 64)
 ALL = "all"
+# What each shortcut does, and the line that switches it off before the server starts.
+SHORTCUTS = {"gc.freeze": ("garbage collections skip what was loaded at the start", "gc.freeze = lambda: None")}
 Rounds = dict[str, dict[str, list[dict[str, float]]]]  # by shortcut that is missing, and by number of connections
 
 
@@ -30,56 +35,62 @@ class ShortcutsConfig:
     out: Annotated[Path, "folder for shortcuts.md and shortcuts.json"] = Path("docs/benchmarks")
 
 
-def command(config: ShortcutsConfig) -> int:
+def command(config: ShortcutsConfig) -> None:
     """Race the server with all shortcuts against the server without each one of them."""
+    from bench.lab.rounds import turns
     from bench.lab.wrk import refuse_without_tools
-    from bench.page import describe_machine, fill, machine_table, table, typed_command, write_page
     from common.progress import make_console, progress
 
     refuse_without_tools()
-    names, console = [ALL, *SHORTCUTS], make_console()
     rounds, seconds = (1, 1) if config.quick else (config.rounds, config.seconds)
-    results: Rounds = {name: {str(num): [] for num in CONNECTIONS} for name in names}
-    with progress(console, "servers", rounds * len(names)) as advance:
-        for turn in range(rounds):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+    results: Rounds = {name: {str(num): [] for num in CONNECTIONS} for name in (ALL, *SHORTCUTS)}
+    with progress(make_console(), "servers", rounds * len(results)) as advance:
+        for _, names in turns(list(results), rounds):
+            for name in names:
                 _measure(name, seconds, results)
                 advance(note=name)
-    of = [f"{num} connection{'s' * (num > 1)}: {what}" for num in CONNECTIONS for what in ("requests/s", "p99")]
     machine = describe_machine("uvicorn", "uvloop", "httptools", "onnxruntime-gpu", "onnxruntime")
-    rows = [[name, does, *_ratios(results, name)] for name, (does, _) in SHORTCUTS.items()]
-    ratios = table(["without", "what it does", *of], rows)
-    typed = typed_command("bench/shortcuts.py", config)
-    page = fill("shortcuts", command=typed, table=ratios, machine=machine_table(machine))
-    console.print(write_page(config.out, "shortcuts", page, {"machine": machine, "results": results}))
-    return 0
+    publish(config, "shortcuts", page, machine=machine, results=results)
+
+
+def start_without(name: str, *options: str) -> "Server":
+    """The server of the bundled model on core 0, without the shortcut `name` or, with `ALL`, as it is."""
+    from bench.lab.server import MODEL, ROOT, Server, free_port
+
+    switch_off = "" if name == ALL else SHORTCUTS[name][1]
+    program = f"import gc, runpy\n{switch_off}\nrunpy.run_path('serve/run.py', run_name='__main__')"
+    port = free_port()
+    argv = [sys.executable, "-c", program, str(MODEL), "--runtime", "onnxruntime", "--port", str(port), *options]
+    return Server(argv, port, core=0, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def _measure(name: str, seconds: int, results: Rounds) -> None:
-    """Start one server on core 0 and put it under load with each number of connections."""
-    from bench.lab.server import ROOT, Server, free_port
+    """Put one server under load with each number of connections."""
+    from bench.lab.server import IMAGE
     from bench.lab.wrk import put_load
 
-    model, image = ROOT / "models" / "fashion-mnist.onnx", min((ROOT / "models" / "held-out").glob("*.png"))
-    port, env = free_port(), {**os.environ, WITHOUT: "" if name == ALL else name, "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, ROOT / "bench" / "without.py", model, "--runtime", "onnxruntime", "--port", port]
-    with Server([*map(str, argv), "--log-level", "error"], port, core=0, env=env) as server:
+    with start_without(name, "--log-level", "error") as server:
         for num in CONNECTIONS:
-            load = partial(put_load, server.url, "/predict", "image/png", [image], num_connections=num)
+            load = partial(put_load, server.url, "/predict", "image/png", [IMAGE], num_connections=num)
             load(seconds=1)  # warm up
-            results[name][str(num)].append(asdict(load(seconds=seconds)))
+            results[name][str(num)].append(load(seconds=seconds))
 
 
-def _ratios(results: Rounds, name: str) -> list[str]:
-    """Requests/s and p99 without a shortcut, as shares of those with all in the same round."""
-    from bench.page import spread
-
-    return [
-        spread([row[what] / whole[what] for row, whole in zip(rows, results[ALL][num], strict=True)], ".2f")
-        for num, rows in results[name].items()
-        for what in ("requests_per_s", "p99_ms")
+def page(record: Record) -> str:
+    """The page of one record: requests/s and p99 without a shortcut, as shares of those with all in the same round."""
+    rows = [
+        {
+            "name": name,
+            "does": does,
+            "ratios": [
+                [row[what] / whole[what] for row, whole in zip(record["results"][name][num], all_rows, strict=True)]
+                for num, all_rows in record["results"][ALL].items()
+                for what in ("requests_per_s", "p99_ms")
+            ],
+        }
+        for name, (does, _) in SHORTCUTS.items()
     ]
+    return render("shortcuts", record, rows=rows)
 
 
 if __name__ == "__main__":

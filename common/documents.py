@@ -1,7 +1,9 @@
 """JSON from untrusted sources. Needs only the standard library."""
 
 import json
-from typing import Any
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from common.refusal import Refusal
 
@@ -40,6 +42,24 @@ def read_object(content: bytes | str, what: str, *, todo: str) -> dict[str, Any]
     if not isinstance(document, dict):
         raise Refusal(f"{what} is not a JSON object; {todo}")
     return document
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value of a document is of an annotated type: `int | None`, `tuple[float, ...]`, `Literal["a", "b"]`.
+
+    A list stands for a tuple, an object for a dataclass, and a whole number may be a float's.
+    """
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return any(is_of(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        kinds = [arguments[0]] * len(value) if arguments[-1] is ... and isinstance(value, list) else arguments
+        return isinstance(value, list) and len(value) == len(kinds) and all(map(is_of, value, kinds))
+    if is_dataclass(origin):
+        return isinstance(value, dict)
+    return isinstance(value, int | float if origin is float else origin) and (origin is bool or type(value) is not bool)
 
 
 def _values(outer: Any) -> list[Any]:

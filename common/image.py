@@ -158,7 +158,13 @@ def _without_comments(content: bytes) -> bytes:
 
 
 def _centre_crop(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    size, box = (spec.width, spec.height), _crop_box(image, spec)
+    size, box = (spec.width, spec.height), (0.0, 0.0, float(image.width), float(image.height))  # box: in source pixels
+    if spec.resize is not None:
+        scale = min(image.size) / spec.resize
+        # Rounding can exceed the image's edge, which Pillow refuses: 28 * (29 / 28) > 29.
+        width, height = min(image.width, spec.width * scale), min(image.height, spec.height * scale)
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+        box = (left, top, left + width, top + height)
     if image.size == size and box == (0, 0, *size):
         return image
     # Resampling only the box that survives the crop bounds the work for extreme aspect ratios.
@@ -179,14 +185,3 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
     else:
         flat = image
     return flat if flat.mode == mode else flat.convert(mode)
-
-
-def _crop_box(image: Image.Image, spec: ImageSpec) -> tuple[float, float, float, float]:
-    """The part of the source that becomes the input, in source pixels."""
-    if spec.resize is None:
-        return (0.0, 0.0, float(image.width), float(image.height))
-    scale = min(image.width, image.height) / spec.resize
-    # Rounding can exceed the image's edge, which Pillow refuses: 28 * (29 / 28) > 29.
-    width, height = min(image.width, spec.width * scale), min(image.height, spec.height * scale)
-    left, top = (image.width - width) / 2, (image.height - height) / 2
-    return (left, top, left + width, top + height)

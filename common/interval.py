@@ -7,7 +7,7 @@ Z_TWO = 2.241403  # for 97.5 %, so that two such intervals both hold with 95 %
 
 
 def interval(num_hits: float, num: int, *, z: float = Z) -> tuple[float, float]:
-    """Wilson's interval of a share, (low, high), 95 % unless `z` says otherwise; valid for few images too."""
+    """Wilson's interval of a share, (low, high), 95 % unless `z` says otherwise; also valid for few images."""
     if num == 0:
         return 0.0, 1.0
     share, denominator = num_hits / num, 1 + z**2 / num

@@ -87,7 +87,10 @@ class Spec:
             raise Refusal(f"a label holds half a character, {error.object[error.start : error.end]!a}") from error
         if len(self.labels) < 2:
             raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
-        refuse_temperature(self.temperature)
+        lowest, highest = MIN_TEMPERATURE, MAX_TEMPERATURE
+        given: Any = self.temperature  # of a file: not yet known to be a number
+        if not isinstance(given, int | float) or isinstance(given, bool) or not lowest <= given <= highest:
+            raise Refusal(f"a temperature must be a number from {lowest:g} to {highest:g}, got {str(given)[:40]}")
 
     @classmethod
     def of_net(cls, net: str, image: ImageSpec, labels: tuple[str, ...], temperature: float = 1.0) -> "Spec":
@@ -135,15 +138,6 @@ class Spec:
     @classmethod
     def from_json(cls, text: str) -> "Spec":
         return cls.from_dict(read_object(text, "the model's spec", todo="make the file again"))
-
-
-def refuse_temperature(value: Any) -> None:
-    """Refuses anything but a number between the bounds: zero, NaN, infinity, text, a bool."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and MIN_TEMPERATURE <= value <= MAX_TEMPERATURE):
-        raise Refusal(
-            f"a temperature must be a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, got {str(value)[:40]}"
-        )
 
 
 def _whole(value: Any) -> int:

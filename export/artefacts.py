@@ -9,59 +9,37 @@ import numpy as np
 
 from common.files import read_whole
 from common.refusal import Refusal
-from common.spec import Spec
 from export.compare import TOLERANCES, Answer
 from export.model_file.reading import NO_HINTS, ReadingHints
-from export.model_file.signature import Reading
 from export.runtimes.cascade import Cascade, read_forms
-from export.runtimes.runtime import Runtime
+from export.runtimes.runtime import Model
 
 LayerOutputs = Callable[[np.ndarray], dict[str, np.ndarray]]  # images → outputs [N, ...] by the plain net's names
 Provider = Literal["cpu", "cuda", "tensorrt", "mnn", "torch"]  # ONNX Runtime's, or MNN or PyTorch in its place
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
-@dataclass(frozen=True)
-class Artefact:
-    """One artefact made callable."""
+def _no_layers(images: np.ndarray) -> dict[str, np.ndarray]:
+    raise Refusal("MNN and PyTorch show no layers; leave --layers and --plot out")
 
-    name: str  # its path, and the provider where several were asked for
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact(Model):
+    """One artefact made callable, with what its file says of itself."""
+
+    title: str  # its path, and the provider if several were requested
     path: Path
-    digest: str  # sha256 of the file
     precision: str  # a key of TOLERANCES
-    spec: Spec
-    provenance: dict[str, Any]
     answer: Answer
-    layers: LayerOutputs
-    # images → the first node that overflows in float16, where it computes in more than its graph says
+    layers: LayerOutputs = _no_layers
+    # images → the first node that overflows in float16, if it computes in more than its graph says
     overflow: Callable[[np.ndarray], str | None] = lambda images: None
-    reading: Reading | None = None  # of somebody else's net
-    exact: Path | None = None  # of a cascade: the file that answers where `path` is in doubt
+    file_name: str  # for reports; a cascade names both of its files
+    source: Any = None  # the Checkpoint or Plain that it was read from
 
     def __post_init__(self) -> None:
         if self.precision not in TOLERANCES:
             raise Refusal(f"{self.path} computes in {self.precision}; known are {', '.join(TOLERANCES)}")
-
-    @property
-    def lowering(self) -> str:
-        return self.provenance.get("export", {}).get("lowering", "concat")
-
-    @property
-    def model_name(self) -> str:
-        """As the server calls it."""
-        return self.path.stem if self.spec.family == "unknown" else self.spec.name
-
-    @property
-    def file_name(self) -> str:
-        return " and ".join(path.name for path in (self.path, self.exact) if path)
-
-    @property
-    def gives_probabilities(self) -> bool:
-        return self.reading is not None and self.reading.scores == "probabilities"
 
 
 def open_artefact(
@@ -77,12 +55,8 @@ def open_artefact(
     if cascade:
         return _open_cascade((path, cascade), hints)
     match path.suffix:
-        case ".pt":
-            return _open_checkpoint(path)
-        case ".safetensors":
-            return _open_plain(path)
-        case ".onnx" if provider in ("mnn", "torch"):
-            return _open_other(path, provider)
+        case ".pt" | ".safetensors":
+            return _open_torch(path)
         case ".onnx":
             return _open_onnx(path, provider, hints)
         case ".engine":
@@ -90,44 +64,30 @@ def open_artefact(
     raise Refusal(f"{path} is not an artefact of this project: name a .pt, .safetensors, .onnx or .engine file")
 
 
-def open_providers(
-    path: Path, providers: tuple[Provider, ...], *, hints: ReadingHints = NO_HINTS
-) -> tuple[list[Artefact], list[str]]:
-    """An ONNX file on each of `providers` that loads, and a line for each that does not."""
-    forms, missing = [], []
-    for provider in providers:
-        try:
-            forms.append(open_artefact(path, provider=provider, hints=hints))
-        except ProviderMissing as refusal:
-            missing.append(str(refusal))
-    if not forms:
-        raise Refusal("; ".join(missing))
-    return forms, missing
-
-
 class ProviderMissing(Refusal):
     """An execution provider of ONNX Runtime, or MNN, does not load on this machine."""
 
 
-def _open_checkpoint(path: Path) -> Artefact:
-    from train.checkpoint import load_checkpoint, load_net
-
-    checkpoint = load_checkpoint(path)
-    record = {"training": checkpoint.training_record()}
-    return _from_torch(path, load_net(checkpoint), checkpoint.spec, digest=checkpoint.sha256, provenance=record)
+def _make(model: Model, path: Path, precision: str, answer: Answer, **more: Any) -> Artefact:
+    more = {"title": str(path), "file_name": path.name, **more}
+    return Artefact(**vars(model), path=path, precision=precision, answer=answer, **more)
 
 
-def _open_plain(path: Path) -> Artefact:
-    from fold.plain import load_plain
-
-    plain = load_plain(path)
-    return _from_torch(path, plain.net, plain.spec, digest=plain.sha256, provenance=plain.provenance)
-
-
-def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: dict[str, Any]) -> Artefact:
+def _open_torch(path: Path) -> Artefact:
+    """A checkpoint or a plain net."""
     import torch
 
+    from fold.plain import load_plain
     from fold.proof import layer_outputs
+    from train.checkpoint import load_checkpoint, load_net
+
+    if path.suffix == ".pt":
+        file = load_checkpoint(path)
+        net, record = load_net(file), {"training": file.training_record()}
+    else:
+        file = load_plain(path)
+        net, record = file.net, file.provenance
+    model = Model(file.spec.name, file.sha256, file.spec, record)
 
     @torch.no_grad()
     def answer(images: np.ndarray) -> np.ndarray:
@@ -135,35 +95,10 @@ def _from_torch(path: Path, net: Any, spec: Spec, *, digest: str, provenance: di
 
     @torch.no_grad()
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
-        outputs = layer_outputs(net, torch.from_numpy(images), _layer_names(spec, provenance))
+        outputs = layer_outputs(net, torch.from_numpy(images), _layer_names(model))
         return {name: output.numpy() for name, output in outputs}
 
-    return Artefact(str(path), path, digest, "fp32", spec, provenance, answer, layers)
-
-
-def _from_runtime(
-    runtime: Runtime, path: Path, precision: str, layers: LayerOutputs, *, name: str = "", **more: Any
-) -> Artefact:
-    model = runtime.model
-    return Artefact(
-        name or str(path),
-        path,
-        model.digest,
-        precision,
-        model.spec,
-        model.provenance,
-        runtime,
-        layers,
-        reading=model.reading,
-        **more,
-    )
-
-
-def _without_layers(why: str) -> LayerOutputs:
-    def layers(images: np.ndarray) -> dict[str, np.ndarray]:
-        raise Refusal(why)
-
-    return layers
+    return _make(model, path, "fp32", answer, layers=layers, source=file)
 
 
 def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Artefact:
@@ -172,20 +107,26 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
 
     from export.engines.engine import precision
     from export.graphs.observing import first_overflow
+    from export.runtimes.load import load_runtime
+    from export.runtimes.mnn_module import is_installed
     from export.runtimes.onnx_session import OnnxSession, loadable_providers
 
-    if provider and PROVIDERS[provider] not in loadable_providers():
+    if provider == "mnn" and not is_installed():
+        raise ProviderMissing("mnn is not compared: MNN is not installed here")
+    if provider in PROVIDERS and PROVIDERS[provider] not in loadable_providers():
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime's {PROVIDERS[provider]} does not load here")
     try:
         model = onnx.load_model_from_string(read_whole(path))
         kind = precision(model)
     except DecodeError as error:
         raise Refusal(f"{path} is not a valid ONNX file: {error}; export it again") from error
+    title = f"{path} on {provider}" if provider else str(path)
+    if provider == "mnn" or provider == "torch":
+        runtime = load_runtime(path, name=provider)
+        return _make(runtime.model, path, kind, runtime, title=title)
     # The optimiser moves fp8 pairs over nodes that then answer wrongly (export/eight_bits/quantize.py).
     optimize = kind != "fp8"
     session = OnnxSession(path, providers=(PROVIDERS[provider],) if provider else None, optimize=optimize, hints=hints)
-    if provider and session.provider != PROVIDERS[provider]:
-        raise ProviderMissing(f"{provider} is not compared: ONNX Runtime fell back to {session.provider}")
 
     def overflow(images: np.ndarray) -> str | None:
         if kind != "fp16" or session.provider != PROVIDERS["cpu"]:
@@ -193,11 +134,9 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
         return first_overflow(model, session.to_input(images), path.parent)
 
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
-        names = _layer_names(session.model.spec, session.model.provenance)
-        return _onnx_layers(path, names, images, session.provider, optimize=optimize)
+        return _onnx_layers(path, _layer_names(session.model), images, session.provider, optimize=optimize)
 
-    name = f"{path} on {provider}" if provider else ""
-    return _from_runtime(session, path, kind, layers, name=name, overflow=overflow)
+    return _make(session.model, path, kind, session, title=title, overflow=overflow, layers=layers)
 
 
 def _open_cascade(paths: tuple[Path, Path], hints: ReadingHints) -> Artefact:
@@ -205,27 +144,9 @@ def _open_cascade(paths: tuple[Path, Path], hints: ReadingHints) -> Artefact:
 
     files = read_forms(paths)
     quick, exact = (OnnxSession(path, shares_cores=True, hints=hints) for path in (files.quick, files.exact))
-    name = f"{files.quick} and {files.exact}"
-    layers = _without_layers(f"{name}: a cascade shows no layers; name one of them")
     cascade = Cascade(quick, exact, files.evidence)
-    return _from_runtime(cascade, files.quick, "int8", layers, name=name, exact=files.exact)
-
-
-def _open_other(path: Path, provider: Literal["mnn", "torch"]) -> Artefact:
-    """With a runtime other than ONNX Runtime."""
-    import onnx
-
-    from export.engines.engine import precision
-    from export.runtimes.load import load_runtime
-    from export.runtimes.mnn.module import is_installed
-
-    if provider == "mnn" and not is_installed():
-        raise ProviderMissing("mnn is not compared: MNN is not installed here")
-    runtime = load_runtime(path, name=provider)
-    kind = precision(onnx.load_model_from_string(read_whole(path)))
-    library = {"mnn": "MNN", "torch": "PyTorch"}[provider]
-    layers = _without_layers(f"{path}: {library} shows no layers; leave --layers and --plot out")
-    return _from_runtime(runtime, path, kind, layers, name=f"{path} on {provider}")
+    names = {"title": f"{files.quick} and {files.exact}", "file_name": f"{files.quick.name} and {files.exact.name}"}
+    return _make(cascade.model, files.quick, "int8", cascade, **names)
 
 
 def _open_engine(path: Path) -> Artefact:
@@ -238,22 +159,20 @@ def _open_engine(path: Path) -> Artefact:
         source = path.with_suffix(".onnx")
         form = open_artefact(source)
         if form.digest != card.onnx_sha256:
-            raise Refusal(
-                f"{path}: its layers can only be seen in its ONNX, and {source} is another file; export again"
-            )
+            raise Refusal(f"{path}: only its ONNX shows its layers, and {source} is another file; export again")
         return form.layers(images)
 
-    return _from_runtime(runtime, path, card.precision, layers)
+    return _make(runtime.model, path, card.precision, runtime, layers=layers)
 
 
-def _layer_names(spec: Spec, provenance: dict[str, Any]) -> list[str]:
-    """The layers with weights of a plain net; of one that its user made, those that the proof of its fold names."""
+def _layer_names(model: Model) -> list[str]:
+    """The layers with weights of a plain net; of a user's own, those that the proof of its fold names."""
     from fold.plain import skeleton
     from fold.proof import weighted_layers
 
-    if spec.net:
-        return list(dict.fromkeys(row["what"] for row in provenance.get("fold", {}).get("layers", [])))
-    return weighted_layers(skeleton(spec))
+    if model.spec.net:
+        return list(dict.fromkeys(row["what"] for row in model.provenance.get("fold", {}).get("layers", [])))
+    return weighted_layers(skeleton(model.spec))
 
 
 def _onnx_layers(
@@ -269,10 +188,8 @@ def _onnx_layers(
     tensors = {node.name: node.output[0] for node in model.graph.node}
     tensors |= {output: output for node in model.graph.node for output in node.output}
     names = [name for name in layers if name in tensors]
-    outputs = {output.name for output in model.graph.output}
-    for name in names:
-        if tensors[name] not in outputs:
-            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensors[name]))
+    for name in {tensors[name] for name in names} - {output.name for output in model.graph.output}:
+        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     options = ort.SessionOptions()
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

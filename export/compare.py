@@ -34,6 +34,14 @@ class Tolerance:
         """NaN is beyond any limit."""
         return difference.relative <= self.largest and difference.rms <= self.rms
 
+    def limited(self, difference: Difference) -> tuple[float, float]:
+        """The figure that it limits, and the limit."""
+        return (difference.rms, self.rms) if self.is_statistical else (difference.relative, self.largest)
+
+    def shown(self, difference: Difference) -> str:
+        """The figure that it limits, for people."""
+        return f"{'rms ' if self.is_statistical else ''}{self.limited(difference)[0]:.1e}"
+
     def __str__(self) -> str:
         limit = f"rms {self.rms:.2g}" if self.is_statistical else f"largest {self.largest:.0e}"
         return f"{limit}, top-1 {100 * self.agreement:g} %"
@@ -96,36 +104,24 @@ class Comparison:
     def __bool__(self) -> bool:
         return self.tolerance.covers(self.difference) and self.top1_agreement >= self.tolerance.agreement
 
-    @property
-    def relative(self) -> float:
-        return self.difference.relative
-
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "reference": self.reference,
-            "candidate": self.candidate,
-            "num_images": self.num_images,
-            **asdict(self.difference),
-            "worst_image": self.worst_image,
-            "top1_agreement": self.top1_agreement,
-            "tolerance": self.tolerance.to_dict(),
-            "within_tolerance": bool(self),
-        }
+        fields = {name: value for name, value in vars(self).items() if name != "difference"}
+        verdict = {"tolerance": self.tolerance.to_dict(), "within_tolerance": bool(self)}
+        return {**fields, **asdict(self.difference), **verdict}
 
 
 def compare(
     reference: tuple[str, np.ndarray],
     candidate: tuple[str, np.ndarray],
     *,
-    tolerance: Tolerance | float = TOLERANCES["fp32"],
+    tolerance: Tolerance = TOLERANCES["fp32"],
 ) -> Comparison:
-    """Compare named logits [N, K]; a number as tolerance limits the largest difference."""
-    limits = tolerance if isinstance(tolerance, Tolerance) else Tolerance(largest=tolerance)
+    """Compare named logits [N, K]."""
     before, after = reference[1].astype(np.float64), candidate[1].astype(np.float64)
     if before.shape != after.shape:
         raise ValueError(f"{reference[0]} answers {before.shape}, {candidate[0]} {after.shape}")
     error = np.abs(before - after).max(axis=1)
-    kept = keeps_class(before, after, tolerance=0.0 if limits.is_statistical else limits.largest)
+    kept = keeps_class(before, after, tolerance=0.0 if tolerance.is_statistical else tolerance.largest)
     return Comparison(
         reference=reference[0],
         candidate=candidate[0],
@@ -133,7 +129,7 @@ def compare(
         difference=difference(before, after),
         worst_image=int(np.nan_to_num(error, nan=np.inf).argmax()),
         top1_agreement=float(kept.mean()),
-        tolerance=limits,
+        tolerance=tolerance,
     )
 
 

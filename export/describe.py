@@ -1,7 +1,8 @@
 """python export/describe.py model.onnx: write beside somebody else's classifier how it is read."""
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.files import write_whole
+from common.progress import make_console
 from export.model_file.reading import ReadingFlags, from_flags
 
 EXAMPLES = (
@@ -29,11 +32,6 @@ def command(config: DescribeConfig) -> int:
 
     Every command that takes the file reads it. Fields of an earlier description that are not given now are kept.
     """
-    import json
-    from dataclasses import asdict
-
-    from common.files import write_whole
-    from common.progress import make_console
     from export.graphs.onnx_file import read_onnx
     from export.model_file.reading import NO_HINTS, description_path, read_description
 
@@ -47,11 +45,8 @@ def command(config: DescribeConfig) -> int:
     reading = file.signature.reading
     console.print(f"{file.name}: {reading or 'a file of this project, which says itself how it is read'}")
     if config.json:
-        print(
-            json.dumps(
-                {"labels": file.spec.labels, "output": file.signature.output_name, **asdict(reading)} if reading else {}
-            )
-        )
+        names = {"labels": file.spec.labels, "output": file.signature.output_name}
+        print(json.dumps({**names, **asdict(reading)} if reading else {}))
     return 0
 
 

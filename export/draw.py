@@ -12,6 +12,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.files import write_whole
 
 if TYPE_CHECKING:
     import onnx
@@ -36,7 +37,7 @@ path { fill: none; stroke: #8c959f } circle { fill: #0969da } rect.bar { fill: #
 
 @dataclass(frozen=True)
 class DrawConfig:
-    onnx: Annotated[Path, "an ONNX classifier, ours or somebody else's"]
+    onnx: Annotated[Path, "an ONNX classifier, of this project or not"]
     out: Annotated[Path | None, "file to write (default: the same name with .svg)"] = None
 
 
@@ -46,21 +47,19 @@ class NodeRow:
 
     name: str
     operator: str
-    output: str  # the shape of what it gives, "N 32 28 28"; "" where nothing says it
-    reads: tuple[int, ...]  # rows; none for the images
+    output: str  # the shape of its output, "N 32 28 28"; "" if it is not known
+    reads: tuple[int, ...]  # indices of the rows that it reads
     num_weights: int
     products: int  # multiplications for one image
 
 
 def command(config: DrawConfig) -> int:
     """Draw an ONNX graph: operators, shapes, weights and where the work is."""
-    from common.files import write_whole
     from export.graphs.onnx_file import read_onnx
 
     file = read_onnx(config.onnx)
     rows = read_rows(file.model)
-    out = config.out or config.onnx.with_suffix(".svg")
-    write_whole(out, draw(rows, file.name).encode())
+    out = write_whole(config.out or config.onnx.with_suffix(".svg"), draw(rows, file.name).encode())
     print(f"wrote {out}: {len(rows)} nodes, {sum(row.products for row in rows):,} products for one image")
     return 0
 
@@ -70,13 +69,18 @@ def read_rows(model: "onnx.ModelProto") -> list[NodeRow]:
     import onnx
 
     inferred = onnx.shape_inference.infer_shapes(model).graph
-    shapes = {value.name: _shape(value) for value in (*inferred.value_info, *inferred.output)}
+    shapes = {  # a free size is 0
+        value.name: tuple(size.dim_value for size in value.type.tensor_type.shape.dim)
+        for value in (*inferred.value_info, *inferred.output)
+    }
     weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     written: dict[str, int] = {}
     rows = []
     for index, node in enumerate(model.graph.node):
         output = shapes.get(node.output[0], ())
         sizes = [weights[name] for name in node.input if name in weights]
+        # A convolution's weight [N_o, N_i, ...] multiplies at every place of its output, a matrix once.
+        places = {"Conv": prod(output[2:]), "QLinearConv": prod(output[2:]), "Gemm": 1, "MatMul": 1}
         rows.append(
             NodeRow(
                 name=node.name or node.output[0],
@@ -84,7 +88,7 @@ def read_rows(model: "onnx.ModelProto") -> list[NodeRow]:
                 output=" ".join(str(size or "N") for size in output),
                 reads=tuple(dict.fromkeys(written[name] for name in node.input if name in written)),
                 num_weights=sum(map(prod, sizes)),
-                products=_products(node.op_type, output, sizes),
+                products=max(map(prod, sizes), default=1) * places.get(node.op_type, 0),
             )
         )
         written |= dict.fromkeys(node.output, index)
@@ -92,7 +96,7 @@ def read_rows(model: "onnx.ModelProto") -> list[NodeRow]:
 
 
 def draw(rows: list[NodeRow], title: str) -> str:
-    """The SVG: a line for each node, arcs where a node reads another one than that above it."""
+    """The SVG: a line for each node, and arcs to the nodes that it reads."""
     total, largest = sum(row.products for row in rows), max(row.products for row in rows)
     height = TOP + ROW * len(rows) + 12
     heading = f"{title}: {len(rows)} nodes, {sum(row.num_weights for row in rows):,} weights, {total:,} products"
@@ -126,22 +130,6 @@ def _draw_row(index: int, row: NodeRow, total: int, largest: int) -> Iterator[st
 
 def _text(x: float, y: float, text: str, kind: str = "") -> str:
     return f'<text x="{x}" y="{y}"{f" class={kind!r}" if kind else ""}>{escape(text)}</text>'
-
-
-def _products(operator: str, output: tuple[int, ...], weights: list[tuple[int, ...]]) -> int:
-    """Of a convolution [N_o, N_i, ...] at every place of its output, or of a matrix."""
-    largest = max(weights, key=prod, default=())
-    match operator:
-        case "Conv" | "QLinearConv":
-            return prod(largest) * prod(output[2:])
-        case "Gemm" | "MatMul":
-            return prod(largest)
-    return 0
-
-
-def _shape(value: "onnx.ValueInfoProto") -> tuple[int, ...]:
-    """Sizes; 0 where one is free."""
-    return tuple(size.dim_value for size in value.type.tensor_type.shape.dim)
 
 
 if __name__ == "__main__":

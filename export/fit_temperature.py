@@ -1,5 +1,6 @@
 """python export/fit_temperature.py plain.onnx: give a file whose run had no temperature one; the graph stays."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.documents import read_json
+from common.files import read_whole, sha256, write_whole
+from common.progress import make_console, progress
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
 
     from export.artefacts import Artefact
@@ -33,10 +38,7 @@ class FitTemperatureConfig:
 
     def __post_init__(self) -> None:
         if not self.onnx or any(path.suffix != ".onnx" for path in self.onnx):
-            raise Refusal(
-                "name .onnx files; a run gets its temperature by python train/run.py --resume --out RUN, and an engine "
-                "by building it again"
-            )
+            raise Refusal("name .onnx files; a run gets its temperature by train/run.py --resume, an engine when built")
         if self.validation is not None and not 0 < self.validation < 1:
             raise Refusal(f"--validation must be above 0 and below 1, got {self.validation}")
 
@@ -46,12 +48,8 @@ def command(config: FitTemperatureConfig) -> int:
 
     Only the metadata changes; the record says of which file it is. Test images are not read.
     """
-    import json
-
     import numpy as np
 
-    from common.files import write_whole
-    from common.progress import make_console
     from export.artefacts import open_artefact
     from export.metadata import rewrite_metadata
     from export.model_file.reference import KEY
@@ -67,13 +65,15 @@ def command(config: FitTemperatureConfig) -> int:
     if fit.why_not:
         raise Refusal(f"nothing was written: {fit.why_not}")
     record = fit.to_dict() | ({"validation": config.validation} if config.validation else {})
-    contents = {}
+    contents: dict[Path, bytes] = {}
+    reports: dict[Path, bytes] = {}
     for form in forms:
         training = form.provenance["training"] | {"calibration": record | {"sha256_before": form.digest}}
         provenance = form.provenance | {"training": training}
         contents[form.path] = rewrite_metadata(form.path, provenance, temperature=record["temperature"])
-    contents |= {path: text for form in forms for path, text in _report(form, contents[form.path]).items()}
-    for path, content in contents.items():
+        if report := _report(form, contents[form.path], training):
+            reports[form.path.with_suffix(".json")] = report
+    for path, content in (contents | reports).items():
         console.print(f"wrote {write_whole(path, content)}")
     for form in forms:
         if KEY in form.provenance:
@@ -84,15 +84,13 @@ def command(config: FitTemperatureConfig) -> int:
 
 
 def _refuse(form: "Artefact", first: "Artefact") -> None:
-    """A file that is not ours, that has a temperature, or that is another net than the first."""
+    """Refuses a file of another program, one that has a temperature, and one of another net than `first`."""
     if form.reading or not form.provenance:
-        raise Refusal(
-            f"{form.path} is not a file of this project: say its temperature with export/describe.py --temperature"
-        )
+        raise Refusal(f"{form.path} is not a file of this project: use export/describe.py --temperature")
     if form.spec.temperature != 1:
         raise Refusal(f"{form.path} has a temperature of {form.spec.temperature:g} already: nothing to do")
-    of = [file.provenance.get("export", {}).get("plain_sha256") for file in (form, first)]
-    if form is not first and (of[0] is None or of[0] != of[1]):
+    net, other = (file.provenance.get("export", {}).get("plain_sha256") for file in (form, first))
+    if form is not first and (net is None or net != other):
         raise Refusal(f"{form.path} and {first.path} were not exported from one plain net; fit them one by one")
 
 
@@ -103,24 +101,21 @@ def _held_out(form: "Artefact", config: FitTemperatureConfig) -> "Part":
     if "dataset" not in training:
         raise Refusal(f"{form.path} does not say what it was trained on, and so not what was held out")
     if "validation" not in training and config.validation is None:
-        raise Refusal(
-            f"{form.path} does not record which images were held out: give --validation as its training did; "
-            f"it was trained with {training.get('command', 'a command that is not recorded')}"
-        )
-    if config.validation not in (None, training.get("validation", config.validation)):
+        trained = training.get("command", "a command that is not recorded")
+        raise Refusal(f"{form.path} does not record which images were held out: give --validation as {trained} did")
+    recorded = {"validation": config.validation, **training}
+    if config.validation not in (None, recorded["validation"]):
         raise Refusal(f"{form.path} records that {training['validation']:g} was held out; leave --validation out")
-    recorded: dict[str, Any] = training | {"validation": training.get("validation", config.validation)}
     image = form.spec.image
     dataset = datasets.load_as_trained(recorded, data_dir=config.data_dir, beside=form.path.parent, image=image)
     assert dataset.validation is not None  # `divide` made it
     return dataset.validation
 
 
-def _logits(form: "Artefact", held: "Part", console: "Console") -> Any:
+def _logits(form: "Artefact", held: "Part", console: "Console") -> "np.ndarray":
     """float32 [N, K]; refuses images that cannot be read."""
     import numpy as np
 
-    from common.progress import progress
     from export.compare import answer_part
 
     if not len(held):
@@ -132,29 +127,21 @@ def _logits(form: "Artefact", held: "Part", console: "Console") -> Any:
     return logits
 
 
-def _report(form: "Artefact", content: bytes) -> dict[Path, bytes]:
-    """The report of export/parity.py beside a file, where it is of it, which names the new file then as well.
+def _report(form: "Artefact", content: bytes, training: dict[str, Any]) -> bytes | None:
+    """The report of export/parity.py beside a file, if it is about it, with the new file named as well.
 
-    What it compared is the graph, and that is the same.
+    It compared the graph, which stays.
     """
-    import json
-
-    from common.documents import read_json
-    from common.files import read_whole, sha256
-    from export.model_file.onnx_reader import read_header
-
     path = form.path.with_suffix(".json")
     if not path.exists():
-        return {}
+        return None
     try:
         report: dict[str, Any] = read_json(read_whole(path))
         (name,) = (name for name, digest in report["artefacts"].items() if digest == form.digest)
     except (ValueError, TypeError, KeyError, AttributeError):
-        return {}  # another program's file of that name, or of another model
-    files = {key: sha256(content) if key == name else digest for key, digest in report["artefacts"].items()}
-    report["artefacts"] = files | {f"{name} before it had a temperature": form.digest}
-    report["training"] = read_header(form.path, content).provenance["training"]
-    return {path: (json.dumps(report, indent=1) + "\n").encode()}
+        return None  # another program's file of that name, or of another model
+    report["artefacts"] |= {name: sha256(content), f"{name} before it had a temperature": form.digest}
+    return (json.dumps(report | {"training": training}, indent=1) + "\n").encode()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is written into a finished model: its reference, or a changed record. Its graph and weights stay."""
+"""Changes to the metadata of a finished model: its reference, its record. Its graph and weights stay."""
 
 import json
 from dataclasses import replace
@@ -8,19 +8,10 @@ from typing import Any
 import numpy as np
 
 from common.files import read_whole, write_whole
-from common.refusal import Refusal
 from export.model_file.engine_card import card_path, read_card
 from export.model_file.onnx_reader import digest_of, metadata_entry, metadata_places, read_header
 from export.model_file.reference import KEY, Reference, count
 from export.runtimes.probabilities import best
-
-SUFFIXES = (".onnx", ".engine")  # of what is served
-
-
-def refuse_what_takes_none(path: Path) -> None:
-    """Refuses what is not served, before anything is answered."""
-    if path.suffix not in SUFFIXES:
-        raise Refusal(f"a reference is for what is served: name the .onnx or .engine made of {path}")
 
 
 def store_reference(path: Path, probabilities: np.ndarray, *, what: str) -> list[str]:
@@ -37,23 +28,24 @@ def store_reference(path: Path, probabilities: np.ndarray, *, what: str) -> list
         write_whole(card_path(path), replace(card, provenance={**card.provenance, KEY: record}).to_json().encode())
         return [f"wrote the reference of {len(order):,} images into {card_path(path)}"]
     content = read_whole(path)
-    before = digest_of(path, content)
     bare = without_reference(path, content)
-    of = before if bare == content else digest_of(path, bare)
-    changed = bare + metadata_entry(KEY, Reference(what, of, counts).to_json())
-    after = digest_of(path, changed)
-    if changed != content:
-        write_whole(path, changed)
-    lines = [f"wrote the reference of {len(order):,} images into {path}: its digest is now {after}"]
-    if changed != content and (names := _naming(path, before)):
+    changed = bare + metadata_entry(KEY, Reference(what, digest_of(path, bare), counts).to_json())
+    lines = [f"wrote the reference of {len(order):,} images into {path}: its digest is now {digest_of(path, changed)}"]
+    if changed == content:
+        return lines
+    before = digest_of(path, content).encode()
+    write_whole(path, changed)
+    # A report of parity, the card of an engine.
+    beside = sorted(file for file in path.parent.glob(f"{path.stem}*.json") if file.is_file())
+    if names := [file.name for file in beside if before in read_whole(file)]:
         lines.append(f"these name the earlier digest, make them again where they are needed: {', '.join(names)}")
     return lines
 
 
 def rewrite_metadata(path: Path, provenance: dict[str, Any], *, temperature: float | None = None) -> bytes:
-    """An ONNX file with another provenance, and with another temperature in its spec where one is given.
+    """An ONNX file with another provenance and, if given, another temperature in its spec.
 
-    A stored reference counts probabilities of the temperature that it was stored with: another one removes it.
+    A new temperature removes a stored reference, which counts probabilities of the old one.
     """
     import onnx
 
@@ -62,11 +54,11 @@ def rewrite_metadata(path: Path, provenance: dict[str, Any], *, temperature: flo
     model = onnx.load_model_from_string(read_whole(path))  # weights that lie beside it stay there
     set_provenance(model, {name: part for name, part in provenance.items() if name != KEY})
     if temperature is not None:
-        entries = [entry for entry in model.metadata_props if entry.key != KEY]
-        del model.metadata_props[:]
-        model.metadata_props.extend(entries)
-        spec = next(entry for entry in model.metadata_props if entry.key == "spec")
-        spec.value = json.dumps(json.loads(spec.value) | {"temperature": temperature})
+        for entry in list(model.metadata_props):
+            if entry.key == KEY:
+                model.metadata_props.remove(entry)
+            elif entry.key == "spec":
+                entry.value = json.dumps(json.loads(entry.value) | {"temperature": temperature})
     return model.SerializeToString()
 
 
@@ -77,9 +69,3 @@ def without_reference(path: Path, content: bytes) -> bytes:
     for place in reversed(metadata_places(content, KEY)):
         del bare[place]
     return bytes(bare)
-
-
-def _naming(path: Path, digest: str) -> list[str]:
-    """JSON files beside the model that hold its digest: a report of parity, the card of an engine."""
-    beside = sorted(path.parent.glob(f"{path.stem}*.json"))
-    return [file.name for file in beside if file.is_file() and digest.encode() in read_whole(file)]

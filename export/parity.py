@@ -1,15 +1,18 @@
 """python export/parity.py plain.onnx --against checkpoint.pt: the same images, several forms, one verdict."""
 
+import json
 import sys
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.files import read_whole, write_whole
+from common.progress import make_console
+from common.refusal import Refusal
 from export.model_file.reading import NO_HINTS, ReadingFlags, ReadingHints, from_flags
 
 if TYPE_CHECKING:
@@ -17,8 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from export.artefacts import Artefact
-    from export.compare import Comparison
-    from export.layers import LayerComparison
 
 EXAMPLES = (
     "python export/parity.py plain.onnx --against runs/digits-16-1/checkpoint.pt plain.safetensors",
@@ -49,19 +50,15 @@ def command(config: ParityConfig) -> int:
 
     The more precise of two forms is the reference, and the precision of the other sets the tolerance.
     """
-    import json
-
-    from common.files import write_whole
-    from common.progress import make_console
-    from export.layers import draw_layers
+    from export.pairs import by_precision, compare_all_layers, compare_logits, draw_layers, print_rows
 
     console = make_console(json=config.json)
     forms, others = _open(config, console)
     pairs = [by_precision(form, other) for form in forms for other in others]
     image_sets = _image_sets([*forms, *others], config, console)
     rows = compare_logits(pairs, image_sets, console)
-    _print_table(console, rows)
-    layers = _compare_layers(pairs, image_sets, console) if config.layers or config.plot else []
+    print_rows(console, rows)
+    layers = compare_all_layers(pairs, image_sets, console) if config.layers or config.plot else []
     if config.plot:
         console.print(f"wrote {write_whole(config.plot, draw_layers(layers))}")
     report = {
@@ -79,57 +76,25 @@ def command(config: ParityConfig) -> int:
     return 1 if any(row.verdict is False for row in rows) else 0
 
 
-@dataclass(frozen=True)
-class ParityRow:
-    """One comparison on one kind of images: real, random or extreme."""
-
-    images: str
-    comparison: "Comparison"
-    overflow: str | None = None  # the node that leaves float16's range, where the CPU computed in more
-
-    @property
-    def verdict(self) -> bool | None:
-        """None where nothing can be said: statistics hold for images like those that a net was trained on."""
-        row = self.comparison
-        if self.overflow:
-            return False
-        if row.tolerance.is_statistical and self.images != "real" and isfinite(row.difference.rms):
-            return None
-        return bool(row)
-
-    @property
-    def worst(self) -> str:
-        from fold.image_sets import EXTREMES
-
-        index = self.comparison.worst_image
-        return EXTREMES[index] if self.images == "extreme" else f"image {index}"
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = self.comparison.to_dict()
-        return {
-            "images": self.images,
-            **fields,
-            "worst": self.worst,
-            "within_tolerance": self.verdict,
-            "overflow": self.overflow,
-        }
-
-
 def _open(config: ParityConfig, console: "Console") -> tuple[list["Artefact"], list["Artefact"]]:
     """The artefact, on each provider asked for, and the others; refuses forms of different models."""
-    from common.refusal import Refusal
-    from export.artefacts import open_artefact, open_providers
+    from export.artefacts import ProviderMissing, open_artefact
 
     if not config.against:
         raise Refusal("name what to compare with: --against runs/NAME/checkpoint.pt, plain.safetensors, ...")
     if config.providers and config.artefact.suffix != ".onnx":
         raise Refusal(f"--providers are for .onnx files, and {config.artefact} is not one; leave them out")
-    if config.providers:
-        forms, missing = open_providers(config.artefact, config.providers, hints=from_flags(config))
-        for line in missing:
-            console.print(line)
-    else:
-        forms = [open_artefact(config.artefact, hints=from_flags(config))]
+    forms: list[Artefact] = []
+    missing: list[str] = []
+    for provider in config.providers or (None,):
+        try:
+            forms.append(open_artefact(config.artefact, provider=provider, hints=from_flags(config)))
+        except ProviderMissing as refusal:
+            missing.append(str(refusal))
+    if not forms:
+        raise Refusal("; ".join(missing))
+    for line in missing:
+        console.print(line)
     others = [open_artefact(path, hints=_hints_for(path, config)) for path in config.against]
     spec = forms[0].spec
     for other in others:
@@ -139,26 +104,15 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Artefact"], l
 
 
 def _hints_for(path: Path, config: ParityConfig) -> ReadingHints:
-    """What the user says, of a file that does not say it itself."""
-    from common.files import read_whole
+    """The user's hints, for a file that does not say itself how it is read."""
     from export.model_file.onnx_reader import read_header
 
     is_foreign = path.suffix == ".onnx" and read_header(path, read_whole(path)).spec is None
     return from_flags(config) if is_foreign else NO_HINTS
 
 
-def by_precision(form: "Artefact", other: "Artefact") -> tuple["Artefact", "Artefact"]:
-    """(reference, candidate): the more precise form first, `other` where they are alike."""
-    from export.compare import TOLERANCES
-
-    ranks = list(TOLERANCES)
-    first, second = sorted((other, form), key=lambda form: ranks.index(form.precision))
-    return first, second
-
-
 def _image_sets(forms: list["Artefact"], config: ParityConfig, console: "Console") -> dict[str, "np.ndarray"]:
     """Real images where the data set is at hand, random and extreme ones; refuses int8 and fp8 without real ones."""
-    from common.refusal import Refusal
     from export.compare import TOLERANCES
     from fold.image_sets import extreme_images, random_images, real_images
 
@@ -176,77 +130,6 @@ def _image_sets(forms: list["Artefact"], config: ParityConfig, console: "Console
         raise Refusal(f"{' and '.join(statistical)} can only be judged on real images, and there are none: {missing}")
     console.print(f"no real images, parity is on random and extreme ones alone: {missing}")
     return image_sets
-
-
-def compare_logits(
-    pairs: list[tuple["Artefact", "Artefact"]], image_sets: dict[str, "np.ndarray"], console: "Console"
-) -> list[ParityRow]:
-    from common.progress import progress
-    from export.compare import TOLERANCES, answer_all, compare
-
-    forms = {form.name: form for pair in pairs for form in pair}
-    rows = []
-    with progress(console, "comparing", len(forms) * sum(map(len, image_sets.values()))) as advance:
-        for kind, images in image_sets.items():
-            logits = {name: answer_all(form.answer, images, advance) for name, form in forms.items()}
-            for reference, candidate in pairs:
-                before, after = ((form.name, logits[form.name]) for form in (reference, candidate))
-                comparison = compare(before, after, tolerance=TOLERANCES[candidate.precision])
-                rows.append(ParityRow(kind, comparison, reference.overflow(images) or candidate.overflow(images)))
-    return rows
-
-
-def _compare_layers(
-    pairs: list[tuple["Artefact", "Artefact"]], image_sets: dict[str, "np.ndarray"], console: "Console"
-) -> list["LayerComparison"]:
-    """Layer by layer on a few images of each kind that is judged, shown as a table for each pair."""
-    import numpy as np
-    from rich.table import Table
-
-    from export.compare import TOLERANCES
-    from export.layers import NUM_IMAGES, compare_layers
-
-    few = {kind: images[:NUM_IMAGES] for kind, images in image_sets.items()}
-    comparisons = []
-    for reference, candidate in pairs:
-        is_statistical = TOLERANCES[candidate.precision].is_statistical
-        images = few["real"] if is_statistical else np.concatenate(list(few.values()))
-        result = compare_layers(reference, candidate, images)
-        for form in (reference, candidate):
-            if form.path.suffix == ".engine":
-                console.print(f"{form.name}: an engine shows no layers, these are its ONNX file's")
-        table = Table("layer", "error", "tolerance", "")
-        for layer in result.layers:
-            table.add_row(layer.name, f"{layer.error:.1e}", f"{layer.limit:.2g}", "" if layer else "BEYOND")
-        console.print(table)
-        first = result.first_beyond()
-        verdict = f"the first layer beyond tolerance is {first}" if first else "every layer is within tolerance"
-        console.print(f"{candidate.name} against {reference.name}: {verdict}")
-        comparisons.append(result)
-    return comparisons
-
-
-def _print_table(console: "Console", rows: list[ParityRow]) -> None:
-    from rich.table import Table
-
-    table = Table("form", "reference", "images", "largest", "rms", "top-1 agreement", "tolerance", "verdict")
-    for row in rows:
-        result = row.comparison
-        table.add_row(
-            result.candidate,
-            result.reference,
-            f"{result.num_images} {row.images}",
-            f"{result.difference.relative:.1e}",
-            f"{result.difference.rms:.1e}",
-            f"{100 * result.top1_agreement:.2f} %",
-            str(result.tolerance),
-            {
-                True: "same",
-                False: f"OVERFLOWS float16: {row.overflow}" if row.overflow else f"DIFFERENT: {row.worst}",
-                None: "not judged",
-            }[row.verdict],
-        )
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """python export/predict.py MODEL FILES_OR_FOLDER: what a model says of any number of images, without a server."""
 
+import csv
+import io
+import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +13,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.files import read_whole, write_whole
+from common.progress import make_console, printable, track
 from common.refusal import Refusal
 from export.model_file.reading import ReadingFlags, from_flags
 
@@ -31,14 +37,10 @@ NUM_NAMED = 20  # unreadable images that are named on the screen; the file names
 class PredictConfig(ReadingFlags):
     model: Annotated[Path, "checkpoint.pt, plain.safetensors, plain.onnx, plain.engine, or another ONNX classifier"]
     images: Annotated[tuple[Path, ...], "image files, and folders whose images are taken, those further down too"]
-    out: Annotated[Path, "file to write: .csv has a header and a row per image, .json the server's results"] = Path(
-        "predictions.csv"
-    )
+    out: Annotated[Path, "file to write: a .csv with a row per image, or the server's .json"] = Path("predictions.csv")
     top_k: Annotated[int, "classes per image"] = 1
     flips: Annotated[bool, "answer each image together with its mirror image: the mean of both logits"] = False
-    cascade: Annotated[
-        Path | None, "the other form of an fp32 or int8 model: int8 answers, and fp32 where that is in doubt"
-    ] = None
+    cascade: Annotated[Path | None, "the other form of the model: int8 answers, and fp32 if that is in doubt"] = None
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -54,30 +56,33 @@ def command(config: PredictConfig) -> int:
 
     Pixels and probabilities are those that the server computes.
     """
-    from common.files import write_whole
-    from common.progress import make_console, printable, track
+    from common.image import decode
     from export.artefacts import open_artefact
-    from export.evaluation.answering import answer_each, load_file, mirrored
+    from export.evaluation.answering import answer_each, mirrored
     from export.runtimes.cascade import Cascade
-    from train.data.folder import find_images
-    from train.data.survey import describe_left_out
+    from train.data.folder import describe_left_out, find_images
 
     console = make_console()
     form = open_artefact(config.model, hints=from_flags(config), cascade=config.cascade)
     if form.reading:
-        console.print(f"{form.name}: {form.reading}")
+        console.print(f"{form.title}: {form.reading}")
     if config.flips:
         form = mirrored(form)
     paths, left_out = find_images(config.images)
     for line in describe_left_out(left_out):
         console.print(printable(line))
-    answers = answer_each(form, paths, lambda path: load_file(path, form.spec.image))
+    answers = answer_each(form, paths, lambda path: decode(read_whole(path), form.spec.image))
     results = [
         _result(path, answer, form.spec.labels, config.top_k)
         for path, answer in zip(paths, track(console, "answering")(answers, len(paths)), strict=True)
     ]
-    content = _csv(results, min(config.top_k, len(form.spec.labels))) if config.out.suffix == ".csv" else None
-    write_whole(config.out, content or _json(form, results))
+    if config.out.suffix == ".csv":
+        content = _csv(results, min(config.top_k, len(form.spec.labels)))
+    else:
+        record = {"model": {"name": form.name, "digest": form.digest}, "results": results}
+        content = json.dumps(record, indent=1) + "\n"
+    # File names that are not UTF-8 stay themselves.
+    write_whole(config.out, content.encode(errors="surrogateescape"))
     if isinstance(form.answer, Cascade):
         console.print(form.answer.counted)
     return _summarize(console, config, form, results)
@@ -96,11 +101,8 @@ def _result(path: Path, answer: "np.ndarray | Refusal", labels: tuple[str, ...],
     return {"image": str(path), **top[0], "top": top}
 
 
-def _csv(results: list[dict[str, Any]], top_k: int) -> bytes:
+def _csv(results: list[dict[str, Any]], top_k: int) -> str:
     """A header and a row for each; the second guess is label_2 and so on, `error` is empty for most."""
-    import csv
-    import io
-
     guess = ("label", "index", "probability")
     columns = [f"{name}_{rank}" if rank > 1 else name for rank in range(1, top_k + 1) for name in guess]
     file = io.StringIO()
@@ -109,22 +111,11 @@ def _csv(results: list[dict[str, Any]], top_k: int) -> bytes:
     for result in results:
         values = [row[name] for row in result.get("top", ()) for name in guess] or [""] * len(columns)
         writer.writerow([result["image"], *values, result.get("error", "")])
-    return file.getvalue().encode(errors="surrogateescape")  # file names that are not UTF-8 stay themselves
-
-
-def _json(form: "Artefact", results: list[dict[str, Any]]) -> bytes:
-    import json
-
-    model = {"name": form.model_name, "digest": form.digest}
-    return (json.dumps({"model": model, "results": results}, indent=1) + "\n").encode()
+    return file.getvalue()
 
 
 def _summarize(console: "Console", config: PredictConfig, form: "Artefact", results: list[dict[str, Any]]) -> int:
     """How many of each class; what could not be read, by name. The exit status."""
-    from collections import Counter
-
-    from common.progress import printable
-
     counts = Counter(result["label"] for result in results if "label" in result).most_common(10)
     bad = [result for result in results if "error" in result]
     for result in bad[:NUM_NAMED]:
@@ -133,7 +124,7 @@ def _summarize(console: "Console", config: PredictConfig, form: "Artefact", resu
         console.print(f"and {len(bad) - NUM_NAMED} more, which {config.out} names")
     if counts:
         shown = ", ".join(f"{label} {count:,}" for label, count in counts)
-        console.print(printable(f"{form.model_name}: {shown}"))
+        console.print(printable(f"{form.name}: {shown}"))
     console.print(f"wrote {config.out}: {len(results) - len(bad):,} of {len(results):,} images answered")
     return 1 if bad else 0
 

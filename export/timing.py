@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -27,30 +26,6 @@ class Timing:
     median_ms: float
     min_ms: float
     max_ms: float
-
-
-def time_models(
-    models: Mapping[str, bytes],
-    image: ImageSpec,
-    batch_sizes: Sequence[int],
-    *,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
-    advance: Callable[[int], None] = lambda n: None,
-) -> list[Timing]:
-    """Time serialised graphs of one net in ONNX Runtime."""
-    from export.runtimes.offline import ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-
-    def answer(session: ort.InferenceSession, images: np.ndarray) -> np.ndarray:
-        return np.asarray(session.run(None, {"images": images})[0])
-
-    answers = {
-        name: partial(answer, ort.InferenceSession(model, options, providers=list(providers)))
-        for name, model in models.items()
-    }
-    return time_answers(answers, image, batch_sizes, advance=advance)
 
 
 def time_answers(
@@ -91,16 +66,9 @@ def time_answers(
 
 def geometric_means(rows: Sequence[Timing]) -> dict[str, float]:
     """Milliseconds of each name over all its batch sizes, the least first."""
-    logs: dict[str, list[float]] = {}
-    for row in rows:
-        logs.setdefault(row.name, []).append(math.log(row.median_ms))
-    means = {name: math.exp(statistics.fmean(of_it)) for name, of_it in logs.items()}
+    names = dict.fromkeys(row.name for row in rows)
+    means = {name: statistics.geometric_mean(row.median_ms for row in rows if row.name == name) for name in names}
     return dict(sorted(means.items(), key=lambda pair: pair[1]))
-
-
-def fastest(rows: Sequence[Timing]) -> str:
-    """The name with the least time over all batch sizes, as a geometric mean."""
-    return next(iter(geometric_means(rows)))
 
 
 def _calls_per_round(answer: Answer, images: np.ndarray, clock: Callable[[], float]) -> int:

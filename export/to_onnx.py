@@ -1,5 +1,6 @@
 """python export/to_onnx.py plain.safetensors: write a plain net as ONNX."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from rich.table import Table
+
 from common.cli import run_command
+from common.files import sha256, write_whole
+from common.progress import make_console, progress
 from common.refusal import Refusal
+from common.spec import DatasetName
 from fold.lowerings import Lowering
 
 if TYPE_CHECKING:
@@ -25,8 +31,7 @@ EXAMPLES = (
     "python export/to_onnx.py plain.safetensors --precision int8 --out plain-int8.onnx",
     "python export/to_onnx.py plain.safetensors --precision int8 --target tensorrt --out for-trt.onnx",
 )
-EightBits = Literal["int8", "fp8"]
-EIGHT_BITS: tuple[EightBits, ...] = ("int8", "fp8")
+EIGHT_BITS = ("int8", "fp8")
 DEFAULT_LOWERING = "shared"  # of the forms with one convolution per layer the fastest on CPUs
 
 Made = tuple["onnx.ModelProto", dict[str, Any], bool]  # a graph, what it says of itself, whether accuracy is kept
@@ -36,9 +41,9 @@ Made = tuple["onnx.ModelProto", dict[str, Any], bool]  # a graph, what it says o
 class ToOnnxConfig:
     plain: Annotated[Path, "a plain net of fold/run.py"]
     out: Annotated[Path | None, "file to write (default: the same name with .onnx)"] = None
-    precision: Annotated[
-        Literal["fp32", "fp16", "int8", "fp8"], "of the convolutions; int8 and fp8 are calibrated on training images"
-    ] = "fp32"
+    precision: Annotated[Literal["fp32", "fp16", "int8", "fp8"], "eight bits are calibrated on training images"] = (
+        "fp32"
+    )
     lowering: Annotated[
         Literal["auto", Lowering] | None,
         "how NCReLU and convolution are written; auto: the fastest in ONNX Runtime on this machine "
@@ -46,7 +51,9 @@ class ToOnnxConfig:
     ] = None
     batch_sizes: Annotated[tuple[int, ...], "with --lowering auto: the batches to be fast at"] = (1, 8, 32)
     target: Annotated[Literal["onnxruntime", "tensorrt"], "with int8: who runs it; fp8 is for tensorrt"] = "onnxruntime"
-    dataset: Annotated[str | None, "eight bits: calibrate and test on this (default: what the net learnt)"] = None
+    dataset: Annotated[DatasetName | None, "eight bits: calibrate and test on this (default: what the net learnt)"] = (
+        None
+    )
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     calibration_images: Annotated[int, "training images whose activations set the ranges"] = 512
     allow_drop: Annotated[bool, "exit 0 even where eight bits lose more than 0.3 points of test accuracy"] = False
@@ -65,10 +72,6 @@ class ToOnnxConfig:
 
 def command(config: ToOnnxConfig) -> int:
     """Write a plain net as ONNX: uint8 images in, logits out, its spec in the metadata."""
-    import json
-
-    from common.files import sha256, write_whole
-    from common.progress import make_console
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import OPSET, set_provenance
     from export.model_file.probe import probe_images, record_probe
@@ -77,10 +80,7 @@ def command(config: ToOnnxConfig) -> int:
 
     console = make_console(json=config.json)
     plain = load_plain(config.plain)
-    if config.precision in EIGHT_BITS:
-        model, record, kept = _eight_bits(plain, config, config.precision, console)
-    else:
-        model, record, kept = _floats(plain, config, console)
+    model, record, kept = (_eight_bits if config.precision in EIGHT_BITS else _floats)(plain, config, console)
     record = {"plain_sha256": plain.sha256, "precision": config.precision, "opset": OPSET, **record}
     if config.precision == "int8":  # a note for people: readers compute it from the weights
         record["cannot_saturate"] = not may_saturate(config.plain, model.SerializeToString())
@@ -96,73 +96,62 @@ def command(config: ToOnnxConfig) -> int:
 
 
 def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
+    """In fp16, refuses a graph one of whose nodes leaves float16's range on random, extreme or real images."""
     from export.graphs.graph import to_onnx
-    from fold.lower import lower
-
-    record: dict[str, Any] = {"lowering": config.lowering or DEFAULT_LOWERING}
-    if config.lowering == "auto":
-        record = _fastest(plain, config, console)
-    model = to_onnx(lower(plain.net, record["lowering"]), plain.spec, {}, precision=config.precision)
-    if config.precision == "fp16":
-        _refuse_overflow(plain, model, config)
-    return model, record, True
-
-
-def _refuse_overflow(plain: "Plain", model: "onnx.ModelProto", config: ToOnnxConfig) -> None:
-    """Refuses a graph one of whose nodes leaves float16's range on random, extreme or real images."""
     from export.graphs.observing import first_overflow
     from fold.image_sets import extreme_images, random_images, real_images
+    from fold.lower import lower
 
-    image, training = plain.spec.image, plain.provenance.get("training", {})
+    lowering, image = config.lowering or DEFAULT_LOWERING, plain.spec.image
+    record = _fastest(plain, config, console) if lowering == "auto" else {"lowering": lowering}
+    model = to_onnx(lower(plain.net, record["lowering"]), plain.spec, {}, precision=config.precision)
+    if config.precision == "fp32":
+        return model, record, True
+    training = plain.provenance.get("training", {})
     real, _ = real_images(image, training, num=config.calibration_images, data_dir=config.data_dir)
     sets = {"extreme": extreme_images(image), "random": random_images(image), "real": real}
     for kind, images in sets.items():
         if images is not None and (node := first_overflow(model, images)):
-            raise Refusal(
-                f"{config.plain} overflows in float16: the output of {node} is beyond 65,504 on {kind} images; "
-                "export it with --precision fp32"
-            )
+            where = f"the output of {node} is beyond 65,504 on {kind} images"
+            raise Refusal(f"{config.plain} overflows in float16: {where}; export it with --precision fp32")
+    return model, record, True
 
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
     from dataclasses import asdict
 
-    from rich.table import Table
-
     from common.cores import num_cores
-    from common.progress import progress
+    from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
     from export.runtimes.offline import ort
-    from export.timing import ROUNDS, fastest, time_models
+    from export.timing import ROUNDS, geometric_means, time_answers
     from fold.lower import distinct_lowerings, lower
 
-    candidates = distinct_lowerings(plain.net)
-    models = {
-        lowering: to_onnx(lower(plain.net, lowering), plain.spec, {}, precision=config.precision).SerializeToString()
-        for lowering in candidates
+    answers = {
+        lowering: answerer(to_onnx(lower(plain.net, lowering), plain.spec, {}, precision=config.precision))
+        for lowering in distinct_lowerings(plain.net)
     }
     with progress(console, "timing lowerings", ROUNDS * len(config.batch_sizes)) as advance:
-        rows = time_models(models, plain.spec.image, config.batch_sizes, advance=advance)
+        rows = time_answers(answers, plain.spec.image, config.batch_sizes, advance=advance)
     table = Table("lowering", *(f"batch {size}, ms" for size in config.batch_sizes))
-    for lowering in candidates:
+    for lowering in answers:
         of_it = [row for row in rows if row.name == lowering]
         table.add_row(lowering, *(f"{row.median_ms:.2f} ({row.min_ms:.2f} to {row.max_ms:.2f})" for row in of_it))
     console.print(table)
     return {
-        "lowering": fastest(rows),
+        "lowering": next(iter(geometric_means(rows))),
         "timings": [asdict(row) for row in rows],
         "timed_on": f"ONNX Runtime {ort.__version__}, CPU, {num_cores()} cores",
     }
 
 
-def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, console: "Console") -> Made:
+def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     """The candidate that loses least on training images; the record says what it costs on the test images."""
     from dataclasses import asdict
 
     import numpy as np
 
-    from common.progress import progress
     from export.compare import ALLOWED_DROP, INT8_AGREEMENT
     from export.eight_bits.escalation import answer_both, measure
     from export.eight_bits.quantize import TRIED, answerer, measure_drop, num_images_run, quantize
@@ -171,19 +160,12 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
     from fold.lower import distinct_lowerings
 
     observed, chosen_by, set_aside, test = _images(plain, config, console)
-    tried = tuple(lowering for lowering in TRIED if lowering in distinct_lowerings(plain.net))
-    lowerings = tried if config.lowering is None else (config.lowering,)
+    possible = distinct_lowerings(plain.net)
+    lowerings = (config.lowering,) if config.lowering else tuple(name for name in TRIED if name in possible)
     with progress(console, "calibrating", num_images_run(lowerings, len(observed), len(chosen_by))) as advance:
-        quantized = quantize(
-            plain.net,
-            plain.spec,
-            precision=precision,
-            target=config.target,
-            lowerings=lowerings,
-            observed=observed,
-            chosen_by=chosen_by,
-            advance=advance,
-        )
+        images = {"observed": observed, "chosen_by": chosen_by}
+        how: dict[str, Any] = {"precision": config.precision, "target": config.target, "lowerings": lowerings}
+        quantized = quantize(plain.net, plain.spec, **how, **images, advance=advance)
     forms = answerer(to_onnx(plain.net, plain.spec, {})), answerer(quantized.model)
     with progress(console, "testing", sum(map(len, (test, *set_aside)))) as advance:
         tested = answer_both(*forms, [test], advance)
@@ -193,20 +175,15 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, precision: EightBits, cons
     if evidence:
         console.print(f"as a cascade: {evidence}")
     if not drop:
-        print(
-            f"more than {100 * ALLOWED_DROP:.1f} points of test accuracy are lost, "
-            f"or fewer than {100 * INT8_AGREEMENT:.0f} % of the images keep their class"
-            + ("" if config.allow_drop else ": exit status 1; --allow-drop accepts it"),
-            file=sys.stderr,
-        )
+        lost = f"more than {100 * ALLOWED_DROP:.1f} points of test accuracy are lost"
+        changed = f"fewer than {100 * INT8_AGREEMENT:.0f} % of the images keep their class"
+        status = "" if config.allow_drop else ": exit status 1; --allow-drop accepts it"
+        print(f"{lost}, or {changed}{status}", file=sys.stderr)
+    candidates = [asdict(candidate) for candidate in quantized.candidates]
     record = {
         "lowering": quantized.candidates[0].lowering,
         "target": config.target,
-        "calibration": {
-            "images": len(observed),
-            "chosen_by": len(chosen_by),
-            "candidates": [asdict(candidate) for candidate in quantized.candidates],
-        },
+        "calibration": {"images": len(observed), "chosen_by": len(chosen_by), "candidates": candidates},
         "test": asdict(drop),
         **({RECORD: evidence.to_dict()} if evidence else {}),
     }
@@ -218,24 +195,17 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
     from export.eight_bits.escalation import images_to_choose_by, mixed
     from train.data import datasets
 
-    training = plain.provenance.get("training", {})
+    training, image = plain.provenance.get("training", {}), plain.spec.image
     name = config.dataset or training.get("dataset")
     if name is None:
-        raise Refusal(
-            f"{config.plain} does not say what it was trained on: name images to calibrate on, "
-            "--dataset folder --data-dir FOLDER"
-        )
-    image = plain.spec.image
+        raise Refusal(f"{config.plain} records no data set: name images to calibrate on by --dataset and --data-dir")
     if config.dataset:
-        dataset = datasets.load(name, data_dir=config.data_dir, image=image if name == "folder" else None)
+        dataset = datasets.load(name, data_dir=config.data_dir, image=image)
     else:
         dataset = datasets.load_as_trained(training, data_dir=config.data_dir, beside=config.plain.parent, image=image)
-    found, needed = dataset.info.image, (image.height, image.width, image.channels)
-    if (found.height, found.width, found.channels) != needed or len(dataset.info.labels) != len(plain.spec.labels):
-        raise Refusal(
-            f"{name} has {found.height}x{found.width}x{found.channels} images of {len(dataset.info.labels)} classes; "
-            f"{plain.spec.name} takes {'x'.join(map(str, needed))} of {len(plain.spec.labels)}: calibrate on such"
-        )
+    found, needed = len(dataset.info.labels), len(plain.spec.labels)
+    if found != needed:
+        raise Refusal(f"{name} has {found} classes, and {plain.spec.name} has {needed}: calibrate on images of these")
     num = min(config.calibration_images, max(1, len(dataset.train) // 3))  # one third sets ranges, the rest chooses
     if num < config.calibration_images:
         console.print(f"{len(dataset.train)} training images: ranges are set by {num}, not {config.calibration_images}")
@@ -246,15 +216,12 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
 
 
 def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:
-    from rich.table import Table
-
     from export.compare import ALLOWED_DROP
 
     table = Table("lowering", "ranges", "logit error", "top-1 agreement")
     for row in candidates:
-        table.add_row(
-            row.lowering, row.method, f"{100 * row.relative_error:.2f} %", f"{100 * row.top1_agreement:.2f} %"
-        )
+        shares = (f"{100 * share:.2f} %" for share in (row.relative_error, row.top1_agreement))
+        table.add_row(row.lowering, row.method, *shares)
     console.print(table)
     console.print(
         f"test accuracy {100 * drop.accuracy:.2f} %, float32 {100 * drop.float32_accuracy:.2f} %, "

@@ -1,17 +1,25 @@
 """python export/to_triton.py plain.onnx --out repository: write a model repository for Triton Inference Server."""
 
+import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.files import read_whole, sha256
+from common.progress import make_console
 from common.refusal import Refusal
 from export.model_file.reading import ReadingFlags, from_flags
+
+if TYPE_CHECKING:
+    from export.graphs.onnx_file import OnnxFile
+    from export.model_file.engine_card import EngineCard
+    from export.triton_repository import TritonModel
 
 MAX_BATCH = 64  # of an ONNX file, which has no limit of its own; that of export/to_trt.py
 EXAMPLES = (
@@ -35,84 +43,62 @@ class ToTritonConfig(ReadingFlags):
 
 def command(config: ToTritonConfig) -> int:
     """Write a model repository for Triton: configuration, labels and the model, batched and warmed up."""
-    import json
-
-    from common.files import sha256
-    from common.progress import make_console
-    from export.triton_server.model_config import config_text
-    from export.triton_server.repository import publish
+    from export.triton_repository import config_text, publish
 
     console = make_console(json=config.json)
     name = config.name or config.model.stem
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
         raise Refusal(f"--name may have letters, digits, '_', '-' and '.', and starts with no '.'; got {name!r}")
     if config.version < 1 or config.max_queue_delay < 0:
-        raise Refusal(
-            f"--version counts from 1 and --max-queue-delay from 0; got {config.version}, {config.max_queue_delay}"
-        )
+        found = f"got {config.version}, {config.max_queue_delay}"
+        raise Refusal(f"--version counts from 1 and --max-queue-delay from 0; {found}")
     source = _read_engine(config) if config.model.suffix == ".engine" else _read_onnx(config)
     model = _triton_model(config, source, name)
-    labels = "".join(f"{label}\n" for label in source.labels)
-    if labels.count("\n") > len(source.labels):
+    labels = "".join(f"{label}\n" for label in source.described.spec.labels)
+    if labels.count("\n") > model.num_classes:
         raise Refusal(f"{config.model} has labels with line breaks, which Triton's list of labels cannot hold")
     shared = {"config.pbtxt": config_text(model).encode(), "labels.txt": labels.encode()}
+    backend, _, file = model.backend
     folder = config.out / name
     publish(folder, config.version, model=source.files, shared=shared)
-    path = folder / str(config.version) / model.backend[2]
-    console.print(f"wrote {path}: {model.backend[0]}, {source.needs}")
-    preferred = " or ".join(map(str, model.preferred))
-    batches = f"batches up to {model.max_batch}, preferably {preferred}"
+    path = folder / str(config.version) / file
+    console.print(f"wrote {path}: {backend}, {source.needs}")
+    batches = f"batches up to {model.max_batch}, preferably {' or '.join(map(str, model.preferred))}"
     if model.signature.batch:
         batches = f"{model.max_batch} images in every request"
     console.print(f"wrote {folder / 'config.pbtxt'} and labels.txt: {batches}")
     if config.json:
-        digest = sha256(source.files[model.backend[2]])
-        record = {"name": name, "version": config.version, "backend": model.backend[0], "sha256": digest}
+        record = {"name": name, "version": config.version, "backend": backend, "sha256": sha256(source.files[file])}
         print(json.dumps({"out": str(path), **record, "max_batch": model.max_batch, "preferred": model.preferred}))
     return 0
 
 
 @dataclass(frozen=True)
 class Source:
-    """What Triton needs to know of an ONNX file or an engine."""
+    """The file that Triton is to serve."""
 
+    described: "OnnxFile | EngineCard"
     backend: tuple[str, str, str]
-    files: dict[str, bytes]
-    signature: Any
-    output_dtype: str
-    num_ones: int
-    labels: tuple[str, ...]
-    temperature: float
+    files: dict[str, bytes]  # name in the repository → content
+    num_ones: int  # of the output [N, K, 1, ...] behind its classes
     best_batch: int
-    max_batch: int | None  # None where any will do
+    max_batch: int | None  # None if any will do
     needs: str  # of the server, for people
 
 
 def _read_onnx(config: ToTritonConfig) -> Source:
-    from common.files import read_whole
     from export.graphs.onnx_file import read_onnx
-    from export.triton_server.model_config import ONNX_RUNTIME
+    from export.triton_repository import ONNX_RUNTIME
 
     file = read_onnx(config.model, from_flags(config))
     files = {name: read_whole(config.model.parent / name) for name in file.weight_files}
-    return Source(
-        backend=ONNX_RUNTIME,
-        files={ONNX_RUNTIME[2]: read_whole(config.model), **files},
-        signature=file.signature,
-        output_dtype=file.output_dtype,
-        num_ones=len(file.output_shape) - 2,
-        labels=file.spec.labels,
-        temperature=file.spec.temperature,
-        best_batch=8,
-        max_batch=None,
-        needs=f"opset {file.opset}",
-    )
+    files[ONNX_RUNTIME[2]] = read_whole(config.model)
+    return Source(file, ONNX_RUNTIME, files, len(file.output_shape) - 2, 8, None, f"opset {file.opset}")
 
 
 def _read_engine(config: ToTritonConfig) -> Source:
-    from common.files import read_whole, sha256
     from export.model_file.engine_card import read_card
-    from export.triton_server.model_config import TENSORRT
+    from export.triton_repository import TENSORRT
 
     path, content, card = config.model, read_whole(config.model), read_card(config.model)
     if sha256(content) != card.engine_sha256:
@@ -121,51 +107,40 @@ def _read_engine(config: ToTritonConfig) -> Source:
         raise Refusal(f"{path} is an engine of {card.builder}, and Triton runs those of tensorrt alone; give the .onnx")
     if config.kind == "cpu":
         raise Refusal(f"{path} is an engine and runs on GPUs alone; leave out --kind cpu, or give the .onnx")
-    if card.signature.batch is None and card.batch[0] > 1:
-        raise Refusal(
-            f"{path} takes no batch under {card.batch[0]}, and Triton sends single images; build it from 1 on"
-        )
-    version = ".".join(card.builder_version.split(".")[:3])
-    needs = f"TensorRT {version} in the server" + (
-        " or later, started with --backend-config=tensorrt,version-compatible=true" if card.version_compatible else ""
-    )
-    return Source(
-        backend=TENSORRT,
-        files={TENSORRT[2]: content},
-        signature=card.signature,
-        output_dtype=card.output_dtype,
-        num_ones=0,
-        labels=card.spec.labels,
-        temperature=card.spec.temperature,
-        best_batch=card.batch[1],
-        max_batch=card.batch[2],
-        needs=f"{needs}, compute capability {', '.join(card.compute_capabilities)}",
-    )
+    smallest, best, largest = card.batch
+    if card.signature.batch is None and smallest > 1:
+        raise Refusal(f"{path} takes no batch under {smallest}, and Triton sends single images; build it from 1 on")
+    needs = f"TensorRT {'.'.join(card.builder_version.split('.')[:3])} in the server"
+    if card.version_compatible:
+        needs += " or later, started with --backend-config=tensorrt,version-compatible=true"
+    needs += f", compute capability {', '.join(card.compute_capabilities)}"
+    return Source(card, TENSORRT, {TENSORRT[2]: content}, 0, best, largest, needs)
 
 
-def _triton_model(config: ToTritonConfig, source: Source, name: str) -> Any:
-    from export.triton_server.model_config import TYPES, TritonModel
+def _triton_model(config: ToTritonConfig, source: Source, name: str) -> "TritonModel":
+    from export.triton_repository import TYPES, TritonModel
 
-    asked, fixed, largest = config.max_batch, source.signature.batch, source.max_batch
+    described, asked, largest = source.described, config.max_batch, source.max_batch
+    fixed = described.signature.batch
     if asked is not None and fixed:
         raise Refusal(f"{config.model} takes {fixed} images at a time, no more and no fewer; leave out --max-batch")
     if asked is not None and not 1 <= asked <= (largest or asked):
         raise Refusal(f"--max-batch must be from 1 to {largest or 'any number'}, got {asked}")
-    if source.output_dtype not in TYPES:
-        raise Refusal(f"{config.model} answers in {source.output_dtype}; Triton is given {', '.join(TYPES)}")
+    if described.output_dtype not in TYPES:
+        raise Refusal(f"{config.model} answers in {described.output_dtype}; Triton is given {', '.join(TYPES)}")
     max_batch = fixed or asked or largest or MAX_BATCH
     return TritonModel(
         name=name,
         backend=source.backend,
-        signature=source.signature,
-        output_dtype=source.output_dtype,
-        num_classes=len(source.labels),
+        signature=described.signature,
+        output_dtype=described.output_dtype,
+        num_classes=len(described.spec.labels),
         num_ones=source.num_ones,
         max_batch=max_batch,
         preferred=() if fixed else tuple(sorted({min(source.best_batch, max_batch), max_batch})),
         kind=config.kind,
         max_queue_delay_us=config.max_queue_delay,
-        temperature=source.temperature,
+        temperature=described.spec.temperature,
     )
 
 

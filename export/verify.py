@@ -1,15 +1,21 @@
 """python export/verify.py plain.onnx: every claim that a file records, computed again on this machine."""
 
+import json
+import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from rich.table import Table
+
 from common.cli import run_command
+from common.files import read_whole, write_whole
+from common.progress import make_console
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -41,10 +47,6 @@ def command(config: VerifyConfig) -> int:
 
     What cannot be computed here is listed with what is missing, and has not been verified.
     """
-    import json
-
-    from common.files import write_whole
-    from common.progress import make_console
     from export.verification.chain import find_chain
 
     console = make_console(json=config.json)
@@ -52,14 +54,21 @@ def command(config: VerifyConfig) -> int:
     rows = list(_rows(chain, config, console))
     if not rows:
         raise Refusal(f"{config.file} records nothing about itself, so that nothing can be verified")
-    _print(console, chain, rows)
-    report = _report(chain, rows)
+    verdicts = _print(console, chain, rows)
+    report = {
+        "file": str(chain.path),
+        "sha256": chain.digest,
+        "sources": {source.what: source.path and str(source.path) for source in chain.sources},
+        "same": verdicts["same"] == len(rows),
+        "differs": verdicts["differs"] > 0,
+        "claims": [asdict(row) for row in rows],
+    }
     if config.report:
         write_whole(config.report, (json.dumps(report, indent=1) + "\n").encode())
         console.print(f"wrote {config.report}")
     if config.json:
         print(json.dumps(report))
-    return int(any(row.verdict == "differs" for row in rows))
+    return int(report["differs"])
 
 
 def _rows(chain: "Chain", config: VerifyConfig, console: "Console") -> Iterator["CheckedClaim"]:
@@ -79,7 +88,6 @@ def _rows(chain: "Chain", config: VerifyConfig, console: "Console") -> Iterator[
 
 def _foreign(form: "Artefact") -> Iterator["CheckedClaim"]:
     """What the files beside somebody else's classifier, or its exporter, say of it: little can be computed."""
-    from common.files import read_whole
     from export.model_file.onnx_reader import read_header
     from export.model_file.probe import probe_images
     from export.model_file.reading import find_hints
@@ -87,62 +95,36 @@ def _foreign(form: "Artefact") -> Iterator["CheckedClaim"]:
 
     hints = find_hints(form.path, read_header(form.path, read_whole(form.path)).metadata)
     scores = form.answer(probe_images(form.spec.image))
+    are_shares, say_so = bool(((scores >= 0) & (scores <= 1)).all()), hints.scores == "probabilities"
     for name, source in hints.sources:
         claim, recorded = f"{name}, by {source}", shown(str(getattr(hints, name)))
-        match name:
-            case "labels":
-                num = scores.shape[1]
-                yield judged(claim, recorded, f"{num} values per image", is_same=num == len(hints.labels or ()))
-            case "output":
-                yield judged(claim, recorded, "the graph has it", is_same=True)
-            case "scores" if hints.scores == "probabilities" or not ((scores >= 0) & (scores <= 1)).all():
-                is_share = bool(((scores >= 0) & (scores <= 1)).all())
-                computed = f"from {scores.min():.3g} to {scores.max():.3g}"
-                yield judged(claim, recorded, computed, is_same=is_share == (hints.scores == "probabilities"))
-            case _:
-                yield unchecked(claim, recorded, "the graph does not show it; export/evaluate.py on known images may")
+        if name == "labels":
+            num = scores.shape[1]
+            yield judged(claim, recorded, f"{num} values per image", is_same=num == len(hints.labels or ()))
+        elif name == "output":
+            yield judged(claim, recorded, "the graph has it", is_same=True)
+        elif name == "scores" and (say_so or not are_shares):
+            computed = f"from {scores.min():.3g} to {scores.max():.3g}"
+            yield judged(claim, recorded, computed, is_same=are_shares == say_so)
+        else:
+            yield unchecked(claim, recorded, "the graph does not show it; export/evaluate.py on known images may")
 
 
-def _print(console: "Console", chain: "Chain", rows: list["CheckedClaim"]) -> None:
-    from rich.table import Table
-
+def _print(console: "Console", chain: "Chain", rows: list["CheckedClaim"]) -> dict[str, int]:
+    """A table, with the first digits of digests; how many claims have each verdict."""
     table = Table("claim", "recorded", "computed here, or what is missing", "verdict")
     for row in rows:
-        table.add_row(
-            row.claim,
-            _short(row.recorded),
-            _short(row.computed),
-            row.verdict.upper() if row.verdict == "differs" else row.verdict,
-        )
+        texts = (re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text) for text in (row.recorded, row.computed))
+        table.add_row(row.claim, *texts, row.verdict.upper() if row.verdict == "differs" else row.verdict)
     console.print(table)
-    num = {verdict: len([row for row in rows if row.verdict == verdict]) for verdict in _VERDICTS}
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in num.items())
+    verdicts = {
+        name: sum(row.verdict == name for row in rows) for name in ("same", "differs", "cannot be checked here")
+    }
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
     console.print(f"{chain.path}, sha256 {chain.digest}: {len(rows)} claims, {counts}")
     if chain.form and chain.form.reading:
         console.print("it is not a file of this project, and records little that can be computed")
-
-
-_VERDICTS = ("same", "differs", "cannot be checked here")
-
-
-def _short(text: str) -> str:
-    """Digests by their first digits."""
-    import re
-
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text)
-
-
-def _report(chain: "Chain", rows: list["CheckedClaim"]) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {
-        "file": str(chain.path),
-        "sha256": chain.digest,
-        "sources": {source.what: source.path and str(source.path) for source in chain.sources},
-        "same": all(row.verdict == "same" for row in rows),
-        "differs": any(row.verdict == "differs" for row in rows),
-        "claims": [asdict(row) for row in rows],
-    }
+    return verdicts
 
 
 if __name__ == "__main__":

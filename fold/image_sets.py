@@ -1,4 +1,4 @@
-"""The images that nets are compared on: real ones, random ones, and extreme ones, which strain arithmetic most."""
+"""The images that nets are compared on: real, random, and extreme ones, which strain arithmetic most."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,7 @@ from common.files import read_whole
 from common.image import decode
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from train.data.folder import SUFFIXES
-from train.data.split import Changed
+from train.data.folder import SUFFIXES, Changed
 
 NUM_RANDOM = 64
 EXTREMES = ("all black", "all white", "one hot pixel", "noise of full contrast", "checkerboard")
@@ -34,12 +33,7 @@ def extreme_images(image: ImageSpec) -> np.ndarray:
 
 
 def real_images(
-    image: ImageSpec,
-    training: dict[str, Any],
-    *,
-    num: int,
-    data_dir: Path | None = None,
-    beside: Path | None = None,
+    image: ImageSpec, training: dict[str, Any], *, num: int, data_dir: Path | None = None, beside: Path | None = None
 ) -> tuple[np.ndarray | None, str]:
     """The first test images of the data set that `training` names, or None and the reason.
 

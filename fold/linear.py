@@ -95,7 +95,8 @@ def added(one: Linear, other: Linear) -> Linear | str:
     if _outputs(one) != _outputs(other):
         return "their outputs have different sizes"
     groups = gcd(one.groups, other.groups)
-    parts = [_on_dilation_of(with_groups(part, groups), beside) for part, beside in ((one, other), (other, one))]
+    dilations = [b.dilation if prod(a.kernel) == 1 else a.dilation for a, b in ((one, other), (other, one))]
+    parts = [replace(with_groups(a, groups), dilation=d) for a, d in zip((one, other), dilations, strict=True)]
     offsets = (a - b for (a, _), (b, _) in zip(one.padding, other.padding, strict=True))
     dilation = parts[0].dilation
     if parts[1].dilation != dilation or any(offset % d for offset, d in zip(offsets, dilation, strict=True)):
@@ -155,11 +156,6 @@ def _sized(linear: Linear, num: int) -> Linear:
 def _outputs(linear: Linear) -> tuple[int, ...]:
     """How much larger the output is than the input, before the stride."""
     return tuple(before + after - span for (before, after), span in zip(linear.padding, linear.span, strict=True))
-
-
-def _on_dilation_of(linear: Linear, other: Linear) -> Linear:
-    """The same map with the dilation of `other` if it has a single tap, for which dilation has no meaning."""
-    return replace(linear, dilation=other.dilation) if prod(linear.kernel) == 1 else linear
 
 
 def _undilated(linear: Linear) -> Linear:

@@ -5,6 +5,7 @@ min(x, 0) = x − max(x, 0), the same is (W1 − W2) ⊙ ρ(x) + W2 ⊙ x. The f
 they differ in what a runtime can fuse and in what eight bits can represent.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -14,10 +15,9 @@ from torch import Tensor, nn
 
 from common.refusal import Refusal
 from fold.graph import GraphNet
-from fold.layers import Convolution, Operation, as_sequential, convolution, nest
 from fold.lowerings import LOWERINGS, Lowering
 from fold.nodes import Graph, Node
-from fold.plain import PlainNet, named_layers
+from fold.plain import Convolution, Operation, PlainNet, as_sequential, convolution, named_layers, nest
 from train.layers import NCReLU, Residual, dirac_delta
 
 Layers = list[tuple[str, nn.Module]]  # as `named_layers` gives them
@@ -64,7 +64,7 @@ def lower(net: PlainNet, lowering: str) -> PlainNet:
     beside them, for eight-bit weights; see `_skip`.
     A layer keeps its name and, but for mirror (z first) and skip (up to a positive factor per channel),
     its output. `net` stays as it was. A graph stays a graph, except for mirror and skip, which need a chain of
-    layers. Refuses other lowerings, and graphs that are no such chain.
+    layers. Refuses other lowerings, and graphs that are not such a chain.
     """
     if lowering not in LOWERINGS:
         raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
@@ -73,7 +73,7 @@ def lower(net: PlainNet, lowering: str) -> PlainNet:
     chain = layers_of(net)
     if chain is None:
         raise Refusal(
-            f"lowering {lowering} is for chains of convolutions, ReLU, NCReLU and max-pools, and this net is none; "
+            f"lowering {lowering} is for chains of convolutions, ReLU, NCReLU and max-pools, and this net is not one; "
             f"choose one of {', '.join(GRAPH_LOWERINGS)}"
         )
     layers = list(named_layers(deepcopy(chain)))
@@ -239,10 +239,7 @@ def _beside_delta(lowered: Layers, name: str, conv: Convolution) -> Layers:
 
 
 def _sequence(**layers: nn.Module) -> nn.Sequential:
-    sequence = nn.Sequential()
-    for name, layer in layers.items():
-        sequence.add_module(name, layer)
-    return sequence
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _lower_graph(graph: Graph, lowering: str) -> Graph:

@@ -102,7 +102,12 @@ class Graph:
     def from_dict(cls, entries: Any, tensors: Mapping[str, Tensor]) -> "Graph":
         """The inverse of `to_dict` and `tensors`; refuses operations that are not listed, and what does not fit."""
         try:
-            graph = cls(tuple(_node(entry, tensors) for entry in entries))
+            nodes: list[Node] = []
+            for entry in entries:
+                name, inputs = str(entry["name"]), tuple(str(value) for value in entry["inputs"])
+                own = {str(key): tensors[f"{name}.{key}"] for key in entry["tensors"]}
+                nodes.append(Node(name, str(entry["op"]), inputs, dict(entry["attributes"]), own, str(entry["equals"])))
+            graph = cls(tuple(nodes))
         except (TypeError, KeyError, ValueError) as error:
             raise Refusal(f"the graph in the file is damaged: {error!r}") from error
         graph.check()
@@ -125,12 +130,6 @@ class Graph:
             seen.add(node.name)
         if len(self.nodes) < 2:
             raise Refusal("the graph has no operation")
-
-
-def _node(entry: Any, tensors: Mapping[str, Tensor]) -> Node:
-    name, inputs = str(entry["name"]), tuple(str(value) for value in entry["inputs"])
-    own = {str(key): tensors[f"{name}.{key}"] for key in entry["tensors"]}
-    return Node(name, str(entry["op"]), inputs, dict(entry["attributes"]), own, str(entry["equals"]))
 
 
 def needed(nodes: Sequence[Node], last: str) -> tuple[Node, ...]:

@@ -241,7 +241,9 @@ def pad(b: Builder, input: Ref, pad: Sequence[int], mode: str = "constant", valu
     rank, ends = b.rank(input), [int(end) for end in pad]
     if rank is None:
         raise NotListed("padding of an open number of dimensions: give an example batch")
-    if mode != "constant" or value not in (None, 0) or len(ends) > 2 * (rank - 2) or min(ends) < 0:
+    if mode != "constant":
+        raise NotListed(f"padding with {mode}, only with zeros is supported")
+    if value not in (None, 0) or len(ends) > 2 * (rank - 2) or min(ends) < 0:
         raise NotListed("padding with anything but zeros around an image")
     if not any(ends):
         return input
@@ -293,9 +295,8 @@ def elementwise(op: str, b: Builder, input: Ref, inplace: bool = False) -> Ref:
     return b.add(op, input)
 
 
-ELEMENTWISE = ("relu", "silu", "sigmoid", "hardswish", "hardsigmoid", "tanh")
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{op: partial(elementwise, op) for op in ELEMENTWISE},
+    **{op: partial(elementwise, op) for op in ("relu", "silu", "sigmoid", "hardswish", "hardsigmoid", "tanh")},
     **{f"conv{dims}d": convolve for dims in (1, 2, 3)},
     **{f"max_pool{dims}d": partial(max_pool, dims) for dims in (1, 2, 3)},
     **{f"avg_pool{dims}d": partial(avg_pool, dims) for dims in (1, 2, 3)},
@@ -320,14 +321,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def convolution_layer(b: Builder, layer: Any, x: Ref) -> Ref:
-    if layer.padding_mode != "zeros":
-        raise NotListed(f"padding with {layer.padding_mode}, only with zeros is supported")
+def dirac_layer(b: Builder, layer: Any, x: Ref) -> Ref:
     weight = layer.weight
-    if isinstance(layer, DiracConv1d | DiracConv2d | DiracConv3d) and not weight.is_meta:
+    if not weight.is_meta:
         b_norm = None if layer.b is None else double(layer.b)
         weight = dirac_weight(double(layer.a), b_norm, double(layer.delta), double(weight))  # eq. 4
-    return convolve(b, x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    if layer.padding_mode != "zeros":
+        raise NotListed(f"padding with {layer.padding_mode}, only with zeros is supported")
+    return convolve(b, x, weight, layer.bias, layer.stride, layer.padding, layer.dilation)
 
 
 def batch_norm_layer(b: Builder, layer: Any, x: Ref) -> Ref:
@@ -338,42 +339,22 @@ def batch_norm_layer(b: Builder, layer: Any, x: Ref) -> Ref:
     return batch_norm(b, x, *whole, eps=layer.eps, **known)
 
 
-def pool_layer(pool: Callable[..., Ref], settings: Sequence[str], b: Builder, layer: Any, x: Ref) -> Ref:
-    dims = int(type(layer).__name__[-2])
-    return pool(dims, b, x, **{name: getattr(layer, name) for name in settings})
+def normalize_layer(b: Builder, layer: Any, x: Ref) -> Ref:
+    return b.add("normalize", x, tensors={"offset": double(layer.offset), "scale": double(layer.scale)})
 
 
-WINDOW = ("kernel_size", "stride", "padding", "ceil_mode")
-MAX_POOL = partial(pool_layer, max_pool, (*WINDOW, "dilation", "return_indices"))
-AVG_POOL_1D = partial(pool_layer, avg_pool, (*WINDOW, "count_include_pad"))
-AVG_POOL = partial(pool_layer, avg_pool, (*WINDOW, "count_include_pad", "divisor_override"))
-GLOBAL_POOL = partial(pool_layer, adaptive_avg_pool, ("output_size",))
+# Layers that become nodes as a whole.
 LAYERS: dict[type[nn.Module], Callable[[Builder, Any, Ref], Ref]] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, DiracConv1d, DiracConv2d, DiracConv3d), convolution_layer),
+    **dict.fromkeys((DiracConv1d, DiracConv2d, DiracConv3d), dirac_layer),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), batch_norm_layer),
-    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), MAX_POOL),
-    **{nn.AvgPool1d: AVG_POOL_1D, nn.AvgPool2d: AVG_POOL, nn.AvgPool3d: AVG_POOL},
-    **dict.fromkeys((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), GLOBAL_POOL),
-    **dict.fromkeys((nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d), lambda b, layer, x: pad(b, x, layer.padding)),
-    **dict.fromkeys(
-        (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-        lambda b, layer, x: dropout(b, x, layer.p, layer.training),
-    ),
-    nn.Linear: lambda b, layer, x: linear(b, x, layer.weight, layer.bias),
-    nn.Identity: lambda b, layer, x: x,
-    nn.Flatten: lambda b, layer, x: flatten(b, x, layer.start_dim, layer.end_dim),
-    nn.ReLU: lambda b, layer, x: b.add("relu", x),
-    nn.ReLU6: lambda b, layer, x: hardtanh(b, x, 0.0, 6.0),
-    nn.Hardtanh: lambda b, layer, x: hardtanh(b, x, layer.min_val, layer.max_val),
-    nn.LeakyReLU: lambda b, layer, x: leaky_relu(b, x, layer.negative_slope),
-    nn.GELU: lambda b, layer, x: gelu(b, x, layer.approximate),
-    nn.SiLU: lambda b, layer, x: b.add("silu", x),
-    nn.Sigmoid: lambda b, layer, x: b.add("sigmoid", x),
-    nn.Hardswish: lambda b, layer, x: b.add("hardswish", x),
-    nn.Hardsigmoid: lambda b, layer, x: b.add("hardsigmoid", x),
-    nn.Tanh: lambda b, layer, x: b.add("tanh", x),
     NCReLU: lambda b, layer, x: b.add("ncrelu", x),
-    Normalize: lambda b, layer, x: b.add(
-        "normalize", x, tensors={"offset": double(layer.offset), "scale": double(layer.scale)}
-    ),
+    Normalize: normalize_layer,
 }
+# Layers of PyTorch whose forward is a call of one of FUNCTIONS.
+OF_FUNCTIONS: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Identity, nn.Flatten),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU),
+    *(nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Tanh),
+)

@@ -73,35 +73,38 @@ def prove(
     sets = {"given": image_sets} if isinstance(image_sets, Tensor) else image_sets
     if isinstance(plain, GraphNet) and traced is None:
         traced = trace(net, next(iter(sets.values()))[:2])
+    traced32 = traced and traced.convert(torch.float32)
     nets = {
-        "float64": (deepcopy(net).double().eval(), plain, traced),
-        "float32": (deepcopy(net).float().eval(), deepcopy(plain).float(), traced and traced.convert(torch.float32)),
+        "float64": (deepcopy(net).double().eval(), plain, traced and GraphNet(traced)),
+        "float32": (deepcopy(net).float().eval(), deepcopy(plain).float(), traced32 and GraphNet(traced32)),
     }
     ends: list[ProofRow] = []
     layers: list[ProofRow] = []
     for kind, images in sets.items():
-        for precision, (before, after, graph) in nets.items():
+        for precision, forms in nets.items():
             batches = images.to(getattr(torch, precision)) if images.is_floating_point() else images
-            pairs = _pairs(before, after, graph)
-            of_layers, end = _compare(pairs, batches, kind, precision, advance)
+            of_layers, end = _compare(*forms, batches, kind, precision, advance)
             layers += of_layers
             ends.append(end)
     return Proof(tuple(ends), tuple(layers))
 
 
-Pairs = Callable[[Tensor], Iterator[tuple[str, Tensor, Tensor]]]  # batch → (name, before, after), the logits last
-
-
 @torch.no_grad()
 def _compare(
-    pairs: Pairs, images: Tensor, kind: str, precision: str, advance: Callable[[int], None]
+    net: nn.Module,
+    plain: PlainNet,
+    traced: GraphNet | None,
+    images: Tensor,
+    kind: str,
+    precision: str,
+    advance: Callable[[int], None],
 ) -> tuple[list[ProofRow], ProofRow]:
     """All layers and the logits. Both nets run side by side, so that few outputs are held at once."""
     logits: list[tuple[Tensor, Tensor]] = []
     largest: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in torch.split(images, BATCH_SIZE):
         before = after = batch
-        for name, before, after in pairs(batch):
+        for name, before, after in _pairs(net, plain, traced, batch):
             if name:
                 largest.setdefault(name, []).append(((before - after).abs().max(), before.abs().max()))
         logits.append((before.double(), after.double()))
@@ -118,40 +121,33 @@ def _compare(
     return layers, ProofRow("logits", kind, precision, len(images), end.max_abs, end.relative, changes)
 
 
-def _pairs(net: nn.Module, plain: PlainNet, traced: Graph | None) -> Pairs:
-    if isinstance(plain, GraphNet):
-        assert traced is not None
-        return _pairs_of_graphs(net, plain, GraphNet(traced))
-    assert isinstance(net, nn.Sequential)  # as a plain net of layers is
+def _pairs(
+    net: nn.Module, plain: PlainNet, traced: GraphNet | None, batch: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, before, after) for each layer with weights; last the logits, without a name unless they are a layer's.
+
+    In a graph, each node is beside the traced one of the same output; a partial sum has no such node.
+    """
     names = weighted_layers(plain)
-
-    def pairs(batch: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    if not isinstance(plain, GraphNet):
+        assert isinstance(net, nn.Sequential)  # as a plain net of layers is
         sides = (layer_outputs(side, batch, names) for side in (net, plain))
-        for (name, before), (_, after) in zip(*sides, strict=True):
-            yield name, before, after  # a net of layers ends in its classifier
-
-    return pairs
-
-
-def _pairs_of_graphs(net: nn.Module, plain: GraphNet, traced: GraphNet) -> Pairs:
-    """Each node with weights beside the traced one of the same output; a partial sum has no such node."""
+        yield from ((name, before, after) for (name, before), (_, after) in zip(*sides, strict=True))
+        return
+    assert traced is not None
     there = {node.name for node in traced.graph.nodes}
-    origins = {name: origin for name in weighted_layers(plain) if (origin := plain.graph[name].origin) in there}
-
-    def pairs(batch: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        wanted, seen = {*origins.values()}, dict[str, Tensor]()
-        befores, value = traced.values(batch), batch
-        for name, value in plain.values(batch):
-            origin = origins.get(name)
-            while origin and origin not in seen:
-                before, output = next(befores)
-                if before in wanted:
-                    seen[before] = output
-            if origin:
-                yield name, seen.pop(origin), value
-        yield "", net(batch), value
-
-    return pairs
+    origins = {name: origin for name in names if (origin := plain.graph[name].origin) in there}
+    wanted, seen = {*origins.values()}, dict[str, Tensor]()
+    befores, value = traced.values(batch), batch
+    for name, value in plain.values(batch):
+        origin = origins.get(name)
+        while origin and origin not in seen:
+            before, output = next(befores)
+            if before in wanted:
+                seen[before] = output
+        if origin:
+            yield name, seen.pop(origin), value
+    yield "", net(batch), value
 
 
 def weighted_layers(plain: PlainNet) -> list[str]:
@@ -169,20 +165,15 @@ def layer_outputs(net: PlainNet, images: Tensor, names: Container[str]) -> Itera
     if isinstance(net, GraphNet):
         yield from ((name, value) for name, value in net.values(images) if name in names)
         return
-    taken_in, x = _batch_norms(net, kept=names), images
+    normalized, x = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), images
+    taken_in = {
+        name: before
+        for (before, _), (name, layer) in pairwise(named_layers(net))
+        if isinstance(layer, normalized) and name not in names
+    }
     for name, layer in named_layers(net):
         x = layer(x)
         if name in names and name not in taken_in.values():
             yield name, x
         elif name in taken_in:
             yield taken_in[name], x
-
-
-def _batch_norms(net: nn.Sequential, *, kept: Container[str]) -> dict[str, str]:
-    """For each batch normalisation that was merged with the convolution right before it, the name of the latter."""
-    normalized = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return {
-        name: before
-        for (before, _), (name, layer) in pairwise(named_layers(net))
-        if isinstance(layer, normalized) and name not in kept
-    }

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fold.proof import Proof
-    from fold.sources import Source
 
 EXAMPLES = (
     "python fold/run.py runs/digits-16-1                    # best.pt of the run; writes plain.safetensors beside it",
@@ -77,11 +76,17 @@ def command(config: FoldConfig) -> int:
     from fold.image_sets import random_images, real_images
     from fold.plain import save_plain
     from fold.proof import prove
+    from fold.sources import Asked, from_checkpoint, from_user, read_labels
     from train.machine import keep_large_buffers
 
     keep_large_buffers()
     console = make_console(json=config.json)
-    source = _source(config)
+    if config.is_checkpoint and config.net:
+        source = from_checkpoint(Path(config.net))
+    else:
+        labels = read_labels(config.labels) if config.labels else ()
+        asked = Asked(config.weights, config.image_size, config.mean, config.std, config.resize, labels)
+        source = from_user(config.net, config.timm, asked)
     for line in source.notes:
         console.print(line, highlight=False)
     image = source.spec.image
@@ -107,16 +112,6 @@ def command(config: FoldConfig) -> int:
     if config.json:
         print(json.dumps({"out": str(out), "logits": [asdict(end) for end in proof.ends]}))
     return 0
-
-
-def _source(config: FoldConfig) -> "Source":
-    from fold.sources import Asked, from_checkpoint, from_user, read_labels
-
-    if config.is_checkpoint and config.net:
-        return from_checkpoint(Path(config.net))
-    labels = read_labels(config.labels) if config.labels else ()
-    asked = Asked(config.weights, config.image_size, config.mean, config.std, config.resize, labels)
-    return from_user(config.net, config.timm, asked)
 
 
 def _print_table(console: "Console", proof: "Proof") -> None:

@@ -18,7 +18,7 @@ from fold.plain import RESERVED, PlainNet, fold_net
 from fold.rules import simplify
 from fold.tracing import trace
 from fold.user_net import SEED, Made, from_file, from_timm, load_weights
-from train.checkpoint import Checkpoint, load_checkpoint, load_net
+from train.checkpoint import load_checkpoint, load_net
 from train.families import count_parameters
 from train.layers import Normalize
 
@@ -39,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a user says about their own net; empty where nothing."""
+    """A user's statements about their own net; empty if not given."""
 
     weights: Path | None
     image_size: tuple[int, ...]
@@ -51,29 +51,24 @@ class Asked:
 
 def from_checkpoint(given: Path) -> Source:
     """A checkpoint, or the best one in a run's folder."""
-    path, checkpoint, choice = _choose(given)
+    folder = given if given.is_dir() else given.parent
+    last, best = folder / "checkpoint.pt", folder / "best.pt"
+    path = given if not given.is_dir() else best if best.exists() else last
+    checkpoint, note = load_checkpoint(path), f"folding {path}" if given.is_dir() else ""
+    if path in (last, best) and last.exists() and best.exists():
+        score = checkpoint.history[-1]["validation_accuracy"] if checkpoint.history else None
+        share = "" if score is None else f", {100 * score:.2f} % of the validation images"
+        other = "best.pt is the epoch with the best validation" if path == last else "chosen by validation"
+        note = f"folding {path}: epoch {checkpoint.epoch}{share}; {other}"
     net = load_net(checkpoint)
     record = {"checkpoint_sha256": checkpoint.sha256, "dirac_parameters": count_parameters(net)}
     provenance = {"training": checkpoint.training_record(), "fold": record}
-    notes = (choice,) if choice else ()
+    notes = (note,) if note else ()
     return Source(net, fold_net(net), checkpoint.spec, checkpoint.config, provenance, path.parent, notes=notes)
 
 
-def _choose(given: Path) -> tuple[Path, Checkpoint, str]:
-    """The checkpoint that `given` means, and a note which one that is if a run's folder has two."""
-    last, best = ((given if given.is_dir() else given.parent) / name for name in ("checkpoint.pt", "best.pt"))
-    path = given if not given.is_dir() else best if best.exists() else last
-    state = load_checkpoint(path)
-    if path not in (last, best) or not (last.exists() and best.exists()):
-        return path, state, f"folding {path}" if given.is_dir() else ""
-    score = state.history[-1]["validation_accuracy"] if state.history else None
-    share = "" if score is None else f", {100 * score:.2f} % of the validation images"
-    other = "best.pt is the epoch with the best validation" if path == last else "chosen by validation"
-    return path, state, f"folding {path}: epoch {state.epoch}{share}; {other}"
-
-
 def from_user(net: str | None, timm: str | None, asked: Asked) -> Source:
-    """Refuses, in one line, a net that cannot be made, loaded, traced or folded, or that is no image classifier."""
+    """Refuses, in one line, a net that cannot be made, loaded, traced or folded, or is not an image classifier."""
     made = from_timm(timm, num_classes=len(asked.labels) or None) if timm else from_file(net or "")
     weights = load_weights(made.net, asked.weights) if asked.weights else None
     notes = () if weights else (f"no --weights: {net or 'timm'} keeps its initial weights, seed {SEED}",)

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 
 from common.refusal import one_line
 from fold.nodes import Graph, needed
-from fold.operations import FUNCTIONS, LAYERS, Builder, NotListed, Ref
+from fold.operations import FUNCTIONS, LAYERS, OF_FUNCTIONS, Builder, NotListed, Ref
 from train.layers import ncrelu
 
 # Their arguments may depend on the input's shape, because only the batch size may be open in their results.
@@ -33,7 +33,7 @@ class Tracer(fx.Tracer):
     deepest = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in LAYERS or super().is_leaf_module(m, module_qualified_name)
+        return type(m) not in OF_FUNCTIONS and (type(m) in LAYERS or super().is_leaf_module(m, module_qualified_name))
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -86,11 +86,14 @@ class _Walk:
         self.result: Any = None
 
     def take(self, node: fx.Node) -> None:
-        self.builder.path = _path(node)
+        # Path and class of the layer that the node is, or of the module whose forward calls it.
+        stack: dict[Any, tuple[str, type]] = node.meta.get("nn_module_stack") or {"": ("", nn.Module)}
+        self.builder.path, kind = list(stack.values())[-1]
         try:
             self.values[node] = self._value(node)
         except (NotListed, TypeError, ValueError, AttributeError, IndexError) as error:
-            reason = error if isinstance(error, NotListed) else f"{node.name}: {one_line(error, 100)}"
+            listed = f"{kind.__name__}: " if kind in LAYERS or kind in OF_FUNCTIONS else ""
+            reason = f"{listed}{error}" if isinstance(error, NotListed) else f"{node.name}: {one_line(error, 100)}"
             self.refused.append(f"{self.builder.path or node.name} ({reason})")
             # Go on with one of the inputs, so that one message names everything that is refused.
             refs = (self.values[source] for source in node.all_input_nodes)
@@ -128,22 +131,21 @@ class _Walk:
         if write is None:
             raise NotListed(type(layer).__name__)
         if len(args) != 1 or node.kwargs or not isinstance(args[0], Ref):
-            raise NotListed(f"{type(layer).__name__} of more than one input")
-        _refuse_late_inplace(node, changed=getattr(layer, "inplace", False))
-        try:
-            return write(self.builder, layer, args[0])
-        except NotListed as reason:
-            raise NotListed(f"{type(layer).__name__}: {reason}") from reason
+            raise NotListed("more than one input")
+        return write(self.builder, layer, args[0])
 
     def _function(self, node: fx.Node) -> Any:
         name, args, kwargs = _name_of(node), self._known(node.args), self._known(node.kwargs)
+        is_method = node.op == "call_method"
         sources = [source for source in node.all_input_nodes if self._is_traced(source)]
-        if not sources:
-            return _compute(node, args, kwargs)
+        if not sources:  # only parameters and numbers, known in float64
+            target = cast("Callable[..., Any]", node.target)
+            return getattr(args[0], str(target))(*args[1:], **kwargs) if is_method else target(*args, **kwargs)
         if name == "_assert":
             return None
         shape = self.shapes.get(node.name)
-        if name in OF_SHAPES and not (name in FUNCTIONS and _holds_ref(args) and _is_tensor(shape)):
+        is_tensor = shape is None or isinstance(shape, _Shape)  # without an example a value counts as a tensor
+        if name in OF_SHAPES and not (name in FUNCTIONS and _holds_ref(args) and is_tensor):
             if isinstance(shape, _Shape):
                 raise NotListed(name)
             if shape is None:
@@ -189,11 +191,6 @@ def _holds_ref(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(part, Ref) for part in cast("list[Any]", value))
 
 
-def _is_tensor(shape: Any) -> bool:
-    """Without an example no shape is recorded, and a value counts as a tensor."""
-    return shape is None or isinstance(shape, _Shape)
-
-
 class _Shape(tuple[int, ...]):
     """The shape of a node's tensor, as opposed to a shape that a node computed."""
 
@@ -221,15 +218,6 @@ def _shapes(traced: fx.GraphModule, example: Tensor) -> dict[str, Any]:
     return found
 
 
-def _path(node: fx.Node) -> str:
-    """The part of the user's net that a node belongs to: its layer, or the module whose forward calls it."""
-    if node.op == "call_module":
-        return str(node.target)
-    stack: dict[Any, tuple[Any, Any]] = node.meta.get("nn_module_stack") or {}
-    paths = [str(path) for path, _ in stack.values()]
-    return paths[-1] if paths else ""
-
-
 def _name_of(node: fx.Node) -> str:
     """A function's name as in FUNCTIONS; outside PyTorch and Python, with the name of its module before it."""
     if node.op == "call_method":
@@ -240,13 +228,6 @@ def _name_of(node: fx.Node) -> str:
     if target is ncrelu or home in ("torch", "_operator", "builtins", "math"):
         return name if name.startswith("_") else name.removesuffix("_")
     return f"{home}.{name}"
-
-
-def _compute(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    """The value, in float64, of a node that reads only parameters and numbers."""
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return cast("Callable[..., Any]", node.target)(*args, **kwargs)
 
 
 def _refuse_late_inplace(node: fx.Node, *, changed: bool) -> None:

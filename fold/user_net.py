@@ -7,7 +7,6 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Generator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,13 +19,12 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from common.files import read_whole, sha256
-from common.refusal import Refusal, one_line
+from common.refusal import Refusal, first_of, one_line
 
 SEED = 0  # of a net's initial weights, used if no others are given
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep weights
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 COUNTER = "num_batches_tracked"  # of batch norm; not used in evaluation mode
-MOST_NAMED = 3
 State = dict[str, Tensor]
 
 
@@ -54,9 +52,14 @@ def from_file(where: str) -> Made:
     if not colon or not path.is_file():
         raise Refusal(f"{where} is neither a checkpoint (.pt) nor FILE.py:FUNCTION of a file that exists")
     torch.random.manual_seed(SEED)  # pyright: ignore[reportUnknownMemberType]
-    # What the file prints must not mix with a result on stdout.
-    with _folder_first(path), contextlib.redirect_stdout(sys.stderr):
-        net = _call(path, _import(path), function)
+    # Output of the file must not mix with a result on stdout.
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            net = _call(path, _import(path), function)
+    finally:
+        sys.path.remove(folder)
     if not isinstance(net, nn.Module):
         kind = type(net).__name__
         what = f"the class {net.__name__}: call it" if isinstance(net, type) else f"an object of the type {kind}"
@@ -93,25 +96,22 @@ def load_weights(net: nn.Module, path: Path) -> str:
     The file is safetensors or a state dict that `torch.save` wrote. Refuses weights that do not fit.
     """
     content = read_whole(path)
-    state = _read_state(path, content)
+    state = _without_prefixes(_read_state(path, content))
     own = net.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith(COUNTER)]
-    unknown = [name for name in state if name not in own and not name.endswith(COUNTER)]
-    misshapen = [
-        f"{name} {list(state[name].shape)}, in the net {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    faults = [
-        *_listed("lacks", missing),
-        *_listed("has the unknown", unknown),
-        *_listed("has other shapes:", misshapen),
-    ]
-    if faults:
-        raise Refusal(f"{path} does not fit the net: it {'; it '.join(faults)}; name the weights of this very net")
+    faults = {
+        "lacks": [name for name in own if name not in state and not name.endswith(COUNTER)],
+        "has the unknown": [name for name in state if name not in own and not name.endswith(COUNTER)],
+        "has other shapes:": [
+            f"{name} {list(state[name].shape)}, in the net {list(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    if clauses := [f"it {what} {first_of(names)}" for what, names in faults.items() if names]:
+        raise Refusal(f"{path} does not fit the net: {'; '.join(clauses)}; name the weights of this very net")
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad:
-        raise Refusal(f"{path} holds NaN or infinite values in {', '.join(bad[:MOST_NAMED])}: the training diverged")
+        raise Refusal(f"{path} holds NaN or infinite values in {first_of(bad)}: the training diverged")
     net.load_state_dict(state, strict=False)
     return sha256(content)
 
@@ -124,12 +124,21 @@ def _import(path: Path) -> ModuleType:
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    raised: BaseException | None = None
-    with _watched(path) as opened:
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            raised = error
+    opened: list[tuple[str, int]] = []  # by the code of `path` itself, with its lines; not by its imports
+    is_running, raised = True, None
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if is_running and event == "open" and isinstance(arguments[0], str | bytes):
+            file, line = os.fsdecode(arguments[0]), _running_line(path)
+            if line and not file.startswith((sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/")):
+                opened.append((file, line))
+
+    sys.addaudithook(watch)  # a hook cannot be removed; afterwards it is idle
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raised = error
+    is_running = False
     if opened:
         file, line = opened[0]
         raise Refusal(
@@ -170,38 +179,7 @@ def _line(path: Path, error: BaseException) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-@contextlib.contextmanager
-def _folder_first(path: Path) -> Generator[None]:
-    """The file's own folder on Python's path, as if the file were run."""
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)
-
-
-@contextlib.contextmanager
-def _watched(path: Path) -> Generator[list[tuple[str, int]]]:
-    """The files that the code of `path` itself opens, with its lines; not those that its imports open."""
-    opened: list[tuple[str, int]] = []
-    watching = True
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if watching and event == "open" and isinstance(arguments[0], str | bytes):
-            file = os.fsdecode(arguments[0])
-            line = _opener(path)
-            if line and not file.startswith((sys.prefix, sys.base_prefix, "/proc/", "/sys/", "/dev/")):
-                opened.append((file, line))
-
-    sys.addaudithook(watch)  # a hook cannot be removed; `watching` makes it idle
-    try:
-        yield opened
-    finally:
-        watching = False
-
-
-def _opener(path: Path) -> int | None:
+def _running_line(path: Path) -> int | None:
     """The line of `path` that is running, unless an import is running within it."""
     frame = inspect.currentframe()
     while frame is not None:
@@ -217,7 +195,7 @@ def _opener(path: Path) -> int | None:
 def _read_state(path: Path, content: bytes) -> State:
     if path.suffix == ".safetensors":
         try:
-            return _without_prefixes(load(content))
+            return load(content)
         except SafetensorError as error:
             raise Refusal(f"{path} is not a safetensors file, or is cut short: {error}") from error
     try:
@@ -227,10 +205,6 @@ def _read_state(path: Path, content: bytes) -> State:
             f"{path} cannot be read as weights ({type(error).__name__}); "
             "save them with torch.save(net.state_dict(), FILE) or as safetensors"
         ) from error
-    return _without_prefixes(_unwrapped(path, found))
-
-
-def _unwrapped(path: Path, found: Any) -> State:
     while isinstance(found, dict):
         entries = cast("dict[Any, Any]", found)
         if entries and all(isinstance(value, Tensor) for value in entries.values()):
@@ -251,9 +225,3 @@ def _without_prefixes(state: State) -> State:
         if state and all(name.startswith(prefix) for name in state):
             return _without_prefixes({name.removeprefix(prefix): tensor for name, tensor in state.items()})
     return state
-
-
-def _listed(what: str, names: list[str]) -> list[str]:
-    """A clause that names the first few, if there are any."""
-    rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return [f"{what} {', '.join(names[:MOST_NAMED])}{rest}"] if names else []

@@ -230,8 +230,7 @@ def command(config: ClientConfig) -> int:
     from rich.table import Table
 
     from common.progress import make_console, printable, track
-    from train.data.folder import find_images
-    from train.data.survey import describe_left_out
+    from train.data.folder import describe_left_out, find_images
 
     if not config.images:
         raise Refusal("name one image or more: python serve/client.py image.png")

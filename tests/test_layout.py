@@ -44,7 +44,7 @@ def test_no_two_modules_import_each_other():
 
 
 # The runtime that is PyTorch itself: export/runtimes/load.py imports it where it is chosen by name.
-NEED_TORCH = ("export.runtimes.torch_graphs", "export.runtimes.torch_net")
+NEED_TORCH = ("export.runtimes.torch_graphs",)
 RUNTIMES = [name for name in MODULES if name.startswith("export.runtimes.") and name not in NEED_TORCH]
 SERVE = ", ".join(name for name in MODULES if name.startswith("serve."))
 

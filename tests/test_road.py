@@ -17,9 +17,8 @@ from fold.proof import prove
 from serve.request.app import make_app
 from serve.request.limits import Limits
 from train.data.batches import Batch
-from train.families import build
-from train.initialize import initialize
-from train.loop import make_optimizer, train_step
+from train.families import build, initialize
+from train.trainer import make_optimizer, train_step
 
 
 def a_step_of_training(spec, images):

@@ -230,7 +230,7 @@ def test_what_cannot_be_fitted_is_refused_and_nothing_is_written(road, old, tmp_
     assert run(fit_temperature, old / "plain.onnx", "--validation", 0.5) == 2
     assert "records that 0.1 was held out; leave --validation out" in capsys.readouterr().err
     assert run(fit_temperature, road / "plain.safetensors") == 2
-    assert "name .onnx files; a run gets its temperature by python train/run.py --resume" in capsys.readouterr().err
+    assert "name .onnx files; a run gets its temperature by train/run.py --resume" in capsys.readouterr().err
     before = (old / "plain.onnx").read_bytes()
     assert (tmp_path / "silent.onnx").read_bytes() == content.SerializeToString()
     assert (old / "plain.onnx").read_bytes() == before
@@ -254,7 +254,9 @@ def test_somebody_elses_net_has_the_one_that_is_said(tmp_path, capsys):
     assert run(describe, sample.path, "--temperature", 2, "--probabilities") == 2
     assert "a temperature is for logits; leave --temperature out" in " ".join(capsys.readouterr().err.split())
     assert run(fit_temperature, sample.path) == 2
-    assert "say its temperature with export/describe.py --temperature" in " ".join(capsys.readouterr().err.split())
+    assert "is not a file of this project: use export/describe.py --temperature" in " ".join(
+        capsys.readouterr().err.split()
+    )
     (tmp_path / "plain.onnx.json").write_text('{"temperature": "hot"}')
     assert run(predict, sample.path, tmp_path / "0.png", "--out", tmp_path / "out.json") == 2
-    assert "'hot' is not a number" in " ".join(capsys.readouterr().err.split())
+    assert "temperature cannot be 'hot'" in " ".join(capsys.readouterr().err.split())

@@ -1,19 +1,25 @@
-"""The checkpoint: one file that resumes a run bit for bit and starts the fold."""
+"""Files of nets: the checkpoint, which resumes a run bit for bit and starts the fold, and plain.safetensors as read."""
 
 import io
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
 
 from common.files import read_whole, sha256, write_whole
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from common.spec import Spec
 from train.families import build
 
 FORMAT = "diracnet-checkpoint-1"
+PLAIN_FORMAT = "diracnet-plain-1"  # the spec says what the layers are
+GRAPH_FORMAT = "diracnet-graph-1"  # the graph is in the header
 # Of a run's config, in all artefacts made of it.
 KEPT = (
     *("command", "dataset", "recipe", "init_sha256", "unfold", "qat", "flip", "seed", "epochs", "batch_size", "lr"),
@@ -55,7 +61,7 @@ class Checkpoint:
         return self.average or self.model
 
     def training_record(self) -> dict[str, Any]:
-        """What later artefacts record of this run."""
+        """The part of this run's record that later artefacts keep."""
         folder = self.config.get("data_dir") if self.config.get("dataset") == "folder" else None
         return {
             **{key: self.config[key] for key in KEPT if key in self.config},
@@ -99,6 +105,35 @@ def load_net(checkpoint: Checkpoint) -> nn.Sequential:
     try:
         net.load_state_dict(checkpoint.weights)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
-        raise Refusal(f"the checkpoint's weights do not fit its spec {checkpoint.spec.name}: {detail}") from error
+        name = checkpoint.spec.name
+        raise Refusal(f"the checkpoint's weights do not fit its spec {name}: {one_line(error)}") from error
     return net.eval()
+
+
+@dataclass(frozen=True)
+class PlainFile:
+    """A whole plain file with finite weights; whether they fit its spec is not looked at."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    spec: Spec
+    metadata: Mapping[str, str]
+    sha256: str
+
+
+def read_plain_file(path: Path) -> PlainFile:
+    """Refuses a file that is not a whole plain file of this project, or holds NaN or Inf."""
+    content = read_whole(path)
+    try:
+        weights = load(content)
+    except SafetensorError as error:
+        raise Refusal(f"{path} is not a valid safetensors file, or is cut short: {error}") from error
+    size = int.from_bytes(content[:8], "little")  # of the header, JSON that `load` has checked
+    metadata: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    if metadata.get("format") not in (PLAIN_FORMAT, GRAPH_FORMAT):
+        raise Refusal(f"{path} is not a {PLAIN_FORMAT} file; make one with fold/run.py")
+    spec = Spec.from_json(metadata.get("spec", ""))
+    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise Refusal(f"{path} holds NaN or infinite values in {', '.join(bad)}: the training diverged")
+    return PlainFile(path, weights, spec, metadata, sha256(content))

@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,14 +15,22 @@ from common.spec import DatasetName, Delta, Family, ImageSpec, Nonlinearity, Par
 from train.recipes import Precision, Recipe, Schedule, Start, recipe
 
 if TYPE_CHECKING:
-    from train.checkpoint import Checkpoint
-    from train.fine_tune.plain_file import PlainFile
+    from train.checkpoint import Checkpoint, PlainFile
 
 
 # Options that may differ when a run is resumed: the epochs of both stay the same, bit for bit.
 FREE_TO_CHANGE = (
     *("data_dir", "download", "device", "workers", "out", "resume", "json", "describe"),
     *("epochs", "patience", "tensorboard"),
+)
+BOUNDS: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("epochs", "batch_size", "image_size"), lambda value: value >= 1, "be at least 1"),
+    (("weight_decay", "warmup", "w_std", "crop", "workers"), lambda value: value >= 0, "not be negative"),
+    (("freeze", "patience", "mixup", "cutmix"), lambda value: value >= 0, "not be negative"),
+    (("validation", "momentum", "label_smoothing", "ema"), lambda value: 0 <= value < 1, "be at least 0 and below 1"),
+    (("erase",), lambda value: 0 <= value <= 1, "be from 0 to 1"),
+    (("lr",), lambda value: 0 < value < math.inf, "be positive and finite"),
+    (("smallest_crop",), lambda value: 0 < value <= 1, "be above 0 and at most 1"),
 )
 PATHS = ("data_dir", "init", "out")
 ARCHITECTURE = ("family", "depth", "width", "nonlinearity", "parameterization", "delta")  # of a `Spec`
@@ -83,8 +92,7 @@ class TrainConfig:
     b0: Annotated[float | None, "initial b, section 2"] = None
     w_std: Annotated[float | None, "initial standard deviation of W, section 2"] = None
     start: Annotated[
-        Start | None,
-        "initial classifier and batch normalisation: PyTorch's; or He's normal and 0, γ uniform in [0, 1]",
+        Start | None, "initial classifier and batch normalisation: PyTorch's; or He's normal and 0, γ uniform in [0, 1]"
     ] = None
     flip: Annotated[Literal["auto", "yes", "no"], "mirror half of the images; auto: where labels allow it"] = "auto"
     crop: Annotated[int | None, "shift images by up to N pixels; default: what suits the data set"] = None
@@ -111,21 +119,10 @@ class TrainConfig:
     json: Annotated[bool, "print the result as JSON on stdout"] = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "image_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise Refusal(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("weight_decay", "warmup", "w_std", "crop", "workers", "freeze", "patience", "mixup", "cutmix"):
-            if (getattr(self, name) or 0) < 0:
-                raise Refusal(f"--{name.replace('_', '-')} must not be negative, got {getattr(self, name)}")
-        for name in ("validation", "momentum", "label_smoothing", "ema"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise Refusal(f"--{name.replace('_', '-')} must be at least 0 and below 1, got {getattr(self, name)}")
-        if not 0 <= (self.erase or 0) <= 1:
-            raise Refusal(f"--erase must be from 0 to 1, got {self.erase}")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise Refusal(f"--lr must be positive and finite, got {self.lr}")
-        if self.smallest_crop is not None and not 0 < self.smallest_crop <= 1:
-            raise Refusal(f"--smallest-crop must be above 0 and at most 1, got {self.smallest_crop}")
+        for names, fits, must in BOUNDS:
+            for name in names:
+                if (value := getattr(self, name)) is not None and not fits(value):
+                    raise Refusal(f"--{name.replace('_', '-')} must {must}, got {value}")
         if self.classes is not None and not self.describe:
             raise Refusal("--classes requires --describe; to train, name a data set")
         if self.freeze and not self.init:
@@ -168,7 +165,7 @@ class Settings(Recipe, TrainConfig):
     parameterization: Parameterization = "dirac"
 
     def spec(self, image: ImageSpec, labels: tuple[str, ...]) -> Spec:
-        """The net that is asked for, on these images."""
+        """The spec of the net, for these images and labels."""
         return Spec(image=image, labels=labels, **{name: getattr(self, name) for name in ARCHITECTURE})
 
 
@@ -204,13 +201,13 @@ def like(config: TrainConfig, source: "Checkpoint | PlainFile") -> TrainConfig:
 
 
 def recorded(config: TrainConfig) -> dict[str, Any]:
-    """The options for a checkpoint: paths as text, that of the data set absolute, so that later commands find it."""
+    """The options for a checkpoint: paths as text; the data set's is absolute, so that later commands find it."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
     return values | {"data_dir": str(config.data_dir.resolve()) if config.data_dir else None}
 
 
 def typed(config: TrainConfig) -> str:
-    """The command without the paths of this machine: it is recorded with the model."""
+    """The command as recorded with the model, without paths of this machine."""
     places = {name: getattr(config, name) for name in PATHS if getattr(config, name)}
     short = {name: Path(path.resolve().name) for name, path in places.items() if name != "out" or path.is_absolute()}
     return f"python train/run.py {given_arguments(replace(config, **short))}".strip()

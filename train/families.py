@@ -1,5 +1,6 @@
-"""Table 1 and its relatives: from a spec to a net whose layers have names."""
+"""Table 1 and its relatives: from a spec to a net whose layers have names, and the values that it starts from."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch.overrides import TorchFunctionMode
 
 from common.refusal import Refusal
 from common.spec import ORDINARY, Spec
-from train.layers import DiracConv2d, NCReLU, Normalize, Residual
+from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize, Residual
+from train.recipes import Start
 
 # Convolutions per group; those of ResNet-18 and -34, which have blocks of two (section 3.5).
 IMAGENET_GROUPS = {18: (4, 4, 4, 4), 34: (6, 8, 12, 6)}
@@ -30,7 +32,10 @@ def build(spec: Spec) -> nn.Sequential:
 
     Refuses depths, widths, parameterizations and image sizes that a family does not have.
     """
-    groups, base, image = _groups(spec), _base_channels(spec), spec.image
+    groups, image, at_width_one = _groups(spec), spec.image, 64 if spec.family.startswith("imagenet") else 16
+    base = int(at_width_one * spec.width)  # channels of the first group
+    if base < 1:
+        raise Refusal(f"width must be at least 1/{at_width_one} (one channel in the first group), got {spec.width:g}")
     if min(image.height, image.width) < REDUCTION[spec.family]:
         smallest = REDUCTION[spec.family]
         raise Refusal(f"images must be at least {smallest}x{smallest} pixels, got {image.height}x{image.width}")
@@ -87,15 +92,6 @@ def _groups(spec: Spec) -> tuple[int, ...]:
     if spec.depth < 10 or spec.depth % 6 != 4:
         raise Refusal(f"depth must be 6N + 4 (10, 16, 22, 28, 34, ...), got {spec.depth}")
     return ((spec.depth - 4) // 3,) * 3
-
-
-def _base_channels(spec: Spec) -> int:
-    """Channels of the first group."""
-    at_width_one = 64 if spec.family.startswith("imagenet") else 16
-    base = int(at_width_one * spec.width)
-    if base < 1:
-        raise Refusal(f"width must be at least 1/{at_width_one} (one channel in the first group), got {spec.width:g}")
-    return base
 
 
 def _refuse_combinations(spec: Spec) -> None:
@@ -173,3 +169,51 @@ def _convolution(num_in: int, num_out: int, spec: Spec, *, stride: int = 1) -> n
         return nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False)
     kind, delta_form = spec.parameterization, spec.delta
     return DiracConv2d(num_in, num_out, 3, stride=stride, padding=1, parameterization=kind, delta_form=delta_form)
+
+
+def initialized(spec: Spec, *, a: float, b: float, std: float, start: Start = "pytorch") -> nn.Sequential:
+    """The net of `spec` before its first step; the numbers are drawn from torch's generator.
+
+    Ordinary convolutions that are "initialised" get the filters a δ + b W_norm (eq. 4) of a Dirac net that is started
+    here: with one seed both are the same function. What follows differs: a step moves the filters themselves.
+    """
+    if spec.parameterization != "initialised":
+        net = build(spec)
+        initialize(net, a=a, b=b, std=std, start=start)
+        return net
+    dirac = initialized(replace(spec, parameterization="dirac"), a=a, b=b, std=std, start=start)
+    filters = {
+        f"{name}.weight": layer.folded_weight().detach()
+        for name, layer in dirac.named_modules()
+        if isinstance(layer, DiracConv2d)
+    }
+    net = build(spec)
+    started = dirac.state_dict() | filters
+    net.load_state_dict({name: started[name] for name in net.state_dict()})
+    return net
+
+
+@torch.no_grad()
+def initialize(net: nn.Module, *, a: float, b: float, std: float, start: Start = "pytorch") -> None:
+    """W ~ N(0, std²) and the given `a` and `b` in Dirac convolutions (section 2); He's normal in the others.
+
+    A `start` as the authors' code has it gives the classifier He's normal and a bias of 0, and batch
+    normalisation a γ uniform in [0, 1]; otherwise both stay as PyTorch starts them.
+    W's scale leaves Ŵ of eq. 4 as it is, but the gradient of W is inverse to it: a small `std` lets W turn fast
+    from the first step on.
+    """
+    for layer in net.modules():
+        match layer:
+            case DiracConv1d() | DiracConv2d() | DiracConv3d():
+                nn.init.normal_(layer.weight, std=std)
+                if isinstance(layer.a, nn.Parameter):
+                    layer.a.fill_(a)
+                if layer.b is not None:
+                    layer.b.fill_(b)
+            case nn.Conv2d():
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            case nn.Linear() if start == "authors":
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+            case nn.BatchNorm2d() if start == "authors":
+                nn.init.uniform_(layer.weight)

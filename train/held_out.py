@@ -3,16 +3,14 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.refusal import Refusal
 from common.spec import DatasetName
-
-if TYPE_CHECKING:
-    from train.data.datasets import Dataset
 
 EXAMPLES = (
     "python train/held_out.py --dataset digits --out held-out --count 10",
@@ -39,9 +37,19 @@ def command(config: HeldOutConfig) -> int:
     from PIL import Image
 
     from common.files import read_whole, write_whole
+    from train.checkpoint import load_checkpoint
+    from train.data import datasets
     from train.data.folder import Files
 
-    dataset = _dataset(config)
+    if config.run and config.dataset:
+        raise Refusal("--run says what the data set is: leave out --dataset")
+    if config.run:
+        state = load_checkpoint(config.run / "checkpoint.pt")
+        where = {"data_dir": config.data_dir, "beside": config.run}
+        dataset = datasets.load_as_trained(state.config, image=state.spec.image, **where)
+    else:
+        name = config.dataset or ("folder" if config.data_dir else "digits")
+        dataset = datasets.load(name, data_dir=config.data_dir)
     test, num = dataset.test, min(config.count, len(dataset.test))
     is_folder = isinstance(test, Files)
     picked = np.linspace(0, len(test) - 1, num).round().astype(int) if is_folder else np.arange(num)
@@ -56,19 +64,6 @@ def command(config: HeldOutConfig) -> int:
             write_whole(config.out / f"{label}_{index}.png", file.getvalue())
     print(f"wrote {num} images to {config.out}")
     return 0
-
-
-def _dataset(config: HeldOutConfig) -> "Dataset":
-    from common.refusal import Refusal
-    from train.checkpoint import load_checkpoint
-    from train.data import datasets
-
-    if config.run is None:
-        return datasets.load(config.dataset or ("folder" if config.data_dir else "digits"), data_dir=config.data_dir)
-    if config.dataset:
-        raise Refusal("--run says what the data set is: leave out --dataset")
-    state = load_checkpoint(config.run / "checkpoint.pt")
-    return datasets.load_as_trained(state.config, data_dir=config.data_dir, beside=config.run, image=state.spec.image)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""The machine that trains: its device, its precision, and whether a training fits into its memory."""
+"""The machine that trains: its processes, device and precision, and whether a training fits into its memory."""
 
 import ctypes
-from contextlib import suppress
-from dataclasses import replace
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from common.refusal import Refusal
 from common.spec import Spec
 from train.config import Settings
-from train.distributed import World
 from train.families import outline
 
 # Measured on the CPU over seven nets from DiracNet-16-1 at 32 pixels to DiracNet-18-0.75 at 224, right to a third:
@@ -21,15 +23,77 @@ WEIGHT_BYTES = 32  # itself, gradient, momentum, and what eq. 4 and 5 keep for t
 LARGE = 96  # pixels, from which a net that keeps the stem's resolution is the wrong one
 
 
+@dataclass(frozen=True)
+class World:
+    """This process among those that share each batch."""
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+
+    def wrap(self, net: nn.Module, *, sync_batch_norm: bool = False) -> nn.Module:
+        """`net` with gradients averaged over all processes; batch statistics stay each process's own.
+
+        With `sync_batch_norm` they are those of the whole batch: the layers of `net` change for it, and keep
+        their parameters.
+        """
+        if self.size == 1:
+            return net
+        if sync_batch_norm:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return DistributedDataParallel(net, device_ids=[self.device] if self.device != "cpu" else None)
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes."""
+        total = numbers.clone()
+        if self.size > 1:
+            distributed.all_reduce(total)
+        return total
+
+    def count(self, number: int) -> int:
+        """The sum over all processes of a number on the host: all learn it at the same step.
+
+        It goes from host to host, so that no process waits for what its device has still to do.
+        """
+        return int(self.sum(torch.tensor(number))) if self.size > 1 else number
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process."""
+        return self.count(int(flag)) > 0
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """The world that torchrun's environment describes, on "cpu" (gloo) or "cuda" (NCCL, one device each).
+
+    With devices, numbers on the host go by gloo.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(device=device)
+        return
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise Refusal(f"--nproc-per-node is over the {torch.cuda.device_count()} CUDA devices of this machine")
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
+    try:
+        yield World(rank, size, device)
+    finally:
+        distributed.destroy_process_group()
+
+
 def choose_device(choice: str) -> str:
-    """ "cuda" or "cpu"; refuses a GPU that is not there."""
+    """ "cuda" or "cpu"; refuses a GPU that is missing."""
     if choice == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: PyTorch finds no CUDA device here; use --device cpu")
     return "cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def choose_precision(choice: str, device: str) -> str:
-    """ "fp32", "bf16" or "fp16": "auto" is bf16 where `device` has instructions for it."""
+    """ "fp32", "bf16" or "fp16": "auto" is bf16 if `device` has instructions for it."""
     if choice != "auto":
         if choice == "fp16" and device == "cpu":
             raise Refusal("--precision fp16 needs a CUDA device; the CPU trains in fp32 or bf16")
@@ -57,7 +121,7 @@ def keep_large_buffers() -> None:
 
 
 def refuse_what_does_not_fit(config: Settings, spec: Spec, world: World, *, available: int | None) -> str:
-    """The memory that a step takes, in words; refuses more than is `available`, and says what would fit better."""
+    """A clause about the memory that a step takes, with advice; refuses more than is `available`."""
     share = config.batch_size // world.size
     on_this_machine = world.size if world.device == "cpu" else 1
     need = on_this_machine * training_bytes(spec, share, config.precision)
@@ -87,7 +151,7 @@ def training_bytes(spec: Spec, batch_size: int, precision: str) -> int:
 
 
 def available_bytes(device: str) -> int | None:
-    """Memory that is free on a device, within the limit of this container; None where the system does not tell."""
+    """Free memory of a device, within the limit of this container; None if the system does not report it."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
     found = []

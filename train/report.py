@@ -1,23 +1,46 @@
-"""The records of a run: metrics.jsonl, TensorBoard's event files, learning_curve.png and its lines of text."""
+"""The output of a run: its images as a table, a line per epoch, TensorBoard's event files, the learning curve."""
 
-import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from rich.console import Console
+
 from common.figure import png
 from common.files import write_whole
 from common.interval import interval
 from common.refusal import Refusal
+from train.data.datasets import Dataset
+from train.data.folder import PARTS, describe_left_out
 
+MAX_CLASSES = 50  # that the survey lists; beyond, the smallest
 OVERFITTING = 0.05  # between training and validation images, beyond what chance explains
 Log = Callable[[dict[str, Any]], None]  # takes a finished epoch's row
 
 
-def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """One JSON object per finished epoch."""
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in history).encode())
+def print_survey(console: Console, dataset: Dataset) -> None:
+    """Images of each class in each part, their sizes, and what was left out and why."""
+    labels = dataset.info.labels
+    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    counts = np.array([np.bincount(parts[part].targets, minlength=len(labels)) for part in PARTS])
+    shown = np.sort(counts.sum(0).argsort(kind="stable")[:MAX_CLASSES])
+    width = max(len(label) for label in labels)
+    console.print(f"{'class':{width}}  " + "  ".join(f"{part:>10}" for part in PARTS))
+    for index in shown:
+        console.print(f"{labels[index]:{width}}  " + "  ".join(f"{count:10,}" for count in counts[:, index]))
+    if len(shown) < len(labels):
+        console.print(f"these are the {len(shown)} smallest of {len(labels)} classes")
+    console.print(f"{'all':{width}}  " + "  ".join(f"{count:10,}" for count in counts.sum(1)))
+    if dataset.sizes:
+        first, last = min(dataset.sizes, key=math.prod), max(dataset.sizes, key=math.prod)
+        console.print(f"sizes from {first[0]}x{first[1]} to {last[0]}x{last[1]} pixels")
+    if untested := [label for label, count in zip(labels, counts[2], strict=True) if not count]:
+        console.print(f"no image to test on: {', '.join(untested[:10])}")
+    for line in describe_left_out(dataset.left_out):
+        console.print(line)
 
 
 @contextmanager
@@ -40,7 +63,7 @@ def event_files(run_dir: Path, num_done: int) -> Iterator[Log]:
 
 
 def describe_fit(train: float, num_train: int, held: float, num_held: int) -> str:
-    """Training images against validation images in words."""
+    """The accuracy on training and validation images, and whether the net overfits, as a sentence."""
     figures = (
         f"{100 * train:.1f} % of {num_train} training images and {100 * held:.1f} % of {num_held} held out are right"
     )
@@ -79,16 +102,15 @@ def draw_learning_curve(path: Path, history: list[dict[str, Any]], title: str, *
 
 def _plain_log_ticks(axes: Any) -> None:
     """A logarithmic axis with ticks at 1, 2 and 5, written out; a linear one where a value is zero."""
-    lowest, highest = (edge([edge(line.get_ydata()) for line in axes.lines]) for edge in (min, max))
-    if lowest <= 0:
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    if min(min(line.get_ydata()) for line in axes.lines) <= 0:
         axes.set_ylim(0, None)
         return
-    ticks = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
-    inside = [tick for tick in ticks if lowest / 2.5 <= tick <= highest * 2.5]
     axes.set_yscale("log")
-    axes.set_yticks(inside, [f"{tick:g}" for tick in inside])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.minorticks_off()
-    axes.set_ylim(lowest / 1.2, highest * 1.2)
 
 
 def describe_row(row: dict[str, Any], num_epochs: int, left_s: float) -> str:

@@ -21,7 +21,7 @@ class Fit:
     images: int
     wrong: int  # of these images
     why_not: str = ""
-    standard_error: float = 0.0  # of the temperature, from so many images
+    standard_error: float = 0.0  # of the temperature
     cross_entropy_before: float = 0.0  # mean over the images, of softmax(logits)
     cross_entropy: float = 0.0  # ... of softmax(logits / temperature)
 

@@ -1,28 +1,39 @@
-"""A net in training: one object that is set up, trains an epoch, is saved and resumed."""
+"""A net in training: set up, trained step by step (eq. 6) and epoch by epoch, validated, saved and resumed."""
 
+import math
 import time
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn import functional
 
 from common.progress import progress
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from common.spec import Spec
-from train.checkpoint import Checkpoint, load_net, save_checkpoint
+from train.checkpoint import Checkpoint, PlainFile, load_net, save_checkpoint
 from train.config import Settings
-from train.data.batches import Augmentation, Batch, batches, steps_per_epoch, to_device
-from train.data.datasets import Dataset, DatasetInfo
-from train.distributed import World
+from train.data.batches import Batch, batches, in_order, steps_per_epoch, to_device
+from train.data.datasets import Dataset, Part
+from train.families import initialized
 from train.fine_tune.fake_quantize import FakeQuantized
 from train.fine_tune.from_plain import NUM_MEASURED, open_plain
-from train.fine_tune.plain_file import PlainFile
-from train.initialize import initialized
-from train.loop import Score, evaluate, follow, learning_rate, make_optimizer, train_step
+from train.layers import DiracConv2d
+from train.machine import World
+
+# The share of all epochs after which the rate falls, and the factor.
+STEPS = {
+    "wrn": ((0.3, 0.6, 0.8), 0.2),  # epochs 60, 120 and 160 of 200
+    "resnet": ((0.3, 0.6, 0.9), 0.1),  # epochs 30, 60 and 90 of 100
+}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+NO_TOTALS = {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}
 
 
 class Trainer:
@@ -36,6 +47,8 @@ class Trainer:
         assert dataset.validation is not None  # `divide` made it
         if settings.patience and not len(dataset.validation):
             raise Refusal("--patience waits for the validation accuracy, and no image is held out: raise --validation")
+        if (settings.crop or 0) >= min(dataset.info.image.shape[:2]):
+            raise Refusal(f"--crop must be smaller than the image, got {settings.crop}")
         num = len(dataset.train)
         self.batch_size = min(settings.batch_size, num // world.size * world.size)
         if self.batch_size == 0:
@@ -43,7 +56,6 @@ class Trainer:
         self.num_steps = steps_per_epoch(num, self.batch_size)
         self.settings, self.spec, self.dataset, self.world, self.console = settings, spec, dataset, world, console
         self.images, self.held_out = (to_device(part, world.device) for part in (dataset.train, dataset.validation))
-        self.augmentation = _augmentation(settings, dataset.info)
         torch.manual_seed(settings.seed)
         net = initialized(spec, a=settings.a0, b=settings.b0, std=settings.w_std, start=settings.start)
         self.net = net.to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
@@ -61,7 +73,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.split(":")[0], enabled=settings.precision == "fp16")
         self.record: dict[str, Any] = {}  # of the run, for its checkpoint
         self.history: list[dict[str, Any]] = []
-        self.epochs_done, self.steps_done, self.totals = 0, 0, _no_totals()  # steps and totals: of the epoch under way
+        self.epochs_done, self.steps_done, self.totals = 0, 0, NO_TOTALS  # steps and totals: of the epoch under way
         self.is_stopped = False  # set it to end between two steps
 
     def epoch(self) -> dict[str, Any] | None:
@@ -113,8 +125,7 @@ class Trainer:
             self.optimizer.load_state_dict(state.optimizer)
             self.scaler.load_state_dict(state.scaler)
         except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise Refusal(f"{self.settings.run_dir} does not fit its own spec: {reason}") from error
+            raise Refusal(f"{self.settings.run_dir} does not fit its own spec: {one_line(error)}") from error
         torch.set_rng_state(state.rng_state)
         self.record, self.history = state.config | {"epochs": self.settings.epochs}, state.history
         self.epochs_done, self.steps_done, self.totals = state.epoch, state.step, state.totals
@@ -160,19 +171,18 @@ class Trainer:
         """The rest of the current epoch: the share of this process of `world` in each batch."""
         return batches(
             self.images,
-            self.augmentation,
+            self.settings,
+            self.dataset.info,
             batch_size=self.batch_size,
             epoch=self.epochs_done,
             first_step=self.steps_done,
-            seed=self.settings.seed,
             world=world,
-            workers=self.settings.workers,
         )
 
     def _step(self, net: nn.Module, batch: Batch, lr: float) -> Tensor:
         """[summed loss, right answers] of this process, float64.
 
-        All processes leave a step out together, where none of them could read a file of its batch.
+        If no process can read a file of a batch, all of them skip the step.
         """
         settings, world = self.settings, self.world
         num_images = world.count(len(batch.targets))
@@ -201,47 +211,139 @@ class Trainer:
             self.console.print(f"epoch {number}: {lost} of {num_picked} images could not be read")
         if not totals["images"]:
             raise Refusal(f"none of the {num_picked} training images of epoch {number} could be read: repair them")
+        loss, accuracy = None, None
+        if len(self.held_out):  # measured by the first process and known to all
+            score, device = Score(0.0, 0.0), self.world.device
+            if self.world.rank == 0:
+                score = evaluate(self.judged, self.held_out, device=device, workers=self.settings.workers)
+            numbers = torch.tensor([score.loss, score.accuracy], dtype=torch.float64, device=device)
+            loss, accuracy = self.world.sum(numbers).tolist()
         row: dict[str, Any] = {
             "epoch": number,
             "train_loss": totals["loss"] / totals["images"],
             "train_accuracy": totals["correct"] / totals["images"],
-            **self._validate(),
+            "validation_loss": loss,
+            "validation_accuracy": accuracy,
             "lr": totals["lr"],
             "images_per_s": totals["images"] / totals["seconds"],
             "seconds": totals["seconds"],
         }
         self.history = [*self.history, row]
-        self.epochs_done, self.steps_done, self.totals = number, 0, _no_totals()
+        self.epochs_done, self.steps_done, self.totals = number, 0, NO_TOTALS
         return row
 
-    def _validate(self) -> dict[str, float | None]:
-        """Loss and accuracy on the images held out, measured by the first process and known to all."""
-        if not len(self.held_out):
-            return {"validation_loss": None, "validation_accuracy": None}
-        score, device = Score(0.0, 0.0), self.world.device
-        if self.world.rank == 0:
-            score = evaluate(self.judged, self.held_out, device=device, workers=self.settings.workers)
-        numbers = torch.tensor([score.loss, score.accuracy], dtype=torch.float64, device=device)
-        loss, accuracy = self.world.sum(numbers).tolist()
-        return {"validation_loss": loss, "validation_accuracy": accuracy}
+
+@dataclass(frozen=True)
+class Score:
+    """Cross-entropy per image, and the share of images whose top class is right."""
+
+    loss: float
+    accuracy: float
 
 
-def _augmentation(settings: Settings, info: DatasetInfo) -> Augmentation:
-    """Flips and crops as given, or as they suit the data set."""
-    crop = info.crop if settings.crop is None else settings.crop
-    if crop >= min(info.image.height, info.image.width):
-        raise Refusal(f"--crop must be smaller than the image, got {crop}")
-    return Augmentation(
-        flip=info.flip if settings.flip == "auto" else settings.flip == "yes",
-        crop=crop,
-        smallest_crop=settings.smallest_crop,
-        erase=settings.erase,
-        fill=tuple(round(255 * mean) for mean in info.image.mean),
-        mixup=settings.mixup,
-        cutmix=settings.cutmix,
-        balanced=settings.balanced,
-    )
+def learning_rate(schedule: str, lr: float, done: float, *, warmup: float = 0.0) -> float:
+    """The rate when the fraction `done` of all steps is behind; it rises linearly over the first `warmup`."""
+    warm = min(1.0, done / warmup) if warmup else 1.0
+    if schedule == "cosine":
+        return warm * lr * (1 + math.cos(math.pi * done)) / 2
+    milestones, factor = STEPS[schedule]
+    return warm * lr * factor ** sum(done >= milestone for milestone in milestones)
 
 
-def _no_totals() -> dict[str, float]:
-    return {"loss": 0.0, "correct": 0, "images": 0, "seconds": 0.0}
+def make_optimizer(
+    net: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float, decay_ab: bool
+) -> torch.optim.SGD:
+    """One weight decay on all parameters, batch normalisation's too (eq. 6); on `a` and `b` if `decay_ab`."""
+    scales = {
+        id(scale)
+        for layer in net.modules()
+        if isinstance(layer, DiracConv2d)
+        for scale in (layer.a, layer.b)
+        if not decay_ab and scale is not None
+    }
+    decayed = [parameter for parameter in net.parameters() if id(parameter) not in scales]
+    free = [parameter for parameter in net.parameters() if id(parameter) in scales]
+    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    if free:
+        groups.append({"params": free, "weight_decay": 0.0})
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
+
+
+def train_step(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batch: Batch,
+    lr: float,
+    *,
+    precision: str = "fp32",
+    label_smoothing: float = 0.0,
+    num_images: float | None = None,
+    is_frozen: bool = False,
+) -> Tensor:
+    """One step of gradient descent; gives [summed loss, right answers] in float64 on the batch's device.
+
+    `num_images` divides the summed loss: the images of a process in this step, on average over all
+    processes, whose gradients are averaged as well (default: those of `batch`). An empty batch takes part
+    with a gradient of zero. Of a net that `is_frozen` batch statistics stay. Sums stay on the device, so that
+    a GPU need not wait for the host after every step.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    net.train(len(batch.targets) > 0 and not is_frozen)  # an empty batch has no statistics
+    with torch.autocast(batch.images.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+        logits = net(batch.images)
+    logits = logits.float()
+    loss, right = _sums(logits, batch.targets, label_smoothing)
+    if batch.others is not None:
+        other_loss, other_right = _sums(logits, batch.others, label_smoothing)
+        loss, right = (torch.lerp(*pair, batch.share) for pair in ((other_loss, loss), (other_right, right)))
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss / (num_images or len(batch.targets))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.stack([loss.detach().double(), right.double()])
+
+
+def _sums(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Summed loss and right answers, both float32."""
+    loss = functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    return loss, (logits.argmax(1) == targets).sum().float()
+
+
+@torch.no_grad()
+def follow(average: nn.Module, net: nn.Module, decay: float) -> None:
+    """average ← decay · average + (1 - decay) · net, batch statistics too; whole numbers are copied."""
+    for kept, new in zip(average.state_dict().values(), net.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, 1 - decay)
+        else:
+            kept.copy_(new)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, split: Part, *, device: str = "cpu", workers: int = 0) -> Score:
+    """Loss and accuracy over a split in float32, prepared as the server prepares its images."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    num_images = 0
+    for logits, targets in _answers(net, split, device, workers):
+        sums += torch.stack(_sums(logits, targets)).double()
+        num_images += len(targets)
+    loss, correct = (sums / max(1, num_images)).tolist()
+    return Score(loss, correct)
+
+
+def answers(net: nn.Module, split: Part, *, device: str = "cpu", workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits float32 [N, K] and targets int64 [N] of a split, prepared as in `evaluate`; K is 0 of no images."""
+    if not len(split):
+        return np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
+    logits, targets = zip(*_answers(net, split, device, workers), strict=True)
+    return torch.cat(logits).float().numpy(force=True), torch.cat(targets).numpy(force=True)
+
+
+@torch.no_grad()
+def _answers(net: nn.Module, split: Part, device: str, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and targets of a split, batch by batch, on the device."""
+    net.eval()
+    for images, targets in in_order(split, workers):
+        yield net(images.to(device)), targets.to(device)

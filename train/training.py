@@ -16,28 +16,25 @@ from common.interval import interval, percent
 from common.progress import make_console, track
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
+from train.checkpoint import Checkpoint, PlainFile, load_checkpoint, load_net, save_checkpoint
 from train.config import Settings, TrainConfig, command_to_resume, continued, like, recorded, typed
 from train.data import datasets
-from train.data.folder import Files, refuse_what_cannot_be_judged
-from train.data.split import FILE
-from train.data.survey import print_survey
-from train.distributed import World, joined
+from train.data.folder import FILE, Files, refuse_what_cannot_be_judged
 from train.families import count_parameters, outline
 from train.fine_tune.from_plain import load_source
-from train.fine_tune.plain_file import PlainFile
-from train.loop import answers, evaluate
 from train.machine import (
+    World,
     available_bytes,
     choose_device,
     choose_precision,
     forbid_tf32,
+    joined,
     keep_large_buffers,
     refuse_what_does_not_fit,
 )
-from train.report import describe_fit, describe_row, draw_learning_curve, event_files, write_metrics
+from train.report import describe_fit, describe_row, draw_learning_curve, event_files, print_survey
 from train.temperature import Fit, fit_temperature
-from train.trainer import Trainer
+from train.trainer import Trainer, answers, evaluate
 
 FILES = ("checkpoint.pt", "best.pt")  # where the run stands; its best epoch by validation, or its last without
 
@@ -99,7 +96,8 @@ def set_up(
     settings = replace(settings, precision=precision)
     if settings.batch_size % world.size:
         raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {settings.batch_size}")
-    spec, split = settings.spec(dataset.info.image, dataset.info.labels), datasets.record(dataset)
+    spec = settings.spec(dataset.info.image, dataset.info.labels)
+    split, content = datasets.record(dataset)
     if earlier and replace(earlier.spec, temperature=1.0) != spec:
         raise Refusal(f"{settings.run_dir} was started with another data set; resume it with the same")
     memory = refuse_what_does_not_fit(settings, spec, world, available=available_bytes(world.device))
@@ -111,16 +109,14 @@ def set_up(
     if earlier:
         trainer.resume(earlier)
     else:
-        trainer.record = {**recorded(settings), "command": command, "split": split.to_dict()}
+        trainer.record = {**recorded(settings), "command": command, "split": split}
         if source:
             trainer.fine_tune(source)
-        if split.content and world.rank == 0:
-            write_whole(settings.run_dir / FILE, split.content)
+        if content and world.rank == 0:
+            write_whole(settings.run_dir / FILE, content)
     many = f", {world.size} processes" if world.size > 1 else ""
-    console.print(
-        f"{spec.name}: {count_parameters(trainer.net):,} parameters, {settings.dataset}, "
-        f"{world.device}, {settings.precision}, seed {settings.seed}{many}; {memory}"
-    )
+    run = f"{settings.dataset}, {world.device}, {settings.precision}, seed {settings.seed}{many}"
+    console.print(f"{spec.name}: {count_parameters(trainer.net):,} parameters, {run}; {memory}")
     return trainer
 
 
@@ -153,8 +149,8 @@ def _load(
 def _train_epochs(trainer: Trainer) -> None:
     """Train until the last epoch, or as long as validation asks for; saves after each epoch."""
     settings, world, console = trainer.settings, trainer.world, trainer.console
-    writes_events = settings.tensorboard and world.rank == 0
-    events = event_files(settings.run_dir, trainer.epochs_done) if writes_events else nullcontext()
+    logged = settings.tensorboard and world.rank == 0
+    events = event_files(settings.run_dir, trainer.epochs_done) if logged else nullcontext()
     with _stopped_by_signals(trainer), events as log:
         while trainer.epochs_done < settings.epochs:
             if settings.patience and trainer.since_best() >= settings.patience:
@@ -170,7 +166,8 @@ def _train_epochs(trainer: Trainer) -> None:
                 trainer.save("best.pt")
             trainer.save("checkpoint.pt")
             if world.rank == 0:
-                write_metrics(settings.run_dir / "metrics.jsonl", trainer.history)
+                lines = "".join(json.dumps(row) + "\n" for row in trainer.history)
+                write_whole(settings.run_dir / "metrics.jsonl", lines.encode())
             left_s = row["seconds"] * (settings.epochs - trainer.epochs_done)
             console.print(describe_row(row, settings.epochs, left_s))
             if log:
@@ -210,8 +207,7 @@ def _finish(trainer: Trainer) -> None:
     device, workers = trainer.world.device, settings.workers
     chosen = _complete(settings, dataset, device)
     accuracy, row, num_test = chosen.test_accuracy or 0.0, chosen.history[-1], len(dataset.test)
-    title = f"{chosen.spec.name} on {settings.dataset}"
-    curve = settings.run_dir / "learning_curve.png"
+    title, curve = f"{chosen.spec.name} on {settings.dataset}", settings.run_dir / "learning_curve.png"
     draw_learning_curve(curve, trainer.history, title, smoothing=settings.label_smoothing)
     result = {
         "checkpoint": str(settings.run_dir / "best.pt"),
@@ -245,6 +241,7 @@ def _complete(settings: Settings, dataset: datasets.Dataset, device: str) -> Che
     """
     known: dict[int, Checkpoint] = {}  # both files often hold one net
     paths = [path for name in FILES if (path := settings.run_dir / name).exists()]
+    on: dict[str, Any] = {"device": device, "workers": settings.workers}
     assert dataset.validation is not None  # `divide` made it
     for path in paths:
         state = load_checkpoint(path)
@@ -253,8 +250,8 @@ def _complete(settings: Settings, dataset: datasets.Dataset, device: str) -> Che
         if state.epoch not in known:
             net, accuracy = load_net(state).to(device), state.test_accuracy
             if accuracy is None:
-                accuracy = evaluate(net, dataset.test, device=device, workers=settings.workers).accuracy
-            fit = fit_temperature(*answers(net, dataset.validation, device=device, workers=settings.workers))
+                accuracy = evaluate(net, dataset.test, **on).accuracy
+            fit = fit_temperature(*answers(net, dataset.validation, **on))
             spec = replace(state.spec, temperature=fit.temperature)
             known[state.epoch] = replace(state, test_accuracy=accuracy, spec=spec, calibration=fit.to_dict())
         done = known[state.epoch]

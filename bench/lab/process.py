@@ -6,26 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One run in a fresh process. Memory is resident: VmHWM of /proc, which is what `ru_maxrss` reports."""
-
-    seconds: float  # without imports
-    imported_bytes: int  # the most until then
-    peak_bytes: int  # the most ever
-
-    @property
-    def own_bytes(self) -> int:
-        return self.peak_bytes - self.imported_bytes
 
 
 def in_fresh_process(function: Callable[..., Result], *args: Any, core: int | None = None) -> Result:
@@ -35,9 +21,22 @@ def in_fresh_process(function: Callable[..., Result], *args: Any, core: int | No
         return pool.submit(function, *args).result()
 
 
-def cost_of(modules: Sequence[str], work: Callable[..., object], *args: Any) -> Cost:
-    """The cost of `work(*args)` in a fresh process that has imported `modules`. What it prints is dropped."""
+def cost_of(modules: Sequence[str], work: Callable[..., object], *args: Any) -> dict[str, float]:
+    """The cost of `work(*args)` in a fresh process that has imported `modules`; what it prints is dropped.
+
+    Seconds without the imports, and resident memory: the peak after the imports, at the end, and the difference.
+    """
     return in_fresh_process(_measure, modules, work, args)
+
+
+def _measure(modules: Sequence[str], work: Callable[..., object], args: tuple[Any, ...]) -> dict[str, float]:
+    for module in modules:
+        import_module(module)
+    imported, start = memory_bytes(), time.perf_counter()
+    with redirect_stdout(io.StringIO()):
+        work(*args)
+    seconds, peak = time.perf_counter() - start, memory_bytes()
+    return {"seconds": seconds, "imported_bytes": imported, "peak_bytes": peak, "own_bytes": peak - imported}
 
 
 def memory_bytes(field: str = "VmHWM", process: int | str = "self") -> int:
@@ -55,13 +54,3 @@ def family_bytes(field: str = "VmHWM", process: int | str = "self") -> int:
                 with suppress(OSError, StopIteration):  # the child has ended
                     total += family_bytes(field, child)
     return total
-
-
-def _measure(modules: Sequence[str], work: Callable[..., object], args: tuple[Any, ...]) -> Cost:
-    for module in modules:
-        import_module(module)
-    imported = memory_bytes()
-    start = time.perf_counter()
-    with redirect_stdout(io.StringIO()):
-        work(*args)
-    return Cost(time.perf_counter() - start, imported, memory_bytes())

@@ -1,6 +1,5 @@
 """A server as a process of its own, this project's or another: started, awaited, watched under load and ended."""
 
-import http.client
 import os
 import signal
 import socket
@@ -8,28 +7,31 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
+
+import httpx
 
 from bench.lab.process import family_bytes, memory_bytes
 from common.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "models" / "fashion-mnist.onnx"
+IMAGE = ROOT / "models" / "held-out" / "Coat_6.png"
 START_S, STOP_S = 90.0, 60.0
 POLL_S = 0.002
 
 
-def start(
-    model: Path, *options: Any, script: str = "serve/run.py", stderr: "IO[bytes] | int | None" = None
-) -> "Server":
-    """`serve/run.py` with ONNX Runtime, which is otherwise compared with other runtimes at every start."""
+def start(model: Path, *options: Any, script: str = "serve/run.py", **settings: Any) -> "Server":
+    """`serve/run.py` with ONNX Runtime, which is otherwise compared with other runtimes at every start.
+
+    `settings` are those of `Server`.
+    """
     port = free_port()
-    argv = ["--runtime", "onnxruntime", *map(str, options)]
-    return Server([sys.executable, str(ROOT / script), str(model), "--port", str(port), *argv], port, stderr=stderr)
+    argv = [sys.executable, ROOT / script, model, "--port", port, "--runtime", "onnxruntime", *options]
+    return Server([str(word) for word in argv], port, **settings)
 
 
 def free_port() -> int:
@@ -41,7 +43,8 @@ class Server:
     """A started process. `with server` waits until it is ready; at the end, it and its children are stopped.
 
     It is ready when `ready_path` is answered with 200, or, without one, when it accepts connections. Its output goes to
-    the file `log`, by default a temporary one, or its errors to `stderr`.
+    the file `log`, by default a temporary one. `client` opens a connection for each request. `popen` are more arguments
+    of `subprocess.Popen`.
     """
 
     def __init__(
@@ -52,17 +55,15 @@ class Server:
         ready_path: str | None = "/readyz",
         core: int | None = None,
         log: Path | None = None,
-        stderr: "IO[bytes] | int | None" = None,
-        env: Mapping[str, str] | None = None,
-        cwd: Path | None = None,
+        **popen: Any,
     ) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         self._ready_path = ready_path
         self._log = log.open("wb+") if log else tempfile.TemporaryFile()  # noqa: SIM115 – closed in __exit__
         pin = [] if core is None else ["taskset", "-c", str(core)]
-        self._process = subprocess.Popen(
-            [*pin, *command], stdout=self._log, stderr=stderr or self._log, env=env, cwd=cwd, start_new_session=True
-        )
+        popen = {"stdout": self._log, "stderr": self._log, "start_new_session": True, **popen}
+        self._process = subprocess.Popen([*pin, *command], **popen)
+        self.client = httpx.Client(base_url=self.url, headers={"Connection": "close"}, timeout=START_S, trust_env=False)
 
     def __enter__(self) -> Self:
         try:
@@ -73,7 +74,7 @@ class Server:
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self._log, self._process:  # which closes its pipe
+        with closing(self.client), self._log, self._process:  # which closes its pipe
             with suppress(subprocess.TimeoutExpired):
                 self.stop()
             with suppress(ProcessLookupError):
@@ -81,20 +82,18 @@ class Server:
 
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + START_S
-        while time.monotonic() < until:
-            if self._process.poll() is not None:
-                raise Refusal(f"ends with status {self.exit_status}: {self._last_line()}")
-            with suppress(OSError):  # nothing listens yet, or the status is an error
+        while self._process.poll() is None and time.monotonic() < until:
+            with suppress(OSError, httpx.HTTPError):  # nothing listens yet, or it is not ready
                 if self._ready_path:
-                    urllib.request.urlopen(self.url + self._ready_path, timeout=START_S).close()
+                    self.client.get(self._ready_path).raise_for_status()
                 else:
                     socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
                 return
             time.sleep(POLL_S)
-        raise Refusal(f"is not ready after {START_S:g} s: {self._last_line()}")
-
-    def _last_line(self) -> str:
-        return (self.log() or ["no message"])[-1][:300]
+        last_line = (self.log() or ["no message"])[-1][:300]
+        if self._process.poll() is None:
+            raise Refusal(f"is not ready after {START_S:g} s: {last_line}")
+        raise Refusal(f"ends with status {self.exit_status}: {last_line}")
 
     @property
     def pid(self) -> int:
@@ -117,19 +116,18 @@ class Server:
                 raise RuntimeError(f"the server did not log {message!r} within {START_S:g} s")
             time.sleep(5 * POLL_S)
 
+    def reload(self, message: str) -> None:
+        """Send SIGHUP and wait until the server logs `message`."""
+        num_lines = len(self.log())
+        self._process.send_signal(signal.SIGHUP)
+        self.wait_for(message, after=num_lines)
+
     def predict(self, image: bytes) -> int:
         """The status of one POST /predict; 0 if the connection was lost."""
-        request = urllib.request.Request(f"{self.url}/predict", image, {"Content-Type": "image/png"})
         try:
-            with urllib.request.urlopen(request, timeout=STOP_S) as answer:
-                return answer.status
-        except urllib.error.HTTPError as error:
-            return error.code
-        except (OSError, http.client.HTTPException):
+            return self.client.post("/predict", content=image, headers={"Content-Type": "image/png"}).status_code
+        except httpx.HTTPError:
             return 0
-
-    def send(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
 
     def stop(self) -> float:
         """Send SIGTERM and wait; the seconds until the process has ended."""
@@ -143,10 +141,6 @@ class Server:
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
 
-    def rss_bytes(self) -> int:
-        """Resident memory of the process; Linux only."""
-        return memory_bytes("VmRSS", self.pid)
-
-    def family_bytes(self) -> int:
-        """Resident memory of the process and of all that it started and that still run; Linux only."""
-        return family_bytes("VmRSS", self.pid)
+    def rss_bytes(self, *, with_children: bool = False) -> int:
+        """Resident memory of the process, or also of all that it started and that still run; Linux only."""
+        return (family_bytes if with_children else memory_bytes)("VmRSS", self.pid)

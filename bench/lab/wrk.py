@@ -3,27 +3,12 @@
 import json
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.refusal import Refusal
 
 _SCRIPT = Path(__file__).with_name("wrk.lua")
 _CORE = "1"  # the servers have core 0
-
-
-@dataclass(frozen=True)
-class WrkResult:
-    """One run of wrk. `failures` are statuses above 399, broken connections and timeouts."""
-
-    requests_per_s: float
-    p50_ms: float
-    p75_ms: float
-    p90_ms: float
-    p95_ms: float
-    p99_ms: float
-    p99_9_ms: float
-    failures: int
 
 
 def refuse_without_tools() -> None:
@@ -34,12 +19,16 @@ def refuse_without_tools() -> None:
 
 def put_load(
     url: str, path: str, media_type: str, bodies: list[Path], *, num_connections: int, seconds: float
-) -> WrkResult:
-    """Post the files `bodies` in turn for about `seconds`; wrk counts whole ones."""
+) -> dict[str, float]:
+    """Post the files `bodies` in turn for about `seconds`; wrk counts whole ones.
+
+    Returns `requests_per_s`, `p50_ms`, p75, p90, p95, p99 and `p99_9_ms`, and the number of `failures`: statuses above
+    399, broken connections and timeouts.
+    """
     argv = ["taskset", "-c", _CORE, "wrk", "--threads", "1", "--connections", str(num_connections)]
     argv += ["--duration", f"{max(1, round(seconds))}s", "--timeout", "10s", "--script", str(_SCRIPT), url]
     done = subprocess.run([*argv, "--", media_type, path, *map(str, bodies)], capture_output=True, text=True)
     if done.returncode:
         raise Refusal(f"wrk failed: {(done.stderr or done.stdout).strip()[-200:]}")
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    return WrkResult(result.pop("requests") / result.pop("seconds"), **result)
+    return {"requests_per_s": result.pop("requests") / result.pop("seconds"), **result}

@@ -1,4 +1,4 @@
-"""What every peer does with a PNG: Pillow decodes it, one ONNX Runtime session of one thread names its class."""
+"""What every peer does with PNGs: Pillow decodes them, one ONNX Runtime session of one thread finds their classes."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from PIL import Image
 from typing_extensions import TypedDict
 
 
-class Answer(TypedDict):
+class Prediction(TypedDict):
     """The most probable class of one image."""
 
     label: str
@@ -27,18 +27,13 @@ class Classifier:
         self._session = ort.InferenceSession(os.environ["MODEL"], options, providers=["CPUExecutionProvider"])
         self._labels = json.loads(self._session.get_modelmeta().custom_metadata_map["spec"])["labels"]
 
-    def __call__(self, images: list[np.ndarray]) -> list[Answer]:
-        """Images uint8 [H, W, 1], one or many, in one run of the model."""
+    def __call__(self, pngs: list[bytes]) -> list[Prediction]:
+        """Grey images of the model's size, one or many, in one run of the model."""
+        images = [np.asarray(Image.open(io.BytesIO(png)).convert("L"))[..., None] for png in pngs]
         logits = self._session.run(None, {"images": np.stack(images)})[0]
         powers = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities = powers / powers.sum(axis=1, keepdims=True)
-        best = probabilities.argmax(axis=1)
         return [
             {"label": self._labels[index], "index": int(index), "probability": float(row[index])}
-            for index, row in zip(best, probabilities, strict=True)
+            for index, row in zip(probabilities.argmax(axis=1), probabilities, strict=True)
         ]
-
-
-def decode(content: bytes) -> np.ndarray:
-    """A PNG of the model's size → uint8 [H, W, 1]."""
-    return np.asarray(Image.open(io.BytesIO(content)).convert("L"))[..., None]

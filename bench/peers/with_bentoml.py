@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import bentoml
-from classifier import Answer, Classifier, decode
+from classifier import Classifier, Prediction
 
 
 @bentoml.service(workers=1, logging={"access": {"enabled": False}}, metrics={"enabled": False})
@@ -12,5 +12,5 @@ class Service:
         self.classify = Classifier()
 
     @bentoml.api(batchable=True, max_batch_size=32, max_latency_ms=1000)
-    def predict(self, images: list[Path]) -> list[Answer]:
-        return self.classify([decode(path.read_bytes()) for path in images])
+    def predict(self, images: list[Path]) -> list[Prediction]:
+        return self.classify([path.read_bytes() for path in images])

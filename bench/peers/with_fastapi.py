@@ -3,20 +3,20 @@
 import sys
 
 import uvicorn
-from classifier import Answer, Classifier, decode
+from classifier import Classifier, Prediction
 from fastapi import FastAPI, Request, UploadFile
 
 app, classify = FastAPI(), Classifier()
 
 
 @app.post("/predict")
-async def predict(image: UploadFile) -> Answer:
-    return classify([decode(await image.read())])[0]
+async def predict(image: UploadFile) -> Prediction:
+    return classify([await image.read()])[0]
 
 
 @app.post("/raw")
-async def predict_raw(request: Request) -> Answer:
-    return classify([decode(await request.body())])[0]
+async def predict_raw(request: Request) -> Prediction:
+    return classify([await request.body()])[0]
 
 
 if __name__ == "__main__":

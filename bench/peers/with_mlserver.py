@@ -4,7 +4,7 @@ import asyncio
 import sys
 
 import numpy as np
-from classifier import Classifier, decode
+from classifier import Classifier
 from mlserver import MLModel, MLServer, ModelSettings, Settings
 from mlserver.codecs import Base64Codec, NumpyCodec
 from mlserver.types import InferenceRequest, InferenceResponse
@@ -16,20 +16,15 @@ class Model(MLModel):
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
-        images = [decode(content) for content in Base64Codec.decode_input(payload.inputs[0])]
-        indices = np.array([answer["index"] for answer in self._classify(images)])
-        return InferenceResponse(model_name=self.name, outputs=[NumpyCodec.encode_output("index", indices)])
-
-
-async def serve(port: int) -> None:
-    model = ModelSettings(name="classifier", implementation=Model, max_batch_size=32, max_batch_time=0.002)
-    # On one core a worker process beside the server's own only adds a hand-over. debug is what logs every access.
-    # Nobody asks for gRPC, which takes any free port, or for metrics.
-    settings = Settings(
-        host="127.0.0.1", http_port=port, grpc_port=0, metrics_endpoint=None, parallel_workers=0, debug=False
-    )
-    await MLServer(settings).start([model])
+        predictions = self._classify(Base64Codec.decode_input(payload.inputs[0]))
+        indices = NumpyCodec.encode_output("index", np.array([one["index"] for one in predictions]))
+        return InferenceResponse(model_name=self.name, outputs=[indices])
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[1])))
+    model = ModelSettings(name="classifier", implementation=Model, max_batch_size=32, max_batch_time=0.002)
+    # On one core a worker process beside the server's own only adds a hand-over. debug would log every access.
+    # Nothing needs metrics, or gRPC, which takes any free port.
+    unused = {"grpc_port": 0, "metrics_endpoint": None, "parallel_workers": 0, "debug": False}
+    settings = Settings(host="127.0.0.1", http_port=int(sys.argv[1]), **unused)
+    asyncio.run(MLServer(settings).start([model]))

@@ -4,7 +4,7 @@ import signal
 import sys
 
 import ray
-from classifier import Answer, Classifier, decode
+from classifier import Classifier, Prediction
 from ray import serve
 from starlette.requests import Request
 
@@ -15,10 +15,10 @@ class Service:
         self._classifier = Classifier()
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
-    async def classify(self, contents: list[bytes]) -> list[Answer]:
-        return self._classifier([decode(content) for content in contents])
+    async def classify(self, pngs: list[bytes]) -> list[Prediction]:
+        return self._classifier(pngs)
 
-    async def __call__(self, request: Request) -> Answer:
+    async def __call__(self, request: Request) -> Prediction:
         return await self.classify(await request.body())
 
 

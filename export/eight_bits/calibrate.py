@@ -1,21 +1,20 @@
-"""What values the tensors of a float graph take on real images, and the range that eight bits should cover."""
+"""The values of a float graph's tensors on real images, and the ranges that eight bits should cover."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import TensorProto
 
-from export.graphs.observing import node_outputs
+from export.graphs.observing import observer
 
 METHODS = ("min-max", "percentile", "entropy")
 NUM_BINS = 2048
 LEVELS = 255
 # The share of all values that percentile covers; the rest is clipped, half of it at either end.
 COVERED = 0.9999
-# The shares of the whole range among which entropy looks for the best.
-CANDIDATES = np.linspace(0.25, 1.0, 61)
+CANDIDATES = np.linspace(0.25, 1.0, 61)  # shares of the whole range among which entropy looks for the best
 
 Range = tuple[float, float]  # the lowest and the highest value that is not clipped; 0 is always between them
 Ranges = Mapping[str, Range]  # by the name of a tensor in the float graph
@@ -35,26 +34,32 @@ def observe(
 ) -> dict[str, Histogram]:
     """A histogram of every float tensor that a node of `model` gives, by name, on images uint8 [N, H, W, C].
 
-    Two passes over the images: the first finds the ends of the bins. `advance` is called with the
-    number of images after each batch, 2 N in all.
+    Two passes over the images: the first finds the ends of the bins. `advance` is called with the number of images
+    after each batch, 2 N in all.
     """
-    ends: dict[str, Range] = {}
-    for tensors in _run_all(model, images, batch_size, advance):
-        for name, values in tensors.items():
-            low, high = ends.get(name, (0.0, 0.0))
+    names = [name for node in model.graph.node for name in node.output if name != "logits"]
+    run = observer(model, names, TensorProto.FLOAT)
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    ends: dict[str, Range] = dict.fromkeys(names, (0.0, 0.0))
+    for batch in batches:
+        for name, values in run(batch).items():
+            low, high = ends[name]
             ends[name] = (min(low, float(values.min())), max(high, float(values.max())))
-    counts = {name: np.zeros(NUM_BINS, np.int64) for name in ends}
-    for tensors in _run_all(model, images, batch_size, advance):
-        for name, values in tensors.items():
-            counts[name] += np.histogram(values, NUM_BINS, _bins_of(ends[name]))[0]
-    return {name: Histogram(*_bins_of(ends[name]), counts[name]) for name in ends}
+        advance(len(batch))
+    bins = {name: (low, high if high > low else low + 1.0) for name, (low, high) in ends.items()}  # even if all are 0
+    found = {name: Histogram(*bins[name], np.zeros(NUM_BINS, np.int64)) for name in names}
+    for batch in batches:
+        for name, values in run(batch).items():
+            found[name].counts[:] += np.histogram(values, NUM_BINS, bins[name])[0]
+        advance(len(batch))
+    return found
 
 
 def covered(histogram: Histogram, method: str) -> Range:
     """The range that `method`, one of METHODS, covers.
 
-    min-max: everything seen. percentile: all but one value in 10,000. entropy: the range whose
-    quantised distribution loses least information, measured by the Kullback-Leibler divergence.
+    min-max: everything seen. percentile: all but one value in 10,000. entropy: the range whose quantised distribution
+    loses least information, measured by the Kullback-Leibler divergence.
     """
     low, high = histogram.low, histogram.high
     match method:
@@ -77,27 +82,11 @@ def ranges(histograms: Mapping[str, Histogram], method: str) -> dict[str, Range]
     return {name: covered(histogram, method) for name, histogram in histograms.items()}
 
 
-def _bins_of(ends: Range) -> Range:
-    low, high = ends
-    return (low, high) if high > low else (low, low + 1.0)  # a tensor of zeros
-
-
-def _run_all(
-    model: onnx.ModelProto, images: np.ndarray, batch_size: int, advance: Callable[[int], None]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Every node's output, a batch at a time."""
-    names = [name for node in model.graph.node for name in node.output if name != "logits"]
-    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-    for batch, values in zip(batches, node_outputs(model, names, TensorProto.FLOAT, iter(batches)), strict=True):
-        yield dict(zip(names, values, strict=True))
-        advance(len(batch))
-
-
 def _information_lost(histogram: Histogram, share: float) -> float:
     """KL(P || Q): P is the distribution clipped to `share` of the range, Q the same in LEVELS steps.
 
-    The bin at 0, where a ReLU piles up what eight bits hold exactly, counts for nothing: its peak would
-    ask for narrow levels whatever they clip.
+    The bin at 0 is left out: a ReLU piles up there values that eight bits hold exactly, and its peak would ask for
+    narrow levels, whatever they clip.
     """
     counts = histogram.counts.copy()
     centres = histogram.low + (np.arange(NUM_BINS) + 0.5) * (histogram.high - histogram.low) / NUM_BINS
@@ -115,6 +104,6 @@ def _information_lost(histogram: Histogram, share: float) -> float:
     p[-1] += counts[last + 1 :].sum()
     kept = (p > 0) & (q > 0)
     total_p, total_q = p.sum(), q[kept].sum()
-    lost = p[(p > 0) & ~kept].sum() / total_p  # what is clipped into a bin that is empty
+    lost = p[(p > 0) & ~kept].sum() / total_p  # clipped into a bin that is empty
     p, q = p[kept] / total_p, q[kept] / total_q
     return float((p * np.log(p / q)).sum() + lost * np.log(NUM_BINS))

@@ -1,10 +1,10 @@
-"""What a cascade rests on: from which gap on eight bits keep float32's class, and what that is worth on test images.
+"""The evidence for a cascade: the gap above which eight bits keep float32's class, and how well that works.
 
 With d the difference of eight bits' logits from float32's, and t the class that eight bits give, float32 gives another
-class j only where d[t] - d[j] is at least the lead of t over j. So no class changes whose lead is larger than the
-largest such error. That error is not known for images to come; it is measured on images that the export has set
-aside, and what the threshold lets through is counted on test images, which choose nothing. So the guarantee is
-empirical: it holds for images like those, and `changed_at_most` says how surely.
+class j only if d[t] - d[j] is at least the lead of t over j. So no class changes whose lead exceeds the largest such
+error. For future images that error is unknown: it is measured on images that the export has set aside, and the classes
+that still change are counted on test images, which choose nothing. The guarantee is empirical: it holds for images like
+those, with the certainty that `changed_at_most` states.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def measure(chosen_by: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np
     """The evidence of pairs of logits [N, K], float32's and eight bits', of the images to choose by and of the test."""
     threshold, (reference, logits) = float(largest_error(*chosen_by)), test
     if not np.isfinite(threshold):
-        raise Refusal("eight bits or float32 answer with values that are not numbers; export the net again")
+        raise Refusal("the int8 or the float32 form gives logits that are not finite; export the net again")
     doubtful = in_doubt(logits, threshold)
     changed = reference.argmax(1) != logits.argmax(1)
     num_changed = int((changed & ~doubtful).sum())

@@ -49,8 +49,8 @@ def to_integer_onnx(net: nn.Sequential, spec: Spec, provenance: Mapping[str, Any
     for name, layer in layers[:start]:
         write_layer(graph, name, layer)
     before = graph.tensor
-    graph.node("Transpose", f"{before}.channels-last", perm=[0, 2, 3, 1])
-    channels_last, x = graph.tensor, _declare(graph, before, ranges[before])
+    channels_last = graph.node("Transpose", f"{before}.channels-last", perm=[0, 2, 3, 1])
+    x = _declare(graph, before, ranges[before])
     x = replace(x, name=graph.node("QuantizeLinear", f"{before}.quantized", channels_last, *x.parameters))
     x = _write_all(graph, layers[start:end], x, ranges)
     graph.node("DequantizeLinear", f"{x.name}.dequantized", x.name, *x.parameters)
@@ -72,14 +72,17 @@ def _eight_bit_part(layers: Layers) -> tuple[int, int]:
 def _write_all(graph: GraphWriter, layers: Layers, x: EightBitTensor, ranges: Ranges) -> EightBitTensor:
     for index, (name, layer) in enumerate(layers):
         after = next((kind for _, kind in layers[index + 1 :] if not isinstance(kind, nn.MaxPool2d)), None)
-        # What a ReLU is about to remove, through a pool or not, takes no part of the range.
-        x = _write(graph, name, layer, x, ranges, rectified=isinstance(after, nn.ReLU))
+        low, high = ranges.get(name, (0.0, 0.0))
+        # The range leaves out values that a ReLU then removes, through a pool or not.
+        reach = (0.0, max(0.0, high)) if isinstance(after, nn.ReLU) else (low, high)
+        x = _write(graph, name, layer, x, ranges, reach)
     return x
 
 
 def _write(
-    graph: GraphWriter, name: str, layer: nn.Module, x: EightBitTensor, ranges: Ranges, *, rectified: bool
+    graph: GraphWriter, name: str, layer: nn.Module, x: EightBitTensor, ranges: Ranges, reach: Range
 ) -> EightBitTensor:
+    """The nodes of one layer; `reach` is the range of its output."""
     match layer:
         case nn.ReLU():
             return x if x.zero == 0 else replace(x, name=graph.node("Max", name, x.name, x.parameters[1]))
@@ -94,13 +97,13 @@ def _write(
         case nn.MaxPool2d():
             return replace(x, name=graph.node("NhwcMaxPool", name, x.name, domain=CONTRIB, **window(layer)))
         case nn.Conv2d():
-            return _write_convolution(graph, name, layer, x, _from_zero(ranges[name]) if rectified else ranges[name])
+            return _write_convolution(graph, name, layer, x, reach)
         case Residual():
             ends = [
                 _write_all(graph, list(named_layers(branch, f"{name}.{kind}.")), x, ranges)
                 for kind, branch in (("body", layer.body), ("shortcut", layer.shortcut))
             ]
-            total = _declare(graph, name, _from_zero(ranges[name]) if rectified else ranges[name])
+            total = _declare(graph, name, reach)
             inputs = [part for end in ends for part in (end.name, *end.parameters)]
             graph.node("QLinearAdd", name, *inputs, *total.parameters, domain=CONTRIB)
             return total
@@ -115,20 +118,11 @@ def _write_convolution(
     bias = np.zeros(len(weight)) if conv.bias is None else conv.bias.detach().numpy().astype(np.float64)
     bias = np.clip(np.rint(bias / (x.scale * scales.astype(np.float64))), -(2**30), 2**30)
     output = _declare(graph, name, reach)
-    graph.node(
-        "QLinearConv",
-        name,
-        x.name,
-        *x.parameters,
-        graph.constant(f"{name}.weight", weight),
-        graph.constant(f"{name}.weight.scale", scales),
-        graph.constant(f"{name}.weight.zero", np.zeros(len(weight), np.int8)),
-        *output.parameters,
-        graph.constant(f"{name}.bias", bias.astype(np.int32)),
-        domain=CONTRIB,
-        channels_last=1,
-        **window(conv),
-    )
+    zeros = np.zeros(len(weight), np.int8)
+    constants = {"weight": weight, "weight.scale": scales, "weight.zero": zeros, "bias": bias.astype(np.int32)}
+    *filters, bias = (graph.constant(f"{name}.{key}", value) for key, value in constants.items())
+    inputs = x.name, *x.parameters, *filters, *output.parameters, bias
+    graph.node("QLinearConv", name, *inputs, domain=CONTRIB, channels_last=1, **window(conv))
     return output
 
 
@@ -138,7 +132,7 @@ def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     No two weights of a filter add up beyond ±128, so that no processor's sum of two products with unsigned bytes
     leaves 16 bits: 255 · 128 = 32,640. Those without VNNI saturate there. A filter whose weights would is given a
     larger scale: the two largest add up to 127 steps, and rounding both adds one at most. Filters so small that their
-    scale is no normal float32 are zeros.
+    scale is not a normal float32 are zeros.
     """
     filters = weight.reshape(len(weight), -1).astype(np.float64)
     largest = np.abs(filters).max(axis=1)
@@ -151,11 +145,9 @@ def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _declare(graph: GraphWriter, name: str, reach: Range) -> EightBitTensor:
     """The tensor `name` for values in `reach`; its scale and zero point are written, its node is not."""
     scale, zero = levels_of(reach)
-    parameters = (
-        graph.constant(f"{name}.scale", np.asarray(scale)),
-        graph.constant(f"{name}.zero", np.asarray(zero, np.uint8)),
-    )
-    return EightBitTensor(name, float(scale), zero, parameters)
+    scale_name = graph.constant(f"{name}.scale", np.asarray(scale))
+    zero_name = graph.constant(f"{name}.zero", np.asarray(zero, np.uint8))
+    return EightBitTensor(name, float(scale), zero, (scale_name, zero_name))
 
 
 def levels_of(reach: Range) -> tuple[np.float32, int]:
@@ -163,7 +155,3 @@ def levels_of(reach: Range) -> tuple[np.float32, int]:
     low, high = min(reach[0], 0.0), max(reach[1], 0.0)
     scale = np.float32((high - low) / 255) if high > low else np.float32(1.0)
     return scale, int(np.clip(np.rint(-low / scale), 0, 255))
-
-
-def _from_zero(reach: Range) -> Range:
-    return 0.0, max(0.0, reach[1])

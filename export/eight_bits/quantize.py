@@ -1,4 +1,4 @@
-"""From a plain net to eight bits: which lowering and which ranges lose least, and what that costs."""
+"""From a plain net to eight bits: the lowering and ranges that lose least, and their cost in accuracy."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from fold.lower import layers_of, lower
 from fold.plain import PlainNet
 
 Target = Literal["onnxruntime", "tensorrt"]
-# Lowerings that are tried where none is asked for. The others quantise no better: shared and
-# shared-split hold W1 - W2, whose range is wider than that of either.
+# Lowerings tried by default. The others quantise no better: shared and shared-split hold W1 - W2, whose range is wider
+# than that of either.
 TRIED = ("skip", "concat")
 
 
@@ -38,14 +38,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Drop:
-    """What eight bits cost on test images; true where accuracy and classes are kept as parity demands."""
+    """The cost of eight bits on test images; true if accuracy and classes are kept as parity demands."""
 
     num_images: int
     float32_accuracy: float
     accuracy: float  # top-1, as float32's
     top1_agreement: float  # share of images that keep their class
     relative_error: float
-    # Shares of the images: what was lost lies between them with 95 % certainty, see `_lost`.
+    # The share of the images that was lost lies between these with 95 % certainty.
     lost_low: float
     lost_high: float
 
@@ -93,39 +93,31 @@ def quantize(
 
 
 def num_images_run(lowerings: Sequence[str], num_observed: int, num_chosen_by: int) -> int:
-    """How many images `quantize` runs in all: what its progress counts."""
+    """How many images `quantize` runs in all, for its progress."""
     return num_chosen_by + len(lowerings) * (2 * num_observed + len(METHODS) * num_chosen_by)
 
 
 def measure_drop(reference: np.ndarray, logits: np.ndarray, targets: np.ndarray) -> Drop:
     """Float32's logits and eight bits' [N, K] on the same labelled test images."""
-    right_before, right_after = (part.argmax(1) == targets for part in (reference, logits))
-    low, high = _lost(right_before, right_after)
+    before, after = (part.argmax(1) == targets for part in (reference, logits))
+    # Lost are those that turned wrong less those that turned right. Each share lies between the ends of its own
+    # interval of 97.5 %, so that both do with 95 % certainty (Bonferroni).
+    wrong, right = (interval(int(turned.sum()), len(before), z=Z_TWO) for turned in (before & ~after, after & ~before))
     return Drop(
         num_images=len(targets),
-        float32_accuracy=float(right_before.mean()),
-        accuracy=float(right_after.mean()),
+        float32_accuracy=float(before.mean()),
+        accuracy=float(after.mean()),
         top1_agreement=top1_agreement(reference, logits),
         relative_error=relative_error(reference, logits),
-        lost_low=low,
-        lost_high=high,
+        lost_low=wrong[0] - right[1],
+        lost_high=wrong[1] - right[0],
     )
-
-
-def _lost(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """An interval for the accuracy that is lost: bool [N] each, right before and after.
-
-    The difference of the shares that turned wrong and that turned right, each between the ends of its own
-    interval of 97.5 %, so that both hold together with 95 % (Bonferroni).
-    """
-    wrong, right = (interval(int(turned.sum()), len(before), z=Z_TWO) for turned in (before & ~after, after & ~before))
-    return wrong[0] - right[1], wrong[1] - right[0]
 
 
 def relative_error(reference: np.ndarray, logits: np.ndarray) -> float:
     """Root mean square of the difference as a share of the logits', both without their mean over classes.
 
-    What is common to all classes of an image changes no probability.
+    A value common to all classes of an image changes no probability.
     """
     before, after = (part - part.mean(axis=1, keepdims=True) for part in (reference, logits))
     return float(np.sqrt(((after - before) ** 2).mean() / (before**2).mean()))
@@ -137,11 +129,10 @@ def top1_agreement(reference: np.ndarray, logits: np.ndarray) -> float:
 
 def answerer(model: onnx.ModelProto) -> Answer:
     """Images → logits through ONNX Runtime on the CPU."""
-    options = {}
-    if any(tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
-        # Its optimiser moves fp8 pairs over nodes that then answer wrongly (1.31: errors of 70 %).
-        options["graph_optimization_level"] = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = cpu_session(model.SerializeToString(), **options)
+    levels, kinds = ort.GraphOptimizationLevel, {tensor.data_type for tensor in model.graph.initializer}
+    # Its optimiser moves fp8 pairs over nodes that then answer wrongly (1.31: errors of 70 %).
+    level = levels.ORT_DISABLE_ALL if onnx.TensorProto.FLOAT8E4M3FN in kinds else levels.ORT_ENABLE_ALL
+    session = cpu_session(model.SerializeToString(), graph_optimization_level=level)
     return lambda images: np.asarray(session.run(None, {"images": images})[0])
 
 
@@ -151,7 +142,7 @@ def _write(
     if target == "tensorrt":
         return to_qdq_onnx(floats, reach, precision=precision)
     if precision != "int8":
-        raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels know int8 alone")
+        raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels have only int8")
     if isinstance(lowered, GraphNet):
         return to_qdq_onnx(floats, reach, precision=precision, for_onnxruntime=True)
     return to_integer_onnx(lowered, spec, {}, reach)

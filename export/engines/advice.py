@@ -1,8 +1,9 @@
 """Why TensorRT refuses a graph: its messages as nodes, operators and types, and what to do about them."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,14 @@ class TypedGraph:
         """Element types of a node's inputs, in their order; omitted inputs have none."""
         return [self._types.get(name, TensorProto.UNDEFINED) for name in node.input if name]
 
-    def constant(self, name: str) -> Any:
-        """The array of a weight; None for a tensor that is computed."""
-        return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
+    def constant(self, node: NodeProto, index: int) -> np.ndarray:
+        """The weight that is a node's input; empty where there is none, or a computed tensor."""
+        name = node.input[index] if index < len(node.input) else ""
+        return numpy_helper.to_array(self._constants[name]) if name in self._constants else np.empty(0)
 
-    def concerned(self, rule: "Rule") -> list[NodeProto]:
-        return [node for node in self.nodes if rule.concerns(node, self)]
+    def concerned(self, rule: "Rule") -> dict[str, NodeProto]:
+        """Nodes by their output."""
+        return {node.output[0]: node for node in self.nodes if rule.concerns(node, self)}
 
     def shown(self, node: NodeProto) -> str:
         """A node with its input types, for messages."""
@@ -45,102 +48,69 @@ class TypedGraph:
 class Rule:
     """One kind of message. The parser stops at the first node of most kinds; `concerns` finds the others."""
 
-    pattern: str  # in the message; a group is what the reason quotes
-    reason: str
-    remedy: str
+    pattern: str  # in the message
+    advice: str  # the reason, which quotes groups of the pattern, and what to do
     concerns: Callable[[NodeProto, TypedGraph], bool] = lambda node, graph: False
 
 
-def _is_quantizer(node: NodeProto) -> bool:
-    return node.op_type in ("QuantizeLinear", "DequantizeLinear")
-
-
-def _reads_uint8(node: NodeProto, graph: TypedGraph) -> bool:
-    reads = graph.types(node)[:1] == [TensorProto.UINT8]
-    return reads and node.op_type != "Cast" and not _is_quantizer(node)
-
-
-def _reads_int32(node: NodeProto, graph: TypedGraph) -> bool:
-    return node.op_type == "DequantizeLinear" and graph.types(node)[:1] == [TensorProto.INT32]
-
-
-def _reads_uint8_weights(node: NodeProto, graph: TypedGraph) -> bool:
-    weights = graph.constant(node.input[0]) if node.op_type == "DequantizeLinear" else None
-    return weights is not None and weights.dtype == np.uint8
-
-
-def _has_a_shifted_zero(node: NodeProto, graph: TypedGraph) -> bool:
-    zero = graph.constant(node.input[2]) if _is_quantizer(node) and len(node.input) > 2 else None
-    return zero is not None and bool(zero.astype(float).any())
-
-
-def _is_unsigned(node: NodeProto, graph: TypedGraph) -> bool:
-    """Without a zero point or a type of its own, a quantizer's output is uint8."""
-    is_typed = any(attribute.name == "output_dtype" for attribute in node.attribute)
-    return node.op_type == "QuantizeLinear" and not is_typed and graph.types(node)[2:] in ([], [TensorProto.UINT8])
-
-
-def _mixes_types(node: NodeProto, graph: TypedGraph) -> bool:
-    same = ("Add", "Concat", "Conv", "ConvTranspose", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub", "Sum")
-    return node.op_type in same and len({kind for kind in graph.types(node) if kind in FLOATS}) > 1
-
-
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+# Operators whose inputs must have one type.
+_OF_ONE_TYPE = ("Add", "Concat", "Conv", "ConvTranspose", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "Sub", "Sum")
 OUR_INT8 = "export with --precision int8 --target tensorrt (export/to_onnx.py)"
 PARSER_RULES = (
     Rule(
         r"has type UInt8 but must",
-        "reads uint8, which TensorRT gives to Cast alone",
-        "cast to float first, then transpose and compute",
-        _reads_uint8,
+        "reads uint8, which in TensorRT only Cast can; do: cast to float first, then transpose and compute",
+        lambda node, graph: graph.types(node)[:1] == [TensorProto.UINT8] and node.op_type not in ("Cast", *_QUANTIZERS),
     ),
     Rule(
         r"has type Int32 but must have type FP8",
-        "its bias is quantized to int32",
-        f"{OUR_INT8}, or with QuantizeBias=False in ONNX Runtime's quantizer",
-        _reads_int32,
+        f"its bias is quantized to int32; do: {OUR_INT8}, or with QuantizeBias=False in ONNX Runtime's quantizer",
+        lambda node, graph: node.op_type == "DequantizeLinear" and graph.types(node)[:1] == [TensorProto.INT32],
     ),
     Rule(
         r"Non-zero zero point",
-        "its zero point is not 0",
-        f"{OUR_INT8}, or with ActivationSymmetric=True and WeightSymmetric=True in ONNX Runtime's quantizer",
-        _has_a_shifted_zero,
+        "its zero point is not 0; "
+        f"do: {OUR_INT8}, or with ActivationSymmetric=True and WeightSymmetric=True in ONNX Runtime's quantizer",
+        lambda node, graph: node.op_type in _QUANTIZERS and bool(graph.constant(node, 2).astype(float).any()),
     ),
     Rule(
         r"unsupported input type of UINT8",
-        "its weights are quantized to uint8, and TensorRT knows int8 alone",
-        f"{OUR_INT8}, or with weight_type=QInt8 in ONNX Runtime's quantizer",
-        _reads_uint8_weights,
+        "its weights are quantized to uint8, and TensorRT has only int8; "
+        f"do: {OUR_INT8}, or with weight_type=QInt8 in ONNX Runtime's quantizer",
+        lambda node, graph: node.op_type == "DequantizeLinear" and graph.constant(node, 0).dtype == np.uint8,
     ),
     Rule(
         r"must be of same type|must have same input types",
-        "its inputs differ in type, and a strongly typed build converts none of them",
-        "put a Cast before it, or export the whole net in one precision",
-        _mixes_types,
+        "its inputs differ in type, and a strongly typed build converts none of them; "
+        "do: put a Cast before it, or export the whole net in one precision",
+        lambda node, graph: node.op_type in _OF_ONE_TYPE and len({*FLOATS} & {*graph.types(node)}) > 1,
     ),
     Rule(
         r"^false$|Plugin not found|not found in plugin registry",
-        "TensorRT has no such operator",
-        "replace it in the net with operators that TensorRT has, or serve the .onnx",
+        "TensorRT has no such operator; do: replace it in the net with operators that TensorRT has, or serve the .onnx",
     ),
     Rule(
         r"(?s)Failed to import initializer.*: (\S+)$",
-        "TensorRT cannot read its weight {0}",
-        "keep weights to float, int8, int32, int64 and bool",
+        "TensorRT cannot read its weight {0}; do: keep weights to float, int8, int32, int64 and bool",
     ),
-    Rule(r"Unsupported data type", "TensorRT has no such type", "keep to float, int8, int32, int64 and bool"),
+    Rule(r"Unsupported data type", "TensorRT has no such type; do: keep to float, int8, int32, int64 and bool"),
 )
-# Seen in the graph, whatever the parser says: it takes uint8 for int8 without a word.
+# Seen in the graph, because the parser silently takes uint8 for int8.
 GRAPH_RULES = (
     Rule(
         r"",
-        "quantizes to uint8, which TensorRT reads as int8: values beyond 127 are cut off",
-        f"{OUR_INT8}, or with activation_type=QInt8 in ONNX Runtime's quantizer",
-        _is_unsigned,
+        "quantizes to uint8, which TensorRT reads as int8: values beyond 127 are cut off; "
+        f"do: {OUR_INT8}, or with activation_type=QInt8 in ONNX Runtime's quantizer",
+        lambda node, graph: (  # without a zero point or a type of its own, a quantizer's output is uint8
+            node.op_type == "QuantizeLinear"
+            and graph.types(node)[2:] in ([], [TensorProto.UINT8])
+            and not any(attribute.name == "output_dtype" for attribute in node.attribute)
+        ),
     ),
     Rule(
         r"",
-        "computes in integers, which only ONNX Runtime does",
-        OUR_INT8,
+        f"computes in integers, which only ONNX Runtime does; do: {OUR_INT8}",
         lambda node, graph: (
             node.domain == "com.microsoft" or node.op_type.startswith("QLinear") or node.op_type.endswith("Integer")
         ),
@@ -149,23 +119,21 @@ GRAPH_RULES = (
 BUILD_RULES = (
     Rule(
         r"Cannot compile operation '(.*?)' for Turing",
-        "compute capability 7.5 has no kernel for {0} in this precision",
-        "leave 7.5 out of --compute-capability, or export the net in fp16",
+        "compute capability 7.5 has no kernel for {0} in this precision; "
+        "do: leave 7.5 out of --compute-capability, or export the net in fp16",
     ),
     Rule(
         r"Cannot compile for target\(s\) (.*?), because .* datatypes: (\w+)",
-        "GPUs of {0} have no {1}",
-        "name only others with --compute-capability, or export the net in fp16",
+        "GPUs of {0} have no {1}; do: name only others with --compute-capability, or export the net in fp16",
     ),
     Rule(
         r"libnvinfer_lean",
-        "a version-compatible engine carries the lean runtime, and that is not found here",
-        "pip install tensorrt-lean, or leave out --version-compatible",
+        "a version-compatible engine carries the lean runtime, which is not installed here; "
+        "do: pip install tensorrt-lean, or leave out --version-compatible",
     ),
     Rule(
         r"(?i)workspace|OutOfMemory",
-        "the builder has too little memory for its scratch space",
-        "give a larger --workspace",
+        "the builder has too little memory for its scratch space; do: give a larger --workspace",
     ),
 )
 
@@ -176,48 +144,44 @@ def parser_advice(model: onnx.ModelProto, errors: Iterable[Any]) -> str:
     `errors` are the parser's own error objects.
     """
     graph = TypedGraph(model)
-    groups: dict[tuple[str, str], dict[str, NodeProto]] = {}  # (reason, remedy) → nodes by their output
-
-    def object_to(nodes: Iterable[NodeProto], reason: str, remedy: str) -> None:
-        groups.setdefault((reason, remedy), {}).update({node.output[0]: node for node in nodes})
-
+    concerned: dict[str, dict[str, NodeProto]] = defaultdict(dict)  # by the advice: nodes by their output
     for rule in GRAPH_RULES:
         if nodes := graph.concerned(rule):
-            object_to(nodes, rule.reason, rule.remedy)
-    explained = {name for nodes in groups.values() for name in nodes}
+            concerned[rule.advice].update(nodes)
+    explained = {name for nodes in concerned.values() for name in nodes}
     for error in errors:
         culprit = _culprit(error, graph)
-        if explained.isdisjoint(node.output[0] for node in culprit):
-            rule, reason = _match(PARSER_RULES, error.desc())
-            object_to([*culprit, *graph.concerned(rule)], reason, rule.remedy)
+        if explained.isdisjoint(culprit):
+            rule = _match(PARSER_RULES, error.desc())
+            concerned[rule.advice].update(culprit | graph.concerned(rule))
     return "; ".join(
-        f"{listed([graph.shown(node) for node in nodes.values()]) or 'the graph'}: {reason}; do: {remedy}"
-        for (reason, remedy), nodes in groups.items()
+        f"{listed([graph.shown(node) for node in nodes.values()]) or 'the graph'}: {advice}"
+        for advice, nodes in concerned.items()
     )
 
 
 def build_advice(message: str) -> str:
     """The meaning of the builder's last error, and what to do."""
-    rule, reason = _match(BUILD_RULES, message)
-    return f"{reason}; do: {rule.remedy}"
+    return _match(BUILD_RULES, message).advice
 
 
-def _match(rules: tuple[Rule, ...], message: str) -> tuple[Rule, str]:
-    """The rule of a message with its reason filled in; for an unknown message its own words, shortened."""
+def _match(rules: tuple[Rule, ...], message: str) -> Rule:
+    """The rule of a message with its advice filled in; an unknown message is quoted, shortened."""
     for rule in rules:
         if found := re.search(rule.pattern, message):
-            return rule, rule.reason.format(*found.groups())
-    return Rule("", "", "change what the message names, and export the net again"), _shortened(message)
+            return replace(rule, advice=rule.advice.format(*found.groups()))
+    return Rule("", f"{_shortened(message)}; do: change what the message names, and export the net again")
 
 
-def _culprit(error: Any, graph: TypedGraph) -> list[NodeProto]:
-    """The node of an error. Inside a function or a branch, nodes are counted anew: then only its name is known."""
+def _culprit(error: Any, graph: TypedGraph) -> dict[str, NodeProto]:
+    """The node of an error, by its output. Functions and branches count nodes anew: then only its name is known."""
     index, kind, name = error.node(), error.node_operator(), error.node_name()
     if index < 0:
-        return []
-    if index < len(graph.nodes) and (graph.nodes[index].op_type, graph.nodes[index].name) == (kind, name):
-        return [graph.nodes[index]]
-    return [helper.make_node(kind, [], [name], name=name)]
+        return {}
+    node = graph.nodes[index] if index < len(graph.nodes) else None
+    if node is None or (node.op_type, node.name) != (kind, name):
+        node = helper.make_node(kind, [], [name], name=name)
+    return {node.output[0]: node}
 
 
 def _shortened(message: str) -> str:

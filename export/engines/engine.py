@@ -19,7 +19,7 @@ from export.runtimes import gpu
 from export.runtimes.tensorrt_engine import INSTALL_TENSORRT, import_library, make_logger, make_runtime
 
 Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
-OPSETS = range(9, 26)  # what TensorRT 11 documents; its parser takes any number and guesses
+OPSETS = range(9, 26)  # documented for TensorRT 11; its parser takes any number and guesses
 BATCH = (1, 8, 64)  # smallest, best and largest, where the graph leaves it free
 MAX_WORKSPACE_MIB = 2**20
 # GPUs that are left out by default: Turing has no kernels for a classifier's fp32 matrix product, and no GPU before
@@ -71,29 +71,17 @@ def build_engine(
 ) -> Engine:
     """Parse and build the ONNX file `path` for batches of MIN, OPT and MAX images (default: BATCH, or the only one).
 
-    Precision is that of the graph. Refuses what `read_onnx` refuses, opsets and options that the library
-    does not have, and every node that it objects to, all at once with what to do.
+    The graph decides the precision. Refuses what `read_onnx` refuses, opsets and options that the library does not
+    have, and every node that it objects to, all at once with what to do.
     """
     if batch and not 1 <= batch[0] <= batch[1] <= batch[2]:
-        raise Refusal(f"--batch must be MIN <= OPT <= MAX from 1 on, got {' '.join(map(str, batch))}")
+        raise Refusal(f"--batch must be 1 <= MIN <= OPT <= MAX, got {' '.join(map(str, batch))}")
     builder_name = choose_builder()
     _refuse_options(builder_name, options)
     file = read_onnx(path, hints)
-    signature, kind, batch = file.signature, precision(file.model), _fitting_batch(file, batch)
+    kind, batch = precision(file.model), _fitting_batch(file, batch)
     trt = import_library(builder_name)
-    logger = make_logger(trt)
-    builder = trt.Builder(logger)
-    network = _parse(trt, builder, logger, file)
-    config = builder.create_builder_config()
-    if signature.batch is None:
-        profile = builder.create_optimization_profile()
-        profile.set_shape(signature.input_name, *((size, *signature.shape[1:]) for size in batch))
-        config.add_optimization_profile(profile)
-    capabilities = configure(trt, builder_name, config, options, kind=kind)
-    cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
-    content = _build(trt, builder, network, config, report)
-    if content is None:
-        raise Refusal(f"{path} cannot be built by {builder_name}: {build_advice(logger.last_error())}")
+    content, capabilities, cache = _compile(trt, builder_name, file, batch, options, report)
     card = EngineCard(
         name=file.name,
         builder=builder_name,
@@ -107,13 +95,34 @@ def build_engine(
         refittable=options.refittable,
         onnx_sha256=file.sha256,
         engine_sha256=sha256(content),
-        signature=signature,
+        signature=file.signature,
         output_dtype=file.output_dtype,
         spec=file.spec,
         provenance=file.provenance,
         parity=None,
     )
-    return Engine(content, card, cache and bytes(cache.serialize()), inspect_layers(trt, content, card))
+    return Engine(content, card, cache, inspect_layers(trt, content, card))
+
+
+def _compile(
+    trt: Any, builder_name: str, file: OnnxFile, batch: tuple[int, int, int], options: BuildOptions, report: Report
+) -> tuple[bytes, tuple[str, ...], bytes | None]:
+    """The engine, the compute capabilities of its GPUs, and the timing cache if one was asked for."""
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    network = _parse(trt, builder, logger, file)
+    config = builder.create_builder_config()
+    if file.signature.batch is None:
+        profile = builder.create_optimization_profile()
+        shapes = ((size, *file.signature.shape[1:]) for size in batch)
+        profile.set_shape(file.signature.input_name, *shapes)
+        config.add_optimization_profile(profile)
+    capabilities = configure(trt, builder_name, config, options, kind=precision(file.model))
+    cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
+    content = _build(trt, builder, network, config, report)
+    if content is None:
+        raise Refusal(f"{file.path} cannot be built by {builder_name}: {build_advice(logger.last_error())}")
+    return content, capabilities, cache and bytes(cache.serialize())
 
 
 def precision(model: onnx.ModelProto) -> str:
@@ -143,7 +152,7 @@ def attach_timing_cache(config: Any, logger: Any, content: bytes) -> Any:
 
 
 def inspect_layers(trt: Any, content: bytes, card: EngineCard) -> str | None:
-    """What the engine's layers are and which kernels run them, as JSON; None where no GPU can load it."""
+    """The engine's layers and the kernels that run them, as JSON; None without a GPU that can load it."""
     if not gpu.num_devices() or gpu.compute_capability() not in card.compute_capabilities:
         return None
     logger = make_logger(trt)
@@ -174,7 +183,7 @@ def _parse(trt: Any, builder: Any, logger: Any, file: OnnxFile) -> Any:
     if file.opset not in OPSETS:
         known = f"{OPSETS[0]} to {OPSETS[-1]}"
         raise Refusal(f"{file.path} has opset {file.opset}; TensorRT knows {known}: export it with one of these")
-    # TensorRT 10 needs the flag for what 11 always does; where it is gone, so is the choice.
+    # TensorRT 10 needs the flag for what 11 always does and has no flag for.
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
@@ -222,7 +231,7 @@ def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions, *
     if unknown := [capability for capability in options.compute_capabilities if capability not in offered]:
         raise Refusal(
             f"{builder_name} {trt.__version__} builds for compute capability {', '.join(offered)}, not for "
-            f"{', '.join(unknown)}; on such a GPU build with tensorrt"
+            f"{', '.join(unknown)}; for such a GPU, build with tensorrt"
         )
     asked = options.compute_capabilities or set(offered) - (WITHOUT_FP8 if kind == "fp8" else LEFT_OUT)
     wanted = tuple(capability for capability in offered if capability in asked)

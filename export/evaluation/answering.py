@@ -1,25 +1,44 @@
-"""Any number of images answered one after the other: decoded by threads, a batch ahead of the net."""
+"""Images answered one batch after the other, and which images a model is evaluated on.
 
-from collections import deque
+Never those that it was trained on, if that is known.
+"""
+
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
+from rich.console import Console
 
 from common.cores import num_cores
 from common.files import read_whole
 from common.image import decode
+from common.progress import printable, track
 from common.refusal import Refusal
-from common.spec import ImageSpec, Published
+from common.spec import DatasetName, ImageSpec, Published
 from export.artefacts import Artefact
 from export.runtimes.cascade import Cascade
 from export.runtimes.probabilities import probabilities
+from train.checkpoint import Checkpoint
 from train.data import datasets
+from train.data.datasets import num_bytes
+from train.data.folder import (
+    FILE,
+    UNREADABLE,
+    Files,
+    LeftOut,
+    Sizes,
+    Track,
+    class_folders,
+    describe_left_out,
+    find_files,
+    read_record,
+)
 
 BATCH_SIZE = 32  # as the server's; the pixels of two batches are in memory at once
+ENLARGED = 160  # pixels of the shorter side of an image that is shown
 
 Item = TypeVar("Item")
 
@@ -32,34 +51,44 @@ def answer_each(
     `load` gives an item's pixels uint8 [H, W, C] or raises a `Refusal`; it is called from several threads.
     """
     with ThreadPoolExecutor(num_cores()) as pool:
-        ahead: deque[list[Future[np.ndarray | Refusal]]] = deque()
+
+        def submit(start: int) -> list[Future[np.ndarray]]:
+            return [pool.submit(load, item) for item in items[start : start + BATCH_SIZE]]
+
         try:
+            ahead = submit(0)
             for start in range(0, len(items), BATCH_SIZE):
-                batch = items[start : start + BATCH_SIZE]
-                ahead.append([pool.submit(_loaded, load, item) for item in batch])
-                if len(ahead) == 2:
-                    yield from _answer(form, ahead.popleft())
-            while ahead:
-                yield from _answer(form, ahead.popleft())
+                batch, ahead = ahead, submit(start + BATCH_SIZE)
+                yield from _answer(form, batch)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
+def _answer(form: Artefact, batch: list[Future[np.ndarray]]) -> Iterator[np.ndarray | Refusal]:
+    images = [future.result() for future in batch if not isinstance(future.exception(), Refusal)]
+    rows = iter(form.answer(np.stack(images)) if images else ())
+    for future in batch:
+        if isinstance(refusal := future.exception(), Refusal):
+            yield refusal
+        elif np.isfinite(row := next(rows)).all():
+            yield probabilities(
+                row[None], temperature=form.spec.temperature, are_probabilities=form.gives_probabilities
+            )[0]
+        else:
+            yield Refusal("the model answers with values that are not numbers")
+
+
 def mirrored(form: Artefact) -> Artefact:
-    """`form` with the mean of what it gives for an image and for its mirror image: logits, where it gives those.
+    """`form` with the mean of its outputs for an image and for its mirror image.
 
     Refuses a model whose training did not mirror images, and a cascade.
     """
     if isinstance(form.answer, Cascade):
-        raise Refusal(
-            "a cascade keeps float32's class of an image, not that of two logits' mean: leave --flips or --cascade out"
-        )
+        raise Refusal("a cascade keeps float32's class of one image, not of two: leave --flips or --cascade out")
     training = form.provenance.get("training", {})
     dataset, choice = training.get("dataset"), training.get("flip", "auto")
     if choice == "no" or (choice == "auto" and dataset in get_args(Published) and not datasets.info_of(dataset).flip):
-        raise Refusal(
-            f"{form.path} was not trained on mirror images, which may have another label there: leave --flips out"
-        )
+        raise Refusal(f"{form.path} was not trained on mirror images, which may have other labels: leave --flips out")
 
     def answer(images: np.ndarray) -> np.ndarray:
         return (form.answer(images) + form.answer(np.ascontiguousarray(images[:, :, ::-1]))) / 2
@@ -67,30 +96,173 @@ def mirrored(form: Artefact) -> Artefact:
     return replace(form, answer=answer)
 
 
-def load_file(path: Path | str, image: ImageSpec) -> np.ndarray:
-    """A file's pixels as the server sees them."""
-    return decode(read_whole(Path(path)), image)
+@dataclass(frozen=True)
+class Judged:
+    """Images of known classes: `what` they are, in words, and `targets` int64 [N], places in the model's labels."""
+
+    what: str
+    dataset: str
+    part: datasets.Part
+    targets: np.ndarray
+    image: ImageSpec
+    left_out: tuple[LeftOut, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def name(self, index: int) -> str:
+        return self.part.names[index] if isinstance(self.part, Files) else f"image {index}"
+
+    def pixels(self, index: int, *, times: int = 1) -> np.ndarray:
+        """uint8 [H, W, C] as the net takes them; of a file, as many `times` higher and wider."""
+        if not isinstance(self.part, Files):
+            return np.asarray(self.part.images[index])
+        image, resize = self.image, self.image.resize
+        larger = replace(
+            image, height=image.height * times, width=image.width * times, resize=resize and resize * times
+        )
+        return decode(read_whole(Path(self.part.paths[index])), larger)
+
+    def enlarged(self, index: int) -> np.ndarray:
+        """What the net sees of a file, with more pixels if the file has them."""
+        return self.pixels(index, times=-(-ENLARGED // min(self.image.height, self.image.width)))
 
 
-def _loaded(load: Callable[[Item], np.ndarray], item: Item) -> np.ndarray | Refusal:
-    try:
-        return load(item)
-    except Refusal as refusal:
-        return refusal
+def find_judged(
+    form: Artefact,
+    *,
+    dataset: DatasetName | None = None,
+    data_dir: Path | None = None,
+    track: Track = lambda items, total: items,
+) -> Judged:
+    """The test images of the model's run, or of the named data set; a folder without a record as a whole.
+
+    Of another folder than the run's, all images except those that the run trained on. Refuses the run's folder if it
+    does not fit its record, and a folder without a class that the model has.
+    """
+    training = form.provenance.get("training", {})
+    if isinstance(form.source, Checkpoint):  # which says more than the files made from it
+        training = form.source.config
+    learnt = training.get("dataset")
+    name = dataset or learnt or ("folder" if data_dir else None)
+    if name is None:
+        raise Refusal(f"{form.path} does not say what it was trained on: name images with --dataset or --data-dir")
+    if name != "folder":
+        return _published(form, name, training if name == learnt else None, data_dir)
+    if learnt != "folder":
+        return _folder(form, data_dir, track)
+    split = training.get("split")
+    parts = read_record(form.path.parent / FILE, split.get("sha256", "") if isinstance(split, dict) else "")
+    if data_dir and parts:
+        sizes = {name: size for part in parts.values() for name, size in part.items()}
+        num_there = sum(num_bytes(data_dir / name) == size for name, size in sizes.items())
+        if 2 * num_there < len(sizes):  # else it is the run's folder, grown or changed
+            return _another(form, parts, data_dir, track)
+    return _recorded(form, training, data_dir)
 
 
-def _answer(form: Artefact, batch: list[Future[np.ndarray | Refusal]]) -> Iterator[np.ndarray | Refusal]:
-    images = [future.result() for future in batch]
-    readable = [image for image in images if not isinstance(image, Refusal)]
-    rows = iter(form.answer(np.stack(readable))) if readable else iter(())
-    for image in images:
-        if isinstance(image, Refusal):
-            yield image
-            continue
-        row = next(rows)
-        if np.isfinite(row).all():
-            yield probabilities(
-                row[None], temperature=form.spec.temperature, are_probabilities=form.gives_probabilities
-            )[0]
+def answer_judged(form: Artefact, judged: Judged, console: Console) -> tuple[np.ndarray, list[int], dict[str, str]]:
+    """(probabilities [N, K], the index of each among the judged, name of an image → why it has no answer)."""
+    for line in describe_left_out([stranger for stranger in judged.left_out if stranger.why != UNREADABLE]):
+        console.print(printable(line))
+    found = track(console, "answering")(answer_each(form, range(len(judged)), judged.pixels), len(judged))
+    answers: dict[int, np.ndarray] = {}
+    unreadable = {str(stranger.path): stranger.why for stranger in judged.left_out if stranger.why == UNREADABLE}
+    for index, answer in enumerate(found):
+        if isinstance(answer, Refusal):
+            unreadable[judged.name(index)] = str(answer)
         else:
-            yield Refusal("the model answers with values that are not numbers")
+            answers[index] = answer
+    if not answers:
+        raise Refusal(f"none of the {len(judged)} images could be answered: {next(iter(unreadable.values()), '')}")
+    return np.stack([*answers.values()]), [*answers], unreadable
+
+
+def _recorded(form: Artefact, training: dict[str, Any], data_dir: Path | None) -> Judged:
+    """The test images of the run, from its record."""
+    if not training.get("split"):
+        raise Refusal(f"{form.path} does not record which images it was trained on: train it again")
+    if data_dir is None and not training.get("data_dir"):
+        raise Refusal(f"{form.path} does not say where its photographs lie: name their folder with --data-dir")
+    dataset = datasets.load_as_trained(
+        training, data_dir=data_dir, beside=form.path.parent, image_size=form.spec.image.height
+    )
+    what = "test images that its run recorded, which training has not seen"
+    return _judged(form, what, dataset.test, dataset.info.labels)
+
+
+def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Track) -> Judged:
+    """The images of another folder, or of its test part, whose class the model has and that it was not trained on.
+
+    An image of the run is recognised by class, name and size, wherever it lies.
+    """
+    labels, known = tuple(folder.name for folder in class_folders(data_dir)), form.spec.labels
+    if not set(labels) & set(known):
+        _places(labels, form, by_number=False)  # refuses
+    found = find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track, may_lack=True)
+    part = found.test or found.train
+    trained = {(*Path(name).parts[-2:], size) for side in ("train", "validation") for name, size in parts[side].items()}
+    left_out, kept = list(found.left_out), list[int]()
+    for index, (path, target) in enumerate(zip(map(Path, part.paths), part.targets, strict=True)):
+        if labels[target] not in known:
+            left_out.append(LeftOut(path, f"the model has no class {labels[target]}"))
+        elif (*path.parts[-2:], num_bytes(path)) in trained:
+            left_out.append(LeftOut(path, "the model was trained on it"))
+        else:
+            kept.append(index)
+    if not kept:
+        raise Refusal(f"no image of {data_dir} is left to judge {form.path} on: {left_out[-1].why}")
+    part = part.take(np.array(kept))
+    targets = np.array([known.index(labels[target]) for target in part.targets])
+    what = "images of another folder than its run's, which training has not seen"
+    if lacking := [label for index, label in enumerate(known) if index not in targets]:
+        what += f"; there is none of {', '.join(lacking[:10])}"
+    return Judged(what, "folder", part, targets, form.spec.image, tuple(left_out))
+
+
+def _folder(form: Artefact, data_dir: Path | None, track: Track) -> Judged:
+    """All images of a folder, or its test images if it names them; whether they were trained on is not known."""
+    if data_dir is None:
+        raise Refusal("--dataset folder needs --data-dir, a directory with one folder of images per class")
+    labels = tuple(folder.name for folder in class_folders(data_dir))
+    found = find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track)
+    what = "images in its test folder" if found.test else "images, all of the folder"
+    what += "; no record says whether the model was trained on them"
+    return _judged(form, what, found.test or found.train, labels, left_out=tuple(found.left_out))
+
+
+def _published(form: Artefact, name: str, training: dict[str, Any] | None, data_dir: Path | None) -> Judged:
+    """The test images of a data set with a name; `training` if the model was trained on it."""
+    dataset = (
+        datasets.load_as_trained(training, data_dir=data_dir) if training else datasets.load(name, data_dir=data_dir)
+    )
+    found, needed = dataset.test.first(1).shape[1:], form.spec.image.shape
+    if found != needed:
+        sizes = ["x".join(map(str, shape)) for shape in (found, needed)]
+        raise Refusal(f"{name} has images of {sizes[0]}, and {form.path} takes {sizes[1]}")
+    return _judged(form, f"test images of {name}", dataset.test, dataset.info.labels, dataset=name)
+
+
+def _judged(
+    form: Artefact, what: str, part: datasets.Part, labels: tuple[str, ...], *, dataset: str = "folder", **more: Any
+) -> Judged:
+    targets = _places(labels, form, by_number=dataset != "folder")[np.asarray(part.targets)]
+    return Judged(what, dataset, part, targets, form.spec.image, **more)
+
+
+def _places(labels: tuple[str, ...], form: Artefact, *, by_number: bool) -> np.ndarray:
+    """int64 [len(labels)]: the index of each label of a data set among the model's.
+
+    With `by_number`, the order of the data set's own labels if the model's are numbers alone and there are as many.
+    """
+    known = form.spec.labels
+    if missing := [label for label in labels if label not in known]:
+        numbered = known == tuple(f"class {index}" for index in range(len(known)))
+        if numbered and by_number and len(labels) == len(known):
+            return np.arange(len(labels))
+        advice = "name its labels with --labels" if numbered else "judge it on images of its own classes"
+        raise Refusal(
+            f"{form.path} does not answer {', '.join(missing[:5])}; its labels are {', '.join(known[:5])}"
+            f"{', ...' if len(known) > 5 else ''}: {advice}"
+        )
+    return np.array([known.index(label) for label in labels])

@@ -10,7 +10,6 @@ from common.figure import png
 from export.evaluation.scores import Calibration, Evaluation
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MAX_NUMBERED = 25  # classes whose counts are written into the confusion matrix
@@ -62,20 +61,24 @@ def reliability_figure(evaluation: Evaluation, title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     calibration, plain = evaluation.calibration, evaluation.without_temperature
+    bins, nums = calibration.bins, [part.right.num for part in calibration.bins]
     figure = Figure(figsize=(6.4, 6.8), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-    _draw_bins(above, calibration)
+    above.plot([0, 1], [0, 1], color=MUTED, linestyle="--", label="probabilities that hold")
+    at, right = _points(calibration)
+    reach = np.abs(np.array([part.right.interval for part in bins if part.right.num]).T - right)
+    above.errorbar(at, right, yerr=reach, fmt="o", color=ACCENT, capsize=3, label="this model, 95 % interval")
+    above.grid(alpha=0.25)
     if plain:
-        at, right = _points(plain)
-        above.plot(at, right, "o", color=MUTED, fillstyle="none", label=f"without T = {evaluation.temperature:.3g}")
+        label = f"without T = {evaluation.temperature:.3g}"
+        above.plot(*_points(plain), "o", color=MUTED, fillstyle="none", label=label)
     above.set(ylabel="share that is right", ylim=(-0.02, 1.02), xlim=(0, 1))
     above.set_title(title, fontsize=11, wrap=True)
     above.legend(loc="lower right", frameon=False)
-    width = 1 / len(calibration.bins)
-    below.bar([part.low + width / 2 for part in calibration.bins], [part.right.num for part in calibration.bins],
-              width=0.94 * width, color=MUTED)  # fmt: skip
+    width = 1 / len(bins)
+    below.bar([part.low + width / 2 for part in bins], nums, width=0.94 * width, color=MUTED)
     below.set(xlabel="probability of the answer", ylabel="images")
-    if max(part.right.num for part in calibration.bins) > FEW:
+    if max(nums) > FEW:
         below.set(yscale="symlog", ylim=(0, None))
     else:
         below.yaxis.get_major_locator().set_params(integer=True)
@@ -84,21 +87,10 @@ def reliability_figure(evaluation: Evaluation, title: str) -> "Figure":
     return figure
 
 
-def _draw_bins(axes: "Axes", calibration: Calibration) -> None:
-    axes.plot([0, 1], [0, 1], color=MUTED, linestyle="--", label="probabilities that hold")
-    at, value = _points(calibration)
-    ends = np.array([part.right.interval for part in calibration.bins if part.right.num]).T
-    reach = np.abs(ends - value)
-    axes.errorbar(at, value, yerr=reach, fmt="o", color=ACCENT, capsize=3, label="this model, 95 % interval")
-    axes.grid(alpha=0.25)
-
-
 def _points(calibration: Calibration) -> tuple[list[float], list[float]]:
     """Mean probability and share that is right, of each bin with images."""
-    filled = [
-        (part.confidence, part.right.hits / part.right.num) for part in calibration.bins if part.confidence is not None
-    ]
-    return [confidence for confidence, _ in filled], [right for _, right in filled]
+    filled = [part for part in calibration.bins if part.confidence is not None]
+    return [part.confidence or 0.0 for part in filled], [part.right.value or 0.0 for part in filled]
 
 
 def mistakes_figure(images: Sequence[np.ndarray], captions: Sequence[str], title: str) -> "Figure":

@@ -1,6 +1,6 @@
-"""What can be said of a classifier from its answers to images whose class is known; every share with its interval."""
+"""The scores of a classifier on images whose class is known; every share with its interval."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,70 +14,45 @@ TOP = 5
 
 
 @dataclass(frozen=True)
-class Share:
-    """So many hits of so many images."""
+class Estimate:
+    """A share, None if there are no images, and its 95 % interval: what so many images can resolve."""
+
+    value: float | None
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Share(Estimate):
+    """So many hits among so many images, with Wilson's interval."""
 
     hits: int
     num: int
 
-    @property
-    def value(self) -> float | None:
-        """None of no images."""
-        return self.hits / self.num if self.num else None
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's, of 95 %."""
-        return interval(self.hits, self.num)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"hits": self.hits, "num": self.num, "value": self.value, "interval": self.interval}
+def share_of(hits: int, num: int) -> Share:
+    return Share(hits / num if num else None, interval(hits, num), hits, num)
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class: of `images` that are of it and `answered` that were called it, `hits` are both."""
+    """One class: `images` are of it, `answered` were called it, `hits` are both."""
 
     label: str
     images: int
     answered: int
     hits: int
+    precision: Share  # of the images that were called it
+    recall: Share  # of the images that are of it
+    f1: Estimate  # the harmonic mean of precision and recall
 
-    @property
-    def precision(self) -> Share:
-        """Of the images that were called it, those that are."""
-        return Share(self.hits, self.answered)
 
-    @property
-    def recall(self) -> Share:
-        """Of the images that are of it, those that were called it."""
-        return Share(self.hits, self.images)
-
-    @property
-    def f1(self) -> float | None:
-        """The harmonic mean of precision and recall, 2 hits / (images + answered)."""
-        return _f1(self._either.value)
-
-    @property
-    def f1_interval(self) -> tuple[float, float]:
-        """F1 rises with the share J of hits among the images that are of the class or called it: 2 J / (1 + J)."""
-        low, high = self._either.interval
-        return 2 * low / (1 + low), 2 * high / (1 + high)
-
-    @property
-    def _either(self) -> Share:
-        return Share(self.hits, self.images + self.answered - self.hits)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "label": self.label,
-            "images": self.images,
-            "answered": self.answered,
-            "hits": self.hits,
-            "precision": self.precision.to_dict(),
-            "recall": self.recall.to_dict(),
-            "f1": {"value": self.f1, "interval": self.f1_interval},
-        }
+def score_class(label: str, images: int, answered: int, hits: int) -> ClassScore:
+    # F1 is 2 J / (1 + J) for the share J of hits among the images that are of the class or called it.
+    either = share_of(hits, images + answered - hits)
+    value = None if either.value is None else 2 * either.value / (1 + either.value)
+    low, high = (2 * end / (1 + end) for end in either.interval)
+    precision, recall = share_of(hits, answered), share_of(hits, images)
+    return ClassScore(label, images, answered, hits, precision, recall, Estimate(value, (low, high)))
 
 
 @dataclass(frozen=True)
@@ -101,15 +76,11 @@ class Calibration:
     bins: tuple[Bin, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        bins = [
-            {"low": part.low, "high": part.high, "confidence": part.confidence, "right": part.right.to_dict()}
-            for part in self.bins
-        ]
         return {
             "expected_calibration_error": self.error,
             "of_a_perfect_model": {"mean": self.perfect, "95_percent_below": self.perfect_95},
             "mean_confidence": self.confidence,
-            "bins": bins,
+            "bins": [asdict(part) for part in self.bins],
         }
 
 
@@ -126,38 +97,37 @@ class Evaluation:
 
     @property
     def top1(self) -> Share:
-        return Share(int(self.counts.trace()), int(self.counts.sum()))
+        return share_of(int(self.counts.trace()), int(self.counts.sum()))
 
     @property
     def classes(self) -> list[ClassScore]:
         rows, columns, hits = self.counts.sum(1).tolist(), self.counts.sum(0).tolist(), self.counts.diagonal().tolist()
-        return [ClassScore(*fields) for fields in zip(self.labels, rows, columns, hits, strict=True)]
+        return [score_class(*fields) for fields in zip(self.labels, rows, columns, hits, strict=True)]
 
     @property
     def mean_recall(self) -> float:
         """Over the classes that have images: the accuracy if all were equally frequent."""
-        return float(np.mean([score.hits / score.images for score in self.classes if score.images]))
+        return float(np.mean([score.recall.value or 0.0 for score in self.classes if score.images]))
 
     @property
     def mean_f1(self) -> float:
         """Over the classes that have images."""
-        return float(np.mean([score.f1 or 0.0 for score in self.classes if score.images]))
+        return float(np.mean([score.f1.value or 0.0 for score in self.classes if score.images]))
 
     def confusions(self, num: int) -> list[tuple[str, str, int]]:
         """The most frequent mistakes: (truth, answer, how many images)."""
-        wrong = self.counts * (1 - np.eye(len(self.labels), dtype=np.int64))
-        order = np.argsort(-wrong, axis=None, kind="stable")[:num]
+        wrong = self.counts - np.diag(self.counts.diagonal())
+        order = np.argsort(-wrong, axis=None, kind="stable")[: min(num, np.count_nonzero(wrong))]
         pairs = [divmod(int(place), len(self.labels)) for place in order]
-        return [(self.labels[row], self.labels[column], int(wrong[row, column])) for row, column in pairs
-                if wrong[row, column]]  # fmt: skip
+        return [(self.labels[row], self.labels[column], int(wrong[row, column])) for row, column in pairs]
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "top1": self.top1.to_dict(),
-            "top5": self.top5 and self.top5.to_dict(),
+            "top1": asdict(self.top1),
+            "top5": self.top5 and asdict(self.top5),
             "mean_recall": self.mean_recall,
             "mean_f1": self.mean_f1,
-            "classes": [score.to_dict() for score in self.classes],
+            "classes": [asdict(score) for score in self.classes],
             "confusion": self.counts.tolist(),
             "calibration": self.calibration.to_dict(),
             "temperature": self.temperature,
@@ -170,23 +140,17 @@ def evaluate(
 ) -> Evaluation:
     """`probabilities` [N, K], of a temperature, of images of the classes `targets` [N]; N is at least 1."""
     order = best(probabilities, TOP)
-    answers = order[:, 0]
-    in_top = int((order == targets[:, None]).any(axis=1).sum())
-    right = answers == targets
+    answers, in_top = order[:, 0], int((order == targets[:, None]).any(axis=1).sum())
+    rows, right = np.arange(len(targets)), answers == targets
     plain = without_temperature(probabilities, temperature) if temperature != 1 else None
     return Evaluation(
         labels,
         confusion(targets, answers, len(labels)),
-        Share(in_top, len(targets)) if len(labels) > TOP else None,
-        calibrate(_confidence(probabilities, answers), right),
+        share_of(in_top, len(targets)) if len(labels) > TOP else None,
+        calibrate(probabilities[rows, answers], right),
         temperature,
-        None if plain is None else calibrate(_confidence(plain, answers), right),
+        None if plain is None else calibrate(plain[rows, answers], right),
     )
-
-
-def _confidence(probabilities: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """The probability of each answer, float64 [N]."""
-    return np.take_along_axis(probabilities, answers[:, None], axis=1)[:, 0]
 
 
 def confusion(targets: np.ndarray, answers: np.ndarray, num_classes: int) -> np.ndarray:
@@ -199,11 +163,9 @@ def calibrate(confidence: np.ndarray, right: np.ndarray) -> Calibration:
     place = np.clip(np.ceil(confidence * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
     num, hits = (np.bincount(place, weights, NUM_BINS) for weights in (None, right))
     sums = np.bincount(place, confidence, NUM_BINS)
-    bins = [
-        Bin(index / NUM_BINS, (index + 1) / NUM_BINS, sums[index] / num[index] if num[index] else None,
-            Share(int(hits[index]), int(num[index])))
-        for index in range(NUM_BINS)
-    ]  # fmt: skip
+    shares = [share_of(int(hit), int(of)) for hit, of in zip(hits, num, strict=True)]
+    means = [total / of if of else None for total, of in zip(sums, num, strict=True)]
+    ends = [index / NUM_BINS for index in range(NUM_BINS + 1)]
     rng = np.random.default_rng(0)
     draws = [_error(place, (rng.random(len(place)) < confidence) - confidence) for _ in range(NUM_DRAWS)]
     return Calibration(
@@ -211,14 +173,10 @@ def calibrate(confidence: np.ndarray, right: np.ndarray) -> Calibration:
         perfect=float(np.mean(draws)),
         perfect_95=float(np.quantile(draws, 0.95)),
         confidence=float(confidence.mean()),
-        bins=tuple(bins),
+        bins=tuple(map(Bin, ends, ends[1:], means, shares)),
     )
 
 
 def _error(place: np.ndarray, excess: np.ndarray) -> float:
     """The expected calibration error, from `excess`: 1 or 0 for right or wrong, less the confidence."""
     return float(np.abs(np.bincount(place, excess, NUM_BINS)).sum() / len(place))
-
-
-def _f1(share: float | None) -> float | None:
-    return None if share is None else 2 * share / (1 + share)

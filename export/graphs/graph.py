@@ -15,24 +15,16 @@ from torch import Tensor, nn
 from common.refusal import Refusal
 from common.spec import ImageSpec, Spec
 from fold.graph import GraphNet
-from fold.layers import Convolution
 from fold.lower import Mirror, Negate, Repeat, SharedReLU
 from fold.nodes import Graph, Node
-from fold.plain import PlainNet, named_layers
+from fold.plain import Convolution, PlainNet, named_layers
 from fold.shapes import Shape, infer_shapes, pooled
 from train.layers import NCReLU, Normalize, Residual
 
 OPSET = 19  # the first with float8 types; ONNX Runtime and TensorRT 10 take it
 IR_VERSION = 9
 FLOATS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
-_SAME_NAME = {
-    "relu": "Relu",
-    "sigmoid": "Sigmoid",
-    "tanh": "Tanh",
-    "hardswish": "HardSwish",
-    "mul": "Mul",
-    "global_pool": "GlobalAveragePool",
-}
+_SAME_NAME = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh", "hardswish": "HardSwish", "mul": "Mul"}
 _END = np.iinfo(np.int64).max  # of a slice without one
 
 
@@ -64,6 +56,10 @@ class GraphWriter:
             raise Refusal(f"{name} holds {largest:.3g}, beyond {self.dtype}; export with --precision fp32")
         return self.constant(self.free(name), array.astype(self.dtype))
 
+    def weights(self, name: str, weight: Tensor, bias: Tensor | None) -> list[str]:
+        parts = {"weight": weight, "bias": bias}
+        return [self.weight(f"{name}.{key}", value) for key, value in parts.items() if value is not None]
+
     def constant(self, name: str, array: np.ndarray) -> str:
         """Numbers of exactly this type."""
         self.initializers.append(numpy_helper.from_array(np.asarray(array, order="C"), name))
@@ -89,7 +85,7 @@ def to_onnx(net: PlainNet, spec: Spec, provenance: Mapping[str, Any], *, precisi
     """
     graph = GraphWriter(FLOATS[precision])
     if isinstance(net, GraphNet):
-        write_graph(graph, net.with_tensors(), spec.image)
+        _write_graph(graph, net.with_tensors(), spec.image)
     else:
         for name, layer in named_layers(deepcopy(net).float()):
             write_layer(graph, name, layer)
@@ -98,31 +94,22 @@ def to_onnx(net: PlainNet, spec: Spec, provenance: Mapping[str, Any], *, precisi
 
 def finish(graph: GraphWriter, spec: Spec, provenance: Mapping[str, Any]) -> onnx.ModelProto:
     """The model of a graph whose last node gives the logits."""
-    image = spec.image
     if graph.dtype != np.float32:
         graph.node("Cast", "logits", to=TensorProto.FLOAT)
     graph.nodes[-1].output[0] = "logits"
-    shape = ["N", image.height, image.width, image.channels]
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", *spec.image.shape])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(spec.labels)])
+    body = helper.make_graph(graph.nodes, spec.name, [images], [logits], graph.initializers)
     domains = sorted({node.domain for node in graph.nodes} - {""})
-    model = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            spec.name,
-            [helper.make_tensor_value_info("images", TensorProto.UINT8, shape)],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", len(spec.labels)])],
-            graph.initializers,
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)],
-        ir_version=IR_VERSION,
-        producer_name="diracnet-road",
-    )
+    opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    model = helper.make_model(body, opset_imports=opsets, ir_version=IR_VERSION, producer_name="diracnet-road")
     helper.set_model_props(model, {"spec": spec.to_json(), "provenance": json.dumps(provenance)})
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
 def set_provenance(model: onnx.ModelProto, provenance: Mapping[str, Any]) -> None:
-    """Put `provenance` into the metadata in place of what is there."""
+    """Replace the provenance in the metadata."""
     entry = next(entry for entry in model.metadata_props if entry.key == "provenance")
     entry.value = json.dumps(provenance)
 
@@ -134,9 +121,7 @@ def write_layer(graph: GraphWriter, name: str, layer: nn.Module) -> None:
         case Normalize():
             _write_normalize(graph, name, layer.offset, layer.scale)
         case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            parts = {"weight": layer.weight, "bias": layer.bias}
-            weights = [graph.weight(f"{name}.{key}", value) for key, value in parts.items() if value is not None]
-            graph.node("Conv", name, x, *weights, **window(layer))
+            graph.node("Conv", name, x, *graph.weights(name, layer.weight, layer.bias), **window(layer))
         case NCReLU():
             _write_ncrelu(graph, name, x)
         case SharedReLU():
@@ -164,7 +149,7 @@ def write_layer(graph: GraphWriter, name: str, layer: nn.Module) -> None:
         case nn.Flatten():
             graph.node("Flatten", name)
         case nn.Linear():
-            _write_gemm(graph, name, x, layer.weight, layer.bias)
+            graph.node("Gemm", name, x, *graph.weights(name, layer.weight, layer.bias), transB=1)
         case _:
             raise TypeError(f"{name}: {type(layer).__name__} has no ONNX form here")
 
@@ -183,10 +168,9 @@ def window(layer: Convolution | nn.MaxPool2d) -> dict[str, Any]:
     }
 
 
-def write_graph(graph: GraphWriter, plain: Graph, image: ImageSpec) -> None:
-    """All nodes of a plain graph, its output last."""
+def _write_graph(graph: GraphWriter, plain: Graph, image: ImageSpec) -> None:
     graph.taken = {node.name for node in plain.nodes}
-    shapes = infer_shapes(plain, (image.height, image.width, image.channels))
+    shapes = infer_shapes(plain, image.shape)
     tensors: dict[str, str] = {plain.nodes[0].name: graph.tensor}
     for node in plain.convert(torch.float32).nodes[1:]:
         _write_node(graph, node, [tensors[name] for name in node.inputs], [shapes[name] for name in node.inputs])
@@ -200,16 +184,16 @@ def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shapes: list[
         case "normalize":
             _write_normalize(graph, name, node.tensors["offset"], node.tensors["scale"])
         case "conv":
-            weights = [graph.weight(f"{name}.{key}", node.tensors[key]) for key in ("weight", "bias")]
+            weights = graph.weights(name, node.tensors["weight"], node.tensors["bias"])
             window = {"strides": how["stride"], "dilations": how["dilation"], "group": how["groups"]}
             kernel = list(node.tensors["weight"].shape[2:])
             graph.node("Conv", name, x, *weights, kernel_shape=kernel, pads=_pads(how["padding"]), **window)
         case "linear" if len(shapes[0]) == 1:
-            _write_gemm(graph, name, x, node.tensors["weight"], node.tensors["bias"])
+            weights = graph.weights(name, node.tensors["weight"], node.tensors["bias"])
+            graph.node("Gemm", name, x, *weights, transB=1)
         case "linear":
-            product = graph.part(
-                "MatMul", f"{name}.product", x, graph.weight(f"{name}.weight", node.tensors["weight"].T)
-            )
+            weight = graph.weight(f"{name}.weight", node.tensors["weight"].T)
+            product = graph.part("MatMul", f"{name}.product", x, weight)
             graph.node("Add", name, product, graph.weight(f"{name}.bias", node.tensors["bias"]))
         case "affine":
             _write_affine(graph, node, x, shapes[0])
@@ -230,6 +214,8 @@ def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shapes: list[
             _write_pool(graph, node, x, shapes[0])
         case "flatten":
             graph.node("Flatten", name, x, axis=1)
+        case "global_pool":
+            graph.node("GlobalAveragePool", name, x)
         case _ if node.op in _SAME_NAME:
             graph.node(_SAME_NAME[node.op], name, *inputs)
         case _:
@@ -237,7 +223,7 @@ def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shapes: list[
 
 
 def _write_normalize(graph: GraphWriter, name: str, offset: Tensor, scale: Tensor) -> None:
-    """Pixels → x, in float32 whatever the precision: the rounding of a pixel would be the largest of all."""
+    """Pixels → x, always in float32: the rounding of a pixel would be the largest of all."""
     # TensorRT lets only Cast read uint8, so the transposition comes after it.
     graph.node("Cast", f"{name}.cast", to=TensorProto.FLOAT)
     graph.node("Transpose", f"{name}.transpose", perm=[0, 3, 1, 2])
@@ -251,11 +237,6 @@ def _write_ncrelu(graph: GraphWriter, name: str, x: str) -> None:
     zero = graph.weight(f"{name}.zero", 0.0)
     positive = graph.part("Relu", f"{name}.positive", x)
     graph.node("Concat", name, positive, graph.part("Min", f"{name}.negative", x, zero), axis=1)
-
-
-def _write_gemm(graph: GraphWriter, name: str, x: str, weight: Tensor, bias: Tensor) -> None:
-    weights = (graph.weight(f"{name}.weight", weight), graph.weight(f"{name}.bias", bias))
-    graph.node("Gemm", name, x, *weights, transB=1)
 
 
 def _write_affine(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
@@ -274,9 +255,8 @@ def _write_pool(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
 
     Padding takes no part in a maximum, nor in a mean that does not count it.
     """
-    how = node.attributes
+    how, pairs = node.attributes, []
     dilation = how.get("dilation", [1] * len(how["size"]))
-    pairs: list[list[int]] = []
     windows = zip(shape[1:], how["size"], how["stride"], how["padding"], dilation, strict=True)
     for size, taps, stride, padding, gap in windows:
         num = pooled(size, taps, stride, padding, gap, ceil=how["ceil"])
@@ -286,9 +266,8 @@ def _write_pool(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
     if node.op == "max_pool":
         graph.node("MaxPool", node.name, x, **window, dilations=dilation)
         return
-    is_longer = any(before != after for before, after in pairs)
     counts = how["count_padding"] and any(how["padding"])
-    if is_longer and counts:
+    if counts and any(before != after for before, after in pairs):
         raise Refusal(
             f"{node.name}: ONNX has no average pool that rounds its size up and counts its padding; "
             "build it with ceil_mode=False or count_include_pad=False"

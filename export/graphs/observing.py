@@ -1,6 +1,6 @@
 """The outputs of a graph's nodes in ONNX Runtime on the CPU, and whether they stay in float16's range."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,10 @@ from export.compare import BATCH_SIZE
 from export.runtimes.offline import cpu_session
 
 
-def node_outputs(
-    model: onnx.ModelProto, names: Sequence[str], dtype: int, batches: Iterator[np.ndarray], folder: Path | None = None
-) -> Iterator[list[np.ndarray]]:
-    """The tensors `names`, which are of an ONNX type, for each batch of inputs.
+def observer(
+    model: onnx.ModelProto, names: Sequence[str], dtype: int, folder: Path | None = None
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """From a graph's input to its tensors `names`, which are of an ONNX type.
 
     `folder` holds the weights that are not in the model.
     """
@@ -23,8 +23,7 @@ def node_outputs(
     observed.graph.output.extend(helper.make_tensor_value_info(name, dtype, None) for name in names)
     session = cpu_session(observed.SerializeToString(), weights_folder=folder)
     input_name = session.get_inputs()[0].name
-    for batch in batches:
-        yield [np.asarray(value) for value in session.run(list(names), {input_name: batch})]
+    return lambda x: dict(zip(names, map(np.asarray, session.run(list(names), {input_name: x})), strict=True))
 
 
 def first_overflow(model: onnx.ModelProto, x: np.ndarray, folder: Path | None = None) -> str | None:
@@ -39,9 +38,6 @@ def first_overflow(model: onnx.ModelProto, x: np.ndarray, folder: Path | None = 
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     size = fixed or BATCH_SIZE
     end = len(x) // fixed * fixed if fixed else len(x)  # images that do not fill a fixed batch are left out
-    batches = (x[start : start + size] for start in range(0, end, size))
-    for values in node_outputs(model, [*nodes], TensorProto.FLOAT16, batches, folder):
-        for node, value in zip(nodes.values(), values, strict=True):
-            if not np.isfinite(value).all():
-                return node
-    return None
+    observe = observer(model, [*nodes], TensorProto.FLOAT16, folder)
+    values = (pair for start in range(0, end, size) for pair in observe(x[start : start + size]).items())
+    return next((nodes[name] for name, value in values if not np.isfinite(value).all()), None)

@@ -10,30 +10,24 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from common.files import read_whole
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from common.spec import Spec
 from export.model_file.onnx_reader import digest_of, find_weights, read_graph, read_header
 from export.model_file.reading import NO_HINTS, ReadingHints
 from export.model_file.signature import Signature, Value, find_signature, find_spec
 
-FLOATS = (
-    TensorProto.FLOAT,
-    TensorProto.FLOAT16,
-    TensorProto.BFLOAT16,
-    TensorProto.DOUBLE,
-    TensorProto.FLOAT8E4M3FN,
-)
+FLOATS = [TensorProto.DataType.Value(name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "FLOAT8E4M3FN")]
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A checked classifier, of this project or somebody else's."""
+    """A checked classifier, of this project or third-party."""
 
     path: Path
     model: onnx.ModelProto
     sha256: str  # of the file and of the weights that lie beside it
     weight_files: tuple[str, ...]  # relative to the file's folder; () where all weights are inside
-    name: str  # "DiracNet-16-1", or the file's stem for somebody else's net
+    name: str  # "DiracNet-16-1", or the file's stem for a third-party net
     signature: Signature
     output_dtype: str  # of the logits: "float32", "float16"
     output_shape: tuple[int | None, ...]  # [N, K], or [N, K, 1, 1]
@@ -46,7 +40,7 @@ class OnnxFile:
 
 
 def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
-    """Read and check a classifier, see `find_signature`; `hints` are those of its user of somebody else's.
+    """Read and check a classifier, see `find_signature`; `hints` say how to read a third-party one.
 
     Refuses invalid files, missing weight files, weights that are NaN or infinite, and inputs and outputs other than
     an image classifier's.
@@ -61,9 +55,10 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
     except Refusal:
         raise
     except Exception as error:  # protobuf and the checker raise hierarchies of their own
-        reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{path} is not a valid ONNX file: {reason}; export it again") from error
-    _refuse_what_is_not_finite(path, model)
+        raise Refusal(f"{path} is not a valid ONNX file: {one_line(error)}; export it again") from error
+    bad = ((name, np.count_nonzero(~np.isfinite(array)), array.size) for name, array in _floats(model.graph))
+    if faults := [f"{name} ({num} of {size})" for name, num, size in bad if num]:
+        raise Refusal(f"{path} holds NaN or infinite weights in {listed(faults)}; train or export the net again")
     header = read_header(path, content)
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [_value(value) for value in model.graph.input if value.name not in weights]
@@ -71,7 +66,7 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
     signature, hints = find_signature(path, header, graph, inputs, outputs, hints)
     (output,) = (value for value in outputs if value.name == signature.output_name)
     if output.num_classes is None:
-        raise Refusal(f"{path} answers {output.shown}; export it with a fixed number of classes")
+        raise Refusal(f"{path} gives {output.shown}; export it with a fixed number of classes")
     return OnnxFile(
         path=path,
         model=model,
@@ -97,15 +92,6 @@ def listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _refuse_what_is_not_finite(path: Path, model: onnx.ModelProto) -> None:
-    faults = []
-    for name, array in _floats(model.graph):
-        if num := int(np.count_nonzero(~np.isfinite(array))):
-            faults.append(f"{name} ({num} of {array.size})")
-    if faults:
-        raise Refusal(f"{path} holds NaN or infinite weights in {listed(faults)}; train or export the net again")
-
-
 def _floats(graph: onnx.GraphProto) -> Iterator[tuple[str, np.ndarray]]:
     """The weights of a graph by name, what its Constant nodes hold, and the same of the graphs inside its nodes."""
     for tensor in graph.initializer:
@@ -115,11 +101,9 @@ def _floats(graph: onnx.GraphProto) -> Iterator[tuple[str, np.ndarray]]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _floats(attribute.g)
-            if node.op_type != "Constant":
-                continue
-            if attribute.HasField("t") and attribute.t.data_type in FLOATS:
+            if node.op_type == "Constant" and attribute.t.data_type in FLOATS:
                 yield node.output[0], numpy_helper.to_array(attribute.t)
-            if attribute.name in ("value_float", "value_floats"):
+            if node.op_type == "Constant" and attribute.name in ("value_float", "value_floats"):
                 yield node.output[0], np.array([attribute.f, *attribute.floats])
 
 

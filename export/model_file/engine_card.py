@@ -1,12 +1,11 @@
-"""The sidecar of an engine: plain.engine.json says what plain.engine is, and for which machine."""
+"""The card of an engine: plain.engine.json describes plain.engine and the machine it is for."""
 
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from common.documents import read_object
+from common.documents import is_of, read_object
 from common.files import read_whole
 from common.refusal import Refusal
 from common.spec import Spec
@@ -24,8 +23,8 @@ class EngineCard:
     precision: str  # fp32, fp16 or int8; from the ONNX graph, which decides it
     batch: tuple[int, int, int]  # smallest, best and largest batch of the optimisation profile
     compute_capabilities: tuple[str, ...]  # of the GPUs that can run the engine: "8.9"
-    gpu: str | None  # the model that tensorrt built for: "NVIDIA A10"; None where every one of these GPUs will do
-    workspace_mib: int | None  # what the builder's scratch memory was limited to
+    gpu: str | None  # the model that tensorrt built for: "NVIDIA A10"; None if any of these GPUs will do
+    workspace_mib: int | None  # the limit of the builder's scratch memory
     version_compatible: bool  # later versions of the library run it too
     refittable: bool  # its weights can be exchanged
     onnx_sha256: str
@@ -56,39 +55,16 @@ def read_card(engine: Path) -> EngineCard:
     record = read_object(read_whole(path), str(path), todo=again)
     if record.get("format") != FORMAT:
         raise Refusal(f"{path}: format is not {FORMAT}; {again}")
-    if missing := [field.name for field in fields(EngineCard) if field.name not in record]:
+    kinds = {field.name: field.type for field in fields(EngineCard)}
+    if missing := [name for name in kinds if name not in record]:
         raise Refusal(f"{path} lacks {', '.join(missing)}; {again}")
-    values = {field.name: record[field.name] for field in fields(EngineCard)}
+    values = {name: record[name] for name in kinds}
     for name, value in values.items():
-        if not _is_valid(name, value):
+        if not is_of(value, kinds[name]) or (name == "batch" and not 1 <= value[0] <= value[1] <= value[2]):
             raise Refusal(f"{path}: {name} cannot be {value!r}; {again}")
     try:
         values["signature"] = Signature.from_dict(values["signature"])
     except (TypeError, KeyError) as error:
         raise Refusal(f"{path}: signature is damaged ({error}); {again}") from error
-    values["batch"] = tuple(values["batch"])
-    values["compute_capabilities"] = tuple(map(str, values["compute_capabilities"]))
-    return EngineCard(**{**values, "spec": Spec.from_dict(values["spec"])})
-
-
-_KINDS: dict[str, type | UnionType] = {
-    **dict.fromkeys(("name", "builder_version", "precision", "onnx_sha256", "engine_sha256", "output_dtype"), str),
-    "compute_capabilities": list,
-    **dict.fromkeys(("version_compatible", "refittable"), bool),
-    **dict.fromkeys(("signature", "provenance"), dict),
-    "gpu": str | None,
-    "workspace_mib": int | None,
-    "parity": dict | None,
-    "spec": object,  # `Spec.from_dict` checks it
-}
-
-
-def _is_valid(name: str, value: Any) -> bool:
-    match name, value:
-        case "builder", _:
-            return value in get_args(Builder)
-        case "batch", [int() as smallest, int() as best, int() as largest]:
-            return 1 <= smallest <= best <= largest
-        case "batch", _:
-            return False
-    return isinstance(value, _KINDS[name])
+    lists = {name: tuple(values[name]) for name in ("batch", "compute_capabilities")}
+    return EngineCard(**{**values, **lists, "spec": Spec.from_dict(values["spec"])})

@@ -1,17 +1,19 @@
-"""What an ONNX file contains, read from its bytes without any library. The file may be damaged or hostile."""
+"""Reads an ONNX file from its bytes, without any library. The file may be damaged or hostile."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.documents import read_json, read_object
-from common.files import read_whole, sha256
+from common.files import sha256
 from common.refusal import Refusal
 from common.spec import Spec
 from export.model_file.reference import KEY
@@ -21,7 +23,7 @@ _MODEL_GRAPH, _MODEL_OPSETS, _MODEL_METADATA = 7, 8, 14
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_I, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH = 1, 3, 5, 6
-_TENSOR_EXTERNAL = 13
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 _KEY, _VALUE = 1, 2  # of an entry of metadata or of an external location; the domain of an opset is also 1
 _INT8 = 3  # of TensorProto.DataType
 
@@ -36,23 +38,22 @@ class Header:
 
     @property
     def spec(self) -> Spec | None:
-        """None in somebody else's file."""
+        """None in a third-party file."""
         return Spec.from_json(self.metadata["spec"]) if "spec" in self.metadata else None
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What training, fold and export recorded; empty in somebody else's file. And the reference, in either."""
+        """The records of training, fold and export, empty in a third-party file; and the reference, if any."""
         record: dict[str, Any] = {}
         if "spec" in self.metadata:
             what = "the provenance in the model's file"
             record = read_object(self.metadata.get("provenance", "{}"), what, todo="export it again")
             if bad := [name for name in _SECTIONS if not isinstance(record.get(name, {}), dict)]:
                 raise Refusal(f"{what} is damaged: {bad[0]} is not a JSON object; export it again")
-        if KEY in self.metadata:  # unchecked: `read_reference` checks it where it is used
-            try:
-                return {**record, KEY: read_json(self.metadata[KEY])}
-            except ValueError:
-                return {**record, KEY: self.metadata[KEY]}
+        if KEY in self.metadata:
+            record[KEY] = self.metadata[KEY]
+            with suppress(ValueError):  # `read_reference` checks it where it is used
+                record[KEY] = read_json(self.metadata[KEY])
         return record
 
 
@@ -90,15 +91,11 @@ class OnnxGraph:
 
 def read_header(path: Path, content: bytes) -> Header:
     """The header of an ONNX file; refuses damage, naming `path`."""
-    metadata, domains = {}, []
     with _refusing_damage(path):
-        for number, message in _messages(memoryview(content)):
-            if number == _MODEL_METADATA:
-                entry = dict(_messages(message))
-                metadata[str(entry[_KEY], "utf-8")] = str(entry.get(_VALUE, b""), "utf-8")
-            elif number == _MODEL_OPSETS:
-                domains.append(str(dict(_messages(message)).get(_KEY, b""), "utf-8"))
-    return Header(metadata, tuple(domains))
+        model = _parse(memoryview(content))
+        entries = [_parse(entry) for entry in model[_MODEL_METADATA]]
+        domains = tuple(_text(_parse(opset), _KEY) for opset in model[_MODEL_OPSETS])
+        return Header({_text(entry, _KEY): _text(entry, _VALUE) for entry in entries}, domains)
 
 
 def read_graph(path: Path, content: bytes) -> OnnxGraph:
@@ -107,42 +104,44 @@ def read_graph(path: Path, content: bytes) -> OnnxGraph:
     with _refusing_damage(path):
         nodes = tuple(_read_node(message) for message in _inside(model, _MODEL_GRAPH, _GRAPH_NODE))
         names = {name for graph in _inside(model, _MODEL_GRAPH) for name in _weight_files(graph)}
-    return OnnxGraph(nodes, tuple(sorted(names)))
+        return OnnxGraph(nodes, tuple(sorted(names)))
 
 
 def read_int8_constants(content: bytes) -> dict[str, np.ndarray | None]:
     """The main graph's constants by name: int8 arrays, and None for all others. Damaged ones are left out."""
     found: dict[str, np.ndarray | None] = {}
     for tensor in _inside(memoryview(content), _MODEL_GRAPH, _GRAPH_INITIALIZER):
-        try:
-            name, weight = _read_int8(tensor)
-        except (ValueError, IndexError):
-            continue
-        found[name] = weight
+        with suppress(ValueError, IndexError, TypeError):
+            fields = _parse(tensor)
+            found[_text(fields, _TENSOR_NAME)] = _read_int8(fields)
     return found
 
 
 def find_weights(path: Path, graph: OnnxGraph) -> list[Path]:
     """The files that hold a graph's weights; refuses those that are missing or outside the model's folder."""
     folders = {path.parent.resolve(), path.resolve().parent}
-    files = [path.parent / name for name in graph.weight_files]
-    for name, file in zip(graph.weight_files, files, strict=True):
+    files = {name: path.parent / name for name in graph.weight_files}
+    for name, file in files.items():
         if not any(file.resolve().is_relative_to(folder) for folder in folders):
             raise Refusal(f"{path} names the weight file {name}, which is outside its folder; export the net again")
-    if missing := [name for name, file in zip(graph.weight_files, files, strict=True) if not file.is_file()]:
+    if missing := [name for name, file in files.items() if not file.is_file()]:
         raise Refusal(
             f"{path} keeps weights in separate files, and {', '.join(missing)} is not in {path.parent}; "
             "put them there together, or export the net into one file"
         )
-    return files
+    return [*files.values()]
 
 
 def digest_of(path: Path, content: bytes) -> str:
     """The sha256 of a file. If its weights are in separate files, the sha256 of all their digests, one a line."""
-    files = find_weights(path, read_graph(path, content)) if path.suffix == ".onnx" else []
-    if not files:
-        return sha256(content)
-    return sha256("\n".join([sha256(content), *map(_file_digest, files)]).encode())
+    digests = [sha256(content)]
+    for file in find_weights(path, read_graph(path, content)) if path.suffix == ".onnx" else []:
+        try:
+            with file.open("rb") as weights:
+                digests.append(hashlib.file_digest(weights, "sha256").hexdigest())
+        except OSError as error:
+            raise Refusal(f"cannot read {file}: {error.strerror or error}") from error
+    return digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode())
 
 
 def metadata_places(content: bytes, key: str) -> list[slice]:
@@ -150,15 +149,15 @@ def metadata_places(content: bytes, key: str) -> list[slice]:
     return [
         place
         for number, value, place in _fields(memoryview(content))
-        if number == _MODEL_METADATA
-        and isinstance(value, memoryview)
-        and bytes(dict(_messages(value))[_KEY]) == key.encode()
+        if number == _MODEL_METADATA and _text(_parse(value), _KEY) == key
     ]
 
 
 def metadata_entry(key: str, value: str) -> bytes:
-    """A metadata entry to append to an ONNX file: the order of the fields has no meaning."""
-    return _encode(_MODEL_METADATA, _encode(_KEY, key.encode()) + _encode(_VALUE, value.encode()))
+    """A metadata entry to append to an ONNX file: the order of the fields has no meaning. Needs onnx."""
+    from onnx import ModelProto, StringStringEntryProto
+
+    return ModelProto(metadata_props=[StringStringEntryProto(key=key, value=value)]).SerializeToString()
 
 
 @contextmanager
@@ -170,106 +169,90 @@ def _refusing_damage(path: Path) -> Iterator[None]:
 
 
 def _read_node(message: memoryview) -> Node:
-    texts: dict[int, list[str]] = {number: [] for number in (_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_TYPE)}
-    for number, value in _messages(message):
-        if number in texts:
-            texts[number].append(str(value, "utf-8"))
-    numbers = {}
-    for attribute in _inside(message, _NODE_ATTRIBUTE):
-        fields = {number: value for number, value, _ in _fields(attribute)}
-        if isinstance(value := fields.get(_ATTRIBUTE_I), int):
-            numbers[str(fields[_ATTRIBUTE_NAME], "utf-8")] = value  # type: ignore[arg-type]
-    name, kind = ("".join(texts[number]) for number in (_NODE_NAME, _NODE_TYPE))
-    return Node(name, kind, tuple(texts[_NODE_INPUT]), tuple(texts[_NODE_OUTPUT]), numbers)
+    node = _parse(message)
+    inputs, outputs = (tuple(str(name, "utf-8") for name in node[number]) for number in (_NODE_INPUT, _NODE_OUTPUT))
+    attributes = [_parse(attribute) for attribute in node[_NODE_ATTRIBUTE]]
+    numbers = {
+        _text(fields, _ATTRIBUTE_NAME): fields[_ATTRIBUTE_I][-1] for fields in attributes if fields[_ATTRIBUTE_I]
+    }
+    return Node(_text(node, _NODE_NAME), _text(node, _NODE_TYPE), inputs, outputs, numbers)
 
 
 def _weight_files(graph: memoryview) -> Iterator[str]:
-    """Where tensors are stored outside the file: weights, and constants of nodes and of the graphs inside them."""
+    """The external files of weights, and of constants of nodes and of the graphs inside them."""
     attribute = (_GRAPH_NODE, _NODE_ATTRIBUTE)
     for entry in chain(
         _inside(graph, _GRAPH_INITIALIZER, _TENSOR_EXTERNAL),
         _inside(graph, *attribute, _ATTRIBUTE_TENSOR, _TENSOR_EXTERNAL),
     ):
-        pair = dict(_messages(entry))
-        if bytes(pair[_KEY]) == b"location":
-            yield str(pair.get(_VALUE, b""), "utf-8")
+        if _text(pair := _parse(entry), _KEY) == "location":
+            yield _text(pair, _VALUE)
     for inner in _inside(graph, *attribute, _ATTRIBUTE_GRAPH):
         yield from _weight_files(inner)
 
 
-def _read_int8(tensor: memoryview) -> tuple[str, np.ndarray | None]:
-    dims, kind, name, raw = [], 0, "", None
-    for number, value, _ in _fields(tensor):
-        match number, value:
-            case 1, int():  # dims = 1, data_type = 2, name = 8, raw_data = 9
-                dims.append(value)
-            case 1, memoryview():  # all dimensions in one field
-                dims += _unpack(value)
-            case 2, int():
-                kind = value
-            case 8, memoryview():
-                name = str(value, "utf-8")
-            case 9, memoryview():
-                raw = value
-    if kind != _INT8 or raw is None or not dims or len(raw) != int(np.prod(dims)):
-        return name, None
-    return name, np.frombuffer(raw, np.int8).reshape(dims)
-
-
-def _file_digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return sha256(read_whole(path))  # raises the Refusal
+def _read_int8(tensor: "Fields") -> np.ndarray | None:
+    dims: list[int] = []
+    for size in tensor[_TENSOR_DIMS]:
+        dims += [size] if isinstance(size, int) else _unpack(size)
+    raw = tensor[_TENSOR_RAW]
+    if tensor[_TENSOR_TYPE] != [_INT8] or not raw or not dims or len(raw[-1]) != prod(dims):
+        return None
+    return np.frombuffer(raw[-1], np.int8).reshape(dims)
 
 
 # Protocol Buffers: a message is a row of fields, each with a number and a wire type.
 
+Fields = dict[int, list[Any]]  # number → contents, memoryviews or integers
+
+
+def _parse(message: memoryview) -> Fields:
+    fields = defaultdict(list)
+    for number, value, _ in _fields(message):
+        fields[number].append(value)
+    return fields
+
+
+def _text(fields: Fields, number: int) -> str:
+    return str(fields[number][-1], "utf-8") if fields[number] else ""
+
 
 def _inside(message: memoryview, *path: int) -> Iterator[memoryview]:
     """All messages that are reached along a path of field numbers."""
-    for number, value in _messages(message):
-        if number == path[0]:
-            yield from _inside(value, *path[1:]) if path[1:] else (value,)
+    for value in _parse(message)[path[0]]:
+        yield from _inside(value, *path[1:]) if path[1:] else (value,)
 
 
-def _messages(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(number, content) of each field that holds bytes."""
-    return ((number, value) for number, value, _ in _fields(message) if isinstance(value, memoryview))
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int, slice]]:
+def _fields(message: memoryview) -> Iterator[tuple[int, Any, slice]]:
     """(number, content, place) of each field that holds bytes or an integer; floats are skipped."""
     at = 0
     while at < len(message):
         start = at
         tag, at = _varint(message, at)
+        value: memoryview | int | None = None
         match tag & 7:
             case 0:
                 value, at = _varint(message, at)
-                yield tag >> 3, value, slice(start, at)
             case 1:
                 at += 8
-            case 5:
-                at += 4
             case 2:
                 size, at = _varint(message, at)
-                at += size
-                if at <= len(message):
-                    yield tag >> 3, message[at - size : at], slice(start, at)
+                value, at = message[at : at + size], at + size
+            case 5:
+                at += 4
             case kind:
                 raise ValueError(f"wire type {kind}")
-    if at > len(message):
-        raise ValueError("cut off")
+        if at > len(message):
+            raise ValueError("cut off")
+        if value is not None:
+            yield tag >> 3, value, slice(start, at)
 
 
-def _unpack(message: memoryview) -> list[int]:
-    numbers, at = [], 0
+def _unpack(message: memoryview) -> Iterator[int]:
+    at = 0
     while at < len(message):
         value, at = _varint(message, at)
-        numbers.append(value)
-    return numbers
+        yield value
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
@@ -281,16 +264,3 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         shift, at = shift + 7, at + 1
         if byte < 128:
             return value, at
-
-
-def _encode(number: int, content: bytes) -> bytes:
-    """A field that holds bytes."""
-    return _to_varint(number << 3 | 2) + _to_varint(len(content)) + content
-
-
-def _to_varint(value: int) -> bytes:
-    groups = []
-    while value > 127:
-        groups.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*groups, value])

@@ -20,7 +20,7 @@ BATCH_TOLERANCE = 0.05
 
 def probe_images(image: ImageSpec, seed: int = SEED) -> np.ndarray:
     """uint8 [4, height, width, channels]: noise, the same for a seed on every machine."""
-    return _noise((image.height, image.width, image.channels), seed)
+    return _noise(image.shape, seed)
 
 
 def record_probe(logits: np.ndarray) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def refuse_batch_dependence(
     together = answer(images)
     if np.isfinite(together).all() and not np.array_equal(together, answer(images)):
         raise Refusal(
-            f"{path} gives two answers to the same images, as Dropout in training mode does; "
+            f"{path} gives different answers to the same images, as Dropout in training mode does; "
             "call net.eval() and export it again"
         )
     alone = np.concatenate([answer(images[index : index + 1]) for index in range(NUM_IMAGES)])
@@ -52,8 +52,8 @@ def refuse_batch_dependence(
         )
     if np.isfinite(alone).all() and (found := difference(alone, together)).relative > BATCH_TOLERANCE:
         raise Refusal(
-            f"{path} answers an image by {found.relative:.0%} of its largest value differently alone and among others: "
-            "it uses its batch, as batch norm in training mode does; call net.eval() and export it again"
+            f"{path} answers an image differently alone and among others, by {found.relative:.0%} of its largest "
+            "value: it uses its batch, as batch norm in training mode does; call net.eval() and export it again"
         )
     return together
 

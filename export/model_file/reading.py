@@ -1,12 +1,13 @@
-"""How somebody else's classifier is read, by the hints of its user, of files beside it and of its exporter."""
+"""How to read a third-party classifier: hints from its user, from files beside it and from its exporter."""
 
 import ast
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from common.documents import read_json, read_object
+from common.documents import is_of, read_json, read_object
 from common.files import read_whole
 from common.refusal import Refusal
 
@@ -20,22 +21,22 @@ _SCORES_OF: dict[str, Scores] = {"Softmax": "probabilities", "Sigmoid": "probabi
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingFlags:
-    """The flags of every command that takes somebody else's net: how the net is read."""
+    """The flags of every command that takes a third-party net: how to read it."""
 
-    mean: Annotated[tuple[float, ...], "somebody else's net: subtracted from each channel; black is 0, white 1"] = ()
-    std: Annotated[tuple[float, ...], "somebody else's net: each channel is then divided by it"] = ()
-    resize: Annotated[int | None, "somebody else's net: pixels of the shorter side before the centre is cropped"] = None
-    labels: Annotated[Path | None, "somebody else's net: a text file with one label a line"] = None
-    channels: Annotated[Channels | None, "somebody else's net: the order of its channels"] = None
-    probabilities: Annotated[bool, "somebody else's net: it gives probabilities"] = False
-    logits: Annotated[bool, "somebody else's net: it gives logits, whatever its last node is"] = False
-    output: Annotated[str | None, "somebody else's net: the name of the output that holds the classes"] = None
-    temperature: Annotated[float | None, "somebody else's net: its logits are divided by it before the softmax"] = None
+    mean: Annotated[tuple[float, ...], "third-party net: subtracted from each channel; black is 0, white 1"] = ()
+    std: Annotated[tuple[float, ...], "third-party net: each channel is then divided by it"] = ()
+    resize: Annotated[int | None, "third-party net: pixels of the shorter side before the centre is cropped"] = None
+    labels: Annotated[Path | None, "third-party net: a text file with one label a line"] = None
+    channels: Annotated[Channels | None, "third-party net: the order of its channels"] = None
+    probabilities: Annotated[bool, "third-party net: it gives probabilities"] = False
+    logits: Annotated[bool, "third-party net: it gives logits, whatever its last node"] = False
+    output: Annotated[str | None, "third-party net: the name of the output that holds the classes"] = None
+    temperature: Annotated[float | None, "third-party net: its logits are divided by it before the softmax"] = None
 
 
 @dataclass(frozen=True)
 class ReadingHints:
-    """What is known of how a net is read, field by field; None where nothing is."""
+    """What is known about how to read a net; None for a field that is unknown."""
 
     mean: tuple[float, ...] | None = None  # of each channel, in units of full scale
     std: tuple[float, ...] | None = None
@@ -45,7 +46,7 @@ class ReadingHints:
     scores: Scores | None = None
     output: str | None = None
     temperature: float | None = None  # as in `Spec`
-    sources: tuple[tuple[str, str], ...] = ()  # (field, who gives it)
+    sources: tuple[tuple[str, str], ...] = ()  # (field, its source)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -59,9 +60,9 @@ class ReadingHints:
 
     def over(self, other: "ReadingHints") -> "ReadingHints":
         """These hints, completed by those of `other`."""
-        fresh = {name: value for name, value in other.given.items() if getattr(self, name) is None}
-        sources = {name: source for name, source in other.sources if name in fresh}
-        return replace(self, **fresh, sources=tuple(sorted({**sources, **dict(self.sources)}.items())))
+        return replace(
+            other, **self.given, sources=tuple(sorted({**dict(other.sources), **dict(self.sources)}.items()))
+        )
 
     def by(self, source: str) -> "ReadingHints":
         """The same hints, given by `source`."""
@@ -77,7 +78,7 @@ NO_HINTS = ReadingHints()
 
 @dataclass(frozen=True)
 class Reading:
-    """How pixels become the input of somebody else's net, how its output is read, and who says so.
+    """How pixels become the input of a third-party net, how to read its output, and the source of each fact.
 
     `mean` and `std` are empty if the graph normalises by itself, as one that takes uint8 does.
     """
@@ -87,34 +88,35 @@ class Reading:
     resize: int | None
     channels: Channels
     scores: Scores
-    sources: dict[str, str]  # field → who gives it; labels too
+    sources: dict[str, str]  # of each field, and of the labels
 
     @property
     def assumed(self) -> list[str]:
-        """The fields that nobody gives."""
+        """The fields without a source."""
         return [name for name, source in self.sources.items() if source == _ASSUMED]
 
     def __str__(self) -> str:
         """In one line, for people."""
         shown = {
-            "mean": f"mean {listed(self.mean)}",
-            "std": f"std {listed(self.std)}",
+            "mean": f"mean {numbers_text(self.mean)}",
+            "std": f"std {numbers_text(self.std)}",
             "resize": f"shorter side {self.resize}, centre cropped" if self.resize else "images stretched to its input",
             "channels": self.channels.upper(),
             "scores": f"answers {self.scores}",
             "labels": "labels 'class N'",
         }
-        assumed = [shown[name] for name in self.assumed]
-        said = [f"{name} by {source}" for name, source in self.sources.items() if source != _ASSUMED]
-        parts = [f"assumed: {', '.join(assumed)}"] if assumed else []
-        return "; ".join(parts + ([f"said: {', '.join(said)}"] if said else []))
+        parts = {
+            "assumed": [shown[name] for name in self.assumed],
+            "said": [f"{name} by {source}" for name, source in self.sources.items() if source != _ASSUMED],
+        }
+        return "; ".join(f"{kind}: {', '.join(part)}" for kind, part in parts.items() if part)
 
 
-def decide_reading(hints: ReadingHints, *, dtype: str, num_channels: int, last_kind: str) -> Reading:
+def decide_reading(hints: ReadingHints, dtype: str, num_channels: int, last_kind: str) -> Reading:
     """The reading of a net with inputs of `dtype`, whose last node is of `last_kind`; refuses hints that do not fit."""
     is_float = dtype != "uint8"
     sources = dict.fromkeys(("mean", "std", "resize", "channels", "scores", "labels"), _ASSUMED)
-    sources |= {name: source for name, source in hints.sources if name in (*sources, "temperature")}
+    sources |= {name: source for name, source in hints.sources if name != "output"}
     if not is_float:
         if by_hand := [f"--{name}" for name in ("mean", "std") if sources[name] == _COMMAND_LINE]:
             raise Refusal(f"the net takes uint8 and normalises by itself; leave {' and '.join(by_hand)} out")
@@ -128,18 +130,14 @@ def decide_reading(hints: ReadingHints, *, dtype: str, num_channels: int, last_k
     for name, values in (("mean", hints.mean), ("std", hints.std)):
         if values is not None and len(values) != num_channels and is_float:
             plural = "s" * (num_channels > 1)
-            raise Refusal(f"{name} needs {num_channels} value{plural}, one for each channel, got {listed(values)}")
+            raise Refusal(
+                f"{name} needs {num_channels} value{plural}, one for each channel, got {numbers_text(values)}"
+            )
     scores = hints.scores or _SCORES_OF.get(last_kind, "logits")
     if hints.temperature is not None and scores == "probabilities":
         raise Refusal("the net gives probabilities, and a temperature is for logits; leave --temperature out")
-    return Reading(
-        mean=(hints.mean or (0.0,) * num_channels) if is_float else (),
-        std=(hints.std or (1.0,) * num_channels) if is_float else (),
-        resize=hints.resize,
-        channels=hints.channels or "rgb",
-        scores=scores,
-        sources=sources,
-    )
+    mean, std = (hints.mean or (0.0,) * num_channels, hints.std or (1.0,) * num_channels) if is_float else ((), ())
+    return Reading(mean, std, hints.resize, hints.channels or "rgb", scores, sources)
 
 
 def from_flags(flags: ReadingFlags) -> ReadingHints:
@@ -169,27 +167,28 @@ def descriptions(model: Path) -> list[Path]:
 
 
 def find_hints(path: Path, metadata: dict[str, str]) -> ReadingHints:
-    """All hints but the user's: those of model.onnx.json first, then its metadata, then configs beside it."""
+    """All hints but the user's: from model.onnx.json first, then its metadata, then configs beside it."""
     hints = read_description(description_path(path)) if description_path(path).exists() else NO_HINTS
     return hints.over(_of_ultralytics(metadata)).over(_of_configs(path))
 
 
 def read_description(path: Path) -> ReadingHints:
-    """What export/describe.py wrote; refuses unknown fields and wrong types."""
+    """The hints that export/describe.py wrote; refuses unknown fields and wrong types."""
     again = "write it again with export/describe.py"
     record = read_object(read_whole(path), str(path), todo=again)
-    known = {field.name for field in fields(ReadingHints)} - {"sources"}
-    if unknown := sorted(set(record) - known):
-        raise Refusal(
-            f"{path} has the unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known))}; {again}"
-        )
-    try:
-        return ReadingHints(**{name: _checked(name, value) for name, value in record.items()}).by(path.name)
-    except (TypeError, ValueError) as error:
-        raise Refusal(f"{path} is not a valid description: {error}; {again}") from error
+    kinds = {field.name: field.type for field in fields(ReadingHints) if field.name != "sources"}
+    if unknown := sorted({*record} - {*kinds}):
+        known = ", ".join(sorted(kinds))
+        raise Refusal(f"{path} has the unknown fields {', '.join(unknown)}; known are {known}; {again}")
+    if bad := [f"{name} cannot be {value!r}" for name, value in record.items() if not is_of(value, kinds[name])]:
+        raise Refusal(f"{path} is not a valid description: {'; '.join(bad)}; {again}")
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
+    return ReadingHints(**values).by(path.name)
 
 
-def listed(values: tuple[float, ...]) -> str:
+def numbers_text(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:g}" for value in values)
 
 
@@ -205,9 +204,8 @@ def _of_ultralytics(metadata: dict[str, str]) -> ReadingHints:
     if metadata.get("task") != "classify" or "names" not in metadata:
         return NO_HINTS
     try:
-        names = ast.literal_eval(metadata["names"])
+        names, sizes = (ast.literal_eval(text) for text in (metadata["names"], metadata.get("imgsz", "[]")))
         labels = tuple(str(names[index]) for index in range(len(names)))
-        sizes = ast.literal_eval(metadata.get("imgsz", "[]"))
     except (ValueError, SyntaxError, KeyError, TypeError):
         return NO_HINTS
     resize = max(sizes) if isinstance(sizes, list) and sizes else None
@@ -217,15 +215,12 @@ def _of_ultralytics(metadata: dict[str, str]) -> ReadingHints:
 
 
 def _of_configs(path: Path) -> ReadingHints:
-    """Configs of Hugging Face or timm beside a model; another program's file of that name gives no hints."""
+    """Configs of Hugging Face or timm beside a model; a file of another program with such a name gives no hints."""
     hints = NO_HINTS
     for name, read in zip(_CONFIGS, (_of_preprocessor, _of_config), strict=True):
-        file = path.with_name(name)
-        if file.is_file():
-            try:
+        if (file := path.with_name(name)).is_file():
+            with suppress(ValueError, TypeError, KeyError, AttributeError):
                 hints = hints.over(read(read_json(read_whole(file))).by(name))
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue
     return hints
 
 
@@ -234,7 +229,7 @@ def _of_preprocessor(record: dict[str, Any]) -> ReadingHints:
     mean = std = None
     if record.get("do_normalize", True) and "image_mean" in record:
         mean, std = _floats(record["image_mean"]), _floats(record["image_std"])
-    size = record.get("size", {})
+    size = record.get("size")
     shorter = size.get("shortest_edge") if isinstance(size, dict) else None
     if shorter and not record.get("do_center_crop"):
         shorter = int(shorter / record["crop_pct"]) if "crop_pct" in record else None
@@ -243,12 +238,13 @@ def _of_preprocessor(record: dict[str, Any]) -> ReadingHints:
 
 def _of_config(record: dict[str, Any]) -> ReadingHints:
     """Labels of Hugging Face's config.json; labels and preprocessing of timm's."""
-    hints = ReadingHints(labels=_by_index(record["id2label"])) if "id2label" in record else NO_HINTS
-    if timm := record.get("pretrained_cfg"):
-        size = timm["input_size"][-1]
-        resize = int(size / timm["crop_pct"]) if timm.get("crop_mode", "center") == "center" else None
-        labels = _by_index(record["label_names"]) if "label_names" in record else None
-        hints = hints.over(ReadingHints(_floats(timm["mean"]), _floats(timm["std"]), resize, labels))
+    timm = record.get("pretrained_cfg")
+    names = record.get("id2label", record.get("label_names") if timm else None)
+    hints = ReadingHints(labels=None if names is None else _by_index(names))
+    if timm:
+        is_cropped = timm.get("crop_mode", "center") == "center"
+        resize = int(timm["input_size"][-1] / timm["crop_pct"]) if is_cropped else None
+        hints = replace(hints, mean=_floats(timm["mean"]), std=_floats(timm["std"]), resize=resize)
     return hints
 
 
@@ -257,34 +253,7 @@ def _by_index(names: Any) -> tuple[str, ...]:
     return tuple(str(names[str(index)] if isinstance(names, dict) else names[index]) for index in range(len(names)))
 
 
-def _checked(name: str, value: Any) -> Any:
-    """A field of a description in the type that `ReadingHints` has; raises TypeError or ValueError."""
-    match name:
-        case "mean" | "std":
-            return _floats(value)
-        case "labels" if isinstance(value, list):
-            return tuple(_typed(label, str, "text") for label in value)
-        case "labels":
-            raise TypeError(f"{value!r} is not a list of labels")
-        case "resize":
-            return _typed(value, int, "a whole number")
-        case "temperature":
-            return _typed(value, int | float, "a number")
-        case "output":
-            return _typed(value, str, "text")
-    allowed = get_args({"channels": Channels, "scores": Scores}[name])
-    if value not in allowed:
-        raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
-    return value
-
-
-def _typed(value: Any, kind: Any, in_words: str) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is not {in_words}")
-    return value
-
-
 def _floats(values: Any) -> tuple[float, ...]:
-    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+    if not is_of(values, tuple[float, ...]):
         raise TypeError(f"{values!r} is not a list of numbers")
     return tuple(map(float, values))

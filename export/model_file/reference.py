@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from common.documents import is_of
 from common.refusal import Refusal
 
 KEY = "reference"  # of an ONNX file's metadata, and of the provenance that every runtime shows
@@ -39,14 +40,9 @@ class Reference:
         return int(part(self.counts, "margin").sum())
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "format": _FORMAT,
-            "what": self.what,
-            "of": self.of,
-            "images": self.num_images,
-            "edges": list(EDGES),
-            **{name: part(self.counts, name).tolist() for name in PARTS},
-        }
+        counts = {name: part(self.counts, name).tolist() for name in PARTS}
+        head = {"format": _FORMAT, "what": self.what, "of": self.of, "images": self.num_images}
+        return {**head, "edges": list(EDGES), **counts}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
@@ -61,19 +57,15 @@ def read_reference(record: Any, num_classes: int) -> Reference:
     what, of, images = (record.get(name) for name in ("what", "of", "images"))
     if not isinstance(what, str) or not isinstance(of, str):
         raise Refusal("the reference does not say what it was counted on")
-    if not _is_count(images) or images == 0:
+    if type(images) is not int or not 1 <= images <= _MOST:
         raise Refusal(f"the reference is over {str(images)[:20]} images")
-    for name in PARTS:
-        counts, size = record.get(name), num_classes if name == "classes" else NUM_BINS
-        if not isinstance(counts, list) or len(counts) != size or not all(map(_is_count, counts)):
+    for name, size in zip(PARTS, (num_classes, NUM_BINS, NUM_BINS), strict=True):
+        counts: Any = record.get(name)
+        if not is_of(counts, tuple[int, ...]) or len(counts) != size or min(counts) < 0:
             raise Refusal(f"{name} in the reference is not a list of {size} counts")
         if sum(counts) != images:
             raise Refusal(f"{name} in the reference counts {sum(counts)} images, not {images}")
     return Reference(what, of, np.array([number for name in PARTS for number in record[name]], np.int64))
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MOST
 
 
 def bin_of(value: float) -> int:
@@ -83,8 +75,7 @@ def bin_of(value: float) -> int:
 
 def part(counts: np.ndarray, name: str) -> np.ndarray:
     """A view of one of PARTS, which `counts` [K + 2 NUM_BINS] holds in this order."""
-    classes, top_probability, margin = np.split(counts, (len(counts) - 2 * NUM_BINS, len(counts) - NUM_BINS))
-    return {"classes": classes, "top_probability": top_probability, "margin": margin}[name]
+    return np.split(counts, (len(counts) - 2 * NUM_BINS, len(counts) - NUM_BINS))[PARTS.index(name)]
 
 
 def count(order: np.ndarray, ranked: np.ndarray, num_classes: int) -> np.ndarray:

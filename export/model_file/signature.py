@@ -1,4 +1,4 @@
-"""What a classifier is, for every command: one input of images, one output with a value for each class."""
+"""A classifier as every command sees it: one input of images, one output with a value for each class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,24 +40,24 @@ class Value:
 class Signature:
     """One input of images, one output of logits.
 
-    A net of this project takes `images` uint8 [N, H, W, C]. Somebody else's may take uint8 or float,
-    [N, H, W, C] or [N, C, H, W]; `reading` says how pixels become its input and how its output is read.
+    A net of this project takes `images` uint8 [N, H, W, C]. A third-party net may take uint8 or float, [N, H, W, C] or
+    [N, C, H, W]; `reading` says how pixels become its input and how to read its output.
     """
 
     input_name: str
     output_name: str
     dtype: str  # uint8, float16 or float32
     shape: tuple[int | None, ...]  # of the input; None where it is free
-    reading: Reading | None = None  # of somebody else's net
+    reading: Reading | None = None  # of a third-party net
 
     def __post_init__(self) -> None:
-        shown = [size or "N" for size in self.shape]
+        takes = f"the net takes {self.input_name} {[size or 'N' for size in self.shape]}"
         if self.dtype not in ("uint8", "float16", "float32"):
             raise Refusal(f"the net takes {self.dtype}; images must be uint8, float32 or float16")
         if len(self.shape) != 4 or None in self.shape[1:]:
-            raise Refusal(f"the net takes {self.input_name} {shown}; export it with a fixed height, width and channels")
+            raise Refusal(f"{takes}; export it with a fixed height, width and channels")
         if self.shape[3] not in (1, 3) and self.shape[1] not in (1, 3):
-            raise Refusal(f"the net takes {self.input_name} {shown}; images have 1 or 3 channels")
+            raise Refusal(f"{takes}; images have 1 or 3 channels")
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Signature":
@@ -79,8 +79,8 @@ class Signature:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """(height, width, channels)."""
-        _, *sizes = (size or 0 for size in self.shape)
-        return (sizes[1], sizes[2], sizes[0]) if self.channels_first else (sizes[0], sizes[1], sizes[2])
+        _, first, second, third = (size or 0 for size in self.shape)
+        return (second, third, first) if self.channels_first else (first, second, third)
 
     def to_input(self, images: np.ndarray) -> np.ndarray:
         """Pixels uint8 [N, H, W, C] → what the net takes, in C order."""
@@ -101,13 +101,13 @@ class Signature:
 def find_signature(
     path: Path, header: Header, graph: OnnxGraph, inputs: Sequence[Value], outputs: Sequence[Value], hints: ReadingHints
 ) -> tuple[Signature, ReadingHints]:
-    """The signature of the classifier in `path`, and all hints on it: `hints` are its user's. Refuses other graphs."""
+    """The signature of the classifier in `path`, and all hints on it; `hints` are its user's. Refuses other graphs."""
     if header.spec is None:
         hints = hints.over(find_hints(path, header.metadata))
     elif hints.sources:
         raise Refusal(f"{path} says itself how it is read; leave {hints.flags} out")
     if len(inputs) != 1:
-        raise Refusal(f"{path} has {len(inputs)} inputs; a classifier has one, of images")
+        raise Refusal(f"{path} has {len(inputs)} inputs; a classifier has one input of images")
     if nodes := graph.in_training_mode():
         raise Refusal(
             f"{path} was exported in training mode: the batch norm {nodes[0]} normalizes with the other images of its "
@@ -118,51 +118,44 @@ def find_signature(
         signature = Signature(inputs[0].name, output.name, inputs[0].dtype, inputs[0].shape)
         if header.spec is not None:
             return signature, NO_HINTS
-        last_kind = graph.last_kind(output.name)
-        channels = signature.sizes[2]
-        reading = decide_reading(hints, dtype=signature.dtype, num_channels=channels, last_kind=last_kind)
+        reading = decide_reading(hints, signature.dtype, signature.sizes[2], graph.last_kind(output.name))
+        return replace(signature, reading=reading), hints
     except Refusal as refusal:
         raise Refusal(f"{path}: {refusal}") from refusal
-    return replace(signature, reading=reading), hints
 
 
 def find_spec(path: Path, header: Header, signature: Signature, hints: ReadingHints, num_classes: int) -> Spec:
-    """The spec of the file, or one made of all hints; refuses labels that do not fit."""
+    """The spec in the file, or one made from all hints; refuses labels that do not fit."""
     if num_classes < 2:
         raise Refusal(f"{path} gives {num_classes} value per image; a classifier gives one per class")
-    if header.spec is None:
-        try:
-            return _foreign_spec(signature, hints, num_classes)
-        except Refusal as refusal:
-            raise Refusal(f"{path}: {refusal}") from refusal
-    if (num := len(header.spec.labels)) != num_classes:
-        raise Refusal(f"{path}: its spec has {num} labels, its graph {num_classes} logits; export it again")
-    return header.spec
-
-
-def _foreign_spec(signature: Signature, hints: ReadingHints, num_classes: int) -> Spec:
-    """The spec of somebody else's net, with numbered labels unless it has hints on them."""
-    height, width, channels = signature.sizes
     reading = signature.reading
-    assert reading is not None
-    if hints.labels is not None and (num := len(hints.labels)) != num_classes:
-        source = reading.sources["labels"]
-        raise Refusal(f"the net has {num_classes} classes, and {source} gives {num} labels; give one for each")
+    if reading is None:  # of this project
+        assert header.spec
+        if (num := len(header.spec.labels)) != num_classes:
+            raise Refusal(f"{path}: its spec has {num} labels, its graph {num_classes} logits; export it again")
+        return header.spec
+    labels = tuple(f"class {index}" for index in range(num_classes)) if hints.labels is None else hints.labels
+    if (num := len(labels)) != num_classes:
+        given = f"{reading.sources['labels']} gives {num} labels"
+        raise Refusal(f"{path}: the net has {num_classes} classes, and {given}; give one for each")
+    height, width, channels = signature.sizes
     mean, std = reading.mean or (0.0,) * channels, reading.std or (1.0,) * channels
-    image = ImageSpec(height, width, channels, mean=mean, std=std, resize=reading.resize)
-    labels = hints.labels or tuple(f"class {index}" for index in range(num_classes))
-    return Spec.of_net("", image, labels, 1.0 if hints.temperature is None else hints.temperature)
+    try:
+        image = ImageSpec(height, width, channels, mean, std, reading.resize)
+        return Spec.of_net("", image, labels, 1.0 if hints.temperature is None else hints.temperature)
+    except Refusal as refusal:
+        raise Refusal(f"{path}: {refusal}") from refusal
 
 
 def _choose_output(outputs: Sequence[Value], asked: str | None) -> Value:
     """The output that holds the classes: the one asked for, or the only one that can."""
     names = ", ".join(output.name for output in outputs)
-    if asked is not None and asked not in {output.name for output in outputs}:
+    if asked not in (None, *(output.name for output in outputs)):
         raise Refusal(f"it has no output {asked}; choose one of {names} with --output")
     able = [output for output in outputs if (output.num_classes or 2) > 1 and asked in (None, output.name)]
     if not able:
         shown = "; ".join(f"{output.name} {output.dtype} {output.shown}" for output in outputs)
-        raise Refusal(f"it answers {shown}; a classifier answers [N, K], one float for each of its K classes")
+        raise Refusal(f"its outputs are {shown}; a classifier's is [N, K], one float for each of its K classes")
     if len(able) > 1:
         raise Refusal(f"it has the outputs {names}; choose the one that holds the classes with --output NAME")
     return able[0]

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from hashlib import sha256
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.files import read_whole
-from common.refusal import Refusal
+from common.documents import is_of
+from common.files import read_whole, sha256
+from common.refusal import Refusal, one_line
 from export.model_file.onnx_reader import Header, digest_of, read_header
 from export.runtimes.runtime import Model, Runtime
 from export.runtimes.saturation import warning
@@ -60,8 +60,8 @@ class CascadeFiles:
     evidence: Evidence
 
     def __str__(self) -> str:
-        (quick, exact), (first, second) = self.digests, (self.quick, self.exact)
-        return f"{first.name} ({quick[:12]}), then {second.name} ({exact[:12]}): {self.evidence}"
+        files = zip((self.quick, self.exact), self.digests, strict=True)
+        return f"{', then '.join(f'{path.name} ({digest[:12]})' for path, digest in files)}: {self.evidence}"
 
 
 class Cascade:
@@ -103,16 +103,16 @@ def in_doubt(logits: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def gaps(logits: np.ndarray) -> np.ndarray:
-    """float64 [N]: between the two largest of each row [N, K]; infinite where there is one class, which is sure."""
+    """float64 [N]: between the two largest of each row [N, K]; infinite if there is one class, which is sure."""
     if logits.shape[1] == 1:
         return np.full(len(logits), np.inf)
     two = np.partition(logits.astype(np.float64), -2, axis=1)[:, -2:]
-    with np.errstate(invalid="ignore"):  # infinity less infinity: no number, hence in doubt
+    with np.errstate(invalid="ignore"):  # infinity less infinity is NaN, hence in doubt
         return two[:, 1] - two[:, 0]
 
 
 def read_forms(paths: Sequence[Path]) -> CascadeFiles:
-    """The files of a cascade in any order; refuses what is not two forms of one net with evidence that holds here."""
+    """The files of a cascade in any order; refuses any but two forms of one net with evidence that holds here."""
     quick, exact = in_order(paths)
     content = read_whole(quick)
     evidence = _read_evidence(quick, exact, read_header(quick, content))
@@ -134,16 +134,13 @@ def in_order(paths: Sequence[Path]) -> tuple[Path, Path]:
             "name two .onnx files"
         )
     again = "export both from one plain.safetensors with export/to_onnx.py"
-    headers = {path: read_header(path, read_whole(path)) for path in paths}
-    kinds = {
-        path: str(_export(header).get("precision", "of no recorded precision")) for path, header in headers.items()
-    }
-    by_kind = {kind: path for path, kind in kinds.items()}
-    if by_kind.keys() != {QUICK, EXACT}:
-        found = " and ".join(f"{path} is {kind[:40]}" for path, kind in kinds.items())
+    headers = [read_header(path, read_whole(path)) for path in paths]
+    kinds = [str(_export(header).get("precision", "of no recorded precision")) for header in headers]
+    if {*kinds} != {QUICK, EXACT}:
+        found = " and ".join(f"{path} is {kind[:40]}" for path, kind in zip(paths, kinds, strict=True))
         raise Refusal(f"a cascade takes the {EXACT} and the {QUICK} form of one net, and {found}; {again}")
-    quick, exact = by_kind[QUICK], by_kind[EXACT]
-    net, other = ((header.spec, _export(header).get("plain_sha256")) for header in (headers[quick], headers[exact]))
+    quick, exact = paths if kinds == [QUICK, EXACT] else reversed(paths)
+    net, other = ((header.spec, _export(header).get("plain_sha256")) for header in headers)
     if net != other or net[1] is None:
         raise Refusal(
             f"{quick} and {exact} are not of one net, by the spec and the digest of the plain net that they record; "
@@ -156,24 +153,24 @@ def _read_evidence(quick: Path, exact: Path, header: Header) -> Evidence:
     how = f"measure it with python export/cascade.py {exact} {quick}"
     record = _export(header).get(RECORD)
     if record is None:
-        raise Refusal(f"{quick} does not record from which gap on its classes are {EXACT}'s; {how}")
+        raise Refusal(f"{quick} does not record the gap above which its classes are {EXACT}'s; {how}")
     try:
         evidence = Evidence(**{field.name: record[field.name] for field in fields(Evidence)})
         _refuse_invalid(evidence)
         return replace(evidence, threshold=float(evidence.threshold))
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise Refusal(f"the record of the cascade in {quick} is damaged ({str(error)[:120]}); {how}") from error
+        raise Refusal(f"the record of the cascade in {quick} is damaged ({one_line(error, 120)}); {how}") from error
 
 
 def _refuse_invalid(evidence: Evidence) -> None:
     """Raises ValueError for values that no measurement gives."""
     values = asdict(evidence)
-    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values.values()):
+    if not all(is_of(value, float) for value in values.values()):
         raise ValueError(f"not all are numbers: {values}")
     threshold, *counts, bound = values.values()
     if not (isfinite(threshold) and threshold >= 0 and 0 <= bound <= 1):
         raise ValueError(f"threshold {threshold}, changed_at_most {bound}")
-    if not all(isinstance(count, int) for count in counts) or min(counts[2:]) < 0 or min(counts[:2]) < 1:
+    if not is_of(counts, tuple[int, ...]) or min(counts[2:]) < 0 or min(counts[:2]) < 1:
         raise ValueError(f"counts {counts}")
     if max(counts[2:]) > evidence.num_test:
         raise ValueError(f"more than {evidence.num_test} test images: {counts[2:]}")
@@ -189,14 +186,14 @@ def _model(quick: Model, exact: Model, evidence: Evidence) -> Model:
         {"precision": precision, "name": model.name, "digest": model.digest, "file_bytes": model.num_bytes}
         for precision, model in ((QUICK, quick), (EXACT, exact))
     ]
-    export = {key: value for key, value in quick.provenance.get("export", {}).items() if key != "probe"}
-    if probe := _probe(quick, exact, evidence.threshold):
-        export["probe"] = probe
-    provenance = {**exact.provenance, **quick.provenance, "export": export}
+    export = {**quick.provenance.get("export", {}), "probe": _probe(quick, exact, evidence.threshold)}
+    if export["probe"] is None:
+        del export["probe"]
+    record = {"forms": forms, **evidence.to_dict()}
     return replace(
         quick,
-        digest=sha256((quick.digest + exact.digest).encode()).hexdigest(),
-        provenance={**provenance, RECORD: {"forms": forms, **evidence.to_dict()}},
+        digest=sha256((quick.digest + exact.digest).encode()),
+        provenance={**exact.provenance, **quick.provenance, "export": export, RECORD: record},
         num_bytes=quick.num_bytes + exact.num_bytes,
     )
 

@@ -16,7 +16,7 @@ with suppress(ImportError):
 
 
 def num_devices() -> int:
-    """CUDA devices of this machine; 0 where there is no driver, or no bindings."""
+    """CUDA devices of this machine; 0 without a driver or the bindings."""
     if cudart is None:
         return 0
     error, count = cudart.cudaGetDeviceCount()
@@ -61,13 +61,13 @@ class Buffer:
         self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(int(self._host)))
 
     def upload(self, array: np.ndarray, stream: Any) -> None:
-        """Copy `array` to the device, behind what the stream already does."""
+        """Copy `array` to the device, after all work on the stream."""
         kind = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._bytes[: array.nbytes] = array.reshape(-1).view(np.uint8)
         call(cudart.cudaMemcpyAsync(self.device, self._host, array.nbytes, kind, stream))
 
     def download(self, shape: tuple[int, ...], dtype: np.dtype, stream: Any) -> np.ndarray:
-        """Wait for the stream, and copy what the device holds."""
+        """Wait for the stream, and copy the device's memory."""
         num_bytes = int(np.prod(shape)) * dtype.itemsize
         kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         call(cudart.cudaMemcpyAsync(self._host, self.device, num_bytes, kind, stream))
@@ -101,10 +101,10 @@ def _free(device: Any, host: Any = None) -> None:
 
 
 def capture(stream: Any, work: Callable[[], None]) -> Any:
-    """What `work` puts on the stream as an executable CUDA graph, or None where it cannot be captured.
+    """The work that `work` puts on the stream as an executable CUDA graph, or None if it cannot be captured.
 
-    A capture is broken by whatever must run at once, such as an allocation; `work` may raise
-    RuntimeError then, and nothing of it has run.
+    Anything that must run at once, such as an allocation, breaks a capture; `work` may then raise RuntimeError, and
+    none of it has run.
     """
     call(cudart.cudaStreamSynchronize(stream))
     call(cudart.cudaStreamBeginCapture(stream, cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
@@ -123,5 +123,5 @@ def capture(stream: Any, work: Callable[[], None]) -> Any:
 
 
 def launch(graph: Any, stream: Any) -> None:
-    """Run a captured graph, behind what the stream already does."""
+    """Run a captured graph, after all work on the stream."""
     call(cudart.cudaGraphLaunch(graph, stream))

@@ -26,12 +26,12 @@ def load_runtime(
 
     `device` is the number of a CUDA device; None takes the first one, or the CPU where there is none.
     `num_threads` is for the CPU; 0 lets the runtime choose. A session of ONNX Runtime that `shares_cores` with another
-    one, in turns, gives them up after each call. `hints` are those of a user of somebody else's .onnx.
+    one, in turns, gives them up after each call. `hints` are for third-party .onnx files.
     """
     if path.suffix not in RUNTIMES:
         raise Refusal(f"{path} is neither an .onnx nor an .engine file; make one with export/to_onnx.py")
     if hints.sources and path.suffix != ".onnx":
-        raise Refusal(f"{path} keeps how it is read in its card; give --mean and the like to export/to_trt.py")
+        raise Refusal(f"{path} is read as its card says; give --mean and the like to export/to_trt.py")
     names = RUNTIMES[path.suffix]
     match name or names[0]:
         case other if other not in names:
@@ -43,10 +43,10 @@ def load_runtime(
                 raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
             return OnnxSession(path, device=device, num_threads=num_threads, shares_cores=shares_cores, hints=hints)
         case "mnn":
-            from export.runtimes.mnn.module import MnnModule
+            from export.runtimes.mnn_module import MnnModule
 
             if device is not None:
-                raise Refusal(f"MNN runs on the CPU alone; leave device {device} out, or use --runtime onnxruntime")
+                raise Refusal(f"MNN runs only on the CPU; leave device {device} out, or use --runtime onnxruntime")
             return MnnModule(path, num_threads=num_threads)
         case "torch":
             try:

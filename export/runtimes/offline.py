@@ -1,7 +1,7 @@
 """ONNX Runtime without telemetry: `from export.runtimes.offline import ort`.
 
-Since 1.31 its releases keep a number for the device and a database of usage in ~/.cache and send them to
-Microsoft, unless this variable is set before the import.
+Since 1.31 its releases keep a number for the device and a database of usage in ~/.cache and send them to Microsoft,
+unless this variable is set before the import.
 """
 
 import os
@@ -28,6 +28,3 @@ def cpu_session(model: bytes, *, weights_folder: Path | None = None, **attribute
     for name, value in attributes.items():
         setattr(options, name, value)
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-__all__ = ["cpu_session", "ort", "quiet_options"]

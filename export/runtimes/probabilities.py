@@ -1,4 +1,4 @@
-"""From what a net gives to probabilities: the one place, for the server and for every command."""
+"""From a net's outputs to probabilities: the one place, for the server and for every command."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ import numpy as np
 def probabilities(values: np.ndarray, *, temperature: float = 1.0, are_probabilities: bool = False) -> np.ndarray:
     """Finite logits [N, K], or probabilities already, → probabilities, float64 [N, K].
 
-    `temperature` is that of the model's spec; probabilities stay what they are.
+    `temperature` comes from the model's spec; probabilities are returned unchanged.
     """
     return values.astype(np.float64) if are_probabilities else softmax(values, temperature=temperature)
 
@@ -19,7 +19,7 @@ def softmax(logits: np.ndarray, *, temperature: float = 1.0) -> np.ndarray:
 
 
 def without_temperature(values: np.ndarray, temperature: float) -> np.ndarray:
-    """What `probabilities` float64 [N, K] of a temperature would be with a temperature of 1."""
+    """`values`, probabilities float64 [N, K] with a temperature, as they would be with a temperature of 1."""
     powers = values**temperature  # a row's softmax is exp(z / T) / S, and 1 / S is common to its classes
     return powers / powers.sum(axis=1, keepdims=True)
 

@@ -14,12 +14,12 @@ from export.model_file.reading import Reading
 class Model:
     """The description of an exported file, by its own record."""
 
-    name: str  # "DiracNet-16-1", or the file's stem for somebody else's net
+    name: str  # "DiracNet-16-1", or the file's stem for a third-party net
     digest: str  # sha256 of the artefact, hex
     spec: Spec
-    provenance: dict[str, Any]  # what training, fold and export recorded; empty for somebody else's net
+    provenance: dict[str, Any]  # the records of training, fold and export; empty for a third-party net
     num_bytes: int = 0  # of the artefact
-    reading: Reading | None = None  # how somebody else's net is read; None for this project's
+    reading: Reading | None = None  # of a third-party net
 
     @property
     def gives_probabilities(self) -> bool:

@@ -1,7 +1,7 @@
-"""Whether eight-bit products can leave 16 bits: what a file's weights allow, and what this processor does then.
+"""Whether eight-bit products can overflow 16 bits: by a file's weights, and on this processor.
 
-Processors without VNNI multiply unsigned by signed bytes and add two products in 16 bits, with saturation. Which two is
-the kernel's choice, so a filter is safe where no two of its weights can do it: 255 (w + v) within 16 bits.
+Processors without VNNI multiply unsigned by signed bytes and add two products in 16 bits, with saturation. The
+kernel chooses which two, so a filter is safe if no two of its weights can do it: 255 (w + v) within 16 bits.
 """
 
 from functools import lru_cache
@@ -64,8 +64,7 @@ def _find_weights(node: Node, makers: dict[str, Node]) -> tuple[str, int] | None
 
 def warning(path: Path, content: bytes) -> str | None:
     """A warning about a file whose answers this processor may compute wrongly; None if it cannot."""
-    nodes = may_saturate(path, content)
-    if not nodes or not saturates():
+    if not (nodes := may_saturate(path, content)) or not saturates():
         return None
     return (
         f"{path.name} may be answered wrongly here: this processor adds eight-bit products in 16 bits, and "

@@ -21,7 +21,7 @@ class TensorRTEngine:
     """One engine on one stream; `model` and `description` as in `Runtime`.
 
     Batches run as CUDA graphs of 1, 2, 4, ... images and the profile's smallest and largest number; others are padded
-    to the next of them. What it holds on the device is freed with the last reference to it.
+    to the next of them. Its memory on the device is freed with the last reference to it.
     """
 
     platform = "tensorrt_plan"
@@ -30,24 +30,16 @@ class TensorRTEngine:
         content = read_whole(path)
         card = read_card(path)
         trt = _fitting_library(path, content, card, device)
-        self.model = Model(
-            card.name,
-            card.engine_sha256,
-            card.spec,
-            card.provenance,
-            num_bytes=len(content),
-            reading=card.signature.reading,
-        )
-        self.description = f"{card.builder}, {card.precision}"
-        self.library = f"{card.builder} {trt.__version__}"
-        self._card = card
-        self._device = device
+        reading = card.signature.reading
+        self.model = Model(card.name, card.engine_sha256, card.spec, card.provenance, len(content), reading)
+        self.description, self.library = f"{card.builder}, {card.precision}", f"{card.builder} {trt.__version__}"
+        self._card, self._device = card, device
         self._logger = make_logger(trt)
         self._runtime = make_runtime(trt, self._logger, card)  # must outlive its engine
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
             raise Refusal(f"{path} cannot be loaded: {self._logger.last_error()}")
-        self._graphs: dict[int, Any] = {}  # by batch size; None where the engine cannot be captured
+        self._graphs: dict[int, Any] = {}  # by batch size; None if the engine cannot be captured
         self._allocate(trt)
         self._context = self._make_context()
         self._captured: list[Any] = []  # contexts, which must outlive their graphs
@@ -87,8 +79,7 @@ class TensorRTEngine:
         if batch not in self._graphs:
             self._graphs[batch] = self._capture(x.shape)
         self._input.upload(x, self._stream)
-        graph = self._graphs[batch]
-        if graph is None:
+        if (graph := self._graphs[batch]) is None:
             self._enqueue(self._context, x.shape)
         else:
             gpu.launch(graph, self._stream)
@@ -96,10 +87,10 @@ class TensorRTEngine:
         return self._output.download(shape, self._dtype, self._stream).astype(np.float32, copy=False)
 
     def _capture(self, shape: tuple[int, ...]) -> Any:
-        """A graph of the engine for inputs of `shape`; None where it does what a graph cannot hold.
+        """A graph of the engine for inputs of `shape`; None if the engine cannot be captured.
 
-        It has a context of its own: to give one another shape would change it under its graph. The first
-        run is not captured, since it may still allocate.
+        It has its own context, because another shape would change a context under its graph. The first run is not
+        captured, since it may still allocate.
         """
         context = self._make_context()
         self._enqueue(context, shape)
@@ -116,7 +107,7 @@ class TensorRTEngine:
 
 
 def import_library(name: str) -> Any:
-    """`tensorrt` or `tensorrt_rtx`; refuses, saying what to install, where it is missing or does not load."""
+    """`tensorrt` or `tensorrt_rtx`; if it is missing or does not load, the refusal says what to install."""
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The files of one road that are at hand: an earlier one is found by the digest that a later one records."""
+"""A file and the files that it was made of: each is found by the digest that a later one records."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,21 +14,26 @@ from export.model_file.engine_card import EngineCard, read_card
 from export.model_file.onnx_reader import digest_of
 from export.verification.claims import CheckedClaim, Claims, judged, read_claims, unchecked
 
-# What lies beside a model under a name of its own, and how the files of a kind end.
-CHECKPOINTS = ("best.pt", "checkpoint.pt")
-SUFFIXES = {"the ONNX file": ".onnx", "plain.safetensors": ".safetensors", "the checkpoint": ".pt"}
+# Where a source may lie: a run may have many checkpoints, each as large as all other files together.
+PATTERNS = {
+    "the ONNX file": ("*.onnx",),
+    "plain.safetensors": ("*.safetensors",),
+    "the checkpoint": ("best.pt", "checkpoint.pt"),
+}
+# What else a file may be made of: the plain net of --init, the authors' file, the weights of an own net.
+OTHERS = ("training.init_sha256", "training.authors_sha256", "fold.weights_sha256")
 
 
 @dataclass(frozen=True)
 class Source:
-    """An earlier file: the digest that is recorded of it, and what lies here."""
+    """An earlier file: its recorded digest, and what lies here."""
 
-    what: str  # a key of SUFFIXES, or the record's own name
+    what: str  # a key of PATTERNS, or the record's own name
     recorded: str
-    path: Path | None  # what has this digest
-    others: tuple[tuple[Path, str], ...]  # what should have it by its name, and has another
+    path: Path | None  # the file with this digest
+    others: tuple[tuple[Path, str], ...] = ()  # files of another digest that should have this one, by their names
 
-    def row(self) -> CheckedClaim:
+    def check(self) -> CheckedClaim:
         claim = f"sha256 of {self.what}"
         if self.path:
             return judged(claim, self.recorded, self.recorded, is_same=True)
@@ -40,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Chain:
-    """A file, what it claims, and the files that it was made of, as far as they are at hand."""
+    """A file, its claims, and the files that it was made of, as far as they are at hand."""
 
     path: Path
     digest: str
@@ -52,16 +57,16 @@ class Chain:
     why_not: str  # it does not run
     sources: tuple[Source, ...]  # the nearest first
     forms: dict[str, Artefact]  # the sources at hand, made callable, by `Source.what`
-    reports: tuple[tuple[str, dict[str, Any]], ...]  # of export/parity.py: where it stands, what it says
+    reports: dict[str, dict[str, Any]]  # of export/parity.py: where a report is → its content
 
     @property
     def exported(self) -> Artefact | None:
-        """The ONNX file: this one, or an engine's where it is at hand."""
+        """The ONNX file: this one, or an engine's if it is at hand."""
         return self.form if self.path.suffix == ".onnx" else self.forms.get("the ONNX file")
 
     @property
     def nearest(self) -> Artefact | None:
-        """The first file of the road, from this one back, that runs here."""
+        """The first file of the chain, from this one back, that runs here."""
         return self.form or next(iter(self.forms.values()), None)
 
     def missing(self, what: str) -> str:
@@ -73,58 +78,48 @@ def find_chain(path: Path, against: Sequence[Path]) -> Chain:
 
     Refuses what cannot be opened, and a file of `against` that is of no use here.
     """
-    card, form, why_not = None, None, ""
-    if path.suffix == ".engine":
-        card = read_card(path)
-        form, why_not = _open_engine(path)
-    else:
+    card = read_card(path) if path.suffix == ".engine" else None
+    form, why_not = None, ""
+    try:
         form = open_artefact(path)
+    except Refusal as refusal:
+        if card is None:
+            raise
+        why_not = str(refusal).replace(str(path), path.name)
     spec, provenance = (card.spec, card.provenance) if card else (form.spec, form.provenance)  # type: ignore[union-attr]
     claims = read_claims(provenance, len(spec.labels))
     sources = tuple(_sources(path, card, claims, against))
-    forms = {source.what: open_artefact(source.path) for source in sources if source.path and source.what in SUFFIXES}
-    found = (*(source.path for source in sources if source.path), path)
-    reports = tuple(_reports(found, card, against))
-    _refuse_strangers(against, sources, [name for name, _ in reports])
-    digest = digest_of(path, read_whole(path))
-    return Chain(path, digest, spec, provenance, claims, card, form, why_not, sources, forms, reports)
-
-
-def _open_engine(path: Path) -> tuple[Artefact | None, str]:
-    try:
-        return open_artefact(path), ""
-    except Refusal as refusal:
-        return None, str(refusal).replace(str(path), path.name)
+    forms = {source.what: open_artefact(source.path) for source in sources if source.path and source.what in PATTERNS}
+    reports = dict(_reports([*(source.path for source in sources if source.path), path], card, against))
+    # A file that was named and that no claim is about would seem to have been checked.
+    used = {*reports, *(str(file) for source in sources for file in (source.path, *dict(source.others)))}
+    if strangers := [str(file) for file in against if str(file) not in used]:
+        raise Refusal(f"no claim is about {', '.join(strangers)}: leave it out, or name the file that was read")
+    return Chain(
+        path, digest_of(path, read_whole(path)), spec, provenance, claims, card, form, why_not, sources, forms, reports
+    )
 
 
 def _sources(path: Path, card: EngineCard | None, claims: Claims, against: Sequence[Path]) -> Iterator[Source]:
-    recorded = {
-        "the ONNX file": card.onnx_sha256 if card else None,
-        "plain.safetensors": claims.plain_sha256,
-        "the checkpoint": claims.checkpoint_sha256,
-    }
+    read_too = {name: digest for name in OTHERS if (digest := claims.get(name))}
     digests = {file: _digest(file) for file in against}
-    others = [file for file in against if digests[file] in claims.others_sha256.values()]
+    named = [file for file in against if digests[file] not in read_too.values()]
     places = [path, *against]
-    for what, digest in recorded.items():
-        if digest:
-            source = _find(what, digest, places, [file for file in against if file not in others])
-            places += [source.path] if source.path else []
-            yield source
-    for what, digest in claims.others_sha256.items():
-        found = next((file for file, other in digests.items() if other == digest), None)
-        yield Source(what.removesuffix("_sha256"), digest, found, ())
-
-
-def _find(what: str, digest: str, places: Sequence[Path], against: Sequence[Path]) -> Source:
-    """A file of the kind `what` with this digest: one of `against`, or one that lies beside one of `places`."""
-    suffix = SUFFIXES[what]
-    named = [file for file in against if file.suffix == suffix]
-    beside = [file for folder in dict.fromkeys(place.parent for place in places) for file in _files(folder, suffix)]
-    digests = {file: _digest(file) for file in dict.fromkeys([*named, *beside]) if file != places[0]}
-    found = next((file for file, other in digests.items() if other == digest), None)
-    expected = [file for file in digests if file in named or _is_meant(file, places[0])]
-    return Source(what, digest, found, tuple((file, digests[file]) for file in expected))
+    recorded = (card and card.onnx_sha256, claims.get("export.plain_sha256"), claims.get("fold.checkpoint_sha256"))
+    for (what, patterns), digest in zip(PATTERNS.items(), recorded, strict=True):
+        if not digest:
+            continue
+        folders, suffix = dict.fromkeys(place.parent for place in places), Path(patterns[0]).suffix
+        beside = [file for folder in folders for name in patterns for file in sorted(folder.glob(name))]
+        files = [file for file in (*named, *beside) if file.suffix == suffix and file != path and file.is_file()]
+        digests |= {file: _digest(file) for file in files if file not in digests}
+        found = next((file for file in files if digests[file] == digest), None)
+        others = [(file, digests[file]) for file in dict.fromkeys(files) if file in named or _is_meant(file, path)]
+        yield Source(what, digest, found, tuple(others))
+        places += [found] if found else []
+    for name, digest in read_too.items():
+        found = next((file for file in against if digests[file] == digest), None)
+        yield Source(name.removesuffix("_sha256"), digest, found)
 
 
 def _digest(file: Path) -> str:
@@ -136,19 +131,13 @@ def _digest(file: Path) -> str:
         return sha256(content)
 
 
-def _files(folder: Path, suffix: str) -> list[Path]:
-    if suffix == ".pt":  # of a run there may be many, each as large as all other files
-        return [file for name in CHECKPOINTS if (file := folder / name).is_file()]
-    return sorted(file for file in folder.glob(f"*{suffix}") if file.is_file())
-
-
 def _is_meant(file: Path, subject: Path) -> bool:
     """Whether by its name `subject` was made of it: plain.safetensors for plain-int8.onnx, a run's best.pt."""
     return file.parent == subject.parent and (file.suffix == ".pt" or subject.stem.startswith(file.stem))
 
 
 def _reports(found: Sequence[Path], card: EngineCard | None, against: Sequence[Path]) -> Iterator[tuple[str, Any]]:
-    """Those that export/parity.py wrote about the ONNX file, or the plain one: in the card, named, or beside."""
+    """Those that export/parity.py wrote about the ONNX file or the plain one: in the card, named, or beside it."""
     if card and card.parity:
         if not _is_report(card.parity):
             raise Refusal("the parity in the engine's card is damaged; build the engine again with export/to_trt.py")
@@ -156,28 +145,16 @@ def _reports(found: Sequence[Path], card: EngineCard | None, against: Sequence[P
     beside = [path.with_suffix(end) for path in found if path.suffix != ".pt" for end in (".json", ".parity.json")]
     named = [path for path in against if path.suffix == ".json"]
     for path in dict.fromkeys([*named, *(file for file in beside if file.is_file())]):
-        if report := _report(path):
+        try:
+            report = read_json(read_whole(path))
+        except ValueError:
+            report = None
+        if _is_report(report):
             yield str(path), report
         elif path in named:
             raise Refusal(f"{path} is not a report of export/parity.py; leave it out")
 
 
-def _report(path: Path) -> dict[str, Any] | None:
-    """None where a file of that name is another program's."""
-    try:
-        report = read_json(read_whole(path))
-    except ValueError:
-        return None
-    return report if _is_report(report) else None
-
-
 def _is_report(report: Any) -> bool:
     is_ours = isinstance(report, dict) and isinstance(report.get("artefacts"), dict)
     return is_ours and isinstance(report.get("parity"), list)
-
-
-def _refuse_strangers(against: Sequence[Path], sources: Sequence[Source], reports: Sequence[str]) -> None:
-    """A file that was named and that no claim is about would seem to have been checked."""
-    used = {str(file) for source in sources for file, _ in source.others} | {str(source.path) for source in sources}
-    if strangers := [str(file) for file in against if str(file) not in used | set(reports)]:
-        raise Refusal(f"no claim is about {', '.join(strangers)}: leave it out, or name the file that was read")

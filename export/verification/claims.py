@@ -1,8 +1,9 @@
-"""What a file of this project claims of itself, parsed as untrusted input, and a claim that was computed again."""
+"""What a file of this project claims about itself, parsed as untrusted input, and a claim that was checked."""
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,10 +13,11 @@ from export.compare import TOLERANCES
 from export.model_file.probe import NUM_IMAGES
 from export.runtimes.cascade import RECORD, Evidence
 from fold.lowerings import LOWERINGS
+from fold.proof import ProofRow
 
 Verdict = Literal["same", "differs", "cannot be checked here"]
 MOST = 10**9  # images or numbers that a record may count
-# What is recorded beyond the claims below: how a file was made.
+# The sections of a record, and why their other entries, which say how a file was made, are not checked.
 MADE_HOW = {
     "training": "how a net was trained shows only when it is trained again",
     "fold": "says what was folded, and how",
@@ -25,7 +27,7 @@ MADE_HOW = {
 
 @dataclass(frozen=True)
 class CheckedClaim:
-    """One claim. Where it cannot be checked, `computed` says what is missing."""
+    """One claim. If it cannot be checked, `computed` says what is missing."""
 
     claim: str
     recorded: str
@@ -33,128 +35,71 @@ class CheckedClaim:
     verdict: Verdict
 
 
-def judged(claim: str, recorded: str, computed: str, *, is_same: bool) -> CheckedClaim:
-    return CheckedClaim(claim, recorded, computed, "same" if is_same else "differs")
-
-
-def compared(claim: str, recorded: Any, computed: Any) -> CheckedClaim:
-    """Of two values that are the same or are not."""
-    return judged(claim, shown(str(recorded)), shown(str(computed)), is_same=recorded == computed)
-
-
 def unchecked(claim: str, recorded: str, missing: str) -> CheckedClaim:
     return CheckedClaim(claim, recorded, missing, "cannot be checked here")
 
 
+def judged(claim: str, recorded: str, computed: str | None, *, is_same: bool, missing: str = "") -> CheckedClaim:
+    """`computed` is None if something is `missing` to compute it."""
+    if computed is None:
+        return unchecked(claim, recorded, missing)
+    return CheckedClaim(claim, recorded, computed, "same" if is_same else "differs")
+
+
+def compared(claim: str, recorded: Any, computed: Any, missing: str = "") -> CheckedClaim:
+    """Two values that must be equal; `computed` as in `judged`."""
+    text = None if computed is None else shown(str(computed))
+    return judged(claim, shown(str(recorded)), text, is_same=recorded == computed, missing=missing)
+
+
+def damaged(claim: str, value: Any, why: object) -> CheckedClaim:
+    return judged(claim, shown(value), f"the record is damaged: {shown(str(why))}", is_same=False)
+
+
 def shown(value: Any, most: int = 80) -> str:
-    """A value of a record in at most so many printable letters."""
+    """A value of a record in at most `most` printable characters."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(letter if letter.isprintable() else "?" for letter in text[: 2 * most])
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A row of the fold's proof, as recorded."""
-
-    what: str
-    images: str
-    precision: str
-    num_images: int
-    relative: float
-    top1_changes: int
-
-
-@dataclass(frozen=True)
 class Claims:
-    """The record of training, fold and export; None and () where a file says nothing."""
+    """The record of training, fold and export."""
 
-    training: dict[str, Any]  # what names the images: dataset, split, validation, seed, ...
-    test_accuracy: float | None
-    checkpoint_sha256: str | None
-    plain_sha256: str | None
-    others_sha256: dict[str, str]  # of what else was read: the weights of an own net, the authors' file, --init's
-    dirac_parameters: int | None
-    convolutions: int | None  # of a graph, after the fold
-    proof: tuple[Measured, ...]  # logits and layers
-    precision: str | None
-    opset: int | None
-    lowering: str | None
-    cannot_saturate: bool | None
-    probe: tuple[int, np.ndarray] | None  # seed, logits [4, K]
-    test: dict[str, float]  # what eight bits cost, as `Drop` has it
-    cascade: dict[str, float]  # from which gap on eight bits are believed, as `Evidence` has it
-    damaged: tuple[CheckedClaim, ...]
-    rest: tuple[tuple[str, str, str], ...]  # (section, name, value) of what is not checked by any of the above
+    values: dict[str, Any]  # by a key of `CHECKS`, as its check returns them
+    damaged: tuple[CheckedClaim, ...]  # of the wrong type or impossible, and therefore no claim
+    rest: dict[str, list[str]]  # section → names of the entries that no check knows
+
+    def get(self, name: str) -> Any:
+        """None if the file says nothing."""
+        return self.values.get(name)
 
 
 def read_claims(provenance: Mapping[str, Any], num_classes: int) -> Claims:
-    """The claims of a provenance. What is of the wrong type or impossible is among `damaged`, and is no claim."""
-    record = _Record(provenance)
-    take = record.take
-    training = {name: take("training", name, check) for name, check in _OF_IMAGES.items()}
-    sources = (("training", "init"), ("training", "authors"), ("fold", "weights"))
-    others = {f"{section}.{name}_sha256": take(section, f"{name}_sha256", _sha256) for section, name in sources}
-    return Claims(
-        training={name: value for name, value in training.items() if value is not None},
-        test_accuracy=take("training", "test_accuracy", _optional(_share)),
-        checkpoint_sha256=take("fold", "checkpoint_sha256", _sha256),
-        plain_sha256=take("export", "plain_sha256", _sha256),
-        others_sha256={name: digest for name, digest in others.items() if digest},
-        dirac_parameters=take("fold", "dirac_parameters", _count),
-        convolutions=take("fold", "convolutions", lambda pair: _count(pair[1])),
-        proof=(take("fold", "logits", _measured) or ()) + (take("fold", "layers", _measured) or ()),
-        precision=take("export", "precision", _one_of(tuple(TOLERANCES))),
-        opset=take("export", "opset", _count),
-        lowering=take("export", "lowering", _one_of(LOWERINGS)),
-        cannot_saturate=take("export", "cannot_saturate", _bool),
-        probe=take("export", "probe", lambda probe: _probe(probe, num_classes)),
-        test=take("export", "test", _drop) or {},
-        cascade=take("export", RECORD, _cascade) or {},
-        damaged=tuple(record.damaged),
-        rest=tuple(record.rest()),
-    )
-
-
-class _Record:
-    """A provenance; what has been taken from it, and what could not be."""
-
-    def __init__(self, provenance: Mapping[str, Any]) -> None:
-        self.damaged: list[CheckedClaim] = []
-        self._sections: dict[str, dict[str, Any]] = {}
-        self._taken: set[tuple[str, str]] = set()
-        for name in MADE_HOW:
-            section = provenance.get(name, {})
-            if not isinstance(section, dict):
-                self._damage(name, section, "it is not a JSON object")
-            self._sections[name] = section if isinstance(section, dict) else {}
-
-    def take(self, section: str, name: str, check: Callable[[Any], Any]) -> Any:
-        """The value as `check` reads it; None where it is not there, or `check` objects."""
-        self._taken.add((section, name))
-        if name not in self._sections[section]:
-            return None
-        value = self._sections[section][name]
-        try:
-            return check(value)
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
-            self._damage(f"{section}.{name}", value, str(error))
-            return None
-
-    def rest(self) -> list[tuple[str, str, str]]:
-        return [
-            (section, shown(name), shown(value))
-            for section, values in self._sections.items()
-            for name, value in values.items()
-            if (section, name) not in self._taken
-        ]
-
-    def _damage(self, claim: str, value: Any, why: str) -> None:
-        self.damaged.append(judged(claim, shown(value), f"the record is damaged: {shown(why)}", is_same=False))
+    """The claims of a provenance, whatever it holds."""
+    checks = {**CHECKS, "export.probe": partial(_probe, num_classes=num_classes)}
+    values: dict[str, Any] = {}
+    faults: list[CheckedClaim] = []
+    rest: dict[str, list[str]] = {}
+    for section in MADE_HOW:
+        record = provenance.get(section, {})
+        if not isinstance(record, dict):
+            faults.append(damaged(section, record, "it is not a JSON object"))
+            continue
+        for name, value in record.items():
+            if (key := f"{section}.{name}") not in checks:
+                rest.setdefault(section, []).append(shown(name))
+                continue
+            try:
+                values[key] = checks[key](value)
+            except (TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+                faults.append(damaged(key, value, error))
+    return Claims(values, tuple(faults), rest)
 
 
 def _check(is_right: Callable[[Any], bool], why: str) -> Callable[[Any], Any]:
-    """Gives a value as it is; a ValueError that says `why` for one that is not right."""
+    """A function that returns a right value as it is, and raises ValueError with `why` for any other."""
 
     def check(value: Any) -> Any:
         if not is_right(value):
@@ -172,6 +117,7 @@ _count = _check(lambda value: _is_number(value, int) and 0 <= value <= MOST, "it
 _seed = _check(lambda value: _is_number(value, int) and 0 <= value < 2**64, "it is not the seed of random numbers")
 _number = _check(_is_number, "it is not a finite number")
 _share = _check(lambda value: _is_number(value) and 0 <= value <= 1, "it is not from 0 to 1")
+_share_or_none = _check(lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "it is not from 0 to 1")
 _text = _check(lambda value: isinstance(value, str), "it is not text")
 _bool = _check(lambda value: isinstance(value, bool), "it is neither true nor false")
 _sha256 = _check(
@@ -184,33 +130,31 @@ def _one_of(known: tuple[str, ...]) -> Callable[[Any], str]:
     return _check(lambda value: value in known, f"it is not one of {', '.join(known)}")
 
 
-def _optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else check(value)
-
-
 def _split(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError("it is not a JSON object")
     return {name: _sha256(part) if name == "sha256" else _count(part) for name, part in value.items()}
 
 
-def _measured(rows: Any) -> tuple[Measured, ...]:
+_PROOF_ROW = {
+    "what": lambda value: shown(_text(value)),
+    "images": _one_of(("random", "real")),
+    "precision": _one_of(("float64", "float32")),
+    "num_images": _count,
+    "max_abs": _number,
+    "relative": _number,
+    "top1_changes": _count,
+}
+
+
+def _proof(rows: Any) -> list[ProofRow]:
     if not isinstance(rows, list):
         raise TypeError("it is not a list")
-    return tuple(
-        Measured(
-            what=shown(_text(row["what"])),
-            images=_one_of(("random", "real"))(row["images"]),
-            precision=_one_of(("float64", "float32"))(row["precision"]),
-            num_images=_count(row["num_images"]),
-            relative=_number(row["relative"]),
-            top1_changes=_count(row["top1_changes"]),
-        )
-        for row in rows
-    )
+    return [ProofRow(**{name: check(row[name]) for name, check in _PROOF_ROW.items()}) for row in rows]
 
 
 def _probe(probe: Any, num_classes: int) -> tuple[int, np.ndarray]:
+    """(seed, logits float64 [4, K])."""
     logits = np.array([[_number(value) for value in row] for row in probe["logits"]], np.float64)
     if logits.shape != (NUM_IMAGES, num_classes):
         raise ValueError(f"logits of shape {list(logits.shape)} instead of {[NUM_IMAGES, num_classes]}")
@@ -218,19 +162,36 @@ def _probe(probe: Any, num_classes: int) -> tuple[int, np.ndarray]:
 
 
 def _drop(test: Any) -> dict[str, float]:
+    """What eight bits cost, with the names of `Drop`."""
     checks = {"num_images": _count, "lost_low": _number, "lost_high": _number, "relative_error": _number}
     return {name: checks.get(name, _share)(value) for name, value in test.items()}
 
 
-def _cascade(record: Any) -> dict[str, float]:
+def _evidence(record: Any) -> Evidence:
     checks = {"threshold": _number, "changed_at_most": _share}
-    return {field.name: checks.get(field.name, _count)(record[field.name]) for field in fields(Evidence)}
+    return Evidence(**{field.name: checks.get(field.name, _count)(record[field.name]) for field in fields(Evidence)})
 
 
-_OF_IMAGES: dict[str, Callable[[Any], Any]] = {
-    "dataset": _one_of(get_args(DatasetName)),
-    "split": _split,
-    "validation": _optional(_share),
-    "seed": _seed,
-    "skip_unreadable": _bool,
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "training.dataset": _one_of(get_args(DatasetName)),
+    "training.split": _split,
+    "training.validation": _share_or_none,
+    "training.seed": _seed,
+    "training.skip_unreadable": _bool,
+    "training.test_accuracy": _share_or_none,
+    "training.init_sha256": _sha256,
+    "training.authors_sha256": _sha256,
+    "fold.weights_sha256": _sha256,  # of a net of your own
+    "fold.checkpoint_sha256": _sha256,
+    "fold.dirac_parameters": _count,
+    "fold.convolutions": lambda pair: _count(pair[1]),  # of a graph, after the fold
+    "fold.logits": _proof,
+    "fold.layers": _proof,
+    "export.plain_sha256": _sha256,
+    "export.precision": _one_of(tuple(TOLERANCES)),
+    "export.opset": _count,
+    "export.lowering": _one_of(LOWERINGS),
+    "export.cannot_saturate": _bool,
+    "export.test": _drop,
+    f"export.{RECORD}": _evidence,
 }

@@ -1,8 +1,7 @@
-"""Claims that need no data set: digests, records handed on, weights, and what can be read off a graph."""
+"""Claims that need no data set: digests, records handed on, weights, and what a graph shows."""
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ from export.verification.chain import Chain
 from export.verification.claims import MADE_HOW, CheckedClaim, compared, judged, shown, unchecked
 from fold.graph import GraphNet
 from fold.lower import distinct_lowerings, lower
-from fold.plain import PlainNet, fold_net, load_plain
+from fold.plain import PlainNet, fold_net
 from fold.proof import TOLERANCES as FOLD_TOLERANCES
-from train.checkpoint import load_checkpoint, load_net
+from train.checkpoint import load_net
 from train.families import count_parameters
 
 FLOAT32_ROUNDING = 2.0**-24  # of a number to the nearest one of float32, as a share of it
@@ -31,9 +30,8 @@ FLOAT32_ROUNDING = 2.0**-24  # of a number to the nearest one of float32, as a s
 
 def check_unchanged(chain: Chain) -> Iterator[CheckedClaim]:
     """All such claims of a file, those of the nearest source first."""
-    if chain.card:
-        yield from _of_card(chain)
-    yield from (source.row() for source in chain.sources)
+    yield from _of_card(chain)
+    yield from (source.check() for source in chain.sources)
     yield from _in_reports(chain)
     yield from _handed_on(chain)
     yield from chain.claims.damaged
@@ -43,100 +41,90 @@ def check_unchanged(chain: Chain) -> Iterator[CheckedClaim]:
 
 
 def check_rest(chain: Chain) -> Iterator[CheckedClaim]:
-    """What is recorded and is no claim about the file as it is: a row for each stage."""
-    for section, why in MADE_HOW.items():
-        if names := [name for of, name, _ in chain.claims.rest if of == section]:
-            yield unchecked(f"{section}: {shown(', '.join(names))}", f"{len(names)} entries", why)
+    """A row for each stage, for the recorded entries that are not claims about the file itself."""
+    for section, names in chain.claims.rest.items():
+        yield unchecked(f"{section}: {shown(', '.join(names))}", f"{len(names)} entries", MADE_HOW[section])
     for section in chain.provenance.keys() - MADE_HOW.keys():
         yield unchecked(shown(section), "another record", "nothing computes it again")
 
 
 def _of_card(chain: Chain) -> Iterator[CheckedClaim]:
     card = chain.card
-    assert card
-    found = digest_of(chain.path, read_whole(chain.path))
-    yield compared("sha256 of the engine", card.engine_sha256, found)
-    runs_on = f"{card.builder} {card.builder_version}, compute capability {', '.join(card.compute_capabilities)}"
-    if chain.form:
-        yield judged("library and GPU", shown(runs_on), "the engine loads here", is_same=True)
-    else:
-        yield unchecked("library and GPU", shown(runs_on), shown(chain.why_not, 160))
+    if card is None:
+        return
+    yield compared("sha256 of the engine", card.engine_sha256, digest_of(chain.path, read_whole(chain.path)))
+    runs_on = shown(f"{card.builder} {card.builder_version}, compute capability {', '.join(card.compute_capabilities)}")
+    found = "the engine loads here" if chain.form else None
+    yield judged("library and GPU", runs_on, found, is_same=True, missing=shown(chain.why_not, 160))
     if source := chain.exported:
         yield compared("precision in the card", card.precision, source.precision)
 
 
 def _in_reports(chain: Chain) -> Iterator[CheckedClaim]:
-    """A report of export/parity.py names files by path and digest: those of this name must be this file."""
-    for where, report in chain.reports:
-        if where == "the card":
-            path, digest = chain.card and chain.path.with_suffix(".onnx"), chain.card and chain.card.onnx_sha256
-        else:
-            path, digest = chain.path, chain.digest
-        named = {name: value for name, value in report["artefacts"].items() if path and Path(name).name == path.name}
-        recorded = list(report["artefacts"].values()) if digest in report["artefacts"].values() else [*named.values()]
-        if recorded and digest:
-            here = digest if digest in recorded else recorded[0]
-            yield judged(f"sha256 in {where}", shown(here), digest, is_same=digest in recorded)
+    """A report of export/parity.py names files by path and digest: those with this file's name must be this file."""
+    for where, report in chain.reports.items():
+        name, digest = chain.path.name, chain.digest
+        if chain.card and where == "the card":
+            name, digest = chain.path.with_suffix(".onnx").name, chain.card.onnx_sha256
+        digests = report["artefacts"].values()
+        named = [value for path, value in report["artefacts"].items() if path.rpartition("/")[2] == name]
+        if digest in digests or named:
+            here = digest if digest in digests else named[0]
+            yield judged(f"sha256 in {where}", shown(here), digest, is_same=here == digest)
 
 
 def _handed_on(chain: Chain) -> Iterator[CheckedClaim]:
-    """What a file says of its sources is what they say themselves: their spec, training, fold and export."""
+    """The file's record of its sources equals their own: spec, training, fold and export."""
     for what, form in chain.forms.items():
         sections = [name for name in MADE_HOW if name in form.provenance]
-        pairs = {name: (chain.provenance.get(name), form.provenance[name]) for name in sections}
-        wrong = [shown(fault) for name, pair in pairs.items() for fault in _unlike(name, *pair)]
+        wrong = [fault for name in sections for fault in _unlike(name, chain.provenance.get(name), form.provenance)]
         wrong += ["spec"] if form.spec != chain.spec else []
         found = f"another {', '.join(wrong[:3])} in {form.path.name}" if wrong else f"as {form.path.name} says"
         yield judged(f"record of {', '.join(['spec', *sections])}", f"that of {what}", found, is_same=not wrong)
 
 
-def _unlike(section: str, recorded: Any, there: Any) -> list[str]:
-    """The entries that are not as the source says them; it may say more."""
+def _unlike(section: str, recorded: Any, provenance: dict[str, Any]) -> list[str]:
+    """The entries that are not as the source's provenance says them; it may say more."""
+    there = json.loads(json.dumps(provenance[section]))  # as JSON, in which tuples are lists
     if not isinstance(recorded, dict) or not isinstance(there, dict):
         return [] if recorded == there else [section]
-    before = json.loads(json.dumps(there))  # tuples are lists where a record was written
-    return [f"{section}.{name}" for name, value in recorded.items() if name not in before or before[name] != value]
+    return [shown(f"{section}.{key}") for key, value in recorded.items() if key not in there or there[key] != value]
 
 
 def _of_graph(chain: Chain) -> Iterator[CheckedClaim]:
-    claims, form = chain.claims, chain.exported
-    if form is None:
-        for name in ("precision", "opset", "lowering", "cannot_saturate"):
-            if (value := getattr(claims, name)) is not None:
-                yield unchecked(f"export: {name}", str(value), chain.missing("the ONNX file"))
-        return
-    content = read_whole(form.path)
-    model = onnx.load_model_from_string(content)
-    if claims.precision:
-        yield compared("precision", claims.precision, precision(model))
-    if claims.opset is not None:
-        opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-        yield compared("opset", claims.opset, opset)
-    if claims.cannot_saturate is not None:
-        nodes = may_saturate(form.path, content)
-        text = {True: "cannot", False: "can"}
+    form, missing = chain.exported, chain.missing("the ONNX file")
+    content = read_whole(form.path) if form else b""
+    model = onnx.load_model_from_string(content) if form else None
+    for name, read in (("precision", precision), ("opset", _opset)):
+        if (recorded := chain.claims.get(f"export.{name}")) is not None:
+            yield compared(name, recorded, read(model) if model else None, missing)
+    if (recorded := chain.claims.get("export.cannot_saturate")) is not None:
+        claim, said = "eight-bit sums saturate", "cannot" if recorded else "can"
+        nodes = may_saturate(form.path, content) if form else []
         found = f"can, first {shown(nodes[0])}" if nodes else "cannot: no two weights of a filter exceed 128"
-        yield judged(
-            "eight-bit sums saturate",
-            text[claims.cannot_saturate],
-            found,
-            is_same=claims.cannot_saturate != bool(nodes),
-        )
-    if claims.lowering:
+        yield judged(claim, said, found if form else None, is_same=recorded != bool(nodes), missing=missing)
+    if chain.claims.get("export.lowering"):
         yield _weights(chain, model)
 
 
-def _weights(chain: Chain, model: onnx.ModelProto) -> CheckedClaim:
-    """The graph and its weights beside those that are written of the plain file now."""
-    claim, recorded = "lowering, and every weight", f"{chain.claims.lowering} of plain.safetensors"
+def _opset(model: onnx.ModelProto) -> int:
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def _weights(chain: Chain, model: onnx.ModelProto | None) -> CheckedClaim:
+    """The graph and its weights, compared with those that are written from the plain file now."""
+    lowering = chain.claims.get("export.lowering")
+    claim, recorded = "lowering, and every weight", f"{lowering} of plain.safetensors"
+    if model is None:
+        return unchecked(claim, recorded, chain.missing("the ONNX file"))
     kind = precision(model)  # whatever the record says
     if kind not in FLOATS:
         return unchecked(claim, recorded, f"{kind} is not written again; see the answers below")
     plain = chain.forms.get("plain.safetensors")
     if plain is None:
         return unchecked(claim, recorded, chain.missing("plain.safetensors"))
-    net = load_plain(plain.path).net
-    for name in dict.fromkeys([chain.claims.lowering or "", *distinct_lowerings(net)]):
+    net = plain.source.net
+    for name in dict.fromkeys([lowering, *distinct_lowerings(net)]):
         try:
             again = to_onnx(lower(net, name), chain.spec, {}, precision=kind)
         except Refusal:  # a lowering that this net does not have
@@ -144,7 +132,7 @@ def _weights(chain: Chain, model: onnx.ModelProto) -> CheckedClaim:
         if _nodes(again) == _nodes(model):
             other = _other_weights(again, model)
             found = f"another {shown(other)}" if other else f"{name}, {len(model.graph.initializer)} tensors alike"
-            return judged(claim, recorded, found, is_same=not other and name == chain.claims.lowering)
+            return judged(claim, recorded, found, is_same=not other and name == lowering)
     return unchecked(claim, recorded, "this version writes no such graph; see the answers below")
 
 
@@ -156,27 +144,26 @@ def _other_weights(again: onnx.ModelProto, model: onnx.ModelProto) -> str | None
     """The first tensor of `model` that is not bit for bit the one of `again`."""
     expected = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in again.graph.initializer}
     for tensor in model.graph.initializer:
-        array = onnx.numpy_helper.to_array(tensor)
-        same = expected.get(tensor.name)
+        array, same = onnx.numpy_helper.to_array(tensor), expected.get(tensor.name)
         if same is None or array.dtype != same.dtype or not np.array_equal(array, same):
             return tensor.name
     return None
 
 
 def _probe(chain: Chain) -> Iterator[CheckedClaim]:
-    """What the file answers to noise, beside what it answered when it was written."""
-    if chain.claims.probe is None:
+    """The file's answers to noise, compared with those when it was written."""
+    if (probe := chain.claims.get("export.probe")) is None:
         return
-    seed, logits = chain.claims.probe
-    onnx_file = chain.exported if chain.card else None
-    for form in (form for form in (chain.form, onnx_file) if form):
+    seed, logits = probe
+    for form in (chain.form, chain.exported if chain.card else None):
+        if form is None:
+            continue
         tolerance = TOLERANCES[form.precision]
         found = difference(logits, form.answer(probe_images(form.spec.image, seed)))
-        figure = f"rms {found.rms:.1e}" if tolerance.is_statistical else f"{found.relative:.1e}"
         yield judged(
             f"answers of {form.path.name} to the probe images",
             f"{logits.shape[0]}x{logits.shape[1]} logits, within {tolerance}",
-            f"{figure} away",
+            f"{tolerance.shown(found)} away",
             is_same=tolerance.covers(found),
         )
     if chain.form is None:
@@ -184,33 +171,25 @@ def _probe(chain: Chain) -> Iterator[CheckedClaim]:
 
 
 def _of_fold(chain: Chain) -> Iterator[CheckedClaim]:
-    """Numbers before the fold, and the weights after it."""
-    claims = chain.claims
+    """Counts before and after the fold, and the weights after it."""
+    claims, checkpoint = chain.claims, chain.forms.get("the checkpoint")
     plain = chain.form if chain.path.suffix == ".safetensors" else chain.forms.get("plain.safetensors")
-    checkpoint = chain.forms.get("the checkpoint")
-    net = load_plain(plain.path).net if plain else None
-    before = load_net(load_checkpoint(checkpoint.path)) if checkpoint and claims.checkpoint_sha256 else None
-    if claims.convolutions is not None:
-        claim = "convolutions after the fold"
-        if isinstance(net, GraphNet):
-            yield compared(claim, claims.convolutions, net.graph.count("conv"))
-        else:
-            yield unchecked(claim, str(claims.convolutions), chain.missing("plain.safetensors"))
-    if claims.checkpoint_sha256 is None:
+    net = plain.source.net if plain else None
+    no_net, no_checkpoint = chain.missing("plain.safetensors"), chain.missing("the checkpoint")
+    if (recorded := claims.get("fold.convolutions")) is not None:
+        found = net.graph.count("conv") if isinstance(net, GraphNet) else None
+        yield compared("convolutions after the fold", recorded, found, no_net)
+    if claims.get("fold.checkpoint_sha256") is None:
         return
-    if claims.dirac_parameters is not None:
-        claim = "parameters before the fold"
-        if before is None:
-            yield unchecked(claim, str(claims.dirac_parameters), chain.missing("the checkpoint"))
-        else:
-            yield compared(claim, claims.dirac_parameters, count_parameters(before))
-    claim, recorded = "weights of plain.safetensors", "those of the fold"
+    before = load_net(checkpoint.source) if checkpoint else None
+    if (recorded := claims.get("fold.dirac_parameters")) is not None:
+        yield compared("parameters before the fold", recorded, before and count_parameters(before), no_checkpoint)
+    claim, said = "weights of plain.safetensors", "those of the fold"
     if before is None or net is None:
-        missing = "the checkpoint" if before is None else "plain.safetensors"
-        yield unchecked(claim, recorded, chain.missing(missing))
+        yield unchecked(claim, said, no_checkpoint if before is None else no_net)
         return
-    found = _other_numbers(fold_net(before), net)
-    yield judged(claim, recorded, f"another {found}" if found else "all within the fold's 1e-9", is_same=not found)
+    other = _other_numbers(fold_net(before), net)
+    yield judged(claim, said, f"another {other}" if other else "all within the fold's 1e-9", is_same=not other)
 
 
 def _other_numbers(again: PlainNet, net: PlainNet) -> str | None:
@@ -220,9 +199,7 @@ def _other_numbers(again: PlainNet, net: PlainNet) -> str | None:
         return f"set of tensors: {shown(sorted(expected.keys() ^ found.keys())[0])}"
     for name, tensor in found.items():
         before, after = expected[name].double(), tensor.double()
-        if before.shape != after.shape:
-            return shown(name)
         limit = FLOAT32_ROUNDING * before.abs() + FOLD_TOLERANCES["float64"] * before.abs().max()
-        if not bool(((before - after).abs() <= limit).all()):
+        if before.shape != after.shape or not bool(((before - after).abs() <= limit).all()):
             return shown(name)
     return None

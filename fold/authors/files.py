@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from common.refusal import Refusal
+from common.refusal import Refusal, first_of
 from fold.authors.hdf5 import SIGNATURE, read_hdf5
 
 
@@ -24,15 +24,21 @@ class Saved:
 def read_saved(path: Path, content: bytes) -> Saved:
     """`params` and `stats` of a net, or the convolutions of a folded one.
 
-    Refuses a file with anything but tensors and plain containers, tensors of anything but finite real numbers, and
-    a layout that none of the authors' files has.
+    Refuses content other than tensors and plain containers, numbers that are not finite and real, and a layout that
+    the authors' files do not have.
     """
     held = read_hdf5(path, content) if content.startswith(SIGNATURE) else _read_pickle(path, content)
     if not _is_dict(held):
         raise Refusal(f"{path} holds a {type(held).__name__}, not the dictionary of an authors' file")
     unfolded = "params" in held or "stats" in held
     parts = [held.get(name, {}) for name in ("params", "stats")] if unfolded else [held]
-    numbers = {_their_name(name): value for part in parts if _is_dict(part) for name, value in part.items()}
+    # Names without the prefixes of `nn.DataParallel` and of the folded nets' only submodule.
+    numbers: dict[str, Any] = {
+        str(name).removeprefix("module.").removeprefix("features."): value
+        for part in parts
+        if _is_dict(part)
+        for name, value in part.items()
+    }
     if not unfolded and "conv.weight" not in numbers:
         found = ", ".join(sorted(map(str, held))[:5]) or "nothing"
         raise Refusal(
@@ -41,26 +47,16 @@ def read_saved(path: Path, content: bytes) -> Saved:
         )
     if unfolded and not (_is_dict(held.get("params")) and held["params"]):
         raise Refusal(f"{path} has no tensors in `params`: it is none of the authors' layouts")
-    _refuse_other_than_numbers(path, numbers)
-    tensors = {name: value.detach().float() for name, value in numbers.items()}
-    eyes = {name: tensors.pop(name) for name in list(tensors) if name.startswith("eye")}
-    return Saved(tensors, eyes, folded=not unfolded)
-
-
-def _their_name(name: Any) -> str:
-    """A tensor's name without the prefixes of `nn.DataParallel` and of the folded nets' only submodule."""
-    return str(name).removeprefix("module.").removeprefix("features.")
-
-
-def _refuse_other_than_numbers(path: Path, values: dict[str, Any]) -> None:
     strange = [
         name
-        for name, value in values.items()
+        for name, value in numbers.items()
         if not isinstance(value, Tensor) or not value.is_floating_point() or not torch.isfinite(value).all()
     ]
     if strange:
-        more = f" and {len(strange) - 5} more" if len(strange) > 5 else ""
-        raise Refusal(f"{path}: not a tensor of finite real numbers: {', '.join(strange[:5])}{more}")
+        raise Refusal(f"{path}: not a tensor of finite real numbers: {first_of(strange, 5)}")
+    tensors = {name: value.detach().float() for name, value in numbers.items()}
+    eyes = {name: tensors.pop(name) for name in list(tensors) if name.startswith("eye")}
+    return Saved(tensors, eyes, folded=not unfolded)
 
 
 def _read_pickle(path: Path, content: bytes) -> Any:

@@ -1,21 +1,28 @@
-"""The authors' nets, as trained or folded, from the tensors of their files."""
+"""The authors' nets, as trained or folded, and single layers of theirs, from the tensors of their files."""
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.refusal import Refusal
-from common.spec import Delta, Nonlinearity, Parameterization, Spec
+from common.refusal import Refusal, first_of
+from common.spec import Delta, ImageSpec, Nonlinearity, Parameterization, Spec
 from fold.authors.files import Saved
-from fold.authors.shapes import Shape, delta_form, infer_spec, matched
 from fold.plain import Plain, skeleton
 from train.checkpoint import Checkpoint, load_net
-from train.families import outline
+from train.data import datasets
+from train.families import IMAGENET_GROUPS, TABLE3_GROUPS, outline
+from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, dirac_delta
 
+Shape = tuple[int, ...]
+# A file with up to this many convolutions too few or too many is refused by their names; with more, as another net.
+FEW = 2
 # The names of a block's factors a and b: in the training code of both releases, in early files of the first, and in
 # the net that was published with its notebook.
 SCALES = (("alpha", "beta"), ("conv.alpha", "conv.beta"), ("conv.gamma", "conv.beta"))
@@ -34,11 +41,20 @@ def checkpoint_of(path: Path, saved: Saved, digest: str, *, image_size: int | No
 
     Family, depth, width and classes come from the shapes of the tensors, δ from the file's own.
     """
-    numbers, scales = dict(saved.numbers), _scales(path, saved.numbers)
+    numbers = dict(saved.numbers)
+    scales = next((pair for pair in SCALES if all(f"group0.block0.{name}" in numbers for name in pair)), None)
+    if scales is None:
+        raise Refusal(
+            f"{path} is none of the authors' layouts: group0.block0.alpha and group0.block0.beta are missing, "
+            "and conv.gamma with conv.beta too"
+        )
     forms = _forms(path, numbers, scales)
     spec = infer_spec(path, numbers, leaf="", forms=forms, image_size=image_size)
-    if spec.parameterization == "per-channel":
-        numbers |= _one_each(numbers, scales)
+    if spec.parameterization == "per-channel":  # a layer's single a and b, repeated for each of its outputs
+        convolutions = [(name.removesuffix(".conv"), w) for name, w in numbers.items() if _is_conv(name) and w.dim()]
+        for name, num in ((f"{block}.{scale}", len(w)) for block, w in convolutions for scale in scales):
+            if name in numbers and numbers[name].shape == (1,):
+                numbers[name] = numbers[name].expand(num)
     model = matched(path, spec, numbers, _wanted(spec, scales))
     spec = replace(spec, delta=_form_of_all(path, numbers, saved.eyes))
     model |= {
@@ -46,11 +62,8 @@ def checkpoint_of(path: Path, saved: Saved, digest: str, *, image_size: int | No
         for name in list(model)
         if name.endswith("running_mean")
     }
-    config = {
-        "dataset": {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder"),
-        "authors_sha256": digest,
-    }
-    checkpoint = Checkpoint.fresh(spec, model, config)
+    dataset = {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder")
+    checkpoint = Checkpoint.fresh(spec, model, {"dataset": dataset, "authors_sha256": digest})
     load_net(checkpoint)
     return checkpoint
 
@@ -79,16 +92,6 @@ def plain_of(path: Path, saved: Saved, digest: str, *, image_size: int | None = 
     return Plain(net.eval(), spec, provenance, digest)
 
 
-def _scales(path: Path, numbers: Mapping[str, Tensor]) -> tuple[str, str]:
-    found = [pair for pair in SCALES if all(f"group0.block0.{name}" in numbers for name in pair)]
-    if not found:
-        raise Refusal(
-            f"{path} is none of the authors' layouts: group0.block0.alpha and group0.block0.beta are missing, "
-            "and conv.gamma with conv.beta too"
-        )
-    return found[0]
-
-
 def _forms(
     path: Path, numbers: Mapping[str, Tensor], scales: tuple[str, str]
 ) -> Mapping[Nonlinearity, Parameterization]:
@@ -107,14 +110,6 @@ def _forms(
         f"{path}: group0.block0.{scales[0]} and {scales[1]} hold {num_a} and {num_b} numbers: the authors' nets have "
         "1 and 1, 1 and one for each output, or both for each output"
     )
-
-
-def _one_each(numbers: Mapping[str, Tensor], scales: tuple[str, str]) -> dict[str, Tensor]:
-    """A layer's single a and b, repeated for each of its outputs."""
-    convolutions = {name.removesuffix(".conv"): w for name, w in numbers.items() if _is_conv(name) and w.dim()}
-    sizes = {f"{block}.{scale}": len(w) for block, w in convolutions.items() for scale in scales}
-    single = {name for name, value in numbers.items() if value.shape == (1,)}
-    return {name: numbers[name].expand(num) for name, num in sizes.items() if name in single}
 
 
 def _wanted(spec: Spec, scales: tuple[str, str]) -> dict[str, tuple[str, Shape]]:
@@ -155,3 +150,169 @@ def _form_of_all(path: Path, numbers: Mapping[str, Tensor], eyes: Mapping[str, T
 
 def _is_conv(name: str) -> bool:
     return name.startswith("group") and name.endswith(".conv")
+
+
+def dirac_layer(
+    state: Mapping[str, Tensor], prefix: str = "", *, padding: int = 0, dilation: int = 1
+) -> DiracConv1d | DiracConv2d | DiracConv3d:
+    """The layer with the tensors `alpha`, `beta`, `delta`, `weight` and, if any, `bias`, named after `prefix`.
+
+    A state dict lacks `padding` and `dilation`, so they are given here; the stride of the authors' module is 1.
+    Refuses tensors that are missing, do not fit each other or are not finite.
+    """
+    prefix = f"{prefix.removesuffix('.')}." if prefix else ""
+    missing = [prefix + name for name in ("alpha", "beta", "delta", "weight") if prefix + name not in state]
+    if missing:
+        raise Refusal(f"no module of the authors' at {prefix or 'the top'}: {', '.join(missing)} missing")
+    names = [name for name in ("alpha", "beta", "delta", "weight", "bias") if prefix + name in state]
+    tensors = {name: state[prefix + name].detach().float().cpu() for name in names}
+    _check(prefix, tensors)
+    weight = tensors["weight"]
+    forms: dict[tuple[bool, bool], Parameterization] = {
+        (False, False): "dirac",
+        (False, True): "per-output-b",
+        (True, True): "per-channel",
+    }
+    many = (tensors["alpha"].numel() > 1, tensors["beta"].numel() > 1)
+    if many not in forms:
+        raise Refusal(f"{prefix}alpha has {tensors['alpha'].numel()} numbers and {prefix}beta one: not the authors'")
+    layer = (DiracConv1d, DiracConv2d, DiracConv3d)[weight.dim() - 3](
+        weight.shape[1],
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        padding=padding,
+        dilation=dilation,
+        bias="bias" in tensors,
+        parameterization=forms[many],
+        delta_form=delta_form("the state dict", f"{prefix}delta", tensors["delta"], weight.shape) or "repeated",
+    )
+    assert layer.b is not None  # each of the three forms has one
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.a.copy_(tensors["alpha"].reshape(layer.a.shape))
+        layer.b.copy_(tensors["beta"].reshape(layer.b.shape))
+        if layer.bias is not None:
+            layer.bias.copy_(tensors["bias"])
+    return layer
+
+
+def _check(prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    weight = tensors["weight"]
+    if weight.dim() not in (3, 4, 5) or 0 in weight.shape:
+        raise Refusal(f"{prefix}weight is {list(weight.shape)}: a convolution has 3 to 5 dimensions")
+    outputs = (weight.shape[0],)
+    fitting = {"alpha": {(1,), outputs}, "beta": {(1,), outputs}, "bias": {outputs}, "delta": {tuple(weight.shape)}}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise Refusal(f"{prefix}{name} holds NaN or infinite values")
+        if name != "weight" and tuple(tensor.shape) not in fitting[name]:
+            raise Refusal(f"{prefix}{name} is {list(tensor.shape)} beside {prefix}weight of {list(weight.shape)}")
+
+
+def infer_spec(
+    path: Path,
+    numbers: Mapping[str, Tensor],
+    *,
+    leaf: str,
+    forms: Mapping[Nonlinearity, Parameterization],
+    image_size: int | None,
+) -> Spec:
+    """The spec, but for δ, of the net whose convolutions are called `conv` and `groupG.blockB.conv` and then `leaf`.
+
+    Several tensors vote, so that `matched` can name one of a wrong shape. `forms` has the parameterization for each
+    nonlinearity, which follows from the inputs of the first group: twice as many after NCReLU.
+    """
+    stem, block = f"conv{leaf}", f"group0.block0.conv{leaf}"
+    for name, dims in ((stem, 4), (block, 4), ("fc.weight", 2)):
+        if name not in numbers:
+            raise Refusal(f"{path} is none of the authors' layouts: {name} is missing")
+        if numbers[name].dim() != dims or 0 in numbers[name].shape:
+            raise Refusal(f"{path}: {name} is {list(numbers[name].shape)}, must have {dims} dimensions")
+    groups = _count_blocks(numbers, leaf)
+    family, depth, at_width_one, image = _family(path, numbers[stem], groups, name=stem)
+    told = [numbers[stem].shape[0], numbers[block].shape[0], numbers["fc.weight"].shape[1] // 2 ** (len(groups) - 1)]
+    base = Counter(told).most_common(1)[0][0] or 1
+    nonlinearity: Nonlinearity = "ncrelu" if round(numbers[block].shape[1] / base) == 2 else "relu"
+    if nonlinearity not in forms:
+        raise Refusal(
+            f"{path}: {block} reads {numbers[block].shape[1]} channels: such a net with {nonlinearity} is not known"
+        )
+    if image_size:
+        resize = round(image_size * (image.resize or image.height) / image.height)
+        image = replace(image, height=image_size, width=image_size, resize=resize)
+    sizes = [numbers[name].shape[0] for name in ("fc.weight", "fc.bias") if name in numbers and numbers[name].dim()]
+    num_classes = next((size for size in sizes if size in (10, 100, 1000)), sizes[0])
+    return Spec(family, depth, base / at_width_one, nonlinearity, image, _labels(num_classes), forms[nonlinearity])
+
+
+def matched(
+    path: Path, spec: Spec, numbers: Mapping[str, Tensor], wanted: Mapping[str, tuple[str, Shape]]
+) -> dict[str, Tensor]:
+    """The tensors by our names; `wanted` has our name and the shape for each of the authors' names.
+
+    Refuses, by name, tensors that are missing, of another shape or not part of the net. [1] is accepted for [].
+    """
+    wrong: list[str] = []
+    for name, (_, shape) in wanted.items():
+        if name not in numbers:
+            wrong.append(f"{name} is missing")
+        elif (found := tuple(numbers[name].shape)) != shape and (found, shape) != ((1,), ()):
+            wrong.append(f"{name} is {list(found)}, must be {list(shape)}")
+    wrong += [f"{name} is not part of it" for name in numbers if name not in wanted]
+    if wrong:
+        raise Refusal(f"{path} is not a whole {spec.name} of {spec.family}: {first_of(wrong)}")
+    return {ours: numbers[theirs].reshape(shape) for theirs, (ours, shape) in wanted.items()}
+
+
+def delta_form(where: Path | str, name: str, eye: Tensor, shape: Sequence[int]) -> Delta | None:
+    """The form of δ that `eye` is for a layer of `shape`, None if both are the same; refuses a tensor of neither."""
+    is_whole = max(shape[:2]) % min(shape[:2]) == 0  # else δ cannot be repeated
+    forms: list[Delta] = ["repeated", "first"] if is_whole else ["first"]
+    fits: list[Delta] = [form for form in forms if torch.equal(eye, dirac_delta(shape, form))]
+    if not fits:
+        raise Refusal(f"{where}: {name} is neither the repeated δ of eq. 7 and 8 nor that of torch.nn.init.dirac_")
+    return fits[0] if len(fits) == 1 else None
+
+
+def _family(path: Path, stem: Tensor, groups: Shape, *, name: str) -> tuple[str, int, int, ImageSpec]:
+    """(family, depth, channels at width one, image) of the net whose groups differ from these by at most FEW."""
+    kernel = tuple(stem.shape[2:])
+    if kernel == (3, 3):
+        even = 2 * ((max(groups) + 1) // 2)  # 2N convolutions in each group, Table 1
+        nets = [("cifar", 3 * even + 4, (even,) * 3)]
+        base, image = 16, datasets.cifar_image()
+    elif kernel == (7, 7):
+        named = (("imagenet", IMAGENET_GROUPS), ("imagenet-table3", TABLE3_GROUPS))
+        nets = [(family, depth, layers) for family, table in named for depth, layers in table.items()]
+        base, image = 64, datasets.imagenet_image()
+    else:
+        raise Refusal(f"{path}: {name} is {list(stem.shape)}: the authors' nets begin with 3x3 or 7x7 taps")
+    family, depth, layers = min(nets, key=lambda net: _distance(net[2], groups))
+    if _distance(layers, groups) > FEW:
+        tables = " or ".join(", ".join(map(str, net[2])) for net in nets)
+        known = "a CIFAR net has three of 2N each" if base == 16 else f"ImageNet nets have {tables}"
+        raise Refusal(f"{path}: groups of {', '.join(map(str, groups))} convolutions: {known}")
+    return family, depth, base, image
+
+
+def _distance(one: Shape, other: Shape) -> int:
+    return sum(abs(left - right) for left, right in zip_longest(one, other, fillvalue=0))
+
+
+def _count_blocks(numbers: Mapping[str, Tensor], leaf: str) -> Shape:
+    """The number of convolutions in each group, up to the last one in the file."""
+    pattern = re.compile(rf"group(\d{{1,2}})\.block(\d{{1,3}})\.conv{re.escape(leaf)}")
+    places = [tuple(map(int, found.groups())) for found in map(pattern.fullmatch, numbers) if found]
+    num_groups = 1 + max(group for group, _ in places)
+    return tuple(max((1 + block for at, block in places if at == group), default=0) for group in range(num_groups))
+
+
+def _labels(num: int) -> tuple[str, ...]:
+    """The names of the classes, if their number identifies the data set."""
+    if num in (10, 100):
+        return datasets.info_of(f"cifar{num}").labels
+    if num == 1000:
+        from torchvision.models import ResNet18_Weights  # pyright: ignore[reportMissingTypeStubs]  # it has none
+
+        return tuple(ResNet18_Weights.DEFAULT.meta["categories"])
+    return tuple(f"class {index}" for index in range(num))

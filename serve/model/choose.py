@@ -18,7 +18,7 @@ from common.refusal import Refusal
 from export.compare import ALLOWED_DROP, INT8_AGREEMENT, TOLERANCES
 from export.model_file.onnx_reader import Header, digest_of, read_header
 from export.runtimes.load import NAMED_ONLY, RUNTIMES, RuntimeName, load_runtime
-from export.runtimes.mnn.module import is_installed, why_not
+from export.runtimes.mnn_module import is_installed, why_not
 from export.runtimes.runtime import Runtime
 from export.runtimes.saturation import warning
 from export.timing import geometric_means, time_answers

@@ -1,11 +1,11 @@
 """The page of the cascade's benchmark says what its record holds, and its ratios are those of the times."""
 
 from bench.cascade import page
-from bench.rounds import Timing
+from bench.lab.rounds import timing_of
 
 
 def times(**ms):
-    return {name: Timing(64, tuple(rounds)).to_dict() for name, rounds in ms.items()}
+    return {name: timing_of(64, rounds) for name, rounds in ms.items()}
 
 
 def test_the_page_has_the_speeds_and_the_share_of_the_expected_time():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders, gpu_check, nets
-from bench.contenders import Contender
+from bench import gpu_check, nets
+from bench.runtimes import contenders
 from common.cli import run_command
 from export.compare import TOLERANCES, compare
 from export.runtimes import gpu
@@ -31,6 +31,10 @@ def plain(tmp_path, make_net, make_spec):
     return path
 
 
+def titles_of(device):
+    return list(contenders.contenders(device, nets.seeded_net(10, 0.25), Path("unused"), (1, 1, 1)))
+
+
 def only_record(folder):
     (path,) = folder.glob("*.json")
     return json.loads(path.read_text())
@@ -48,7 +52,7 @@ def test_the_cpu_table_comes_from_the_same_code(plain, tmp_path):
     assert (record["sample"], record["tests"]) == (False, None)
     (net,) = record["nets"]
     titles = [row["title"] for row in net["rows"]]
-    assert titles == [contender.title for contender in contenders.contenders("cpu")]
+    assert titles == titles_of("cpu")
     assert all(len(row["timings"]["2"]["round_ms"]) == 2 for row in net["rows"])
     assert net["rows"][0]["timings"]["2"]["speedup"] == 1
     verdicts = {row["title"]: row["parity"] for row in net["rows"]}
@@ -56,14 +60,14 @@ def test_the_cpu_table_comes_from_the_same_code(plain, tmp_path):
     assert verdicts.pop("ONNX Runtime CPU, int8")["within_tolerance"] is None
     assert all(parity["within_tolerance"] for parity in verdicts.values())
     (page,) = out.glob("cpu-*.md")
-    assert page.read_text() == gpu_check.markdown(record)
+    assert page.read_text() == gpu_check.page(record)
     assert "| torch.compile, fp32 | " in page.read_text()
 
 
 def test_no_net_is_begun_after_the_budget(plain, tmp_path, monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(contenders, "measure", lambda net, config, console: measured.append(net.name) or {"rows": []})
-    monkeypatch.setattr(gpu_check, "markdown", lambda record: "")
+    monkeypatch.setattr(gpu_check, "page", lambda record: "")
     assert run(plain, plain, "--device", "cpu", "--budget-s", 1e-9, "--out", tmp_path) == 1  # nothing was compared
     assert len(measured) == 1
     assert "is not measured: the 1e-09 s of --budget-s have passed" in capsys.readouterr().out
@@ -88,7 +92,7 @@ def test_wrong_arguments_are_refused(argv, capsys):
 def test_every_runtime_that_a_machine_lacks_is_a_row_with_its_reason(plain, tmp_path, capsys, monkeypatch):
     """Everything up to the GPU itself: graphs are written and engines built, then each row fails in its own way."""
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # restored afterwards
-    monkeypatch.setattr(gpu_check, "_machine", lambda device: {"device": "Imaginary GPU"})
+    monkeypatch.setattr(gpu_check, "machine_of", lambda device: {"device": "Imaginary GPU"})
     monkeypatch.setattr(gpu_check, "_run_tests", lambda console: {"passed": True, "summary": "none"})
     out = tmp_path / "out"
     assert run(plain, "--batch-sizes", 1, 2, *QUICK, "--out", out) == 1
@@ -111,18 +115,16 @@ def test_every_runtime_that_a_machine_lacks_is_a_row_with_its_reason(plain, tmp_
 
 @pytest.mark.slow
 def test_a_form_beyond_its_tolerance_and_a_failing_call_end_in_status_one(plain, tmp_path, capsys, monkeypatch):
-    def bent(net, folder, profile):
-        answer = contenders.open_torch("cpu", "fp32", net, folder, profile, is_dirac=False, is_compiled=False)
-        return lambda images: answer(images) + 2 * TOLERANCES["fp32"].largest * abs(answer(images)).max()
+    answer = nets.torch_answer(nets.net_of_file(plain).plain)
 
-    def broken(net, folder, profile):
-        def answer(images):
-            raise RuntimeError("the device | is gone")
+    def bent(images):
+        return answer(images) + 2 * TOLERANCES["fp32"].largest * abs(answer(images)).max()
 
-        return answer
+    def broken(images):
+        raise RuntimeError("the device | is gone")
 
-    rows = (Contender("bent", "fp32", bent), Contender("broken", "fp32", broken))
-    monkeypatch.setattr(contenders, "contenders", lambda device: rows)
+    rows = {"bent, fp32": lambda: bent, "broken, fp32": lambda: broken}
+    monkeypatch.setattr(contenders, "contenders", lambda *_: rows)
     out = tmp_path / "out"
     assert run(plain, "--device", "cpu", "--batch-sizes", 1, 2, *QUICK, "--out", out) == 1
     one, other = only_record(out)["nets"][0]["rows"]
@@ -147,15 +149,15 @@ def test_seeded_nets_are_whole_repeatable_and_compared_in_both_forms():
 
 
 @pytest.mark.parametrize("is_dirac", [True, False])
-def test_half_precision_in_pytorch_is_within_its_tolerance(tmp_path, is_dirac):
+def test_half_precision_in_pytorch_is_within_its_tolerance(is_dirac):
     net = nets.seeded_net(10, 0.25)
-    answer = contenders.open_torch("cpu", "fp16", net, tmp_path, (1, 1, 1), is_dirac=is_dirac, is_compiled=False)
+    answer = nets.torch_answer(net.dirac if is_dirac else net.plain, dtype=torch.float16)
     images = net.image_sets["random"][:4]
     with torch.no_grad():
         expected = net.plain(torch.from_numpy(images)).numpy()
     result = compare(("plain", expected), ("fp16", answer(images)), tolerance=TOLERANCES["fp16"])
     assert result
-    assert result.relative > 1e-5
+    assert result.difference.relative > 1e-5
 
 
 def test_a_net_that_learnt_a_data_set_is_compared_on_its_images_and_calibrated_on_others(tmp_path, make_net, make_spec):
@@ -185,17 +187,10 @@ def test_the_machine_is_described_with_its_gpu_and_driver(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Imaginary GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    done = subprocess.CompletedProcess([], 0, stdout="600.10\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    machine = gpu_check._machine("cuda")
+    monkeypatch.setattr(subprocess, "getoutput", lambda command: "600.10\n600.10")
+    machine = gpu_check.machine_of("cuda")
     assert (machine["device"], machine["compute_capability"], machine["driver"]) == ("Imaginary GPU", "9.0", "600.10")
     assert machine["torch"] == torch.__version__.partition("+")[0]
-
-    def missing(*_, **__):
-        raise FileNotFoundError("nvidia-smi")
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    assert gpu_check._driver_version() == "unknown (nvidia-smi)"
 
 
 @pytest.mark.parametrize(("status", "summary"), [(0, "12 passed in 3s"), (1, "1 failed, 11 passed in 3s")])
@@ -222,7 +217,7 @@ def test_the_sample_page_is_marked_and_comes_from_its_record(tmp_path, capsys):
     assert page == written, f"write it again: python bench/gpu_check.py --render {sample.relative_to(ROOT)} --out docs"
     assert page.startswith("# SAMPLE: no GPU was measured\n\n**Every figure on this page is invented**")
     titles = [row["title"] for row in json.loads(sample.read_text())["nets"][0]["rows"]]
-    assert titles == [contender.title for contender in contenders.contenders("cuda")]
+    assert titles == titles_of("cuda")
 
 
 def test_the_command_helps_from_any_folder_without_torch(tmp_path):

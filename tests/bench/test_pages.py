@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import accidents, folding, startup, training
+from bench import folding, startup, training
 from common.cli import run_command
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -72,10 +72,3 @@ def test_startup(tmp_path, capsys):
         assert len(model["starts"]) == 3
         assert not any(start["has_torch"] for start in model["starts"])
     assert "| fastapi | " in (tmp_path / "startup.md").read_text()
-
-
-def test_accidents():
-    """The page is that of its record; what it measures is tested one by one in tests/serve/test_process.py."""
-    folder = accidents.ROOT / "docs" / "benchmarks"
-    record = json.loads((folder / "accidents.json").read_text())
-    assert accidents.markdown(record) == (folder / "accidents.md").read_text()

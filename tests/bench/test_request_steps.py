@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import request_steps
+from bench.servers import request_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_every_part_is_timed_on_the_real_server_and_takes_time(monkeypatch):
     monkeypatch.setattr(request_steps, "NUM_ROUNDS", 3)
     png = next((ROOT / "models" / "held-out").glob("*.png")).read_bytes()
-    steps = request_steps._time_steps(ROOT / "models" / "fashion-mnist.onnx", png)
+    steps = request_steps.time_steps(ROOT / "models" / "fashion-mnist.onnx", png)
     assert list(steps) == [
         "model, in batches of 32",
         "decoding",

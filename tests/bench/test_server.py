@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from bench import server, server_race, servers
+from bench import server
 from bench.lab.server import Server, free_port
-from bench.lab.wrk import WrkResult, put_load
-from bench.server_page import OURS, PERCENTILES, bars_of, draw_latencies, markdown
-from bench.server_race import CONNECTIONS, RaceRow, check_answers, open_race, start_contestant, write_net
-from bench.servers import CONTESTANTS, Contestant, Way, as_form, as_inference_request
+from bench.lab.wrk import put_load
+from bench.servers import contestants, race
+from bench.servers.contestants import CONTESTANTS, Contestant, Way, as_form, as_inference_request
+from bench.servers.page import CONNECTIONS, OURS, PERCENTILES, draw_latencies, judge_bars, page
+from bench.servers.race import ServedNet, check_answers, measure, write_net
 from common.cli import run_command
 from common.figure import png
 from common.refusal import Refusal
@@ -36,7 +37,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
-WAY = Way("stub", "/", "image/png", bytes, lambda answer: answer["index"])
+WAY = Way("stub", "/", "image/png", bytes)
 needs_wrk = pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed here")
 
 
@@ -46,8 +47,7 @@ def run(*argv):
 
 def start_stub(folder, program=STUB):
     (folder / "stub.py").write_text(program)
-    contestant = Contestant("stub", f"{folder}/stub.py {{port}}", (WAY,), "a stub")
-    return start_contestant(contestant, Path(sys.executable), folder / "m.onnx", folder / "log")
+    return Contestant("ours", f"{folder}/stub.py {{port}}", (WAY,), "a stub").start(folder / "m.onnx", folder)
 
 
 def measured(requests_per_s, p99_ms=10.0):
@@ -72,39 +72,42 @@ def model_of(rows, *, macs=4_700_000):
 OURS_ROW = ("ours", OURS, None, [measured(5000), measured(6000)])
 
 
+def judged(model):
+    return {bar["promise"]: (bar["found"], bar["verdict"]) for bar in judge_bars(model)}
+
+
 def test_bars_are_judged_by_medians_of_ratios_within_a_round_and_bounded_by_the_model_alone():
     lit = ("litserve", "LitServe", None, [measured(500, 40), measured(500, 40)])
-    bars = {bar.promise: bar for bar in bars_of(model_of([OURS_ROW, lit]), CONNECTIONS)}
-    ratio = bars["4.7 MMAC: 10x LitServe at 64 connections"]
-    assert (ratio.found, ratio.is_met) == ("11.0x; without any cost of a server 20.0x", True)
-    p99 = bars["4.7 MMAC: p99 at 64 connections below all others"]
-    assert (p99.found, p99.is_met) == ("10.0 ms; the lowest other is LitServe with 40.0 ms", True)
-    lone = bars["4.7 MMAC: a lone request costs 1.5 ms beside its work"]
-    assert (lone.found, lone.is_met) == ("0.70 ms", True)
-    assert len(bars) == 3
+    assert judged(model_of([OURS_ROW, lit])) == {
+        "4.7 MMAC: 10x LitServe at 64 connections": ("11.0x; without any cost of a server 20.0x", "met"),
+        "4.7 MMAC: p99 at 64 connections below all others": (
+            "10.0 ms; the lowest other is LitServe with 40.0 ms",
+            "met",
+        ),
+        "4.7 MMAC: a lone request costs 1.5 ms beside its work": ("0.70 ms", "met"),
+    }
 
 
 def test_the_share_of_the_model_alone_is_a_bar_of_the_large_model():
-    bars = {bar.promise: bar for bar in bars_of(model_of([OURS_ROW], macs=38_000_000), CONNECTIONS)}
-    share = bars["38.0 MMAC: 85% of the model alone"]
-    assert (share.found, share.is_met) == ("55.0%", False)
+    bars = judged(model_of([OURS_ROW], macs=38_000_000))
+    assert bars["38.0 MMAC: 85% of the model alone"] == ("55.0%", "**not met**")
 
 
 def test_what_failed_is_a_row_with_its_reason_and_judges_nothing():
     lit = ("litserve", "LitServe", "ends with status 1: no | such module", [])
     model = model_of([OURS_ROW, lit])
-    assert not [bar for bar in bars_of(model, CONNECTIONS) if "LitServe" in bar.promise + bar.found]
+    assert not [bar for bar in judge_bars(model) if "LitServe" in bar["promise"] + bar["found"]]
     record = {"command": "c", "rounds": 2, "seconds": 1, "connections": CONNECTIONS, "machine": {"cores": "2"}}
-    page = markdown({**record, "servers": [{"name": "ours", "note": "ours"}], "models": [model]})
-    assert "| LitServe | failed: ends with status 1: no / such module |  |  |" in page
-    assert "| ours, raw body | 5,500 (5,000–6,000) |" in page
-    assert "| decoding | 20.0 | 11% |" in page
-    assert "| the rest: sockets, and two threads and their caches on one core | 61.8 | 34% |" in page
-    assert "| a request | 181.8 | 100% |" in page
+    text = page({**record, "servers": [{"name": "ours", "note": "ours"}], "models": [model]})
+    assert "| LitServe | failed: ends with status 1: no / such module |  |  |" in text
+    assert "| ours, raw body | 5,500 (5,000–6,000) |" in text
+    assert "| decoding | 20.0 | 11% |" in text
+    assert "| the rest: sockets, and two threads and their caches on one core | 61.8 | 34% |" in text
+    assert "| a request | 181.8 | 100% |" in text
 
 
 def test_without_ours_there_are_no_bars():
-    assert bars_of(model_of([("ours", OURS, "10 failures at 64 connections", [])]), CONNECTIONS) == []
+    assert judge_bars(model_of([("ours", OURS, "10 failures at 64 connections", [])])) == []
 
 
 def test_wrk_that_is_missing_is_said_in_one_line(monkeypatch, capsys):
@@ -125,7 +128,7 @@ def test_an_environment_is_made_once_and_made_anew_where_its_packages_change(tmp
     peers, made = tmp_path / "peers", []
     peers.mkdir()
     (peers / "x.txt").write_text("a==1\n")
-    monkeypatch.setattr(servers, "PEERS", peers)
+    monkeypatch.setattr(contestants, "PEERS", peers)
 
     def play(argv, **options):
         made.append(argv)
@@ -133,12 +136,12 @@ def test_an_environment_is_made_once_and_made_anew_where_its_packages_change(tmp
         return subprocess.CompletedProcess(argv, 0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", play)
-    assert servers.make_environment("x", tmp_path) == tmp_path / "x" / "bin" / "python"
+    assert contestants.make_environment("x", tmp_path) == tmp_path / "x" / "bin" / "python"
     assert len(made) == 2
-    servers.make_environment("x", tmp_path)
+    contestants.make_environment("x", tmp_path)
     assert len(made) == 2
     (peers / "x.txt").write_text("a==2\n")
-    servers.make_environment("x", tmp_path)
+    contestants.make_environment("x", tmp_path)
     assert len(made) == 4
 
 
@@ -146,19 +149,19 @@ def test_what_cannot_be_installed_fails_its_rows_only(tmp_path, monkeypatch):
     def refuse(name, folder):
         raise Refusal(f"{name} cannot be installed: no such wheel")
 
-    monkeypatch.setattr(server_race, "make_environment", refuse)
-    race = open_race([CONTESTANTS[1]], tmp_path, print)
-    rows = {way.title: RaceRow("fastapi", way.title) for way in CONTESTANTS[1].ways}
-    race.measure(CONTESTANTS[1], None, rows, seconds=1, warm_up=False)
-    assert {row.failed for row in rows.values()} == {"fastapi cannot be installed: no such wheel"}
+    monkeypatch.setattr(contestants, "make_environment", refuse)
+    rows = [{"server": one.name, "title": way.title, "failed": None} for one in CONTESTANTS[:2] for way in one.ways]
+    measure(CONTESTANTS[1], ServedNet(tmp_path / "m.onnx", [], [], {"rows": rows}), tmp_path, seconds=1, warm_up=False)
+    reason = "fastapi cannot be installed: no such wheel"
+    assert [row["failed"] for row in rows] == [None, None, reason, reason]
 
 
 @pytest.mark.slow
 def test_a_server_is_started_checked_and_ended(tmp_path):
     with start_stub(tmp_path) as stub:
-        check_answers(stub.url, WAY, [b"one", b"two"], [3, 3])
+        check_answers(stub.client, WAY, [b"one", b"two"], [3, 3])
         with pytest.raises(Refusal, match=r"stub answers \[3, 3\] where the model itself gives \[3, 4\]"):
-            check_answers(stub.url, WAY, [b"one", b"two"], [3, 4])
+            check_answers(stub.client, WAY, [b"one", b"two"], [3, 4])
     with pytest.raises(urllib.error.URLError, match="refused"):
         urllib.request.urlopen(stub.url)
 
@@ -187,7 +190,7 @@ def test_each_nine_is_as_far_as_the_one_before():
         return {"title": title, "failed": failed, "loads": {"64": rounds}}
 
     rows = [row("ours"), row("theirs"), row("broken", failed="3 failures")]
-    figure = draw_latencies({"title": "a net", "rows": rows}, 64)
+    figure = draw_latencies({"title": "a net", "rows": rows})
     ours, theirs = figure.axes[0].lines
     assert ours.get_xdata()[[2, 4, 5]] == pytest.approx([1, 2, 3])  # 90, 99 and 99.9 %
     assert list(theirs.get_ydata()) == [2 * value for value in PERCENTILES.values()]  # medians of the rounds
@@ -202,12 +205,12 @@ def test_load_counts_what_fails(tmp_path):
     body.write_bytes(b"x")
     with start_stub(tmp_path) as stub:
         good = put_load(stub.url, "/", "image/png", [body], num_connections=1, seconds=1)
-    assert good.requests_per_s > 0
-    assert 0 < good.p50_ms <= good.p99_ms
-    assert good.failures == 0
+    assert good["requests_per_s"] > 0
+    assert 0 < good["p50_ms"] <= good["p99_ms"]
+    assert good["failures"] == 0
     program = STUB.replace("send_response(200)", "send_response(503)")
     with start_stub(tmp_path, program) as stub:
-        assert put_load(stub.url, "/", "image/png", [body], num_connections=1, seconds=1).failures > 0
+        assert put_load(stub.url, "/", "image/png", [body], num_connections=1, seconds=1)["failures"] > 0
 
 
 @needs_wrk
@@ -215,9 +218,9 @@ def test_load_counts_what_fails(tmp_path):
 def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypatch, capsys):
     milliseconds = dict.fromkeys(PERCENTILES, 2.0)
     monkeypatch.setattr(
-        server_race,
+        race,
         "put_load",
-        lambda *_, num_connections, **__: WrkResult(100.0 * num_connections, failures=0, **milliseconds),
+        lambda *_, num_connections, **__: {"requests_per_s": 100.0 * num_connections, "failures": 0, **milliseconds},
     )
     argv = ("--servers", "ours", "--models", "small", "--quick", "--work", tmp_path, "--out", tmp_path / "out")
     assert run(*argv) == 0
@@ -227,19 +230,18 @@ def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypat
     assert [row["title"] for row in model["rows"]] == ["ours, raw body", "ours, form"]
     assert not any(row["failed"] for row in model["rows"])
     assert (tmp_path / "out" / model["picture"]).read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "out" / "server.md").read_text() == markdown(record)
+    assert (tmp_path / "out" / "server.md").read_text() == page(record)
 
 
 def test_the_served_nets_tell_the_images_apart(tmp_path):
-    pngs = [path.read_bytes() for path in sorted((ROOT / "models" / "held-out").glob("*.png"))]
-    assert len(set(write_net("small", tmp_path, pngs).expected)) >= 4
+    assert len(set(write_net("small", CONTESTANTS, tmp_path).expected)) >= 4
 
 
 def test_a_body_of_each_kind_holds_the_png():
     import asyncio
 
     async def receive():
-        return {"type": "http.request", "body": as_form("image")(b"a png"), "more_body": False}
+        return {"type": "http.request", "body": as_form("image", b"a png"), "more_body": False}
 
     form = next(way for way in CONTESTANTS[0].ways if way.title == "ours, form")
     headers = {b"content-type": form.media_type.encode()}

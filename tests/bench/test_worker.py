@@ -1,3 +1,4 @@
+import operator
 import os
 from functools import partial
 from pathlib import Path
@@ -5,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.rounds import Failure, alternate
-from bench.worker import THREAD_VARIABLES, Worker, WorkerFailed
+from bench.lab.rounds import alternate
+from bench.runtimes.worker import THREAD_VARIABLES, Worker, WorkerFailed, median_call_ms, peak_bytes
 from common.spec import ImageSpec
 from fold.image_sets import random_images
 
-IMAGE = ImageSpec(2, 3, 1, (0.5,), (0.5,), resize=None)
+IMAGES = random_images(ImageSpec(2, 3, 1, (0.5,), (0.5,), resize=None), 4)
 
 
 def open_fake(kind: str, folder: Path, num_threads: int):
@@ -35,7 +36,7 @@ def start(tmp_path):
     workers = []
 
     def start(kind: str, num_threads: int = 1) -> Worker:
-        workers.append(Worker(partial(open_fake, kind), tmp_path, IMAGE, num_threads=num_threads))
+        workers.append(Worker(partial(open_fake, kind), tmp_path, num_threads))
         return workers[-1]
 
     yield start
@@ -43,13 +44,13 @@ def start(tmp_path):
         worker.close()
 
 
-def test_a_worker_answers_the_images_that_all_workers_answer_and_times_calls(start):
+def test_a_worker_answers_images_and_times_calls(start):
     worker = start("sums", num_threads=3)
-    worker.wait_until_open()
-    expected = random_images(IMAGE, 4).reshape(4, -1).sum(axis=1, dtype=np.int64)[:, None] + 3
-    assert (worker.answer(4) == expected).all()
-    assert worker.time(2, 1e-9) > 0
-    assert worker.peak_bytes() > 1e6
+    worker.wait()
+    expected = IMAGES.reshape(4, -1).sum(axis=1, dtype=np.int64)[:, None] + 3
+    assert (worker.ask(operator.call, IMAGES) == expected).all()
+    assert worker.ask(median_call_ms, IMAGES[:2], 1e-9) > 0
+    assert worker.ask(peak_bytes) > 1e6
 
 
 @pytest.mark.slow
@@ -58,13 +59,13 @@ def test_the_number_of_threads_is_set_before_libraries_load_and_only_there(start
     workers = [start("environment", num_threads=num) for num in (1, 2)]
     assert dict(os.environ) == before
     for num, worker in enumerate(workers, start=1):
-        worker.wait_until_open()
-        assert worker.answer(1).tolist() == [[num] * len(THREAD_VARIABLES)]
+        worker.wait()
+        assert worker.ask(operator.call, IMAGES[:1]).tolist() == [[num] * len(THREAD_VARIABLES)]
 
 
 def test_a_contender_that_cannot_open_says_why_in_one_line(start):
     with pytest.raises(WorkerFailed, match=r"^ValueError: no such runtime$"):
-        start("cannot open").wait_until_open()
+        start("cannot open").wait()
 
 
 @pytest.mark.slow
@@ -72,20 +73,20 @@ def test_a_contender_that_fails_or_dies_ends_its_row_and_no_other(start):
     kinds = ("sums", "fails in batches", "dies in batches")
     workers = {kind: start(kind) for kind in kinds}
     for worker in workers.values():
-        worker.wait_until_open()
-        worker.answer(1)
-    racers = {kind: partial(worker.time, 2, 1e-9) for kind, worker in workers.items()}
+        worker.wait()
+        worker.ask(operator.call, IMAGES[:1])
+    racers = {kind: partial(worker.ask, median_call_ms, IMAGES[:2], 1e-9) for kind, worker in workers.items()}
     results = alternate(racers, batch_size=2, num_rounds=2)
-    assert len(results["sums"].round_ms) == 2
-    assert results["fails in batches"] == Failure("WorkerFailed: MemoryError: no room")
-    assert results["dies in batches"] == Failure("WorkerFailed: its process ended with status 7")
+    assert len(results["sums"]["round_ms"]) == 2
+    assert results["fails in batches"] == "WorkerFailed: MemoryError: no room"
+    assert results["dies in batches"] == "WorkerFailed: its process ended with status 7"
     with pytest.raises(WorkerFailed, match="ended with status 7"):
-        workers["dies in batches"].answer(1)
+        workers["dies in batches"].ask(operator.call, IMAGES[:1])
 
 
 def test_a_contender_that_hangs_is_ended(start, monkeypatch):
     worker = start("sums")
-    worker.wait_until_open()
-    monkeypatch.setattr("bench.worker.PATIENCE_S", 0)
+    worker.wait()
+    monkeypatch.setattr("bench.runtimes.worker.PATIENCE_S", 0)
     with pytest.raises(WorkerFailed, match="no answer in 0 s"):
-        worker.time(1, 60.0)
+        worker.ask(median_call_ms, IMAGES[:1], 60.0)

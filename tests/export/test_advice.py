@@ -68,8 +68,8 @@ def test_uint8_may_be_read_by_cast_alone(refusal):
         one=np.array([1]),
     )
     assert text == (
-        "Transpose 'first' (uint8), Slice 'second' (uint8, int64, int64): reads uint8, which TensorRT gives to Cast "
-        "alone; do: cast to float first, then transpose and compute"
+        "Transpose 'first' (uint8), Slice 'second' (uint8, int64, int64): reads uint8, which in TensorRT only Cast "
+        "can; do: cast to float first, then transpose and compute"
     )
 
 
@@ -270,7 +270,7 @@ def test_a_version_compatible_build_without_the_lean_runtime_says_what_to_instal
     """tensorrt_rtx has no such runtime, so its library fails as tensorrt does where that is not installed."""
     monkeypatch.setattr(engine, "_refuse_options", lambda *_: None)
     _, path = write_onnx()
-    with pytest.raises(Refusal, match="lean runtime, and that is not found here; do: pip install tensorrt-lean"):
+    with pytest.raises(Refusal, match="lean runtime, which is not installed here; do: pip install tensorrt-lean"):
         build_engine(path, batch=(1, 2, 4), options=BuildOptions(version_compatible=True))
 
 

@@ -149,7 +149,7 @@ def test_the_evidence_is_what_a_count_by_hand_finds():
     assert changed[0] == 1 < changed[1]
     assert evidence.changed_at_most == at_most(1, 100)
     assert evidence.to_dict()["share_escalated"] == len(gone_on) / 100
-    with pytest.raises(Refusal, match="values that are not numbers"):
+    with pytest.raises(Refusal, match="gives logits that are not finite"):
         measure((exact, quick * np.nan), test)
 
 
@@ -281,7 +281,7 @@ def test_records_that_are_no_objects_or_lack_a_field_are_refused(forms):
         with pytest.raises(Refusal, match=r"the record of the cascade in .* is damaged"):
             read_forms(forms)
     change(forms[1], lambda export: {name: value for name, value in export.items() if name != "cascade"})
-    with pytest.raises(Refusal, match="does not record from which gap on its classes are fp32's; measure it with"):
+    with pytest.raises(Refusal, match="does not record the gap above which its classes are fp32's; measure it with"):
         read_forms(forms)
 
 

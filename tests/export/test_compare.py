@@ -11,8 +11,8 @@ def test_a_comparison_fails_on_a_large_error_a_changed_class_and_nan():
     assert compare(("a", LOGITS), ("b", LOGITS))
     assert compare(("a", LOGITS), ("b", LOGITS + 0.9 * FLOAT32_TOLERANCE))
     assert not compare(("a", LOGITS), ("b", LOGITS + 1.1 * FLOAT32_TOLERANCE))
-    changed = compare(("a", LOGITS), ("b", LOGITS[:, ::-1]), tolerance=1.0)
-    assert changed.relative == 1
+    changed = compare(("a", LOGITS), ("b", LOGITS[:, ::-1]), tolerance=Tolerance(largest=1.0))
+    assert changed.difference.relative == 1
     other = compare(("a", LOGITS), ("b", LOGITS[::-1]))
     assert (other.top1_agreement, other.worst_image, bool(other)) == (0, 0, False)
     broken = LOGITS.copy()

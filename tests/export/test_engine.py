@@ -13,7 +13,6 @@ import torch
 import torchvision
 from onnx import TensorProto, helper
 
-from common import files
 from common.cli import run_command
 from common.files import sha256
 from common.refusal import Refusal
@@ -107,12 +106,15 @@ def test_wrong_arguments_are_refused_in_one_line_and_leave_the_old_engine(built,
     capsys.readouterr()
     (tmp_path / "text.onnx").write_text("hello")
     for argv, message in (
-        ([built.with_suffix(".onnx"), "--batch", 4, 2, 1], "--batch must be MIN <= OPT <= MAX"),
+        ([built.with_suffix(".onnx"), "--batch", 4, 2, 1], "--batch must be 1 <= MIN <= OPT <= MAX"),
         ([tmp_path / "text.onnx", "--out", built], "is not a valid ONNX file"),
         ([tmp_path / "missing.onnx", "--out", built], "No such file or directory"),
         ([built.with_suffix(".onnx"), "--out", built.with_suffix(".onnx")], "--out must end in .engine"),
         ([built.with_suffix(".onnx"), "--workspace", 0], "--workspace is in MiB, from 1 to 1048576; got 0"),
-        ([built.with_suffix(".onnx"), "--compute-capability", "9.0", "8.9"], "12.1, not for 9.0; on such a GPU build"),
+        (
+            [built.with_suffix(".onnx"), "--compute-capability", "9.0", "8.9"],
+            "12.1, not for 9.0; for such a GPU, build",
+        ),
         ([built.with_suffix(".onnx"), "--timing-cache", tmp_path / "t"], "tensorrt_rtx builds without timing kernels"),
         ([built.with_suffix(".onnx"), "--version-compatible"], "comes without the lean runtime"),
         ([built.with_suffix(".onnx"), "--parity", tmp_path / "p"], "No such file or directory"),
@@ -331,14 +333,14 @@ def test_ctrl_c_during_a_build_leaves_what_was_there(built, write_onnx, monkeypa
 
 
 def test_an_engine_interrupted_before_its_card_is_not_served(built, monkeypatch):
-    write_whole = files.write_whole
+    write_whole = to_trt.write_whole
 
     def interrupt(path, content):
         if path == card_path(built):
             raise KeyboardInterrupt
         return write_whole(path, content)
 
-    monkeypatch.setattr(files, "write_whole", interrupt)
+    monkeypatch.setattr(to_trt, "write_whole", interrupt)
     assert run(built.with_suffix(".onnx"), "--batch", 1, 1, 2) == 130
     with pytest.raises(Refusal, match="does not fit its card: engine_sha256 differs"):
         load_runtime(built)

@@ -18,8 +18,7 @@ from export.graphs.graph import to_onnx
 from fold.plain import fold_net
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.data import datasets
-from train.data.folder import SUFFIXES
-from train.data.split import FILE
+from train.data.folder import FILE, SUFFIXES
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FILES = {"report.html", "report.json", "confusion.png", "reliability.png", "mistakes.png"}
@@ -50,10 +49,10 @@ def trained(photos, tmp_path, make_net, make_spec):
     spec = make_spec(**fields)
     spec = Spec(**{**vars(spec), "labels": LABELS})
     dataset = datasets.divide(datasets.load("folder", data_dir=photos, image_size=8), 0.2, seed=0)
-    record = datasets.record(dataset)
+    split, content = datasets.record(dataset)
     run.mkdir()
-    (run / FILE).write_bytes(record.content)
-    config = {"dataset": "folder", "data_dir": str(photos), "validation": 0.2, "seed": 0, "split": record.to_dict()}
+    (run / FILE).write_bytes(content)
+    config = {"dataset": "folder", "data_dir": str(photos), "validation": 0.2, "seed": 0, "split": split}
     net = make_net(**fields)
     checkpoint = Checkpoint.fresh(spec, net.state_dict(), config)
     save_checkpoint(run / "checkpoint.pt", checkpoint)

@@ -7,7 +7,7 @@ from sklearn.metrics import precision_recall_fscore_support, top_k_accuracy_scor
 
 from export.evaluation.figures import confusion_figure, draw, figure_text, mistakes_figure, reliability_figure
 from export.evaluation.report import describe_calibration
-from export.evaluation.scores import NUM_BINS, ClassScore, calibrate, confusion, evaluate
+from export.evaluation.scores import NUM_BINS, calibrate, confusion, evaluate, score_class
 
 LABELS = tuple(f"label {index}" for index in range(7))
 
@@ -33,7 +33,7 @@ def test_precision_recall_f1_and_top_5_are_those_of_scikit_learn():
     called = probabilities.argmax(1)
     precision, recall, f1, num = precision_recall_fscore_support(targets, called, labels=range(7), zero_division=np.nan)
     for row, *expected in zip(found.classes, precision, recall, f1, num, strict=True):
-        values = [np.nan if value is None else value for value in (row.precision.value, row.recall.value, row.f1)]
+        values = [np.nan if value is None else value for value in (row.precision.value, row.recall.value, row.f1.value)]
         assert values == pytest.approx(expected[:3], nan_ok=True)
         assert (row.images, row.answered) == (expected[3], (called == LABELS.index(row.label)).sum())
     assert found.classes[6].recall.value is None
@@ -46,9 +46,9 @@ def test_precision_recall_f1_and_top_5_are_those_of_scikit_learn():
 
 
 def test_a_class_that_is_never_there_and_never_called_has_no_figures():
-    nobody = ClassScore("nobody", 0, 0, 0)
-    assert (nobody.precision.value, nobody.recall.value, nobody.f1) == (None, None, None)
-    assert (nobody.recall.interval, nobody.f1_interval) == ((0.0, 1.0), (0.0, 1.0))
+    nobody = score_class("nobody", 0, 0, 0)
+    assert (nobody.precision.value, nobody.recall.value, nobody.f1.value) == (None, None, None)
+    assert (nobody.recall.interval, nobody.f1.interval) == ((0.0, 1.0), (0.0, 1.0))
 
 
 def test_the_interval_of_f1_holds_the_true_one_as_often_as_it_says():
@@ -57,7 +57,7 @@ def test_the_interval_of_f1_holds_the_true_one_as_often_as_it_says():
     truth = 2 * 0.5 / (2 * 0.5 + 0.1 + 0.2)
     held = 0
     for hits, wrong, missed, _ in rng.multinomial(80, shares, size=4000):
-        low, high = ClassScore("x", hits + missed, hits + wrong, hits).f1_interval
+        low, high = score_class("x", hits + missed, hits + wrong, hits).f1.interval
         held += low <= truth <= high
     assert 0.93 < held / 4000 < 0.97  # 0.95; four standard deviations are 0.014
 

@@ -15,7 +15,7 @@ from export.compare import TOLERANCES, compare
 from export.graphs.graph import to_onnx
 from export.model_file.onnx_reader import read_header
 from export.runtimes.load import load_runtime
-from export.runtimes.mnn.module import MnnModule
+from export.runtimes.mnn_module import MnnModule
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from fold.plain import fold_net
@@ -74,7 +74,7 @@ def test_any_batch_from_any_thread_has_the_same_answers(write_onnx, images):
 
 def test_nothing_is_printed_and_no_file_is_left(write_onnx, tmp_path):
     _, path = write_onnx()
-    program = f"from pathlib import Path; from export.runtimes.mnn.module import MnnModule as f; f(Path({str(path)!r}))"
+    program = f"from pathlib import Path; from export.runtimes.mnn_module import MnnModule as f; f(Path({str(path)!r}))"
     folder = tmp_path / "temporary"
     folder.mkdir()
     environment = {"TMPDIR": str(folder), "PATH": "/usr/bin"}
@@ -124,19 +124,19 @@ def test_what_it_would_not_run_as_it_is_meant_is_refused(edit, write_foreign):
 
 def test_where_it_cannot_run_it_says_so(write_onnx, monkeypatch):
     _, path = write_onnx()
-    with pytest.raises(Refusal, match="MNN runs on the CPU alone"):
+    with pytest.raises(Refusal, match="MNN runs only on the CPU"):
         load_runtime(path, name="mnn", device=0)
     with pytest.raises(Refusal, match=r"tensorrt does not run .*plain\.onnx; \.onnx files are for onnxruntime or mnn"):
         load_runtime(path, name="tensorrt")
     with monkeypatch.context() as endless:
-        endless.setattr("export.runtimes.mnn.module._CONVERT", "import threading; threading.Event().wait()")
-        endless.setattr("export.runtimes.mnn.module._CONVERT_S", 0.1)
+        endless.setattr("export.runtimes.mnn_module._CONVERT", "import threading; threading.Event().wait()")
+        endless.setattr("export.runtimes.mnn_module._CONVERT_S", 0.1)
         with pytest.raises(Refusal, match="MNN's converter does not finish"):
             MnnModule(path)
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
     with pytest.raises(Refusal, match="MNN converts it in a temporary folder, and cannot create one"):
         MnnModule(path)
-    monkeypatch.setattr("export.runtimes.mnn.module.find_spec", lambda name: None)
+    monkeypatch.setattr("export.runtimes.mnn_module.find_spec", lambda name: None)
     with pytest.raises(Refusal, match=r"MNN is not installed here: pip install '\.\[mnn\]'"):
         MnnModule(path)
 

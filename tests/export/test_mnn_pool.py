@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.refusal import Refusal
-from export.runtimes.mnn.module import MnnModule
-from export.runtimes.mnn.pool import WorkerFailed, _Worker
+from export.runtimes.mnn_module import MnnModule, WorkerFailed, _Worker
 from serve.model.choose import choose
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which processes one has started")
@@ -24,7 +24,7 @@ def started():
     """The processes of MNN that this one has started and that run, in the order of their start."""
     threads = Path("/proc/self/task").iterdir()
     children = {int(pid) for thread in threads for pid in (thread / "children").read_text().split()}
-    return sorted(pid for pid in children if b"mnn.pool" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return sorted(pid for pid in children if b"mnn_module" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,7 @@ def test_no_call_gets_the_answer_of_an_earlier_one(path, images, in_the_middle):
 
 def test_a_file_that_mnn_does_not_load_is_refused(path, monkeypatch, tmp_path):
     converted = tmp_path / "plain.mnn"
-    monkeypatch.setattr("export.runtimes.mnn.module._convert", lambda *arguments: converted)
+    monkeypatch.setattr("export.runtimes.mnn_module._convert", lambda *arguments: FileIO(converted))
     for content in (b"", b"text", bytes(4096)):
         converted.write_bytes(content)
         with pytest.raises(Refusal, match=r"plain\.onnx cannot be loaded by MNN: a process of MNN ended with status"):
@@ -164,9 +164,9 @@ def test_a_process_that_crashes_or_does_not_start_refuses_the_file(path, monkeyp
         monkeypatch.setattr("common.child.PROGRAM", program)
         with pytest.raises(Refusal, match=rf"{reason}; use --runtime onnxruntime"):
             MnnModule(path, num_threads=2)
-        monkeypatch.setattr("export.runtimes.mnn.pool._START_S", 0.1)
+        monkeypatch.setattr("export.runtimes.mnn_module._START_S", 0.1)
     monkeypatch.setattr("sys.executable", "/nowhere/python")
-    monkeypatch.setattr("export.runtimes.mnn.module._convert", lambda path, *arguments: path)
+    monkeypatch.setattr("export.runtimes.mnn_module._convert", lambda path, *arguments: FileIO(path))
     with pytest.raises(Refusal, match=r"cannot be loaded by MNN: .*No such file or directory"):
         MnnModule(path)
 
@@ -174,7 +174,7 @@ def test_a_process_that_crashes_or_does_not_start_refuses_the_file(path, monkeyp
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from export.runtimes.mnn.module import MnnModule
+from export.runtimes.mnn_module import MnnModule
 module = MnnModule(Path(sys.argv[1]), num_threads=2)
 print(Path(f"/proc/self/task/{os.getpid()}/children").read_text(), flush=True)
 sys.stdin.read()

@@ -41,7 +41,7 @@ def test_a_foreign_net_answers_with_generic_labels(write_foreign, shape, kind):
         (("N", 3, "H", "W"), TensorProto.FLOAT, 4, "export it with a fixed height, width and channels"),
         (("N", 3, 6, 5), TensorProto.DOUBLE, 4, "takes float64; images must be uint8"),
         (("N", 6, 5, 2), TensorProto.FLOAT, 4, "images have 1 or 3 channels"),
-        (("N", 3, 6, 5), TensorProto.FLOAT, 1, "a classifier answers \\[N, K\\]"),
+        (("N", 3, 6, 5), TensorProto.FLOAT, 1, "a classifier's is \\[N, K\\]"),
     ],
 )
 def test_a_foreign_net_that_is_no_image_classifier_is_refused(write_foreign, shape, kind, num_classes, message):

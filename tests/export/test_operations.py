@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from common.refusal import Refusal
 from export.eight_bits.quantize import answerer
 from export.graphs.graph import to_onnx
-from export.runtimes.torch_net import read_net
+from export.runtimes.torch_graphs import read_net
 from fold.graph import GraphNet, fold
 from fold.lower import GRAPH_LOWERINGS, lower
 from fold.nodes import OPERATIONS

@@ -12,6 +12,7 @@ from export import parity
 from export import to_onnx as to_onnx_command
 from export.compare import TOLERANCES, compare
 from export.graphs.graph import to_onnx
+from export.pairs import ParityRow
 from fold import run as fold
 from fold.image_sets import EXTREMES
 from fold.plain import load_plain, save_plain
@@ -100,6 +101,8 @@ def test_providers_are_compared_one_by_one_and_missing_ones_named(road, capsys, 
     assert "tensorrt is not compared: ONNX Runtime's TensorrtExecutionProvider does not load here\n" in output.err
     candidates = {row["candidate"] for row in json.loads(output.out)["parity"]}
     assert candidates == {f"{road / 'plain.onnx'} on cpu"}
+    assert run(*argv[:3], "--providers", "tensorrt", "cuda") == 2
+    assert "CUDAExecutionProvider does not load here" in capsys.readouterr().err
     assert run(road / "checkpoint.pt", "--against", road / "plain.onnx", "--providers", "cpu") == 2
     assert "--providers are for .onnx files, and" in capsys.readouterr().err
 
@@ -110,8 +113,8 @@ def test_mnn_is_compared_like_a_provider(road, capsys, monkeypatch):
     rows = json.loads(capsys.readouterr().out)["parity"]
     assert {row["candidate"] for row in rows} == {f"{road / 'plain.onnx'} on mnn"}
     assert run(*argv, "--layers") == 2
-    assert "MNN shows no layers; leave --layers and --plot out" in capsys.readouterr().err
-    monkeypatch.setattr("export.runtimes.mnn.module.find_spec", lambda name: None)
+    assert "MNN and PyTorch show no layers; leave --layers and --plot out" in capsys.readouterr().err
+    monkeypatch.setattr("export.runtimes.mnn_module.find_spec", lambda name: None)
     assert run(*argv) == 2
     assert "mnn is not compared: MNN is not installed here" in capsys.readouterr().err
 
@@ -137,7 +140,7 @@ def test_without_real_images_floats_are_judged_on_the_others(road, capsys, monke
 def test_nan_on_any_images_is_a_verdict_in_every_precision():
     broken = np.full((2, 3), np.nan)
     comparison = compare(("a", np.ones((2, 3))), ("b", broken), tolerance=TOLERANCES["int8"])
-    assert parity.ParityRow("extreme", comparison).verdict is False
+    assert ParityRow("extreme", comparison).verdict is False
 
 
 def test_a_form_that_differs_ends_in_status_one(road, tmp_path, capsys):

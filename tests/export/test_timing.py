@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from export.timing import MIN_ROUNDS, ROUNDS, fastest, geometric_means, time_answers
+from export.timing import MIN_ROUNDS, ROUNDS, geometric_means, time_answers
 
 
 class Clock:
@@ -41,7 +41,7 @@ def test_rounds_alternate_and_the_least_geometric_mean_is_fastest(time_two):
     assert [(row.name, row.batch_size) for row in rows] == [("a", 1), ("b", 1), ("a", 4), ("b", 4)]
     assert [row.median_ms for row in rows] == pytest.approx([200, 100, 800, 400])
     assert geometric_means(rows) == pytest.approx({"b": 200, "a": 400})
-    assert fastest(rows) == "b"
+    assert [*geometric_means(rows)] == ["b", "a"]
 
 
 def test_a_fast_answer_is_called_often_in_a_round(time_two):

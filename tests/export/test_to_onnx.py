@@ -14,7 +14,7 @@ from export import to_onnx
 from export.eight_bits.quantize import measure_drop
 from export.model_file.probe import probe_images
 from export.runtimes.onnx_session import OnnxSession
-from export.timing import ROUNDS, Timing, fastest, time_models
+from export.timing import ROUNDS, Timing, geometric_means, time_answers
 from fold import run as fold
 from fold.lowerings import LOWERINGS
 from train import run as train
@@ -96,16 +96,15 @@ def test_the_fastest_is_so_over_all_batch_sizes():
     rows = [
         Timing(name, size, ms, ms, ms) for name, pair in times.items() for size, ms in zip((1, 8), pair, strict=True)
     ]
-    assert fastest(rows) == "steady"
-    assert fastest([row for row in rows if row.batch_size == 8]) == "large"
+    assert next(iter(geometric_means(rows))) == "steady"
+    assert next(iter(geometric_means([row for row in rows if row.batch_size == 8]))) == "large"
 
 
 @pytest.mark.slow
 def test_models_are_timed_in_turns(plain, tmp_path):
     assert run(plain, "--out", tmp_path / "net.onnx") == 0
-    content, steps = (tmp_path / "net.onnx").read_bytes(), []
-    image = OnnxSession(tmp_path / "net.onnx").model.spec.image
-    rows = time_models({"a": content, "b": content}, image, [1, 2], advance=steps.append)
+    session, steps = OnnxSession(tmp_path / "net.onnx"), []
+    rows = time_answers({"a": session, "b": session}, session.model.spec.image, [1, 2], advance=steps.append)
     assert [(row.name, row.batch_size) for row in rows] == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
     assert len(steps) == 2 * ROUNDS
 
@@ -188,7 +187,9 @@ def test_images_of_another_kind_do_not_calibrate(plain, tmp_path, capsys):
             Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / label / f"{index}.png")
     argv = (plain, "--precision", "int8", "--dataset", "folder", "--data-dir", tmp_path)
     assert run(*argv) == 2
-    assert "folder has 8x8x1 images of 2 classes; DiracNet-10-0.5 takes 8x8x1 of 10" in capsys.readouterr().err
+    assert "folder has 2 classes, and DiracNet-10-0.5 has 10: calibrate on images of these" in capsys.readouterr().err
+    assert run(plain, "--precision", "int8", "--dataset", "fashion-mnist") == 2
+    assert "fashion-mnist has images of shape (28, 28, 1), the net takes (8, 8, 1)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,12 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from common.cli import run_command
 from common.files import sha256
-from export import to_triton
+from export import to_triton, triton_repository
 from export.engines.engine import build_engine
 from export.model_file.engine_card import card_path
 from export.runtimes.offline import ort
 from export.runtimes.onnx_session import OnnxSession
-from export.triton_server import repository
-from export.triton_server.model_config import ONNX_RUNTIME, TritonModel, config_text
+from export.triton_repository import ONNX_RUNTIME, TritonModel, config_text
 
 
 def run(*argv):
@@ -252,14 +251,14 @@ def test_ctrl_c_leaves_nothing_half_written(write_onnx, tmp_path, monkeypatch, c
     _, path = write_onnx()
     if version == 2:
         assert run(path, "--out", tmp_path / "r") == 0
-    before, write_whole = files_in(tmp_path / "r"), repository.write_whole
+    before, write_whole = files_in(tmp_path / "r"), triton_repository.write_whole
 
     def interrupt(target, content):
         if target.name == "model.onnx":
             raise KeyboardInterrupt
         return write_whole(target, content)
 
-    monkeypatch.setattr(repository, "write_whole", interrupt)
+    monkeypatch.setattr(triton_repository, "write_whole", interrupt)
     assert run(path, "--out", tmp_path / "r", "--version", version) == 130
     assert "nothing was left half-written" in capsys.readouterr().err
     assert files_in(tmp_path / "r") == before
@@ -269,7 +268,7 @@ def test_a_disk_that_takes_no_folder_is_said_in_one_line(write_onnx, tmp_path, m
     def rename(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(repository.os, "rename", rename)
+    monkeypatch.setattr(triton_repository.os, "rename", rename)
     assert run(write_onnx()[1], "--out", tmp_path / "r") == 2
     assert "No space left on device; nothing was changed" in capsys.readouterr().err
     assert files_in(tmp_path / "r") == {}

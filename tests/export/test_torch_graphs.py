@@ -19,7 +19,7 @@ from export.compare import compare
 from export.graphs.graph import to_onnx
 from export.runtimes import torch_graphs
 from export.runtimes.load import load_runtime
-from export.runtimes.torch_net import TorchNet
+from export.runtimes.torch_graphs import TorchNet
 from fold.plain import fold_net
 
 TO_LOGITS = TorchNet.__call__

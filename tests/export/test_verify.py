@@ -20,7 +20,7 @@ from fold.plain import load_plain, save_plain
 from fold.user_net import Made
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.data import datasets
-from train.loop import evaluate
+from train.trainer import evaluate
 
 WEIGHTS, FOLDED = "lowering, and every weight", "weights of plain.safetensors"
 PLAIN_DIGEST, CHECKPOINT_DIGEST = "sha256 of plain.safetensors", "sha256 of the checkpoint"
@@ -41,7 +41,7 @@ def write_run(folder, make_net, seed=0):
     net.normalize.load_state_dict(type(net.normalize)(info.image.mean, info.image.std).state_dict())
     digits = datasets.divide(datasets.load("digits"), 0.1, seed=0)
     config = {"command": "python train/run.py", "dataset": "digits", "seed": 0, "validation": 0.1, "lr": 0.1}
-    config["split"] = datasets.record(digits).to_dict()
+    config["split"] = datasets.record(digits)[0]
     accuracy = evaluate(net, digits.test).accuracy
     state = Checkpoint.fresh(spec, net.state_dict(), config, test_accuracy=accuracy)
     save_checkpoint(folder / "checkpoint.pt", state)

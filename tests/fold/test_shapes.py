@@ -113,10 +113,16 @@ HOSTILE = {
         lambda nodes, t, o: (nodes["flatten"].update(name="images"), nodes["logits_"].update(inputs=["images"])),
         "'images' cannot be the name",
     ),
-    "channels that do not fit": (set_field("body.2.down", "inputs", ["body.1.relu"]), "reads 32 channels"),
+    "channels that do not fit": (set_field("body.2.down", "inputs", ["body.1.relu"]), "reads [32, "),
     "sums that do not fit": (set_field("body.2.add", "inputs", ["body.2.down", "stem.relu"]), "add reads [32, "),
-    "other shapes": (set_tensor("logits_.bias", torch.zeros(4)), "logits_: linear has bias of shape [4], not [5]"),
-    "whole numbers": (set_tensor("logits_.bias", torch.zeros(5, dtype=torch.int32)), "of torch.int32, not float32"),
+    "other shapes": (
+        set_tensor("logits_.bias", torch.zeros(4)),
+        "bias is of shape [4], not [5]",
+    ),
+    "whole numbers": (
+        set_tensor("logits_.bias", torch.zeros(5, dtype=torch.int32)),
+        "is of torch.int32, not",
+    ),
     "a tensor too many": (set_tensor("more.weight", torch.zeros(4)), "reads none of more.weight"),
     "a tensor too few": (lambda nodes, tensors, o: tensors.pop("logits_.bias"), "is damaged: KeyError"),
     "NaN": (set_tensor("logits_.bias", torch.full((5,), torch.nan)), "NaN or infinite values in logits_.bias"),
@@ -131,7 +137,7 @@ HOSTILE = {
         ),
         "over the limit of 10,000",
     ),
-    "pixels that are not normalized": (set_field("stem.large.0", "inputs", ["input"]), "reads 33 channels"),
+    "pixels that are not normalized": (set_field("stem.large.0", "inputs", ["input"]), "reads [33, 30, 3]: "),
 }
 
 

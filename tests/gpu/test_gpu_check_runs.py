@@ -4,7 +4,8 @@ import importlib.util
 
 import pytest
 
-from bench import contenders, gpu_check, nets
+from bench import gpu_check, nets
+from bench.runtimes import contenders
 from common.progress import make_console
 from export.runtimes import gpu
 from export.runtimes.onnx_session import loadable_providers

@@ -162,7 +162,7 @@ def test_one_candidate_is_neither_loaded_nor_measured(machine, forms, monkeypatc
     assert machine.choose(forms[0], runtime="onnxruntime").path == forms[0]
     assert machine.choose(forms[0], devices=(0,)).runtime == "onnxruntime"
     assert machine.choose(forms[0].with_name("missing.engine")).runtime is None
-    monkeypatch.setattr("export.runtimes.mnn.module.find_spec", lambda name: None)
+    monkeypatch.setattr("export.runtimes.mnn_module.find_spec", lambda name: None)
     assert machine.choose(forms[0]).runtime == "onnxruntime"
     assert machine.loaded == []
     assert not record_path(forms[0]).exists()

@@ -246,7 +246,7 @@ def test_no_shared_memory_is_said_at_the_start_once(artefact, tmp_path):
 def test_each_of_two_devices_has_a_process_that_is_replaced_and_one_front_end(start, artefact, pixels, encode):
     argv = [str(artefact), "--front-ends", "2", "--devices", "0", "1", "--port", "0"]
     server = start(
-        program=[sys.executable, str(ROOT / "bench" / "simulated.py"), *argv],
+        program=[sys.executable, str(ROOT / "bench" / "servers" / "simulated.py"), *argv],
         waits=False,
         env=os.environ | {"DIRACNET_SIMULATED_US": "200,4"},
     )

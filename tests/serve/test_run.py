@@ -195,7 +195,7 @@ def test_a_choice_is_measured_once_kept_and_survives_a_reload(start, artefact, o
     if sys.platform == "linux":
         for process in workers_of(again):
             has_session = "onnxruntime/capi" in Path(f"/proc/{process}/maps").read_text()
-            assert (has_session, bool(children_of(process, "mnn.pool"))) == (chosen == "onnxruntime", chosen == "mnn")
+            assert (has_session, bool(children_of(process, "mnn_module"))) == (chosen == "onnxruntime", chosen == "mnn")
 
 
 @pytest.mark.slow
@@ -205,16 +205,16 @@ def test_processes_of_mnn_are_replaced_when_they_die_and_end_with_their_model(st
     assert "on MNN, 2 processes (MNN 3." in server.greeting
     ends = []
     for _ in range(3):
-        ends += map(os.pidfd_open, children_of(server.pid, "mnn.pool"))
+        ends += map(os.pidfd_open, children_of(server.pid, "mnn_module"))
         server.send_signal(signal.SIGHUP)
         wait_for(server, "now serving")
         assert ask(server, file).status_code == 200
-    os.kill(children_of(server.pid, "mnn.pool")[0], signal.SIGKILL)
+    os.kill(children_of(server.pid, "mnn_module")[0], signal.SIGKILL)
     failed, answered = ask(server, file), ask(server, file)
     assert (failed.status_code, failed.json()["type"]) == (500, "urn:diracnet:problem:internal")
     assert answered.status_code == 200
     assert "a process of MNN ended with status -9" in wait_for(server, "WorkerFailed")
-    last = children_of(server.pid, "mnn.pool")
+    last = children_of(server.pid, "mnn_module")
     assert len(ends) == 3 * len(last) == 6
     ends += map(os.pidfd_open, last)
     server.send_signal(signal.SIGTERM)
@@ -274,7 +274,7 @@ def test_what_cannot_be_served_is_one_line(artefact, tmp_path, taken_port):
         ([artefact, "--port", 0, "--runtime", "openvino"], "invalid choice: 'openvino' (choose from "),
         ([artefact, "--port", 0, "--runtime", "tensorrt"], "tensorrt does not run plain.onnx; .onnx files are for"),
         ([artefact, tmp_path / "text.onnx", "--port", 0], "text.onnx is not a valid ONNX file"),
-        ([artefact, "--port", 0, "--runtime", "mnn", "--devices", 0], "MNN runs on the CPU alone; leave device 0 out"),
+        ([artefact, "--port", 0, "--runtime", "mnn", "--devices", 0], "MNN runs only on the CPU; leave device 0 out"),
         ([artefact, "--port", 0, "--workers", 0], "--workers must be 1 or more, got 0"),
         ([artefact, "--port", 0, "--devices", 0, 1], "ONNX Runtime finds no CUDA device 0 here"),
         ([artefact, "--port", 0, "--api-key-file", tmp_path / "text.onnx", "--max-batch", 0], "max_batch must be"),

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.augment import mix
+from train.data.batches import mix
 
 
 def two_images(num=2, size=16):

@@ -8,7 +8,7 @@ import torch
 
 from common.refusal import Refusal
 from train.data import datasets
-from train.data.augment import augment, erase
+from train.data.batches import augment, erase
 
 
 def write_idx(path, array, *, compress=False):

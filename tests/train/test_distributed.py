@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn import functional
 
 from common.spec import Spec
-from train import distributed
+from train import machine
 from train.checkpoint import load_checkpoint
+from train.config import TrainConfig
 from train.data import datasets
-from train.data.batches import Augmentation, batches
-from train.distributed import World
-from train.families import build
-from train.initialize import initialize
+from train.data.batches import batches
+from train.families import build, initialize
+from train.machine import World
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
 import torch
 from test_distributed import gradients
-from train.distributed import joined
+from train.machine import joined
 with joined("cpu") as world:
     for mode in ("train", "eval"):
         found = gradients(mode, world, wrap=world.wrap)
@@ -75,9 +75,8 @@ def gradients(mode, world, wrap=lambda net: net):
     net = build(Spec("cifar", 10, 0.25, "ncrelu", digits.info.image, digits.info.labels))
     initialize(net, a=1.0, b=0.1, std=0.03)
     net.train(mode == "train")
-    augmentation = Augmentation(flip=True, crop=1, smallest_crop=1.0)
-    settings = {"batch_size": 64, "epoch": 0, "first_step": 0, "seed": 0, "world": world}
-    batch = next(batches(digits.train, augmentation, **settings))
+    settings = TrainConfig(flip="yes", crop=1).resolved()
+    batch = next(batches(digits.train, settings, digits.info, batch_size=64, epoch=0, first_step=0, world=world))
     shared = wrap(net)
     functional.cross_entropy(shared(batch.images), batch.targets).backward()
     return {name: parameter.grad for name, parameter in net.named_parameters()}
@@ -145,7 +144,7 @@ def test_two_processes_train_stop_and_resume_bit_for_bit(tmp_path):
 
 def test_batch_statistics_are_shared_where_that_is_asked_for(monkeypatch):
     """Which layers do it; that they do takes GPUs, where alone PyTorch's SyncBatchNorm runs."""
-    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda net, device_ids: net)
+    monkeypatch.setattr(machine, "DistributedDataParallel", lambda net, device_ids: net)
     digits = datasets.load("digits")
     for sync in (False, True):
         torch.manual_seed(0)

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from common.refusal import Refusal
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import datasets
-from train.data.batches import Augmentation, batches
-from train.distributed import World
-from train.loop import evaluate
+from train.data.batches import batches
+from train.machine import World
 from train.run import command
+from train.trainer import evaluate
 
-AUGMENTATION = Augmentation(flip=True, crop=0, smallest_crop=0.3)
+SETTINGS = TrainConfig(flip="yes", crop=0, smallest_crop=0.3, seed=5, workers=0).resolved()
 
 
 @pytest.fixture
@@ -33,8 +34,9 @@ def folder(tmp_path):
 
 
 def all_batches(split, **options):
-    settings = {"batch_size": 4, "epoch": 1, "first_step": 0, "seed": 5, "world": World()} | options
-    return list(batches(split, AUGMENTATION, **settings))
+    settings = replace(SETTINGS, workers=options.pop("workers", 0))
+    place = {"batch_size": 4, "epoch": 1, "first_step": 0, "world": World()} | options
+    return list(batches(split, settings, datasets.info_of("digits"), **place))
 
 
 def test_a_folder_without_parts_is_split_and_its_files_are_not_read_into_memory(folder):

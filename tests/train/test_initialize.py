@@ -6,8 +6,7 @@ import reference
 import torch
 
 from common.refusal import Refusal
-from train.families import build, count_parameters
-from train.initialize import initialized
+from train.families import build, count_parameters, initialized
 from train.layers import DiracConv2d
 
 START = {"a": 5.0, "b": 0.1, "std": 0.3}

@@ -8,18 +8,16 @@ from torch import nn
 
 from common.progress import make_console
 from common.refusal import Refusal
-from train import loop
+from train import trainer
 from train.config import TrainConfig
 from train.data import batches
 from train.data.batches import Batch
 from train.data.datasets import Dataset, DatasetInfo, Split
-from train.distributed import World
-from train.families import build
-from train.initialize import initialize
+from train.families import build, initialize
 from train.layers import DiracConv2d
-from train.loop import learning_rate, make_optimizer, train_step
+from train.machine import World
 from train.recipes import recipe
-from train.trainer import Trainer
+from train.trainer import Trainer, learning_rate, make_optimizer, train_step
 
 
 def test_the_schedules():
@@ -78,7 +76,7 @@ def test_the_average_follows_weights_and_statistics(make_net):
     average, net = make_net(seed=0), make_net(seed=1)
     net.stem.bn.num_batches_tracked.fill_(7)
     before = {name: tensor.clone() for name, tensor in average.state_dict().items()}
-    loop.follow(average, net, 0.9)
+    trainer.follow(average, net, 0.9)
     for name, tensor in average.state_dict().items():
         expected = 0.9 * before[name] + 0.1 * net.state_dict()[name] if tensor.is_floating_point() else 7
         if name == "stem.bn.num_batches_tracked" or tensor.is_floating_point():

@@ -5,8 +5,7 @@ import torch
 
 from common.refusal import Refusal
 from train.config import TrainConfig
-from train.distributed import World
-from train.machine import available_bytes, choose_precision, refuse_what_does_not_fit, training_bytes
+from train.machine import World, available_bytes, choose_precision, refuse_what_does_not_fit, training_bytes
 
 
 def test_memory_grows_with_the_batch_and_with_the_area(make_spec):

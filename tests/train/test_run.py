@@ -25,8 +25,8 @@ from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpo
 from train.config import TrainConfig
 from train.data import datasets
 from train.families import build
-from train.loop import Score, evaluate, train_step
 from train.run import command
+from train.trainer import Score, evaluate, train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--depth", "10", "--width", "0.25", "--epochs", "2", "--batch-size", "128"]

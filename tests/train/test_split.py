@@ -14,7 +14,7 @@ from fold.image_sets import real_images
 from train.checkpoint import load_checkpoint
 from train.config import TrainConfig
 from train.data import datasets
-from train.data.split import picked_by_name
+from train.data.folder import picked_by_name
 from train.run import command
 
 SMALL = (
@@ -153,7 +153,7 @@ def test_no_file_but_the_checkpoint_says_where_the_photographs_lie(folder, tmp_p
 
 def test_images_in_memory_that_are_not_the_runs_are_refused():
     dataset = datasets.divide(datasets.load("digits"), 0.1, seed=0)
-    split = datasets.record(dataset).to_dict()
+    split, _ = datasets.record(dataset)
     training = {"dataset": "digits", "validation": 0.1, "seed": 0, "split": split}
     assert len(datasets.load_as_trained(training).test) == 359
     with pytest.raises(Refusal, match="digits does not hold the images"):

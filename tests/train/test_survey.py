@@ -8,7 +8,7 @@ from common.image import SUFFIXES
 from common.refusal import Refusal
 from train.config import TrainConfig
 from train.data import datasets
-from train.data.survey import print_survey
+from train.report import print_survey
 
 
 def save(path, size=(12, 10)):

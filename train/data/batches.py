@@ -3,8 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +12,10 @@ from torchvision.transforms import v2
 
 from common.cores import num_cores
 from common.refusal import Refusal
-from common.spec import ImageSpec
-from train.data.augment import augment, erase, mix
-from train.data.datasets import Part, Split
+from train.config import Settings
+from train.data.datasets import DatasetInfo, Part, Split
 from train.data.folder import Files, read
-from train.distributed import World
+from train.machine import World
 
 JUDGED_PIXELS = 2_000_000  # of the images that are judged at once
 
@@ -33,71 +30,53 @@ class Batch:
     share: float = 1.0  # of an image in its mixture
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    flip: bool
-    crop: int  # pixels by which crops of images in memory shift
-    smallest_crop: float  # the smallest share of a file's image that a crop keeps
-    erase: float = 0.0  # the share of images that lose a rectangle
-    fill: tuple[int, ...] = ()  # its colour, 0 to 255 per channel
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    balanced: bool = False  # all classes equally often
-
-
 def steps_per_epoch(num_images: int, batch_size: int) -> int:
-    """Whole batches only: each epoch leaves other images out."""
+    """Whole batches only: each epoch leaves out different images."""
     return max(1, num_images // batch_size)
 
 
 def batches(
-    split: Part,
-    augmentation: Augmentation,
-    *,
-    batch_size: int,
-    epoch: int,
-    first_step: int,
-    seed: int,
-    world: World,
-    workers: int = 0,
+    part: Part, settings: Settings, info: DatasetInfo, *, batch_size: int, epoch: int, first_step: int, world: World
 ) -> Iterator[Batch]:
-    """One epoch from `first_step` on: the part of each batch that falls to this process of `world`.
+    """One epoch from `first_step` on, augmented: this process's share of each batch.
 
     What a batch holds depends on (seed, epoch, step) alone, not on how many processes or workers share it.
-    Files that cannot be read are missing from it, so that it may be empty, and others are erased and mixed then.
+    Files that cannot be read are missing from it: it may be empty, and other images are erased and mixed.
     """
-    order = _order(split, np.random.default_rng((seed, epoch)), balanced=augmentation.balanced)
-    steps = range(first_step, steps_per_epoch(len(split), batch_size))
+    key = settings.seed, epoch
+    order = _order(part, np.random.default_rng(key), balanced=settings.balanced)
+    steps = range(first_step, steps_per_epoch(len(part), batch_size))
     picked = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
     share = batch_size // world.size
     mine = slice(world.rank * share, (world.rank + 1) * share)
-    if isinstance(split, Files):
-        loaded = stream(
-            split,
-            [indices[mine] for indices in picked],
-            key=(seed, epoch),
-            smallest_crop=augmentation.smallest_crop,
-            flip=augmentation.flip,
-            workers=workers,
-        )
-    else:
-        loaded = _from_memory(split, picked, augmentation, mine, [(seed, epoch, step) for step in steps], world.device)
+    flip = info.flip if settings.flip == "auto" else settings.flip == "yes"
+    if isinstance(part, Files):
+        own, least = [indices[mine] for indices in picked], settings.smallest_crop
+        loaded = stream(part, own, key=key, smallest_crop=least, flip=flip, workers=settings.workers)
+    else:  # picked and augmented on the device, where `to_device` may have put the images already
+        pixels, labels = (torch.as_tensor(array, device=world.device) for array in (part.images, part.targets))
+        crop = info.crop if settings.crop is None else settings.crop
+
+        def load(step: int, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+            rows, generator = torch.from_numpy(indices).to(world.device), _generator(*key, step)
+            return augment(pixels[rows], flip=flip, crop=crop, generator=generator, rows=mine), labels[rows[mine]]
+
+        loaded = map(load, steps, picked)
+    fill = [round(255 * mean) for mean in info.image.mean]
     for step, (images, targets) in zip(steps, loaded, strict=True):
         images, targets = images.to(world.device), targets.to(world.device)
-        if augmentation.erase:
-            generator = _keyed((seed, epoch, step, 1))
-            images = erase(
-                images, augmentation.erase, augmentation.fill, num=batch_size, rows=mine, generator=generator
-            )
-        if augmentation.mixup or augmentation.cutmix:
-            rng = np.random.default_rng((seed, epoch, step, 2))
-            yield Batch(epoch, step, *mix(images, targets, augmentation.mixup, augmentation.cutmix, rng))
+        if settings.erase:
+            generator = _generator(*key, step, 1)
+            images = erase(images, settings.erase, fill, num=batch_size, rows=mine, generator=generator)
+        if settings.mixup or settings.cutmix:
+            rng = np.random.default_rng((*key, step, 2))
+            yield Batch(epoch, step, *mix(images, targets, settings.mixup, settings.cutmix, rng))
         else:
             yield Batch(epoch, step, images, targets)
 
 
 def _order(split: Part, rng: np.random.Generator, *, balanced: bool) -> np.ndarray:
-    """An epoch's images: each once, or as many but of each class equally often, rare ones again and again."""
+    """An epoch's images: each once; or as many, with each class equally often and rare images repeated."""
     num = len(split)
     if not balanced:
         return rng.permutation(num)
@@ -107,25 +86,12 @@ def _order(split: Part, rng: np.random.Generator, *, balanced: bool) -> np.ndarr
     return rng.permutation(np.concatenate([np.resize(drawn, of_each) for drawn in of_class]))[:num]
 
 
-def _from_memory(
-    split: Split,
-    picked: list[np.ndarray],
-    augmentation: Augmentation,
-    mine: slice,
-    keys: list[tuple[int, ...]],
-    device: str,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Picked and augmented on the device, where `split` already is if `to_device` put it there."""
-    pixels, targets = (torch.as_tensor(part, device=device) for part in (split.images, split.targets))
-    for indices, key in zip(picked, keys, strict=True):
-        rows = torch.from_numpy(indices).to(device)
-        images = augment(pixels[rows], flip=augmentation.flip, crop=augmentation.crop, generator=_keyed(key), rows=mine)
-        yield images, targets[rows[mine]]
+def _generator(*key: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_seed(*key))
 
 
-def _keyed(key: tuple[int, ...]) -> torch.Generator:
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator().manual_seed(seed)
+def _seed(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 def to_device(split: Part, device: str) -> Part:
@@ -161,11 +127,12 @@ def stream(
     the image's area and flips, which depend on `key` and the image's index alone.
     A file that cannot be read is left out of its batch or refused, as `files` says.
     """
+    dataset = _Images(files, key, smallest_crop, flip)
     loader = DataLoader(
-        _Images(files, key, smallest_crop, flip),
+        dataset,
         batch_sampler=[indices.tolist() for indices in picked],
         num_workers=min(workers, num_cores()),  # torch warns of more
-        collate_fn=partial(_collate, shape=(files.image.height, files.image.width, files.image.channels)),
+        collate_fn=dataset.collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one
     )
@@ -190,22 +157,92 @@ class _Images(Dataset):
         try:
             if not self.key:
                 return read(path, self.files), target, ""
-            keyed = int(np.random.SeedSequence((*self.key, index)).generate_state(1, np.uint64)[0] >> 1)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(keyed)
-                return read(path, self.files, self._random_crop, self.smallest_crop), target, ""
+                torch.manual_seed(_seed(*self.key, index))
+                return read(path, self.files, lambda image, _: self.augment(image), self.smallest_crop), target, ""
         except Refusal as refusal:
             return None, target, str(refusal)
 
-    def _random_crop(self, image: Any, _: ImageSpec) -> Any:
-        return self.augment(image)
+    def collate(self, items: list[tuple[np.ndarray | None, int, str]]) -> tuple[Tensor, Tensor, str]:
+        """The readable ones of `items` as a batch, empty if there are none, and why the first other was refused."""
+        readable = [(pixels, target) for pixels, target, _ in items if pixels is not None]
+        images = np.array([pixels for pixels, _ in readable], np.uint8).reshape(-1, *self.files.image.shape)
+        targets = torch.tensor([target for _, target in readable], dtype=torch.int64)
+        return torch.from_numpy(images), targets, next((refusal for _, _, refusal in items if refusal), "")
 
 
-def _collate(
-    items: list[tuple[np.ndarray | None, int, str]], shape: tuple[int, int, int]
-) -> tuple[Tensor, Tensor, str]:
-    """The readable ones of `items` as a batch of images [N, *shape], N of 0 if there are none."""
-    readable = [(pixels, target) for pixels, target, _ in items if pixels is not None]
-    refusal = next((refusal for _, _, refusal in items if refusal), "")
-    images = torch.from_numpy(np.array([pixels for pixels, _ in readable], np.uint8).reshape(-1, *shape))
-    return images, torch.tensor([target for _, target in readable], dtype=torch.int64), refusal
+def augment(images: Tensor, *, flip: bool, crop: int, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
+    """images [N, H, W, C] → `rows` of them: shifted by up to `crop` pixels, half mirrored.
+
+    What a shift uncovers is reflected at the border. Random numbers are drawn for all N images, so that
+    processes which share a batch see the images that one process would.
+    `generator` lives on the CPU, so that a seed gives the same images on every device.
+    """
+    num, height, width, _ = images.shape
+    lines = torch.arange(height).expand(num, height)
+    columns = torch.arange(width).expand(num, width)
+    if crop:
+        shift = torch.randint(-crop, crop + 1, (2, num, 1), generator=generator)
+        lines, columns = _reflect(lines + shift[0], height), _reflect(columns + shift[1], width)
+    if flip:
+        mirrored = torch.randint(2, (num, 1), generator=generator).bool()
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    lines, columns = lines[rows].to(images.device), columns[rows].to(images.device)
+    picked = torch.arange(num, device=images.device)[rows]
+    return images[picked[:, None, None], lines[:, :, None], columns[:, None, :]]
+
+
+def erase(
+    images: Tensor, share: float, fill: Sequence[int], *, num: int, rows: slice, generator: torch.Generator
+) -> Tensor:
+    """images [M, H, W, C], a `share` of them with a random rectangle of colour `fill`, C values up to 255.
+
+    Random erasing (Zhong et al., 2017): 2 to 33 % of the area, sides in a proportion of 0.3 to 3.3.
+    The images are `rows` of a batch of `num`, for all of which numbers are drawn, as in `augment`.
+    """
+    _, height, width, _ = images.shape
+    chosen, area, ratio, y, x = torch.rand(5, num, generator=generator)
+    area = (0.02 + 0.31 * area) * height * width
+    ratio = torch.exp(math.log(0.3) + math.log(3.3 / 0.3) * ratio)
+    high, wide = (area * ratio).sqrt().clamp(1, height).round(), (area / ratio).sqrt().clamp(1, width).round()
+    top, left = (y * (height - high + 1)).floor(), (x * (width - wide + 1)).floor()
+    inside = _between(top, high, height)[:, :, None] & _between(left, wide, width)[:, None, :]
+    inside &= (chosen < share)[:, None, None]
+    inside = inside[rows][: len(images), :, :, None].to(images.device)
+    return torch.where(inside, torch.tensor(fill, dtype=torch.uint8, device=images.device), images)
+
+
+def mix(
+    images: Tensor, targets: Tensor, mixup: float, cutmix: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """(images, targets, targets of the images mixed in, share of an image in its mixture).
+
+    An image is mixed with its neighbour, the first with the second and so on, blended (mixup, Zhang et al., 2018) or
+    with a rectangle of it (cutmix, Yun et al., 2019); a coin decides for the batch where both are given.
+    The share is from Beta(α, α) of the given α.
+    """
+    num, height, width, _ = images.shape
+    partner = torch.arange(num, device=images.device)
+    partner = torch.where(partner ^ 1 < num, partner ^ 1, partner)
+    blends = rng.random() < (0.5 if mixup and cutmix else float(mixup > 0))
+    share = rng.beta(mixup, mixup) if blends else rng.beta(cutmix, cutmix)
+    if blends:
+        mixed = torch.lerp(images[partner].float(), images.float(), share).round().to(torch.uint8)
+        return mixed, targets, targets[partner], share
+    side, (y, x) = math.sqrt(1 - share), rng.random(2)
+    top, bottom = (round(min(max(y + half, 0), 1) * height) for half in (-side / 2, side / 2))
+    left, right = (round(min(max(x + half, 0), 1) * width) for half in (-side / 2, side / 2))
+    mixed = images.clone()
+    mixed[:, top:bottom, left:right] = images[partner, top:bottom, left:right]
+    return mixed, targets, targets[partner], 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def _between(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """[N, size]: which of the positions 0, 1, ... lie in [start, start + length)."""
+    position = torch.arange(size)
+    return (position >= start[:, None]) & (position < (start + length)[:, None])
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Indices beyond the border count backwards from it, without repeating the border itself."""
+    return (size - 1) - (index.abs() - (size - 1)).abs()

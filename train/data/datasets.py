@@ -14,15 +14,19 @@ import numpy as np
 from common.files import sha256
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from train.data.folder import Files, LeftOut, Track, class_folders, find_files, make_files
-from train.data.split import (
+from train.data.folder import (
     FILE,
     PARTS,
     TEST_SHARE,
     Changed,
-    Record,
+    Files,
+    LeftOut,
     Sizes,
+    Track,
     check_same,
+    class_folders,
+    find_files,
+    make_files,
     picked_by_name,
     read_record,
 )
@@ -35,7 +39,7 @@ FASHION_MNIST_DIRS = (Path("data"), Path("/usr/share/datasets/fashion-mnist"))  
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A data set as it is known before it is read."""
+    """What is known of a data set before it is read."""
 
     image: ImageSpec
     labels: tuple[str, ...]
@@ -84,36 +88,26 @@ def cifar_image() -> ImageSpec:
     return ImageSpec(32, 32, 3, tuple(m / 255 for m in mean), tuple(s / 255 for s in std), resize=32)
 
 
-def _labels(text: str) -> tuple[str, ...]:
-    return tuple(label.replace("~", " ") for label in text.split())
+FASHION = "T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle~boot"
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy
+porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm"""
+
+
+def _info(image: ImageSpec, labels: str, *, flip: bool, crop: int) -> DatasetInfo:
+    return DatasetInfo(image, tuple(label.replace("~", " ") for label in labels.split()), flip, crop)
 
 
 INFO = {
-    "digits": DatasetInfo(ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8), tuple("0123456789"), flip=False, crop=0),
-    "fashion-mnist": DatasetInfo(
-        ImageSpec(28, 28, 1, (0.286,), (0.353,), resize=28),
-        _labels("T-shirt/top Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Ankle~boot"),
-        flip=True,
-        crop=1,
-    ),
-    "cifar10": DatasetInfo(
-        cifar_image(), _labels("airplane automobile bird cat deer dog frog horse ship truck"), flip=True, crop=4
-    ),
-    "cifar100": DatasetInfo(
-        cifar_image(),
-        _labels(
-            """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
-            camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup
-            dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
-            leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid
-            otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
-            rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
-            sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
-            willow_tree wolf woman worm"""
-        ),
-        flip=True,
-        crop=4,
-    ),
+    "digits": _info(ImageSpec(8, 8, 1, (0.305,), (0.376,), resize=8), " ".join("0123456789"), flip=False, crop=0),
+    "fashion-mnist": _info(ImageSpec(28, 28, 1, (0.286,), (0.353,), resize=28), FASHION, flip=True, crop=1),
+    "cifar10": _info(cifar_image(), CIFAR10, flip=True, crop=4),
+    "cifar100": _info(cifar_image(), CIFAR100, flip=True, crop=4),
 }
 
 
@@ -187,14 +181,15 @@ def load_as_trained(
     name, recorded, split = training["dataset"], training.get("data_dir"), training.get("split") or {}
     data_dir = data_dir or (Path(recorded) if recorded else None)
     parts = read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
-    skip_unreadable = training.get("skip_unreadable", False)
+    skip = training.get("skip_unreadable", False)
+    how: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "image": image}
     if parts:
-        info = info_of(name, data_dir=data_dir, image_size=image_size, image=image)
-        return recorded_files(_given(data_dir), parts, info, skip_unreadable=skip_unreadable)
-    dataset = load(name, data_dir=data_dir, image_size=image_size, image=image, skip_unreadable=skip_unreadable)
-    dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
+        return recorded_files(_given(data_dir), parts, info_of(name, **how), skip_unreadable=skip)
+    dataset = divide(
+        load(name, **how, skip_unreadable=skip), training.get("validation", 0.0), seed=training.get("seed", 0)
+    )
     if split:
-        check_same(record(dataset), split, where=str(data_dir or name))
+        check_same(record(dataset)[0], split, where=str(data_dir or name))
     return dataset
 
 
@@ -209,13 +204,11 @@ def recorded_files(
             "put them back, or train again"
         )
     labels = tuple(sorted({Path(name).parent.name for name in parts["train"]}))
-    info = replace(info, labels=labels)
-
-    def files(part: str) -> Files:
-        pairs = [(root / name, labels.index(Path(name).parent.name)) for name in parts[part]]
-        return make_files(root, pairs, info.image, skip_unreadable=skip_unreadable)
-
-    return Dataset(info, files("train"), files("test"), files("validation"))
+    train, validation, test = (
+        make_files(root, [root / name for name in parts[part]], labels, info.image, skip_unreadable=skip_unreadable)
+        for part in PARTS
+    )
+    return Dataset(replace(info, labels=labels), train, test, validation)
 
 
 def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:
@@ -226,19 +219,23 @@ def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:
     return replace(dataset, train=rest, validation=held)
 
 
-def record(dataset: Dataset) -> Record:
-    """The `Record` of a divided data set: names and sizes of files, or the digest of arrays."""
+def record(dataset: Dataset) -> tuple[dict[str, Any], bytes]:
+    """The images of a divided data set: their number by part and a digest; and the content of FILE.
+
+    The digest is that of FILE, names and sizes of files by part, or of arrays, which have no FILE.
+    """
     parts = dict(zip(PARTS, (dataset.train, dataset.validation, dataset.test), strict=True))
-    counts, digest, sizes = {part: len(split or ()) for part, split in parts.items()}, hashlib.sha256(), {}
-    for part, split in parts.items():
-        if isinstance(split, Files):
-            sizes[part] = {name: num_bytes(Path(split.root) / name) for name in split.names}
-        elif split is not None:
-            for array in (np.asarray(split.images), np.asarray(split.targets)):
-                digest.update(f"{part} {array.dtype} {array.shape}".encode())
+    digest, sizes = hashlib.sha256(), dict[str, Sizes]()
+    for name, part in parts.items():
+        if isinstance(part, Files):
+            sizes[name] = {file: num_bytes(Path(part.root) / file) for file in part.names}
+        elif part is not None:
+            for array in (np.asarray(part.images), np.asarray(part.targets)):
+                digest.update(f"{name} {array.dtype} {array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).data)
-    content = json.dumps(sizes, indent=0).encode()
-    return Record(counts, sha256(content), content) if sizes else Record(counts, digest.hexdigest())
+    content = json.dumps(sizes, indent=0).encode() if sizes else b""
+    counts = {name: len(part or ()) for name, part in parts.items()}
+    return {**counts, "sha256": sha256(content) if content else digest.hexdigest()}, content
 
 
 def num_bytes(path: Path) -> int:
@@ -250,9 +247,9 @@ def num_bytes(path: Path) -> int:
 
 
 def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
-    """A part of `split` for choosing by, and the rest for training: (rest, part).
+    """Divides `split` into the rest, for training, and a part to choose by: (rest, part).
 
-    A folder's images by their names, of each class alike; others at random.
+    A folder's images are chosen by name, the same share of each class; others at random.
     """
     if isinstance(split, Files):
         picked = picked_by_name(split.names, split.targets, fraction, purpose="validation")
@@ -263,7 +260,7 @@ def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
 
 
 def _load_digits() -> tuple[Split, Split]:
-    """Every fifth image tests, the same ones each time."""
+    """Every fifth image is for testing, the same ones each time."""
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
@@ -275,43 +272,39 @@ def _load_digits() -> tuple[Split, Split]:
 def _load_fashion_mnist(data_dir: Path | None, download: bool) -> tuple[Split, Split]:
     from torchvision.datasets import FashionMNIST
 
-    def read(folder: Path, part: str) -> Split:
-        images, labels = _find(folder, f"{part}-images-idx3-ubyte"), _find(folder, f"{part}-labels-idx1-ubyte")
-        if not images or not labels:
-            raise FileNotFoundError(folder)
-        pixels, targets = _read_idx(images, 3)[..., None], _read_idx(labels, 1).astype(np.int64)
-        if len(pixels) != len(targets):
-            raise ValueError(f"{images.name} has {len(pixels)} images, {labels.name} {len(targets)} labels")
-        return Split(pixels, targets)
-
     folders = (data_dir,) if data_dir else FASHION_MNIST_DIRS
     if download:
         FashionMNIST(str(folders[0]), train=True, download=True)
-    for folder in folders:
-        for place in (folder, folder / "FashionMNIST" / "raw"):
-            try:
-                return read(place, "train"), read(place, "t10k")
-            except FileNotFoundError:
-                continue
-            except (OSError, EOFError, ValueError, zlib.error) as error:
-                raise Refusal(f"the Fashion-MNIST files in {place} cannot be read: {error}") from error
+    for place in (place for folder in folders for place in (folder, folder / "FashionMNIST" / "raw")):
+        try:
+            return _read_fashion_mnist(place, "train"), _read_fashion_mnist(place, "t10k")
+        except FileNotFoundError:
+            continue
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise Refusal(f"the Fashion-MNIST files in {place} cannot be read: {error}") from error
     raise Refusal(
         f"Fashion-MNIST is not in {' or '.join(map(str, folders))}: install Debian's package "
         "dataset-fashion-mnist, name its folder with --data-dir, or let --download fetch it"
     )
 
 
-def _read_idx(path: Path, num_dims: int) -> np.ndarray:
-    """An IDX file of bytes, compressed or not; torchvision reads only the other kind."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+def _read_fashion_mnist(folder: Path, part: str) -> Split:
+    images, labels = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
+    pixels, targets = _read_idx(folder, images, 3), _read_idx(folder, labels, 1)
+    if len(pixels) != len(targets):
+        raise ValueError(f"{images} has {len(pixels)} images, {labels} {len(targets)} labels")
+    return Split(pixels[..., None], targets.astype(np.int64))
+
+
+def _read_idx(folder: Path, name: str, num_dims: int) -> np.ndarray:
+    """An IDX file of bytes, also a compressed one, which torchvision does not read."""
+    compressed = folder / f"{name}.gz"
+    whole = (folder / name).is_file() or not compressed.is_file()
+    content = (folder / name).read_bytes() if whole else gzip.decompress(compressed.read_bytes())
     if content[:4] != bytes((0, 0, 8, num_dims)):
-        raise ValueError(f"{path.name} is not an IDX file of bytes in {num_dims} dimensions")
+        raise ValueError(f"{name} is not an IDX file of bytes in {num_dims} dimensions")
     shape = np.frombuffer(content, ">u4", num_dims, offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dims).reshape(shape).copy()  # writable
-
-
-def _find(folder: Path, stem: str) -> Path | None:
-    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
 
 
 def _load_cifar(name: str, data_dir: Path | None, download: bool) -> tuple[Split, Split]:

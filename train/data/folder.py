@@ -1,7 +1,10 @@
-"""A folder of images per class: found and checked at the start, decoded only when needed."""
+"""A folder of images per class: found and checked at the start, divided by name, decoded only when needed."""
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.files import read_whole, sha256
 from common.image import FORMATS, SUFFIXES, decode
 from common.refusal import Refusal
 from common.spec import ImageSpec
@@ -19,13 +23,16 @@ PART_NAMES = {"validation": ("val", "valid", "validation"), "test": ("test",)}  
 JUNK = ("__MACOSX", "@eaDir", "lost+found", "Thumbs.db", "desktop.ini")
 JUNK_REASON = "hidden, or an operating system's own"
 UNREADABLE = "cannot be read"
-
+FILE = "split.json"  # in the run's folder: names and sizes of a folder's images, by part
+PARTS = ("train", "validation", "test")
+TEST_SHARE = 0.2
+Sizes = dict[str, int]  # bytes of a file, by its name below the data set's folder
 Track = Callable[[Iterable[Any], int], Iterable[Any]]  # (items, total): gives the items, and shows progress
 
 
 @dataclass(frozen=True)
 class Files:
-    """Images on the disk: paths, targets int64 [N], and how they become pixels."""
+    """Images on disk: paths, targets int64 [N], and how they become pixels."""
 
     root: str  # the data set's folder
     paths: np.ndarray  # of str
@@ -58,6 +65,13 @@ class LeftOut:
     why: str
 
 
+def describe_left_out(left_out: Sequence[LeftOut]) -> list[str]:
+    """A line for each reason: the number of paths, and the first."""
+    reasons = dict.fromkeys(stranger.why for stranger in left_out)
+    by_reason = {why: [stranger.path for stranger in left_out if stranger.why == why] for why in reasons}
+    return [f"left out, {why}: {len(paths)}, first {paths[0]}" for why, paths in by_reason.items()]
+
+
 @dataclass(frozen=True)
 class Found:
     """The parts of a folder, and the files that belong to none. `validation` and `test` are None if it lacks them."""
@@ -70,7 +84,7 @@ class Found:
 
 
 def read(path: str, files: Files, crop: Callable | None = None, smallest_crop: float = 1.0) -> np.ndarray | None:
-    """One file as uint8 [H, W, C], see `decode`; None where it is unreadable and may be skipped."""
+    """One file as uint8 [H, W, C], see `decode`; None if it cannot be read and may be skipped."""
     try:
         return decode(Path(path).read_bytes(), files.image, crop=crop, smallest_crop=smallest_crop)
     except (Refusal, OSError) as error:
@@ -80,7 +94,7 @@ def read(path: str, files: Files, crop: Callable | None = None, smallest_crop: f
 
 
 def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[LeftOut]]:
-    """The files among `paths`, each image in the folders among them and below, in order; and what else lies there.
+    """The files among `paths`, each image in the folders among them and below, in order; and all other files there.
 
     Refuses a path that is not there, and paths without one image.
     """
@@ -113,7 +127,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def refuse_what_cannot_be_judged(files: Files, track: Track) -> None:
-    """Decodes every file; refuses those that cannot be read, all in one line, unless they may be skipped.
+    """Decodes every file; refuses those that cannot be read, in one message.
 
     A truncated body shows only when it is decoded, and these images are first needed after the last epoch.
     """
@@ -172,14 +186,20 @@ def find_files(
     A class `may_lack` images where nothing is trained on them.
     """
     folders = part_folders(root)
-    found: dict[str, list[tuple[Path, int]]] = {}
-    left_out = [LeftOut(path, "not one of the parts") for path in _folders(root) if "test" in folders]
-    left_out = [stranger for stranger in left_out if stranger.path not in folders.values()]
+    strangers = [path for path in _folders(root) if "test" in folders and path not in folders.values()]
+    left_out = [LeftOut(path, "not one of the parts") for path in strangers]
     left_out += [LeftOut(path, JUNK_REASON) for path in root.iterdir() if path.is_dir() and _is_junk(path)]
+    found: dict[str, list[Path]] = {part: [] for part in folders}
     for part, folder in folders.items():
-        found[part], more = _list(_folders(folder), labels)
-        left_out += more
-    every = [path for pairs in found.values() for path, _ in pairs]
+        classes = _folders(folder)
+        if strange := [place.name for place in classes if place.name not in labels]:
+            raise Refusal(f"{folder} has classes that training has not: {', '.join(strange[:5])}")
+        for path in (path for place in classes for path in sorted(place.iterdir())):
+            if why := _reason(path):
+                left_out.append(LeftOut(path, why))
+            else:
+                found[part].append(path)
+    every = [path for paths in found.values() for path in paths]
     if not every:
         raise Refusal(f"no {', '.join(SUFFIXES)} images in the class folders of {folders['train']}")
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
@@ -192,45 +212,26 @@ def find_files(
         )
     left_out += [LeftOut(path, UNREADABLE) for path in unreadable]
     parts = {
-        part: make_files(root, [pair for pair in pairs if sizes[pair[0]]], image, skip_unreadable=skip_unreadable)
-        for part, pairs in found.items()
+        part: make_files(root, [path for path in paths if sizes[path]], labels, image, skip_unreadable=skip_unreadable)
+        for part, paths in found.items()
     }
-    if not may_lack:
-        _refuse_empty_classes(parts["train"], labels, folders["train"])
-    return Found(
-        parts["train"], parts.get("validation"), parts.get("test"), left_out, [size for size in sizes.values() if size]
-    )
-
-
-def make_files(root: Path, pairs: list[tuple[Path, int]], image: ImageSpec, *, skip_unreadable: bool) -> Files:
-    """`pairs` of a path and the index of its label."""
-    paths = np.array([str(path) for path, _ in pairs], dtype=np.str_)
-    return Files(str(root), paths, np.array([target for _, target in pairs], np.int64), image, skip_unreadable)
-
-
-def _refuse_empty_classes(train: Files, labels: tuple[str, ...], folder: Path) -> None:
+    train = parts["train"]
     counts = np.bincount(train.targets, minlength=len(labels))
-    if empty := [label for label, count in zip(labels, counts, strict=True) if not count]:
+    if (empty := [labels[index] for index in np.flatnonzero(counts == 0)]) and not may_lack:
         raise Refusal(
-            f"no {', '.join(SUFFIXES)} image to train on for {', '.join(empty[:5])} in {folder}: "
+            f"no {', '.join(SUFFIXES)} image to train on for {', '.join(empty[:5])} in {folders['train']}: "
             "add images, or remove the folder"
         )
+    known = [size for size in sizes.values() if size]
+    return Found(train, parts.get("validation"), parts.get("test"), left_out, known)
 
 
-def _list(folders: list[Path], labels: tuple[str, ...]) -> tuple[list[tuple[Path, int]], list[LeftOut]]:
-    """The images of class folders with the index of their label, and all else that lies there."""
-    strangers = [folder.name for folder in folders if folder.name not in labels]
-    if strangers:
-        raise Refusal(f"{folders[0].parent} has classes that training has not: {', '.join(strangers[:5])}")
-    found: list[tuple[Path, int]] = []
-    left_out: list[LeftOut] = []
-    for folder in folders:
-        for path in sorted(folder.iterdir()):
-            if why := _reason(path):
-                left_out.append(LeftOut(path, why))
-            else:
-                found.append((path, labels.index(folder.name)))
-    return found, left_out
+def make_files(
+    root: Path, paths: list[Path], labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool
+) -> Files:
+    """`paths` lie in folders named after their labels."""
+    targets = np.array([labels.index(path.parent.name) for path in paths], np.int64)
+    return Files(str(root), np.array([str(path) for path in paths], np.str_), targets, image, skip_unreadable)
 
 
 def _reason(path: Path) -> str:
@@ -264,3 +265,54 @@ def _size(path: Path) -> tuple[int, int] | None:
             return image.size
     except Exception:  # Pillow's decoders raise nearly anything on damaged files
         return None
+
+
+class Changed(Refusal):
+    """An image of the run is missing or has changed."""
+
+
+class Unlike(Refusal):
+    """The images are not those of the run."""
+
+
+def picked_by_name(names: Sequence[str], targets: np.ndarray, share: float, *, purpose: str) -> np.ndarray:
+    """bool [N]: the images of a part that takes about `share` of each class, by a hash of name and `purpose` alone.
+
+    A class of two images or more gives at least one and keeps at least one; a class of one keeps it. Since
+    another image's name does not matter, adding images makes no image of the rest one of the part,
+    but for classes of one, and those all of whose hashes are below `share`.
+    """
+    digests = (
+        hashlib.sha256(f"{purpose}:{unicodedata.normalize('NFC', name)}".encode(errors="surrogateescape"))
+        for name in names  # the same for a name however its accents are composed
+    )
+    place = np.array([int.from_bytes(digest.digest()[:6]) / 2**48 for digest in digests])  # from 0 to below 1
+    picked = place < share
+    for target in np.unique(targets):
+        of_class = np.flatnonzero(targets == target)
+        if share == 0 or len(of_class) < 2:
+            picked[of_class] = False
+        elif not picked[of_class].any():
+            picked[of_class[place[of_class].argmin()]] = True
+        elif picked[of_class].all():
+            picked[of_class[place[of_class].argmax()]] = False
+    return picked
+
+
+def read_record(path: Path, expected_sha256: str) -> dict[str, Sizes] | None:
+    """The parts in a run's FILE; None if there is no such file, or it belongs to another run."""
+    if not path.is_file():
+        return None
+    content = read_whole(path)
+    return json.loads(content) if sha256(content) == expected_sha256 else None
+
+
+def check_same(found: Mapping[str, Any], recorded: Mapping[str, Any], *, where: str) -> None:
+    """Refuses images that are not those of the run: `found` and `recorded` are what `record` in datasets.py gives."""
+    if found["sha256"] == recorded.get("sha256"):
+        return
+    then, now = (", ".join(f"{counts.get(part, 0)} {part}" for part in PARTS) for counts in (recorded, found))
+    raise Unlike(
+        f"{where} does not hold the images that the model was trained and tested on ({then}; found {now}): "
+        f"name them as they were with --data-dir, or keep the run's {FILE} beside the model"
+    )

@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -11,11 +11,7 @@ if __name__ == "__main__":
 from common.cli import run_command
 from train.experiments import lab
 
-NETS = {
-    "plain": {"parameterization": "plain"},
-    "Dirac": {"parameterization": "dirac"},
-    "residual": {"family": "wrn"},
-}
+NETS = {"plain": {"parameterization": "plain"}, "Dirac": {"parameterization": "dirac"}, "residual": {"family": "wrn"}}
 EXAMPLES = (
     "python train/experiments/convergence.py --depth 34 --epochs 20",
     "python train/experiments/convergence.py --paper --data-dir data --device cuda",
@@ -30,50 +26,45 @@ class ConvergenceConfig(lab.ExperimentConfig):
 
 def command(config: ConvergenceConfig) -> int:
     """Training and validation error over epochs for the three kinds of net."""
-    rows = lab.recorded_rows(config, "convergence") if config.redraw else _measure(config)
+    from train.data.datasets import info_of
+    from train.families import count_parameters
+
+    settings = config.training()
+    widths = {"residual": _width_of_equal_size(config, info_of(settings.dataset))}
+    cases = [
+        lab.Case(name, {"net": name}, {"width": widths.get(name, settings.width), **fields})
+        for name, fields in NETS.items()
+    ]
+
+    def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
+        return [trial.row(parameters=count_parameters(trial.net), history=trial.history) for trial in trials]
+
+    return lab.conduct(config, "convergence", cases, _draw, rows_of)
+
+
+def _draw(config: ConvergenceConfig, rows: list[lab.JsonRow]):
+    """The mean over seeds as a line, from the best to the worst seed as a band."""
+    import numpy as np
+
     figure, all_axes = lab.new_figure(2, height=4.4, sharey=True)
-    for axes, part in zip(all_axes, ("train", "validation"), strict=True):
-        _draw(axes, rows, f"{part}_accuracy")
+    for axes, part, images in zip(all_axes, ("train", "validation"), ("training", "held-out"), strict=True):
+        for name, style in zip(NETS, ("-", "-", "--"), strict=True):
+            of_net = [row for row in rows if row["net"] == name]
+            accuracies = np.array([[epoch[f"{part}_accuracy"] for epoch in row["history"]] for row in of_net])
+            errors, epochs = 100 * (1 - accuracies), np.arange(1, accuracies.shape[1] + 1)
+            label, colour = f"{name}, {of_net[0]['parameters']:,} parameters", lab.COLOURS[name]
+            axes.fill_between(epochs, errors.min(0), errors.max(0), color=colour, alpha=0.15, linewidth=0)
+            axes.plot(epochs, errors.mean(0), f".{style}", color=colour, label=label)
+        axes.set_yscale("symlog", linthresh=1, linscale=0.5)
+        axes.set(ylim=(0, 100), xlabel="epoch", title=f"{images} images")
+        axes.set_yticks(ticks := (0, 1, 2, 5, 10, 20, 50, 100), [str(tick) for tick in ticks])
+        axes.minorticks_off()
         lab.draw_chance(axes, config, error=True)
-        axes.set(xlabel="epoch", title={"train": "training images", "validation": "held-out images"}[part])
         axes.xaxis.get_major_locator().set_params(integer=True)
     all_axes[0].set_ylabel("error, %")
     figure.suptitle(f"{config.depth} layers, {config.title()}")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    numbers = {"settings": config.training(depth=config.depth), "rows": rows}
-    lab.write_results(config.out, "convergence", figure, numbers, redraw=config.redraw)
-    return 0
-
-
-def _measure(config: ConvergenceConfig) -> list[dict[str, Any]]:
-    from train.data.datasets import info_of
-    from train.families import count_parameters
-
-    width = config.training().width
-    widths = {"residual": _width_of_equal_size(config, info_of(config.training().dataset))}
-    cases = [
-        lab.Case(name, {"net": name}, {"depth": config.depth, "width": widths.get(name, width), **fields})
-        for name, fields in NETS.items()
-    ]
-    return lab.measure_seeds(
-        config, cases, lambda trial, _: {"parameters": count_parameters(trial.net), "history": trial.history}
-    )
-
-
-def _draw(axes, rows, key: str) -> None:
-    """The mean over seeds as a line, from the best to the worst seed as a band."""
-    import numpy as np
-
-    for name, style in zip(NETS, ("-", "-", "--"), strict=True):
-        of_net = [row for row in rows if row["net"] == name]
-        errors = 100 * (1 - np.array([[epoch[key] for epoch in row["history"]] for row in of_net]))
-        epochs, label = np.arange(1, errors.shape[1] + 1), f"{name}, {of_net[0]['parameters']:,} parameters"
-        axes.fill_between(epochs, errors.min(0), errors.max(0), color=lab.COLOURS[name], alpha=0.15, linewidth=0)
-        axes.plot(epochs, errors.mean(0), f".{style}", color=lab.COLOURS[name], label=label)
-    axes.set_yscale("symlog", linthresh=1, linscale=0.5)
-    axes.set(ylim=(0, 100))
-    axes.set_yticks(ticks := (0, 1, 2, 5, 10, 20, 50, 100), [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    return figure
 
 
 def _width_of_equal_size(config: ConvergenceConfig, info) -> float:
@@ -84,7 +75,7 @@ def _width_of_equal_size(config: ConvergenceConfig, info) -> float:
     from train.families import count_parameters, outline
 
     def size(name: str, width: float) -> int:
-        settings = config.training(depth=config.depth, width=width, **NETS[name])
+        settings = config.training(width=width, **NETS[name])
         return count_parameters(outline(settings.spec(info.image, info.labels)))
 
     width = config.training().width

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -12,12 +12,6 @@ if __name__ == "__main__":
 from common.cli import run_command
 from train.experiments import lab
 
-KINDS = {
-    "Dirac": {"parameterization": "dirac"},
-    "initialised": {"parameterization": "initialised"},
-    "plain": {"parameterization": "plain"},
-    "residual": {"family": "wrn"},
-}
 CHEAP_DEPTHS = (10, 16, 34, 52, 100)
 PAPER_DEPTHS = (10, 16, 22, 28, 34, 40, 52, 100, 200, 400)
 STYLES = ("-", "--", ":", "-.")  # of the widths
@@ -40,60 +34,44 @@ def command(config: DepthConfig) -> int:
 
     All but the last have NCReLU and no skip connections.
     """
-    rows = lab.recorded_rows(config, "depth") if config.redraw else _measure(config)
-    depths = sorted({row["depth"] for row in rows})
-    figure, all_axes = lab.new_figure(2, height=4.4)
-    for axes in all_axes:
-        _draw(axes, rows)
-        lab.draw_chance(axes, config)
-        axes.set(xlabel="layers", xscale="log")
-        axes.set_xticks(depths, [str(depth) for depth in depths])
-        axes.minorticks_off()
-    all_axes[0].set(ylabel="test accuracy, % (area: parameters)", ylim=(0, 103))
-    all_axes[1].set(title="the same, above 90 %", ylim=(90, 100))
-    all_axes[0].set(title=config.title())
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS) + 1)
-    lab.write_results(config.out, "depth", figure, {"settings": config.training(), "rows": rows}, redraw=config.redraw)
-    return 0
-
-
-def _measure(config: DepthConfig) -> list[dict[str, Any]]:
     from train.families import count_parameters
 
     depths = config.depths or (PAPER_DEPTHS if config.paper else CHEAP_DEPTHS)
-    cases = [
-        lab.Case(
-            f"{kind}-{depth}-{width:g}",
-            {"kind": kind, "depth": depth, "width": width},
-            {"depth": depth, "width": width, **KINDS[kind]},
-        )
-        for depth, kind, width in product(depths, KINDS, config.widths or (config.training().width,))
-    ]
-    return lab.measure_accuracies(
-        config,
-        "depth",
-        cases,
-        resume=config.resume,
-        order=lambda row: (row["depth"], list(KINDS).index(row["kind"]), row["width"]),
-        figures=lambda trials: {"parameters": count_parameters(trials[0].net)},
-    )
+    cases = lab.grid([*lab.KINDS], depths, "width", config.widths or (config.training().width,))
+
+    def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
+        return lab.accuracies(trials, parameters=count_parameters(trials[0].net))
+
+    def order(row: lab.JsonRow) -> tuple:
+        return row["depth"], [*lab.KINDS].index(row["kind"]), row["width"]
+
+    return lab.conduct(config, "depth", cases, _draw, rows_of, resume=config.resume, order=order)
 
 
-def _draw(axes, rows) -> None:
+def _draw(config: DepthConfig, rows: list[lab.JsonRow]):
     """A line for each kind and width, with a circle for each depth whose area says how many parameters there are.
 
     Kinds stand side by side, so that none hides another.
     """
-    widths = list(dict.fromkeys(row["width"] for row in rows))
+    figure, all_axes = lab.new_figure(2, height=4.4)
+    depths, widths = (sorted({row[key] for row in rows}) for key in ("depth", "width"))
     most = max(row["parameters"] for row in rows)
-    for index, kind in enumerate(KINDS):
-        for width, style in zip(widths, cycle(STYLES)):
-            line = [row for row in rows if (row["kind"], row["width"]) == (kind, width)]
-            places = [row["depth"] * 1.06 ** (index - 1.5) for row in line]
-            label = kind if len(widths) == 1 else f"{kind}, width {width:g}"
-            lab.draw_accuracies(axes, places, line, color=lab.COLOURS[kind], linestyle=style, label=label)
-            areas = [20 + 150 * row["parameters"] / most for row in line]
-            axes.scatter(places, [100 * row["mean"] for row in line], areas, lab.COLOURS[kind], alpha=0.4)
+    for axes, (index, kind), (width, style) in product(all_axes, enumerate(lab.KINDS), zip(widths, cycle(STYLES))):
+        line = [row for row in rows if (row["kind"], row["width"]) == (kind, width)]
+        places = [row["depth"] * 1.06 ** (index - 1.5) for row in line]
+        label = kind if len(widths) == 1 else f"{kind}, width {width:g}"
+        lab.draw_accuracies(axes, places, line, color=lab.COLOURS[kind], linestyle=style, label=label)
+        areas = [20 + 150 * row["parameters"] / most for row in line]
+        axes.scatter(places, [100 * row["mean"] for row in line], areas, lab.COLOURS[kind], alpha=0.4)
+    for axes in all_axes:
+        lab.draw_chance(axes, config)
+        axes.set(xlabel="layers", xscale="log")
+        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.minorticks_off()
+    all_axes[0].set(title=config.title(), ylabel="test accuracy, % (area: parameters)", ylim=(0, 103))
+    all_axes[1].set(title="the same, above 90 %", ylim=(90, 100))
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lab.KINDS) + 1)
+    return figure
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from train.data.datasets import Dataset
 
+JsonRow = dict[str, Any]  # of NAME.json
 # The paper's recipe in small: minutes on two cores. W's deviation is that of the authors' code, the start of the rest
 # PyTorch's.
 CHEAP = {"dataset": "digits", "width": 0.25, "epochs": 10, "batch_size": 32, "w_std": 0.1, "start": "pytorch"}
@@ -32,6 +34,13 @@ COLOURS = {
     "ncrelu": "C0",
     "relu": "C5",
 }
+# The kinds of net that are compared, by what they are called in figures and numbers.
+KINDS = {
+    "Dirac": {"parameterization": "dirac"},
+    "initialised": {"parameterization": "initialised"},
+    "plain": {"parameterization": "plain"},
+    "residual": {"family": "wrn"},
+}
 PAPER = {"dataset": "cifar10", "width": 1.0}
 HISTORY = ("train_loss", "train_accuracy", "validation_accuracy")
 SAME = ("dataset", "epochs", "batch_size", "momentum", "weight_decay", "schedule", "a0", "b0", "w_std")  # to go on
@@ -39,7 +48,7 @@ SAME = ("dataset", "epochs", "batch_size", "momentum", "weight_decay", "schedule
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """What all experiments have in common; None means the cheap or the paper's value."""
+    """The options of all experiments; None means the cheap value, or the paper's."""
 
     paper: Annotated[bool, "the paper's settings: CIFAR-10, 200 epochs, full width; days without a GPU"] = False
     dataset: Annotated[Published | None, "data set to train on"] = None
@@ -57,17 +66,26 @@ class ExperimentConfig:
 
     def training(self, **fields: Any) -> Settings:
         """The settings of one training in this experiment."""
-        given = {
-            name: getattr(self, name) for name in ("dataset", "width", "epochs") if getattr(self, name) is not None
-        }
-        common = (PAPER if self.paper else CHEAP) | given
+        options = {name: getattr(self, name, None) for name in ("dataset", "width", "epochs", "depth")}
+        given = {name: value for name, value in options.items() if value is not None}
         config = TrainConfig(recipe="paper", data_dir=self.data_dir, device=self.device, validation=0.1)
-        return replace(config, **(common | fields)).resolved()
+        return replace(config, **((PAPER if self.paper else CHEAP) | given | fields)).resolved()
 
     def title(self) -> str:
         """The part of a plot's title that all experiments share."""
         settings = self.training()
-        return f"{settings.dataset}, {_plural(settings.epochs, 'epoch')}, {_plural(self.seeds, 'seed')}"
+        counts = ((settings.epochs, "epoch"), (self.seeds, "seed"))
+        return ", ".join([settings.dataset, *(f"{num} {noun}{'s' * (num != 1)}" for num, noun in counts)])
+
+
+@dataclass(frozen=True)
+class DeepConfig(ExperimentConfig):
+    """An experiment on nets of one depth, which is the paper's only with `paper`."""
+
+    depth: Annotated[int | None, "6N + 4 layers (cheap: 34; paper: 100)"] = None
+
+    def training(self, **fields: Any) -> Settings:
+        return super().training(**{"depth": self.depth or (100 if self.paper else 34)} | fields)
 
 
 @dataclass(frozen=True)
@@ -82,10 +100,66 @@ class Case:
 
 @dataclass(frozen=True)
 class Trial:
+    seed: int
     net: "nn.Sequential"
     history: list[dict[str, float]]  # per epoch: training loss and accuracy, validation accuracy
     test_accuracy: float  # read once, at the end
     observed: list[Any] = field(default_factory=list)  # of the net before the first and after each epoch
+
+    def row(self, **figures: Any) -> JsonRow:
+        return {"seed": self.seed, "test_accuracy": self.test_accuracy, **figures}
+
+
+def accuracies(trials: Sequence[Trial], **figures: Any) -> list[JsonRow]:
+    """One row for all seeds: `figures`, test accuracies, their mean and spread."""
+    each = [trial.test_accuracy for trial in trials]
+    mean, spread = mean_and_spread(each)
+    return [{**figures, "accuracies": each, "mean": mean, "spread": spread}]
+
+
+def conduct(
+    config: ExperimentConfig,
+    name: str,
+    cases: Sequence[Case],
+    draw: Callable[[Any, list[JsonRow]], "Figure"],
+    rows_of: Callable[[list[Trial]], list[JsonRow]] = accuracies,
+    *,
+    observe: Callable[["nn.Sequential"], Any] = lambda net: None,
+    resume: bool = False,
+    order: Callable[[JsonRow], Any] = lambda row: 0,
+) -> int:
+    """Train every case with every seed, and write NAME.json and NAME.png; or draw NAME.json again.
+
+    A case gives `rows_of` its trials, with its key, in `order`. They are written after each case; with `resume`, cases
+    that NAME.json holds are not measured again.
+    """
+    rows = _recorded(config, name)["rows"] if config.redraw else _kept_rows(config, name) if resume else []
+    lacking = [case for case in cases if not any(case.key.items() <= row.items() for row in rows)]
+    for case, trials in _train([] if config.redraw else lacking, config, observe):
+        rows = sorted([*rows, *({**case.key, **row} for row in rows_of(trials))], key=order)
+        write_numbers(config.out, name, {"settings": config.training(), "rows": rows})
+        mean, spread = mean_and_spread([trial.test_accuracy for trial in trials])
+        print(f"{case.name}: {100 * mean:.1f} ± {100 * spread:.1f} %")
+    numbers = {"settings": config.training(), "rows": rows}
+    write_results(config.out, name, draw(config, rows), numbers, redraw=config.redraw)
+    return 0
+
+
+def _train(
+    cases: Sequence[Case], config: ExperimentConfig, observe: Callable[["nn.Sequential"], Any]
+) -> Iterator[tuple[Case, list[Trial]]]:
+    """Each case with its trials, as soon as they are done."""
+    if not cases:
+        return
+    dataset = load_dataset(config)
+    with progress(make_console(), "training", len(cases) * config.seeds) as advance:
+        for case in cases:
+            trials: list[Trial] = []
+            for seed in range(config.seeds):
+                settings = config.training(**case.settings, seed=seed)
+                trials.append(run_trial(settings, dataset, prepare=case.prepare, observe=observe))
+                advance(note=f"{case.name}: {100 * trials[-1].test_accuracy:.1f} %")
+            yield case, trials
 
 
 def run_trial(
@@ -97,10 +171,8 @@ def run_trial(
 ) -> Trial:
     """Train one net, without files. `prepare` may change it before the first step."""
     from train.data.datasets import divide
-    from train.distributed import World
-    from train.loop import evaluate
-    from train.machine import choose_device
-    from train.trainer import Trainer
+    from train.machine import World, choose_device
+    from train.trainer import Trainer, evaluate
 
     world, spec = World(device=choose_device(config.device)), config.spec(dataset.info.image, dataset.info.labels)
     trainer = Trainer(config, spec, divide(dataset, config.validation, seed=0), world, make_console(quiet=True))
@@ -111,67 +183,7 @@ def run_trial(
         observed.append(observe(trainer.net))
     accuracy = evaluate(trainer.net, dataset.test, device=world.device).accuracy
     history = [{key: row[key] for key in HISTORY} for row in trainer.history]
-    return Trial(trainer.net, history, accuracy, observed)
-
-
-def run_cases(
-    config: ExperimentConfig, cases: Sequence[Case], observe: Callable[["nn.Sequential"], Any] = lambda net: None
-) -> Iterator[tuple[Case, list[Trial]]]:
-    """Train every case with every seed; gives the trials of each as soon as they are done."""
-    dataset = load_dataset(config)
-    with progress(make_console(), "training", len(cases) * config.seeds) as advance:
-        for case in cases:
-            trials = []
-            for seed in range(config.seeds):
-                settings = config.training(**case.settings, seed=seed)
-                trials.append(run_trial(settings, dataset, prepare=case.prepare, observe=observe))
-                advance(note=f"{case.name}: {100 * trials[-1].test_accuracy:.1f} %")
-            yield case, trials
-
-
-def measure_seeds(
-    config: ExperimentConfig,
-    cases: Sequence[Case],
-    figures: Callable[[Trial, int], dict[str, Any]],
-    observe: Callable[["nn.Sequential"], Any] = lambda net: None,
-) -> list[dict[str, Any]]:
-    """A row per case and seed: the case's key, the seed, the test accuracy and the `figures` of (trial, seed)."""
-    rows = []
-    for case, trials in run_cases(config, cases, observe):
-        of_case = [
-            {**case.key, "seed": seed, "test_accuracy": trial.test_accuracy, **figures(trial, seed)}
-            for seed, trial in enumerate(trials)
-        ]
-        for name in (name for name, value in of_case[0].items() if isinstance(value, float)):
-            mean, spread = mean_and_spread([row[name] for row in of_case])
-            print(f"{case.name:12s} {name:13s} {mean:.4f} ± {spread:.4f}")
-        rows += of_case
-    return rows
-
-
-def measure_accuracies(
-    config: ExperimentConfig,
-    name: str,
-    cases: Sequence[Case],
-    *,
-    resume: bool = False,
-    order: Callable[[dict[str, Any]], Any] = lambda row: 0,
-    figures: Callable[[list[Trial]], dict[str, Any]] = lambda trials: {},
-) -> list[dict[str, Any]]:
-    """A row per case, in `order`: its key, test accuracies, their mean and spread, and more `figures` of its trials.
-
-    The rows are written to NAME.json after each case; with `resume`, those that are there are not measured again.
-    """
-    rows = _kept_rows(config, name) if resume else []
-    lacking = [case for case in cases if not any(case.key.items() <= row.items() for row in rows)]
-    for case, trials in run_cases(config, lacking):
-        accuracies = [trial.test_accuracy for trial in trials]
-        mean, spread = mean_and_spread(accuracies)
-        rows.append({**case.key, **figures(trials), "accuracies": accuracies, "mean": mean, "spread": spread})
-        rows.sort(key=order)
-        write_numbers(config.out, name, {"settings": config.training(), "rows": rows})
-        print(f"{case.name}: {100 * mean:.1f} ± {100 * spread:.1f} %")
-    return rows
+    return Trial(config.seed, trainer.net, history, accuracy, observed)
 
 
 def load_dataset(config: ExperimentConfig) -> "Dataset":
@@ -180,17 +192,24 @@ def load_dataset(config: ExperimentConfig) -> "Dataset":
     return datasets.load(config.training().dataset, data_dir=config.data_dir)
 
 
-def recorded_rows(config: ExperimentConfig, name: str) -> list[dict[str, Any]]:
-    """The rows of NAME.json, where the figure alone is made again."""
-    return json.loads(read_whole(config.out / f"{name}.json"))["rows"]
+def grid(kinds: Sequence[str], depths: Sequence[int], option: str, values: Sequence[float]) -> list[Case]:
+    """Nets of some of the KINDS, in several depths and with several values of one more option."""
+    return [
+        Case(
+            f"{kind}-{depth}, {option} {value:g}",
+            {"kind": kind, "depth": depth, option: value},
+            {"depth": depth, option: value, **KINDS[kind]},
+        )
+        for depth, kind, value in product(depths, kinds, values)
+    ]
 
 
-def _kept_rows(config: ExperimentConfig, name: str) -> list[dict[str, Any]]:
+def _kept_rows(config: ExperimentConfig, name: str) -> list[JsonRow]:
     """The rows of NAME.json in --out, to go on with; refuses those of other settings."""
     path = config.out / f"{name}.json"
     if not path.exists():
         return []
-    record, now = json.loads(read_whole(path)), asdict(config.training())
+    record, now = _recorded(config, name), asdict(config.training())
     other = [key for key, value in record["settings"].items() if key in SAME and now[key] != value]
     if other or any(len(row["accuracies"]) != config.seeds for row in record["rows"]):
         what = ", ".join(f"{key} {record['settings'][key]}" for key in other) or "another number of seeds"
@@ -198,7 +217,11 @@ def _kept_rows(config: ExperimentConfig, name: str) -> list[dict[str, Any]]:
     return record["rows"]
 
 
-def draw_accuracies(axes: Any, places: list[float], rows: list[dict[str, Any]], **style: Any) -> None:
+def _recorded(config: ExperimentConfig, name: str) -> dict[str, Any]:
+    return json.loads(read_whole(config.out / f"{name}.json"))
+
+
+def draw_accuracies(axes: Any, places: list[float], rows: list[JsonRow], **style: Any) -> None:
     """Mean and spread of the test accuracy in per cent, as a line with error bars."""
     means, spreads = ([100 * row[key] for row in rows] for key in ("mean", "spread"))
     axes.errorbar(places, means, spreads, capsize=3, **style)
@@ -240,7 +263,3 @@ def new_figure(num_columns: int, *, height: float = 3.8, sharey: bool = False) -
 
     figure = Figure(figsize=(4.6 * num_columns, height), layout="constrained")
     return figure, list(figure.subplots(1, num_columns, sharey=sharey, squeeze=False)[0])
-
-
-def _plural(num: int, noun: str) -> str:
-    return f"{num} {noun}" if num == 1 else f"{num} {noun}s"

@@ -2,10 +2,9 @@
 
 import sys
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -13,7 +12,7 @@ if __name__ == "__main__":
 from common.cli import run_command
 from train.experiments import lab
 
-KINDS = {"Dirac": "dirac", "initialised": "initialised", "plain": "plain"}
+KINDS = ("Dirac", "initialised", "plain")
 EXAMPLES = (
     "python train/experiments/parameterization.py --depths 34 --lrs 0.05 0.1 --seeds 1",
     "python train/experiments/parameterization.py --dataset fashion-mnist --depths 16 --width 1 --epochs 4",
@@ -33,52 +32,34 @@ def command(config: ParameterizationConfig) -> int:
 
     All are of one shape, with NCReLU and without skip connections; each is given every learning rate.
     """
-    rows = lab.recorded_rows(config, "parameterization") if config.redraw else _measure(config)
-    depths = sorted({row["depth"] for row in rows})
+
+    def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
+        validated = fmean(trial.history[-1]["validation_accuracy"] for trial in trials)
+        return lab.accuracies(trials, validation_accuracy=validated)
+
+    def order(row: lab.JsonRow) -> tuple:
+        return row["depth"], KINDS.index(row["kind"]), row["lr"]
+
+    cases = lab.grid(KINDS, config.depths, "lr", config.lrs)
+    return lab.conduct(config, "parameterization", cases, _draw, rows_of, resume=config.resume, order=order)
+
+
+def _draw(config: ParameterizationConfig, rows: list[lab.JsonRow]):
+    """A line for each kind, side by side, so that none hides another."""
+    depths, lrs = (sorted({row[key] for row in rows}) for key in ("depth", "lr"))
     figure, all_axes = lab.new_figure(len(depths), height=4.4, sharey=True)
     for axes, depth in zip(all_axes, depths, strict=True):
-        _draw(axes, [row for row in rows if row["depth"] == depth])
+        for index, kind in enumerate(KINDS):
+            line = [row for row in rows if (row["depth"], row["kind"]) == (depth, kind)]
+            places = [row["lr"] * 1.04 ** (index - 1) for row in line]
+            lab.draw_accuracies(axes, places, line, marker="o", color=lab.COLOURS[kind], label=kind)
         lab.draw_chance(axes, config)
         axes.set(title=f"{depth} layers, {config.title()}", xlabel="learning rate", xscale="log")
-        lrs = sorted({row["lr"] for row in rows})
         axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
         axes.minorticks_off()
     all_axes[0].set(ylabel="test accuracy, %", ylim=(0, 103))
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS) + 1)
-    numbers = {"settings": config.training(), "rows": rows}
-    lab.write_results(config.out, "parameterization", figure, numbers, redraw=config.redraw)
-    return 0
-
-
-def _measure(config: ParameterizationConfig) -> list[dict[str, Any]]:
-    cases = [
-        lab.Case(
-            f"{kind}-{depth}, rate {lr:g}",
-            {"kind": kind, "depth": depth, "lr": lr},
-            {"depth": depth, "lr": lr, "parameterization": KINDS[kind]},
-        )
-        for depth, kind, lr in product(config.depths, KINDS, config.lrs)
-    ]
-    return lab.measure_accuracies(
-        config,
-        "parameterization",
-        cases,
-        resume=config.resume,
-        order=lambda row: (row["depth"], list(KINDS).index(row["kind"]), row["lr"]),
-        figures=_validation,
-    )
-
-
-def _validation(trials: list[lab.Trial]) -> dict[str, float]:
-    return {"validation_accuracy": fmean(trial.history[-1]["validation_accuracy"] for trial in trials)}
-
-
-def _draw(axes, rows) -> None:
-    """A line for each kind, side by side, so that none hides another."""
-    for index, kind in enumerate(KINDS):
-        line = [row for row in rows if row["kind"] == kind]
-        places = [row["lr"] * 1.04 ** (index - 1) for row in line]
-        lab.draw_accuracies(axes, places, line, marker="o", color=lab.COLOURS[kind], label=kind)
+    return figure
 
 
 if __name__ == "__main__":

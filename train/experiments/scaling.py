@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -22,20 +22,35 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ScalingConfig(lab.ExperimentConfig):
-    depth: Annotated[int | None, "6N + 4 layers (cheap: 34; paper: 100)"] = None
+class ScalingConfig(lab.DeepConfig):
     seeds: Annotated[int, "how often each net is trained; the figure shows the first"] = 1
 
 
 def command(config: ScalingConfig) -> int:
     """Follow a over training from 5 and from 1, with and without weight decay on it."""
+    from train.layers import DiracConv2d
+
+    def scales(net) -> list[float]:
+        return [layer.a.item() for layer in net.modules() if isinstance(layer, DiracConv2d)]
+
+    def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
+        for last in (trial.observed[-1] for trial in trials):
+            print(f"a ends at {min(last):.2f} to {max(last):.2f}, mean {fmean(last):.2f}")
+        return [trial.row(a=trial.observed) for trial in trials]
+
+    cases = [
+        lab.Case(f"a from {name}", {"start": name}, {"a0": a0, "decay_ab": decay})
+        for name, (a0, decay) in STARTS.items()
+    ]
+    return lab.conduct(config, "scaling", cases, _draw, rows_of, observe=scales)
+
+
+def _draw(config: ScalingConfig, rows: list[lab.JsonRow]):
     import numpy as np
     from matplotlib import colormaps
 
-    depth = config.depth or (100 if config.paper else 34)
-    rows = lab.recorded_rows(config, "scaling") if config.redraw else _measure(config, depth)
     figure, all_axes = lab.new_figure(len(STARTS), sharey=True)
-    for axes, (name, _) in zip(all_axes, STARTS.items(), strict=True):
+    for axes, name in zip(all_axes, STARTS, strict=True):
         curves = np.array(next(row["a"] for row in rows if row["start"] == name))  # [epochs + 1, layers]
         per_group = curves.shape[1] // 3
         for layer in range(curves.shape[1]):
@@ -47,28 +62,8 @@ def command(config: ScalingConfig) -> int:
         axes.xaxis.get_major_locator().set_params(integer=True)
     all_axes[0].set_ylabel("a")
     all_axes[0].legend()
-    figure.suptitle(f"DiracNet-{depth}, {config.title()}")
-    numbers = {"settings": config.training(depth=depth), "rows": rows}
-    lab.write_results(config.out, "scaling", figure, numbers, redraw=config.redraw)
-    return 0
-
-
-def _measure(config: ScalingConfig, depth: int) -> list[dict[str, Any]]:
-    from train.layers import DiracConv2d
-
-    def scales(net) -> list[float]:
-        return [layer.a.item() for layer in net.modules() if isinstance(layer, DiracConv2d)]
-
-    def figures(trial: lab.Trial, _: int) -> dict[str, Any]:
-        last = trial.observed[-1]
-        print(f"a ends at {min(last):.2f} to {max(last):.2f}, mean {fmean(last):.2f}")
-        return {"a": trial.observed}
-
-    cases = [
-        lab.Case(f"a from {name}", {"start": name}, {"depth": depth, "a0": a0, "decay_ab": decay})
-        for name, (a0, decay) in STARTS.items()
-    ]
-    return lab.measure_seeds(config, cases, figures, observe=scales)
+    figure.suptitle(f"DiracNet-{config.training().depth}, {config.title()}")
+    return figure
 
 
 if __name__ == "__main__":

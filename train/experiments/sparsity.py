@@ -1,9 +1,8 @@
 """python train/experiments/sparsity.py: weights under NCReLU and under ReLU (section 3.4, Fig. 3b and Fig. 5)."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -12,15 +11,15 @@ from common.cli import run_command
 from train.experiments import lab
 
 DEAD = 1e-3  # a row is dead where its norm is below this share of its layer's largest
+BINS = (-4, 4, 81)  # of the histogram: ends and number of edges
 EXAMPLES = (
     "python train/experiments/sparsity.py --depth 16 --epochs 5",
     "python train/experiments/sparsity.py --paper --data-dir data --device cuda",
 )
 
 
-@dataclass(frozen=True)
-class SparsityConfig(lab.ExperimentConfig):
-    depth: Annotated[int | None, "6N + 4 layers (cheap: 34; paper: 100)"] = None
+class SparsityConfig(lab.DeepConfig):
+    pass
 
 
 def command(config: SparsityConfig) -> int:
@@ -28,56 +27,47 @@ def command(config: SparsityConfig) -> int:
 
     δ is left out: with it no row could vanish, and its one value would hide all others.
     """
-    depth = config.depth or (100 if config.paper else 34)
-    rows = lab.recorded_rows(config, "sparsity") if config.redraw else _measure(config, depth)
-    figure, (histogram, *pictures) = lab.new_figure(3)
-    _draw(histogram, pictures, [row for row in rows if not row["seed"]])
-    figure.suptitle(f"DiracNet-{depth}, {config.title()}; weights of the first seed")
-    numbers = {"settings": config.training(depth=depth), "rows": rows}
-    lab.write_results(config.out, "sparsity", figure, numbers, redraw=config.redraw)
-    return 0
-
-
-def _measure(config: SparsityConfig, depth: int) -> list[dict[str, Any]]:
     import numpy as np
 
     from train.layers import DiracConv2d, normalize_filters
 
-    def figures(trial: lab.Trial, seed: int) -> dict[str, Any]:
+    def figures(trial: lab.Trial) -> dict[str, Any]:
         layers = [layer for layer in trial.net.modules() if isinstance(layer, DiracConv2d)]
         learned = [normalize_filters(layer.weight).detach().cpu().numpy() for layer in layers]
-        if seed:
+        if trial.seed:
             return measure(learned)
-        counts = np.histogram(np.concatenate([w.ravel() / w.std() for w in learned]), _bins())[0].tolist()
+        counts = np.histogram(np.concatenate([w.ravel() / w.std() for w in learned]), np.linspace(*BINS))[0].tolist()
         middle = np.round(learned[len(learned) // 2][:, :, 1, 1], 5).astype(float).tolist()
         return {**measure(learned), "counts": counts, "slice": middle}
 
-    cases = [
-        lab.Case(kind, {"nonlinearity": kind}, {"depth": depth, "nonlinearity": kind}) for kind in ("ncrelu", "relu")
-    ]
-    return lab.measure_seeds(config, cases, figures)
+    def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
+        rows = [trial.row(**figures(trial)) for trial in trials]
+        for name in ("kurtosis", "dead_rows"):
+            print("{}: {:.4f} ± {:.4f}".format(name, *lab.mean_and_spread([row[name] for row in rows])))
+        return rows
+
+    cases = [lab.Case(kind, {"nonlinearity": kind}, {"nonlinearity": kind}) for kind in ("ncrelu", "relu")]
+    return lab.conduct(config, "sparsity", cases, _draw, rows_of)
 
 
-def _bins():
-    import numpy as np
-
-    return np.linspace(-4, 4, 81)
-
-
-def _draw(histogram, pictures, rows) -> None:
+def _draw(config: SparsityConfig, rows: list[lab.JsonRow]):
     """How many weights have which value, and a slice of the middle layer in one scale of colours."""
     import numpy as np
 
-    limit = max(np.abs(row["slice"]).max() for row in rows)
-    for axes, row, style in zip(pictures, rows, ("-", "--"), strict=True):
+    figure, (histogram, *pictures) = lab.new_figure(3)
+    first_seed = [row for row in rows if not row["seed"]]
+    limit = max(np.abs(row["slice"]).max() for row in first_seed)
+    for axes, row, style in zip(pictures, first_seed, ("-", "--"), strict=True):
         name = row["nonlinearity"]
-        label = f"{name}, {sum(row['counts']):,} weights"
-        histogram.stairs(row["counts"], _bins(), color=lab.COLOURS[name], linestyle=style, linewidth=1.5, label=label)
+        label, look = f"{name}, {sum(row['counts']):,} weights", {"color": lab.COLOURS[name], "linestyle": style}
+        histogram.stairs(row["counts"], np.linspace(*BINS), linewidth=1.5, label=label, **look)
         axes.imshow(row["slice"], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto")
         axes.set(title=f"{name}: W_norm, middle layer", xlabel="input channel", ylabel="output channel")
-    pictures[-1].figure.colorbar(pictures[-1].images[0], ax=pictures, label="W_norm, central slice")
+    figure.colorbar(pictures[-1].images[0], ax=pictures, label="W_norm, central slice")
     histogram.set(xlabel="W_norm / its layer's deviation, within ±4", ylabel="weights", yscale="log")
     histogram.legend(loc="lower center")
+    figure.suptitle(f"DiracNet-{config.training().depth}, {config.title()}; weights of the first seed")
+    return figure
 
 
 def measure(weights) -> dict[str, float]:

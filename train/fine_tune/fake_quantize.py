@@ -1,13 +1,13 @@
 """Training for eight bits: filters and activations rounded as the int8 export rounds them, gradients left alone.
 
 The export rounds s Ŵ, the filter with batch normalisation folded into it. With a scale for every filter its levels are
-those of Ŵ, whatever s is: so Ŵ is rounded here, and batch normalisation follows as ever.
+those of Ŵ, whatever s is: so Ŵ is rounded here, and batch normalisation follows as usual.
 """
 
 import torch
 from torch import Tensor, nn
 
-from train.fine_tune.unfold import Part, parts_of
+from train.fine_tune.unfold import parts_of
 from train.layers import DiracConv2d
 
 
@@ -42,19 +42,15 @@ class FakeQuantized(nn.Module):
         for name in self._names:
             if name == self._start:
                 x = round_activations(x)
-            part = self._parts.get(name)
-            x = _convolve(part, x) if part else self.net.get_submodule(name)(x)
+            layer, part = self.net.get_submodule(name), self._parts.get(name)
+            if part and isinstance(layer, nn.Conv2d):  # without the half that the fold drops
+                weight = layer.folded_weight() if isinstance(layer, DiracConv2d) else layer.weight
+                x = layer._conv_forward(x, round_filters(weight[:, : part.shape()[1]]), layer.bias)
+            else:
+                x = layer(x)
             if name in self._rounded:
                 x = round_activations(x, rectified=self._rounded[name])
         return x
-
-
-def _convolve(part: Part, x: Tensor) -> Tensor:
-    """A convolution with its filters rounded, without the half that the fold drops."""
-    conv = part.layer
-    assert isinstance(conv, nn.Conv2d)
-    weight = conv.folded_weight() if isinstance(conv, DiracConv2d) else conv.weight
-    return conv._conv_forward(x, round_filters(weight[:, : part.shape()[1]]), conv.bias)
 
 
 def round_activations(x: Tensor, *, rectified: bool = False) -> Tensor:

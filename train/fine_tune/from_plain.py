@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +15,10 @@ from torch import Tensor, nn
 from common.difference import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, difference, keeps_class
 from common.progress import progress
 from common.refusal import Refusal
-from train.checkpoint import Checkpoint, load_checkpoint
+from train.checkpoint import Checkpoint, PlainFile, load_checkpoint, read_plain_file
 from train.config import Settings
 from train.data.batches import Batch
 from train.data.datasets import Dataset
-from train.fine_tune.plain_file import PlainFile, read_plain_file
 from train.fine_tune.unfold import as_plain, unfold
 
 Moments = dict[str, tuple[Tensor, Tensor]]  # a batch normalisation's name → mean and variance [C] of what it reads
@@ -67,29 +68,39 @@ def open_plain(
         net = unfold(file.weights, file.spec, a=settings.a0, b=settings.b0, std=settings.w_std)
     except Refusal as refusal:
         raise Refusal(f"{file.path}: {refusal}") from refusal
-    with progress(console, "measuring batch statistics", min(NUM_MEASURED, len(dataset.train))) as advance:
-        measured: list[int] = []
+    num_measured = 0
 
-        def readable() -> Iterator[Tensor]:
+    def readable() -> Iterator[Tensor]:
+        nonlocal num_measured
+        with progress(console, "measuring batch statistics", min(NUM_MEASURED, len(dataset.train))) as advance:
             for batch in batches:
                 if num := len(batch.targets):
-                    measured.append(num)
+                    num_measured += num
                     yield batch.images
                     advance(num)
 
-        moments = measure(deepcopy(net).float().to(device), readable())
-    if not measured:
+    moments = measure(deepcopy(net).float().to(device), readable())
+    if not num_measured:
         raise Refusal("none of the first training images could be read: repair them")
     standardize(net, moments)
-    num = sum(measured)
-    errors = prove(net, as_plain(net, file.weights), _to_prove_on(dataset))
+    image = dataset.info.image
+    num = max(1, min(NUM_PROVED, PROVED_PIXELS // (image.height * image.width), len(dataset.train)))
+    random = np.random.default_rng(0).integers(0, 256, (num, *image.shape), dtype=np.uint8)
+    image_sets = {"random": torch.from_numpy(random), "training": torch.from_numpy(dataset.train.first(num))}
+    errors = prove(net, as_plain(net, file.weights), image_sets)
     if failed := [error for error in errors if not error]:
         clauses = (
             f"{error.precision} logits on {error.images} images differ by {error.relative:.1e}" for error in failed
         )
         raise Refusal(f"{file.path} cannot be opened exactly: {'; '.join(clauses)}; fold its net again")
-    _print(console, file.path, errors, num)
-    record = {"measured_on": num, "logits": [vars(error) for error in errors]}
+    worst = {kind: max(error.relative for error in errors if error.precision == kind) for kind in TOLERANCES}
+    kinds = " and ".join(f"{error.num_images} {error.images}" for error in errors if error.precision == "float64")
+    console.print(
+        f"{file.path} is open again: the logits differ by {worst['float64']:.1e} in float64 and {worst['float32']:.1e} "
+        f"in float32 on {kinds} images, and no class changes; batch statistics are those of {num_measured:,} training "
+        "images"
+    )
+    record = {"measured_on": num_measured, "logits": [vars(error) for error in errors]}
     return Checkpoint.fresh(file.spec, net.float().state_dict(), {"unfold": record}, sha256=file.sha256)
 
 
@@ -108,62 +119,34 @@ def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> li
     return rows
 
 
-def _to_prove_on(dataset: Dataset) -> dict[str, Tensor]:
-    """Random images and training images as they are."""
-    image = dataset.info.image
-    num = max(1, min(NUM_PROVED, PROVED_PIXELS // (image.height * image.width), len(dataset.train)))
-    random = np.random.default_rng(0).integers(0, 256, (num, *image.shape), dtype=np.uint8)
-    return {"random": torch.from_numpy(random), "training": torch.from_numpy(dataset.train.first(num))}
-
-
-def _print(console: Console, path: Path, rows: list[LogitError], num_measured: int) -> None:
-    worst = {kind: max(row.relative for row in rows if row.precision == kind) for kind in TOLERANCES}
-    kinds = " and ".join(f"{row.num_images} {row.images}" for row in rows if row.precision == "float64")
-    console.print(
-        f"{path} is open again: the logits differ by {worst['float64']:.1e} in float64 and {worst['float32']:.1e} in "
-        f"float32 on {kinds} images, no class does; batch statistics are those of {num_measured:,} training images"
-    )
-
-
 @torch.no_grad()
 def measure(net: nn.Module, batches: Iterable[Tensor]) -> Moments:
     """Mean and variance of what each batch normalisation of `net`, in evaluation mode, reads over all `batches`."""
-    seen: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
-    hooks = []
+    net, seen = deepcopy(net), dict[str, list[tuple[Tensor, Tensor, Tensor]]]()  # the hooks stay in the copy
+
+    def note(name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        var, mean = torch.var_mean(inputs[0].double(), dim=(0, 2, 3), correction=0)
+        seen.setdefault(name, []).append((mean.new_tensor(inputs[0].numel() // len(mean)), mean, var))
+
     for name, layer in net.named_modules():
         if isinstance(layer, nn.BatchNorm2d):
-
-            def note(_: nn.Module, inputs: tuple[Tensor], *, name: str = name) -> None:
-                var, mean = torch.var_mean(inputs[0].double(), dim=(0, 2, 3), correction=0)
-                seen.setdefault(name, []).append((inputs[0].numel() // len(mean), mean, var))
-
-            hooks.append(layer.register_forward_pre_hook(note))
-    try:
-        for images in batches:
-            net(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: _together(parts) for name, parts in seen.items()}
-
-
-def _together(parts: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Of batches of so many values each: the variance within them and that of their means."""
-    nums, means, variances = zip(*parts, strict=True)
-    means, variances = torch.stack(means), torch.stack(variances)
-    shares = torch.tensor(nums, dtype=torch.float64, device=means.device).view(-1, 1) / sum(nums)
-    mean = (shares * means).sum(0)
-    return mean, (shares * (variances + (means - mean) ** 2)).sum(0)
+            layer.register_forward_pre_hook(partial(note, name))
+    for images in batches:
+        net(images)
+    moments: Moments = {}
+    for name, parts in seen.items():  # the variance within the batches, and that of their means
+        nums, means, variances = (torch.stack(part) for part in zip(*parts, strict=True))
+        shares = (nums / nums.sum()).view(-1, 1)
+        mean = (shares * means).sum(0)
+        moments[name] = mean, (shares * (variances + (means - mean) ** 2)).sum(0)
+    return moments
 
 
 @torch.no_grad()
 def standardize(net: nn.Module, moments: Moments) -> None:
     """Give the batch normalisations these statistics, and the γ and β with which each still is the same s x + c."""
     for name, (mean, var) in moments.items():
-        norm = net.get_submodule(name)
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
+        norm: Any = net.get_submodule(name)
         mean, var = mean.to(norm.running_mean), var.to(norm.running_var)
         before, after = ((part + norm.eps).sqrt() for part in (norm.running_var, var))
         norm.bias.add_(norm.weight * (mean - norm.running_mean) / before)

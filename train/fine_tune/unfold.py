@@ -12,14 +12,14 @@ with v = ‖V‖, d = ⟨V, δ⟩ and n = ‖δ‖². It is real where b ≥ a �
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.refusal import Refusal
+from common.refusal import Refusal, first_of
 from common.spec import Spec
-from train.families import build
-from train.initialize import initialize
+from train.families import build, initialize
 from train.layers import DiracConv2d, NCReLU
 
 # b is this multiple of the smallest b that all filters of a layer allow. At the smallest, the two roots of the worst
@@ -28,7 +28,6 @@ ABOVE_SMALLEST = 1.25
 # δ takes its least-squares share where |cos θ| is at least this; where δ is nearly absent W takes part of it.
 LEAST_COSINE = 0.5
 PLAIN_NORM = 2**0.5  # of a filter of an ordinary convolution: He's start, for any fan-in
-MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,10 @@ def unfold(weights: Mapping[str, Tensor], spec: Spec, *, a: float, b: float, std
         scale = filters.flatten()
         if isinstance(part.layer, nn.Conv2d):
             scale = _open(part, filters, std=std, least=b / a)
-        _set_norm(net.get_submodule(part.norm or part.name), scale, bias)
+        norm = net.get_submodule(part.norm or part.name)
+        if isinstance(norm, nn.BatchNorm2d):  # s x + c, with a mean of 0 and a variance of 1
+            norm.weight.copy_(scale * (1 + norm.eps) ** 0.5)
+            norm.bias.copy_(bias)
     classifier = net.get_submodule("fc")
     classifier.load_state_dict({kind: weights[f"fc.{kind}"] for kind in ("weight", "bias")})
     return net
@@ -76,19 +78,15 @@ def unfold(weights: Mapping[str, Tensor], spec: Spec, *, a: float, b: float, std
 
 @torch.no_grad()
 def as_plain(net: nn.Sequential, weights: Mapping[str, Tensor]) -> nn.Sequential:
-    """The plain net of the same tensors with the layers of `net`, float64: what the opened one must equal."""
+    """The plain net of the same tensors with the layers of `net`, float64: the reference for the opened net."""
     plain = deepcopy(net)
     for part in parts_of(net):
         filters, bias = (weights[f"{part.name}.{kind}"].double() for kind in ("weight", "bias"))
-        layer = part.layer if isinstance(part.layer, nn.Conv2d) else None
-        convolution = nn.Conv2d(
-            filters.shape[1] if layer else len(filters),
-            len(filters),
-            filters.shape[2],
-            stride=layer.stride if layer else 1,  # pyright: ignore[reportArgumentType]  # a pair in two dimensions
-            padding=layer.padding if layer else 0,  # pyright: ignore[reportArgumentType]
-            groups=1 if layer else len(filters),
-        )
+        conv, (num_out, per_group, size, _) = part.layer, filters.shape
+        how: dict[str, Any] = {"groups": num_out}
+        if isinstance(conv, nn.Conv2d):
+            how = {"stride": conv.stride, "padding": conv.padding}
+        convolution = nn.Conv2d(per_group * how.get("groups", 1), num_out, size, **how)
         convolution.weight, convolution.bias = nn.Parameter(filters), nn.Parameter(bias)
         plain.set_submodule(part.name, convolution)
         if part.norm:
@@ -143,8 +141,7 @@ def _refuse_misfit(weights: Mapping[str, Tensor], net: nn.Sequential, parts: lis
         if isinstance(part.layer, nn.Conv2d) and part.norm is None and not wrong and weights[f"{part.name}.bias"].any()
     ]
     if wrong:
-        rest = f" and {len(wrong) - MOST_NAMED} more" if len(wrong) > MOST_NAMED else ""
-        raise Refusal(f"the plain file does not fit its spec {spec.name}: {', '.join(wrong[:MOST_NAMED])}{rest}")
+        raise Refusal(f"the plain file does not fit its spec {spec.name}: {first_of(wrong)}")
 
 
 def _open(part: Part, filters: Tensor, *, std: float, least: float) -> Tensor:
@@ -154,16 +151,15 @@ def _open(part: Part, filters: Tensor, *, std: float, least: float) -> Tensor:
     """
     conv = part.layer
     assert isinstance(conv, nn.Conv2d)
-    alive = filters.flatten(1).any(dim=1)
-    num_read = filters.shape[1]
+    alive, num_read = filters.flatten(1).any(dim=1), filters.shape[1]
     if part.norm is None:  # nothing scales the filter afterwards
         conv.weight.copy_(filters - conv.a * conv.delta if isinstance(conv, DiracConv2d) else filters)
         return torch.ones(len(filters))
-    if not isinstance(conv, DiracConv2d):
+    if isinstance(conv, DiracConv2d):
+        inverse, opened = _open_dirac(conv, filters, conv.delta[:, :num_read], std=std, least=least)
+    else:
         inverse = PLAIN_NORM / _norm(filters)
         opened = _per_filter(inverse) * filters
-    else:
-        inverse, opened = _open_dirac(conv, filters, conv.delta[:, :num_read], std=std, least=least)
     conv.weight[:, num_read:] = 0
     # Where b is 0, W keeps its start: from a W of 0 no gradient would lead away.
     given = alive & opened.flatten(1).any(dim=1) if getattr(conv, "b", None) is not None else alive
@@ -212,10 +208,3 @@ def _norm(filters: Tensor) -> Tensor:
 
 def _per_filter(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
-
-
-def _set_norm(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
-    """Batch normalisation that is s x + c, with a mean of 0 and a variance of 1."""
-    if isinstance(norm, nn.BatchNorm2d):
-        norm.weight.copy_(scale * (1 + norm.eps) ** 0.5)
-        norm.bias.copy_(shift)

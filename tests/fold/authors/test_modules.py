@@ -8,7 +8,7 @@ import reference
 import torch
 
 from common.refusal import Refusal
-from fold.authors.modules import dirac_layer
+from fold.authors.nets import dirac_layer
 
 
 def module_of(shape, *, form="repeated", each=(), bias=True, prefix="features.3.", seed=0):

@@ -1,0 +1,248 @@
+"""Steps of bench/gpu/plan.py that no other command covers: each prints its results as lines of JSON.
+
+python -m bench.gpu.steps STEP cuda|cpu [FILE ...]
+"""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
+from itertools import cycle, product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.lab.rounds import median_ms
+
+if TYPE_CHECKING:
+    from export.runtimes.load import RuntimeName
+
+Result = dict[str, Any]
+RUNTIMES: tuple["RuntimeName", ...] = ("onnxruntime", "torch")  # available on a GPU without TensorRT
+HELD_OUT = Path(__file__).resolve().parents[2] / "models" / "held-out"
+
+
+def machine(device: str) -> Iterator[Result]:
+    """Devices, versions, and the providers that actually load."""
+    import torch
+
+    from bench.gpu_check import machine_of
+    from export.runtimes import gpu
+    from export.runtimes.onnx_session import loadable_providers
+
+    yield {"CUDA devices": gpu.num_devices(), "providers that load": " ".join(loadable_providers())}
+    yield machine_of(device)
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        yield {"memory_gb": total / 1e9, "free_gb": free / 1e9, "cudnn": torch.backends.cudnn.version()}
+
+
+def driver_calls(device: str, num_loads: str = "1000") -> Iterator[Result]:
+    """The calls of export/runtimes/gpu.py: buffers, a stream, a captured graph and its replay, a capture that fails.
+
+    They are then repeated `num_loads` times, as for models that are reloaded: no memory may stay allocated.
+    """
+    from export.runtimes import gpu
+
+    if not gpu.num_devices():
+        yield {"gpu.py": "not run: no CUDA device, or no cuda-bindings"}
+        return
+    import cuda.bindings.runtime as cudart
+
+    gpu.use(0)
+    yield {"compute capability": gpu.compute_capability(), "device": gpu.device_name(), **_round_trip()}
+    free = gpu.call(cudart.cudaMemGetInfo())  # the first of its two numbers
+    for _ in range(int(num_loads)):
+        _round_trip(num_replays=1)
+    kept = free - gpu.call(cudart.cudaMemGetInfo())
+    yield {"loads": int(num_loads), "bytes kept on the device": kept}
+
+
+def _round_trip(*, num_bytes: int = 1 << 20, num_replays: int = 200) -> Result:
+    """Upload, copy on the device by a graph, download; then everything is released."""
+    import cuda.bindings.runtime as cudart
+
+    from export.runtimes import gpu
+
+    stream, one, other = gpu.call(cudart.cudaStreamCreate()), gpu.Buffer(num_bytes), gpu.Buffer(num_bytes)
+    pixels = np.random.default_rng(0).integers(0, 256, num_bytes, dtype=np.uint8)
+    kind = cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+
+    def copy() -> None:
+        gpu.call(cudart.cudaMemcpyAsync(other.device, one.device, num_bytes, kind, stream))
+
+    def broken() -> None:
+        raise RuntimeError("an allocation in the middle")
+
+    def there_and_back() -> np.ndarray:
+        one.upload(pixels, stream)
+        gpu.launch(graph, stream)
+        return other.download(pixels.shape, pixels.dtype, stream)
+
+    graph, broken_graph = gpu.capture(stream, copy), gpu.capture(stream, broken)
+    is_right = bool(np.array_equal(there_and_back(), pixels)) and broken_graph is None
+    microseconds = 1e3 * median_ms(there_and_back, 0, min_calls=num_replays)
+    gpu.release(stream, {1: graph})
+    return {"right": is_right, "MB there and back, us": microseconds}
+
+
+def fold_on_device(device: str, checkpoint: str) -> Iterator[Result]:
+    """The Dirac net and its fold in each precision, TF32 off and on, compared with the Dirac net in float64."""
+    import torch
+
+    from fold.plain import fold_net
+    from train.checkpoint import load_checkpoint, load_net
+
+    found = load_checkpoint(Path(checkpoint))
+    dirac = load_net(found).double().eval()
+    nets = {"Dirac": dirac, "plain": fold_net(dirac).double().eval()}
+    image, num = found.spec.image, 1024 if device == "cuda" else 16
+    x = torch.randint(0, 256, (num, image.height, image.width, image.channels), dtype=torch.uint8, device=device)
+    kinds = {"fp64": torch.float64, "fp32": torch.float32, "TF32": torch.float32}
+    kinds |= {"bf16": torch.bfloat16, "fp16": torch.float16}
+    with torch.inference_mode():
+        truth = deepcopy(dirac).to(device)(x)
+        for (precision, kind), (form, net) in product(kinds.items(), nets.items()):
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "TF32"
+            answer = partial(_in_precision(net, kind, device), x)
+            logits, seconds = answer().double(), _seconds(answer, device)
+            yield {
+                "form": form,
+                "precision": precision,
+                "largest error": float((logits - truth).abs().max() / truth.abs().max()),
+                "same class": float((logits.argmax(1) == truth.argmax(1)).double().mean()),
+                "images_per_s": num / seconds,
+            }
+
+
+def _in_precision(net: Any, kind: Any, device: str) -> Callable[[Any], Any]:
+    """The net in `kind`, channels last; pixels are normalised in no less than float32."""
+    import torch
+
+    whole = deepcopy(net)
+    normalize = whole[0].to(device) if kind == torch.float64 else whole[0].float().to(device)
+    rest = whole[1:].to(device, kind).to(memory_format=torch.channels_last)
+    return lambda x: rest(normalize(x).to(kind))
+
+
+def training_speed(device: str) -> Iterator[Result]:
+    """A training step on CIFAR-sized noise that is already on the device."""
+    import torch
+
+    from bench.training_steps import make_net, make_step
+    from common.spec import Spec
+    from train.data.datasets import cifar_image
+
+    nets, num = (((34, 2.0), (16, 1.0)), 128) if device == "cuda" else (((10, 0.25),), 4)
+    ways = [("fp32", "Dirac", True, False), ("bf16", "Dirac", True, False), ("bf16", "Dirac", False, False)]
+    ways += [("bf16", "ordinary", True, False), ("bf16", "Dirac", True, True)]
+    for size, (precision, form, channels_last, compiled) in product(nets, ways):
+        spec = Spec("cifar", *size, "ncrelu", cifar_image(), tuple("0123456789"))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        net = make_net(form, spec).to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]  # torch has it
+        wrap: Any = torch.compile if compiled else lambda net: net
+        step = make_step(net, spec.image, num, precision=precision, device=device, wrap=wrap)
+        seconds = _seconds(step, device)
+        row = {"net": spec.name, "precision": precision, "filters": form, "channels last": channels_last}
+        yield {**row, "compiled": compiled, "ms_per_step": 1e3 * seconds, "images_per_s": num / seconds}
+
+
+def _seconds(work: Callable[[], object], device: str) -> float:
+    """The mean time of a call, after some calls of warm-up."""
+    import torch
+
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds = 0.0
+    for num in (5, 20) if device == "cuda" else (1, 1):
+        wait()
+        start = time.perf_counter()
+        for _ in range(num):
+            work()
+        wait()
+        seconds = (time.perf_counter() - start) / num
+    return seconds
+
+
+def sessions(device: str, *paths: str) -> Iterator[Result]:
+    """ONNX Runtime and PyTorch: the first call and later calls of each batch size, and two sizes in turn."""
+    from export.runtimes.load import load_runtime
+
+    is_gpu, rng = device == "cuda", np.random.default_rng(0)
+    sizes, num_calls = ((1, 8, 64, 256, 1024), 30) if is_gpu else ((1, 2), 4)
+    for path, name in product(paths, RUNTIMES):
+        start, model = time.perf_counter(), Path(path).name
+        runtime = load_runtime(Path(path), name=name, device=0 if is_gpu else None)
+        opened_ms, image = 1e3 * (time.perf_counter() - start), runtime.model.spec.image
+        yield {"model": model, "runs on": runtime.description, "opened_ms": opened_ms}
+        for turn in [*((size,) for size in sizes), (8, 32)]:
+            shapes = [(num, image.height, image.width, image.channels) for num in turn]
+            batches = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+            call = partial(next, map(runtime, cycle(batches)))
+            first_ms, *_ = [median_ms(call, 0, min_calls=1) for _ in batches]
+            batch = ", ".join(map(str, turn)) + " in turn" * (len(turn) > 1)
+            row = {"model": model, "runtime": name, "batch": batch, "first_ms": first_ms}
+            yield {**row, "median_ms": median_ms(call, 0, min_calls=num_calls)}
+
+
+def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = "60") -> Iterator[Result]:
+    """--runtime torch loaded repeatedly, with graphs of two batch sizes: no memory may stay allocated."""
+    import torch
+
+    from export.runtimes.load import load_runtime
+
+    def load() -> None:
+        runtime = load_runtime(Path(path), name="torch", device=0 if device == "cuda" else None)
+        image = runtime.model.spec.image
+        for num in (1, 8):
+            runtime(np.zeros((num, image.height, image.width, image.channels), np.uint8))
+
+    def held() -> np.ndarray:
+        """Bytes allocated by tensors, and bytes reserved by PyTorch's allocator; 0 without a device."""
+        return np.array([torch.cuda.memory_allocated(), torch.cuda.memory_reserved()])
+
+    load()
+    before, end, loads = held(), time.monotonic() + float(limit_s), 0
+    while loads < int(num_loads) and time.monotonic() < end:
+        load()
+        loads += 1
+    kept, reserved = (held() - before).tolist()
+    yield {"loads": loads, "bytes kept on the device": kept, "bytes kept by PyTorch for the next": reserved}
+
+
+def server(device: str, path: str) -> Iterator[Result]:
+    """serve/run.py on both runtimes with several numbers of workers; the client is one Python process, a bottleneck."""
+    from bench.lab.server import start
+    from common.cores import num_cores
+
+    (*_, image) = sorted(HELD_OUT.glob("*.png"))
+    devices = ("--devices", 0) if device == "cuda" else ()
+    for workers, name in product((1, 4, 12) if num_cores() > 4 else (1,), RUNTIMES):
+        with start(Path(path), "--runtime", name, "--workers", workers, "--log-level", "warning", *devices) as running:
+            for connections in (1, 16, 128):
+                row = {"runtime": name, "workers": workers, "connections": connections}
+                yield row | asyncio.run(_load(running.port, image.read_bytes(), connections))
+
+
+async def _load(port: int, image: bytes, num_connections: int, seconds: float = 3.0) -> Result:
+    from bench.lab.load import Load, Reply, predict_request
+
+    replies: list[Reply] = []
+    load = Load(port, predict_request(image), replies.append, num_connections=num_connections)
+    await load.saturate(seconds)
+    times_ms = [1000 * reply.seconds for reply in replies if reply.status == 200]
+    percentiles = zip(("p50_ms", "p99_ms"), np.percentile(times_ms, (50, 99)).tolist(), strict=True) if times_ms else ()
+    return {"requests_per_s": len(times_ms) / seconds, **dict(percentiles), "failures": len(replies) - len(times_ms)}
+
+
+STEPS: dict[str, Callable[..., Iterator[Result]]] = {
+    step.__name__: step
+    for step in (machine, driver_calls, fold_on_device, training_speed, sessions, torch_loads, server)
+}
+
+if __name__ == "__main__":
+    for result in STEPS[sys.argv[1]](*sys.argv[2:]):
+        print(json.dumps(result), flush=True)

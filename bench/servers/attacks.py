@@ -1,0 +1,300 @@
+"""Attacks of strangers on a server: endless and slow requests, too many connections, and costly small files.
+
+Each is bounded in bytes and time. Measured are the server's memory and the waiting of a healthy client.
+"""
+
+import asyncio
+import io
+import select
+import socket
+import struct
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bench.lab.load import HOST, Load, get_request, predict_request
+from bench.lab.server import Server, start
+from bench.servers.faults import Subject, sampled
+
+FLOOD_BYTES, FLOOD_S = 200 * 10**6, 8.0  # that an attacker may send
+DRIP_S = 12.0  # for the server to end a connection
+PAUSE_S = 0.25  # between two drops
+MEMORY_MB = 32  # that one attack may add
+PROBE_MS = 300  # the longest that a probe may take meanwhile
+CONNECTIONS = 200
+_CHUNKED = b"Host: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+_HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+_PROBE, _PREDICT = b"GET /healthz HTTP/1.1\r\n" + _CHUNKED, b"POST /predict HTTP/1.1\r\n" + _CHUNKED
+# What is sent once, and then again and again.
+FLOODS = {
+    "trailers, to `/healthz`": (_PROBE + b"0\r\n", b"a: b\r\n"),
+    "one trailer, to `/healthz`": (_PROBE + b"0\r\na: ", b"b"),
+    "trailers, to `/predict`": (_PREDICT + b"1\r\nx\r\n0\r\n", b"a: b\r\n"),
+    "one chunk extension": (_PREDICT + b"1", b";a=b"),
+    "extensions of small chunks": (_PREDICT, b"1;" + b"a" * 100 + b"\r\nx\r\n"),
+    "headers": (b"GET /healthz HTTP/1.1\r\nHost: a\r\n", b"a: b\r\n"),
+    "one header": (b"GET /healthz HTTP/1.1\r\nHost: a\r\nA: ", b"b"),
+    "blank lines": (_HEALTH, b"\r\n"),
+    "requests whose answers are not read": (b"", _HEALTH),
+    "anything after a refusal": (b"NONSENSE\r\n\r\n", b"x"),
+}
+DRIPS = {
+    "a body after the answer": (b"GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n", b"x"),
+    "trailers after the answer": (_PROBE + b"0\r\n", b"a: b\r\n"),
+    "blank lines between requests": (_HEALTH, b"\r\n"),
+    "headers": (b"GET /healthz HTTP/1.1\r\nHost: a\r\nA: ", b"b"),
+}
+WORST_WAIT_S = 0.3
+MEMORY_BYTES = 768 * 2**20  # what deploy/kubernetes allows
+PROBES_PER_S = 25
+AFTERWARDS_S = 2.0  # during which a sender that hung up is still felt
+ROOMY = ("--max-decoded-mb", "800")  # so that what the default refuses by its header is decoded
+BUSY_S = 0.05  # until a sender hangs up
+
+
+# Endless and slow requests, and too many connections
+
+
+async def attack(model: Path) -> dict[str, Any]:
+    """Every flood, then all drips together, on one server; then more connections than another one takes."""
+    with start(model, "--log-level", "warning") as server:
+        floods = {name: await _flood(server, *sent) for name, sent in FLOODS.items()}
+        drip = partial(_send_on, server.port, pause_s=PAUSE_S, limit_s=DRIP_S)
+        dripped = await asyncio.gather(*(asyncio.to_thread(drip, *sent) for sent in DRIPS.values()))
+    drips = {name: {"seconds": seconds} for name, (_, seconds) in zip(DRIPS, dripped, strict=True)}
+    bars = {
+        f"every flood is ended before {FLOOD_BYTES / 1e6:.0f} MB": all(
+            flood["sent_mb"] < FLOOD_BYTES / 1e6 for flood in floods.values()
+        ),
+        f"none adds {MEMORY_MB} MB": all(flood["memory_mb"] < MEMORY_MB for flood in floods.values()),
+        f"a probe is answered within {PROBE_MS} ms": all(flood["probe_ms"] < PROBE_MS for flood in floods.values()),
+        f"every drip is ended within {DRIP_S:g} s": all(seconds < DRIP_S for _, seconds in dripped),
+    }
+    return {"floods": floods, "drips": drips, "connections": _crowd(model), "bars": bars}
+
+
+async def _flood(server: Server, head: bytes, piece: bytes) -> dict[str, float]:
+    """Send `piece` without a pause, beside a client that asks for /healthz without a pause."""
+    block = piece * (65536 // len(piece))
+    healthy = Load(server.port, get_request("/healthz"), num_connections=1)
+    async with healthy.saturating(), sampled(server.rss_bytes, every_s=0.001) as memory:
+        num_bytes, seconds = await asyncio.to_thread(_send_on, server.port, head, block, limit_s=FLOOD_S)
+    return {
+        "sent_mb": num_bytes / 1e6,
+        "seconds": seconds,
+        "memory_mb": (max(memory) - memory[0]) / 1e6,
+        "probe_ms": 1000 * max(reply.seconds for reply in healthy.replies),
+    }
+
+
+def _send_on(port: int, head: bytes, piece: bytes, *, limit_s: float, pause_s: float = 0.0) -> tuple[int, float]:
+    """Send `piece` until the server ends the connection or the attacker's bytes or time are used up: what it sent.
+
+    Answers are read only in a pause.
+    """
+    num_bytes, begin = 0, time.monotonic()
+    # It ends with a reset, or where nothing is taken any more.
+    with suppress(OSError), socket.create_connection((HOST, port), timeout=limit_s) as peer:
+        peer.sendall(head)
+        while num_bytes < FLOOD_BYTES and time.monotonic() - begin < limit_s:
+            num_bytes += peer.send(piece)
+            if pause_s and select.select([peer], [], [], pause_s)[0] and not peer.recv(65536):
+                break
+    return num_bytes, time.monotonic() - begin
+
+
+def _crowd(model: Path) -> dict[str, Any]:
+    """Twice as many connections as a server takes: what becomes of them, and of those inside."""
+
+    def connect() -> list[socket.socket]:
+        return [socket.create_connection((HOST, server.port), timeout=5) for _ in range(CONNECTIONS)]
+
+    def status(peer: socket.socket) -> str:
+        with suppress(ConnectionError):
+            return peer.recv(65536)[9:12].decode() or "closed"
+        return "closed"
+
+    with start(model, "--max-connections", CONNECTIONS, "--log-level", "warning") as server:
+        before, peers = server.rss_bytes(), connect()
+        peers[0].sendall(_HEALTH)
+        status(peers[0])  # the server has taken them all
+        kb_each = (server.rss_bytes() - before) / CONNECTIONS / 1000
+        beyond = connect()
+        answers = Counter(status(peer) for peer in beyond)
+        peers[0].sendall(_HEALTH)
+        inside = status(peers[0])
+        for peer in peers + beyond:
+            peer.close()
+    return {"limit": CONNECTIONS, "kb_each": kb_each, "inside": inside, "beyond": dict(sorted(answers.items()))}
+
+
+# Under siege: requests that cost the server much more than their sender
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Bodies that are sent at the same time, or one by one where their senders hang up."""
+
+    name: str
+    make_bodies: Callable[[], Sequence[bytes]]
+    path: str = "/predict"
+    is_json: bool = False
+    hang_up: bool = False
+    server: tuple[Any, ...] = ()  # options
+
+    @property
+    def probe(self) -> str:
+        """What the healthy client asks for: long JSON is parsed beside the event loop."""
+        return "/healthz" if self.is_json else "/predict"
+
+
+def siege_attacks(*, quick: bool) -> list[Attack]:
+    """All of them; the quick form is a quarter as large."""
+    side, size = (4000, 5 * 10**6) if quick else (8000, 19 * 10**6)
+    half, mb = side // 2, f"{size / 1e6:.0f} MB"
+    scans = f"a JPEG of {side}x{side} with {side * 12:,} scans, and its sender hangs up"
+    uploads = f"80 uploads of {mb} behind 4 WebPs, and their senders hang up"
+    lists, tensors = f"{mb} of empty lists", f"6 bodies of {mb} of nested lists for /v2"
+    rgba = Attack(f"a PNG of {side}x{side} RGBA", lambda: [flat_png(side, "RGBA")])
+    webps = Attack(f"4 WebPs of {half}x{half} noise", lambda: 4 * [noise_webp(half)])
+
+    def late_uploads() -> list[bytes]:
+        return [*webps.make_bodies(), *80 * [noise_webp(half).ljust(size, b"\0")]]
+
+    return [
+        Attack("nothing, for comparison", lambda: (), hang_up=True),
+        Attack(scans, lambda: [scans_jpeg(side, side * 12)], hang_up=True),
+        Attack(uploads, late_uploads, hang_up=True, server=ROOMY),
+        rgba,
+        replace(rgba, name="the same, where it may be decoded", server=ROOMY),
+        Attack(f"a PNG of {side}x{side}, 16-bit grey", lambda: [flat_png(side, "I;16")]),
+        Attack(lists, lambda: [empty_lists(size)], is_json=True),
+        Attack(tensors, lambda: 6 * [nested_tensor(size)], path="/v2/models/{model}/infer", is_json=True),
+        webps,
+        replace(webps, name=f"{webps.name}, where all are decoded at once", server=(*ROOMY, "--decode-threads", 2)),
+        Attack("4 PNGs of 100,000 chunks", lambda: 4 * [chunks_png(100_000)]),
+    ]
+
+
+async def siege(subject: Subject, model_name: str, attacks: Sequence[Attack]) -> dict[str, Any]:
+    """Each attack on a server of its own, beside a healthy client."""
+    results = [await _besiege(subject, model_name, attack) for attack in attacks]
+    served = [result for result in results if ROOMY[0] not in result["server"]]
+    return {
+        "attacks": results,
+        "bars": {
+            "every healthy request is answered 200": all(result["probes"].keys() == {"200"} for result in results),
+            f"the longest that one waits: {WORST_WAIT_S:g} s": all(
+                result["worst_wait_s"] <= WORST_WAIT_S for result in results
+            ),
+            f"memory of server and decoders, with default limits: {MEMORY_BYTES / 2**20:.0f} MiB": all(
+                result["mb"]["largest"] * 1e6 <= MEMORY_BYTES for result in served
+            ),
+        },
+    }
+
+
+async def _besiege(subject: Subject, model_name: str, attack: Attack) -> dict[str, Any]:
+    bodies = await asyncio.to_thread(attack.make_bodies)
+    probe = predict_request(subject.image) if attack.probe == "/predict" else get_request(attack.probe)
+    with start(subject.model, "--log-level", "warning", *attack.server) as server:
+        read_memory = partial(server.rss_bytes, with_children=True)
+        load = Load(server.port, probe, num_connections=8)
+        async with sampled(read_memory, every_s=0.02) as memory:
+            probing = asyncio.create_task(load.offer(PROBES_PER_S, 600))
+            await asyncio.sleep(0.5)
+            begin = time.monotonic()
+            answers = await _send_all(server.port, attack.path.format(model=model_name), attack, bodies)
+            seconds = time.monotonic() - begin
+            load.stop()
+            await probing
+        after = read_memory()
+    return {
+        "name": attack.name,
+        "server": " ".join(map(str, attack.server)),
+        "probe": attack.probe,
+        "body_mb": sum(map(len, bodies)) / 1e6,
+        "answers": dict(answers),
+        "seconds": seconds,
+        "probes": load.statuses(),
+        "worst_wait_s": max(reply.seconds for reply in load.replies),
+        "mb": {"before": memory[0] / 1e6, "largest": max(memory) / 1e6, "after": after / 1e6},
+    }
+
+
+async def _send_all(port: int, path: str, attack: Attack, bodies: Sequence[bytes]) -> Counter[str]:
+    """How many bodies got each answer; in threads, so that the healthy client's loop goes on."""
+    send = partial(asyncio.to_thread, _send, port, path, attack)
+    if not attack.hang_up:
+        return Counter(await asyncio.gather(*map(send, bodies)))
+    for body in bodies:
+        await send(body)
+    await asyncio.sleep(AFTERWARDS_S)
+    return Counter({"hung up": len(bodies)})
+
+
+def _send(port: int, path: str, attack: Attack, body: bytes) -> str:
+    """The status of the answer, or "lost"."""
+    media_type = "application/json" if attack.is_json else "application/octet-stream"
+    fields = f"Content-Type: {media_type}\r\nContent-Length: {len(body)}"
+    status = b""
+    with socket.create_connection((HOST, port), timeout=120) as connection, suppress(ConnectionError):
+        connection.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n".encode())
+        connection.sendall(body)
+        if attack.hang_up:
+            time.sleep(BUSY_S)
+        else:
+            status = connection.recv(2**16)[9:12]
+    return status.decode() or "lost"
+
+
+def scans_jpeg(side: int, num_scans: int) -> bytes:
+    """A grey progressive JPEG of few bytes that repeats its last scan; each decodes every block anew."""
+    file = _encode(Image.new("L", (side, side), 128), "JPEG", progressive=True)
+    scan = file[file.rindex(b"\xff\xda") : -2]
+    return file[:-2] + num_scans * scan + file[-2:]
+
+
+def chunks_png(num_chunks: int) -> bytes:
+    """A PNG of one pixel behind chunks of an unknown kind."""
+    file = _encode(Image.new("L", (1, 1)), "PNG")
+    empty = bytes(4) + b"prVt" + struct.pack(">I", zlib.crc32(b"prVt"))
+    return file[:33] + num_chunks * empty + file[33:]
+
+
+def flat_png(side: int, mode: str) -> bytes:
+    """A PNG of one colour: a thousandth of its pixels' bytes."""
+    grey = np.full((side, side), 4711, np.uint16)
+    return _encode(Image.fromarray(grey) if mode == "I;16" else Image.new(mode, (side, side)), "PNG")
+
+
+def noise_webp(side: int) -> bytes:
+    """A WebP of noise, which takes longest to decode."""
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return _encode(Image.fromarray(pixels), "WEBP", quality=50, method=0)
+
+
+def empty_lists(num_bytes: int) -> bytes:
+    """JSON for POST /predict: a list of empty lists."""
+    return b'{"images":[%b[]]}' % (b"[]," * (num_bytes // 3))
+
+
+def nested_tensor(num_bytes: int) -> bytes:
+    """JSON for /v2: pixels, each in a list of its own."""
+    head = b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[64,28,28,1],"data":['
+    return head + b"[[[0]]]," * (num_bytes // 8) + b"[[[0]]]]}]}"
+
+
+def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
