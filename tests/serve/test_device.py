@@ -113,12 +113,20 @@ def request(*slots):
 
 def raw(it):
     """A connection that leaves its memory alone."""
+    return admitted(knock(it))
+
+
+def knock(it, index=0):
     ours, theirs = socket.socketpair()
     with theirs:
-        socket.send_fds(it.door(), [b"c"], [theirs.fileno()])
-    _, (memory,), _, _ = socket.recv_fds(ours, 8, 1)
-    os.close(memory)
+        socket.send_fds(it.door(index), [b"c"], [theirs.fileno()])
     return ours
+
+
+def admitted(connection):
+    _, (memory,), _, _ = socket.recv_fds(connection, 8, 1)
+    os.close(memory)
+    return connection
 
 
 def answers(connection, num):
@@ -210,10 +218,7 @@ def test_who_does_not_read_answers_is_cut_off(runtime, caplog):
 def test_a_front_end_has_so_many_connections_and_others_still_have_theirs(runtime, pixels, caplog):
     with running(runtime) as it:
         held = [raw(it) for _ in range(_MOST_EACH)]
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(it.door(), [b"c"], [theirs.fileno()])
-        assert is_cut_off(ours)
+        assert is_cut_off(knock(it))
         assert answers_others(it, pixels)
         for connection in held:
             connection.close()
@@ -239,17 +244,10 @@ def allocation(monkeypatch):
     allocation.go.set()
 
 
-def knock(it, index=0):
-    ours, theirs = socket.socketpair()
-    with theirs:
-        socket.send_fds(it.door(index), [b"c"], [theirs.fileno()])
-    return ours
-
-
 def test_while_memory_is_allocated_others_are_answered(runtime, pixels, allocation):
     with running(runtime) as it, it.dial(1).connect().link as link:
         allocation.begin()
-        with knock(it), ThreadPoolExecutor(1) as thread:
+        with knock(it) as waiting, ThreadPoolExecutor(1) as thread:
             assert allocation.sizes.get(timeout=60)
             assert np.array_equal(link.run(pixels[:2]), runtime(pixels[:2]))
             reload = thread.submit(it.dial().reload)
@@ -257,6 +255,7 @@ def test_while_memory_is_allocated_others_are_answered(runtime, pixels, allocati
             assert np.array_equal(link.run(pixels[:2]), runtime(pixels[:2]))
             allocation.go.set()
             assert reload.result(60)
+            admitted(waiting)
 
 
 def test_a_connection_that_waits_for_its_memory_counts_and_keeps_no_reload_away(runtime, allocation, caplog):
@@ -269,7 +268,7 @@ def test_a_connection_that_waits_for_its_memory_counts_and_keeps_no_reload_away(
         allocation.go.set()
         assert reload.result(60)
         for connection in waiting:
-            connection.close()
+            admitted(connection).close()
 
 
 def test_a_check_takes_memory_for_its_own_images(runtime, pixels, allocation):
