@@ -78,18 +78,15 @@ class MnnModule:
         with self._turn:
             if not self._workers:
                 self._start()
+            parts = np.array_split(images, min(len(images), self._num_workers))
+            working = self._workers[: len(parts)]
             try:
-                return self._share(images)
+                for worker, part in zip(working, parts, strict=True):
+                    worker.send(part)
+                answers = [np.frombuffer(worker.receive(), np.float32) for worker in working]
             except BaseException:  # the next call must not read this one's answer
                 _end_all(self._workers)
                 raise
-
-    def _share(self, images: np.ndarray) -> np.ndarray:
-        parts = np.array_split(images, min(len(images), self._num_workers))
-        working = self._workers[: len(parts)]
-        for worker, part in zip(working, parts, strict=True):
-            worker.send(part)
-        answers = [np.frombuffer(worker.receive(), np.float32) for worker in working]
         return np.concatenate(answers).reshape(len(images), -1)
 
     def _start(self) -> None:
