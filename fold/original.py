@@ -68,11 +68,10 @@ def _place(config: OriginalConfig, *, folded: bool) -> Path:
 
 
 def _report(out: Path, spec: "Spec", net: "nn.Module") -> None:
-    num = sum(parameter.numel() for parameter in net.parameters())
-    print(
-        f"wrote {out}: {spec.name}, {spec.family}, {spec.nonlinearity}, {spec.parameterization}, "
-        f"{len(spec.labels)} classes, {num:,} parameters"
-    )
+    from train.families import count_parameters
+
+    kind = f"{spec.family}, {spec.nonlinearity}, {spec.parameterization}"
+    print(f"wrote {out}: {spec.name}, {kind}, {len(spec.labels)} classes, {count_parameters(net):,} parameters")
 
 
 if __name__ == "__main__":

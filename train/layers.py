@@ -1,5 +1,6 @@
 """The paper's two building blocks: Dirac-parameterised convolutions and NCReLU."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -192,6 +193,10 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + self.shortcut(x)
+
+
+def sequence(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Normalize(nn.Module):

@@ -260,7 +260,7 @@ def test_weights_that_do_not_fit_are_named(nets, capsys):
         assert message in capsys.readouterr().err
     (nets / "weights.safetensors").write_bytes(b"cut short")
     assert run(*ASKED) == 2
-    assert "weights.safetensors is not a safetensors file" in capsys.readouterr().err
+    assert "weights.safetensors is not a valid safetensors file" in capsys.readouterr().err
 
 
 def test_flags_that_do_not_go_together_are_refused(nets, capsys):

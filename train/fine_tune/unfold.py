@@ -130,17 +130,10 @@ def _refuse_misfit(weights: Mapping[str, Tensor], net: nn.Sequential, parts: lis
     for part in parts:
         shape = part.shape()
         shapes |= {f"{part.name}.weight": shape, f"{part.name}.bias": shape[:1]}
-    wrong = sorted(
-        name
-        for name in shapes.keys() | weights.keys()
-        if name not in weights or tuple(weights[name].shape) != shapes.get(name)
-    )
-    wrong += [
-        f"{part.name}.bias"
-        for part in parts
-        if isinstance(part.layer, nn.Conv2d) and part.norm is None and not wrong and weights[f"{part.name}.bias"].any()
-    ]
-    if wrong:
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
+    bare = [f"{part.name}.bias" for part in parts if isinstance(part.layer, nn.Conv2d) and part.norm is None]
+    if wrong := wrong or [name for name in bare if weights[name].any()]:
         raise Refusal(f"the plain file does not fit its spec {spec.name}: {first_of(wrong)}")
 
 
