@@ -51,10 +51,8 @@ def real_images(
         return None, f"{given} no longer exists: name the data set's folder with --data-dir"
     try:
         test = datasets.load_as_trained(training, data_dir=given, beside=beside, image=image).test
-    except Changed:
-        raise
     except Refusal as refusal:
-        if data_dir:
+        if data_dir or isinstance(refusal, Changed):
             raise
         return None, str(refusal)
     return test.first(num), ""

@@ -243,9 +243,8 @@ def _lower_graph(graph: Graph, lowering: str) -> Graph:
     """
     halved = {
         node.name
-        for node in graph.nodes
+        for node in graph.nodes[:-1]
         if node.op == "ncrelu"
-        and node is not graph.nodes[-1]
         and all(reader.op == "conv" and reader.attributes["groups"] == 1 for reader in graph.readers(node.name))
     }
     if lowering == "concat" or not halved:

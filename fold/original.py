@@ -9,6 +9,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,8 +57,6 @@ def command(config: OriginalConfig) -> int:
 
 def _place(config: OriginalConfig, *, folded: bool) -> Path:
     """The path to write; refuses the authors' file itself, and a suffix that does not fit the content."""
-    from common.refusal import Refusal
-
     kind, default = ("folded already", "plain.safetensors") if folded else ("not folded", "checkpoint.pt")
     out, suffix = config.out or Path(default), Path(default).suffix
     if out.suffix != suffix:

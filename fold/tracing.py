@@ -207,11 +207,9 @@ def _shapes(traced: fx.GraphModule, example: Tensor) -> dict[str, Any]:
             found[n.name] = _Shape(value.shape) if isinstance(value, Tensor) else value
             return value
 
-    # In-place layers may change the input and the net: both are copied.
-    batch = example.double() if example.is_floating_point() else example
     try:
-        with torch.no_grad():
-            Recorder(deepcopy(traced)).run(batch.clone())
+        with torch.no_grad():  # in-place layers may change the input and the net: both are copied
+            Recorder(deepcopy(traced)).run((example.double() if example.is_floating_point() else example).clone())
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shape = list(example.shape)
         raise TypeError(f"the net does not take an example of shape {shape}: {one_line(error, 150)}") from error

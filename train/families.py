@@ -36,8 +36,7 @@ def build(spec: Spec) -> nn.Sequential:
     base = int(at_width_one * spec.width)  # channels of the first group
     if base < 1:
         raise Refusal(f"width must be at least 1/{at_width_one} (one channel in the first group), got {spec.width:g}")
-    if min(image.height, image.width) < REDUCTION[spec.family]:
-        smallest = REDUCTION[spec.family]
+    if min(image.height, image.width) < (smallest := REDUCTION[spec.family]):
         raise Refusal(f"images must be at least {smallest}x{smallest} pixels, got {image.height}x{image.width}")
     _refuse_combinations(spec)
     net = nn.Sequential()
@@ -99,10 +98,7 @@ def _refuse_combinations(spec: Spec) -> None:
         raise Refusal("per-channel a and b require nonlinearity relu, as in the authors' second release")
     if spec.parameterization == "per-output-b" and spec.nonlinearity != "ncrelu":
         raise Refusal("a b for each output requires nonlinearity ncrelu, as in the authors' first published net")
-    if spec.family == "wrn" and (spec.nonlinearity, spec.parameterization) not in (
-        ("relu", "plain"),
-        ("relu", "delta"),
-    ):
+    if spec.family == "wrn" and not (spec.nonlinearity == "relu" and spec.parameterization in ("plain", "delta")):
         raise Refusal("family wrn requires nonlinearity relu and parameterization plain or delta (eq. 14)")
 
 
@@ -174,11 +170,8 @@ def initialized(spec: Spec, *, a: float, b: float, std: float, start: Start = "p
         initialize(net, a=a, b=b, std=std, start=start)
         return net
     dirac = initialized(replace(spec, parameterization="dirac"), a=a, b=b, std=std, start=start)
-    filters = {
-        f"{name}.weight": layer.folded_weight().detach()
-        for name, layer in dirac.named_modules()
-        if isinstance(layer, DiracConv2d)
-    }
+    layers = {name: layer for name, layer in dirac.named_modules() if isinstance(layer, DiracConv2d)}
+    filters = {f"{name}.weight": layer.folded_weight().detach() for name, layer in layers.items()}
     net = build(spec)
     started = dirac.state_dict() | filters
     net.load_state_dict({name: started[name] for name in net.state_dict()})

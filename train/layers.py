@@ -96,11 +96,8 @@ class _DiracConv(nn.modules.conv._ConvNd):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses another weight or bias: `fuse_conv_bn_eval` would scale W, which eq. 5 then normalises again."""
-        if (
-            name in ("weight", "bias")
-            and isinstance(value, nn.Parameter)
-            and name in self.__dict__.get("_parameters", {})
-        ):
+        known = self.__dict__.get("_parameters", {})
+        if name in ("weight", "bias") and name in known and isinstance(value, nn.Parameter):
             raise Refusal(
                 f"the {name} of a Dirac convolution is not replaced: batch norm is not fused into it before the fold "
                 f"(use fold.graph.fold); to load numbers, copy them into {name} under torch.no_grad()"

@@ -171,9 +171,8 @@ def load_as_trained(
     how: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "image": image}
     if parts:
         return recorded_files(_given(data_dir), parts, info_of(name, **how), skip_unreadable=skip)
-    dataset = divide(
-        load(name, **how, skip_unreadable=skip), training.get("validation", 0.0), seed=training.get("seed", 0)
-    )
+    dataset = load(name, **how, skip_unreadable=skip)
+    dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
     if split:
         photos.check_same(record(dataset)[0], split, where=str(data_dir or name))
     return dataset
@@ -191,9 +190,7 @@ def recorded_files(
         )
     labels = tuple(sorted({Path(name).parent.name for name in parts["train"]}))
     train, validation, test = (
-        photos.make_files(
-            root, [root / name for name in parts[part]], labels, info.image, skip_unreadable=skip_unreadable
-        )
+        photos.make_files(root, [*map(root.joinpath, parts[part])], labels, info.image, skip_unreadable=skip_unreadable)
         for part in PARTS
     )
     return Dataset(replace(info, labels=labels), train, test, validation)

@@ -71,8 +71,7 @@ def unfold(weights: Mapping[str, Tensor], spec: Spec, *, a: float, b: float, std
         if isinstance(norm, nn.BatchNorm2d):  # s x + c, with a mean of 0 and a variance of 1
             norm.weight.copy_(scale * (1 + norm.eps) ** 0.5)
             norm.bias.copy_(bias)
-    classifier = net.get_submodule("fc")
-    classifier.load_state_dict({kind: weights[f"fc.{kind}"] for kind in ("weight", "bias")})
+    net.get_submodule("fc").load_state_dict({kind: weights[f"fc.{kind}"] for kind in ("weight", "bias")})
     return net
 
 
