@@ -72,11 +72,12 @@ def command(config: FoldConfig) -> int:
 
     import torch
 
+    from common.files import read_labels
     from common.progress import make_console, progress
     from fold.image_sets import random_images, real_images
     from fold.plain import save_plain
     from fold.proof import prove
-    from fold.sources import from_checkpoint, from_user, read_labels
+    from fold.sources import from_checkpoint, from_user
     from train.machine import keep_large_buffers
 
     keep_large_buffers()

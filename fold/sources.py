@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.files import read_whole
 from common.refusal import Refusal, one_line
 from common.spec import ImageSpec, Spec
 from fold.graph import GraphNet
@@ -175,11 +174,3 @@ def _free_name(name: str, graph: Graph) -> str:
     while name in taken:
         name += "_"
     return name
-
-
-def read_labels(path: Path) -> tuple[str, ...]:
-    """One label per line; empty lines at the end do not count."""
-    try:
-        return tuple(line.strip() for line in read_whole(path).decode("utf-8-sig").rstrip().splitlines())
-    except UnicodeDecodeError as error:
-        raise Refusal(f"{path} is not a text file in UTF-8; write one label a line") from error

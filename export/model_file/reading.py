@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from common.documents import is_of, read_json, read_object
-from common.files import read_whole
+from common.files import read_labels, read_whole
 from common.refusal import Refusal
 
 Channels = Literal["rgb", "bgr"]
@@ -148,7 +148,7 @@ def from_flags(flags: ReadingFlags) -> ReadingHints:
         mean=flags.mean or None,
         std=flags.std or None,
         resize=flags.resize,
-        labels=_read_labels(flags.labels) if flags.labels else None,
+        labels=read_labels(flags.labels) if flags.labels else None,
         channels=flags.channels,
         scores="probabilities" if flags.probabilities else "logits" if flags.logits else None,
         output=flags.output,
@@ -190,13 +190,6 @@ def read_description(path: Path) -> ReadingHints:
 
 def numbers_text(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:g}" for value in values)
-
-
-def _read_labels(path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(line.strip() for line in read_whole(path).decode("utf-8-sig").rstrip().splitlines())
-    except UnicodeDecodeError as error:
-        raise Refusal(f"{path} is not a text file in UTF-8; write one label a line") from error
 
 
 def _of_ultralytics(metadata: dict[str, str]) -> ReadingHints:

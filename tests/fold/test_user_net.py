@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from common.cli import run_command
+from common.files import read_labels
 from common.refusal import Refusal
 from common.spec import Spec
 from fold.plain import load_plain
 from fold.run import FoldConfig, command
-from fold.sources import read_labels
 from train.families import build
 
 
