@@ -29,8 +29,7 @@ def run_command(
     A `Refusal` becomes one line on stderr and status 2; Ctrl-C becomes status 130.
     """
     try:
-        config = parse(config_type, description=command.__doc__, examples=examples, argv=argv)
-        return command(config) or 0
+        return command(parse(config_type, description=command.__doc__, examples=examples, argv=argv)) or 0
     except Refusal as refusal:
         print("error: " + " ".join(str(refusal).split()), file=sys.stderr)
         return 2

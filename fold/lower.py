@@ -222,8 +222,7 @@ def _without_delta(conv: nn.Conv2d, weight: Tensor) -> tuple[Tensor, Tensor] | N
         return None
     units = torch.where(taps < SMALLEST_TAP * median, median, taps)
     rest = weight / units.view(-1, 1, 1, 1) - delta
-    pays = rest.abs().amax(dim=(1, 2, 3)).median() < 1
-    return (rest, units) if pays else None
+    return (rest, units) if rest.abs().amax(dim=(1, 2, 3)).median() < 1 else None
 
 
 def _beside_delta(lowered: Layers, name: str, conv: Convolution) -> Layers:

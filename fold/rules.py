@@ -94,8 +94,7 @@ def affine_after_linear(graph: Graph, node: Node) -> Outcome:
     if not weight.is_meta:
         scale, shift = _scale_shift(node)
         weight, bias = scale.view(-1, *[1] * (weight.dim() - 1)) * weight, scale * bias + shift
-    merged = replace(before, tensors={"weight": weight, "bias": bias}, equals=node.origin)
-    return Rewrite(node.name, (merged,))
+    return Rewrite(node.name, (replace(before, tensors={"weight": weight, "bias": bias}, equals=node.origin),))
 
 
 def affine_before_linear(graph: Graph, node: Node) -> Outcome:

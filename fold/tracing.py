@@ -54,8 +54,7 @@ def trace(net: nn.Module, example: Tensor | None = None) -> Graph:
     _refuse_hooks(net)
     # While it traces, fx computes what depends only on parameters: in float64, on a copy.
     traced = _trace_module(deepcopy(net).double())
-    shapes = {} if example is None else _shapes(traced, example)
-    walk = _Walk(traced, shapes)
+    walk = _Walk(traced, {} if example is None else _shapes(traced, example))
     for node in traced.graph.nodes:
         walk.take(node)
     if walk.refused:

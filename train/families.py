@@ -80,7 +80,6 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _groups(spec: Spec) -> tuple[int, ...]:
-    """The number of convolutions in each group."""
     if spec.family not in REDUCTION:
         raise Refusal(f"family must be one of {', '.join(REDUCTION)}, got {spec.family}")
     if spec.family.startswith("imagenet"):

@@ -191,6 +191,11 @@ def grid(kinds: Sequence[str], depths: Sequence[int], option: str, values: Seque
     ]
 
 
+def order_of_grid(option: str) -> Callable[[JsonRow], Any]:
+    """How rows of such nets are sorted."""
+    return lambda row: (row["depth"], [*KINDS].index(row["kind"]), row[option])
+
+
 def _kept_rows(config: ExperimentConfig, name: str) -> list[JsonRow]:
     """The rows of NAME.json in --out, to go on with; refuses those of other settings."""
     path = config.out / f"{name}.json"
