@@ -139,7 +139,8 @@ def _form_of_all(path: Path, numbers: Mapping[str, Tensor], eyes: Mapping[str, T
             found[name] = form
     if len(set(found.values())) > 1:
         raise Refusal(f"{path}: δ is of two forms: {', '.join(f'{name} {form}' for name, form in found.items())}")
-    return next(iter(found.values()), "repeated")
+    forms: list[Delta] = [*found.values(), "repeated"]
+    return forms[0]
 
 
 def _is_conv(name: str) -> bool:
