@@ -59,12 +59,12 @@ def from_user(net: str | None, timm: str | None, weights: Path | None, **stated:
 
     Refuses, in one line, a net that cannot be made, loaded, traced or folded, or is not an image classifier.
     """
-    made = from_timm(timm, num_classes=len(stated["labels"]) or None) if timm else from_file(net or "")
+    given = {name: value for name, value in stated.items() if value}
+    made = from_timm(timm, num_classes=len(given.get("labels", ())) or None) if timm else from_file(net or "")
     digest = load_weights(made.net, weights) if weights else None
     notes = () if digest else (f"no --weights: {net or 'timm'} keeps its initial weights, seed {SEED}",)
-    if stated["image_size"]:
+    if "image_size" in given:
         made = replace(made, resize=None)  # which was for timm's own size
-    given = {name: value for name, value in stated.items() if value}
     return from_made(replace(made, record={**made.record, "weights_sha256": digest}, **given), notes=notes)
 
 
