@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.table import Table
-
 from common.cli import run_command
 from common.files import read_whole, write_whole
 from common.progress import make_console
@@ -112,6 +110,8 @@ def _foreign(form: "Artefact") -> Iterator["CheckedClaim"]:
 
 def _print(console: "Console", chain: "Chain", rows: list["CheckedClaim"]) -> dict[str, int]:
     """A table, with the first digits of digests; how many claims have each verdict."""
+    from rich.table import Table
+
     table = Table("claim", "recorded", "computed here, or what is missing", "verdict")
     for row in rows:
         texts = (re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text) for text in (row.recorded, row.computed))
