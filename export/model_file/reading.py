@@ -180,12 +180,14 @@ def read_description(path: Path) -> ReadingHints:
     if unknown := sorted({*record} - {*kinds}):
         known = ", ".join(sorted(kinds))
         raise Refusal(f"{path} has the unknown fields {', '.join(unknown)}; known are {known}; {again}")
-    if bad := [f"{name} cannot be {value!r}" for name, value in record.items() if not is_of(value, kinds[name])]:
-        raise Refusal(f"{path} is not a valid description: {'; '.join(bad)}; {again}")
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
-    }
-    return ReadingHints(**values).by(path.name)
+    for name, value in record.items():
+        if value is None or not is_of(value, kinds[name]):
+            parts = value if isinstance(value, list) and name in ("mean", "std", "labels") else []
+            bad = next((part for part in parts if not is_of([part], kinds[name])), value)  # of many labels, the one
+            raise Refusal(f"{path} is not a valid description: {name} cannot be {repr(bad)[:80]}; {again}")
+    numbers = {name: _floats(record[name]) for name in ("mean", "std") if name in record}
+    labels = {"labels": tuple(record["labels"])} if "labels" in record else {}
+    return ReadingHints(**{**record, **numbers, **labels}).by(path.name)
 
 
 def numbers_text(values: tuple[float, ...]) -> str:
