@@ -185,7 +185,10 @@ def read_description(path: Path) -> ReadingHints:
             parts = value if isinstance(value, list) and name in ("mean", "std", "labels") else []
             bad = next((part for part in parts if not is_of([part], kinds[name])), value)  # of many labels, the one
             raise Refusal(f"{path} is not a valid description: {name} cannot be {repr(bad)[:80]}; {again}")
-    numbers = {name: _floats(record[name]) for name in ("mean", "std") if name in record}
+    try:
+        numbers = {name: _floats(record[name]) for name in ("mean", "std") if name in record}
+    except OverflowError as error:  # JSON has no largest number
+        raise Refusal(f"{path} is not a valid description: {error}; {again}") from error
     labels = {"labels": tuple(record["labels"])} if "labels" in record else {}
     return ReadingHints(**{**record, **numbers, **labels}).by(path.name)
 

@@ -108,6 +108,7 @@ def test_channels_are_turned_round_where_the_net_takes_them_so(sample):
         ('{"means": [0]}', "has the unknown fields means; known are"),
         ('{"mean": 3}', "mean cannot be 3"),
         ('{"mean": null}', "mean cannot be None"),
+        (json.dumps({"mean": [10**400] * 3}), "not a valid description: int too large to convert to float"),
         ('{"channels": "gbr"}', "channels cannot be 'gbr'"),
         (json.dumps({"labels": [*map(str, range(999)), 7]}), "a valid description: labels cannot be 7; write it"),
         (json.dumps({"labels": "x" * 999}), "labels cannot be 'x{79}; write it"),
