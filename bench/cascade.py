@@ -1,9 +1,13 @@
 """python bench/cascade.py: images/s of int8, fp32 and their cascade; writes docs/benchmarks/cascade.md and .json."""
 
+import json
 import os
+import shlex
+import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +17,7 @@ if __name__ == "__main__":
 
 from bench.lab.page import Record, describe_machine, publish, render
 from bench.lab.rounds import alternate_all, speedup
-from common.cli import run_command
+from common.cli import given_arguments, run_command
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -23,16 +27,13 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "python bench/cascade.py                      # a minute on two cores",
+    "python bench/cascade.py --avx2               # two minutes, and needs gdb",
     "python bench/cascade.py --quick --out runs/bench",
 )
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BATCHES = (1, 32)
-# By whether the processor has VNNI: what was measured, and what was not.
-PROCESSORS = {
-    "yes": ("with VNNI", "One without VNNI was not"),
-    "no": ("without VNNI", "One with VNNI was not"),
-    "unknown": ("that does not list its instructions", "Others were not"),
-}
+AVX2_ONLY = Path(__file__).parent / "lab" / "avx2_only.py"
+PROCESSORS = {"yes": "with VNNI", "no": "without VNNI", "unknown": "that does not list its instructions"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class CascadeBenchConfig:
     rounds: Annotated[int, "in which the three take turns"] = 9
     images: Annotated[int, "test images of a pass"] = 1024
     quick: Annotated[bool, "two rounds of 256 images"] = False
+    avx2: Annotated[bool, "measure the kernels for AVX2 alone as well, on a processor with VNNI; needs gdb"] = False
     out: Annotated[Path, "folder for cascade.md and cascade.json"] = Path("docs/benchmarks")
 
 
@@ -81,7 +83,21 @@ def command(config: CascadeBenchConfig) -> None:
         passes = {name: partial(_pass_ms, answer, images, size) for name, answer in racers.items()}
         times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
         measured["batches"][str(size)] = times
+    if config.avx2:
+        measured["avx2"] = _with_avx2_alone(config)
     publish(config, "cascade", page, **measured)
+
+
+def _with_avx2_alone(config: CascadeBenchConfig) -> Record:
+    """What this command measures when ONNX Runtime has its kernels for AVX2 alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        again = shlex.split(given_arguments(replace(config, avx2=False, out=Path(folder))))
+        argv = ["gdb", "-batch", "-x", str(AVX2_ONLY), "--args", sys.executable, __file__, *again]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        if not (written := Path(folder) / "cascade.json").exists():
+            raise Refusal(f"gdb could not run the command again: {done.stderr.strip()[-200:]}; leave out --avx2")
+        record = json.loads(written.read_text())
+    return {name: record[name] for name in ("saturates", "share_escalated", "batches")}
 
 
 def _pass_ms(answer: "Answer", images: "np.ndarray", size: int) -> float:
@@ -99,7 +115,14 @@ def _has_vnni() -> str:
 
 
 def page(record: Record) -> str:
-    """The page of one record. A cascade is expected to take the time of int8 plus, for its share, that of fp32."""
+    """The page of one record."""
+    others = [{"rows": _rows(record["avx2"]), **record["avx2"]}] if "avx2" in record else []
+    processor = PROCESSORS[record["machine"]["vnni"]]
+    return render("cascade", record, rows=_rows(record), others=others, processor=processor)
+
+
+def _rows(record: Record) -> list[Record]:
+    """A cascade is expected to take the time of int8 plus, for the share that goes on, that of one image in fp32."""
     alone_ms, rows = record["batches"]["1"]["fp32"]["median_ms"], []
     for size, times in record["batches"].items():
         int8, fp32, cascade = timings = [times[name] for name in ("int8", "fp32", "cascade")]
@@ -108,8 +131,7 @@ def page(record: Record) -> str:
         share = cascade["median_ms"] / expected_ms
         ratios = speedup(cascade, over=fp32), speedup(int8, over=cascade), share
         rows.append({"size": size, "speeds": speeds, "ratios": ratios})
-    measured, other = PROCESSORS[record["machine"]["vnni"]]
-    return render("cascade", record, rows=rows, measured=measured, other=other)
+    return rows
 
 
 if __name__ == "__main__":

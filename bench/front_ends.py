@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import bars_of, describe_machine, render, report_missed, table, typed_command, write_page
+from bench.lab.page import bars_table, describe_machine, render, report_missed, typed_command, write_page
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
 from bench.lab.wrk import put_load, refuse_without_tools
@@ -32,6 +32,7 @@ FRONT_ENDS = {"one": 1, "two": 2}
 ON_PAPER = (1, 2, 4, 8, 12, 16)
 MAX_BATCH = 256
 BAR = 0.9
+TITLES = {"scaling": "What they cost", "kills": "kill -9 under load"}
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,8 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
         raise Refusal(f"{num} front ends fail {result['failures']} requests")
     *took, count, images = (then - first for first, then in zip(before, after, strict=True))
     num_requests = result["requests_per_s"] * config.seconds
-    return {
-        **{name: result[name] for name in ("requests_per_s", "p50_ms", "p99_ms")},
-        "images_per_batch": images / count,
-        "front_end_us": 1e6 * sum(took[:num]) / num_requests,
-        "device_us": 1e6 * sum(took[num:]) / num_requests,
-    }
+    front_ends_us, device_us = (1e6 * sum(part) / num_requests for part in (took[:num], took[num:]))
+    return {**result, "images_per_batch": images / count, "front_end_us": front_ends_us, "device_us": device_us}
 
 
 def _cpu_s(process: int) -> float:
@@ -222,13 +219,12 @@ async def _kills(config: FrontEndsConfig) -> dict[str, Any]:
 
 def page(record: dict[str, Any]) -> str:
     """The page of one record."""
-    bars = [(bar, "met" if is_met else "MISSED") for part in record.values() for bar, is_met in bars_of(part).items()]
     sections = []
     if scaling := record.get("scaling"):
         sections.append(render("front-ends-scaling", scaling, max_batch=MAX_BATCH, num_rounds=len(scaling["rounds"])))
     if kills := record.get("kills"):
         sections.append(render("front-ends-kills", kills, num_killed=len(kills["killed"])))
-    return render("front-ends", {}, bars=table(("bar", ""), bars), sections="\n".join(sections))
+    return render("front-ends", {}, bars=bars_table(TITLES, record), sections="\n".join(sections))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
         "machine": describe_machine("onnxruntime-gpu", "onnxruntime", "uvicorn"),
     }
     with tempfile.TemporaryDirectory() as folder:
-        subject, model = _subject(config, Path(folder))
+        subject = _subject(config, Path(folder))
         strangers = attacks.siege_attacks(quick=config.quick)
         parts: dict[str, Callable[[], Coroutine[Any, Any, dict[str, Any]]]] = {
             "overload": lambda: faults.overload(subject, seconds=seconds),
@@ -96,7 +96,7 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
             "drain": lambda: faults.drain(subject),
             "kill": lambda: faults.kill(subject),
             "attacks": lambda: attacks.attack(config.model),
-            "siege": lambda: attacks.siege(subject, model, strangers),
+            "siege": lambda: attacks.siege(subject, strangers),
         }
         turns = [name for name in parts if name in (config.only or parts)]
         turns = [name for name in turns for _ in range(rounds if name in ("drain", "kill") else 1)]
@@ -110,8 +110,8 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
     return {**record, **measured, "alone": {**record["alone"], **dict.fromkeys(measured, about)}}
 
 
-def _subject(config: ReliabilityConfig, folder: Path) -> "tuple[Subject, str]":
-    """The model and one of the same architecture with random weights, their outputs for the image, and its name."""
+def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
+    """The model and one of the same architecture with random weights, and their outputs for the image."""
     from bench.nets import random_net
     from bench.servers.faults import Subject
     from common.files import read_whole, write_whole
@@ -130,18 +130,12 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "tuple[Subject, str]":
     expected = {
         one.model.digest: softmax(one(pixels), temperature=spec.temperature)[0] for one in (session, OnnxSession(other))
     }
-    return Subject(config.model, other, image, expected), model_name(session.model)
+    return Subject(config.model, other, image, model_name(session.model), expected)
 
 
 def page(record: Mapping[str, Any]) -> str:
     """The page of one record."""
-    apart = [
-        f'"{TITLES[name]}" was measured by `{about["command"]}` on another day: '
-        + ", ".join(f"{name} {value}" for name, value in about["machine"].items())
-        for name, about in record["alone"].items()
-    ]
-    apart = "".join(f"{line}.\n\n" for line in apart)
-    return render("reliability", record, apart=apart, bars=bars_table(TITLES, record))
+    return render("reliability", record, bars=bars_table(TITLES, record))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -23,23 +23,17 @@ from serve.client_protocol import (
     Conversation,
     Conversations,
     Image,
-    Lost,
     Outcome,
     Result,
     Retry,
-    Send,
     encode,
     encode_all,
     encode_if_readable,
+    get_model,
     in_requests,
-    model_card,
     predict,
     predict_each,
 )
-
-if TYPE_CHECKING:
-    import httpx
-    from rich.console import Console
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "DIRACNET_API_KEY"
@@ -127,7 +121,7 @@ class Client(_Server):
 
     def model(self) -> dict[str, Any]:
         """The description of the server's model, as `GET /model` gives it."""
-        return self._carry_out(model_card(retry=self.retry))
+        return self._carry_out(get_model(retry=self.retry))
 
     def close(self) -> None:
         self._http.close()
@@ -139,22 +133,19 @@ class Client(_Server):
         self.close()
 
     def _carry_out(self, conversation: Conversation[Outcome]) -> Outcome:
+        import httpx
+
         reply: Any = None  # begins the conversation
         while True:
             try:
                 send = conversation.send(reply)
             except StopIteration as end:
                 return end.value
-            reply = self._send(send)
-
-    def _send(self, send: Send) -> "httpx.Response | Lost":
-        import httpx
-
-        time.sleep(send.after_s)
-        try:
-            return self._http.request(send.method, send.path, **send.body)
-        except httpx.TransportError as error:
-            return _lost(error, self._http.base_url)
+            time.sleep(send.after_s)
+            try:
+                reply = self._http.request(send.method, send.path, **send.body)
+            except httpx.TransportError as error:
+                reply = error
 
 
 @dataclass(eq=False)
@@ -197,7 +188,7 @@ class AsyncClient(_Server):
             await asyncio.gather(*pending, return_exceptions=True)
 
     async def model(self) -> dict[str, Any]:
-        return await self._carry_out(model_card(retry=self.retry))
+        return await self._carry_out(get_model(retry=self.retry))
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -209,29 +200,19 @@ class AsyncClient(_Server):
         await self.close()
 
     async def _carry_out(self, conversation: Conversation[Outcome]) -> Outcome:
-        reply: Any = None  # begins the conversation
+        import httpx
+
+        reply: Any = None
         while True:
             try:
                 send = conversation.send(reply)
             except StopIteration as end:
                 return end.value
-            reply = await self._send(send)
-
-    async def _send(self, send: Send) -> "httpx.Response | Lost":
-        import httpx
-
-        await asyncio.sleep(send.after_s)
-        try:
-            return await self._http.request(send.method, send.path, **send.body)
-        except httpx.TransportError as error:
-            return _lost(error, self._http.base_url)
-
-
-def _lost(error: "httpx.TransportError", url: "httpx.URL") -> Lost:
-    import httpx
-
-    brief = (httpx.NetworkError, httpx.ConnectTimeout, httpx.RemoteProtocolError)
-    return Lost(str(url), str(error) or type(error).__name__, isinstance(error, brief))
+            await asyncio.sleep(send.after_s)
+            try:
+                reply = await self._http.request(send.method, send.path, **send.body)
+            except httpx.TransportError as error:
+                reply = error
 
 
 @dataclass(frozen=True)
@@ -246,6 +227,8 @@ def command(config: ClientConfig) -> int:
     """Ask a server what it sees in images; exit status 1 if one of them could not be read."""
     import json
 
+    from rich.table import Table
+
     from common.progress import make_console, printable, track
     from train.data.folder import describe_left_out, find_images
 
@@ -257,36 +240,25 @@ def command(config: ClientConfig) -> int:
         console.print(printable(line))
     with Client(config.url) as client:
         results = [*track(console, "asking")(client.predict_each(paths, top_k=config.top_k), len(paths))]
-    answers = dict(zip(paths, results, strict=True))
+    table, rows, problems = Table("image", "class", "probability", "then"), [], []
+    for path, result in zip(paths, results, strict=True):
+        if isinstance(result, Refusal):
+            rows.append({"image": str(path), "error": str(result)})
+            problems.append(f"not answered: {path}: {result}")
+            continue
+        rows.append({"image": str(path), **asdict(result)})
+        best, *rest = result.top
+        others = ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in rest)
+        table.add_row(printable(str(path)), best.label, f"{best.probability:.1%}", others)
     if config.json:
-        print(json.dumps([{"image": str(path), **_fields(result)} for path, result in answers.items()]))
-    else:
-        _print_table(console, answers)
-    bad = {path: result for path, result in answers.items() if isinstance(result, Refusal)}
-    for path, refusal in bad.items():
-        console.print(printable(f"not answered: {path}: {refusal}"))
-    if bad:
-        console.print(f"{len(bad)} of {len(paths)} images were not answered")
-    return 1 if bad else 0
-
-
-def _fields(result: Result | Refusal) -> dict[str, Any]:
-    return {"error": str(result)} if isinstance(result, Refusal) else asdict(result)
-
-
-def _print_table(console: "Console", answers: dict[Path, Result | Refusal]) -> None:
-    from rich.table import Table
-
-    from common.progress import printable
-
-    table = Table("image", "class", "probability", "then")
-    for path, result in answers.items():
-        if not isinstance(result, Refusal):
-            best, *rest = result.top
-            others = ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in rest)
-            table.add_row(printable(str(path)), best.label, f"{best.probability:.1%}", others)
-    if table.row_count:
+        print(json.dumps(rows))
+    elif table.row_count:
         console.print(table)
+    for problem in problems:
+        console.print(printable(problem))
+    if problems:
+        console.print(f"{len(problems)} of {len(paths)} images were not answered")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

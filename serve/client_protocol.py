@@ -1,7 +1,7 @@
 """A client's requests, retries and reading of answers, without any connection.
 
-A conversation is a generator: it yields what to `Send` and when, is sent the response, and returns its result.
-`serve/client.py` runs conversations with threads or with asyncio.
+A conversation is a generator: it yields what to `Send` and when, is sent the response, or the `httpx.TransportError`
+in place of one, and returns its result. `serve/client.py` runs conversations with threads or with asyncio.
 """
 
 import random
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 Image = Union[str, Path, bytes, "np.ndarray"]
 Outcome = TypeVar("Outcome")
 Content = TypeVar("Content", bytes, bytes | Refusal)
-Conversation = Generator["Send", Union["httpx.Response", "Lost"], Outcome]
+Reply = Union["httpx.Response", "httpx.TransportError"]
+Conversation = Generator["Send", Reply, Outcome]
 Conversations = Iterator[Conversation[list[Outcome]]]
 
 # Overload, a rate-limiting proxy, and a proxy that lost its server. A prediction changes nothing, so a retry is safe.
@@ -78,15 +79,6 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A request without an answer; `is_brief` if a retry may help."""
-
-    url: str
-    reason: str
-    is_brief: bool
-
-
-@dataclass(frozen=True)
 class Retry:
     """How often and how long to retry after 429, 502, 503, a proxy's 500 or a lost connection."""
 
@@ -118,26 +110,29 @@ DEFAULT_BOUNDS = Bounds()
 def exchange(
     send: Send, retry: Retry, *, clock: Callable[[], float] = time.monotonic
 ) -> "Conversation[httpx.Response]":
-    """Send until the outcome is not transient (`_is_transient`), within the bounds of `retry`."""
+    """Send until the reply is not transient (`_is_transient`), within the bounds of `retry`."""
+    import httpx
+
     start, attempt = clock(), 1
-    outcome = yield send
-    while _is_transient(outcome) and attempt < retry.attempts:
-        wait_s = retry.wait_s(attempt, 0.0 if isinstance(outcome, Lost) else retry_after_s(outcome))
+    reply = yield send
+    while _is_transient(reply) and attempt < retry.attempts:
+        wait_s = retry.wait_s(attempt, retry_after_s(reply) if isinstance(reply, httpx.Response) else 0.0)
         if clock() - start + wait_s > retry.total_s:
             break
-        outcome = yield replace(send, after_s=wait_s)
+        reply = yield replace(send, after_s=wait_s)
         attempt += 1
-    if isinstance(outcome, Lost):
-        raise Unreachable(f"no answer from {outcome.url} ({outcome.reason}); is the server running there?")
-    if not outcome.is_success:
-        raise read_problem(outcome)
-    return outcome
+    if isinstance(reply, httpx.TransportError):
+        url, reason = reply.request.url.copy_with(query=None), str(reply) or type(reply).__name__
+        raise Unreachable(f"no answer from {url} ({reason}); is the server running there?")
+    if not reply.is_success:
+        raise read_problem(reply)
+    return reply
 
 
 def predict(contents: list[bytes], *, top_k: int, retry: Retry) -> Conversation[list[Result]]:
     """One request for the bytes of one image or many; one result per image, in their order."""
     if not contents:
-        raise Refusal("there is no image to send; name one or more")
+        raise Refusal("there is no image to send; pass at least one")
     if len(contents) == 1:
         body: dict[str, Any] = {"content": contents[0], "headers": {"Content-Type": "application/octet-stream"}}
     else:
@@ -170,10 +165,9 @@ def _predict_halves(contents: list[bytes], *, top_k: int, retry: Retry) -> Conve
     return first + (yield from _predict_halves(contents[middle:], top_k=top_k, retry=retry))
 
 
-def model_card(*, retry: Retry) -> Conversation[dict[str, Any]]:
+def get_model(*, retry: Retry) -> Conversation[dict[str, Any]]:
     """The server's description of its model."""
-    response = yield from exchange(Send("GET", "/model"), retry)
-    return response.json()
+    return (yield from exchange(Send("GET", "/model"), retry)).json()
 
 
 def encode(image: Image) -> bytes:
@@ -258,12 +252,14 @@ def read_results(response: "httpx.Response", num_images: int) -> list[Result]:
     return results
 
 
-def _is_transient(outcome: "httpx.Response | Lost") -> bool:
-    """Whether the same request may soon have another outcome."""
-    if isinstance(outcome, Lost):
-        return outcome.is_brief
-    is_problem = outcome.headers.get("Content-Type", "").startswith(PROBLEM)
-    return outcome.status_code in RETRIED or (outcome.status_code == 500 and not is_problem)
+def _is_transient(reply: Reply) -> bool:
+    """Whether the same request may soon get another reply."""
+    import httpx
+
+    if isinstance(reply, httpx.TransportError):
+        return isinstance(reply, httpx.NetworkError | httpx.ConnectTimeout | httpx.RemoteProtocolError)
+    is_problem = reply.headers.get("Content-Type", "").startswith(PROBLEM)
+    return reply.status_code in RETRIED or (reply.status_code == 500 and not is_problem)
 
 
 def _date(text: str) -> datetime | None:

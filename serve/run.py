@@ -29,10 +29,8 @@ def serve(config: ServeConfig) -> int:
             port = held.enter_context(reserved(config.host, config.grpc_port))
             config = replace(config, grpc_port=port)
             where += f", gRPC at {_for_url(config.host)}:{port}"
-        if config.front_ends > 1:
-            from serve.front_ends.processes import run
-        else:
-            from serve.processes.serving import run
+        from serve.processes.serving import run
+
         return run(config, listener, where)
 
 

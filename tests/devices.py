@@ -34,12 +34,12 @@ class Running:
         return self.pairs[index][0]
 
     def dial(self, index=0):
-        return Dialer(self.door(index), self.limits)
+        return Dialer(self.door(index))
 
     def cut(self):
         """All connections end, as when a device process is killed."""
         for peer in list(self.device._peers):
-            peer.connection.shutdown(socket.SHUT_RDWR)
+            peer._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     def end(self):
         self.device.stop()

@@ -15,13 +15,13 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import held_model
 from serve import run
-from serve.front_ends import processes
+from serve.processes import serving
 from common.cli import run_command
 
 def serve(config):
     with run.listen(config.host, config.port) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        return processes.run(config, listener, url, load=held_model.load)
+        return serving.run(config, listener, url, load_on_device=held_model.load)
 
 os.environ[held_model.FIFO] = sys.argv[2]
 sys.exit(run_command(serve, run.ServeConfig, argv=sys.argv[3:], examples=()))

@@ -27,6 +27,19 @@ def everything(connection):
     return received
 
 
+def one_answer(connection):
+    """The next answer, whole, and nothing of the one after it; what there is, where the server closes before."""
+    head = body = b""
+    while not head.endswith(b"\r\n\r\n"):
+        if not (byte := connection.recv(1)):
+            return head
+        head += byte
+    length = int(re.search(rb"content-length: (\d+)", head)[1])
+    while len(body) < length and (part := connection.recv(length - len(body))):
+        body += part
+    return head + body
+
+
 def problem_in(answer):
     """The document of the last answer, which has an id of the server's own."""
     assert b"content-type: application/problem+json" in answer

@@ -146,19 +146,18 @@ def percent(share: float | None) -> str:
 
 
 def bars_table(titles: Mapping[str, str], record: Record) -> str:
-    """A row for each bar of a record's parts, under their titles."""
-    rows = [(title, bar, met) for name, title in titles.items() for bar, met in bars_of(record[name]).items()]
+    """A row for each bar of the parts of a record, which have `titles`; it is met if every round met it."""
+    rows = [(title, bar, met) for name, title in titles.items() for bar, met in _bars(record.get(name, [])).items()]
     return table(("", "bar", ""), [(title, bar, "met" if met else "MISSED") for title, bar, met in rows])
 
 
 def report_missed(record: Record, parts: Iterable[str]) -> int:
     """Print the bars of `parts` that were missed; the exit status of a command."""
-    missed = [f"missed: {name}: {bar}" for name in parts for bar, met in bars_of(record[name]).items() if not met]
+    missed = [f"missed: {name}: {bar}" for name in parts for bar, met in _bars(record[name]).items() if not met]
     print("\n".join(missed), end="\n" if missed else "")
     return int(bool(missed))
 
 
-def bars_of(part: Record | Sequence[Record]) -> dict[str, bool]:
-    """The bars of a part, each with whether every round met it."""
+def _bars(part: Record | Sequence[Record]) -> dict[str, bool]:
     rounds = [part] if isinstance(part, Mapping) else part
-    return {bar: all(one["bars"][bar] for one in rounds) for bar in rounds[0]["bars"]}
+    return {bar: all(one["bars"][bar] for one in rounds) for one in rounds[:1] for bar in one["bars"]}

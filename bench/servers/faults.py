@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -38,6 +37,7 @@ class Subject:
     model: Path
     other: Path
     image: bytes
+    name: str  # of the model
     expected: dict[str, np.ndarray]  # probabilities [K] of the image, by the model's digest
 
 
@@ -120,16 +120,12 @@ async def reload(subject: Subject, folder: Path, *, times: int) -> dict[str, Any
     """SIGHUP again and again, two models in turn, then a damaged file."""
     contents = [subject.model.read_bytes(), subject.other.read_bytes()]
     path = write_whole(folder / "served.onnx", contents[0])
-    digests: set[str] = set()
-    digests_after_damage: set[str] = set()
-    wrong, first_after_damage = 0, sys.maxsize
+    answers: list[tuple[int, str, bool]] = []  # number of the request, digest, and whether it fits that model
 
     def take(reply: Reply) -> None:
-        nonlocal wrong
         if reply.status == 200:
             digest = json.loads(reply.body)["model"]["digest"]
-            (digests if reply.number < first_after_damage else digests_after_damage).add(digest)
-            wrong += not _fits(reply.body, subject.expected.get(digest))
+            answers.append((reply.number, digest, _fits(reply.body, subject.expected.get(digest))))
 
     async def replace(server: Server, content: bytes, message: str) -> None:
         write_whole(path, content)
@@ -144,9 +140,13 @@ async def reload(subject: Subject, folder: Path, *, times: int) -> dict[str, Any
             seconds = time.monotonic() - begin
             last = contents[times % 2]
             await replace(server, last[: len(last) // 2], "the old model keeps serving")
-            first_after_damage = load.num_sent
+            num_before_damage = load.num_sent
             await asyncio.sleep(1)
-    statuses = load.statuses()
+    statuses, wrong = load.statuses(), sum(not fits for *_, fits in answers)
+    before, after = (
+        {digest for number, digest, _ in answers if (number >= num_before_damage) == is_damaged}
+        for is_damaged in (False, True)
+    )
     return {
         "reloads": times,
         "seconds_each": seconds / times,
@@ -154,8 +154,8 @@ async def reload(subject: Subject, folder: Path, *, times: int) -> dict[str, Any
         "answers_that_do_not_fit": wrong,
         "bars": {
             "no request lost": statuses.keys() == {"200"},
-            "every answer fits the model that it names": not wrong and digests == subject.expected.keys(),
-            "a damaged file keeps the old model": digests_after_damage == {sha256(last)},
+            "every answer fits the model that it names": not wrong and before == subject.expected.keys(),
+            "a damaged file keeps the old model": after == {sha256(last)},
         },
     }
 

@@ -56,16 +56,13 @@ def load(roles: "Roles", home: Path) -> Sequence["Runtime"]:
 def serve(config: ServeConfig) -> int:
     """The server, whole or in front ends and a device process."""
     from bench.servers import simulated  # a class of __main__ would have no name in other processes
-    from serve.front_ends import processes
     from serve.processes import serving
     from serve.run import listen
 
     with listen(config.host, config.port) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        if config.front_ends > 1:
-            return processes.run(config, listener, url, load=simulated.load)
         serving.load = lambda config: [Simulated(config.model_paths[0])]
-        return serving.run(config, listener, url)
+        return serving.run(config, listener, url, load_on_device=simulated.load)
 
 
 class Stopped:
@@ -102,7 +99,7 @@ def hand_over(path: Path, max_batch: int, times: int) -> dict[str, Any]:
     device = Device(Served((runtime,)), [inside for _, inside in doors], limits, load=lambda: [])
     thread = threading.Thread(target=device.run)
     thread.start()
-    links = [Dialer(outside, limits).connect().link for outside, _ in doors]
+    links = [Dialer(outside).connect().link for outside, _ in doors]
     rows = [
         {"num": num, "us": [_batch_us(runtime, links[:num], images, times) for images in IMAGES]} for num in FRONT_ENDS
     ]

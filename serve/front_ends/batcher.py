@@ -35,13 +35,9 @@ class FrontBatcher(Batcher):
 
     def __init__(self, dial: Dialer, limits: Limits, budget: HostBudget | None = None) -> None:
         """Waits until the device process answers."""
-        remote = dial.connect()
-        super().__init__(Served((remote,)), limits, budget)
+        super().__init__(Served((dial.connect(),)), limits, budget)
         self._dial = dial
-        self._link = remote.link  # of new jobs
-        self._number = remote.number
-        self._at_its_end: weakref.finalize | None = None
-        self._changed = threading.Condition()  # the link, or whether this is open
+        self._changed = threading.Condition()  # `served`, or whether this is open
         self._following: asyncio.Task[None] | None = None
 
     @property
@@ -49,9 +45,13 @@ class FrontBatcher(Batcher):
         """Whether the device process is there."""
         return self._link.is_up
 
+    @property
+    def _link(self) -> Link:
+        return _remote(self.served).link
+
     def start(self) -> None:
         super().start()
-        self._use(self.served.runtimes[0])  # type: ignore[arg-type]
+        self._use(_remote(self.served))
 
     async def close(self) -> None:
         if self._following:
@@ -60,15 +60,13 @@ class FrontBatcher(Batcher):
             self._is_open = False
             self._changed.notify_all()
         await super().close()
-        if self._at_its_end:
-            self._at_its_end.detach()
         self._retire(self._link)
 
     def reload(self) -> Sequence[Runtime]:
         """Have the device process read its model's file again, and wait until new jobs use the new model."""
         number = self._dial.reload()
         with self._changed:
-            self._changed.wait_for(lambda: self._number >= number or not self._is_open)
+            self._changed.wait_for(lambda: _remote(self.served).number >= number or not self._is_open)
         return self.served.runtimes
 
     # In the model's thread
@@ -77,61 +75,51 @@ class FrontBatcher(Batcher):
         try:
             refused = self._send(jobs, pixels)
         except Exception as error:
-            self._refuse(jobs, error)
-        else:
-            if refused:
-                self._refuse(refused, self._no_room())
-
-    def _send(self, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> Sequence[Job]:
-        """Send; the jobs for which there is no room."""
-        while served := self._find(jobs[0].served):
-            for job in jobs:
-                job.served = served  # keeps its link alive
-            try:
-                return _link_of(served).send(zip(jobs, pixels, strict=True))  # type: ignore[arg-type]
-            except Disconnected:
-                continue
-        raise _lost()
+            return self._refuse(jobs, error)
+        if refused:
+            problem = self._overloaded()
+            problem.detail = f"the shared memory is full: {problem.detail}"
+            self._refuse(refused, problem)
 
     def _refuse(self, jobs: Sequence[Job], problem: Exception) -> None:
         for job in jobs:
             job.outcome = problem
         self._loop.call_soon_threadsafe(deliver, jobs)
 
+    def _send(self, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> Sequence[Job]:
+        """Send the images. Returns the jobs that do not fit into the shared memory."""
+        while served := self._find(jobs[0].served):
+            for job in jobs:
+                job.served = served  # keeps its link alive
+            with suppress(Disconnected):
+                return _remote(served).link.send(zip(jobs, pixels, strict=True))  # type: ignore[arg-type]
+        raise _lost()
+
     def _find(self, served: Served) -> Served | None:
         """A live connection to the model of `served`, once there is one; None if another model has replaced it."""
-        if _link_of(served).is_up:
-            return served
+        link = _remote(served).link
         with self._changed:
-            self._changed.wait_for(lambda: _link_of(served).is_up or self.is_up or not self._is_open)
-            if _link_of(served).is_up:
+            self._changed.wait_for(lambda: link.is_up or self.is_up or not self._is_open)
+            if link.is_up:
                 return served
             return self.served if self.is_up and self.served.model.digest == served.model.digest else None
-
-    def _no_room(self) -> Problem:
-        problem = self._overloaded()
-        problem.detail = f"the shared memory is full: {problem.detail}"
-        return problem
 
     # In the event loop
 
     def _use(self, remote: RemoteRuntime) -> None:
         """Send new jobs there. The previous link ends with the last of its jobs."""
-        loop, link = self._loop, remote.link
         with self._changed:
-            if remote is not self.served.runtimes[0]:
+            if remote is not _remote(self.served):
                 self.served = Served((remote,))
-            self._link, self._number = link, remote.number
             self._changed.notify_all()
-        loop.add_reader(link.fileno(), self._receive, link)
-        self._at_its_end = weakref.finalize(remote, _soon, loop, self._retire, link)
-        self._at_its_end.atexit = False
+        self._loop.add_reader(remote.link.fileno(), self._receive, remote.link)
+        weakref.finalize(remote, _soon, self._loop, self._retire, remote.link).atexit = False
 
     def _receive(self, link: Link) -> None:
         try:
             finished = link.receive()
         except Disconnected:
-            _log.warning("the connection to the device process has ended; requests under way get 503")
+            _log.warning("the connection to the device process has ended; pending requests get 503")
             return self._retire(link)
         if finished:
             self._answer(link, finished)
@@ -167,7 +155,7 @@ class FrontBatcher(Batcher):
                 job.outcome = error
 
     def _retire(self, link: Link) -> None:
-        """End a link; the jobs under way there are lost."""
+        """End a link; its unfinished jobs are lost."""
         if not link.is_up:
             return
         self._loop.remove_reader(link.fileno())
@@ -192,10 +180,10 @@ class FrontBatcher(Batcher):
                 await asyncio.sleep(_AGAIN_S)
 
 
-def _link_of(served: Served) -> Link:
+def _remote(served: Served) -> RemoteRuntime:
     (remote,) = served.runtimes
     assert isinstance(remote, RemoteRuntime)
-    return remote.link
+    return remote
 
 
 def _soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:

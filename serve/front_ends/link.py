@@ -1,6 +1,5 @@
 """A front end's side of a connection to its device process: sends images, receives logits."""
 
-import json
 import os
 import pickle
 import socket
@@ -10,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -18,25 +17,17 @@ import numpy as np
 from common.refusal import Refusal
 from export.runtimes.runtime import Model
 from serve.front_ends.shared_memory import (
-    ANSWER_BYTES,
-    ANSWER_FORM,
+    ANSWER,
     CONNECT,
     FAILED,
-    LENGTH,
+    MEMORY,
     NEWER_MODEL,
     RELOAD,
-    REQUEST_FORM,
     Area,
-    Greeting,
-    Shape,
-    make_memory,
-    shape_of,
 )
-from serve.request.limits import Limits
 
 _MOST_BYTES = 2**13  # of answers read at once
 _PAUSE_S = 0.05  # before connecting again
-_REQUEST = struct.Struct(REQUEST_FORM)
 
 
 class Disconnected(Exception):
@@ -60,7 +51,6 @@ class Link:
         self._connection = connection
         self._area = area
         self._free = deque(range(area.num_slots))
-        self._generations = [0] * area.num_slots
         self._flights: list[Flight | None] = [None] * area.num_slots
         self._rest = b""  # the beginning of an incomplete answer
         self._lock = threading.Lock()  # held by `send` and `end`
@@ -77,7 +67,10 @@ class Link:
         return self._connection.fileno()
 
     def send(self, parcels: Iterable[tuple[Any, Sequence[np.ndarray]]]) -> list[Any]:
-        """Send each owner's images [H, W, C]; the owners for whom no slots are left. `Disconnected` sends nothing."""
+        """Send each owner's images [H, W, C]. Returns the owners for whom no slots are left.
+
+        Raises `Disconnected` if nothing was sent.
+        """
         left, requests = [], b""
         with self._lock:
             if not self.is_up:
@@ -92,7 +85,7 @@ class Link:
         return left
 
     def _put(self, owner: Any, images: Sequence[np.ndarray]) -> bytes:
-        """Write into free slots; the requests that name them."""
+        """Write images into free slots. Returns the requests that name them."""
         slots = [self._free.popleft() for _ in images]
         try:
             for slot, image in zip(slots, images, strict=True):
@@ -100,15 +93,13 @@ class Link:
         except ValueError:
             self._free.extend(slots)
             raise
-        flight, requests = Flight(owner, slots, len(slots)), b""
+        flight = Flight(owner, slots, len(slots))
         for slot in slots:
             self._flights[slot] = flight
-            self._generations[slot] = generation = (self._generations[slot] + 1) % 2**32
-            requests += _REQUEST.pack(slot, generation)
-        return requests
+        return struct.pack(f"={len(slots)}I", *slots)
 
     def receive(self, *, waits: bool = False) -> list[Flight]:
-        """Those whose last image is answered by now. `Disconnected` when the connection ends."""
+        """The flights whose last image has been answered. Raises `Disconnected` when the connection ends."""
         try:
             came = self._connection.recv(_MOST_BYTES, 0 if waits else socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -118,17 +109,14 @@ class Link:
         if not came:
             raise Disconnected
         came = self._rest + came
-        end = len(came) // ANSWER_BYTES * ANSWER_BYTES
+        end = len(came) // ANSWER.size * ANSWER.size
         self._rest, finished = came[end:], []
-        for slot, generation, status in struct.iter_unpack(ANSWER_FORM, came[:end]):
+        for slot, status in ANSWER.iter_unpack(came[:end]):
             if slot == NEWER_MODEL:
                 self.has_newer_model = True
                 continue
-            flight = self._flights[slot] if slot < self._area.num_slots else None
-            if flight is None or generation != self._generations[slot]:
-                self._connection.shutdown(socket.SHUT_RDWR)  # an invalid answer; the next call finds the end
-                break
-            self._flights[slot] = None
+            flight, self._flights[slot] = self._flights[slot], None
+            assert flight
             flight.num_left -= 1
             flight.has_failed |= status == FAILED
             if not flight.num_left:
@@ -143,7 +131,7 @@ class Link:
         return logits, seconds
 
     def end(self) -> list[Flight]:
-        """Close; the flights that were under way."""
+        """Close the connection. Returns the unfinished flights."""
         with suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)  # a thread that sends gives up
         with self._lock:
@@ -154,7 +142,7 @@ class Link:
         return flights
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Images → logits [N, K], on a link that has nothing else under way."""
+        """Images → logits [N, K], on a link without unfinished flights."""
         logits = []
         for start in range(0, len(images), self._area.num_slots):
             self.send([(None, [*images[start : start + self._area.num_slots]])])
@@ -179,11 +167,11 @@ class RemoteRuntime:
     dialer: "Dialer"
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """On a connection of its own, so that it does not mix with what `link` has under way."""
-        other = self.dialer.connect(num_slots=len(images))
+        """On a separate connection, so that it does not interfere with the flights on `link`."""
+        other = self.dialer.connect()
         with other.link as link:
             if other.number != self.number:
-                raise RuntimeError("another model serves by now")
+                raise RuntimeError("another model serves now")
             return link.run(images)
 
 
@@ -192,26 +180,30 @@ class Dialer:
     """Makes connections to a device process through its door, which outlives the process."""
 
     door: socket.socket
-    limits: Limits
 
-    def connect(self, *, num_slots: int | None = None) -> RemoteRuntime:
-        """Waits until the device process answers; refuses if there is no memory for the slots."""
+    def connect(self) -> RemoteRuntime:
+        """Waits until the device process answers; refuses if it has no memory for the slots."""
         while True:
             connection = self._knock(CONNECT)
             try:
-                greeting = _read_greeting(connection)
-                shape = shape_of(greeting.model, self.limits)
-                if num_slots:
-                    shape = replace(shape, num_slots=min(num_slots, shape.num_slots))
-                link = Link(connection, _share_memory(connection, shape))
-            except (OSError, EOFError):  # the process ended meanwhile
-                connection.close()
-                time.sleep(_PAUSE_S)
-                continue
-            except BaseException:
-                connection.close()
-                raise
-            return RemoteRuntime(**vars(greeting), link=link, dialer=self)
+                content, files, _, _ = socket.recv_fds(connection, 2**12, 1)
+            except OSError:
+                content, files = b"", []
+            if files:
+                return self._take_memory(connection, *files, *MEMORY.unpack(content))
+            connection.close()
+            if content:
+                raise Refusal(content.decode())
+            time.sleep(_PAUSE_S)  # the process ended meanwhile
+
+    def _take_memory(self, connection: socket.socket, file: int, greeting_at: int) -> RemoteRuntime:
+        try:
+            content = os.pread(file, os.fstat(file).st_size - greeting_at, greeting_at)
+            greeting = pickle.loads(content)  # from the process that the supervisor started
+            link = Link(connection, Area(file, greeting.pop("shape")))
+        finally:
+            os.close(file)
+        return RemoteRuntime(**greeting, link=link, dialer=self)
 
     def reload(self) -> int:
         """Have the model's file read again; the number of the new model. Refuses what the device process refuses."""
@@ -219,36 +211,13 @@ class Dialer:
             answer = file.read()
         if not answer:
             raise Refusal("the device process ended while it read the model's file again")
-        reply = json.loads(answer)
-        if "refusal" in reply:
-            raise Refusal(reply["refusal"])
-        return reply["number"]
+        reply = pickle.loads(answer)
+        if isinstance(reply, Refusal):
+            raise reply
+        return reply
 
     def _knock(self, purpose: bytes) -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            socket.send_fds(self.door, [purpose], [theirs.fileno()])
-        return ours
-
-
-def _read_greeting(connection: socket.socket) -> Greeting:
-    (length,) = struct.unpack(LENGTH, _read_exactly(connection, struct.calcsize(LENGTH)))
-    return pickle.loads(_read_exactly(connection, length))  # from the process that the supervisor started
-
-
-def _read_exactly(connection: socket.socket, num_bytes: int) -> bytes:
-    content = b""
-    while len(content) < num_bytes:
-        if not (came := connection.recv(num_bytes - len(content))):
-            raise EOFError
-        content += came
-    return content
-
-
-def _share_memory(connection: socket.socket, shape: Shape) -> Area:
-    file = make_memory(shape)
-    try:
-        socket.send_fds(connection, [struct.pack("=I", shape.num_slots)], [file])
-        return Area(file, shape)
-    finally:
-        os.close(file)
+        connection, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with remote:
+            socket.send_fds(self.door, [purpose], [remote.fileno()])
+        return connection

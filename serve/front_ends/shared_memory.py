@@ -1,6 +1,6 @@
-"""Memory for pixels and logits that a front end shares with a device process, and short messages about it.
+"""Memory for pixels and logits that a device process shares with a front end, and short messages about it.
 
-A front end has one connection to its device process. Each connection has its own memory, in slots of one image:
+A front end has one connection to its device process, which makes the memory of each connection, in slots of one image:
 
     front end        pixels into a free slot; a request that names it
     device process   the slots of all waiting requests → one batch → logits into the slots; an answer for each
@@ -14,6 +14,7 @@ import fcntl
 import math
 import mmap
 import os
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,29 +26,11 @@ from serve.request.limits import Limits
 # Sent to the door of a device process, with a socket for the answer.
 CONNECT, RELOAD = b"c", b"r"
 
-# A request is slot and generation, an answer slot, generation and status; all are uint32 in the machine's order.
-REQUEST_FORM, ANSWER_FORM = "=II", "=III"  # for `struct`
-REQUEST_BYTES, ANSWER_BYTES = 8, 12
-DONE, FAILED = 0, 1  # of an answer: logits are in the slot, or the model failed
+# The answer to CONNECT is the memory's file, and where in it the greeting begins, a pickled dict.
+# A request is a slot, an answer is a slot and a status.
+MEMORY, REQUEST, ANSWER = struct.Struct("=Q"), struct.Struct("=I"), struct.Struct("=II")
+DONE, FAILED = 0, 1  # logits are in the slot, or the model failed
 NEWER_MODEL = 2**32 - 1  # in place of a slot: a newer model serves, on new connections
-LENGTH = "=I"  # before a greeting, for `struct`
-
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-
-@dataclass(frozen=True)
-class Greeting:
-    """The first message of a device process, pickled: the connection's model. Newer models have greater numbers."""
-
-    number: int
-    model: Model
-    platform: str
-    description: str
-    library: str
-
-
-class ProtocolError(Exception):
-    """A front end sent an invalid message."""
 
 
 @dataclass(frozen=True)
@@ -55,62 +38,42 @@ class Shape:
     """The layout of one connection's memory."""
 
     num_slots: int
-    image: tuple[int, int, int]  # height, width, channels
-    num_labels: int
-
-    @property
-    def pixel_bytes(self) -> int:
-        """Of all slots, padded so that float32 values can follow."""
-        return -(-self.num_slots * math.prod(self.image) // 4) * 4
+    slot: np.dtype  # of pixels [H, W, C], logits [K], and the seconds that their batch took
 
     @property
     def num_bytes(self) -> int:
-        return self.pixel_bytes + 4 * self.num_slots * (self.num_labels + 1)
+        return self.num_slots * self.slot.itemsize
 
 
 def shape_of(model: Model, limits: Limits) -> Shape:
     """A slot for each image that may wait for the model at once under `limits` (`Batcher.check_room`)."""
-    image = model.spec.image.shape
-    image_bytes = math.prod(image)
-    most = min(limits.max_queue, max(limits.max_images, limits.max_held_bytes // image_bytes))
-    return Shape(most, image, len(model.spec.labels))
+    image, labels = model.spec.image.shape, model.spec.labels
+    fields = [("pixels", np.uint8, image), ("logits", np.float32, (len(labels),)), ("seconds", np.float32)]
+    num_held = limits.max_held_bytes // math.prod(image)
+    return Shape(min(limits.max_queue, max(limits.max_images, num_held)), np.dtype(fields, align=True))
 
 
 class Area:
     """Memory that both processes map. A slot belongs to the front end until a request names it."""
 
     def __init__(self, file: int, shape: Shape) -> None:
-        memory = mmap.mmap(file, shape.num_bytes)
+        slots = np.ndarray(shape.num_slots, shape.slot, mmap.mmap(file, shape.num_bytes))
         self.num_slots = shape.num_slots
-        self.pixels = np.ndarray((shape.num_slots, *shape.image), np.uint8, memory)
-        self.logits = np.ndarray((shape.num_slots, shape.num_labels), np.float32, memory, shape.pixel_bytes)
-        # The time of the batch that each slot was in.
-        self.seconds = np.ndarray(shape.num_slots, np.float32, memory, shape.num_bytes - 4 * shape.num_slots)
+        self.pixels, self.logits, self.seconds = slots["pixels"], slots["logits"], slots["seconds"]
 
 
-def make_memory(shape: Shape) -> int:
-    """A fully allocated file in memory with a sealed size; refuses if there is no room."""
+def make_memory(shape: Shape, greeting: bytes = b"") -> int:
+    """A fully allocated memory file of fixed size; refuses if there is no room."""
     file = os.memfd_create("diracnet-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.posix_fallocate(file, 0, shape.num_bytes)  # a lack of memory shows now, not as SIGBUS later
-        fcntl.fcntl(file, fcntl.F_ADD_SEALS, _SEALS)
+        os.posix_fallocate(file, 0, shape.num_bytes + len(greeting))  # a lack of memory is SIGBUS otherwise
+        os.pwrite(file, greeting, shape.num_bytes)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except OSError as error:
         os.close(file)
+        reason = (error.strerror or str(error)).lower()
         raise Refusal(
-            f"{shape.num_bytes:,} bytes of shared memory for pixels cannot be had ({(error.strerror or '').lower()}); "
+            f"cannot allocate {shape.num_bytes:,} bytes of shared memory for pixels ({reason}); "
             "lower --max-held-mb or --max-queue"
         ) from error
     return file
-
-
-def open_area(file: int, shape: Shape) -> Area:
-    """The memory that a front end sent. `ProtocolError` if its size is wrong or not sealed."""
-    try:
-        seals = fcntl.fcntl(file, fcntl.F_GET_SEALS)
-    except OSError as error:
-        raise ProtocolError("what it sent is not memory") from error
-    num_bytes = os.fstat(file).st_size
-    if seals & _SEALS != _SEALS or num_bytes != shape.num_bytes:
-        found, expected = f"{num_bytes:,} bytes and seals {seals}", f"{shape.num_bytes:,} and {_SEALS}"
-        raise ProtocolError(f"its memory has {found}, not {expected}")
-    return Area(file, shape)

@@ -6,14 +6,15 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from common.difference import difference
 from common.refusal import Refusal
-from export.compare import TOLERANCES
+from export.compare import TOLERANCES, Tolerance
 from export.model_file.probe import NUM_IMAGES, SEED, probe_images
 from export.runtimes.cascade import Cascade
 from export.runtimes.runtime import Model, Runtime
@@ -23,14 +24,14 @@ from serve.request.problems import NOT_COMPARED, Problem
 
 _log = logging.getLogger(__name__)
 
-Load = Callable[[], Sequence[Runtime]]
+LoadModel = Callable[[], Sequence[Runtime]]
 Made = TypeVar("Made")
 
 
 class Reloader:
     """Reads the served file again, one reload at a time. Requests continue meanwhile, and none is lost."""
 
-    def __init__(self, batcher: Batcher, load: Load, *, max_batch: int) -> None:
+    def __init__(self, batcher: Batcher, load: LoadModel, *, max_batch: int) -> None:
         self._batcher = batcher
         self._load = load
         self._max_batch = max_batch
@@ -55,22 +56,29 @@ class Reloader:
         load = partial(shadow.load, shadow.promotable())
         return await self._take(load, "reading the shadow's file to serve it", before=shadow.take_over)
 
-    async def _take(self, load: Load, what: str, before: Callable[[], None] = lambda: None) -> Served:
-        """`before` is called just before the swap, and may still refuse."""
-        async with self._turn:
-            try:
-                _log.info(what)
-                served = await apart(partial(prepare, load, self._max_batch))
-                before()
-            except Refusal as refusal:
-                _log.error("the old model keeps serving: %s", refusal)
-                raise
+    async def _take(self, load: LoadModel, what: str, before: Callable[[], None] = lambda: None) -> Served:
+        def swap(served: Served) -> None:
+            before()
             self._batcher.served = served
-            _log.warning("now serving %s %s", served.model.name, served.model.digest)
-            return served
+
+        async with self._turn:
+            return await take_model(load, self._max_batch, swap, what)
 
 
-def prepare(load: Load, max_batch: int) -> Served:
+async def take_model(load: LoadModel, max_batch: int, swap: Callable[[Served], None], what: str) -> Served:
+    """Load, check and warm up a model in a thread, and `swap` to it, which may refuse it too."""
+    try:
+        _log.info(what)
+        served = await apart(partial(_prepare, load, max_batch))
+        swap(served)
+    except Refusal as refusal:
+        _log.error("the old model keeps serving: %s", refusal)
+        raise
+    _log.warning("now serving %s %s", served.model.name, served.model.digest)
+    return served
+
+
+def _prepare(load: LoadModel, max_batch: int) -> Served:
     """A model, checked and warmed up."""
     runtimes = tuple(load())
     for runtime in runtimes:
@@ -80,28 +88,36 @@ def prepare(load: Load, max_batch: int) -> Served:
 
 
 async def apart(function: Callable[[], Made]) -> Made:
-    """The result of `function`, from a daemon thread that does not delay the end of the process."""
+    """The result of `function`, from a daemon thread that does not delay the end of the process.
+
+    `asyncio.wrap_future` would keep the result, a model, in a reference cycle.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Made] = loop.create_future()
 
-    def deliver(outcome: Made | BaseException) -> None:
-        if future.done():
-            return
-        if isinstance(outcome, BaseException):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+    def finish(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if not future.done():
+            set_outcome(outcome)
 
     def run() -> None:
         try:
-            outcome = function()
+            outcome = future.set_result, function()
         except BaseException as error:
-            outcome = error
+            outcome = future.set_exception, error
         with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(deliver, outcome)
+            loop.call_soon_threadsafe(finish, *outcome)
 
     threading.Thread(target=run, name="reload", daemon=True).start()
     return await future
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Images of noise, and the net's logits of them at export, if its file records them."""
+
+    images: np.ndarray
+    logits: np.ndarray | None
+    tolerance: Tolerance
 
 
 def check(runtime: Runtime) -> None:
@@ -109,37 +125,40 @@ def check(runtime: Runtime) -> None:
 
     If the file records the answers at export, they are compared too.
     """
-    model = runtime.model
-    seed, expected_logits, precision = recorded(model)
-    images = probe_images(model.spec.image, seed)
-    logits, again = (_run(runtime, images, "its probe images") for _ in range(2))
-    expected = (len(images), len(model.spec.labels))
+    model, probe = runtime.model, read_probe(runtime.model)
+    logits, again = (_run(runtime, probe.images, "its probe images") for _ in range(2))
+    expected = (len(probe.images), len(model.spec.labels))
     if logits.shape != expected:
         raise Refusal(f"{model.name} gives {logits.shape[1]} values per image for {expected[1]} labels")
     if not np.isfinite(logits).all():
         raise Refusal(f"{model.name} gives values that are not finite; export it in a higher precision")
     # Not bit for bit, because GPU kernels may add in another order each time.
-    tolerance = TOLERANCES[precision or "fp32"]
-    if not tolerance.covers(difference(logits, again)):
+    if not probe.tolerance.covers(difference(logits, again)):
         raise Refusal(f"{model.name} gives two answers to the same images; its file or this machine is damaged")
-    if expected_logits is not None:
-        _compare(model.name, precision, expected_logits, logits)
+    if probe.logits is None:
+        return
+    found = difference(probe.logits, logits)
+    if not probe.tolerance.covers(found):
+        raise Refusal(
+            f"{model.name} answers its probe images {found.relative:.1e} away from what its file recorded "
+            f"(tolerance {probe.tolerance}); export it again"
+        )
 
 
-def recorded(model: Model) -> tuple[int, np.ndarray | None, str]:
-    """The seed of the probe images, the net's logits of them at export, and its precision."""
+def read_probe(model: Model) -> Probe:
+    """The record in the model's provenance; refuses one that is damaged."""
     try:
         record = model.provenance.get("export", {})
         probe = record.get("probe", {"seed": SEED})
         seed = operator.index(probe["seed"])
         if "logits" not in probe:
-            return abs(seed), None, ""
+            return Probe(probe_images(model.spec.image, abs(seed)), None, TOLERANCES["fp32"])
         logits, precision = np.array(probe["logits"], np.float64), record["precision"]
         if seed < 0 or logits.shape != (NUM_IMAGES, len(model.spec.labels)) or precision not in TOLERANCES:
             raise ValueError(f"seed {seed}, logits {list(logits.shape)}, {precision}")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise Refusal(f"the record of the export in {model.name} is damaged ({error!r}); export it again") from error
-    return seed, logits, precision
+    return Probe(probe_images(model.spec.image, seed), logits, TOLERANCES[precision])
 
 
 def _run(runtime: Runtime, images: np.ndarray, what: str) -> np.ndarray:
@@ -150,15 +169,6 @@ def _run(runtime: Runtime, images: np.ndarray, what: str) -> np.ndarray:
     except Exception as error:  # libraries raise their own
         _log.exception("the model fails")
         raise Refusal(f"{runtime.model.name} fails on {what} ({type(error).__name__}); export it again") from error
-
-
-def _compare(name: str, precision: str, recorded: np.ndarray, logits: np.ndarray) -> None:
-    found = difference(recorded, logits)
-    if not TOLERANCES[precision].covers(found):
-        raise Refusal(
-            f"{name} answers its probe images {found.relative:.1e} away from what its file recorded "
-            f"(tolerance {TOLERANCES[precision]}); export it again"
-        )
 
 
 def warm_up(runtime: Runtime, max_batch: int) -> None:

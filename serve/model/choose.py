@@ -40,7 +40,7 @@ class Choice:
     reason: str = ""  # for people, where something was chosen
 
 
-@dataclass(frozen=True, eq=False)  # hashed by identity
+@dataclass(frozen=True, eq=False)
 class ModelFile:
     """A file of the net, before any runtime has loaded it."""
 
@@ -50,11 +50,26 @@ class ModelFile:
 
     @property
     def export(self) -> dict[str, Any]:
-        """What the export recorded; empty for a file that this project did not write."""
+        """The record of the export; empty for a file that this project did not write."""
         return self.header.provenance.get("export", {})
 
 
-Candidate = tuple[ModelFile, RuntimeName]
+@dataclass(frozen=True, eq=False)  # hashed by identity
+class Candidate:
+    """A file and a runtime for it."""
+
+    file: ModelFile
+    runtime: RuntimeName
+
+    def __str__(self) -> str:
+        return f"{self.file.path.name} on {self.runtime}"
+
+    @property
+    def key(self) -> list[str]:
+        return [self.file.digest, self.runtime]
+
+    def chosen(self, reason: str) -> Choice:
+        return Choice(self.file.path, self.runtime, reason)
 
 
 def choose(
@@ -78,19 +93,21 @@ def choose(
     _refuse_different_nets(files)
     candidates = _candidates(files, runtime, has_devices=bool(devices))
     if len(candidates) == 1:
-        file, name = candidates[0]
-        return Choice(file.path, name, f"{file.path.name} alone fits" if len(paths) > 1 else "")
-    keys = [[file.digest, name] for file, name in candidates]
-    conditions = Conditions(keys, num_threads, list(devices), max_batch)
-    if choice := _recall(paths[0], conditions, {file.digest: file.path for file in files}):
+        return candidates[0].chosen(f"{candidates[0].file.path.name} alone fits" if len(paths) > 1 else "")
+    conditions = Conditions([candidate.key for candidate in candidates], num_threads, list(devices), max_batch)
+    if choice := _recall(paths[0], conditions, candidates):
         return choice
     _log.info("measuring %d ways to run the net", len(candidates))
     runtimes = _load(candidates, load, device=devices[0] if devices else None, num_threads=num_threads)
-    file, name = next(iter(runtimes))
-    reason = f"{_said(file, name)} alone passes"
+    best, reason = next(iter(runtimes)), "alone passes"
     if len(runtimes) > 1:
-        file, name, reason = _fastest(runtimes, max_batch, clock)
-    return Choice(file.path, name, _remember(paths[0], conditions, [file.digest, name], reason))
+        image, sizes = runtimes[best].model.spec.image, sorted({1, max_batch})
+        ways = {str(index): candidate for index, candidate in enumerate(runtimes)}
+        answers = {way: runtimes[candidate] for way, candidate in ways.items()}
+        means = geometric_means(time_answers(answers, image, sizes, limit_s=MEASURE_S, clock=clock))
+        (way, best_ms), (_, next_ms), *_ = means.items()
+        best, reason = ways[way], f"is {next_ms / best_ms:.1f}x the next of {len(means)}"
+    return best.chosen(_remember(paths[0], conditions, best, f"{best} {reason}"))
 
 
 def why_unfit(export: dict[str, Any]) -> str | None:
@@ -141,18 +158,17 @@ def _spec(file: ModelFile) -> dict[str, Any]:
 
 
 def _candidates(files: Sequence[ModelFile], runtime: RuntimeName | None, *, has_devices: bool) -> list[Candidate]:
-    """What is worth loading, by the records in the files; refuses if that is nothing."""
+    """The candidates worth loading, by the records in the files; refuses if there are none."""
     found: list[Candidate] = []
     for file in files:
         reason = why_unfit(file.export) or warning(file.path, read_whole(file.path)) if len(files) > 1 else None
         if reason:
             _log.warning("%s is not chosen: %s", file.path.name, reason)
             continue
-        on_mnn = is_installed() and not has_devices and why_not(file.header) is None
-        for name in RUNTIMES[".onnx"]:
-            is_allowed = name == runtime or (runtime is None and name not in NAMED_ONLY)
-            if is_allowed and (name != "mnn" or on_mnn):
-                found.append((file, name))
+        allowed = [runtime] if runtime else [name for name in RUNTIMES[".onnx"] if name not in NAMED_ONLY]
+        if not is_installed() or has_devices or why_not(file.header):
+            allowed = [name for name in allowed if name != "mnn"]
+        found += [Candidate(file, name) for name in allowed if name in RUNTIMES[".onnx"]]
     if not found:
         named = " and ".join(file.path.name for file in files)
         raise Refusal(f"neither of {named} can be chosen{f' for {runtime}' if runtime else ''}; name one file alone")
@@ -165,34 +181,18 @@ def _load(
     """Those that load and answer their probe images; refuses if none does, with the first one's reason."""
     runtimes: dict[Candidate, Runtime] = {}
     refusals = []
-    for file, name in candidates:
+    for candidate in candidates:
         try:
-            runtime = load(file.path, name=name, device=device, num_threads=num_threads)
+            runtime = load(candidate.file.path, name=candidate.runtime, device=device, num_threads=num_threads)
             check(runtime)
         except Refusal as refusal:
-            _log.warning("%s is not chosen: %s", _said(file, name), refusal)
+            _log.warning("%s is not chosen: %s", candidate, refusal)
             refusals.append(refusal)
         else:
-            runtimes[file, name] = runtime
+            runtimes[candidate] = runtime
     if not runtimes:
         raise refusals[0]
     return runtimes
-
-
-def _fastest(
-    runtimes: dict[Candidate, Runtime], max_batch: int, clock: Callable[[], float]
-) -> tuple[ModelFile, RuntimeName, str]:
-    candidates = {str(index): candidate for index, candidate in enumerate(runtimes)}
-    answers = dict(zip(candidates, runtimes.values(), strict=True))
-    image = next(iter(runtimes.values())).model.spec.image
-    means = geometric_means(time_answers(answers, image, sorted({1, max_batch}), limit_s=MEASURE_S, clock=clock))
-    (best, best_ms), (_, next_ms), *_ = means.items()
-    file, name = candidates[best]
-    return file, name, f"{_said(file, name)} is {next_ms / best_ms:.1f}x the next of {len(means)}"
-
-
-def _said(file: ModelFile, name: RuntimeName) -> str:
-    return f"{file.path.name} on {name}"
 
 
 @dataclass(frozen=True)
@@ -213,24 +213,20 @@ def record_path(model: Path) -> Path:
     return model.with_name(model.name + ".runtime.json")
 
 
-def _recall(model: Path, conditions: Conditions, paths: dict[str, Path]) -> Choice | None:
-    """What was chosen under the same conditions; None without a readable record. `paths` are by digest."""
-    record_file = record_path(model)
-    try:
-        record: Any = json.loads(record_file.read_bytes())
-        if record["format"] != FORMAT or record["conditions"] != asdict(conditions):
-            return None
-        if record["chosen"] not in conditions.candidates:
-            return None
-        digest, runtime = record["chosen"]
-        return Choice(paths[digest], runtime, f"{record['reason']}, as {record_file} says")
-    except (OSError, ValueError, KeyError, TypeError):  # missing, unreadable, damaged or not ours
-        return None
+def _recall(model: Path, conditions: Conditions, candidates: Sequence[Candidate]) -> Choice | None:
+    """The candidate that was chosen under the same conditions; None without a readable record."""
+    file = record_path(model)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # missing, unreadable, damaged or another file
+        record = json.loads(file.read_bytes())
+        if record["format"] == FORMAT and record["conditions"] == asdict(conditions):
+            chosen = (candidate for candidate in candidates if candidate.key == record["chosen"])
+            return next((candidate.chosen(f"{record['reason']}, as {file} says") for candidate in chosen), None)
+    return None
 
 
-def _remember(model: Path, conditions: Conditions, chosen: list[str], reason: str) -> str:
+def _remember(model: Path, conditions: Conditions, best: Candidate, reason: str) -> str:
     """Store the choice; the reason and where it is stored. In a read-only folder, each start measures again."""
-    record = {"format": FORMAT, "chosen": chosen, "reason": reason, "conditions": asdict(conditions)}
+    record = {"format": FORMAT, "chosen": best.key, "reason": reason, "conditions": asdict(conditions)}
     try:
         path = write_whole(record_path(model), (json.dumps(record, indent=1) + "\n").encode())
     except Refusal as refusal:

@@ -47,7 +47,7 @@ class Roles:
 
     @property
     def served(self) -> ServeConfig:
-        """What a reload reads."""
+        """The config that a reload reads."""
         index = self._current()
         if index:
             first, promoted = (config.model_paths[0].name for config in self._configs)
@@ -89,12 +89,12 @@ def load(config: ServeConfig) -> list[Runtime]:
 
 
 def load_again(config: ServeConfig, home: Path | None = None, digest: str | None = None) -> list[Runtime]:
-    """The model as its files are now, first tried in another process. What is tried is a copy, kept in `home`.
+    """The model as its files are now, tried in another process first; `home` keeps the copy of the files that is tried.
 
     Refuses a file with another digest than `digest`.
     """
     paths = config.model_paths
-    with _by_name(paths), copied(paths, home) as copies, _by_name(copies):
+    with _by_name(paths), copied(paths, home) as copies:
         if digest and digest != digest_of(copies[0], read_whole(copies[0])):
             raise Refusal(f"{paths[0]} is another file than the one that was compared; reload to compare it")
         config = replace(config, models=copies)
@@ -161,7 +161,7 @@ def _with_parity_report(model: Model, path: Path) -> Model:
 
 
 def _refuse_what_cannot_be_shown(runtime: Runtime) -> None:
-    """What GET /model and every answer say of the model must be JSON."""
+    """GET /model and every answer describe the model, which must be possible in JSON."""
     try:
         JSONResponse(model_card(runtime))
     except (ValueError, TypeError, RecursionError) as error:

@@ -4,33 +4,23 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
 from starlette.types import Message
 
 from common.difference import difference
-from export.compare import TOLERANCES, Tolerance
+from export.compare import Tolerance
 from export.model_file.probe import BATCH_TOLERANCE as ALONE_AND_AMONG_OTHERS
-from export.model_file.probe import probe_images
 from export.runtimes.runtime import Model
-from serve.model.check import recorded
+from serve.model.check import Probe, read_probe
 from serve.request.batcher import Batcher
 from serve.request.job import Served
 from serve.request.problems import OVERLOADED, Problem
 
 MOST_SKIPPED = 9  # turns in a row while clients wait; the next turn queues with them
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Proof:
-    """The expected answers to noise: those recorded in the model's file, or the first ones."""
-
-    images: np.ndarray
-    logits: np.ndarray
-    tolerance: Tolerance
 
 
 class Prober:
@@ -48,7 +38,7 @@ class Prober:
         self._batcher, self.every_s, self._deadline_s = batcher, every_s, deadline_s
         self._sleep, self._clock = sleep, clock
         self._served: Served | None = None  # the model of the fields below
-        self._proof: Proof | None = None
+        self._probe: Probe | None = None
         self._num_skipped = 0
         self.error: float | None = None  # largest relative difference; None before the first turn
         self.checked: float | None = None  # time of the last turn, in seconds since 1970
@@ -71,7 +61,7 @@ class Prober:
         """Probe once, unless clients wait. A new model starts over."""
         served = self._batcher.served
         if served is not self._served:
-            self._served, self._proof, self._num_skipped = served, None, 0
+            self._served, self._probe, self._num_skipped = served, None, 0
             self.error = self.checked = None
             self._fault = ""
         if self._batcher.num_held and self._num_skipped < MOST_SKIPPED:
@@ -89,7 +79,7 @@ class Prober:
         if self._batcher.served is served:
             self._take(error, fault)
 
-    def card(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For GET /model."""
         error = self.error if self.error is None or np.isfinite(self.error) else None
         return {
@@ -102,18 +92,19 @@ class Prober:
 
     async def _ask(self, model: Model) -> tuple[float, str]:
         """(error, fault)"""
-        proof = self._proof
-        images = proof.images if proof else probe_images(model.spec.image, recorded(model)[0])
+        probe = self._probe or read_probe(model)
         deadline = asyncio.get_running_loop().time() + self._deadline_s
-        job = await self._batcher.classify(images, top_k=1, deadline=deadline, receive=_never_gone, is_probe=True)
-        if proof is None:
-            self._proof = proof = _proof(model, images, job.logits)
-        found = difference(proof.logits, job.logits)
-        if proof.tolerance.covers(found):
+        job = await self._batcher.classify(probe.images, top_k=1, deadline=deadline, receive=_never_gone, is_probe=True)
+        expected = job.logits if probe.logits is None else probe.logits
+        if probe.logits is None:  # the first ones are expected, which vary slightly with an image's batch
+            probe = replace(probe, logits=expected, tolerance=Tolerance(largest=ALONE_AND_AMONG_OTHERS))
+        self._probe = probe
+        found = difference(expected, job.logits)
+        if probe.tolerance.covers(found):
             return found.relative, ""
         return found.relative, (
             f"{model.name} answers its probe images {found.relative:.1e} away from the expected answers "
-            f"(tolerance {proof.tolerance}): memory or GPU may be damaged; ask another server"
+            f"(tolerance {probe.tolerance}): memory or GPU may be damaged; ask another server"
         )
 
     def _take(self, error: float, fault: str) -> None:
@@ -124,14 +115,6 @@ class Prober:
             _log.warning("ready again: the probe images are answered as they should be")
         self.error, self._fault, self.checked = error, fault, self._clock()
         self.observe(self)
-
-
-def _proof(model: Model, images: np.ndarray, logits: np.ndarray) -> Proof:
-    """The recorded answers; without a record, the current ones, which vary slightly with an image's batch."""
-    _, expected, precision = recorded(model)
-    if expected is not None:
-        return Proof(images, expected, TOLERANCES[precision])
-    return Proof(images, logits, Tolerance(largest=ALONE_AND_AMONG_OTHERS))
 
 
 async def _never_gone() -> Message:

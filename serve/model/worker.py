@@ -1,29 +1,24 @@
 """The program of serve/model/process.py: loads a model and answers images.
 
-Descriptor 0 is a socket to the parent. The first message is JSON: the model's identity, or why it is refused. Then the
-parent sends images uint8 [N, H, W, C] in C order, and gets the seconds they took, as a float64, and logits float32
-[N, K]; after an error, NaN and its text. The process ends when the parent's end closes.
+It has a connection to its parent as descriptor 0. It first sends the model and the description of its runtime, or why
+it is refused. Then the parent sends images uint8 [N, H, W, C], and gets the seconds they took and logits float32
+[N, K], or after an error 0 and its text.
 """
 
-import json
 import os
 import signal
-import struct
 from contextlib import suppress
-from dataclasses import asdict
-from math import nan
 from multiprocessing.connection import Connection
 from time import perf_counter
 
 import numpy as np
 
 from common.cli import parse
-from common.refusal import Refusal
+from common.refusal import Refusal, one_line
 from export.runtimes.runtime import Runtime
 from serve.config import ServeConfig
 from serve.model.check import warm_up
 from serve.model.load import load
-from serve.model.process import REFUSED, SECONDS, Identity
 from serve.processes.signals import end_with_parent
 from serve.watching import logs
 
@@ -37,13 +32,10 @@ def run(parent: str, nice: str, *argv: str) -> None:
         try:
             runtime = _load(parse(ServeConfig, argv=argv))
         except Refusal as refusal:
-            connection.send_bytes(json.dumps({REFUSED: " ".join(str(refusal).split())}).encode())
-            return
-        connection.send_bytes(json.dumps(asdict(Identity.of(runtime.model, runtime.description))).encode())
-        shape = (-1, *runtime.model.spec.image.shape)
+            return connection.send(Refusal(one_line(refusal, 2000)))
+        connection.send((runtime.model, runtime.description))
         while True:
-            images = np.frombuffer(connection.recv_bytes(), np.uint8).reshape(shape)
-            connection.send_bytes(_answer(runtime, images))
+            connection.send(answer_batch(runtime, connection.recv()))
 
 
 def _load(config: ServeConfig) -> Runtime:
@@ -55,10 +47,11 @@ def _load(config: ServeConfig) -> Runtime:
     return runtimes[0]
 
 
-def _answer(runtime: Runtime, images: np.ndarray) -> bytes:
+def answer_batch(runtime: Runtime, images: np.ndarray) -> tuple[float, np.ndarray | str]:
+    """Seconds and logits, or 0 and the text of an error."""
     start = perf_counter()
     try:
         logits = runtime(images)
     except Exception as error:  # libraries raise their own
-        return struct.pack(SECONDS, nan) + f"{type(error).__name__}: {error}".encode(errors="replace")
-    return struct.pack(SECONDS, perf_counter() - start) + logits.astype(np.float32).tobytes()
+        return 0.0, f"{type(error).__name__}: {one_line(error, 300)}"
+    return perf_counter() - start, logits.astype(np.float32)

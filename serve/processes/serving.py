@@ -1,4 +1,4 @@
-"""One process that serves, or several workers that share one socket under a supervisor."""
+"""One process that serves, several workers that share one socket, or front ends and the processes of their devices."""
 
 import gc
 import logging
@@ -17,51 +17,55 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from common.cores import num_cores
 from common.refusal import Refusal
 from export.runtimes.cascade import read_forms
 from export.runtimes.runtime import Runtime
 from serve.config import ServeConfig
-from serve.model.check import Load
+from serve.decode.budget import HostBudget
+from serve.front_ends.batcher import FrontBatcher
+from serve.front_ends.device import Device, DeviceServer
+from serve.front_ends.link import Dialer
+from serve.model.check import LoadModel, warm_up
 from serve.model.choose import choose
 from serve.model.load import Roles, load, load_again, load_first, num_threads
 from serve.processes.signals import end_with_parent
-from serve.processes.supervisor import Role, Server, Supervisor, Worker
+from serve.processes.supervisor import Kinds, Server, Supervisor, Worker
 from serve.request.access import Access, read_api_key
 from serve.request.app import make_app
 from serve.request.batcher import Batcher
 from serve.request.connection import Connection
+from serve.request.job import Served
 from serve.request.limits import Limits, fit_to_files
 from serve.request.uvicorn_internals import STARTUP_FAILURE
 from serve.shadow.shadow import Shadow, refuse_unfit, start_process
 from serve.watching import logs
+from serve.watching.metrics import Computed
 from serve.watching.shared_counts import COUNTS_VARIABLE
 from serve.watching.tracing import find_tracing
 
-
-def run(config: ServeConfig, listener: socket.socket, url: str) -> int:
-    """Serve on `listener` until a signal; the exit status."""
-    config, reason, stream = begin(config)
-    if config.workers > 1:
-        _refuse_unfit_shadow(config)
-        return _run_workers(config, listener, url, reason)
-    server = _make_server(config, url, reason, stream)
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:  # raised again by uvicorn once its requests are finished
-        print("stopped", flush=True)
-    return 0 if server.started else 1
+LoadFirst = Callable[[Roles, Path], Sequence[Runtime]]
 
 
-def begin(config: ServeConfig) -> tuple[ServeConfig, str, logs.LogStream]:
-    """Start the log and decide on a model: the config with its files and runtime, and the reason for them.
+def run(config: ServeConfig, listener: socket.socket, url: str, *, load_on_device: LoadFirst = load_first) -> int:
+    """Serve on `listener` until a signal; the exit status.
 
-    Workers and reloads keep these files and this runtime.
+    `load_on_device` is how the process of a device loads its model first; it is pickled by name.
     """
     stream = logs.configure(config.log_level)
     limits_of(config)  # refuses before anything is measured
-    return *decide(config), stream
+    config, reason = decide(config)  # workers and reloads keep these files and this runtime
+    if config.workers == config.front_ends == 1:
+        return _run_alone(_make_server(config, url, reason, stream), listener)
+    with _folders() as home:
+        if config.front_ends > 1:
+            what, kinds = _front_ends(config, listener, home, load_on_device)
+        else:
+            what, kinds = _workers(config, listener, home)
+        say_ready = partial(print, _greeting(what, reason, url), flush=True)
+        return 0 if Supervisor(kinds, drain_s=config.drain_seconds, say_ready=say_ready).run() else 2
 
 
 def decide(config: ServeConfig) -> tuple[ServeConfig, str]:
@@ -79,45 +83,88 @@ def decide(config: ServeConfig) -> tuple[ServeConfig, str]:
     return replace(config, models=(choice.path,), runtime=choice.runtime or "auto"), choice.reason
 
 
+def _run_alone(server: Server, listener: socket.socket) -> int:
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # raised again by uvicorn once its requests are finished
+        print("stopped", flush=True)
+    return 0 if server.started else 1
+
+
 def _make_server(config: ServeConfig, url: str, reason: str, stream: logs.LogStream) -> Server:
+    """Only the app keeps the model, which a reload replaces."""
     runtimes, roles = load(config), Roles(config)
     shadow = _make_shadow(config, roles)
     if shadow:
         shadow.prepare(runtimes[0].model)
     app = whole_app(config, runtimes, stream, load=lambda: load_again(roles.served), shadow=shadow)
-    return Server(uvicorn_config(config, app), greeting(_describe(runtimes[0]), reason, url))
+    return Server(_uvicorn_config(config, app), _greeting(_runtime_line(runtimes[0]), reason, url))
 
 
-def _run_workers(config: ServeConfig, listener: socket.socket, url: str, reason: str) -> int:
+def _workers(config: ServeConfig, listener: socket.socket, home: Path) -> tuple[str, Kinds]:
     """Several workers, each with its own copy of the model."""
-    with folders() as home:
-        worker = partial(Worker, uvicorn_config(config, partial(_make_worker, config, home)), [listener])
-        text = greeting(f"{config.workers} workers", reason, url)
-        return supervise(config, Role("worker", config.workers * [worker]), text=text)
+    if config.shadow:  # each of them would only log the refusal and serve without a shadow
+        roles = Roles(config)
+        with start_process(roles.served) as served, start_process(roles.shadow) as shadow:
+            refuse_unfit(served.model, shadow.model)
+    worker = partial(Worker, _uvicorn_config(config, partial(_make_worker, config, home)), [listener])
+    return f"{config.workers} workers", {"worker": config.workers * [worker]}
 
 
 def _make_worker(config: ServeConfig, home: Path) -> FastAPI:
-    with started(config) as stream:
+    with _started(config) as stream:
         roles = Roles(config, home)
-        runtimes, shadow = load_first(roles, home), _make_shadow(config, roles, home)
         return whole_app(
             config,
-            runtimes,
+            load_first(roles, home),
             stream,
             load=lambda: load_again(roles.served, home),
-            shadow=shadow,
-            reload_everywhere=tell_supervisor,
+            shadow=_make_shadow(config, roles, home),
+            reload_everywhere=_tell_supervisor,
         )
 
 
-def supervise(config: ServeConfig, *roles: Role, text: str) -> int:
-    """Run these processes and print `text` when all are ready; the exit status."""
-    say_ready = partial(print, text, flush=True)
-    return 0 if Supervisor(*roles, drain_s=config.drain_seconds, say_ready=say_ready).run() else 2
+def _front_ends(config: ServeConfig, listener: socket.socket, home: Path, load: LoadFirst) -> tuple[str, Kinds]:
+    """Front ends, which accept, decode and answer, and one process for each device, which runs the model."""
+    doors = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(config.front_ends)]
+    budget = home.with_name("decoders")
+    budget.touch()
+    fronts, models = [], []
+    for outside, _ in doors:
+        settings = _uvicorn_config(config, partial(_make_front_end, config, outside, budget))
+        fronts.append(partial(Worker, settings, [listener]))
+    devices = [(device,) for device in config.devices] or [()]
+    for index, device in enumerate(devices):
+        settings = _uvicorn_config(config, partial(_make_device, replace(config, devices=device), home, load))
+        sockets = [inside for _, inside in doors[index :: len(devices)]]
+        models.append(partial(Worker, settings, sockets, DeviceServer))
+    what = f"{len(fronts)} front ends, {len(models)} device process{'es' if len(models) > 1 else ''}"
+    return what, {"front end": fronts, "device process": models}
+
+
+def _make_front_end(config: ServeConfig, door: socket.socket, budget: Path) -> FastAPI:
+    with _started(config) as stream:
+        limits = limits_of(config)
+        batcher = FrontBatcher(Dialer(door), limits, HostBudget(budget, limits.heavy_bytes))
+        tell = _tell_supervisor if len(config.devices) > 1 else None
+        return whole_app(config, batcher, stream, load=batcher.reload, reload_everywhere=tell)
+
+
+def _make_device(config: ServeConfig, home: Path, load: LoadFirst, doors: Sequence[socket.socket]) -> Device:
+    with _started(config):
+        limits = limits_of(config)
+        served = Served(tuple(load(Roles(config, home), home)))
+        for runtime in served.runtimes:
+            warm_up(runtime, limits.max_batch)
+        device = Device(served, doors, limits, load=partial(load_again, config, home))
+        computed = Computed(CollectorRegistry())
+        device.observe_batch, device.observe_run = computed.observe_batch, computed.observe_run
+        _freeze_garbage()
+        return device
 
 
 @contextmanager
-def folders() -> Iterator[Path]:
+def _folders() -> Iterator[Path]:
     """A folder for a copy of the model that served last; the processes count requests in another one beside it."""
     with tempfile.TemporaryDirectory(prefix="diracnet-workers-") as folder:
         counts, home = Path(folder, "counts"), Path(folder, "model")
@@ -128,7 +175,7 @@ def folders() -> Iterator[Path]:
 
 
 @contextmanager
-def started(config: ServeConfig) -> Iterator[logs.LogStream]:
+def _started(config: ServeConfig) -> Iterator[logs.LogStream]:
     """In a process that a supervisor has started; a refusal ends it with one line."""
     stream = logs.configure(config.log_level)
     if supervisor := multiprocessing.parent_process():
@@ -141,7 +188,7 @@ def started(config: ServeConfig) -> Iterator[logs.LogStream]:
         sys.exit(STARTUP_FAILURE)
 
 
-def tell_supervisor() -> None:
+def _tell_supervisor() -> None:
     """Have all processes read the model again."""
     os.kill(os.getppid(), signal.SIGHUP)
 
@@ -170,7 +217,7 @@ def whole_app(
     runtimes: Sequence[Runtime] | Batcher,
     stream: logs.LogStream,
     *,
-    load: Load,
+    load: LoadModel,
     shadow: Shadow | None = None,
     reload_everywhere: Callable[[], None] | None = None,
 ) -> FastAPI:
@@ -188,13 +235,17 @@ def whole_app(
         grpc_address=config.grpc_address,
         shadow=shadow,
     )
-    # All objects up to here stay. Collections that visit them would delay every hundredth answer by 30 ms.
-    gc.collect()
-    gc.freeze()
+    _freeze_garbage()
     return app
 
 
-def uvicorn_config(config: ServeConfig, app: FastAPI | partial[Any]) -> uvicorn.Config:
+def _freeze_garbage() -> None:
+    """All objects up to here stay; collections that visit them would delay every hundredth answer by 30 ms."""
+    gc.collect()
+    gc.freeze()
+
+
+def _uvicorn_config(config: ServeConfig, app: FastAPI | partial[Any]) -> uvicorn.Config:
     """`app`, or a partial that makes it in the process that serves."""
     return uvicorn.Config(
         app,
@@ -223,20 +274,12 @@ def _make_shadow(config: ServeConfig, roles: Roles, home: Path | None = None) ->
     )
 
 
-def _refuse_unfit_shadow(config: ServeConfig) -> None:
-    """Before workers start, because each of them would only log the refusal and serve without a shadow."""
-    if config.shadow:
-        roles = Roles(config)
-        with start_process(roles.served) as served, start_process(roles.shadow) as shadow:
-            refuse_unfit(served.identity, shadow.identity)
-
-
-def greeting(what: str, reason: str, url: str) -> str:
-    """What serves, why it was chosen, and where."""
+def _greeting(what: str, reason: str, url: str) -> str:
+    """The model or processes that serve, why they were chosen, and the address."""
     return f"{what}{': ' if reason else ''}{reason}\nserving at {url}  (Ctrl-C stops)"
 
 
-def _describe(runtime: Runtime) -> str:
+def _runtime_line(runtime: Runtime) -> str:
     what = f"{runtime.model.name} ({runtime.model.digest[:12]}) on {runtime.description} ({runtime.library})"
     reading = runtime.model.reading
     if reading is None:

@@ -51,16 +51,6 @@ def heed_signals(*, before_stop: Callable[[], None], reload: Callable[[], Awaita
         signal.signal(signal.SIGTERM, previous)
 
 
-@contextmanager
-def hangups_blocked() -> Iterator[None]:
-    """SIGHUP waits here, and in a process that is started meanwhile until it unblocks it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def end_with_parent(number: signal.Signals, parent: int | None) -> None:
     """On Linux, have the process `parent`, which started this one, send it signal `number` when it ends."""
     if sys.platform == "linux":

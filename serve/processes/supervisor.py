@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
@@ -14,7 +14,6 @@ from typing import Any
 import uvicorn
 from prometheus_client.multiprocess import mark_process_dead
 
-from serve.processes.signals import hangups_blocked
 from serve.request.uvicorn_internals import Process
 
 _log = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ _AFTER_DRAIN_S = 3.0  # for a worker to leave once its requests are done or drop
 
 
 class Server(uvicorn.Server):
-    """Prints `greeting` once it listens. Before that, a signal ends the process at once: nothing is under way."""
+    """Prints `greeting` once it listens. Before that, a signal ends the process at once, as it has no requests."""
 
     def __init__(self, config: uvicorn.Config, greeting: str = "") -> None:
         super().__init__(config)
@@ -63,17 +62,12 @@ class Worker(Process):
         return server
 
 
-@dataclass(frozen=True)
-class Role:
-    """Processes of one kind: their name in the log, and a function that makes each."""
-
-    name: str
-    makes: Sequence[Callable[[], Process]]
+Kinds = Mapping[str, Sequence[Callable[[], Process]]]  # of processes: their name in the log, and what makes each
 
 
 @dataclass
 class _Place:
-    """One of the processes of a role, and its replacements."""
+    """One of the processes of a kind, and its replacements."""
 
     name: str
     make: Callable[[], Process]
@@ -84,51 +78,88 @@ class _Place:
     delay_s: float = 0.0
     due: float = 0.0  # when the next one starts
 
-    def postpone(self) -> float:
-        """A worker has ended; seconds until the next one starts: 0 at first, then doubled each time."""
+    def look_after(self) -> None:
+        """Start a worker when it is due; replace one that has ended, hangs or takes too long to start."""
+        worker = self.worker
+        if worker is None:
+            if monotonic() >= self.due:
+                self._start()
+        elif not worker.process.is_alive():
+            self._replace(worker, "died")
+        elif self.is_ready:
+            if not worker.ping(_PING_S):
+                self._replace(worker, f"did not answer within {_PING_S:g} s")
+        elif worker.is_ready(_TURN_S):
+            self.is_ready = True
+            _log.info("%s %s serves", self.name, worker.pid)
+        elif monotonic() - self.started > _START_S:
+            self._replace(worker, f"was not ready within {_START_S:g} s")
+
+    def _start(self) -> None:
+        """With SIGHUP blocked, which the process unblocks once it has read its model."""
+        self.worker, self.started = self.make(), monotonic()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        self.worker.start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+
+    def _replace(self, worker: Process, why: str) -> None:
+        """The next one starts at once at first, then after a delay that doubles each time."""
+        worker.kill()
+        worker.process.join()
+        if worker.pid:
+            mark_process_dead(worker.pid)  # what it counted stays; what it held is gone
         if self.is_ready and monotonic() - self.started >= _STABLE_S:
             self.delay_s = 0.0
         wait_s = self.delay_s if self.is_ready else max(1.0, self.delay_s)
         self.delay_s = min(_LONGEST_DELAY_S, max(1.0, 2 * self.delay_s))
         self.worker, self.has_failed, self.is_ready = None, not self.is_ready, False
         self.due = monotonic() + wait_s
-        return wait_s
+        when = f"in {wait_s:g} s" if wait_s else "now"
+        _log.warning("%s %s %s (status %s); another starts %s", self.name, worker.pid, why, worker.exitcode, when)
 
 
 class Supervisor:
     """Starts workers and replaces those that end, after longer and longer delays.
 
-    Each role needs the roles after it, so they are stopped in order. The last one has the model and gets SIGHUP.
+    Each kind needs the kinds after it, so they are stopped in order. The last one has the model and gets SIGHUP.
     """
 
-    def __init__(self, *roles: Role, drain_s: int, say_ready: Callable[[], None]) -> None:
+    def __init__(self, kinds: Kinds, *, drain_s: int, say_ready: Callable[[], None]) -> None:
         self._drain_s, self._say_ready = drain_s, say_ready
-        self._groups = [[_Place(role.name, make) for make in role.makes] for role in roles]
-        self._places = [place for group in self._groups for place in group]
+        self._groups = [[_Place(name, make) for make in makes] for name, makes in kinds.items()]
         self._stop = threading.Event()
         self._must_hurry = False
-        self._num_hangups = 0
+        self._is_hung_up = False
 
     def run(self) -> bool:
-        """Until a signal ends it (True), or no process of a role serves and none can start (False)."""
+        """Until a signal ends it (True), or no process of a kind serves and none can start (False)."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._end)
         signal.signal(signal.SIGHUP, self._hang_up)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        is_said = False
+        try:
+            return self._watch()
+        finally:
+            for group in self._groups:
+                self._end_group(group)
+
+    def _watch(self) -> bool:
+        places, is_said = [place for group in self._groups for place in group], False
         while not self._stop.wait(_TURN_S):
-            self._hand_on_hangups()
-            for place in self._places:
-                self._look_after(place)
-            if not is_said and all(place.is_ready for place in self._places):
+            if self._is_hung_up:
+                self._is_hung_up = False
+                for worker in [place.worker for place in self._groups[-1]]:
+                    if worker and worker.pid and worker.process.is_alive():
+                        os.kill(worker.pid, signal.SIGHUP)
+            for place in places:
+                place.look_after()
+            if not is_said and all(place.is_ready for place in places):
                 is_said = True
                 self._say_ready()
             for group in self._groups:
                 if all(place.worker is None and place.has_failed for place in group):
                     _log.error("no %s serves, and none can start", group[0].name)
-                    self._end_workers()
                     return False
-        self._end_workers()
         return True
 
     def _end(self, number: int, frame: FrameType | None) -> None:
@@ -136,48 +167,7 @@ class Supervisor:
         self._stop.set()
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
-        self._num_hangups += 1
-
-    def _hand_on_hangups(self) -> None:
-        while self._num_hangups:
-            self._num_hangups = 0
-            for place in self._groups[-1]:
-                if place.worker and place.worker.pid and place.worker.process.is_alive():
-                    os.kill(place.worker.pid, signal.SIGHUP)
-
-    def _look_after(self, place: _Place) -> None:
-        worker = place.worker
-        if worker is None:
-            if monotonic() >= place.due:
-                self._start(place)
-        elif not worker.process.is_alive():
-            self._replace(place, worker, "died")
-        elif place.is_ready:
-            if not worker.ping(_PING_S):
-                self._replace(place, worker, f"did not answer within {_PING_S:g} s")
-        elif worker.is_ready(_TURN_S):
-            place.is_ready = True
-            _log.info("%s %s serves", place.name, worker.pid)
-        elif monotonic() - place.started > _START_S:
-            self._replace(place, worker, f"was not ready within {_START_S:g} s")
-
-    def _start(self, place: _Place) -> None:
-        place.worker, place.started = place.make(), monotonic()
-        with hangups_blocked():  # until it has read its model
-            place.worker.start()
-
-    def _replace(self, place: _Place, worker: Process, why: str) -> None:
-        worker.kill()
-        worker.process.join()
-        if worker.pid:
-            mark_process_dead(worker.pid)  # what it counted stays; what it held is gone
-        wait_s = place.postpone()
-        when = f"in {wait_s:g} s" if wait_s else "now"
-        _log.warning("%s %s %s (status %s); another starts %s", place.name, worker.pid, why, worker.exitcode, when)
-
-    def _end_workers(self) -> None:
-        for group in self._groups:
-            self._end_group(group)
+        self._is_hung_up = True
 
     def _end_group(self, group: Sequence[_Place]) -> None:
         begun = [(place.worker, self._drain_s if place.is_ready else 0) for place in group if place.worker]
@@ -188,6 +178,5 @@ class Supervisor:
             until = start + patience_s + _AFTER_DRAIN_S
             while worker.process.is_alive() and monotonic() < until and not self._must_hurry:
                 worker.process.join(_TURN_S)
-            if worker.process.is_alive():
-                worker.process.kill()
+            worker.process.kill()  # if it is still there
             worker.process.join()

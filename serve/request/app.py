@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from common.refusal import Refusal
 from export.runtimes.runtime import Runtime
 from serve.decode.pool import warm_up_decoders
-from serve.model.check import Load, Reloader, warm_up
+from serve.model.check import LoadModel, Reloader, warm_up
 from serve.model.prober import Prober
 from serve.processes.signals import heed_signals
 from serve.request import problems
@@ -60,7 +60,7 @@ def make_app(
     limits: Limits,
     *,
     access: Access = EVERYBODY,
-    load: Load | None = None,
+    load: LoadModel | None = None,
     observers: Sequence[Observer] = (),
     reload_everywhere: Callable[[], None] | None = None,
     grpc_address: str | None = None,
@@ -173,7 +173,11 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Pro
     async def card() -> dict[str, Any]:
         """The model's description, and statistics of its answers, its shadow and its probes."""
         runtime, shadow = batcher.served.runtimes[0], batcher.shadow
-        watched = {**batcher.watch.card(runtime.model), "shadow": shadow and shadow.card(), "probe": prober.card()}
+        watched = {
+            **batcher.watch.summary(runtime.model),
+            "shadow": shadow and shadow.summary(),
+            "probe": prober.summary(),
+        }
         return {**model_card(runtime), **watched}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=with_key)

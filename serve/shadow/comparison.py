@@ -10,18 +10,19 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from common.difference import share
 from common.interval import interval
 from export.runtimes.probabilities import probabilities
-from serve.model.process import Identity
-from serve.watching.shared_counts import Counts
+from export.runtimes.runtime import Model
+from serve.watching.shared_counts import Counts, buckets
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _COMPARED, _AGREEING, _NOT_A_NUMBER, _DROPPED, _FAILED, _SUM_SECONDS, _LARGEST_ERROR, _LARGEST_VALUE, _HEAD = range(9)
+_LABELS = ("digest", "shadow")
 _LARGEST = [_LARGEST_ERROR, _LARGEST_VALUE]  # the largest of all processes; all others are summed
 
 
 class Comparison:
     """The comparison of two models with the same input and labels. Counts are of images."""
 
-    def __init__(self, served: Identity, shadow: Identity) -> None:
+    def __init__(self, served: Model, shadow: Model) -> None:
         self.served, self.shadow = served, shadow
         self._counts = Counts(f"shadow-{served.digest}-{shadow.digest}", _HEAD + len(_SECONDS) + 1)
 
@@ -61,7 +62,7 @@ class Comparison:
         """Images compared, of all processes."""
         return int(self._totals()[_COMPARED])
 
-    def card(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For GET /model."""
         totals = self._totals()
         num, agreeing = int(totals[_COMPARED]), int(totals[_AGREEING])
@@ -94,19 +95,13 @@ class Comparison:
             counter = CounterMetricFamily(f"diracnet_shadow_{name}", what, labels=_LABELS)
             counter.add_metric(labels, totals[place])
             yield counter
-        largest = GaugeMetricFamily(
-            "diracnet_shadow_largest_difference",
-            "Largest difference of logits, as a share of the largest",
-            labels=_LABELS,
-        )
+        text = "Largest difference of logits, as a share of the largest"
+        largest = GaugeMetricFamily("diracnet_shadow_largest_difference", text, labels=_LABELS)
         largest.add_metric(labels, _largest_difference(totals))
         yield largest
-        seconds = HistogramMetricFamily(
-            "diracnet_shadow_seconds", "Seconds that the shadow took for a batch", labels=_LABELS
-        )
-        up_to = totals[_HEAD:].cumsum().tolist()
-        ends = [*map(str, _SECONDS), "+Inf"]
-        seconds.add_metric(labels, list(zip(ends, up_to, strict=True)), totals[_SUM_SECONDS])
+        text = "Seconds that the shadow took for a batch"
+        seconds = HistogramMetricFamily("diracnet_shadow_seconds", text, labels=_LABELS)
+        seconds.add_metric(labels, buckets(_SECONDS, totals[_HEAD:]), totals[_SUM_SECONDS])
         yield seconds
 
     def _totals(self) -> np.ndarray:
@@ -116,11 +111,8 @@ class Comparison:
         return totals
 
 
-_LABELS = ("digest", "shadow")
-
-
-def _probabilities(values: np.ndarray, of: Identity) -> np.ndarray:
-    return probabilities(values, temperature=of.temperature, are_probabilities=of.gives_probabilities)
+def _probabilities(values: np.ndarray, model: Model) -> np.ndarray:
+    return probabilities(values, temperature=model.spec.temperature, are_probabilities=model.gives_probabilities)
 
 
 def _largest_difference(totals: np.ndarray) -> float:

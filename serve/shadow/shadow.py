@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from random import random
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from common.refusal import Refusal
+from common.spec import ImageSpec
 from export.runtimes.runtime import Model, Runtime
 from serve.config import ServeConfig
-from serve.model.process import BatchFailed, Identity, ModelProcess, ProcessFailed
+from serve.model.process import BatchFailed, ModelProcess, ProcessFailed
 from serve.request.problems import NOT_COMPARED, Problem
 from serve.shadow.comparison import Comparison
 from serve.watching.shared_counts import Counts
@@ -35,8 +36,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class _Offer:
+    """An image, and the logits [K] of the model that serves."""
+
     comparison: Comparison
-    images: list[np.ndarray]
+    image: np.ndarray
     logits: np.ndarray
 
 
@@ -52,21 +55,21 @@ class Shadow:
         share: float,
         num_images: int,
         max_batch: int,
-        patience_s: float = _PATIENCE_S,
     ) -> None:
         """`source` gives the config of the shadow. `load` gives its runtimes, and refuses a file of another digest.
 
         `take_over` is called just before they serve: from then on, `source` gives the config of the model before.
         """
         self._source, self.load, self._swap_files = source, load, take_over
-        self.share, self._num_images, self._max_batch, self._patience_s = share, num_images, max_batch, patience_s
-        self.identity: Identity | None = None
+        self.share, self._num_images, self._max_batch = share, num_images, max_batch
+        self.model: Model | None = None  # once it is loaded
+        self._description = ""  # of its runtime
         self._running = Counts("shadow-running", 1)
         self._served: Callable[[], Model] | None = None
         self._process: ModelProcess | None = None
         self._pairs: dict[tuple[str, str], Comparison | None] = {}  # None: the two cannot be compared
         self._offers: SimpleQueue[_Offer | None] = SimpleQueue()  # None: wake up
-        self._num_waiting, self._delay_s = 0, 0.0
+        self._delay_s = 0.0
         self._lock = threading.Lock()
         self._news = threading.Event()  # ends the delay before a restart
         self._is_new, self._has_ended = False, False
@@ -75,7 +78,7 @@ class Shadow:
     def prepare(self, served: Model) -> None:
         """Start the process before the server is ready; refuses a model that cannot be loaded, or does not fit."""
         self._process = start_process(self._source())
-        refuse_unfit(Identity.of(served), self._process.identity)
+        refuse_unfit(served, self._process.model)
 
     def start(self, served: Callable[[], Model]) -> None:
         """`served` gives the model that answers now."""
@@ -89,7 +92,7 @@ class Shadow:
 
     def restart(self) -> None:
         """Read the shadow's file again, which promotion may have changed."""
-        self._is_new, self.identity = True, None
+        self._is_new, self.model = True, None
         self._wake()
 
     def take_over(self) -> None:
@@ -102,31 +105,26 @@ class Shadow:
         comparison = self.comparison_of(model)
         if comparison is None:
             return
-        chosen = [index for index, is_sound in enumerate(is_finite.tolist()) if is_sound and random() < self.share]
-        if not chosen:
-            return
-        with self._lock:
-            if self._num_waiting + len(chosen) > _BATCHES_WAITING * self._max_batch:
-                comparison.count_dropped(len(chosen))
-                return
-            self._num_waiting += len(chosen)
-        self._offers.put(_Offer(comparison, [images[index] for index in chosen], logits[chosen]))
+        for index in np.flatnonzero(is_finite).tolist():
+            if random() >= self.share:
+                continue
+            if self._offers.qsize() < _BATCHES_WAITING * self._max_batch:
+                self._offers.put(_Offer(comparison, images[index], logits[index]))
+            else:
+                with self._lock:
+                    comparison.count_dropped(1)
 
     def comparison_of(self, model: Model) -> Comparison | None:
         """The comparison with `model`; None before the shadow is loaded, or if the two cannot be compared."""
-        shadow = self.identity
-        if shadow is None:
-            return None
-        if known := self._pairs.get((model.digest, shadow.digest)):
-            return known
-        return self._pair(Identity.of(model), shadow)
+        shadow = self.model
+        return self._pair(model, shadow) if shadow else None
 
     def promotable(self) -> str:
         """The digest of the shadow; refuses until it has been compared with the current model on enough images."""
-        shadow = self.identity
+        shadow = self.model
         if shadow is None or self._served is None:
             raise Problem(NOT_COMPARED, "the shadow is not loaded yet; if it cannot be loaded, the log says why")
-        served = Identity.of(self._served())
+        served = self._served()
         pairs = self._pair(served, shadow), self._pair(shadow, served)
         num = sum(pair.num_compared() for pair in pairs if pair)
         if num < self._num_images:
@@ -137,15 +135,15 @@ class Shadow:
             raise Problem(NOT_COMPARED, detail)
         return shadow.digest
 
-    def card(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For GET /model."""
-        shadow = self.identity
+        shadow = self.model
         if shadow is None or self._served is None:
             return {"is_running": False}
         found = self.comparison_of(self._served())
-        named = {"name": shadow.name, "digest": shadow.digest, "runtime": shadow.runtime}
+        named = {"name": shadow.name, "digest": shadow.digest, "runtime": self._description}
         asked = {"is_running": bool(self._running.own[0]), "share": self.share, "images_to_promote": self._num_images}
-        return {**named, **asked, **(found.card() if found else {"images": 0})}
+        return {**named, **asked, **(found.summary() if found else {"images": 0})}
 
     def collect(self) -> Iterator[Metric]:
         """For Prometheus."""
@@ -154,7 +152,7 @@ class Shadow:
         if self._served and (comparison := self.comparison_of(self._served())):
             yield from comparison.metrics()
 
-    def _pair(self, served: Identity, shadow: Identity) -> Comparison | None:
+    def _pair(self, served: Model, shadow: Model) -> Comparison | None:
         key = served.digest, shadow.digest
         if key not in self._pairs:
             with self._lock:
@@ -190,16 +188,19 @@ class Shadow:
 
     def _serve(self, process: ModelProcess) -> None:
         """Compare offered batches until the shadow is restarted or closed. Raises ProcessFailed."""
-        self.identity, self._running.own[0] = process.identity, 1
-        _log.warning("%s %s shadows the model", process.identity.name, process.identity.digest)
+        self.model, self._description = shadow, _ = process.model, process.description
+        self._running.own[0] = 1
+        _log.warning("%s %s shadows the model", shadow.name, shadow.digest)
         may_log = True
-        while offers := self._gather():
-            images = np.stack([image for offer in offers for image in offer.images])
+        while not (self._is_new or self._has_ended):
+            offers = self._gather()
+            if not offers:
+                continue
             try:
-                seconds, logits = process.ask(images, self._patience_s)
+                seconds, logits = process.ask(np.stack([offer.image for offer in offers]), _PATIENCE_S)
             except (BatchFailed, ProcessFailed) as failure:
                 for offer in offers:
-                    offer.comparison.count_failed(len(offer.images))
+                    offer.comparison.count_failed(1)
                 if isinstance(failure, ProcessFailed):
                     raise
                 if may_log:
@@ -209,30 +210,17 @@ class Shadow:
             self._delay_s = 0.0
             offers[0].comparison.count_seconds(seconds)
             for comparison, group in groupby(offers, key=lambda offer: offer.comparison):
-                served = np.concatenate([offer.logits for offer in group])
+                served = np.stack([offer.logits for offer in group])
                 comparison.compare(served, logits[: len(served)])
                 logits = logits[len(served) :]
 
     def _gather(self) -> list[_Offer]:
-        """Waiting offers, up to a batch and one offer; none if the shadow is restarted or closed."""
-        offers: list[_Offer] = []
-        num_images = 0
-        while num_images < self._max_batch and not (self._is_new or self._has_ended):
-            offer = self._next(waits=not offers)
-            if offer is None:
-                break
-            with self._lock:
-                self._num_waiting -= len(offer.images)
-            if offer.comparison.shadow == self.identity:  # otherwise it was made for the previous shadow
-                offers.append(offer)
-                num_images += len(offer.images)
-        return [] if self._is_new or self._has_ended else offers
-
-    def _next(self, *, waits: bool) -> _Offer | None:
-        try:
-            return self._offers.get(block=waits)
-        except Empty:
-            return None
+        """Waiting offers, up to a batch, without those made for the previous shadow."""
+        offers = [self._offers.get()]
+        while len(offers) < self._max_batch and not self._offers.empty():
+            offers.append(self._offers.get())
+        shadow = self.model
+        return [offer for offer in offers if offer and shadow and offer.comparison.shadow.digest == shadow.digest]
 
 
 def start_process(config: ServeConfig) -> ModelProcess:
@@ -240,24 +228,25 @@ def start_process(config: ServeConfig) -> ModelProcess:
     return ModelProcess(replace(config, workers=1, model_threads=1, devices=config.devices[:1]), nice=_NICE)
 
 
-def refuse_unfit(served: Identity, shadow: Identity) -> None:
+def refuse_unfit(served: Model, shadow: Model) -> None:
     """Refuses a shadow that cannot answer the requests of the served model."""
     if reason := why_unfit(served, shadow):
         raise Refusal(f"{shadow.name} cannot shadow {served.name}: {reason}; export it for the same images and classes")
 
 
-def why_unfit(served: Identity, shadow: Identity) -> str | None:
+def why_unfit(served: Model, shadow: Model) -> str | None:
     """Why `shadow` cannot answer the requests of `served`; None if it can."""
-    if served.image != shadow.image or served.resize != shadow.resize:
-        return f"it takes images of {_input_of(shadow)}, not of {_input_of(served)}"
-    if len(served.labels) != len(shadow.labels):
-        return f"it has {len(shadow.labels)} labels, not {len(served.labels)}"
-    for index, (expected, found) in enumerate(zip(served.labels, shadow.labels, strict=True)):
+    before, after = served.spec, shadow.spec
+    if (before.image.shape, before.image.resize) != (after.image.shape, after.image.resize):
+        return f"it takes images of {_input_of(after.image)}, not of {_input_of(before.image)}"
+    if len(before.labels) != len(after.labels):
+        return f"it has {len(after.labels)} labels, not {len(before.labels)}"
+    for index, (expected, found) in enumerate(zip(before.labels, after.labels, strict=True)):
         if expected != found:
             return f"its label {index} is {found[:40]!r}, not {expected[:40]!r}"
     return None
 
 
-def _input_of(model: Identity) -> str:
-    size = "x".join(map(str, model.image))
-    return f"{size}, cut from a shorter side of {model.resize}" if model.resize else f"{size}, scaled to it"
+def _input_of(image: ImageSpec) -> str:
+    size = "x".join(map(str, image.shape))
+    return f"{size}, cut from a shorter side of {image.resize}" if image.resize else f"{size}, scaled to it"

@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from common.refusal import Refusal
 from export.model_file.reference import EDGES, KEY, NUM_BINS, PARTS, Drift, Reference, drift, part, read_reference
 from export.runtimes.runtime import Model
-from serve.watching.shared_counts import Counts
+from serve.watching.shared_counts import Counts, buckets
 
 WINDOW = 5_000  # images; drift is measured on the last one to two windows of each process
 MOST_CLASSES = 128  # in /metrics, those predicted most often: about 25 kB
@@ -25,7 +25,7 @@ _LABEL_LENGTH = 80  # characters of a label in /metrics
 _log = logging.getLogger(__name__)
 
 
-class Answers:
+class AnswerCounts:
     """The counts of one model: of all its answers, and as they were one and two windows ago."""
 
     def __init__(self, model: Model) -> None:
@@ -75,24 +75,24 @@ class Answers:
 
 
 class Watch:
-    """Call it with every batch. `collect` is for Prometheus, `card` for GET /model."""
+    """Call it with every batch. `collect` is for Prometheus, `summary` for GET /model."""
 
     def __init__(self) -> None:
-        self._answers: dict[str, Answers] = {}  # by digest; the latest is last
+        self._answers: dict[str, AnswerCounts] = {}  # by digest; the latest is last
         self._lock = threading.Lock()
 
     def __call__(self, model: Model, is_finite: np.ndarray, order: np.ndarray, ranked: np.ndarray) -> None:
         answers = self._answers.get(model.digest) or self.of(model)
         answers.add(is_finite, order, ranked)
 
-    def of(self, model: Model) -> Answers:
+    def of(self, model: Model) -> AnswerCounts:
         """The counts of `model`, which becomes the latest."""
         with self._lock:
-            answers = self._answers.pop(model.digest, None) or Answers(model)
+            answers = self._answers.pop(model.digest, None) or AnswerCounts(model)
             self._answers = dict([*self._answers.items(), (model.digest, answers)][-_KEPT:])
             return answers
 
-    def card(self, model: Model) -> dict[str, Any]:
+    def summary(self, model: Model) -> dict[str, Any]:
         """The counts of the model that answers, and the drift from its reference, if it has one."""
         answers = self.of(model)
         totals = answers.totals()
@@ -121,58 +121,46 @@ class Watch:
 
     def collect(self) -> Iterator[Metric]:
         """Each metric once, with the samples of all models."""
-        families = _families()
+        families = {
+            name: kind(f"diracnet_{name}", text, labels=labels.split())
+            for name, (kind, labels, text) in _FAMILIES.items()
+        }
         for answers in list(self._answers.values()):
-            _add_counts(families, answers)
-            for name, found in answers.drifts().items():
-                labels = [answers.model.digest, name]
-                families["drift"].add_metric(labels, found.value)
-                families["chance"].add_metric(labels, found.chance)
-                families["window"].add_metric(labels, found.num_images)
+            for name, labels, *values in _samples(answers):
+                families[name].add_metric(labels, *values)
         yield from families.values()
 
 
-def _families() -> dict[str, Any]:
-    of_model, of_part = ("digest",), ("digest", "of")
-    return {
-        "images": CounterMetricFamily("diracnet_answered_images", "Images that the model answered", labels=of_model),
-        "nan": CounterMetricFamily(
-            "diracnet_not_a_number_images", "Images whose logits are not finite", labels=of_model
-        ),
-        "classes": CounterMetricFamily(
-            "diracnet_predicted_images",
-            f"Images by predicted class; of more than {MOST_CLASSES} classes the most frequent",
-            labels=("digest", "index", "label"),
-        ),
-        "top_probability": HistogramMetricFamily(
-            "diracnet_top_probability", "Probability of the predicted class", labels=of_model
-        ),
-        "margin": HistogramMetricFamily(
-            "diracnet_margin", "Its difference from the probability of the second class", labels=of_model
-        ),
-        "drift": GaugeMetricFamily(
-            "diracnet_drift", "Share of the latest images that differ from the model's reference", labels=of_part
-        ),
-        "chance": GaugeMetricFamily(
-            "diracnet_drift_chance", "Drift that chance alone exceeds in 5 % of all cases", labels=of_part
-        ),
-        "window": GaugeMetricFamily("diracnet_drift_images", "Images that the drift is measured on", labels=of_part),
-    }
+_CLASSES = f"Images by predicted class; of more than {MOST_CLASSES} classes the most frequent"
+_DRIFT = "Share of the latest images that differ from the model's reference"
+_FAMILIES: dict[str, tuple[type[Any], str, str]] = {  # by name: the kind, its labels and its description
+    "answered_images": (CounterMetricFamily, "digest", "Images that the model answered"),
+    "not_a_number_images": (CounterMetricFamily, "digest", "Images whose logits are not finite"),
+    "predicted_images": (CounterMetricFamily, "digest index label", _CLASSES),
+    "top_probability": (HistogramMetricFamily, "digest", "Probability of the predicted class"),
+    "margin": (HistogramMetricFamily, "digest", "Its difference from the probability of the second class"),
+    "drift": (GaugeMetricFamily, "digest of", _DRIFT),
+    "drift_chance": (GaugeMetricFamily, "digest of", "Drift that chance alone exceeds in 5 % of all cases"),
+    "drift_images": (GaugeMetricFamily, "digest of", "Images that the drift is measured on"),
+}
 
 
-def _add_counts(families: dict[str, Any], answers: Answers) -> None:
+def _samples(answers: AnswerCounts) -> Iterator[tuple[Any, ...]]:
+    """(name of its family, labels, value, or buckets and sum) of one model."""
     digest, labels, totals = answers.model.digest, answers.model.spec.labels, answers.totals()
-    counts = totals[_HEAD:]
-    families["images"].add_metric([digest], totals[_NUM_IMAGES])
-    families["nan"].add_metric([digest], totals[_NOT_A_NUMBER])
-    classes = part(counts, "classes")
+    yield "answered_images", [digest], totals[_NUM_IMAGES]
+    yield "not_a_number_images", [digest], totals[_NOT_A_NUMBER]
+    classes = part(totals[_HEAD:], "classes")
     shown = _most_frequent(classes, MOST_CLASSES) if len(classes) > MOST_CLASSES else range(len(classes))
     for index in shown:
-        families["classes"].add_metric([digest, str(index), labels[index][:_LABEL_LENGTH]], classes[index])
+        yield "predicted_images", [digest, str(index), labels[index][:_LABEL_LENGTH]], classes[index]
     for name, total in (("top_probability", _SUM_TOP), ("margin", _SUM_MARGIN)):
-        up_to = part(counts, name).cumsum().tolist()
-        buckets = [(str(edge), number) for edge, number in zip(EDGES, up_to, strict=True)]
-        families[name].add_metric([digest], [*buckets, ("+Inf", up_to[-1])], totals[total])
+        # The last bin is of what exceeds the last edge too.
+        yield name, [digest], buckets(EDGES, [*part(totals[_HEAD:], name), 0]), totals[total]
+    for name, found in answers.drifts().items():
+        yield "drift", [digest, name], found.value
+        yield "drift_chance", [digest, name], found.chance
+        yield "drift_images", [digest, name], found.num_images
 
 
 def reference_of(model: Model) -> Reference | None:

@@ -103,11 +103,9 @@ class JsonFormatter(logging.Formatter):
         fields = {"time": _now(), "level": record.levelname.lower(), "message": record.getMessage()}
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
-        try:
-            return orjson.dumps(fields).decode()
-        except TypeError:  # a lone surrogate, which UTF-8 cannot encode
-            fields = {name: value.encode(errors="replace").decode() for name, value in fields.items()}
-            return orjson.dumps(fields).decode()
+        # UTF-8 cannot encode a lone surrogate.
+        fields = {name: value.encode(errors="replace").decode() for name, value in fields.items()}
+        return orjson.dumps(fields).decode()
 
 
 class RequestLog:

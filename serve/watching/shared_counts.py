@@ -5,6 +5,7 @@ prometheus_client does the same for its own counters, one number at a time; here
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,11 @@ class Counts:
         paths = [path for path in self._path.parent.glob(f"{name}.*.counts") if path != self._path]
         arrays = [np.fromfile(path) for path in paths if not are_alive or _is_alive(int(path.name.split(".")[1]))]
         return [array for array in arrays if len(array) == len(self.own)]
+
+
+def buckets(edges: Sequence[float], counts: Sequence[float] | np.ndarray) -> list[tuple[str, float]]:
+    """Of a Prometheus histogram, from the counts between `edges` and beyond the last one."""
+    return list(zip([*map(str, edges), "+Inf"], np.cumsum(counts).tolist(), strict=True))
 
 
 def _in_file(path: Path, size: int) -> np.ndarray:

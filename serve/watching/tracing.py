@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from serve.request.predict import Visit
@@ -12,20 +11,19 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-_PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
 def find_tracing(environment: Mapping[str, str] = os.environ) -> "Callable[[Visit], None] | None":
     """A function to call with every finished request; None unless traces are configured."""
     if not any(environment.get(name) for name in _ENDPOINTS) or environment.get("OTEL_SDK_DISABLED") == "true":
         return None
-    if not all(_is_installed(package) for package in _PACKAGES):
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError:
         return None
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-
     resource = Resource.create({"service.name": environment.get("OTEL_SERVICE_NAME", "diracnet")})
     provider = TracerProvider(resource=resource)  # flushes when the process ends
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
@@ -66,10 +64,3 @@ class Tracing:
             start_time=end_ns - int(1e9 * visit.total_s),
         )
         span.end(end_ns)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:  # of a parent package
-        return False

@@ -32,7 +32,7 @@ def subject(tmp_path, make_net, make_spec):
         model = to_onnx(fold_net(make_net(seed=seed)), make_spec(), {"training": {}})
         paths[-1].write_bytes(model.SerializeToString())
     expected = {one.model.digest: softmax(one(pixels))[0] for one in map(OnnxSession, paths)}
-    return Subject(*paths, file.getvalue(), expected)
+    return Subject(*paths, file.getvalue(), "a-net", expected)
 
 
 def is_met(result):
@@ -151,7 +151,7 @@ def test_a_siege_reports_every_answer_and_what_a_healthy_client_notices(subject)
         ),
         Attack("senders that hang up", lambda: [png], hang_up=True, server=attacks.ROOMY),
     ]
-    result = asyncio.run(attacks.siege(subject, "a-net", strangers))
+    result = asyncio.run(attacks.siege(subject, strangers))
     small, lists, infer, hung_up = result["attacks"]
     assert small["answers"] == {"200": 3}
     assert lists["answers"] == {"413": 1}

@@ -19,7 +19,6 @@ import pytest
 from common.refusal import Refusal
 from serve.client import AsyncClient, Bounds, Client
 from serve.client_protocol import (
-    Lost,
     Retry,
     Send,
     ServerProblem,
@@ -297,7 +296,7 @@ def test_no_attempt_starts_after_the_time_is_over():
 
 
 def test_a_slow_answer_is_not_asked_for_twice():
-    assert waits(Lost("http://host", "timed out", is_brief=False), Retry()) == []
+    assert waits(httpx.ReadTimeout("timed out", request=httpx.Request("POST", "http://host")), Retry()) == []
 
 
 def run(*argv):

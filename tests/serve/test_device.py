@@ -5,7 +5,6 @@ import random
 import socket
 import struct
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from devices import LIMITS, Running, running
 from common.refusal import Refusal
 from serve.front_ends.device import _MOST_EACH
 from serve.front_ends.link import Disconnected
-from serve.front_ends.shared_memory import ANSWER_BYTES, DONE, Shape, make_memory, shape_of
+from serve.front_ends.shared_memory import ANSWER, DONE
 from serve.request.limits import Limits
 
 
@@ -103,23 +102,22 @@ def test_an_image_of_another_size_takes_no_slot(runtime, pixels):
 # What a front end sends that somebody has taken over
 
 
-def request(*pairs):
-    return b"".join(struct.pack("=II", slot, generation) for slot, generation in pairs)
+def request(*slots):
+    return struct.pack(f"={len(slots)}I", *slots)
 
 
-def raw(it, num_slots=None, file=None):
-    """A connection that has shared memory of `num_slots`, or another file."""
+def raw(it):
+    """A connection that leaves its memory alone."""
     ours, theirs = socket.socketpair()
     with theirs:
         socket.send_fds(it.door(), [b"c"], [theirs.fileno()])
-    (length,) = struct.unpack("=I", ours.recv(4))
-    assert len(ours.recv(length, socket.MSG_WAITALL)) == length
-    shape = it.device._model.shape
-    shape = replace(shape, num_slots=num_slots or shape.num_slots)
-    memory = make_memory(shape) if file is None else file
-    socket.send_fds(ours, [struct.pack("=I", shape.num_slots)], [memory])
+    _, (memory,), _, _ = socket.recv_fds(ours, 8, 1)
     os.close(memory)
     return ours
+
+
+def answers(connection, num):
+    return np.frombuffer(connection.recv(num * ANSWER.size, socket.MSG_WAITALL), np.uint32).tolist()
 
 
 def is_cut_off(connection):
@@ -140,12 +138,9 @@ def answers_others(it, pixels):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (request((8, 1)), "it names slot 8 of 8"),
-        (request((2**32 - 1, 1)), "it names slot 4294967295 of 8"),
-        (request((3, 1), (3, 2)), "it wrote a slot twice before the answer"),
-        (request((3, 1), (3, 1)), "it wrote a slot twice before the answer"),
-        (request((3, 0)), "it names a slot as it was at another time"),
-        (request((3, 2)), "it names a slot as it was at another time"),
+        (request(8), "it names slot 8 of 8"),
+        (request(2**32 - 1), "it names slot 4294967295 of 8"),
+        (request(3, 3), "it wrote a slot twice before the answer"),
         (random.Random(3).randbytes(64) + b"\xff" * 8, "it "),
     ],
 )
@@ -158,93 +153,48 @@ def test_a_message_that_makes_no_sense_ends_its_connection_alone(runtime, pixels
     assert f"a connection of a front end is closed: {reason}" in caplog.text
 
 
-def test_a_slot_is_not_written_again_before_its_answer(gated, caplog):
+def test_a_slot_is_not_written_again_before_its_answer(gated):
     with running(gated) as it:
         connection = raw(it)
-        connection.sendall(request((0, 1)))
+        connection.sendall(request(0))
         gated.wait()
-        connection.sendall(request((0, 2)))
+        connection.sendall(request(0))
         gated.open()
         # What waits while the model runs is read after the answer: then the slot is free, and this its next turn.
-        answers = np.frombuffer(connection.recv(2 * ANSWER_BYTES, socket.MSG_WAITALL), np.uint32)
-        assert answers.tolist() == [0, 1, DONE, 0, 2, DONE]
-        connection.sendall(request((0, 2)))  # an old one, once more
-        assert is_cut_off(connection)
-    assert "as it was at another time" in caplog.text
+        assert answers(connection, 2) == [0, DONE, 0, DONE]
+        connection.close()
 
 
 def test_half_a_message_waits_for_its_other_half(runtime):
     with running(runtime) as it, raw(it) as connection:
-        for part in (request((0, 1))[:3], request((0, 1))[3:]):
+        for part in (request(0)[:3], request(0)[3:]):
             connection.sendall(part)
-        answers = np.frombuffer(connection.recv(ANSWER_BYTES, socket.MSG_WAITALL), np.uint32)
-        assert answers.tolist() == [0, 1, DONE]
+        assert answers(connection, 1) == [0, DONE]
 
 
-def test_generations_begin_anew_after_the_last_number(runtime):
-    with running(runtime) as it, raw(it) as connection:
-        connection.sendall(request((0, 1)))
-        assert connection.recv(ANSWER_BYTES, socket.MSG_WAITALL)
-        (peer,) = it.device._peers
-        peer._next[0] = 0
-        connection.sendall(request((0, 0)))
-        assert connection.recv(ANSWER_BYTES, socket.MSG_WAITALL)
-
-
-def memory_of(num_bytes, seals=True):
-    shape = Shape(1, (1, 1, num_bytes - 8), 1)
-    file = make_memory(shape)
-    assert os.fstat(file).st_size == num_bytes
-    if seals:
-        return file
-    os.close(file)
-    file = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
-    os.ftruncate(file, num_bytes)
-    return file
-
-
-@pytest.mark.parametrize(
-    ("num_slots", "make_file", "reason"),
-    [
-        (8, lambda size: memory_of(size + 4), "its memory has"),
-        (8, lambda size: memory_of(size - 4), "its memory has"),
-        (8, lambda size: memory_of(size, seals=False), "and seals 0, not"),
-        (8, lambda size: os.open("/dev/zero", os.O_RDWR), "what it sent is not memory"),
-        (9, lambda size: memory_of(size), "it has 9 slots, and may have 1 to 8"),
-        (2**31, lambda size: memory_of(size), "it has 2147483648 slots, and may have 1 to 8"),
-    ],
-)
-def test_memory_that_is_not_what_it_should_be_ends_its_connection(
-    runtime, pixels, caplog, num_slots, make_file, reason
-):
+def test_nobody_can_resize_the_memory_of_a_connection(runtime, pixels):
     with running(runtime) as it:
-        size = shape_of(runtime.model, LIMITS).num_bytes
-        assert is_cut_off(raw(it, num_slots, make_file(size)))
-        assert answers_others(it, pixels)
-    assert reason in caplog.text
-
-
-def test_a_connection_that_sends_no_memory_is_closed(runtime, pixels, caplog):
-    with running(runtime) as it:
-        for content in (b"\0", b"\1\0\0\0"):
-            ours, theirs = socket.socketpair()
-            with theirs:
-                socket.send_fds(it.door(), [b"c"], [theirs.fileno()])
-            ours.sendall(content)
-            assert is_cut_off(ours)
-        assert answers_others(it, pixels)
-    assert "it sent 1 bytes and 0 files in place of its memory" in caplog.text
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            socket.send_fds(it.door(), [b"c"], [theirs.fileno()])
+            _, (memory,), _, _ = socket.recv_fds(ours, 8, 1)
+            for num_bytes in (0, 2**20):
+                with pytest.raises(PermissionError):
+                    os.ftruncate(memory, num_bytes)
+            os.close(memory)
+            assert answers_others(it, pixels)
 
 
 def test_who_does_not_read_answers_is_cut_off(runtime, caplog):
     with running(runtime) as it:
         connection = raw(it)
-        connection.setblocking(True)
+        while not it.device._peers:
+            pass
         (peer,) = it.device._peers
         try:
-            for generation in range(1, 100_000):
-                connection.sendall(request((0, generation)))
-                while peer.is_open and (peer._area is None or peer._next[0] <= generation or peer._is_busy[0]):
+            for num in range(1, 100_000):
+                connection.sendall(request(0))
+                while peer.is_open and (len(it.batches) < num or peer._num_busy):
                     pass
         except (BrokenPipeError, ConnectionResetError):
             pass
@@ -284,8 +234,8 @@ def test_memory_ends_with_its_connection(runtime):
 
     with running(runtime) as it:
         connection = raw(it)
-        connection.sendall(request((0, 1)))
-        assert connection.recv(ANSWER_BYTES, socket.MSG_WAITALL)
+        connection.sendall(request(0))
+        assert answers(connection, 1) == [0, DONE]
         assert mapped() == 1
         connection.close()
         assert len(it.dial().connect().link.end()) == 0  # whose turn comes after the end of the other
@@ -299,7 +249,7 @@ def test_more_memory_than_there_is_is_refused(monkeypatch, runtime):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(
-        Refusal, match=r"^3,776 bytes of shared memory for pixels cannot be had \(no space left on device"
+        Refusal, match=r"^cannot allocate 3,776 bytes of shared memory for pixels \(no space left on device"
     ):
         Running(runtime, LIMITS)
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from fastapi import Response
-from raw_http import CHUNKED, HEALTH, everything, post, problem_in
+from raw_http import CHUNKED, HEALTH, everything, one_answer, post, problem_in
 
 from serve.request.app import make_app
 from serve.request.connection import MAX_TURNED_AWAY, Connection
@@ -29,7 +29,7 @@ def test_drops_after_an_answer_do_not_keep_a_connection(live, runtime, connect, 
     with live(make_app(runtime, Limits()), http=Connection, timeout_keep_alive=1) as url:
         connection = connect(url)
         connection.sendall(sent)
-        assert connection.recv(65536).startswith(b"HTTP/1.1 ")
+        assert one_answer(connection).startswith(b"HTTP/1.1 ")
         connection.settimeout(0.05)  # between two drops
         for _ in range(1000):
             try:
@@ -138,7 +138,7 @@ def test_connections_beyond_the_limit_are_refused_counted_and_said(live, runtime
     with caplog.at_level(logging.WARNING), live(make_app(runtime, Limits(max_connections=1)), http=Told) as url:
         first = connect(url)
         first.sendall(HEALTH)
-        assert first.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert one_answer(first).startswith(b"HTTP/1.1 200 ")
         for _ in range(2):
             lost.clear()
             beyond = connect(url)
@@ -153,7 +153,7 @@ def test_connections_beyond_the_limit_are_refused_counted_and_said(live, runtime
         lost.wait(60)
         again = connect(url)
         again.sendall(HEALTH)
-        assert again.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert one_answer(again).startswith(b"HTTP/1.1 200 ")
     for line in (b"connections 1.0", b"connections_limit 1.0", b"connections_refused_total 2.0"):
         assert b"\ndiracnet_" + line + b"\n" in metrics
     assert [record.getMessage().partition(",")[0] for record in caplog.records] == ["1 connections are open"]
@@ -162,7 +162,7 @@ def test_connections_beyond_the_limit_are_refused_counted_and_said(live, runtime
 def test_a_flood_of_connections_takes_no_more_files_than_are_spared(live, runtime, connect):
     with live(make_app(runtime, Limits(max_connections=1)), http=Connection) as url:
         turned_away = [connect(url) for _ in range(1 + MAX_TURNED_AWAY)][1:]
-        assert all(connection.recv(65536).startswith(b"HTTP/1.1 503 ") for connection in turned_away)
+        assert all(one_answer(connection).startswith(b"HTTP/1.1 503 ") for connection in turned_away)
         assert everything(connect(url)) == b""
 
 

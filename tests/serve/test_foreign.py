@@ -17,7 +17,7 @@ from export.model_file.reading import from_flags
 from export.runtimes.onnx_session import OnnxSession
 from serve.cluster import read_artefact
 from serve.config import ServeConfig
-from serve.processes.serving import _describe, load
+from serve.processes.serving import _runtime_line, load
 from serve.request.app import make_app
 from serve.request.limits import Limits
 
@@ -66,7 +66,7 @@ def sample(tmp_path):
 
 def test_what_is_assumed_is_said_at_the_start_and_by_the_model(sample):
     runtime = OnnxSession(sample.path)
-    line = _describe(runtime)
+    line = _runtime_line(runtime)
     assert "not a file of this project" in line
     assert (
         "assumed: mean 0 0 0, std 1 1 1, images stretched to its input, RGB, answers logits, labels 'class N'" in line

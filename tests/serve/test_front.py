@@ -1,5 +1,6 @@
 """The app of a front end, before a device process in a thread: answers, ends and reloads."""
 
+import asyncio
 import sys
 import threading
 from contextlib import contextmanager
@@ -110,9 +111,7 @@ def test_a_reload_reaches_front_ends_and_loses_nothing_that_is_under_way(live, g
         thread = threading.Thread(target=lambda: old.append(ask(url)))
         thread.start()
         gated.wait()
-        it.device._askers.put(None)  # as SIGHUP does
-        while it.device._model.served.model is gated.model:
-            pass
+        asyncio.run_coroutine_threadsafe(it.device.reload(), it.device._loop)  # as SIGHUP does
         gated.open()
         thread.join(60)
         new = other_runtime.model.digest

@@ -5,7 +5,7 @@ from queue import SimpleQueue
 
 import httpx
 import pytest
-from raw_http import everything
+from raw_http import everything, one_answer
 
 from common.refusal import Refusal
 from serve.config import ServeConfig
@@ -110,7 +110,7 @@ def test_a_form_ends_with_its_first_part_too_many(live, runtime, connect):
     with live(make_app(runtime, Limits(max_images=2))) as url:
         connection = connect(url)
         connection.sendall(head(10_000, "multipart/form-data; boundary=a") + 3 * part)  # and no end
-        answer = connection.recv(65536) + connection.recv(65536)
+        answer = one_answer(connection)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"too-many-images" in answer
 
@@ -163,7 +163,7 @@ def test_overload_leaves_the_accepted_their_answers(live, gated, connect, pixels
         for _ in range(num_requests - max_queue):
             assert refused.acquire(timeout=60)
         gated.open()
-        answers = [connection.recv(65536) for connection in connections]
+        answers = [one_answer(connection) for connection in connections]
     statuses = [answer[9:12] for answer in answers]
     assert statuses.count(b"200") == max_queue
     assert statuses.count(b"503") == num_requests - max_queue
@@ -179,11 +179,11 @@ def test_a_full_server_refuses_before_the_body_has_come(live, gated, connect, pi
         accepted.sendall(head(len(file)) + file)
         gated.wait()
         refused.sendall(head(len(file)))
-        assert refused.recv(65536).startswith(b"HTTP/1.1 503 ")
+        assert one_answer(refused).startswith(b"HTTP/1.1 503 ")
         gated.open()
-        assert accepted.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert one_answer(accepted).startswith(b"HTTP/1.1 200 ")
         refused.sendall(file + head(len(file)) + file)  # the body was dropped; the connection is good for more
-        assert refused.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert one_answer(refused).startswith(b"HTTP/1.1 200 ")
 
 
 def test_all_bodies_together_are_bounded(live, gated, connect, pixels, encode):
@@ -196,11 +196,11 @@ def test_all_bodies_together_are_bounded(live, gated, connect, pixels, encode):
         first.sendall(head(len(file)) + file)
         gated.wait()
         second.sendall(head(len(file)) + file)
-        refused = second.recv(65536)
+        refused = one_answer(second)
         gated.open()
-        assert first.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert one_answer(first).startswith(b"HTTP/1.1 200 ")
         second.sendall(head(len(file)) + file)  # what was held is free again
-        assert second.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert one_answer(second).startswith(b"HTTP/1.1 200 ")
     assert refused.startswith(b"HTTP/1.1 503 ")
     assert b"urn:diracnet:problem:overloaded" in refused
     assert b"retry-after: 1" in refused
@@ -220,7 +220,7 @@ def test_a_connection_that_is_slow_with_its_headers_is_closed(live, runtime, con
         connection = connect(url)
         for _ in range(requests_before):
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
-            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+            assert one_answer(connection).startswith(b"HTTP/1.1 200 ")
         connection.sendall(sent)
         assert everything(connection) == b""
 
@@ -245,7 +245,7 @@ def test_a_body_may_take_longer_than_headers(live, runtime, connect, pixels, enc
         connection.sendall(head(len(file)))
         assert timers.get(timeout=60) is None
         connection.sendall(file)
-        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert one_answer(connection).startswith(b"HTTP/1.1 200 ")
 
 
 def test_processes_share_limits_and_each_has_room_for_one_request():

@@ -204,7 +204,7 @@ def test_nothing_is_traced_unless_somebody_asks(monkeypatch):
     assert tracing.find_tracing({**endpoint, "OTEL_SDK_DISABLED": "true"}) is None
     asked = tracing.find_tracing(endpoint)
     assert isinstance(asked, tracing.Tracing)
-    monkeypatch.setattr(tracing, "_PACKAGES", ("opentelemetry.missing",))
-    assert tracing.find_tracing(endpoint) is None
-    monkeypatch.setattr(tracing, "_PACKAGES", ("missing.package",))
-    assert tracing.find_tracing(endpoint) is None
+    for package in ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter"):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, package, None)  # it cannot be imported
+            assert tracing.find_tracing(endpoint) is None

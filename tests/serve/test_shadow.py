@@ -18,7 +18,7 @@ from common.refusal import Refusal
 from export.runtimes.probabilities import probabilities
 from serve.config import ServeConfig
 from serve.model.load import Roles
-from serve.model.process import BatchFailed, Identity, ProcessFailed
+from serve.model.process import BatchFailed, ProcessFailed
 from serve.request.access import Access
 from serve.request.app import make_app
 from serve.request.limits import Limits
@@ -35,7 +35,7 @@ class Process:
     """In the place of a process: answers as `answer` does."""
 
     def __init__(self, runtime, answer=None):
-        self.identity, self.num_asked = Identity.of(runtime.model, "fake"), 0
+        self.model, self.description, self.num_asked = runtime.model, "fake", 0
         self._answer, self._killed = answer or runtime, threading.Event()
 
     def __enter__(self):
@@ -173,15 +173,22 @@ def test_probabilities_are_compared_with_probabilities(shadowed, runtime, pixels
 
 
 def test_what_does_not_fit_is_said_by_field(runtime):
-    served = Identity.of(runtime.model)
+    served = runtime.model
     assert why_unfit(served, served) is None
+    image = served.spec.image
     for fields, reason in (
-        ({"image": (9, 8, 3)}, "it takes images of 9x8x3, cut from a shorter side of 8, not of 8x8x3, cut from"),
-        ({"resize": None}, "it takes images of 8x8x3, scaled to it, not of 8x8x3, cut from a shorter side of 8"),
+        (
+            {"image": replace(image, height=7)},
+            "it takes images of 7x8x3, cut from a shorter side of 8, not of 8x8x3, cut from",
+        ),
+        (
+            {"image": replace(image, resize=None)},
+            "it takes images of 8x8x3, scaled to it, not of 8x8x3, cut from a shorter side of 8",
+        ),
         ({"labels": ("a", "b")}, "it has 2 labels, not 10"),
-        ({"labels": (*served.labels[:9], "x")}, "its label 9 is 'x', not 'label 9'"),
+        ({"labels": (*served.spec.labels[:9], "x")}, "its label 9 is 'x', not 'label 9'"),
     ):
-        assert why_unfit(served, replace(served, **fields)).startswith(reason)
+        assert why_unfit(served, replace(served, spec=replace(served.spec, **fields))).startswith(reason)
 
 
 def test_a_reload_to_other_labels_pauses_the_comparison(runtime, shadowed, pixels, encode, caplog):
@@ -242,18 +249,17 @@ def test_a_promotion_that_fails_leaves_both_where_they_are(shadowed, runtime, ot
 
 
 def test_probabilities_are_compared_at_the_temperature_of_each_model(runtime, pixels):
-    mine = Identity.of(replace(runtime.model, spec=replace(runtime.model.spec, temperature=0.5)))
-    theirs = replace(mine, digest="another", gives_probabilities=True, temperature=1.0)
+    mine = replace(runtime.model, spec=replace(runtime.model.spec, temperature=0.5))
+    theirs = replace(mine, digest="another", reading=SimpleNamespace(scores="probabilities"))
     comparison, logits = Comparison(mine, theirs), runtime(pixels)
     comparison.compare(logits, reference.softmax(logits, 0.5))
-    assert comparison.card()["largest_difference"] < 1e-12
+    assert comparison.summary()["largest_difference"] < 1e-12
     comparison.compare(logits, reference.softmax(logits))
-    assert comparison.card()["largest_difference"] > 0.01
+    assert comparison.summary()["largest_difference"] > 0.01
 
 
 def test_the_alerts_ask_for_what_is_there(runtime, other_runtime):
-    identities = Identity.of(runtime.model), Identity.of(other_runtime.model)
-    families = [*Watch().collect(), *Comparison(*identities).metrics()]
+    families = [*Watch().collect(), *Comparison(runtime.model, other_runtime.model).metrics()]
     names = {family.name + ("_total" if family.type == "counter" else "") for family in families}
     shown = TestClient(make_app(runtime, Limits())).get("/metrics").text
     names |= set(re.findall(r"^diracnet_probe_\w+", shown, flags=re.MULTILINE))

@@ -184,11 +184,11 @@ def test_workers_count_together_and_only_living_ones_have_a_latest_window(togeth
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
         found = Watch()
         found(model, np.ones(num, bool), *ranked(drawn(num)))
-    assert found.card(model)["answers"]["images"] == 14
+    assert found.summary(model)["answers"]["images"] == 14
     assert found.of(model).drifts()["classes"].num_images == 7
     again = Watch()  # as if a process of the same number had taken the place
     again(model, np.array([True, False]), *ranked(drawn(2)))
-    assert again.card(model)["answers"] | {"images": 15, "not_a_number": 1} == again.card(model)["answers"]
+    assert again.summary(model)["answers"] | {"images": 15, "not_a_number": 1} == again.summary(model)["answers"]
 
 
 def test_a_disk_without_room_costs_the_sum_and_nothing_else(together, monkeypatch, caplog):
