@@ -74,7 +74,6 @@ def _make(model: Model, path: Path, precision: str, answer: Answer, **more: Any)
 
 
 def _open_torch(path: Path) -> Artefact:
-    """A checkpoint or a plain net."""
     import torch
 
     from fold.plain import load_plain

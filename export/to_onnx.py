@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -39,9 +39,7 @@ Made = tuple["onnx.ModelProto", dict[str, Any], bool]  # a graph, what it says o
 class ToOnnxConfig:
     plain: Annotated[Path, "a plain net of fold/run.py"]
     out: Annotated[Path | None, "file to write (default: the same name with .onnx)"] = None
-    precision: Annotated[Literal["fp32", "fp16", "int8", "fp8"], "eight bits are calibrated on training images"] = (
-        "fp32"
-    )
+    precision: Annotated[Literal["fp32", "fp16", "int8", "fp8"], "eight bits: calibrated on training images"] = "fp32"
     lowering: Annotated[
         Literal["auto", Lowering] | None,
         "how NCReLU and convolution are written; auto: the fastest in ONNX Runtime on this machine "
@@ -49,9 +47,7 @@ class ToOnnxConfig:
     ] = None
     batch_sizes: Annotated[tuple[int, ...], "with --lowering auto: the batches to be fast at"] = (1, 8, 32)
     target: Annotated[Literal["onnxruntime", "tensorrt"], "with int8: who runs it; fp8 is for tensorrt"] = "onnxruntime"
-    dataset: Annotated[DatasetName | None, "eight bits: calibrate and test on this (default: what the net learnt)"] = (
-        None
-    )
+    dataset: Annotated[DatasetName | None, "eight bits: calibrate and test on it (default: what the net learnt)"] = None
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     calibration_images: Annotated[int, "training images whose activations set the ranges"] = 512
     allow_drop: Annotated[bool, "exit 0 even where eight bits lose more than 0.3 points of test accuracy"] = False
@@ -117,8 +113,6 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
-    from dataclasses import asdict
-
     from rich.table import Table
 
     from common.cores import num_cores
@@ -148,8 +142,6 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
 
 def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     """The candidate that loses least on training images; the record says what it costs on the test images."""
-    from dataclasses import asdict
-
     import numpy as np
 
     from export.compare import ALLOWED_DROP, INT8_AGREEMENT
