@@ -5,7 +5,7 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from common.documents import is_of, read_json, read_object, wrong_fields
 from common.files import read_whole
@@ -167,14 +167,19 @@ def read_description(path: Path) -> ReadingHints:
     """The hints that export/describe.py wrote; refuses unknown fields and wrong types."""
     again = "write it again with export/describe.py"
     record = read_object(read_whole(path), str(path), todo=again)
-    kinds = {known.name: known.type for known in fields(ReadingHints) if known.name != "sources"}
+    # None is that of a field that the description leaves out.
+    kinds = {known.name: get_args(known.type)[0] for known in fields(ReadingHints) if known.name != "sources"}
     if unknown := sorted({*record} - {*kinds}):
         known = ", ".join(sorted(kinds))
         raise Refusal(f"{path} has the unknown fields {', '.join(unknown)}; known are {known}; {again}")
     if wrong := wrong_fields(record, kinds):
         raise Refusal(f"{path} is not a valid description: {'; '.join(wrong)}; {again}")
-    lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
-    return ReadingHints(**{**record, **lists}).by(path.name)
+    try:
+        numbers = {name: _floats(record[name]) for name in ("mean", "std") if name in record}
+    except OverflowError as error:  # JSON has no largest number
+        raise Refusal(f"{path} is not a valid description: {error}; {again}") from error
+    labels = {"labels": tuple(record["labels"])} if "labels" in record else {}
+    return ReadingHints(**{**record, **numbers, **labels}).by(path.name)
 
 
 def numbers_text(values: tuple[float, ...]) -> str:
