@@ -118,7 +118,7 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
     from common.image import decode
     from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import OnnxSession
-    from export.runtimes.probabilities import softmax
+    from export.runtimes.runtime import probabilities
     from fold.plain import fold_net
     from serve.v2.routes import model_name
 
@@ -128,7 +128,8 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
     other = write_whole(folder / "other.onnx", to_onnx(net, spec, {}).SerializeToString())
     pixels = decode(image, spec.image)[None]
     expected = {
-        one.model.digest: softmax(one(pixels), temperature=spec.temperature)[0] for one in (session, OnnxSession(other))
+        one.model.digest: probabilities(one(pixels), temperature=spec.temperature)[0]
+        for one in (session, OnnxSession(other))
     }
     return Subject(config.model, other, image, model_name(session.model), expected)
 

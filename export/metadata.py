@@ -11,7 +11,7 @@ from common.files import read_whole, write_whole
 from export.model_file.engine_card import card_path, read_card
 from export.model_file.onnx_reader import digest_of, metadata_entry, metadata_places, read_header
 from export.model_file.reference import KEY, Reference, count
-from export.runtimes.probabilities import best
+from export.runtimes.runtime import best
 
 
 def store_reference(path: Path, probabilities: np.ndarray, *, what: str) -> list[str]:

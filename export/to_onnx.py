@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.table import Table
-
 from common.cli import run_command
 from common.files import sha256, write_whole
 from common.progress import make_console, progress
@@ -93,8 +91,8 @@ def command(config: ToOnnxConfig) -> int:
 
 def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     """In fp16, refuses a graph one of whose nodes leaves float16's range on random, extreme or real images."""
+    from export.eight_bits.calibrate import first_overflow
     from export.graphs.graph import to_onnx
-    from export.graphs.observing import first_overflow
     from fold.image_sets import extreme_images, random_images, real_images
     from fold.lower import lower
 
@@ -115,10 +113,12 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
+    from rich.table import Table
+
     from common.cores import num_cores
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
-    from export.runtimes.offline import ort
+    from export.runtimes.onnx_session import ort
     from export.timing import ROUNDS, geometric_means, time_answers
     from fold.lower import distinct_lowerings, lower
 
@@ -208,6 +208,8 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
 
 
 def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:
+    from rich.table import Table
+
     from export.compare import ALLOWED_DROP
 
     table = Table("lowering", "ranges", "logit error", "top-1 agreement")

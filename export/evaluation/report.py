@@ -21,7 +21,7 @@ from export.artefacts import Artefact
 from export.evaluation import figures
 from export.evaluation.answering import Judged, answer_judged
 from export.evaluation.scores import ClassScore, Evaluation, evaluate
-from export.runtimes.probabilities import best
+from export.runtimes.runtime import best
 
 NUM_SHOWN, NUM_DRAWN = 48, 24  # of the surest mistakes, in the page and in mistakes.png
 NUM_CONFUSIONS = 10

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from common.interval import interval
-from export.runtimes.probabilities import best, without_temperature
+from export.runtimes.runtime import best, without_temperature
 
 NUM_BINS = 15  # of confidence, of equal width: those of Guo et al. 2017, section 2, whose error this is
 NUM_DRAWS = 500  # of what a perfectly calibrated model would show

@@ -55,7 +55,7 @@ def check_foreign(form: Artefact) -> Iterator[CheckedClaim]:
     hints = find_hints(form.path, read_header(form.path, read_whole(form.path)).metadata)
     scores = form.answer(probe_images(form.spec.image))
     are_shares, say_so = bool(((scores >= 0) & (scores <= 1)).all()), hints.scores == "probabilities"
-    for name, source in sorted(dict(hints.sources).items()):
+    for name, source in sorted(hints.sources.items()):
         claim, recorded = f"{name}, by {source}", shown(str(getattr(hints, name)))
         if name == "labels":
             num = scores.shape[1]

@@ -17,7 +17,7 @@ from common.cli import run_command
 from common.files import write_whole
 from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
-from export.runtimes.probabilities import softmax
+from export.runtimes.runtime import probabilities
 from fold.plain import fold_net
 from serve.request.connection import MAX_TURNED_AWAY
 
@@ -31,7 +31,7 @@ def subject(tmp_path, make_net, make_spec):
         paths.append(tmp_path / f"{seed}.onnx")
         model = to_onnx(fold_net(make_net(seed=seed)), make_spec(), {"training": {}})
         paths[-1].write_bytes(model.SerializeToString())
-    expected = {one.model.digest: softmax(one(pixels))[0] for one in map(OnnxSession, paths)}
+    expected = {one.model.digest: probabilities(one(pixels))[0] for one in map(OnnxSession, paths)}
     return Subject(*paths, file.getvalue(), "a-net", expected)
 
 

@@ -15,8 +15,7 @@ from common.files import sha256
 from export import to_triton, triton_repository
 from export.engines.engine import build_engine
 from export.model_file.engine_card import card_path
-from export.runtimes.offline import ort
-from export.runtimes.onnx_session import OnnxSession
+from export.runtimes.onnx_session import OnnxSession, ort
 from export.triton_repository import ONNX_RUNTIME, Source, config_text
 
 
