@@ -70,10 +70,17 @@ def is_of(value: Any, kind: Any) -> bool:
 def wrong_fields(record: Mapping[str, Any], kinds: Mapping[str, Any]) -> list[str]:
     """The fields that are not of their annotated types: "mean cannot be 3 (expected: a list of numbers)"."""
     return [
-        f"{name} cannot be {value!r} (expected: {_in_words(kinds[name])})"
+        f"{name} cannot be {repr(_culprit(value, kinds[name]))[:80]} (expected: {_in_words(kinds[name])})"
         for name, value in record.items()
         if not is_of(value, kinds[name])
     ]
+
+
+def _culprit(value: Any, kind: Any) -> Any:
+    """The first wrong entry of a list of any length, or else the value."""
+    if not (isinstance(value, list) and get_origin(kind) is tuple and ... in get_args(kind)):
+        return value
+    return next(entry for entry in value if not is_of(entry, get_args(kind)[0]))
 
 
 def read_fields(message: bytes | memoryview) -> Iterator[tuple[int, memoryview | int | None, slice]]:

@@ -121,10 +121,8 @@ class Spec:
         """The inverse of `to_dict`; refuses fields that are missing, unknown or of the wrong type."""
         try:
             image = dict(fields["image"])
-            for key in ("height", "width", "channels"):
-                image[key] = _whole(image[key])
-            for key in ("mean", "std"):
-                image[key] = tuple(float(value) for value in image[key])
+            image |= {key: _whole(image[key]) for key in ("height", "width", "channels")}
+            image |= {key: tuple(float(value) for value in image[key]) for key in ("mean", "std")}
             image["resize"] = None if image["resize"] is None else _whole(image["resize"])
             rest = {key: value for key, value in fields.items() if key != "image"}
             image, labels = ImageSpec(**image), tuple(str(label) for label in rest.pop("labels"))
@@ -132,7 +130,7 @@ class Spec:
                 return cls.of_net(str(rest.pop("net")), image, labels, **rest)
             rest |= {"family": str(rest["family"]), "depth": _whole(rest["depth"]), "width": float(rest["width"])}
             return cls(image=image, labels=labels, **rest)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise Refusal(f"the model's spec is damaged: {error!r}") from error
 
     @classmethod

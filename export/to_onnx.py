@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.table import Table
-
 from common.cli import run_command
 from common.files import sha256, write_whole
 from common.progress import make_console, progress
@@ -115,6 +113,8 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
+    from rich.table import Table
+
     from common.cores import num_cores
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
@@ -208,6 +208,8 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
 
 
 def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:
+    from rich.table import Table
+
     from export.compare import ALLOWED_DROP
 
     table = Table("lowering", "ranges", "logit error", "top-1 agreement")

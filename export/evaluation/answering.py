@@ -21,7 +21,6 @@ from common.spec import DatasetName, ImageSpec, Published
 from export.artefacts import Artefact
 from export.runtimes.cascade import Cascade
 from export.runtimes.runtime import probabilities
-from train.checkpoint import Checkpoint
 from train.data import datasets
 from train.data.datasets import num_bytes
 from train.data.folder import (
@@ -135,7 +134,7 @@ def find_judged(
     does not fit its record, and a folder without a class that the model has.
     """
     training = form.provenance.get("training", {})
-    if isinstance(form.source, Checkpoint):  # which says more than the files made from it
+    if form.path.suffix == ".pt":  # a checkpoint says more than the files made from it
         training = form.source.config
     learnt = training.get("dataset")
     name = dataset or learnt or ("folder" if data_dir else None)

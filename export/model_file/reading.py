@@ -5,10 +5,10 @@ import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from common.documents import is_of, read_json, read_object, wrong_fields
-from common.files import read_whole
+from common.files import read_labels, read_whole
 from common.refusal import Refusal
 
 Channels = Literal["rgb", "bgr"]
@@ -141,7 +141,7 @@ def from_flags(flags: ReadingFlags) -> ReadingHints:
     if flags.probabilities and flags.logits:
         raise Refusal("--probabilities and --logits exclude each other; give one of them")
     unchanged = {name: getattr(flags, name) for name in ("resize", "channels", "output", "temperature")}
-    labels = _read_labels(flags.labels) if flags.labels else None
+    labels = read_labels(flags.labels) if flags.labels else None
     scores = "probabilities" if flags.probabilities else "logits" if flags.logits else None
     hints = ReadingHints(flags.mean or None, flags.std or None, labels=labels, scores=scores, **unchanged)
     return hints.by(_COMMAND_LINE)
@@ -167,25 +167,23 @@ def read_description(path: Path) -> ReadingHints:
     """The hints that export/describe.py wrote; refuses unknown fields and wrong types."""
     again = "write it again with export/describe.py"
     record = read_object(read_whole(path), str(path), todo=again)
-    kinds = {known.name: known.type for known in fields(ReadingHints) if known.name != "sources"}
+    # None is that of a field that the description leaves out.
+    kinds = {known.name: get_args(known.type)[0] for known in fields(ReadingHints) if known.name != "sources"}
     if unknown := sorted({*record} - {*kinds}):
         known = ", ".join(sorted(kinds))
         raise Refusal(f"{path} has the unknown fields {', '.join(unknown)}; known are {known}; {again}")
     if wrong := wrong_fields(record, kinds):
         raise Refusal(f"{path} is not a valid description: {'; '.join(wrong)}; {again}")
-    lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
-    return ReadingHints(**{**record, **lists}).by(path.name)
+    try:
+        numbers = {name: _floats(record[name]) for name in ("mean", "std") if name in record}
+    except OverflowError as error:  # JSON has no largest number
+        raise Refusal(f"{path} is not a valid description: {error}; {again}") from error
+    labels = {"labels": tuple(record["labels"])} if "labels" in record else {}
+    return ReadingHints(**{**record, **numbers, **labels}).by(path.name)
 
 
 def numbers_text(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:g}" for value in values)
-
-
-def _read_labels(path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(line.strip() for line in read_whole(path).decode("utf-8-sig").rstrip().splitlines())
-    except UnicodeDecodeError as error:
-        raise Refusal(f"{path} is not a text file in UTF-8; write one label a line") from error
 
 
 def _of_ultralytics(metadata: dict[str, str]) -> ReadingHints:

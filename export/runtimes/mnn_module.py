@@ -129,13 +129,13 @@ def _convert(path: Path, content: bytes) -> FileIO:
         try:
             source.write_bytes(content)
             done = subprocess.run(argv, cwd=name, capture_output=True, timeout=_CONVERT_S)
+            if done.returncode != 0 or not converted.exists():
+                raise Refusal(f"{path} cannot be loaded: MNN's converter refuses it; export it again")
+            return FileIO(converted)
         except subprocess.TimeoutExpired as error:
             raise Refusal(f"{path}: MNN's converter does not finish; use --runtime onnxruntime") from error
         except OSError as error:
             raise Refusal(f"{path} cannot be loaded by MNN: {error}; use --runtime onnxruntime") from error
-        if done.returncode != 0 or not converted.exists():
-            raise Refusal(f"{path} cannot be loaded: MNN's converter refuses it; export it again")
-        return FileIO(converted)
 
 
 class _Worker:

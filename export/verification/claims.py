@@ -182,7 +182,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "training.test_accuracy": _share_or_none,
     "training.init_sha256": _sha256,
     "training.authors_sha256": _sha256,
-    "fold.weights_sha256": _sha256,  # of a net of your own
+    "fold.weights_sha256": lambda value: None if value is None else _sha256(value),  # of a net of your own
     "fold.checkpoint_sha256": _sha256,
     "fold.dirac_parameters": _count,
     "fold.convolutions": lambda pair: _count(pair[1]),  # of a graph, after the fold

@@ -301,17 +301,21 @@ def test_a_record_of_the_wrong_kind_is_no_claim(value):
 
 @pytest.mark.slow
 def test_a_graph_of_ones_own_net_is_read(tmp_path, run):
-    from fold.sources import Asked, from_made
+    from fold.sources import from_made
 
     torch.manual_seed(0)
     made = Made(
         ThisMorning().eval(), "nets.py:make", {"made_by": "nets.py:make"}, (32, 32), (0.5,) * 3, (0.2,) * 3, None, ()
     )
-    source = from_made(made, Asked(None, (), (), (), None, ()))
+    source = from_made(made)
     path = tmp_path / "plain.safetensors"
     save_plain(path, source.plain.float(), source.spec, source.provenance)
     status, rows = run(path)
     assert (status, rows["convolutions after the fold"]["verdict"]) == (0, "same")
+    source.provenance["fold"]["weights_sha256"] = None  # as fold/run.py records a net that was given no weights
+    save_plain(path, source.plain.float(), source.spec, source.provenance)
+    status, rows = run(path)
+    assert (status, with_verdict(rows, "differs")) == (0, [])
     assert any(claim.startswith("fold: made_by") for claim in with_verdict(rows, "cannot be checked here"))
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"as they were given")
