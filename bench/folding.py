@@ -1,6 +1,7 @@
 """python bench/folding.py: seconds and memory of folding and exporting, by the size of the net."""
 
 import sys
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from math import log
@@ -12,6 +13,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.process import cost_of, in_fresh_process
 from bench.lab.rounds import turns
 from common.cli import run_command
 from common.progress import make_console, progress
@@ -45,9 +47,6 @@ class FoldingConfig:
 
 def command(config: FoldingConfig) -> None:
     """Fold and export nets of 1 to 59 million parameters and one of 400 layers, each in its own process."""
-    import tempfile
-
-    from bench.lab.process import cost_of, in_fresh_process
     from bench.nets import make_checkpoint
     from export import to_onnx
     from fold import run as fold

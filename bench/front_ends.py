@@ -21,6 +21,7 @@ from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
 from bench.lab.wrk import put_load, refuse_without_tools
 from common.cli import POSITIONAL, run_command
 from common.files import read_whole
+from common.progress import make_console, progress
 from common.refusal import Refusal
 
 EXAMPLES = (
@@ -82,7 +83,6 @@ def command(config: FrontEndsConfig) -> int:
 
 def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
     from bench.servers.simulated import hand_over
-    from common.progress import make_console, progress
 
     refuse_without_tools()
     rounds: list[dict[str, dict[str, float]]] = []

@@ -1,19 +1,26 @@
 """python bench/gpu_check.py: build, run, compare and time every form of a net on this machine's GPU."""
 
+import json
+import os
+import re
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from rich.console import Console
+
+from bench.gpu import plan
 from bench.lab.page import describe_machine, render, spread, table, typed_command, write_page
 from common.cli import POSITIONAL, run_command
+from common.files import read_whole, write_whole
+from common.progress import make_console
 from common.refusal import Refusal
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "models" / "fashion-mnist.safetensors"
@@ -58,12 +65,6 @@ def command(config: GpuCheckConfig) -> int:
     A runtime that fails becomes a row with its reason. Exits with status 1 if a test fails, nothing runs, or
     a result is beyond its tolerance.
     """
-    import json
-
-    from bench.gpu import plan
-    from common.files import read_whole, write_whole
-    from common.progress import make_console
-
     console = make_console()
     if config.render:
         text = page(json.loads(read_whole(config.render)))
@@ -83,12 +84,8 @@ def command(config: GpuCheckConfig) -> int:
     return int(not verdicts or False in verdicts or (tests is not None and not tests["passed"]))
 
 
-def _measure_all(config: GpuCheckConfig, console: "Console") -> dict[str, Any]:
+def _measure_all(config: GpuCheckConfig, console: Console) -> dict[str, Any]:
     """The record of the nets that fit into the budget; it and its page are written after each net."""
-    import os
-    import re
-    import time
-
     if config.device == "cuda":
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # for every library of NVIDIA, before any is loaded
     machine = machine_of(config.device)
@@ -120,10 +117,8 @@ def _measure_all(config: GpuCheckConfig, console: "Console") -> dict[str, Any]:
     return record
 
 
-def _run_tests(console: "Console") -> dict[str, Any]:
+def _run_tests(console: Console) -> dict[str, Any]:
     """tests/gpu in a separate process."""
-    import subprocess
-
     console.print("tests/gpu")
     argv = [sys.executable, "-m", "pytest", "tests/gpu", "-q"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
@@ -134,8 +129,6 @@ def _run_tests(console: "Console") -> dict[str, Any]:
 
 def machine_of(device: str) -> dict[str, str]:
     """GPU, driver, host and versions as text; refuses if there is no CUDA device."""
-    import subprocess
-
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

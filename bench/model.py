@@ -8,8 +8,13 @@ from typing import Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.page import typed_command, write_page
+from bench.runtimes.page import page
 from bench.runtimes.racers import RACES
 from common.cli import run_command
+from common.documents import read_object
+from common.files import read_whole
+from common.progress import make_console
 from common.refusal import Refusal
 
 EXAMPLES = (
@@ -59,12 +64,7 @@ def command(config: ModelConfig) -> int:
     written; continue an interrupted run with --nets. Exit status 1 where the logits of a row in float32
     are not those of the plain net.
     """
-    from bench.lab.page import typed_command, write_page
-    from bench.runtimes.page import page
     from bench.runtimes.race import measure
-    from common.documents import read_object
-    from common.files import read_whole
-    from common.progress import make_console
 
     console, typed, config = make_console(), typed_command("bench/model.py", config), config.resolved()
     path, record = config.out / "model.json", {"nets": {}}

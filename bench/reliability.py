@@ -1,6 +1,8 @@
 """python bench/reliability.py: overload, SIGTERM, SIGHUP, kill -9 and attacks, on this machine alone."""
 
+import json
 import sys
+import tempfile
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ if __name__ == "__main__":
 from bench.lab.page import bars_table, describe_machine, render, report_missed, typed_command
 from bench.lab.server import IMAGE, MODEL, ROOT
 from common.cli import POSITIONAL, run_command
+from common.files import read_whole, write_whole
+from common.progress import make_console, progress
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -58,10 +62,6 @@ def command(config: ReliabilityConfig) -> int:
 
     Writes a record and its page. Exit status 1 if a measured bar is missed.
     """
-    import json
-
-    from common.files import read_whole, write_whole
-
     path = config.out / "benchmarks" / "reliability.json"
     if config.render:
         record = json.loads(read_whole(config.render))
@@ -75,12 +75,9 @@ def command(config: ReliabilityConfig) -> int:
 
 def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any]:
     """`record` with the chosen parts measured anew; it says which of them were measured alone."""
-    import tempfile
-
     import uvloop
 
     from bench.servers import attacks, faults
-    from common.progress import make_console, progress
 
     seconds, rounds, reloads = (3.0, 1, 4) if config.quick else (config.seconds, config.rounds, config.reloads)
     about = {
@@ -114,7 +111,6 @@ def _subject(config: ReliabilityConfig, folder: Path) -> "Subject":
     """The model and one of the same architecture with random weights, and their outputs for the image."""
     from bench.nets import random_net
     from bench.servers.faults import Subject
-    from common.files import read_whole, write_whole
     from common.image import decode
     from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import OnnxSession

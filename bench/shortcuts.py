@@ -5,16 +5,17 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.rounds import turns
+from bench.lab.server import IMAGE, MODEL, ROOT, Server, free_port
+from bench.lab.wrk import put_load, refuse_without_tools
 from common.cli import run_command
-
-if TYPE_CHECKING:
-    from bench.lab.server import Server
+from common.progress import make_console, progress
 
 EXAMPLES = (
     "python bench/shortcuts.py                      # three minutes, on two quiet cores with wrk and taskset",
@@ -37,10 +38,6 @@ class ShortcutsConfig:
 
 def command(config: ShortcutsConfig) -> None:
     """Race the server with all shortcuts against the server without each one of them."""
-    from bench.lab.rounds import turns
-    from bench.lab.wrk import refuse_without_tools
-    from common.progress import make_console, progress
-
     refuse_without_tools()
     rounds, seconds = (1, 1) if config.quick else (config.rounds, config.seconds)
     results: Rounds = {name: {str(num): [] for num in CONNECTIONS} for name in (ALL, *SHORTCUTS)}
@@ -53,10 +50,8 @@ def command(config: ShortcutsConfig) -> None:
     publish(config, "shortcuts", page, machine=machine, results=results)
 
 
-def start_without(name: str, *options: str) -> "Server":
+def start_without(name: str, *options: str) -> Server:
     """The server of the bundled model on core 0, without the shortcut `name` or, with `ALL`, as it is."""
-    from bench.lab.server import MODEL, ROOT, Server, free_port
-
     switch_off = "" if name == ALL else SHORTCUTS[name][1]
     program = f"import gc, runpy\n{switch_off}\nrunpy.run_path('serve/run.py', run_name='__main__')"
     port = free_port()
@@ -66,9 +61,6 @@ def start_without(name: str, *options: str) -> "Server":
 
 def _measure(name: str, seconds: int, results: Rounds) -> None:
     """Put one server under load with each number of connections."""
-    from bench.lab.server import IMAGE
-    from bench.lab.wrk import put_load
-
     with start_without(name, "--log-level", "error") as server:
         for num in CONNECTIONS:
             load = partial(put_load, server.url, "/predict", "image/png", [IMAGE], num_connections=num)

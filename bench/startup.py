@@ -20,6 +20,8 @@ from bench.lab.process import in_fresh_process
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, start
 from common.cli import POSITIONAL, run_command
+from common.files import write_whole
+from common.progress import make_console, progress
 from common.refusal import Refusal
 
 NUM_REQUESTS = 100
@@ -46,8 +48,6 @@ class StartupConfig:
 
 def command(config: StartupConfig) -> None:
     """Start the server again and again, wait until /readyz answers 200, send 100 requests, and read its memory."""
-    from common.progress import make_console, progress
-
     rounds = 3 if config.quick else config.rounds
     with tempfile.TemporaryDirectory() as folder:
         paths = config.models or (in_fresh_process(_write_small_model, Path(folder)), MODEL)
@@ -139,7 +139,6 @@ def _package(module: str) -> str:
 def _write_small_model(folder: Path) -> Path:
     """DiracNet-10-0.25 for digits, random weights, as export/to_onnx.py writes it."""
     from bench.nets import random_net
-    from common.files import write_whole
     from common.spec import Spec
     from export.graphs.graph import to_onnx
     from fold.lower import lower

@@ -12,17 +12,14 @@ from copy import deepcopy
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bench.lab.rounds import median_ms
 
-if TYPE_CHECKING:
-    from export.runtimes.load import RuntimeName
-
 Result = dict[str, Any]
-RUNTIMES: tuple["RuntimeName", ...] = ("onnxruntime", "torch")  # available on a GPU without TensorRT
+RUNTIMES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")  # available on a GPU without TensorRT
 HELD_OUT = Path(__file__).resolve().parents[2] / "models" / "held-out"
 
 
@@ -228,14 +225,13 @@ def server(device: str, path: str) -> Iterator[Result]:
 
 
 async def _load(port: int, image: bytes, num_connections: int, seconds: float = 3.0) -> Result:
-    from bench.lab.load import Load, Reply, predict_request
+    from bench.lab.load import Load, predict_request
 
-    replies: list[Reply] = []
-    load = Load(port, predict_request(image), replies.append, num_connections=num_connections)
+    load = Load(port, predict_request(image), num_connections=num_connections)
     await load.saturate(seconds)
-    times_ms = [1000 * reply.seconds for reply in replies if reply.status == 200]
-    percentiles = zip(("p50_ms", "p99_ms"), np.percentile(times_ms, (50, 99)).tolist(), strict=True) if times_ms else ()
-    return {"requests_per_s": len(times_ms) / seconds, **dict(percentiles), "failures": len(replies) - len(times_ms)}
+    num = load.statuses().get("200", 0)
+    percentiles = {f"p{percent}_ms": load.percentile_ms(200, percent) for percent in (50, 99) if num}
+    return {"requests_per_s": num / seconds, **percentiles, "failures": len(load.replies) - num}
 
 
 STEPS: dict[str, Callable[..., Iterator[Result]]] = {

@@ -11,14 +11,19 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
+from rich.console import Console
 
+from bench.lab.process import in_fresh_process
+from bench.lab.rounds import turns
 from bench.lab.server import ROOT, START_S, Server
 from bench.lab.wrk import put_load
 from bench.nets import count_macs, random_net
 from bench.servers.contestants import Contestant, Way
 from bench.servers.page import CONNECTIONS
+from bench.servers.request_steps import time_alone
 from common.files import write_whole
 from common.image import decode
+from common.progress import progress
 from common.refusal import Refusal
 from common.spec import Spec
 from export.graphs.graph import to_onnx
@@ -28,6 +33,7 @@ from fold.lower import lower
 from fold.plain import fold_net
 from train.data.datasets import info_of
 
+SERVERS_CORE = 0
 # Family, depth, width and nonlinearity of the seeded random nets for 28x28 grey images that all servers serve.
 SIZES = {"small": ("pooled", 16, 1.0, "relu"), "large": ("cifar", 16, 1.0, "ncrelu")}
 
@@ -67,13 +73,35 @@ def write_net(size: str, contestants: Sequence[Contestant], folder: Path) -> Ser
         "title": f"{spec.name}, {family}, {nonlinearity}",
         "macs": count_macs(plain, info.image),
         "alone": {},
-        "rows": [_empty_row(one.name, way.title) for one in contestants for way in one.ways],
+        "rows": [
+            {"server": one.name, "title": way.title, "failed": None, "loads": {str(num): [] for num in CONNECTIONS}}
+            for one in contestants
+            for way in one.ways
+        ],
     }
     return ServedNet(path, pngs, expected, record)
 
 
-def _empty_row(server: str, title: str) -> dict[str, Any]:
-    return {"server": server, "title": title, "failed": None, "loads": {str(num): [] for num in CONNECTIONS}}
+def race(
+    contestants: Sequence[Contestant],
+    nets: Sequence[ServedNet],
+    work: Path,
+    num_rounds: int,
+    seconds: int,
+    console: Console,
+    *,
+    warm_up: bool,
+) -> None:
+    """Fill the records of `nets`; every second round runs in reverse order."""
+    with progress(console, "starts of a server", num_rounds * len(nets) * len(contestants)) as advance:
+        for _, turn in turns(contestants, num_rounds):
+            for net in nets:
+                alone = in_fresh_process(time_alone, net.path, net.pngs[0], seconds / 2, core=SERVERS_CORE)
+                for name, milliseconds in alone.items():
+                    net.record["alone"].setdefault(name, []).append(milliseconds)
+                for contestant in turn:
+                    measure(contestant, net, work, seconds=seconds, warm_up=warm_up)
+                    advance(note=f"{net.record['title']}: {contestant.name}")
 
 
 def measure(contestant: Contestant, net: ServedNet, work: Path, *, seconds: int, warm_up: bool) -> None:
