@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.load import LOST, retried
 from bench.lab.page import bars_table, describe_machine, render, report_missed, typed_command, write_page
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
@@ -186,9 +187,6 @@ def _on_paper(
 
 async def _kills(config: FrontEndsConfig) -> dict[str, Any]:
     """kill -9 of a front end and the device process in turn; lost and refused requests are sent once more."""
-    from bench.lab.load import LOST
-    from bench.servers.faults import retried
-
     killed: list[str] = []
     with start(config.model, "--front-ends", 2, "--model-threads", 1, "--log-level", "warning") as server:
         async with retried(server, read_whole(config.image), LOST, 503) as (load, retries):

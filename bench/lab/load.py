@@ -7,7 +7,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import NamedTuple
 
-import numpy as np
+from bench.lab.server import Server
+from common.refusal import Refusal
+from serve.client import AsyncClient
+from serve.client_protocol import Retry
 
 HOST = "127.0.0.1"
 TICK_S, PATIENCE_S = 0.001, 30.0
@@ -103,6 +106,8 @@ class Load:
         return sum(one.status == 200 and one.at - self.start <= seconds for one in self.replies) / seconds
 
     def percentile_ms(self, status: int, percent: float) -> float:
+        import numpy as np
+
         return 1000 * float(np.percentile([one.seconds for one in self.replies if one.status == status], percent))
 
     async def _run(self, seconds: float) -> float:
@@ -192,3 +197,47 @@ class _Connection(asyncio.Protocol):
         if self._asked:
             asked, self._asked = self._asked, None
             self._load.take(*asked, status, head, body)
+
+
+@asynccontextmanager
+async def retried(server: Server, image: bytes, *statuses: int) -> AsyncIterator[tuple[Load, list[asyncio.Task[bool]]]]:
+    """16 connections that ask without a pause; each request with one of `statuses` is sent once more.
+
+    At the end, each of these tasks says whether it was answered then.
+    """
+    retries: list[asyncio.Task[bool]] = []
+
+    def take(reply: Reply) -> None:
+        if reply.status in statuses:
+            retries.append(asyncio.create_task(_ask_again(server.url, image)))
+
+    load = Load(server.port, predict_request(image), take, num_connections=16)
+    async with load.saturating():
+        yield load, retries
+    await asyncio.gather(*retries)
+
+
+async def _ask_again(url: str, image: bytes) -> bool:
+    async with AsyncClient(url, retry=Retry(attempts=1)) as client:
+        try:
+            await client.predict([image])
+        except Refusal:
+            return False
+    return True
+
+
+@asynccontextmanager
+async def sampled(read: Callable[[], int], *, every_s: float) -> AsyncIterator[list[int]]:
+    """What `read` returns before, and again and again meanwhile."""
+    found = [read()]
+
+    async def sample() -> None:
+        while True:
+            found.append(read())
+            await asyncio.sleep(every_s)
+
+    task = asyncio.create_task(sample())
+    try:
+        yield found
+    finally:
+        task.cancel()
