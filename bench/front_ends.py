@@ -15,11 +15,10 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.load import LOST, retried
+from bench.lab.load import LOST, put_load, refuse_without_tools, retried
 from bench.lab.page import bars_table, describe_machine, render, report_missed, typed_command, write_page
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
-from bench.lab.wrk import put_load, refuse_without_tools
 from common.cli import POSITIONAL, run_command
 from common.files import read_whole
 from common.progress import make_console, progress

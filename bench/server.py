@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.load import refuse_without_tools
 from bench.lab.page import describe_machine, publish
 from bench.lab.process import in_fresh_process
-from bench.lab.wrk import refuse_without_tools
 from common.cli import run_command
 from common.cores import num_cores
 from common.files import write_whole
@@ -51,9 +51,8 @@ def command(config: ServerConfig) -> int:
     Answers are compared with the model's own first. A server that cannot be installed or started, answers wrongly
     or fails a request is a row with its reason. Exit status 1 if ours fails.
     """
-    from bench.servers.contestants import CONTESTANTS
     from bench.servers.page import CONNECTIONS, draw_latencies, page
-    from bench.servers.race import SERVERS_CORE, race, write_net
+    from bench.servers.race import CONTESTANTS, SERVERS_CORE, race, write_net
     from bench.servers.request_steps import time_steps
     from common.figure import png
 

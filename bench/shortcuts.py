@@ -10,10 +10,10 @@ from typing import Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.load import put_load, refuse_without_tools
 from bench.lab.page import Record, describe_machine, publish, render
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, Server, free_port
-from bench.lab.wrk import put_load, refuse_without_tools
 from common.cli import run_command
 from common.progress import make_console, progress
 

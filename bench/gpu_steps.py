@@ -1,6 +1,6 @@
-"""Steps of bench/gpu/plan.py that no other command covers: each prints its results as lines of JSON.
+"""Steps of bench/gpu_check.py --offline that no other command covers: each prints its results as lines of JSON.
 
-python -m bench.gpu.steps STEP cuda|cpu [FILE ...]
+python -m bench.gpu_steps STEP cuda|cpu [FILE ...]
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from bench.lab.rounds import median_ms
 
 Result = dict[str, Any]
 RUNTIMES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")  # available on a GPU without TensorRT
-HELD_OUT = Path(__file__).resolve().parents[2] / "models" / "held-out"
+HELD_OUT = Path(__file__).resolve().parents[1] / "models" / "held-out"
 
 
 def machine(device: str) -> Iterator[Result]:
