@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.page import Measurement, Record, describe_machine, publish, render
 from bench.lab.rounds import alternate_all, speedup
 from common.cli import given_arguments, run_command
 from common.refusal import Refusal
@@ -37,7 +37,7 @@ PROCESSORS = {"yes": "with VNNI", "no": "without VNNI", "unknown": "that does no
 
 
 @dataclass(frozen=True)
-class CascadeBenchConfig:
+class CascadeBenchConfig(Measurement):
     exact: Annotated[Path, "fp32 form"] = MODELS / "fashion-mnist.onnx"
     quick_form: Annotated[Path, "int8 form, with evidence"] = MODELS / "fashion-mnist-int8.onnx"
     data_dir: Annotated[Path | None, "folder of the data set that the net was trained on"] = None
@@ -115,7 +115,6 @@ def _has_vnni() -> str:
 
 
 def page(record: Record) -> str:
-    """The page of one record."""
     others = [{"rows": _rows(record["avx2"]), **record["avx2"]}] if "avx2" in record else []
     processor = PROCESSORS[record["machine"]["vnni"]]
     return render("cascade", record, rows=_rows(record), others=others, processor=processor)

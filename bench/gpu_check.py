@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from bench.lab.page import describe_machine, render, spread, table, typed_command, write_page
+from bench.lab.page import Measurement, describe_machine, render, spread, table, typed_command, write_page
 from common.cli import POSITIONAL, run_command
 from common.files import read_whole, write_whole
 from common.progress import make_console
@@ -52,7 +52,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class GpuCheckConfig:
+class GpuCheckConfig(Measurement):
     plain: Annotated[
         tuple[Path, ...],
         "plain nets of fold/run.py (default: DiracNet-16-1 and 34-2 of random weights, and the net in models/)",
@@ -70,10 +70,6 @@ class GpuCheckConfig:
     data_dir: Annotated[Path | None, "--offline: folder of Fashion-MNIST (default: digits)"] = None
     needs: Annotated[bool, "list the packages that --offline needs, with the sizes of their wheels"] = False
     render: Annotated[Path | None, "only write the page of this JSON record"] = None
-
-    def __post_init__(self) -> None:
-        if min(self.batch_sizes, default=0) < 1 or min(self.rounds, self.round_s, self.budget_s) <= 0:
-            raise Refusal("--batch-sizes, --rounds, --round-s and --budget-s must be positive")
 
 
 def command(config: GpuCheckConfig) -> int:
@@ -135,7 +131,6 @@ def _measure_all(config: GpuCheckConfig, console: Console) -> dict[str, Any]:
 
 
 def _run_tests(console: Console) -> dict[str, Any]:
-    """tests/gpu in a separate process."""
     console.print("tests/gpu")
     argv = [sys.executable, "-m", "pytest", "tests/gpu", "-q"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)

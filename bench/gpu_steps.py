@@ -167,8 +167,9 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 def sessions(device: str, *paths: str) -> Iterator[Result]:
     """ONNX Runtime and PyTorch: the first call and later calls of each batch size, and two sizes in turn."""
     from export.runtimes.load import load_runtime
+    from fold.image_sets import random_images
 
-    is_gpu, rng = device == "cuda", np.random.default_rng(0)
+    is_gpu = device == "cuda"
     sizes, num_calls = ((1, 8, 64, 256, 1024), 30) if is_gpu else ((1, 2), 4)
     for path, name in product(paths, RUNTIMES):
         start, model = time.perf_counter(), Path(path).name
@@ -176,8 +177,7 @@ def sessions(device: str, *paths: str) -> Iterator[Result]:
         opened_ms, image = 1e3 * (time.perf_counter() - start), runtime.model.spec.image
         yield {"model": model, "runs on": runtime.description, "opened_ms": opened_ms}
         for turn in [*((size,) for size in sizes), (8, 32)]:
-            shapes = [(num, image.height, image.width, image.channels) for num in turn]
-            batches = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+            batches = [random_images(image, num) for num in turn]
             call = partial(next, map(runtime, cycle(batches)))
             first_ms, *_ = [median_ms(call, 0, min_calls=1) for _ in batches]
             batch = ", ".join(map(str, turn)) + " in turn" * (len(turn) > 1)

@@ -8,7 +8,7 @@ from typing import Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import typed_command, write_page
+from bench.lab.page import Measurement, typed_command, write_page
 from bench.runtimes.page import page
 from bench.runtimes.racers import RACES
 from common.cli import run_command
@@ -26,7 +26,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Measurement):
     nets: Annotated[tuple[str, ...], f"which of {', '.join(RACES)} (default: all; quick: 34-2)"] = ()
     threads: Annotated[tuple[int, ...], "numbers of threads (default: 1 2; quick: 2)"] = ()
     batches: Annotated[tuple[int, ...], "images per call (default: 1 8 32; quick: 1 32)"] = ()
@@ -40,8 +40,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if unknown := sorted({*self.nets} - {*RACES}):
             raise Refusal(f"--nets must be among {', '.join(RACES)}, got {', '.join(unknown)}")
-        if min((*self.threads, *self.batches, 1)) < 1 or (self.rounds or 1) < 1 or (self.round_s or 1) <= 0:
-            raise Refusal("--threads, --batches, --rounds and --round-s must be positive")
+        super().__post_init__()
 
     def resolved(self) -> "ModelConfig":
         """With every default that depends on --quick filled in; --rounds stays open where it depends on the net."""

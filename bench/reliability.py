@@ -7,9 +7,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,12 +21,11 @@ if __name__ == "__main__":
 import httpx
 
 from bench.lab.load import LOST, Load, Reply, predict_request, retried, sampled
-from bench.lab.page import bars_table, describe_machine, render, report_missed, typed_command
+from bench.lab.page import Measurement, bars_table, describe_machine, render, report_missed, typed_command
 from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
 from common.cli import POSITIONAL, run_command
 from common.files import read_whole, sha256, write_whole
 from common.progress import make_console, progress
-from common.refusal import Refusal
 
 EXAMPLES = (
     "python bench/reliability.py                      # two minutes; writes docs/reliability.md and its record",
@@ -51,7 +52,7 @@ PROBABILITY_ERROR = 1e-4  # another batch size, another order of float32 sums
 
 
 @dataclass(frozen=True)
-class ReliabilityConfig:
+class ReliabilityConfig(Measurement):
     model: Annotated[Path, "plain.onnx to serve", POSITIONAL] = MODEL
     image: Annotated[Path, "the image to send"] = IMAGE
     seconds: Annotated[float, "how long ten times the maximum is offered"] = 30.0
@@ -64,10 +65,6 @@ class ReliabilityConfig:
         "parts to measure (default: all)",
     ] = ()
     render: Annotated[Path | None, "measure nothing: write the page of this record"] = None
-
-    def __post_init__(self) -> None:
-        if min(self.seconds, self.rounds, self.reloads) <= 0:
-            raise Refusal("--seconds, --rounds and --reloads must be positive")
 
 
 def command(config: ReliabilityConfig) -> int:
@@ -100,20 +97,18 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         subject = _subject(config, Path(folder))
         strangers = attacks.siege_attacks(quick=config.quick)
-        parts: dict[str, Callable[[], Coroutine[Any, Any, dict[str, Any]]]] = {
-            "overload": lambda: overload(subject, seconds=seconds),
-            "reload": lambda: reload(subject, Path(folder), times=reloads),
-            "drain": lambda: drain(subject),
-            "kill": lambda: kill(subject),
-            "attacks": lambda: attacks.attack(config.model),
-            "siege": lambda: attacks.siege(subject.model, subject.name, subject.image, strangers),
-        }
-        turns = [name for name in parts if name in (config.only or parts)]
-        turns = [name for name in turns for _ in range(rounds if name in ("drain", "kill") else 1)]
-        measured: dict[str, Any] = {name: [] for name in turns}
+        turns = [
+            ("overload", partial(overload, subject, seconds=seconds)),
+            ("reload", partial(reload, subject, Path(folder), times=reloads)),
+            *rounds * [("drain", partial(drain, subject))],
+            *rounds * [("kill", partial(kill, subject))],
+            ("attacks", partial(attacks.attack, config.model)),
+            ("siege", partial(attacks.siege, config.model, subject.name, subject.image, strangers)),
+        ]
+        turns, measured = [turn for turn in turns if turn[0] in (config.only or TITLES)], defaultdict(list)
         with progress(make_console(), "reliability", len(turns)) as advance:
-            for name in turns:
-                measured[name].append(uvloop.run(parts[name]()))
+            for name, fault in turns:
+                measured[name].append(uvloop.run(fault()))
                 advance(1, name)
     if not config.only:
         return {**about, "model": config.model.name, **record, **measured}
@@ -314,7 +309,6 @@ def _find_worker(server: Server) -> str:
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The page of one record."""
     return render("reliability", record, bars=bars_table(TITLES, record))
 
 

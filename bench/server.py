@@ -9,13 +9,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.load import refuse_without_tools
-from bench.lab.page import describe_machine, publish
+from bench.lab.page import Measurement, describe_machine, publish
 from bench.lab.process import in_fresh_process
 from common.cli import run_command
 from common.cores import num_cores
 from common.files import write_whole
 from common.progress import make_console
-from common.refusal import Refusal
 
 EXAMPLES = (
     "python bench/server.py                            # ten minutes; writes docs/benchmarks/server.md and .json",
@@ -25,7 +24,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(Measurement):
     servers: Annotated[
         tuple[Literal["ours", "fastapi", "litserve", "bentoml", "ray", "mlserver", "mosec"], ...],
         "which are compared (default: all)",
@@ -39,10 +38,6 @@ class ServerConfig:
     quick: Annotated[bool, "one round of one second each, without warm-up"] = False
     work: Annotated[Path, "folder for environments, models and logs"] = Path("runs/bench")
     out: Annotated[Path, "folder for server.md and server.json"] = Path("docs/benchmarks")
-
-    def __post_init__(self) -> None:
-        if min(self.rounds, self.seconds, len(self.models)) < 1:
-            raise Refusal("--rounds and --seconds must be at least 1, and --models must name one")
 
 
 def command(config: ServerConfig) -> int:

@@ -11,7 +11,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.load import put_load, refuse_without_tools
-from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.page import Measurement, Record, describe_machine, publish, render
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, Server, free_port
 from common.cli import run_command
@@ -29,7 +29,7 @@ Rounds = dict[str, dict[str, list[dict[str, float]]]]  # by shortcut that is mis
 
 
 @dataclass(frozen=True)
-class ShortcutsConfig:
+class ShortcutsConfig(Measurement):
     rounds: Annotated[int, "alternating rounds over all servers"] = 7
     seconds: Annotated[int, "of load for each number of connections"] = 2
     quick: Annotated[bool, "one round of one second"] = False

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import describe_machine, publish, render
+from bench.lab.page import Measurement, describe_machine, publish, render
 from bench.lab.process import in_fresh_process
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, start
@@ -33,17 +33,13 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class StartupConfig:
+class StartupConfig(Measurement):
     models: Annotated[
         tuple[Path, ...], "what to serve (default: a small net of random weights, and the bundled model)", POSITIONAL
     ] = ()
     rounds: Annotated[int, "starts of each model"] = 11
     quick: Annotated[bool, "three starts"] = False
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs/benchmarks")
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise Refusal(f"--rounds must be at least 1, got {self.rounds}")
 
 
 def command(config: StartupConfig) -> None:
@@ -68,7 +64,6 @@ def command(config: StartupConfig) -> None:
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The page of one record."""
     imports = {name: times[0] for name, times in record["imports_ms"].items()}
     slowest = sorted(imports.items(), key=lambda item: -item[1])
     slow = [{"name": name, "ms": ms} for name, ms in slowest if ms >= 2]

@@ -102,7 +102,6 @@ def make_environment(name: str, folder: Path) -> Path:
 
 
 def as_form(field: str, png: bytes) -> bytes:
-    """A form with one file."""
     files = {field: ("image.png", png, "image/png")}
     return httpx.Request("POST", "http://server", headers={"Content-Type": FORM}, files=files).read()
 
