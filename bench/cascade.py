@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -19,11 +19,6 @@ from bench.lab.page import Measurement, Record, describe_machine, publish, rende
 from bench.lab.rounds import alternate_all, speedup
 from common.cli import given_arguments, run_command
 from common.refusal import Refusal
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from export.compare import Answer
 
 EXAMPLES = (
     "python bench/cascade.py                      # a minute on two cores",
@@ -79,8 +74,15 @@ def command(config: CascadeBenchConfig) -> None:
         "batches": {},
     }
     racers = {"int8": session(forms.quick), "fp32": session(forms.exact), "cascade": cascade}
+
+    def pass_ms(name: str, size: int) -> float:
+        start = time.perf_counter()
+        for first in range(0, len(images), size):
+            racers[name](images[first : first + size])
+        return 1000 * (time.perf_counter() - start)
+
     for size in BATCHES:
-        passes = {name: partial(_pass_ms, answer, images, size) for name, answer in racers.items()}
+        passes = {name: partial(pass_ms, name, size) for name in racers}
         times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
         measured["batches"][str(size)] = times
     if config.avx2:
@@ -98,13 +100,6 @@ def _with_avx2_alone(config: CascadeBenchConfig) -> Record:
             raise Refusal(f"gdb could not run the command again: {done.stderr.strip()[-200:]}; leave out --avx2")
         record = json.loads(written.read_text())
     return {name: record[name] for name in ("saturates", "share_escalated", "batches")}
-
-
-def _pass_ms(answer: "Answer", images: "np.ndarray", size: int) -> float:
-    start = time.perf_counter()
-    for first in range(0, len(images), size):
-        answer(images[first : first + size])
-    return 1000 * (time.perf_counter() - start)
 
 
 def _has_vnni() -> str:
