@@ -95,15 +95,15 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
         "machine": describe_machine("onnxruntime-gpu", "onnxruntime", "uvicorn"),
     }
     with tempfile.TemporaryDirectory() as folder:
-        subject = _subject(config, Path(folder))
+        image = read_whole(config.image)
         strangers = attacks.siege_attacks(quick=config.quick)
         turns = [
-            ("overload", partial(overload, subject, seconds=seconds)),
-            ("reload", partial(reload, subject, Path(folder), times=reloads)),
-            *rounds * [("drain", partial(drain, subject))],
-            *rounds * [("kill", partial(kill, subject))],
+            ("overload", partial(overload, config.model, image, seconds=seconds)),
+            ("reload", partial(reload, config.model, image, Path(folder), times=reloads)),
+            *rounds * [("drain", partial(drain, config.model, image))],
+            *rounds * [("kill", partial(kill, config.model, image))],
             ("attacks", partial(attacks.attack, config.model)),
-            ("siege", partial(attacks.siege, config.model, subject.name, subject.image, strangers)),
+            ("siege", partial(attacks.siege, config.model, image, strangers)),
         ]
         turns, measured = [turn for turn in turns if turn[0] in (config.only or TITLES)], defaultdict(list)
         with progress(make_console(), "reliability", len(turns)) as advance:
@@ -115,39 +115,7 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
     return {**record, **measured, "alone": {**record["alone"], **dict.fromkeys(measured, about)}}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is served and asked: a model, the same net with other weights, and one image."""
-
-    model: Path
-    other: Path
-    image: bytes
-    name: str  # of the model
-    expected: dict[str, Any]  # probabilities [K] of the image, by the model's digest
-
-
-def _subject(config: ReliabilityConfig, folder: Path) -> Subject:
-    """The model and one of the same architecture with random weights, and their outputs for the image."""
-    from bench.nets import random_net
-    from common.image import decode
-    from export.graphs.graph import to_onnx
-    from export.runtimes.onnx_session import OnnxSession
-    from export.runtimes.probabilities import softmax
-    from fold.plain import fold_net
-    from serve.v2.routes import model_name
-
-    session, image = OnnxSession(config.model), read_whole(config.image)
-    spec = session.model.spec
-    net = fold_net(random_net(spec)).float()
-    other = write_whole(folder / "other.onnx", to_onnx(net, spec, {}).SerializeToString())
-    pixels = decode(image, spec.image)[None]
-    expected = {
-        one.model.digest: softmax(one(pixels), temperature=spec.temperature)[0] for one in (session, OnnxSession(other))
-    }
-    return Subject(config.model, other, image, model_name(session.model), expected)
-
-
-async def overload(subject: Subject, *, seconds: float) -> dict[str, Any]:
+async def overload(model: Path, image: bytes, *, seconds: float) -> dict[str, Any]:
     """Measure the closed-loop maximum, offer ten times that for `seconds`, and measure the maximum again."""
     without_retry_after: list[int] = []
 
@@ -157,13 +125,13 @@ async def overload(subject: Subject, *, seconds: float) -> dict[str, Any]:
 
     options = ("--max-queue", QUEUE, "--max-images", 16, "--deadline-ms", DEADLINE_MS)
     options += ("--model-threads", 1, "--log-level", "warning")
-    with start(subject.model, *options) as server:
-        before = await _maxima(server.port, subject.image, seconds / 6)
+    with start(model, *options) as server:
+        before = await _maxima(server.port, image, seconds / 6)
         rate = OVERLOAD_FACTOR * max(before)
-        load = Load(server.port, predict_request(subject.image), take, num_connections=OFFERING)
+        load = Load(server.port, predict_request(image), take, num_connections=OFFERING)
         async with sampled(server.rss_bytes, every_s=0.1) as rss:
             due = await load.offer(rate, seconds)
-        after = await _maxima(server.port, subject.image, seconds / 6)
+        after = await _maxima(server.port, image, seconds / 6)
         rss_after = server.rss_bytes()
     maximum = max(*before, *after)
     goodput, p99_ms, statuses = load.rate(seconds), load.percentile_ms(200, 99), load.statuses()
@@ -203,10 +171,10 @@ async def _maxima(port: int, image: bytes, seconds: float) -> list[float]:
     return rates
 
 
-async def drain(subject: Subject) -> dict[str, Any]:
+async def drain(model: Path, image: bytes) -> dict[str, Any]:
     """SIGTERM under load. The log says which requests the server began: each of them must have its reply."""
-    with start(subject.model) as server:
-        load = Load(server.port, predict_request(subject.image), num_connections=32)
+    with start(model) as server:
+        load = Load(server.port, predict_request(image), num_connections=32)
         async with load.saturating():
             await asyncio.sleep(1)
             leave_s = await asyncio.to_thread(server.stop)
@@ -222,23 +190,23 @@ async def drain(subject: Subject) -> dict[str, Any]:
     }
 
 
-async def reload(subject: Subject, folder: Path, *, times: int) -> dict[str, Any]:
+async def reload(model: Path, image: bytes, folder: Path, *, times: int) -> dict[str, Any]:
     """SIGHUP again and again, two models in turn, then a damaged file."""
-    contents = [subject.model.read_bytes(), subject.other.read_bytes()]
+    contents, expected = _two_models(model, image)
     path = write_whole(folder / "served.onnx", contents[0])
     answers: list[tuple[int, str, bool]] = []  # number of the request, digest, and whether it fits that model
 
     def take(reply: Reply) -> None:
         if reply.status == 200:
             digest = json.loads(reply.body)["model"]["digest"]
-            answers.append((reply.number, digest, _fits(reply.body, subject.expected.get(digest))))
+            answers.append((reply.number, digest, _fits(reply.body, expected.get(digest))))
 
     async def replace(server: Server, content: bytes, message: str) -> None:
         write_whole(path, content)
         await asyncio.to_thread(server.reload, message)
 
     with start(path, "--log-level", "warning") as server:
-        load = Load(server.port, predict_request(subject.image), take, num_connections=16)
+        load = Load(server.port, predict_request(image), take, num_connections=16)
         async with load.saturating():
             begin = time.monotonic()
             for turn in range(times):
@@ -260,10 +228,29 @@ async def reload(subject: Subject, folder: Path, *, times: int) -> dict[str, Any
         "answers_that_do_not_fit": wrong,
         "bars": {
             "no request lost": statuses.keys() == {"200"},
-            "every answer fits the model that it names": not wrong and before == subject.expected.keys(),
+            "every answer fits the model that it names": not wrong and before == expected.keys(),
             "a damaged file keeps the old model": after == {sha256(last)},
         },
     }
+
+
+def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
+    """The model and the same net with random weights; the probabilities [K] of the image, by the model's digest."""
+    from bench.nets import random_net
+    from common.image import decode
+    from export.graphs.graph import to_onnx
+    from export.runtimes.onnx_session import OnnxSession
+    from export.runtimes.probabilities import softmax
+    from fold.plain import fold_net
+
+    with tempfile.TemporaryDirectory() as folder:
+        session = OnnxSession(path)
+        spec = session.model.spec
+        net = fold_net(random_net(spec)).float()
+        other = write_whole(Path(folder, "other.onnx"), to_onnx(net, spec, {}).SerializeToString())
+        sessions, contents = (session, OnnxSession(other)), [path.read_bytes(), other.read_bytes()]
+    pixels = decode(image, spec.image)[None]
+    return contents, {one.model.digest: softmax(one(pixels), temperature=spec.temperature)[0] for one in sessions}
 
 
 def _fits(body: bytes, expected: Any) -> bool:
@@ -274,13 +261,13 @@ def _fits(body: bytes, expected: Any) -> bool:
     return result["index"] == int(expected.argmax()) and max(errors) < PROBABILITY_ERROR
 
 
-async def kill(subject: Subject) -> dict[str, Any]:
+async def kill(model: Path, image: bytes) -> dict[str, Any]:
     """kill -9 of one of two workers under load; what it was answering is lost, and asked once more."""
-    with start(subject.model, "--workers", 2, "--model-threads", 1, "--log-level", "warning") as server:
+    with start(model, "--workers", 2, "--model-threads", 1, "--log-level", "warning") as server:
         known: set[str] = set()
         while len(known) < 2:  # so that each has connections of the load
             known.add(await asyncio.to_thread(_find_worker, server))
-        async with retried(server, subject.image, LOST) as (load, retries):
+        async with retried(server, image, LOST) as (load, retries):
             await asyncio.sleep(1)
             os.kill(server.workers()[0], signal.SIGKILL)
             begin = time.monotonic()

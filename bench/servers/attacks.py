@@ -24,6 +24,8 @@ from PIL import Image
 
 from bench.lab.load import HOST, Load, get_request, predict_request, sampled
 from bench.lab.server import Server, start
+from export.runtimes.onnx_session import OnnxSession
+from serve.v2.routes import model_name
 
 FLOOD_BYTES, FLOOD_S = 200 * 10**6, 8.0  # that an attacker may send
 DRIP_S = 12.0  # for the server to end a connection
@@ -184,8 +186,9 @@ def siege_attacks(*, quick: bool) -> list[Attack]:
     ]
 
 
-async def siege(model: Path, name: str, image: bytes, attacks: Sequence[Attack]) -> dict[str, Any]:
+async def siege(model: Path, image: bytes, attacks: Sequence[Attack]) -> dict[str, Any]:
     """Each attack on a server of its own, beside a healthy client."""
+    name = model_name(OnnxSession(model).model)
     results = [await _besiege(model, name, image, attack) for attack in attacks]
     most_mb = max(result["mb"]["largest"] for result in results if ROOMY[0] not in result["server"])
     bars = {
