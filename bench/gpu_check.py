@@ -265,8 +265,7 @@ def run_plan(plan: tuple[Step, ...], budget_s: float, out: Path, say: Callable[[
         say(f"{step.name}: up to {min(step.limit_s, left_s):.0f} s")
         rows.append(run_step(step, left_s))
         say(f"{step.name}: {rows[-1]['outcome']}, {rows[-1]['seconds']:.0f} s")
-        write_whole(out / "gpu-offline.json", f"{json.dumps(rows, indent=1)}\n".encode())
-        write_whole(out / "gpu-offline.md", offline_page(rows).encode())
+        write_page(out, "gpu-offline", offline_page(rows), rows)
     return rows
 
 

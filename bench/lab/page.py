@@ -41,7 +41,7 @@ def publish(config: Any, name: str, page: Callable[[Record], str], *, positional
     print(write_page(config.out, name, page(record), record))
 
 
-def write_page(folder: Path, name: str, page: str, record: Record) -> str:
+def write_page(folder: Path, name: str, page: str, record: Record | Sequence[Record]) -> str:
     """Writes NAME.md and NAME.json into `folder`; returns a line that says so."""
     write_whole(folder / f"{name}.json", f"{json.dumps(record, indent=1)}\n".encode())
     return f"wrote {write_whole(folder / f'{name}.md', page.encode())} and {name}.json"
