@@ -240,7 +240,7 @@ def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
     from common.image import decode
     from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import OnnxSession
-    from export.runtimes.probabilities import softmax
+    from export.runtimes.runtime import probabilities
     from fold.plain import fold_net
 
     with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +250,7 @@ def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
         other = write_whole(Path(folder, "other.onnx"), to_onnx(net, spec, {}).SerializeToString())
         sessions, contents = (session, OnnxSession(other)), [path.read_bytes(), other.read_bytes()]
     pixels = decode(image, spec.image)[None]
-    return contents, {one.model.digest: softmax(one(pixels), temperature=spec.temperature)[0] for one in sessions}
+    return contents, {one.model.digest: probabilities(one(pixels), temperature=spec.temperature)[0] for one in sessions}
 
 
 def _fits(body: bytes, expected: Any) -> bool:

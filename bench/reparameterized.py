@@ -65,7 +65,7 @@ def measure(name: str, image_size: int, round_s: float, race: Any) -> dict[str, 
     """One net in three forms: layers, error in float64, error and time in ONNX Runtime."""
     import torch
 
-    from export.runtimes.offline import cpu_session
+    from export.runtimes.onnx_session import cpu_session
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, image_size, image_size, dtype=torch.float64, generator=generator)

@@ -4,16 +4,18 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LINE_EVERY_S = 10.0
 
 
-def make_console(*, json: bool = False, quiet: bool = False) -> Console:
+def make_console(*, json: bool = False, quiet: bool = False) -> "Console":
     """For human readers: stdout, or stderr when stdout carries JSON. Lines are never wrapped for a pipe."""
+    from rich.console import Console  # not at the head, as commands answer --help without it
+
     stream = sys.stderr if json else sys.stdout
     width = None if stream.isatty() else 160
     return Console(file=stream, highlight=False, width=width, soft_wrap=True, markup=False, quiet=quiet)
@@ -25,11 +27,13 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def progress(console: Console, what: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
+def progress(console: "Console", what: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
     """Yields `advance(n=1, note="")`; `done` steps of `total` are finished already."""
     if not console.is_terminal:
         yield _plain_lines(console, what, total, done)
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     what_column, note_column = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
     columns = (what_column, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column)
     with Progress(*columns, console=console, transient=True) as bar:
@@ -37,7 +41,7 @@ def progress(console: Console, what: str, total: int, *, done: int = 0) -> Itera
         yield lambda n=1, note="": bar.update(task, advance=n, note=note)
 
 
-def track(console: Console, what: str) -> Callable[[Iterable[Any], int], Iterator[Any]]:
+def track(console: "Console", what: str) -> Callable[[Iterable[Any], int], Iterator[Any]]:
     """A wrapper for a loop, e.g. `for path in track(console, "reading")(paths, len(paths))`."""
 
     def wrap(items: Iterable[Any], total: int) -> Iterator[Any]:
@@ -49,7 +53,7 @@ def track(console: Console, what: str) -> Callable[[Iterable[Any], int], Iterato
     return wrap
 
 
-def _plain_lines(console: Console, what: str, total: int, done: int) -> Callable[..., None]:
+def _plain_lines(console: "Console", what: str, total: int, done: int) -> Callable[..., None]:
     start = last = time.monotonic()
     first = done
 

@@ -132,7 +132,7 @@ class Spec:
                 return cls.of_net(str(rest.pop("net")), image, labels, **rest)
             rest |= {"family": str(rest["family"]), "depth": _whole(rest["depth"]), "width": float(rest["width"])}
             return cls(image=image, labels=labels, **rest)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise Refusal(f"the model's spec is damaged: {error!r}") from error
 
     @classmethod

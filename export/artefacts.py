@@ -74,7 +74,6 @@ def _make(model: Model, path: Path, precision: str, answer: Answer, **more: Any)
 
 
 def _open_torch(path: Path) -> Artefact:
-    """A checkpoint or a plain net."""
     import torch
 
     from fold.plain import load_plain
@@ -105,8 +104,8 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
     import onnx
     from google.protobuf.message import DecodeError
 
+    from export.eight_bits.calibrate import first_overflow
     from export.engines.engine import precision
-    from export.graphs.observing import first_overflow
     from export.runtimes.load import load_runtime
     from export.runtimes.mnn_module import is_installed
     from export.runtimes.onnx_session import OnnxSession, loadable_providers
@@ -181,7 +180,7 @@ def _onnx_layers(
     """The tensors named like layers, made outputs of the graph: a runtime no longer fuses across them."""
     import onnx
 
-    from export.runtimes.offline import ort
+    from export.runtimes.onnx_session import ort
 
     model = onnx.load(path)
     # The classifier's output is called logits; its node has the layer's name.

@@ -66,14 +66,12 @@ def command(config: FitTemperatureConfig) -> int:
         raise Refusal(f"nothing was written: {fit.why_not}")
     record = fit.to_dict() | ({"validation": config.validation} if config.validation else {})
     contents: dict[Path, bytes] = {}
-    reports: dict[Path, bytes] = {}
     for form in forms:
         training = form.provenance["training"] | {"calibration": record | {"sha256_before": form.digest}}
         provenance = form.provenance | {"training": training}
-        contents[form.path] = rewrite_metadata(form.path, provenance, temperature=record["temperature"])
-        if report := _report(form, contents[form.path], training):
-            reports[form.path.with_suffix(".json")] = report
-    for path, content in (contents | reports).items():
+        content = rewrite_metadata(form.path, provenance, temperature=record["temperature"])
+        contents |= {form.path: content, **_report(form, content, training)}
+    for path, content in contents.items():
         console.print(f"wrote {write_whole(path, content)}")
     for form in forms:
         if KEY in form.provenance:
@@ -127,21 +125,19 @@ def _logits(form: "Artefact", held: "Part", console: "Console") -> "np.ndarray":
     return logits
 
 
-def _report(form: "Artefact", content: bytes, training: dict[str, Any]) -> bytes | None:
+def _report(form: "Artefact", content: bytes, training: dict[str, Any]) -> dict[Path, bytes]:
     """The report of export/parity.py beside a file, if it is about it, with the new file named as well.
 
     It compared the graph, which stays.
     """
     path = form.path.with_suffix(".json")
-    if not path.exists():
-        return None
     try:
-        report: dict[str, Any] = read_json(read_whole(path))
+        report: dict[str, Any] = read_json(read_whole(path)) if path.exists() else {}
         (name,) = (name for name, digest in report["artefacts"].items() if digest == form.digest)
     except (ValueError, TypeError, KeyError, AttributeError):
-        return None  # another program's file of that name, or of another model
+        return {}  # none, another program's file of that name, or of another model
     report["artefacts"] |= {name: sha256(content), f"{name} before it had a temperature": form.digest}
-    return (json.dumps(report | {"training": training}, indent=1) + "\n").encode()
+    return {path: (json.dumps(report | {"training": training}, indent=1) + "\n").encode()}
 
 
 if __name__ == "__main__":

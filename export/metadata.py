@@ -11,7 +11,7 @@ from common.files import read_whole, write_whole
 from export.model_file.engine_card import card_path, read_card
 from export.model_file.onnx_reader import digest_of, metadata_entry, metadata_places, read_header
 from export.model_file.reference import KEY, Reference, count
-from export.runtimes.probabilities import best
+from export.runtimes.runtime import best
 
 
 def store_reference(path: Path, probabilities: np.ndarray, *, what: str) -> list[str]:
@@ -54,11 +54,9 @@ def rewrite_metadata(path: Path, provenance: dict[str, Any], *, temperature: flo
     model = onnx.load_model_from_string(read_whole(path))  # weights that lie beside it stay there
     set_provenance(model, {name: part for name, part in provenance.items() if name != KEY})
     if temperature is not None:
-        for entry in list(model.metadata_props):
-            if entry.key == KEY:
-                model.metadata_props.remove(entry)
-            elif entry.key == "spec":
-                entry.value = json.dumps(json.loads(entry.value) | {"temperature": temperature})
+        entries = {entry.key: entry.value for entry in model.metadata_props if entry.key != KEY}
+        entries["spec"] = json.dumps(json.loads(entries["spec"]) | {"temperature": temperature})
+        onnx.helper.set_model_props(model, entries)
     return model.SerializeToString()
 
 

@@ -20,6 +20,7 @@ from fold.image_sets import EXTREMES
 NUM_IMAGES = 8  # of each kind, to compare layers on: the outputs of all layers of both forms are in memory at once
 
 Pair = tuple[Artefact, Artefact]  # (reference, candidate)
+ImageSets = Mapping[str, np.ndarray]  # uint8 [N, H, W, C] of each kind: real, random, extreme
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def by_precision(form: Artefact, other: Artefact) -> Pair:
     return first, second
 
 
-def compare_logits(pairs: Sequence[Pair], image_sets: Mapping[str, np.ndarray], console: Console) -> list[ParityRow]:
+def compare_logits(pairs: Sequence[Pair], image_sets: ImageSets, console: Console) -> list[ParityRow]:
     """Every pair on every kind of images."""
     forms = {form.title: form for pair in pairs for form in pair}
     rows = []
@@ -141,9 +142,7 @@ def _rescale(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return after * factor
 
 
-def compare_all_layers(
-    pairs: Sequence[Pair], image_sets: Mapping[str, np.ndarray], console: Console
-) -> list[LayerComparison]:
+def compare_all_layers(pairs: Sequence[Pair], image_sets: ImageSets, console: Console) -> list[LayerComparison]:
     """Layer by layer on a few images of each kind that is judged, shown as a table for each pair."""
     few = {kind: images[:NUM_IMAGES] for kind, images in image_sets.items()}
     comparisons = []

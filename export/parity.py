@@ -13,7 +13,7 @@ from common.cli import run_command
 from common.files import read_whole, write_whole
 from common.progress import make_console
 from common.refusal import Refusal
-from export.model_file.reading import NO_HINTS, ReadingFlags, ReadingHints, from_flags
+from export.model_file.reading import NO_HINTS, ReadingFlags, from_flags
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,6 +79,7 @@ def command(config: ParityConfig) -> int:
 def _open(config: ParityConfig, console: "Console") -> tuple[list["Artefact"], list["Artefact"]]:
     """The artefact, on each provider asked for, and the others; refuses forms of different models."""
     from export.artefacts import ProviderMissing, open_artefact
+    from export.model_file.onnx_reader import read_header
 
     if not config.against:
         raise Refusal("name what to compare with: --against runs/NAME/checkpoint.pt, plain.safetensors, ...")
@@ -95,20 +96,14 @@ def _open(config: ParityConfig, console: "Console") -> tuple[list["Artefact"], l
         raise Refusal("; ".join(missing))
     for line in missing:
         console.print(line)
-    others = [open_artefact(path, hints=_hints_for(path, config)) for path in config.against]
-    spec = forms[0].spec
+    others, spec = [], forms[0].spec
+    for path in config.against:
+        is_foreign = path.suffix == ".onnx" and read_header(path, read_whole(path)).spec is None
+        others.append(open_artefact(path, hints=from_flags(config) if is_foreign else NO_HINTS))
     for other in others:
         if other.spec.image != spec.image or len(other.spec.labels) != len(spec.labels):
             raise Refusal(f"{other.path} is another model than {config.artefact}: {other.spec.name}, not {spec.name}")
     return forms, others
-
-
-def _hints_for(path: Path, config: ParityConfig) -> ReadingHints:
-    """The user's hints, for a file that does not say itself how it is read."""
-    from export.model_file.onnx_reader import read_header
-
-    is_foreign = path.suffix == ".onnx" and read_header(path, read_whole(path)).spec is None
-    return from_flags(config) if is_foreign else NO_HINTS
 
 
 def _image_sets(forms: list["Artefact"], config: ParityConfig, console: "Console") -> dict[str, "np.ndarray"]:
@@ -116,12 +111,10 @@ def _image_sets(forms: list["Artefact"], config: ParityConfig, console: "Console
     from export.compare import TOLERANCES
     from fold.image_sets import extreme_images, random_images, real_images
 
-    image = forms[0].spec.image
+    image, beside = forms[0].spec.image, config.artefact.parent
     trainings = [form.provenance.get("training", {}) for form in forms]
     training = next((training for training in trainings if "dataset" in training), {})
-    real, missing = real_images(
-        image, training, num=config.images, data_dir=config.data_dir, beside=config.artefact.parent
-    )
+    real, missing = real_images(image, training, num=config.images, data_dir=config.data_dir, beside=beside)
     image_sets = {"random": random_images(image), "extreme": extreme_images(image)}
     if real is not None:
         return {"real": real, **image_sets}

@@ -90,7 +90,7 @@ def command(config: PredictConfig) -> int:
 
 def _result(path: Path, answer: "np.ndarray | Refusal", labels: tuple[str, ...], top_k: int) -> dict[str, Any]:
     """A result as the server gives it, or the reason why there is none."""
-    from export.runtimes.probabilities import best
+    from export.runtimes.runtime import best
 
     if isinstance(answer, Refusal):
         return {"image": str(path), "error": str(answer)}

@@ -58,9 +58,7 @@ def time_answers(
                     answer(images)
                 times[name].append(1000 * (clock() - begun) / calls[name])
             advance(1)
-        rows += [
-            Timing(name, batch_size, statistics.median(of_it), min(of_it), max(of_it)) for name, of_it in times.items()
-        ]
+        rows += [Timing(name, batch_size, statistics.median(ms), min(ms), max(ms)) for name, ms in times.items()]
     return rows
 
 

@@ -2,14 +2,12 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from rich.table import Table
 
 from common.cli import run_command
 from common.files import sha256, write_whole
@@ -41,9 +39,7 @@ Made = tuple["onnx.ModelProto", dict[str, Any], bool]  # a graph, what it says o
 class ToOnnxConfig:
     plain: Annotated[Path, "a plain net of fold/run.py"]
     out: Annotated[Path | None, "file to write (default: the same name with .onnx)"] = None
-    precision: Annotated[Literal["fp32", "fp16", "int8", "fp8"], "eight bits are calibrated on training images"] = (
-        "fp32"
-    )
+    precision: Annotated[Literal["fp32", "fp16", "int8", "fp8"], "eight bits: calibrated on training images"] = "fp32"
     lowering: Annotated[
         Literal["auto", Lowering] | None,
         "how NCReLU and convolution are written; auto: the fastest in ONNX Runtime on this machine "
@@ -51,9 +47,7 @@ class ToOnnxConfig:
     ] = None
     batch_sizes: Annotated[tuple[int, ...], "with --lowering auto: the batches to be fast at"] = (1, 8, 32)
     target: Annotated[Literal["onnxruntime", "tensorrt"], "with int8: who runs it; fp8 is for tensorrt"] = "onnxruntime"
-    dataset: Annotated[DatasetName | None, "eight bits: calibrate and test on this (default: what the net learnt)"] = (
-        None
-    )
+    dataset: Annotated[DatasetName | None, "eight bits: calibrate and test on it (default: what the net learnt)"] = None
     data_dir: Annotated[Path | None, "where the data set lies"] = None
     calibration_images: Annotated[int, "training images whose activations set the ranges"] = 512
     allow_drop: Annotated[bool, "exit 0 even where eight bits lose more than 0.3 points of test accuracy"] = False
@@ -97,8 +91,8 @@ def command(config: ToOnnxConfig) -> int:
 
 def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     """In fp16, refuses a graph one of whose nodes leaves float16's range on random, extreme or real images."""
+    from export.eight_bits.calibrate import first_overflow
     from export.graphs.graph import to_onnx
-    from export.graphs.observing import first_overflow
     from fold.image_sets import extreme_images, random_images, real_images
     from fold.lower import lower
 
@@ -119,12 +113,12 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
-    from dataclasses import asdict
+    from rich.table import Table
 
     from common.cores import num_cores
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
-    from export.runtimes.offline import ort
+    from export.runtimes.onnx_session import ort
     from export.timing import ROUNDS, geometric_means, time_answers
     from fold.lower import distinct_lowerings, lower
 
@@ -148,8 +142,6 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
 
 def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     """The candidate that loses least on training images; the record says what it costs on the test images."""
-    from dataclasses import asdict
-
     import numpy as np
 
     from export.compare import ALLOWED_DROP, INT8_AGREEMENT
@@ -216,6 +208,8 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
 
 
 def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:
+    from rich.table import Table
+
     from export.compare import ALLOWED_DROP
 
     table = Table("lowering", "ranges", "logit error", "top-1 agreement")

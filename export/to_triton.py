@@ -17,9 +17,7 @@ from common.refusal import Refusal
 from export.model_file.reading import ReadingFlags, from_flags
 
 if TYPE_CHECKING:
-    from export.graphs.onnx_file import OnnxFile
-    from export.model_file.engine_card import EngineCard
-    from export.triton_repository import TritonModel
+    from export.triton_repository import Source
 
 MAX_BATCH = 64  # of an ONNX file, which has no limit of its own; that of export/to_trt.py
 EXAMPLES = (
@@ -43,7 +41,7 @@ class ToTritonConfig(ReadingFlags):
 
 def command(config: ToTritonConfig) -> int:
     """Write a model repository for Triton: configuration, labels and the model, batched and warmed up."""
-    from export.triton_repository import config_text, publish
+    from export.triton_repository import TYPES, config_text, publish
 
     console = make_console(json=config.json)
     name = config.name or config.model.stem
@@ -53,42 +51,31 @@ def command(config: ToTritonConfig) -> int:
         found = f"got {config.version}, {config.max_queue_delay}"
         raise Refusal(f"--version counts from 1 and --max-queue-delay from 0; {found}")
     source = _read_engine(config) if config.model.suffix == ".engine" else _read_onnx(config)
-    model = _triton_model(config, source, name)
-    labels = "".join(f"{label}\n" for label in source.described.spec.labels)
-    if labels.count("\n") > model.num_classes:
+    described, max_batch = source.described, _max_batch(config, source)
+    if described.output_dtype not in TYPES:
+        raise Refusal(f"{config.model} answers in {described.output_dtype}; Triton is given {', '.join(TYPES)}")
+    labels = "".join(f"{label}\n" for label in described.spec.labels)
+    if labels.count("\n") > len(described.spec.labels):
         raise Refusal(f"{config.model} has labels with line breaks, which Triton's list of labels cannot hold")
-    shared = {"config.pbtxt": config_text(model).encode(), "labels.txt": labels.encode()}
-    backend, _, file = model.backend
-    folder = config.out / name
+    fixed, (backend, _, file) = described.signature.batch, source.backend
+    preferred = [] if fixed else sorted({min(source.best_batch, max_batch), max_batch})
+    text = config_text(name, source, config.kind, max_batch, preferred, config.max_queue_delay)
+    folder, shared = config.out / name, {"config.pbtxt": text.encode(), "labels.txt": labels.encode()}
     publish(folder, config.version, model=source.files, shared=shared)
     path = folder / str(config.version) / file
     console.print(f"wrote {path}: {backend}, {source.needs}")
-    batches = f"batches up to {model.max_batch}, preferably {' or '.join(map(str, model.preferred))}"
-    if model.signature.batch:
-        batches = f"{model.max_batch} images in every request"
+    batches = f"batches up to {max_batch}, preferably {' or '.join(map(str, preferred))}"
+    batches = f"{fixed} images in every request" if fixed else batches
     console.print(f"wrote {folder / 'config.pbtxt'} and labels.txt: {batches}")
     if config.json:
         record = {"name": name, "version": config.version, "backend": backend, "sha256": sha256(source.files[file])}
-        print(json.dumps({"out": str(path), **record, "max_batch": model.max_batch, "preferred": model.preferred}))
+        print(json.dumps({"out": str(path), **record, "max_batch": max_batch, "preferred": preferred}))
     return 0
 
 
-@dataclass(frozen=True)
-class Source:
-    """The file that Triton is to serve."""
-
-    described: "OnnxFile | EngineCard"
-    backend: tuple[str, str, str]
-    files: dict[str, bytes]  # name in the repository → content
-    num_ones: int  # of the output [N, K, 1, ...] behind its classes
-    best_batch: int
-    max_batch: int | None  # None if any will do
-    needs: str  # of the server, for people
-
-
-def _read_onnx(config: ToTritonConfig) -> Source:
+def _read_onnx(config: ToTritonConfig) -> "Source":
     from export.graphs.onnx_file import read_onnx
-    from export.triton_repository import ONNX_RUNTIME
+    from export.triton_repository import ONNX_RUNTIME, Source
 
     file = read_onnx(config.model, from_flags(config))
     files = {name: read_whole(config.model.parent / name) for name in file.weight_files}
@@ -96,9 +83,9 @@ def _read_onnx(config: ToTritonConfig) -> Source:
     return Source(file, ONNX_RUNTIME, files, len(file.output_shape) - 2, 8, None, f"opset {file.opset}")
 
 
-def _read_engine(config: ToTritonConfig) -> Source:
+def _read_engine(config: ToTritonConfig) -> "Source":
     from export.model_file.engine_card import read_card
-    from export.triton_repository import TENSORRT
+    from export.triton_repository import TENSORRT, Source
 
     path, content, card = config.model, read_whole(config.model), read_card(config.model)
     if sha256(content) != card.engine_sha256:
@@ -117,31 +104,13 @@ def _read_engine(config: ToTritonConfig) -> Source:
     return Source(card, TENSORRT, {TENSORRT[2]: content}, 0, best, largest, needs)
 
 
-def _triton_model(config: ToTritonConfig, source: Source, name: str) -> "TritonModel":
-    from export.triton_repository import TYPES, TritonModel
-
-    described, asked, largest = source.described, config.max_batch, source.max_batch
-    fixed = described.signature.batch
+def _max_batch(config: ToTritonConfig, source: "Source") -> int:
+    asked, largest, fixed = config.max_batch, source.max_batch, source.described.signature.batch
     if asked is not None and fixed:
         raise Refusal(f"{config.model} takes {fixed} images at a time, no more and no fewer; leave out --max-batch")
     if asked is not None and not 1 <= asked <= (largest or asked):
         raise Refusal(f"--max-batch must be from 1 to {largest or 'any number'}, got {asked}")
-    if described.output_dtype not in TYPES:
-        raise Refusal(f"{config.model} answers in {described.output_dtype}; Triton is given {', '.join(TYPES)}")
-    max_batch = fixed or asked or largest or MAX_BATCH
-    return TritonModel(
-        name=name,
-        backend=source.backend,
-        signature=described.signature,
-        output_dtype=described.output_dtype,
-        num_classes=len(described.spec.labels),
-        num_ones=source.num_ones,
-        max_batch=max_batch,
-        preferred=() if fixed else tuple(sorted({min(source.best_batch, max_batch), max_batch})),
-        kind=config.kind,
-        max_queue_delay_us=config.max_queue_delay,
-        temperature=described.spec.temperature,
-    )
+    return fixed or asked or largest or MAX_BATCH
 
 
 if __name__ == "__main__":

@@ -6,11 +6,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.files import read_whole, write_whole
 from common.refusal import Refusal
-from export.model_file.signature import Signature
+
+if TYPE_CHECKING:
+    from export.graphs.onnx_file import OnnxFile
+    from export.model_file.engine_card import EngineCard
 
 Files = Mapping[str, bytes]  # path within a folder → content
 KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
@@ -25,54 +28,50 @@ class Word(str):
 
 
 @dataclass(frozen=True)
-class TritonModel:
-    """One model for Triton. Its batch is free up to `max_batch`, or the fixed one of the signature."""
+class Source:
+    """The file that Triton is to serve. Its batch is free up to a limit, or the fixed one of its signature."""
 
-    name: str
+    described: "OnnxFile | EngineCard"
     backend: tuple[str, str, str]
-    signature: Signature
-    output_dtype: str
-    num_classes: int
+    files: dict[str, bytes]  # name in the repository → content
     num_ones: int  # of the output [N, K, 1, ...] behind its classes
-    max_batch: int
-    preferred: tuple[int, ...]  # batches that the dynamic batcher aims at
-    kind: str
-    max_queue_delay_us: int
-    temperature: float = 1.0  # probabilities are the softmax of the output divided by it
+    best_batch: int
+    max_batch: int | None  # None if any will do
+    needs: str  # of the server, for people
 
 
-def config_text(model: TritonModel) -> str:
-    """config.pbtxt in protobuf's text format."""
-    names, fixed = model.signature, model.signature.batch
-    backend, platform, file = model.backend
+def config_text(name: str, source: Source, kind: str, max_batch: int, preferred: list[int], delay_us: int) -> str:
+    """config.pbtxt in protobuf's text format; the dynamic batcher aims at the batches `preferred`."""
+    names, spec, fixed = source.described.signature, source.described.spec, source.described.signature.batch
+    backend, platform, file = source.backend
     images = {"data_type": Word(TYPES[names.dtype]), "dims": list(names.shape if fixed else names.shape[1:])}
     logits = {
         "name": names.output_name,
-        "data_type": Word(TYPES[model.output_dtype]),
-        "dims": [*([fixed] if fixed else []), model.num_classes, *[1] * model.num_ones],
+        "data_type": Word(TYPES[source.described.output_dtype]),
+        "dims": [*([fixed] if fixed else []), len(spec.labels), *[1] * source.num_ones],
         "label_filename": "labels.txt",
     }
     black = [{"key": names.input_name, "value": {**images, "zero_data": True}}]  # before the first request
     fields: dict[str, Any] = {
-        "name": model.name,
+        "name": name,
         "backend": backend,
         "platform": platform,
         "default_model_filename": file,
-        "max_batch_size": 0 if fixed else model.max_batch,  # 0: dims hold the batch, and Triton forms none
+        "max_batch_size": 0 if fixed else max_batch,  # 0: dims hold the batch, and Triton forms none
         "input": [{"name": names.input_name, **images}],
         "output": [logits],
-        "instance_group": [{"kind": Word(KINDS[model.kind]), "count": 1}],
+        "instance_group": [{"kind": Word(KINDS[kind]), "count": 1}],
         "model_warmup": [
             {"name": f"batch {fixed or batch}", "batch_size": batch, "inputs": black}
-            for batch in ([1] if fixed else sorted({1, model.max_batch}))
+            for batch in ([1] if fixed else sorted({1, max_batch}))
         ],
     }
-    if model.temperature != 1:  # Triton returns logits; clients that want probabilities read it here
-        fields["parameters"] = [{"key": "temperature", "value": {"string_value": repr(model.temperature)}}]
+    if spec.temperature != 1:  # Triton returns logits; clients divide them by it before the softmax
+        fields["parameters"] = [{"key": "temperature", "value": {"string_value": repr(spec.temperature)}}]
     if not fixed:
         fields["dynamic_batching"] = {
-            "preferred_batch_size": list(model.preferred),
-            "max_queue_delay_microseconds": model.max_queue_delay_us,
+            "preferred_batch_size": preferred,
+            "max_queue_delay_microseconds": delay_us,
         }
     return "\n".join(_lines(fields)) + "\n"
 

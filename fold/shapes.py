@@ -17,6 +17,7 @@ Shape = tuple[int, ...]  # of one image's output, without the batch: (C, H, W) o
 
 MAX_NODES = 10_000
 LARGEST_SIZE = 2**16  # of a window, a stride or a padding
+LARGEST_WHOLE = 2**63  # of a number: PyTorch takes no larger one that is whole
 MOST_VALUES = 2**28  # of one image's output: a gigabyte in float32
 
 
@@ -81,7 +82,8 @@ def _fits(value: Any, like: Any) -> bool:
         case int():
             return type(value) is int and like <= value <= LARGEST_SIZE
         case float():
-            return type(value) in (int, float) and isfinite(value)
+            whole = type(value) is int and abs(value) < LARGEST_WHOLE
+            return whole or (type(value) is float and isfinite(value))
         case [first, *rest]:
             parts = cast("list[Any]", value) if isinstance(value, list) else []
             return (len(parts) == 2 if rest else 1 <= len(parts) <= 3) and all(_fits(part, first) for part in parts)

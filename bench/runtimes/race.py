@@ -189,7 +189,7 @@ def _profiles(record: dict[str, Any], spec: Spec, folder: Path) -> list[dict[str
 
 def profile_graph(path: Path, images: np.ndarray, *, num_threads: int) -> dict[str, Any]:
     """The times of all nodes for one call on `images`; ONNX Runtime's own file is written beside the graph."""
-    from export.runtimes.offline import ort
+    from export.runtimes.onnx_session import ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads

@@ -72,7 +72,7 @@ def _eight_bit_part(layers: Layers) -> tuple[int, int]:
 def _write_all(graph: GraphWriter, layers: Layers, x: EightBitTensor, ranges: Ranges) -> EightBitTensor:
     for index, (name, layer) in enumerate(layers):
         after = next((kind for _, kind in layers[index + 1 :] if not isinstance(kind, nn.MaxPool2d)), None)
-        low, high = ranges.get(name, (0.0, 0.0))
+        low, high = ranges[name] if isinstance(layer, (nn.Conv2d, Residual)) else (0.0, 0.0)
         # The range leaves out values that a ReLU then removes, through a pool or not.
         reach = (0.0, max(0.0, high)) if isinstance(after, nn.ReLU) else (low, high)
         x = _write(graph, name, layer, x, ranges, reach)

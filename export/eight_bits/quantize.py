@@ -15,7 +15,7 @@ from export.eight_bits.calibrate import METHODS, Ranges, observe, ranges
 from export.eight_bits.integer import to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.graphs.graph import to_onnx
-from export.runtimes.offline import cpu_session, ort
+from export.runtimes.onnx_session import cpu_session, ort
 from fold.graph import GraphNet
 from fold.lower import layers_of, lower
 from fold.plain import PlainNet

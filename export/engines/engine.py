@@ -16,7 +16,7 @@ from export.graphs.onnx_file import OnnxFile, read_onnx
 from export.model_file.engine_card import Builder, EngineCard
 from export.model_file.reading import NO_HINTS, ReadingHints
 from export.runtimes import gpu
-from export.runtimes.tensorrt_engine import INSTALL_TENSORRT, import_library, make_logger, make_runtime
+from export.runtimes.tensorrt_engine import INSTALL_TENSORRT, import_library, load_engine, make_logger
 
 Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
 OPSETS = range(9, 26)  # documented for TensorRT 11; its parser takes any number and guesses
@@ -156,10 +156,7 @@ def inspect_layers(trt: Any, content: bytes, card: EngineCard) -> str | None:
     if not gpu.num_devices() or gpu.compute_capability() not in card.compute_capabilities:
         return None
     logger = make_logger(trt)
-    runtime = make_runtime(trt, logger, card)
-    engine = runtime.deserialize_cuda_engine(content)
-    if engine is None:
-        raise Refusal(f"the engine that was built cannot be loaded: {logger.last_error()}")
+    _runtime, engine = load_engine(trt, logger, content, card, what="the engine that was built")
     return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
 
 

@@ -20,8 +20,7 @@ from common.refusal import Refusal
 from common.spec import DatasetName, ImageSpec, Published
 from export.artefacts import Artefact
 from export.runtimes.cascade import Cascade
-from export.runtimes.probabilities import probabilities
-from train.checkpoint import Checkpoint
+from export.runtimes.runtime import probabilities
 from train.data import datasets
 from train.data.datasets import num_bytes
 from train.data.folder import (
@@ -38,7 +37,6 @@ from train.data.folder import (
 )
 
 BATCH_SIZE = 32  # as the server's; the pixels of two batches are in memory at once
-ENLARGED = 160  # pixels of the shorter side of an image that is shown
 
 Item = TypeVar("Item")
 
@@ -113,19 +111,14 @@ class Judged:
     def name(self, index: int) -> str:
         return self.part.names[index] if isinstance(self.part, Files) else f"image {index}"
 
-    def pixels(self, index: int, *, times: int = 1) -> np.ndarray:
-        """uint8 [H, W, C] as the net takes them; of a file, as many `times` higher and wider."""
+    def pixels(self, index: int, *, shorter_side: int = 0) -> np.ndarray:
+        """uint8 [H, W, C] as the net takes them; a file's as many whole times larger as a `shorter_side` needs."""
         if not isinstance(self.part, Files):
             return np.asarray(self.part.images[index])
-        image, resize = self.image, self.image.resize
-        larger = replace(
-            image, height=image.height * times, width=image.width * times, resize=resize and resize * times
-        )
+        times = max(1, -(-shorter_side // min(self.image.height, self.image.width)))
+        sides = {name: getattr(self.image, name) for name in ("height", "width", "resize")}
+        larger = replace(self.image, **{name: side and side * times for name, side in sides.items()})
         return decode(read_whole(Path(self.part.paths[index])), larger)
-
-    def enlarged(self, index: int) -> np.ndarray:
-        """What the net sees of a file, with more pixels if the file has them."""
-        return self.pixels(index, times=-(-ENLARGED // min(self.image.height, self.image.width)))
 
 
 def find_judged(
@@ -141,7 +134,7 @@ def find_judged(
     does not fit its record, and a folder without a class that the model has.
     """
     training = form.provenance.get("training", {})
-    if isinstance(form.source, Checkpoint):  # which says more than the files made from it
+    if form.path.suffix == ".pt":  # a checkpoint says more than the files made from it
         training = form.source.config
     learnt = training.get("dataset")
     name = dataset or learnt or ("folder" if data_dir else None)
@@ -184,9 +177,8 @@ def _recorded(form: Artefact, training: dict[str, Any], data_dir: Path | None) -
         raise Refusal(f"{form.path} does not record which images it was trained on: train it again")
     if data_dir is None and not training.get("data_dir"):
         raise Refusal(f"{form.path} does not say where its photographs lie: name their folder with --data-dir")
-    dataset = datasets.load_as_trained(
-        training, data_dir=data_dir, beside=form.path.parent, image_size=form.spec.image.height
-    )
+    image = form.spec.image
+    dataset = datasets.load_as_trained(training, data_dir=data_dir, beside=form.path.parent, image=image)
     what = "test images that its run recorded, which training has not seen"
     return _judged(form, what, dataset.test, dataset.info.labels)
 
@@ -222,9 +214,8 @@ def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Tra
 
 def _folder(form: Artefact, data_dir: Path | None, track: Track) -> Judged:
     """All images of a folder, or its test images if it names them; whether they were trained on is not known."""
-    if data_dir is None:
-        raise Refusal("--dataset folder needs --data-dir, a directory with one folder of images per class")
-    labels = tuple(folder.name for folder in class_folders(data_dir))
+    labels = datasets.info_of("folder", data_dir=data_dir).labels
+    assert data_dir is not None  # `info_of` refuses it
     found = find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track)
     what = "images in its test folder" if found.test else "images, all of the folder"
     what += "; no record says whether the model was trained on them"
@@ -233,13 +224,8 @@ def _folder(form: Artefact, data_dir: Path | None, track: Track) -> Judged:
 
 def _published(form: Artefact, name: str, training: dict[str, Any] | None, data_dir: Path | None) -> Judged:
     """The test images of a data set with a name; `training` if the model was trained on it."""
-    dataset = (
-        datasets.load_as_trained(training, data_dir=data_dir) if training else datasets.load(name, data_dir=data_dir)
-    )
-    found, needed = dataset.test.first(1).shape[1:], form.spec.image.shape
-    if found != needed:
-        sizes = ["x".join(map(str, shape)) for shape in (found, needed)]
-        raise Refusal(f"{name} has images of {sizes[0]}, and {form.path} takes {sizes[1]}")
+    where: dict[str, Any] = {"data_dir": data_dir, "image": form.spec.image}
+    dataset = datasets.load_as_trained(training, **where) if training else datasets.load(name, **where)
     return _judged(form, f"test images of {name}", dataset.test, dataset.info.labels, dataset=name)
 
 

@@ -21,11 +21,12 @@ from export.artefacts import Artefact
 from export.evaluation import figures
 from export.evaluation.answering import Judged, answer_judged
 from export.evaluation.scores import ClassScore, Evaluation, evaluate
-from export.runtimes.probabilities import best
+from export.runtimes.runtime import best
 
 NUM_SHOWN, NUM_DRAWN = 48, 24  # of the surest mistakes, in the page and in mistakes.png
 NUM_CONFUSIONS = 10
 NUM_LISTED, NUM_NAMED = 10, 20  # classes and unreadable images on the screen; the report has all
+ENLARGED = 160  # pixels of the shorter side of an image that is shown, if its file has them
 SMALL = 64  # pixels of the longer side up to which an image is kept without loss and shown pixel by pixel
 
 
@@ -81,7 +82,7 @@ def evaluate_form(form: Artefact, judged: Judged, console: Console) -> tuple[Rep
             answer=labels[answers[row]],
             probability=float(probabilities[row, answers[row]]),
             of_truth=float(probabilities[row, targets[row]]),
-            pixels=judged.enlarged(places[row]) if rank < NUM_SHOWN else None,
+            pixels=judged.pixels(places[row], shorter_side=ENLARGED) if rank < NUM_SHOWN else None,
         )
         for rank, row in enumerate(wrong)
     ]
@@ -177,7 +178,6 @@ def _weakest_first(evaluation: Evaluation) -> list[ClassScore]:
 
 
 def _page(report: Report, pictures: dict[str, bytes]) -> str:
-    """The page, with its images inside."""
     template = Template(Path(__file__).with_name("evaluation.html").read_text())
     notes = [f"{report.evaluation.top1.num:,} {report.judged.what}."]
     if report.unreadable:

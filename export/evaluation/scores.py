@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from common.interval import interval
-from export.runtimes.probabilities import best, without_temperature
+from export.runtimes.runtime import best, without_temperature
 
 NUM_BINS = 15  # of confidence, of equal width: those of Guo et al. 2017, section 2, whose error this is
 NUM_DRAWS = 500  # of what a perfectly calibrated model would show
@@ -86,33 +86,21 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`counts` int64 [K, K]: how many images of class i (row) are answered with class j (column)."""
+    """`counts` int64 [K, K]: how many images of class i (row) are answered with class j (column).
+
+    Means are over the classes that have images: that of recall is the accuracy if all were equally frequent.
+    """
 
     labels: tuple[str, ...]
     counts: np.ndarray
+    top1: Share
     top5: Share | None  # None where all classes are among five
+    mean_recall: float
+    mean_f1: float
+    classes: tuple[ClassScore, ...]
     calibration: Calibration
-    temperature: float = 1.0  # of the model's probabilities
-    without_temperature: Calibration | None = None  # what `calibration` would be; None where the temperature is 1
-
-    @property
-    def top1(self) -> Share:
-        return share_of(int(self.counts.trace()), int(self.counts.sum()))
-
-    @property
-    def classes(self) -> list[ClassScore]:
-        rows, columns, hits = self.counts.sum(1).tolist(), self.counts.sum(0).tolist(), self.counts.diagonal().tolist()
-        return [score_class(*fields) for fields in zip(self.labels, rows, columns, hits, strict=True)]
-
-    @property
-    def mean_recall(self) -> float:
-        """Over the classes that have images: the accuracy if all were equally frequent."""
-        return float(np.mean([score.recall.value or 0.0 for score in self.classes if score.images]))
-
-    @property
-    def mean_f1(self) -> float:
-        """Over the classes that have images."""
-        return float(np.mean([score.f1.value or 0.0 for score in self.classes if score.images]))
+    temperature: float  # of the model's probabilities
+    without_temperature: Calibration | None  # what `calibration` would be; None where the temperature is 1
 
     def confusions(self, num: int) -> list[tuple[str, str, int]]:
         """The most frequent mistakes: (truth, answer, how many images)."""
@@ -122,12 +110,9 @@ class Evaluation:
         return [(self.labels[row], self.labels[column], int(wrong[row, column])) for row, column in pairs]
 
     def to_dict(self) -> dict[str, Any]:
+        names = ("top1", "top5", "mean_recall", "mean_f1", "classes")
         return {
-            "top1": asdict(self.top1),
-            "top5": self.top5 and asdict(self.top5),
-            "mean_recall": self.mean_recall,
-            "mean_f1": self.mean_f1,
-            "classes": [asdict(score) for score in self.classes],
+            **{name: value for name, value in asdict(self).items() if name in names},
             "confusion": self.counts.tolist(),
             "calibration": self.calibration.to_dict(),
             "temperature": self.temperature,
@@ -143,13 +128,21 @@ def evaluate(
     answers, in_top = order[:, 0], int((order == targets[:, None]).any(axis=1).sum())
     rows, right = np.arange(len(targets)), answers == targets
     plain = without_temperature(probabilities, temperature) if temperature != 1 else None
+    counts = confusion(targets, answers, len(labels))
+    sides = (counts.sum(1).tolist(), counts.sum(0).tolist(), counts.diagonal().tolist())
+    classes = tuple(map(score_class, labels, *sides))
+    present = [score for score in classes if score.images]
     return Evaluation(
         labels,
-        confusion(targets, answers, len(labels)),
-        share_of(in_top, len(targets)) if len(labels) > TOP else None,
-        calibrate(probabilities[rows, answers], right),
-        temperature,
-        None if plain is None else calibrate(plain[rows, answers], right),
+        counts,
+        top1=share_of(int(right.sum()), len(targets)),
+        top5=share_of(in_top, len(targets)) if len(labels) > TOP else None,
+        mean_recall=float(np.mean([score.recall.value or 0.0 for score in present])),
+        mean_f1=float(np.mean([score.f1.value or 0.0 for score in present])),
+        classes=classes,
+        calibration=calibrate(probabilities[rows, answers], right),
+        temperature=temperature,
+        without_temperature=None if plain is None else calibrate(plain[rows, answers], right),
     )
 
 

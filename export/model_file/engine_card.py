@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from common.documents import is_of, read_object
+from common.documents import read_object, wrong_fields
 from common.files import read_whole
 from common.refusal import Refusal
 from common.spec import Spec
@@ -59,9 +59,11 @@ def read_card(engine: Path) -> EngineCard:
     if missing := [name for name in kinds if name not in record]:
         raise Refusal(f"{path} lacks {', '.join(missing)}; {again}")
     values = {name: record[name] for name in kinds}
-    for name, value in values.items():
-        if not is_of(value, kinds[name]) or (name == "batch" and not 1 <= value[0] <= value[1] <= value[2]):
-            raise Refusal(f"{path}: {name} cannot be {value!r}; {again}")
+    wrong = wrong_fields(values, kinds)
+    if not wrong and not 1 <= values["batch"][0] <= values["batch"][1] <= values["batch"][2]:
+        wrong = [f"batch cannot be {values['batch']!r}"]
+    if wrong:
+        raise Refusal(f"{path}: {'; '.join(wrong)}; {again}")
     try:
         values["signature"] = Signature.from_dict(values["signature"])
     except (TypeError, KeyError) as error:

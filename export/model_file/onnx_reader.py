@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from common.documents import read_json, read_object
+from common.documents import read_fields, read_json, read_object, read_varint
 from common.files import sha256
 from common.refusal import Refusal
 from common.spec import Spec
@@ -113,7 +113,12 @@ def read_int8_constants(content: bytes) -> dict[str, np.ndarray | None]:
     for tensor in _inside(memoryview(content), _MODEL_GRAPH, _GRAPH_INITIALIZER):
         with suppress(ValueError, IndexError, TypeError):
             fields = _parse(tensor)
-            found[_text(fields, _TENSOR_NAME)] = _read_int8(fields)
+            dims = [
+                size for part in fields[_TENSOR_DIMS] for size in ([part] if isinstance(part, int) else _unpack(part))
+            ]
+            *_, raw = fields[_TENSOR_RAW] or [b""]
+            is_int8 = fields[_TENSOR_TYPE] == [_INT8] and raw and dims and len(raw) == prod(dims)
+            found[_text(fields, _TENSOR_NAME)] = np.frombuffer(raw, np.int8).reshape(dims) if is_int8 else None
     return found
 
 
@@ -148,8 +153,8 @@ def metadata_places(content: bytes, key: str) -> list[slice]:
     """The bytes of each metadata entry with that key, in an ONNX file that `read_header` accepts."""
     return [
         place
-        for number, value, place in _fields(memoryview(content))
-        if number == _MODEL_METADATA and _text(_parse(value), _KEY) == key
+        for number, value, place in read_fields(content)
+        if number == _MODEL_METADATA and isinstance(value, memoryview) and _text(_parse(value), _KEY) == key
     ]
 
 
@@ -191,25 +196,14 @@ def _weight_files(graph: memoryview) -> Iterator[str]:
         yield from _weight_files(inner)
 
 
-def _read_int8(tensor: "Fields") -> np.ndarray | None:
-    dims: list[int] = []
-    for size in tensor[_TENSOR_DIMS]:
-        dims += [size] if isinstance(size, int) else _unpack(size)
-    raw = tensor[_TENSOR_RAW]
-    if tensor[_TENSOR_TYPE] != [_INT8] or not raw or not dims or len(raw[-1]) != prod(dims):
-        return None
-    return np.frombuffer(raw[-1], np.int8).reshape(dims)
-
-
-# Protocol Buffers: a message is a row of fields, each with a number and a wire type.
-
 Fields = dict[int, list[Any]]  # number → contents, memoryviews or integers
 
 
 def _parse(message: memoryview) -> Fields:
     fields = defaultdict(list)
-    for number, value, _ in _fields(message):
-        fields[number].append(value)
+    for number, content, _ in read_fields(message):
+        if content is not None:
+            fields[number].append(content)
     return fields
 
 
@@ -223,44 +217,8 @@ def _inside(message: memoryview, *path: int) -> Iterator[memoryview]:
         yield from _inside(value, *path[1:]) if path[1:] else (value,)
 
 
-def _fields(message: memoryview) -> Iterator[tuple[int, Any, slice]]:
-    """(number, content, place) of each field that holds bytes or an integer; floats are skipped."""
-    at = 0
-    while at < len(message):
-        start = at
-        tag, at = _varint(message, at)
-        value: memoryview | int | None = None
-        match tag & 7:
-            case 0:
-                value, at = _varint(message, at)
-            case 1:
-                at += 8
-            case 2:
-                size, at = _varint(message, at)
-                value, at = message[at : at + size], at + size
-            case 5:
-                at += 4
-            case kind:
-                raise ValueError(f"wire type {kind}")
-        if at > len(message):
-            raise ValueError("cut off")
-        if value is not None:
-            yield tag >> 3, value, slice(start, at)
-
-
 def _unpack(message: memoryview) -> Iterator[int]:
     at = 0
     while at < len(message):
-        value, at = _varint(message, at)
+        value, at = read_varint(message, at)
         yield value
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """An integer of seven bits a byte, the lowest first, and the position after it."""
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 127) << shift
-        shift, at = shift + 7, at + 1
-        if byte < 128:
-            return value, at

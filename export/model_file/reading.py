@@ -3,11 +3,11 @@
 import ast
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from common.documents import is_of, read_json, read_object
+from common.documents import is_of, read_json, read_object, wrong_fields
 from common.files import read_whole
 from common.refusal import Refusal
 
@@ -46,7 +46,7 @@ class ReadingHints:
     scores: Scores | None = None
     output: str | None = None
     temperature: float | None = None  # as in `Spec`
-    sources: tuple[tuple[str, str], ...] = ()  # (field, its source)
+    sources: dict[str, str] = field(default_factory=dict)  # of each field that is known
 
     @property
     def given(self) -> dict[str, Any]:
@@ -56,17 +56,15 @@ class ReadingHints:
     @property
     def flags(self) -> str:
         """The flags that give these hints, for messages."""
-        return ", ".join(f"--{name}" for name, _ in self.sources)
+        return ", ".join(f"--{name}" for name in sorted(self.sources))
 
     def over(self, other: "ReadingHints") -> "ReadingHints":
         """These hints, completed by those of `other`."""
-        return replace(
-            other, **self.given, sources=tuple(sorted({**dict(other.sources), **dict(self.sources)}.items()))
-        )
+        return replace(other, **self.given, sources=other.sources | self.sources)
 
     def by(self, source: str) -> "ReadingHints":
         """The same hints, given by `source`."""
-        return replace(self, sources=tuple((name, source) for name in self.given))
+        return replace(self, sources=dict.fromkeys(self.given, source))
 
     def to_json(self) -> str:
         """The content of the description beside a model."""
@@ -105,18 +103,16 @@ class Reading:
             "scores": f"answers {self.scores}",
             "labels": "labels 'class N'",
         }
-        parts = {
-            "assumed": [shown[name] for name in self.assumed],
-            "said": [f"{name} by {source}" for name, source in self.sources.items() if source != _ASSUMED],
-        }
-        return "; ".join(f"{kind}: {', '.join(part)}" for kind, part in parts.items() if part)
+        assumed = ", ".join(shown[name] for name in self.assumed)
+        said = ", ".join(f"{name} by {source}" for name, source in self.sources.items() if source != _ASSUMED)
+        return "; ".join(f"{kind}: {part}" for kind, part in (("assumed", assumed), ("said", said)) if part)
 
 
 def decide_reading(hints: ReadingHints, dtype: str, num_channels: int, last_kind: str) -> Reading:
     """The reading of a net with inputs of `dtype`, whose last node is of `last_kind`; refuses hints that do not fit."""
     is_float = dtype != "uint8"
     sources = dict.fromkeys(("mean", "std", "resize", "channels", "scores", "labels"), _ASSUMED)
-    sources |= {name: source for name, source in hints.sources if name != "output"}
+    sources |= {name: source for name, source in hints.sources.items() if name != "output"}
     if not is_float:
         if by_hand := [f"--{name}" for name in ("mean", "std") if sources[name] == _COMMAND_LINE]:
             raise Refusal(f"the net takes uint8 and normalises by itself; leave {' and '.join(by_hand)} out")
@@ -144,16 +140,11 @@ def from_flags(flags: ReadingFlags) -> ReadingHints:
     """The hints in a command's flags."""
     if flags.probabilities and flags.logits:
         raise Refusal("--probabilities and --logits exclude each other; give one of them")
-    return ReadingHints(
-        mean=flags.mean or None,
-        std=flags.std or None,
-        resize=flags.resize,
-        labels=_read_labels(flags.labels) if flags.labels else None,
-        channels=flags.channels,
-        scores="probabilities" if flags.probabilities else "logits" if flags.logits else None,
-        output=flags.output,
-        temperature=flags.temperature,
-    ).by(_COMMAND_LINE)
+    unchanged = {name: getattr(flags, name) for name in ("resize", "channels", "output", "temperature")}
+    labels = _read_labels(flags.labels) if flags.labels else None
+    scores = "probabilities" if flags.probabilities else "logits" if flags.logits else None
+    hints = ReadingHints(flags.mean or None, flags.std or None, labels=labels, scores=scores, **unchanged)
+    return hints.by(_COMMAND_LINE)
 
 
 def description_path(model: Path) -> Path:
@@ -176,16 +167,19 @@ def read_description(path: Path) -> ReadingHints:
     """The hints that export/describe.py wrote; refuses unknown fields and wrong types."""
     again = "write it again with export/describe.py"
     record = read_object(read_whole(path), str(path), todo=again)
-    kinds = {field.name: field.type for field in fields(ReadingHints) if field.name != "sources"}
+    # None is that of a field that the description leaves out.
+    kinds = {known.name: get_args(known.type)[0] for known in fields(ReadingHints) if known.name != "sources"}
     if unknown := sorted({*record} - {*kinds}):
         known = ", ".join(sorted(kinds))
         raise Refusal(f"{path} has the unknown fields {', '.join(unknown)}; known are {known}; {again}")
-    if bad := [f"{name} cannot be {value!r}" for name, value in record.items() if not is_of(value, kinds[name])]:
-        raise Refusal(f"{path} is not a valid description: {'; '.join(bad)}; {again}")
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
-    }
-    return ReadingHints(**values).by(path.name)
+    if wrong := wrong_fields(record, kinds):
+        raise Refusal(f"{path} is not a valid description: {'; '.join(wrong)}; {again}")
+    try:
+        numbers = {name: _floats(record[name]) for name in ("mean", "std") if name in record}
+    except OverflowError as error:  # JSON has no largest number
+        raise Refusal(f"{path} is not a valid description: {error}; {again}") from error
+    labels = {"labels": tuple(record["labels"])} if "labels" in record else {}
+    return ReadingHints(**{**record, **numbers, **labels}).by(path.name)
 
 
 def numbers_text(values: tuple[float, ...]) -> str:

@@ -93,10 +93,6 @@ class Signature:
         x = x.transpose(0, 3, 1, 2) if self.channels_first else x
         return np.ascontiguousarray(x, dtype=self.dtype)
 
-    def to_output(self, logits: np.ndarray) -> np.ndarray:
-        """The net's output, [N, K] or [N, K, 1, ...] → float32 [N, K]."""
-        return np.asarray(logits).reshape(len(logits), -1).astype(np.float32, copy=False)
-
 
 def find_signature(
     path: Path, header: Header, graph: OnnxGraph, inputs: Sequence[Value], outputs: Sequence[Value], hints: ReadingHints

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from common.documents import is_of
+from common.documents import wrong_fields
 from common.files import read_whole, sha256
 from common.refusal import Refusal, one_line
 from export.model_file.onnx_reader import Header, digest_of, read_header
@@ -154,26 +154,20 @@ def _read_evidence(quick: Path, exact: Path, header: Header) -> Evidence:
     record = _export(header).get(RECORD)
     if record is None:
         raise Refusal(f"{quick} does not record the gap above which its classes are {EXACT}'s; {how}")
+    kinds = {field.name: field.type for field in fields(Evidence)}
     try:
-        evidence = Evidence(**{field.name: record[field.name] for field in fields(Evidence)})
-        _refuse_invalid(evidence)
-        return replace(evidence, threshold=float(evidence.threshold))
+        values = {name: record[name] for name in kinds}
+        if wrong := wrong_fields(values, kinds):
+            raise ValueError("; ".join(wrong))
+        found = Evidence(**{**values, "threshold": float(values["threshold"])})
+        counts = [found.num_escalated, found.num_changed, found.num_changed_alone]
+        if not (isfinite(found.threshold) and found.threshold >= 0 and 0 <= found.changed_at_most <= 1):
+            raise ValueError(f"threshold {found.threshold}, changed_at_most {found.changed_at_most}")
+        if min(found.num_chosen_by, found.num_test) < 1 or min(counts) < 0 or max(counts) > found.num_test:
+            raise ValueError(f"counts {counts} of {found.num_test} test images, {found.num_chosen_by} to choose by")
+        return found
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise Refusal(f"the record of the cascade in {quick} is damaged ({one_line(error, 120)}); {how}") from error
-
-
-def _refuse_invalid(evidence: Evidence) -> None:
-    """Raises ValueError for values that no measurement gives."""
-    values = asdict(evidence)
-    if not all(is_of(value, float) for value in values.values()):
-        raise ValueError(f"not all are numbers: {values}")
-    threshold, *counts, bound = values.values()
-    if not (isfinite(threshold) and threshold >= 0 and 0 <= bound <= 1):
-        raise ValueError(f"threshold {threshold}, changed_at_most {bound}")
-    if not is_of(counts, tuple[int, ...]) or min(counts[2:]) < 0 or min(counts[:2]) < 1:
-        raise ValueError(f"counts {counts}")
-    if max(counts[2:]) > evidence.num_test:
-        raise ValueError(f"more than {evidence.num_test} test images: {counts[2:]}")
 
 
 def _export(header: Header) -> dict[str, Any]:
@@ -186,9 +180,8 @@ def _model(quick: Model, exact: Model, evidence: Evidence) -> Model:
         {"precision": precision, "name": model.name, "digest": model.digest, "file_bytes": model.num_bytes}
         for precision, model in ((QUICK, quick), (EXACT, exact))
     ]
-    export = {**quick.provenance.get("export", {}), "probe": _probe(quick, exact, evidence.threshold)}
-    if export["probe"] is None:
-        del export["probe"]
+    export = {name: part for name, part in quick.provenance.get("export", {}).items() if name != "probe"}
+    export |= _probe(quick, exact, evidence.threshold)
     record = {"forms": forms, **evidence.to_dict()}
     return replace(
         quick,
@@ -198,13 +191,14 @@ def _model(quick: Model, exact: Model, evidence: Evidence) -> Model:
     )
 
 
-def _probe(quick: Model, exact: Model, threshold: float) -> dict[str, Any] | None:
-    """The cascade's answers to the probe images, by the records of both forms; None if one has no valid record."""
+def _probe(quick: Model, exact: Model, threshold: float) -> dict[str, Any]:
+    """The cascade's answers to the probe images, by the records of both forms; none if one has no valid record."""
     try:
         first, second = (model.provenance["export"]["probe"] for model in (quick, exact))
         logits, others = (np.array(record["logits"], np.float64) for record in (first, second))
         if first["seed"] != second["seed"] or logits.shape != others.shape:
-            return None
-        return {**first, "logits": np.where(in_doubt(logits, threshold)[:, None], others, logits).tolist()}
+            return {}
+        answers = np.where(in_doubt(logits, threshold)[:, None], others, logits)
+        return {"probe": {**first, "logits": answers.tolist()}}
     except (TypeError, KeyError, ValueError, IndexError):
-        return None
+        return {}

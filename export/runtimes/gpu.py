@@ -55,9 +55,9 @@ class Buffer:
     """Memory on the device and, page-locked, its mirror on the host; freed with the last reference to it."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.device = call(cudart.cudaMalloc(num_bytes))
-        self._host = call(cudart.cudaHostAlloc(num_bytes, cudart.cudaHostAllocDefault))
-        when_gone(self, _free, self.device, self._host)
+        self._host = host = call(cudart.cudaHostAlloc(num_bytes, cudart.cudaHostAllocDefault))
+        when_gone(self, lambda: call(cudart.cudaFreeHost(host)))
+        self.device = allocate(self, num_bytes)
         self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(int(self._host)))
 
     def upload(self, array: np.ndarray, stream: Any) -> None:
@@ -78,7 +78,7 @@ class Buffer:
 def allocate(owner: object, num_bytes: int) -> int:
     """The address of memory on the device, which is freed with the last reference to `owner`."""
     address = call(cudart.cudaMalloc(num_bytes))
-    when_gone(owner, _free, address)
+    when_gone(owner, lambda: call(cudart.cudaFree(address)))
     return int(address)
 
 
@@ -92,12 +92,6 @@ def release(stream: Any, graphs: dict[int, Any]) -> None:
     for graph in filter(None, graphs.values()):
         call(cudart.cudaGraphExecDestroy(graph))
     call(cudart.cudaStreamDestroy(stream))
-
-
-def _free(device: Any, host: Any = None) -> None:
-    call(cudart.cudaFree(device))
-    if host is not None:
-        call(cudart.cudaFreeHost(host))
 
 
 def capture(stream: Any, work: Callable[[], None]) -> Any:

@@ -78,18 +78,15 @@ class MnnModule:
         with self._turn:
             if not self._workers:
                 self._start()
+            parts = np.array_split(images, min(len(images), self._num_workers))
+            working = self._workers[: len(parts)]
             try:
-                return self._share(images)
+                for worker, part in zip(working, parts, strict=True):
+                    worker.send(part)
+                answers = [np.frombuffer(worker.receive(), np.float32) for worker in working]
             except BaseException:  # the next call must not read this one's answer
                 _end_all(self._workers)
                 raise
-
-    def _share(self, images: np.ndarray) -> np.ndarray:
-        parts = np.array_split(images, min(len(images), self._num_workers))
-        working = self._workers[: len(parts)]
-        for worker, part in zip(working, parts, strict=True):
-            worker.send(part)
-        answers = [np.frombuffer(worker.receive(), np.float32) for worker in working]
         return np.concatenate(answers).reshape(len(images), -1)
 
     def _start(self) -> None:
@@ -132,13 +129,13 @@ def _convert(path: Path, content: bytes) -> FileIO:
         try:
             source.write_bytes(content)
             done = subprocess.run(argv, cwd=name, capture_output=True, timeout=_CONVERT_S)
+            if done.returncode != 0 or not converted.exists():
+                raise Refusal(f"{path} cannot be loaded: MNN's converter refuses it; export it again")
+            return FileIO(converted)
         except subprocess.TimeoutExpired as error:
             raise Refusal(f"{path}: MNN's converter does not finish; use --runtime onnxruntime") from error
         except OSError as error:
             raise Refusal(f"{path} cannot be loaded by MNN: {error}; use --runtime onnxruntime") from error
-        if done.returncode != 0 or not converted.exists():
-            raise Refusal(f"{path} cannot be loaded: MNN's converter refuses it; export it again")
-        return FileIO(converted)
 
 
 class _Worker:

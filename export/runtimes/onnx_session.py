@@ -1,6 +1,7 @@
-"""ONNX Runtime: an .onnx file made callable on the best provider that loads here."""
+"""ONNX Runtime, without telemetry: an .onnx file made callable on the best provider that loads here."""
 
 import ctypes
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ from export.model_file.onnx_reader import digest_of, find_weights, read_graph, r
 from export.model_file.probe import refuse_batch_dependence
 from export.model_file.reading import NO_HINTS, ReadingHints
 from export.model_file.signature import Value, find_signature, find_spec
-from export.runtimes.offline import ort, quiet_options
 from export.runtimes.runtime import Model, answer_in_pieces, next_power_of_two, pad
+
+# Its releases from 1.31 on keep a number for the device and a database of usage in ~/.cache and send them to Microsoft,
+# unless this variable is set before the import.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import onnxruntime as ort
 
 
 class OnnxSession:
@@ -80,8 +86,8 @@ class OnnxSession:
             if size not in self._by_size:
                 self._by_size[size] = self._reopen() if self._by_size else session
             images, session = pad(images, size), self._by_size[size]
-        logits = session.run([names.output_name], {names.input_name: names.to_input(images)})[0]
-        return names.to_output(np.asarray(logits))[:num_images]
+        output = np.asarray(session.run([names.output_name], {names.input_name: names.to_input(images)})[0])
+        return output.reshape(len(output), -1).astype(np.float32, copy=False)[:num_images]  # it may be [N, K, 1, 1]
 
     def _count_classes(self, path: Path) -> int:
         """Of a third-party net; refuses one whose answer to an image depends on its batch."""
@@ -91,6 +97,24 @@ class OnnxSession:
             raise
         except Exception as error:  # a private one of ONNX Runtime, or no memory
             raise Refusal(f"{path} fails on images of noise: {one_line(error, 300)}") from error
+
+
+def quiet_options(weights_folder: Path | None = None) -> ort.SessionOptions:
+    """Options of a session that reports errors only; `weights_folder` holds the weights that are not in the model."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if weights_folder:  # the default is the working directory
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, str(weights_folder.resolve()))
+    return options
+
+
+def cpu_session(model: bytes, *, weights_folder: Path | None = None, **attributes: object) -> ort.InferenceSession:
+    """A quiet session on the CPU; `attributes` are those of `ort.SessionOptions`."""
+    options = quiet_options(weights_folder)
+    for name, value in attributes.items():
+        setattr(options, name, value)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def provider_options(name: str, device: int) -> dict[str, str]:

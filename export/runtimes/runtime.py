@@ -1,4 +1,4 @@
-"""The interface of every runtime to parity and to the server: images in, logits out. Needs neither torch nor onnx."""
+"""The interface of every runtime to parity and to the server: images in, logits out, and probabilities of these."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,3 +59,26 @@ def pad(images: np.ndarray, batch: int) -> np.ndarray:
 
 def next_power_of_two(num: int) -> int:
     return 1 << (num - 1).bit_length()
+
+
+def probabilities(values: np.ndarray, *, temperature: float = 1.0, are_probabilities: bool = False) -> np.ndarray:
+    """Finite logits [N, K], or probabilities already, → probabilities, float64 [N, K]: softmax(logits / temperature).
+
+    `temperature` comes from the model's spec; probabilities are returned unchanged.
+    """
+    values = values.astype(np.float64)
+    if are_probabilities:
+        return values
+    powers = np.exp((values - values.max(axis=1, keepdims=True)) / temperature)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def without_temperature(values: np.ndarray, temperature: float) -> np.ndarray:
+    """`values`, probabilities float64 [N, K] with a temperature, as they would be with a temperature of 1."""
+    powers = values**temperature  # a row's softmax is exp(z / T) / S, and 1 / S is common to its classes
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def best(values: np.ndarray, num: int) -> np.ndarray:
+    """int64 [N, num]: the classes of the largest values [N, K], the largest first; of equal ones the lower index."""
+    return np.argsort(-values, axis=1, kind="stable")[:, :num]

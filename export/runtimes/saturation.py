@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from export.model_file.onnx_reader import Node, read_graph, read_int8_constants
-from export.runtimes.offline import cpu_session
+from export.runtimes.onnx_session import cpu_session
 
 LARGEST_PAIR = 128  # 255 · 128 = 32,640 fits in 16 bits, 255 · 129 does not
 
@@ -36,30 +36,28 @@ def may_saturate(path: Path, content: bytes) -> list[str]:
 
     Computed from the weights alone; claims in the metadata are ignored.
     """
-    graph = read_graph(path, content)
+    graph, constants = read_graph(path, content), read_int8_constants(content)
     makers = {name: node for node in graph.nodes for name in node.outputs}
-    products = [(node, found) for node in graph.nodes if (found := _find_weights(node, makers))]
-    constants = read_int8_constants(content) if products else {}
-    return [node.name or node.outputs[0] for node, (name, axis) in products if not _is_safe(constants.get(name), axis)]
+    return [node.name or node.outputs[0] for node in graph.nodes if _may_saturate(node, makers, constants)]
 
 
-def _find_weights(node: Node, makers: dict[str, Node]) -> tuple[str, int] | None:
-    """(the name of a node's eight-bit weights, the axis of their filters), None if it multiplies no eight-bit numbers.
-
-    The name is "" if the node may multiply eight-bit numbers in an unknown way.
-    """
+def _may_saturate(node: Node, makers: dict[str, Node], constants: dict[str, np.ndarray | None]) -> bool:
     if node.kind in _INTEGER_PRODUCTS:
         at, axis = _INTEGER_PRODUCTS[node.kind]
-        return (node.inputs[at] if len(node.inputs) > at else ""), axis
-    if node.kind in _FLOAT_PRODUCTS and len(node.inputs) > 1:
-        maker = makers.get(node.inputs[1])
-        if maker and maker.kind == "DequantizeLinear":
-            return next(iter(maker.inputs), ""), _FLOAT_PRODUCTS[node.kind]
-    if node.kind not in _HARMLESS and (
-        node.kind.startswith(("QLinear", "QGemm", "QAttention")) or "Integer" in node.kind
-    ):
-        return "", 0
-    return None
+        name = node.inputs[at] if len(node.inputs) > at else ""
+    elif node.kind in _FLOAT_PRODUCTS:
+        maker = makers.get(node.inputs[1]) if len(node.inputs) > 1 else None
+        if maker is None or maker.kind != "DequantizeLinear":
+            return False
+        name, axis = next(iter(maker.inputs), ""), _FLOAT_PRODUCTS[node.kind]
+    else:  # how other integer nodes multiply is unknown
+        is_integer = node.kind.startswith(("QLinear", "QGemm", "QAttention")) or "Integer" in node.kind
+        return is_integer and node.kind not in _HARMLESS
+    weight = constants.get(name)
+    if weight is None or weight.ndim < 2:  # nothing is known about weights that are not int8 constants of the file
+        return True
+    filters = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.int64)
+    return bool((largest_pair(filters) > LARGEST_PAIR).any())
 
 
 def warning(path: Path, content: bytes) -> str | None:
@@ -87,11 +85,3 @@ def largest_pair(filters: np.ndarray) -> np.ndarray:
         return np.abs(filters).max(axis=1)
     positive, negative = (np.partition(np.maximum(part, 0), -2, axis=1)[:, -2:].sum(1) for part in (filters, -filters))
     return np.maximum(positive, negative)
-
-
-def _is_safe(weight: np.ndarray | None, axis: int) -> bool:
-    """False for weights that are not int8 constants of the file: nothing is known about them."""
-    if weight is None or weight.ndim < 2:
-        return False
-    filters = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.int64)
-    return bool((largest_pair(filters) <= LARGEST_PAIR).all())

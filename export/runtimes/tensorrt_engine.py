@@ -1,6 +1,7 @@
 """TensorRT: an .engine file made callable on the GPU that it was built for."""
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from export.model_file.engine_card import EngineCard, card_path, read_card
 from export.runtimes import gpu
 from export.runtimes.runtime import Model, answer_in_pieces, next_power_of_two
 
-# NVIDIA's two libraries have one interface.
-EXTRA = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
+# NVIDIA's two libraries, tensorrt and tensorrt_rtx, have one interface.
 INSTALL_TENSORRT = "pip install -e '.[tensorrt]' (its libraries come from NVIDIA's own package index)"
 
 
@@ -35,10 +35,7 @@ class TensorRTEngine:
         self.description, self.library = f"{card.builder}, {card.precision}", f"{card.builder} {trt.__version__}"
         self._card, self._device = card, device
         self._logger = make_logger(trt)
-        self._runtime = make_runtime(trt, self._logger, card)  # must outlive its engine
-        self._engine = self._runtime.deserialize_cuda_engine(content)
-        if self._engine is None:
-            raise Refusal(f"{path} cannot be loaded: {self._logger.last_error()}")
+        self._runtime, self._engine = load_engine(trt, self._logger, content, card, what=str(path))
         self._graphs: dict[int, Any] = {}  # by batch size; None if the engine cannot be captured
         self._allocate(trt)
         self._context = self._make_context()
@@ -111,7 +108,7 @@ def import_library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        how = INSTALL_TENSORRT if name == "tensorrt" else f"pip install -e '.[{EXTRA[name]}]'"
+        how = INSTALL_TENSORRT if name == "tensorrt" else "pip install -e '.[rtx]'"
         raise Refusal(f"{name} is not installed here: {how} ({error})") from error
 
 
@@ -134,11 +131,14 @@ def make_logger(trt: Any) -> Any:
     return Logger()
 
 
-def make_runtime(trt: Any, logger: Any, card: EngineCard) -> Any:
-    """The runtime that deserialises an engine; a version-compatible one contains the code that runs it."""
+def load_engine(trt: Any, logger: Any, content: bytes, card: EngineCard, *, what: str) -> tuple[Any, Any]:
+    """The runtime, which must outlive its engine, and the engine; a refusal calls it `what`."""
     runtime = trt.Runtime(logger)
-    runtime.engine_host_code_allowed = card.version_compatible
-    return runtime
+    runtime.engine_host_code_allowed = card.version_compatible  # such an engine contains the code that runs it
+    engine = runtime.deserialize_cuda_engine(content)
+    if engine is None:
+        raise Refusal(f"{what} cannot be loaded: {logger.last_error()}")
+    return runtime, engine
 
 
 def _fitting_library(path: Path, content: bytes, card: EngineCard, device: int) -> Any:
@@ -166,6 +166,6 @@ def _fitting_library(path: Path, content: bytes, card: EngineCard, device: int) 
 def _runs_older(trt: Any, card: EngineCard) -> bool:
     """Whether the engine is version-compatible and the library here is no older than its builder."""
     here, builder = (
-        [int(part) for part in version.split(".")[:2]] for version in (trt.__version__, card.builder_version)
+        [int(part) for part in re.findall(r"\d+", version)[:2]] for version in (trt.__version__, card.builder_version)
     )
     return card.version_compatible and here >= builder

@@ -89,17 +89,6 @@ class TorchGraphs:
         return self._answer(images)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """All that batches of one size need: a graph reads and writes where it did when it was captured."""
-
-    pixels: Tensor  # page-locked, on the host
-    images: Tensor  # the same on the device
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor  # on the device
-    answers: Tensor  # page-locked, on the host
-
-
 class Graphs:
     """A net on one stream of a device. Batches are padded to the next power of two, which has a graph of its own.
 
@@ -114,7 +103,7 @@ class Graphs:
         self._stream = _IDLE[device].pop() if _IDLE[device] else torch.cuda.Stream(device)
         gpu.when_gone(self, _IDLE[device].append, self._stream)
         self._pool = torch.cuda.graph_pool_handle()
-        self._batches: dict[int, Batch] = {}
+        self._batches: dict[int, Callable[[np.ndarray], np.ndarray]] = {}
         with torch.cuda.stream(self._stream):
             self._net = net.to(self._place)
 
@@ -124,30 +113,35 @@ class Graphs:
     def _run(self, images: np.ndarray) -> np.ndarray:
         if len(images) not in self._batches:
             self._batches[len(images)] = self._capture(images.shape)
-        batch = self._batches[len(images)]
-        np.copyto(batch.pixels.numpy(), images)
-        with torch.cuda.stream(self._stream):
-            batch.images.copy_(batch.pixels, non_blocking=True)
-            batch.graph.replay()
-            batch.answers.copy_(batch.logits, non_blocking=True)
-        self._stream.synchronize()
-        return batch.answers.numpy().copy()
+        return self._batches[len(images)](images)
 
     @torch.no_grad()
-    def _capture(self, shape: tuple[int, ...]) -> Batch:
-        """A graph of the net for images of `shape`.
+    def _capture(self, shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+        """The net for images of `shape`: a graph that reads and writes where it did when it was captured.
 
         A capture may neither wait nor have cuDNN try its kernels: the first runs, which do both, are not captured.
         In other threads another model may go on meanwhile.
         """
-        with _CAPTURING, torch.cuda.stream(self._stream):
-            images = torch.zeros(shape, dtype=torch.uint8, device=self._place)
+        stream = self._stream
+        with _CAPTURING, torch.cuda.stream(stream):
+            on_device = torch.zeros(shape, dtype=torch.uint8, device=self._place)
             for _ in range(NUM_WARM_UPS):
-                self._net(images)
+                self._net(on_device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                logits = self._net(images)
-        return Batch(_pinned(shape, torch.uint8), images, graph, logits, _pinned(logits.shape, logits.dtype))
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                logits = self._net(on_device)
+        pixels, answers = _pinned(shape, torch.uint8), _pinned(logits.shape, logits.dtype)
+
+        def answer(images: np.ndarray) -> np.ndarray:
+            np.copyto(pixels.numpy(), images)
+            with torch.cuda.stream(stream):
+                on_device.copy_(pixels, non_blocking=True)
+                graph.replay()
+                answers.copy_(logits, non_blocking=True)
+            stream.synchronize()
+            return answers.numpy().copy()
+
+        return answer
 
 
 def _place(device: int) -> torch.device:

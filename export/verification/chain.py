@@ -95,9 +95,8 @@ def find_chain(path: Path, against: Sequence[Path]) -> Chain:
     used = {*reports, *(str(file) for source in sources for file in (source.path, *dict(source.others)))}
     if strangers := [str(file) for file in against if str(file) not in used]:
         raise Refusal(f"no claim is about {', '.join(strangers)}: leave it out, or name the file that was read")
-    return Chain(
-        path, digest_of(path, read_whole(path)), spec, provenance, claims, card, form, why_not, sources, forms, reports
-    )
+    digest = digest_of(path, read_whole(path))
+    return Chain(path, digest, spec, provenance, claims, card, form, why_not, sources, forms, reports)
 
 
 def _sources(path: Path, card: EngineCard | None, claims: Claims, against: Sequence[Path]) -> Iterator[Source]:

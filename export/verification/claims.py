@@ -1,12 +1,15 @@
 """What a file of this project claims about itself, parsed as untrusted input, and a claim that was checked."""
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
 
 from common.spec import DatasetName
 from export.compare import TOLERANCES
@@ -56,6 +59,15 @@ def damaged(claim: str, value: Any, why: object) -> CheckedClaim:
     return judged(claim, shown(value), f"the record is damaged: {shown(str(why))}", is_same=False)
 
 
+def print_claims(console: Console, rows: Sequence[CheckedClaim]) -> None:
+    """A table, with the first digits of digests."""
+    table = Table("claim", "recorded", "computed here, or what is missing", "verdict")
+    for row in rows:
+        texts = (re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text) for text in (row.recorded, row.computed))
+        table.add_row(row.claim, *texts, row.verdict.upper() if row.verdict == "differs" else row.verdict)
+    console.print(table)
+
+
 def shown(value: Any, most: int = 80) -> str:
     """A value of a record in at most `most` printable characters."""
     text = value if isinstance(value, str) else repr(value)
@@ -98,7 +110,7 @@ def read_claims(provenance: Mapping[str, Any], num_classes: int) -> Claims:
     return Claims(values, tuple(faults), rest)
 
 
-def _check(is_right: Callable[[Any], bool], why: str) -> Callable[[Any], Any]:
+def _check(is_right: Callable[[Any], object], why: str) -> Callable[[Any], Any]:
     """A function that returns a right value as it is, and raises ValueError with `why` for any other."""
 
     def check(value: Any) -> Any:
@@ -120,13 +132,10 @@ _share = _check(lambda value: _is_number(value) and 0 <= value <= 1, "it is not 
 _share_or_none = _check(lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "it is not from 0 to 1")
 _text = _check(lambda value: isinstance(value, str), "it is not text")
 _bool = _check(lambda value: isinstance(value, bool), "it is neither true nor false")
-_sha256 = _check(
-    lambda value: isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef"),
-    "it is not a sha256",
-)
+_sha256 = _check(lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value), "it is not a sha256")
 
 
-def _one_of(known: tuple[str, ...]) -> Callable[[Any], str]:
+def _one_of(known: Sequence[str]) -> Callable[[Any], str]:
     return _check(lambda value: value in known, f"it is not one of {', '.join(known)}")
 
 
@@ -136,21 +145,18 @@ def _split(value: Any) -> dict[str, Any]:
     return {name: _sha256(part) if name == "sha256" else _count(part) for name, part in value.items()}
 
 
-_PROOF_ROW = {
-    "what": lambda value: shown(_text(value)),
-    "images": _one_of(("random", "real")),
-    "precision": _one_of(("float64", "float32")),
-    "num_images": _count,
-    "max_abs": _number,
-    "relative": _number,
-    "top1_changes": _count,
-}
+def _of_kind(kind: type[Any], record: Any, **checks: Callable[[Any], Any]) -> Any:
+    """A dataclass of counts and numbers from an object; `checks` are of its other fields."""
+    kinds: dict[Any, Callable[[Any], Any]] = {int: _count, float: _number, str: _text}
+    checks = {field.name: kinds[field.type] for field in fields(kind)} | checks
+    return kind(**{name: check(record[name]) for name, check in checks.items()})
 
 
 def _proof(rows: Any) -> list[ProofRow]:
     if not isinstance(rows, list):
         raise TypeError("it is not a list")
-    return [ProofRow(**{name: check(row[name]) for name, check in _PROOF_ROW.items()}) for row in rows]
+    known = {"images": _one_of(("random", "real")), "precision": _one_of(("float64", "float32"))}
+    return [_of_kind(ProofRow, row, what=lambda value: shown(_text(value)), **known) for row in rows]
 
 
 def _probe(probe: Any, num_classes: int) -> tuple[int, np.ndarray]:
@@ -167,11 +173,6 @@ def _drop(test: Any) -> dict[str, float]:
     return {name: checks.get(name, _share)(value) for name, value in test.items()}
 
 
-def _evidence(record: Any) -> Evidence:
-    checks = {"threshold": _number, "changed_at_most": _share}
-    return Evidence(**{field.name: checks.get(field.name, _count)(record[field.name]) for field in fields(Evidence)})
-
-
 CHECKS: dict[str, Callable[[Any], Any]] = {
     "training.dataset": _one_of(get_args(DatasetName)),
     "training.split": _split,
@@ -181,7 +182,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "training.test_accuracy": _share_or_none,
     "training.init_sha256": _sha256,
     "training.authors_sha256": _sha256,
-    "fold.weights_sha256": _sha256,  # of a net of your own
+    "fold.weights_sha256": lambda value: None if value is None else _sha256(value),  # of a net of your own
     "fold.checkpoint_sha256": _sha256,
     "fold.dirac_parameters": _count,
     "fold.convolutions": lambda pair: _count(pair[1]),  # of a graph, after the fold
@@ -193,5 +194,5 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "export.lowering": _one_of(LOWERINGS),
     "export.cannot_saturate": _bool,
     "export.test": _drop,
-    f"export.{RECORD}": _evidence,
+    f"export.{RECORD}": partial(_of_kind, Evidence, changed_at_most=_share),
 }

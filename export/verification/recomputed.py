@@ -32,6 +32,8 @@ MOST_REAL = 10_000
 MOST_PIXEL_BYTES = 2**28  # of the random images of one comparison
 OF_IMAGES = ("dataset", "split", "validation", "seed", "skip_unreadable")  # entries that name a run's images
 
+Logits = tuple[np.ndarray | None, np.ndarray | None]  # [N, K] of the float32 form and of this one, if at hand
+
 
 @dataclass(frozen=True)
 class FoundImages:
@@ -56,23 +58,18 @@ def find_images(chain: Chain, data_dir: Path | None) -> FoundImages:
         if data_dir:
             raise Refusal(f"{chain.path} does not record what it was trained on: leave --data-dir out")
         return FoundImages(None, "no record says what the net was trained on")
-    split = training.get("split", {})
-    said, missing, verdict = f"sha256 {split.get('sha256', '')}", "", "same"
-    dataset = None
+    split, image = training.get("split", {}), chain.spec.image
+    said, dataset, missing, verdict = f"sha256 {split.get('sha256', '')}", None, "", "same"
     try:
-        dataset = datasets.load_as_trained(
-            training, data_dir=data_dir, beside=chain.path.parent, image=chain.spec.image
-        )
-    except (Changed, Unlike) as refusal:
-        missing, verdict = str(refusal), "differs"
+        dataset = datasets.load_as_trained(training, data_dir=data_dir, beside=chain.path.parent, image=image)
     except Refusal as refusal:
-        if data_dir:
+        is_other = isinstance(refusal, Changed | Unlike)
+        if data_dir and not is_other:
             raise
-        missing, verdict = str(refusal), "cannot be checked here"
+        missing, verdict = str(refusal), "differs" if is_other else "cannot be checked here"
     rows = ()
     if split or verdict == "differs":
-        claim = "images of training, validation and test"
-        rows = (CheckedClaim(claim, said, shown(missing, 160) or said, verdict),)
+        rows = (CheckedClaim("images of training, validation and test", said, shown(missing, 160) or said, verdict),)
     if dataset is None:
         return FoundImages(None, missing, rows)
     if dataset.info.labels == chain.spec.labels:
@@ -156,8 +153,8 @@ class ReportedRow:
 
     where: str
     reference: str
+    key: tuple[str, frozenset[str]]  # the kind of images and the digests, whichever file is the reference
     images: str
-    key: tuple[str, ...]  # see `_key`
     num_images: int
     relative: float
     rms: float
@@ -175,16 +172,11 @@ def _reported(where: str, report: dict[str, Any]) -> Iterator[ReportedRow | Chec
         try:
             names = [str(row[side]).partition(" on ")[0] for side in ("reference", "candidate")]
             figures = {name: kind(row[name]) for name, kind in kinds.items()}
-            key = _key(figures["images"], *(str(report["artefacts"][name]) for name in names))
+            key = figures["images"], frozenset(str(report["artefacts"][name]) for name in names)
             reference = shown(Path(names[0]).name)
-            yield ReportedRow(where, reference, key=key, within_tolerance=row["within_tolerance"], **figures)
+            yield ReportedRow(where, reference, key, within_tolerance=row["within_tolerance"], **figures)
         except (TypeError, ValueError, KeyError, OverflowError) as error:
             yield damaged(f"a comparison in {where}", row, repr(error))
-
-
-def _key(images: str, *digests: str) -> tuple[str, ...]:
-    """Identifies a comparison of two files, whichever of them is the reference."""
-    return images, *sorted(digests)
 
 
 def _parity(chain: Chain, images: FoundImages, console: Console) -> Iterator[CheckedClaim]:
@@ -204,9 +196,10 @@ def _parity(chain: Chain, images: FoundImages, console: Console) -> Iterator[Che
     sets = sets if real is None else {"real": real, **sets}
     digests = {source.title: source.digest for source in (form, *sources)}
     pairs = [by_precision(form, source) for source in sources]
+    again = compare_logits(pairs, sets, console) if pairs else []
     found = {
-        _key(row.images, digests[row.comparison.reference], digests[row.comparison.candidate]): row
-        for row in (compare_logits(pairs, sets, console) if pairs else ())
+        (row.images, frozenset((digests[row.comparison.reference], digests[row.comparison.candidate]))): row
+        for row in again
     }
     for key, row in found.items():
         claims = [claim for claim in recorded if claim.key == key]
@@ -238,7 +231,6 @@ def _parity_row(row: ParityRow, claims: list[ReportedRow]) -> CheckedClaim:
 
 
 def _accuracy(chain: Chain, images: FoundImages, console: Console) -> Iterator[CheckedClaim]:
-    """Test accuracy, and what eight bits cost on the same images."""
     accuracy, drop, cascade = map(chain.claims.get, ("training.test_accuracy", "export.test", f"export.{RECORD}"))
     if accuracy is None and not drop and not cascade:
         return
@@ -246,25 +238,24 @@ def _accuracy(chain: Chain, images: FoundImages, console: Console) -> Iterator[C
     if form and TOLERANCES[form.precision].is_statistical:
         exact = chain.forms.get("plain.safetensors") or chain.forms.get("the checkpoint")
     missing = images.missing if images.part is None else chain.missing("plain.safetensors") if exact is None else ""
-    wanted = [one for one in (exact, form if drop or cascade else None) if one]
-    logits: dict[str, np.ndarray] = {}
+    wanted = {one.title: one.answer for one in (exact, form if drop or cascade else None) if one}
+    answers: dict[str, np.ndarray] = {}
     targets = np.zeros(0, np.int64) if images.part is None else np.asarray(images.part.targets)
     if images.part is not None and wanted:
         try:
             with progress(console, "testing", len(targets)) as advance:
-                answers = answer_part([one.answer for one in wanted], images.part, advance)
-            if unread := len(targets) - len(answers[0]):
-                raise Refusal(f"{unread} test images cannot be read")
-            logits = dict(zip((one.title for one in wanted), answers, strict=True))
+                answers = dict(zip(wanted, answer_part([*wanted.values()], images.part, advance), strict=True))
+            if unread := len(targets) - len(next(iter(answers.values()))):
+                answers, missing = {}, f"{unread} test images cannot be read"
         except Refusal as refusal:
             missing = shown(str(refusal), 160)
-    before, after = (logits.get(one.title) if one else None for one in (exact, form))
+    before, after = (answers.get(one.title) if one else None for one in (exact, form))
     if accuracy is not None:
         yield _accuracy_row(accuracy, before, targets, exact, missing)
     if drop:
-        yield from _drop(drop, form.precision if form else "int8", before, after, targets, missing)
+        yield from _drop(drop, form.precision if form else "int8", (before, after), targets, missing)
     if cascade:
-        yield from _cascade(cascade, before, after, missing)
+        yield from _cascade(cascade, (before, after), missing)
 
 
 def _accuracy_row(
@@ -283,14 +274,10 @@ def _accuracy_row(
 
 
 def _drop(
-    recorded: dict[str, float],
-    precision: str,
-    before: np.ndarray | None,
-    after: np.ndarray | None,
-    targets: np.ndarray,
-    missing: str,
+    recorded: dict[str, float], precision: str, logits: Logits, targets: np.ndarray, missing: str
 ) -> Iterator[CheckedClaim]:
     """What eight bits cost, figure by figure; shares of the images within the drop that they may cost."""
+    before, after = logits
     again: dict[str, float] = {}
     if before is not None and after is not None:
         again = vars(measure_drop(before, after, targets))
@@ -304,12 +291,11 @@ def _drop(
         yield judged(claim, said, found, is_same=is_same, missing=missing)
 
 
-def _cascade(
-    recorded: Evidence, before: np.ndarray | None, after: np.ndarray | None, missing: str
-) -> Iterator[CheckedClaim]:
+def _cascade(recorded: Evidence, logits: Logits, missing: str) -> Iterator[CheckedClaim]:
     """With the recorded threshold: how many test images go on, and how many change their class all the same."""
     claim = f"cascade: threshold by {recorded.num_chosen_by:,} images"
     yield unchecked(claim, f"{recorded.threshold:.3g}", "export/cascade.py measures it again")
+    before, after = logits
     for name in ("num_escalated", "num_changed", "num_changed_alone"):
         num = getattr(recorded, name)
         claim, said = f"cascade: {name.removeprefix('num_').replace('_', ' ')}", f"{num} of {recorded.num_test:,}"
@@ -319,7 +305,7 @@ def _cascade(
         doubtful, changed = in_doubt(after, recorded.threshold), before.argmax(1) != after.argmax(1)
         masks = {"num_escalated": doubtful, "num_changed": changed & ~doubtful, "num_changed_alone": changed}
         found = int(masks[name].sum())
-        is_same = recorded.num_test == len(after) and abs(num - found) <= ALLOWED_DROP * len(after)
-        if name == "num_changed":
-            is_same = is_same and found <= recorded.changed_at_most * len(after)
+        most = recorded.changed_at_most * len(after) if name == "num_changed" else len(after)
+        is_near = abs(num - found) <= ALLOWED_DROP * len(after)
+        is_same = recorded.num_test == len(after) and is_near and found <= most
         yield judged(claim, said, f"{found} of {len(after):,}", is_same=is_same)

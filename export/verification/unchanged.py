@@ -10,11 +10,13 @@ import onnx
 from common.difference import difference
 from common.files import read_whole
 from common.refusal import Refusal
+from export.artefacts import Artefact
 from export.compare import TOLERANCES
 from export.engines.engine import precision
 from export.graphs.graph import FLOATS, to_onnx
-from export.model_file.onnx_reader import digest_of
+from export.model_file.onnx_reader import digest_of, read_header
 from export.model_file.probe import probe_images
+from export.model_file.reading import find_hints
 from export.runtimes.saturation import may_saturate
 from export.verification.chain import Chain
 from export.verification.claims import MADE_HOW, CheckedClaim, compared, judged, shown, unchecked
@@ -46,6 +48,25 @@ def check_rest(chain: Chain) -> Iterator[CheckedClaim]:
         yield unchecked(f"{section}: {shown(', '.join(names))}", f"{len(names)} entries", MADE_HOW[section])
     for section in chain.provenance.keys() - MADE_HOW.keys():
         yield unchecked(shown(section), "another record", "nothing computes it again")
+
+
+def check_foreign(form: Artefact) -> Iterator[CheckedClaim]:
+    """What the files beside somebody else's classifier, or its exporter, say of it: little can be computed."""
+    hints = find_hints(form.path, read_header(form.path, read_whole(form.path)).metadata)
+    scores = form.answer(probe_images(form.spec.image))
+    are_shares, say_so = bool(((scores >= 0) & (scores <= 1)).all()), hints.scores == "probabilities"
+    for name, source in sorted(hints.sources.items()):
+        claim, recorded = f"{name}, by {source}", shown(str(getattr(hints, name)))
+        if name == "labels":
+            num = scores.shape[1]
+            yield judged(claim, recorded, f"{num} values per image", is_same=num == len(hints.labels or ()))
+        elif name == "output":
+            yield judged(claim, recorded, "the graph has it", is_same=True)
+        elif name == "scores" and (say_so or not are_shares):
+            computed = f"from {scores.min():.3g} to {scores.max():.3g}"
+            yield judged(claim, recorded, computed, is_same=are_shares == say_so)
+        else:
+            yield unchecked(claim, recorded, "the graph does not show it; export/evaluate.py on known images may")
 
 
 def _of_card(chain: Chain) -> Iterator[CheckedClaim]:

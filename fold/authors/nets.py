@@ -237,7 +237,7 @@ def infer_spec(
         raise Refusal(
             f"{path}: {block} reads {numbers[block].shape[1]} channels: such a net with {nonlinearity} is not known"
         )
-    if image_size:
+    if image_size is not None:
         resize = round(image_size * (image.resize or image.height) / image.height)
         image = replace(image, height=image_size, width=image_size, resize=resize)
     sizes = [numbers[name].shape[0] for name in ("fc.weight", "fc.bias") if name in numbers and numbers[name].dim()]

@@ -10,7 +10,8 @@ import os
 import pickle
 import signal
 import socket
-from collections import deque
+import sys
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -23,7 +24,7 @@ import numpy as np
 import uvicorn
 
 from common.refusal import Refusal
-from export.runtimes.runtime import Runtime
+from export.runtimes.runtime import Model, Runtime
 from serve.front_ends.shared_memory import (
     ANSWER,
     CONNECT,
@@ -37,7 +38,7 @@ from serve.front_ends.shared_memory import (
     make_memory,
     shape_of,
 )
-from serve.model.check import LoadModel, take_model
+from serve.model.check import LoadModel, apart, take_model
 from serve.processes.signals import heed_signals
 from serve.request.job import Served
 from serve.request.limits import Limits
@@ -54,11 +55,14 @@ class Device:
         self._doors, self._limits, self._load = doors, limits, load
         self.observe_batch: Callable[[int], None] = lambda num_images: None
         self.observe_run: Callable[[Runtime], None] = lambda runtime: None
+        self._refuse_without_room(served.model)
         self._use(served)
         self._peers: set[_Peer] = set()
         self._waiting: deque[tuple[_Peer, np.ndarray]] = deque()  # slots not in a batch yet; then one is scheduled
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._num_connections: Counter[socket.socket] = Counter()  # by door, with those that wait for their memory
+        self._num_reloads = 0
         self._is_stopping = False
 
     def run(self, *, on_start: Callable[[], None] = lambda: None) -> None:
@@ -91,9 +95,10 @@ class Device:
         """A front end sends a purpose and a socket for the answer."""
         assert self._loop
         try:
-            purpose, files, _, _ = socket.recv_fds(door, 2, 1)
+            message, files, _, _ = socket.recv_fds(door, 1 + REQUEST.size, 1)
         except BlockingIOError:
             return
+        purpose, num_slots = message[:1], int.from_bytes(message[1:], sys.byteorder)
         if not purpose:  # the front end has closed the door
             self._loop.remove_reader(door)
         for file in files:
@@ -102,9 +107,11 @@ class Device:
             except OSError:
                 os.close(file)
                 continue
-            if purpose == CONNECT and sum(peer.door is door for peer in self._peers) < _MOST_EACH:
-                self._begin(self._connect(connection, door))
-            elif purpose == RELOAD and len(self._tasks) < _MOST_EACH:
+            if purpose == CONNECT and self._num_connections[door] < _MOST_EACH:
+                self._num_connections[door] += 1
+                self._begin(self._connect(connection, door, num_slots))
+            elif purpose == RELOAD and self._num_reloads < _MOST_EACH:
+                self._num_reloads += 1
                 self._begin(self._answer_reload(connection))
             else:
                 _log.warning("a connection of a front end is refused: it has too many, or its purpose is unknown")
@@ -115,19 +122,23 @@ class Device:
         self._tasks.add(task)  # the loop itself would let it be collected
         task.add_done_callback(self._tasks.discard)
 
-    async def _connect(self, connection: socket.socket, door: socket.socket) -> None:
+    async def _connect(self, connection: socket.socket, door: socket.socket, num_slots: int) -> None:
+        """Memory is allocated in a thread: 100 MB take the time of many batches."""
         assert self._loop
         connection.setblocking(False)
+        served, greeting, most = self.served, self._greeting, self._shape.num_slots
+        shape = replace(self._shape, num_slots=min(num_slots or most, most))
         try:
-            file = make_memory(self._shape, self._greeting)
+            file = await apart(partial(make_memory, shape, greeting))
             try:
-                area = Area(file, self._shape)
-                socket.send_fds(connection, [MEMORY.pack(self._shape.num_bytes)], [file])
+                area = Area(file, shape)
+                socket.send_fds(connection, [MEMORY.pack(shape.num_bytes)], [file])
             finally:
                 os.close(file)
-            await self._loop.connect_accepted_socket(lambda: _Peer(self, door, self.served, area), connection)
+            await self._loop.connect_accepted_socket(lambda: _Peer(self, door, served, area), connection)
         except (Refusal, OSError, ValueError) as error:  # no memory, or not a socket for this
             _log.warning("a front end cannot connect: %s", error)
+            self._num_connections[door] -= 1
             with connection, suppress(OSError):
                 connection.send(str(error).encode())
 
@@ -137,6 +148,7 @@ class Device:
 
     def discard(self, peer: "_Peer") -> None:
         self._peers.discard(peer)
+        self._num_connections[peer.door] -= 1
         self._end_if_idle()
 
     # The model
@@ -169,8 +181,8 @@ class Device:
         (runtime,) = served.runtimes
         num_images = sum(len(slots) for _, slots in parts)
         start, logits = monotonic(), None
-        self.observe_batch(num_images)
         try:
+            self.observe_batch(num_images)
             images = [peer.images(slots) for peer, slots in parts]
             batch = images[0] if len(images) == 1 else np.concatenate(images)
             logits = runtime(batch)
@@ -192,9 +204,18 @@ class Device:
     async def reload(self) -> None:
         """Load, check and warm up beside the old model, then swap. Refuses a bad model; the old one keeps serving."""
         async with self._turn:
-            await take_model(self._load, self._limits.max_batch, self._use, "reading the model's file again")
+            await take_model(self._load_with_room, self._limits.max_batch, self._use, "reading the model's file again")
             for peer in self._peers:
                 peer.tell(self.served)
+
+    def _load_with_room(self) -> Sequence[Runtime]:
+        runtimes = self._load()
+        self._refuse_without_room(runtimes[0].model)
+        return runtimes
+
+    def _refuse_without_room(self, model: Model) -> None:
+        shape = shape_of(model, self._limits)
+        os.close(make_memory(replace(shape, num_slots=shape.num_slots * len(self._doors))))
 
     async def _answer_reload(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):
@@ -203,17 +224,18 @@ class Device:
                 reply: int | Refusal = self._number
             except Refusal as refusal:
                 reply = refusal
+            finally:
+                self._num_reloads -= 1
             connection.send(pickle.dumps(reply), socket.MSG_DONTWAIT)
 
     def _use(self, served: Served) -> None:
-        """Describe `served` to all front ends that connect from now on. Refuses without memory for them all."""
+        """Describe `served` to all front ends that connect from now on."""
         (runtime,) = served.runtimes
         shape = shape_of(served.model, self._limits)
-        os.close(make_memory(replace(shape, num_slots=shape.num_slots * len(self._doors))))
         number = monotonic_ns()  # also grows from one process to its replacement
         greeting = {name: getattr(runtime, name) for name in ("model", "platform", "description", "library")}
         self.served, self._shape, self._number = served, shape, number
-        self._greeting = pickle.dumps({"shape": shape, "number": number, **greeting})
+        self._greeting = pickle.dumps({"slot": shape.slot, "number": number, **greeting})
 
 
 class _Peer(asyncio.Protocol):

@@ -23,7 +23,9 @@ from serve.front_ends.shared_memory import (
     MEMORY,
     NEWER_MODEL,
     RELOAD,
+    REQUEST,
     Area,
+    Shape,
 )
 
 _MOST_BYTES = 2**13  # of answers read at once
@@ -168,7 +170,7 @@ class RemoteRuntime:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """On a separate connection, so that it does not interfere with the flights on `link`."""
-        other = self.dialer.connect()
+        other = self.dialer.connect(num_slots=len(images))
         with other.link as link:
             if other.number != self.number:
                 raise RuntimeError("another model serves now")
@@ -181,10 +183,13 @@ class Dialer:
 
     door: socket.socket
 
-    def connect(self) -> RemoteRuntime:
-        """Waits until the device process answers; refuses if it has no memory for the slots."""
+    def connect(self, *, num_slots: int = 0) -> RemoteRuntime:
+        """With `num_slots`, or all that the limits allow.
+
+        Waits until the device process answers; refuses if it has no memory for the slots.
+        """
         while True:
-            connection = self._knock(CONNECT)
+            connection = self._knock(CONNECT + REQUEST.pack(num_slots))
             try:
                 content, files, _, _ = socket.recv_fds(connection, 2**12, 1)
             except OSError:
@@ -200,7 +205,11 @@ class Dialer:
         try:
             content = os.pread(file, os.fstat(file).st_size - greeting_at, greeting_at)
             greeting = pickle.loads(content)  # from the process that the supervisor started
-            link = Link(connection, Area(file, greeting.pop("shape")))
+            slot = greeting.pop("slot")
+            link = Link(connection, Area(file, Shape(greeting_at // slot.itemsize, slot)))
+        except BaseException:
+            connection.close()
+            raise
         finally:
             os.close(file)
         return RemoteRuntime(**greeting, link=link, dialer=self)

@@ -23,7 +23,7 @@ from common.refusal import Refusal
 from export.runtimes.runtime import Model
 from serve.request.limits import Limits
 
-# Sent to the door of a device process, with a socket for the answer.
+# Sent to the door of a device process, with a socket for the answer. The number of slots follows CONNECT; 0 is all.
 CONNECT, RELOAD = b"c", b"r"
 
 # The answer to CONNECT is the memory's file, and where in it the greeting begins, a pickled dict.

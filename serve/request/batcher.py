@@ -23,8 +23,7 @@ import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from export.runtimes.probabilities import best, probabilities
-from export.runtimes.runtime import Runtime
+from export.runtimes.runtime import Runtime, best, probabilities
 from serve.decode.budget import Budget
 from serve.decode.pool import DecoderPool, find_problem
 from serve.request.job import Decoded, Job, Result, Served, result_of

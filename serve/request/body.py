@@ -72,10 +72,18 @@ def refuse_encoding(headers: dict[bytes, bytes]) -> None:
 
 
 async def parse(function: Callable[..., Read], body: bytes, *arguments: Any) -> Read:
-    """`function(body, *arguments)`; a long body in a thread, one at a time, as the memory it takes is not counted."""
+    """`function(body, *arguments)`; a long body in a thread, one at a time, as the memory it takes is not counted.
+
+    After a cancellation the thread finishes a body that it has begun, and a body that waits for it is dropped at once.
+    """
     if len(body) <= LONG_JSON_BYTES:
         return function(body, *arguments)
-    return await asyncio.get_running_loop().run_in_executor(_PARSER, function, body, *arguments)
+    held = [body]
+    del body
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_PARSER, lambda: function(held.pop(), *arguments))
+    finally:
+        held.clear()
 
 
 def load_json(document: bytes, what: str = "the body") -> Any:

@@ -9,8 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from common.difference import share
 from common.interval import interval
-from export.runtimes.probabilities import probabilities
-from export.runtimes.runtime import Model
+from export.runtimes.runtime import Model, probabilities
 from serve.watching.shared_counts import Counts, buckets
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)

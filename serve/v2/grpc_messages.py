@@ -7,7 +7,6 @@ take 223 MB. So long messages are walked field by field first, and refused if th
 needs.
 """
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +16,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2
 
+from common.documents import read_fields
 from export.runtimes.runtime import Model
 from serve.request.limits import Limits
 from serve.request.problems import BAD_REQUEST, TOO_LARGE, Problem
@@ -28,10 +28,7 @@ SHORT_BYTES = 2**16  # become 3 MB at most
 MAX_FIELDS = 4096  # of a message, nested ones included; one of 64 files has 80
 MAX_NUMBER_BYTES = 2**21  # of repeated numbers, which take four to eight times as much when parsed
 _TYPED = {"UINT8": "uint_contents", "BYTES": "bytes_contents"}
-# Wire types. Text, bytes, messages and packed numbers have a length.
-_NUMBER, _LENGTH, _FIXED_BYTES = 0, 2, {1: 8, 5: 4}
 _TEXTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
-_VARINT = re.compile(rb"[\x80-\xff]{0,9}[\0-\x7f]")
 
 
 def parse(message: bytes, kind: Any) -> Any:
@@ -103,22 +100,16 @@ def _read_images(tensor: InputTensor, contents: Any, raw: Sequence[bytes]) -> np
 def walk(message: bytes, kind: Descriptor) -> None:
     """Refuses a message that would become far larger when parsed. Raises ValueError if it is not a message."""
     num_fields = num_number_bytes = 0
-    spans = [(0, len(message), kind)]
-    while spans:
-        at, end, kind = spans.pop()
-        while at < end:
-            tag, start = _read_varint(message, at)
-            start, at = _find_content(message, start, tag & 7)
-            if tag < 8:
-                raise ValueError("a field has the number 0")
-            if at > end:
-                raise ValueError(f"a field ends at byte {at} of {end}")
+    parts: list[tuple[bytes | memoryview, Descriptor]] = [(message, kind)]
+    while parts:
+        part, kind = parts.pop()
+        for number, content, _ in read_fields(part):
             num_fields += 1
-            inner = _children(kind).get(tag >> 3) if tag & 7 == _LENGTH else None
-            if isinstance(inner, Descriptor):
-                spans.append((start, at, inner))
-            elif inner:
-                num_number_bytes += at - start
+            if isinstance(content, memoryview) and (inner := _children(kind).get(number)):
+                if isinstance(inner, Descriptor):
+                    parts.append((content, inner))
+                else:
+                    num_number_bytes += len(content)
             if num_fields > MAX_FIELDS:
                 raise Problem(TOO_LARGE, f"the message has more than {MAX_FIELDS:,} fields; send less at once")
             if num_number_bytes > MAX_NUMBER_BYTES:
@@ -130,23 +121,3 @@ def walk(message: bytes, kind: Descriptor) -> None:
 def _children(kind: Descriptor) -> dict[int, Descriptor | bool]:
     """By number: which fields are messages, and True for numbers."""
     return {field.number: field.message_type or True for field in kind.fields if field.type not in _TEXTS}
-
-
-def _find_content(message: bytes, start: int, wire: int) -> tuple[int, int]:
-    """Where the content of a field starts and ends; `start` is behind its tag."""
-    if wire == _LENGTH:
-        size, start = _read_varint(message, start)
-        return start, start + size
-    if wire == _NUMBER:
-        return start, _read_varint(message, start)[1]
-    if wire in _FIXED_BYTES:
-        return start, start + _FIXED_BYTES[wire]
-    raise ValueError(f"a field of kind {wire}")
-
-
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number of seven bits in each byte, the lowest first, and where it ends."""
-    found = _VARINT.match(message, at)
-    if not found:
-        raise ValueError(f"no number at byte {at}")
-    return sum((byte & 0x7F) << 7 * place for place, byte in enumerate(found[0])), found.end()

@@ -224,9 +224,11 @@ def _with_length(text: str) -> bytes:
 
 
 def _explain(fault: ErrorDetails) -> str:
-    return f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {_brief(fault['input'])}"
+    place = ".".join(map(str, fault["loc"])) or "the request"
+    return f"{place}: {fault['msg']}, got {_brief(fault['input'])}"
 
 
 def _brief(value: Any) -> str:
     """A value in a few characters."""
-    return {dict: "an object", list: "a list"}.get(type(value)) or repr(value)[:_SHOWN]
+    shown = value[:_SHOWN] if isinstance(value, str) else value  # all of a long text would take a tenth of a second
+    return {dict: "an object", list: "a list"}.get(type(value)) or repr(shown)[:_SHOWN]

@@ -22,7 +22,7 @@ def find_tracing(environment: Mapping[str, str] = os.environ) -> "Callable[[Visi
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    except ImportError:
+    except ModuleNotFoundError:  # versions that do not fit together end the server
         return None
     resource = Resource.create({"service.name": environment.get("OTEL_SERVICE_NAME", "diracnet")})
     provider = TracerProvider(resource=resource)  # flushes when the process ends

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from common.documents import is_of
+from common.documents import is_of, wrong_fields
 
 
 @dataclass
@@ -31,3 +31,15 @@ class Point:
 def test_a_value_is_of_a_type_or_is_not(kind, good, bad):
     assert [value for value in good if not is_of(value, kind)] == []
     assert [value for value in bad if is_of(value, kind)] == []
+
+
+def test_a_wrong_field_is_named_with_what_is_expected():
+    kinds = {"size": tuple[int, int], "order": Literal["rgb", "bgr"] | None, "proof": Point, "name": str, "all": bool}
+    assert wrong_fields({"size": [1, 2], "order": None, "proof": {}, "name": "", "all": True}, kinds) == []
+    assert wrong_fields({"size": 3, "order": "b", "proof": [], "name": 1, "all": 0}, kinds) == [
+        "size cannot be 3 (expected: a list of 2 whole numbers)",
+        """order cannot be 'b' (expected: "rgb" or "bgr" or null)""",
+        "proof cannot be [] (expected: an object)",
+        "name cannot be 1 (expected: a string)",
+        "all cannot be 0 (expected: true or false)",
+    ]

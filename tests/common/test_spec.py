@@ -37,7 +37,7 @@ def test_a_spec_survives_the_journey_as_json(spec):
     assert Spec.from_json(spec.to_json()) == spec
 
 
-@pytest.mark.parametrize("damage", ["missing", "unknown", "type", "image"])
+@pytest.mark.parametrize("damage", ["missing", "unknown", "type", "image", "number"])
 def test_a_damaged_spec_is_refused_in_one_line(make_spec, damage):
     fields = json.loads(make_spec().to_json())
     match damage:
@@ -49,6 +49,8 @@ def test_a_damaged_spec_is_refused_in_one_line(make_spec, damage):
             fields["depth"] = 10.5
         case "image":
             fields["image"]["height"] = "8"
+        case "number":
+            fields["image"]["mean"][0] = 10**400  # JSON has no largest number
     with pytest.raises(Refusal, match="the model's spec is damaged"):
         Spec.from_dict(fields)
 

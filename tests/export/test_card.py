@@ -24,6 +24,7 @@ def change(path, **fields):
         ({"format": "other"}, "format is not diracnet-engine-2"),
         ({"builder": "os"}, "builder cannot be 'os'"),
         ({"builder_version": "0.1"}, "builder_version is 0.1, here is"),
+        ({"builder_version": "abc"}, "builder_version is abc, here is"),
         ({"engine_sha256": "0"}, "engine_sha256 differs"),
         ({"batch": [4, 2, 1]}, r"batch cannot be \[4, 2, 1\]"),
         ({"compute_capabilities": "8.9"}, "compute_capabilities cannot be '8.9'"),

@@ -47,6 +47,13 @@ def test_integers_answer_nearly_as_float32(calibrated, row, lowering):
     assert relative_error(expected, answers(to_integer_onnx(lowered, spec, {}, reach), pixels)) < 0.25
 
 
+@pytest.mark.parametrize("lowering", ["concat", "skip"])
+def test_no_convolution_or_sum_is_written_with_a_range_that_nobody_measured(calibrated, lowering):
+    _, spec, lowered, _, reach, _ = calibrated(lowering, depth=10)
+    with pytest.raises(KeyError, match=r"group1\.block0"):
+        to_integer_onnx(lowered, spec, {}, {name: ends for name, ends in reach.items() if "group1.block0" not in name})
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_qdq_answers_nearly_as_float32(calibrated, lowering, precision):

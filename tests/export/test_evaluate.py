@@ -287,7 +287,7 @@ def test_labels_that_do_not_fit_are_refused(write_foreign, photos, tmp_path, dig
     assert run(model) == 2
     assert "does not say what it was trained on" in capsys.readouterr().err
     assert run(model, "--dataset", "digits") == 2
-    assert "digits has images of 8x8x1, and " in capsys.readouterr().err
+    assert "digits has images of shape (8, 8, 1), the net takes " in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -8,8 +8,7 @@ from torch import nn
 from common.spec import Spec
 from export.compare import compare
 from export.graphs.graph import to_onnx
-from export.runtimes.offline import ort
-from export.runtimes.onnx_session import OnnxSession
+from export.runtimes.onnx_session import OnnxSession, ort
 from fold.plain import fold_net, named_layers
 
 

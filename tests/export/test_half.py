@@ -7,8 +7,8 @@ import torch
 
 from common.cli import run_command
 from export import parity, to_onnx
+from export.eight_bits.calibrate import first_overflow
 from export.graphs.graph import to_onnx as write_graph
-from export.graphs.observing import first_overflow
 from fold.image_sets import random_images
 from fold.plain import fold_net, save_plain
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from export.model_file.reference import EDGES, NUM_BINS, PARTS, bin_of, count, drift, part
-from export.runtimes.probabilities import best
+from export.runtimes.runtime import best
 
 
 def test_every_image_is_counted_once_in_each_part():

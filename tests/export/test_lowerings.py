@@ -7,7 +7,7 @@ import torch
 
 from common.refusal import Refusal
 from export.graphs.graph import to_onnx
-from export.runtimes.offline import ort
+from export.runtimes.onnx_session import ort
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from fold.plain import fold_net

@@ -18,7 +18,7 @@ from export.graphs.graph import to_onnx
 from export.predict import PredictConfig
 from export.predict import command as predict
 from export.runtimes.cascade import Cascade
-from export.runtimes.probabilities import softmax
+from export.runtimes.runtime import probabilities
 from fold.plain import fold_net
 
 
@@ -68,7 +68,7 @@ def test_predict_and_evaluate_take_flips(write, images, tmp_path, capsys):
         (tmp_path / "photos" / f"label {label}").mkdir(parents=True)
         Image.fromarray(pixels[label]).save(tmp_path / "photos" / f"label {label}" / "a.png")
     form = open_artefact(path)
-    expected = softmax((form.answer(pixels) + form.answer(np.flip(pixels, axis=2).copy())) / 2)
+    expected = probabilities((form.answer(pixels) + form.answer(np.flip(pixels, axis=2).copy())) / 2)
     out = tmp_path / "predictions.csv"
     argv = [str(path), str(tmp_path / "photos"), "--flips", "--out", str(out)]
     assert run_command(predict, PredictConfig, argv=argv) == 0

@@ -156,6 +156,15 @@ def test_a_file_that_mnn_does_not_load_is_refused(path, monkeypatch, tmp_path):
             MnnModule(path, num_threads=2)
 
 
+def test_a_model_that_cannot_be_opened_once_it_is_converted_is_refused(path, monkeypatch):
+    def full(name):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("export.runtimes.mnn_module.FileIO", full)
+    with pytest.raises(Refusal, match=r"plain\.onnx cannot be loaded by MNN: .*Too many open files"):
+        MnnModule(path)
+
+
 def test_a_process_that_crashes_or_does_not_start_refuses_the_file(path, monkeypatch):
     for program, reason in (
         ("import os; os.kill(os.getpid(), 11)", "a process of MNN ended with status -11"),

@@ -3,6 +3,9 @@
 import csv
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,3 +200,17 @@ def test_what_cannot_be_done_is_refused_in_one_line(argv, message, write_onnx, p
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "predictions.csv").exists()
+
+
+@pytest.mark.slow
+def test_an_onnx_file_is_answered_without_torch(write_onnx, images, tmp_path):
+    _, path = write_onnx()
+    Image.fromarray(images(1)[0].squeeze()).save(tmp_path / "0.png")
+    argv = ["predict.py", str(path), str(tmp_path / "0.png"), "--out", str(tmp_path / "out.csv")]
+    program = (
+        f"import sys; sys.modules['torch'] = None; sys.argv = {argv!r}; from export import predict; "
+        "sys.exit(predict.run_command(predict.command, predict.PredictConfig))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "out.csv").exists()) == (0, True), done.stderr

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import reference
 
-from export.runtimes.probabilities import best, probabilities, without_temperature
+from export.runtimes.runtime import best, probabilities, without_temperature
 
 
 def test_logits_of_any_size_become_probabilities():

@@ -13,7 +13,7 @@ from export.eight_bits.integer import quantize_filters, to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.graphs.graph import to_onnx
 from export.runtimes import saturation
-from export.runtimes.offline import cpu_session
+from export.runtimes.onnx_session import cpu_session
 from export.runtimes.saturation import may_saturate, warning
 from fold.lower import lower
 from fold.plain import fold_net

@@ -17,7 +17,7 @@ from export.model_file.engine_card import card_path, read_card
 from export.model_file.onnx_reader import metadata_entry, read_header
 from export.model_file.reference import NUM_BINS, Reference, count, read_reference
 from export.runtimes.onnx_session import OnnxSession
-from export.runtimes.probabilities import best, probabilities
+from export.runtimes.runtime import best, probabilities
 from fold.plain import fold_net
 from train.data import datasets
 

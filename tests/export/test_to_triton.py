@@ -15,9 +15,8 @@ from common.files import sha256
 from export import to_triton, triton_repository
 from export.engines.engine import build_engine
 from export.model_file.engine_card import card_path
-from export.runtimes.offline import ort
-from export.runtimes.onnx_session import OnnxSession
-from export.triton_repository import ONNX_RUNTIME, TritonModel, config_text
+from export.runtimes.onnx_session import OnnxSession, ort
+from export.triton_repository import ONNX_RUNTIME, Source, config_text
 
 
 def run(*argv):
@@ -131,9 +130,10 @@ def test_a_fixed_batch_is_written_into_the_shapes(write_foreign, tmp_path, shape
 def test_every_name_survives_the_text_format(write_onnx, name):
     from export.graphs.onnx_file import read_onnx
 
-    signature = replace(read_onnx(write_onnx()[1]).signature, input_name=name)
-    model = TritonModel("m", ONNX_RUNTIME, signature, "float32", 10, 0, 8, (8,), "auto", 0)
-    config = text_format.Parse(config_text(model), ModelConfig())
+    file = read_onnx(write_onnx()[1])
+    source = Source(replace(file, signature=replace(file.signature, input_name=name)), ONNX_RUNTIME, {}, 0, 8, 8, "")
+    text = config_text("m", source, "auto", 8, [8], 0)
+    config = text_format.Parse(text, ModelConfig())
     assert config.input[0].name == name
     assert list(config.model_warmup[0].inputs) == [name]
 

@@ -312,6 +312,10 @@ def test_a_graph_of_ones_own_net_is_read(tmp_path, run):
     save_plain(path, source.plain.float(), source.spec, source.provenance)
     status, rows = run(path)
     assert (status, rows["convolutions after the fold"]["verdict"]) == (0, "same")
+    source.provenance["fold"]["weights_sha256"] = None  # as fold/run.py records a net that was given no weights
+    save_plain(path, source.plain.float(), source.spec, source.provenance)
+    status, rows = run(path)
+    assert (status, with_verdict(rows, "differs")) == (0, [])
     assert any(claim.startswith("fold: made_by") for claim in with_verdict(rows, "cannot be checked here"))
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"as they were given")

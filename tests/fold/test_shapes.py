@@ -101,6 +101,14 @@ HOSTILE = {
         lambda n, t, o: n["hardswish"].update(op="leaky_relu", attributes={"slope": 1e999}),
         "missing or invalid attributes",
     ),
+    "more than PyTorch's whole numbers": (
+        lambda n, t, o: n["hardswish"].update(op="clip", attributes={"low": -(10**30), "high": 6}),
+        "hardswish: clip has missing or invalid attributes: low",
+    ),
+    "more than any float": (
+        lambda n, t, o: n["hardswish"].update(op="leaky_relu", attributes={"slope": 10**400}),
+        "missing or invalid attributes: slope",
+    ),
     "two inputs of one": (set_field("stem.relu", "inputs", ["stem.large.0"] * 2), "stem.relu: relu reads 2 nodes"),
     "no inputs": (set_field("cat", "inputs", []), "cat: cat reads 0 nodes"),
     "a later input": (set_field("stem.relu", "inputs", ["logits_"]), "too early"),

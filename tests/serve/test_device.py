@@ -5,6 +5,10 @@ import random
 import socket
 import struct
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ if sys.platform != "linux":
 from devices import LIMITS, Running, running
 
 from common.refusal import Refusal
+from serve.front_ends import link as link_module
 from serve.front_ends.device import _MOST_EACH
 from serve.front_ends.link import Disconnected
 from serve.front_ends.shared_memory import ANSWER, DONE
@@ -108,12 +113,20 @@ def request(*slots):
 
 def raw(it):
     """A connection that leaves its memory alone."""
+    return admitted(knock(it))
+
+
+def knock(it, index=0):
     ours, theirs = socket.socketpair()
     with theirs:
-        socket.send_fds(it.door(), [b"c"], [theirs.fileno()])
-    _, (memory,), _, _ = socket.recv_fds(ours, 8, 1)
-    os.close(memory)
+        socket.send_fds(it.door(index), [b"c"], [theirs.fileno()])
     return ours
+
+
+def admitted(connection):
+    _, (memory,), _, _ = socket.recv_fds(connection, 8, 1)
+    os.close(memory)
+    return connection
 
 
 def answers(connection, num):
@@ -205,14 +218,95 @@ def test_who_does_not_read_answers_is_cut_off(runtime, caplog):
 def test_a_front_end_has_so_many_connections_and_others_still_have_theirs(runtime, pixels, caplog):
     with running(runtime) as it:
         held = [raw(it) for _ in range(_MOST_EACH)]
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(it.door(), [b"c"], [theirs.fileno()])
-        assert is_cut_off(ours)
+        assert is_cut_off(knock(it))
         assert answers_others(it, pixels)
         for connection in held:
             connection.close()
     assert "it has too many" in caplog.text
+
+
+@pytest.fixture
+def allocation(monkeypatch):
+    """Shared memory is allocated as soon as `go` is set; `sizes` are those that were asked for."""
+    allocation = SimpleNamespace(go=threading.Event(), sizes=SimpleQueue())
+    allocate = os.posix_fallocate
+
+    def wait(file, start, num_bytes):
+        allocation.sizes.put(num_bytes)
+        assert allocation.go.wait(60)
+        allocate(file, start, num_bytes)
+
+    def begin():
+        monkeypatch.setattr(os, "posix_fallocate", wait)
+
+    allocation.begin = begin
+    yield allocation
+    allocation.go.set()
+
+
+def test_while_memory_is_allocated_others_are_answered(runtime, pixels, allocation):
+    with running(runtime) as it, it.dial(1).connect().link as link:
+        allocation.begin()
+        with knock(it) as waiting, ThreadPoolExecutor(1) as thread:
+            assert allocation.sizes.get(timeout=60)
+            assert np.array_equal(link.run(pixels[:2]), runtime(pixels[:2]))
+            reload = thread.submit(it.dial().reload)
+            assert allocation.sizes.get(timeout=60)  # is there room for all?
+            assert np.array_equal(link.run(pixels[:2]), runtime(pixels[:2]))
+            allocation.go.set()
+            assert reload.result(60)
+            admitted(waiting)
+
+
+def test_a_connection_that_waits_for_its_memory_counts_and_keeps_no_reload_away(runtime, allocation, caplog):
+    with running(runtime) as it, ThreadPoolExecutor(1) as thread:
+        allocation.begin()
+        waiting = [knock(it, index) for index in range(2) for _ in range(_MOST_EACH)]
+        assert is_cut_off(knock(it))
+        assert "it has too many" in caplog.text
+        reload = thread.submit(it.dial(1).reload)
+        allocation.go.set()
+        assert reload.result(60)
+        for connection in waiting:
+            admitted(connection).close()
+
+
+def test_a_check_takes_memory_for_its_own_images(runtime, pixels, allocation):
+    with running(runtime) as it:
+        remote = it.dial().connect()
+        allocation.go.set()
+        allocation.begin()
+        with remote.link:
+            assert np.array_equal(remote(pixels[:2]), runtime(pixels[:2]))
+            assert np.array_equal(remote(np.repeat(pixels, 4, axis=0)), runtime(np.repeat(pixels, 4, axis=0)))
+        slot_bytes, other_bytes = it.device._shape.slot.itemsize, len(it.device._greeting)
+        for num_slots in (2, 8):  # of 20 images
+            assert allocation.sizes.get() == num_slots * slot_bytes + other_bytes
+
+
+def test_a_front_end_that_cannot_map_its_memory_leaves_no_connection(runtime, monkeypatch):
+    def fail(*args):
+        raise OSError(12, "Cannot allocate memory")
+
+    with running(runtime) as it:
+        monkeypatch.setattr(link_module, "Area", fail)
+        with pytest.raises(OSError, match="Cannot allocate memory") as kept:
+            it.dial().connect()
+        while it.device._peers or it.device._tasks:
+            pass
+    assert kept
+
+
+def test_a_count_that_fails_fails_its_batch_and_nothing_else(runtime, pixels):
+    def fail(num_images):
+        raise OSError(28, "No space left on device")
+
+    with running(runtime) as it, it.dial().connect().link as link:
+        it.device.observe_batch = fail
+        with pytest.raises(RuntimeError, match="the model failed"):
+            link.run(pixels[:1])
+        it.device.observe_batch = it.batches.append
+        assert np.array_equal(link.run(pixels[:1]), runtime(pixels[:1]))
 
 
 def test_what_is_put_before_the_door_and_is_not_known_there_is_left_aside(runtime, pixels, tmp_path):

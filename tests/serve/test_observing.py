@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -208,3 +209,10 @@ def test_nothing_is_traced_unless_somebody_asks(monkeypatch):
         with monkeypatch.context() as patched:
             patched.setitem(sys.modules, package, None)  # it cannot be imported
             assert tracing.find_tracing(endpoint) is None
+
+
+def test_packages_that_do_not_fit_together_are_not_taken_for_missing_ones(monkeypatch):
+    name = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
+    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    with pytest.raises(ImportError, match="cannot import name 'OTLPSpanExporter'"):
+        tracing.find_tracing({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"})

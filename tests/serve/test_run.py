@@ -333,6 +333,6 @@ def test_a_foreign_process_with_the_old_number_is_left_alone(artefact, tmp_path)
 
 
 def test_softmax_is_stable_for_large_logits():
-    from export.runtimes.probabilities import softmax
+    from export.runtimes.runtime import probabilities
 
-    np.testing.assert_allclose(softmax(np.array([[1000.0, 0.0], [-1000.0, -1000.0]])), [[1, 0], [0.5, 0.5]])
+    np.testing.assert_allclose(probabilities(np.array([[1000.0, 0.0], [-1000.0, -1000.0]])), [[1, 0], [0.5, 0.5]])

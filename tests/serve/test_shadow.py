@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from common.difference import difference
 from common.refusal import Refusal
-from export.runtimes.probabilities import probabilities
+from export.runtimes.runtime import probabilities
 from serve.config import ServeConfig
 from serve.model.load import Roles
 from serve.model.process import BatchFailed, ProcessFailed

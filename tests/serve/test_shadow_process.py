@@ -7,6 +7,7 @@ import subprocess
 import threading
 from dataclasses import replace
 from hashlib import sha256
+from multiprocessing import Pipe
 
 import httpx
 import numpy as np
@@ -18,7 +19,7 @@ from common.refusal import Refusal
 from export.graphs.graph import to_onnx
 from fold.plain import fold_net
 from serve.config import ServeConfig
-from serve.model.process import ModelProcess, ProcessFailed
+from serve.model.process import BatchFailed, ModelProcess, ProcessFailed
 from serve.model.worker import answer_batch
 from serve.shadow.shadow import start_process
 
@@ -44,6 +45,24 @@ def test_what_a_model_raises_is_told_and_a_process_goes_on(pixels):
         raise RuntimeError("no\nmemory")
 
     assert answer_batch(fail, pixels) == (0, "RuntimeError: no memory")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ((0.0, "RuntimeError: no memory"), "RuntimeError: no memory"),
+        ((0.1, np.zeros((2, 9), np.float32)), r"it gives logits \[2, 9\], not \[2, 10\]"),
+        ((0.1, np.zeros(20, np.float32)), r"it gives logits \[20\], not \[2, 10\]"),
+    ],
+)
+def test_a_batch_without_logits_of_all_its_images_has_failed(runtime, pixels, answer, reason):
+    process = ModelProcess.__new__(ModelProcess)
+    process.model = runtime.model
+    process._connection, worker = Pipe()
+    with process._connection, worker:
+        worker.send(answer)
+        with pytest.raises(BatchFailed, match=reason):
+            process.ask(pixels[:2], 60)
 
 
 @pytest.mark.slow

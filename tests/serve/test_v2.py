@@ -12,6 +12,8 @@ from tritonclient.utils import InferenceServerException
 from serve.request.access import Access
 from serve.request.app import make_app
 from serve.request.limits import Limits
+from serve.request.problems import Problem
+from serve.v2 import tensors
 from serve.v2.routes import model_name
 
 NAME = "DiracNet-10-0.25"
@@ -247,6 +249,17 @@ def test_hostile_tensors_are_problems(client, pixels, change, detail):
 def test_hostile_requests_are_problems(client, pixels, change, detail):
     response = client.post(INFER, json={**in_json(pixels[:1]), **change})
     assert_protocol_problem(response, 400, "bad-request", detail)
+
+
+def test_a_refusal_names_what_was_found_and_writes_no_more_of_it_than_it_shows(monkeypatch):
+    lengths = []
+    monkeypatch.setattr(tensors, "repr", lambda value: lengths.append(len(value)) or repr(value), raising=False)
+    body = json.dumps({"inputs": [{"name": "x" * 10_000, "datatype": "UINT8", "shape": [1, 1, 1, 1]}]}).encode()
+    with pytest.raises(Problem, match="got 'xxx"):
+        tensors.read_inference(body, None, Limits())
+    assert lengths == [60]
+    with pytest.raises(Problem, match=r"^the request: .* got a list"):
+        tensors.read_inference(b"[]", None, Limits())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from export.model_file.reference import PARTS, Reference, count, part
-from export.runtimes.probabilities import best, probabilities
+from export.runtimes.runtime import best, probabilities
 from serve.request.access import Access
 from serve.request.app import make_app
 from serve.request.limits import Limits

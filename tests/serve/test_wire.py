@@ -75,23 +75,52 @@ def test_long_bodies_are_read_one_at_a_time_even_if_the_first_is_given_up():
     assert order == ["first", "second"]
 
 
-def test_a_body_that_cannot_be_read_is_not_kept():
+@pytest.fixture
+def body_type():
+    """A type of bodies that says when one is freed; without the garbage collector."""
+
     class Body(bytes):
         freed = False
 
         def __del__(self):
             Body.freed = True
 
+    gc.disable()
+    yield Body
+    gc.enable()
+
+
+def test_a_body_that_cannot_be_read_is_not_kept(body_type):
     def refuse(body):
         raise ValueError("no")
 
     async def scenario():
         with pytest.raises(ValueError, match="no"):
-            await parse(refuse, Body(LONG))
+            await parse(refuse, body_type(LONG))
 
-    gc.disable()
-    try:
-        asyncio.run(scenario())
-        assert Body.freed
-    finally:
-        gc.enable()
+    asyncio.run(scenario())
+    assert body_type.freed
+
+
+def test_a_body_that_is_given_up_while_another_is_read_is_not_kept(body_type):
+    first_is_in, go_on = threading.Event(), threading.Event()
+
+    def first(body):
+        first_is_in.set()
+        assert go_on.wait(60)
+
+    async def scenario():
+        under_way = asyncio.create_task(parse(first, LONG))
+        await asyncio.to_thread(first_is_in.wait, 60)
+        given_up = asyncio.create_task(parse(len, body_type(LONG)))
+        await asyncio.sleep(0)
+        assert not body_type.freed
+        given_up.cancel()
+        await asyncio.wait([given_up])
+        del given_up
+        await asyncio.sleep(0)
+        assert body_type.freed
+        go_on.set()
+        await under_way
+
+    asyncio.run(scenario())

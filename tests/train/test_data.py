@@ -44,6 +44,16 @@ def test_fashion_mnist_files_are_read_plain_and_compressed(tmp_path, compress):
     assert dataset.info.labels[9] == "Ankle boot"
 
 
+def test_what_is_no_file_of_fashion_mnist_is_passed_over(tmp_path):
+    """A file in a folder's place, and folders in the files' places, as some archives are unpacked."""
+    (tmp_path / "file").write_text("")
+    for part in ("train", "t10k"):
+        (tmp_path / "folder" / f"{part}-images-idx3-ubyte").mkdir(parents=True)
+    for place in ("file", "folder"):
+        with pytest.raises(Refusal, match=f"Fashion-MNIST is not in {tmp_path / place}: install"):
+            datasets.load("fashion-mnist", data_dir=tmp_path / place)
+
+
 def test_images_and_labels_of_different_number_are_refused(tmp_path):
     for part in ("train", "t10k"):
         write_idx(tmp_path / f"{part}-images-idx3-ubyte", np.zeros((3, 28, 28), np.uint8))

@@ -298,9 +298,10 @@ def _read_fashion_mnist(folder: Path, part: str) -> Split:
 
 def _read_idx(folder: Path, name: str, num_dims: int) -> np.ndarray:
     """An IDX file of bytes, also a compressed one, which torchvision does not read."""
-    compressed = folder / f"{name}.gz"
-    whole = (folder / name).is_file() or not compressed.is_file()
-    content = (folder / name).read_bytes() if whole else gzip.decompress(compressed.read_bytes())
+    file = next((file for file in (folder / name, folder / f"{name}.gz") if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(folder / name)
+    content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     if content[:4] != bytes((0, 0, 8, num_dims)):
         raise ValueError(f"{name} is not an IDX file of bytes in {num_dims} dimensions")
     shape = np.frombuffer(content, ">u4", num_dims, offset=4)

@@ -177,6 +177,11 @@ def test_what_is_nearly_a_layout_is_refused_by_the_tensor_s_name(tmp_path, chang
     assert str(path) in str(caught.value)
 
 
+def test_images_of_no_pixel_are_refused(tmp_path):
+    with pytest.raises(Refusal, match="cannot crop 0x0"):
+        import_net(saved(tmp_path, *trained("first", "cifar")), image_size=0)
+
+
 def test_a_block_missing_from_an_imagenet_net_is_named(tmp_path):
     params, stats = trained("notebook", "imagenet")
     block = [name for name in params if name.startswith("group3.block3.")]

@@ -61,7 +61,7 @@ def test_more_fields_than_any_request_has_are_refused(message):
     [
         (b"\x0a", "no number at byte 1"),
         (b"\x0a\x05abcd", "ends at byte 7 of 6"),
-        (b"\x2a\x02\x0a\x01\x0a\0", "ends at byte 5 of 4"),  # longer than what holds it
+        (b"\x2a\x02\x0a\x01\x0a\0", "ends at byte 3 of 2"),  # longer than what holds it
         (b"\x80" * 20, "no number at byte 0"),
         (b"\x0b", "a field of kind 3"),
         (b"\x09\0\0\0", "ends at byte 9 of 4"),
