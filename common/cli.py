@@ -29,8 +29,7 @@ def run_command(
     A `Refusal` becomes one line on stderr and status 2; Ctrl-C becomes status 130.
     """
     try:
-        config = parse(config_type, description=command.__doc__, examples=examples, argv=argv)
-        return command(config) or 0
+        return command(parse(config_type, description=command.__doc__, examples=examples, argv=argv)) or 0
     except Refusal as refusal:
         print("error: " + " ".join(str(refusal).split()), file=sys.stderr)
         return 2
@@ -61,7 +60,8 @@ def parse(
         hint = hints[field.name]
         kind, text, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
         _add_argument(parser, field, kind, text, positional=POSITIONAL in marks)
-    return config_type(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    return config_type(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def given_arguments(config: Any) -> str:
@@ -107,7 +107,6 @@ def _add_argument(
         members = get_args(kind)
         kind = members[0]
         options["nargs"] = "*" if members[-1] is Ellipsis else len(members)
-        options["action"] = _AsTuple
     if get_origin(kind) is Literal:
         options["choices"] = get_args(kind)
         kind = str
@@ -115,8 +114,3 @@ def _add_argument(
     if names[0].startswith("--") and "choices" not in options:
         options["metavar"] = {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
     parser.add_argument(*names, **options)
-
-
-class _AsTuple(argparse.Action):
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, tuple(values))

@@ -9,7 +9,7 @@ import numpy as np
 FLOAT32_TOLERANCE = 1e-4
 # In float64, folding and unfolding reorder a few hundred roundings of 2^-53 per layer, which gives 1e-15 to 1e-13 of
 # the output; a wrong fold changes the first digits.
-FLOAT64_TOLERANCE = 1e-9
+TOLERANCES = {"float64": 1e-9, "float32": FLOAT32_TOLERANCE}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and how they are read."""
 
 import hashlib
 import os
@@ -35,6 +35,14 @@ def read_whole(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise Refusal(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """One label per line; empty lines at the end do not count."""
+    try:
+        return tuple(line.strip() for line in read_whole(path).decode("utf-8-sig").rstrip().splitlines())
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{path} is not a text file in UTF-8; write one label a line") from error
 
 
 def sha256(content: bytes) -> str:

@@ -61,8 +61,7 @@ def decode(
             refuse_too_many_pixels(image.width, image.height, max_pixels)
             side = DETAIL * (spec.resize or max(spec.width, spec.height)) / math.sqrt(smallest_crop)
             image.draft(None, (math.ceil(side), math.ceil(side)))  # the smallest size to decode; only JPEG has several
-            upright = _upright(image, spec.channels)
-            return _pixels((crop or _centre_crop)(upright, spec), spec)
+            return _pixels((crop or _centre_crop)(_upright(image, spec.channels), spec), spec)
     except Refusal:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files

@@ -121,10 +121,8 @@ class Spec:
         """The inverse of `to_dict`; refuses fields that are missing, unknown or of the wrong type."""
         try:
             image = dict(fields["image"])
-            for key in ("height", "width", "channels"):
-                image[key] = _whole(image[key])
-            for key in ("mean", "std"):
-                image[key] = tuple(float(value) for value in image[key])
+            image |= {key: _whole(image[key]) for key in ("height", "width", "channels")}
+            image |= {key: tuple(float(value) for value in image[key]) for key in ("mean", "std")}
             image["resize"] = None if image["resize"] is None else _whole(image["resize"])
             rest = {key: value for key, value in fields.items() if key != "image"}
             image, labels = ImageSpec(**image), tuple(str(label) for label in rest.pop("labels"))

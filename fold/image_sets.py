@@ -17,17 +17,15 @@ EXTREMES = ("all black", "all white", "one hot pixel", "noise of full contrast",
 
 def random_images(image: ImageSpec, num: int = NUM_RANDOM) -> np.ndarray:
     """uint8 [num, H, W, C], uniformly distributed."""
-    shape = (num, image.height, image.width, image.channels)
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (num, *image.shape), dtype=np.uint8)
 
 
 def extreme_images(image: ImageSpec) -> np.ndarray:
     """One image for each of EXTREMES, uint8 [5, H, W, C], with values only at the ends of the range."""
-    shape = (image.height, image.width, image.channels)
-    hot = np.zeros(shape, np.uint8)
+    hot = np.zeros(image.shape, np.uint8)
     hot[image.height // 2, image.width // 2] = 255
-    noise = np.random.default_rng(1).integers(0, 2, shape, dtype=np.uint8) * 255
-    row, column, _ = np.indices(shape)
+    noise = np.random.default_rng(1).integers(0, 2, image.shape, dtype=np.uint8) * 255
+    row, column, _ = np.indices(image.shape)
     checkers = ((row + column) % 2 * 255).astype(np.uint8)
     return np.stack([np.zeros_like(hot), np.full_like(hot, 255), hot, noise, checkers])
 
@@ -53,10 +51,8 @@ def real_images(
         return None, f"{given} no longer exists: name the data set's folder with --data-dir"
     try:
         test = datasets.load_as_trained(training, data_dir=given, beside=beside, image=image).test
-    except Changed:
-        raise
     except Refusal as refusal:
-        if data_dir:
+        if data_dir or isinstance(refusal, Changed):
             raise
         return None, str(refusal)
     return test.first(num), ""

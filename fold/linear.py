@@ -42,17 +42,10 @@ class Linear:
 
 def of_node(node: Node) -> Linear:
     """A convolution or a matrix."""
-    weight, how = node.tensors["weight"], node.attributes
-    return Linear(
-        node.inputs[0],
-        weight,
-        node.tensors["bias"],
-        tuple(how.get("stride", ())),
-        tuple((before, after) for before, after in how.get("padding", ())),
-        tuple(how.get("dilation", ())),
-        how.get("groups", 1),
-        node.name,
-    )
+    weight, bias, how = node.tensors["weight"], node.tensors["bias"], node.attributes
+    stride, dilation = (tuple(how.get(key, ())) for key in ("stride", "dilation"))
+    padding = tuple((before, after) for before, after in how.get("padding", ()))
+    return Linear(node.inputs[0], weight, bias, stride, padding, dilation, how.get("groups", 1), node.name)
 
 
 def per_channel(source: str, name: str, scale: Tensor, shift: Tensor, dims: int) -> Linear:

@@ -5,7 +5,6 @@ min(x, 0) = x − max(x, 0), the same is (W1 − W2) ⊙ ρ(x) + W2 ⊙ x. The f
 they differ in what a runtime can fuse and in what eight bits can represent.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -17,10 +16,9 @@ from common.refusal import Refusal
 from fold.graph import GraphNet
 from fold.lowerings import LOWERINGS, Lowering
 from fold.nodes import Graph, Node
-from fold.plain import Convolution, Operation, PlainNet, as_sequential, convolution, named_layers, nest
-from train.layers import NCReLU, Residual, dirac_delta
+from fold.plain import Convolution, Layers, Operation, PlainNet, as_sequential, convolution, named_layers, nest
+from train.layers import NCReLU, Residual, dirac_delta, sequence
 
-Layers = list[tuple[str, nn.Module]]  # as `named_layers` gives them
 GRAPH_LOWERINGS: tuple[Lowering, ...] = ("concat", "shared", "shared-split", "split")
 # A channel whose tap is negative or below this share of the median is rescaled by the median instead of its own tap:
 # otherwise its activations would grow from layer to layer and take the range of eight bits for themselves.
@@ -134,11 +132,11 @@ def _rewrite_pairs(layers: Layers, lowering: str) -> Iterator[tuple[str, nn.Modu
                 yield name, SharedReLU()
                 yield conv_name, convolution_like(conv, torch.cat([w1 - w2, w2], dim=1), conv.bias)
             case "shared-split":
-                body = _sequence(relu=nn.ReLU(), conv=convolution_like(conv, w1 - w2, conv.bias))
-                yield conv_name, Residual(body, _sequence(conv=convolution_like(conv, w2, None)))
+                body = sequence(relu=nn.ReLU(), conv=convolution_like(conv, w1 - w2, conv.bias))
+                yield conv_name, Residual(body, sequence(conv=convolution_like(conv, w2, None)))
             case _:
-                body = _sequence(relu=nn.ReLU(), conv=convolution_like(conv, w1, conv.bias))
-                other = _sequence(negate=Negate(), relu=nn.ReLU(), conv=convolution_like(conv, -w2, None))
+                body = sequence(relu=nn.ReLU(), conv=convolution_like(conv, w1, conv.bias))
+                other = sequence(negate=Negate(), relu=nn.ReLU(), conv=convolution_like(conv, -w2, None))
                 yield conv_name, Residual(body, other)
 
 
@@ -224,8 +222,7 @@ def _without_delta(conv: nn.Conv2d, weight: Tensor) -> tuple[Tensor, Tensor] | N
         return None
     units = torch.where(taps < SMALLEST_TAP * median, median, taps)
     rest = weight / units.view(-1, 1, 1, 1) - delta
-    pays = rest.abs().amax(dim=(1, 2, 3)).median() < 1
-    return (rest, units) if pays else None
+    return (rest, units) if rest.abs().amax(dim=(1, 2, 3)).median() < 1 else None
 
 
 def _beside_delta(lowered: Layers, name: str, conv: Convolution) -> Layers:
@@ -233,13 +230,9 @@ def _beside_delta(lowered: Layers, name: str, conv: Convolution) -> Layers:
     num_out, num_in = conv.weight.shape[:2]
     if num_in == 2 * num_out:
         _, ncrelu = lowered.pop()
-        return [(name, Residual(_sequence(ncrelu=ncrelu, conv=conv), nn.Sequential()))]
-    shortcut = nn.Sequential() if num_in == num_out else _sequence(repeat=Repeat())
-    return [(name, Residual(_sequence(conv=conv), shortcut))]
-
-
-def _sequence(**layers: nn.Module) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(layers))
+        return [(name, Residual(sequence(ncrelu=ncrelu, conv=conv), nn.Sequential()))]
+    shortcut = nn.Sequential() if num_in == num_out else sequence(repeat=Repeat())
+    return [(name, Residual(sequence(conv=conv), shortcut))]
 
 
 def _lower_graph(graph: Graph, lowering: str) -> Graph:
@@ -249,9 +242,8 @@ def _lower_graph(graph: Graph, lowering: str) -> Graph:
     """
     halved = {
         node.name
-        for node in graph.nodes
+        for node in graph.nodes[:-1]
         if node.op == "ncrelu"
-        and node is not graph.nodes[-1]
         and all(reader.op == "conv" and reader.attributes["groups"] == 1 for reader in graph.readers(node.name))
     }
     if lowering == "concat" or not halved:

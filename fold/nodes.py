@@ -38,14 +38,8 @@ class Node:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the tensors, which have names of their own in a file."""
-        return {
-            "name": self.name,
-            "op": self.op,
-            "inputs": list(self.inputs),
-            "attributes": dict(self.attributes),
-            "tensors": sorted(self.tensors),
-            "equals": self.equals,
-        }
+        lists = {"inputs": list(self.inputs), "attributes": dict(self.attributes), "tensors": sorted(self.tensors)}
+        return vars(self) | lists
 
 
 @dataclass(frozen=True)
@@ -61,10 +55,6 @@ class Graph:
     def readers(self, name: str) -> list[Node]:
         return self._readers.get(name, [])
 
-    def rank(self, name: str) -> int | None:
-        """See `rank_after`."""
-        return self._ranks[name]
-
     @cached_property
     def _by_name(self) -> dict[str, Node]:
         return {node.name: node for node in self.nodes}
@@ -78,7 +68,8 @@ class Graph:
         return readers
 
     @cached_property
-    def _ranks(self) -> dict[str, int | None]:
+    def ranks(self) -> dict[str, int | None]:
+        """By name; see `rank_after`."""
         ranks: dict[str, int | None] = {}
         for node in self.nodes:
             ranks[node.name] = rank_after(node, ranks)

@@ -129,23 +129,19 @@ def batch_norm(
 def add(b: Builder, input: Any, other: Any, alpha: float = 1) -> Any:
     if alpha != 1:
         raise NotListed("a sum with alpha")
-    return combine(b, "add", input, other)
+    return combine("add", b, input, other)
 
 
 def sub(b: Builder, input: Any, other: Any, alpha: float = 1) -> Any:
     """x − y = x + (−1) y."""
-    return add(b, input, combine(b, "mul", other, -1.0) if isinstance(other, Ref) else -other, alpha)
+    return add(b, input, combine("mul", b, other, -1.0) if isinstance(other, Ref) else -other, alpha)
 
 
-def multiply(b: Builder, input: Any, other: Any) -> Any:
-    return combine(b, "mul", input, other)
-
-
-def combine(b: Builder, op: str, left: Any, right: Any) -> Any:
+def combine(op: str, b: Builder, input: Any, other: Any) -> Any:
     """A sum or a product of two traced values, or of one with constants per channel."""
-    if isinstance(left, Ref) and isinstance(right, Ref):
-        return b.add(op, left, right)
-    value, constant = (left, right) if isinstance(left, Ref) else (right, left)
+    if isinstance(input, Ref) and isinstance(other, Ref):
+        return b.add(op, input, other)
+    value, constant = (input, other) if isinstance(input, Ref) else (other, input)
     values = channel_constants(b, value, constant)
     scale, shift = (values, torch.zeros_like(values)) if op == "mul" else (torch.ones_like(values), values)
     return b.add("affine", value, tensors={"scale": scale, "shift": shift})
@@ -302,7 +298,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{f"avg_pool{dims}d": partial(avg_pool, dims) for dims in (1, 2, 3)},
     **{f"adaptive_avg_pool{dims}d": partial(adaptive_avg_pool, dims) for dims in (1, 2, 3)},
     **dict.fromkeys(("add", "iadd"), add),
-    **dict.fromkeys(("mul", "imul"), multiply),
+    **dict.fromkeys(("mul", "imul"), partial(combine, "mul")),
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     **dict.fromkeys(("contiguous", "clone", "detach"), unchanged),
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), dropout),

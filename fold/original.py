@@ -9,6 +9,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import run_command
+from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,8 +57,6 @@ def command(config: OriginalConfig) -> int:
 
 def _place(config: OriginalConfig, *, folded: bool) -> Path:
     """The path to write; refuses the authors' file itself, and a suffix that does not fit the content."""
-    from common.refusal import Refusal
-
     kind, default = ("folded already", "plain.safetensors") if folded else ("not folded", "checkpoint.pt")
     out, suffix = config.out or Path(default), Path(default).suffix
     if out.suffix != suffix:
@@ -68,11 +67,10 @@ def _place(config: OriginalConfig, *, folded: bool) -> Path:
 
 
 def _report(out: Path, spec: "Spec", net: "nn.Module") -> None:
-    num = sum(parameter.numel() for parameter in net.parameters())
-    print(
-        f"wrote {out}: {spec.name}, {spec.family}, {spec.nonlinearity}, {spec.parameterization}, "
-        f"{len(spec.labels)} classes, {num:,} parameters"
-    )
+    from train.families import count_parameters
+
+    kind = f"{spec.family}, {spec.nonlinearity}, {spec.parameterization}"
+    print(f"wrote {out}: {spec.name}, {kind}, {len(spec.labels)} classes, {count_parameters(net):,} parameters")
 
 
 if __name__ == "__main__":

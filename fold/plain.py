@@ -24,7 +24,7 @@ from train.families import outline
 from train.layers import NCReLU, Normalize, Residual
 
 PlainNet = nn.Sequential | GraphNet  # layers for a net that a spec builds, a graph for any other
-Layers = list[tuple[str, nn.Module]]
+Layers = list[tuple[str, nn.Module]]  # as `named_layers` gives them
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 # By the number of the weight's dimensions.
 CONVOLUTIONS: dict[int, Callable[..., Convolution]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -107,11 +107,10 @@ def load_plain(path: Path) -> Plain:
 
 def _check(graph: Graph, spec: Spec) -> None:
     """Refuses a graph that does not lead from the images of its spec to logits."""
-    image = spec.image
     wrong = [node.name for node in graph.nodes if not NAME.fullmatch(node.name) or node.name in RESERVED]
     if wrong:
         raise Refusal(f"{wrong[0][:80]!r} cannot be the name of a node")
-    shapes = infer_shapes(graph, (image.height, image.width, image.channels))
+    shapes = infer_shapes(graph, spec.image.shape)
     if any(node.op != "normalize" for node in graph.readers(graph.nodes[0].name)):
         raise Refusal(f"{graph.nodes[1].name}: a plain net of images begins with normalize")
     last, num = graph.nodes[-1].name, len(spec.labels)
@@ -143,7 +142,7 @@ def as_sequential(graph: Graph) -> nn.Sequential:
             node, layer = residual
         else:
             node = rest[0]
-            layer = _layer(node, graph.rank(node.name)) if node.inputs == (before,) else None
+            layer = _layer(node, graph.ranks[node.name]) if node.inputs == (before,) else None
         if layer is None:
             wrong.append(f"{node.name} ({node.op})")
         layers.append((node.name, layer or nn.Identity()))
@@ -207,7 +206,7 @@ def _residual(graph: Graph, rest: list[Node], source: str) -> tuple[Node, Residu
         branches = [[part for part in before if part.name.startswith(prefix)] for prefix in prefixes]
         if node.inputs != tuple(nodes[-1].name if nodes else source for nodes in branches):
             return None
-        start, parts = Node(source, "input", (), {"rank": graph.rank(source)}), list[nn.Sequential]()
+        start, parts = Node(source, "input", (), {"rank": graph.ranks[source]}), list[nn.Sequential]()
         for nodes, prefix in zip(branches, prefixes, strict=True):
             short = {part.name: part.name.removeprefix(prefix) for part in nodes}
             inside = (replace(part, name=short[part.name]).reading(short) for part in nodes)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.difference import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, difference, keeps_class, share
+from common.difference import TOLERANCES, difference, keeps_class, share
 from fold.graph import GraphNet
 from fold.nodes import TENSORS, Graph
 from fold.plain import PlainNet, named_layers
 from fold.tracing import trace
 
-TOLERANCES = {"float64": FLOAT64_TOLERANCE, "float32": FLOAT32_TOLERANCE}
 # PyTorch's float64 convolution unfolds a whole batch before it multiplies: 64 images at once take ten times as long
 # as eight at a time.
 BATCH_SIZE = 8
+Forms = tuple[nn.Module, PlainNet, GraphNet | None]  # a net, its plain form, and the net as traced for a graph
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def prove(
     for kind, images in sets.items():
         for precision, forms in nets.items():
             batches = images.to(getattr(torch, precision)) if images.is_floating_point() else images
-            of_layers, end = _compare(*forms, batches, kind, precision, advance)
+            of_layers, end = _compare(forms, batches, kind, precision, advance)
             layers += of_layers
             ends.append(end)
     return Proof(tuple(ends), tuple(layers))
@@ -91,20 +91,14 @@ def prove(
 
 @torch.no_grad()
 def _compare(
-    net: nn.Module,
-    plain: PlainNet,
-    traced: GraphNet | None,
-    images: Tensor,
-    kind: str,
-    precision: str,
-    advance: Callable[[int], None],
+    forms: Forms, images: Tensor, kind: str, precision: str, advance: Callable[[int], None]
 ) -> tuple[list[ProofRow], ProofRow]:
     """All layers and the logits. Both nets run side by side, so that few outputs are held at once."""
     logits: list[tuple[Tensor, Tensor]] = []
     largest: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in torch.split(images, BATCH_SIZE):
         before = after = batch
-        for name, before, after in _pairs(net, plain, traced, batch):
+        for name, before, after in _pairs(*forms, batch):
             if name:
                 largest.setdefault(name, []).append(((before - after).abs().max(), before.abs().max()))
         logits.append((before.double(), after.double()))

@@ -45,12 +45,8 @@ def simplify(graph: Graph) -> Graph:
     """All rules applied to a fixed point. It ends, because each application leaves fewer nodes or fewer numbers."""
     while (after := _step(graph)) is not None:
         graph = after
-    reasons = dict.fromkeys(
-        f"{node.name}: {outcome.reason}"
-        for node in graph.nodes
-        for rule in RULES
-        if isinstance(outcome := rule(graph, node), Blocked)
-    )
+    outcomes = ((node, rule(graph, node)) for node in graph.nodes for rule in RULES)
+    reasons = dict.fromkeys(f"{node.name}: {found.reason}" for node, found in outcomes if isinstance(found, Blocked))
     return replace(_with_convolutions(graph), blocked=tuple(reasons))
 
 
@@ -92,14 +88,13 @@ def affine_after_linear(graph: Graph, node: Node) -> Outcome:
     before = _before(graph, node, ("affine",), LINEAR)
     if not isinstance(before, Node):
         return before
-    if before.op == "linear" and graph.rank(before.name) != 2:
+    if before.op == "linear" and graph.ranks[before.name] != 2:
         return _not_merged(before, "its channels are not known to be the matrix's rows")
     weight, bias = before.tensors["weight"], before.tensors["bias"]
     if not weight.is_meta:
         scale, shift = _scale_shift(node)
         weight, bias = scale.view(-1, *[1] * (weight.dim() - 1)) * weight, scale * bias + shift
-    merged = replace(before, tensors={"weight": weight, "bias": bias}, equals=node.origin)
-    return Rewrite(node.name, (merged,))
+    return Rewrite(node.name, (replace(before, tensors={"weight": weight, "bias": bias}, equals=node.origin),))
 
 
 def affine_before_linear(graph: Graph, node: Node) -> Outcome:
@@ -107,7 +102,7 @@ def affine_before_linear(graph: Graph, node: Node) -> Outcome:
     before = _before(graph, node, LINEAR, ("affine",))
     if not isinstance(before, Node):
         return before
-    if node.op == "linear" and graph.rank(before.name) != 2:
+    if node.op == "linear" and graph.ranks[before.name] != 2:
         return _not_merged(before, "its channels are not known to be the matrix's columns")
     scale, shift = _scale_shift(before)
     if not scale.is_meta and shift.any() and any(map(any, node.attributes.get("padding", ()))):
@@ -192,7 +187,7 @@ def _maps_of_one_source(graph: Graph, one: Node, other: Node) -> tuple[Linear, L
 
 def _map(graph: Graph, node: Node) -> Linear | None:
     """A term as a linear map of what it reads; None where it is not linear, or where others read it too."""
-    rank = graph.rank(node.name)
+    rank = graph.ranks[node.name]
     if not _has_one_reader(graph, node.name):
         return None
     match node.op:
@@ -227,7 +222,7 @@ def relu_of_nonnegative(graph: Graph, node: Node) -> Outcome:
 
 def zero_half(graph: Graph, node: Node) -> Outcome:
     """[W1 W2] ⊙ NCReLU(x) = W1 ⊙ x where x ≥ 0: min(x, 0) is zero, through pools as well (eq. 9, 10)."""
-    if node.op not in LINEAR or (node.op == "linear" and graph.rank(node.name) != 2):  # whose columns are channels
+    if node.op not in LINEAR or (node.op == "linear" and graph.ranks[node.name] != 2):  # whose columns are channels
         return None
     above = node.inputs[0]
     while graph[above].op in KEEP_CHANNELS and _has_one_reader(graph, above):
@@ -320,7 +315,7 @@ def _with_convolutions(graph: Graph) -> Graph:
     """The remaining affine maps of images as depthwise convolutions, which runtimes support best."""
     nodes = list(graph.nodes)
     for index, node in enumerate(nodes):
-        rank = graph.rank(node.name)
+        rank = graph.ranks[node.name]
         if node.op == "affine" and len(node.tensors["scale"]) > 1 and rank is not None and rank > 2:
             linear = per_channel(node.inputs[0], node.name, *_scale_shift(node), rank - 2)
             nodes[index] = to_node(linear, equals=node.equals)

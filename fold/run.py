@@ -72,11 +72,12 @@ def command(config: FoldConfig) -> int:
 
     import torch
 
+    from common.files import read_labels
     from common.progress import make_console, progress
     from fold.image_sets import random_images, real_images
     from fold.plain import save_plain
     from fold.proof import prove
-    from fold.sources import Asked, from_checkpoint, from_user, read_labels
+    from fold.sources import from_checkpoint, from_user
     from train.machine import keep_large_buffers
 
     keep_large_buffers()
@@ -84,9 +85,9 @@ def command(config: FoldConfig) -> int:
     if config.is_checkpoint and config.net:
         source = from_checkpoint(Path(config.net))
     else:
-        labels = read_labels(config.labels) if config.labels else ()
-        asked = Asked(config.weights, config.image_size, config.mean, config.std, config.resize, labels)
-        source = from_user(config.net, config.timm, asked)
+        stated = {name: getattr(config, name) for name in ("image_size", "mean", "std", "resize")}
+        stated["labels"] = read_labels(config.labels) if config.labels else ()
+        source = from_user(config.net, config.timm, config.weights, **stated)
     for line in source.notes:
         console.print(line, highlight=False)
     image = source.spec.image

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.files import read_whole
 from common.refusal import Refusal, one_line
 from common.spec import ImageSpec, Spec
 from fold.graph import GraphNet
@@ -37,18 +36,6 @@ class Source:
     notes: tuple[str, ...] = ()  # lines for the user
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A user's statements about their own net; empty if not given."""
-
-    weights: Path | None
-    image_size: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: int | None
-    labels: tuple[str, ...]
-
-
 def from_checkpoint(given: Path) -> Source:
     """A checkpoint, or the best one in a run's folder."""
     folder = given if given.is_dir() else given.parent
@@ -67,27 +54,33 @@ def from_checkpoint(given: Path) -> Source:
     return Source(net, fold_net(net), checkpoint.spec, checkpoint.config, provenance, path.parent, notes=notes)
 
 
-def from_user(net: str | None, timm: str | None, asked: Asked) -> Source:
-    """Refuses, in one line, a net that cannot be made, loaded, traced or folded, or is not an image classifier."""
-    made = from_timm(timm, num_classes=len(asked.labels) or None) if timm else from_file(net or "")
-    weights = load_weights(made.net, asked.weights) if asked.weights else None
-    notes = () if weights else (f"no --weights: {net or 'timm'} keeps its initial weights, seed {SEED}",)
-    return from_made(replace(made, record={**made.record, "weights_sha256": weights}), asked, notes=notes)
+def from_user(net: str | None, timm: str | None, weights: Path | None, **stated: Any) -> Source:
+    """A net of FILE.py:FUNCTION or of timm; `stated` are fields of `Made` that the user gives, empty if not given.
+
+    Refuses, in one line, a net that cannot be made, loaded, traced or folded, or is not an image classifier.
+    """
+    given = {name: value for name, value in stated.items() if value}
+    made = from_timm(timm, num_classes=len(given.get("labels", ())) or None) if timm else from_file(net or "")
+    digest = load_weights(made.net, weights) if weights else None
+    notes = () if digest else (f"no --weights: {net or 'timm'} keeps its initial weights, seed {SEED}",)
+    if "image_size" in given:
+        made = replace(made, resize=None)  # which was for timm's own size
+    return from_made(replace(made, record={**made.record, "weights_sha256": digest}, **given), notes=notes)
 
 
-def from_made(made: Made, asked: Asked, *, notes: tuple[str, ...] = ()) -> Source:
+def from_made(made: Made, *, notes: tuple[str, ...] = ()) -> Source:
     """The same for a net with its weights."""
     body = made.net.float().eval()
-    image, assumed = _image(body, made, asked)
+    image, assumed = _image(body, made)
     # Pixels are normalised before the net, unless it does so itself.
     reference = body if _own_normalize(body) else nn.Sequential(Normalize(image.mean, image.std), body).eval()
-    shape = (2, image.height, image.width, image.channels)
-    example = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randint(256, (2, *image.shape), dtype=torch.uint8, generator=generator)
     num_classes = _num_classes(reference, example)
-    labels = asked.labels or made.labels or tuple(f"class {index}" for index in range(num_classes))
+    labels = made.labels or tuple(f"class {index}" for index in range(num_classes))
     if len(labels) != num_classes:
         raise Refusal(f"the net has {num_classes} classes, and there are {len(labels)} labels; give one for each")
-    if not (asked.labels or made.labels):
+    if not made.labels:
         assumed += ("no --labels: classes are called 'class 0', 'class 1', ...",)
     try:
         traced = _traced(body, reference, example, image)
@@ -106,31 +99,24 @@ def from_made(made: Made, asked: Asked, *, notes: tuple[str, ...] = ()) -> Sourc
     return Source(reference, plain, Spec.of_net(made.name, image, labels), {}, {"fold": record}, Path(), traced, notes)
 
 
-def _image(body: nn.Module, made: Made, asked: Asked) -> tuple[ImageSpec, tuple[str, ...]]:
+def _image(body: nn.Module, made: Made) -> tuple[ImageSpec, tuple[str, ...]]:
     """How an image becomes the input, and notes on what was assumed."""
-    size = asked.image_size or made.image_size
-    if len(size) not in (1, 2):
+    if len(made.image_size) not in (1, 2):
         raise Refusal("say how large the net's images are: --image-size 224, or --image-size HEIGHT WIDTH")
-    height, width = size[0], size[-1]
-    resize = asked.resize or (made.resize if not asked.image_size else None)
+    height, width = made.image_size[0], made.image_size[-1]
     if own := _own_normalize(body):
-        if asked.mean or asked.std:
+        if made.mean or made.std:
             raise Refusal("the net normalizes by itself, with train.layers.Normalize; leave out --mean and --std")
         mean = tuple(value.item() / 255 for value in own.offset.flatten())
         std = tuple(1 / (255 * value.item()) for value in own.scale.flatten())
-        return ImageSpec(height, width, len(mean), mean, std, resize), ()
-    channels = max(len(asked.mean), len(asked.std)) or len(made.mean) or _num_channels(body, height, width)
-    mean = asked.mean or made.mean or (0.0,) * channels
-    std = asked.std or made.std or (1.0,) * channels
-    assumed = [
-        f"--{name} {value:g}"
-        for name, value, given in (("mean", 0, asked.mean or made.mean), ("std", 1, asked.std or made.std))
-        if not given
-    ]
+        return ImageSpec(height, width, len(mean), mean, std, made.resize), ()
+    channels = max(len(made.mean), len(made.std)) or _num_channels(body, height, width)
+    mean, std = made.mean or (0.0,) * channels, made.std or (1.0,) * channels
+    assumed = [*(() if made.mean else ("--mean 0",)), *(() if made.std else ("--std 1",))]
     notes = (f"assumed: {', '.join(assumed)}, of pixels from 0 to 1",) if assumed else ()
-    if resize is None:
+    if made.resize is None:
         notes += (f"images are stretched to {height}x{width}; --resize scales the shorter side and crops instead",)
-    return ImageSpec(height, width, channels, mean, std, resize), notes
+    return ImageSpec(height, width, channels, mean, std, made.resize), notes
 
 
 def _own_normalize(body: nn.Module) -> Normalize | None:
@@ -188,11 +174,3 @@ def _free_name(name: str, graph: Graph) -> str:
     while name in taken:
         name += "_"
     return name
-
-
-def read_labels(path: Path) -> tuple[str, ...]:
-    """One label per line; empty lines at the end do not count."""
-    try:
-        return tuple(line.strip() for line in read_whole(path).decode("utf-8-sig").rstrip().splitlines())
-    except UnicodeDecodeError as error:
-        raise Refusal(f"{path} is not a text file in UTF-8; write one label a line") from error

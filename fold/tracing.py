@@ -54,8 +54,7 @@ def trace(net: nn.Module, example: Tensor | None = None) -> Graph:
     _refuse_hooks(net)
     # While it traces, fx computes what depends only on parameters: in float64, on a copy.
     traced = _trace_module(deepcopy(net).double())
-    shapes = {} if example is None else _shapes(traced, example)
-    walk = _Walk(traced, shapes)
+    walk = _Walk(traced, {} if example is None else _shapes(traced, example))
     for node in traced.graph.nodes:
         walk.take(node)
     if walk.refused:
@@ -207,11 +206,9 @@ def _shapes(traced: fx.GraphModule, example: Tensor) -> dict[str, Any]:
             found[n.name] = _Shape(value.shape) if isinstance(value, Tensor) else value
             return value
 
-    # In-place layers may change the input and the net: both are copied.
-    batch = example.double() if example.is_floating_point() else example
     try:
-        with torch.no_grad():
-            Recorder(deepcopy(traced)).run(batch.clone())
+        with torch.no_grad():  # in-place layers may change the input and the net: both are copied
+            Recorder(deepcopy(traced)).run((example.double() if example.is_floating_point() else example).clone())
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shape = list(example.shape)
         raise TypeError(f"the net does not take an example of shape {shape}: {one_line(error, 150)}") from error

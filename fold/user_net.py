@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import inspect
-import io
 import os
 import sys
 import traceback
@@ -14,12 +13,11 @@ from types import ModuleType
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from common.files import read_whole, sha256
 from common.refusal import Refusal, first_of, one_line
+from train.checkpoint import read_pickle, read_safetensors
 
 SEED = 0  # of a net's initial weights, used if no others are given
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep weights
@@ -30,7 +28,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Made:
-    """A net, its name, and what timm says about its images."""
+    """A net, its name, and what timm or the user says about its images; empty where neither does."""
 
     net: nn.Module
     name: str
@@ -194,17 +192,9 @@ def _running_line(path: Path) -> int | None:
 
 def _read_state(path: Path, content: bytes) -> State:
     if path.suffix == ".safetensors":
-        try:
-            return load(content)
-        except SafetensorError as error:
-            raise Refusal(f"{path} is not a safetensors file, or is cut short: {error}") from error
-    try:
-        found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except Exception as error:  # torch.load raises half a dozen unrelated kinds
-        raise Refusal(
-            f"{path} cannot be read as weights ({type(error).__name__}); "
-            "save them with torch.save(net.state_dict(), FILE) or as safetensors"
-        ) from error
+        return read_safetensors(path, content)
+    todo = "save them with torch.save(net.state_dict(), FILE) or as safetensors"
+    found = read_pickle(content, lambda kind: f"{path} cannot be read as weights ({kind}); {todo}")
     while isinstance(found, dict):
         entries = cast("dict[Any, Any]", found)
         if entries and all(isinstance(value, Tensor) for value in entries.values()):

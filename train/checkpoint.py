@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -83,10 +83,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads without executing anything in the file; refuses what is not a whole checkpoint of this project."""
     content = read_whole(path)
-    try:
-        fields = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    except Exception as error:  # torch.load raises half a dozen unrelated kinds
-        raise Refusal(f"{path} is not a checkpoint, or is cut short ({type(error).__name__})") from error
+    fields = read_pickle(content, lambda kind: f"{path} is not a checkpoint, or is cut short ({kind})")
     if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
         raise Refusal(f"{path} is not a {FORMAT} file; train one with train/run.py")
     kinds = {"model": dict, "config": dict, "history": list}
@@ -97,6 +94,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(**fields, sha256=sha256(content))
     except (KeyError, TypeError) as error:
         raise Refusal(f"{path} lacks a part of a checkpoint: {error}") from error
+
+
+def read_pickle(content: bytes, refusal: Callable[[str], str]) -> Any:
+    """What `torch.save` wrote, without executing anything; `refusal` has the message for an error of a given kind."""
+    try:
+        return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # torch.load raises half a dozen unrelated kinds
+        raise Refusal(refusal(type(error).__name__)) from error
 
 
 def load_net(checkpoint: Checkpoint) -> nn.Sequential:
@@ -121,13 +126,17 @@ class PlainFile:
     sha256: str
 
 
+def read_safetensors(path: Path, content: bytes) -> dict[str, Tensor]:
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise Refusal(f"{path} is not a valid safetensors file, or is cut short: {error}") from error
+
+
 def read_plain_file(path: Path) -> PlainFile:
     """Refuses a file that is not a whole plain file of this project, or holds NaN or Inf."""
     content = read_whole(path)
-    try:
-        weights = load(content)
-    except SafetensorError as error:
-        raise Refusal(f"{path} is not a valid safetensors file, or is cut short: {error}") from error
+    weights = read_safetensors(path, content)
     size = int.from_bytes(content[:8], "little")  # of the header, JSON that `load` has checked
     metadata: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
     if metadata.get("format") not in (PLAIN_FORMAT, GRAPH_FORMAT):

@@ -148,12 +148,10 @@ class TrainConfig:
         values["dataset"] = self.learnt
         values["parameterization"] = parameterization
         values["nonlinearity"] = "relu" if wrn or parameterization == "per-channel" else "ncrelu"
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        settings = Settings(**values | {name: value for name, value in given.items() if value is not None})
-        # A run that is cut short to few epochs warms up for a part of them.
-        return (
-            settings if self.warmup is not None else replace(settings, warmup=min(settings.warmup, settings.epochs / 4))
-        )
+        settings = Settings(**values | {name: value for name, value in vars(self).items() if value is not None})
+        if self.warmup is None:  # a run that is cut short to few epochs warms up for a part of them
+            settings = replace(settings, warmup=min(settings.warmup, settings.epochs / 4))
+        return settings
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from common.refusal import Refusal
 from common.spec import ORDINARY, Spec
-from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize, Residual
+from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, Normalize, Residual, sequence
 from train.recipes import Start
 
 # Convolutions per group; those of ResNet-18 and -34, which have blocks of two (section 3.5).
@@ -36,8 +36,7 @@ def build(spec: Spec) -> nn.Sequential:
     base = int(at_width_one * spec.width)  # channels of the first group
     if base < 1:
         raise Refusal(f"width must be at least 1/{at_width_one} (one channel in the first group), got {spec.width:g}")
-    if min(image.height, image.width) < REDUCTION[spec.family]:
-        smallest = REDUCTION[spec.family]
+    if min(image.height, image.width) < (smallest := REDUCTION[spec.family]):
         raise Refusal(f"images must be at least {smallest}x{smallest} pixels, got {image.height}x{image.width}")
     _refuse_combinations(spec)
     net = nn.Sequential()
@@ -81,7 +80,6 @@ class _Unfilled(TorchFunctionMode):
 
 
 def _groups(spec: Spec) -> tuple[int, ...]:
-    """The number of convolutions in each group."""
     if spec.family not in REDUCTION:
         raise Refusal(f"family must be one of {', '.join(REDUCTION)}, got {spec.family}")
     if spec.family.startswith("imagenet"):
@@ -99,10 +97,7 @@ def _refuse_combinations(spec: Spec) -> None:
         raise Refusal("per-channel a and b require nonlinearity relu, as in the authors' second release")
     if spec.parameterization == "per-output-b" and spec.nonlinearity != "ncrelu":
         raise Refusal("a b for each output requires nonlinearity ncrelu, as in the authors' first published net")
-    if spec.family == "wrn" and (spec.nonlinearity, spec.parameterization) not in (
-        ("relu", "plain"),
-        ("relu", "delta"),
-    ):
+    if spec.family == "wrn" and not (spec.nonlinearity == "relu" and spec.parameterization in ("plain", "delta")):
         raise Refusal("family wrn requires nonlinearity relu and parameterization plain or delta (eq. 14)")
 
 
@@ -125,13 +120,11 @@ def _stem(spec: Spec, num_out: int) -> nn.Sequential:
 
 def _plain_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, stride: int) -> nn.Sequential:
     """Convolutions in a chain; the max-pool before the group, not `stride`, lowers the resolution."""
-    group = nn.Sequential()
+    group, ncrelu = nn.Sequential(), spec.nonlinearity == "ncrelu"
     for layer in range(num_layers):
-        block, ncrelu = nn.Sequential(), spec.nonlinearity == "ncrelu"
-        block.add_module(spec.nonlinearity, NCReLU(dims=2) if ncrelu else nn.ReLU())
-        block.add_module("conv", _convolution(2 * num_in if ncrelu else num_in, num_out, spec))
-        block.add_module("bn", nn.BatchNorm2d(num_out))
-        group.add_module(f"block{layer}", block)
+        conv = _convolution(2 * num_in if ncrelu else num_in, num_out, spec)
+        first = {spec.nonlinearity: NCReLU(dims=2) if ncrelu else nn.ReLU()}
+        group.add_module(f"block{layer}", sequence(**first, conv=conv, bn=nn.BatchNorm2d(num_out)))
         num_in = num_out
     return group
 
@@ -140,25 +133,19 @@ def _residual_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, s
     """Blocks of two convolutions with normalisation and ReLU before each, as Wide ResNet."""
     group = nn.Sequential()
     for index in range(num_layers // 2):
-        entry, body, shortcut = nn.Sequential(), nn.Sequential(), nn.Sequential()
         stride = 1 if index else stride
-        # Where the shape changes, the shortcut reads the normalised activations too.
-        before = body if (num_in, stride) == (num_out, 1) else entry
-        before.add_module("bn0", nn.BatchNorm2d(num_in))
-        before.add_module("relu0", nn.ReLU())
-        body.add_module("conv0", _convolution(num_in, num_out, spec, stride=stride))
-        body.add_module("bn1", nn.BatchNorm2d(num_out))
-        body.add_module("relu1", nn.ReLU())
-        body.add_module("conv1", _convolution(num_out, num_out, spec))
-        if before is entry:
+        before = {"bn0": nn.BatchNorm2d(num_in), "relu0": nn.ReLU()}
+        conv0, conv1 = _convolution(num_in, num_out, spec, stride=stride), _convolution(num_out, num_out, spec)
+        body = sequence(conv0=conv0, bn1=nn.BatchNorm2d(num_out), relu1=nn.ReLU(), conv1=conv1)
+        shortcut = nn.Sequential()
+        if (num_in, stride) == (num_out, 1):
+            block = sequence(sum=Residual(sequence(**before, **dict(body.named_children())), shortcut))
+        else:  # where the shape changes, the shortcut reads the normalised activations too
             if stride > 1:  # of windows of one pixel: PyTorch 2.14's gradient of a 1x1 convolution with a stride
                 # writes out of bounds (channels last, one thread, AVX2 without AVX-512); the fold joins the two again
                 shortcut.add_module("subsample", nn.AvgPool2d(1, stride))
             shortcut.add_module("conv", nn.Conv2d(num_in, num_out, 1, bias=False))
-        block = nn.Sequential()
-        for name, layer in entry.named_children():
-            block.add_module(name, layer)
-        block.add_module("sum", Residual(body, shortcut))
+            block = sequence(**before, sum=Residual(body, shortcut))
         group.add_module(f"block{index}", block)
         num_in = num_out
     return group
@@ -182,11 +169,8 @@ def initialized(spec: Spec, *, a: float, b: float, std: float, start: Start = "p
         initialize(net, a=a, b=b, std=std, start=start)
         return net
     dirac = initialized(replace(spec, parameterization="dirac"), a=a, b=b, std=std, start=start)
-    filters = {
-        f"{name}.weight": layer.folded_weight().detach()
-        for name, layer in dirac.named_modules()
-        if isinstance(layer, DiracConv2d)
-    }
+    layers = {name: layer for name, layer in dirac.named_modules() if isinstance(layer, DiracConv2d)}
+    filters = {f"{name}.weight": layer.folded_weight().detach() for name, layer in layers.items()}
     net = build(spec)
     started = dirac.state_dict() | filters
     net.load_state_dict({name: started[name] for name in net.state_dict()})

@@ -51,9 +51,8 @@ def command(config: HeldOutConfig) -> int:
         name = config.dataset or ("folder" if config.data_dir else "digits")
         dataset = datasets.load(name, data_dir=config.data_dir)
     test, num = dataset.test, min(config.count, len(dataset.test))
-    is_folder = isinstance(test, Files)
-    picked = np.linspace(0, len(test) - 1, num).round().astype(int) if is_folder else np.arange(num)
-    for index, place in enumerate(picked):
+    spread = np.linspace(0, len(test) - 1, num).round().astype(int)
+    for index, place in enumerate(spread if isinstance(test, Files) else range(num)):
         label = dataset.info.labels[test.targets[place]].replace("/", "-")
         if isinstance(test, Files):
             path = Path(test.paths[place])

@@ -1,5 +1,6 @@
 """The paper's two building blocks: Dirac-parameterised convolutions and NCReLU."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,11 +96,8 @@ class _DiracConv(nn.modules.conv._ConvNd):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses another weight or bias: `fuse_conv_bn_eval` would scale W, which eq. 5 then normalises again."""
-        if (
-            name in ("weight", "bias")
-            and isinstance(value, nn.Parameter)
-            and name in self.__dict__.get("_parameters", {})
-        ):
+        known = self.__dict__.get("_parameters", {})
+        if name in ("weight", "bias") and name in known and isinstance(value, nn.Parameter):
             raise Refusal(
                 f"the {name} of a Dirac convolution is not replaced: batch norm is not fused into it before the fold "
                 f"(use fold.graph.fold); to load numbers, copy them into {name} under torch.no_grad()"
@@ -192,6 +190,10 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + self.shortcut(x)
+
+
+def sequence(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Normalize(nn.Module):

@@ -36,11 +36,7 @@ class Fit:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that checkpoints and later artefacts keep."""
-        kept = ("temperature", "images", "wrong", "why_not") if self.why_not else _FITTED
-        return {name: value for name, value in asdict(self).items() if name in kept}
-
-
-_FITTED = ("temperature", "images", "wrong", "standard_error", "cross_entropy_before", "cross_entropy")
+        return {name: value for name, value in asdict(self).items() if value or name in ("images", "wrong")}
 
 
 def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> Fit:

@@ -254,13 +254,8 @@ def make_optimizer(
     net: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float, decay_ab: bool
 ) -> torch.optim.SGD:
     """One weight decay on all parameters, batch normalisation's too (eq. 6); on `a` and `b` if `decay_ab`."""
-    scales = {
-        id(scale)
-        for layer in net.modules()
-        if isinstance(layer, DiracConv2d)
-        for scale in (layer.a, layer.b)
-        if not decay_ab and scale is not None
-    }
+    layers = [layer for layer in net.modules() if isinstance(layer, DiracConv2d) and not decay_ab]
+    scales = {id(scale) for layer in layers for scale in (layer.a, layer.b)}
     decayed = [parameter for parameter in net.parameters() if id(parameter) not in scales]
     free = [parameter for parameter in net.parameters() if id(parameter) in scales]
     groups = [{"params": decayed, "weight_decay": weight_decay}]

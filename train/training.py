@@ -16,22 +16,14 @@ from common.interval import interval, percent
 from common.progress import make_console, track
 from common.refusal import Refusal
 from common.spec import ImageSpec
+from train import machine
 from train.checkpoint import Checkpoint, PlainFile, load_checkpoint, load_net, save_checkpoint
 from train.config import Settings, TrainConfig, command_to_resume, continued, like, recorded, typed
 from train.data import datasets
 from train.data.folder import FILE, Files, refuse_what_cannot_be_judged
 from train.families import count_parameters, outline
 from train.fine_tune.from_plain import load_source
-from train.machine import (
-    World,
-    available_bytes,
-    choose_device,
-    choose_precision,
-    forbid_tf32,
-    joined,
-    keep_large_buffers,
-    refuse_what_does_not_fit,
-)
+from train.machine import World
 from train.report import describe_fit, describe_row, draw_learning_curve, event_files, print_survey
 from train.temperature import Fit, fit_temperature
 from train.trainer import Trainer, answers, evaluate
@@ -62,8 +54,8 @@ def describe(given: TrainConfig) -> int:
 
 def train(config: TrainConfig) -> int:
     """Run or resume; see `TrainConfig`. Under torchrun every process calls it, and shares each batch."""
-    keep_large_buffers()
-    forbid_tf32()
+    machine.keep_large_buffers()
+    machine.forbid_tf32()
     path, command = config.run_dir / "checkpoint.pt", typed(config)
     if path.exists() and not config.resume:
         raise Refusal(f"{path} exists: add --resume to go on, or name another folder with --out")
@@ -72,7 +64,7 @@ def train(config: TrainConfig) -> int:
         config = continued(config, earlier)
     elif config.init:
         config = like(config, source := load_source(config.init))
-    with joined(choose_device(config.device)) as world:
+    with machine.joined(machine.choose_device(config.device)) as world:
         trainer = set_up(config, world, earlier, source, command)
         _train_epochs(trainer)
         if world.rank == 0:
@@ -92,7 +84,7 @@ def set_up(
     known = earlier or source
     dataset = _load(config, earlier, known and known.spec.image, console)
     settings = config if isinstance(config, Settings) else config.resolved(len(dataset.train))
-    precision = "fp32" if settings.qat else choose_precision(settings.precision, world.device)
+    precision = "fp32" if settings.qat else machine.choose_precision(settings.precision, world.device)
     settings = replace(settings, precision=precision)
     if settings.batch_size % world.size:
         raise Refusal(f"--batch-size must be a multiple of the {world.size} processes, got {settings.batch_size}")
@@ -100,7 +92,7 @@ def set_up(
     split, content = datasets.record(dataset)
     if earlier and replace(earlier.spec, temperature=1.0) != spec:
         raise Refusal(f"{settings.run_dir} was started with another data set; resume it with the same")
-    memory = refuse_what_does_not_fit(settings, spec, world, available=available_bytes(world.device))
+    memory = machine.refuse_what_does_not_fit(settings, spec, world, available=machine.available_bytes(world.device))
     if not settings.skip_unreadable:
         for part in (dataset.validation, dataset.test):
             if isinstance(part, Files) and len(part):

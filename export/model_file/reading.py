@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from common.documents import is_of, read_json, read_object, wrong_fields
-from common.files import read_whole
+from common.files import read_labels, read_whole
 from common.refusal import Refusal
 
 Channels = Literal["rgb", "bgr"]
@@ -141,7 +141,7 @@ def from_flags(flags: ReadingFlags) -> ReadingHints:
     if flags.probabilities and flags.logits:
         raise Refusal("--probabilities and --logits exclude each other; give one of them")
     unchanged = {name: getattr(flags, name) for name in ("resize", "channels", "output", "temperature")}
-    labels = _read_labels(flags.labels) if flags.labels else None
+    labels = read_labels(flags.labels) if flags.labels else None
     scores = "probabilities" if flags.probabilities else "logits" if flags.logits else None
     hints = ReadingHints(flags.mean or None, flags.std or None, labels=labels, scores=scores, **unchanged)
     return hints.by(_COMMAND_LINE)
@@ -184,13 +184,6 @@ def read_description(path: Path) -> ReadingHints:
 
 def numbers_text(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:g}" for value in values)
-
-
-def _read_labels(path: Path) -> tuple[str, ...]:
-    try:
-        return tuple(line.strip() for line in read_whole(path).decode("utf-8-sig").rstrip().splitlines())
-    except UnicodeDecodeError as error:
-        raise Refusal(f"{path} is not a text file in UTF-8; write one label a line") from error
 
 
 def _of_ultralytics(metadata: dict[str, str]) -> ReadingHints:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from common.difference import TOLERANCES as FOLD_TOLERANCES
 from common.difference import keeps_class
 from common.progress import progress
 from common.refusal import Refusal
@@ -21,7 +22,6 @@ from export.verification.chain import Chain
 from export.verification.claims import CheckedClaim, damaged, judged, shown, unchecked
 from fold.image_sets import NUM_RANDOM, extreme_images, random_images
 from fold.plain import fold_net
-from fold.proof import TOLERANCES as FOLD_TOLERANCES
 from fold.proof import ProofRow, prove
 from train.checkpoint import load_net
 from train.data import datasets

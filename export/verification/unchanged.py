@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from common.difference import TOLERANCES as FOLD_TOLERANCES
 from common.difference import difference
 from common.files import read_whole
 from common.refusal import Refusal
@@ -23,7 +24,6 @@ from export.verification.claims import MADE_HOW, CheckedClaim, compared, judged,
 from fold.graph import GraphNet
 from fold.lower import distinct_lowerings, lower
 from fold.plain import PlainNet, fold_net
-from fold.proof import TOLERANCES as FOLD_TOLERANCES
 from train.checkpoint import load_net
 from train.families import count_parameters
 

@@ -48,8 +48,7 @@ def checkpoint_of(path: Path, saved: Saved, digest: str, *, image_size: int | No
             f"{path} is none of the authors' layouts: group0.block0.alpha and group0.block0.beta are missing, "
             "and conv.gamma with conv.beta too"
         )
-    forms = _forms(path, numbers, scales)
-    spec = infer_spec(path, numbers, leaf="", forms=forms, image_size=image_size)
+    spec = infer_spec(path, numbers, leaf="", forms=_forms(path, numbers, scales), image_size=image_size)
     if spec.parameterization == "per-channel":  # a layer's single a and b, repeated for each of its outputs
         convolutions = [(name.removesuffix(".conv"), w) for name, w in numbers.items() if _is_conv(name) and w.dim()]
         for name, num in ((f"{block}.{scale}", len(w)) for block, w in convolutions for scale in scales):
@@ -57,11 +56,8 @@ def checkpoint_of(path: Path, saved: Saved, digest: str, *, image_size: int | No
                 numbers[name] = numbers[name].expand(num)
     model = matched(path, spec, numbers, _wanted(spec, scales))
     spec = replace(spec, delta=_form_of_all(path, numbers, saved.eyes))
-    model |= {
-        name.replace("running_mean", "num_batches_tracked"): torch.tensor(0)
-        for name in list(model)
-        if name.endswith("running_mean")
-    }
+    norms = [name.removesuffix("running_mean") for name in model if name.endswith("running_mean")]
+    model |= {f"{norm}num_batches_tracked": torch.tensor(0) for norm in norms}
     dataset = {10: "cifar10", 100: "cifar100"}.get(len(spec.labels), "folder")
     checkpoint = Checkpoint.fresh(spec, model, {"dataset": dataset, "authors_sha256": digest})
     load_net(checkpoint)
@@ -137,11 +133,10 @@ def _form_of_all(path: Path, numbers: Mapping[str, Tensor], eyes: Mapping[str, T
     missing = [name for name, shape in shapes.items() if shape[0] != shape[1] and name not in eyes]
     if missing:
         raise Refusal(f"{path}: {missing[0]} missing: what the layers of this shape were trained with is not known")
-    found: dict[str, Delta] = {
-        name: form
-        for name, shape in shapes.items()
-        if name in eyes and (form := delta_form(path, name, eyes[name], shape))
-    }
+    found: dict[str, Delta] = {}
+    for name, shape in shapes.items():
+        if name in eyes and (form := delta_form(path, name, eyes[name], shape)):
+            found[name] = form
     if len(set(found.values())) > 1:
         raise Refusal(f"{path}: δ is of two forms: {', '.join(f'{name} {form}' for name, form in found.items())}")
     forms: list[Delta] = [*found.values(), "repeated"]

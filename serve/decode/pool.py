@@ -8,6 +8,7 @@ import io
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -19,8 +20,7 @@ from PIL import Image
 from common.image import FORMATS, TooManyPixels, decode
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from serve.decode.budget import Budget
-from serve.decode.process import Decoder, TookTooLong
+from serve.decode.process import Budget, Decoder, TookTooLong
 from serve.decode.weigh import NO_WEIGHT, Weight, is_light, weigh
 from serve.request.job import Decoded, Job
 from serve.request.limits import Limits
@@ -80,11 +80,10 @@ class DecoderPool:
         self._decoders = [
             Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
         ]
-        work = [(f"decode-{index}", self._light, None) for index in range(limits.decode_threads)]
-        work += [(f"decode-heavy-{index}", self._heavy, decoder) for index, decoder in enumerate(self._decoders)]
+        thread, heavy = partial(threading.Thread, target=self._work, daemon=True), enumerate(self._decoders)
         self._threads = [
-            threading.Thread(target=self._work, args=(queue, decoder), name=name, daemon=True)
-            for name, queue, decoder in work
+            *(thread(name=f"decode-{index}", args=(self._light, None)) for index in range(limits.decode_threads)),
+            *(thread(name=f"decode-heavy-{index}", args=(self._heavy, decoder)) for index, decoder in heavy),
         ]
         self._lock = threading.Lock()  # of all that follows, and of a job's `num_undecoded`
         self._in_work: dict[int, tuple[Job, int]] = {}  # by a decoder's thread: the job, and the bytes of its image
@@ -147,7 +146,7 @@ class DecoderPool:
         """Decode in the caller's thread the images that were not queued."""
         for index, image in enumerate(job.pixels):  # even if the job is given up meanwhile
             if image is None:
-                self._decode(job, index, _in_thread(job.weights[index]))
+                self._decode(job, index)
 
     def _work(self, queue: ImageQueue, decoder: Decoder | None) -> None:
         while self._decode_next(queue, decoder):
@@ -161,35 +160,29 @@ class DecoderPool:
         if turn is None:
             return False
         job, index = turn
-        if decoder is None:
-            self._decode_queued(job, index, _in_thread(job.weights[index]))
-            return True
         num_bytes = job.weights[index].num_bytes
+        apart = decoder and partial(decoder, max_pixels=self._limits.max_pixels, num_bytes=num_bytes)
         try:
-            with self._budget.taken(num_bytes):
-                apart = partial(decoder, max_pixels=self._limits.max_pixels, num_bytes=num_bytes)
-                self._decode_queued(job, index, apart)
+            with self._budget.taken(num_bytes) if decoder else nullcontext():
+                self._decode(job, index, apart, num_queued=1)
         except OSError as error:  # the host's budget is a file, and no more can be open
-            self._decode_queued(job, index, partial(_fail, error))
+            self._decode(job, index, partial(_fail, error), num_queued=1)
         return True
 
-    def _decode_queued(self, job: Job, index: int, decode: _Decode) -> None:
-        if self._decode(job, index, decode, num_queued=1):
-            self._on_decoded(job)
-
-    def _decode(self, job: Job, index: int, decode: _Decode, *, num_queued: int = 0) -> bool:
-        """Decode one image of a job; whether a queued job is now complete."""
+    def _decode(self, job: Job, index: int, apart: _Decode | None = None, *, num_queued: int = 0) -> None:
+        """Decode one image of a job, in this thread or `apart`, and pass on a queued job that is now complete."""
         me = threading.get_ident()
         with self._lock:
             if job.is_given_up:
-                return False
+                return
             content, pixels = job.contents[index], job.pixels
             self._in_work[me] = job, len(content)
-        start = monotonic()
+        spec, weight, start = job.served.model.spec.image, job.weights[index], monotonic()
         try:
-            image = decode(content, job.served.model.spec.image)
-        except Exception as error:  # for instance, a process cannot be started
-            _log.exception("an image could not be decoded")
+            image = apart(content, spec) if apart else decode(content, spec, max_pixels=weight.width * weight.height)
+        except Exception as error:
+            if not isinstance(error, Refusal):  # for instance, a process cannot be started
+                _log.exception("an image could not be decoded")
             image = without_traceback(error)
         end = monotonic()
         with self._lock:
@@ -198,36 +191,21 @@ class DecoderPool:
                 self._last_decoded = end
             if job.is_given_up:
                 self.given_up_bytes -= num_bytes
-                return False
+                return
             job.decode_s += end - start
-            if isinstance(image, TooManyPixels) and is_light(job.weights[index]):
-                self._queue_anew(job, index, is_counted=bool(num_queued))
-                return False
+            if isinstance(image, TooManyPixels) and is_light(weight):  # larger than its header said: it is heavy
+                job.num_undecoded += 1 - num_queued
+                job.weights[index] = Weight(0, 0, self._limits.heavy_bytes, self._limits.decode_s)
+                return self._heavy.put(job.accepted + _AGEING * self._limits.decode_s, job, index)
             pixels[index] = image
             job.num_undecoded -= num_queued
-            return not job.num_undecoded
-
-    def _queue_anew(self, job: Job, index: int, *, is_counted: bool) -> None:
-        """Queue an image as heavy: it is larger than its header said."""
-        job.num_undecoded += not is_counted
-        job.weights[index] = Weight(0, 0, self._limits.heavy_bytes, self._limits.decode_s)
-        self._heavy.put(job.accepted + _AGEING * self._limits.decode_s, job, index)
-
-
-def _in_thread(weight: Weight) -> _Decode:
-    return partial(decode_image, max_pixels=weight.width * weight.height)
+            is_complete = num_queued and not job.num_undecoded
+        if is_complete:
+            self._on_decoded(job)
 
 
 def _fail(error: Exception, *_: object) -> Decoded:
     raise error
-
-
-def decode_image(content: bytes, spec: ImageSpec, *, max_pixels: int) -> Decoded:
-    """uint8 [H, W, C], or why there is none."""
-    try:
-        return decode(content, spec, max_pixels=max_pixels)
-    except Refusal as refusal:
-        return without_traceback(refusal)
 
 
 def without_traceback(error: Exception) -> Exception:

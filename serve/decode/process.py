@@ -1,9 +1,18 @@
-"""Images that take long are decoded in a process, which can be ended when one takes too long: a thread cannot."""
+"""Images that take long are decoded in a process, which can be ended when one takes too long: a thread cannot.
 
+All such processes together keep to a budget of memory, in one server or in all of the host.
+"""
+
+import fcntl
 import logging
 import os
 import signal
+import struct
 import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +25,7 @@ from serve.decode.worker import PIXELS, TOO_MANY
 from serve.request.access import KEY_VARIABLE
 
 _START_S = 60.0  # far beyond any start
+_STARTS = 64  # places at which a range of locks may begin
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # of glibc: what an image took goes back to the system after it
 _log = logging.getLogger(__name__)
 
@@ -32,24 +42,21 @@ class Decoder:
         self._limit_s, self._patience_s = limit_s, patience_s
         self._process: subprocess.Popen[Any] | None = None
 
-    def __call__(self, content: bytes, spec: ImageSpec, *, max_pixels: int, num_bytes: int) -> np.ndarray | Refusal:
-        """uint8 [H, W, C], decoded with `num_bytes` of memory, or why there is none."""
+    def __call__(self, content: bytes, spec: ImageSpec, *, max_pixels: int, num_bytes: int) -> np.ndarray:
+        """uint8 [H, W, C], decoded with `num_bytes` of memory; refuses an image that cannot be."""
         try:
             process = self._process or self._start()
             answer = self._ask(process, (spec, max_pixels, num_bytes, self._limit_s), content)
         except BaseException:
             self.close()
             raise
-        if isinstance(answer, Refusal):
-            self.close()
-            return answer
         kind, rest = answer[:1], answer[1:]
         if kind == PIXELS:
-            return np.frombuffer(rest, np.uint8).reshape(spec.height, spec.width, spec.channels)
-        return (TooManyPixels if kind == TOO_MANY else Refusal)(rest.decode(errors="replace"))
+            return np.frombuffer(rest, np.uint8).reshape(spec.shape)
+        raise (TooManyPixels if kind == TOO_MANY else Refusal)(rest.decode(errors="replace"))
 
     def kill(self) -> None:
-        """From another thread: what is under way ends at once, and a call gives a Refusal."""
+        """From another thread: what is under way ends at once, and a call refuses its image."""
         if process := self._process:
             process.kill()
 
@@ -69,8 +76,8 @@ class Decoder:
         self._connection.recv_bytes()
         return self._process
 
-    def _ask(self, process: subprocess.Popen[Any], how: tuple[Any, ...], content: bytes) -> bytes | Refusal:
-        """The answer of the process; a Refusal if it takes too long or ends."""
+    def _ask(self, process: subprocess.Popen[Any], how: tuple[Any, ...], content: bytes) -> bytes:
+        """The answer of the process; refuses the image if it takes too long or ends."""
         status = None
         try:
             self._connection.send(how)
@@ -81,6 +88,54 @@ class Decoder:
             status = process.wait()
         if status not in (None, -signal.SIGPROF):
             _log.warning("a decoder ended with status %d on an image of %d bytes", status, len(content))
-            return Refusal("the image crashes its decoder; save it again")
+            raise Refusal("the image crashes its decoder; save it again")
         _log.warning("a decoder is replaced: an image of %d bytes took longer than it may", len(content))
-        return TookTooLong(f"the image takes longer than {self._limit_s:g} s to decode; send a smaller one")
+        raise TookTooLong(f"the image takes longer than {self._limit_s:g} s to decode; send a smaller one")
+
+
+class Budget:
+    """An amount of memory that threads share."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._free = num_bytes
+        self._change = threading.Condition()
+
+    @contextmanager
+    def taken(self, num_bytes: int) -> Iterator[None]:
+        """Wait for `num_bytes`, at most all of it, and hold them."""
+        with self._change:
+            self._change.wait_for(lambda: self._free >= num_bytes)
+            self._free -= num_bytes
+        try:
+            yield
+        finally:
+            with self._change:
+                self._free += num_bytes
+                self._change.notify_all()
+
+
+class HostBudget(Budget):
+    """One amount for all processes that share a file, on Linux: each byte locked in it is a byte of memory.
+
+    The system releases the locks of a process when it ends, however it ends.
+    """
+
+    def __init__(self, file: Path, num_bytes: int) -> None:
+        self._file, self._num_bytes = file, num_bytes
+
+    @contextmanager
+    def taken(self, num_bytes: int) -> Iterator[None]:
+        last = self._num_bytes - num_bytes  # where such a range may begin
+        with self._file.open("rb+") as file:  # its locks end when it is closed
+            for start in range(0, last + 1, max(1, self._num_bytes // _STARTS)):
+                with suppress(BlockingIOError):
+                    _lock(file.fileno(), fcntl.F_OFD_SETLK, start, num_bytes)
+                    break
+            else:
+                _lock(file.fileno(), fcntl.F_OFD_SETLKW, last, num_bytes)
+            yield
+
+
+def _lock(file: int, command: int, start: int, length: int) -> None:
+    fields = (fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    fcntl.fcntl(file, command, struct.pack("hhqqi0q", *fields))  # type, whence, start, length, process: <fcntl.h>

@@ -51,10 +51,7 @@ def weigh(content: bytes, spec: ImageSpec, *, max_pixels: int, max_bytes: int) -
     Raises `TooManyPixels` above either limit, `Refusal` where the structure is out of proportion.
     """
     try:
-        if len(content) <= _FEW_BYTES and content.startswith(_PNG):
-            weight = _weigh_small_png(content[16:26], spec.channels)
-        else:
-            weight = _weigh(content, spec)
+        weight = _weigh(content, spec)
     except (struct.error, IndexError, ValueError):
         return NO_WEIGHT
     width, height, num_bytes, _ = weight
@@ -69,6 +66,8 @@ def weigh(content: bytes, spec: ImageSpec, *, max_pixels: int, max_bytes: int) -
 
 def _weigh(content: bytes, spec: ImageSpec) -> Weight:
     if content.startswith(_PNG):
+        if len(content) <= _FEW_BYTES:
+            return _weigh_small_png(content[16:26], spec.channels)
         return _weigh_png(content[16:26], spec.channels, len(content), *_count_chunks(content))
     if content.startswith(b"\xff\xd8"):
         return _weigh_jpeg(content, spec)
@@ -92,27 +91,22 @@ def _weigh_whole(content: bytes, width: int, height: int, *, bytes_per_pixel: in
 
 @lru_cache
 def _weigh_small_png(header: bytes, channels: int) -> Weight:
-    """A fifth of the time of `_weigh`, for nearly every request to a small model."""
+    """Without counting its chunks, in a fifth of the time: nearly every request to a small model."""
     return _weigh_png(header, channels, _FEW_BYTES, num_chunks=3, num_odd=1)
 
 
 def _weigh_png(header: bytes, channels: int, file_bytes: int, num_chunks: int, num_odd: int) -> Weight:
     width, height, depth, colour = struct.unpack(">IIBB", header)
-    held, copied, raw_bits = _png_pixel(depth, colour, channels)
+    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 4)
+    held = 4 if samples > 1 else 2 if depth == 16 else 1  # bytes of a pixel as Pillow holds it
+    is_input = (colour, channels) == (2, 3) or ((colour, channels) == (0, 1) and depth in (2, 4, 8))
+    copied = 0 if is_input else 1 if channels == 1 else 4  # bytes of a pixel in the model's mode
     num_pixels = width * height
     num_bytes = held * num_pixels + 2 * file_bytes + _TEXT_BYTES * num_odd
     if copied or num_odd:
         num_bytes += max(held, copied) * num_pixels + min(20 * num_pixels, _BAND_BYTES)
-    nanoseconds = (0.5 * raw_bits + 20) * num_pixels + 10 * file_bytes
+    nanoseconds = (0.5 * samples * depth + 20) * num_pixels + 10 * file_bytes
     return Weight(width, height, num_bytes, 1e-9 * nanoseconds + 11e-6 * num_chunks + 3e-3 * max(0, num_odd - 1))
-
-
-def _png_pixel(depth: int, colour: int, channels: int) -> tuple[int, int, int]:
-    """Of one pixel: bytes as Pillow holds it, bytes in another mode if the model needs one, bits in the file."""
-    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 4)
-    held = 4 if samples > 1 else 2 if depth == 16 else 1
-    is_input = (colour, channels) == (2, 3) or ((colour, channels) == (0, 1) and depth in (2, 4, 8))
-    return held, 0 if is_input else 1 if channels == 1 else 4, samples * depth
 
 
 def _count_chunks(content: bytes) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from time import monotonic
 
 from export.runtimes.runtime import Runtime
-from serve.decode.budget import HostBudget
+from serve.decode.process import HostBudget
 from serve.front_ends.link import Dialer, Disconnected, Flight, Link, RemoteRuntime
 from serve.model.check import apart
 from serve.request.batcher import Batcher, deliver, give_results

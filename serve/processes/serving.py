@@ -24,7 +24,7 @@ from common.refusal import Refusal
 from export.runtimes.cascade import read_forms
 from export.runtimes.runtime import Runtime
 from serve.config import ServeConfig
-from serve.decode.budget import HostBudget
+from serve.decode.process import HostBudget
 from serve.front_ends.batcher import FrontBatcher
 from serve.front_ends.device import Device, DeviceServer
 from serve.front_ends.link import Dialer

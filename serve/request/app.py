@@ -43,10 +43,8 @@ class _App(FastAPI):
     front: ASGIApp  # marks each request with a visit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and "visit" not in scope:
-            await self.front(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+        answer = self.front if scope["type"] == "http" and "visit" not in scope else super().__call__
+        await answer(scope, receive, send)
 
     def build_middleware_stack(self) -> ASGIApp:
         """Without ServerErrorMiddleware, whose answer is not a problem document: `front` handles exceptions."""
@@ -137,7 +135,6 @@ def make_app(
         )
         cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the only answer that `handler` does not send
     app.state.grpc, app.state.prober = None, prober
-    _describe_predict(app)
     _add_operation(app, batcher, metrics, prober)
     app.include_router(make_router(batcher, limits))
     if access.api_key and reloader:
@@ -148,15 +145,16 @@ def make_app(
 
 
 def _warm_up(served: Served, max_batch: int) -> None:
+    """Not in the lifespan itself, whose variables would keep a model that is replaced."""
     for runtime in served.runtimes:
         warm_up(runtime, max_batch)
     warm_up_decoders(served.model.spec.image)
 
 
-def _describe_predict(app: FastAPI) -> None:
-    """The entry of `POST /predict` in OpenAPI. `RequestHandler` answers the request before it is routed."""
+def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
+    with_key = problems.documented(problems.UNAUTHORIZED)
 
-    @app.post(
+    @app.post(  # only for OpenAPI: `RequestHandler` answers the request before it is routed
         "/predict", responses=problems.documented(*problems.OF_PREDICTION), openapi_extra={"requestBody": REQUEST_BODY}
     )
     async def predict(
@@ -164,10 +162,6 @@ def _describe_predict(app: FastAPI) -> None:
     ) -> Prediction:
         """Classify one image or many."""
         ...
-
-
-def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Prober) -> None:
-    with_key = problems.documented(problems.UNAUTHORIZED)
 
     @app.get("/model", responses=with_key)
     async def card() -> dict[str, Any]:

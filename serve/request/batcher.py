@@ -24,8 +24,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from export.runtimes.runtime import Runtime, best, probabilities
-from serve.decode.budget import Budget
 from serve.decode.pool import DecoderPool, find_problem
+from serve.decode.process import Budget
 from serve.request.job import Decoded, Job, Result, Served, result_of
 from serve.request.limits import Limits
 from serve.request.problems import DEADLINE, NOT_A_NUMBER, NOT_READY, OVERLOADED, Problem
@@ -83,7 +83,8 @@ class Batcher:
         num_held = self.num_held + num_images
         if num_held > self._limits.max_queue:
             raise self._overloaded()
-        if num_held > self._limits.max_images and num_held * self.served.image_bytes > self._limits.max_held_bytes:
+        is_many = num_held > self._limits.max_images
+        if is_many and num_held * math.prod(self.served.model.spec.image.shape) > self._limits.max_held_bytes:
             raise self._overloaded()  # all their pixels may be waiting for the model at once
 
     def check_ready(self) -> None:
@@ -270,12 +271,10 @@ def give_results(jobs: Sequence[Job], logits: np.ndarray, watch: Watch) -> np.nd
 def deliver(jobs: Sequence[Job]) -> None:
     """Resolve the futures of finished jobs, in the event loop."""
     for job in jobs:
-        outcome = job.outcome
+        future, outcome = job.future, job.outcome
         if isinstance(outcome, Exception):
             job.outcome = []  # or the exception would keep itself alive, as in `classify`
-        if job.future.done():
-            continue
-        if isinstance(outcome, Exception):
-            job.future.set_exception(outcome)
-        else:
-            job.future.set_result(outcome)
+            if not future.done():
+                future.set_exception(outcome)
+        elif not future.done():
+            future.set_result(outcome)

@@ -124,19 +124,19 @@ async def _receive_body(
     take: Callable[[bytes], object], receive: Receive, headers: dict[bytes, bytes], limits: Limits
 ) -> None:
     """Call `take` with each chunk; refuses by the announced length, or as soon as the limit is exceeded."""
-    announced = headers.get(b"content-length", b"")
-    if announced.isdigit() and int(announced) > limits.max_body_bytes:
-        raise _too_large(limits)
-    num_bytes, more = 0, True
-    while more:
+    num_bytes, more, announced = 0, True, headers.get(b"content-length", b"")
+    is_too_large = announced.isdigit() and int(announced) > limits.max_body_bytes
+    while more and not is_too_large:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         chunk, more = message.get("body", b""), message.get("more_body", False)
         num_bytes += len(chunk)
-        if num_bytes > limits.max_body_bytes:
-            raise _too_large(limits)
-        take(chunk)
+        is_too_large = num_bytes > limits.max_body_bytes
+        if not is_too_large:
+            take(chunk)
+    if is_too_large:
+        raise Problem(TOO_LARGE, f"the body is larger than {limits.max_body_bytes:,} bytes; send less at once")
 
 
 class _Form:
@@ -214,10 +214,6 @@ def from_base64(index: int, text: Any) -> bytes:
         return base64.b64decode(text.encode("ascii").translate(_URL_SAFE, b" \t\r\n\v\f"), validate=True)
     except ValueError as error:
         raise Problem(BAD_REQUEST, f"images[{index}] is not base64: {error}") from error
-
-
-def _too_large(limits: Limits) -> Problem:
-    return Problem(TOO_LARGE, f"the body is larger than {limits.max_body_bytes:,} bytes; send less at once")
 
 
 def too_many_images(limits: Limits) -> Problem:

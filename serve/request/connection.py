@@ -40,27 +40,22 @@ class Door:
         self.on_refuse: Callable[[], None] = lambda: None
         self._last_line = float("-inf")
 
-    @property
-    def num_beyond(self) -> int:
-        """Connections beyond the limit, including the newest."""
-        return self.num_open - self.max_connections
-
-    def enter(self) -> None:
-        """Count a new connection."""
-        self._change(1)
-        if self.num_beyond > 0:
+    def enter(self) -> int:
+        """Count a new connection. Returns how many are beyond the limit, including it."""
+        self.num_open += 1
+        self.on_change(self.num_open)
+        num_beyond = self.num_open - self.max_connections
+        if num_beyond > 0:
             self.on_refuse()
             if monotonic() - self._last_line > _QUIET_S:
                 self._last_line = monotonic()
                 rest = f"the maximum; more are refused, which is logged at most every {_QUIET_S:g} s"
                 _log.warning(f"%d connections are open, {rest}", self.max_connections)
+        return num_beyond
 
     def leave(self) -> None:
         """Count a closed connection."""
-        self._change(-1)
-
-    def _change(self, by: int) -> None:
-        self.num_open += by
+        self.num_open -= 1
         self.on_change(self.num_open)
 
 
@@ -86,10 +81,10 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._door: Door = self.app_state["door"]
-        self._door.enter()
-        if self._door.num_beyond > MAX_TURNED_AWAY:
+        num_beyond = self._door.enter()
+        if num_beyond > MAX_TURNED_AWAY:
             transport.abort()
-        elif self._door.num_beyond > 0:
+        elif num_beyond > 0:
             detail = f"{self._door.max_connections} connections are open already; retry in 1 s"
             self._refuse(Problem(OVERLOADED, detail, _RETRY))
         else:
@@ -113,7 +108,7 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserError as error:
             self._refuse(_problem_of(error))
         else:
-            if self._stage != "between" or not self._has_begun:
+            if not self._has_begun:
                 self._bound_framing(len(data))
             if self._stage == "headers" and not self._timer and not self._is_deaf:
                 self._await_headers()
@@ -192,9 +187,7 @@ class Connection(HttpToolsProtocol):
             raise Problem(OVERLOADED, detail, _RETRY)
 
     def _bound_framing(self, num_bytes: int) -> None:
-        """Count bytes that are not of a body, except in a block in which a request begins."""
-        if self._has_begun:
-            return
+        """Count bytes that are not of a body."""
         framing = num_bytes - self._num_body_bytes
         paid = _FRAMING_PER_BODY_BYTE * self._num_body_bytes
         self._num_unpaid_bytes = max(0, self._num_unpaid_bytes + framing - paid)
@@ -223,8 +216,11 @@ class Connection(HttpToolsProtocol):
         """Answer with `problem` after the answers before it, and read no more."""
         stage, self._stage, self._is_deaf = self._stage, "between", True
         self._end_timer()
-        if stage == "body":
-            return self._cut_off(problem)
+        if stage == "body":  # which ends its request
+            if self.cycle.response_complete:
+                return self.transport.close()
+            self.cycle.scope[REFUSAL] = problem  # type: ignore[typeddict-unknown-key]
+            return self.cycle.message_event.set()
         self._unset_keepalive_if_required()
         url = self.url if stage == "headers" else b""
         method = self.parser.get_method().decode() if url else "?"
@@ -236,14 +232,6 @@ class Connection(HttpToolsProtocol):
             self._start_asgi_task(self.cycle, self.app)
         else:
             self.pipeline.appendleft((self.cycle, self.app))  # type: ignore[arg-type]
-
-    def _cut_off(self, problem: Problem) -> None:
-        """End a request whose body is being read; if it is answered already, close the connection."""
-        if self.cycle.response_complete:
-            self.transport.close()
-        else:
-            self.cycle.scope[REFUSAL] = problem  # type: ignore[typeddict-unknown-key]
-            self.cycle.message_event.set()
 
     def _drop(self, data: bytes) -> None:
         """Let the client finish sending: closing the socket earlier would take the refusal back with a reset."""

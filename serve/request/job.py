@@ -57,12 +57,6 @@ class Served:
         """How answers name it."""
         return {"name": self.model.name, "digest": self.model.digest}
 
-    @cached_property
-    def image_bytes(self) -> int:
-        """Of one image's pixels."""
-        image = self.model.spec.image
-        return image.height * image.width * image.channels
-
 
 @dataclass(slots=True, eq=False)
 class Job:

@@ -50,21 +50,8 @@ NOT_READY = Kind("not-ready", 503, "The server is starting or stopping")
 OVERLOADED = Kind("overloaded", 503, "Too many requests are waiting")
 DEADLINE = Kind("deadline", 504, "The answer took too long")
 # How a request for a prediction may end, over every route and gRPC.
-OF_PREDICTION = (
-    BAD_REQUEST,
-    UNAUTHORIZED,
-    TIMEOUT,
-    TOO_LARGE,
-    TOO_MANY_IMAGES,
-    TOO_MANY_PIXELS,
-    MEDIA_TYPE_UNKNOWN,
-    UNDECODABLE,
-    INTERNAL,
-    NOT_A_NUMBER,
-    NOT_READY,
-    OVERLOADED,
-    DEADLINE,
-)
+_OF_BODY = (TIMEOUT, TOO_LARGE, TOO_MANY_IMAGES, TOO_MANY_PIXELS, MEDIA_TYPE_UNKNOWN, UNDECODABLE)
+OF_PREDICTION = (BAD_REQUEST, UNAUTHORIZED, *_OF_BODY, INTERNAL, NOT_A_NUMBER, NOT_READY, OVERLOADED, DEADLINE)
 
 
 class Problem(Exception):

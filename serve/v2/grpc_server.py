@@ -223,11 +223,9 @@ class Intake:
         if self._num_waiting >= self._limits.max_queue:
             detail = f"{self._num_waiting} messages wait to be received; retry in 1 s"
             raise Problem(problems.OVERLOADED, detail, RETRY)
-        if not self._places.locked():
-            await self._places.acquire()  # at once
-            return
         self._num_waiting += 1
-        self._hurry()
+        if self._places.locked():
+            self._hurry()
         try:
             async with asyncio.timeout_at(deadline):
                 await self._places.acquire()

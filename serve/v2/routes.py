@@ -128,13 +128,13 @@ def _make_model_router(batcher: Batcher, limits: Limits) -> APIRouter:
 def model_metadata(batcher: Batcher) -> ModelMetadata:
     """The tensors of the model that answers now."""
     runtime = batcher.served.runtimes[0]
-    image, labels = runtime.model.spec.image, runtime.model.spec.labels
+    spec = runtime.model.spec
     return {
         "name": model_name(runtime.model),
         "versions": [VERSION],
         "platform": runtime.platform,
-        "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, image.height, image.width, image.channels]}],
-        "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, len(labels)]}],
+        "inputs": [{"name": "images", "datatype": "UINT8", "shape": [-1, *spec.image.shape]}],
+        "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, len(spec.labels)]}],
     }
 
 
@@ -152,8 +152,7 @@ def refuse_unknown(name: str, version: str, model: Model) -> None:
 
 def refuse_other_size(inference: Inference, model: Model) -> None:
     """Refuses pixels of another size than the model's: they are not resized."""
-    image = model.spec.image
-    wanted = (image.height, image.width, image.channels)
+    wanted = model.spec.image.shape
     if isinstance(inference.images, np.ndarray) and inference.images.shape[1:] != wanted:
         found = list(inference.images.shape)
         detail = f"{model.name} takes images of shape [N, {', '.join(map(str, wanted))}], got {found}"

@@ -18,7 +18,7 @@ from fold.graph import GraphNet, fold
 from fold.lower import GRAPH_LOWERINGS, lower
 from fold.nodes import OPERATIONS
 from fold.shapes import pooled
-from fold.sources import Asked, from_made
+from fold.sources import from_made
 from fold.user_net import Made
 from train.layers import DiracConv2d, NCReLU
 
@@ -27,12 +27,11 @@ TOLERANCES = {"fp32": 1e-5, "fp16": 5e-3}
 
 
 SIZE = (15, 12)
-ASKED = Asked(None, SIZE, (0.4,) * 3, (0.3,) * 3, None, ())
 
 
 def source(net):
     """The plain form of a net, as fold/run.py has it."""
-    return from_made(Made(own_nets.moved(net), "net", {}), ASKED)
+    return from_made(Made(own_nets.moved(net), "net", {}, SIZE, (0.4,) * 3, (0.3,) * 3))
 
 
 def pixels(num=3):

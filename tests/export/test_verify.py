@@ -301,13 +301,13 @@ def test_a_record_of_the_wrong_kind_is_no_claim(value):
 
 @pytest.mark.slow
 def test_a_graph_of_ones_own_net_is_read(tmp_path, run):
-    from fold.sources import Asked, from_made
+    from fold.sources import from_made
 
     torch.manual_seed(0)
     made = Made(
         ThisMorning().eval(), "nets.py:make", {"made_by": "nets.py:make"}, (32, 32), (0.5,) * 3, (0.2,) * 3, None, ()
     )
-    source = from_made(made, Asked(None, (), (), (), None, ()))
+    source = from_made(made)
     path = tmp_path / "plain.safetensors"
     save_plain(path, source.plain.float(), source.spec, source.provenance)
     status, rows = run(path)

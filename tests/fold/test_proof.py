@@ -6,8 +6,9 @@ from math import inf, nan
 import pytest
 import torch
 
+from common.difference import TOLERANCES
 from fold.plain import fold_net
-from fold.proof import TOLERANCES, prove
+from fold.proof import prove
 
 
 @pytest.fixture

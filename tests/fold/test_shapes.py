@@ -15,7 +15,7 @@ from fold.graph import GraphNet, fold
 from fold.nodes import Graph, Node
 from fold.plain import load_plain, save_plain
 from fold.shapes import infer_shapes, pooled
-from fold.sources import Asked, from_user
+from fold.sources import from_user
 
 SPEC = Spec.of_net("net", ImageSpec(33, 30, 3, (0.1,) * 3, (0.5,) * 3, None), tuple("abcde"))
 
@@ -24,8 +24,8 @@ SPEC = Spec.of_net("net", ImageSpec(33, 30, 3, (0.1,) * 3, (0.5,) * 3, None), tu
 def sound(tmp_path_factory):
     """The bytes of a whole file."""
     path = tmp_path_factory.mktemp("sound") / "plain.safetensors"
-    asked = Asked(None, (33, 30), SPEC.image.mean, SPEC.image.std, None, SPEC.labels)
-    source = from_user(f"{own_nets.__file__}:this_morning", None, asked)
+    stated = {"image_size": (33, 30), "mean": SPEC.image.mean, "std": SPEC.image.std, "labels": SPEC.labels}
+    source = from_user(f"{own_nets.__file__}:this_morning", None, None, **stated)
     save_plain(path, source.plain.float(), source.spec, {})
     return path.read_bytes()
 

@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from common.cli import run_command
+from common.files import read_labels
 from common.refusal import Refusal
 from common.spec import Spec
 from fold.plain import load_plain
 from fold.run import FoldConfig, command
-from fold.sources import read_labels
 from train.families import build
 
 
@@ -260,7 +260,7 @@ def test_weights_that_do_not_fit_are_named(nets, capsys):
         assert message in capsys.readouterr().err
     (nets / "weights.safetensors").write_bytes(b"cut short")
     assert run(*ASKED) == 2
-    assert "weights.safetensors is not a safetensors file" in capsys.readouterr().err
+    assert "weights.safetensors is not a valid safetensors file" in capsys.readouterr().err
 
 
 def test_flags_that_do_not_go_together_are_refused(nets, capsys):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from starlette.requests import ClientDisconnect
 
+from common.image import decode
 from common.refusal import Refusal
-from serve.decode.pool import decode_image
 from serve.request.batcher import Batcher
 from serve.request.job import Served
 from serve.request.limits import Limits
@@ -163,7 +163,7 @@ def test_a_running_job_can_be_late_too(gated, file):
 def test_a_job_whose_client_is_gone_is_neither_decoded_nor_run(gated, file, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        "serve.decode.pool.decode_image", lambda *given, **more: (decoded.append(1), decode_image(*given, **more))[1]
+        "serve.decode.pool.decode", lambda *given, **more: (decoded.append(1), decode(*given, **more))[1]
     )
 
     async def scenario():

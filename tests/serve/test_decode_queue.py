@@ -5,8 +5,8 @@ import threading
 import pytest
 from serving import ROOT
 
-from serve.decode.budget import Budget, HostBudget
 from serve.decode.pool import ImageQueue
+from serve.decode.process import Budget, HostBudget
 
 
 def test_the_earliest_due_comes_first_and_equal_ones_as_they_came():
@@ -55,7 +55,7 @@ HOLD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from serve.decode.budget import HostBudget
+from serve.decode.process import HostBudget
 with HostBudget(Path(sys.argv[2]), 10).taken(7):
     print("holds", flush=True)
     sys.stdin.readline()

@@ -23,7 +23,11 @@ def decoder():
 
 
 def ask(decoder, content, *, num_bytes=10**8, max_pixels=10**8):
-    return decoder(content, SPEC, max_pixels=max_pixels, num_bytes=num_bytes)
+    """The pixels, or the refusal in their place."""
+    try:
+        return decoder(content, SPEC, max_pixels=max_pixels, num_bytes=num_bytes)
+    except Refusal as refusal:
+        return refusal
 
 
 def process_of(decoder):

@@ -43,6 +43,18 @@ PROVENANCE = {
     ],
 }
 
+# The answer to the first prediction arrives once `release` is called.
+LATE_ANSWER = """
+const fetched = window.fetch, late = new Promise((resolve) => { window.release = resolve; });
+window.num_predictions = 0;
+window.fetch = async (path, options) => {
+  const isFirst = path.startsWith("/predict") && ++window.num_predictions === 1;
+  const response = await fetched(path, options);
+  if (isFirst) await late;
+  return response;
+};
+"""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
@@ -217,6 +229,19 @@ def test_a_key_is_asked_for_and_then_sent(page, browser, tmp_path):
     wait_for(browser, "status", "ms from sending")
     assert not browser.find_element("id", "key").is_displayed()
     assert 'Authorization: Bearer $DIRACNET_API_KEY"' in text(browser, "curl")
+
+
+def test_a_refusal_that_comes_after_the_key_was_given_is_forgotten(page, browser, tmp_path):
+    page(api_key="open")
+    wait_for(browser, "status", "The API key is missing or wrong")
+    browser.execute_script(LATE_ANSWER)
+    choose(browser, write_image(tmp_path / "image.png"))
+    browser.find_element("id", "secret").send_keys("open\n")
+    wait_for(browser, "facts", "Digest")
+    wait_for(browser, "status", "ms from sending")
+    browser.execute_script("release()")
+    wait(browser, lambda browser: browser.execute_script("return num_predictions") == 3)
+    assert not browser.find_element("id", "key").is_displayed()
 
 
 def test_the_command_for_the_shell_is_copied(page, browser):

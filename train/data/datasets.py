@@ -14,22 +14,8 @@ import numpy as np
 from common.files import sha256
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from train.data.folder import (
-    FILE,
-    PARTS,
-    TEST_SHARE,
-    Changed,
-    Files,
-    LeftOut,
-    Sizes,
-    Track,
-    check_same,
-    class_folders,
-    find_files,
-    make_files,
-    picked_by_name,
-    read_record,
-)
+from train.data import folder as photos
+from train.data.folder import FILE, PARTS, TEST_SHARE, Changed, Files, LeftOut, Sizes, Track
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +105,7 @@ def info_of(
     `image` is how a net that is there wants its images: a folder's are prepared so, others must have its shape.
     """
     if name == "folder":  # photographs: ImageNet's mean and deviation, and its resize of 256 to a crop of 224 pixels
-        labels = tuple(folder.name for folder in class_folders(_given(data_dir)))
+        labels = tuple(folder.name for folder in photos.class_folders(_given(data_dir)))
         resize = round(image_size * 256 / 224) if image_size >= 64 else image_size
         info = DatasetInfo(imagenet_image(image_size, resize), labels, flip=True, crop=0)
     elif image and image.shape != INFO[name].image.shape:
@@ -154,10 +140,10 @@ def load(
             return Dataset(info, *_load_fashion_mnist(data_dir, download))
         case "cifar10" | "cifar100":
             return Dataset(info, *_load_cifar(name, data_dir, download))
-    found = find_files(_given(data_dir), info.labels, info.image, skip_unreadable=skip_unreadable, track=track)
+    found = photos.find_files(_given(data_dir), info.labels, info.image, skip_unreadable=skip_unreadable, track=track)
     train, test = found.train, found.test
     if test is None:
-        picked = picked_by_name(train.names, train.targets, TEST_SHARE, purpose="test")
+        picked = photos.picked_by_name(train.names, train.targets, TEST_SHARE, purpose="test")
         train, test = train.take(np.flatnonzero(~picked)), train.take(np.flatnonzero(picked))
     if not len(test):
         raise Refusal(f"no image of {data_dir} is left to test on: a class needs two or more")
@@ -180,16 +166,15 @@ def load_as_trained(
     """
     name, recorded, split = training["dataset"], training.get("data_dir"), training.get("split") or {}
     data_dir = data_dir or (Path(recorded) if recorded else None)
-    parts = read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
+    parts = photos.read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
     skip = training.get("skip_unreadable", False)
     how: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "image": image}
     if parts:
         return recorded_files(_given(data_dir), parts, info_of(name, **how), skip_unreadable=skip)
-    dataset = divide(
-        load(name, **how, skip_unreadable=skip), training.get("validation", 0.0), seed=training.get("seed", 0)
-    )
+    dataset = load(name, **how, skip_unreadable=skip)
+    dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
     if split:
-        check_same(record(dataset)[0], split, where=str(data_dir or name))
+        photos.check_same(record(dataset)[0], split, where=str(data_dir or name))
     return dataset
 
 
@@ -205,7 +190,7 @@ def recorded_files(
         )
     labels = tuple(sorted({Path(name).parent.name for name in parts["train"]}))
     train, validation, test = (
-        make_files(root, [root / name for name in parts[part]], labels, info.image, skip_unreadable=skip_unreadable)
+        photos.make_files(root, [*map(root.joinpath, parts[part])], labels, info.image, skip_unreadable=skip_unreadable)
         for part in PARTS
     )
     return Dataset(replace(info, labels=labels), train, test, validation)
@@ -252,7 +237,7 @@ def hold_out(split: Part, fraction: float, *, seed: int) -> tuple[Part, Part]:
     A folder's images are chosen by name, the same share of each class; others at random.
     """
     if isinstance(split, Files):
-        picked = picked_by_name(split.names, split.targets, fraction, purpose="validation")
+        picked = photos.picked_by_name(split.names, split.targets, fraction, purpose="validation")
         return split.take(np.flatnonzero(~picked)), split.take(np.flatnonzero(picked))
     order = np.random.default_rng(seed).permutation(len(split))
     num_held = round(len(split) * fraction)

@@ -75,8 +75,7 @@ def _width_of_equal_size(config: ConvergenceConfig, info) -> float:
     from train.families import count_parameters, outline
 
     def size(name: str, width: float) -> int:
-        settings = config.training(width=width, **NETS[name])
-        return count_parameters(outline(settings.spec(info.image, info.labels)))
+        return count_parameters(outline(config.training(width=width, **NETS[name]).spec(info.image, info.labels)))
 
     width = config.training().width
     wanted = size("Dirac", width)

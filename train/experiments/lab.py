@@ -1,7 +1,7 @@
 """The laboratory of the experiments: nets trained in memory, case by case, and the figures and numbers they leave."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from train.data.datasets import Dataset
 
 JsonRow = dict[str, Any]  # of NAME.json
+Hook = Callable[["nn.Sequential"], Any]  # takes a net in training
 # The paper's recipe in small: minutes on two cores. W's deviation is that of the authors' code, the start of the rest
 # PyTorch's.
 CHEAP = {"dataset": "digits", "width": 0.25, "epochs": 10, "batch_size": 32, "w_std": 0.1, "start": "pytorch"}
@@ -95,7 +96,7 @@ class Case:
     name: str  # in lines of text
     key: dict[str, Any]  # what identifies its rows in the numbers
     settings: dict[str, Any]
-    prepare: "Callable[[nn.Sequential], None]" = lambda net: None  # what changes the net before its first step
+    prepare: Hook = lambda net: None  # what changes the net before its first step
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def conduct(
     draw: Callable[[Any, list[JsonRow]], "Figure"],
     rows_of: Callable[[list[Trial]], list[JsonRow]] = accuracies,
     *,
-    observe: Callable[["nn.Sequential"], Any] = lambda net: None,
+    observe: Hook = lambda net: None,
     resume: bool = False,
     order: Callable[[JsonRow], Any] = lambda row: 0,
 ) -> int:
@@ -135,39 +136,25 @@ def conduct(
     """
     rows = _recorded(config, name)["rows"] if config.redraw else _kept_rows(config, name) if resume else []
     lacking = [case for case in cases if not any(case.key.items() <= row.items() for row in rows)]
-    for case, trials in _train([] if config.redraw else lacking, config, observe):
-        rows = sorted([*rows, *({**case.key, **row} for row in rows_of(trials))], key=order)
-        write_numbers(config.out, name, {"settings": config.training(), "rows": rows})
-        mean, spread = mean_and_spread([trial.test_accuracy for trial in trials])
-        print(f"{case.name}: {100 * mean:.1f} ± {100 * spread:.1f} %")
+    lacking, dataset = [] if config.redraw else lacking, None
+    with progress(make_console(), "training", len(lacking) * config.seeds) as advance:
+        for case in lacking:
+            dataset, trials = dataset or load_dataset(config), list[Trial]()
+            for seed in range(config.seeds):
+                settings = config.training(**case.settings, seed=seed)
+                trials.append(run_trial(settings, dataset, prepare=case.prepare, observe=observe))
+                advance(note=f"{case.name}: {100 * trials[-1].test_accuracy:.1f} %")
+            rows = sorted([*rows, *({**case.key, **row} for row in rows_of(trials))], key=order)
+            write_numbers(config.out, name, {"settings": config.training(), "rows": rows})
+            mean, spread = mean_and_spread([trial.test_accuracy for trial in trials])
+            print(f"{case.name}: {100 * mean:.1f} ± {100 * spread:.1f} %")
     numbers = {"settings": config.training(), "rows": rows}
     write_results(config.out, name, draw(config, rows), numbers, redraw=config.redraw)
     return 0
 
 
-def _train(
-    cases: Sequence[Case], config: ExperimentConfig, observe: Callable[["nn.Sequential"], Any]
-) -> Iterator[tuple[Case, list[Trial]]]:
-    """Each case with its trials, as soon as they are done."""
-    if not cases:
-        return
-    dataset = load_dataset(config)
-    with progress(make_console(), "training", len(cases) * config.seeds) as advance:
-        for case in cases:
-            trials: list[Trial] = []
-            for seed in range(config.seeds):
-                settings = config.training(**case.settings, seed=seed)
-                trials.append(run_trial(settings, dataset, prepare=case.prepare, observe=observe))
-                advance(note=f"{case.name}: {100 * trials[-1].test_accuracy:.1f} %")
-            yield case, trials
-
-
 def run_trial(
-    config: Settings,
-    dataset: "Dataset",
-    *,
-    prepare: Callable[["nn.Sequential"], None] = lambda net: None,
-    observe: Callable[["nn.Sequential"], Any] = lambda net: None,
+    config: Settings, dataset: "Dataset", *, prepare: Hook = lambda net: None, observe: Hook = lambda net: None
 ) -> Trial:
     """Train one net, without files. `prepare` may change it before the first step."""
     from train.data.datasets import divide
@@ -202,6 +189,11 @@ def grid(kinds: Sequence[str], depths: Sequence[int], option: str, values: Seque
         )
         for depth, kind, value in product(depths, kinds, values)
     ]
+
+
+def order_of_grid(option: str) -> Callable[[JsonRow], Any]:
+    """How rows of such nets are sorted."""
+    return lambda row: (row["depth"], [*KINDS].index(row["kind"]), row[option])
 
 
 def _kept_rows(config: ExperimentConfig, name: str) -> list[JsonRow]:

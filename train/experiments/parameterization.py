@@ -37,10 +37,7 @@ def command(config: ParameterizationConfig) -> int:
         validated = fmean(trial.history[-1]["validation_accuracy"] for trial in trials)
         return lab.accuracies(trials, validation_accuracy=validated)
 
-    def order(row: lab.JsonRow) -> tuple:
-        return row["depth"], KINDS.index(row["kind"]), row["lr"]
-
-    cases = lab.grid(KINDS, config.depths, "lr", config.lrs)
+    cases, order = lab.grid(KINDS, config.depths, "lr", config.lrs), lab.order_of_grid("lr")
     return lab.conduct(config, "parameterization", cases, _draw, rows_of, resume=config.resume, order=order)
 
 

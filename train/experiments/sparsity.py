@@ -12,14 +12,11 @@ from train.experiments import lab
 
 DEAD = 1e-3  # a row is dead where its norm is below this share of its layer's largest
 BINS = (-4, 4, 81)  # of the histogram: ends and number of edges
+SparsityConfig = lab.DeepConfig
 EXAMPLES = (
     "python train/experiments/sparsity.py --depth 16 --epochs 5",
     "python train/experiments/sparsity.py --paper --data-dir data --device cuda",
 )
-
-
-class SparsityConfig(lab.DeepConfig):
-    pass
 
 
 def command(config: SparsityConfig) -> int:

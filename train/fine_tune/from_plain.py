@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from common.difference import FLOAT32_TOLERANCE, FLOAT64_TOLERANCE, difference, keeps_class
+from common.difference import TOLERANCES, difference, keeps_class
 from common.progress import progress
 from common.refusal import Refusal
 from train.checkpoint import Checkpoint, PlainFile, load_checkpoint, read_plain_file
@@ -24,7 +24,6 @@ from train.fine_tune.unfold import as_plain, unfold
 Moments = dict[str, tuple[Tensor, Tensor]]  # a batch normalisation's name → mean and variance [C] of what it reads
 NUM_MEASURED = 2048  # training images, as they are augmented
 NUM_PROVED, PROVED_PIXELS = 64, 400_000  # images of each kind at most, and all of their pixels: float64 takes its time
-TOLERANCES = {"float64": FLOAT64_TOLERANCE, "float32": FLOAT32_TOLERANCE}
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,7 @@ def unfold(weights: Mapping[str, Tensor], spec: Spec, *, a: float, b: float, std
         if isinstance(norm, nn.BatchNorm2d):  # s x + c, with a mean of 0 and a variance of 1
             norm.weight.copy_(scale * (1 + norm.eps) ** 0.5)
             norm.bias.copy_(bias)
-    classifier = net.get_submodule("fc")
-    classifier.load_state_dict({kind: weights[f"fc.{kind}"] for kind in ("weight", "bias")})
+    net.get_submodule("fc").load_state_dict({kind: weights[f"fc.{kind}"] for kind in ("weight", "bias")})
     return net
 
 
@@ -130,17 +129,10 @@ def _refuse_misfit(weights: Mapping[str, Tensor], net: nn.Sequential, parts: lis
     for part in parts:
         shape = part.shape()
         shapes |= {f"{part.name}.weight": shape, f"{part.name}.bias": shape[:1]}
-    wrong = sorted(
-        name
-        for name in shapes.keys() | weights.keys()
-        if name not in weights or tuple(weights[name].shape) != shapes.get(name)
-    )
-    wrong += [
-        f"{part.name}.bias"
-        for part in parts
-        if isinstance(part.layer, nn.Conv2d) and part.norm is None and not wrong and weights[f"{part.name}.bias"].any()
-    ]
-    if wrong:
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
+    bare = [f"{part.name}.bias" for part in parts if isinstance(part.layer, nn.Conv2d) and part.norm is None]
+    if wrong := wrong or [name for name in bare if weights[name].any()]:
         raise Refusal(f"the plain file does not fit its spec {spec.name}: {first_of(wrong)}")
 
 
