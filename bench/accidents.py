@@ -76,7 +76,6 @@ def _early(model: Path, config: AccidentsConfig) -> dict[str, Any]:
 
 
 def _outage(model: Path, config: AccidentsConfig) -> dict[str, Any]:
-    """The file is lost and one worker of two is killed."""
     image = read_whole(config.image)
     with start(model, "--workers", 2, "--model-threads", 1) as server:
         statuses = [server.predict(image) for _ in range(20)]
@@ -144,7 +143,6 @@ def _unread(model: Path, config: AccidentsConfig) -> dict[str, Any]:
 
 
 def page(record: dict[str, Any]) -> str:
-    """The page of one record."""
     return render("accidents", record, reload_s=RELOAD_S, bars=bars_table(TITLES, record))
 
 

@@ -10,20 +10,15 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.page import Measurement, Record, describe_machine, publish, render
 from bench.lab.rounds import alternate_all, speedup
 from common.cli import given_arguments, run_command
 from common.refusal import Refusal
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from export.compare import Answer
 
 EXAMPLES = (
     "python bench/cascade.py                      # a minute on two cores",
@@ -37,7 +32,7 @@ PROCESSORS = {"yes": "with VNNI", "no": "without VNNI", "unknown": "that does no
 
 
 @dataclass(frozen=True)
-class CascadeBenchConfig:
+class CascadeBenchConfig(Measurement):
     exact: Annotated[Path, "fp32 form"] = MODELS / "fashion-mnist.onnx"
     quick_form: Annotated[Path, "int8 form, with evidence"] = MODELS / "fashion-mnist-int8.onnx"
     data_dir: Annotated[Path | None, "folder of the data set that the net was trained on"] = None
@@ -79,8 +74,15 @@ def command(config: CascadeBenchConfig) -> None:
         "batches": {},
     }
     racers = {"int8": session(forms.quick), "fp32": session(forms.exact), "cascade": cascade}
+
+    def pass_ms(name: str, size: int) -> float:
+        start = time.perf_counter()
+        for first in range(0, len(images), size):
+            racers[name](images[first : first + size])
+        return 1000 * (time.perf_counter() - start)
+
     for size in BATCHES:
-        passes = {name: partial(_pass_ms, answer, images, size) for name, answer in racers.items()}
+        passes = {name: partial(pass_ms, name, size) for name in racers}
         times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
         measured["batches"][str(size)] = times
     if config.avx2:
@@ -100,13 +102,6 @@ def _with_avx2_alone(config: CascadeBenchConfig) -> Record:
     return {name: record[name] for name in ("saturates", "share_escalated", "batches")}
 
 
-def _pass_ms(answer: "Answer", images: "np.ndarray", size: int) -> float:
-    start = time.perf_counter()
-    for first in range(0, len(images), size):
-        answer(images[first : first + size])
-    return 1000 * (time.perf_counter() - start)
-
-
 def _has_vnni() -> str:
     """ "yes", "no", or "unknown" where the system does not list its processor's instructions."""
     path = Path("/proc/cpuinfo")
@@ -115,7 +110,6 @@ def _has_vnni() -> str:
 
 
 def page(record: Record) -> str:
-    """The page of one record."""
     others = [{"rows": _rows(record["avx2"]), **record["avx2"]}] if "avx2" in record else []
     processor = PROCESSORS[record["machine"]["vnni"]]
     return render("cascade", record, rows=_rows(record), others=others, processor=processor)

@@ -1,6 +1,7 @@
 """python bench/folding.py: seconds and memory of folding and exporting, by the size of the net."""
 
 import sys
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from math import log
@@ -11,11 +12,11 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.page import Measurement, Record, describe_machine, publish, render
+from bench.lab.process import cost_of, in_fresh_process
 from bench.lab.rounds import turns
 from common.cli import run_command
 from common.progress import make_console, progress
-from common.refusal import Refusal
 
 NETS = ((34, 1.0), (34, 2.0), (34, 4.0), (34, 8.0), (400, 1.0))  # depth and width, on 32x32 images
 QUICK_NETS = ((34, 0.5), (34, 1.0), (34, 2.0), (100, 1.0))
@@ -33,21 +34,14 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class FoldingConfig:
+class FoldingConfig(Measurement):
     rounds: Annotated[int, "how often each net is folded and exported"] = 2
     quick: Annotated[bool, "small nets, once: under a minute"] = False
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs/benchmarks")
 
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise Refusal(f"--rounds must be at least 1, got {self.rounds}")
-
 
 def command(config: FoldingConfig) -> None:
     """Fold and export nets of 1 to 59 million parameters and one of 400 layers, each in its own process."""
-    import tempfile
-
-    from bench.lab.process import cost_of, in_fresh_process
     from bench.nets import make_checkpoint
     from export import to_onnx
     from fold import run as fold
@@ -76,7 +70,6 @@ def command(config: FoldingConfig) -> None:
 
 
 def page(record: Record) -> str:
-    """The page of one record."""
     tables = defaultdict(list)
     for row in record["rows"]:
         tables[row["command"]].append(_with_figures(row))

@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import bars_table, describe_machine, render, report_missed, typed_command, write_page
+from bench.lab.load import LOST, put_load, refuse_without_tools, retried
+from bench.lab.page import Measurement, bars_table, describe_machine, render, report_missed, typed_command, write_page
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
-from bench.lab.wrk import put_load, refuse_without_tools
 from common.cli import POSITIONAL, run_command
 from common.files import read_whole
+from common.progress import make_console, progress
 from common.refusal import Refusal
 
 EXAMPLES = (
@@ -36,7 +37,7 @@ TITLES = {"scaling": "What they cost", "kills": "kill -9 under load"}
 
 
 @dataclass(frozen=True)
-class FrontEndsConfig:
+class FrontEndsConfig(Measurement):
     model: Annotated[Path, "plain.onnx whose images and labels are taken", POSITIONAL] = MODEL
     image: Annotated[Path, "the image to send"] = IMAGE
     device_us: Annotated[tuple[float, float], "t0 and t1: the simulated device takes t0 + n t1 for n images"] = (200, 4)
@@ -48,10 +49,6 @@ class FrontEndsConfig:
     only: Annotated[tuple[Literal["scaling", "kills"], ...], "parts to measure (default: both)"] = ()
     quick: Annotated[bool, "one round of a second each, and two kills in ten seconds"] = False
     out: Annotated[Path, "folder for front-ends.md and front-ends.json"] = ROOT / "docs" / "benchmarks"
-
-    def __post_init__(self) -> None:
-        if min(*self.device_us, self.connections, self.rounds, self.seconds, self.kill_seconds, self.kill_every) <= 0:
-            raise Refusal("all times and numbers must be positive")
 
 
 def command(config: FrontEndsConfig) -> int:
@@ -69,10 +66,8 @@ def command(config: FrontEndsConfig) -> int:
         "command": typed_command("bench/front_ends.py", config),
         "machine": describe_machine("numpy", "uvicorn"),
     }
-    if not config.only or "scaling" in config.only:
-        record["scaling"] = {**about, **_scaling(config)}
-    if not config.only or "kills" in config.only:
-        record["kills"] = {**about, **uvloop.run(_kills(config))}
+    parts = {"scaling": _scaling, "kills": lambda config: uvloop.run(_kills(config))}
+    record |= {name: {**about, **parts[name](config)} for name in parts if name in (config.only or parts)}
     print(write_page(config.out, "front-ends", page(record), record))
     return report_missed(record, record)
 
@@ -82,7 +77,6 @@ def command(config: FrontEndsConfig) -> int:
 
 def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
     from bench.servers.simulated import hand_over
-    from common.progress import make_console, progress
 
     refuse_without_tools()
     rounds: list[dict[str, dict[str, float]]] = []
@@ -168,16 +162,9 @@ def _on_paper(
         front_ends = num * one_of_two if num > 1 else alone
         added_us = cost["batch_us"] + num * cost["front_end_us"] + MAX_BATCH * cost["image_us"] if num > 1 else 0.0
         process = MAX_BATCH * 1e6 / (device_batch_us + added_us)
-        rows.append(
-            {
-                "front_ends": num,
-                "front_ends_per_s": front_ends,
-                "device_process_per_s": process,
-                "device_per_s": device,
-                "answers_per_s": min(front_ends, process),
-                "share": min(front_ends, process) / min(num * alone, device),
-            }
-        )
+        answers, share = min(front_ends, process), min(front_ends, process) / min(num * alone, device)
+        per_s = {"front_ends_per_s": front_ends, "device_process_per_s": process, "device_per_s": device}
+        rows.append({"front_ends": num, **per_s, "answers_per_s": answers, "share": share})
     return rows
 
 
@@ -186,9 +173,6 @@ def _on_paper(
 
 async def _kills(config: FrontEndsConfig) -> dict[str, Any]:
     """kill -9 of a front end and the device process in turn; lost and refused requests are sent once more."""
-    from bench.lab.load import LOST
-    from bench.servers.faults import retried
-
     killed: list[str] = []
     with start(config.model, "--front-ends", 2, "--model-threads", 1, "--log-level", "warning") as server:
         async with retried(server, read_whole(config.image), LOST, 503) as (load, retries):
@@ -218,7 +202,6 @@ async def _kills(config: FrontEndsConfig) -> dict[str, Any]:
 
 
 def page(record: dict[str, Any]) -> str:
-    """The page of one record."""
     sections = []
     if scaling := record.get("scaling"):
         sections.append(render("front-ends-scaling", scaling, max_batch=MAX_BATCH, num_rounds=len(scaling["rounds"])))

@@ -8,8 +8,13 @@ from typing import Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.page import Measurement, typed_command, write_page
+from bench.runtimes.page import page
 from bench.runtimes.racers import RACES
 from common.cli import run_command
+from common.documents import read_object
+from common.files import read_whole
+from common.progress import make_console
 from common.refusal import Refusal
 
 EXAMPLES = (
@@ -21,7 +26,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Measurement):
     nets: Annotated[tuple[str, ...], f"which of {', '.join(RACES)} (default: all; quick: 34-2)"] = ()
     threads: Annotated[tuple[int, ...], "numbers of threads (default: 1 2; quick: 2)"] = ()
     batches: Annotated[tuple[int, ...], "images per call (default: 1 8 32; quick: 1 32)"] = ()
@@ -35,8 +40,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if unknown := sorted({*self.nets} - {*RACES}):
             raise Refusal(f"--nets must be among {', '.join(RACES)}, got {', '.join(unknown)}")
-        if min((*self.threads, *self.batches, 1)) < 1 or (self.rounds or 1) < 1 or (self.round_s or 1) <= 0:
-            raise Refusal("--threads, --batches, --rounds and --round-s must be positive")
+        super().__post_init__()
 
     def resolved(self) -> "ModelConfig":
         """With every default that depends on --quick filled in; --rounds stays open where it depends on the net."""
@@ -59,12 +63,7 @@ def command(config: ModelConfig) -> int:
     written; continue an interrupted run with --nets. Exit status 1 where the logits of a row in float32
     are not those of the plain net.
     """
-    from bench.lab.page import typed_command, write_page
-    from bench.runtimes.page import page
     from bench.runtimes.race import measure
-    from common.documents import read_object
-    from common.files import read_whole
-    from common.progress import make_console
 
     console, typed, config = make_console(), typed_command("bench/model.py", config), config.resolved()
     path, record = config.out / "model.json", {"nets": {}}

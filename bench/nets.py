@@ -19,7 +19,7 @@ from fold.plain import fold_net, load_plain, named_layers
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.data.batches import Batch
 from train.data.datasets import cifar_image, imagenet_image
-from train.families import build, count_parameters, initialize
+from train.families import build, count_parameters, initialized
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
 from train.trainer import make_optimizer, train_step
 
@@ -110,8 +110,7 @@ def make_checkpoint(depth: int, width: float, path: Path) -> int:
     """
     torch.manual_seed(0)
     spec = _spec(depth, width)
-    net = build(spec)
-    initialize(net, a=1.0, b=0.1, std=0.03)
+    net = initialized(spec, a=1.0, b=0.1, std=0.03)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # the mean of all steps: of the only one

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.page import Measurement, Record, describe_machine, publish, render
 from bench.lab.rounds import alternate, median_ms, ratios
 from common.cli import run_command
 from common.difference import difference
@@ -31,17 +31,13 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class ReparameterizedConfig:
+class ReparameterizedConfig(Measurement):
     nets: Annotated[tuple[str, ...], f"names of timm models (default: {' '.join(NETS)})"] = ()
     image_size: Annotated[int, "height and width of the images"] = 224
     rounds: Annotated[int, "rounds in which the forms of a net take turns"] = 9
     round_s: Annotated[float, "seconds of one form in one round"] = 0.2
     quick: Annotated[bool, "three nets, three short rounds"] = False
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs/benchmarks")
-
-    def __post_init__(self) -> None:
-        if min(self.image_size, self.rounds, self.round_s) <= 0:
-            raise Refusal("--image-size, --rounds and --round-s must be positive")
 
 
 def command(config: ReparameterizedConfig) -> None:
@@ -155,7 +151,6 @@ def write_onnx(net: Any, x: Any) -> tuple[bytes, dict[str, int]]:
 
 
 def page(record: Record) -> str:
-    """The page of one record."""
     rows = record["rows"]
     return render("reparameterized", record, verdict=_verdict(rows), speeds=list(map(_speeds, rows)))
 

@@ -3,19 +3,18 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.lab.load import refuse_without_tools
+from bench.lab.page import Measurement, describe_machine, publish
+from bench.lab.process import in_fresh_process
 from common.cli import run_command
-from common.refusal import Refusal
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from bench.servers.contestants import Contestant
-    from bench.servers.race import ServedNet
+from common.cores import num_cores
+from common.files import write_whole
+from common.progress import make_console
 
 EXAMPLES = (
     "python bench/server.py                            # ten minutes; writes docs/benchmarks/server.md and .json",
@@ -23,11 +22,9 @@ EXAMPLES = (
     "python bench/server.py --servers ours litserve --models small --rounds 5 --out runs/bench",
 )
 
-SERVERS_CORE = 0
-
 
 @dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(Measurement):
     servers: Annotated[
         tuple[Literal["ours", "fastapi", "litserve", "bentoml", "ray", "mlserver", "mosec"], ...],
         "which are compared (default: all)",
@@ -42,15 +39,6 @@ class ServerConfig:
     work: Annotated[Path, "folder for environments, models and logs"] = Path("runs/bench")
     out: Annotated[Path, "folder for server.md and server.json"] = Path("docs/benchmarks")
 
-    def __post_init__(self) -> None:
-        if min(self.rounds, self.seconds, len(self.models)) < 1:
-            raise Refusal("--rounds and --seconds must be at least 1, and --models must name one")
-
-    @property
-    def schedule(self) -> tuple[int, int]:
-        """Rounds, and seconds of a measurement."""
-        return (1, 1) if self.quick else (self.rounds, self.seconds)
-
 
 def command(config: ServerConfig) -> int:
     """Requests per second and latency of servers of one ONNX file, each on one core with its client on another.
@@ -58,25 +46,18 @@ def command(config: ServerConfig) -> int:
     Answers are compared with the model's own first. A server that cannot be installed or started, answers wrongly
     or fails a request is a row with its reason. Exit status 1 if ours fails.
     """
-    from bench.lab.page import describe_machine, publish
-    from bench.lab.process import in_fresh_process
-    from bench.lab.wrk import refuse_without_tools
-    from bench.servers.contestants import CONTESTANTS
     from bench.servers.page import CONNECTIONS, draw_latencies, page
-    from bench.servers.race import write_net
+    from bench.servers.race import CONTESTANTS, SERVERS_CORE, race, write_net
     from bench.servers.request_steps import time_steps
-    from common.cores import num_cores
     from common.figure import png
-    from common.files import write_whole
-    from common.progress import make_console
 
     refuse_without_tools()
-    console = make_console()
+    console, (rounds, seconds) = make_console(), (1, 1) if config.quick else (config.rounds, config.seconds)
     contestants = [one for one in CONTESTANTS if not config.servers or one.name in config.servers]
     nets = [write_net(size, contestants, config.work.absolute() / "server") for size in config.models]
     for net in nets:
         console.print(f"{net.record['title']}: {net.record['macs']:,} multiplications per image, {net.path}")
-    _race(contestants, nets, config, console)
+    race(contestants, nets, config.work.absolute(), rounds, seconds, console, warm_up=not config.quick)
     models = [
         net.record | {"steps": in_fresh_process(time_steps, net.path, net.pngs[0], core=SERVERS_CORE)} for net in nets
     ]
@@ -84,33 +65,14 @@ def command(config: ServerConfig) -> int:
         console.print(f"wrote {write_whole(config.out / model['picture'], png(draw_latencies(model)))}")
     publish(
         *(config, "server", page),
-        **dict(zip(("rounds", "seconds"), config.schedule, strict=True)),
+        rounds=rounds,
+        seconds=seconds,
         connections=CONNECTIONS,
         machine=describe_machine() | {"cores": f"{num_cores()}: the server on core 0, wrk on core 1"},
         servers=[{"name": one.name, "note": one.note} for one in contestants],
         models=models,
     )
     return int(any(row["failed"] for model in models for row in model["rows"] if row["server"] == "ours"))
-
-
-def _race(contestants: "list[Contestant]", nets: "list[ServedNet]", config: ServerConfig, console: "Console") -> None:
-    """Fill the records of `nets`; every second round runs in reverse order."""
-    from bench.lab.process import in_fresh_process
-    from bench.lab.rounds import turns
-    from bench.servers.race import measure
-    from bench.servers.request_steps import time_alone
-    from common.progress import progress
-
-    num_rounds, seconds = config.schedule
-    with progress(console, "starts of a server", num_rounds * len(nets) * len(contestants)) as advance:
-        for _, turn in turns(contestants, num_rounds):
-            for net in nets:
-                alone = in_fresh_process(time_alone, net.path, net.pngs[0], seconds / 2, core=SERVERS_CORE)
-                for name, milliseconds in alone.items():
-                    net.record["alone"].setdefault(name, []).append(milliseconds)
-                for contestant in turn:
-                    measure(contestant, net, config.work.absolute(), seconds=seconds, warm_up=not config.quick)
-                    advance(note=f"{net.record['title']}: {contestant.name}")
 
 
 if __name__ == "__main__":

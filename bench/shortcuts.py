@@ -5,30 +5,30 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.load import put_load, refuse_without_tools
+from bench.lab.page import Measurement, Record, describe_machine, publish, render
+from bench.lab.rounds import turns
+from bench.lab.server import IMAGE, MODEL, ROOT, Server, free_port
 from common.cli import run_command
-
-if TYPE_CHECKING:
-    from bench.lab.server import Server
+from common.progress import make_console, progress
 
 EXAMPLES = (
     "python bench/shortcuts.py                      # three minutes, on two quiet cores with wrk and taskset",
     "python bench/shortcuts.py --quick --out runs   # one round",
 )
 CONNECTIONS = (1, 64)
-ALL = "all"
-# What each shortcut does, and the line that switches it off before the server starts.
-SHORTCUTS = {"gc.freeze": ("garbage collections skip what was loaded at the start", "gc.freeze = lambda: None")}
+# The shortcut that a server lacks, and the line that switches it off before the server starts.
+WITHOUT = {"all": "", "gc.freeze": "gc.freeze = lambda: None"}
 Rounds = dict[str, dict[str, list[dict[str, float]]]]  # by shortcut that is missing, and by number of connections
 
 
 @dataclass(frozen=True)
-class ShortcutsConfig:
+class ShortcutsConfig(Measurement):
     rounds: Annotated[int, "alternating rounds over all servers"] = 7
     seconds: Annotated[int, "of load for each number of connections"] = 2
     quick: Annotated[bool, "one round of one second"] = False
@@ -36,14 +36,10 @@ class ShortcutsConfig:
 
 
 def command(config: ShortcutsConfig) -> None:
-    """Race the server with all shortcuts against the server without each one of them."""
-    from bench.lab.rounds import turns
-    from bench.lab.wrk import refuse_without_tools
-    from common.progress import make_console, progress
-
+    """Race the server with all shortcuts against the server without one."""
     refuse_without_tools()
     rounds, seconds = (1, 1) if config.quick else (config.rounds, config.seconds)
-    results: Rounds = {name: {str(num): [] for num in CONNECTIONS} for name in (ALL, *SHORTCUTS)}
+    results: Rounds = {name: {str(num): [] for num in CONNECTIONS} for name in WITHOUT}
     with progress(make_console(), "servers", rounds * len(results)) as advance:
         for _, names in turns(list(results), rounds):
             for name in names:
@@ -53,12 +49,9 @@ def command(config: ShortcutsConfig) -> None:
     publish(config, "shortcuts", page, machine=machine, results=results)
 
 
-def start_without(name: str, *options: str) -> "Server":
-    """The server of the bundled model on core 0, without the shortcut `name` or, with `ALL`, as it is."""
-    from bench.lab.server import MODEL, ROOT, Server, free_port
-
-    switch_off = "" if name == ALL else SHORTCUTS[name][1]
-    program = f"import gc, runpy\n{switch_off}\nrunpy.run_path('serve/run.py', run_name='__main__')"
+def start_without(name: str, *options: str) -> Server:
+    """The server of the bundled model on core 0, without the shortcut `name` or, with "all", as it is."""
+    program = f"import gc, runpy\n{WITHOUT[name]}\nrunpy.run_path('serve/run.py', run_name='__main__')"
     port = free_port()
     argv = [sys.executable, "-c", program, str(MODEL), "--runtime", "onnxruntime", "--port", str(port), *options]
     return Server(argv, port, core=0, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -66,9 +59,6 @@ def start_without(name: str, *options: str) -> "Server":
 
 def _measure(name: str, seconds: int, results: Rounds) -> None:
     """Put one server under load with each number of connections."""
-    from bench.lab.server import IMAGE
-    from bench.lab.wrk import put_load
-
     with start_without(name, "--log-level", "error") as server:
         for num in CONNECTIONS:
             load = partial(put_load, server.url, "/predict", "image/png", [IMAGE], num_connections=num)
@@ -77,20 +67,14 @@ def _measure(name: str, seconds: int, results: Rounds) -> None:
 
 
 def page(record: Record) -> str:
-    """The page of one record: requests/s and p99 without a shortcut, as shares of those with all in the same round."""
-    rows = [
-        {
-            "name": name,
-            "does": does,
-            "ratios": [
-                [row[what] / whole[what] for row, whole in zip(record["results"][name][num], all_rows, strict=True)]
-                for num, all_rows in record["results"][ALL].items()
-                for what in ("requests_per_s", "p99_ms")
-            ],
-        }
-        for name, (does, _) in SHORTCUTS.items()
+    """Requests/s and p99 without the shortcut, as shares of those with it in the same round."""
+    whole, less = (record["results"][name] for name in WITHOUT)
+    ratios = [
+        [row[what] / with_it[what] for row, with_it in zip(less[num], whole[num], strict=True)]
+        for num in whole
+        for what in ("requests_per_s", "p99_ms")
     ]
-    return render("shortcuts", record, rows=rows)
+    return render("shortcuts", record, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import describe_machine, publish, render
+from bench.lab.page import Measurement, describe_machine, publish, render
 from bench.lab.process import in_fresh_process
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, start
 from common.cli import POSITIONAL, run_command
+from common.files import write_whole
+from common.progress import make_console, progress
 from common.refusal import Refusal
 
 NUM_REQUESTS = 100
@@ -31,7 +33,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class StartupConfig:
+class StartupConfig(Measurement):
     models: Annotated[
         tuple[Path, ...], "what to serve (default: a small net of random weights, and the bundled model)", POSITIONAL
     ] = ()
@@ -39,15 +41,9 @@ class StartupConfig:
     quick: Annotated[bool, "three starts"] = False
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs/benchmarks")
 
-    def __post_init__(self) -> None:
-        if self.rounds < 1:
-            raise Refusal(f"--rounds must be at least 1, got {self.rounds}")
-
 
 def command(config: StartupConfig) -> None:
     """Start the server again and again, wait until /readyz answers 200, send 100 requests, and read its memory."""
-    from common.progress import make_console, progress
-
     rounds = 3 if config.quick else config.rounds
     with tempfile.TemporaryDirectory() as folder:
         paths = config.models or (in_fresh_process(_write_small_model, Path(folder)), MODEL)
@@ -68,7 +64,6 @@ def command(config: StartupConfig) -> None:
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The page of one record."""
     imports = {name: times[0] for name, times in record["imports_ms"].items()}
     slowest = sorted(imports.items(), key=lambda item: -item[1])
     slow = [{"name": name, "ms": ms} for name, ms in slowest if ms >= 2]
@@ -139,7 +134,6 @@ def _package(module: str) -> str:
 def _write_small_model(folder: Path) -> Path:
     """DiracNet-10-0.25 for digits, random weights, as export/to_onnx.py writes it."""
     from bench.nets import random_net
-    from common.files import write_whole
     from common.spec import Spec
     from export.graphs.graph import to_onnx
     from fold.lower import lower

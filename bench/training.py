@@ -10,7 +10,7 @@ from typing import Annotated, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import Record, describe_machine, publish, render
+from bench.lab.page import Measurement, Record, describe_machine, publish, render
 from common.cli import POSITIONAL, run_command
 from common.progress import make_console, progress
 from common.refusal import Refusal
@@ -29,7 +29,7 @@ EXAMPLES = (
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Measurement):
     runs: Annotated[
         tuple[Path, ...], "checkpoints of finished Fashion-MNIST runs, for the time to an accuracy", POSITIONAL
     ] = ()
@@ -37,10 +37,6 @@ class TrainingConfig:
     round_s: Annotated[float, "seconds of one form in one round"] = 0.6
     quick: Annotated[bool, "one net, two rounds, no net of 400 layers: under a minute"] = False
     out: Annotated[Path, "folder for the page and its JSON"] = Path("docs/benchmarks")
-
-    def __post_init__(self) -> None:
-        if self.rounds < 1 or self.round_s <= 0:
-            raise Refusal("--rounds and --round-s must be positive")
 
 
 def command(config: TrainingConfig) -> None:
@@ -80,7 +76,6 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 
 def page(record: Record) -> str:
-    """The page of one record."""
     depths = [{**row, "per_layer": [ms / row["depth"] for ms in row["round_ms"]]} for row in record["depths"]]
     runs = render("training-runs", record, runs=list(map(_run, record["runs"]))) if record["runs"] else ""
     return render("training", record, steps=list(map(_steps, record["steps"])), depths=depths, runs=runs)
@@ -94,7 +89,6 @@ def _steps(net: Record) -> dict[str, Any]:
 
 
 def _run(run: Record) -> dict[str, Any]:
-    """A recorded run with the first epochs that reached the goals."""
     epochs, goals = run["epochs"], []
     for goal in GOALS:
         reached = (row for row in epochs if (row["validation_accuracy"] or 0) >= goal)

@@ -1,16 +1,24 @@
-"""Requests to a server on this machine from one thread: as fast as replies come, or at a rate that never waits."""
+"""Requests to a server on this machine, as fast as replies come or at a rate that never waits; and those of wrk."""
 
 import asyncio
+import json
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+from bench.lab.server import Server
+from common.refusal import Refusal
+from serve.client import AsyncClient
+from serve.client_protocol import Retry
 
 HOST = "127.0.0.1"
 TICK_S, PATIENCE_S = 0.001, 30.0
+WRK_SCRIPT, WRK_CORE = Path(__file__).with_name("wrk.lua"), "1"  # the servers have core 0
 LOST = 0  # in place of a status: the connection ended before the reply
 MakeRequest = Callable[[int], bytes]  # the bytes of the n-th request
 
@@ -103,6 +111,8 @@ class Load:
         return sum(one.status == 200 and one.at - self.start <= seconds for one in self.replies) / seconds
 
     def percentile_ms(self, status: int, percent: float) -> float:
+        import numpy as np
+
         return 1000 * float(np.percentile([one.seconds for one in self.replies if one.status == status], percent))
 
     async def _run(self, seconds: float) -> float:
@@ -192,3 +202,73 @@ class _Connection(asyncio.Protocol):
         if self._asked:
             asked, self._asked = self._asked, None
             self._load.take(*asked, status, head, body)
+
+
+@asynccontextmanager
+async def retried(server: Server, image: bytes, *statuses: int) -> AsyncIterator[tuple[Load, list[asyncio.Task[bool]]]]:
+    """16 connections that ask without a pause; each request with one of `statuses` is sent once more.
+
+    At the end, each of these tasks says whether it was answered then.
+    """
+    retries: list[asyncio.Task[bool]] = []
+
+    def take(reply: Reply) -> None:
+        if reply.status in statuses:
+            retries.append(asyncio.create_task(_ask_again(server.url, image)))
+
+    load = Load(server.port, predict_request(image), take, num_connections=16)
+    async with load.saturating():
+        yield load, retries
+    await asyncio.gather(*retries)
+
+
+async def _ask_again(url: str, image: bytes) -> bool:
+    async with AsyncClient(url, retry=Retry(attempts=1)) as client:
+        try:
+            await client.predict([image])
+        except Refusal:
+            return False
+    return True
+
+
+@asynccontextmanager
+async def sampled(read: Callable[[], int], *, every_s: float) -> AsyncIterator[list[int]]:
+    """What `read` returns before, and again and again meanwhile."""
+    found = [read()]
+
+    async def sample() -> None:
+        while True:
+            found.append(read())
+            await asyncio.sleep(every_s)
+
+    task = asyncio.create_task(sample())
+    try:
+        yield found
+    finally:
+        task.cancel()
+
+
+# wrk as the client: each of its connections sends the next request as soon as it is answered
+
+
+def refuse_without_tools() -> None:
+    """Both are Debian packages; no Python package provides them."""
+    if missing := [name for name in ("wrk", "taskset") if not shutil.which(name)]:
+        raise Refusal(f"{' and '.join(missing)} missing: install the Debian packages wrk and util-linux")
+
+
+def put_load(
+    url: str, path: str, media_type: str, bodies: list[Path], *, num_connections: int, seconds: float
+) -> dict[str, float]:
+    """Post the files `bodies` in turn for about `seconds`; wrk counts whole ones.
+
+    Returns `requests_per_s`, `p50_ms`, p75, p90, p95, p99 and `p99_9_ms`, and the number of `failures`: statuses above
+    399, broken connections and timeouts.
+    """
+    argv = ["taskset", "-c", WRK_CORE, "wrk", "--threads", "1", "--connections", str(num_connections)]
+    argv += ["--duration", f"{max(1, round(seconds))}s", "--timeout", "10s", "--script", str(WRK_SCRIPT), url]
+    done = subprocess.run([*argv, "--", media_type, path, *map(str, bodies)], capture_output=True, text=True)
+    if done.returncode:
+        raise Refusal(f"wrk failed: {(done.stderr or done.stdout).strip()[-200:]}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    return {"requests_per_s": result.pop("requests") / result.pop("seconds"), **result}

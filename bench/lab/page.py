@@ -15,10 +15,24 @@ from typing import Any
 from common.cli import given_arguments
 from common.cores import num_cores
 from common.files import write_whole
+from common.refusal import Refusal
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "pages"
 UNITS = {"%": (100, " %"), "M": (1e-6, ""), "m": (1000, "")}
 Record = Mapping[str, Any]
+
+
+class Measurement:
+    """The base of a command line whose numbers must be positive, and whose lists are empty only by default."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            flag, default = f"--{name.replace('_', '-')}", getattr(type(self), name)
+            if value == () != default:
+                raise Refusal(f"{flag} needs at least one value")
+            values = value if isinstance(value, tuple) else (value,)
+            if any(type(one) in (int, float) and one <= 0 for one in values):
+                raise Refusal(f"{flag} must be positive")
 
 
 def publish(config: Any, name: str, page: Callable[[Record], str], *, positional: str = "", **measured: Any) -> None:
@@ -27,7 +41,7 @@ def publish(config: Any, name: str, page: Callable[[Record], str], *, positional
     print(write_page(config.out, name, page(record), record))
 
 
-def write_page(folder: Path, name: str, page: str, record: Record) -> str:
+def write_page(folder: Path, name: str, page: str, record: Record | Sequence[Record]) -> str:
     """Writes NAME.md and NAME.json into `folder`; returns a line that says so."""
     write_whole(folder / f"{name}.json", f"{json.dumps(record, indent=1)}\n".encode())
     return f"wrote {write_whole(folder / f'{name}.md', page.encode())} and {name}.json"

@@ -4,11 +4,13 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
+from bench.gpu_check import GpuCheckConfig
 from bench.lab.rounds import Failure, alternate, attempt, median_ms, speedup
 from bench.nets import Net, torch_answer
 from common.files import write_whole
@@ -25,11 +27,6 @@ from export.to_trt import ToTrtConfig
 from export.to_trt import command as build_engine_file
 from fold.image_sets import random_images
 from fold.lower import lower
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from bench.gpu_check import GpuCheckConfig
 
 LOWERING = "shared"  # of every plain net in the table
 Profile = tuple[int, int, int]  # smallest, best and largest batch of engines
@@ -89,7 +86,7 @@ def graph_file(net: Net, folder: Path, precision: str, target: Target) -> Path:
     return write_whole(path, model.SerializeToString())
 
 
-def measure(net: Net, config: "GpuCheckConfig", console: "Console") -> dict[str, Any]:
+def measure(net: Net, config: GpuCheckConfig, console: Console) -> dict[str, Any]:
     """One net: open every contender, compare its logits, then time those that answer."""
     sizes = sorted(config.batch_sizes)
     profile = (sizes[0], sizes[len(sizes) // 2], sizes[-1])

@@ -113,7 +113,6 @@ def _net(net: Record) -> dict[str, Any]:
 
 
 def _rows(net: Record, num_threads: int) -> str:
-    """The table of one number of threads."""
     macs = {entrant["name"]: entrant["macs"] for entrant in net["entrants"]}
     columns = [Column(net, num_threads, size) for size in net["batches"]]
     lines = []

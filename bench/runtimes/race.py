@@ -9,18 +9,31 @@ from contextlib import ExitStack, closing
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import nn
 
 from bench.lab.page import describe_machine
 from bench.lab.rounds import Failure, alternate
+from bench.model import ModelConfig
 from bench.nets import PEERS, PUBLISHED, count_macs, seeded_net
 from bench.runtimes.page import CONVOLUTIONS, Column
-from bench.runtimes.racers import BASELINES, RACES, Graph, Race, Racer, gemm_racers, racers_of
-from bench.runtimes.worker import Worker, WorkerFailed, median_call_ms, peak_bytes
+from bench.runtimes.racers import (
+    BASELINES,
+    RACES,
+    Graph,
+    Race,
+    Racer,
+    Worker,
+    WorkerFailed,
+    gemm_racers,
+    median_call_ms,
+    peak_bytes,
+    racers_of,
+)
 from common.files import write_whole
 from common.progress import progress
 from common.spec import ImageSpec, Spec
@@ -34,11 +47,6 @@ from fold.image_sets import random_images
 from fold.lower import lower
 from train.families import count_parameters
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from bench.model import ModelConfig
-
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "mnn", "numpy")
 NUM_COMPARED = 4
 NUM_RUNS = 20  # of a profile
@@ -46,7 +54,7 @@ NUM_OBSERVED = 32  # images that set the ranges of eight bits; the weights are r
 Nets = Mapping[str, nn.Sequential]  # by name, in their plain forms, float32
 
 
-def measure(key: str, config: "ModelConfig", console: "Console") -> dict[str, Any]:
+def measure(key: str, config: ModelConfig, console: Console) -> dict[str, Any]:
     """One net with all its racers: write its graphs, race, then profile the best of ONNX Runtime."""
     console.print(f"{key}: making its nets and graphs")
     spec, nets = make_nets(RACES[key])

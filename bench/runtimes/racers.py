@@ -1,15 +1,22 @@
-"""The racers of bench/model.py: every way to run a net on a CPU, opened in a process of its own.
+"""The racers of bench/model.py: every way to run a net on a CPU, each in a process of its own, told when to run.
 
-Nothing here imports a library at the top, so that a process holds only what its racer needs.
+Thread pools, allocators and settings of one runtime cannot disturb another's, and a crash ends one row. Nothing here
+imports a library at the top, so that a process holds only what its racer needs.
 """
 
+import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bench.runtimes.worker import Open
+from bench.lab.process import family_bytes
+from bench.lab.rounds import Failure, attempt, median_ms
 from fold.lowerings import LOWERINGS, Lowering
 
 if TYPE_CHECKING:
@@ -17,12 +24,18 @@ if TYPE_CHECKING:
 
     from export.compare import Answer
 
+Open = Callable[[Path, int], "Answer"]  # (folder of the net's files, number of threads) → images to logits
 RACED_ELSEWHERE: tuple[Lowering, ...] = ("concat", "shared", "shared-split")  # on OpenVINO and MNN
 INT8_LOWERINGS: tuple[Lowering, ...] = ("concat", "shared", "skip")
 # What every bar is stated against: a Dirac net that rebuilds its weights at each call.
 REFERENCE, OURS = "PyTorch eager, Dirac net, reference form", "PyTorch eager, Dirac net, ours"
 BASELINES = (REFERENCE, OURS)
 NUM_GEMM = {"fp32": 1024, "int8": 2048}  # rows and columns; the size at which each is fastest here
+# Read by OpenMP, MKL and OpenBLAS when they are loaded.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+PATIENCE_S = 180.0  # a compiler may need most of it
+# Threads of the row before spin after its last call: 40 ms in ONNX Runtime 1.31, 100 ms in OpenBLAS.
+SETTLE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -165,3 +178,72 @@ def open_gemm(name: str, size: int, folder: Path, num_threads: int) -> "Answer":
         return np.zeros((1, 1), np.float32)
 
     return answer
+
+
+# The process of a racer
+
+
+class WorkerFailed(RuntimeError):
+    """The runtime raised, its process ended, or it gave no answer in time."""
+
+
+class Worker:
+    """The process of one runtime; it loads while the parent goes on."""
+
+    def __init__(self, open_answer: Open, folder: Path, num_threads: int) -> None:
+        context = get_context("spawn")
+        self._connection, child_end = context.Pipe()
+        arguments = (child_end, open_answer, folder, num_threads)
+        self._process = context.Process(target=_run, args=arguments, daemon=True)
+        self._process.start()
+        child_end.close()  # or the end of the process would not close the pipe
+
+    def ask(self, task: Callable[..., Any], *arguments: Any) -> Any:
+        """What `task` returns there for the runtime and `arguments`, or raises `WorkerFailed`."""
+        with suppress(OSError):  # where the process has ended, which `wait` reports
+            self._connection.send((task, arguments))
+        return self.wait()
+
+    def wait(self) -> Any:
+        """The next result; the first one says that the runtime is open."""
+        try:
+            if not self._connection.poll(PATIENCE_S):
+                self._process.kill()
+                raise WorkerFailed(f"no answer in {PATIENCE_S:g} s")
+            result = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise WorkerFailed(f"its process ended with status {self._process.exitcode}") from error
+        if isinstance(result, Failure):
+            raise WorkerFailed(result)
+        return result
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+
+def _run(connection: Connection, open_answer: Open, folder: Path, num_threads: int) -> None:
+    """The process: open the runtime, then do one task after another until the parent ends it."""
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(num_threads)))  # before any library is loaded
+    answer = attempt(partial(open_answer, folder, num_threads))
+    connection.send(answer if isinstance(answer, Failure) else None)
+    while not isinstance(answer, Failure):
+        try:
+            task, arguments = connection.recv()
+        except EOFError:  # the parent is gone
+            return
+        connection.send(attempt(partial(task, answer, *arguments)))
+
+
+def median_call_ms(answer: "Answer", images: "np.ndarray", seconds: float) -> float:
+    """A task: the median milliseconds of a call, over `seconds` and one call at least, after a pause."""
+    time.sleep(SETTLE_S)
+    return median_ms(partial(answer, images), seconds, min_calls=1)
+
+
+def peak_bytes(answer: "Answer") -> int | None:
+    """A task: the most memory of the process and of those it started; None where the system does not tell."""
+    # getrusage would count what the parent held when it started the process.
+    return family_bytes() if Path("/proc/self/status").exists() else None

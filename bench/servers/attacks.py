@@ -22,9 +22,10 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from bench.lab.load import HOST, Load, get_request, predict_request
+from bench.lab.load import HOST, Load, get_request, predict_request, sampled
 from bench.lab.server import Server, start
-from bench.servers.faults import Subject, sampled
+from export.runtimes.onnx_session import OnnxSession
+from serve.v2.routes import model_name
 
 FLOOD_BYTES, FLOOD_S = 200 * 10**6, 8.0  # that an attacker may send
 DRIP_S = 12.0  # for the server to end a connection
@@ -185,9 +186,10 @@ def siege_attacks(*, quick: bool) -> list[Attack]:
     ]
 
 
-async def siege(subject: Subject, attacks: Sequence[Attack]) -> dict[str, Any]:
+async def siege(model: Path, image: bytes, attacks: Sequence[Attack]) -> dict[str, Any]:
     """Each attack on a server of its own, beside a healthy client."""
-    results = [await _besiege(subject, attack) for attack in attacks]
+    name = model_name(OnnxSession(model).model)
+    results = [await _besiege(model, name, image, attack) for attack in attacks]
     most_mb = max(result["mb"]["largest"] for result in results if ROOMY[0] not in result["server"])
     bars = {
         "every healthy request is answered 200": all(result["probes"].keys() == {"200"} for result in results),
@@ -197,17 +199,17 @@ async def siege(subject: Subject, attacks: Sequence[Attack]) -> dict[str, Any]:
     return {"attacks": results, "bars": bars}
 
 
-async def _besiege(subject: Subject, attack: Attack) -> dict[str, Any]:
+async def _besiege(model: Path, name: str, image: bytes, attack: Attack) -> dict[str, Any]:
     bodies = await asyncio.to_thread(attack.make_bodies)
-    probe = predict_request(subject.image) if attack.probe == "/predict" else get_request(attack.probe)
-    with start(subject.model, "--log-level", "warning", *attack.server) as server:
+    probe = predict_request(image) if attack.probe == "/predict" else get_request(attack.probe)
+    with start(model, "--log-level", "warning", *attack.server) as server:
         read_memory = partial(server.rss_bytes, with_children=True)
         load = Load(server.port, probe, num_connections=8)
         async with sampled(read_memory, every_s=0.02) as memory:
             probing = asyncio.create_task(load.offer(PROBES_PER_S, 600))
             await asyncio.sleep(0.5)
             begin = time.monotonic()
-            answers = await _send_all(server, attack.path.format(model=subject.name), attack, bodies)
+            answers = await _send_all(server, attack.path.format(model=name), attack, bodies)
             seconds = time.monotonic() - begin
             load.stop()
             await probing

@@ -23,7 +23,6 @@ _REST = "the rest: sockets, and two threads and their caches on one core"
 
 
 def page(record: Record) -> str:
-    """The page of one record."""
     models = record["models"]
     return render(
         "server",
@@ -90,7 +89,6 @@ def _p99_of_others(rows: Mapping[str, Record]) -> list[tuple[float, str]]:
 
 
 def _section(model: Record) -> dict[str, Any]:
-    """The figures of the template of one model."""
     ours = _rows(model).get(OURS)
     return {
         **model,
@@ -115,7 +113,6 @@ def _cells(row: Record, ours: Record | None) -> dict[str, Any]:
 
 
 def _steps(steps: dict[str, float], ours: Record) -> list[dict[str, Any]]:
-    """Where the time of one of our requests goes."""
     whole = 1e6 / _median(ours, "requests_per_s")
     all_us = {**steps, _REST: whole - sum(steps.values()), "a request": whole}
     return [{"part": part, "us": us, "share": us / whole} for part, us in all_us.items()]

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -21,12 +21,13 @@ import numpy as np
 
 from common.cli import run_command
 from export.runtimes.onnx_session import OnnxSession
+from export.runtimes.runtime import Runtime
 from serve.config import ServeConfig
-
-if TYPE_CHECKING:
-    from export.runtimes.runtime import Runtime
-    from serve.front_ends.link import Link
-    from serve.model.load import Roles
+from serve.front_ends.device import Device
+from serve.front_ends.link import Dialer, Link
+from serve.model.load import Roles
+from serve.request.job import Served
+from serve.request.limits import Limits
 
 TIMES = "DIRACNET_SIMULATED_US"  # "t0,t1" in microseconds
 FRONT_ENDS, IMAGES = (1, 2, 4, 8, 16), (1, 4, 16)  # in a batch, and of each of them
@@ -48,7 +49,7 @@ class Simulated:
         return np.tile(self._logits, (len(images), 1))
 
 
-def load(roles: "Roles", home: Path) -> Sequence["Runtime"]:
+def load(roles: Roles, home: Path) -> Sequence[Runtime]:
     """The simulated device instead of the model in the file."""
     return [Simulated(roles.served.model_paths[0])]
 
@@ -89,11 +90,6 @@ def hand_over(path: Path, max_batch: int, times: int) -> dict[str, Any]:
     The fit is microseconds of a batch, of each front end that has images in it and of each image. Images wait in all
     connections while the model runs the batch before, so each turn of the loop is one batch.
     """
-    from serve.front_ends.device import Device
-    from serve.front_ends.link import Dialer
-    from serve.request.job import Served
-    from serve.request.limits import Limits
-
     runtime, limits = Stopped(path), Limits(max_batch=max_batch)
     doors = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(max(FRONT_ENDS))]
     device = Device(Served((runtime,)), [inside for _, inside in doors], limits, load=lambda: [])
@@ -114,7 +110,7 @@ def hand_over(path: Path, max_batch: int, times: int) -> dict[str, Any]:
     return {"rows": rows, **dict(zip(("batch_us", "front_end_us", "image_us"), costs, strict=True))}
 
 
-def _batch_us(runtime: Stopped, links: Sequence["Link"], num_images: int, times: int) -> float:
+def _batch_us(runtime: Stopped, links: Sequence[Link], num_images: int, times: int) -> float:
     """The median time of the device's thread for a batch of `num_images` from each of `links`."""
     image = runtime.model.spec.image
     pixels = [np.zeros((image.height, image.width, image.channels), np.uint8)] * num_images
@@ -134,7 +130,7 @@ def _batch_us(runtime: Stopped, links: Sequence["Link"], num_images: int, times:
     return 1e6 * float(np.median(np.diff(runtime.spent)))
 
 
-def _take(links: Sequence["Link"]) -> None:
+def _take(links: Sequence[Link]) -> None:
     for link in links:
         while not (flights := link.receive(waits=True)):
             pass

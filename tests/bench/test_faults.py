@@ -10,29 +10,22 @@ from PIL import Image
 
 from bench import reliability
 from bench.lab.load import LOST, Load, predict_request
-from bench.servers import attacks, faults
+from bench.servers import attacks
 from bench.servers.attacks import Attack
-from bench.servers.faults import Subject
 from common.cli import run_command
 from common.files import write_whole
 from export.graphs.graph import to_onnx
-from export.runtimes.onnx_session import OnnxSession
-from export.runtimes.runtime import probabilities
 from fold.plain import fold_net
 from serve.request.connection import MAX_TURNED_AWAY
 
 
 @pytest.fixture
 def subject(tmp_path, make_net, make_spec):
-    pixels = np.random.default_rng(5).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
-    file, paths = io.BytesIO(), []
-    Image.fromarray(pixels[0]).save(file, format="PNG")
-    for seed in range(2):
-        paths.append(tmp_path / f"{seed}.onnx")
-        model = to_onnx(fold_net(make_net(seed=seed)), make_spec(), {"training": {}})
-        paths[-1].write_bytes(model.SerializeToString())
-    expected = {one.model.digest: probabilities(one(pixels))[0] for one in map(OnnxSession, paths)}
-    return Subject(*paths, file.getvalue(), "a-net", expected)
+    """A model's file, and an image for it."""
+    pixels, file = np.random.default_rng(5).integers(0, 256, (8, 8, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    model = to_onnx(fold_net(make_net()), make_spec(), {"training": {}})
+    return write_whole(tmp_path / "model.onnx", model.SerializeToString()), file.getvalue()
 
 
 def is_met(result):
@@ -41,19 +34,19 @@ def is_met(result):
 
 @pytest.mark.slow
 def test_sigterm_loses_no_request_that_was_begun(subject):
-    result = asyncio.run(faults.drain(subject))
+    result = asyncio.run(reliability.drain(*subject))
     assert is_met(result) is True
     assert result["begun"] > 0
 
 
 @pytest.mark.slow
 def test_reloads_lose_no_request_and_answers_fit_their_model(subject, tmp_path):
-    assert is_met(asyncio.run(faults.reload(subject, tmp_path, times=3))) is True
+    assert is_met(asyncio.run(reliability.reload(*subject, tmp_path, times=3))) is True
 
 
 @pytest.mark.slow
 def test_what_a_killed_worker_was_answering_succeeds_on_one_retry(subject):
-    assert is_met(asyncio.run(faults.kill(subject))) is True
+    assert is_met(asyncio.run(reliability.kill(*subject))) is True
 
 
 class Scripted(asyncio.Protocol):
@@ -118,9 +111,9 @@ def test_an_answer_fits_its_model_or_not():
     expected = np.array([0.25, 0.75])
     top = [{"index": 1, "probability": 0.75}, {"index": 0, "probability": 0.25}]
     body = json.dumps({"results": [{**top[0], "top": top}]}).encode()
-    assert faults._fits(body, expected)
-    assert not faults._fits(body, np.array([0.75, 0.25]))
-    assert not faults._fits(body, None)
+    assert reliability._fits(body, expected)
+    assert not reliability._fits(body, np.array([0.75, 0.25]))
+    assert not reliability._fits(body, None)
 
 
 def test_a_request_names_itself():
@@ -129,7 +122,7 @@ def test_a_request_names_itself():
 
 @pytest.mark.slow
 def test_every_attack_is_ended_and_costs_no_memory(subject):
-    result = asyncio.run(attacks.attack(subject.model))
+    result = asyncio.run(attacks.attack(subject[0]))
     bars = {bar: met for bar, met in result["bars"].items() if "probe" not in bar}  # a time, measured in bench/ alone
     assert len(bars) == 3
     assert all(bars.values()), result
@@ -151,7 +144,7 @@ def test_a_siege_reports_every_answer_and_what_a_healthy_client_notices(subject)
         ),
         Attack("senders that hang up", lambda: [png], hang_up=True, server=attacks.ROOMY),
     ]
-    result = asyncio.run(attacks.siege(subject, strangers))
+    result = asyncio.run(attacks.siege(*subject, strangers))
     small, lists, infer, hung_up = result["attacks"]
     assert small["answers"] == {"200": 3}
     assert lists["answers"] == {"413": 1}

@@ -81,10 +81,18 @@ def test_without_a_gpu_one_line_says_what_to_do(capsys):
     ]
 
 
-@pytest.mark.parametrize("argv", [("--batch-sizes", 0), ("--batch-sizes",), ("--rounds", 0), ("--round-s", 0)])
-def test_wrong_arguments_are_refused(argv, capsys):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--batch-sizes", 0), "--batch-sizes must be positive"),
+        (("--batch-sizes",), "--batch-sizes needs at least one value"),
+        (("--rounds", 0), "--rounds must be positive"),
+        (("--round-s", 0), "--round-s must be positive"),
+    ],
+)
+def test_wrong_arguments_are_refused(argv, message, capsys):
     assert run(*argv) == 2
-    assert "must be positive" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @without_gpu

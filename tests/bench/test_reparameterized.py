@@ -86,7 +86,7 @@ def test_a_machine_without_timm_is_told_what_to_install(tmp_path, monkeypatch, c
             "test_mambaout cannot be folded: stem (permute)",
             marks=pytest.mark.slow,
         ),
-        (("--rounds", 0), "--image-size, --rounds and --round-s must be positive"),
+        (("--rounds", 0), "--rounds must be positive"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(argv, message, tmp_path, capsys):

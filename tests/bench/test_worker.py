@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bench.lab.rounds import alternate
-from bench.runtimes.worker import THREAD_VARIABLES, Worker, WorkerFailed, median_call_ms, peak_bytes
+from bench.runtimes.racers import THREAD_VARIABLES, Worker, WorkerFailed, median_call_ms, peak_bytes
 from common.spec import ImageSpec
 from fold.image_sets import random_images
 
@@ -87,6 +87,6 @@ def test_a_contender_that_fails_or_dies_ends_its_row_and_no_other(start):
 def test_a_contender_that_hangs_is_ended(start, monkeypatch):
     worker = start("sums")
     worker.wait()
-    monkeypatch.setattr("bench.runtimes.worker.PATIENCE_S", 0)
+    monkeypatch.setattr("bench.runtimes.racers.PATIENCE_S", 0)
     with pytest.raises(WorkerFailed, match="no answer in 0 s"):
         worker.ask(median_call_ms, IMAGES[:1], 60.0)

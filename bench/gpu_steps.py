@@ -1,6 +1,6 @@
-"""Steps of bench/gpu/plan.py that no other command covers: each prints its results as lines of JSON.
+"""Steps of bench/gpu_check.py --offline that no other command covers: each prints its results as lines of JSON.
 
-python -m bench.gpu.steps STEP cuda|cpu [FILE ...]
+python -m bench.gpu_steps STEP cuda|cpu [FILE ...]
 """
 
 import asyncio
@@ -12,18 +12,15 @@ from copy import deepcopy
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bench.lab.rounds import median_ms
 
-if TYPE_CHECKING:
-    from export.runtimes.load import RuntimeName
-
 Result = dict[str, Any]
-RUNTIMES: tuple["RuntimeName", ...] = ("onnxruntime", "torch")  # available on a GPU without TensorRT
-HELD_OUT = Path(__file__).resolve().parents[2] / "models" / "held-out"
+RUNTIMES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")  # available on a GPU without TensorRT
+HELD_OUT = Path(__file__).resolve().parents[1] / "models" / "held-out"
 
 
 def machine(device: str) -> Iterator[Result]:
@@ -170,8 +167,9 @@ def _seconds(work: Callable[[], object], device: str) -> float:
 def sessions(device: str, *paths: str) -> Iterator[Result]:
     """ONNX Runtime and PyTorch: the first call and later calls of each batch size, and two sizes in turn."""
     from export.runtimes.load import load_runtime
+    from fold.image_sets import random_images
 
-    is_gpu, rng = device == "cuda", np.random.default_rng(0)
+    is_gpu = device == "cuda"
     sizes, num_calls = ((1, 8, 64, 256, 1024), 30) if is_gpu else ((1, 2), 4)
     for path, name in product(paths, RUNTIMES):
         start, model = time.perf_counter(), Path(path).name
@@ -179,8 +177,7 @@ def sessions(device: str, *paths: str) -> Iterator[Result]:
         opened_ms, image = 1e3 * (time.perf_counter() - start), runtime.model.spec.image
         yield {"model": model, "runs on": runtime.description, "opened_ms": opened_ms}
         for turn in [*((size,) for size in sizes), (8, 32)]:
-            shapes = [(num, image.height, image.width, image.channels) for num in turn]
-            batches = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
+            batches = [random_images(image, num) for num in turn]
             call = partial(next, map(runtime, cycle(batches)))
             first_ms, *_ = [median_ms(call, 0, min_calls=1) for _ in batches]
             batch = ", ".join(map(str, turn)) + " in turn" * (len(turn) > 1)
@@ -228,14 +225,13 @@ def server(device: str, path: str) -> Iterator[Result]:
 
 
 async def _load(port: int, image: bytes, num_connections: int, seconds: float = 3.0) -> Result:
-    from bench.lab.load import Load, Reply, predict_request
+    from bench.lab.load import Load, predict_request
 
-    replies: list[Reply] = []
-    load = Load(port, predict_request(image), replies.append, num_connections=num_connections)
+    load = Load(port, predict_request(image), num_connections=num_connections)
     await load.saturate(seconds)
-    times_ms = [1000 * reply.seconds for reply in replies if reply.status == 200]
-    percentiles = zip(("p50_ms", "p99_ms"), np.percentile(times_ms, (50, 99)).tolist(), strict=True) if times_ms else ()
-    return {"requests_per_s": len(times_ms) / seconds, **dict(percentiles), "failures": len(replies) - len(times_ms)}
+    num = load.statuses().get("200", 0)
+    percentiles = {f"p{percent}_ms": load.percentile_ms(200, percent) for percent in (50, 99) if num}
+    return {"requests_per_s": num / seconds, **percentiles, "failures": len(load.replies) - num}
 
 
 STEPS: dict[str, Callable[..., Iterator[Result]]] = {
