@@ -110,7 +110,7 @@ def _measure_all(config: GpuCheckConfig, console: Console) -> dict[str, Any]:
     nets += [net_of_file(path) for path in paths]
     record = {
         "sample": False,
-        "command": typed_command("bench/gpu_check.py", config, positional="plain"),
+        "command": typed_command("bench/gpu_check.py", config),
         "machine": machine,
         "rounds": config.rounds,
         "round_s": config.round_s,

@@ -60,7 +60,7 @@ def command(config: StartupConfig) -> None:
                     advance(note=path.name)
     machine = describe_machine("onnxruntime-gpu", "onnxruntime", "fastapi", "pydantic", "uvicorn", "numpy")
     record = {"machine": machine, "rounds": rounds, "models": list(models.values()), "imports_ms": _imports(rounds)}
-    publish(config, "startup", page, positional="models", **record)
+    publish(config, "startup", page, **record)
 
 
 def page(record: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ def command(config: TrainingConfig) -> None:
         keep_large_buffers()
         measured["steps"] = [training_steps.time_net(net, rounds, round_s, advance) for net in nets]
         measured["depths"] = training_steps.time_depths(depths, rounds, advance)
-    publish(config, "training", page, positional="runs", **measured)
+    publish(config, "training", page, **measured)
 
 
 def _read_run(path: Path) -> dict[str, Any]:

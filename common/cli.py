@@ -66,14 +66,18 @@ def parse(
 
 def given_arguments(config: Any) -> str:
     """The arguments that turn the defaults into `config`, as a user would type them."""
-    words = []
+    hints = get_type_hints(type(config), include_extras=True)
+    placed, named = [], []
     for field in _fields(config):
         value = getattr(config, field.name)
         if value == field.default:
             continue
-        words += [] if field.default is dataclasses.MISSING else ["--" + field.name.replace("_", "-")]
-        words += [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
-    return shlex.join(words)
+        words = [] if value is True else list(map(str, value)) if isinstance(value, tuple) else [str(value)]
+        if field.default is dataclasses.MISSING or POSITIONAL in get_args(hints[field.name]):
+            placed += words
+        else:
+            named += ["--" + field.name.replace("_", "-"), *words]
+    return shlex.join(placed + named)
 
 
 def _fields(config: Any) -> list[dataclasses.Field[Any]]:

@@ -35,9 +35,9 @@ class Measurement:
                 raise Refusal(f"{flag} must be positive")
 
 
-def publish(config: Any, name: str, page: Callable[[Record], str], *, positional: str = "", **measured: Any) -> None:
+def publish(config: Any, name: str, page: Callable[[Record], str], **measured: Any) -> None:
     """Write what bench/NAME.py measured, with its command line, as NAME.json, and `page` of it as NAME.md."""
-    record = {"command": typed_command(f"bench/{name}.py", config, positional=positional), **measured}
+    record = {"command": typed_command(f"bench/{name}.py", config), **measured}
     print(write_page(config.out, name, page(record), record))
 
 
@@ -47,11 +47,9 @@ def write_page(folder: Path, name: str, page: str, record: Record | Sequence[Rec
     return f"wrote {write_whole(folder / f'{name}.md', page.encode())} and {name}.json"
 
 
-def typed_command(script: str, config: Any, *, positional: str = "") -> str:
-    """The command line of `config` without --out; the field `positional` comes first and has no dashes."""
-    words = [str(value) for value in getattr(config, positional)] if positional else []
-    defaults = {name: getattr(type(config), name) for name in ("out", positional) if name}
-    return " ".join(["python", script, *words, given_arguments(replace(config, **defaults))]).rstrip()
+def typed_command(script: str, config: Any) -> str:
+    """The command line of `config` without --out."""
+    return f"python {script} {given_arguments(replace(config, out=type(config).out))}".rstrip()
 
 
 def describe_machine(*packages: str) -> dict[str, str]:

@@ -42,6 +42,16 @@ def test_the_arguments_that_were_given_make_the_same_config_again():
         assert given_arguments(config) == line
 
 
+def test_a_positional_argument_with_a_default_is_written_without_dashes():
+    @dataclass(frozen=True)
+    class Optional:
+        rounds: Annotated[int, "how many"] = 3
+        model: Annotated[Path, "what to serve", POSITIONAL] = Path("plain.onnx")
+
+    for line in ("", "other.onnx --rounds 2"):
+        assert given_arguments(parse(Optional, argv=shlex.split(line))) == line
+
+
 def test_flags_that_commands_share_come_behind_their_own(capsys):
     @dataclass(frozen=True, kw_only=True)
     class Shared:
