@@ -10,6 +10,7 @@ def times(**ms):
 
 def test_the_page_has_the_speeds_and_the_share_of_the_expected_time():
     record = {
+        "command": "python bench/cascade.py",
         "machine": {"device": "a processor", "vnni": "no"},
         "threads": 2,
         "num_images": 64,
