@@ -4,11 +4,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, Literal, cast
+from typing import Literal
 
 import httptools
 
 from serve.request.limits import SPARE_FILES
+from serve.request.one_write import OneWrite
 from serve.request.predict import REFUSAL
 from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, RETRY, Problem
 from serve.request.uvicorn_internals import HttpToolsProtocol, RequestResponseCycle, last_cycle
@@ -171,7 +172,7 @@ class Connection(HttpToolsProtocol):
             self._await_reader()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Callable[..., object]) -> None:
-        cycle.transport = cast(asyncio.Transport, _LastAnswer(cycle))
+        cycle.send = OneWrite(cycle)  # type: ignore[method-assign]
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
     # Refusals
@@ -265,26 +266,6 @@ class Connection(HttpToolsProtocol):
         if self._timer:
             self._timer.cancel()
             self._timer = None
-
-
-class _LastAnswer:
-    """The transport of `cycle`, which uvicorn closes after the last answer.
-
-    While the request is still arriving, only the sending half is closed: closing the socket would take the answer back
-    with a reset.
-    """
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle, self._transport = cycle, cycle.transport
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def close(self) -> None:
-        if self._cycle.response_complete and self._cycle.more_body:
-            self._transport.write_eof()
-        else:
-            self._transport.close()
 
 
 def _problem_of(error: httptools.HttpParserError) -> Problem:

@@ -1,17 +1,18 @@
 """Everything that the server takes from uvicorn beyond its documented interface (0.51 and later).
 
 `Connection` (serve/request/connection.py) subclasses the protocol that uvicorn runs on httptools, and starts and ends
-requests itself. The supervisor ends its workers with uvicorn's own status. tests/serve/test_uvicorn_internals.py names
-what is missing after an upgrade.
+requests itself. `OneWrite` (serve/request/one_write.py) writes an answer in place of `RequestResponseCycle.send`. The
+supervisor ends its workers with uvicorn's own status. tests/serve/test_uvicorn_internals.py names what is missing
+after an upgrade.
 """
 
 import asyncio
 
 from uvicorn.config import STARTUP_FAILURE
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.supervisors.multiprocess import Process
 
-__all__ = ["STARTUP_FAILURE", "HttpToolsProtocol", "Process", "RequestResponseCycle", "last_cycle"]
+__all__ = ["STARTUP_FAILURE", "STATUS_LINE", "HttpToolsProtocol", "Process", "RequestResponseCycle", "last_cycle"]
 
 # Attributes that are read, set, called or overridden.
 OF_CONNECTION = """
@@ -19,7 +20,10 @@ OF_CONNECTION = """
     on_header on_headers_complete on_message_begin on_message_complete on_response_complete parser pause_writing
     pipeline scope server_state timeout_keep_alive_handler transport url
 """.split()
-OF_CYCLE = "keep_alive message_event more_body response_complete response_started scope transport".split()
+OF_CYCLE = """
+    default_headers disconnected flow keep_alive message_event more_body on_response response_complete response_started
+    scope send transport waiting_for_100_continue
+""".split()
 
 
 def last_cycle(connection: HttpToolsProtocol) -> RequestResponseCycle:
