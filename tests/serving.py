@@ -50,5 +50,13 @@ def workers_of(server):
 def children_of(process, word):
     """Those that any of its threads has started, with `word` in their command, of Linux."""
     threads = Path(f"/proc/{process}/task").iterdir()
-    children = [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
-    return [pid for pid in children if word in Path(f"/proc/{pid}/cmdline").read_text()]
+    children = [int(pid) for thread in threads for pid in read_of_proc(thread / "children").split()]
+    return [pid for pid in children if word in read_of_proc(f"/proc/{pid}/cmdline")]
+
+
+def read_of_proc(path):
+    """A file of a thread or process that may end at any time: empty once it has."""
+    try:
+        return Path(path).read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

@@ -23,7 +23,7 @@ _HARMLESS = {
     "QLinearAveragePool", "QLinearGlobalAveragePool", "QLinearSoftmax",
 }  # fmt: skip
 
-# MatMulInteger of two inputs, "a" uint8 [1, 64] and "b" int8 [64, 16]; tests/export/test_saturation.py makes it.
+# MatMulInteger of "a" uint8 [1, 64] and "b" int8 [64, 16]; tests/export/runtimes/test_saturation.py makes it.
 _PROBE = bytes.fromhex(
     "080812003a5c0a180a01610a0162120179220d4d61744d756c496e74656765721201705a130a0161120e0a0c080212080a02"
     "08010a0208405a130a0162120e0a0c080312080a0208400a02081062130a0179120e0a0c080612080a0208010a0208104204"

@@ -2,8 +2,8 @@
 
 `Connection` (serve/request/connection.py) subclasses the protocol that uvicorn runs on httptools, and starts and ends
 requests itself. `OneWrite` (serve/request/one_write.py) writes an answer in place of `RequestResponseCycle.send`. The
-supervisor ends its workers with uvicorn's own status. tests/serve/test_uvicorn_internals.py names what is missing
-after an upgrade.
+supervisor ends its workers with uvicorn's own status. tests/serve/request/test_uvicorn_internals.py names what is
+missing after an upgrade.
 """
 
 import asyncio

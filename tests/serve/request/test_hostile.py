@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from serve.request.app import make_app
 from serve.request.limits import Limits
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 KEPT_BYTES = 32 * 2**20  # what allocators may hold more of after the second time than after the first
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 

@@ -208,7 +208,7 @@ def test_racers_are_described_without_a_library():
         "import sys; sys.modules['numpy'] = sys.modules['torch'] = None; "
         "import bench.model, bench.runtimes.racers as racers; racers.racers_of('34-2', name='Net')"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[2])
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[3])
 
 
 SMALL = Race("cifar", 10, 1.0, ("WRN-16-1",), ("concat", "shared"))

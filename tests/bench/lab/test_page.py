@@ -12,7 +12,7 @@ from bench.lab.page import describe_machine, render, spread, table, write_page
 from bench.runtimes import page as runtimes
 from bench.servers import page as servers
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 
 
 @pytest.fixture

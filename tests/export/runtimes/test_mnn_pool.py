@@ -11,20 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from serving import children_of
 
 from common.refusal import Refusal
 from export.runtimes.mnn_module import MnnModule, WorkerFailed, _Worker
 from serve.model.choose import choose
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which processes one has started")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def started():
     """The processes of MNN that this one has started and that run, in the order of their start."""
-    threads = Path("/proc/self/task").iterdir()
-    children = {int(pid) for thread in threads for pid in (thread / "children").read_text().split()}
-    return sorted(pid for pid in children if b"mnn_module" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return sorted(children_of("self", "mnn_module"))
 
 
 @pytest.fixture(autouse=True)

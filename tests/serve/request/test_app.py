@@ -15,7 +15,7 @@ from serve.request.app import make_app
 from serve.request.connection import Connection
 from serve.request.limits import Limits
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PNG = {"Content-Type": "image/png"}
 JSON = {"Content-Type": "application/json"}
 

@@ -16,7 +16,7 @@ from common.refusal import Refusal
 from common.spec import ImageSpec
 from serve.decode.weigh import MAX_AVIF_SIZES, MAX_CHUNKS, MAX_RLE_PIXELS, MAX_SCANS, MAX_SEGMENTS, is_light, weigh
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 GREY = ImageSpec(28, 28, 1, (0.5,), (0.5,), resize=28)
 COLOUR = ImageSpec(28, 28, 3, (0.5,) * 3, (0.5,) * 3, resize=28)
 

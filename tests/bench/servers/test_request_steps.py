@@ -6,7 +6,7 @@ import pytest
 
 from bench.servers import request_steps
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RECORDED = json.loads((ROOT / "tests" / "data" / "tensorrt-api.json").read_text())
 SOURCES = ("export/engines/engine.py", "export/runtimes/tensorrt_engine.py")
 # What the code calls TensorRT's objects; "" is the module.

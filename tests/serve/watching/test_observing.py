@@ -23,7 +23,7 @@ from serve.request.limits import Limits
 from serve.watching import tracing
 from serve.watching.logs import JsonFormatter, LogStream, RequestLog
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 

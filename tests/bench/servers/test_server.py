@@ -32,7 +32,7 @@ from common.refusal import Refusal
 from serve.request.body import read_images
 from serve.request.limits import Limits
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # A server without packages: it answers every POST with the index 3.
 STUB = """
 import http.server, sys

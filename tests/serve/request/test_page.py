@@ -365,5 +365,5 @@ def test_the_docs_fit_a_phone_and_have_contents(page, browser):
 
 
 def test_the_page_is_one_file_that_a_reader_can_follow():
-    page = Path(__file__).resolve().parents[2] / "serve" / "request" / "page.html"
+    page = Path(__file__).resolve().parents[3] / "serve" / "request" / "page.html"
     assert len(page.read_text().splitlines()) <= 400
