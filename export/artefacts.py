@@ -102,10 +102,9 @@ def _open_torch(path: Path) -> Artefact:
 
 def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Artefact:
     import onnx
-    from google.protobuf.message import DecodeError
 
     from export.eight_bits.calibrate import first_overflow
-    from export.engines.engine import precision
+    from export.model_file.onnx_reader import read_graph
     from export.runtimes.load import load_runtime
     from export.runtimes.mnn_module import is_installed
     from export.runtimes.onnx_session import OnnxSession, loadable_providers
@@ -114,11 +113,7 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
         raise ProviderMissing("mnn is not compared: MNN is not installed here")
     if provider in PROVIDERS and PROVIDERS[provider] not in loadable_providers():
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime's {PROVIDERS[provider]} does not load here")
-    try:
-        model = onnx.load_model_from_string(read_whole(path))
-        kind = precision(model)
-    except DecodeError as error:
-        raise Refusal(f"{path} is not a valid ONNX file: {error}; export it again") from error
+    kind = read_graph(path, content := read_whole(path)).precision
     title = f"{path} on {provider}" if provider else str(path)
     if provider == "mnn" or provider == "torch":
         runtime = load_runtime(path, name=provider)
@@ -130,7 +125,7 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
     def overflow(images: np.ndarray) -> str | None:
         if kind != "fp16" or session.provider != PROVIDERS["cpu"]:
             return None
-        return first_overflow(model, session.to_input(images), path.parent)
+        return first_overflow(onnx.load_model_from_string(content), session.to_input(images), path.parent)
 
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
         return _onnx_layers(path, _layer_names(session.model), images, session.provider, optimize=optimize)

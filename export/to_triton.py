@@ -78,7 +78,7 @@ def _read_onnx(config: ToTritonConfig) -> "Source":
     from export.triton_repository import ONNX_RUNTIME, Source
 
     file = read_onnx(config.model, from_flags(config))
-    files = {name: read_whole(config.model.parent / name) for name in file.weight_files}
+    files = {name: read_whole(config.model.parent / name) for name in file.graph.weight_files}
     files[ONNX_RUNTIME[2]] = read_whole(config.model)
     return Source(file, ONNX_RUNTIME, files, len(file.output_shape) - 2, 8, None, f"opset {file.opset}")
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from common.files import sha256
 from common.refusal import Refusal
 from export.engines.advice import build_advice, parser_advice
@@ -79,14 +77,14 @@ def build_engine(
     builder_name = choose_builder()
     _refuse_options(builder_name, options)
     file = read_onnx(path, hints)
-    kind, batch = precision(file.model), _fitting_batch(file, batch)
+    batch = _fitting_batch(file, batch)
     trt = import_library(builder_name)
     content, capabilities, cache = _compile(trt, builder_name, file, batch, options, report)
     card = EngineCard(
         name=file.name,
         builder=builder_name,
         builder_version=trt.__version__,
-        precision=kind,
+        precision=file.graph.precision,
         batch=batch,
         compute_capabilities=capabilities,
         gpu=gpu.device_name() if builder_name == "tensorrt" else None,
@@ -117,22 +115,12 @@ def _compile(
         shapes = ((size, *file.signature.shape[1:]) for size in batch)
         profile.set_shape(file.signature.input_name, *shapes)
         config.add_optimization_profile(profile)
-    capabilities = configure(trt, builder_name, config, options, kind=precision(file.model))
+    capabilities = configure(trt, builder_name, config, options, kind=file.graph.precision)
     cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
     content = _build(trt, builder, network, config, report)
     if content is None:
         raise Refusal(f"{file.path} cannot be built by {builder_name}: {build_advice(logger.last_error())}")
     return content, capabilities, cache and bytes(cache.serialize())
-
-
-def precision(model: onnx.ModelProto) -> str:
-    """fp32, fp16, bf16, fp8 or int8: what the convolutions of a graph compute in."""
-    kinds = {tensor.data_type for tensor in model.graph.initializer}
-    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
-        return "fp8" if onnx.TensorProto.FLOAT8E4M3FN in kinds else "int8"
-    if onnx.TensorProto.BFLOAT16 in kinds:
-        return "bf16"
-    return "fp16" if onnx.TensorProto.FLOAT16 in kinds else "fp32"
 
 
 def attach_timing_cache(config: Any, logger: Any, content: bytes) -> Any:

@@ -25,7 +25,7 @@ _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4,
 _ATTRIBUTE_NAME, _ATTRIBUTE_I, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH = 1, 3, 5, 6
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 _KEY, _VALUE = 1, 2  # of an entry of metadata or of an external location; the domain of an opset is also 1
-_INT8 = 3  # of TensorProto.DataType
+_INT8, _FLOAT16, _BFLOAT16, _FLOAT8 = 3, 10, 16, 17  # of TensorProto.DataType; float8 is E4M3FN
 
 _SECTIONS = ("training", "fold", "export")  # of the provenance
 _PASSES_ON = {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}  # values unchanged
@@ -69,7 +69,15 @@ class Node:
 @dataclass(frozen=True)
 class OnnxGraph:
     nodes: tuple[Node, ...]  # of the main graph
+    types: frozenset[int]  # of its weights
     weight_files: tuple[str, ...]  # as the file names them; () where all weights are inside
+
+    @property
+    def precision(self) -> str:
+        """fp32, fp16, bf16, fp8 or int8: what its convolutions compute in."""
+        if any(node.kind == "DequantizeLinear" for node in self.nodes):
+            return "fp8" if _FLOAT8 in self.types else "int8"
+        return "bf16" if _BFLOAT16 in self.types else "fp16" if _FLOAT16 in self.types else "fp32"
 
     def last_kind(self, output: str) -> str:
         """The kind of the node that computes `output`, ignoring nodes that only pass it on; "" if there is none."""
@@ -103,8 +111,10 @@ def read_graph(path: Path, content: bytes) -> OnnxGraph:
     model = memoryview(content)
     with _refusing_damage(path):
         nodes = tuple(_read_node(message) for message in _inside(model, _MODEL_GRAPH, _GRAPH_NODE))
+        weights = map(_parse, _inside(model, _MODEL_GRAPH, _GRAPH_INITIALIZER))
+        types = frozenset(kind for fields in weights for kind in fields[_TENSOR_TYPE])
         names = {name for graph in _inside(model, _MODEL_GRAPH) for name in _weight_files(graph)}
-        return OnnxGraph(nodes, tuple(sorted(names)))
+        return OnnxGraph(nodes, types, tuple(sorted(names)))
 
 
 def read_int8_constants(content: bytes) -> dict[str, np.ndarray | None]:
