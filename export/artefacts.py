@@ -125,7 +125,7 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
     def overflow(images: np.ndarray) -> str | None:
         if kind != "fp16" or session.provider != PROVIDERS["cpu"]:
             return None
-        return first_overflow(onnx.load_model_from_string(content), session.to_input(images), path.parent)
+        return first_overflow(onnx.load_model_from_string(content), session.signature.to_input(images), path.parent)
 
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
         return _onnx_layers(path, _layer_names(session.model), images, session.provider, optimize=optimize)

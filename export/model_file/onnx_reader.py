@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -159,20 +159,20 @@ def digest_of(path: Path, content: bytes) -> str:
     return digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode())
 
 
-def metadata_places(content: bytes, key: str) -> list[slice]:
-    """The bytes of each metadata entry with that key, in an ONNX file that `read_header` accepts."""
-    return [
-        place
-        for number, value, place in read_fields(content)
-        if number == _MODEL_METADATA and isinstance(value, memoryview) and _text(_parse(value), _KEY) == key
-    ]
+def with_metadata(path: Path, content: bytes, entries: Mapping[str, str | None]) -> bytes:
+    """An ONNX file with other metadata entries, or without those that are None; all other bytes stay as they are.
 
-
-def metadata_entry(key: str, value: str) -> bytes:
-    """A metadata entry to append to an ONNX file: the order of the fields has no meaning. Needs onnx."""
+    The entries come last: the order of the fields has no meaning. Needs onnx.
+    """
     from onnx import ModelProto, StringStringEntryProto
 
-    return ModelProto(metadata_props=[StringStringEntryProto(key=key, value=value)]).SerializeToString()
+    read_header(path, content)  # refuses damage
+    kept = bytearray(content)
+    for number, value, place in reversed([*read_fields(content)]):
+        if number == _MODEL_METADATA and isinstance(value, memoryview) and _text(_parse(value), _KEY) in entries:
+            del kept[place]
+    added = [StringStringEntryProto(key=key, value=value) for key, value in entries.items() if value is not None]
+    return bytes(kept) + ModelProto(metadata_props=added).SerializeToString()
 
 
 @contextmanager

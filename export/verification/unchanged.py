@@ -115,7 +115,8 @@ def _of_graph(chain: Chain) -> Iterator[CheckedClaim]:
     form, missing = chain.exported, chain.missing("the ONNX file")
     content = read_whole(form.path) if form else b""
     model = onnx.load_model_from_string(content) if form else None
-    for name, found in (("precision", form and form.precision), ("opset", model and _opset(model))):
+    opset = model and next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    for name, found in (("precision", form and form.precision), ("opset", opset)):
         if (recorded := chain.claims.get(f"export.{name}")) is not None:
             yield compared(name, recorded, found, missing)
     if (recorded := chain.claims.get("export.cannot_saturate")) is not None:
@@ -125,10 +126,6 @@ def _of_graph(chain: Chain) -> Iterator[CheckedClaim]:
         yield judged(claim, said, found if form else None, is_same=recorded != bool(nodes), missing=missing)
     if chain.claims.get("export.lowering"):
         yield _weights(chain, model)
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
 def _weights(chain: Chain, model: onnx.ModelProto | None) -> CheckedClaim:
