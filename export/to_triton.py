@@ -206,9 +206,8 @@ def _refuse_another_model(target: Path, model: Files) -> None:
     held = {path.relative_to(target).as_posix(): read_whole(path) for path in target.rglob("*") if path.is_file()}
     if held != model:
         differing = sorted(name for name in {*held, *model} if held.get(name) != model.get(name))
-        raise Refusal(
-            f"{target} holds another model: {', '.join(differing)} differs; give a new --version, or remove that folder"
-        )
+        names = ", ".join(differing)
+        raise Refusal(f"{target} holds another model: {names} differs; give a new --version, or remove that folder")
 
 
 def _refuse_other_shared_files(folder: Path, shared: Files) -> None:

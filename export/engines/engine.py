@@ -53,10 +53,7 @@ def choose_builder() -> Builder:
         return "tensorrt"
     if importlib.util.find_spec("tensorrt_rtx"):
         return "tensorrt_rtx"
-    raise Refusal(
-        f"no TensorRT here: {INSTALL_TENSORRT} on a machine with an NVIDIA GPU, "
-        "or pip install -e '.[rtx]' to build ahead of time without one"
-    )
+    raise Refusal(f"no TensorRT here: {INSTALL_TENSORRT} where there is a GPU, or pip install -e '.[rtx]' elsewhere")
 
 
 def build_engine(

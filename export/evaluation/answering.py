@@ -16,7 +16,7 @@ from common.cores import num_cores
 from common.files import read_whole
 from common.image import decode
 from common.progress import printable, track
-from common.refusal import Refusal
+from common.refusal import Refusal, first_of
 from common.spec import DatasetName, ImageSpec, Published
 from export.artefacts import Artefact
 from export.runtimes.cascade import Cascade
@@ -208,7 +208,7 @@ def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Tra
     targets = np.array([known.index(labels[target]) for target in part.targets])
     what = "images of another folder than its run's, which training has not seen"
     if lacking := [label for index, label in enumerate(known) if index not in targets]:
-        what += f"; there is none of {', '.join(lacking[:10])}"
+        what += f"; there is none of {first_of(lacking, 10)}"
     return Judged(what, "folder", part, targets, form.spec.image, tuple(left_out))
 
 
@@ -248,7 +248,6 @@ def _places(labels: tuple[str, ...], form: Artefact, *, by_number: bool) -> np.n
             return np.arange(len(labels))
         advice = "name its labels with --labels" if numbered else "judge it on images of its own classes"
         raise Refusal(
-            f"{form.path} does not answer {', '.join(missing[:5])}; its labels are {', '.join(known[:5])}"
-            f"{', ...' if len(known) > 5 else ''}: {advice}"
+            f"{form.path} does not answer {first_of(missing, 5)}; its labels are {first_of(known, 5)}: {advice}"
         )
     return np.array([known.index(label) for label in labels])

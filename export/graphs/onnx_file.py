@@ -46,14 +46,12 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
     an image classifier's.
     """
     content = read_whole(path)
+    graph = read_graph(path, content)
+    find_weights(path, graph)
     try:
         model = onnx.load_model_from_string(content)
-        graph = read_graph(path, content)
-        find_weights(path, graph)
         onnx.checker.check_model(str(path))  # by path: weights may lie in files beside it
         onnx.load_external_data_for_model(model, str(path.parent))
-    except Refusal:
-        raise
     except Exception as error:  # protobuf and the checker raise hierarchies of their own
         raise Refusal(f"{path} is not a valid ONNX file: {one_line(error)}; export it again") from error
     bad = ((name, np.count_nonzero(~np.isfinite(array)), array.size) for name, array in _floats(model.graph))

@@ -140,10 +140,7 @@ def find_weights(path: Path, graph: OnnxGraph) -> list[Path]:
         if not any(file.resolve().is_relative_to(folder) for folder in folders):
             raise Refusal(f"{path} names the weight file {name}, which is outside its folder; export the net again")
     if missing := [name for name, file in files.items() if not file.is_file()]:
-        raise Refusal(
-            f"{path} keeps weights in separate files, and {', '.join(missing)} is not in {path.parent}; "
-            "put them there together, or export the net into one file"
-        )
+        raise Refusal(f"{path} lacks its weights, {', '.join(missing)}: put them beside it, or export it as one file")
     return [*files.values()]
 
 

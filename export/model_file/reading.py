@@ -125,10 +125,7 @@ def decide_reading(hints: ReadingHints, dtype: str, num_channels: int, last_kind
             raise Refusal("the net takes one channel, and bgr is an order of three; leave --channels out")
     for name, values in (("mean", hints.mean), ("std", hints.std)):
         if values is not None and len(values) != num_channels and is_float:
-            plural = "s" * (num_channels > 1)
-            raise Refusal(
-                f"{name} needs {num_channels} value{plural}, one for each channel, got {numbers_text(values)}"
-            )
+            raise Refusal(f"{name} needs a value for each channel, {num_channels} in all, got {numbers_text(values)}")
     scores = hints.scores or _SCORES_OF.get(last_kind, "logits")
     if hints.temperature is not None and scores == "probabilities":
         raise Refusal("the net gives probabilities, and a temperature is for logits; leave --temperature out")

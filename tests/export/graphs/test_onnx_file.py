@@ -77,7 +77,7 @@ def test_weights_in_files_of_their_own_are_read_and_missed(write_onnx):
     for tensor in file.model.graph.initializer:
         assert np.array_equal(numpy_helper.to_array(tensor), inside[tensor.name])
     (path.parent / "weights.bin").unlink()
-    with pytest.raises(Refusal, match=r"weights in separate files, and weights\.bin is not in .*; put them there"):
+    with pytest.raises(Refusal, match=r"plain\.onnx lacks its weights, weights\.bin: put them beside it"):
         read_onnx(path)
 
 
