@@ -16,7 +16,7 @@ from export.model_file.reading import NO_HINTS, ReadingHints
 from export.runtimes import gpu
 from export.runtimes.tensorrt_engine import INSTALL_TENSORRT, import_library, load_engine, make_logger
 
-Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
+Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 OPSETS = range(9, 26)  # documented for TensorRT 11; its parser takes any number and guesses
 BATCH = (1, 8, 64)  # smallest, best and largest, where the graph leaves it free
 MAX_WORKSPACE_MIB = 2**20
@@ -62,7 +62,7 @@ def build_engine(
     batch: tuple[int, int, int] | None = None,
     hints: ReadingHints = NO_HINTS,
     options: BuildOptions = BuildOptions(),
-    report: Report = lambda *_: None,
+    report: Progress = lambda *_: None,
 ) -> Engine:
     """Parse and build the ONNX file `path` for batches of MIN, OPT and MAX images (default: BATCH, or the only one).
 
@@ -100,7 +100,7 @@ def build_engine(
 
 
 def _compile(
-    trt: Any, builder_name: str, file: OnnxFile, batch: tuple[int, int, int], options: BuildOptions, report: Report
+    trt: Any, builder_name: str, file: OnnxFile, batch: tuple[int, int, int], options: BuildOptions, report: Progress
 ) -> tuple[bytes, tuple[str, ...], bytes | None]:
     """The engine, the compute capabilities of its GPUs, and the timing cache if one was asked for."""
     logger = make_logger(trt)
@@ -228,7 +228,7 @@ def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions, *
     return wanted
 
 
-def _build(trt: Any, builder: Any, network: Any, config: Any, report: Report) -> bytes | None:
+def _build(trt: Any, builder: Any, network: Any, config: Any, report: Progress) -> bytes | None:
     """Build in a thread, so that Ctrl-C reaches this one and the monitor can stop the build."""
 
     class Monitor(trt.IProgressMonitor):

@@ -3,7 +3,7 @@
 import ast
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -50,8 +50,7 @@ class ReadingHints:
 
     @property
     def given(self) -> dict[str, Any]:
-        values = {name: value for name, value in asdict(self).items() if name != "sources"}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if name != "sources" and value is not None}
 
     @property
     def flags(self) -> str:

@@ -48,6 +48,8 @@ class OnnxSession:
         if shares_cores:  # threads that wait busily for more work hold up another session's
             options.add_session_config_entry("session.force_spinning_stop", "1")
         asked = [(name, provider_options(name, device or 0)) for name in providers or loadable_providers()]
+        if device is not None and asked[0][0] == "CPUExecutionProvider":
+            raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
         open_session = partial(ort.InferenceSession, content, options, providers=asked)
         try:
             self._session = open_session()
