@@ -89,12 +89,9 @@ class OnnxGraph:
 
     def in_training_mode(self) -> list[str]:
         """The names of batch norms that normalize with the statistics of the current batch."""
-        return [
-            node.name or node.outputs[0]
-            for node in self.nodes
-            if node.kind == "BatchNormalization"
-            and (node.numbers.get("training_mode") or len([name for name in node.outputs if name]) > 1)
-        ]
+        norms = [node for node in self.nodes if node.kind == "BatchNormalization"]
+        training = [node for node in norms if node.numbers.get("training_mode") or sum(map(bool, node.outputs)) > 1]
+        return [node.name or node.outputs[0] for node in training]
 
 
 def read_header(path: Path, content: bytes) -> Header:
