@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 
 from common.files import read_whole
 from common.refusal import Refusal
 from export.compare import TOLERANCES, Answer
+from export.eight_bits.calibrate import first_overflow
+from export.model_file.engine_card import read_card
+from export.model_file.onnx_reader import read_graph
 from export.model_file.reading import NO_HINTS, ReadingHints
 from export.runtimes.cascade import Cascade, read_forms
+from export.runtimes.load import load_runtime
+from export.runtimes.mnn_module import is_installed
+from export.runtimes.onnx_session import OnnxSession, loadable_providers, ort
 from export.runtimes.runtime import Model
 
 LayerOutputs = Callable[[np.ndarray], dict[str, np.ndarray]]  # images → outputs [N, ...] by the plain net's names
@@ -101,14 +108,6 @@ def _open_torch(path: Path) -> Artefact:
 
 
 def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Artefact:
-    import onnx
-
-    from export.eight_bits.calibrate import first_overflow
-    from export.model_file.onnx_reader import read_graph
-    from export.runtimes.load import load_runtime
-    from export.runtimes.mnn_module import is_installed
-    from export.runtimes.onnx_session import OnnxSession, loadable_providers
-
     if provider == "mnn" and not is_installed():
         raise ProviderMissing("mnn is not compared: MNN is not installed here")
     if provider in PROVIDERS and PROVIDERS[provider] not in loadable_providers():
@@ -134,8 +133,6 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
 
 
 def _open_cascade(paths: tuple[Path, Path], hints: ReadingHints) -> Artefact:
-    from export.runtimes.onnx_session import OnnxSession
-
     files = read_forms(paths)
     quick, exact = (OnnxSession(path, shares_cores=True, hints=hints) for path in (files.quick, files.exact))
     cascade = Cascade(quick, exact, files.evidence)
@@ -144,10 +141,7 @@ def _open_cascade(paths: tuple[Path, Path], hints: ReadingHints) -> Artefact:
 
 
 def _open_engine(path: Path) -> Artefact:
-    from export.model_file.engine_card import read_card
-    from export.runtimes.tensorrt_engine import TensorRTEngine
-
-    runtime, card = TensorRTEngine(path), read_card(path)
+    runtime, card = load_runtime(path), read_card(path)
 
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
         source = path.with_suffix(".onnx")
@@ -173,10 +167,6 @@ def _onnx_layers(
     path: Path, layers: list[str], images: np.ndarray, provider: str, *, optimize: bool
 ) -> dict[str, np.ndarray]:
     """The tensors named like layers, made outputs of the graph: a runtime no longer fuses across them."""
-    import onnx
-
-    from export.runtimes.onnx_session import ort
-
     model = onnx.load(path)
     # The classifier's output is called logits; its node has the layer's name.
     tensors = {node.name: node.output[0] for node in model.graph.node}

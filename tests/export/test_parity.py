@@ -94,7 +94,7 @@ def test_the_more_precise_form_is_the_reference_whichever_is_named_first(road, t
 
 
 def test_providers_are_compared_one_by_one_and_missing_ones_named(road, capsys, monkeypatch):
-    monkeypatch.setattr("export.runtimes.onnx_session.loadable_providers", lambda: ("CPUExecutionProvider",))
+    monkeypatch.setattr("export.artefacts.loadable_providers", lambda: ("CPUExecutionProvider",))
     argv = [road / "plain.onnx", "--against", road / "checkpoint.pt", "--json", "--providers", "tensorrt", "cpu"]
     assert run(*argv) == 0
     output = capsys.readouterr()
