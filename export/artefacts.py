@@ -112,7 +112,8 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
         raise ProviderMissing("mnn is not compared: MNN is not installed here")
     if provider in PROVIDERS and PROVIDERS[provider] not in loadable_providers():
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime's {PROVIDERS[provider]} does not load here")
-    kind = read_graph(path, content := read_whole(path)).precision
+    content = read_whole(path)
+    kind = read_graph(path, content).precision
     title = f"{path} on {provider}" if provider else str(path)
     if provider == "mnn" or provider == "torch":
         runtime = load_runtime(path, name=provider)
