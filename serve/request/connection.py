@@ -12,7 +12,7 @@ from serve.request.limits import SPARE_FILES
 from serve.request.one_write import OneWrite
 from serve.request.predict import REFUSAL
 from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, RETRY, Problem
-from serve.request.uvicorn_internals import HttpToolsProtocol, RequestResponseCycle, last_cycle
+from serve.request.uvicorn_internals import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEADER_BYTES = 2**16
 _HEADER_BYTES = 32  # added for each header or trailer, as in HTTP/2: RFC 9113, 6.5.2
@@ -225,14 +225,13 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         url = self.url if stage == "headers" else b""
         method = self.parser.get_method().decode() if url else "?"
-        scope = {"method": method, "path": url.decode("latin-1"), "query_string": b"", REFUSAL: problem}
         super().on_message_begin()
+        self.url = b"/"  # one that uvicorn can parse
+        super().on_headers_complete()
+        self.flow.resume_reading()  # which waits for the answers before: the client may go first
+        self.cycle.keep_alive = False
+        scope = {"http_version": "1.1", "method": method, "path": url.decode("latin-1"), REFUSAL: problem}
         self.scope.update(scope)  # type: ignore[typeddict-item]
-        before, self.cycle = self.cycle, last_cycle(self)
-        if before is None or before.response_complete:
-            self._start_asgi_task(self.cycle, self.app)
-        else:
-            self.pipeline.appendleft((self.cycle, self.app))  # type: ignore[arg-type]
 
     def _drop(self, data: bytes) -> None:
         """Let the client finish sending: closing the socket earlier would take the refusal back with a reset."""
