@@ -126,10 +126,6 @@ class Connection(HttpToolsProtocol):
         super().pause_writing()
         self._await_reader()
 
-    def timeout_keep_alive_handler(self) -> None:
-        if self._stage != "headers":  # which have their own limit
-            super().timeout_keep_alive_handler()
-
     # Callbacks of the parser
 
     def on_message_begin(self) -> None:
@@ -152,7 +148,6 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         self._stage = "body"
         self._end_timer()
-        self._unset_keepalive_if_required()  # of an answer that was sent while these headers arrived
 
     def on_body(self, body: bytes) -> None:
         self._num_body_bytes += len(body)
@@ -166,6 +161,8 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._stage == "headers":  # of the next request, which have their own limit
+            self._unset_keepalive_if_required()
         if self.cycle.response_complete and not self.cycle.keep_alive:
             self._is_deaf = True
         if self.transport.get_write_buffer_size():

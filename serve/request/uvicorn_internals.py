@@ -16,7 +16,7 @@ __all__ = ["STARTUP_FAILURE", "STATUS_LINE", "HttpToolsProtocol", "Process", "Re
 OF_CONNECTION = """
     _start_asgi_task _unset_keepalive_if_required app_state cycle flow headers loop on_body on_header
     on_headers_complete on_message_begin on_message_complete on_response_complete parser pause_writing pipeline scope
-    timeout_keep_alive_handler transport url
+    transport url
 """.split()
 OF_CYCLE = """
     default_headers disconnected flow keep_alive message_event more_body on_response response_complete response_started
