@@ -49,11 +49,9 @@ class App(FastAPI):
     front: ASGIApp  # marks each request with a visit
     grpc: "GrpcServer | None" = None
 
-    def __init__(
-        self, batcher: Batcher, prober: Prober, door: Door, reloader: Reloader | None, *, max_batch: int
-    ) -> None:
-        self._batcher, self.prober, self._door, self._reloader = batcher, prober, door, reloader
-        self._max_batch = max_batch
+    def __init__(self, batcher: Batcher, prober: Prober, door: Door, reloader: Reloader | None, max_batch: int) -> None:
+        self._batcher, self.prober, self._door = batcher, prober, door
+        self._reloader, self._max_batch = reloader, max_batch
         super().__init__(
             title="DiracNet",
             version="1",
@@ -130,7 +128,7 @@ def make_app(
     watch_probes(metrics, prober)
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
-    app = App(batcher, prober, door, reloader, max_batch=limits.max_batch)
+    app = App(batcher, prober, door, reloader, limits.max_batch)
     handler = RequestHandler(app, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
     app.front = _allow_origins(handler, access.cors_origins)
     if grpc_address:
