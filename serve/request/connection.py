@@ -223,9 +223,10 @@ class Connection(HttpToolsProtocol):
         url = self.url if stage == "headers" else b""
         method = self.parser.get_method().decode() if url else "?"
         super().on_message_begin()
-        self.url = b"/"  # one that uvicorn can parse
+        self.url, was_paused = b"/", self.flow.read_paused  # an address that uvicorn can parse
         super().on_headers_complete()
-        self.flow.resume_reading()  # which waits for the answers before: the client may go first
+        if not was_paused:
+            self.flow.resume_reading()  # even if other answers come first: their client may go
         self.cycle.keep_alive = False
         scope = {"http_version": "1.1", "method": method, "path": url.decode("latin-1"), REFUSAL: problem}
         self.scope.update(scope)  # type: ignore[typeddict-item]
