@@ -38,7 +38,7 @@ from serve.front_ends.shared_memory import (
     make_memory,
     shape_of,
 )
-from serve.model.check import LoadModel, apart, take_model
+from serve.model.check import LoadModel, in_daemon_thread, take_model
 from serve.processes.signals import heed_signals
 from serve.request.job import Served
 from serve.request.limits import Limits
@@ -127,7 +127,7 @@ class Device:
         loop, served, greeting, most = asyncio.get_running_loop(), self.served, self._greeting, self._shape.num_slots
         shape = replace(self._shape, num_slots=min(num_slots or most, most))
         try:
-            file = await apart(partial(make_memory, shape, greeting))
+            file = await in_daemon_thread(partial(make_memory, shape, greeting))
             try:
                 area = Area(file, shape)
                 socket.send_fds(connection, [MEMORY.pack(shape.num_bytes)], [file])

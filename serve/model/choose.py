@@ -81,7 +81,7 @@ def choose(
     files = [_read(path) for path in paths]
     _refuse_different_nets(files)
     best, *others = candidates = _candidates(files, config)
-    reason = f"{best.file.path.name} alone fits" if len(paths) > 1 else ""
+    reason = f"{best.file.path.name} alone fits" if len(files) > 1 else ""
     if others:
         record, conditions = record_path(paths[0]), conditions_of(config, candidates)
         best, reason = _recall(record, conditions, candidates) or _remember(
@@ -126,7 +126,7 @@ def _refuse_different_nets(files: Sequence[ModelFile]) -> None:
             found = after.get(name)
             if found != expected and (name != "plain_sha256" or None not in (found, expected)):
                 raise Refusal(
-                    f"{other.path} is of another net than {first.path}: {name} is {found}, not {expected}; "
+                    f"{other.path} belongs to a different net than {first.path}: {name} is {found}, not {expected}; "
                     "export both from one plain.safetensors"
                 )
 

@@ -218,7 +218,7 @@ def test_an_unfit_form_is_left_out_and_serves_where_it_is_named_alone(machine, f
 
 
 def test_files_of_different_nets_are_refused_by_the_field_that_differs(machine, forms, write, tmp_path):
-    with pytest.raises(Refusal, match=r"deeper\.onnx is of another net than .*: depth is 16, not 10"):
+    with pytest.raises(Refusal, match=r"deeper\.onnx belongs to a different net than .*: depth is 16, not 10"):
         machine.choose(forms[0], write("deeper.onnx", depth=16))
     with pytest.raises(Refusal, match=r"plain_sha256 is b+, not a+; export both from one plain\.safetensors"):
         machine.choose(forms[0], write("other.onnx", plain_sha256="b" * 64))
