@@ -95,11 +95,11 @@ def stop(model: Path) -> bool:
     except (OSError, ValueError):
         return False
     _pid_file(model).unlink()
-    if not _is_server(pid):
+    if not _is_ours(pid):
         return False
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    while _is_server(pid):
+    while _is_ours(pid):
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
@@ -110,7 +110,7 @@ def _pid_file(model: Path) -> Path:
     return model.with_name("server.pid")
 
 
-def _is_server(pid: int) -> bool:
+def _is_ours(pid: int) -> bool:
     """Whether `pid` is a server of this project: process ids are reused."""
     if Path("/proc").is_dir():
         try:
