@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -42,9 +42,8 @@ def free_port() -> int:
 class Server:
     """A started process. `with server` waits until it is ready; at the end, it and its children are stopped.
 
-    It is ready when `ready_path` is answered with 200, or, without one, when it accepts connections. Its output goes to
-    the file `log`, by default a temporary one. `client` opens a connection for each request. `popen` are more arguments
-    of `subprocess.Popen`.
+    It is ready when the answer to `probe` is no error. Its output goes to the file `log`, by default a temporary one.
+    `client` opens a connection for each request. `popen` are more arguments of `subprocess.Popen`.
     """
 
     def __init__(
@@ -52,13 +51,13 @@ class Server:
         command: Sequence[str],
         port: int,
         *,
-        ready_path: str | None = "/readyz",
+        probe: Callable[[httpx.Client], httpx.Response] = lambda client: client.get("/readyz"),
         core: int | None = None,
         log: Path | None = None,
         **popen: Any,
     ) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
-        self._ready_path = ready_path
+        self._probe = probe
         self._log = log.open("wb+") if log else tempfile.TemporaryFile()  # noqa: SIM115 – closed in __exit__
         pin = [] if core is None else ["taskset", "-c", str(core)]
         popen = {"stdout": self._log, "stderr": self._log, "start_new_session": True, **popen}
@@ -83,11 +82,8 @@ class Server:
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + START_S
         while self._process.poll() is None and time.monotonic() < until:
-            with suppress(OSError, httpx.HTTPError):  # nothing listens yet, or it is not ready
-                if self._ready_path:
-                    self.client.get(self._ready_path).raise_for_status()
-                else:
-                    socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            with suppress(httpx.HTTPError):  # nothing listens yet, or it is not ready
+                self._probe(self.client).raise_for_status()
                 return
             time.sleep(POLL_S)
         last_line = (self.log() or ["no message"])[-1][:300]

@@ -87,7 +87,7 @@ async def _flood(server: Server, head: bytes, piece: bytes) -> dict[str, float]:
     """Send `piece` without a pause, beside a client that asks for /healthz without a pause."""
     block = piece * (65536 // len(piece))
     healthy = Load(server.port, get_request("/healthz"), num_connections=1)
-    async with healthy.saturating(), sampled(server.rss_bytes, every_s=0.001) as memory:
+    async with healthy.running(), sampled(server.rss_bytes, every_s=0.001) as memory:
         num_bytes, seconds = await asyncio.to_thread(_send_on, server.port, head, block, limit_s=FLOOD_S)
     return {
         "sent_mb": num_bytes / 1e6,
@@ -204,15 +204,10 @@ async def _besiege(model: Path, name: str, image: bytes, attack: Attack) -> dict
     probe = predict_request(image) if attack.probe == "/predict" else get_request(attack.probe)
     with start(model, "--log-level", "warning", *attack.server) as server:
         read_memory = partial(server.rss_bytes, with_children=True)
-        load = Load(server.port, probe, num_connections=8)
-        async with sampled(read_memory, every_s=0.02) as memory:
-            probing = asyncio.create_task(load.offer(PROBES_PER_S, 600))
+        load = Load(server.port, probe, num_connections=8, rate=PROBES_PER_S)
+        async with sampled(read_memory, every_s=0.02) as memory, load.running():
             await asyncio.sleep(0.5)
-            begin = time.monotonic()
             answers = await _send_all(server, attack.path.format(model=name), attack, bodies)
-            seconds = time.monotonic() - begin
-            load.stop()
-            await probing
         after = read_memory()
     return {
         "name": attack.name,
@@ -220,7 +215,6 @@ async def _besiege(model: Path, name: str, image: bytes, attack: Attack) -> dict
         "probe": attack.probe,
         "body_mb": sum(map(len, bodies)) / 1e6,
         "answers": dict(answers),
-        "seconds": seconds,
         "probes": load.statuses(),
         "worst_wait_s": max(reply.seconds for reply in load.replies),
         "mb": {"before": memory[0] / 1e6, "largest": max(memory) / 1e6, "after": after / 1e6},

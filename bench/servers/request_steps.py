@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from bench.lab.rounds import median_ms
+from bench.servers.simulated import Simulated
 from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
 from serve.request.access import EVERYBODY
@@ -56,13 +57,13 @@ def time_steps(model: Path, png: bytes) -> dict[str, float]:
         "model, in batches of 32": _fastest_us(lambda: runtime(batch), num_rounds=20),
         "decoding": _fastest_us(lambda: [decode(png, runtime.model.spec.image) for _ in range(BATCH_SIZE)]),
     }
-    layers = uvloop.run(_time_layers(_Instant(runtime, batch), png))
+    layers = uvloop.run(_time_layers(Simulated(model), png))
     steps |= {name: us - before for (name, us), before in zip(layers.items(), (0.0, *layers.values()), strict=False)}
     steps[_QUEUE] -= steps["decoding"]  # which this layer does too
     return steps
 
 
-async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
+async def _time_layers(instant: Simulated, png: bytes) -> dict[str, float]:
     """A growing server: its connection alone, then its front, then metrics and log, then the batcher."""
     limits = Limits(decode_threads=0)
     batcher, door = Batcher(Served((instant,)), limits), Door(limits.max_connections)
@@ -92,19 +93,6 @@ async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
     times = {name: await _time_app(app, png) for name, app in layers.items()}
     await batcher.close()
     return times
-
-
-class _Instant:
-    """A runtime that returns logits computed before."""
-
-    description = library = "none"
-
-    def __init__(self, runtime: OnnxSession, batch: np.ndarray) -> None:
-        self.model = runtime.model
-        self._logits = runtime(batch)
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self._logits[: len(images)]
 
 
 class _Transport(asyncio.Transport):

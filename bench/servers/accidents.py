@@ -1,28 +1,15 @@
-"""python bench/accidents.py: signals before a server serves, lost files, models that hang, logs that nobody reads."""
+"""Accidents: a signal before the server serves, a lost file, a model that hangs, a log that cannot be written."""
 
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from bench.lab.server import start
 
-from bench.lab.page import bars_table, describe_machine, render, report_missed, write_page
-from bench.lab.server import IMAGE, MODEL, ROOT, start
-from common.cli import POSITIONAL, run_command
-from common.files import read_whole
-
-EXAMPLES = (
-    "python bench/accidents.py                        # a minute; writes docs/benchmarks/accidents.md and its record",
-    "python bench/accidents.py --requests 500 --out /tmp/accidents",
-)
 RELOAD_S, DRAIN_S = 20, 2
 GROWTH_MB = 8.0  # for lines that wait, and for allocators
 ENDLESS = """
@@ -34,49 +21,24 @@ endless (float[N, 3, 8, 8] x) => (float[N, 3] scores) <bool true = {1}> {
     z = Neg (y)
   }> ("", true, mean)
 }"""
-TITLES = {
-    "early": "SIGTERM before it serves",
-    "outage": "One worker of two is killed, and the model's file is damaged",
-    "hanging": "A new model that hangs",
-    "unread": "A log that cannot be written",
-}
 
 
-@dataclass(frozen=True)
-class AccidentsConfig:
-    model: Annotated[Path, "plain.onnx to serve", POSITIONAL] = MODEL
-    image: Annotated[Path, "the image to send"] = IMAGE
-    requests: Annotated[int, "how many are sent to a server whose log nobody reads"] = 20_000
-    out: Annotated[Path, "folder for accidents.md and accidents.json"] = ROOT / "docs" / "benchmarks"
-
-
-def command(config: AccidentsConfig) -> int:
-    """Expose a server on 127.0.0.1 to events at the wrong time. Exit status 1 if a bar is missed."""
-    record: dict[str, Any] = {"machine": describe_machine("onnxruntime-gpu", "uvicorn"), "model": config.model.name}
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder, "served.onnx")
-        for accident in (_early, _outage, _hanging, _unread):
-            shutil.copy(config.model, model)
-            record[accident.__name__.removeprefix("_")] = accident(model, config)
-    print(write_page(config.out, "accidents", page(record), record))
-    return report_missed(record, TITLES)
-
-
-def _early(model: Path, config: AccidentsConfig) -> dict[str, Any]:
+def early(model: Path) -> dict[str, Any]:
     """SIGTERM while the model is read from a pipe that gives nothing, like a mount that hangs."""
     model.unlink()
     os.mkfifo(model)
     seconds = []
     for workers in (1, 2):
-        server = start(model, "--workers", workers)
-        with model.open("wb"):  # waits for a reader
-            seconds.append(server.stop())
+        with ExitStack() as stack:
+            stack.push(server := start(model, "--workers", workers))  # it never becomes ready
+            with model.open("wb"):  # waits for a reader
+                seconds.append(server.stop())
     model.unlink()
     return {"seconds": seconds, "bars": {"a server that reads its model ends within 5 s": max(seconds) < 5}}
 
 
-def _outage(model: Path, config: AccidentsConfig) -> dict[str, Any]:
-    image = read_whole(config.image)
+def outage(model: Path, image: bytes) -> dict[str, Any]:
+    """One of two workers is killed after the model's file was damaged; requests are sent one after another."""
     with start(model, "--workers", 2, "--model-threads", 1) as server:
         statuses = [server.predict(image) for _ in range(20)]
         while sum("serves" in line for line in server.log()) < 2:  # or the second worker may read the damaged file
@@ -94,7 +56,7 @@ def _outage(model: Path, config: AccidentsConfig) -> dict[str, Any]:
     return {"requests": len(statuses), "lost": lost, "recovery_s": recovery_s, "bars": bars}
 
 
-def _hanging(model: Path, config: AccidentsConfig) -> dict[str, Any]:
+def hanging(model: Path, image: bytes) -> dict[str, Any]:
     """A classifier whose Loop has no end is given up, the next one is served; SIGTERM does not wait for another."""
     from onnx import parser
 
@@ -108,43 +70,35 @@ def _hanging(model: Path, config: AccidentsConfig) -> dict[str, Any]:
         server.reload("now serving")
         model.write_bytes(endless)
         server.reload("reading the model's file again")
-        answered = server.predict(read_whole(config.image)) == 200
+        answered = server.predict(image) == 200
         end_s = server.stop()
     bars = {
         "a model that hangs is given up, and the next one is served": True,
         "requests are answered meanwhile": answered,
         f"the end comes within {DRAIN_S + 3} s": server.exit_status == 0 and end_s < DRAIN_S + 3,
     }
-    return {"given_up_s": given_up_s, "end_s": end_s, "bars": bars}
+    return {"reload_s": RELOAD_S, "given_up_s": given_up_s, "end_s": end_s, "bars": bars}
 
 
-def _unread(model: Path, config: AccidentsConfig) -> dict[str, Any]:
+def unread(model: Path, image: bytes, *, num_requests: int) -> dict[str, Any]:
     """Requests to servers whose log goes into a pipe that nobody reads, and to a full disk."""
-    image, headers = read_whole(config.image), {"Content-Type": "image/png", "Connection": "keep-alive"}
+    headers = {"Content-Type": "image/png", "Connection": "keep-alive"}
 
-    def num_answered(num_requests: int) -> int:
-        answers = (server.client.post("/predict", content=image, headers=headers) for _ in range(num_requests))
+    def num_answered(num: int) -> int:
+        answers = (server.client.post("/predict", content=image, headers=headers) for _ in range(num))
         return sum(answer.status_code == 200 for answer in answers)
 
     logs: dict[str, dict[str, float]] = {}
     with open("/dev/full", "wb") as full:
         for name, stderr in (("a pipe that nobody reads", subprocess.PIPE), ("a full disk", full)):
             with start(model, stderr=stderr) as server:
-                num_answered(config.requests // 4)
+                num_answered(num_requests // 4)
                 before = server.rss_bytes()
-                answered = num_answered(config.requests)
+                answered = num_answered(num_requests)
                 growth_mb = (server.rss_bytes() - before) / 1e6
                 logs[name] = {"answered": answered, "growth_mb": growth_mb, "end_s": server.stop()}
     bars = {
-        "every request is answered": all(log["answered"] == config.requests for log in logs.values()),
+        "every request is answered": all(log["answered"] == num_requests for log in logs.values()),
         f"memory grows by less than {GROWTH_MB:g} MB": all(log["growth_mb"] < GROWTH_MB for log in logs.values()),
     }
-    return {"requests": config.requests, "logs": logs, "bars": bars}
-
-
-def page(record: dict[str, Any]) -> str:
-    return render("accidents", record, reload_s=RELOAD_S, bars=bars_table(TITLES, record))
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(command, AccidentsConfig, examples=EXAMPLES))
+    return {"requests": num_requests, "logs": logs, "bars": bars}
