@@ -25,6 +25,7 @@ EXAMPLES = (
     "python bench/front_ends.py --quick --out runs/bench",
 )
 FRONT_ENDS = {"one": 1, "two": 2}
+SIMULATED = ROOT / "bench" / "servers" / "simulated.py"
 ON_PAPER = (1, 2, 4, 8, 12, 16)
 MAX_BATCH = 256
 BAR = 0.9
@@ -95,7 +96,7 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
 
     env = {**os.environ, TIMES: ",".join(f"{time:g}" for time in config.device_us)}
     options = ("--front-ends", num, "--max-batch", MAX_BATCH, "--decode-threads", 0, "--log-level", "warning")
-    with start(config.model, *options, script="bench/servers/simulated.py", env=env) as server:
+    with start(config.model, *options, program=[SIMULATED], env=env) as server:
         processes = server.workers() or [server.pid]
         for index, process in enumerate(processes):
             pin = ["taskset", "--all-tasks", "--cpu-list", "--pid", str(index % 2 if num > 1 else 0), str(process)]

@@ -24,13 +24,13 @@ START_S, STOP_S = 90.0, 60.0
 POLL_S = 0.002
 
 
-def start(model: Path, *options: Any, script: str = "serve/run.py", **settings: Any) -> "Server":
+def start(model: Path, *options: Any, program: Sequence[Any] = (ROOT / "serve/run.py",), **settings: Any) -> "Server":
     """`serve/run.py` with ONNX Runtime, which is otherwise compared with other runtimes at every start.
 
-    `settings` are those of `Server`.
+    `program` is what Python runs instead; `settings` are those of `Server`.
     """
     port = free_port()
-    argv = [sys.executable, ROOT / script, model, "--port", port, "--runtime", "onnxruntime", *options]
+    argv = [sys.executable, *program, model, "--port", port, "--runtime", "onnxruntime", *options]
     return Server([str(word) for word in argv], port, **settings)
 
 

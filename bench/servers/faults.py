@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -151,7 +150,7 @@ async def reload(model: Path, image: bytes, *, times: int) -> dict[str, Any]:
 
 
 def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
-    """The model and the same net with random weights; the probabilities [K] of the image, by the model's digest."""
+    """The model and, written beside it, the net with random weights; the probabilities [K] of the image by digest."""
     from bench.nets import random_net
     from common.image import decode
     from export.graphs.graph import to_onnx
@@ -159,14 +158,16 @@ def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
     from export.runtimes.runtime import probabilities
     from fold.plain import fold_net
 
-    with tempfile.TemporaryDirectory() as folder:
-        session = OnnxSession(path)
-        spec = session.model.spec
-        net = fold_net(random_net(spec)).float()
-        other = write_whole(Path(folder, "other.onnx"), to_onnx(net, spec, {}).SerializeToString())
-        sessions, contents = (session, OnnxSession(other)), [path.read_bytes(), other.read_bytes()]
+    session = OnnxSession(path)
+    spec = session.model.spec
+    net = fold_net(random_net(spec)).float()
+    other = write_whole(path.with_name("other.onnx"), to_onnx(net, spec, {}).SerializeToString())
     pixels = decode(image, spec.image)[None]
-    return contents, {one.model.digest: probabilities(one(pixels), temperature=spec.temperature)[0] for one in sessions}
+    expected = {
+        one.model.digest: probabilities(one(pixels), temperature=spec.temperature)[0]
+        for one in (session, OnnxSession(other))
+    }
+    return [path.read_bytes(), other.read_bytes()], expected
 
 
 def _fits(body: bytes, expected: Any) -> bool:

@@ -45,8 +45,12 @@ _ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 SERVERS_CORE = 0
-# Family, depth, width and nonlinearity of the seeded random nets for 28x28 grey images that all servers serve.
-SIZES = {"small": ("pooled", 16, 1.0, "relu"), "large": ("cifar", 16, 1.0, "ncrelu")}
+# Family, depth, width and nonlinearity of seeded random nets for 28x28 grey images. All servers serve the last two.
+SIZES = {
+    "tiny": ("cifar", 10, 0.25, "ncrelu"),
+    "small": ("pooled", 16, 1.0, "relu"),
+    "large": ("cifar", 16, 1.0, "ncrelu"),
+}
 
 
 @dataclass(frozen=True)
