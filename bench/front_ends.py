@@ -45,7 +45,7 @@ class FrontEndsConfig(Measurement):
 
 
 def command(config: FrontEndsConfig) -> int:
-    """Front ends before a simulated device, on 127.0.0.1: what they cost, and what N of them would answer.
+    """Measure front ends in front of a simulated device on 127.0.0.1, and compute the requests/s of more of them.
 
     Writes a record and its page. Exit status 1 if a bar of the record is missed.
     """
@@ -91,7 +91,7 @@ def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
 
 
 def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
-    """One server under a load that leaves it no pause: what it answers, and what processor time that takes."""
+    """Throughput, latency and processor time of one server under a load without pauses."""
     from bench.servers.simulated import TIMES
 
     env = {**os.environ, TIMES: ",".join(f"{time:g}" for time in config.device_us)}
@@ -116,13 +116,13 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
 
 
 def _cpu_s(process: int) -> float:
-    """Of all its threads that are there, of Linux."""
+    """Processor time of all running threads of a process; Linux only."""
     threads = Path(f"/proc/{process}/task").glob("*/schedstat")
     return sum(int(thread.read_text().split()[0]) for thread in threads) * 1e-9
 
 
 def _batches(server: Server) -> tuple[float, float]:
-    """How many there were, and of how many images together."""
+    """The number of batches so far, and the number of images in them."""
     lines = dict(line.rsplit(" ", 1) for line in server.client.get("/metrics").text.splitlines() if line[0] != "#")
     return float(lines["diracnet_batch_images_count"]), float(lines["diracnet_batch_images_sum"])
 
@@ -134,7 +134,7 @@ def _median(rounds: list[dict[str, dict[str, float]]], num: str, name: str) -> f
 def _on_paper(
     device_us: tuple[float, float], rounds: list[dict[str, dict[str, float]]], cost: dict[str, Any]
 ) -> list[dict[str, float]]:
-    """What N front ends answer a second where each has a core, the device process has one, and the device is alone.
+    """Requests/s of N front ends, if each has a core, the device process has another, and the device does nothing else.
 
     Front ends answer N times what one of two does in a second of its core. The device process adds to the time of the
     device what it does for a full batch from all of them.

@@ -42,7 +42,7 @@ class StartupConfig(Measurement):
 
 
 def command(config: StartupConfig) -> None:
-    """Start the server again and again, wait until /readyz answers 200, send 100 requests, and read its memory."""
+    """Start the server repeatedly, wait until /readyz answers 200, send 100 requests, and read its memory."""
     rounds = 3 if config.quick else config.rounds
     with tempfile.TemporaryDirectory() as folder:
         paths = config.models or (in_fresh_process(_write_tiny_net, Path(folder)), MODEL)

@@ -45,9 +45,9 @@ def get_request(path: str) -> MakeRequest:
 class Load:
     """Connections that are kept open, each with one request at a time; a lost one is reopened where possible.
 
-    Every connection sends its next request as soon as it has a reply, or, with a `rate`, as soon as one is due: so many
-    are due a second, whatever becomes of them. `take` is called with every reply. A load ends with a grace period of
-    `PATIENCE_S` for replies under way; those that miss it are lost.
+    A connection sends its next request as soon as it has a reply and a request is due. With a `rate`, as many requests
+    fall due every second, whether or not earlier ones are answered; without one, a request is always due. `take` is
+    called with every reply. A load ends with a grace period of `PATIENCE_S` for pending replies; later ones are lost.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class _Connection(asyncio.Protocol):
 
 @asynccontextmanager
 async def sampled(read: Callable[[], int], *, every_s: float) -> AsyncIterator[list[int]]:
-    """What `read` returns before, and again and again meanwhile."""
+    """The value of `read` at the start, and its values at intervals until the context ends."""
     found = [read()]
 
     async def sample() -> None:

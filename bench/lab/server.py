@@ -1,4 +1,4 @@
-"""A server as a process of its own, this project's or another: started, awaited, watched under load and ended."""
+"""A server in its own process, this project's or another: started, awaited, watched under load and ended."""
 
 import os
 import signal
@@ -42,8 +42,8 @@ def free_port() -> int:
 class Server:
     """A started process. `with server` waits until it is ready; at the end, it and its children are stopped.
 
-    It is ready when the answer to `probe` is no error. Its output goes to the file `log`, by default a temporary one.
-    `client` opens a connection for each request. `popen` are more arguments of `subprocess.Popen`.
+    It is ready when `probe` gets an answer that is not an error. Its output goes to the file `log`, by default a
+    temporary one. `client` opens a connection for each request. `popen` are more arguments of `subprocess.Popen`.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ endless (float[N, 3, 8, 8] x) => (float[N, 3] scores) <bool true = {1}> {
 
 
 def early(model: Path) -> dict[str, Any]:
-    """SIGTERM while the model is read from a pipe that gives nothing, like a mount that hangs."""
+    """SIGTERM while the model is read from a pipe that delivers nothing, like a mount that hangs."""
     model.unlink()
     os.mkfifo(model)
     seconds = []

@@ -1,4 +1,4 @@
-"""Faults under load: more requests than a server can answer, signals and killed processes; what is lost."""
+"""Faults under load, and the requests that they lose: overload, signals and killed processes."""
 
 import asyncio
 import json
@@ -107,7 +107,7 @@ async def drain(model: Path, image: bytes) -> dict[str, Any]:
 
 
 async def reload(model: Path, image: bytes, *, times: int) -> dict[str, Any]:
-    """SIGHUP again and again, the file's own model and another in turn, then a damaged file; it is left damaged."""
+    """Repeat SIGHUP with two models in turn, then with a damaged file, which stays in place."""
     contents, expected = _two_models(model, image)
     answers: list[tuple[int, str, bool]] = []  # number of the request, digest, and whether it fits that model
 

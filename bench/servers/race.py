@@ -36,8 +36,8 @@ from fold.plain import fold_net
 from train.data.datasets import info_of
 
 PEERS = ROOT / "bench" / "peers"
-FORM = "multipart/form-data; boundary=----the-images-of-the-benchmark"
-# None of them may use the network; every library that opens threads of its own gets the one core.
+MULTIPART = "multipart/form-data; boundary=----the-images-of-the-benchmark"
+# No server may use the network, and no library may start a thread pool.
 _ENVIRONMENT = {
     "BENTOML_DO_NOT_TRACK": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -108,7 +108,7 @@ def make_environment(name: str, folder: Path) -> Path:
 
 def as_form(field: str, png: bytes) -> bytes:
     files = {field: ("image.png", png, "image/png")}
-    return httpx.Request("POST", "http://server", headers={"Content-Type": FORM}, files=files).read()
+    return httpx.Request("POST", "http://server", headers={"Content-Type": MULTIPART}, files=files).read()
 
 
 def as_inference_request(png: bytes) -> bytes:
@@ -118,7 +118,7 @@ def as_inference_request(png: bytes) -> bytes:
 
 
 _OURS, _INFER = ("results", 0, "index"), "/v2/models/classifier/infer"
-_form = partial(Way, media_type=FORM, encode=partial(as_form, "image"))
+_form = partial(Way, media_type=MULTIPART, encode=partial(as_form, "image"))
 CONTESTANTS = (
     Contestant(
         "ours",
@@ -260,6 +260,6 @@ def check_answers(client: httpx.Client, way: Way, bodies: list[bytes], expected:
     try:
         found = [reduce(getitem, way.index, way.ask(body, client).raise_for_status().json()) for body in bodies]
     except httpx.HTTPError as error:
-        raise Refusal(f"{way.title} gives no answer: {error}") from error
+        raise Refusal(f"{way.title} does not answer: {error}") from error
     if found != expected:
         raise Refusal(f"{way.title} answers {found} where the model itself gives {expected}")

@@ -114,9 +114,11 @@ class _Transport(asyncio.Transport):
     def resume_reading(self) -> None:
         pass
 
+    close = resume_reading  # after keep-alive, if the layers take that long
+
 
 async def _time_app(app: ASGIApp, png: bytes) -> float:
-    """Microseconds of one request among `BATCH_SIZE` that come at once, each on a connection of its own."""
+    """Microseconds of one request among `BATCH_SIZE` that arrive at once, each on its own connection."""
     config = uvicorn.Config(app, log_config=None, access_log=False, http=Connection, ws="none", lifespan="off")
     config.load()
     state = ServerState()
