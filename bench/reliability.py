@@ -98,7 +98,7 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
     return {**record, **measured, "alone": {**record["alone"], **dict.fromkeys(measured, about)}}
 
 
-def _turns(config: ReliabilityConfig, copy: Path) -> list[tuple[Part, Callable[[], dict[str, Any]]]]:
+def _turns(config: ReliabilityConfig, copy: Path) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """The faults in the order in which they are tried; those that change the model's file serve its `copy`."""
     from uvloop import run
 
