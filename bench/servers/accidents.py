@@ -41,8 +41,7 @@ def outage(model: Path, image: bytes) -> dict[str, Any]:
     """One of two workers is killed after the model's file was damaged; requests are sent one after another."""
     with start(model, "--workers", 2, "--model-threads", 1) as server:
         statuses = [server.predict(image) for _ in range(20)]
-        while sum("serves" in line for line in server.log()) < 2:  # or the second worker may read the damaged file
-            time.sleep(0.01)
+        server.wait_for("serves", num=2)  # or the second worker may read the damaged file
         model.write_bytes(b"no model")
         num_lines, begin = len(server.log()), time.monotonic()
         os.kill(server.workers()[0], signal.SIGKILL)
