@@ -127,12 +127,13 @@ def stream(
     the image's area and flips, which depend on `key` and the image's index alone.
     A file that cannot be read is left out of its batch or refused, as `files` says.
     """
-    dataset = _Images(files, key, smallest_crop, flip)
+    size, scale = (files.image.height, files.image.width), (smallest_crop, 1.0)
+    augmented = v2.Compose([v2.RandomResizedCrop(size, scale=scale), v2.RandomHorizontalFlip(flip / 2)])
     loader = DataLoader(
-        dataset,
-        batch_sampler=[indices.tolist() for indices in picked],
+        _Readable(files, key, augmented, smallest_crop),
+        batch_size=None,  # an item is a whole batch
+        sampler=picked,
         num_workers=min(workers, num_cores()),  # torch warns of more
-        collate_fn=dataset.collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one
     )
@@ -142,33 +143,29 @@ def stream(
         yield images, targets
 
 
-class _Images(Dataset):
-    def __init__(self, files: Files, key: tuple[int, ...], smallest_crop: float, flip: bool) -> None:
-        self.files, self.key, self.smallest_crop = files, key, smallest_crop
-        size, scale = (files.image.height, files.image.width), (smallest_crop, 1.0)
-        self.augment = v2.Compose([v2.RandomResizedCrop(size, scale=scale), v2.RandomHorizontalFlip(flip / 2)])
+@dataclass(frozen=True)
+class _Readable(Dataset):
+    """From an array of indices to the images that can be read."""
 
-    def __len__(self) -> int:
-        return len(self.files)
+    files: Files
+    key: tuple[int, ...]
+    augmented: v2.Compose
+    smallest_crop: float
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray | None, int, str]:
-        """(pixels or None, target, why the file was refused): a worker's exception would lose its type."""
-        path, target = self.files.paths[index], int(self.files.targets[index])
+    def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+        """(images, targets, why a file was refused): a worker's exception would lose its message."""
+        images, targets = [], []
+        crop = (lambda image, _: self.augmented(image)) if self.key else None
         try:
-            if not self.key:
-                return read(path, self.files), target, ""
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_seed(*self.key, index))
-                return read(path, self.files, lambda image, _: self.augment(image), self.smallest_crop), target, ""
+                for index in indices.tolist():
+                    torch.manual_seed(_seed(*self.key, index))
+                    if (pixels := read(self.files.paths[index], self.files, crop, self.smallest_crop)) is not None:
+                        images.append(pixels)
+                        targets.append(self.files.targets[index])
         except Refusal as refusal:
-            return None, target, str(refusal)
-
-    def collate(self, items: list[tuple[np.ndarray | None, int, str]]) -> tuple[Tensor, Tensor, str]:
-        """The readable ones of `items` as a batch, empty if there are none, and why the first other was refused."""
-        readable = [(pixels, target) for pixels, target, _ in items if pixels is not None]
-        images = np.array([pixels for pixels, _ in readable], np.uint8).reshape(-1, *self.files.image.shape)
-        targets = torch.tensor([target for _, target in readable], dtype=torch.int64)
-        return torch.from_numpy(images), targets, next((refusal for _, _, refusal in items if refusal), "")
+            return np.empty(0), np.empty(0), str(refusal)
+        return np.array(images, np.uint8).reshape(-1, *self.files.image.shape), np.array(targets, np.int64), ""
 
 
 def augment(images: Tensor, *, flip: bool, crop: int, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
