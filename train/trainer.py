@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -50,10 +50,10 @@ class Trainer:
         if (settings.crop or 0) >= min(dataset.info.image.shape[:2]):
             raise Refusal(f"--crop must be smaller than the image, got {settings.crop}")
         num = len(dataset.train)
-        self.batch_size = min(settings.batch_size, num // world.size * world.size)
-        if self.batch_size == 0:
+        if num < world.size:
             raise Refusal(f"{num} training images are too few for {world.size} processes")
-        self.num_steps = steps_per_epoch(num, self.batch_size)
+        settings = replace(settings, batch_size=min(settings.batch_size, num // world.size * world.size))
+        self.num_steps = steps_per_epoch(num, settings.batch_size)
         self.settings, self.spec, self.dataset, self.world, self.console = settings, spec, dataset, world, console
         self.images, self.held_out = (to_device(part, world.device) for part in (dataset.train, dataset.validation))
         torch.manual_seed(settings.seed)
@@ -138,7 +138,7 @@ class Trainer:
         """Start from the layers of another net; from its classifier too where the classes are the same."""
         if isinstance(source, PlainFile):
             alone = World(device=self.world.device)  # whole batches: all processes measure the same
-            first = islice(self._batches(alone), -(-NUM_MEASURED // self.batch_size))
+            first = islice(self._batches(alone), -(-NUM_MEASURED // self.settings.batch_size))
             source = open_plain(source, self.settings, self.dataset, first, alone.device, self.console)
         learnt = load_net(source).state_dict()
         if source.spec.labels != self.spec.labels:
@@ -173,7 +173,6 @@ class Trainer:
             self.images,
             self.settings,
             self.dataset.info,
-            batch_size=self.batch_size,
             epoch=self.epochs_done,
             first_step=self.steps_done,
             world=world,
@@ -206,7 +205,8 @@ class Trainer:
 
     def _close_epoch(self) -> dict[str, Any]:
         """Validate, and add a row to the history."""
-        totals, num_picked, number = self.totals, self.batch_size * self.num_steps, self.epochs_done + 1
+        totals, number = self.totals, self.epochs_done + 1
+        num_picked = self.settings.batch_size * self.num_steps
         if lost := round(num_picked - totals["images"]):
             self.console.print(f"epoch {number}: {lost} of {num_picked} images could not be read")
         if not totals["images"]:

@@ -36,14 +36,14 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 
 
 def batches(
-    part: Part, settings: Settings, info: DatasetInfo, *, batch_size: int, epoch: int, first_step: int, world: World
+    part: Part, settings: Settings, info: DatasetInfo, *, epoch: int, first_step: int, world: World
 ) -> Iterator[Batch]:
     """One epoch from `first_step` on, augmented: this process's share of each batch.
 
     What a batch holds depends on (seed, epoch, step) alone, not on how many processes or workers share it.
     Files that cannot be read are missing from it: it may be empty, and other images are erased and mixed.
     """
-    key = settings.seed, epoch
+    key, batch_size = (settings.seed, epoch), settings.batch_size
     order = _order(part, np.random.default_rng(key), balanced=settings.balanced)
     steps = range(first_step, steps_per_epoch(len(part), batch_size))
     picked = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
@@ -158,7 +158,7 @@ class _Readable(Dataset):
         crop = (lambda image, _: self.augmented(image)) if self.key else None
         try:
             with torch.random.fork_rng(devices=[]):
-                for index in indices.tolist():
+                for index in map(int, indices):
                     torch.manual_seed(_seed(*self.key, index))
                     if (pixels := read(self.files.paths[index], self.files, crop, self.smallest_crop)) is not None:
                         images.append(pixels)

@@ -15,7 +15,7 @@ from common.files import sha256
 from common.refusal import Refusal
 from common.spec import ImageSpec
 from train.data import folder as photos
-from train.data.folder import FILE, PARTS, TEST_SHARE, Changed, Files, LeftOut, Sizes, Track
+from train.data.folder import FILE, PARTS, TEST_SHARE, Changed, Files, LeftOut, Sizes, Track, Unlike
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,8 +173,13 @@ def load_as_trained(
         return recorded_files(_given(data_dir), parts, info_of(name, **how), skip_unreadable=skip)
     dataset = load(name, **how, skip_unreadable=skip)
     dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
-    if split:
-        photos.check_same(record(dataset)[0], split, where=str(data_dir or name))
+    found = record(dataset)[0] if split else {}
+    if found.get("sha256") != split.get("sha256"):
+        then, now = (", ".join(f"{counts.get(part, 0)} {part}" for part in PARTS) for counts in (split, found))
+        raise Unlike(
+            f"{data_dir or name} does not hold the images that the model was trained and tested on ({then}; found "
+            f"{now}): name them as they were with --data-dir, or keep the run's {FILE} beside the model"
+        )
     return dataset
 
 

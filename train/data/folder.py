@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -305,14 +305,3 @@ def read_record(path: Path, expected_sha256: str) -> dict[str, Sizes] | None:
         return None
     content = read_whole(path)
     return json.loads(content) if sha256(content) == expected_sha256 else None
-
-
-def check_same(found: Mapping[str, Any], recorded: Mapping[str, Any], *, where: str) -> None:
-    """Refuses images that are not those of the run: `found` and `recorded` are what `record` in datasets.py gives."""
-    if found["sha256"] == recorded.get("sha256"):
-        return
-    then, now = (", ".join(f"{counts.get(part, 0)} {part}" for part in PARTS) for counts in (recorded, found))
-    raise Unlike(
-        f"{where} does not hold the images that the model was trained and tested on ({then}; found {now}): "
-        f"name them as they were with --data-dir, or keep the run's {FILE} beside the model"
-    )

@@ -26,15 +26,8 @@ Hook = Callable[["nn.Sequential"], Any]  # takes a net in training
 # PyTorch's.
 CHEAP = {"dataset": "digits", "width": 0.25, "epochs": 10, "batch_size": 32, "w_std": 0.1, "start": "pytorch"}
 # One colour for one kind of net, in all figures.
-COLOURS = {
-    "Dirac": "C0",
-    "initialised": "C3",
-    "plain": "C1",
-    "residual": "C2",
-    "residual with δ": "C4",
-    "ncrelu": "C0",
-    "relu": "C5",
-}
+COLOURS = {"Dirac": "C0", "initialised": "C3", "plain": "C1", "residual": "C2", "residual with δ": "C4"}
+COLOURS |= {"ncrelu": "C0", "relu": "C5"}
 # The kinds of net that are compared, by what they are called in figures and numbers.
 KINDS = {
     "Dirac": {"parameterization": "dirac"},
