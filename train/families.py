@@ -174,10 +174,9 @@ def initialized(spec: Spec, *, a: float, b: float, std: float, start: Start = "p
 def initialize(net: nn.Module, *, a: float, b: float, std: float, start: Start = "pytorch") -> None:
     """W ~ N(0, std²) and the given `a` and `b` in Dirac convolutions (section 2); He's normal in the others.
 
-    A `start` as the authors' code has it gives the classifier He's normal and a bias of 0, and batch
-    normalisation a γ uniform in [0, 1]; otherwise both stay as PyTorch starts them.
-    W's scale leaves Ŵ of eq. 4 as it is, but the gradient of W is inverse to it: a small `std` lets W turn fast
-    from the first step on.
+    A `start` as the authors' code has it gives the classifier He's normal and a bias of 0, and batch normalisation a γ
+    uniform in [0, 1]; otherwise both stay as PyTorch starts them. W's scale leaves Ŵ of eq. 4 as it is, but the
+    gradient of W is inverse to it: a small `std` lets W turn fast from the first step on.
     """
     for layer in net.modules():
         match layer:
