@@ -53,9 +53,8 @@ def build(spec: Spec) -> nn.Sequential:
         layers["bn"] = nn.BatchNorm2d(num_in)
     if is_residual or spec.parameterization in ("per-output-b", "per-channel"):
         layers["relu"] = nn.ReLU()
-    return sequence(
-        **layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(num_in, len(spec.labels))
-    )
+    fc = nn.Linear(num_in, len(spec.labels))
+    return sequence(**layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=fc)
 
 
 def outline(spec: Spec) -> nn.Sequential:

@@ -170,12 +170,7 @@ class Trainer:
     def _batches(self, world: World) -> Iterator[Batch]:
         """The rest of the current epoch: the share of this process of `world` in each batch."""
         return batches(
-            self.images,
-            self.settings,
-            self.dataset.info,
-            epoch=self.epochs_done,
-            first_step=self.steps_done,
-            world=world,
+            self.images, self.settings, self.dataset.info, world, epoch=self.epochs_done, first_step=self.steps_done
         )
 
     def _step(self, net: nn.Module, batch: Batch, lr: float) -> Tensor:

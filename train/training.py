@@ -78,9 +78,7 @@ def set_up(
     """The run before its next step: a new one, one that fine-tunes `source`, or `earlier` resumed."""
     console = make_console(json=config.json, quiet=world.rank > 0)
     if config.sync_batch_norm and world.device == "cpu":
-        raise Refusal(
-            "--sync-batch-norm needs CUDA devices: PyTorch's SyncBatchNorm does not train on a CPU; leave it out"
-        )
+        raise Refusal("--sync-batch-norm needs CUDA devices: SyncBatchNorm does not train on a CPU; leave it out")
     known = earlier or source
     dataset = _load(config, earlier, known and known.spec.image, console)
     settings = config if isinstance(config, Settings) else config.resolved(len(dataset.train))

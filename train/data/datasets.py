@@ -155,7 +155,6 @@ def load_as_trained(
     *,
     data_dir: Path | None = None,
     beside: Path | None = None,
-    image_size: int = 32,
     image: ImageSpec | None = None,
 ) -> Dataset:
     """The data set of a run, divided as it was; refuses one that has changed.
@@ -168,7 +167,7 @@ def load_as_trained(
     data_dir = data_dir or (Path(recorded) if recorded else None)
     parts = photos.read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
     skip = training.get("skip_unreadable", False)
-    how: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "image": image}
+    how: dict[str, Any] = {"data_dir": data_dir, "image": image}
     if parts:
         return recorded_files(_given(data_dir), parts, info_of(name, **how), skip_unreadable=skip)
     dataset = load(name, **how, skip_unreadable=skip)
@@ -183,9 +182,7 @@ def load_as_trained(
     return dataset
 
 
-def recorded_files(
-    root: Path, parts: Mapping[str, Sizes], info: DatasetInfo, *, skip_unreadable: bool = False
-) -> Dataset:
+def recorded_files(root: Path, parts: Mapping[str, Sizes], info: DatasetInfo, *, skip_unreadable: bool) -> Dataset:
     """A folder divided as a run recorded it in `parts`; refuses it if an image is gone or has another size."""
     changed = [name for sizes in parts.values() for name, size in sizes.items() if num_bytes(root / name) != size]
     if changed:

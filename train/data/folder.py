@@ -179,11 +179,11 @@ def find_files(
     *,
     skip_unreadable: bool,
     track: Track,
-    may_lack: bool = False,
+    partial: bool = False,
 ) -> Found:
     """All images of a folder; refuses unreadable images unless they may be skipped, and a class without an image.
 
-    A class `may_lack` images where nothing is trained on them.
+    In a `partial` folder, of which no image is trained on, a class may lack images.
     """
     folders = part_folders(root)
     strangers = [path for path in _folders(root) if "test" in folders and path not in folders.values()]
@@ -217,7 +217,7 @@ def find_files(
     }
     train = parts["train"]
     counts = np.bincount(train.targets, minlength=len(labels))
-    if (empty := [labels[index] for index in np.flatnonzero(counts == 0)]) and not may_lack:
+    if (empty := [labels[index] for index in np.flatnonzero(counts == 0)]) and not partial:
         raise Refusal(
             f"no {', '.join(SUFFIXES)} image to train on for {', '.join(empty[:5])} in {folders['train']}: "
             "add images, or remove the folder"

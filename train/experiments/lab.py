@@ -232,9 +232,7 @@ def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any
 
 def write_numbers(out: Path, name: str, numbers: dict[str, Any]) -> None:
     """NAME.json in `out`."""
-    text = json.dumps(
-        numbers, indent=1, default=lambda value: asdict(value) if isinstance(value, Settings) else str(value)
-    )
+    text = json.dumps(numbers, indent=1, default=lambda item: asdict(item) if isinstance(item, Settings) else str(item))
     write_whole(out / f"{name}.json", f"{text}\n".encode())
 
 

@@ -79,9 +79,7 @@ def open_plain(
     image_sets = {"random": torch.from_numpy(random), "training": torch.from_numpy(dataset.train.first(num))}
     errors = prove(net, as_plain(net, file.weights), image_sets)
     if failed := [error for error in errors if not error]:
-        clauses = (
-            f"{error.precision} logits on {error.images} images differ by {error.relative:.1e}" for error in failed
-        )
+        clauses = (f"{each.precision} logits on {each.images} images differ by {each.relative:.1e}" for each in failed)
         raise Refusal(f"{file.path} cannot be opened exactly: {'; '.join(clauses)}; fold its net again")
     worst = {kind: max(error.relative for error in errors if error.precision == kind) for kind in TOLERANCES}
     kinds = " and ".join(f"{error.num_images} {error.images}" for error in errors if error.precision == "float64")
