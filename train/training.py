@@ -229,7 +229,7 @@ def _complete(settings: Settings, dataset: datasets.Dataset, device: str) -> Che
 
     The test images are read once for a net. The temperature is fitted on the images held out, its choice's too.
     """
-    known: dict[int, Checkpoint] = {}  # both files often hold one net
+    known: dict[int, dict[str, Any]] = {}  # by epoch: both files often hold one net
     paths = [path for name in FILES if (path := settings.run_dir / name).exists()]
     on: dict[str, Any] = {"device": device, "workers": settings.workers}
     assert dataset.validation is not None  # `divide` made it
@@ -243,8 +243,6 @@ def _complete(settings: Settings, dataset: datasets.Dataset, device: str) -> Che
                 accuracy = evaluate(net, dataset.test, **on).accuracy
             fit = fit_temperature(*answers(net, dataset.validation, **on))
             spec = replace(state.spec, temperature=fit.temperature)
-            known[state.epoch] = replace(state, test_accuracy=accuracy, spec=spec, calibration=fit.to_dict())
-        done = known[state.epoch]
-        state = replace(state, spec=done.spec, calibration=done.calibration, test_accuracy=done.test_accuracy)
-        save_checkpoint(path, state)
+            known[state.epoch] = {"test_accuracy": accuracy, "spec": spec, "calibration": fit.to_dict()}
+        save_checkpoint(path, replace(state, **known[state.epoch]))
     return load_checkpoint(paths[-1])
