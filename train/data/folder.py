@@ -173,13 +173,7 @@ def part_folders(root: Path) -> dict[str, Path]:
 
 
 def find_files(
-    root: Path,
-    labels: tuple[str, ...],
-    image: ImageSpec,
-    *,
-    skip_unreadable: bool,
-    track: Track,
-    partial: bool = False,
+    root: Path, labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Track, partial: bool = False
 ) -> Found:
     """All images of a folder; refuses unreadable images unless they may be skipped, and a class without an image.
 
@@ -189,7 +183,7 @@ def find_files(
     strangers = [path for path in _folders(root) if "test" in folders and path not in folders.values()]
     left_out = [LeftOut(path, "not one of the parts") for path in strangers]
     left_out += [LeftOut(path, JUNK_REASON) for path in root.iterdir() if path.is_dir() and _is_junk(path)]
-    found: dict[str, list[Path]] = {part: [] for part in folders}
+    found: dict[Path, str] = {}  # images and their parts
     for part, folder in folders.items():
         classes = _folders(folder)
         if strange := [place.name for place in classes if place.name not in labels]:
@@ -198,23 +192,22 @@ def find_files(
             if why := _reason(path):
                 left_out.append(LeftOut(path, why))
             else:
-                found[part].append(path)
-    every = [path for paths in found.values() for path in paths]
-    if not every:
+                found[path] = part
+    if not found:
         raise Refusal(f"no {', '.join(SUFFIXES)} images in the class folders of {folders['train']}")
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        sizes = dict(zip(every, track(pool.map(_size, every), len(every)), strict=True))
+        sizes = dict(zip(found, track(pool.map(_size, found), len(found)), strict=True))
     unreadable = [path for path, size in sizes.items() if size is None]
     if unreadable and not skip_unreadable:
         raise Refusal(
-            f"{len(unreadable)} of {len(every)} images cannot be read, the first is {unreadable[0]}: "
+            f"{len(unreadable)} of {len(found)} images cannot be read, the first is {unreadable[0]}: "
             "repair or remove them, or add --skip-unreadable"
         )
     left_out += [LeftOut(path, UNREADABLE) for path in unreadable]
-    parts = {
-        part: make_files(root, [path for path in paths if sizes[path]], labels, image, skip_unreadable=skip_unreadable)
-        for part, paths in found.items()
-    }
+    parts: dict[str, Files] = {}
+    for part in folders:
+        paths = [path for path in found if found[path] == part and sizes[path]]
+        parts[part] = make_files(root, paths, labels, image, skip_unreadable=skip_unreadable)
     train = parts["train"]
     counts = np.bincount(train.targets, minlength=len(labels))
     if (empty := [labels[index] for index in np.flatnonzero(counts == 0)]) and not partial:
@@ -222,8 +215,7 @@ def find_files(
             f"no {', '.join(SUFFIXES)} image to train on for {', '.join(empty[:5])} in {folders['train']}: "
             "add images, or remove the folder"
         )
-    known = [size for size in sizes.values() if size]
-    return Found(train, parts.get("validation"), parts.get("test"), left_out, known)
+    return Found(train, parts.get("validation"), parts.get("test"), left_out, [size for size in sizes.values() if size])
 
 
 def make_files(
