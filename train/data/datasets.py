@@ -151,27 +151,22 @@ def load(
 
 
 def load_as_trained(
-    training: Mapping[str, Any],
-    *,
-    data_dir: Path | None = None,
-    beside: Path | None = None,
-    image: ImageSpec | None = None,
+    run: Mapping[str, Any], *, data_dir: Path | None = None, beside: Path | None = None, image: ImageSpec | None = None
 ) -> Dataset:
     """The data set of a run, divided as it was; refuses one that has changed.
 
-    `training` is a checkpoint's config, or what later artefacts keep of it; `data_dir` goes before the one
-    in it, `image` is the net's. A folder that has grown is divided by the run's split.json, where that lies in the
-    folder `beside`.
+    `run` is a checkpoint's config, or what later artefacts keep of it; `data_dir` goes before the one in it, `image` is
+    the net's. A folder that has grown is divided by the run's split.json, where that lies in the folder `beside`.
     """
-    name, recorded, split = training["dataset"], training.get("data_dir"), training.get("split") or {}
+    name, recorded, split = run["dataset"], run.get("data_dir"), run.get("split") or {}
     data_dir = data_dir or (Path(recorded) if recorded else None)
     parts = photos.read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
-    skip = training.get("skip_unreadable", False)
+    skip = run.get("skip_unreadable", False)
     how: dict[str, Any] = {"data_dir": data_dir, "image": image}
     if parts:
         return recorded_files(_given(data_dir), parts, info_of(name, **how), skip_unreadable=skip)
     dataset = load(name, **how, skip_unreadable=skip)
-    dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
+    dataset = divide(dataset, run.get("validation", 0.0), seed=run.get("seed", 0))
     found = record(dataset)[0] if split else {}
     if found.get("sha256") != split.get("sha256"):
         then, now = (", ".join(f"{counts.get(part, 0)} {part}" for part in PARTS) for counts in (split, found))

@@ -31,9 +31,7 @@ def command(config: ConvergenceConfig) -> int:
 
     settings = config.training()
     widths = {"residual": _width_of_equal_size(config, info_of(settings.dataset))}
-    cases = [
-        lab.Case(name, {"net": name}, {"width": widths.get(name, settings.width), **lab.KINDS[name]}) for name in NETS
-    ]
+    cases = [lab.Case(net, {"net": net}, {"width": widths.get(net, settings.width), **lab.KINDS[net]}) for net in NETS]
 
     def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
         return [trial.row(parameters=count_parameters(trial.net), history=trial.history) for trial in trials]
