@@ -18,6 +18,7 @@ from serve.request.app import make_app
 from serve.request.limits import Limits
 from train.data.batches import Batch
 from train.families import build, initialize
+from train.recipes import Recipe
 from train.trainer import make_optimizer, train_step
 
 
@@ -25,7 +26,7 @@ def a_step_of_training(spec, images):
     torch.manual_seed(0)
     net = build(spec)
     initialize(net, a=1.0, b=0.1, std=0.03)
-    optimizer = make_optimizer(net, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_ab=True)
+    optimizer = make_optimizer(net, Recipe(lr=0.1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
     batch = Batch(0, 0, torch.from_numpy(images), torch.arange(len(images)) % len(spec.labels))

@@ -26,6 +26,7 @@ from train.fine_tune.fake_quantize import FakeQuantized
 from train.fine_tune.from_plain import NUM_MEASURED, open_plain
 from train.layers import DiracConv2d
 from train.machine import World
+from train.recipes import Recipe
 
 # The share of all epochs after which the rate falls, and the factor.
 STEPS = {
@@ -61,15 +62,8 @@ class Trainer:
         self.net = net.to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
         self.judged = deepcopy(self.net).eval() if settings.ema else self.net  # the running average
         self.wrapped: nn.Module | None = None  # `net` as it is trained: rounded, shared by processes, compiled
-        per_channel = spec.parameterization == "per-channel"
-        self.optimizer = make_optimizer(
-            self.net,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov == "yes",
-            weight_decay=settings.weight_decay,
-            decay_ab=settings.decay_ab == "yes" or (settings.decay_ab == "auto" and not per_channel),
-        )
+        decays = {"yes": True, "no": False, "auto": spec.parameterization != "per-channel"}
+        self.optimizer = make_optimizer(self.net, settings, decay_ab=decays[settings.decay_ab])
         self.scaler = torch.amp.GradScaler(world.device.split(":")[0], enabled=settings.precision == "fp16")
         self.record: dict[str, Any] = {}  # of the run, for its checkpoint
         self.history: list[dict[str, Any]] = []
@@ -245,18 +239,16 @@ def learning_rate(schedule: str, lr: float, done: float, *, warmup: float = 0.0)
     return warm * lr * factor ** sum(done >= milestone for milestone in milestones)
 
 
-def make_optimizer(
-    net: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float, decay_ab: bool
-) -> torch.optim.SGD:
+def make_optimizer(net: nn.Module, recipe: Recipe, *, decay_ab: bool = True) -> torch.optim.SGD:
     """One weight decay on all parameters, batch normalisation's too (eq. 6); on `a` and `b` if `decay_ab`."""
     layers = [layer for layer in net.modules() if isinstance(layer, DiracConv2d) and not decay_ab]
     scales = {id(scale) for layer in layers for scale in (layer.a, layer.b)}
     decayed = [parameter for parameter in net.parameters() if id(parameter) not in scales]
     free = [parameter for parameter in net.parameters() if id(parameter) in scales]
-    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
     if free:
         groups.append({"params": free, "weight_decay": 0.0})
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov == "yes")
 
 
 def train_step(
