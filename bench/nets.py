@@ -115,10 +115,11 @@ def make_checkpoint(depth: int, width: float, path: Path) -> int:
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # the mean of all steps: of the only one
-    optimizer = make_optimizer(net, Recipe(lr=1e-3))
+    recipe = Recipe(lr=1e-3)
+    optimizer = make_optimizer(net, recipe)
     images = torch.randint(256, (8, *spec.image.shape), dtype=torch.uint8)
     batch = Batch(0, 0, images, torch.randint(10, (8,)))
-    train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, 1e-3)
+    train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, recipe)
     # No data set lies beside the checkpoint, so that none is read wherever this runs.
     config = {"dataset": "cifar10", "data_dir": str(path.parent), "seed": 0}
     save_checkpoint(path, Checkpoint.fresh(spec, net.state_dict(), config, optimizer=optimizer.state_dict(), epoch=1))

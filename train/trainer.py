@@ -176,17 +176,10 @@ class Trainer:
         num_images = world.count(len(batch.targets))
         if not num_images:
             return torch.zeros(2, dtype=torch.float64, device=world.device)
-        sums = train_step(
-            net,
-            self.optimizer,
-            self.scaler,
-            batch,
-            lr,
-            precision=settings.precision,
-            label_smoothing=settings.label_smoothing,
-            num_images=num_images / world.size,
-            is_frozen=batch.epoch < settings.freeze,
-        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        share, is_frozen = num_images / world.size, batch.epoch < settings.freeze
+        sums = train_step(net, self.optimizer, self.scaler, batch, settings, num_images=share, is_frozen=is_frozen)
         if settings.ema:
             num_taken = batch.epoch * self.num_steps + batch.step
             follow(self.judged, self.net, min(settings.ema, (1 + num_taken) / (10 + num_taken)))
@@ -256,29 +249,26 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     batch: Batch,
-    lr: float,
+    recipe: Recipe,
     *,
-    precision: str = "fp32",
-    label_smoothing: float = 0.0,
     num_images: float | None = None,
     is_frozen: bool = False,
 ) -> Tensor:
     """One step of gradient descent; gives [summed loss, right answers] in float64 on the batch's device.
 
-    `num_images` divides the summed loss: the images of a process in this step, on average over all
-    processes, whose gradients are averaged as well (default: those of `batch`). An empty batch takes part
-    with a gradient of zero. Of a net that `is_frozen` batch statistics stay. Sums stay on the device, so that
-    a GPU need not wait for the host after every step.
+    Of `recipe`, precision and label smoothing; the rate is the optimizer's. `num_images` divides the summed loss: the
+    images of a process in this step, on average over all processes, whose gradients are averaged as well (default:
+    those of `batch`). An empty batch takes part with a gradient of zero. Of a net that `is_frozen` batch statistics
+    stay. Sums stay on the device, so that a GPU need not wait for the host after every step.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    kind = AUTOCAST.get(recipe.precision)
     net.train(len(batch.targets) > 0 and not is_frozen)  # an empty batch has no statistics
-    with torch.autocast(batch.images.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+    with torch.autocast(batch.images.device.type, kind, enabled=kind is not None):
         logits = net(batch.images)
     logits = logits.float()
-    loss, right = _sums(logits, batch.targets, label_smoothing)
+    loss, right = _sums(logits, batch.targets, recipe.label_smoothing)
     if batch.others is not None:
-        other_loss, other_right = _sums(logits, batch.others, label_smoothing)
+        other_loss, other_right = _sums(logits, batch.others, recipe.label_smoothing)
         loss, right = (torch.lerp(*pair, batch.share) for pair in ((other_loss, loss), (other_right, right)))
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss / (num_images or len(batch.targets))).backward()

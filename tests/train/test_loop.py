@@ -66,9 +66,10 @@ def test_mixed_targets_count_by_their_share(make_net, images):
     sums = []
     for first, second, share in ((targets, None, 1.0), (others, None, 1.0), (targets, others, 0.3)):
         net = make_net()
-        optimizer = make_optimizer(net, Recipe(lr=0.1, momentum=0, nesterov="no", weight_decay=0))
+        recipe = Recipe(lr=0.1, momentum=0, nesterov="no", weight_decay=0)
+        optimizer = make_optimizer(net, recipe)
         batch = Batch(0, 0, pixels, first, second, share)
-        sums.append(train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, 0.1))
+        sums.append(train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, recipe))
     torch.testing.assert_close(sums[2], 0.3 * sums[0] + 0.7 * sums[1], rtol=1e-6, atol=0)
 
 
@@ -182,8 +183,8 @@ def test_bf16_changes_a_step_by_no_more_than_its_precision(make_net, images):
     losses = {}
     for precision in ("fp32", "bf16"):
         net = make_net()
-        optimizer = make_optimizer(net, Recipe(lr=0.1, weight_decay=0))
-        losses[precision] = train_step(net, optimizer, scaler, batch, 0.1, precision=precision)
+        recipe = Recipe(lr=0.1, weight_decay=0, precision=precision)
+        losses[precision] = train_step(net, make_optimizer(net, recipe), scaler, batch, recipe)
         assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
     # 8 bits of mantissa, ten layers in a row.
     assert losses["bf16"][0] != losses["fp32"][0]
@@ -198,8 +199,8 @@ def test_a_step_divides_by_the_images_of_all_processes_and_an_empty_batch_change
     for batch, num_images in ((whole, None), (whole, 8.0), (empty, 2.0)):
         net = make_net()
         before = {name: tensor.clone() for name, tensor in net.named_buffers()}
-        optimizer = make_optimizer(net, Recipe(lr=0.1, weight_decay=0))
-        sums.append(train_step(net, optimizer, scaler, batch, 0.1, num_images=num_images))
+        recipe = Recipe(lr=0.1, weight_decay=0)
+        sums.append(train_step(net, make_optimizer(net, recipe), scaler, batch, recipe, num_images=num_images))
         gradients.append([parameter.grad for parameter in net.parameters()])
     assert torch.equal(sums[0], sums[1])
     for one, half, none in zip(*gradients, strict=True):
