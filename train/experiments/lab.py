@@ -128,8 +128,8 @@ def conduct(
     and written after each case; with `resume`, cases that NAME.json holds are not measured again.
     """
     rows = _recorded(config, name)["rows"] if config.redraw else _kept_rows(config, name) if resume else []
-    lacking = [case for case in cases if not any(case.key.items() <= row.items() for row in rows)]
-    lacking, dataset = [] if config.redraw else lacking, None
+    lacking = [case for case in cases if not config.redraw and not any(case.key.items() <= row.items() for row in rows)]
+    dataset = None
     with progress(make_console(), "training", len(lacking) * config.seeds) as advance:
         for case in lacking:
             dataset, trials = dataset or load_dataset(config), list[Trial]()
