@@ -134,7 +134,7 @@ class Readable(Dataset):
         try:
             with torch.random.fork_rng(devices=[]):
                 for index in map(int, indices):
-                    torch.manual_seed(_seed(*self.key, index))
+                    torch.default_generator.manual_seed(_seed(*self.key, index))
                     if (pixels := read(files.paths[index], files, crop, self.smallest_crop)) is not None:
                         images.append(pixels)
                         targets.append(files.targets[index])
