@@ -180,7 +180,7 @@ def _another(form: Artefact, parts: dict[str, folder.Sizes], data_dir: Path, tra
     labels, known = tuple(place.name for place in folder.class_folders(data_dir)), form.spec.labels
     if not set(labels) & set(known):
         _places(labels, form, by_number=False)  # refuses
-    found = folder.find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track, may_lack=True)
+    found = folder.find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track, partial=True)
     part = found.test or found.train
     trained = {(*Path(name).parts[-2:], size) for side in ("train", "validation") for name, size in parts[side].items()}
     left_out, kept = list(found.left_out), list[int]()

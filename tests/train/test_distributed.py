@@ -75,8 +75,8 @@ def gradients(mode, world, wrap=lambda net: net):
     net = build(Spec("cifar", 10, 0.25, "ncrelu", digits.info.image, digits.info.labels))
     initialize(net, a=1.0, b=0.1, std=0.03)
     net.train(mode == "train")
-    settings = TrainConfig(flip="yes", crop=1).resolved()
-    batch = next(batches(digits.train, settings, digits.info, batch_size=64, epoch=0, first_step=0, world=world))
+    settings = TrainConfig(flip="yes", crop=1, batch_size=64).resolved()
+    batch = next(batches(digits.train, settings, digits.info, epoch=0, first_step=0, world=world))
     shared = wrap(net)
     functional.cross_entropy(shared(batch.images), batch.targets).backward()
     return {name: parameter.grad for name, parameter in net.named_parameters()}
