@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from serving import read_greeting
 from test_readme import argv_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,8 +55,7 @@ def test_its_commands_build_an_engine_and_serve(road, folder, port):
     assert (folder / "plain.engine").exists()
     with subprocess.Popen(argv_of(serve, port), cwd=folder, stdout=subprocess.PIPE, text=True) as server:
         try:
-            while "serving at" not in server.stdout.readline():
-                assert server.poll() is None
+            read_greeting(server)
             done = subprocess.run(argv_of(ask, port), cwd=folder, capture_output=True, text=True)
             assert '"probability"' in done.stdout, done.stdout + done.stderr
         finally:
