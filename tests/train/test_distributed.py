@@ -23,7 +23,7 @@ from train.families import build, initialize
 from train.machine import World
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # up to three runs, each of many processes' imports
 # What each process runs: this module's functions, then DDP.
 PROGRAM = f"""
 import sys
@@ -60,7 +60,7 @@ def step(*arguments, **options):
             before = signal.getsignal(number)
             signal.signal(number, lambda *given, before=before: (before(*given), came.set()))
         os.kill(os.getppid(), signal.SIGINT)
-        came.wait()
+        came.wait(200)
     return train_step(*arguments, **options)
 
 trainer.train_step = step
