@@ -65,6 +65,12 @@ def same_threads():
     assert torch.get_num_threads() == before
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Each test draws the same ones, whatever has run before it in this process."""
+    torch.manual_seed(NET_SEED)
+
+
 @pytest.fixture(
     params=[pytest.param(row, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, row in ROWS.items()]
 )

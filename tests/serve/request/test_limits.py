@@ -236,6 +236,7 @@ def test_a_connection_that_is_slow_with_its_headers_is_closed(live, runtime, con
             assert not requests_before
 
 
+@pytest.mark.slow
 def test_headers_without_an_end_are_cut_off(live, runtime, connect):
     with live(make_app(runtime, Limits()), http=Connection) as url:
         connection = connect(url)
