@@ -203,7 +203,7 @@ def test_a_client_that_sends_nothing_holds_up_nobody(serve_rpc, runtime, monkeyp
     limits = Limits(max_body_bytes=100_000, max_held_bytes=100_000, max_images=4)
     with serve_rpc(runtime, limits) as served:
         silent = Silent(served.target)
-        until(lambda: served.app.state.grpc._intake._started)  # it has the place
+        until(lambda: served.app.grpc._intake._started)  # it has the place
         assert served.raw(request_of(BLACK))[0] == "OK"
         assert silent.call.code() == grpc.StatusCode.UNAVAILABLE
         assert "not complete within 0.05 s while others waited" in silent.call.details()

@@ -240,7 +240,7 @@ def test_a_call_that_is_cancelled_leaves_the_queue(serve_rpc, gated, pixels):
         gated.close()
         first, second = (served.raw.start(request_of(pixels)) for _ in range(2))
         gated.wait()
-        until(lambda: served.app.state.prober._batcher.num_held == 10)  # the second is there too
+        until(lambda: served.app.prober._batcher.num_held == 10)  # the second is there too
         second.cancel()
         visit = served.visits.get(timeout=60)
         assert visit.status == 499
@@ -273,7 +273,7 @@ def test_what_is_under_way_is_answered_when_the_server_stops_and_nothing_more(se
         gated.close()
         first = served.raw.start(request_of(pixels))
         gated.wait()
-        served.app.state.grpc.begin_stop()
+        served.app.grpc.begin_stop()
         refused = served.raw(request_of(pixels[:1]))
         assert refused[:2] == ("UNAVAILABLE", "the server is stopping; try another one")
         assert (refused[2]["problem-type"], refused[2]["retry-after"]) == (problems.NOT_READY.type, "1")
@@ -288,7 +288,7 @@ def test_what_is_still_under_way_at_the_end_of_the_drain_is_refused(serve_rpc, g
         gated.close()
         first = served.raw.start(request_of(pixels))
         gated.wait()
-        loop, stop = served.app.state.grpc._loop, served.app.state.grpc.stop
+        loop, stop = served.app.grpc._loop, served.app.grpc.stop
         asyncio.run_coroutine_threadsafe(stop(), loop).result(60)
         assert (first.code().name, first.details()) == ("UNAVAILABLE", "the server is stopping; try another one")
         gated.open()
