@@ -43,6 +43,7 @@ def test_a_program_prints_what_the_page_says(number, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("road", ROADS, ids=["own", "timm"])
 def test_its_commands_build_an_engine_and_serve(road, folder, port):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows")

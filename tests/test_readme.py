@@ -25,6 +25,7 @@ def argv_of(line, port):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_road_one_step_at_a_time_works_as_written(tmp_path, port):
     servers = []
     try:
