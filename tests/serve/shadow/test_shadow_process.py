@@ -127,7 +127,12 @@ def test_a_shadow_that_is_killed_comes_back_and_goes_on_counting(start_shadowed,
         before = client.get("/model").json()["shadow"]["images"]
         (process,) = children_of(server.pid, "model.worker")
         os.kill(process, signal.SIGKILL)
-        until(lambda: children_of(server.pid, "model.worker") not in ([], [process]))
+
+        def is_replaced():  # once an image finds it gone
+            send(client, pixels[:1], encode)
+            return children_of(server.pid, "model.worker") not in ([], [process])
+
+        until(is_replaced)
         compare_two(client, pixels, encode)
         card = client.get("/model").json()["shadow"]
     assert card["images"] >= before + 2
