@@ -241,12 +241,12 @@ def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
     from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import OnnxSession
     from export.runtimes.runtime import probabilities
-    from fold.plain import fold_net
+    from fold.graph import fold
 
     with tempfile.TemporaryDirectory() as folder:
         session = OnnxSession(path)
         spec = session.model.spec
-        net = fold_net(random_net(spec)).float()
+        net = fold(random_net(spec)).float()
         other = write_whole(Path(folder, "other.onnx"), to_onnx(net, spec, {}).SerializeToString())
         sessions, contents = (session, OnnxSession(other)), [path.read_bytes(), other.read_bytes()]
     pixels = decode(image, spec.image)[None]

@@ -136,13 +136,13 @@ def _write_small_model(folder: Path) -> Path:
     from bench.nets import random_net
     from common.spec import Spec
     from export.graphs.graph import to_onnx
+    from fold.graph import fold
     from fold.lower import lower
-    from fold.plain import fold_net
     from train.data import datasets
 
     info = datasets.info_of("digits")
     spec = Spec("cifar", 10, 0.25, "ncrelu", info.image, info.labels)
-    model = to_onnx(lower(fold_net(random_net(spec)).float(), "shared"), spec, {})
+    model = to_onnx(lower(fold(random_net(spec)).float(), "shared"), spec, {})
     return write_whole(folder / "small.onnx", model.SerializeToString())
 
 

@@ -33,8 +33,8 @@ from common.spec import Spec
 from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from export.to_onnx import DEFAULT_LOWERING
+from fold.graph import fold
 from fold.lower import lower
-from fold.plain import fold_net
 from train.data.datasets import info_of
 
 PEERS = ROOT / "bench" / "peers"
@@ -182,7 +182,7 @@ def write_net(size: str, contestants: Sequence[Contestant], folder: Path) -> Ser
     info = info_of("fashion-mnist")
     family, depth, width, nonlinearity = SIZES[size]
     spec = Spec(family, depth, width, nonlinearity, info.image, info.labels)
-    plain = fold_net(random_net(spec)).float()
+    plain = fold(random_net(spec)).float()
     pngs = [path.read_bytes() for path in sorted((ROOT / "models" / "held-out").glob("*.png"))]
     images = np.stack([decode(png, info.image) for png in pngs])
     with torch.no_grad():

@@ -14,9 +14,10 @@ from export.eight_bits.integer import quantize_filters, to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.eight_bits.quantize import answerer, measure_drop, quantize, relative_error, top1_agreement
 from export.graphs.graph import to_onnx
+from fold.graph import fold
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
-from fold.plain import fold_net
+from fold.nodes import run
 
 INT8_LOWERINGS = ("concat", "shared", "shared-split", "skip")
 
@@ -27,7 +28,7 @@ def calibrated(make_net, make_spec, images):
 
     def make(lowering, **fields):
         spec, pixels = make_spec(**fields), images(24, fields.get("size", 8))
-        plain = fold_net(make_net(**fields)).float()
+        plain = fold(make_net(**fields)).float()
         lowered = lower(plain, lowering)
         floats = to_onnx(lowered, spec, {})
         return plain, spec, lowered, floats, ranges(observe(floats, pixels), "min-max"), pixels
@@ -72,19 +73,17 @@ def test_integer_arithmetic_is_what_it_says(calibrated):
         zero = np.rint(-low / scale)
         return ((x / scale + zero).round().clamp(0, 255) - zero) * scale
 
-    with torch.no_grad():
-        x = lowered.stem(lowered.normalize(torch.from_numpy(pixels)))
-        x = eight_bits(x, "stem.relu")
-        for name, layer in list(lowered.named_children())[2:]:
-            if not name.startswith("group"):
-                x = layer(x)
-                continue
-            for block, parts in layer.named_children():
-                x = parts.ncrelu(x) if hasattr(parts, "ncrelu") else x
-                weight, scales = quantize_filters(parts.conv.weight.numpy())
-                filters = torch.from_numpy(weight * scales.reshape(-1, 1, 1, 1))
-                x = functional.conv2d(x, filters, parts.conv.bias, padding=1)
-                x = eight_bits(x, f"{name}.{block}.conv")
+    x = torch.from_numpy(pixels)
+    for node in lowered.graph.nodes[1:]:
+        if node.op == "conv" and node.name != "stem.conv":
+            weight, scales = quantize_filters(node.tensors["weight"].numpy())
+            filters = torch.from_numpy(weight * scales.reshape(-1, 1, 1, 1))
+            x = functional.conv2d(x, filters, node.tensors["bias"], padding=1)
+            x = eight_bits(x, node.name)
+        else:
+            x = run(node, [x])
+        if node.name == "stem.relu":
+            x = eight_bits(x, node.name)
     found = answers(to_integer_onnx(lowered, spec, {}, reach), pixels)
     # Levels that lie within float32's rounding of a half may go either way.
     assert relative_error(x.numpy(), found) < 0.01
@@ -142,7 +141,7 @@ def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, 
                 tensor.mul_(0.5)
     pixels = images(96)
     found = quantize(
-        fold_net(net).float(),
+        fold(net).float(),
         make_spec(depth=16),
         precision="int8",
         target=target,
@@ -156,7 +155,7 @@ def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, 
     assert errors == sorted(errors)
     best = min(row.relative_error for row in found.candidates if row.lowering == "concat")
     assert errors[0] < 0.6 * best
-    expected = answers(to_onnx(fold_net(net), make_spec(depth=16), {}), pixels[48:])
+    expected = answers(to_onnx(fold(net), make_spec(depth=16), {}), pixels[48:])
     assert relative_error(expected, answers(found.model, pixels[48:])) == pytest.approx(errors[0])
 
 
