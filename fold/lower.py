@@ -17,7 +17,8 @@ from fold.lowerings import LOWERINGS, Lowering
 from fold.nodes import Graph, Node
 from train.layers import dirac_delta
 
-GRAPH_LOWERINGS = tuple(name for name in LOWERINGS if name not in ("mirror", "skip"))  # for more than chains
+OF_CHAINS: tuple[Lowering, ...] = ("mirror", "skip")
+GRAPH_LOWERINGS: tuple[Lowering, ...] = tuple(name for name in LOWERINGS if name not in OF_CHAINS)
 # A channel whose tap is negative or below this share of the median is rescaled by the median instead of its own tap:
 # otherwise its activations would grow from layer to layer and take the range of eight bits for themselves.
 SMALLEST_TAP = 1 / 4
@@ -39,7 +40,7 @@ def lower(net: GraphNet, lowering: str) -> GraphNet:
     if lowering not in LOWERINGS:
         raise Refusal(f"lowering must be one of {', '.join(LOWERINGS)}, got {lowering}")
     graph = net.graph
-    if lowering not in GRAPH_LOWERINGS and not is_chain(graph):
+    if lowering in OF_CHAINS and not is_chain(graph):
         raise Refusal(
             f"lowering {lowering} is for chains of convolutions, ReLU, NCReLU and max-pools, and this net is not one; "
             f"choose one of {', '.join(GRAPH_LOWERINGS)}"

@@ -27,7 +27,8 @@ def write(tmp_path, make_net, make_spec):
 
     def write(name, *, bend=0.0, lowering="concat", precision="fp32", seed=0, **fields):
         plain = fold(make_net(seed, **fields)).float()
-        plain.graph[BENT].tensors["weight"].mul_(1 + bend)
+        if bend:
+            plain.graph[BENT].tensors["weight"].mul_(1 + bend)
         path, spec = tmp_path / name, make_spec(**fields)
         if path.suffix == ".safetensors":
             save_plain(path, plain, spec, {})
