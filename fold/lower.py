@@ -66,13 +66,17 @@ def distinct_lowerings(net: GraphNet) -> tuple[Lowering, ...]:
 
 def is_chain(graph: Graph) -> bool:
     """Whether a graph is a chain of the layers that this project's nets have, `Residual` among them."""
-    trunk, end = _trunk(graph), graph.nodes[-1]
-    for node in reversed(graph.nodes[1:]):
-        if node.name in trunk:
-            end = node
-        elif end.op != "add" or not node.name.startswith((f"{end.name}.body.", f"{end.name}.shortcut.")):
-            return False
-    return all(_is_layer(graph, node) for node in graph.nodes[1:])
+    trunk = _trunk(graph)
+    branches = tuple(
+        f"{node.name}.{part}." for node in graph.nodes for part in ("body", "shortcut") if node.op == "add"
+    )
+    return all(
+        node.op in ("input", "normalize", "conv", "linear", "add", *HOMOGENEOUS)
+        and (node.name in trunk or node.name.startswith(branches))
+        and len(node.inputs) <= 2  # as integer nodes add
+        and (node.op != "linear" or graph.ranks[node.name] == 2)  # whose columns are channels
+        for node in graph.nodes
+    )
 
 
 def _trunk(graph: Graph) -> set[str]:
@@ -84,26 +88,6 @@ def _trunk(graph: Graph) -> set[str]:
             trunk.add(node.name)
         furthest = max([furthest, *(places[reader.name] for reader in graph.readers(node.name))])
     return trunk
-
-
-def _is_layer(graph: Graph, node: Node) -> bool:
-    how = node.attributes
-    match node.op:
-        case "normalize" | "relu" | "ncrelu" | "flatten":
-            return True
-        case "linear":
-            return graph.ranks[node.name] == 2
-        case "conv":
-            return all(before == after for before, after in how["padding"])
-        case "max_pool":
-            is_square = all(len({*how[key]}) == 1 for key in ("size", "stride", "padding"))
-            return is_square and not how["ceil"] and {*how["dilation"]} == {1}
-        case "global_pool":
-            return graph.ranks[node.name] in (None, 4)
-        case "add":
-            return len(node.inputs) == 2
-        case _:
-            return False
 
 
 def split_ncrelu(weight: Tensor) -> tuple[Tensor, Tensor]:

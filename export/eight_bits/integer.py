@@ -17,7 +17,7 @@ import torch
 from common.refusal import Refusal
 from common.spec import Spec
 from export.eight_bits.calibrate import Range, Ranges
-from export.graphs.graph import GraphWriter, finish, window, write_nodes
+from export.graphs.graph import GraphWriter, conv_window, finish, pool_window, write_nodes
 from export.runtimes.saturation import largest_pair
 from fold.graph import GraphNet
 from fold.nodes import Graph, Node
@@ -83,7 +83,8 @@ def _write(
         case "cat":  # of a tensor and its ReLU, or itself: their scales and zero points are the same
             return replace(x, name=graph.node("Concat", name, *(part.name for part in inputs), axis=3))
         case "max_pool":
-            return replace(x, name=graph.node("NhwcMaxPool", name, x.name, domain=CONTRIB, **window(node)))
+            window = pool_window(node, graph.shapes[node.inputs[0]])
+            return replace(x, name=graph.node("NhwcMaxPool", name, x.name, domain=CONTRIB, **window))
         case "conv":
             return _write_convolution(graph, node, x, _reach(plain, name, ranges))
         case "add":
@@ -118,7 +119,7 @@ def _write_convolution(graph: GraphWriter, node: Node, x: EightBitTensor, reach:
     constants = {"weight": weight, "weight.scale": scales, "weight.zero": zeros, "bias": bias.astype(np.int32)}
     *filters, bias = (graph.constant(f"{node.name}.{key}", value) for key, value in constants.items())
     inputs = x.name, *x.parameters, *filters, *output.parameters, bias
-    graph.node("QLinearConv", node.name, *inputs, domain=CONTRIB, channels_last=1, **window(node))
+    graph.node("QLinearConv", node.name, *inputs, domain=CONTRIB, channels_last=1, **conv_window(node))
     return output
 
 

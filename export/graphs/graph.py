@@ -116,14 +116,28 @@ def write_nodes(graph: GraphWriter, nodes: Iterable[Node]) -> None:
         graph.outputs[node.name] = graph.tensor
 
 
-def window(node: Node) -> dict[str, Any]:
-    """ONNX's attributes of a convolution's or a max-pool's window."""
-    how = node.attributes
-    if node.op == "conv":
-        kernel, more = list(node.tensors["weight"].shape[2:]), {"dilations": how["dilation"], "group": how["groups"]}
-        return {"kernel_shape": kernel, "strides": how["stride"], "pads": _pads(how["padding"]), **more}
-    pairs = [[size, size] for size in how["padding"]]
-    return {"kernel_shape": how["size"], "strides": how["stride"], "pads": _pads(pairs)}
+def conv_window(node: Node) -> dict[str, Any]:
+    """ONNX's attributes of a convolution."""
+    how, kernel = node.attributes, list(node.tensors["weight"].shape[2:])
+    more = {"dilations": how["dilation"], "group": how["groups"]}
+    return {"kernel_shape": kernel, "strides": how["stride"], "pads": _pads(how["padding"]), **more}
+
+
+def pool_window(node: Node, shape: Shape) -> dict[str, Any]:
+    """ONNX's attributes of a pool that reads [C, ...] for one image.
+
+    Where the last window reaches beyond the padding, ONNX is given padding that reaches as far: it takes no part in a
+    maximum, nor in a mean that does not count it.
+    """
+    how, pairs = node.attributes, []
+    dilation = how.get("dilation", [1] * len(how["size"]))
+    windows = zip(shape[1:], how["size"], how["stride"], how["padding"], dilation, strict=True)
+    for size, taps, stride, padding, gap in windows:
+        num = pooled(size, taps, stride, padding, gap, ceil=how["ceil"])
+        reach = (num - 1) * stride + gap * (taps - 1) + 1
+        pairs.append([padding, max(padding, reach - size - padding)])
+    window = {"kernel_shape": how["size"], "strides": how["stride"], "pads": _pads(pairs)}
+    return window if {*dilation} == {1} else {**window, "dilations": dilation}
 
 
 def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shape: Shape) -> None:
@@ -133,7 +147,7 @@ def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shape: Shape)
         case "normalize":
             _write_normalize(graph, name, node.tensors["offset"], node.tensors["scale"])
         case "conv":
-            graph.node("Conv", name, x, *graph.weights(node), **window(node))
+            graph.node("Conv", name, x, *graph.weights(node), **conv_window(node))
         case "linear" if len(shape) == 1:
             graph.node("Gemm", name, x, *graph.weights(node), transB=1)
         case "linear":
@@ -155,8 +169,10 @@ def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shape: Shape)
             graph.node("Pad", name, x, graph.integers(f"{name}.pads", _pads([[0, 0], [0, 0], *how["padding"]])))
         case "ncrelu":
             _write_ncrelu(graph, name, x)
-        case "max_pool" | "avg_pool":
-            _write_pool(graph, node, x, shape)
+        case "max_pool":
+            graph.node("MaxPool", name, x, **pool_window(node, shape))
+        case "avg_pool":
+            _write_average_pool(graph, node, x, shape)
         case "flatten":
             graph.node("Flatten", name, x)
         case "global_pool":
@@ -198,30 +214,15 @@ def _write_affine(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
     graph.node("Add", name, x, graph.weight(f"{name}.shift", shift))
 
 
-def _write_pool(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
-    """Where the last window reaches beyond the padding, ONNX is given padding that reaches as far.
-
-    Padding takes no part in a maximum, nor in a mean that does not count it.
-    """
-    how, pairs = node.attributes, []
-    dilation = how.get("dilation", [1] * len(how["size"]))
-    windows = zip(shape[1:], how["size"], how["stride"], how["padding"], dilation, strict=True)
-    for size, taps, stride, padding, gap in windows:
-        num = pooled(size, taps, stride, padding, gap, ceil=how["ceil"])
-        reach = (num - 1) * stride + gap * (taps - 1) + 1
-        pairs.append([padding, max(padding, reach - size - padding)])
-    reaching = {**window(node), "pads": _pads(pairs)}
-    if node.op == "max_pool":
-        gaps = {} if {*dilation} == {1} else {"dilations": dilation}
-        graph.node("MaxPool", node.name, x, **reaching, **gaps)
-        return
-    counts = how["count_padding"] and any(how["padding"])
-    if counts and any(before != after for before, after in pairs):
+def _write_average_pool(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
+    padding, window = node.attributes["padding"], pool_window(node, shape)
+    counts = node.attributes["count_padding"] and any(padding)
+    if counts and window["pads"] != [*padding, *padding]:
         raise Refusal(
             f"{node.name}: ONNX has no average pool that rounds its size up and counts its padding; "
             "build it with ceil_mode=False or count_include_pad=False"
         )
-    graph.node("AveragePool", node.name, x, **reaching, count_include_pad=int(counts))
+    graph.node("AveragePool", node.name, x, **window, count_include_pad=int(counts))
 
 
 def _write_activation(graph: GraphWriter, node: Node, x: str) -> None:

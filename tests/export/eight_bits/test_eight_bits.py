@@ -5,6 +5,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
 from torch.nn import functional
 
 from common.refusal import Refusal
@@ -18,6 +19,7 @@ from fold.graph import fold
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from fold.nodes import run
+from train.layers import Normalize
 
 INT8_LOWERINGS = ("concat", "shared", "shared-split", "skip")
 
@@ -188,3 +190,16 @@ def test_an_fp8_file_is_compared_with_the_optimiser_off(calibrated, tmp_path):
     assert form.precision == "fp8"
     assert relative_error(expected, form.answer(pixels)) < 0.15
     assert relative_error(expected, form.layers(pixels)["fc"]) < 0.15
+
+
+def test_windows_of_any_shape_have_integer_nodes(make_spec, images):
+    """A pool that rounds up and is not square, and a kernel with more zeros on one side."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 2, padding="same"), nn.MaxPool2d((2, 3), 2, ceil_mode=True)
+    head = nn.ReLU(), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    spec, pixels = make_spec(size=11), images(48, 11)
+    plain = fold(nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers, *head)).float()
+    how = {"precision": "int8", "target": "onnxruntime", "lowerings": ["concat"]}
+    found = quantize(plain, spec, **how, observed=pixels[:24], chosen_by=pixels[24:])
+    assert {"QLinearConv", "NhwcMaxPool"} <= {node.op_type for node in found.model.graph.node}
+    assert found.candidates[0].relative_error < 0.15
