@@ -18,6 +18,7 @@ from fold.graph import GraphNet, fold
 from fold.image_sets import extreme_images, random_images, real_images
 from fold.nodes import Graph
 from fold.plain import load_plain
+from fold.proof import weighted_layers
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.data.batches import Batch
 from train.data.datasets import cifar_image, imagenet_image
@@ -103,6 +104,11 @@ def count_macs(net: nn.Module, image: ImageSpec) -> int:
     with FlopCounterMode(display=False) as counter:
         deepcopy(net).to("meta")(torch.empty((1, *image.shape), dtype=torch.uint8, device="meta"))
     return counter.get_total_flops() // 2
+
+
+def count_weights(net: GraphNet) -> int:
+    """The numbers of all convolutions and linear layers."""
+    return sum(tensor.numel() for node in weighted_layers(net.graph) for tensor in node.tensors.values())
 
 
 def make_checkpoint(depth: int, width: float, path: Path) -> int:
