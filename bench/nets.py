@@ -18,7 +18,6 @@ from fold.graph import GraphNet, fold
 from fold.image_sets import extreme_images, random_images, real_images
 from fold.nodes import Graph
 from fold.plain import load_plain
-from fold.proof import weighted_layers
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.data.batches import Batch
 from train.data.datasets import cifar_image, imagenet_image
@@ -108,7 +107,8 @@ def count_macs(net: nn.Module, image: ImageSpec) -> int:
 
 def count_weights(net: GraphNet) -> int:
     """The numbers of all convolutions and linear layers."""
-    return sum(tensor.numel() for node in weighted_layers(net.graph) for tensor in node.tensors.values())
+    weighted = (node for node in net.graph.nodes if node.op != "normalize")
+    return sum(tensor.numel() for node in weighted for tensor in node.tensors.values())
 
 
 def make_checkpoint(depth: int, width: float, path: Path) -> int:
