@@ -56,7 +56,7 @@ def command(config: SaturationConfig) -> None:
     model = to_integer_onnx(lowered, plain.spec, {}, reach)
     pixels, targets = dataset.test.first(len(dataset.test)), np.asarray(dataset.test.targets)
     reference = answer_all(answerer(floats), pixels)
-    filters = {name: conv.detach().numpy() for name, conv in lowered.named_parameters()}
+    filters = {name: tensor.numpy() for name, tensor in lowered.graph.tensors().items()}
     print(f"this processor {'saturates' if saturates() else 'does not saturate'}")
     print("| bound | filters with a larger scale | top-1 | same class | logit error |\n| --- | --- | --- | --- | --- |")
     for name, bound in BOUNDS.items():
