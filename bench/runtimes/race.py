@@ -28,7 +28,6 @@ from bench.runtimes.racers import (
     Race,
     Racer,
     Worker,
-    WorkerFailed,
     gemm_racers,
     median_call_ms,
     peak_bytes,
@@ -109,16 +108,14 @@ def _race(
     """All racers with one number of threads: opened, compared, then timed in turn; fills the rows of the record."""
     running, images = {}, random_images(image, NUM_COMPARED)
     for worker, row in zip(workers, record["rows"], strict=True):
-        try:
-            worker.wait()
-            logits = worker.ask(operator.call, images)
-        except WorkerFailed as failure:
-            row["failed"] = str(failure)
+        row["timings"][threads] = {}
+        logits = worker.wait() or worker.ask(operator.call, images)
+        if isinstance(logits, Failure):
+            row["failed"] = logits
         else:
             running[worker] = row
             if row["net"] in expected:
                 row |= judge_logits(row["precision"], expected[row["net"]], logits)
-        row["timings"][threads] = {}
         advance(note=row["title"])
     for size in record["batches"]:
         images = random_images(image, size)
@@ -131,7 +128,8 @@ def _race(
                 row["failed"] = timing
                 del running[worker]
     for worker, row in running.items():
-        row["peak_bytes"][threads] = worker.ask(peak_bytes)
+        if not isinstance(memory := worker.ask(peak_bytes), Failure):
+            row["peak_bytes"][threads] = memory
 
 
 def judge_logits(precision: str, expected: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
