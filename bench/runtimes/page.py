@@ -9,7 +9,6 @@ from bench.runtimes.racers import BASELINES, NUM_GEMM, OURS, REFERENCE
 
 CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")
 LAYOUTS = ("ReorderInput", "ReorderOutput", "Transpose")
-NUM_LAYERS_SHOWN = 6
 
 
 @dataclass(frozen=True)
@@ -144,21 +143,8 @@ def _profile(profile: Record) -> dict[str, Any]:
     convolutions, layouts = (sum(operators.get(name, 0.0) for name in kind) for kind in (CONVOLUTIONS, LAYOUTS))
     others = [(name, ms) for name, ms in operators.items() if name not in (*CONVOLUTIONS, *LAYOUTS)]
     kinds = [("convolutions", convolutions), ("changes of layout", layouts), *others[:3]]
-    layers = ""
-    # In eight bits the kernel keeps the filters in a layout of its own, and their shapes are not known.
-    if sum(layer["ms"] for layer in profile["layers"]) > convolutions / 2:
-        layers = render("model-layers", {"layers": list(map(_layer, profile["layers"][:NUM_LAYERS_SHOWN]))})
-    return {
-        **profile,
-        "threads": _threads(profile["num_threads"]),
-        "total": total,
-        "kinds": ", ".join(f"{percent(ms / total)} {name}" for name, ms in kinds),
-        "layers": layers,
-    }
-
-
-def _layer(layer: Record) -> dict[str, Any]:
-    return {**layer, **{name: "×".join(map(str, layer[name])) for name in ("weight", "output")}}
+    shares = ", ".join(f"{percent(ms / total)} {name}" for name, ms in kinds)
+    return {**profile, "threads": _threads(profile["num_threads"]), "total": total, "kinds": shares}
 
 
 def _threads(num: int) -> str:
