@@ -171,7 +171,7 @@ def test_the_page_shows_bars_limits_rows_failures_and_the_profile(record):
     assert "| 1.0e-07 **strays** |" in text
     assert "- Net, absent, fp32: ImportError: no | such library" in text
     assert "fp32 1000 GOP/s, int8 4000 GOP/s" in text
-    assert "10 ms in nodes; 90 % convolutions, 5 % changes of layout, 5 % Relu." in text
+    assert "10 ms in nodes; 90 % Conv, 5 % Relu, 5 % Transpose." in text
 
 
 def test_the_page_of_a_race_without_products_and_baselines_says_so(record):
