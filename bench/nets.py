@@ -57,12 +57,12 @@ class Net:
 
 def seeded_net(depth: int, width: float, *, family: str = "cifar") -> Net:
     """A DiracNet of random weights."""
-    spec = _spec(depth, width, family)
+    spec = dirac_spec(depth, width, family=family)
     net = random_net(spec)
     return Net("random, seed 0", spec, net, True, fold_net(net).float())
 
 
-def _spec(depth: int, width: float, family: str = "cifar") -> Spec:
+def dirac_spec(depth: int, width: float, *, family: str = "cifar") -> Spec:
     """For images of CIFAR or, in the families of ImageNet, of ImageNet."""
     image, num_labels = (imagenet_image(), 1000) if family.startswith("imagenet") else (cifar_image(), 10)
     return Spec(family, depth, width, "ncrelu", image, tuple(f"class {index}" for index in range(num_labels)))
@@ -109,7 +109,7 @@ def make_checkpoint(depth: int, width: float, path: Path) -> int:
     Batch normalisation has the statistics of that step, so that activations keep their size over any depth.
     """
     torch.manual_seed(0)
-    spec = _spec(depth, width)
+    spec = dirac_spec(depth, width)
     net = initialized(spec, a=1.0, b=0.1, std=0.03)
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -138,26 +138,23 @@ class ReferenceNCReLU(nn.Module):
         return torch.cat([x.relu(), -(-x).relu()], dim=1)
 
 
-def reference_convolution(conv: DiracConv2d) -> ReferenceDiracConv2d:
-    """The layer in the form of the authors' release; it shares the parameters, which an optimizer may hold."""
-    reference = ReferenceDiracConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)
-    reference.a, reference.b = conv.a, conv.b
-    reference.register_parameter("weight", conv.weight)
+def reference_form(net: nn.Sequential, kinds: tuple[type[nn.Module], ...] = (DiracConv2d, NCReLU)) -> nn.Sequential:
+    """A Dirac net as a user has it before this project: every weight made anew at each call.
+
+    Its layers of `kinds` are in the form of the authors' release; they share the parameters, which an optimizer may
+    hold.
+    """
+    layers = (layer for _, layer in named_layers(net))
+    return nn.Sequential(*(_reference(layer) if isinstance(layer, kinds) else layer for layer in layers))
+
+
+def _reference(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, NCReLU):
+        return ReferenceNCReLU()
+    reference = ReferenceDiracConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
+    reference.a, reference.b = layer.a, layer.b
+    reference.register_parameter("weight", layer.weight)
     return reference
-
-
-def reference_form(net: nn.Sequential) -> nn.Sequential:
-    """A Dirac net as a user has it before this project: every weight made anew at each call."""
-
-    def convert(layer: nn.Module) -> nn.Module:
-        match layer:
-            case DiracConv2d():
-                return reference_convolution(layer)
-            case NCReLU():
-                return ReferenceNCReLU()
-        return layer
-
-    return nn.Sequential(*(convert(layer) for _, layer in named_layers(net))).eval()
 
 
 def torch_answer(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bench.lab.process import cost_of
 from bench.lab.rounds import Timing, alternate_all, median_ms, speedup, timing_of, turns
-from bench.nets import reference_convolution
+from bench.nets import reference_form
 from bench.training import BATCH_SIZE, FORMS, PRECISIONS
 from common.cores import num_cores
 from common.spec import ImageSpec, Spec
@@ -47,10 +47,7 @@ def make_net(form: str, spec: Spec) -> nn.Sequential:
     parameterization = "plain" if form == "ordinary" else "dirac"
     net = initialized(replace(spec, parameterization=parameterization), a=1.0, b=0.1, std=0.03)
     if form == "Dirac, reference":
-        for layer in list(net.modules()):
-            for name, child in layer.named_children():
-                if isinstance(child, DiracConv2d):
-                    setattr(layer, name, reference_convolution(child))
+        net = reference_form(net, (DiracConv2d,))
     return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
 
 
