@@ -39,7 +39,7 @@ class FoldingConfig(Measurement):
 
 def command(config: FoldingConfig) -> None:
     """Fold and export nets of 1 to 59 million parameters and one of 400 layers, each in its own process."""
-    from bench.nets import make_checkpoint
+    from bench.training_steps import make_checkpoint
     from export import to_onnx
     from fold import run as fold
 

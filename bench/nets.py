@@ -1,4 +1,4 @@
-"""The nets that are measured: DiracNets in three forms, run by PyTorch, nets of other papers, and a checkpoint."""
+"""The nets that are measured: DiracNets in three forms, run by PyTorch, and nets of other papers."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -16,12 +16,9 @@ from common.spec import ImageSpec, Spec
 from export.compare import Answer
 from fold.image_sets import extreme_images, random_images, real_images
 from fold.plain import fold_net, load_plain, named_layers
-from train.checkpoint import Checkpoint, save_checkpoint
-from train.data.batches import Batch
 from train.data.datasets import cifar_image, imagenet_image
-from train.families import build, count_parameters, initialized
+from train.families import build
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
-from train.trainer import make_optimizer, train_step
 
 SEEDED = ((16, 1.0), (34, 2.0))  # depth and width
 NUM_CALIBRATION = 256
@@ -101,27 +98,6 @@ def count_macs(net: nn.Module, image: ImageSpec) -> int:
     with FlopCounterMode(display=False) as counter:
         deepcopy(net).to("meta")(torch.empty((1, *image.shape), dtype=torch.uint8, device="meta"))
     return counter.get_total_flops() // 2
-
-
-def make_checkpoint(depth: int, width: float, path: Path) -> int:
-    """A DiracNet for CIFAR images after one step on noise, with its momentum; gives its number of parameters.
-
-    Batch normalisation has the statistics of that step, so that activations keep their size over any depth.
-    """
-    torch.manual_seed(0)
-    spec = dirac_spec(depth, width)
-    net = initialized(spec, a=1.0, b=0.1, std=0.03)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None  # the mean of all steps: of the only one
-    optimizer = make_optimizer(net, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_ab=True)
-    images = torch.randint(256, (8, *spec.image.shape), dtype=torch.uint8)
-    batch = Batch(0, 0, images, torch.randint(10, (8,)))
-    train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, 1e-3)
-    # No data set lies beside the checkpoint, so that none is read wherever this runs.
-    config = {"dataset": "cifar10", "data_dir": str(path.parent), "seed": 0}
-    save_checkpoint(path, Checkpoint.fresh(spec, net.state_dict(), config, optimizer=optimizer.state_dict(), epoch=1))
-    return count_parameters(net)
 
 
 class ReferenceDiracConv2d(DiracConv2d):

@@ -20,7 +20,7 @@ def finished_run(tmp_path):
     """A checkpoint that says it learnt Fashion-MNIST: 92 % after its second epoch of 10 s."""
     from dataclasses import replace
 
-    from bench.nets import make_checkpoint
+    from bench.training_steps import make_checkpoint
 
     path = tmp_path / "run" / "checkpoint.pt"
     make_checkpoint(10, 0.25, path)
@@ -46,7 +46,7 @@ def test_training(tmp_path, monkeypatch, capsys, finished_run):
 
 
 def test_training_refuses_a_run_on_something_else(tmp_path, capsys, finished_run):
-    from bench.nets import make_checkpoint
+    from bench.training_steps import make_checkpoint
 
     make_checkpoint(10, 0.25, finished_run)
     assert run(training, training.TrainingConfig, finished_run, "--quick", "--out", tmp_path) == 2
