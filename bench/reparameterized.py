@@ -147,21 +147,7 @@ def write_onnx(net: Any, x: Any) -> bytes:
 
 
 def page(record: Record) -> str:
-    rows = record["rows"]
-    return render("reparameterized", record, verdict=_verdict(rows), speeds=list(map(_speeds, rows)))
-
-
-def _verdict(rows: list[Any]) -> str:
-    """The nets in which fold leaves more convolutions than timm, and the scalings and batch norms behind it."""
-    more = [row for row in rows if row[FOLDED]["convolutions"] > row[TIMM]["convolutions"]]
-    if not more:
-        return "No net has more convolutions folded than by timm, and none keeps a batch norm."
-    lines = [
-        f"{row['net']} has {row[FOLDED]['convolutions'] - row[TIMM]['convolutions']} more convolutions than by timm: "
-        f"{row[FOLDED]['scalings']} scalings, for {row[TIMM]['batch_norms']} batch norms that timm keeps."
-        for row in more
-    ]
-    return " ".join([*lines, "No other net has more, and none keeps a batch norm."])
+    return render("reparameterized", record, speeds=list(map(_speeds, record["rows"])))
 
 
 def _speeds(row: Record) -> Record:

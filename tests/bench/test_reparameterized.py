@@ -80,13 +80,13 @@ def test_the_page_says_where_more_convolutions_are_left_and_which_form_failed():
     record = {"command": "c", "machine": {"device": "d"}, "image_size": 64, "rounds": 2}
     equal = {"net": "a", TRAINED: form(4, 4), TIMM: form(2, 0), FOLDED: form(2, 0, timing=faster)}
     text = page({**record, "rows": [equal]})
-    assert "No net has more convolutions folded than by timm, and none keeps a batch norm." in text
+    assert "| a | 4 + 4 | 2 + 0 | 2 + 0 | 0 | 1.0e-15 | 1.0e-15 |" in text
     assert (
         "| a | 3.00 (2.00–4.00) | 3.00 (2.00–4.00) | 1.50 (1.00–2.00) | 1.00 (1.00–1.00) | 2.00 (2.00–2.00) |" in text
     )
     more = {"net": "b", TRAINED: form(4, 4), TIMM: form(4, 4, timing="Fail: no"), FOLDED: form(6, 0, 2)}
     text = page({**record, "rows": [equal, more]})
-    assert "b has 2 more convolutions than by timm: 2 scalings, for 4 batch norms that timm keeps." in text
+    assert "| b | 4 + 4 | 4 + 4 | 6 + 0 | 2 | 1.0e-15 | 1.0e-15 |" in text
     assert "| b | Fail: no |" in text
 
 
