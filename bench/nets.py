@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.spec import ImageSpec, Spec
 from export.compare import Answer
 from fold.image_sets import extreme_images, random_images, real_images
-from fold.plain import fold_net, load_plain, named_layers
+from fold.plain import fold_net, load_plain
 from train.data.datasets import cifar_image, imagenet_image
 from train.families import build
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
@@ -120,7 +120,7 @@ def reference_form(net: nn.Sequential, kinds: tuple[type[nn.Module], ...] = (Dir
     Its layers of `kinds` are in the form of the authors' release; they share the parameters, which an optimizer may
     hold.
     """
-    layers = (layer for _, layer in named_layers(net))
+    layers = (layer for layer in net.modules() if not isinstance(layer, nn.Sequential))
     return nn.Sequential(*(_reference(layer) if isinstance(layer, kinds) else layer for layer in layers))
 
 
