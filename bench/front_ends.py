@@ -1,39 +1,35 @@
 """python bench/front_ends.py: front ends that share one model, measured here and, on paper, on many cores."""
 
-import asyncio
-import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.load import LOST, put_load, refuse_without_tools, retried
+from bench.lab.load import put_load, refuse_without_tools
 from bench.lab.page import Measurement, bars_table, describe_machine, render, report_missed, typed_command, write_page
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
 from common.cli import POSITIONAL, run_command
-from common.files import read_whole
 from common.progress import make_console, progress
 from common.refusal import Refusal
 
 EXAMPLES = (
-    "python bench/front_ends.py                                # three minutes; writes docs/benchmarks/front-ends.md",
-    "python bench/front_ends.py --only kills --kill-seconds 600 # the record keeps its other part",
+    "python bench/front_ends.py                      # a minute; writes docs/benchmarks/front-ends.md and its record",
     "python bench/front_ends.py --quick --out runs/bench",
 )
 FRONT_ENDS = {"one": 1, "two": 2}
+SIMULATED = ROOT / "bench" / "servers" / "simulated.py"
 ON_PAPER = (1, 2, 4, 8, 12, 16)
 MAX_BATCH = 256
 BAR = 0.9
-TITLES = {"scaling": "What they cost", "kills": "kill -9 under load"}
+TITLES = {"scaling": "What they cost"}
 
 
 @dataclass(frozen=True)
@@ -44,35 +40,24 @@ class FrontEndsConfig(Measurement):
     connections: Annotated[int, "without a pause, for each front end"] = 32
     rounds: Annotated[int, "rounds that alternate over the numbers of front ends"] = 3
     seconds: Annotated[int, "of one measurement"] = 3
-    kill_seconds: Annotated[int, "of the load under which processes are killed"] = 100
-    kill_every: Annotated[int, "seconds from one kill to the next"] = 20
-    only: Annotated[tuple[Literal["scaling", "kills"], ...], "parts to measure (default: both)"] = ()
-    quick: Annotated[bool, "one round of a second each, and two kills in ten seconds"] = False
+    quick: Annotated[bool, "one round of a second each"] = False
     out: Annotated[Path, "folder for front-ends.md and front-ends.json"] = ROOT / "docs" / "benchmarks"
 
 
 def command(config: FrontEndsConfig) -> int:
-    """Front ends before a simulated device, and a load with kills before the real model, on 127.0.0.1.
+    """Measure front ends in front of a simulated device on 127.0.0.1, and compute the requests/s of more of them.
 
     Writes a record and its page. Exit status 1 if a bar of the record is missed.
     """
-    import uvloop
-
-    if config.quick:
-        config = replace(config, rounds=1, seconds=1, kill_seconds=10, kill_every=4)
-    path = config.out / "front-ends.json"
-    record: dict[str, Any] = json.loads(read_whole(path)) if config.only and path.exists() else {}
     about = {
         "command": typed_command("bench/front_ends.py", config),
         "machine": describe_machine("numpy", "uvicorn"),
     }
-    parts = {"scaling": _scaling, "kills": lambda config: uvloop.run(_kills(config))}
-    record |= {name: {**about, **parts[name](config)} for name in parts if name in (config.only or parts)}
+    if config.quick:
+        config = replace(config, rounds=1, seconds=1)
+    record = {"scaling": {**about, **_scaling(config)}}
     print(write_page(config.out, "front-ends", page(record), record))
-    return report_missed(record, record)
-
-
-# What front ends cost
+    return report_missed(record, TITLES)
 
 
 def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
@@ -106,12 +91,12 @@ def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
 
 
 def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
-    """One server under a load that leaves it no pause: what it answers, and what processor time that takes."""
+    """Throughput, latency and processor time of one server under a load without pauses."""
     from bench.servers.simulated import TIMES
 
     env = {**os.environ, TIMES: ",".join(f"{time:g}" for time in config.device_us)}
     options = ("--front-ends", num, "--max-batch", MAX_BATCH, "--decode-threads", 0, "--log-level", "warning")
-    with start(config.model, *options, script="bench/servers/simulated.py", env=env) as server:
+    with start(config.model, *options, program=[SIMULATED], env=env) as server:
         processes = server.workers() or [server.pid]
         for index, process in enumerate(processes):
             pin = ["taskset", "--all-tasks", "--cpu-list", "--pid", str(index % 2 if num > 1 else 0), str(process)]
@@ -131,13 +116,13 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
 
 
 def _cpu_s(process: int) -> float:
-    """Of all its threads that are there, of Linux."""
+    """Processor time of all running threads of a process; Linux only."""
     threads = Path(f"/proc/{process}/task").glob("*/schedstat")
     return sum(int(thread.read_text().split()[0]) for thread in threads) * 1e-9
 
 
 def _batches(server: Server) -> tuple[float, float]:
-    """How many there were, and of how many images together."""
+    """The number of batches so far, and the number of images in them."""
     lines = dict(line.rsplit(" ", 1) for line in server.client.get("/metrics").text.splitlines() if line[0] != "#")
     return float(lines["diracnet_batch_images_count"]), float(lines["diracnet_batch_images_sum"])
 
@@ -149,7 +134,7 @@ def _median(rounds: list[dict[str, dict[str, float]]], num: str, name: str) -> f
 def _on_paper(
     device_us: tuple[float, float], rounds: list[dict[str, dict[str, float]]], cost: dict[str, Any]
 ) -> list[dict[str, float]]:
-    """What N front ends answer a second where each has a core, the device process has one, and the device is alone.
+    """Requests/s of N front ends, if each has a core, the device process has another, and the device does nothing else.
 
     Front ends answer N times what one of two does in a second of its core. The device process adds to the time of the
     device what it does for a full batch from all of them.
@@ -168,46 +153,10 @@ def _on_paper(
     return rows
 
 
-# kill -9 under load
-
-
-async def _kills(config: FrontEndsConfig) -> dict[str, Any]:
-    """kill -9 of a front end and the device process in turn; lost and refused requests are sent once more."""
-    killed: list[str] = []
-    with start(config.model, "--front-ends", 2, "--model-threads", 1, "--log-level", "warning") as server:
-        async with retried(server, read_whole(config.image), LOST, 503) as (load, retries):
-            processes = server.workers()  # two front ends and the device process
-            for number in range((config.kill_seconds - 1) // config.kill_every):
-                await asyncio.sleep(config.kill_every)
-                index, what = (0, "front end") if number % 2 else (2, "device process")
-                os.kill(processes[index], signal.SIGKILL)
-                killed.append(what)
-                while not (new := set(server.workers()) - set(processes)):
-                    await asyncio.sleep(0.01)
-                processes[index] = new.pop()
-            await asyncio.sleep(config.kill_seconds - len(killed) * config.kill_every)
-    statuses, succeeded = load.statuses(), sum(task.result() for task in retries)
-    return {
-        "seconds": config.kill_seconds,
-        "killed": killed,
-        "statuses": statuses,
-        "asked_again": len(retries),
-        "answered_then": succeeded,
-        "longest_wait_s": max(reply.seconds for reply in load.replies),
-        "bars": {
-            "what was lost or told to come again is answered on one retry": succeeded == len(retries),
-            "all others are answered 200": statuses.keys() <= {"200", "503", "lost"},
-        },
-    }
-
-
 def page(record: dict[str, Any]) -> str:
-    sections = []
-    if scaling := record.get("scaling"):
-        sections.append(render("front-ends-scaling", scaling, max_batch=MAX_BATCH, num_rounds=len(scaling["rounds"])))
-    if kills := record.get("kills"):
-        sections.append(render("front-ends-kills", kills, num_killed=len(kills["killed"])))
-    return render("front-ends", {}, bars=bars_table(TITLES, record), sections="\n".join(sections))
+    scaling = record["scaling"]
+    bars = bars_table(TITLES, record)
+    return render("front-ends", scaling, bars=bars, max_batch=MAX_BATCH, num_rounds=len(scaling["rounds"]))
 
 
 if __name__ == "__main__":

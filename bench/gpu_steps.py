@@ -227,7 +227,7 @@ async def _load(port: int, image: bytes, num_connections: int, seconds: float = 
     from bench.lab.load import Load, predict_request
 
     load = Load(port, predict_request(image), num_connections=num_connections)
-    await load.saturate(seconds)
+    await load.run(seconds)
     num = load.statuses().get("200", 0)
     percentiles = {f"p{percent}_ms": load.percentile_ms(200, percent) for percent in (50, 99) if num}
     return {"requests_per_s": num / seconds, **percentiles, "failures": len(load.replies) - num}

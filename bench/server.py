@@ -35,7 +35,7 @@ class ServerConfig(Measurement):
     )
     rounds: Annotated[int, "rounds that alternate over the servers, each started anew"] = 3
     seconds: Annotated[int, "of one measurement"] = 2
-    quick: Annotated[bool, "one round of one second each, without warm-up"] = False
+    quick: Annotated[bool, "one round of one second each"] = False
     work: Annotated[Path, "folder for environments, models and logs"] = Path("runs/bench")
     out: Annotated[Path, "folder for server.md and server.json"] = Path("docs/benchmarks")
 
@@ -52,19 +52,22 @@ def command(config: ServerConfig) -> int:
     from common.figure import png
 
     refuse_without_tools()
-    console, (rounds, seconds) = make_console(), (1, 1) if config.quick else (config.rounds, config.seconds)
+    console, work = make_console(), config.work.absolute()
+    rounds, seconds = (1, 1) if config.quick else (config.rounds, config.seconds)
     contestants = [one for one in CONTESTANTS if not config.servers or one.name in config.servers]
-    nets = [write_net(size, contestants, config.work.absolute() / "server") for size in config.models]
+    nets = [write_net(size, contestants, work / "server") for size in config.models]
     for net in nets:
         console.print(f"{net.record['title']}: {net.record['macs']:,} multiplications per image, {net.path}")
-    race(contestants, nets, config.work.absolute(), rounds, seconds, console, warm_up=not config.quick)
+    race(contestants, nets, work, num_rounds=rounds, seconds=seconds)
     models = [
         net.record | {"steps": in_fresh_process(time_steps, net.path, net.pngs[0], core=SERVERS_CORE)} for net in nets
     ]
     for model in models:
         console.print(f"wrote {write_whole(config.out / model['picture'], png(draw_latencies(model)))}")
     publish(
-        *(config, "server", page),
+        config,
+        "server",
+        page,
         rounds=rounds,
         seconds=seconds,
         connections=CONNECTIONS,

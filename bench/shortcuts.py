@@ -13,7 +13,7 @@ if __name__ == "__main__":
 from bench.lab.load import put_load, refuse_without_tools
 from bench.lab.page import Measurement, Record, describe_machine, publish, render
 from bench.lab.rounds import turns
-from bench.lab.server import IMAGE, MODEL, ROOT, Server, free_port
+from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
 from common.cli import run_command
 from common.progress import make_console, progress
 
@@ -52,9 +52,8 @@ def command(config: ShortcutsConfig) -> None:
 def start_without(name: str, *options: str) -> Server:
     """The server of the bundled model on core 0, without the shortcut `name` or, with "all", as it is."""
     program = f"import gc, runpy\n{WITHOUT[name]}\nrunpy.run_path('serve/run.py', run_name='__main__')"
-    port = free_port()
-    argv = [sys.executable, "-c", program, str(MODEL), "--runtime", "onnxruntime", "--port", str(port), *options]
-    return Server(argv, port, core=0, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return start(MODEL, *options, program=("-c", program), core=0, cwd=ROOT, env=env)
 
 
 def _measure(name: str, seconds: int, results: Rounds) -> None:

@@ -20,7 +20,6 @@ from bench.lab.process import in_fresh_process
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, start
 from common.cli import POSITIONAL, run_command
-from common.files import write_whole
 from common.progress import make_console, progress
 from common.refusal import Refusal
 
@@ -43,10 +42,10 @@ class StartupConfig(Measurement):
 
 
 def command(config: StartupConfig) -> None:
-    """Start the server again and again, wait until /readyz answers 200, send 100 requests, and read its memory."""
+    """Start the server repeatedly, wait until /readyz answers 200, send 100 requests, and read its memory."""
     rounds = 3 if config.quick else config.rounds
     with tempfile.TemporaryDirectory() as folder:
-        paths = config.models or (in_fresh_process(_write_small_model, Path(folder)), MODEL)
+        paths = config.models or (in_fresh_process(_write_tiny_net, Path(folder)), MODEL)
         models: dict[Path, dict[str, Any]] = {
             path: {"name": path.name, "file_bytes": path.stat().st_size, "starts": [], "phases": []} for path in paths
         }
@@ -131,19 +130,10 @@ def _package(module: str) -> str:
     return "standard library" if module in sys.stdlib_module_names else module
 
 
-def _write_small_model(folder: Path) -> Path:
-    """DiracNet-10-0.25 for digits, random weights, as export/to_onnx.py writes it."""
-    from bench.nets import random_net
-    from common.spec import Spec
-    from export.graphs.graph import to_onnx
-    from fold.lower import lower
-    from fold.plain import fold_net
-    from train.data import datasets
+def _write_tiny_net(folder: Path) -> Path:
+    from bench.servers.race import write_net  # which imports torch
 
-    info = datasets.info_of("digits")
-    spec = Spec("cifar", 10, 0.25, "ncrelu", info.image, info.labels)
-    model = to_onnx(lower(fold_net(random_net(spec)).float(), "shared"), spec, {})
-    return write_whole(folder / "small.onnx", model.SerializeToString())
+    return write_net("tiny", (), folder).path
 
 
 if __name__ == "__main__":

@@ -11,10 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.lab.server import Server
 from common.refusal import Refusal
-from serve.client import AsyncClient
-from serve.client_protocol import Retry
 
 HOST = "127.0.0.1"
 TICK_S, PATIENCE_S = 0.001, 30.0
@@ -48,8 +45,9 @@ def get_request(path: str) -> MakeRequest:
 class Load:
     """Connections that are kept open, each with one request at a time; a lost one is reopened where possible.
 
-    `take` is called with every reply. A load ends with a grace period of `PATIENCE_S` for replies under way; those
-    that miss it are lost.
+    A connection sends its next request as soon as it has a reply and a request is due. With a `rate`, as many requests
+    fall due every second, whether or not earlier ones are answered; without one, a request is always due. `take` is
+    called with every reply. A load ends with a grace period of `PATIENCE_S` for pending replies; later ones are lost.
     """
 
     def __init__(
@@ -59,11 +57,11 @@ class Load:
         take: Callable[[Reply], object] = lambda reply: None,
         *,
         num_connections: int,
+        rate: float | None = None,
     ) -> None:
         self.make_request, self._take = make_request, take
-        self._port, self._num_connections = port, num_connections
+        self._port, self._num_connections, self._rate = port, num_connections, rate
         self._loop = asyncio.get_running_loop()
-        self._rate: float | None = None
         self._num_due = 0  # requests that may have been sent by now
         self._is_over = False
         self._open: set[_Connection] = set()
@@ -73,22 +71,30 @@ class Load:
         self.num_sent = 0
         self.replies: list[Reply] = []  # without their heads and bodies
 
-    async def saturate(self, seconds: float) -> None:
-        """Every connection sends its next request as soon as it has a reply."""
-        await self._run(seconds)
-
-    async def offer(self, rate: float, seconds: float) -> int:
-        """Send `rate` requests a second, whatever becomes of them; returns how many were due.
-
-        Those due while every connection waits for a reply go out as soon as one has it.
-        """
-        self._rate = rate
-        return int(rate * await self._run(seconds))
+    async def run(self, seconds: float) -> float:
+        """The seconds during which requests were sent."""
+        await asyncio.gather(*(self._connect() for _ in range(self._num_connections)))
+        self.start, passed = self._loop.time(), 0.0
+        while not self._is_over and passed < seconds:
+            self._num_due = int(passed * self._rate) if self._rate else sys.maxsize
+            self._send_due()
+            await asyncio.sleep(TICK_S)
+            passed = self._loop.time() - self.start
+        self.stop()
+        until = self._loop.time() + PATIENCE_S
+        while len(self.replies) < self.num_sent and self._loop.time() < until:
+            await asyncio.sleep(TICK_S)
+        await asyncio.gather(*self._opening)
+        for connection in self._open:
+            connection.transport.abort()
+        while self._open:
+            await asyncio.sleep(TICK_S)
+        return passed
 
     @asynccontextmanager
-    async def saturating(self) -> AsyncIterator[None]:
-        """`saturate` from the first reply until the context ends."""
-        task = asyncio.create_task(self.saturate(3600))
+    async def running(self) -> AsyncIterator[None]:
+        """`run` from the first reply until the context ends."""
+        task = asyncio.create_task(self.run(3600))
         try:
             while not self.replies:
                 await asyncio.sleep(TICK_S)
@@ -114,26 +120,6 @@ class Load:
         import numpy as np
 
         return 1000 * float(np.percentile([one.seconds for one in self.replies if one.status == status], percent))
-
-    async def _run(self, seconds: float) -> float:
-        """The seconds during which requests were sent."""
-        await asyncio.gather(*(self._connect() for _ in range(self._num_connections)))
-        self.start, passed = self._loop.time(), 0.0
-        while not self._is_over and passed < seconds:
-            self._num_due = int(passed * self._rate) if self._rate else sys.maxsize
-            self._send_due()
-            await asyncio.sleep(TICK_S)
-            passed = self._loop.time() - self.start
-        self.stop()
-        until = self._loop.time() + PATIENCE_S
-        while len(self.replies) < self.num_sent and self._loop.time() < until:
-            await asyncio.sleep(TICK_S)
-        await asyncio.gather(*self._opening)
-        for connection in self._open:
-            connection.transport.abort()
-        while self._open:
-            await asyncio.sleep(TICK_S)
-        return passed
 
     async def _connect(self) -> None:
         with suppress(OSError):  # the server has ended
@@ -205,35 +191,8 @@ class _Connection(asyncio.Protocol):
 
 
 @asynccontextmanager
-async def retried(server: Server, image: bytes, *statuses: int) -> AsyncIterator[tuple[Load, list[asyncio.Task[bool]]]]:
-    """16 connections that ask without a pause; each request with one of `statuses` is sent once more.
-
-    At the end, each of these tasks says whether it was answered then.
-    """
-    retries: list[asyncio.Task[bool]] = []
-
-    def take(reply: Reply) -> None:
-        if reply.status in statuses:
-            retries.append(asyncio.create_task(_ask_again(server.url, image)))
-
-    load = Load(server.port, predict_request(image), take, num_connections=16)
-    async with load.saturating():
-        yield load, retries
-    await asyncio.gather(*retries)
-
-
-async def _ask_again(url: str, image: bytes) -> bool:
-    async with AsyncClient(url, retry=Retry(attempts=1)) as client:
-        try:
-            await client.predict([image])
-        except Refusal:
-            return False
-    return True
-
-
-@asynccontextmanager
 async def sampled(read: Callable[[], int], *, every_s: float) -> AsyncIterator[list[int]]:
-    """What `read` returns before, and again and again meanwhile."""
+    """The value of `read` at the start, and its values at intervals until the context ends."""
     found = [read()]
 
     async def sample() -> None:

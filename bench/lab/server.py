@@ -1,4 +1,4 @@
-"""A server as a process of its own, this project's or another: started, awaited, watched under load and ended."""
+"""A server in its own process, this project's or another: started, awaited, watched under load and ended."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -24,13 +24,13 @@ START_S, STOP_S = 90.0, 60.0
 POLL_S = 0.002
 
 
-def start(model: Path, *options: Any, script: str = "serve/run.py", **settings: Any) -> "Server":
+def start(model: Path, *options: Any, program: Sequence[Any] = (ROOT / "serve/run.py",), **settings: Any) -> "Server":
     """`serve/run.py` with ONNX Runtime, which is otherwise compared with other runtimes at every start.
 
-    `settings` are those of `Server`.
+    `program` is what Python runs instead; `settings` are those of `Server`.
     """
     port = free_port()
-    argv = [sys.executable, ROOT / script, model, "--port", port, "--runtime", "onnxruntime", *options]
+    argv = [sys.executable, *program, model, "--port", port, "--runtime", "onnxruntime", *options]
     return Server([str(word) for word in argv], port, **settings)
 
 
@@ -42,9 +42,8 @@ def free_port() -> int:
 class Server:
     """A started process. `with server` waits until it is ready; at the end, it and its children are stopped.
 
-    It is ready when `ready_path` is answered with 200, or, without one, when it accepts connections. Its output goes to
-    the file `log`, by default a temporary one. `client` opens a connection for each request. `popen` are more arguments
-    of `subprocess.Popen`.
+    It is ready when `probe` gets an answer that is not an error. Its output goes to the file `log`, by default a
+    temporary one. `client` opens a connection for each request. `popen` are more arguments of `subprocess.Popen`.
     """
 
     def __init__(
@@ -52,13 +51,13 @@ class Server:
         command: Sequence[str],
         port: int,
         *,
-        ready_path: str | None = "/readyz",
+        probe: Callable[[httpx.Client], httpx.Response] = lambda client: client.get("/readyz"),
         core: int | None = None,
         log: Path | None = None,
         **popen: Any,
     ) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
-        self._ready_path = ready_path
+        self._probe = probe
         self._log = log.open("wb+") if log else tempfile.TemporaryFile()  # noqa: SIM115 – closed in __exit__
         pin = [] if core is None else ["taskset", "-c", str(core)]
         popen = {"stdout": self._log, "stderr": self._log, "start_new_session": True, **popen}
@@ -83,11 +82,8 @@ class Server:
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + START_S
         while self._process.poll() is None and time.monotonic() < until:
-            with suppress(OSError, httpx.HTTPError):  # nothing listens yet, or it is not ready
-                if self._ready_path:
-                    self.client.get(self._ready_path).raise_for_status()
-                else:
-                    socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            with suppress(httpx.HTTPError):  # nothing listens yet, or it is not ready
+                self._probe(self.client).raise_for_status()
                 return
             time.sleep(POLL_S)
         last_line = (self.log() or ["no message"])[-1][:300]
@@ -108,10 +104,10 @@ class Server:
         file = self._log.fileno()  # read without moving the position at which the server writes
         return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace").strip().splitlines()
 
-    def wait_for(self, message: str, *, after: int = 0) -> None:
-        """Wait until a line of the log contains `message`; its first `after` lines do not count."""
+    def wait_for(self, message: str, *, after: int = 0, num: int = 1) -> None:
+        """Wait until `num` lines of the log contain `message`; its first `after` lines do not count."""
         until = time.monotonic() + START_S
-        while not any(message in line for line in self.log()[after:]):
+        while sum(message in line for line in self.log()[after:]) < num:
             if time.monotonic() > until:
                 raise RuntimeError(f"the server did not log {message!r} within {START_S:g} s")
             time.sleep(5 * POLL_S)

@@ -1,4 +1,4 @@
-"""What every peer does with PNGs: Pillow decodes them, one ONNX Runtime session of one thread finds their classes."""
+"""The work of every peer: Pillow decodes PNGs, and one ONNX Runtime session of one thread finds their classes."""
 
 import io
 import json

@@ -1,6 +1,6 @@
 """Attacks of strangers on a server: endless and slow requests, too many connections, and costly small files.
 
-Each is bounded in bytes and time. Measured are the server's memory and the waiting of a healthy client.
+Each is limited in bytes and time. The server's memory and the latency of a healthy client are measured.
 """
 
 import asyncio
@@ -27,16 +27,16 @@ from bench.lab.server import Server, start
 from export.runtimes.onnx_session import OnnxSession
 from serve.v2.routes import model_name
 
-FLOOD_BYTES, FLOOD_S = 200 * 10**6, 8.0  # that an attacker may send
+FLOOD_BYTES, FLOOD_S = 200 * 10**6, 8.0  # limits of one attacker
 DRIP_S = 12.0  # for the server to end a connection
 PAUSE_S = 0.25  # between two drops
-MEMORY_MB = 32  # that one attack may add
-PROBE_MS = 300  # the longest that a probe may take meanwhile
+MEMORY_MB = 32  # the most that one attack may add
+PROBE_MS = 300  # the longest that a probe may take during an attack
 CONNECTIONS = 200
 _CHUNKED = b"Host: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 _HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 _PROBE, _PREDICT = b"GET /healthz HTTP/1.1\r\n" + _CHUNKED, b"POST /predict HTTP/1.1\r\n" + _CHUNKED
-# What is sent once, and then again and again.
+# The bytes that are sent once, and those that are then repeated.
 FLOODS = {
     "trailers, to `/healthz`": (_PROBE + b"0\r\n", b"a: b\r\n"),
     "one trailer, to `/healthz`": (_PROBE + b"0\r\na: ", b"b"),
@@ -84,10 +84,10 @@ async def attack(model: Path) -> dict[str, Any]:
 
 
 async def _flood(server: Server, head: bytes, piece: bytes) -> dict[str, float]:
-    """Send `piece` without a pause, beside a client that asks for /healthz without a pause."""
+    """Send `piece` without a pause while another client requests /healthz without a pause."""
     block = piece * (65536 // len(piece))
     healthy = Load(server.port, get_request("/healthz"), num_connections=1)
-    async with healthy.saturating(), sampled(server.rss_bytes, every_s=0.001) as memory:
+    async with healthy.running(), sampled(server.rss_bytes, every_s=0.001) as memory:
         num_bytes, seconds = await asyncio.to_thread(_send_on, server.port, head, block, limit_s=FLOOD_S)
     return {
         "sent_mb": num_bytes / 1e6,
@@ -98,7 +98,7 @@ async def _flood(server: Server, head: bytes, piece: bytes) -> dict[str, float]:
 
 
 def _send_on(port: int, head: bytes, piece: bytes, *, limit_s: float, pause_s: float = 0.0) -> tuple[int, float]:
-    """Send `piece` until the server ends the connection or the attacker's bytes or time are used up: what it sent.
+    """Send `piece` until the server ends the connection or the limits of an attacker are reached: bytes and seconds.
 
     Answers are read only in a pause.
     """
@@ -114,7 +114,7 @@ def _send_on(port: int, head: bytes, piece: bytes, *, limit_s: float, pause_s: f
 
 
 def _crowd(model: Path) -> dict[str, Any]:
-    """Twice as many connections as a server takes: what becomes of them, and of those inside."""
+    """Open twice as many connections as a server accepts: the fate of those beyond the limit, and of those within."""
 
     def connect() -> list[socket.socket]:
         return [socket.create_connection((HOST, server.port), timeout=5) for _ in range(CONNECTIONS)]
@@ -154,7 +154,7 @@ class Attack:
 
     @property
     def probe(self) -> str:
-        """What the healthy client asks for: long JSON is parsed beside the event loop."""
+        """The path that the healthy client requests; long JSON is parsed outside the event loop."""
         return "/healthz" if self.is_json else "/predict"
 
 
@@ -187,7 +187,7 @@ def siege_attacks(*, quick: bool) -> list[Attack]:
 
 
 async def siege(model: Path, image: bytes, attacks: Sequence[Attack]) -> dict[str, Any]:
-    """Each attack on a server of its own, beside a healthy client."""
+    """Run each attack on a new server, beside a healthy client."""
     name = model_name(OnnxSession(model).model)
     results = [await _besiege(model, name, image, attack) for attack in attacks]
     most_mb = max(result["mb"]["largest"] for result in results if ROOMY[0] not in result["server"])
@@ -204,15 +204,10 @@ async def _besiege(model: Path, name: str, image: bytes, attack: Attack) -> dict
     probe = predict_request(image) if attack.probe == "/predict" else get_request(attack.probe)
     with start(model, "--log-level", "warning", *attack.server) as server:
         read_memory = partial(server.rss_bytes, with_children=True)
-        load = Load(server.port, probe, num_connections=8)
-        async with sampled(read_memory, every_s=0.02) as memory:
-            probing = asyncio.create_task(load.offer(PROBES_PER_S, 600))
+        load = Load(server.port, probe, num_connections=8, rate=PROBES_PER_S)
+        async with sampled(read_memory, every_s=0.02) as memory, load.running():
             await asyncio.sleep(0.5)
-            begin = time.monotonic()
             answers = await _send_all(server, attack.path.format(model=name), attack, bodies)
-            seconds = time.monotonic() - begin
-            load.stop()
-            await probing
         after = read_memory()
     return {
         "name": attack.name,
@@ -220,7 +215,6 @@ async def _besiege(model: Path, name: str, image: bytes, attack: Attack) -> dict
         "probe": attack.probe,
         "body_mb": sum(map(len, bodies)) / 1e6,
         "answers": dict(answers),
-        "seconds": seconds,
         "probes": load.statuses(),
         "worst_wait_s": max(reply.seconds for reply in load.replies),
         "mb": {"before": memory[0] / 1e6, "largest": max(memory) / 1e6, "after": after / 1e6},
@@ -279,7 +273,7 @@ def empty_lists(num_bytes: int) -> bytes:
 
 
 def nested_tensor(num_bytes: int) -> bytes:
-    """JSON for /v2: pixels, each in a list of its own."""
+    """JSON for /v2 with each pixel in a separate list."""
     head = b'{"inputs":[{"name":"images","datatype":"UINT8","shape":[64,28,28,1],"data":['
     return head + b"[[[0]]]," * (num_bytes // 8) + b"[[[0]]]]}]}"
 

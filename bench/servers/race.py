@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -16,18 +15,17 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from rich.console import Console
 
 from bench.lab.load import put_load
 from bench.lab.process import in_fresh_process
 from bench.lab.rounds import turns
-from bench.lab.server import ROOT, START_S, Server, free_port
+from bench.lab.server import ROOT, Server, free_port
 from bench.nets import count_macs, random_net
 from bench.servers.page import CONNECTIONS
 from bench.servers.request_steps import time_alone
 from common.files import read_whole, write_whole
 from common.image import decode
-from common.progress import progress
+from common.progress import make_console, progress
 from common.refusal import Refusal
 from common.spec import Spec
 from export.graphs.graph import to_onnx
@@ -38,8 +36,8 @@ from fold.plain import fold_net
 from train.data.datasets import info_of
 
 PEERS = ROOT / "bench" / "peers"
-FORM = "multipart/form-data; boundary=----the-images-of-the-benchmark"
-# None of them may use the network; every library that opens threads of its own gets the one core.
+MULTIPART = "multipart/form-data; boundary=----the-images-of-the-benchmark"
+# No server may use the network, and no library may start a thread pool.
 _ENVIRONMENT = {
     "BENTOML_DO_NOT_TRACK": "true",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -47,8 +45,12 @@ _ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
 }
 SERVERS_CORE = 0
-# Family, depth, width and nonlinearity of the seeded random nets for 28x28 grey images that all servers serve.
-SIZES = {"small": ("pooled", 16, 1.0, "relu"), "large": ("cifar", 16, 1.0, "ncrelu")}
+# Family, depth, width and nonlinearity of seeded random nets for 28x28 grey images. All servers serve the last two.
+SIZES = {
+    "tiny": ("cifar", 10, 0.25, "ncrelu"),
+    "small": ("pooled", 16, 1.0, "relu"),
+    "large": ("cifar", 16, 1.0, "ncrelu"),
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,9 @@ class Way:
     encode: Callable[[bytes], bytes] = bytes
     index: tuple[str | int, ...] = ("index",)
 
+    def ask(self, body: bytes, client: httpx.Client) -> httpx.Response:
+        return client.post(self.path, content=body, headers={"Content-Type": self.media_type})
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -71,14 +76,14 @@ class Contestant:
     ways: tuple[Way, ...]
     note: str
 
-    def start(self, model: Path, work: Path) -> Server:
-        """Serves `model` on core 0, ready when it accepts connections. Peers run in environments below `work`."""
+    def start(self, model: Path, png: bytes, work: Path) -> Server:
+        """Serves `model` on core 0, ready when it classifies `png`. Peers run in environments below `work`."""
         python, port, env = sys.executable, free_port(), {**os.environ, **_ENVIRONMENT, "MODEL": str(model)}
         if self.name != "ours":
             python, env["PYTHONPATH"] = str(make_environment(self.name, work / "peers")), str(PEERS)
         words = [word.format(model=model, port=port, peers=PEERS) for word in self.command.split()]
-        log = model.parent / f"{self.name}.log"
-        return Server([python, *words], port, ready_path=None, core=SERVERS_CORE, log=log, env=env, cwd=model.parent)
+        log, probe = model.parent / f"{self.name}.log", partial(self.ways[0].ask, self.ways[0].encode(png))
+        return Server([python, *words], port, probe=probe, core=SERVERS_CORE, log=log, env=env, cwd=model.parent)
 
 
 def make_environment(name: str, folder: Path) -> Path:
@@ -103,7 +108,7 @@ def make_environment(name: str, folder: Path) -> Path:
 
 def as_form(field: str, png: bytes) -> bytes:
     files = {field: ("image.png", png, "image/png")}
-    return httpx.Request("POST", "http://server", headers={"Content-Type": FORM}, files=files).read()
+    return httpx.Request("POST", "http://server", headers={"Content-Type": MULTIPART}, files=files).read()
 
 
 def as_inference_request(png: bytes) -> bytes:
@@ -113,7 +118,7 @@ def as_inference_request(png: bytes) -> bytes:
 
 
 _OURS, _INFER = ("results", 0, "index"), "/v2/models/classifier/infer"
-_form = partial(Way, media_type=FORM, encode=partial(as_form, "image"))
+_form = partial(Way, media_type=MULTIPART, encode=partial(as_form, "image"))
 CONTESTANTS = (
     Contestant(
         "ours",
@@ -208,49 +213,41 @@ def write_net(size: str, contestants: Sequence[Contestant], folder: Path) -> Ser
 
 
 def race(
-    contestants: Sequence[Contestant],
-    nets: Sequence[ServedNet],
-    work: Path,
-    num_rounds: int,
-    seconds: int,
-    console: Console,
-    *,
-    warm_up: bool,
+    contestants: Sequence[Contestant], nets: Sequence[ServedNet], work: Path, *, num_rounds: int, seconds: int
 ) -> None:
     """Fill the records of `nets`; every second round runs in reverse order."""
-    with progress(console, "starts of a server", num_rounds * len(nets) * len(contestants)) as advance:
+    with progress(make_console(), "starts of a server", num_rounds * len(nets) * len(contestants)) as advance:
         for _, turn in turns(contestants, num_rounds):
             for net in nets:
                 alone = in_fresh_process(time_alone, net.path, net.pngs[0], seconds / 2, core=SERVERS_CORE)
                 for name, milliseconds in alone.items():
                     net.record["alone"].setdefault(name, []).append(milliseconds)
                 for contestant in turn:
-                    measure(contestant, net, work, seconds=seconds, warm_up=warm_up)
+                    measure(contestant, net, work, seconds=seconds)
                     advance(note=f"{net.record['title']}: {contestant.name}")
 
 
-def measure(contestant: Contestant, net: ServedNet, work: Path, *, seconds: int, warm_up: bool) -> None:
+def measure(contestant: Contestant, net: ServedNet, work: Path, *, seconds: int) -> None:
     """Start a server once and add a measurement to each of its rows that has not failed."""
     rows = {row["title"]: row for row in net.record["rows"] if not row["failed"]}
     ways = [way for way in contestant.ways if way.title in rows]
     if not ways:
         return
     try:
-        with contestant.start(net.path, work) as server:
+        with contestant.start(net.path, net.pngs[0], work) as server:
             for way in ways:
-                _put_loads(server, way, net, rows[way.title], seconds=seconds, warm_up=warm_up)
+                _put_loads(server, way, net, rows[way.title], seconds=seconds)
     except Refusal as refusal:
         for way in ways:
             rows[way.title]["failed"] = str(refusal)
 
 
-def _put_loads(server: Server, way: Way, net: ServedNet, row: dict[str, Any], *, seconds: int, warm_up: bool) -> None:
+def _put_loads(server: Server, way: Way, net: ServedNet, row: dict[str, Any], *, seconds: int) -> None:
     bodies = [way.encode(png) for png in net.pngs]
     check_answers(server.client, way, bodies, net.expected)
     files = [write_whole(net.path.parent / "bodies" / str(index), body) for index, body in enumerate(bodies)]
     load = partial(put_load, server.url, way.path, way.media_type, files)
-    if warm_up:
-        load(num_connections=CONNECTIONS[-1], seconds=1)
+    load(num_connections=CONNECTIONS[-1], seconds=1)  # warm up
     for num_connections in CONNECTIONS:
         found = load(num_connections=num_connections, seconds=seconds)
         row["loads"][str(num_connections)].append(found)
@@ -259,20 +256,10 @@ def _put_loads(server: Server, way: Way, net: ServedNet, row: dict[str, Any], *,
 
 
 def check_answers(client: httpx.Client, way: Way, bodies: list[bytes], expected: list[int]) -> None:
-    """Post every body once; refuses a class that is not the model's own. The first one may have to wait."""
-    found = [reduce(getitem, way.index, _post(client, way, body)) for body in bodies]
+    """Post every body once; refuses a class that is not the model's own."""
+    try:
+        found = [reduce(getitem, way.index, way.ask(body, client).raise_for_status().json()) for body in bodies]
+    except httpx.HTTPError as error:
+        raise Refusal(f"{way.title} does not answer: {error}") from error
     if found != expected:
         raise Refusal(f"{way.title} answers {found} where the model itself gives {expected}")
-
-
-def _post(client: httpx.Client, way: Way, body: bytes) -> Any:
-    """The JSON of the answer. A server that listens before its model is loaded is asked again."""
-    until = time.monotonic() + START_S
-    while True:
-        try:
-            answer = client.post(way.path, content=body, headers={"Content-Type": way.media_type})
-            return answer.raise_for_status().json()
-        except httpx.HTTPError as error:
-            if time.monotonic() > until:
-                raise Refusal(f"{way.title} gives no answer after {START_S:g} s: {error}") from error
-            time.sleep(0.1)

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from bench.lab.rounds import median_ms
+from bench.servers.simulated import Simulated
 from common.image import decode
 from export.runtimes.onnx_session import OnnxSession
 from serve.request.access import EVERYBODY
@@ -56,13 +57,13 @@ def time_steps(model: Path, png: bytes) -> dict[str, float]:
         "model, in batches of 32": _fastest_us(lambda: runtime(batch), num_rounds=20),
         "decoding": _fastest_us(lambda: [decode(png, runtime.model.spec.image) for _ in range(BATCH_SIZE)]),
     }
-    layers = uvloop.run(_time_layers(_Instant(runtime, batch), png))
+    layers = uvloop.run(_time_layers(Simulated(model), png))
     steps |= {name: us - before for (name, us), before in zip(layers.items(), (0.0, *layers.values()), strict=False)}
     steps[_QUEUE] -= steps["decoding"]  # which this layer does too
     return steps
 
 
-async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
+async def _time_layers(instant: Simulated, png: bytes) -> dict[str, float]:
     """A growing server: its connection alone, then its front, then metrics and log, then the batcher."""
     limits = Limits(decode_threads=0)
     batcher, door = Batcher(Served((instant,)), limits), Door(limits.max_connections)
@@ -94,19 +95,6 @@ async def _time_layers(instant: "_Instant", png: bytes) -> dict[str, float]:
     return times
 
 
-class _Instant:
-    """A runtime that returns logits computed before."""
-
-    description = library = "none"
-
-    def __init__(self, runtime: OnnxSession, batch: np.ndarray) -> None:
-        self.model = runtime.model
-        self._logits = runtime(batch)
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        return self._logits[: len(images)]
-
-
 class _Transport(asyncio.Transport):
     """A socket that accepts everything."""
 
@@ -126,9 +114,11 @@ class _Transport(asyncio.Transport):
     def resume_reading(self) -> None:
         pass
 
+    close = resume_reading  # after keep-alive, if the layers take that long
+
 
 async def _time_app(app: ASGIApp, png: bytes) -> float:
-    """Microseconds of one request among `BATCH_SIZE` that come at once, each on a connection of its own."""
+    """Microseconds of one request among `BATCH_SIZE` that arrive at once, each on its own connection."""
     config = uvicorn.Config(app, log_config=None, access_log=False, http=Connection, ws="none", lifespan="off")
     config.load()
     state = ServerState()

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,24 @@ EXAMPLES = ("DIRACNET_SIMULATED_US=200,4 python bench/servers/simulated.py model
 
 
 class Simulated:
-    """The runtime of the simulated device."""
+    """A runtime that gives every image the same logits, after `wait` of the number of images; by default at once."""
 
     platform = description = library = "simulated"
 
-    def __init__(self, path: Path) -> None:
-        self.model = OnnxSession(path, num_threads=1).model
-        self._fixed_s, self._each_s = (float(text) * 1e-6 for text in os.environ[TIMES].split(","))
-        self._logits = np.arange(len(self.model.spec.labels), dtype=np.float32)
+    def __init__(self, path: Path, wait: Callable[[int], object] = lambda num_images: None) -> None:
+        self.model, self._wait = OnnxSession(path, num_threads=1).model, wait
+        logits = np.arange(len(self.model.spec.labels), dtype=np.float32)
+        self._logits = np.broadcast_to(logits, (1_000_000, len(logits)))  # more than any batch; one row of memory
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        time.sleep(self._fixed_s + len(images) * self._each_s)
-        return np.tile(self._logits, (len(images), 1))
+        self._wait(len(images))
+        return self._logits[: len(images)]
 
 
-def load(roles: Roles, home: Path) -> Sequence[Runtime]:
-    """The simulated device instead of the model in the file."""
-    return [Simulated(roles.served.model_paths[0])]
+def load(roles: Roles, home: Path | None = None) -> Sequence[Runtime]:
+    """The simulated device, with the times that the environment gives, instead of the model in the file."""
+    fixed_s, each_s = (float(text) * 1e-6 for text in os.environ[TIMES].split(","))
+    return [Simulated(roles.served.model_paths[0], lambda num_images: time.sleep(fixed_s + num_images * each_s))]
 
 
 def serve(config: ServeConfig) -> int:
@@ -62,26 +63,21 @@ def serve(config: ServeConfig) -> int:
 
     with listen(config.host, config.port) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        serving.load = lambda config: [Simulated(config.model_paths[0])]
+        serving.load = lambda config: list(load(Roles(config)))
         return serving.run(config, listener, url, load_on_device=simulated.load)
 
 
-class Stopped:
-    """A runtime that costs nothing and stops in each batch until it may go on; `spent` is the time of its thread."""
+class Gate:
+    """Stops each batch until it may go on; `spent` is the processor time of the model's thread at each."""
 
-    platform = description = library = "stopped"
-
-    def __init__(self, path: Path) -> None:
-        self.model = OnnxSession(path, num_threads=1).model
+    def __init__(self) -> None:
         self.spent: list[float] = []
         self.arrived, self.may_go = threading.Semaphore(0), threading.Semaphore(0)
-        self._logits = np.zeros((max(FRONT_ENDS) * max(IMAGES), len(self.model.spec.labels)), np.float32)
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
+    def __call__(self, num_images: int) -> None:
         self.spent.append(time.thread_time())
         self.arrived.release()
         self.may_go.acquire()
-        return self._logits[: len(images)]
 
 
 def hand_over(path: Path, max_batch: int, times: int) -> dict[str, Any]:
@@ -90,14 +86,17 @@ def hand_over(path: Path, max_batch: int, times: int) -> dict[str, Any]:
     The fit is microseconds of a batch, of each front end that has images in it and of each image. Images wait in all
     connections while the model runs the batch before, so each turn of the loop is one batch.
     """
-    runtime, limits = Stopped(path), Limits(max_batch=max_batch)
+    gate, limits = Gate(), Limits(max_batch=max_batch)
+    runtime = Simulated(path, gate)
+    pixels = np.zeros(runtime.model.spec.image.shape, np.uint8)
     doors = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(max(FRONT_ENDS))]
     device = Device(Served((runtime,)), [inside for _, inside in doors], limits, load=lambda: [])
     thread = threading.Thread(target=device.run)
     thread.start()
     links = [Dialer(outside).connect().link for outside, _ in doors]
     rows = [
-        {"num": num, "us": [_batch_us(runtime, links[:num], images, times) for images in IMAGES]} for num in FRONT_ENDS
+        {"num": num, "us": [_batch_us(gate, links[:num], images * [pixels], times) for images in IMAGES]}
+        for num in FRONT_ENDS
     ]
     for link in links:
         link.end()
@@ -110,24 +109,22 @@ def hand_over(path: Path, max_batch: int, times: int) -> dict[str, Any]:
     return {"rows": rows, **dict(zip(("batch_us", "front_end_us", "image_us"), costs, strict=True))}
 
 
-def _batch_us(runtime: Stopped, links: Sequence[Link], num_images: int, times: int) -> float:
-    """The median time of the device's thread for a batch of `num_images` from each of `links`."""
-    image = runtime.model.spec.image
-    pixels = [np.zeros((image.height, image.width, image.channels), np.uint8)] * num_images
+def _batch_us(gate: Gate, links: Sequence[Link], pixels: list[np.ndarray], times: int) -> float:
+    """The median time of the device's thread for a batch of these `pixels` from each of `links`."""
     links[0].send([(None, pixels[:1])])
-    runtime.arrived.acquire()
-    runtime.spent.clear()
+    gate.arrived.acquire()
+    gate.spent.clear()
     before: Sequence[Link] = links[:1]
     for _ in range(times):
         for link in links:
             link.send([(None, pixels)])
-        runtime.may_go.release()
-        runtime.arrived.acquire()
+        gate.may_go.release()
+        gate.arrived.acquire()
         _take(before)
         before = links
-    runtime.may_go.release()
+    gate.may_go.release()
     _take(links)
-    return 1e6 * float(np.median(np.diff(runtime.spent)))
+    return 1e6 * float(np.median(np.diff(gate.spent)))
 
 
 def _take(links: Sequence[Link]) -> None:

@@ -1,4 +1,4 @@
-"""Images that take long are decoded in a process, which can be ended when one takes too long: a thread cannot.
+"""Images that take long are decoded in a process, which can be killed when one takes too long; a thread cannot.
 
 All such processes together keep to a budget of memory, in one server or in all of the host.
 """
@@ -56,12 +56,12 @@ class Decoder:
         raise (TooManyPixels if kind == TOO_MANY else Refusal)(rest.decode(errors="replace"))
 
     def kill(self) -> None:
-        """From another thread: what is under way ends at once, and a call refuses its image."""
+        """Called from another thread: ends a decode under way at once, which then refuses its image."""
         if process := self._process:
             process.kill()
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process, even while it decodes."""
         process, self._process = self._process, None
         if process:
             self._connection.close()

@@ -58,7 +58,7 @@ def _answer(content: bytes, spec: ImageSpec, max_pixels: int, num_bytes: int) ->
 
 
 def _allow(num_bytes: int | None) -> None:
-    """So much more memory than the process has, or any; where the system does not tell how much that is, any."""
+    """Limit memory to `num_bytes` beyond what the process has now; no limit for None, or without /proc."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     soft, held = hard, Path("/proc/self/statm")
     if num_bytes is not None and held.exists():

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Query, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -36,11 +36,32 @@ from serve.shadow.shadow import Shadow
 from serve.v2.routes import make_router
 from serve.watching.metrics import MEDIA_TYPE, Metrics, watch_probes
 
+if TYPE_CHECKING:
+    from serve.v2.grpc_server import GrpcServer
 
-class _App(FastAPI):
-    """FastAPI behind `front`: its middleware would take an eighth of a prediction's time."""
+
+class App(FastAPI):
+    """FastAPI behind `front`, and the parts of the server that start and stop with it.
+
+    FastAPI's middleware would take an eighth of a prediction's time.
+    """
 
     front: ASGIApp  # marks each request with a visit
+    grpc: "GrpcServer | None" = None
+
+    def __init__(self, batcher: Batcher, prober: Prober, door: Door, reloader: Reloader | None, max_batch: int) -> None:
+        self._batcher, self.prober, self._door = batcher, prober, door
+        self._reloader, self._max_batch = reloader, max_batch
+        super().__init__(
+            title="DiracNet",
+            version="1",
+            description="Classifies images. Every refusal is an RFC 9457 problem document.",
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,  # a redirect would go to the host that the client names
+            lifespan=App._run,
+            exception_handlers={HTTPException: problems.refuse_unrouted},  # `front` answers all problems
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = self.front if scope["type"] == "http" and "visit" not in scope else super().__call__
@@ -51,6 +72,33 @@ class _App(FastAPI):
         outermost = super().build_middleware_stack()
         assert isinstance(outermost, ServerErrorMiddleware)
         return outermost.app
+
+    @asynccontextmanager
+    async def _run(self) -> AsyncIterator[dict[str, Door]]:
+        batcher, shadow = self._batcher, self._batcher.shadow
+        await asyncio.to_thread(_warm_up, batcher.served, self._max_batch)
+        batcher.start()
+        if self.grpc:
+            await self.grpc.start()
+        if shadow:
+            shadow.start(lambda: batcher.served.model)
+        batcher.is_ready = True
+        probing = asyncio.create_task(self.prober.run(), name="probing") if self.prober.every_s else None
+        with heed_signals(before_stop=self._refuse_new, reload=self._reloader and self._reloader.reload):
+            yield {"door": self._door}  # to every connection
+        self._refuse_new()
+        if probing:
+            probing.cancel()
+        if self.grpc:
+            await self.grpc.stop()
+        await batcher.close()
+        if shadow:
+            shadow.close()
+
+    def _refuse_new(self) -> None:
+        self._batcher.is_ready = False
+        if self.grpc:
+            self.grpc.begin_stop()
 
 
 def make_app(
@@ -63,7 +111,7 @@ def make_app(
     reload_everywhere: Callable[[], None] | None = None,
     grpc_address: str | None = None,
     shadow: Shadow | None = None,
-) -> FastAPI:
+) -> App:
     """The server around one loaded model: one runtime, one for each device, or a batcher.
 
     It is ready once its lifespan has warmed the model up. `load` loads the model again, on SIGHUP and, if there is a
@@ -71,70 +119,22 @@ def make_app(
     request. `grpc_address` is where gRPC is served too. `shadow` answers a share of the images too, and POST
     /admin/promote makes it the model.
     """
-    if isinstance(runtime, Batcher):
-        batcher = runtime
-    else:
-        batcher = Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
+    batcher = _batcher_of(runtime, limits)
     batcher.shadow = shadow
+    prober = Prober(batcher, every_s=limits.probe_every_s, deadline_s=limits.deadline_s)
+    batcher.find_fault = lambda: prober.fault
     door = Door(limits.max_connections)
     metrics = Metrics(batcher, door)
-    prober = Prober(batcher, every_s=limits.probe_every_s, deadline_s=limits.deadline_s)
     watch_probes(metrics, prober)
-    batcher.find_fault = lambda: prober.fault
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Door]]:
-        await asyncio.to_thread(_warm_up, batcher.served, limits.max_batch)
-        batcher.start()
-        if grpc_address:
-            from serve.v2.grpc_server import GrpcServer  # an extra, which takes a tenth of a second to import
+    app = App(batcher, prober, door, reloader, limits.max_batch)
+    handler = RequestHandler(app, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
+    app.front = _allow_origins(handler, access.cors_origins)
+    if grpc_address:
+        from serve.v2.grpc_server import GrpcServer  # an extra, which takes a tenth of a second to import
 
-            app.state.grpc = GrpcServer(app, handler, batcher, limits, access)
-            await app.state.grpc.start(grpc_address)
-        if shadow:
-            shadow.start(lambda: batcher.served.model)
-        batcher.is_ready = True
-        probing = asyncio.create_task(prober.run(), name="probing") if prober.every_s else None
-        with heed_signals(before_stop=no_longer_ready, reload=reloader.reload if reloader else None):
-            yield {"door": door}  # to every connection
-        no_longer_ready()
-        if probing:
-            probing.cancel()
-        if app.state.grpc:
-            await app.state.grpc.stop()
-        await batcher.close()
-        if shadow:
-            shadow.close()
-
-    def no_longer_ready() -> None:
-        batcher.is_ready = False
-        if app.state.grpc:
-            app.state.grpc.begin_stop()
-
-    app = _App(
-        title="DiracNet",
-        version="1",
-        description="Classifies images. Every refusal is an RFC 9457 problem document.",
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,  # a redirect would go to the host that the client names
-        lifespan=lifespan,
-        exception_handlers={HTTPException: problems.refuse_unrouted},  # `front` answers all problems
-    )
-    app.front = handler = RequestHandler(
-        app, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers)
-    )
-    if access.cors_origins:
-        app.front = cors = CORSMiddleware(
-            handler,
-            allow_origins=access.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"),
-            expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
-        )
-        cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the only answer that `handler` does not send
-    app.state.grpc, app.state.prober = None, prober
+        app.grpc = GrpcServer(grpc_address, app, handler, batcher, limits, access)
     _add_operation(app, batcher, metrics, prober)
     app.include_router(make_router(batcher, limits))
     if access.api_key and reloader:
@@ -142,6 +142,27 @@ def make_app(
     _add_page(app, "/", "page.html")
     _add_page(app, "/docs", "docs.html")
     return app
+
+
+def _batcher_of(runtime: Runtime | Sequence[Runtime] | Batcher, limits: Limits) -> Batcher:
+    if isinstance(runtime, Batcher):
+        return runtime
+    return Batcher(Served(tuple(runtime) if isinstance(runtime, Sequence) else (runtime,)), limits)
+
+
+def _allow_origins(handler: RequestHandler, origins: Sequence[str]) -> ASGIApp:
+    """`handler` for web pages of other origins too."""
+    if not origins:
+        return handler
+    cors = CORSMiddleware(
+        handler,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"),
+        expose_headers=("Retry-After", "Server-Timing", "X-Request-Id"),
+    )
+    cors.preflight_headers["X-Content-Type-Options"] = "nosniff"  # the only answer that `handler` does not send
+    return cors
 
 
 def _warm_up(served: Served, max_batch: int) -> None:

@@ -53,7 +53,7 @@ async def read_images(receive: Receive, headers: dict[bytes, bytes], limits: Lim
         except FormParserError as error:
             raise Problem(BAD_REQUEST, f"the form cannot be read: {error}") from error
     if media_type == "application/json":
-        return await parse(_images_of_json, await read_body(receive, headers, limits), limits)
+        return await parse_body(_images_of_json, await read_body(receive, headers, limits), limits)
     if media_type == _CURL_DEFAULT:
         body = await read_body(receive, headers, limits)
         if begins_as_an_image(body):
@@ -71,7 +71,7 @@ def refuse_encoding(headers: dict[bytes, bytes]) -> None:
         raise Problem(MEDIA_TYPE_UNKNOWN, detail)
 
 
-async def parse(function: Callable[..., Read], body: bytes, *arguments: Any) -> Read:
+async def parse_body(function: Callable[..., Read], body: bytes, *arguments: Any) -> Read:
     """`function(body, *arguments)`; a long body in a thread, one at a time, as the memory it takes is not counted.
 
     After a cancellation the thread finishes a body that it has begun, and a body that waits for it is dropped at once.

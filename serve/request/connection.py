@@ -12,7 +12,7 @@ from serve.request.limits import SPARE_FILES
 from serve.request.one_write import OneWrite
 from serve.request.predict import REFUSAL
 from serve.request.problems import BAD_REQUEST, HEADERS_TOO_LARGE, OVERLOADED, RETRY, Problem
-from serve.request.uvicorn_internals import HttpToolsProtocol, RequestResponseCycle, last_cycle
+from serve.request.uvicorn_internals import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEADER_BYTES = 2**16
 _HEADER_BYTES = 32  # added for each header or trailer, as in HTTP/2: RFC 9113, 6.5.2
@@ -126,10 +126,6 @@ class Connection(HttpToolsProtocol):
         super().pause_writing()
         self._await_reader()
 
-    def timeout_keep_alive_handler(self) -> None:
-        if self._stage != "headers":  # which have their own limit
-            super().timeout_keep_alive_handler()
-
     # Callbacks of the parser
 
     def on_message_begin(self) -> None:
@@ -152,7 +148,6 @@ class Connection(HttpToolsProtocol):
         super().on_headers_complete()
         self._stage = "body"
         self._end_timer()
-        self._unset_keepalive_if_required()  # of an answer that was sent while these headers arrived
 
     def on_body(self, body: bytes) -> None:
         self._num_body_bytes += len(body)
@@ -166,6 +161,8 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._stage == "headers":  # of the next request, which have their own limit
+            self._unset_keepalive_if_required()
         if self.cycle.response_complete and not self.cycle.keep_alive:
             self._is_deaf = True
         if self.transport.get_write_buffer_size():
@@ -225,14 +222,14 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         url = self.url if stage == "headers" else b""
         method = self.parser.get_method().decode() if url else "?"
-        scope = {"method": method, "path": url.decode("latin-1"), "query_string": b"", REFUSAL: problem}
         super().on_message_begin()
+        self.url, was_paused = b"/", self.flow.read_paused  # an address that uvicorn can parse
+        super().on_headers_complete()
+        if not was_paused:
+            self.flow.resume_reading()  # even if other answers come first: their client may go
+        self.cycle.keep_alive = False
+        scope = {"http_version": "1.1", "method": method, "path": url.decode("latin-1"), REFUSAL: problem}
         self.scope.update(scope)  # type: ignore[typeddict-item]
-        before, self.cycle = self.cycle, last_cycle(self)
-        if before is None or before.response_complete:
-            self._start_asgi_task(self.cycle, self.app)
-        else:
-            self.pipeline.appendleft((self.cycle, self.app))  # type: ignore[arg-type]
 
     def _drop(self, data: bytes) -> None:
         """Let the client finish sending: closing the socket earlier would take the refusal back with a reset."""

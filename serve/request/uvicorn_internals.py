@@ -6,38 +6,19 @@ supervisor ends its workers with uvicorn's own status. tests/serve/request/test_
 missing after an upgrade.
 """
 
-import asyncio
-
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.supervisors.multiprocess import Process
 
-__all__ = ["STARTUP_FAILURE", "STATUS_LINE", "HttpToolsProtocol", "Process", "RequestResponseCycle", "last_cycle"]
+__all__ = ["STARTUP_FAILURE", "STATUS_LINE", "HttpToolsProtocol", "Process", "RequestResponseCycle"]
 
 # Attributes that are read, set, called or overridden.
 OF_CONNECTION = """
-    _start_asgi_task _unset_keepalive_if_required access_logger app app_state cycle flow headers logger loop on_body
-    on_header on_headers_complete on_message_begin on_message_complete on_response_complete parser pause_writing
-    pipeline scope server_state timeout_keep_alive_handler transport url
+    _start_asgi_task _unset_keepalive_if_required app_state cycle flow headers loop on_body on_header
+    on_headers_complete on_message_begin on_message_complete on_response_complete parser pause_writing pipeline scope
+    transport url
 """.split()
 OF_CYCLE = """
     default_headers disconnected flow keep_alive message_event more_body on_response response_complete response_started
     scope send transport waiting_for_100_continue
 """.split()
-
-
-def last_cycle(connection: HttpToolsProtocol) -> RequestResponseCycle:
-    """The request in `connection.scope`, whose answer closes the connection; nothing has started it yet."""
-    return RequestResponseCycle(
-        scope=connection.scope,
-        transport=connection.transport,
-        flow=connection.flow,
-        logger=connection.logger,
-        access_logger=connection.access_logger,
-        access_log=False,
-        default_headers=connection.server_state.default_headers,
-        message_event=asyncio.Event(),
-        expect_100_continue=False,
-        keep_alive=False,
-        on_response=connection.on_response_complete,
-    )

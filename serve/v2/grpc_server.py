@@ -23,7 +23,7 @@ from grpc import StatusCode
 from serve.request import problems
 from serve.request.access import Access
 from serve.request.batcher import Batcher
-from serve.request.body import parse as parse_body
+from serve.request.body import parse_body
 from serve.request.limits import Limits
 from serve.request.predict import NO_CLIENT, RequestHandler, Visit
 from serve.request.problems import RETRY, Problem
@@ -53,8 +53,11 @@ _Method = Callable[[Context, Visit], Awaitable[bytes]]
 class GrpcServer:
     """Answers calls from `start` until `stop`."""
 
-    def __init__(self, app: FastAPI, handler: RequestHandler, batcher: Batcher, limits: Limits, access: Access) -> None:
-        self._app, self._handler, self._batcher, self._limits, self._access = app, handler, batcher, limits, access
+    def __init__(
+        self, address: str, app: FastAPI, handler: RequestHandler, batcher: Batcher, limits: Limits, access: Access
+    ) -> None:
+        self._address, self._app, self._handler = address, app, handler  # `host:port`
+        self._batcher, self._limits, self._access = batcher, limits, access
         self._intake = Intake(limits)
         self._under_way: set[asyncio.Task[Any]] = set()
         self._is_given_up = False
@@ -76,12 +79,12 @@ class GrpcServer:
             for name, (address, method) in methods.items()
         }
 
-    async def start(self, address: str) -> None:
-        """Begin to take calls at `host:port`."""
+    async def start(self) -> None:
+        """Begin to take calls."""
         self._loop = asyncio.get_running_loop()
         handlers = grpc.method_handlers_generic_handler(SERVICE, self._handlers())
         self._server = grpc.aio.server(handlers=[handlers], options=_options(self._limits))
-        self.port = self._server.add_insecure_port(address)
+        self.port = self._server.add_insecure_port(self._address)
         await self._server.start()
 
     def begin_stop(self) -> None:

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict  # pydantic reads no other one on Python
 from export.runtimes.runtime import Model
 from serve.request import problems
 from serve.request.batcher import Batcher
-from serve.request.body import parse, read_body, refuse_encoding, within_deadline
+from serve.request.body import parse_body, read_body, refuse_encoding, within_deadline
 from serve.request.limits import Limits
 from serve.request.problems import Problem
 from serve.v2.tensors import Inference, InferenceAnswer, InferenceRequest, read_inference, write_inference
@@ -111,7 +111,7 @@ def _make_model_router(batcher: Batcher, limits: Limits) -> APIRouter:
         deadline, headers = asyncio.get_running_loop().time() + limits.deadline_s, dict(request.headers.raw)
         refuse_encoding(headers)
         body = await within_deadline(read_body(request.receive, headers, limits), deadline, limits)
-        inference = await parse(read_inference, body, request.headers.get(HEADER_BYTES), limits)
+        inference = await parse_body(read_inference, body, request.headers.get(HEADER_BYTES), limits)
         refuse_other_size(inference, batcher.served.model)
         job = await batcher.classify(inference.images, top_k=1, deadline=deadline, receive=request.receive)
         request.scope["visit"].take(job)

@@ -1,4 +1,4 @@
-"""The benchmark of front ends in its quick form, on a small net: what becomes of requests, not how long they take."""
+"""The benchmark of front ends in its quick form, on a small net: what is counted, not how long it takes."""
 
 import json
 import shutil
@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from bench import front_ends
-from bench.lab.page import describe_machine
 from common.cli import run_command
 from export.graphs.graph import to_onnx
 from fold.plain import fold_net
@@ -62,20 +61,9 @@ def test_the_hand_over_is_drawn_from_batches_of_every_kind(paths):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("wrk"), reason="wrk is not installed")
 def test_scaling_writes_its_page(paths, tmp_path):
-    argv = [paths[0], "--image", paths[1], "--quick", "--only", "scaling", "--out", tmp_path]
+    argv = [paths[0], "--image", paths[1], "--quick", "--out", tmp_path]
     assert run_command(front_ends.command, front_ends.FrontEndsConfig, argv=[str(part) for part in argv]) in (0, 1)
     measured = json.loads((tmp_path / "front-ends.json").read_text())["scaling"]["rounds"][0]
     assert all(measured[name]["requests_per_s"] > 0 for name in ("one", "two"))
     assert measured["one"]["device_us"] == 0 < measured["two"]["device_us"]
     assert "| 16 |" in (tmp_path / "front-ends.md").read_text()
-
-
-@pytest.mark.slow
-def test_nothing_is_lost_that_is_asked_once_more(paths, tmp_path):
-    argv = [paths[0], "--image", paths[1], "--quick", "--only", "kills", "--out", tmp_path]
-    assert run_command(front_ends.command, front_ends.FrontEndsConfig, argv=[str(part) for part in argv]) == 0
-    kills = json.loads((tmp_path / "front-ends.json").read_text())["kills"]
-    assert kills["killed"] == ["device process", "front end"]
-    assert kills["answered_then"] == kills["asked_again"]
-    assert kills["machine"] == describe_machine("numpy", "uvicorn")
-    assert "killed in turn, 2 times in all." in (tmp_path / "front-ends.md").read_text()

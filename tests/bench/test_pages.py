@@ -68,7 +68,7 @@ def test_folding(tmp_path, monkeypatch, capsys):
 def test_startup(tmp_path, capsys):
     assert run(startup, startup.StartupConfig, "--quick", "--out", tmp_path) == 0
     models = json.loads((tmp_path / "startup.json").read_text())["models"]
-    assert [model["name"] for model in models] == ["small.onnx", "fashion-mnist.onnx"]
+    assert [model["name"] for model in models] == ["tiny.onnx", "fashion-mnist.onnx"]
     for model in models:
         assert len(model["starts"]) == 3
         assert not any(start["has_torch"] for start in model["starts"])

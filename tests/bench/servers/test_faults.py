@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from bench import reliability
 from bench.lab.load import LOST, Load, predict_request
-from bench.servers import attacks
+from bench.servers import accidents, attacks, faults
 from bench.servers.attacks import Attack
 from common.cli import run_command
 from common.files import write_whole
@@ -34,19 +35,36 @@ def is_met(result):
 
 @pytest.mark.slow
 def test_sigterm_loses_no_request_that_was_begun(subject):
-    result = asyncio.run(reliability.drain(*subject))
+    result = asyncio.run(faults.drain(*subject))
     assert is_met(result) is True
     assert result["begun"] > 0
 
 
 @pytest.mark.slow
-def test_reloads_lose_no_request_and_answers_fit_their_model(subject, tmp_path):
-    assert is_met(asyncio.run(reliability.reload(*subject, tmp_path, times=3))) is True
+def test_reloads_lose_no_request_and_answers_fit_their_model(subject):
+    assert is_met(asyncio.run(faults.reload(*subject, times=3))) is True
 
 
 @pytest.mark.slow
 def test_what_a_killed_worker_was_answering_succeeds_on_one_retry(subject):
-    assert is_met(asyncio.run(reliability.kill(*subject))) is True
+    assert is_met(asyncio.run(faults.kill(*subject))) is True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="front ends need Linux")
+def test_nothing_is_lost_that_is_asked_once_more(subject):
+    result = asyncio.run(faults.kill_front_ends(*subject, seconds=10, every_s=4))
+    assert is_met(result) is True
+    assert result["num_killed"] == 2
+    assert result["answered_then"] == result["sent_again"]
+
+
+@pytest.mark.slow
+def test_a_server_that_reads_its_model_ends_and_a_killed_worker_comes_back_without_its_file(subject):
+    content = subject[0].read_bytes()
+    assert is_met(accidents.early(subject[0])) is True
+    subject[0].write_bytes(content)
+    assert is_met(accidents.outage(*subject)) is True
 
 
 class Scripted(asyncio.Protocol):
@@ -86,7 +104,7 @@ def offered(script, *, num_requests):
         async with server:
             port = server.sockets[0].getsockname()[1]
             load = Load(port, predict_request(b"image"), take, num_connections=1)
-            await load.saturate(60)
+            await load.run(60)
         return load, taken
 
     iter_script = iter(script)
@@ -111,9 +129,9 @@ def test_an_answer_fits_its_model_or_not():
     expected = np.array([0.25, 0.75])
     top = [{"index": 1, "probability": 0.75}, {"index": 0, "probability": 0.25}]
     body = json.dumps({"results": [{**top[0], "top": top}]}).encode()
-    assert reliability._fits(body, expected)
-    assert not reliability._fits(body, np.array([0.75, 0.25]))
-    assert not reliability._fits(body, None)
+    assert faults._fits(body, expected)
+    assert not faults._fits(body, np.array([0.75, 0.25]))
+    assert not faults._fits(body, None)
 
 
 def test_a_request_names_itself():

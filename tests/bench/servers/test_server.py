@@ -56,7 +56,7 @@ def run(*argv):
 
 def start_stub(folder, program=STUB):
     (folder / "stub.py").write_text(program)
-    return Contestant("ours", f"{folder}/stub.py {{port}}", (WAY,), "a stub").start(folder / "m.onnx", folder)
+    return Contestant("ours", f"{folder}/stub.py {{port}}", (WAY,), "a stub").start(folder / "m.onnx", b"", folder)
 
 
 def measured(requests_per_s, p99_ms=10.0):
@@ -167,7 +167,7 @@ def test_what_cannot_be_installed_fails_its_rows_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(race, "make_environment", refuse)
     rows = [{"server": one.name, "title": way.title, "failed": None} for one in CONTESTANTS[:2] for way in one.ways]
-    measure(CONTESTANTS[1], ServedNet(tmp_path / "m.onnx", [], [], {"rows": rows}), tmp_path, seconds=1, warm_up=False)
+    measure(CONTESTANTS[1], ServedNet(tmp_path / "m.onnx", [b""], [], {"rows": rows}), tmp_path, seconds=1)
     reason = "fastapi cannot be installed: no such wheel"
     assert [row["failed"] for row in rows] == [None, None, reason, reason]
 
@@ -224,7 +224,8 @@ def test_load_counts_what_fails(tmp_path):
     assert good["requests_per_s"] > 0
     assert 0 < good["p50_ms"] <= good["p99_ms"]
     assert good["failures"] == 0
-    program = STUB.replace("send_response(200)", "send_response(503)")
+    # It is ready when it answers the probe, whose body is empty.
+    program = STUB.replace("send_response(200)", "send_response(503 if int(self.headers['Content-Length']) else 200)")
     with start_stub(tmp_path, program) as stub:
         assert put_load(stub.url, "/", "image/png", [body], num_connections=1, seconds=1)["failures"] > 0
 

@@ -45,7 +45,7 @@ def server(rotting):
 
 
 def turn(client):
-    client.portal.call(client.app.state.prober.turn)
+    client.portal.call(client.app.prober.turn)
 
 
 def figures(client):
@@ -204,7 +204,7 @@ def test_no_count_of_answers_and_no_batch_of_clients_has_the_probes_in_it(gated,
         gated.close()
 
         async def together():
-            batcher = server.app.state.prober._batcher
+            batcher = server.app.prober._batcher
             ask = partial(batcher.classify, deadline=asyncio.get_running_loop().time() + 60, receive=_wait, top_k=1)
             first = asyncio.create_task(ask(pixels[:1]))
             await gated.entered()

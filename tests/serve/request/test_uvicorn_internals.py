@@ -4,7 +4,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from serve.request.uvicorn_internals import OF_CONNECTION, OF_CYCLE, HttpToolsProtocol, last_cycle
+from serve.request.uvicorn_internals import OF_CONNECTION, OF_CYCLE, HttpToolsProtocol
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,9 @@ def internals():
         config = uvicorn.Config(lambda *_: None, log_config=None, ws="none", lifespan="off")
         connection = HttpToolsProtocol(config, ServerState(), {})
         connection.on_message_begin()
-        return connection, last_cycle(connection)
+        connection.url = b"/"
+        connection.on_headers_complete()
+        return connection, connection.cycle
 
     return asyncio.run(make())
 

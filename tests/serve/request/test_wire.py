@@ -8,7 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from serve.request.app import make_app
-from serve.request.body import LONG_JSON_BYTES, MAX_JSON_LISTS, MAX_JSON_VALUES, load_json, parse
+from serve.request.body import LONG_JSON_BYTES, MAX_JSON_LISTS, MAX_JSON_VALUES, load_json, parse_body
 from serve.request.limits import Limits
 from serve.request.problems import TOO_LARGE, Problem
 
@@ -59,14 +59,14 @@ def test_long_bodies_are_read_one_at_a_time_even_if_the_first_is_given_up():
         order.append("first")
 
     async def scenario():
-        given_up = asyncio.create_task(parse(first, LONG))
+        given_up = asyncio.create_task(parse_body(first, LONG))
         await asyncio.to_thread(first_is_in.wait, 60)
         given_up.cancel()
         with pytest.raises(asyncio.CancelledError):
             await given_up
-        second = asyncio.create_task(parse(lambda body: order.append("second"), LONG))
+        second = asyncio.create_task(parse_body(lambda body: order.append("second"), LONG))
         await asyncio.sleep(0)
-        assert await parse(len, b"short") == 5  # waits for nobody
+        assert await parse_body(len, b"short") == 5  # waits for nobody
         assert not second.done()
         go_on.set()
         await second
@@ -96,7 +96,7 @@ def test_a_body_that_cannot_be_read_is_not_kept(body_type):
 
     async def scenario():
         with pytest.raises(ValueError, match="no"):
-            await parse(refuse, body_type(LONG))
+            await parse_body(refuse, body_type(LONG))
 
     asyncio.run(scenario())
     assert body_type.freed
@@ -110,9 +110,9 @@ def test_a_body_that_is_given_up_while_another_is_read_is_not_kept(body_type):
         assert go_on.wait(60)
 
     async def scenario():
-        under_way = asyncio.create_task(parse(first, LONG))
+        under_way = asyncio.create_task(parse_body(first, LONG))
         await asyncio.to_thread(first_is_in.wait, 60)
-        given_up = asyncio.create_task(parse(len, body_type(LONG)))
+        given_up = asyncio.create_task(parse_body(len, body_type(LONG)))
         await asyncio.sleep(0)
         assert not body_type.freed
         given_up.cancel()

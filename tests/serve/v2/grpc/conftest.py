@@ -22,7 +22,7 @@ def serve_rpc(live):
         limits = replace(limits, drain_s=drain_s)
         app = make_app(runtime, limits, grpc_address="127.0.0.1:0", observers=[visits.put], **options)
         with live(app, loop=loop) as url:
-            target = f"127.0.0.1:{app.state.grpc.port}"
+            target = f"127.0.0.1:{app.grpc.port}"
             raw = Raw(target)
             yield SimpleNamespace(app=app, url=url, target=target, visits=visits, raw=raw)
             raw.channel.close()

@@ -251,7 +251,7 @@ def test_what_is_under_way_is_answered_when_the_server_stops_and_nothing_more(se
         gated.close()
         first = served.raw.start(request_of(pixels))
         gated.wait()
-        served.app.state.grpc.begin_stop()
+        served.app.grpc.begin_stop()
         while (refused := served.raw(request_of(pixels[:1]), timeout=0.2))[0] == "DEADLINE_EXCEEDED":
             pass  # it was accepted before the server began to stop
         assert refused[:2] == ("UNAVAILABLE", "the server is stopping; try another one")
@@ -267,7 +267,7 @@ def test_what_is_still_under_way_at_the_end_of_the_drain_is_refused(serve_rpc, g
         gated.close()
         first = served.raw.start(request_of(pixels))
         gated.wait()
-        loop, stop = served.app.state.grpc._loop, served.app.state.grpc.stop
+        loop, stop = served.app.grpc._loop, served.app.grpc.stop
         asyncio.run_coroutine_threadsafe(stop(), loop).result(30)
         assert (first.code().name, first.details()) == ("UNAVAILABLE", "the server is stopping; try another one")
         gated.open()
