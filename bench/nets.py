@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.spec import ImageSpec, Spec
 from export.compare import Answer
+from fold.graph import GraphNet, fold
 from fold.image_sets import extreme_images, random_images, real_images
-from fold.plain import fold_net, load_plain
+from fold.nodes import Graph
+from fold.plain import load_plain
 from train.data.datasets import cifar_image, imagenet_image
 from train.families import build
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
@@ -32,7 +34,7 @@ class Net:
     spec: Spec
     dirac: nn.Sequential
     is_same: bool  # whether `dirac` has the weights of `plain`, so that its logits can be compared
-    plain: nn.Sequential  # float32
+    plain: GraphNet  # float32
     real: np.ndarray | None = None  # images of its data set
 
     @property
@@ -56,7 +58,7 @@ def seeded_net(depth: int, width: float, *, family: str = "cifar") -> Net:
     """A DiracNet of random weights."""
     spec = dirac_spec(depth, width, family=family)
     net = random_net(spec)
-    return Net("random, seed 0", spec, net, True, fold_net(net).float())
+    return Net("random, seed 0", spec, net, True, fold(net).float())
 
 
 def dirac_spec(depth: int, width: float, *, family: str = "cifar") -> Spec:
@@ -133,8 +135,17 @@ def _reference(layer: nn.Module) -> nn.Module:
     return reference
 
 
+def divided(net: nn.Sequential | GraphNet) -> tuple[nn.Module, nn.Module]:
+    """The normalisation of pixels, and all that comes after it."""
+    if isinstance(net, nn.Sequential):
+        return net[0], net[1:]
+    start, normalize, *rest = net.graph.nodes
+    after = (node.reading({normalize.name: start.name}) for node in rest)
+    return GraphNet(Graph((start, normalize))), GraphNet(Graph((start, *after)))
+
+
 def torch_answer(
-    net: nn.Sequential,
+    net: nn.Sequential | GraphNet,
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -144,7 +155,8 @@ def torch_answer(
     """A copy of `net` in PyTorch. Pixels are normalised in float32, as in the ONNX graph."""
     torch.backends.cudnn.benchmark = True
     whole = deepcopy(net).float().eval().to(device)
-    normalize, rest = whole[0], whole[1:].to(dtype).to(memory_format=layout)
+    normalize, rest = divided(whole)
+    rest = rest.to(dtype).to(memory_format=layout)
     run: Callable[[Tensor], Tensor] = rest
     if is_compiled:
         # Recompilations are limited, those of earlier nets count, and what is over the limit would run eagerly.
@@ -161,13 +173,13 @@ def torch_answer(
     return answer
 
 
-def wide_resnet(depth: int, width: float, spec: Spec) -> nn.Sequential:
+def wide_resnet(depth: int, width: float, spec: Spec) -> GraphNet:
     """Pre-activation blocks: the batch normalisation at their start folds into one weight for each channel."""
     settings = replace(spec, family="wrn", depth=depth, width=width, nonlinearity="relu", parameterization="plain")
-    return fold_net(random_net(settings)).float()
+    return fold(random_net(settings)).float()
 
 
-def resnet18(spec: Spec) -> nn.Sequential:
+def resnet18(spec: Spec) -> GraphNet:
     """Four groups of two blocks of two convolutions, each with the batch normalisation after it folded in."""
     torch.manual_seed(0)
     layers = [_convolution(spec.image.channels, 64, size=7, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
@@ -181,7 +193,7 @@ def resnet18(spec: Spec) -> nn.Sequential:
     return _classifier_of(layers, num_in, spec)
 
 
-def repvgg(widths: Sequence[int], early_stride: int, spec: Spec) -> nn.Sequential:
+def repvgg(widths: Sequence[int], early_stride: int, spec: Spec) -> GraphNet:
     """RepVGG's deployed form: 3x3 convolutions and ReLUs; the first two stages have `early_stride`, the others 2."""
     torch.manual_seed(0)
     layers, num_in = [], spec.image.channels
@@ -194,7 +206,7 @@ def repvgg(widths: Sequence[int], early_stride: int, spec: Spec) -> nn.Sequentia
 
 
 A0_BLOCKS, A0_WIDTHS = (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)
-PEERS: dict[str, Callable[[Spec], nn.Sequential]] = {  # from the spec of a DiracNet, for images and labels
+PEERS: dict[str, Callable[[Spec], GraphNet]] = {  # from the spec of a DiracNet, for images and labels
     "WRN-40-2": partial(wide_resnet, 40, 2.0),
     "WRN-16-1": partial(wide_resnet, 16, 1.0),
     "ResNet-18": resnet18,
@@ -215,10 +227,9 @@ PUBLISHED = {
 }
 
 
-def _classifier_of(layers: Sequence[nn.Module], num_features: int, spec: Spec) -> nn.Sequential:
+def _classifier_of(layers: Sequence[nn.Module], num_features: int, spec: Spec) -> GraphNet:
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_features, len(spec.labels)))
-    net = nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers, *head)
-    return net.eval().requires_grad_(False)
+    return fold(nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers, *head).eval()).float()
 
 
 def _convolution(num_in: int, num_out: int, *, size: int = 3, stride: int = 1) -> nn.Conv2d:

@@ -123,7 +123,7 @@ def count_layers(net: Any) -> dict[str, int]:
     from fold.graph import GraphNet
 
     if isinstance(net, GraphNet):
-        convolutions = [node for node in net.with_tensors().nodes if node.op == "conv"]
+        convolutions = [node for node in net.graph.nodes if node.op == "conv"]
         points = [node for node in convolutions if node.tensors["weight"][0].numel() == 1]
         return {"convolutions": len(convolutions), "batch_norms": net.graph.count("affine"), "scalings": len(points)}
     kinds = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm)

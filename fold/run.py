@@ -75,7 +75,7 @@ def command(config: FoldConfig) -> int:
     from common.files import read_labels
     from common.progress import make_console, progress
     from fold.image_sets import random_images, real_images
-    from fold.plain import save_plain
+    from fold.plain import save_plain, stored_tensors
     from fold.proof import prove
     from fold.sources import from_checkpoint, from_user
     from train.machine import keep_large_buffers
@@ -108,7 +108,7 @@ def command(config: FoldConfig) -> int:
     out = config.out or source.beside / "plain.safetensors"
     with torch.no_grad():
         save_plain(out, source.plain.float(), source.spec, provenance)
-    num_plain = sum(tensor.numel() for tensor in source.plain.state_dict().values())
+    num_plain = sum(tensor.numel() for tensor in stored_tensors(source.plain.graph, source.spec).values())
     console.print(f"wrote {out}: {num_plain:,} numbers, {out.stat().st_size / 1e6:.2f} MB")
     if config.json:
         print(json.dumps({"out": str(out), "logits": [asdict(end) for end in proof.ends]}))

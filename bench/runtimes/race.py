@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
 
 from bench.lab.page import describe_machine
 from bench.lab.rounds import Failure, alternate
@@ -41,6 +40,7 @@ from export.eight_bits.integer import to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.eight_bits.quantize import relative_error
 from export.graphs.graph import to_onnx
+from fold.graph import GraphNet
 from fold.image_sets import random_images
 from fold.lower import lower
 from train.families import count_parameters
@@ -49,7 +49,7 @@ PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "mnn", "numpy
 NUM_COMPARED = 4
 NUM_RUNS = 20  # of a profile
 NUM_OBSERVED = 32  # images that set the ranges of eight bits; the weights are random, and so is what they lose
-Nets = Mapping[str, nn.Sequential]  # by name, in their plain forms, float32
+Nets = Mapping[str, GraphNet]  # by name, in their plain forms, float32
 
 
 def measure(key: str, config: ModelConfig, console: Console) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _is_chosen(racer: Racer, parts: Sequence[str]) -> bool:
     return not parts or racer.title in BASELINES or any(part in text for part in parts)
 
 
-def _entrant(name: str, net: nn.Module, image: ImageSpec) -> dict[str, Any]:
+def _entrant(name: str, net: GraphNet, image: ImageSpec) -> dict[str, Any]:
     published = PUBLISHED.get(name, "none published")
     return {"name": name, "macs": count_macs(net, image), "parameters": count_parameters(net), "published": published}
 

@@ -10,7 +10,7 @@ from common.refusal import Refusal
 from export.graphs.graph import to_onnx
 from export.model_file.probe import probe_images, record_probe
 from export.runtimes.onnx_session import OnnxSession
-from fold.plain import fold_net
+from fold.graph import fold
 from serve.model.choose import Conditions, choose, record_path, why_unfit
 
 GOOD = {"float32_accuracy": 0.95, "accuracy": 0.949, "top1_agreement": 0.99}
@@ -22,7 +22,7 @@ def write(tmp_path, make_net, make_spec):
 
     def write(name, *, seed=0, depth=10, **export):
         record = {"export": {"precision": "fp32", "plain_sha256": "a" * 64, **export}}
-        model = to_onnx(fold_net(make_net(seed=seed, depth=depth)), make_spec(depth=depth), record)
+        model = to_onnx(fold(make_net(seed=seed, depth=depth)), make_spec(depth=depth), record)
         (tmp_path / name).write_bytes(model.SerializeToString())
         return tmp_path / name
 
