@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +21,7 @@ from fold.nodes import Graph
 from fold.plain import load_plain
 from train.data.datasets import cifar_image, imagenet_image
 from train.families import build
-from train.layers import DiracConv2d, NCReLU, Normalize, Residual
+from train.layers import DiracConv2d, NCReLU, Normalize
 
 SEEDED = ((16, 1.0), (34, 2.0))  # depth and width
 NUM_CALIBRATION = 256
@@ -93,6 +94,12 @@ def net_of_file(path: Path) -> Net:
     real, _ = real_images(plain.spec.image, plain.provenance.get("training", {}), num=500 + NUM_CALIBRATION)
     torch.manual_seed(0)
     return Net(str(path), plain.spec, build(plain.spec).eval(), False, plain.net, real)
+
+
+def num_weights(net: GraphNet) -> int:
+    """Weights and biases of all layers; the constants that normalise pixels are none."""
+    layers = (node for node in net.graph.nodes if node.op != "normalize")
+    return sum(tensor.numel() for node in layers for tensor in node.tensors.values())
 
 
 def count_macs(net: nn.Module, image: ImageSpec) -> int:
@@ -180,17 +187,8 @@ def wide_resnet(depth: int, width: float, spec: Spec) -> GraphNet:
 
 
 def resnet18(spec: Spec) -> GraphNet:
-    """Four groups of two blocks of two convolutions, each with the batch normalisation after it folded in."""
     torch.manual_seed(0)
-    layers = [_convolution(spec.image.channels, 64, size=7, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    num_in = 64
-    for num_out, first_stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        for stride in (first_stride, 1):
-            body = (_convolution(num_in, num_out, stride=stride), nn.ReLU(), _convolution(num_out, num_out))
-            shortcut = [] if num_in == num_out else [_convolution(num_in, num_out, size=1, stride=stride)]
-            layers += [Residual(nn.Sequential(*body), nn.Sequential(*shortcut)), nn.ReLU()]
-            num_in = num_out
-    return _classifier_of(layers, num_in, spec)
+    return _folded(spec, torchvision.models.resnet18(num_classes=len(spec.labels)))
 
 
 def repvgg(widths: Sequence[int], early_stride: int, spec: Spec) -> GraphNet:
@@ -200,9 +198,14 @@ def repvgg(widths: Sequence[int], early_stride: int, spec: Spec) -> GraphNet:
     for stage, (num_blocks, num_out) in enumerate(zip(A0_BLOCKS, widths, strict=True)):
         for block in range(num_blocks):
             stride = 1 if block else early_stride if stage < 2 else 2
-            layers += [_convolution(num_in, num_out, stride=stride), nn.ReLU()]
+            layers += [nn.Conv2d(num_in, num_out, 3, stride, padding=1), nn.ReLU()]
+            nn.init.kaiming_normal_(layers[-2].weight)  # or 22 layers would leave nothing of the images
             num_in = num_out
-    return _classifier_of(layers, num_in, spec)
+    return _folded(spec, *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_in, len(spec.labels)))
+
+
+def _folded(spec: Spec, *layers: nn.Module) -> GraphNet:
+    return fold(nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers).eval()).float()
 
 
 A0_BLOCKS, A0_WIDTHS = (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)
@@ -225,14 +228,3 @@ PUBLISHED = {
     "RepVGG-A0 at 32x32": _WITHOUT_STRIDES,
     "RepVGG-A0/3 at 32x32": _WITHOUT_STRIDES,
 }
-
-
-def _classifier_of(layers: Sequence[nn.Module], num_features: int, spec: Spec) -> GraphNet:
-    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_features, len(spec.labels)))
-    return fold(nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers, *head).eval()).float()
-
-
-def _convolution(num_in: int, num_out: int, *, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    convolution = nn.Conv2d(num_in, num_out, size, stride=stride, padding=size // 2)
-    nn.init.kaiming_normal_(convolution.weight)  # or 22 layers would leave nothing of the images
-    return convolution
