@@ -181,7 +181,7 @@ def _with_tables(net: dict[str, Any]) -> dict[str, Any]:
         table(head, [[title, *(pair[at] for pair in pairs)] for title, pairs in cells.items()]) for at in (0, 1)
     )
     parity = [{"title": row["title"], **_parity(row["parity"])} for row in rows]
-    return {**net, "first": rows[0]["title"], "times": times, "speeds": speeds, "parity": parity}
+    return {**net, "times": times, "speeds": speeds, "parity": parity}
 
 
 def _cells(timing: dict[str, Any] | str | None) -> tuple[str, str]:

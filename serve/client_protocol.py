@@ -47,12 +47,9 @@ class Guess:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Guess):
     """The most probable class of one image, and the `top_k` most probable ones in order."""
 
-    label: str
-    index: int
-    probability: float
     top: tuple[Guess, ...]
 
 

@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.cli import POSITIONAL, run_command
+from common.documents import wrong_fields
 from common.files import read_whole
 from common.refusal import Refusal
 
@@ -134,12 +135,9 @@ def read_settings(path: Path | None) -> Settings:
 def _faults(name: str, table: Any, kinds: dict[str, type]) -> list[str]:
     if not isinstance(table, dict):
         return [f"{name} must be a table"]
-    faults = [f"[{name}] has no {key}" for key in table.keys() - kinds.keys()]
-    for key in table.keys() & kinds.keys():
-        allowed = (int, float) if kinds[key] is float else kinds[key]
-        if not isinstance(table[key], allowed) or isinstance(table[key], bool) != (kinds[key] is bool):
-            faults.append(f"[{name}] {key} must be {kinds[key].__name__}, got {table[key]!r}")
-    return faults
+    unknown = table.keys() - kinds.keys()
+    faults = wrong_fields({key: value for key, value in table.items() if key not in unknown}, kinds)
+    return [f"[{name}] has no {key}" for key in unknown] + [f"[{name}] {fault}" for fault in faults]
 
 
 def read_artefact(path: Path) -> dict[str, bytes]:
@@ -172,7 +170,7 @@ def start_ray(cluster: Cluster) -> tuple[Any, Any]:
             socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError, OverflowError) as error:
         raise absent from error
-    code = [str(ROOT / stage) for stage in ("train", "export", "serve")]
+    code = [str(ROOT / stage) for stage in ("common", "train", "export", "serve")]
     try:
         ray.init(
             address=cluster.address,

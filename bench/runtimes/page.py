@@ -106,8 +106,7 @@ def _net(net: Record) -> dict[str, Any]:
     ]
     parts = [f"### {_threads(num)}\n\n{_rows(net, num)}" for num in net["threads"]]
     parts += ["Rows that failed:\n\n" + "\n".join(failed)] if failed else []
-    name, profiles = net["entrants"][0]["name"], list(map(_profile, net["profiles"]))
-    return {**net, "name": name, "parts": "\n\n".join(parts), "profiles": profiles}
+    return {**net, "parts": "\n\n".join(parts), "profiles": list(map(_profile, net["profiles"]))}
 
 
 def _rows(net: Record, num_threads: int) -> str:

@@ -20,7 +20,7 @@ from time import monotonic
 from export.runtimes.runtime import Runtime
 from serve.decode.process import HostBudget
 from serve.front_ends.link import Dialer, Disconnected, Flight, Link, RemoteRuntime
-from serve.model.check import apart
+from serve.model.check import in_daemon_thread
 from serve.request.batcher import Batcher, deliver, give_results
 from serve.request.job import Decoded, Job, Served
 from serve.request.limits import Limits
@@ -174,7 +174,7 @@ class FrontBatcher(Batcher):
     async def _connect(self) -> None:
         while self._link.has_newer_model or not self._link.is_up:
             try:
-                self._use(await apart(self._dial.connect))
+                self._use(await in_daemon_thread(self._dial.connect))
             except Exception as error:
                 _log.error("no connection to the device process: %s; another attempt in %g s", error, _AGAIN_S)
                 await asyncio.sleep(_AGAIN_S)

@@ -38,7 +38,7 @@ from serve.front_ends.shared_memory import (
     make_memory,
     shape_of,
 )
-from serve.model.check import LoadModel, apart, take_model
+from serve.model.check import LoadModel, in_daemon_thread, take_model
 from serve.processes.signals import heed_signals
 from serve.request.job import Served
 from serve.request.limits import Limits
@@ -93,14 +93,13 @@ class Device:
 
     def _open(self, door: socket.socket) -> None:
         """A front end sends a purpose and a socket for the answer."""
-        assert self._loop
         try:
             message, files, _, _ = socket.recv_fds(door, 1 + REQUEST.size, 1)
         except BlockingIOError:
             return
         purpose, num_slots = message[:1], int.from_bytes(message[1:], sys.byteorder)
         if not purpose:  # the front end has closed the door
-            self._loop.remove_reader(door)
+            asyncio.get_running_loop().remove_reader(door)
         for file in files:
             try:
                 connection = socket.socket(fileno=file)
@@ -124,18 +123,17 @@ class Device:
 
     async def _connect(self, connection: socket.socket, door: socket.socket, num_slots: int) -> None:
         """Memory is allocated in a thread: 100 MB take the time of many batches."""
-        assert self._loop
         connection.setblocking(False)
-        served, greeting, most = self.served, self._greeting, self._shape.num_slots
+        loop, served, greeting, most = asyncio.get_running_loop(), self.served, self._greeting, self._shape.num_slots
         shape = replace(self._shape, num_slots=min(num_slots or most, most))
         try:
-            file = await apart(partial(make_memory, shape, greeting))
+            file = await in_daemon_thread(partial(make_memory, shape, greeting))
             try:
                 area = Area(file, shape)
                 socket.send_fds(connection, [MEMORY.pack(shape.num_bytes)], [file])
             finally:
                 os.close(file)
-            await self._loop.connect_accepted_socket(lambda: _Peer(self, door, served, area), connection)
+            await loop.connect_accepted_socket(lambda: _Peer(self, door, served, area), connection)
         except (Refusal, OSError, ValueError) as error:  # no memory, or not a socket for this
             _log.warning("a front end cannot connect: %s", error)
             self._num_connections[door] -= 1

@@ -69,7 +69,7 @@ async def take_model(load: LoadModel, max_batch: int, swap: Callable[[Served], N
     """Load, check and warm up a model in a thread, and `swap` to it, which may refuse it too."""
     try:
         _log.info(what)
-        served = await apart(partial(_prepare, load, max_batch))
+        served = await in_daemon_thread(partial(_prepare, load, max_batch))
         swap(served)
     except Refusal as refusal:
         _log.error("the old model keeps serving: %s", refusal)
@@ -87,8 +87,8 @@ def _prepare(load: LoadModel, max_batch: int) -> Served:
     return Served(runtimes)
 
 
-async def apart(function: Callable[[], Made]) -> Made:
-    """The result of `function`, from a daemon thread that does not delay the end of the process.
+async def in_daemon_thread(function: Callable[[], Made]) -> Made:
+    """The result of `function`; its thread does not delay the end of the process.
 
     `asyncio.wrap_future` would keep the result, a model, in a reference cycle.
     """

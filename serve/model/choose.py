@@ -7,7 +7,8 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,15 @@ from export.runtimes.mnn_module import is_installed, why_not
 from export.runtimes.runtime import Runtime
 from export.runtimes.saturation import warning
 from export.timing import geometric_means, time_answers
+from serve.config import ServeConfig
 from serve.model.check import check
+from serve.model.load import num_threads
 
 _log = logging.getLogger(__name__)
 
 MEASURE_S = 1.0
 FORMAT = "diracnet-runtime-2"  # increase when a runtime computes in another way
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "MNN", "numpy", "torch")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The file that serves; `runtime` is None where the file's suffix determines it."""
-
-    path: Path
-    runtime: RuntimeName | None
-    reason: str = ""  # for people, where something was chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +48,7 @@ class ModelFile:
         return self.header.provenance.get("export", {})
 
 
-@dataclass(frozen=True, eq=False)  # hashed by identity
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A file and a runtime for it."""
 
@@ -68,46 +62,32 @@ class Candidate:
     def key(self) -> list[str]:
         return [self.file.digest, self.runtime]
 
-    def chosen(self, reason: str) -> Choice:
-        return Choice(self.file.path, self.runtime, reason)
-
 
 def choose(
-    paths: Sequence[Path],
+    config: ServeConfig,
     *,
-    runtime: RuntimeName | None,
-    devices: Sequence[int],
-    num_threads: int,
-    max_batch: int,
     load: Callable[..., Runtime] = load_runtime,
     clock: Callable[[], float] = time.perf_counter,
-) -> Choice:
-    """The file and runtime with the least time, as a geometric mean over batches of 1 and of `max_batch`.
+) -> tuple[ServeConfig, str]:
+    """`config` with one file and its runtime, and the reason for people, "" if there was nothing to choose from.
 
-    `paths` are forms of one net; `runtime` is the only one allowed, or None. Nothing is measured if only one candidate
-    is left, or if a valid measurement is stored beside the first file. Refuses forms of different nets.
+    They have the least time, as a geometric mean over batches of 1 and of `max_batch`. The files of `config` are forms
+    of one net. Nothing is measured if only one candidate is left, or if a valid measurement is stored beside the first
+    file. Refuses forms of different nets.
     """
-    if len(paths) == 1 and (runtime or paths[0].suffix != ".onnx"):
-        return Choice(paths[0], runtime)
+    paths = config.model_paths
+    if len(paths) == 1 and (config.runtime_name or paths[0].suffix != ".onnx"):
+        return config, ""
     files = [_read(path) for path in paths]
     _refuse_different_nets(files)
-    candidates = _candidates(files, runtime, has_devices=bool(devices))
-    if len(candidates) == 1:
-        return candidates[0].chosen(f"{candidates[0].file.path.name} alone fits" if len(paths) > 1 else "")
-    conditions = Conditions([candidate.key for candidate in candidates], num_threads, list(devices), max_batch)
-    if choice := _recall(paths[0], conditions, candidates):
-        return choice
-    _log.info("measuring %d ways to run the net", len(candidates))
-    runtimes = _load(candidates, load, device=devices[0] if devices else None, num_threads=num_threads)
-    best, reason = next(iter(runtimes)), "alone passes"
-    if len(runtimes) > 1:
-        image, sizes = runtimes[best].model.spec.image, sorted({1, max_batch})
-        ways = {str(index): candidate for index, candidate in enumerate(runtimes)}
-        answers = {way: runtimes[candidate] for way, candidate in ways.items()}
-        means = geometric_means(time_answers(answers, image, sizes, limit_s=MEASURE_S, clock=clock))
-        (way, best_ms), (_, next_ms), *_ = means.items()
-        best, reason = ways[way], f"is {next_ms / best_ms:.1f}x the next of {len(means)}"
-    return best.chosen(_remember(paths[0], conditions, best, f"{best} {reason}"))
+    best, *others = candidates = _candidates(files, config)
+    reason = f"{best.file.path.name} alone fits" if len(files) > 1 else ""
+    if others:
+        record, conditions = record_path(paths[0]), conditions_of(config, candidates)
+        best, reason = _recall(record, conditions, candidates) or _remember(
+            record, conditions, *_measure(candidates, config, load, clock)
+        )
+    return replace(config, models=(best.file.path,), runtime=best.runtime), reason
 
 
 def why_unfit(export: dict[str, Any]) -> str | None:
@@ -146,7 +126,7 @@ def _refuse_different_nets(files: Sequence[ModelFile]) -> None:
             found = after.get(name)
             if found != expected and (name != "plain_sha256" or None not in (found, expected)):
                 raise Refusal(
-                    f"{other.path} is of another net than {first.path}: {name} is {found}, not {expected}; "
+                    f"{other.path} belongs to a different net than {first.path}: {name} is {found}, not {expected}; "
                     "export both from one plain.safetensors"
                 )
 
@@ -157,16 +137,17 @@ def _spec(file: ModelFile) -> dict[str, Any]:
     return read_object(file.header.metadata["spec"], f"the spec in {file.path}", todo="export it again")
 
 
-def _candidates(files: Sequence[ModelFile], runtime: RuntimeName | None, *, has_devices: bool) -> list[Candidate]:
+def _candidates(files: Sequence[ModelFile], config: ServeConfig) -> list[Candidate]:
     """The candidates worth loading, by the records in the files; refuses if there are none."""
     found: list[Candidate] = []
+    runtime = config.runtime_name
     for file in files:
         reason = why_unfit(file.export) or warning(file.path, read_whole(file.path)) if len(files) > 1 else None
         if reason:
             _log.warning("%s is not chosen: %s", file.path.name, reason)
             continue
         allowed = [runtime] if runtime else [name for name in RUNTIMES[".onnx"] if name not in NAMED_ONLY]
-        if not is_installed() or has_devices or why_not(file.header):
+        if not is_installed() or config.devices or why_not(file.header):
             allowed = [name for name in allowed if name != "mnn"]
         found += [Candidate(file, name) for name in allowed if name in RUNTIMES[".onnx"]]
     if not found:
@@ -175,37 +156,50 @@ def _candidates(files: Sequence[ModelFile], runtime: RuntimeName | None, *, has_
     return found
 
 
-def _load(
-    candidates: Sequence[Candidate], load: Callable[..., Runtime], *, device: int | None, num_threads: int
-) -> dict[Candidate, Runtime]:
+def _measure(
+    candidates: Sequence[Candidate], config: ServeConfig, load: Callable[..., Runtime], clock: Callable[[], float]
+) -> tuple[Candidate, str]:
+    """The fastest of the candidates that load, and by how much."""
+    _log.info("measuring %d ways to run the net", len(candidates))
+    device = config.devices[0] if config.devices else None
+    ways = _load(candidates, partial(load, device=device, num_threads=num_threads(config)))
+    if len(ways) == 1:
+        return ways[0][0], "alone passes"
+    image, sizes = ways[0][1].model.spec.image, sorted({1, config.max_batch})
+    answers = {str(index): runtime for index, (_, runtime) in enumerate(ways)}
+    means = geometric_means(time_answers(answers, image, sizes, limit_s=MEASURE_S, clock=clock))
+    (best, best_ms), (_, next_ms), *_ = means.items()
+    return ways[int(best)][0], f"is {next_ms / best_ms:.1f}x the next of {len(means)}"
+
+
+def _load(candidates: Sequence[Candidate], load: Callable[..., Runtime]) -> list[tuple[Candidate, Runtime]]:
     """Those that load and answer their probe images; refuses if none does, with the first one's reason."""
-    runtimes: dict[Candidate, Runtime] = {}
-    refusals = []
+    loaded, refusals = [], []
     for candidate in candidates:
         try:
-            runtime = load(candidate.file.path, name=candidate.runtime, device=device, num_threads=num_threads)
+            runtime = load(candidate.file.path, name=candidate.runtime)
             check(runtime)
         except Refusal as refusal:
             _log.warning("%s is not chosen: %s", candidate, refusal)
             refusals.append(refusal)
         else:
-            runtimes[candidate] = runtime
-    if not runtimes:
+            loaded.append((candidate, runtime))
+    if not loaded:
         raise refusals[0]
-    return runtimes
+    return loaded
 
 
-@dataclass(frozen=True)
-class Conditions:
+def conditions_of(config: ServeConfig, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """Everything that can change which candidate is fastest; under other conditions it is measured again."""
-
-    candidates: list[list[str]]  # digest of the file, and the runtime's name
-    num_threads: int  # of one worker's model
-    devices: list[int]
-    max_batch: int
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
-    processor: str = field(default_factory=lambda: _processor())
-    num_cores: int = field(default_factory=lambda: num_cores())
+    return {
+        "candidates": [candidate.key for candidate in candidates],
+        "num_threads": num_threads(config),
+        "devices": list(config.devices),
+        "max_batch": config.max_batch,
+        "versions": _versions(),
+        "processor": _processor(),
+        "num_cores": num_cores(),
+    }
 
 
 def record_path(model: Path) -> Path:
@@ -213,25 +207,25 @@ def record_path(model: Path) -> Path:
     return model.with_name(model.name + ".runtime.json")
 
 
-def _recall(model: Path, conditions: Conditions, candidates: Sequence[Candidate]) -> Choice | None:
-    """The candidate that was chosen under the same conditions; None without a readable record."""
-    file = record_path(model)
+def _recall(file: Path, conditions: dict[str, Any], candidates: Sequence[Candidate]) -> tuple[Candidate, str] | None:
+    """The candidate that was chosen under the same conditions, and why; None without a readable record."""
     with suppress(OSError, ValueError, KeyError, TypeError):  # missing, unreadable, damaged or another file
         record = json.loads(file.read_bytes())
-        if record["format"] == FORMAT and record["conditions"] == asdict(conditions):
-            chosen = (candidate for candidate in candidates if candidate.key == record["chosen"])
-            return next((candidate.chosen(f"{record['reason']}, as {file} says") for candidate in chosen), None)
+        if record["format"] == FORMAT and record["conditions"] == conditions:
+            reason = f"{record['reason']}, as {file} says"
+            return next(((candidate, reason) for candidate in candidates if candidate.key == record["chosen"]), None)
     return None
 
 
-def _remember(model: Path, conditions: Conditions, best: Candidate, reason: str) -> str:
-    """Store the choice; the reason and where it is stored. In a read-only folder, each start measures again."""
-    record = {"format": FORMAT, "chosen": best.key, "reason": reason, "conditions": asdict(conditions)}
+def _remember(file: Path, conditions: dict[str, Any], best: Candidate, reason: str) -> tuple[Candidate, str]:
+    """Store the choice and say where. In a read-only folder, each start measures again."""
+    reason = f"{best} {reason}"
+    record = {"format": FORMAT, "chosen": best.key, "reason": reason, "conditions": conditions}
     try:
-        path = write_whole(record_path(model), (json.dumps(record, indent=1) + "\n").encode())
+        write_whole(file, (json.dumps(record, indent=1) + "\n").encode())
     except Refusal as refusal:
-        return f"{reason}, not kept: {refusal}"
-    return f"{reason}, kept in {path}"
+        return best, f"{reason}, not kept: {refusal}"
+    return best, f"{reason}, kept in {file}"
 
 
 def _versions() -> dict[str, str]:

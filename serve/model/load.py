@@ -142,20 +142,18 @@ def _load_file(config: ServeConfig, path: Path, device: int | None) -> Runtime:
 def _with_parity_report(model: Model, path: Path) -> Model:
     """`model` with the comparisons that export/parity.py wrote beside `path` as its provenance's `parity`.
 
-    A file of that name without the model's digest belongs to another model, or is not a report; it is ignored.
+    A file of that name that is not a report, or is about another model, is ignored.
     """
     report = path.with_suffix(".json")
     if not report.exists():
         return model
     try:
         document = read_json(read_whole(report))
-        is_of_model = model.digest in document["artefacts"].values()
+        if model.digest not in document["artefacts"].values():
+            raise ValueError(f"it is about another model than {path.name}")
         parity: list[dict[str, Any]] = [{name: row[name] for name in _SHOWN} for row in document["parity"]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        _log.warning("%s is ignored: it is not a report of export/parity.py (%r)", report.name, error)
-        return model
-    if not is_of_model:
-        _log.warning("%s is ignored: it belongs to another model than %s", report.name, path.name)
+        _log.warning("%s is ignored, as it is not a report of export/parity.py on this model: %r", report.name, error)
         return model
     return replace(model, provenance={**model.provenance, "parity": parity})
 

@@ -1,13 +1,12 @@
 """A model in its own process, where it may crash, hang or be slow without harming the one that serves."""
 
 import os
-import shlex
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from common import child
-from common.cli import given_arguments
 from common.refusal import Refusal
 from export.runtimes.runtime import Model
 from serve.config import ServeConfig
@@ -30,14 +29,20 @@ class ModelProcess:
 
         `stderr` is that of `subprocess.Popen`.
         """
-        paths = config.model_paths
-        options = shlex.split(given_arguments(replace(config, models=(), shadow=None, log_level="error")))
         environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
-        arguments = os.getpid(), nice, *paths, *options
-        self._process, self._connection = child.start("serve.model.worker", *arguments, env=environment, stderr=stderr)
+        arguments = "serve.model.worker", os.getpid(), nice
+        self._process, self._connection = child.start(*arguments, env=environment, stderr=stderr)
         try:
-            name = " and ".join(path.name for path in paths)
-            self.model, self.description = self._read_model(name, config.reload_seconds)
+            config = replace(config, log_level="error")
+            loaded: Refusal | tuple[Model, str] = self._exchange(config, config.reload_seconds)
+            if isinstance(loaded, Refusal):
+                raise loaded
+            self.model, self.description = loaded
+        except ProcessFailed as failure:
+            self.kill()
+            name = " and ".join(path.name for path in config.model_paths)
+            todo = "export it again, or allow it more time with --reload-seconds"
+            raise Refusal(f"{name} cannot be loaded: {failure}; {todo}") from None
         except BaseException:
             self.kill()
             raise
@@ -56,13 +61,7 @@ class ModelProcess:
 
     def ask(self, images: np.ndarray, patience_s: float) -> tuple[float, np.ndarray]:
         """Seconds, and logits float32 [N, K]; raises BatchFailed or ProcessFailed."""
-        try:
-            self._connection.send(images)
-            if not self._connection.poll(patience_s):
-                raise ProcessFailed(f"it did not answer within {patience_s:g} s")
-            seconds, logits = self._connection.recv()
-        except (EOFError, OSError):
-            raise ProcessFailed(f"its process ended with status {self._process.wait()}") from None
+        seconds, logits = self._exchange(images, patience_s)
         if isinstance(logits, str):
             raise BatchFailed(logits)
         expected = (len(images), len(self.model.spec.labels))
@@ -70,14 +69,12 @@ class ModelProcess:
             raise BatchFailed(f"it gives logits {list(logits.shape)}, not {list(expected)}")
         return seconds, logits
 
-    def _read_model(self, name: str, patience_s: float) -> tuple[Model, str]:
+    def _exchange(self, message: object, patience_s: float) -> Any:
+        """What the process answers; raises ProcessFailed."""
         try:
-            if not self._connection.poll(patience_s):
-                raise Refusal(f"{name} does not answer within {patience_s:g} s; give it longer with --reload-seconds")
-            answer = self._connection.recv()
+            self._connection.send(message)
+            if self._connection.poll(patience_s):
+                return self._connection.recv()
         except (EOFError, OSError):
-            status = self._process.wait()
-            raise Refusal(f"{name} ends the process that loads it with status {status}; export it again") from None
-        if isinstance(answer, Refusal):
-            raise answer
-        return answer
+            raise ProcessFailed(f"its process ended with status {self._process.wait()}") from None
+        raise ProcessFailed(f"it does not answer within {patience_s:g} s")

@@ -1,8 +1,8 @@
 """The program of serve/model/process.py: loads a model and answers images.
 
-It has a connection to its parent as descriptor 0. It first sends the model and the description of its runtime, or why
-it is refused. Then the parent sends images uint8 [N, H, W, C], and gets the seconds they took and logits float32
-[N, K], or after an error 0 and its text.
+It has a connection to its parent as descriptor 0. The parent sends a `ServeConfig`, and gets the model and the
+description of its runtime, or why it is refused. Then the parent sends images uint8 [N, H, W, C], and gets the seconds
+they took and logits float32 [N, K], or after an error 0 and its text.
 """
 
 import os
@@ -13,7 +13,6 @@ from time import perf_counter
 
 import numpy as np
 
-from common.cli import parse
 from common.refusal import Refusal, one_line
 from export.runtimes.runtime import Runtime
 from serve.config import ServeConfig
@@ -23,14 +22,14 @@ from serve.processes.signals import end_with_parent
 from serve.watching import logs
 
 
-def run(parent: str, nice: str, *argv: str) -> None:
-    """Answer until the parent is gone. `parent` is its process id, `argv` the arguments of serve/run.py."""
+def run(parent: str, nice: str) -> None:
+    """Answer until the parent is gone. `parent` is its process id."""
     end_with_parent(signal.SIGKILL, int(parent))
     os.nice(int(nice))
     connection = Connection(0)
     with suppress(EOFError, OSError):
         try:
-            runtime = _load(parse(ServeConfig, argv=argv))
+            runtime = _load(connection.recv())
         except Refusal as refusal:
             return connection.send(Refusal(one_line(refusal, 2000)))
         connection.send((runtime.model, runtime.description))

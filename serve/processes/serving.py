@@ -30,7 +30,7 @@ from serve.front_ends.device import Device, DeviceServer
 from serve.front_ends.link import Dialer
 from serve.model.check import LoadModel, warm_up
 from serve.model.choose import choose
-from serve.model.load import Roles, load, load_again, load_first, num_threads
+from serve.model.load import Roles, load, load_again, load_first
 from serve.processes.signals import end_with_parent
 from serve.processes.supervisor import Kinds, Server, Supervisor, Worker
 from serve.request.access import Access, read_api_key
@@ -73,14 +73,7 @@ def decide(config: ServeConfig) -> tuple[ServeConfig, str]:
     if config.cascade:
         forms = read_forms(config.model_paths)
         return replace(config, models=config.model_paths, runtime="onnxruntime"), str(forms)
-    choice = choose(
-        config.model_paths,
-        runtime=config.runtime_name,
-        devices=config.devices,
-        num_threads=num_threads(config),
-        max_batch=config.max_batch,
-    )
-    return replace(config, models=(choice.path,), runtime=choice.runtime or "auto"), choice.reason
+    return choose(config)
 
 
 def _run_alone(server: Server, listener: socket.socket) -> int:

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from serve.watching.shared_counts import Counts, buckets
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _COMPARED, _AGREEING, _NOT_A_NUMBER, _DROPPED, _FAILED, _SUM_SECONDS, _LARGEST_ERROR, _LARGEST_VALUE, _HEAD = range(9)
-_LABELS = ("digest", "shadow")
 _LARGEST = [_LARGEST_ERROR, _LARGEST_VALUE]  # the largest of all processes; all others are summed
 
 
@@ -83,25 +83,22 @@ class Comparison:
 
     def metrics(self) -> Iterator[Metric]:
         """For Prometheus."""
-        totals, labels = self._totals(), [self.served.digest, self.shadow.digest]
-        for name, what, place in (
-            ("images", "Images that both models answered", _COMPARED),
-            ("agreeing_images", "Images to which both gave the same class", _AGREEING),
-            ("not_a_number_images", "Images to which the shadow gave logits that are not finite", _NOT_A_NUMBER),
-            ("failed_images", "Images on which the shadow failed, hung or ended", _FAILED),
-            ("dropped_images", "Images dropped because the shadow was too far behind", _DROPPED),
-        ):
-            counter = CounterMetricFamily(f"diracnet_shadow_{name}", what, labels=_LABELS)
-            counter.add_metric(labels, totals[place])
-            yield counter
+        totals, counter = self._totals(), partial(self._metric, CounterMetricFamily)
+        yield counter("images", "Images that both models answered", totals[_COMPARED])
+        yield counter("agreeing_images", "Images to which both gave the same class", totals[_AGREEING])
+        text = "Images to which the shadow gave logits that are not finite"
+        yield counter("not_a_number_images", text, totals[_NOT_A_NUMBER])
+        yield counter("failed_images", "Images on which the shadow failed, hung or ended", totals[_FAILED])
+        yield counter("dropped_images", "Images dropped because the shadow was too far behind", totals[_DROPPED])
         text = "Largest difference of logits, as a share of the largest"
-        largest = GaugeMetricFamily("diracnet_shadow_largest_difference", text, labels=_LABELS)
-        largest.add_metric(labels, _largest_difference(totals))
-        yield largest
-        text = "Seconds that the shadow took for a batch"
-        seconds = HistogramMetricFamily("diracnet_shadow_seconds", text, labels=_LABELS)
-        seconds.add_metric(labels, buckets(_SECONDS, totals[_HEAD:]), totals[_SUM_SECONDS])
-        yield seconds
+        yield self._metric(GaugeMetricFamily, "largest_difference", text, _largest_difference(totals))
+        seconds = buckets(_SECONDS, totals[_HEAD:]), totals[_SUM_SECONDS]
+        yield self._metric(HistogramMetricFamily, "seconds", "Seconds that the shadow took for a batch", *seconds)
+
+    def _metric(self, kind: type[Any], name: str, text: str, *values: Any) -> Metric:
+        family = kind(f"diracnet_shadow_{name}", text, labels=("digest", "shadow"))
+        family.add_metric((self.served.digest, self.shadow.digest), *values)
+        return family
 
     def _totals(self) -> np.ndarray:
         of_all = self._counts.of_all()

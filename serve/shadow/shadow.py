@@ -56,7 +56,7 @@ class Shadow:
         num_images: int,
         max_batch: int,
     ) -> None:
-        """`source` gives the config of the shadow. `load` gives its runtimes, and refuses a file of another digest.
+        """`source` gives the config of the shadow. `load` gives its runtimes, and refuses a file with another digest.
 
         `take_over` is called just before they serve: from then on, `source` gives the config of the model before.
         """

@@ -155,7 +155,7 @@ def _samples(answers: AnswerCounts) -> Iterator[tuple[Any, ...]]:
     for index in shown:
         yield "predicted_images", [digest, str(index), labels[index][:_LABEL_LENGTH]], classes[index]
     for name, total in (("top_probability", _SUM_TOP), ("margin", _SUM_MARGIN)):
-        # The last bin is of what exceeds the last edge too.
+        # The last bin includes what exceeds the last edge.
         yield name, [digest], buckets(EDGES, [*part(totals[_HEAD:], name), 0]), totals[total]
     for name, found in answers.drifts().items():
         yield "drift", [digest, name], found.value

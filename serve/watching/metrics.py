@@ -47,7 +47,7 @@ class Metrics:
             self._shown = CollectorRegistry()
             MultiProcessCollector(self._shown)
         ProcessCollector(registry=self._shown)
-        self._shown.register(_ServedModel(batcher))
+        self._shown.register(self)
         self._shown.register(batcher.watch)
         if batcher.shadow:
             self._shown.register(batcher.shadow)
@@ -66,6 +66,12 @@ class Metrics:
         """All values now."""
         self._held.set(self._batcher.num_held)
         return generate_latest(self._shown)
+
+    def collect(self) -> Iterator[InfoMetricFamily]:
+        """The current model, whenever metrics are collected."""
+        served = self._batcher.served
+        info = {"name": served.model.name, "digest": served.model.digest, "runtime": served.runtimes[0].description}
+        yield InfoMetricFamily("diracnet_model", "The model that answers", value=info)
 
 
 class Computed:
@@ -100,18 +106,6 @@ def watch_probes(metrics: Metrics, prober: Prober) -> None:
             failures.inc()
 
     prober.observe = observe
-
-
-class _ServedModel:
-    """Describes the current model when metrics are collected."""
-
-    def __init__(self, batcher: Batcher) -> None:
-        self._batcher = batcher
-
-    def collect(self) -> Iterator[InfoMetricFamily]:
-        served = self._batcher.served
-        info = {"name": served.model.name, "digest": served.model.digest, "runtime": served.runtimes[0].description}
-        yield InfoMetricFamily("diracnet_model", "The model that answers", value=info)
 
 
 def _label(path: str) -> str:

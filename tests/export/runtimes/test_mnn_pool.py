@@ -15,6 +15,7 @@ from serving import children_of
 
 from common.refusal import Refusal
 from export.runtimes.mnn_module import MnnModule, WorkerFailed, _Worker
+from serve.config import ServeConfig
 from serve.model.choose import choose
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which processes one has started")
@@ -209,5 +210,6 @@ def test_they_end_with_their_parent_however_it_ends(path, end):
 
 @pytest.mark.slow
 def test_a_choice_leaves_none_of_its_candidates_running(path, workers):
-    assert "the next of 2" in choose([path], runtime=None, devices=(), num_threads=2, max_batch=2).reason
+    _, reason = choose(ServeConfig((path,), model_threads=2, max_batch=2))
+    assert "the next of 2" in reason
     assert workers() == []

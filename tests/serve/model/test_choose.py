@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -11,7 +12,8 @@ from export.graphs.graph import to_onnx
 from export.model_file.probe import probe_images, record_probe
 from export.runtimes.onnx_session import OnnxSession
 from fold.graph import fold
-from serve.model.choose import Conditions, choose, record_path, why_unfit
+from serve.config import ServeConfig
+from serve.model.choose import choose, conditions_of, record_path, why_unfit
 
 GOOD = {"float32_accuracy": 0.95, "accuracy": 0.949, "top1_agreement": 0.99}
 
@@ -58,17 +60,11 @@ class Machine:
 
         return Timed()
 
-    def choose(self, *paths, runtime=None, devices=(), num_threads=2, max_batch=8):
+    def choose(self, *paths, runtime="auto", devices=(), num_threads=2, max_batch=8):
         self.loaded = []
-        return choose(
-            paths,
-            runtime=runtime,
-            devices=devices,
-            num_threads=num_threads,
-            max_batch=max_batch,
-            load=self.load,
-            clock=self.clock,
-        )
+        config = ServeConfig(paths, runtime, devices=devices, model_threads=num_threads, max_batch=max_batch)
+        config, reason = choose(config, load=self.load, clock=self.clock)
+        return SimpleNamespace(path=config.models[0], runtime=config.runtime_name, reason=reason)
 
 
 @pytest.fixture
@@ -222,7 +218,7 @@ def test_an_unfit_form_is_left_out_and_serves_where_it_is_named_alone(machine, f
 
 
 def test_files_of_different_nets_are_refused_by_the_field_that_differs(machine, forms, write, tmp_path):
-    with pytest.raises(Refusal, match=r"deeper\.onnx is of another net than .*: depth is 16, not 10"):
+    with pytest.raises(Refusal, match=r"deeper\.onnx belongs to a different net than .*: depth is 16, not 10"):
         machine.choose(forms[0], write("deeper.onnx", depth=16))
     with pytest.raises(Refusal, match=r"plain_sha256 is b+, not a+; export both from one plain\.safetensors"):
         machine.choose(forms[0], write("other.onnx", plain_sha256="b" * 64))
@@ -239,7 +235,8 @@ def test_files_of_different_nets_are_refused_by_the_field_that_differs(machine, 
 
 
 def test_conditions_hold_what_is_of_this_machine():
-    conditions = Conditions([["a", "mnn"]], num_threads=1, devices=[], max_batch=8)
-    assert conditions.processor
-    assert "numpy" in conditions.versions
-    assert replace(conditions, max_batch=9) != conditions
+    config = ServeConfig(max_batch=8)
+    conditions = conditions_of(config, [])
+    assert conditions["processor"]
+    assert "numpy" in conditions["versions"]
+    assert conditions_of(config, []) == conditions != conditions_of(replace(config, max_batch=9), [])

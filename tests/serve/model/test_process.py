@@ -189,7 +189,7 @@ def test_a_model_that_hangs_is_given_up_and_the_next_one_is_served(
     before = ask(server, file).json()
     shutil.copy(endless, artefact)
     server.send_signal(signal.SIGHUP)
-    line = wait_for(server, "the old model keeps serving: plain.onnx does not answer within 2 s")
+    line = wait_for(server, "the old model keeps serving: plain.onnx cannot be loaded: it does not answer within 2 s")
     assert str(artefact.parent) not in line
     assert ask(server, file).json() == before
     shutil.copy(other_artefact, artefact)
@@ -214,7 +214,9 @@ def test_sigterm_does_not_wait_for_a_model_that_hangs(start, artefact, endless, 
 
 def test_a_model_that_crashes_is_refused_with_the_status_of_the_process_that_tried_it(artefact, monkeypatch):
     monkeypatch.setattr("common.child.PROGRAM", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(Refusal, match=r"plain\.onnx ends the process that loads it with status -9; export it again"):
+    with pytest.raises(
+        Refusal, match=r"plain\.onnx cannot be loaded: its process ended with status -9; export it again"
+    ):
         ModelProcess(ServeConfig((artefact,)))
 
 

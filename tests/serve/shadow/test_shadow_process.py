@@ -73,7 +73,7 @@ def test_a_process_that_is_killed_or_stands_still_is_given_up(config, pixels):
             process.ask(pixels[:1], 60)
     with start_process(config) as process:
         os.kill(process._process.pid, signal.SIGSTOP)
-        with pytest.raises(ProcessFailed, match=r"did not answer within 0\.01 s"):
+        with pytest.raises(ProcessFailed, match=r"does not answer within 0\.01 s"):
             process.ask(pixels[:1], 0.01)
 
 
