@@ -96,7 +96,7 @@ def net_of_file(path: Path) -> Net:
     return Net(str(path), plain.spec, build(plain.spec).eval(), False, plain.net, real)
 
 
-def num_weights(net: GraphNet) -> int:
+def count_weights(net: GraphNet) -> int:
     """Weights and biases of all layers; the constants that normalise pixels are none."""
     layers = (node for node in net.graph.nodes if node.op != "normalize")
     return sum(tensor.numel() for node in layers for tensor in node.tensors.values())

@@ -66,28 +66,16 @@ def distinct_lowerings(net: GraphNet) -> tuple[Lowering, ...]:
 
 def is_chain(graph: Graph) -> bool:
     """Whether a graph is a chain of the layers that this project's nets have, `Residual` among them."""
-    trunk = _trunk(graph)
     branches = tuple(
         f"{node.name}.{part}." for node in graph.nodes for part in ("body", "shortcut") if node.op == "add"
     )
     return all(
         node.op in ("input", "normalize", "conv", "linear", "add", *HOMOGENEOUS)
-        and (node.name in trunk or node.name.startswith(branches))
+        and (node.name in graph.trunk or node.name.startswith(branches))
         and len(node.inputs) <= 2  # as integer nodes add
         and (node.op != "linear" or graph.ranks[node.name] == 2)  # whose columns are channels
         for node in graph.nodes
     )
-
-
-def _trunk(graph: Graph) -> set[str]:
-    """The nodes that all paths pass: when one of them has run, nothing else is left to be read."""
-    places = {node.name: index for index, node in enumerate(graph.nodes)}
-    trunk, furthest = set[str](), 0
-    for index, node in enumerate(graph.nodes):
-        if furthest <= index:
-            trunk.add(node.name)
-        furthest = max([furthest, *(places[reader.name] for reader in graph.readers(node.name))])
-    return trunk
 
 
 def split_ncrelu(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,29 +147,25 @@ def _sum(node: Node, first: Tensor, second: Tensor, *, source: str) -> Iterator[
 def _mirror(graph: Graph) -> Iterator[Node]:
     """Only convolutions and ReLUs. After a max-pool, which would lose −z, a concatenation makes [x; −x]."""
     rewritten = _rewritten(graph)
-    before = {graph[name].inputs[0] for name in rewritten}
-    doubled = {
-        name
-        for name in before
-        if graph[name].op == "conv" and rewritten.issuperset(reader.name for reader in graph.readers(name))
+    doubled = {  # convolutions that emit [z; −z]
+        node.name
+        for node in graph.nodes[:-1]
+        if node.op == "conv" and rewritten.issuperset(reader.name for reader in graph.readers(node.name))
     }
-    renamed = {name: f"{name}.relu" for name in rewritten if graph[name].inputs[0] not in doubled}
     for node in graph.nodes:
+        if node.name in rewritten and doubled.isdisjoint(node.inputs):
+            (x,), mirror = node.inputs, f"{node.name}.mirror"
+            yield _negative(f"{mirror}.negative", x)
+            yield Node(mirror, "cat", (x, f"{mirror}.negative"))
+            yield Node(node.name, "relu", (mirror,))
+            continue
         tensors = node.tensors
-        if rewritten.intersection(node.inputs):
+        if not rewritten.isdisjoint(node.inputs):
             w1, w2 = split_ncrelu(tensors["weight"])
             tensors = {**tensors, "weight": torch.cat([w1, -w2], dim=1)}
         if node.name in doubled:
             tensors = {key: torch.cat([part, -part]) for key, part in tensors.items()}
-        if node.name in renamed:
-            (x,), mirror = node.inputs, f"{node.name}.mirror"
-            yield _negative(f"{mirror}.negative", x)
-            yield Node(mirror, "cat", (x, f"{mirror}.negative"))
-            yield Node(renamed[node.name], "relu", (mirror,))
-        elif node.name in rewritten:
-            yield replace(node, op="relu")
-        else:
-            yield replace(node, tensors=tensors).reading(renamed)
+        yield replace(node, op="relu" if node.name in rewritten else node.op, tensors=tensors)
 
 
 def _skip(graph: Graph) -> Iterator[Node]:
@@ -192,7 +176,6 @@ def _skip(graph: Graph) -> Iterator[Node]:
     a factor, plus W̃ = W t / t' − δ, which has lost the largest weights. δ ⊙ NCReLU(x) of eq. 7 is x. Where W̃ has
     weights larger than δ's ones, as without Dirac parameterization, the filter stays whole and units restart at 1.
     """
-    trunk = _trunk(graph)
     units: dict[str, Tensor] = {}  # of the channels of a node's output; all 1 where there are none
     for node in graph.nodes:
         x = node.inputs[0] if node.inputs else ""
@@ -201,7 +184,7 @@ def _skip(graph: Graph) -> Iterator[Node]:
                 units[node.name] = units[x].repeat(2) if node.op == "ncrelu" else units[x]
             else:
                 node = _reading(node, units[x])
-        rescaled = _without_delta(graph, node) if node.op == "conv" and node.name in trunk else None
+        rescaled = _without_delta(graph, node) if node.op == "conv" and node.name in graph.trunk else None
         if rescaled is None:
             yield node
         else:

@@ -79,6 +79,17 @@ class Graph:
             ranks[node.name] = rank_after(node, ranks)
         return ranks
 
+    @cached_property
+    def trunk(self) -> set[str]:
+        """The nodes that all paths pass: when one of them has run, nothing else is left to be read."""
+        places = {node.name: index for index, node in enumerate(self.nodes)}
+        trunk, furthest = set[str](), 0
+        for index, node in enumerate(self.nodes):
+            if furthest <= index:
+                trunk.add(node.name)
+            furthest = max([furthest, *(places[reader.name] for reader in self.readers(node.name))])
+        return trunk
+
     def count(self, op: str) -> int:
         return sum(node.op == op for node in self.nodes)
 
@@ -89,7 +100,7 @@ class Graph:
         return {f"{node.name}.{key}": value for node in self.nodes for key, value in node.tensors.items()}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Graph":
-        """The same nodes with `tensors`, named as by the method of that name, in place of their own."""
+        """The same nodes with those of `tensors`, by the names that `tensors()` gives, in place of their own."""
         own = (
             {key: tensors.get(f"{node.name}.{key}", old) for key, old in node.tensors.items()} for node in self.nodes
         )

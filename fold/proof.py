@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common.difference import TOLERANCES, difference, keeps_class, share
 from fold.graph import GraphNet
+from fold.lower import is_chain
 from fold.nodes import TENSORS, Graph, Node
 from fold.tracing import trace
 
@@ -133,5 +134,8 @@ def _pairs(net: nn.Module, plain: GraphNet, traced: GraphNet, batch: Tensor) -> 
 
 
 def weighted_layers(graph: Graph) -> list[Node]:
-    """The layers with weights, in the order in which they run."""
-    return [node for node in graph.nodes if node.op in TENSORS and node.op != "normalize"]
+    """The layers with weights, in the order in which they run; in a chain, a sum with its branches is one of them."""
+    weighted = TENSORS.keys() - {"normalize"}
+    if is_chain(graph):
+        return [node for node in graph.nodes if node.op in {*weighted, "add"} and node.name in graph.trunk]
+    return [node for node in graph.nodes if node.op in weighted]

@@ -17,7 +17,7 @@ from rich.console import Console
 from bench.lab.page import describe_machine
 from bench.lab.rounds import Failure, alternate
 from bench.model import ModelConfig
-from bench.nets import PEERS, PUBLISHED, count_macs, num_weights, seeded_net
+from bench.nets import PEERS, PUBLISHED, count_macs, count_weights, seeded_net
 from bench.runtimes.page import Column
 from bench.runtimes.racers import (
     BASELINES,
@@ -87,7 +87,7 @@ def _is_chosen(racer: Racer, parts: Sequence[str]) -> bool:
 
 def _entrant(name: str, net: GraphNet, image: ImageSpec) -> dict[str, Any]:
     published = PUBLISHED.get(name, "none published")
-    return {"name": name, "macs": count_macs(net, image), "parameters": num_weights(net), "published": published}
+    return {"name": name, "macs": count_macs(net, image), "parameters": count_weights(net), "published": published}
 
 
 def _empty_row(racer: Racer) -> dict[str, Any]:

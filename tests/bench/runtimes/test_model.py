@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bench import model
-from bench.nets import PEERS, count_macs, num_weights, reference_form, seeded_net, torch_answer
+from bench.nets import PEERS, count_macs, count_weights, reference_form, seeded_net, torch_answer
 from bench.runtimes import race, racers
 from bench.runtimes.page import Column, judge_bars, page
 from bench.runtimes.race import (
@@ -93,7 +93,7 @@ def test_macs_are_those_that_are_published():
     assert count_macs(resnet18, imagenet_image()) == pytest.approx(1.814e9, rel=1e-3)
     repvgg = PEERS["RepVGG-A0"](spec_of("imagenet", 18, 0.75))
     assert count_macs(repvgg, imagenet_image()) == pytest.approx(1.361e9, rel=1e-3)
-    assert num_weights(repvgg) == pytest.approx(8.309e6, rel=1e-4)
+    assert count_weights(repvgg) == pytest.approx(8.309e6, rel=1e-4)
 
 
 @pytest.mark.slow
