@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx.helper import get_attribute_value
 from torch import Tensor
 
 from common.difference import TOLERANCES as FOLD_TOLERANCES
@@ -27,6 +28,8 @@ from fold.plain import stored_tensors
 from train.checkpoint import load_net
 from train.families import count_parameters
 
+# Attributes that a graph need not state; files of earlier versions do.
+ASSUMED = {("Flatten", "axis"): 1, ("MaxPool", "dilations"): [1, 1]}
 FLOAT32_ROUNDING = 2.0**-24  # of a number to the nearest one of float32, as a share of it
 
 
@@ -154,7 +157,16 @@ def _weights(chain: Chain, model: onnx.ModelProto | None) -> CheckedClaim:
 
 
 def _nodes(model: onnx.ModelProto) -> list[bytes]:
-    return [node.SerializeToString(deterministic=True) for node in model.graph.node]
+    """Without attributes that say what ONNX assumes."""
+    bare: list[bytes] = []
+    for node in model.graph.node:
+        said = [part for part in node.attribute if ASSUMED.get((node.op_type, part.name)) != get_attribute_value(part)]
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        del copy.attribute[:]
+        copy.attribute.extend(said)
+        bare.append(copy.SerializeToString(deterministic=True))
+    return bare
 
 
 def _other_weights(again: onnx.ModelProto, model: onnx.ModelProto) -> str | None:

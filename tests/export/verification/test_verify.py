@@ -146,6 +146,16 @@ def test_one_weight_is_found(road, run):
 
 
 @pytest.mark.slow
+def test_attributes_that_onnx_assumes_may_be_stated(road, run):
+    model = onnx.load(road / "plain.onnx")
+    for node in model.graph.node:
+        stated = {"Flatten": {"axis": 1}, "MaxPool": {"dilations": [1, 1]}}.get(node.op_type, {})
+        node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in stated.items())
+    onnx.save(model, road / "plain.onnx")
+    assert WEIGHTS in with_verdict(run(road / "plain.onnx")[1], "same")
+
+
+@pytest.mark.slow
 def test_one_weight_before_the_export_is_found(road, run):
     plain = load_plain(road / "plain.safetensors")
     plain.net.graph["group1.block0.conv"].tensors["bias"][0] += 1e-6
