@@ -13,12 +13,13 @@ from serving import PNG, ROOT
 from shadows import card_when, running, send
 from starlette.testclient import TestClient
 
+from common.child import ProcessFailed
 from common.difference import difference
 from common.refusal import Refusal
 from export.runtimes.runtime import probabilities
 from serve.config import ServeConfig
 from serve.model.load import Roles
-from serve.model.process import BatchFailed, ProcessFailed
+from serve.model.process import BatchFailed
 from serve.request.access import Access
 from serve.request.app import make_app
 from serve.request.limits import Limits
