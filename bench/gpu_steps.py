@@ -150,19 +150,18 @@ def training_speed(device: str) -> Iterator[Result]:
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """The mean time of a call, after some calls of warm-up."""
+    """The mean time of a call, after as many calls of warm-up."""
     import torch
 
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    seconds = 0.0
-    for num in (5, 20) if device == "cuda" else (1, 1):
-        wait()
-        start = time.perf_counter()
+    wait, num = (torch.cuda.synchronize, 20) if device == "cuda" else (lambda: None, 1)
+
+    def work_on() -> None:
         for _ in range(num):
             work()
         wait()
-        seconds = (time.perf_counter() - start) / num
-    return seconds
+
+    work_on()
+    return median_ms(work_on, 0, min_calls=1) / num / 1000
 
 
 def sessions(device: str, *paths: str) -> Iterator[Result]:
