@@ -156,7 +156,6 @@ def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
     from common.image import decode
     from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import OnnxSession
-    from export.runtimes.runtime import probabilities
     from fold.graph import fold
 
     session = OnnxSession(path)
@@ -164,10 +163,7 @@ def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
     net = fold(random_net(spec)).float()
     other = write_whole(path.with_name("other.onnx"), to_onnx(net, spec, {}).SerializeToString())
     pixels = decode(image, spec.image)[None]
-    expected = {
-        one.model.digest: probabilities(one(pixels), temperature=spec.temperature)[0]
-        for one in (session, OnnxSession(other))
-    }
+    expected = {one.model.digest: one.model.probabilities(one(pixels))[0] for one in (session, OnnxSession(other))}
     return [path.read_bytes(), other.read_bytes()], expected
 
 
