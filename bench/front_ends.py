@@ -4,6 +4,7 @@ import os
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -117,8 +118,11 @@ def _measure(config: FrontEndsConfig, num: int) -> dict[str, float]:
 
 def _cpu_s(process: int) -> float:
     """Processor time of all running threads of a process; Linux only."""
-    threads = Path(f"/proc/{process}/task").glob("*/schedstat")
-    return sum(int(thread.read_text().split()[0]) for thread in threads) * 1e-9
+    seconds = 0.0
+    for thread in Path(f"/proc/{process}/task").glob("*/schedstat"):
+        with suppress(OSError):  # it has ended
+            seconds += int(thread.read_text().split()[0]) * 1e-9
+    return seconds
 
 
 def _batches(server: Server) -> tuple[float, float]:

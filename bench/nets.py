@@ -23,6 +23,7 @@ from train.data.batches import Batch
 from train.data.datasets import cifar_image, imagenet_image
 from train.families import build, count_parameters, initialized
 from train.layers import DiracConv2d, NCReLU, Normalize, Residual
+from train.recipes import Recipe
 from train.trainer import make_optimizer, train_step
 
 SEEDED = ((16, 1.0), (34, 2.0))  # depth and width
@@ -122,10 +123,11 @@ def make_checkpoint(depth: int, width: float, path: Path) -> int:
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None  # the mean of all steps: of the only one
-    optimizer = make_optimizer(net, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_ab=True)
+    recipe = Recipe(lr=1e-3)
+    optimizer = make_optimizer(net, recipe)
     images = torch.randint(256, (8, *spec.image.shape), dtype=torch.uint8)
     batch = Batch(0, 0, images, torch.randint(10, (8,)))
-    train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, 1e-3)
+    train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, recipe)
     # No data set lies beside the checkpoint, so that none is read wherever this runs.
     config = {"dataset": "cifar10", "data_dir": str(path.parent), "seed": 0}
     save_checkpoint(path, Checkpoint.fresh(spec, net.state_dict(), config, optimizer=optimizer.state_dict(), epoch=1))

@@ -29,6 +29,7 @@ from train.data.batches import Batch
 from train.families import count_parameters, initialized
 from train.layers import DiracConv2d
 from train.machine import joined, keep_large_buffers
+from train.recipes import Precision, Recipe
 from train.trainer import make_optimizer, train_step
 
 NUM_WARM_UP, NUM_MEMORY_STEPS = 3, 4
@@ -59,7 +60,7 @@ def make_step(
     image: ImageSpec,
     num_images: int = BATCH_SIZE,
     *,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     device: str = "cpu",
     seed: int = 0,
     wrap: Callable[[Any], Any] = lambda net: net,
@@ -68,10 +69,11 @@ def make_step(
     torch.manual_seed(seed)
     pixels = torch.randint(0, 256, (num_images, *image.shape), dtype=torch.uint8, device=device)
     batch = Batch(0, 0, pixels, torch.randint(0, 10, (num_images,), device=device))
-    optimizer = make_optimizer(net, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_ab=True)
+    recipe = Recipe(lr=1e-3, precision=precision)
+    optimizer = make_optimizer(net, recipe)
     scaler = torch.amp.GradScaler(device, enabled=False)
     # The rate is small, so that the loss on random labels stays finite over thousands of steps.
-    return partial(train_step, wrap(net), optimizer, scaler, batch, 1e-3, precision=precision)
+    return partial(train_step, wrap(net), optimizer, scaler, batch, recipe)
 
 
 def make_weights(form: str, spec: Spec) -> Callable[[], None]:

@@ -57,9 +57,7 @@ def parse(
     )
     hints = get_type_hints(config_type, include_extras=True)
     for field in _fields(config_type):
-        hint = hints[field.name]
-        kind, text, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
-        _add_argument(parser, field, kind, text, positional=POSITIONAL in marks)
+        _add_argument(parser, field, hints[field.name])
     values = vars(parser.parse_args(argv))
     return config_type(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
@@ -90,12 +88,11 @@ class _Parser(argparse.ArgumentParser):
         raise Refusal(f"{message} (see {self.prog} --help)")
 
 
-def _add_argument(
-    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: Any, text: str, *, positional: bool
-) -> None:
+def _add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
+    kind, text, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint, "")
     required = field.default is dataclasses.MISSING
     default = None if required else field.default
-    names = [field.name] if required or positional else ["--" + field.name.replace("_", "-")]
+    names = [field.name] if required or POSITIONAL in marks else ["--" + field.name.replace("_", "-")]
     text = text.replace("%", "%%")
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         kind = next(member for member in get_args(kind) if member is not type(None))
@@ -105,7 +102,7 @@ def _add_argument(
         parser.add_argument(*names, action="store_true", default=default, help=text)
         return
     options: dict[str, Any] = {"help": text} if required else {"help": text, "default": default}
-    if positional:
+    if POSITIONAL in marks:
         options["nargs"] = "?"
     if get_origin(kind) is tuple:
         members = get_args(kind)
@@ -114,7 +111,7 @@ def _add_argument(
     if get_origin(kind) is Literal:
         options["choices"] = get_args(kind)
         kind = str
-    options["type"] = Path if kind is Path else kind
+    options["type"] = kind
     if names[0].startswith("--") and "choices" not in options:
         options["metavar"] = {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
     parser.add_argument(*names, **options)

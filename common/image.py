@@ -23,7 +23,6 @@ _HEADS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WebP", b"BM": "B
 # The first bytes of formats that are refused by name.
 _OTHERS = {b"II*\0": "TIFF", b"MM\0*": "TIFF", b"\0\0\x01\0": "ICO", b"%PDF": "PDF", b"<svg": "SVG"}
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF"}  # follow "ftyp"
-_STARTS = (*_HEADS, *_OTHERS)
 # A 50-megapixel photograph passes; anything larger is refused before its pixels are decoded.
 MAX_PIXELS = 64_000_000
 # Decoded pixels for each pixel of the input, along a side. Eleven detailed photographs of 12 megapixels, scaled to
@@ -79,7 +78,7 @@ def decode(
 
 def begins_as_an_image(content: bytes) -> bool:
     """Whether the first bytes are those of a format that `decode` reads, or refuses by its name."""
-    return content.startswith(_STARTS) or content[4:8] == b"ftyp"
+    return content.startswith((*_HEADS, *_OTHERS)) or content[4:8] == b"ftyp"
 
 
 def refuse_too_many_pixels(width: int, height: int, max_pixels: int) -> None:

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from common.documents import read_object
+from common.documents import is_of, read_object
 from common.refusal import Refusal
 
 Family = Literal["cifar", "pooled", "imagenet", "imagenet-table3", "wrn"]
@@ -88,8 +88,7 @@ class Spec:
         if len(self.labels) < 2:
             raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
         lowest, highest = MIN_TEMPERATURE, MAX_TEMPERATURE
-        given: Any = self.temperature  # of a file: not yet known to be a number
-        if not isinstance(given, int | float) or isinstance(given, bool) or not lowest <= given <= highest:
+        if not is_of(given := self.temperature, float) or not lowest <= given <= highest:
             raise Refusal(f"a temperature must be a number from {lowest:g} to {highest:g}, got {str(given)[:40]}")
 
     @classmethod
@@ -139,6 +138,6 @@ class Spec:
 
 
 def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not is_of(value, int):
         raise ValueError(f"{value!r} is not a whole number")
     return value

@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 
 from common.files import read_whole
 from common.refusal import Refusal
 from export.compare import TOLERANCES, Answer
+from export.eight_bits.calibrate import first_overflow
+from export.model_file.engine_card import read_card
+from export.model_file.onnx_reader import read_graph
 from export.model_file.reading import NO_HINTS, ReadingHints
 from export.runtimes.cascade import Cascade, read_forms
+from export.runtimes.load import load_runtime
+from export.runtimes.mnn_module import is_installed
+from export.runtimes.onnx_session import OnnxSession, loadable_providers, ort
 from export.runtimes.runtime import Model
 
 LayerOutputs = Callable[[np.ndarray], dict[str, np.ndarray]]  # images → outputs [N, ...] by the plain net's names
@@ -108,24 +115,12 @@ def _open_torch(path: Path) -> Artefact:
 
 
 def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Artefact:
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    from export.eight_bits.calibrate import first_overflow
-    from export.engines.engine import precision
-    from export.runtimes.load import load_runtime
-    from export.runtimes.mnn_module import is_installed
-    from export.runtimes.onnx_session import OnnxSession, loadable_providers
-
     if provider == "mnn" and not is_installed():
         raise ProviderMissing("mnn is not compared: MNN is not installed here")
     if provider in PROVIDERS and PROVIDERS[provider] not in loadable_providers():
         raise ProviderMissing(f"{provider} is not compared: ONNX Runtime's {PROVIDERS[provider]} does not load here")
-    try:
-        model = onnx.load_model_from_string(read_whole(path))
-        kind = precision(model)
-    except DecodeError as error:
-        raise Refusal(f"{path} is not a valid ONNX file: {error}; export it again") from error
+    content = read_whole(path)
+    kind = read_graph(path, content).precision
     title = f"{path} on {provider}" if provider else str(path)
     if provider == "mnn" or provider == "torch":
         runtime = load_runtime(path, name=provider)
@@ -137,7 +132,7 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
     def overflow(images: np.ndarray) -> str | None:
         if kind != "fp16" or session.provider != PROVIDERS["cpu"]:
             return None
-        return first_overflow(model, session.to_input(images), path.parent)
+        return first_overflow(onnx.load_model_from_string(content), session.signature.to_input(images), path.parent)
 
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
         return _onnx_layers(path, _layer_names(session.model), images, session.provider, optimize=optimize)
@@ -146,8 +141,6 @@ def _open_onnx(path: Path, provider: Provider | None, hints: ReadingHints) -> Ar
 
 
 def _open_cascade(paths: tuple[Path, Path], hints: ReadingHints) -> Artefact:
-    from export.runtimes.onnx_session import OnnxSession
-
     files = read_forms(paths)
     quick, exact = (OnnxSession(path, shares_cores=True, hints=hints) for path in (files.quick, files.exact))
     cascade = Cascade(quick, exact, files.evidence)
@@ -156,10 +149,7 @@ def _open_cascade(paths: tuple[Path, Path], hints: ReadingHints) -> Artefact:
 
 
 def _open_engine(path: Path) -> Artefact:
-    from export.model_file.engine_card import read_card
-    from export.runtimes.tensorrt_engine import TensorRTEngine
-
-    runtime, card = TensorRTEngine(path), read_card(path)
+    runtime, card = load_runtime(path), read_card(path)
 
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
         source = path.with_suffix(".onnx")
@@ -185,10 +175,6 @@ def _onnx_layers(
     path: Path, layers: list[str], images: np.ndarray, provider: str, *, optimize: bool
 ) -> dict[str, np.ndarray]:
     """The tensors named like layers, made outputs of the graph: a runtime no longer fuses across them."""
-    import onnx
-
-    from export.runtimes.onnx_session import ort
-
     model = onnx.load(path)
     # The classifier's output is called logits; its node has the layer's name.
     tensors = {node.name: node.output[0] for node in model.graph.node}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 BATCH_SIZE = 100  # of float32 and less; the fold is proven in float64, which wants smaller ones
 
 Answer = Callable[[np.ndarray], np.ndarray]  # images uint8 [N, H, W, C] → logits [N, K]
+Named = tuple[str, np.ndarray]  # a form's name, and its logits [N, K]
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,8 @@ class Comparison:
         return {**fields, **asdict(self.difference), **verdict}
 
 
-def compare(
-    reference: tuple[str, np.ndarray],
-    candidate: tuple[str, np.ndarray],
-    *,
-    tolerance: Tolerance = TOLERANCES["fp32"],
-) -> Comparison:
-    """Compare named logits [N, K]."""
+def compare(reference: Named, candidate: Named, *, tolerance: Tolerance = TOLERANCES["fp32"]) -> Comparison:
+    """How far two forms' logits of the same images are apart."""
     before, after = reference[1].astype(np.float64), candidate[1].astype(np.float64)
     if before.shape != after.shape:
         raise ValueError(f"{reference[0]} answers {before.shape}, {candidate[0]} {after.shape}")

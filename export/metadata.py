@@ -9,7 +9,7 @@ import numpy as np
 
 from common.files import read_whole, write_whole
 from export.model_file.engine_card import card_path, read_card
-from export.model_file.onnx_reader import digest_of, metadata_entry, metadata_places, read_header
+from export.model_file.onnx_reader import digest_of, read_header, with_metadata
 from export.model_file.reference import KEY, Reference, count
 from export.runtimes.runtime import best
 
@@ -28,8 +28,8 @@ def store_reference(path: Path, probabilities: np.ndarray, *, what: str) -> list
         write_whole(card_path(path), replace(card, provenance={**card.provenance, KEY: record}).to_json().encode())
         return [f"wrote the reference of {len(order):,} images into {card_path(path)}"]
     content = read_whole(path)
-    bare = without_reference(path, content)
-    changed = bare + metadata_entry(KEY, Reference(what, digest_of(path, bare), counts).to_json())
+    bare = digest_of(path, with_metadata(path, content, {KEY: None}))
+    changed = with_metadata(path, content, {KEY: json.dumps(Reference(what, bare, counts).to_dict())})
     lines = [f"wrote the reference of {len(order):,} images into {path}: its digest is now {digest_of(path, changed)}"]
     if changed == content:
         return lines
@@ -47,23 +47,9 @@ def rewrite_metadata(path: Path, provenance: dict[str, Any], *, temperature: flo
 
     A new temperature removes a stored reference, which counts probabilities of the old one.
     """
-    import onnx
-
-    from export.graphs.graph import set_provenance
-
-    model = onnx.load_model_from_string(read_whole(path))  # weights that lie beside it stay there
-    set_provenance(model, {name: part for name, part in provenance.items() if name != KEY})
-    if temperature is not None:
-        entries = {entry.key: entry.value for entry in model.metadata_props if entry.key != KEY}
-        entries["spec"] = json.dumps(json.loads(entries["spec"]) | {"temperature": temperature})
-        onnx.helper.set_model_props(model, entries)
-    return model.SerializeToString()
-
-
-def without_reference(path: Path, content: bytes) -> bytes:
-    """An ONNX file as it was before a reference was stored in it."""
-    read_header(path, content)  # refuses damage
-    bare = bytearray(content)
-    for place in reversed(metadata_places(content, KEY)):
-        del bare[place]
-    return bytes(bare)
+    content = read_whole(path)
+    entries = {"provenance": json.dumps({name: part for name, part in provenance.items() if name != KEY})}
+    if temperature is None:
+        return with_metadata(path, content, entries)
+    spec = json.loads(read_header(path, content).metadata["spec"]) | {"temperature": temperature}
+    return with_metadata(path, content, {"spec": json.dumps(spec), **entries, KEY: None})

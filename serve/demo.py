@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -97,12 +98,13 @@ def stop(model: Path) -> bool:
     _pid_file(model).unlink()
     if not _is_ours(pid):
         return False
-    os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    while _is_ours(pid):
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
+    with suppress(ProcessLookupError):  # it may end at any time
+        os.kill(pid, signal.SIGTERM)
+        while _is_ours(pid):
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
     return True
 
 

@@ -1,8 +1,8 @@
 import signal
-import socket
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import onnx
 import onnxruntime
@@ -18,6 +18,12 @@ from common.spec import ImageSpec, Spec
 from train.families import build
 
 NET_SEED, IMAGES_SEED = 0, 1
+
+# The same examples every time, however long one of them takes on a busy machine.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job that a script's shell started with &
     signal.signal(signal.SIGINT, signal.default_int_handler)  # or no Ctrl-C of a test would reach anything
@@ -59,6 +65,12 @@ def same_threads():
     assert torch.get_num_threads() == before
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Each test draws the same ones, whatever has run before it in this process."""
+    torch.manual_seed(NET_SEED)
+
+
 @pytest.fixture(
     params=[pytest.param(row, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, row in ROWS.items()]
 )
@@ -92,8 +104,9 @@ def make_net(make_spec):
 @pytest.fixture
 def port():
     """A port of 127.0.0.1 that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
+    from bench.lab.server import free_port
+
+    return free_port()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """Clients of a server with a shadow: what tests send, and how they wait for what it found."""
 
-import threading
-
-from serving import PNG
+from serving import PNG, until
 
 
 def send(client, images, encode):
@@ -12,15 +10,7 @@ def send(client, images, encode):
 
 def card_when(client, is_there):
     """The card of the shadow as soon as `is_there` says so of it."""
-    until = threading.Event()
-    timer = threading.Timer(60, until.set)
-    timer.start()
-    try:
-        while not is_there(card := client.get("/model").json()["shadow"]):
-            assert not until.is_set(), card
-        return card
-    finally:
-        timer.cancel()
+    return until(lambda: is_there(card := client.get("/model").json()["shadow"]) and card)
 
 
 def running(client):

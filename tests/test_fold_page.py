@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from serving import read_greeting
 from test_readme import argv_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,7 @@ def test_a_program_prints_what_the_page_says(number, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("road", ROADS, ids=["own", "timm"])
 def test_its_commands_build_an_engine_and_serve(road, folder, port):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows")
@@ -54,8 +56,7 @@ def test_its_commands_build_an_engine_and_serve(road, folder, port):
     assert (folder / "plain.engine").exists()
     with subprocess.Popen(argv_of(serve, port), cwd=folder, stdout=subprocess.PIPE, text=True) as server:
         try:
-            while "serving at" not in server.stdout.readline():
-                assert server.poll() is None
+            read_greeting(server)
             done = subprocess.run(argv_of(ask, port), cwd=folder, capture_output=True, text=True)
             assert '"probability"' in done.stdout, done.stdout + done.stderr
         finally:

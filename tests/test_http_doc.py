@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
@@ -11,8 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from serving import read_greeting
 from starlette.routing import Route, compile_path
 
+from bench.lab.server import free_port
 from common.image import MAX_PIXELS
 from export.runtimes.load import load_runtime
 from serve.config import BUNDLED, ServeConfig
@@ -40,11 +41,6 @@ def addresses():
     return shown | hidden - {("HEAD", "/openapi.json")}
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return str(probe.getsockname()[1])
-
-
 def shape_of(answer):
     """The members and types of a JSON value, and of the first element of each list."""
     match answer:
@@ -67,17 +63,16 @@ def started(line, cwd, environment):
         text=True,
     )
     try:
-        while "serving at" not in server.stdout.readline():
-            assert server.poll() is None, line
+        read_greeting(server)
         yield
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=60)
 
 
 @pytest.mark.slow
 def test_examples_answer_as_written(tmp_path):
-    ports = {"8000": free_port(), "8001": free_port()}
+    ports = {"8000": str(free_port()), "8001": str(free_port())}
     for name in ("serve", "models"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PYTHON": sys.executable}

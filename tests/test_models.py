@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import httpx
 import numpy as np
 import onnx
 import pytest
+from serving import read_greeting
 
 from common.image import decode
 from export.runtimes.cascade import read_forms
@@ -94,16 +94,16 @@ def test_a_server_without_a_model_serves_it(tmp_path):
         cwd=tmp_path,
     )
     try:
-        assert server.stdout.readline().startswith(CARD["model"])
-        url = re.search(r"http://127\.0\.0\.1:\d+", server.stdout.readline()).group()
+        read_greeting(server)
+        assert server.greeting.startswith(CARD["model"])
         image = {"content": HELD_OUT[0].read_bytes(), "headers": {"Content-Type": "image/png"}}
-        response = httpx.post(f"{url}/predict", timeout=60, **image)
+        response = httpx.post(f"{server.url}/predict", timeout=60, **image)
         assert response.json()["results"][0]["label"] == HELD_OUT[0].stem.rpartition("_")[0].replace(
             "T-shirt-", "T-shirt/"
         )
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=60)
 
 
 def test_the_files_without_their_temperature_are_those_that_were_exported():

@@ -57,6 +57,7 @@ def tree(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_recipe_works_and_its_mistakes_are_noticed(page, tree):
     change, arguments, mistakes = read_recipe(page)

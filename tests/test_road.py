@@ -19,6 +19,7 @@ from serve.request.app import make_app
 from serve.request.limits import Limits
 from train.data.batches import Batch
 from train.families import build, initialize
+from train.recipes import Recipe
 from train.trainer import make_optimizer, train_step
 
 
@@ -26,11 +27,12 @@ def a_step_of_training(spec, images):
     torch.manual_seed(0)
     net = build(spec)
     initialize(net, a=1.0, b=0.1, std=0.03)
-    optimizer = make_optimizer(net, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, decay_ab=True)
+    recipe = Recipe(lr=0.1)
+    optimizer = make_optimizer(net, recipe)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
     batch = Batch(0, 0, torch.from_numpy(images), torch.arange(len(images)) % len(spec.labels))
-    assert torch.isfinite(train_step(net, optimizer, scaler, batch, 0.1)).all()
+    assert torch.isfinite(train_step(net, optimizer, scaler, batch, recipe)).all()
     unmoved = [name for name, parameter in net.named_parameters() if torch.equal(parameter, before[name])]
     assert not unmoved
     return net.eval()

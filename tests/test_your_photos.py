@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from photos import PHOTOS, make_photos
+from serving import read_greeting
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "your-photos.md").read_text(), flags=re.DOTALL)
@@ -34,8 +35,7 @@ def test_the_way_from_a_folder_to_a_served_and_judged_model_works_as_written(tmp
         for line in LINES:
             if line.endswith("&"):
                 server = subprocess.Popen(argv_of(line, port), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-                while "serving at" not in server.stdout.readline():
-                    assert server.poll() is None, line
+                read_greeting(server)
                 continue
             done = subprocess.run(argv_of(line, port), cwd=tmp_path, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
@@ -43,7 +43,7 @@ def test_the_way_from_a_folder_to_a_served_and_judged_model_works_as_written(tmp
     finally:
         if server:
             server.terminate()
-            server.communicate(timeout=30)
+            server.communicate(timeout=60)
     commands = ["train/run.py", "fold/run.py", "export/to_onnx.py", "export/parity.py", "export/evaluate.py"]
     assert list(outputs) == [*commands, "export/predict.py", "serve/client.py"]
     assert all(label in outputs["train/run.py"] for label in PHOTOS)

@@ -74,9 +74,7 @@ class TrainConfig:
         "the last one if the classes are the same",
     ] = None
     freeze: Annotated[int, "with --init: number of first epochs that train only the last layer"] = 0
-    qat: Annotated[
-        bool, "train with filters and activations rounded to the eight bits of to_onnx.py --precision int8"
-    ] = False
+    qat: Annotated[bool, "round filters and activations as to_onnx.py --precision int8 does"] = False
     recipe: Annotated[Literal["ours", "paper"], "source of the values below that are not given"] = "ours"
     epochs: Annotated[int | None, "passes over the training images"] = None
     batch_size: Annotated[int | None, "images per step, over all processes"] = None
@@ -101,9 +99,7 @@ class TrainConfig:
     mixup: Annotated[float, "blend images in pairs, shares from Beta(X, X); 0 for none, 0.2 is usual"] = 0.0
     cutmix: Annotated[float, "paste a rectangle of another image, area from Beta(X, X); 0 for none, 1 is usual"] = 0.0
     balanced: Annotated[bool, "draw images of all classes equally often"] = False
-    ema: Annotated[
-        float, "decay of a running average of the weights, judged and folded instead of them; 0 for none"
-    ] = 0.0
+    ema: Annotated[float, "decay of a running average of the weights, judged and folded instead; 0 for none"] = 0.0
     patience: Annotated[int | None, "stop after N epochs without a better validation accuracy; 0 for never"] = None
     validation: Annotated[float | None, "fraction of training images held out to choose best.pt; 0 for none"] = None
     seed: Annotated[int, "of initialisation, order and augmentation"] = 0

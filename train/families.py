@@ -39,25 +39,22 @@ def build(spec: Spec) -> nn.Sequential:
     if min(image.height, image.width) < (smallest := REDUCTION[spec.family]):
         raise Refusal(f"images must be at least {smallest}x{smallest} pixels, got {image.height}x{image.width}")
     _refuse_combinations(spec)
-    net = nn.Sequential()
-    net.add_module("normalize", Normalize(image.mean, image.std))
-    net.add_module("stem", _stem(spec, 16 if spec.family == "wrn" else base))
-    num_in = 16 if spec.family == "wrn" else base
+    is_residual, num_in = spec.family == "wrn", 16 if spec.family == "wrn" else base
+    layers = {"normalize": Normalize(image.mean, image.std), "stem": _stem(spec, num_in)}
     for group, num_layers in enumerate(groups):
         num_out = base * 2**group
-        if group and spec.family != "wrn":
-            net.add_module(f"pool{group}", nn.MaxPool2d(2))
-        make = _residual_group if spec.family == "wrn" else _plain_group
-        net.add_module(f"group{group}", make(num_in, num_out, num_layers, spec, stride=2 if group else 1))
+        if is_residual:
+            layers[f"group{group}"] = _residual_group(num_in, num_out, num_layers, spec, stride=2 if group else 1)
+        else:
+            layers |= {f"pool{group}": nn.MaxPool2d(2)} if group else {}
+            layers[f"group{group}"] = _plain_group(num_in, num_out, num_layers, spec)
         num_in = num_out
-    if spec.family == "wrn":
-        net.add_module("bn", nn.BatchNorm2d(num_in))
-    if spec.family == "wrn" or spec.parameterization in ("per-output-b", "per-channel"):
-        net.add_module("relu", nn.ReLU())
-    net.add_module("pool", nn.AdaptiveAvgPool2d(1))
-    net.add_module("flatten", nn.Flatten())
-    net.add_module("fc", nn.Linear(num_in, len(spec.labels)))
-    return net
+    if is_residual:
+        layers["bn"] = nn.BatchNorm2d(num_in)
+    if is_residual or spec.parameterization in ("per-output-b", "per-channel"):
+        layers["relu"] = nn.ReLU()
+    fc = nn.Linear(num_in, len(spec.labels))
+    return sequence(**layers, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=fc)
 
 
 def outline(spec: Spec) -> nn.Sequential:
@@ -102,24 +99,19 @@ def _refuse_combinations(spec: Spec) -> None:
 
 
 def _stem(spec: Spec, num_out: int) -> nn.Sequential:
-    stem, num_in = nn.Sequential(), spec.image.channels
+    num_in = spec.image.channels
     if spec.family.startswith("imagenet"):
-        stem.add_module("conv", nn.Conv2d(num_in, num_out, 7, stride=2, padding=3, bias=False))
-        stem.add_module("bn", nn.BatchNorm2d(num_out))
-        stem.add_module("pool", nn.MaxPool2d(3, stride=2, padding=1))
-        return stem
-    stem.add_module("conv", nn.Conv2d(num_in, num_out, 3, padding=1, bias=False))
+        conv = nn.Conv2d(num_in, num_out, 7, stride=2, padding=3, bias=False)
+        return sequence(conv=conv, bn=nn.BatchNorm2d(num_out), pool=nn.MaxPool2d(3, stride=2, padding=1))
+    conv = nn.Conv2d(num_in, num_out, 3, padding=1, bias=False)
     if spec.family == "wrn":  # its blocks begin with normalisation and ReLU
-        return stem
-    stem.add_module("bn", nn.BatchNorm2d(num_out))
-    stem.add_module("relu", nn.ReLU())
-    if spec.family == "pooled":
-        stem.add_module("pool", nn.MaxPool2d(2))
-    return stem
+        return sequence(conv=conv)
+    pool = {"pool": nn.MaxPool2d(2)} if spec.family == "pooled" else {}
+    return sequence(conv=conv, bn=nn.BatchNorm2d(num_out), relu=nn.ReLU(), **pool)
 
 
-def _plain_group(num_in: int, num_out: int, num_layers: int, spec: Spec, *, stride: int) -> nn.Sequential:
-    """Convolutions in a chain; the max-pool before the group, not `stride`, lowers the resolution."""
+def _plain_group(num_in: int, num_out: int, num_layers: int, spec: Spec) -> nn.Sequential:
+    """Convolutions in a chain; the max-pool before the group lowers the resolution."""
     group, ncrelu = nn.Sequential(), spec.nonlinearity == "ncrelu"
     for layer in range(num_layers):
         conv = _convolution(2 * num_in if ncrelu else num_in, num_out, spec)
@@ -181,10 +173,9 @@ def initialized(spec: Spec, *, a: float, b: float, std: float, start: Start = "p
 def initialize(net: nn.Module, *, a: float, b: float, std: float, start: Start = "pytorch") -> None:
     """W ~ N(0, std²) and the given `a` and `b` in Dirac convolutions (section 2); He's normal in the others.
 
-    A `start` as the authors' code has it gives the classifier He's normal and a bias of 0, and batch
-    normalisation a γ uniform in [0, 1]; otherwise both stay as PyTorch starts them.
-    W's scale leaves Ŵ of eq. 4 as it is, but the gradient of W is inverse to it: a small `std` lets W turn fast
-    from the first step on.
+    A `start` as the authors' code has it gives the classifier He's normal and a bias of 0, and batch normalisation a γ
+    uniform in [0, 1]; otherwise both stay as PyTorch starts them. W's scale leaves Ŵ of eq. 4 as it is, but the
+    gradient of W is inverse to it: a small `std` lets W turn fast from the first step on.
     """
     for layer in net.modules():
         match layer:

@@ -20,9 +20,7 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class HeldOutConfig:
-    dataset: Annotated[
-        DatasetName | None, "data set of the test images (default: digits, or folder with --data-dir)"
-    ] = None
+    dataset: Annotated[DatasetName | None, "data set (default: digits, or folder with --data-dir)"] = None
     data_dir: Annotated[Path | None, "folder of the data set"] = None
     run: Annotated[Path | None, "folder of a run, to take the images that it tested on"] = None
     out: Annotated[Path, "folder for files named LABEL_INDEX.png, or as a photograph's format is"] = Path("held-out")

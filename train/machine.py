@@ -135,7 +135,7 @@ def refuse_what_does_not_fit(config: Settings, spec: Spec, world: World, *, avai
 
 def training_bytes(spec: Spec, batch_size: int, precision: str) -> int:
     """Memory that a training step of one process holds at once."""
-    net, num_outputs = outline(spec), 0
+    net, num_outputs = outline(spec).eval(), 0  # in training, an output of one pixel for one image is refused
 
     def add(layer: nn.Module, inputs: object, output: torch.Tensor) -> None:
         nonlocal num_outputs

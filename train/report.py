@@ -18,7 +18,6 @@ from train.data.folder import PARTS, describe_left_out
 
 MAX_CLASSES = 50  # that the survey lists; beyond, the smallest
 OVERFITTING = 0.05  # between training and validation images, beyond what chance explains
-Log = Callable[[dict[str, Any]], None]  # takes a finished epoch's row
 
 
 def print_survey(console: Console, dataset: Dataset) -> None:
@@ -44,8 +43,8 @@ def print_survey(console: Console, dataset: Dataset) -> None:
 
 
 @contextmanager
-def event_files(run_dir: Path, num_done: int) -> Iterator[Log]:
-    """TensorBoard's own writer into tensorboard/ of the run; what lies there beyond epoch `num_done` is void."""
+def event_files(run_dir: Path, num_done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Writes rows of finished epochs into tensorboard/ of the run; events there of later epochs than `num_done` go."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -54,38 +54,36 @@ def fit_temperature(logits: np.ndarray, targets: np.ndarray) -> Fit:
         return Fit(1.0, images, wrong, why)
     margins = logits.astype(np.float64) - logits[np.arange(images), targets, None]  # z - z_y, [N, K]
     coldest, hottest = MIN_TEMPERATURE, MAX_TEMPERATURE
-    if not _slopes(margins, 1 / hottest)[0].mean() < 0 < _slopes(margins, 1 / coldest)[0].mean():
+    if not _derivatives(margins, hottest)[1].mean() < 0 < _derivatives(margins, coldest)[1].mean():
         why = f"the best one is not between {coldest:g} and {hottest:g}; the net answers hardly better than by chance"
         return Fit(1.0, images, wrong, why)
     for _ in range(NUM_HALVINGS):
         middle = float(np.sqrt(coldest * hottest))
-        if _slopes(margins, 1 / middle)[0].mean() > 0:  # u is too large
+        if _derivatives(margins, middle)[1].mean() > 0:  # u is too large
             coldest = middle
         else:
             hottest = middle
     temperature = float(np.sqrt(coldest * hottest))
-    slopes, curvatures = _slopes(margins, 1 / temperature)
+    losses, slopes, curvatures = _derivatives(margins, temperature)
     error_of_u = np.sqrt((slopes**2).sum()) / curvatures.sum()  # White's: holds for a net that is not calibrated, too
     return Fit(
         temperature,
         images,
         wrong,
         standard_error=float(error_of_u * temperature**2),
-        cross_entropy_before=_cross_entropy(margins, 1.0),
-        cross_entropy=_cross_entropy(margins, 1 / temperature),
+        cross_entropy_before=float(_derivatives(margins, 1.0)[0].mean()),
+        cross_entropy=float(losses.mean()),
     )
 
 
-def _slopes(margins: np.ndarray, u: float) -> tuple[np.ndarray, np.ndarray]:
-    """First and second derivative of each image's cross-entropy in u, [N] both: mean and variance of z - z_y."""
-    powers = np.exp(u * (margins - margins.max(axis=1, keepdims=True)))
-    shares = powers / powers.sum(axis=1, keepdims=True)
+def _derivatives(margins: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each image's cross-entropy, log sum exp(u (z - z_y)), and its first two derivatives in u = 1 / T, [N] each.
+
+    The derivatives are the mean and variance of z - z_y under softmax(u z).
+    """
+    u, largest = 1 / temperature, margins.max(axis=1, keepdims=True)
+    powers = np.exp(u * (margins - largest))
+    sums = powers.sum(axis=1, keepdims=True)
+    shares = powers / sums
     mean = (shares * margins).sum(axis=1)
-    return mean, (shares * (margins - mean[:, None]) ** 2).sum(axis=1)
-
-
-def _cross_entropy(margins: np.ndarray, u: float) -> float:
-    """Mean of log sum exp(u (z - z_y))."""
-    largest = margins.max(axis=1)
-    sums = np.exp(u * (margins - largest[:, None])).sum(axis=1)
-    return float((u * largest + np.log(sums)).mean())
+    return (u * largest + np.log(sums))[:, 0], mean, (shares * (margins - mean[:, None]) ** 2).sum(axis=1)

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -26,6 +26,7 @@ from train.fine_tune.fake_quantize import FakeQuantized
 from train.fine_tune.from_plain import NUM_MEASURED, open_plain
 from train.layers import DiracConv2d
 from train.machine import World
+from train.recipes import Recipe
 
 # The share of all epochs after which the rate falls, and the factor.
 STEPS = {
@@ -50,10 +51,10 @@ class Trainer:
         if (settings.crop or 0) >= min(dataset.info.image.shape[:2]):
             raise Refusal(f"--crop must be smaller than the image, got {settings.crop}")
         num = len(dataset.train)
-        self.batch_size = min(settings.batch_size, num // world.size * world.size)
-        if self.batch_size == 0:
+        if num < world.size:
             raise Refusal(f"{num} training images are too few for {world.size} processes")
-        self.num_steps = steps_per_epoch(num, self.batch_size)
+        settings = replace(settings, batch_size=min(settings.batch_size, num // world.size * world.size))
+        self.num_steps = steps_per_epoch(num, settings.batch_size)
         self.settings, self.spec, self.dataset, self.world, self.console = settings, spec, dataset, world, console
         self.images, self.held_out = (to_device(part, world.device) for part in (dataset.train, dataset.validation))
         torch.manual_seed(settings.seed)
@@ -61,15 +62,8 @@ class Trainer:
         self.net = net.to(world.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
         self.judged = deepcopy(self.net).eval() if settings.ema else self.net  # the running average
         self.wrapped: nn.Module | None = None  # `net` as it is trained: rounded, shared by processes, compiled
-        per_channel = spec.parameterization == "per-channel"
-        self.optimizer = make_optimizer(
-            self.net,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov == "yes",
-            weight_decay=settings.weight_decay,
-            decay_ab=settings.decay_ab == "yes" or (settings.decay_ab == "auto" and not per_channel),
-        )
+        decays = {"yes": True, "no": False, "auto": spec.parameterization != "per-channel"}
+        self.optimizer = make_optimizer(self.net, settings, decay_ab=decays[settings.decay_ab])
         self.scaler = torch.amp.GradScaler(world.device.split(":")[0], enabled=settings.precision == "fp16")
         self.record: dict[str, Any] = {}  # of the run, for its checkpoint
         self.history: list[dict[str, Any]] = []
@@ -138,7 +132,7 @@ class Trainer:
         """Start from the layers of another net; from its classifier too where the classes are the same."""
         if isinstance(source, PlainFile):
             alone = World(device=self.world.device)  # whole batches: all processes measure the same
-            first = islice(self._batches(alone), -(-NUM_MEASURED // self.batch_size))
+            first = islice(self._batches(alone), -(-NUM_MEASURED // self.settings.batch_size))
             source = open_plain(source, self.settings, self.dataset, first, alone.device, self.console)
         learnt = load_net(source).state_dict()
         if source.spec.labels != self.spec.labels:
@@ -170,13 +164,7 @@ class Trainer:
     def _batches(self, world: World) -> Iterator[Batch]:
         """The rest of the current epoch: the share of this process of `world` in each batch."""
         return batches(
-            self.images,
-            self.settings,
-            self.dataset.info,
-            batch_size=self.batch_size,
-            epoch=self.epochs_done,
-            first_step=self.steps_done,
-            world=world,
+            self.images, self.settings, self.dataset.info, world, epoch=self.epochs_done, first_step=self.steps_done
         )
 
     def _step(self, net: nn.Module, batch: Batch, lr: float) -> Tensor:
@@ -188,17 +176,10 @@ class Trainer:
         num_images = world.count(len(batch.targets))
         if not num_images:
             return torch.zeros(2, dtype=torch.float64, device=world.device)
-        sums = train_step(
-            net,
-            self.optimizer,
-            self.scaler,
-            batch,
-            lr,
-            precision=settings.precision,
-            label_smoothing=settings.label_smoothing,
-            num_images=num_images / world.size,
-            is_frozen=batch.epoch < settings.freeze,
-        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        share, is_frozen = num_images / world.size, batch.epoch < settings.freeze
+        sums = train_step(net, self.optimizer, self.scaler, batch, settings, num_images=share, is_frozen=is_frozen)
         if settings.ema:
             num_taken = batch.epoch * self.num_steps + batch.step
             follow(self.judged, self.net, min(settings.ema, (1 + num_taken) / (10 + num_taken)))
@@ -206,7 +187,8 @@ class Trainer:
 
     def _close_epoch(self) -> dict[str, Any]:
         """Validate, and add a row to the history."""
-        totals, num_picked, number = self.totals, self.batch_size * self.num_steps, self.epochs_done + 1
+        totals, number = self.totals, self.epochs_done + 1
+        num_picked = self.settings.batch_size * self.num_steps
         if lost := round(num_picked - totals["images"]):
             self.console.print(f"epoch {number}: {lost} of {num_picked} images could not be read")
         if not totals["images"]:
@@ -250,18 +232,16 @@ def learning_rate(schedule: str, lr: float, done: float, *, warmup: float = 0.0)
     return warm * lr * factor ** sum(done >= milestone for milestone in milestones)
 
 
-def make_optimizer(
-    net: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float, decay_ab: bool
-) -> torch.optim.SGD:
+def make_optimizer(net: nn.Module, recipe: Recipe, *, decay_ab: bool = True) -> torch.optim.SGD:
     """One weight decay on all parameters, batch normalisation's too (eq. 6); on `a` and `b` if `decay_ab`."""
     layers = [layer for layer in net.modules() if isinstance(layer, DiracConv2d) and not decay_ab]
     scales = {id(scale) for layer in layers for scale in (layer.a, layer.b)}
     decayed = [parameter for parameter in net.parameters() if id(parameter) not in scales]
     free = [parameter for parameter in net.parameters() if id(parameter) in scales]
-    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
     if free:
         groups.append({"params": free, "weight_decay": 0.0})
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov == "yes")
 
 
 def train_step(
@@ -269,29 +249,26 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     batch: Batch,
-    lr: float,
+    recipe: Recipe,
     *,
-    precision: str = "fp32",
-    label_smoothing: float = 0.0,
     num_images: float | None = None,
     is_frozen: bool = False,
 ) -> Tensor:
     """One step of gradient descent; gives [summed loss, right answers] in float64 on the batch's device.
 
-    `num_images` divides the summed loss: the images of a process in this step, on average over all
-    processes, whose gradients are averaged as well (default: those of `batch`). An empty batch takes part
-    with a gradient of zero. Of a net that `is_frozen` batch statistics stay. Sums stay on the device, so that
-    a GPU need not wait for the host after every step.
+    Of `recipe`, precision and label smoothing; the rate is the optimizer's. `num_images` divides the summed loss: the
+    images of a process in this step, on average over all processes, whose gradients are averaged as well (default:
+    those of `batch`). An empty batch takes part with a gradient of zero. Of a net that `is_frozen` batch statistics
+    stay. Sums stay on the device, so that a GPU need not wait for the host after every step.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    kind = AUTOCAST.get(recipe.precision)
     net.train(len(batch.targets) > 0 and not is_frozen)  # an empty batch has no statistics
-    with torch.autocast(batch.images.device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+    with torch.autocast(batch.images.device.type, kind, enabled=kind is not None):
         logits = net(batch.images)
     logits = logits.float()
-    loss, right = _sums(logits, batch.targets, label_smoothing)
+    loss, right = _sums(logits, batch.targets, recipe.label_smoothing)
     if batch.others is not None:
-        other_loss, other_right = _sums(logits, batch.others, label_smoothing)
+        other_loss, other_right = _sums(logits, batch.others, recipe.label_smoothing)
         loss, right = (torch.lerp(*pair, batch.share) for pair in ((other_loss, loss), (other_right, right)))
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss / (num_images or len(batch.targets))).backward()

@@ -78,9 +78,7 @@ def set_up(
     """The run before its next step: a new one, one that fine-tunes `source`, or `earlier` resumed."""
     console = make_console(json=config.json, quiet=world.rank > 0)
     if config.sync_batch_norm and world.device == "cpu":
-        raise Refusal(
-            "--sync-batch-norm needs CUDA devices: PyTorch's SyncBatchNorm does not train on a CPU; leave it out"
-        )
+        raise Refusal("--sync-batch-norm needs CUDA devices: SyncBatchNorm does not train on a CPU; leave it out")
     known = earlier or source
     dataset = _load(config, earlier, known and known.spec.image, console)
     settings = config if isinstance(config, Settings) else config.resolved(len(dataset.train))
@@ -231,7 +229,7 @@ def _complete(settings: Settings, dataset: datasets.Dataset, device: str) -> Che
 
     The test images are read once for a net. The temperature is fitted on the images held out, its choice's too.
     """
-    known: dict[int, Checkpoint] = {}  # both files often hold one net
+    known: dict[int, dict[str, Any]] = {}  # by epoch: both files often hold one net
     paths = [path for name in FILES if (path := settings.run_dir / name).exists()]
     on: dict[str, Any] = {"device": device, "workers": settings.workers}
     assert dataset.validation is not None  # `divide` made it
@@ -245,8 +243,6 @@ def _complete(settings: Settings, dataset: datasets.Dataset, device: str) -> Che
                 accuracy = evaluate(net, dataset.test, **on).accuracy
             fit = fit_temperature(*answers(net, dataset.validation, **on))
             spec = replace(state.spec, temperature=fit.temperature)
-            known[state.epoch] = replace(state, test_accuracy=accuracy, spec=spec, calibration=fit.to_dict())
-        done = known[state.epoch]
-        state = replace(state, spec=done.spec, calibration=done.calibration, test_accuracy=done.test_accuracy)
-        save_checkpoint(path, state)
+            known[state.epoch] = {"test_accuracy": accuracy, "spec": spec, "calibration": fit.to_dict()}
+        save_checkpoint(path, replace(state, **known[state.epoch]))
     return load_checkpoint(paths[-1])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from random import SystemRandom
 from typing import Any, Self
 
 import httpx
@@ -35,8 +36,11 @@ def start(model: Path, *options: Any, program: Sequence[Any] = (ROOT / "serve/ru
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """A port that the system gives to no connection before the server has it, as it might one above 32,767."""
+    while True:
+        port = SystemRandom().randrange(20_000, 32_768)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Server:
@@ -134,8 +138,12 @@ class Server:
 
     def workers(self) -> list[int]:
         """The processes that serve under a supervisor, in the order in which they were started; Linux only."""
-        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        return [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+        found: list[int] = []
+        for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
+            with suppress(OSError):  # it has ended
+                if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+                    found.append(int(pid))
+        return found
 
     def rss_bytes(self, *, with_children: bool = False) -> int:
         """Resident memory of the process, or also of all that it started and that still run; Linux only."""

@@ -26,6 +26,7 @@ QUEUE, DEADLINE_MS = 64, 1000
 SATURATING = (16, 64)  # connections, each with one request at a time
 OFFERING = 512  # connections: those that the queue holds, and many that are being refused
 PROBABILITY_ERROR = 1e-4  # another batch size, another order of float32 sums
+RESTART_S = 120  # that a request may wait for a process that takes the place of a killed one
 
 
 async def overload(model: Path, image: bytes, *, seconds: float) -> dict[str, Any]:
@@ -204,7 +205,8 @@ def _find_worker(server: Server) -> str:
 
 async def kill_front_ends(model: Path, image: bytes, *, seconds: int, every_s: int) -> dict[str, Any]:
     """kill -9 of the device process and of one of two front ends in turn; refused requests are sent again too."""
-    with start(model, "--front-ends", 2, "--model-threads", 1, "--log-level", "warning") as server:
+    options = ("--model-threads", 1, "--log-level", "warning", "--deadline-ms", 1000 * RESTART_S)
+    with start(model, "--front-ends", 2, *options) as server:
         async with _retried(server, image, LOST, 503) as found:
             processes = server.workers()  # two front ends and the device process
             num_killed = (seconds - 1) // every_s
@@ -248,7 +250,7 @@ async def _retried(server: Server, image: bytes, *statuses: int) -> AsyncIterato
 
 
 async def _is_answered(url: str, image: bytes) -> bool:
-    async with AsyncClient(url, retry=Retry(attempts=1)) as client:
+    async with AsyncClient(url, retry=Retry(attempts=1), timeout_s=RESTART_S) as client:
         try:
             await client.predict([image])
         except Refusal:

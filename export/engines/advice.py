@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from export.graphs.onnx_file import FLOATS, dtype_name, listed
+from common.refusal import first_of
+from export.graphs.onnx_file import FLOATS, dtype_name
 
 
 class TypedGraph:
@@ -155,7 +156,7 @@ def parser_advice(model: onnx.ModelProto, errors: Iterable[Any]) -> str:
             rule = _match(PARSER_RULES, error.desc())
             concerned[rule.advice].update(culprit | graph.concerned(rule))
     return "; ".join(
-        f"{listed([graph.shown(node) for node in nodes.values()]) or 'the graph'}: {advice}"
+        f"{first_of([graph.shown(node) for node in nodes.values()], 8) or 'the graph'}: {advice}"
         for advice, nodes in concerned.items()
     )
 

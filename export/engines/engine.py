@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from common.files import sha256
 from common.refusal import Refusal
 from export.engines.advice import build_advice, parser_advice
@@ -18,7 +16,7 @@ from export.model_file.reading import NO_HINTS, ReadingHints
 from export.runtimes import gpu
 from export.runtimes.tensorrt_engine import INSTALL_TENSORRT, import_library, load_engine, make_logger
 
-Report = Callable[[str, int, int], None]  # phase, steps done, steps in all
+Progress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 OPSETS = range(9, 26)  # documented for TensorRT 11; its parser takes any number and guesses
 BATCH = (1, 8, 64)  # smallest, best and largest, where the graph leaves it free
 MAX_WORKSPACE_MIB = 2**20
@@ -55,10 +53,7 @@ def choose_builder() -> Builder:
         return "tensorrt"
     if importlib.util.find_spec("tensorrt_rtx"):
         return "tensorrt_rtx"
-    raise Refusal(
-        f"no TensorRT here: {INSTALL_TENSORRT} on a machine with an NVIDIA GPU, "
-        "or pip install -e '.[rtx]' to build ahead of time without one"
-    )
+    raise Refusal(f"no TensorRT here: {INSTALL_TENSORRT} where there is a GPU, or pip install -e '.[rtx]' elsewhere")
 
 
 def build_engine(
@@ -67,7 +62,7 @@ def build_engine(
     batch: tuple[int, int, int] | None = None,
     hints: ReadingHints = NO_HINTS,
     options: BuildOptions = BuildOptions(),
-    report: Report = lambda *_: None,
+    report: Progress = lambda *_: None,
 ) -> Engine:
     """Parse and build the ONNX file `path` for batches of MIN, OPT and MAX images (default: BATCH, or the only one).
 
@@ -79,14 +74,14 @@ def build_engine(
     builder_name = choose_builder()
     _refuse_options(builder_name, options)
     file = read_onnx(path, hints)
-    kind, batch = precision(file.model), _fitting_batch(file, batch)
+    batch = _fitting_batch(file, batch)
     trt = import_library(builder_name)
     content, capabilities, cache = _compile(trt, builder_name, file, batch, options, report)
     card = EngineCard(
         name=file.name,
         builder=builder_name,
         builder_version=trt.__version__,
-        precision=kind,
+        precision=file.graph.precision,
         batch=batch,
         compute_capabilities=capabilities,
         gpu=gpu.device_name() if builder_name == "tensorrt" else None,
@@ -105,7 +100,7 @@ def build_engine(
 
 
 def _compile(
-    trt: Any, builder_name: str, file: OnnxFile, batch: tuple[int, int, int], options: BuildOptions, report: Report
+    trt: Any, builder_name: str, file: OnnxFile, batch: tuple[int, int, int], options: BuildOptions, report: Progress
 ) -> tuple[bytes, tuple[str, ...], bytes | None]:
     """The engine, the compute capabilities of its GPUs, and the timing cache if one was asked for."""
     logger = make_logger(trt)
@@ -117,22 +112,12 @@ def _compile(
         shapes = ((size, *file.signature.shape[1:]) for size in batch)
         profile.set_shape(file.signature.input_name, *shapes)
         config.add_optimization_profile(profile)
-    capabilities = configure(trt, builder_name, config, options, kind=precision(file.model))
+    capabilities = configure(trt, builder_name, config, options, kind=file.graph.precision)
     cache = None if options.timing_cache is None else attach_timing_cache(config, logger, options.timing_cache)
     content = _build(trt, builder, network, config, report)
     if content is None:
         raise Refusal(f"{file.path} cannot be built by {builder_name}: {build_advice(logger.last_error())}")
     return content, capabilities, cache and bytes(cache.serialize())
-
-
-def precision(model: onnx.ModelProto) -> str:
-    """fp32, fp16, bf16, fp8 or int8: what the convolutions of a graph compute in."""
-    kinds = {tensor.data_type for tensor in model.graph.initializer}
-    if any(node.op_type == "DequantizeLinear" for node in model.graph.node):
-        return "fp8" if onnx.TensorProto.FLOAT8E4M3FN in kinds else "int8"
-    if onnx.TensorProto.BFLOAT16 in kinds:
-        return "bf16"
-    return "fp16" if onnx.TensorProto.FLOAT16 in kinds else "fp32"
 
 
 def attach_timing_cache(config: Any, logger: Any, content: bytes) -> Any:
@@ -243,7 +228,7 @@ def configure(trt: Any, builder_name: str, config: Any, options: BuildOptions, *
     return wanted
 
 
-def _build(trt: Any, builder: Any, network: Any, config: Any, report: Report) -> bytes | None:
+def _build(trt: Any, builder: Any, network: Any, config: Any, report: Progress) -> bytes | None:
     """Build in a thread, so that Ctrl-C reaches this one and the monitor can stop the build."""
 
     class Monitor(trt.IProgressMonitor):

@@ -16,25 +16,12 @@ from common.cores import num_cores
 from common.files import read_whole
 from common.image import decode
 from common.progress import printable, track
-from common.refusal import Refusal
+from common.refusal import Refusal, first_of
 from common.spec import DatasetName, ImageSpec, Published
 from export.artefacts import Artefact
 from export.runtimes.cascade import Cascade
 from export.runtimes.runtime import probabilities
-from train.data import datasets
-from train.data.datasets import num_bytes
-from train.data.folder import (
-    FILE,
-    UNREADABLE,
-    Files,
-    LeftOut,
-    Sizes,
-    Track,
-    class_folders,
-    describe_left_out,
-    find_files,
-    read_record,
-)
+from train.data import datasets, folder
 
 BATCH_SIZE = 32  # as the server's; the pixels of two batches are in memory at once
 
@@ -103,17 +90,17 @@ class Judged:
     part: datasets.Part
     targets: np.ndarray
     image: ImageSpec
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[folder.LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def name(self, index: int) -> str:
-        return self.part.names[index] if isinstance(self.part, Files) else f"image {index}"
+        return self.part.names[index] if isinstance(self.part, folder.Files) else f"image {index}"
 
     def pixels(self, index: int, *, shorter_side: int = 0) -> np.ndarray:
         """uint8 [H, W, C] as the net takes them; a file's as many whole times larger as a `shorter_side` needs."""
-        if not isinstance(self.part, Files):
+        if not isinstance(self.part, folder.Files):
             return np.asarray(self.part.images[index])
         times = max(1, -(-shorter_side // min(self.image.height, self.image.width)))
         sides = {name: getattr(self.image, name) for name in ("height", "width", "resize")}
@@ -126,7 +113,7 @@ def find_judged(
     *,
     dataset: DatasetName | None = None,
     data_dir: Path | None = None,
-    track: Track = lambda items, total: items,
+    track: folder.Track = lambda items, total: items,
 ) -> Judged:
     """The test images of the model's run, or of the named data set; a folder without a record as a whole.
 
@@ -145,10 +132,11 @@ def find_judged(
     if learnt != "folder":
         return _folder(form, data_dir, track)
     split = training.get("split")
-    parts = read_record(form.path.parent / FILE, split.get("sha256", "") if isinstance(split, dict) else "")
+    digest = split.get("sha256", "") if isinstance(split, dict) else ""
+    parts = folder.read_record(form.path.parent / folder.FILE, digest)
     if data_dir and parts:
         sizes = {name: size for part in parts.values() for name, size in part.items()}
-        num_there = sum(num_bytes(data_dir / name) == size for name, size in sizes.items())
+        num_there = sum(datasets.num_bytes(data_dir / name) == size for name, size in sizes.items())
         if 2 * num_there < len(sizes):  # else it is the run's folder, grown or changed
             return _another(form, parts, data_dir, track)
     return _recorded(form, training, data_dir)
@@ -156,11 +144,12 @@ def find_judged(
 
 def answer_judged(form: Artefact, judged: Judged, console: Console) -> tuple[np.ndarray, list[int], dict[str, str]]:
     """(probabilities [N, K], the index of each among the judged, name of an image → why it has no answer)."""
-    for line in describe_left_out([stranger for stranger in judged.left_out if stranger.why != UNREADABLE]):
+    strangers = [stranger for stranger in judged.left_out if stranger.why != folder.UNREADABLE]
+    for line in folder.describe_left_out(strangers):
         console.print(printable(line))
     found = track(console, "answering")(answer_each(form, range(len(judged)), judged.pixels), len(judged))
     answers: dict[int, np.ndarray] = {}
-    unreadable = {str(stranger.path): stranger.why for stranger in judged.left_out if stranger.why == UNREADABLE}
+    unreadable = {str(stranger.path): stranger.why for stranger in judged.left_out if stranger.why == folder.UNREADABLE}
     for index, answer in enumerate(found):
         if isinstance(answer, Refusal):
             unreadable[judged.name(index)] = str(answer)
@@ -183,23 +172,23 @@ def _recorded(form: Artefact, training: dict[str, Any], data_dir: Path | None) -
     return _judged(form, what, dataset.test, dataset.info.labels)
 
 
-def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Track) -> Judged:
+def _another(form: Artefact, parts: dict[str, folder.Sizes], data_dir: Path, track: folder.Track) -> Judged:
     """The images of another folder, or of its test part, whose class the model has and that it was not trained on.
 
     An image of the run is recognised by class, name and size, wherever it lies.
     """
-    labels, known = tuple(folder.name for folder in class_folders(data_dir)), form.spec.labels
+    labels, known = tuple(place.name for place in folder.class_folders(data_dir)), form.spec.labels
     if not set(labels) & set(known):
         _places(labels, form, by_number=False)  # refuses
-    found = find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track, may_lack=True)
+    found = folder.find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track, partial=True)
     part = found.test or found.train
     trained = {(*Path(name).parts[-2:], size) for side in ("train", "validation") for name, size in parts[side].items()}
     left_out, kept = list(found.left_out), list[int]()
     for index, (path, target) in enumerate(zip(map(Path, part.paths), part.targets, strict=True)):
         if labels[target] not in known:
-            left_out.append(LeftOut(path, f"the model has no class {labels[target]}"))
-        elif (*path.parts[-2:], num_bytes(path)) in trained:
-            left_out.append(LeftOut(path, "the model was trained on it"))
+            left_out.append(folder.LeftOut(path, f"the model has no class {labels[target]}"))
+        elif (*path.parts[-2:], datasets.num_bytes(path)) in trained:
+            left_out.append(folder.LeftOut(path, "the model was trained on it"))
         else:
             kept.append(index)
     if not kept:
@@ -208,15 +197,15 @@ def _another(form: Artefact, parts: dict[str, Sizes], data_dir: Path, track: Tra
     targets = np.array([known.index(labels[target]) for target in part.targets])
     what = "images of another folder than its run's, which training has not seen"
     if lacking := [label for index, label in enumerate(known) if index not in targets]:
-        what += f"; there is none of {', '.join(lacking[:10])}"
+        what += f"; there is none of {first_of(lacking, 10)}"
     return Judged(what, "folder", part, targets, form.spec.image, tuple(left_out))
 
 
-def _folder(form: Artefact, data_dir: Path | None, track: Track) -> Judged:
+def _folder(form: Artefact, data_dir: Path | None, track: folder.Track) -> Judged:
     """All images of a folder, or its test images if it names them; whether they were trained on is not known."""
     labels = datasets.info_of("folder", data_dir=data_dir).labels
     assert data_dir is not None  # `info_of` refuses it
-    found = find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track)
+    found = folder.find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track)
     what = "images in its test folder" if found.test else "images, all of the folder"
     what += "; no record says whether the model was trained on them"
     return _judged(form, what, found.test or found.train, labels, left_out=tuple(found.left_out))
@@ -248,7 +237,6 @@ def _places(labels: tuple[str, ...], form: Artefact, *, by_number: bool) -> np.n
             return np.arange(len(labels))
         advice = "name its labels with --labels" if numbered else "judge it on images of its own classes"
         raise Refusal(
-            f"{form.path} does not answer {', '.join(missing[:5])}; its labels are {', '.join(known[:5])}"
-            f"{', ...' if len(known) > 5 else ''}: {advice}"
+            f"{form.path} does not answer {first_of(missing, 5)}; its labels are {first_of(known, 5)}: {advice}"
         )
     return np.array([known.index(label) for label in labels])

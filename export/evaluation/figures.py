@@ -2,15 +2,13 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 
 from common.figure import png
 from export.evaluation.scores import Calibration, Evaluation
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 MAX_NUMBERED = 25  # classes whose counts are written into the confusion matrix
 MAX_NAMED = 60  # ... that are named at its edges; of more, every so many
@@ -19,18 +17,15 @@ FEW = 50  # images up to which a bin's bar stands on a linear scale
 ACCENT, MUTED = "#1f5fa8", "#8a94a0"
 
 
-def draw(figure: "Figure") -> bytes:
+def draw(figure: Figure) -> bytes:
     """PNG; a letter that the font lacks is a box, and no warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         return png(figure)
 
 
-def confusion_figure(evaluation: Evaluation, title: str) -> "Figure":
+def confusion_figure(evaluation: Evaluation, title: str) -> Figure:
     """Shares of a row as shades, on a scale on which one in a hundred is seen; counts as numbers."""
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-
     counts, num = evaluation.counts, len(evaluation.labels)
     side = min(14.0, max(5.0, 2.8 + 0.56 * num))
     figure = Figure(figsize=(side + 1.6, side), layout="constrained")
@@ -53,13 +48,11 @@ def confusion_figure(evaluation: Evaluation, title: str) -> "Figure":
     return figure
 
 
-def reliability_figure(evaluation: Evaluation, title: str) -> "Figure":
+def reliability_figure(evaluation: Evaluation, title: str) -> Figure:
     """Above, how many answers of a confidence are right, with intervals; below, how many there are.
 
     Rings are what would be without the model's temperature.
     """
-    from matplotlib.figure import Figure
-
     calibration, plain = evaluation.calibration, evaluation.without_temperature
     bins, nums = calibration.bins, [part.right.num for part in calibration.bins]
     figure = Figure(figsize=(6.4, 6.8), layout="constrained")
@@ -93,10 +86,8 @@ def _points(calibration: Calibration) -> tuple[list[float], list[float]]:
     return [part.confidence or 0.0 for part in filled], [part.right.value or 0.0 for part in filled]
 
 
-def mistakes_figure(images: Sequence[np.ndarray], captions: Sequence[str], title: str) -> "Figure":
+def mistakes_figure(images: Sequence[np.ndarray], captions: Sequence[str], title: str) -> Figure:
     """The surest mistakes, uint8 [H, W, C] each, with what each was taken for."""
-    from matplotlib.figure import Figure
-
     columns = 6
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(11, 0.7 + 2.25 * rows), layout="constrained")

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 from string import Template
@@ -32,14 +32,13 @@ SMALL = 64  # pixels of the longer side up to which an image is kept without los
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image whose answer is wrong; `pixels` uint8 [H, W, C] if it is shown."""
+    """An image whose answer is wrong."""
 
     image: str
     truth: str
     answer: str
     probability: float  # of the answer
     of_truth: float  # the probability of the true class
-    pixels: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,20 @@ class Report:
     form: Artefact
     judged: Judged
     evaluation: Evaluation
-    mistakes: tuple[Mistake, ...]  # all of them, the surest first; the first NUM_SHOWN have pixels
+    mistakes: tuple[Mistake, ...]  # all of them, the surest first
+    pixels: tuple[np.ndarray, ...]  # uint8 [H, W, C] of the first NUM_SHOWN of these
     unreadable: dict[str, str]  # name of an image → why there is no answer
 
     @property
     def title(self) -> str:
         return f"{self.form.name} on {self.evaluation.top1.num:,} images"
 
-    @property
-    def shown(self) -> list[tuple[Mistake, np.ndarray]]:
-        return [(mistake, mistake.pixels) for mistake in self.mistakes if mistake.pixels is not None]
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": {"name": self.form.name, "file": self.form.file_name, "digest": self.form.digest},
             "images": {"dataset": self.judged.dataset, "num": self.evaluation.top1.num, "what": self.judged.what},
             **self.evaluation.to_dict(),
-            "mistakes": [{key: value for key, value in vars(row).items() if key != "pixels"} for row in self.mistakes],
+            "mistakes": [asdict(mistake) for mistake in self.mistakes],
             "unreadable": self.unreadable,
         }
 
@@ -82,12 +78,12 @@ def evaluate_form(form: Artefact, judged: Judged, console: Console) -> tuple[Rep
             answer=labels[answers[row]],
             probability=float(probabilities[row, answers[row]]),
             of_truth=float(probabilities[row, targets[row]]),
-            pixels=judged.pixels(places[row], shorter_side=ENLARGED) if rank < NUM_SHOWN else None,
         )
-        for rank, row in enumerate(wrong)
+        for row in wrong
     ]
+    pixels = tuple(judged.pixels(places[row], shorter_side=ENLARGED) for row in wrong[:NUM_SHOWN])
     evaluation = evaluate(probabilities, targets, labels, temperature=form.spec.temperature)
-    return Report(form, judged, evaluation, tuple(mistakes), unreadable), probabilities
+    return Report(form, judged, evaluation, tuple(mistakes), pixels, unreadable), probabilities
 
 
 def share(value: float | None) -> str:
@@ -155,17 +151,16 @@ def report_files(report: Report) -> dict[str, bytes]:
     title = figures.figure_text(report.title, 80)
     score = f"{share(top1.value)} right, 95 % interval {percent(top1.interval)}"
     error = f"expected calibration error {describe_error(evaluation)}"
-    drawn = report.shown[:NUM_DRAWN]
     captions = [
         f"{figures.figure_text(mistake.answer)} {mistake.probability:.1%}\nis {figures.figure_text(mistake.truth)}"
-        for mistake, _ in drawn
+        for mistake in report.mistakes[:NUM_DRAWN]
     ]
     num = len(report.mistakes)
-    surest = f"{len(drawn)} of {num:,} wrong answers, the surest first" if num else "no answer is wrong"
+    surest = f"{len(captions)} of {num:,} wrong answers, the surest first" if num else "no answer is wrong"
     pictures = {
         "confusion.png": figures.confusion_figure(evaluation, f"{title}\n{score}"),
         "reliability.png": figures.reliability_figure(evaluation, f"{title}\n{error}"),
-        "mistakes.png": figures.mistakes_figure([pixels for _, pixels in drawn], captions, surest),
+        "mistakes.png": figures.mistakes_figure(report.pixels[:NUM_DRAWN], captions, surest),
     }
     files = {name: figures.draw(figure) for name, figure in pictures.items()}
     record = (json.dumps(report.to_dict(), indent=1) + "\n").encode()
@@ -182,7 +177,7 @@ def _page(report: Report, pictures: dict[str, bytes]) -> str:
     notes = [f"{report.evaluation.top1.num:,} {report.judged.what}."]
     if report.unreadable:
         notes.append(f"{len(report.unreadable):,} more could not be read and are in no figure.")
-    height, width = report.shown[0][1].shape[:2] if report.shown else (1, 1)
+    height, width = report.pixels[0].shape[:2] if report.pixels else (1, 1)
     return template.substitute(
         title=_text(report.title),
         model=_text(f"{report.form.file_name}, sha256 {report.form.digest}"),
@@ -238,16 +233,16 @@ def _confusions(evaluation: Evaluation) -> str:
 
 
 def _mistakes(report: Report) -> str:
-    num, shown = len(report.mistakes), report.shown
+    num, num_shown = len(report.mistakes), len(report.pixels)
     if not num:
         return "<p>No answer is wrong.</p>"
-    count = f"All {num:,} wrong answers" if num == len(shown) else f"{len(shown)} of {num:,} wrong answers"
+    count = f"All {num:,} wrong answers" if num == num_shown else f"{num_shown} of {num:,} wrong answers"
     cells = "".join(
         f'<figure><img alt="" loading="lazy" src="{_image_url(pixels)}"><figcaption>'
         f"called <b>{_text(mistake.answer)}</b>, {mistake.probability:.1%}<br>"
         f"is <b>{_text(mistake.truth)}</b>, {mistake.of_truth:.1%}<br>"
         f'<span class="muted">{_text(mistake.image)}</span></figcaption></figure>'
-        for mistake, pixels in shown
+        for mistake, pixels in zip(report.mistakes, report.pixels, strict=False)
     )
     return (
         f"<p>{count}, the surest first. A label that is wrong in the data set often shows here.</p>"

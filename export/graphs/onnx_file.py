@@ -10,9 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from common.files import read_whole
-from common.refusal import Refusal, one_line
+from common.refusal import Refusal, first_of, one_line
 from common.spec import Spec
-from export.model_file.onnx_reader import digest_of, find_weights, read_graph, read_header
+from export.model_file.onnx_reader import OnnxGraph, digest_of, find_weights, read_graph, read_header
 from export.model_file.reading import NO_HINTS, ReadingHints
 from export.model_file.signature import Signature, Value, find_signature, find_spec
 
@@ -26,7 +26,7 @@ class OnnxFile:
     path: Path
     model: onnx.ModelProto
     sha256: str  # of the file and of the weights that lie beside it
-    weight_files: tuple[str, ...]  # relative to the file's folder; () where all weights are inside
+    graph: OnnxGraph
     name: str  # "DiracNet-16-1", or the file's stem for a third-party net
     signature: Signature
     output_dtype: str  # of the logits: "float32", "float16"
@@ -46,19 +46,17 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
     an image classifier's.
     """
     content = read_whole(path)
+    graph = read_graph(path, content)
+    find_weights(path, graph)
     try:
         model = onnx.load_model_from_string(content)
-        graph = read_graph(path, content)
-        find_weights(path, graph)
         onnx.checker.check_model(str(path))  # by path: weights may lie in files beside it
         onnx.load_external_data_for_model(model, str(path.parent))
-    except Refusal:
-        raise
     except Exception as error:  # protobuf and the checker raise hierarchies of their own
         raise Refusal(f"{path} is not a valid ONNX file: {one_line(error)}; export it again") from error
     bad = ((name, np.count_nonzero(~np.isfinite(array)), array.size) for name, array in _floats(model.graph))
     if faults := [f"{name} ({num} of {size})" for name, num, size in bad if num]:
-        raise Refusal(f"{path} holds NaN or infinite weights in {listed(faults)}; train or export the net again")
+        raise Refusal(f"{path} holds NaN or infinite weights in {first_of(faults, 8)}; train or export the net again")
     header = read_header(path, content)
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [_value(value) for value in model.graph.input if value.name not in weights]
@@ -71,7 +69,7 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
         path=path,
         model=model,
         sha256=digest_of(path, content),
-        weight_files=graph.weight_files,
+        graph=graph,
         name=header.spec.name if header.spec else path.stem,
         signature=signature,
         output_dtype=output.dtype,
@@ -84,12 +82,6 @@ def read_onnx(path: Path, hints: ReadingHints = NO_HINTS) -> OnnxFile:
 def dtype_name(kind: int) -> str:
     """An ONNX element type as numpy spells it: "float32", "uint8"; "unknown" where nothing says it."""
     return "unknown" if kind == TensorProto.UNDEFINED else helper.tensor_dtype_to_np_dtype(kind).name
-
-
-def listed(names: list[str], most: int = 8) -> str:
-    """Names in one line; those beyond `most` are counted."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _floats(graph: onnx.GraphProto) -> Iterator[tuple[str, np.ndarray]]:

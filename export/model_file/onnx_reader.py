@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -25,7 +25,7 @@ _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4,
 _ATTRIBUTE_NAME, _ATTRIBUTE_I, _ATTRIBUTE_TENSOR, _ATTRIBUTE_GRAPH = 1, 3, 5, 6
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_EXTERNAL = 1, 2, 8, 9, 13
 _KEY, _VALUE = 1, 2  # of an entry of metadata or of an external location; the domain of an opset is also 1
-_INT8 = 3  # of TensorProto.DataType
+_INT8, _FLOAT16, _BFLOAT16, _FLOAT8 = 3, 10, 16, 17  # of TensorProto.DataType; float8 is E4M3FN
 
 _SECTIONS = ("training", "fold", "export")  # of the provenance
 _PASSES_ON = {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}  # values unchanged
@@ -69,7 +69,15 @@ class Node:
 @dataclass(frozen=True)
 class OnnxGraph:
     nodes: tuple[Node, ...]  # of the main graph
+    types: frozenset[int]  # of its weights
     weight_files: tuple[str, ...]  # as the file names them; () where all weights are inside
+
+    @property
+    def precision(self) -> str:
+        """fp32, fp16, bf16, fp8 or int8: what its convolutions compute in."""
+        if any(node.kind == "DequantizeLinear" for node in self.nodes):
+            return "fp8" if _FLOAT8 in self.types else "int8"
+        return "bf16" if _BFLOAT16 in self.types else "fp16" if _FLOAT16 in self.types else "fp32"
 
     def last_kind(self, output: str) -> str:
         """The kind of the node that computes `output`, ignoring nodes that only pass it on; "" if there is none."""
@@ -81,12 +89,9 @@ class OnnxGraph:
 
     def in_training_mode(self) -> list[str]:
         """The names of batch norms that normalize with the statistics of the current batch."""
-        return [
-            node.name or node.outputs[0]
-            for node in self.nodes
-            if node.kind == "BatchNormalization"
-            and (node.numbers.get("training_mode") or len([name for name in node.outputs if name]) > 1)
-        ]
+        norms = [node for node in self.nodes if node.kind == "BatchNormalization"]
+        training = [node for node in norms if node.numbers.get("training_mode") or sum(map(bool, node.outputs)) > 1]
+        return [node.name or node.outputs[0] for node in training]
 
 
 def read_header(path: Path, content: bytes) -> Header:
@@ -103,8 +108,10 @@ def read_graph(path: Path, content: bytes) -> OnnxGraph:
     model = memoryview(content)
     with _refusing_damage(path):
         nodes = tuple(_read_node(message) for message in _inside(model, _MODEL_GRAPH, _GRAPH_NODE))
+        weights = map(_parse, _inside(model, _MODEL_GRAPH, _GRAPH_INITIALIZER))
+        types = frozenset(kind for fields in weights for kind in fields[_TENSOR_TYPE])
         names = {name for graph in _inside(model, _MODEL_GRAPH) for name in _weight_files(graph)}
-        return OnnxGraph(nodes, tuple(sorted(names)))
+        return OnnxGraph(nodes, types, tuple(sorted(names)))
 
 
 def read_int8_constants(content: bytes) -> dict[str, np.ndarray | None]:
@@ -130,10 +137,7 @@ def find_weights(path: Path, graph: OnnxGraph) -> list[Path]:
         if not any(file.resolve().is_relative_to(folder) for folder in folders):
             raise Refusal(f"{path} names the weight file {name}, which is outside its folder; export the net again")
     if missing := [name for name, file in files.items() if not file.is_file()]:
-        raise Refusal(
-            f"{path} keeps weights in separate files, and {', '.join(missing)} is not in {path.parent}; "
-            "put them there together, or export the net into one file"
-        )
+        raise Refusal(f"{path} lacks its weights, {', '.join(missing)}: put them beside it, or export it as one file")
     return [*files.values()]
 
 
@@ -149,20 +153,20 @@ def digest_of(path: Path, content: bytes) -> str:
     return digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode())
 
 
-def metadata_places(content: bytes, key: str) -> list[slice]:
-    """The bytes of each metadata entry with that key, in an ONNX file that `read_header` accepts."""
-    return [
-        place
-        for number, value, place in read_fields(content)
-        if number == _MODEL_METADATA and isinstance(value, memoryview) and _text(_parse(value), _KEY) == key
-    ]
+def with_metadata(path: Path, content: bytes, entries: Mapping[str, str | None]) -> bytes:
+    """An ONNX file with other metadata entries, or without those that are None; all other bytes stay as they are.
 
-
-def metadata_entry(key: str, value: str) -> bytes:
-    """A metadata entry to append to an ONNX file: the order of the fields has no meaning. Needs onnx."""
+    The entries come last: the order of the fields has no meaning. Needs onnx.
+    """
     from onnx import ModelProto, StringStringEntryProto
 
-    return ModelProto(metadata_props=[StringStringEntryProto(key=key, value=value)]).SerializeToString()
+    read_header(path, content)  # refuses damage
+    kept = bytearray(content)
+    for number, value, place in reversed([*read_fields(content)]):
+        if number == _MODEL_METADATA and isinstance(value, memoryview) and _text(_parse(value), _KEY) in entries:
+            del kept[place]
+    added = [StringStringEntryProto(key=key, value=value) for key, value in entries.items() if value is not None]
+    return bytes(kept) + ModelProto(metadata_props=added).SerializeToString()
 
 
 @contextmanager

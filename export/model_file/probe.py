@@ -46,10 +46,8 @@ def refuse_batch_dependence(
         )
     alone = np.concatenate([answer(images[index : index + 1]) for index in range(NUM_IMAGES)])
     if together.shape != alone.shape:
-        raise Refusal(
-            f"{path} gives {alone.shape[1]} values to one image alone and {together.shape[1]} to each of {NUM_IMAGES}; "
-            "export it with a batch that is free"
-        )
+        nums = f"{alone.shape[1]} values to one image alone and {together.shape[1]} to each of {NUM_IMAGES}"
+        raise Refusal(f"{path} gives {nums}; export it with a free batch")
     if np.isfinite(alone).all() and (found := difference(alone, together)).relative > BATCH_TOLERANCE:
         raise Refusal(
             f"{path} answers an image differently alone and among others, by {found.relative:.0%} of its largest "

@@ -3,7 +3,7 @@
 import ast
 import json
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -50,8 +50,7 @@ class ReadingHints:
 
     @property
     def given(self) -> dict[str, Any]:
-        values = {name: value for name, value in asdict(self).items() if name != "sources"}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if name != "sources" and value is not None}
 
     @property
     def flags(self) -> str:
@@ -125,10 +124,7 @@ def decide_reading(hints: ReadingHints, dtype: str, num_channels: int, last_kind
             raise Refusal("the net takes one channel, and bgr is an order of three; leave --channels out")
     for name, values in (("mean", hints.mean), ("std", hints.std)):
         if values is not None and len(values) != num_channels and is_float:
-            plural = "s" * (num_channels > 1)
-            raise Refusal(
-                f"{name} needs {num_channels} value{plural}, one for each channel, got {numbers_text(values)}"
-            )
+            raise Refusal(f"{name} needs a value for each channel, {num_channels} in all, got {numbers_text(values)}")
     scores = hints.scores or _SCORES_OF.get(last_kind, "logits")
     if hints.temperature is not None and scores == "probabilities":
         raise Refusal("the net gives probabilities, and a temperature is for logits; leave --temperature out")

@@ -5,7 +5,6 @@ the second class's. The margin is a difference of probabilities and not of logit
 whatever the scale of its logits, and is defined for nets that give only probabilities.
 """
 
-import json
 from bisect import bisect_left
 from dataclasses import dataclass
 from math import pi, sqrt
@@ -43,9 +42,6 @@ class Reference:
         counts = {name: part(self.counts, name).tolist() for name in PARTS}
         head = {"format": _FORMAT, "what": self.what, "of": self.of, "images": self.num_images}
         return {**head, "edges": list(EDGES), **counts}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict())
 
 
 def read_reference(record: Any, num_classes: int) -> Reference:

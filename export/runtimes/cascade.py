@@ -123,28 +123,23 @@ def read_forms(paths: Sequence[Path]) -> CascadeFiles:
 
 def in_order(paths: Sequence[Path]) -> tuple[Path, Path]:
     """(int8, float32), by the records in the files; refuses any but two forms of one net."""
+    both = f"the {EXACT} and the {QUICK} form of one net"
     if len(paths) != 2:
-        raise Refusal(
-            f"a cascade takes two files, the {EXACT} and the {QUICK} form of one net, got {len(paths)}: "
-            "name both, as in plain.onnx plain-int8.onnx"
-        )
+        raise Refusal(f"a cascade takes two files, {both}, as in plain.onnx plain-int8.onnx; got {len(paths)}")
     if others := [path for path in paths if path.suffix != ".onnx"]:
-        raise Refusal(
-            f"{others[0]} is not an .onnx file; a cascade runs only in ONNX Runtime, where its threshold was measured: "
-            "name two .onnx files"
-        )
+        where = "a cascade runs only in ONNX Runtime, where its threshold was measured"
+        raise Refusal(f"{others[0]} is not an .onnx file; {where}: name two .onnx files")
     again = "export both from one plain.safetensors with export/to_onnx.py"
     headers = [read_header(path, read_whole(path)) for path in paths]
     kinds = [str(_export(header).get("precision", "of no recorded precision")) for header in headers]
     if {*kinds} != {QUICK, EXACT}:
         found = " and ".join(f"{path} is {kind[:40]}" for path, kind in zip(paths, kinds, strict=True))
-        raise Refusal(f"a cascade takes the {EXACT} and the {QUICK} form of one net, and {found}; {again}")
+        raise Refusal(f"a cascade takes {both}, and {found}; {again}")
     quick, exact = paths if kinds == [QUICK, EXACT] else reversed(paths)
     net, other = ((header.spec, _export(header).get("plain_sha256")) for header in headers)
     if net != other or net[1] is None:
         raise Refusal(
-            f"{quick} and {exact} are not of one net, by the spec and the digest of the plain net that they record; "
-            f"{again}"
+            f"{quick} and {exact} are not of one net, by the spec and the plain net's digest in them; {again}"
         )
     return quick, exact
 

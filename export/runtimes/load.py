@@ -37,10 +37,8 @@ def load_runtime(
         case other if other not in names:
             raise Refusal(f"{other} does not run {path}; {path.suffix} files are for {' or '.join(names)}")
         case "onnxruntime":
-            from export.runtimes.onnx_session import OnnxSession, loadable_providers
+            from export.runtimes.onnx_session import OnnxSession
 
-            if device is not None and loadable_providers() == ("CPUExecutionProvider",):
-                raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
             return OnnxSession(path, device=device, num_threads=num_threads, shares_cores=shares_cores, hints=hints)
         case "mnn":
             from export.runtimes.mnn_module import MnnModule

@@ -119,23 +119,19 @@ def why_not(header: Header) -> str | None:
 def _convert(path: Path, content: bytes) -> FileIO:
     """The model in MNN's own format, as an open file whose folder is deleted."""
     try:
-        folder = TemporaryDirectory(prefix="mnn-")
-    except OSError as error:  # as in a container with read-only files
-        reason = error.strerror or error
-        raise Refusal(f"{path}: MNN converts it in a temporary folder, and cannot create one: {reason}") from error
-    with folder as name:
-        source, converted = Path(name, "plain.onnx"), Path(name, "plain.mnn")
-        argv = [sys.executable, "-c", _CONVERT, source, converted]
-        try:
+        with TemporaryDirectory(prefix="mnn-") as name:
+            source, converted = Path(name, "plain.onnx"), Path(name, "plain.mnn")
             source.write_bytes(content)
+            argv = [sys.executable, "-c", _CONVERT, source, converted]
             done = subprocess.run(argv, cwd=name, capture_output=True, timeout=_CONVERT_S)
             if done.returncode != 0 or not converted.exists():
                 raise Refusal(f"{path} cannot be loaded: MNN's converter refuses it; export it again")
             return FileIO(converted)
-        except subprocess.TimeoutExpired as error:
-            raise Refusal(f"{path}: MNN's converter does not finish; use --runtime onnxruntime") from error
-        except OSError as error:
-            raise Refusal(f"{path} cannot be loaded by MNN: {error}; use --runtime onnxruntime") from error
+    except subprocess.TimeoutExpired as error:
+        raise Refusal(f"{path}: MNN's converter does not finish; use --runtime onnxruntime") from error
+    except OSError as error:  # as in a container with read-only files
+        why = f"converting it in a temporary folder fails: {error}"
+        raise Refusal(f"{path} cannot be loaded by MNN: {why}; use --runtime onnxruntime") from error
 
 
 class _Worker:

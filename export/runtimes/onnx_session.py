@@ -24,7 +24,7 @@ import onnxruntime as ort
 
 
 class OnnxSession:
-    """One ONNX Runtime session; `model` and `description` as in `Runtime`."""
+    """One ONNX Runtime session and its signature; the rest as in `Runtime`."""
 
     platform = "onnxruntime_onnx"
 
@@ -48,6 +48,8 @@ class OnnxSession:
         if shares_cores:  # threads that wait busily for more work hold up another session's
             options.add_session_config_entry("session.force_spinning_stop", "1")
         asked = [(name, provider_options(name, device or 0)) for name in providers or loadable_providers()]
+        if device is not None and asked[0][0] == "CPUExecutionProvider":
+            raise Refusal(f"ONNX Runtime finds no CUDA device {device} here; leave the device out to use the CPU")
         open_session = partial(ort.InferenceSession, content, options, providers=asked)
         try:
             self._session = open_session()
@@ -61,24 +63,20 @@ class OnnxSession:
         self._by_size: dict[int, ort.InferenceSession] = {}
         self.description, self.library = f"ONNX Runtime, {self.provider}", f"onnxruntime {ort.__version__}"
         inputs, outputs = ([*map(_value, get())] for get in (self._session.get_inputs, self._session.get_outputs))
-        self._signature, hints = find_signature(path, header, graph, inputs, outputs, hints)
+        self.signature, hints = find_signature(path, header, graph, inputs, outputs, hints)
         num_classes = len(header.spec.labels) if header.spec else self._count_classes(path)
-        spec = find_spec(path, header, self._signature, hints, num_classes)
-        name, reading = spec.name if header.spec else path.stem, self._signature.reading
+        spec = find_spec(path, header, self.signature, hints, num_classes)
+        name, reading = spec.name if header.spec else path.stem, self.signature.reading
         self.model = Model(name, digest_of(path, content), spec, header.provenance, len(content), reading)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        batch = self._signature.batch
+        batch = self.signature.batch
         if batch and len(images) != batch:
             return answer_in_pieces(self._run, images, batch, lambda num: batch)
         return self._run(images)
 
-    def to_input(self, images: np.ndarray) -> np.ndarray:
-        """Pixels uint8 [N, H, W, C] → the graph's input."""
-        return self._signature.to_input(images)
-
     def _run(self, images: np.ndarray) -> np.ndarray:
-        names, session, num_images = self._signature, self._session, len(images)
+        names, session, num_images = self.signature, self._session, len(images)
         if self._reopen and not names.batch:
             # The CUDA provider plans its convolutions anew when the batch size changes, 57 ms a call on an H200 where
             # the batch itself takes 2 (docs/gpu.md): every size has a session of its own.
@@ -92,7 +90,7 @@ class OnnxSession:
     def _count_classes(self, path: Path) -> int:
         """Of a third-party net; refuses one whose answer to an image depends on its batch."""
         try:
-            return refuse_batch_dependence(path, self, self._signature.sizes).shape[1]
+            return refuse_batch_dependence(path, self, self.signature.sizes).shape[1]
         except Refusal:
             raise
         except Exception as error:  # a private one of ONNX Runtime, or no memory

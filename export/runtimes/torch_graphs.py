@@ -188,8 +188,7 @@ def _tensor(tensor: onnx.TensorProto) -> Tensor:
 def _convolution(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    *,
+    *bias: Tensor,
     kernel_shape: Sizes,
     pads: Sizes,
     strides: Sizes,
@@ -198,7 +197,7 @@ def _convolution(
 ) -> Tensor:
     x, padding = _padded(x, pads, 0.0)
     convolve = getattr(F, f"conv{len(kernel_shape)}d")
-    return convolve(x, weight, bias, stride=strides, padding=padding, dilation=dilations, groups=group)
+    return convolve(x, weight, *bias, stride=strides, padding=padding, dilation=dilations, groups=group)
 
 
 def _max_pool(x: Tensor, *, kernel_shape: Sizes, pads: Sizes, strides: Sizes, dilations: Sizes | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from rich.console import Console
 from common.difference import TOLERANCES as FOLD_TOLERANCES
 from common.difference import keeps_class
 from common.progress import progress
-from common.refusal import Refusal
+from common.refusal import Refusal, first_of
 from export.artefacts import Artefact
 from export.compare import ALLOWED_DROP, TOLERANCES, answer_part
 from export.eight_bits.quantize import measure_drop
@@ -74,7 +74,7 @@ def find_images(chain: Chain, data_dir: Path | None) -> FoundImages:
         return FoundImages(None, missing, rows)
     if dataset.info.labels == chain.spec.labels:
         return FoundImages(dataset.test, "", rows)
-    why = f"the classes there are {', '.join(dataset.info.labels[:5])}"
+    why = f"the classes there are {first_of(dataset.info.labels, 5)}"
     labels = judged("labels", shown(", ".join(chain.spec.labels)), shown(why), is_same=False)
     return FoundImages(None, why, (*rows, labels))
 

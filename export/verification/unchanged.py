@@ -14,7 +14,6 @@ from common.files import read_whole
 from common.refusal import Refusal
 from export.artefacts import Artefact
 from export.compare import TOLERANCES
-from export.engines.engine import precision
 from export.graphs.graph import FLOATS, to_onnx
 from export.model_file.onnx_reader import digest_of, read_header
 from export.model_file.probe import probe_images
@@ -117,9 +116,10 @@ def _of_graph(chain: Chain) -> Iterator[CheckedClaim]:
     form, missing = chain.exported, chain.missing("the ONNX file")
     content = read_whole(form.path) if form else b""
     model = onnx.load_model_from_string(content) if form else None
-    for name, read in (("precision", precision), ("opset", _opset)):
+    opset = model and next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    for name, found in (("precision", form and form.precision), ("opset", opset)):
         if (recorded := chain.claims.get(f"export.{name}")) is not None:
-            yield compared(name, recorded, read(model) if model else None, missing)
+            yield compared(name, recorded, found, missing)
     if (recorded := chain.claims.get("export.cannot_saturate")) is not None:
         claim, said = "eight-bit sums saturate", "cannot" if recorded else "can"
         nodes = may_saturate(form.path, content) if form else []
@@ -129,26 +129,21 @@ def _of_graph(chain: Chain) -> Iterator[CheckedClaim]:
         yield _weights(chain, model)
 
 
-def _opset(model: onnx.ModelProto) -> int:
-    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-
-
 def _weights(chain: Chain, model: onnx.ModelProto | None) -> CheckedClaim:
     """The graph and its weights, compared with those that are written from the plain file now."""
-    lowering = chain.claims.get("export.lowering")
+    form, lowering = chain.exported, chain.claims.get("export.lowering")
     claim, recorded = "lowering, and every weight", f"{lowering} of plain.safetensors"
-    if model is None:
+    if form is None or model is None:
         return unchecked(claim, recorded, chain.missing("the ONNX file"))
-    kind = precision(model)  # whatever the record says
-    if kind not in FLOATS:
-        return unchecked(claim, recorded, f"{kind} is not written again; see the answers below")
+    if form.precision not in FLOATS:
+        return unchecked(claim, recorded, f"{form.precision} is not written again; see the answers below")
     plain = chain.forms.get("plain.safetensors")
     if plain is None:
         return unchecked(claim, recorded, chain.missing("plain.safetensors"))
     net = plain.source.net
     for name in dict.fromkeys([lowering, *distinct_lowerings(net)]):
         try:
-            again = to_onnx(lower(net, name), chain.spec, {}, precision=kind)
+            again = to_onnx(lower(net, name), chain.spec, {}, precision=form.precision)
         except Refusal:  # a lowering that this net does not have
             continue
         if _nodes(again) == _nodes(model):

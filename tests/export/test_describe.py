@@ -50,7 +50,7 @@ def test_nothing_is_written_where_nothing_is_said_or_what_is_said_does_not_fit(s
     assert run_describe(sample.path) == 0
     assert "assumed: mean 0 0 0" in " ".join(capsys.readouterr().out.split())
     assert run_describe(sample.path, "--mean", "0.5") == 2
-    assert "mean needs 3 values" in capsys.readouterr().err
+    assert "mean needs a value for each channel, 3 in all" in capsys.readouterr().err
     assert run_describe(sample.path, "--logits", "--probabilities") == 2
     assert "exclude each other" in capsys.readouterr().err
     assert list(sample.path.parent.glob("*.json")) == []

@@ -88,8 +88,8 @@ def test_an_engine_shows_the_layers_of_its_own_onnx_file_and_of_no_other(write, 
     onnx_form = open_artefact(path)
     card = SimpleNamespace(precision="fp16", onnx_sha256=onnx_form.digest)
     runtime = SimpleNamespace(model=OnnxSession(path).model)
-    monkeypatch.setattr("export.model_file.engine_card.read_card", lambda path: card)
-    monkeypatch.setattr("export.runtimes.tensorrt_engine.TensorRTEngine", lambda path: runtime)
+    monkeypatch.setattr("export.artefacts.read_card", lambda path: card)
+    monkeypatch.setattr("export.runtimes.tensorrt_engine.TensorRTEngine", lambda path, device: runtime)
     engine = open_artefact(path.with_suffix(".engine"))
     assert engine.precision == "fp16"
     result = compare_layers(onnx_form, engine, images())

@@ -92,7 +92,7 @@ def test_the_more_precise_form_is_the_reference_whichever_is_named_first(road, t
 
 
 def test_providers_are_compared_one_by_one_and_missing_ones_named(road, capsys, monkeypatch):
-    monkeypatch.setattr("export.runtimes.onnx_session.loadable_providers", lambda: ("CPUExecutionProvider",))
+    monkeypatch.setattr("export.artefacts.loadable_providers", lambda: ("CPUExecutionProvider",))
     argv = [road / "plain.onnx", "--against", road / "checkpoint.pt", "--json", "--providers", "tensorrt", "cpu"]
     assert run(*argv) == 0
     output = capsys.readouterr()
@@ -118,7 +118,7 @@ def test_mnn_is_compared_like_a_provider(road, capsys, monkeypatch):
 
 
 def test_eight_bits_are_judged_by_real_images_alone(road, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("export.engines.engine.precision", lambda model: "int8")
+    monkeypatch.setattr("export.model_file.onnx_reader.OnnxGraph.precision", "int8")
     assert run(road / "plain.onnx", "--against", road / "checkpoint.pt", "--json") == 0
     verdicts = {row["images"]: row["within_tolerance"] for row in json.loads(capsys.readouterr().out)["parity"]}
     assert verdicts == {"real": True, "random": None, "extreme": None}
@@ -175,7 +175,10 @@ def test_what_is_no_plain_net_is_not_exported(road, capsys):
 def test_a_damaged_and_a_missing_onnx_are_refused_in_one_line(road, tmp_path, capsys):
     damaged = tmp_path / "cut.onnx"
     damaged.write_bytes((road / "plain.onnx").read_bytes()[:5000])
-    for path, message in ((damaged, "is not a valid ONNX file"), (tmp_path / "missing.onnx", "No such file")):
+    for path, message in (
+        (damaged, "is not a valid ONNX file: its encoding is damaged;"),
+        (tmp_path / "missing.onnx", "No such file"),
+    ):
         assert run(path, "--against", road / "plain.safetensors") == 2
         error = capsys.readouterr().err
         assert message in error

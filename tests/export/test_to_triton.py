@@ -12,11 +12,11 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from common.cli import run_command
 from common.files import sha256
-from export import to_triton, triton_repository
+from export import to_triton
 from export.engines.engine import build_engine
 from export.model_file.engine_card import card_path
 from export.runtimes.onnx_session import OnnxSession, ort
-from export.triton_repository import ONNX_RUNTIME, Source, config_text
+from export.to_triton import ONNX_RUNTIME, TritonModel, config_text
 
 
 def run(*argv):
@@ -131,8 +131,10 @@ def test_every_name_survives_the_text_format(write_onnx, name):
     from export.graphs.onnx_file import read_onnx
 
     file = read_onnx(write_onnx()[1])
-    source = Source(replace(file, signature=replace(file.signature, input_name=name)), ONNX_RUNTIME, {}, 0, 8, 8, "")
-    text = config_text("m", source, "auto", 8, [8], 0)
+    model = TritonModel(
+        replace(file, signature=replace(file.signature, input_name=name)), ONNX_RUNTIME, {}, 0, 8, 8, ""
+    )
+    text = config_text("m", model, "auto", 8, [8], 0)
     config = text_format.Parse(text, ModelConfig())
     assert config.input[0].name == name
     assert list(config.model_warmup[0].inputs) == [name]
@@ -251,14 +253,14 @@ def test_ctrl_c_leaves_nothing_half_written(write_onnx, tmp_path, monkeypatch, c
     _, path = write_onnx()
     if version == 2:
         assert run(path, "--out", tmp_path / "r") == 0
-    before, write_whole = files_in(tmp_path / "r"), triton_repository.write_whole
+    before, write_whole = files_in(tmp_path / "r"), to_triton.write_whole
 
     def interrupt(target, content):
         if target.name == "model.onnx":
             raise KeyboardInterrupt
         return write_whole(target, content)
 
-    monkeypatch.setattr(triton_repository, "write_whole", interrupt)
+    monkeypatch.setattr(to_triton, "write_whole", interrupt)
     assert run(path, "--out", tmp_path / "r", "--version", version) == 130
     assert "nothing was left half-written" in capsys.readouterr().err
     assert files_in(tmp_path / "r") == before
@@ -268,7 +270,7 @@ def test_a_disk_that_takes_no_folder_is_said_in_one_line(write_onnx, tmp_path, m
     def rename(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(triton_repository.os, "rename", rename)
+    monkeypatch.setattr(to_triton.os, "rename", rename)
     assert run(write_onnx()[1], "--out", tmp_path / "r") == 2
     assert "No space left on device; nothing was changed" in capsys.readouterr().err
     assert files_in(tmp_path / "r") == {}

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
@@ -18,7 +18,6 @@ from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, dirac_de
 LAYERS = {1: (DiracConv1d, nn.BatchNorm1d), 2: (DiracConv2d, nn.BatchNorm2d), 3: (DiracConv3d, nn.BatchNorm3d)}
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.floats(-5, 5), st.floats(-3, 3), st.integers(0, 99))
 def test_dirac_and_batch_norm_fold_exactly_in_one_to_three_dimensions(dims, m, square, a, b, seed):
     rng = np.random.default_rng(seed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from small_nets import Sum, error, moved, noise
 from torch import nn
@@ -104,7 +104,6 @@ def nets(dims):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(st.integers(1, 3).flatmap(lambda dims: st.tuples(st.just(dims), nets(dims))), st.integers(0, 99))
 def test_a_random_net_folds_to_its_own_outputs_and_no_rule_is_left(drawn, seed):
     dims, net = drawn

@@ -167,7 +167,7 @@ VALUES = st.integers(-3, 70_000) | st.floats() | st.booleans() | st.none() | st.
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 999), st.booleans(), st.integers(0, 99), VALUES | st.lists(VALUES | st.lists(VALUES)))
 def test_whatever_is_changed_it_loads_or_is_refused(sound, tmp_path_factory, which, of_attributes, key, value):
     """No other exception, whatever value stands in any place of the graph."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
-from serving import command, popen, read_greeting
+from serving import PATIENCE_S, command, popen, read_greeting
 from starlette.testclient import TestClient
 
 from export.graphs.graph import to_onnx
@@ -66,7 +66,7 @@ class Gated:
     def __call__(self, images):
         self.batches.append(len(images))
         self._arrivals.put(len(images))
-        assert self._gate.wait(60)
+        assert self._gate.wait(PATIENCE_S)
         logits = self._runtime(images)
         return logits + self.spoil(images) if self.spoil else logits
 
@@ -75,7 +75,7 @@ class Gated:
         await asyncio.to_thread(self.wait)
 
     def wait(self):
-        self._arrivals.get(timeout=60)
+        self._arrivals.get(timeout=PATIENCE_S)
 
     def open(self):
         self._gate.set()
@@ -140,11 +140,11 @@ def live():
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
-            assert server.listening.wait(30)
+            assert server.listening.wait(PATIENCE_S)
             yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(30)
+            thread.join(PATIENCE_S)
 
     return live
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from serving import PATIENCE_S, patience
 
 from common.refusal import Refusal
 from serve.client import Client
@@ -36,9 +37,10 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 
 def lines_until(process, beginning):
     """The first line of a process that starts so."""
-    for line in iter(process.stdout.readline, ""):
-        if line.startswith(beginning):
-            return line
+    with patience(process):
+        for line in iter(process.stdout.readline, ""):
+            if line.startswith(beginning):
+                return line
     raise AssertionError(f"{process.args} ended: {process.communicate()}")
 
 
@@ -59,7 +61,7 @@ def two_nodes():
     try:
         yield cluster, lines_until(cluster, "address").split()[1]
     finally:
-        cluster.communicate("\n", timeout=60)
+        cluster.communicate("\n", timeout=PATIENCE_S)
 
 
 def parent(pid):
@@ -105,14 +107,14 @@ def test_a_killed_replica_loses_no_request_that_is_tried_once_more(two_nodes, ar
         assert len(set(processes.values())) == 2  # one on each node
         with ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(ask, index) for index in range(NUM_REQUESTS)]
-            assert is_under_load.wait(60)
+            assert is_under_load.wait(PATIENCE_S)
             os.kill(next(iter(processes)), signal.SIGKILL)
             results = [answer.result() for answer in answers]
         assert httpx.post(f"{url}/predict", content=body, timeout=60).status_code == 401
         assert httpx.get(f"{url}/readyz", timeout=60).json() == {"status": "ready"}
     finally:
         server.send_signal(signal.SIGTERM)
-        output, error = server.communicate(timeout=60)
+        output, error = server.communicate(timeout=PATIENCE_S)
     assert len(set(results)) == 1
     assert (server.returncode, output.splitlines()[-1]) == (0, "stopped"), error
 
@@ -166,7 +168,7 @@ def test_an_artefact_travels_whole_or_is_refused(artefact, tmp_path):
 def test_a_cluster_that_is_not_there_is_one_line(artefact, tmp_path, address):
     (tmp_path / "cluster.toml").write_text(f'[cluster]\naddress = "{address}"')
     server = start(ROOT / "serve" / "cluster.py", artefact, "--config", tmp_path / "cluster.toml")
-    output, error = server.communicate(timeout=60)
+    output, error = server.communicate(timeout=PATIENCE_S)
     assert (server.returncode, output) == (2, "")
     assert f"no Ray cluster at '{address}'" in error
     assert error.count("\n") == 1

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from serving import read_greeting
 
 from common.cli import parse
 from serve.config import ServeConfig
@@ -161,15 +162,14 @@ def test_what_the_image_holds_is_enough_to_serve(image, pixels, encode, port):
         [*argv, *rest, "--port", str(port)], cwd=image, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        lines = iter(server.stdout.readline, "")
-        assert any("serving at" in line for line in lines), server.stderr.read()
+        read_greeting(server)
         answer = httpx.post(f"http://127.0.0.1:{port}/predict", content=encode(pixels[0]), timeout=60)
         health = last("HEALTHCHECK").partition("CMD ")[2].replace(":8000", f":{port}")
         code = json.loads(health)[1:]
         health_while_up = subprocess.run([sys.executable, *code]).returncode
     finally:
         server.terminate()
-        server.communicate(timeout=30)
+        server.communicate(timeout=60)
     assert answer.status_code == 200, answer.text
     assert health_while_up == 0
     assert subprocess.run([sys.executable, *code], capture_output=True).returncode == 1

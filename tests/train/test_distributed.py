@@ -23,7 +23,7 @@ from train.families import build, initialize
 from train.machine import World
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # up to three runs, each of many processes' imports
 # What each process runs: this module's functions, then DDP.
 PROGRAM = f"""
 import sys
@@ -60,7 +60,7 @@ def step(*arguments, **options):
             before = signal.getsignal(number)
             signal.signal(number, lambda *given, before=before: (before(*given), came.set()))
         os.kill(os.getppid(), signal.SIGINT)
-        came.wait()
+        came.wait(200)
     return train_step(*arguments, **options)
 
 trainer.train_step = step
@@ -75,8 +75,8 @@ def gradients(mode, world, wrap=lambda net: net):
     net = build(Spec("cifar", 10, 0.25, "ncrelu", digits.info.image, digits.info.labels))
     initialize(net, a=1.0, b=0.1, std=0.03)
     net.train(mode == "train")
-    settings = TrainConfig(flip="yes", crop=1).resolved()
-    batch = next(batches(digits.train, settings, digits.info, batch_size=64, epoch=0, first_step=0, world=world))
+    settings = TrainConfig(flip="yes", crop=1, batch_size=64).resolved()
+    batch = next(batches(digits.train, settings, digits.info, epoch=0, first_step=0, world=world))
     shared = wrap(net)
     functional.cross_entropy(shared(batch.images), batch.targets).backward()
     return {name: parameter.grad for name, parameter in net.named_parameters()}
@@ -90,7 +90,7 @@ def torchrun(*argv, processes=2, **options):
 
 def run(*argv, **options):
     process = torchrun(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-    output, error = process.communicate(timeout=240)
+    output, error = process.communicate(timeout=280)
     assert process.returncode == 0, error
     return output
 
@@ -132,7 +132,7 @@ def test_two_processes_train_stop_and_resume_bit_for_bit(tmp_path):
     assert result["test_accuracy"] > 0.8
     interrupted.write_text(CUT)
     process = torchrun(interrupted, *argv, "--out", tmp_path / "cut", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    _, error = process.communicate(timeout=240)
+    _, error = process.communicate(timeout=280)
     assert process.returncode, error
     cut = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")
     assert (cut.epoch, cut.step) == (0, 3), error
@@ -194,6 +194,6 @@ def test_a_share_without_a_readable_file_neither_hangs_nor_weighs_on_the_step(tm
 def test_a_batch_that_the_processes_cannot_share_is_refused_in_one_line(tmp_path):
     argv = [ROOT / "train" / "run.py", "--batch-size", 33, "--out", tmp_path]
     process = torchrun(*argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    _, error = process.communicate(timeout=240)
+    _, error = process.communicate(timeout=280)
     assert process.returncode != 0
     assert "error: --batch-size must be a multiple of the 2 processes, got 33" in error

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.refusal import Refusal
@@ -47,7 +47,6 @@ def test_more_inputs_sum_their_blocks_and_more_outputs_repeat_them():
     assert torch.equal(repeated._conv_forward(x, repeated.delta, None), torch.cat([x, x], 1))  # eq. 8
 
 
-@settings(deadline=None)
 @given(shapes(), st.floats(-5, 5), st.floats(-3, 3), st.integers(0, 99))
 def test_the_layer_is_equation_4_in_float64(shape, a, b, seed):
     torch.manual_seed(seed)

@@ -16,7 +16,7 @@ from train.data.datasets import Dataset, DatasetInfo, Split
 from train.families import build, initialize
 from train.layers import DiracConv2d
 from train.machine import World
-from train.recipes import recipe
+from train.recipes import Recipe, recipe
 from train.trainer import Trainer, learning_rate, make_optimizer, train_step
 
 
@@ -66,9 +66,10 @@ def test_mixed_targets_count_by_their_share(make_net, images):
     sums = []
     for first, second, share in ((targets, None, 1.0), (others, None, 1.0), (targets, others, 0.3)):
         net = make_net()
-        optimizer = make_optimizer(net, lr=0.1, momentum=0, nesterov=False, weight_decay=0, decay_ab=True)
+        recipe = Recipe(lr=0.1, momentum=0, nesterov="no", weight_decay=0)
+        optimizer = make_optimizer(net, recipe)
         batch = Batch(0, 0, pixels, first, second, share)
-        sums.append(train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, 0.1))
+        sums.append(train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, recipe))
     torch.testing.assert_close(sums[2], 0.3 * sums[0] + 0.7 * sums[1], rtol=1e-6, atol=0)
 
 
@@ -168,10 +169,9 @@ def test_the_authors_start_of_classifier_and_batch_normalisation(make_spec):
 
 def test_weight_decay_reaches_everything_or_all_but_a_and_b(make_spec):
     net = build(make_spec())
-    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4}
-    (everything,) = make_optimizer(net, decay_ab=True, **settings).param_groups
+    (everything,) = make_optimizer(net, Recipe()).param_groups
     assert (len(everything["params"]), everything["weight_decay"]) == (len(list(net.parameters())), 5e-4)
-    decayed, free = make_optimizer(net, decay_ab=False, **settings).param_groups
+    decayed, free = make_optimizer(net, Recipe(), decay_ab=False).param_groups
     scales = {id(parameter) for name, parameter in net.named_parameters() if name.endswith((".a", ".b"))}
     assert {id(parameter) for parameter in free["params"]} == scales
     assert (decayed["weight_decay"], free["weight_decay"]) == (5e-4, 0)
@@ -183,8 +183,8 @@ def test_bf16_changes_a_step_by_no_more_than_its_precision(make_net, images):
     losses = {}
     for precision in ("fp32", "bf16"):
         net = make_net()
-        optimizer = make_optimizer(net, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0, decay_ab=True)
-        losses[precision] = train_step(net, optimizer, scaler, batch, 0.1, precision=precision)
+        recipe = Recipe(lr=0.1, weight_decay=0, precision=precision)
+        losses[precision] = train_step(net, make_optimizer(net, recipe), scaler, batch, recipe)
         assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
     # 8 bits of mantissa, ten layers in a row.
     assert losses["bf16"][0] != losses["fp32"][0]
@@ -199,8 +199,8 @@ def test_a_step_divides_by_the_images_of_all_processes_and_an_empty_batch_change
     for batch, num_images in ((whole, None), (whole, 8.0), (empty, 2.0)):
         net = make_net()
         before = {name: tensor.clone() for name, tensor in net.named_buffers()}
-        optimizer = make_optimizer(net, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0, decay_ab=True)
-        sums.append(train_step(net, optimizer, scaler, batch, 0.1, num_images=num_images))
+        recipe = Recipe(lr=0.1, weight_decay=0)
+        sums.append(train_step(net, make_optimizer(net, recipe), scaler, batch, recipe, num_images=num_images))
         gradients.append([parameter.grad for parameter in net.parameters()])
     assert torch.equal(sums[0], sums[1])
     for one, half, none in zip(*gradients, strict=True):

@@ -17,6 +17,11 @@ def test_memory_grows_with_the_batch_and_with_the_area(make_spec):
     assert training_bytes(make_spec(), 8, "bf16") < small
 
 
+def test_a_net_whose_last_outputs_are_one_pixel_is_estimated(make_spec):
+    """Batch normalisation refuses such an output of a single image in training."""
+    assert 0 < training_bytes(make_spec("pooled"), 8, "fp32") < training_bytes(make_spec(), 8, "fp32")
+
+
 def test_more_than_there_is_is_refused_before_the_start_with_what_fits(make_spec):
     config = replace(TrainConfig().resolved(), batch_size=128, precision="fp32")
     spec = make_spec(depth=16, width=1, size=224)

@@ -251,8 +251,8 @@ def test_a_rate_that_is_not_positive_and_finite_is_refused(lr, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_a_run_that_diverges_ends_at_that_epoch_and_keeps_the_files_of_the_one_before(tmp_path, capsys, monkeypatch):
-    def diverge(net, optimizer, scaler, batch, lr, **options):
-        sums = train_step(net, optimizer, scaler, batch, lr, **options)
+    def diverge(net, optimizer, scaler, batch, recipe, **options):
+        sums = train_step(net, optimizer, scaler, batch, recipe, **options)
         return sums * float("nan") if batch.epoch == 1 else sums
 
     monkeypatch.setattr(trainer, "train_step", diverge)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -36,14 +36,14 @@ def steps_per_epoch(num_images: int, batch_size: int) -> int:
 
 
 def batches(
-    part: Part, settings: Settings, info: DatasetInfo, *, batch_size: int, epoch: int, first_step: int, world: World
+    part: Part, settings: Settings, info: DatasetInfo, world: World, *, epoch: int, first_step: int
 ) -> Iterator[Batch]:
     """One epoch from `first_step` on, augmented: this process's share of each batch.
 
     What a batch holds depends on (seed, epoch, step) alone, not on how many processes or workers share it.
     Files that cannot be read are missing from it: it may be empty, and other images are erased and mixed.
     """
-    key = settings.seed, epoch
+    key, batch_size = (settings.seed, epoch), settings.batch_size
     order = _order(part, np.random.default_rng(key), balanced=settings.balanced)
     steps = range(first_step, steps_per_epoch(len(part), batch_size))
     picked = [order[step * batch_size : (step + 1) * batch_size] for step in steps]
@@ -51,8 +51,8 @@ def batches(
     mine = slice(world.rank * share, (world.rank + 1) * share)
     flip = info.flip if settings.flip == "auto" else settings.flip == "yes"
     if isinstance(part, Files):
-        own, least = [indices[mine] for indices in picked], settings.smallest_crop
-        loaded = stream(part, own, key=key, smallest_crop=least, flip=flip, workers=settings.workers)
+        readable = Readable(part, key, settings.smallest_crop, flip)
+        loaded = stream(readable, [indices[mine] for indices in picked], settings.workers)
     else:  # picked and augmented on the device, where `to_device` may have put the images already
         pixels, labels = (torch.as_tensor(array, device=world.device) for array in (part.images, part.targets))
         crop = info.crop if settings.crop is None else settings.crop
@@ -86,8 +86,8 @@ def _order(split: Part, rng: np.random.Generator, *, balanced: bool) -> np.ndarr
     return rng.permutation(np.concatenate([np.resize(drawn, of_each) for drawn in of_class]))[:num]
 
 
-def _generator(*key: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_seed(*key))
+def _generator(*key: int) -> Generator:
+    return Generator().manual_seed(_seed(*key))
 
 
 def _seed(*key: int) -> int:
@@ -106,35 +106,55 @@ def in_order(split: Part, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     batch_size = max(1, min(500, JUDGED_PIXELS // (height * width)))
     picked = np.array_split(np.arange(len(split)), max(1, math.ceil(len(split) / batch_size)))
     if isinstance(split, Files):
-        yield from stream(split, picked, workers=workers)
+        yield from stream(Readable(split), picked, workers)
         return
     for indices in picked:
         yield torch.as_tensor(split.images[indices]), torch.as_tensor(split.targets[indices])
 
 
-def stream(
-    files: Files,
-    picked: Sequence[np.ndarray],
-    *,
-    key: tuple[int, ...] = (),
-    smallest_crop: float = 1.0,
-    flip: bool = False,
-    workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True)
+class Readable(Dataset):
+    """From an array of indices to those of the `files` that can be read.
+
+    Without `key` as the server prepares images; with one, random crops of at least `smallest_crop` of the image's area
+    and flips, which depend on `key` and the image's index alone.
+    """
+
+    files: Files
+    key: tuple[int, ...] = ()
+    smallest_crop: float = 1.0
+    flip: bool = False
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+        """(images, targets, why a file was refused): a worker's exception would lose its message."""
+        images, targets, files = [], [], self.files
+        size, scale = (files.image.height, files.image.width), (self.smallest_crop, 1.0)
+        augmented = v2.Compose([v2.RandomResizedCrop(size, scale=scale), v2.RandomHorizontalFlip(self.flip / 2)])
+        crop = (lambda image, _: augmented(image)) if self.key else None
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for index in map(int, indices):
+                    torch.default_generator.manual_seed(_seed(*self.key, index))
+                    if (pixels := read(files.paths[index], files, crop, self.smallest_crop)) is not None:
+                        images.append(pixels)
+                        targets.append(files.targets[index])
+        except Refusal as refusal:
+            return np.empty(0), np.empty(0), str(refusal)
+        return np.array(images, np.uint8).reshape(-1, *files.image.shape), np.array(targets, np.int64), ""
+
+
+def stream(readable: Readable, picked: Sequence[np.ndarray], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(images uint8 [N, H, W, C], targets int64 [N]) for each array of indices in `picked`.
 
-    Without `key` as the server prepares images; with one, random crops of at least `smallest_crop` of
-    the image's area and flips, which depend on `key` and the image's index alone.
-    A file that cannot be read is left out of its batch or refused, as `files` says.
+    A file that cannot be read is left out of its batch or refused, as the files say.
     """
-    dataset = _Images(files, key, smallest_crop, flip)
     loader = DataLoader(
-        dataset,
-        batch_sampler=[indices.tolist() for indices in picked],
+        readable,
+        batch_size=None,  # an item is a whole batch
+        sampler=picked,
         num_workers=min(workers, num_cores()),  # torch warns of more
-        collate_fn=dataset.collate,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or it would draw from the global one
+        generator=Generator(),  # or it would draw from the global one
     )
     for images, targets, refusal in loader:
         if refusal:
@@ -142,36 +162,7 @@ def stream(
         yield images, targets
 
 
-class _Images(Dataset):
-    def __init__(self, files: Files, key: tuple[int, ...], smallest_crop: float, flip: bool) -> None:
-        self.files, self.key, self.smallest_crop = files, key, smallest_crop
-        size, scale = (files.image.height, files.image.width), (smallest_crop, 1.0)
-        self.augment = v2.Compose([v2.RandomResizedCrop(size, scale=scale), v2.RandomHorizontalFlip(flip / 2)])
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray | None, int, str]:
-        """(pixels or None, target, why the file was refused): a worker's exception would lose its type."""
-        path, target = self.files.paths[index], int(self.files.targets[index])
-        try:
-            if not self.key:
-                return read(path, self.files), target, ""
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_seed(*self.key, index))
-                return read(path, self.files, lambda image, _: self.augment(image), self.smallest_crop), target, ""
-        except Refusal as refusal:
-            return None, target, str(refusal)
-
-    def collate(self, items: list[tuple[np.ndarray | None, int, str]]) -> tuple[Tensor, Tensor, str]:
-        """The readable ones of `items` as a batch, empty if there are none, and why the first other was refused."""
-        readable = [(pixels, target) for pixels, target, _ in items if pixels is not None]
-        images = np.array([pixels for pixels, _ in readable], np.uint8).reshape(-1, *self.files.image.shape)
-        targets = torch.tensor([target for _, target in readable], dtype=torch.int64)
-        return torch.from_numpy(images), targets, next((refusal for _, _, refusal in items if refusal), "")
-
-
-def augment(images: Tensor, *, flip: bool, crop: int, generator: torch.Generator, rows: slice = slice(None)) -> Tensor:
+def augment(images: Tensor, *, flip: bool, crop: int, generator: Generator, rows: slice = slice(None)) -> Tensor:
     """images [N, H, W, C] → `rows` of them: shifted by up to `crop` pixels, half mirrored.
 
     What a shift uncovers is reflected at the border. Random numbers are drawn for all N images, so that
@@ -192,9 +183,7 @@ def augment(images: Tensor, *, flip: bool, crop: int, generator: torch.Generator
     return images[picked[:, None, None], lines[:, :, None], columns[:, None, :]]
 
 
-def erase(
-    images: Tensor, share: float, fill: Sequence[int], *, num: int, rows: slice, generator: torch.Generator
-) -> Tensor:
+def erase(images: Tensor, share: float, fill: Sequence[int], *, num: int, rows: slice, generator: Generator) -> Tensor:
     """images [M, H, W, C], a `share` of them with a random rectangle of colour `fill`, C values up to 255.
 
     Random erasing (Zhong et al., 2017): 2 to 33 % of the area, sides in a proportion of 0.3 to 3.3.

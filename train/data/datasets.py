@@ -15,7 +15,7 @@ from common.files import sha256
 from common.refusal import Refusal
 from common.spec import ImageSpec
 from train.data import folder as photos
-from train.data.folder import FILE, PARTS, TEST_SHARE, Changed, Files, LeftOut, Sizes, Track
+from train.data.folder import FILE, PARTS, TEST_SHARE, Changed, Files, LeftOut, Sizes, Track, Unlike
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,36 +151,33 @@ def load(
 
 
 def load_as_trained(
-    training: Mapping[str, Any],
-    *,
-    data_dir: Path | None = None,
-    beside: Path | None = None,
-    image_size: int = 32,
-    image: ImageSpec | None = None,
+    run: Mapping[str, Any], *, data_dir: Path | None = None, beside: Path | None = None, image: ImageSpec | None = None
 ) -> Dataset:
     """The data set of a run, divided as it was; refuses one that has changed.
 
-    `training` is a checkpoint's config, or what later artefacts keep of it; `data_dir` goes before the one
-    in it, `image` is the net's. A folder that has grown is divided by the run's split.json, where that lies in the
-    folder `beside`.
+    `run` is a checkpoint's config, or what later artefacts keep of it; `data_dir` goes before the one in it, `image` is
+    the net's. A folder that has grown is divided by the run's split.json, where that lies in the folder `beside`.
     """
-    name, recorded, split = training["dataset"], training.get("data_dir"), training.get("split") or {}
+    name, recorded, split = run["dataset"], run.get("data_dir"), run.get("split") or {}
     data_dir = data_dir or (Path(recorded) if recorded else None)
     parts = photos.read_record(beside / FILE, split["sha256"]) if beside and split and name == "folder" else None
-    skip = training.get("skip_unreadable", False)
-    how: dict[str, Any] = {"data_dir": data_dir, "image_size": image_size, "image": image}
+    skip = run.get("skip_unreadable", False)
+    how: dict[str, Any] = {"data_dir": data_dir, "image": image}
     if parts:
         return recorded_files(_given(data_dir), parts, info_of(name, **how), skip_unreadable=skip)
     dataset = load(name, **how, skip_unreadable=skip)
-    dataset = divide(dataset, training.get("validation", 0.0), seed=training.get("seed", 0))
-    if split:
-        photos.check_same(record(dataset)[0], split, where=str(data_dir or name))
+    dataset = divide(dataset, run.get("validation", 0.0), seed=run.get("seed", 0))
+    found = record(dataset)[0] if split else {}
+    if found.get("sha256") != split.get("sha256"):
+        then, now = (", ".join(f"{counts.get(part, 0)} {part}" for part in PARTS) for counts in (split, found))
+        raise Unlike(
+            f"{data_dir or name} does not hold the images that the model was trained and tested on ({then}; found "
+            f"{now}): name them as they were with --data-dir, or keep the run's {FILE} beside the model"
+        )
     return dataset
 
 
-def recorded_files(
-    root: Path, parts: Mapping[str, Sizes], info: DatasetInfo, *, skip_unreadable: bool = False
-) -> Dataset:
+def recorded_files(root: Path, parts: Mapping[str, Sizes], info: DatasetInfo, *, skip_unreadable: bool) -> Dataset:
     """A folder divided as a run recorded it in `parts`; refuses it if an image is gone or has another size."""
     changed = [name for sizes in parts.values() for name, size in sizes.items() if num_bytes(root / name) != size]
     if changed:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,23 +173,17 @@ def part_folders(root: Path) -> dict[str, Path]:
 
 
 def find_files(
-    root: Path,
-    labels: tuple[str, ...],
-    image: ImageSpec,
-    *,
-    skip_unreadable: bool,
-    track: Track,
-    may_lack: bool = False,
+    root: Path, labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Track, partial: bool = False
 ) -> Found:
     """All images of a folder; refuses unreadable images unless they may be skipped, and a class without an image.
 
-    A class `may_lack` images where nothing is trained on them.
+    In a `partial` folder, of which no image is trained on, a class may lack images.
     """
     folders = part_folders(root)
     strangers = [path for path in _folders(root) if "test" in folders and path not in folders.values()]
     left_out = [LeftOut(path, "not one of the parts") for path in strangers]
     left_out += [LeftOut(path, JUNK_REASON) for path in root.iterdir() if path.is_dir() and _is_junk(path)]
-    found: dict[str, list[Path]] = {part: [] for part in folders}
+    found: dict[Path, str] = {}  # images and their parts
     for part, folder in folders.items():
         classes = _folders(folder)
         if strange := [place.name for place in classes if place.name not in labels]:
@@ -198,32 +192,30 @@ def find_files(
             if why := _reason(path):
                 left_out.append(LeftOut(path, why))
             else:
-                found[part].append(path)
-    every = [path for paths in found.values() for path in paths]
-    if not every:
+                found[path] = part
+    if not found:
         raise Refusal(f"no {', '.join(SUFFIXES)} images in the class folders of {folders['train']}")
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        sizes = dict(zip(every, track(pool.map(_size, every), len(every)), strict=True))
+        sizes = dict(zip(found, track(pool.map(_size, found), len(found)), strict=True))
     unreadable = [path for path, size in sizes.items() if size is None]
     if unreadable and not skip_unreadable:
         raise Refusal(
-            f"{len(unreadable)} of {len(every)} images cannot be read, the first is {unreadable[0]}: "
+            f"{len(unreadable)} of {len(found)} images cannot be read, the first is {unreadable[0]}: "
             "repair or remove them, or add --skip-unreadable"
         )
     left_out += [LeftOut(path, UNREADABLE) for path in unreadable]
-    parts = {
-        part: make_files(root, [path for path in paths if sizes[path]], labels, image, skip_unreadable=skip_unreadable)
-        for part, paths in found.items()
-    }
+    parts: dict[str, Files] = {}
+    for part in folders:
+        paths = [path for path in found if found[path] == part and sizes[path]]
+        parts[part] = make_files(root, paths, labels, image, skip_unreadable=skip_unreadable)
     train = parts["train"]
     counts = np.bincount(train.targets, minlength=len(labels))
-    if (empty := [labels[index] for index in np.flatnonzero(counts == 0)]) and not may_lack:
+    if (empty := [labels[index] for index in np.flatnonzero(counts == 0)]) and not partial:
         raise Refusal(
             f"no {', '.join(SUFFIXES)} image to train on for {', '.join(empty[:5])} in {folders['train']}: "
             "add images, or remove the folder"
         )
-    known = [size for size in sizes.values() if size]
-    return Found(train, parts.get("validation"), parts.get("test"), left_out, known)
+    return Found(train, parts.get("validation"), parts.get("test"), left_out, [size for size in sizes.values() if size])
 
 
 def make_files(
@@ -305,14 +297,3 @@ def read_record(path: Path, expected_sha256: str) -> dict[str, Sizes] | None:
         return None
     content = read_whole(path)
     return json.loads(content) if sha256(content) == expected_sha256 else None
-
-
-def check_same(found: Mapping[str, Any], recorded: Mapping[str, Any], *, where: str) -> None:
-    """Refuses images that are not those of the run: `found` and `recorded` are what `record` in datasets.py gives."""
-    if found["sha256"] == recorded.get("sha256"):
-        return
-    then, now = (", ".join(f"{counts.get(part, 0)} {part}" for part in PARTS) for counts in (recorded, found))
-    raise Unlike(
-        f"{where} does not hold the images that the model was trained and tested on ({then}; found {now}): "
-        f"name them as they were with --data-dir, or keep the run's {FILE} beside the model"
-    )

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 from common.cli import run_command
 from train.experiments import lab
 
-NETS = {"plain": {"parameterization": "plain"}, "Dirac": {"parameterization": "dirac"}, "residual": {"family": "wrn"}}
+NETS = ("plain", "Dirac", "residual")
 EXAMPLES = (
     "python train/experiments/convergence.py --depth 34 --epochs 20",
     "python train/experiments/convergence.py --paper --data-dir data --device cuda",
@@ -31,10 +31,7 @@ def command(config: ConvergenceConfig) -> int:
 
     settings = config.training()
     widths = {"residual": _width_of_equal_size(config, info_of(settings.dataset))}
-    cases = [
-        lab.Case(name, {"net": name}, {"width": widths.get(name, settings.width), **fields})
-        for name, fields in NETS.items()
-    ]
+    cases = [lab.Case(net, {"net": net}, {"width": widths.get(net, settings.width), **lab.KINDS[net]}) for net in NETS]
 
     def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
         return [trial.row(parameters=count_parameters(trial.net), history=trial.history) for trial in trials]
@@ -75,7 +72,7 @@ def _width_of_equal_size(config: ConvergenceConfig, info) -> float:
     from train.families import count_parameters, outline
 
     def size(name: str, width: float) -> int:
-        return count_parameters(outline(config.training(width=width, **NETS[name]).spec(info.image, info.labels)))
+        return count_parameters(outline(config.training(width=width, **lab.KINDS[name]).spec(info.image, info.labels)))
 
     width = config.training().width
     wanted = size("Dirac", width)

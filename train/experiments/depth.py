@@ -42,7 +42,7 @@ def command(config: DepthConfig) -> int:
     def rows_of(trials: list[lab.Trial]) -> list[lab.JsonRow]:
         return lab.accuracies(trials, parameters=count_parameters(trials[0].net))
 
-    order = lab.order_of_grid("width")
+    order = ("depth", "kind", "width")
     return lab.conduct(config, "depth", cases, _draw, rows_of, resume=config.resume, order=order)
 
 

@@ -26,16 +26,9 @@ Hook = Callable[["nn.Sequential"], Any]  # takes a net in training
 # PyTorch's.
 CHEAP = {"dataset": "digits", "width": 0.25, "epochs": 10, "batch_size": 32, "w_std": 0.1, "start": "pytorch"}
 # One colour for one kind of net, in all figures.
-COLOURS = {
-    "Dirac": "C0",
-    "initialised": "C3",
-    "plain": "C1",
-    "residual": "C2",
-    "residual with δ": "C4",
-    "ncrelu": "C0",
-    "relu": "C5",
-}
-# The kinds of net that are compared, by what they are called in figures and numbers.
+COLOURS = {"Dirac": "C0", "initialised": "C3", "plain": "C1", "residual": "C2", "residual with δ": "C4"}
+COLOURS |= {"ncrelu": "C0", "relu": "C5"}
+# The kinds of net that are compared, by what they are called in figures and numbers, in alphabetical order.
 KINDS = {
     "Dirac": {"parameterization": "dirac"},
     "initialised": {"parameterization": "initialised"},
@@ -127,16 +120,16 @@ def conduct(
     *,
     observe: Hook = lambda net: None,
     resume: bool = False,
-    order: Callable[[JsonRow], Any] = lambda row: 0,
+    order: Sequence[str] = (),
 ) -> int:
     """Train every case with every seed, and write NAME.json and NAME.png; or draw NAME.json again.
 
-    A case gives `rows_of` its trials, with its key, in `order`. They are written after each case; with `resume`, cases
-    that NAME.json holds are not measured again.
+    A case has the rows that `rows_of` makes of its trials, with its key. They are sorted by the fields named in `order`
+    and written after each case; with `resume`, cases that NAME.json holds are not measured again.
     """
     rows = _recorded(config, name)["rows"] if config.redraw else _kept_rows(config, name) if resume else []
-    lacking = [case for case in cases if not any(case.key.items() <= row.items() for row in rows)]
-    lacking, dataset = [] if config.redraw else lacking, None
+    lacking = [case for case in cases if not config.redraw and not any(case.key.items() <= row.items() for row in rows)]
+    dataset = None
     with progress(make_console(), "training", len(lacking) * config.seeds) as advance:
         for case in lacking:
             dataset, trials = dataset or load_dataset(config), list[Trial]()
@@ -144,7 +137,8 @@ def conduct(
                 settings = config.training(**case.settings, seed=seed)
                 trials.append(run_trial(settings, dataset, prepare=case.prepare, observe=observe))
                 advance(note=f"{case.name}: {100 * trials[-1].test_accuracy:.1f} %")
-            rows = sorted([*rows, *({**case.key, **row} for row in rows_of(trials))], key=order)
+            rows = [*rows, *({**case.key, **row} for row in rows_of(trials))]
+            rows.sort(key=lambda row: [row[field] for field in order])
             write_numbers(config.out, name, {"settings": config.training(), "rows": rows})
             mean, spread = mean_and_spread([trial.test_accuracy for trial in trials])
             print(f"{case.name}: {100 * mean:.1f} ± {100 * spread:.1f} %")
@@ -191,11 +185,6 @@ def grid(kinds: Sequence[str], depths: Sequence[int], option: str, values: Seque
     ]
 
 
-def order_of_grid(option: str) -> Callable[[JsonRow], Any]:
-    """How rows of such nets are sorted."""
-    return lambda row: (row["depth"], [*KINDS].index(row["kind"]), row[option])
-
-
 def _kept_rows(config: ExperimentConfig, name: str) -> list[JsonRow]:
     """The rows of NAME.json in --out, to go on with; refuses those of other settings."""
     path = config.out / f"{name}.json"
@@ -239,9 +228,7 @@ def write_results(out: Path, name: str, figure: "Figure", numbers: dict[str, Any
 
 def write_numbers(out: Path, name: str, numbers: dict[str, Any]) -> None:
     """NAME.json in `out`."""
-    text = json.dumps(
-        numbers, indent=1, default=lambda value: asdict(value) if isinstance(value, Settings) else str(value)
-    )
+    text = json.dumps(numbers, indent=1, default=lambda item: asdict(item) if isinstance(item, Settings) else str(item))
     write_whole(out / f"{name}.json", f"{text}\n".encode())
 
 

@@ -37,7 +37,7 @@ def command(config: ParameterizationConfig) -> int:
         validated = fmean(trial.history[-1]["validation_accuracy"] for trial in trials)
         return lab.accuracies(trials, validation_accuracy=validated)
 
-    cases, order = lab.grid(KINDS, config.depths, "lr", config.lrs), lab.order_of_grid("lr")
+    cases, order = lab.grid(KINDS, config.depths, "lr", config.lrs), ("depth", "kind", "lr")
     return lab.conduct(config, "parameterization", cases, _draw, rows_of, resume=config.resume, order=order)
 
 

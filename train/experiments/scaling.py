@@ -39,8 +39,7 @@ def command(config: ScalingConfig) -> int:
         return [trial.row(a=trial.observed) for trial in trials]
 
     cases = [
-        lab.Case(f"a from {name}", {"start": name}, {"a0": a0, "decay_ab": decay})
-        for name, (a0, decay) in STARTS.items()
+        lab.Case(f"a from {name}", {"start": name}, {"a0": a, "decay_ab": decay}) for name, (a, decay) in STARTS.items()
     ]
     return lab.conduct(config, "scaling", cases, _draw, rows_of, observe=scales)
 

@@ -25,23 +25,21 @@ class FakeQuantized(nn.Module):
         stem, *parts = parts_of(net)
         self._parts = {part.name: part for part in parts}
         halved = {part.halved for part in parts}  # whose input the ReLU before has made positive
-        leaves = {name: layer for name, layer in net.named_modules() if not isinstance(layer, nn.Sequential)}
-        self._names = [name for name in leaves if name not in halved]
-        after_stem = self._names[self._names.index(stem.norm or stem.name) + 1 :]
-        self._start = next(name for name in after_stem if not isinstance(leaves[name], (nn.ReLU, nn.MaxPool2d)))
-        # After each of these activations are rounded, and clipped at 0 where a ReLU, through a pool or not, comes next.
-        self._rounded: dict[str, bool] = {}
+        modules = [pair for pair in net.named_modules() if not isinstance(pair[1], nn.Sequential)]
+        self._names, layers = zip(*[(name, layer) for name, layer in modules if name not in halved], strict=True)
+        last = self._names.index(stem.norm or stem.name)
+        while isinstance(layers[last + 1], nn.ReLU | nn.MaxPool2d):
+            last += 1
+        # After these layers activations are rounded, and clipped at 0 where a ReLU, through a pool or not, comes next.
+        self._rounded = {self._names[last]: False}
         for part in parts:
-            end = part.norm or part.name
-            rest = (leaves[name] for name in self._names[self._names.index(end) + 1 :])
-            after = next(layer for layer in rest if not isinstance(layer, nn.MaxPool2d))
-            self._rounded[end] = isinstance(after, nn.ReLU)
+            end = self._names.index(part.norm or part.name)
+            after = next(layer for layer in layers[end + 1 :] if not isinstance(layer, nn.MaxPool2d))
+            self._rounded[self._names[end]] = isinstance(after, nn.ReLU)
 
     def forward(self, images: Tensor) -> Tensor:
         x = images
         for name in self._names:
-            if name == self._start:
-                x = round_activations(x)
             layer, part = self.net.get_submodule(name), self._parts.get(name)
             if part and isinstance(layer, nn.Conv2d):  # without the half that the fold drops
                 weight = layer.folded_weight() if isinstance(layer, DiracConv2d) else layer.weight

@@ -1,6 +1,6 @@
 """Where fine-tuning of a plain file begins: opened, its batch statistics measured, and proved to be the same net."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -67,18 +67,9 @@ def open_plain(
         net = unfold(file.weights, file.spec, a=settings.a0, b=settings.b0, std=settings.w_std)
     except Refusal as refusal:
         raise Refusal(f"{file.path}: {refusal}") from refusal
-    num_measured = 0
-
-    def readable() -> Iterator[Tensor]:
-        nonlocal num_measured
-        with progress(console, "measuring batch statistics", min(NUM_MEASURED, len(dataset.train))) as advance:
-            for batch in batches:
-                if num := len(batch.targets):
-                    num_measured += num
-                    yield batch.images
-                    advance(num)
-
-    moments = measure(deepcopy(net).float().to(device), readable())
+    images = (batch.images for batch in batches)
+    with progress(console, "measuring batch statistics", min(NUM_MEASURED, len(dataset.train))) as advance:
+        moments, num_measured = measure(deepcopy(net).float().to(device), images, advance)
     if not num_measured:
         raise Refusal("none of the first training images could be read: repair them")
     standardize(net, moments)
@@ -88,9 +79,7 @@ def open_plain(
     image_sets = {"random": torch.from_numpy(random), "training": torch.from_numpy(dataset.train.first(num))}
     errors = prove(net, as_plain(net, file.weights), image_sets)
     if failed := [error for error in errors if not error]:
-        clauses = (
-            f"{error.precision} logits on {error.images} images differ by {error.relative:.1e}" for error in failed
-        )
+        clauses = (f"{each.precision} logits on {each.images} images differ by {each.relative:.1e}" for each in failed)
         raise Refusal(f"{file.path} cannot be opened exactly: {'; '.join(clauses)}; fold its net again")
     worst = {kind: max(error.relative for error in errors if error.precision == kind) for kind in TOLERANCES}
     kinds = " and ".join(f"{error.num_images} {error.images}" for error in errors if error.precision == "float64")
@@ -119,9 +108,12 @@ def prove(net: nn.Module, plain: nn.Module, image_sets: dict[str, Tensor]) -> li
 
 
 @torch.no_grad()
-def measure(net: nn.Module, batches: Iterable[Tensor]) -> Moments:
-    """Mean and variance of what each batch normalisation of `net`, in evaluation mode, reads over all `batches`."""
-    net, seen = deepcopy(net), dict[str, list[tuple[Tensor, Tensor, Tensor]]]()  # the hooks stay in the copy
+def measure(
+    net: nn.Module, batches: Iterable[Tensor], advance: Callable[[int], object] = lambda num: None
+) -> tuple[Moments, int]:
+    """Moments of what each batch normalisation of `net`, in evaluation mode, reads over `batches`; number of images."""
+    net, num_images = deepcopy(net), 0  # the hooks stay in the copy
+    seen: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def note(name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
         var, mean = torch.var_mean(inputs[0].double(), dim=(0, 2, 3), correction=0)
@@ -130,15 +122,17 @@ def measure(net: nn.Module, batches: Iterable[Tensor]) -> Moments:
     for name, layer in net.named_modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.register_forward_pre_hook(partial(note, name))
-    for images in batches:
+    for images in filter(len, batches):  # empty if none of its files can be read
         net(images)
+        num_images += len(images)
+        advance(len(images))
     moments: Moments = {}
     for name, parts in seen.items():  # the variance within the batches, and that of their means
         nums, means, variances = (torch.stack(part) for part in zip(*parts, strict=True))
         shares = (nums / nums.sum()).view(-1, 1)
         mean = (shares * means).sum(0)
         moments[name] = mean, (shares * (variances + (means - mean) ** 2)).sum(0)
-    return moments
+    return moments, num_images
 
 
 @torch.no_grad()

@@ -148,7 +148,7 @@ def _open(part: Part, filters: Tensor, *, std: float, least: float) -> Tensor:
         conv.weight.copy_(filters - conv.a * conv.delta if isinstance(conv, DiracConv2d) else filters)
         return torch.ones(len(filters))
     if isinstance(conv, DiracConv2d):
-        inverse, opened = _open_dirac(conv, filters, conv.delta[:, :num_read], std=std, least=least)
+        inverse, opened = _open_dirac(conv, filters, std=std, least=least)
     else:
         inverse = PLAIN_NORM / _norm(filters)
         opened = _per_filter(inverse) * filters
@@ -159,11 +159,9 @@ def _open(part: Part, filters: Tensor, *, std: float, least: float) -> Tensor:
     return torch.where(alive, 1 / inverse, 0.0)
 
 
-def _open_dirac(
-    conv: DiracConv2d, filters: Tensor, delta: Tensor, *, std: float, least: float
-) -> tuple[Tensor, Tensor]:
+def _open_dirac(conv: DiracConv2d, filters: Tensor, *, std: float, least: float) -> tuple[Tensor, Tensor]:
     """(t, W) for each filter; sets `a` and `b` where the form has one for each, and `b` of a layer."""
-    alive, v = filters.flatten(1).any(dim=1), _norm(filters)
+    alive, v, delta = filters.flatten(1).any(dim=1), _norm(filters), conv.delta[:, : filters.shape[1]]
     n, d = (part.sum(dim=(1, 2, 3)) for part in (delta, filters * delta))
     root_n, sign = n.sqrt(), torch.where(d < 0, -1.0, 1.0)
     cosine = torch.where(n > 0, d / (root_n * v), 0.0)

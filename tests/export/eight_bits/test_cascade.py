@@ -308,7 +308,7 @@ def test_what_are_not_two_forms_of_one_net_is_refused(forms, tmp_path, make_net,
         ((exact, exact), r"plain\.onnx is fp32; export both"),
         ((exact, unnamed), r"plain\.onnx is fp32 and .*unnamed\.onnx is fp32; export both"),
         ((quick, engine), r"plain\.engine is not an \.onnx file"),
-        ((quick, wide), "are not of one net, by the spec and the digest"),
+        ((quick, wide), "are not of one net, by the spec and the plain net's digest"),
         ((quick, unnamed), "are not of one net"),
     ):
         with pytest.raises(Refusal, match=message):

@@ -19,6 +19,7 @@ from common.refusal import Refusal
 from export import to_trt
 from export.engines import engine
 from export.model_file.engine_card import card_path, layers_path, read_card
+from export.model_file.onnx_reader import read_graph
 from export.runtimes import gpu, tensorrt_engine
 from export.runtimes.load import load_runtime
 
@@ -349,8 +350,16 @@ def test_an_engine_interrupted_before_its_card_is_not_served(built, monkeypatch)
 def test_precision_is_that_of_the_graph(write_onnx):
     _, path = write_onnx()
     model = onnx.load(path)
-    assert engine.precision(model) == "fp32"
+    assert precision(model) == "fp32"
     model.graph.initializer[0].data_type = TensorProto.FLOAT16
-    assert engine.precision(model) == "fp16"
+    assert precision(model) == "fp16"
+    model.graph.initializer[1].data_type = TensorProto.BFLOAT16
+    assert precision(model) == "bf16"
     model.graph.node.append(helper.make_node("DequantizeLinear", ["q", "s"], ["d"]))
-    assert engine.precision(model) == "int8"
+    assert precision(model) == "int8"
+    model.graph.initializer[1].data_type = TensorProto.FLOAT8E4M3FN
+    assert precision(model) == "fp8"
+
+
+def precision(model):
+    return read_graph("plain.onnx", model.SerializeToString()).precision

@@ -29,7 +29,7 @@ def test_a_file_of_ours_says_what_it_is(write_onnx, make_spec):
         (None, 8, 8, 3),
     )
     assert (file.signature.output_name, file.output_dtype, file.opset) == ("logits", "float32", 19)
-    assert (file.provenance["training"], file.weight_files) == ({"dataset": "none"}, ())
+    assert (file.provenance["training"], file.graph.weight_files) == ({"dataset": "none"}, ())
 
 
 def test_every_weight_that_is_not_finite_is_named(write_onnx):
@@ -73,11 +73,11 @@ def test_weights_in_files_of_their_own_are_read_and_missed(write_onnx):
     inside = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
     onnx.save_model(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     file = read_onnx(path)
-    assert file.weight_files == ("weights.bin",)
+    assert file.graph.weight_files == ("weights.bin",)
     for tensor in file.model.graph.initializer:
         assert np.array_equal(numpy_helper.to_array(tensor), inside[tensor.name])
     (path.parent / "weights.bin").unlink()
-    with pytest.raises(Refusal, match=r"weights in separate files, and weights\.bin is not in .*; put them there"):
+    with pytest.raises(Refusal, match=r"plain\.onnx lacks its weights, weights\.bin: put them beside it"):
         read_onnx(path)
 
 

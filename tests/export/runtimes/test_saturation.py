@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
@@ -40,7 +40,6 @@ def assert_equal_in_both_arithmetics(weights, seed):
             np.testing.assert_array_equal(saturating_sums(flat, activations, order), exact)
 
 
-@settings(deadline=None)
 @given(
     arrays.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.floats(-4, 4, width=32)),
     st.integers(0, 2**32 - 1),

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from serving import until
 from starlette.requests import ClientDisconnect
 
 from common.image import decode
@@ -77,8 +78,8 @@ class Asking:
     async def __aexit__(self, *_):
         await self.batcher.close()
 
-    async def ask(self, *contents, within_s=60.0):
-        deadline = asyncio.get_running_loop().time() + within_s
+    async def ask(self, *contents):
+        deadline = asyncio.get_running_loop().time() + 60
         asked = self.batcher.classify(list(contents), top_k=1, deadline=deadline, receive=self._receive)
         task = asyncio.create_task(asked)
         await asyncio.sleep(0)
@@ -148,12 +149,15 @@ def test_what_is_given_up_frees_its_bytes_and_is_counted_while_a_decoder_holds_i
 
     async def scenario():
         async with Asking(runtime) as asking:
-            within_s = 0.001 if how == "late" else 60
             decoding = asking.batcher.decoding
-            tasks = [await asking.ask(in_work, within_s=within_s)]
+            tasks = [await asking.ask(in_work)]
             await came(held)
-            tasks += [await asking.ask(waiting, within_s=within_s) for _ in range(20)]
-            asking.gone.set()
+            tasks += [await asking.ask(waiting) for _ in range(20)]
+            if how == "late":
+                loop = asyncio.get_running_loop()
+                loop.time = lambda: time.monotonic() + 1000
+            else:
+                asking.gone.set()
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             kinds = {type(outcome) for outcome in outcomes}
             assert kinds == {Problem if how == "late" else ClientDisconnect}
@@ -191,21 +195,25 @@ def test_a_refused_image_leaves_nothing_to_a_collector(runtime, content):
 
 
 def wait_for(status, url):
-    while (answer := httpx.get(url)).status_code != status:
-        pass
-    return answer
+    return until(lambda: (answer := httpx.get(url, timeout=60)).status_code == status and answer)
 
 
 @pytest.mark.slow
 def test_a_server_whose_decoders_finish_nothing_is_not_ready_until_they_do(live, runtime, held):
     with live(make_app(runtime, Limits(deadline_s=0.2))) as url:
-        assert httpx.get(f"{url}/readyz").status_code == 200
-        late = httpx.post(f"{url}/predict", content=heavy(1200), headers={"Content-Type": "image/png"}, timeout=60)
+        assert httpx.get(f"{url}/readyz", timeout=60).status_code == 200
+        answers, headers = [], {"Content-Type": "image/png"}
+
+        def is_in_work():  # unless it is late before a decoder has it
+            answers.append(httpx.post(f"{url}/predict", content=heavy(1200), headers=headers, timeout=60))
+            return held.came.qsize()
+
+        until(is_in_work)
         detail = wait_for(503, f"{url}/readyz").json()["detail"]
-        probes = [httpx.get(f"{url}{path}").status_code for path in ("/v2/health/ready", "/healthz")]
+        probes = [httpx.get(f"{url}{path}", timeout=60).status_code for path in ("/v2/health/ready", "/healthz")]
         held.gate.set()
         wait_for(200, f"{url}/readyz")
-    assert (late.status_code, late.json()["type"]) == (504, DEADLINE.type)
+    assert (answers[-1].status_code, answers[-1].json()["type"]) == (504, DEADLINE.type)
     assert "none has been decoded" in detail
     assert probes == [503, 200]
 
@@ -220,8 +228,7 @@ def test_memory_of_all_decoders_is_bounded(runtime, held):
             tasks = [await asking.ask(file), await asking.ask(file)]
             await came(held)
             waiting = asking.batcher.decoding._budget._change
-            while not waiting._waiters:  # type: ignore[attr-defined]
-                await asyncio.sleep(0)
+            await asyncio.to_thread(until, lambda: waiting._waiters)  # type: ignore[attr-defined]
             assert held.came.empty()
             held.gate.set()
             await asyncio.gather(*tasks)
@@ -263,8 +270,10 @@ def test_a_process_that_cannot_be_started_fails_one_request(live, runtime, encod
 
     monkeypatch.setattr("common.child.subprocess.Popen", fail)
     with live(make_app(runtime, Limits())) as url:
-        failed = httpx.post(f"{url}/predict", content=heavy(1200), headers={"Content-Type": "image/png"})
-        alive = httpx.post(f"{url}/predict", content=encode(pixels[0]), headers={"Content-Type": "image/png"})
+        failed = httpx.post(f"{url}/predict", content=heavy(1200), headers={"Content-Type": "image/png"}, timeout=60)
+        alive = httpx.post(
+            f"{url}/predict", content=encode(pixels[0]), headers={"Content-Type": "image/png"}, timeout=60
+        )
     assert (failed.status_code, failed.json()["type"]) == (500, INTERNAL.type)
     assert alive.status_code == 200
     assert "an image could not be decoded" in caplog.text

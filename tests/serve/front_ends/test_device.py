@@ -18,6 +18,7 @@ if sys.platform != "linux":
     pytest.skip("front ends need Linux", allow_module_level=True)
 
 from devices import LIMITS, Running, running
+from serving import until
 
 from common.refusal import Refusal
 from serve.front_ends import link as link_module
@@ -202,14 +203,11 @@ def test_nobody_can_resize_the_memory_of_a_connection(runtime, pixels):
 def test_who_does_not_read_answers_is_cut_off(runtime, caplog):
     with running(runtime) as it:
         connection = raw(it)
-        while not it.device._peers:
-            pass
-        (peer,) = it.device._peers
+        (peer,) = until(lambda: it.device._peers)
         try:
             for num in range(1, 100_000):
                 connection.sendall(request(0))
-                while peer.is_open and (len(it.batches) < num or peer._num_busy):
-                    pass
+                until(lambda num=num: not peer.is_open or (len(it.batches) >= num and not peer._num_busy))
         except (BrokenPipeError, ConnectionResetError):
             pass
         assert is_cut_off(connection)
@@ -282,7 +280,7 @@ def test_a_check_takes_memory_for_its_own_images(runtime, pixels, allocation):
             assert np.array_equal(remote(np.repeat(pixels, 4, axis=0)), runtime(np.repeat(pixels, 4, axis=0)))
         slot_bytes, other_bytes = it.device._shape.slot.itemsize, len(it.device._greeting)
         for num_slots in (2, 8):  # of 20 images
-            assert allocation.sizes.get() == num_slots * slot_bytes + other_bytes
+            assert allocation.sizes.get(timeout=60) == num_slots * slot_bytes + other_bytes
 
 
 def test_a_front_end_that_cannot_map_its_memory_leaves_no_connection(runtime, monkeypatch):
@@ -293,8 +291,7 @@ def test_a_front_end_that_cannot_map_its_memory_leaves_no_connection(runtime, mo
         monkeypatch.setattr(link_module, "Area", fail)
         with pytest.raises(OSError, match="Cannot allocate memory") as kept:
             it.dial().connect()
-        while it.device._peers or it.device._tasks:
-            pass
+        until(lambda: not (it.device._peers or it.device._tasks))
     assert kept
 
 
@@ -336,8 +333,7 @@ def test_memory_ends_with_its_connection(runtime):
         assert mapped() == before + 1
         connection.close()
         assert len(it.dial().connect().link.end()) == 0  # whose turn comes after the end of the other
-        while mapped() > before:
-            pass
+        until(lambda: mapped() <= before)
 
 
 def test_more_memory_than_there_is_is_refused(monkeypatch, runtime):

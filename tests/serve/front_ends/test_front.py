@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import httpx
 import numpy as np
 import pytest
-from serving import PNG
+from serving import PNG, until
 
 if sys.platform != "linux":
     pytest.skip("front ends need Linux", allow_module_level=True)
@@ -48,7 +48,7 @@ def test_a_front_end_answers_as_a_whole_server_does(live, runtime, pixels, encod
     with live(make_app(runtime, limits)) as url:
         expected = [post(url, file).json() for file in files]
     with running(runtime, limits) as it, front_end(live, it) as url:
-        assert httpx.get(f"{url}/readyz").status_code == 200
+        assert httpx.get(f"{url}/readyz", timeout=60).status_code == 200
         for file, answer in zip(files, expected, strict=True):
             found = post(url, file)
             assert found.json()["model"] == answer["model"]
@@ -70,27 +70,32 @@ def test_the_batch_of_a_device_process_that_ends_is_503_and_what_comes_then_wait
         (answer,) = answers
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert answer.json()["detail"].startswith("the process that runs the model has ended")
-        unready = httpx.get(f"{url}/readyz")
+        unready = httpx.get(f"{url}/readyz", timeout=60)
         assert (unready.status_code, unready.json()["type"]) == (503, "urn:diracnet:problem:not-ready")
         waiting, later = posted(url, encode(pixels[1]))
         gated.open()
         waiting.join(60)
         assert later[0].status_code == 200
-        assert httpx.get(f"{url}/readyz").status_code == 200
+        assert httpx.get(f"{url}/readyz", timeout=60).status_code == 200
 
 
 def test_shared_memory_that_is_full_is_503_until_what_was_given_up_comes_back(live, gated, pixels, encode):
-    limits = Limits(max_images=1, max_queue=1, deadline_s=0.2)
+    limits, statuses = Limits(max_images=1, max_queue=1, deadline_s=0.2), []
     gated.open()
     with running(gated, limits) as it, front_end(live, it) as url:
         gated.close()
-        assert post(url, encode(pixels[0])).status_code == 504
+
+        def is_in_its_slot():  # unless it is late before that
+            statuses.append(post(url, encode(pixels[0])).status_code)
+            return gated.batches
+
+        until(is_in_its_slot)
+        assert 504 in statuses
         full = post(url, encode(pixels[1]))
         assert (full.status_code, full.headers["retry-after"]) == (503, "1")
         assert full.json()["detail"].startswith("the shared memory is full: ")
         gated.open()
-        while (answer := post(url, encode(pixels[1]))).status_code == 503:
-            pass
+        answer = until(lambda: (found := post(url, encode(pixels[1]))).status_code not in (503, 504) and found)
         assert answer.status_code == 200
 
 
@@ -117,8 +122,7 @@ def test_a_reload_reaches_front_ends_and_loses_nothing_that_is_under_way(live, g
         new = other_runtime.model.digest
         assert old[0]["model"]["digest"] == gated.model.digest
         for front in (url, other):
-            while ask(front)["model"]["digest"] != new:
-                pass
+            until(lambda front=front: ask(front)["model"]["digest"] == new)
 
 
 def test_one_front_end_is_asked_for_a_reload_and_all_follow(live, runtime, other_runtime, pixels, encode):
@@ -133,8 +137,7 @@ def test_one_front_end_is_asked_for_a_reload_and_all_follow(live, runtime, other
         assert answer.json()["model"]["digest"] == new
         while not link.has_newer_model:
             assert not link.receive(waits=True)
-        while len(it.device._peers) > 2:  # the front end's connection to the old model ends when nothing needs it
-            pass
+        until(lambda: len(it.device._peers) <= 2)  # the front end's to the old model ends when nothing needs it
         np.testing.assert_allclose(link.run(pixels), runtime(pixels), rtol=1e-5, atol=1e-5)  # what is begun is ended
 
 
@@ -163,7 +166,7 @@ def test_a_batch_on_which_the_model_fails_is_500_and_counted_nowhere(live, gated
         assert "memory" not in failed.text
         gated.spoil = None
         assert post(url, encode(pixels[0])).status_code == 200
-        lines = httpx.get(f"{url}/metrics").text.splitlines()
+        lines = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
         (answered,) = [line for line in lines if line.startswith("diracnet_answered_images_total{")]
         assert answered.endswith(" 1.0")
 
@@ -171,8 +174,7 @@ def test_a_batch_on_which_the_model_fails_is_500_and_counted_nowhere(live, gated
 def test_a_front_end_asks_the_model_for_its_probe_images_and_counts_them_nowhere(live, runtime):
     limits = Limits(probe_every_s=0.01)
     with running(runtime, limits) as it, front_end(live, it) as url:
-        while not (card := httpx.get(f"{url}/model").json())["probe"]["checked"]:
-            pass
+        card = until(lambda: (card := httpx.get(f"{url}/model", timeout=60).json())["probe"]["checked"] and card)
         assert card["probe"]["error"] < 1e-4
         assert card["probe"]["fault"] is None
         assert card["answers"]["images"] == 0

@@ -14,12 +14,14 @@ import httpx
 import numpy as np
 import pytest
 from held_model import PROGRAM
-from serving import PNG, ROOT, ask, command, read_greeting, wait_for
+from serving import PNG, ROOT, ask, command, read_greeting, read_line, until, wait_for
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="front ends need Linux"),
 ]
+
+PATIENT = ("--deadline-ms", "100000")  # requests wait for a process that is replaced, however long that takes
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def front_ends(start, artefact):
     """`front_ends(*argv)`: a server with two of them, whose processes are in its `fronts` and `device`."""
 
     def start_them(*argv, **options):
-        server = start(artefact, "--front-ends", 2, *argv, **options)
+        server = start(artefact, "--front-ends", 2, *PATIENT, *argv, **options)
         find_processes(server)
         return server
 
@@ -50,7 +52,7 @@ def held(start, artefact, tmp_path, encode):
     """The same with a model that stops at `server.white` until `server.let_go()`."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    argv = [str(artefact), "--front-ends", "2", "--port", "0", "--runtime", "onnxruntime"]
+    argv = [str(artefact), "--front-ends", "2", "--port", "0", "--runtime", "onnxruntime", *PATIENT]
     server = start(program=[sys.executable, "-c", PROGRAM, str(ROOT), str(fifo), *argv], waits=False)
     read_greeting(server)
     find_processes(server)
@@ -75,7 +77,7 @@ def asked(client, server, file):
 
 
 def test_front_ends_answer_and_count_together(front_ends, pixels, encode):
-    server, num_requests = front_ends(), 12
+    server, num_requests = front_ends("--probe-every", 0), 12  # probes are batches too
     assert server.greeting == "2 front ends, 1 device process\n"
     ids = set()
     for _ in range(num_requests):  # each on a connection of its own, for whichever front end takes it
@@ -103,46 +105,54 @@ def num_areas(process):
 
 def test_a_killed_front_end_is_replaced_and_its_memory_and_gauges_are_gone(front_ends, pixels, encode):
     server, file = front_ends(), encode(pixels[0])
-    assert num_areas(server.device) == 2
+    until(lambda: num_areas(server.device) == 2)  # those of their checks at the start are gone
     os.kill(server.fronts[0], signal.SIGKILL)
     assert f"front end {server.fronts[0]} died" in wait_for(server, " died")
     wait_for(server, " serves")
-    assert num_areas(server.device) == 2
+    until(lambda: num_areas(server.device) == 2)
     assert ask(server, file).status_code == 200
     lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
     assert "diracnet_connections_limit 4096.0" in lines  # and not three times 2048
 
 
 def test_a_killed_front_end_takes_only_its_own_requests_with_it(held):
-    clients = {}
-    while len(clients) < 2:  # each connection belongs to one front end
-        client = httpx.Client()
-        name = client.get(f"{held.url}/healthz", timeout=60).headers["x-request-id"].partition("-")[0]
-        if clients.setdefault(name, client) is not client:
-            client.close()
-    first, second = (asked(client, held, held.white) for client in clients.values())
-    assert held.stdout.readline() == "holds\n"
-    while "diracnet_queue_images 2.0" not in httpx.get(f"{held.url}/metrics", timeout=60).text:
-        pass
+    clients = until(lambda: clients_of_both(held))
+    first, second = (asked(client, held, held.white) for client in clients)
+    assert read_line(held) == "holds\n"
+    until(lambda: "diracnet_queue_images 2.0" in httpx.get(f"{held.url}/metrics", timeout=60).text)
     os.kill(held.fronts[0], signal.SIGKILL)
     wait_for(held, " died")
     held.let_go()
     while first[0].is_alive() or second[0].is_alive():
         if select.select([held.stdout], [], [], 0.1)[0]:  # the other one was not in the same batch
-            assert held.stdout.readline() == "holds\n"
+            assert read_line(held) == "holds\n"
             held.let_go()
     outcomes = [answers[0] for _, answers in (first, second)]
     lost = [outcome for outcome in outcomes if isinstance(outcome, httpx.TransportError)]
     assert len(lost) == 1
     assert [outcome.status_code for outcome in outcomes if outcome not in lost] == [200]
-    for client in clients.values():
+    for client in clients:
         client.close()
+
+
+def clients_of_both(server):
+    """Two clients whose connections belong to different front ends; None if they belong to one, and none is kept.
+
+    Both are new: an idle connection is closed after five seconds, and the next may be that of the other front end.
+    """
+    clients = [httpx.Client(timeout=60) for _ in range(2)]
+    ids = [client.get(f"{server.url}/healthz").headers["x-request-id"] for client in clients]
+    if len({name.partition("-")[0] for name in ids}) == 2:
+        return clients
+    for client in clients:
+        client.close()
+    return None
 
 
 def test_a_killed_device_process_answers_its_batch_503_and_is_replaced(held, pixels, encode):
     with httpx.Client() as client:
         thread, answers = asked(client, held, held.white)
-        assert held.stdout.readline() == "holds\n"
+        assert read_line(held) == "holds\n"
         os.kill(held.device, signal.SIGKILL)
         thread.join(60)
         (answer,) = answers
@@ -155,7 +165,7 @@ def test_a_killed_device_process_answers_its_batch_503_and_is_replaced(held, pix
 def test_sigterm_finishes_what_is_under_way(held):
     with httpx.Client() as client:
         thread, answers = asked(client, held, held.white)
-        assert held.stdout.readline() == "holds\n"
+        assert read_line(held) == "holds\n"
         held.send_signal(signal.SIGTERM)
         held.let_go()
         thread.join(60)
@@ -183,11 +193,15 @@ def test_sighup_reaches_all_front_ends(front_ends, artefact, other_artefact, pix
     server.send_signal(signal.SIGHUP)
     wait_for(server, "now serving DiracNet-10-0.25")
     new, seen = sha256(other_artefact.read_bytes()).hexdigest(), set()
-    while len(seen) < 2:
+
+    def both_have_it():
         answer = ask(server, file)
         assert answer.status_code == 200
         if answer.json()["model"]["digest"] == new:
             seen.add(answer.headers["x-request-id"].partition("-")[0])
+        return len(seen) == 2
+
+    until(both_have_it)
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
@@ -254,14 +268,18 @@ def test_each_of_two_devices_has_a_process_that_is_replaced_and_one_front_end(st
     devices = [int(match[2]) for match in found if match[1] == "device process"]
     read_greeting(server)
     assert server.greeting == "2 front ends, 2 device processes\n"
-    assert [num_areas(device) for device in devices] == [1, 1]
+    until(lambda: [num_areas(device) for device in devices] == [1, 1])
     os.kill(devices[0], signal.SIGKILL)
     wait_for(server, " died")
     (after,) = re.findall(r"device process (\d+) serves", wait_for(server, " serves"))
     front_ends = set()
-    while len(front_ends) < 2:
+
+    def both_answer():
         answer = ask(server, encode(pixels[0]))
         assert answer.status_code in (200, 503)  # of a front end that has not seen the new process yet
         if answer.status_code == 200:
             front_ends.add(answer.headers["x-request-id"].partition("-")[0])
-    assert [num_areas(device) for device in (int(after), devices[1])] == [1, 1]
+        return len(front_ends) == 2
+
+    until(both_answer)
+    until(lambda: [num_areas(device) for device in (int(after), devices[1])] == [1, 1])

@@ -112,7 +112,7 @@ def test_channels_are_turned_round_where_the_net_takes_them_so(sample):
         ('{"channels": "gbr"}', r"channels cannot be 'gbr' \(expected: \"rgb\" or \"bgr\"\)"),
         (json.dumps({"labels": [*map(str, range(999)), 7]}), r"labels cannot be 7 \(expected: a list of strings\)"),
         (json.dumps({"labels": "x" * 999}), r"labels cannot be 'x{79} \(expected"),
-        ('{"mean": [0.5]}', "mean needs 3 values, one for each channel, got 0.5"),
+        ('{"mean": [0.5]}', "mean needs a value for each channel, 3 in all, got 0.5"),
         ('{"labels": ["a", "b"]}', r"the net has 10 classes, and plain\.onnx\.json gives 2 labels"),
         ('{"resize": 8}', "cannot crop 32x32 from images resized to 8"),
     ],

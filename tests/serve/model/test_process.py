@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from serving import PNG, ROOT, ask, read_greeting, wait_for, workers_of
+from serving import PNG, ROOT, ask, read_greeting, read_line, until, wait_for, workers_of
 
 from common.refusal import Refusal
 from serve.config import ServeConfig
@@ -61,7 +61,7 @@ def slow(how, artefact, *argv):
 @pytest.mark.slow
 def test_sigterm_ends_a_server_that_has_not_read_its_model(start, artefact):
     server = start(program=slow("wait", artefact), waits=False, stdin=-1)
-    assert server.stdout.readline() == "loads\n"
+    assert read_line(server) == "loads\n"
     server.send_signal(signal.SIGTERM)
     assert server.wait(60) == -signal.SIGTERM
 
@@ -70,7 +70,7 @@ def test_sigterm_ends_a_server_that_has_not_read_its_model(start, artefact):
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_server_whose_model_hangs_when_it_is_first_run(start, artefact, end):
     server = start(program=slow("hang", artefact), waits=False)
-    assert server.stdout.readline() == "hangs\n"
+    assert read_line(server) == "hangs\n"
     server.send_signal(end)
     assert server.wait(60) == -end
 
@@ -78,7 +78,7 @@ def test_a_signal_ends_a_server_whose_model_hangs_when_it_is_first_run(start, ar
 @pytest.mark.slow
 def test_a_hangup_before_the_model_is_read_is_heeded_when_it_serves(start, artefact, pixels, encode):
     server = start(program=slow("wait", artefact), waits=False, stdin=-1)
-    assert server.stdout.readline() == "loads\n"
+    assert read_line(server) == "loads\n"
     server.send_signal(signal.SIGHUP)
     server.stdin.write("\n\n")  # for this time and for the reload
     server.stdin.flush()
@@ -90,8 +90,7 @@ def test_a_hangup_before_the_model_is_read_is_heeded_when_it_serves(start, artef
 @pytest.mark.slow
 def test_workers_that_hang_at_their_start_do_not_keep_the_supervisor(start, endless):
     server = start(endless, "--workers", 2, waits=False)
-    while len(workers_of(server)) < 2:
-        assert server.poll() is None
+    until(lambda: server.poll() or len(workers_of(server)) == 2)
     server.send_signal(signal.SIGTERM)
     assert server.wait(60) == 0
 

@@ -10,6 +10,7 @@ from weakref import ref
 import httpx
 import numpy as np
 import pytest
+from serving import until
 from starlette.testclient import TestClient
 
 from common.refusal import Refusal
@@ -163,4 +164,4 @@ def test_the_old_model_is_let_go_with_its_last_answer(artefact, other_artefact, 
         assert old()
         assert client.post("/admin/reload", headers=KEY).status_code == 200
         gc.collect()
-        assert old() is None
+        until(lambda: old() is None)  # the thread that ran it may hold it for a moment

@@ -248,7 +248,10 @@ def test_nobody_is_sent_to_the_host_that_a_request_names(client):
 
 @pytest.mark.parametrize("address", ["/healthz", "/readyz", "/v2/health/live", "/v2/health/ready", "/model", "/"])
 def test_head_is_answered_as_get_is_without_the_body(live, runtime, address):
-    with live(make_app(runtime, Limits()), http=Connection) as url, httpx.Client(base_url=url) as connection:
+    with (
+        live(make_app(runtime, Limits()), http=Connection) as url,
+        httpx.Client(base_url=url, timeout=60) as connection,
+    ):
         whole, head = connection.get(address), connection.head(address)
         assert connection.get(address).status_code == 200  # nothing is left over on the connection
     assert (head.status_code, head.content) == (200, b"")

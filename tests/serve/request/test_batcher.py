@@ -202,7 +202,7 @@ def test_jobs_under_way_finish_on_the_model_that_was_there(gated, runtime, other
 
 
 def test_several_devices_share_one_queue(runtime, file):
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=60)
 
     class Meeting:
         """Runs only while the other device runs too."""

@@ -75,7 +75,7 @@ ENDLESS = {
 @pytest.mark.parametrize("what", ENDLESS)
 def test_nothing_goes_on_for_ever(served, connect, what):
     flood(connect(served), *ENDLESS[what])
-    assert httpx.get(f"{served}/healthz").status_code == 200
+    assert httpx.get(f"{served}/healthz", timeout=60).status_code == 200
 
 
 def test_trailers_are_not_kept(live, runtime, connect):
@@ -137,7 +137,7 @@ UPGRADES = [
 @pytest.mark.parametrize("headers", UPGRADES)
 def test_another_protocol_is_not_taken_up_and_the_request_is_answered(served, connect, pixels, encode, headers):
     connection, file = connect(served), encode(pixels[0])
-    expected = httpx.post(f"{served}/predict", content=file).json()
+    expected = httpx.post(f"{served}/predict", content=file, timeout=60).json()
     for _ in range(2):
         connection.sendall(post(file, *headers, b"X-Request-Id: mine"))
         answer = one_answer(connection)

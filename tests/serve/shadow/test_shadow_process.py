@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 from dataclasses import replace
 from hashlib import sha256
 from multiprocessing import Pipe
@@ -12,7 +11,7 @@ from multiprocessing import Pipe
 import httpx
 import numpy as np
 import pytest
-from serving import PNG, children_of, command, wait_for, workers_of
+from serving import PNG, children_of, command, patience, until, wait_for, workers_of
 from shadows import running, send
 
 from common.refusal import Refusal
@@ -102,21 +101,21 @@ def start_shadowed(start, artefact, other_artefact, tmp_path):
 def compare_two(client, pixels, encode):
     """Two images more are compared, by whichever worker takes them; `dropped` while it is not there."""
     before = running(client)["images"]
-    until = threading.Event()
-    timer = threading.Timer(120, until.set)
-    timer.start()
-    while client.get("/model").json()["shadow"].get("images", 0) < before + 2:
-        assert not until.is_set()
+
+    def are_compared():
         send(client, pixels[:1], encode)
-    timer.cancel()
+        return client.get("/model").json()["shadow"].get("images", 0) >= before + 2
+
+    until(are_compared)
 
 
 def until_served(server, num):
     """The log until a model has been swapped in so many times more."""
     lines = []
-    while sum("now serving" in line for line in lines) < num:
-        lines.append(server.stderr.readline())
-        assert lines[-1], lines
+    with patience(server):
+        while sum("now serving" in line for line in lines) < num:
+            lines.append(server.stderr.readline())
+            assert lines[-1], lines
     return "".join(lines)
 
 
@@ -128,8 +127,12 @@ def test_a_shadow_that_is_killed_comes_back_and_goes_on_counting(start_shadowed,
         before = client.get("/model").json()["shadow"]["images"]
         (process,) = children_of(server.pid, "model.worker")
         os.kill(process, signal.SIGKILL)
-        while children_of(server.pid, "model.worker") in ([], [process]):
+
+        def is_replaced():  # once an image finds it gone
             send(client, pixels[:1], encode)
+            return children_of(server.pid, "model.worker") not in ([], [process])
+
+        until(is_replaced)
         compare_two(client, pixels, encode)
         card = client.get("/model").json()["shadow"]
     assert card["images"] >= before + 2

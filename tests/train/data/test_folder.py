@@ -18,7 +18,7 @@ from train.machine import World
 from train.run import command
 from train.trainer import evaluate
 
-SETTINGS = TrainConfig(flip="yes", crop=0, smallest_crop=0.3, seed=5, workers=0).resolved()
+SETTINGS = TrainConfig(flip="yes", crop=0, smallest_crop=0.3, seed=5, workers=0, batch_size=4).resolved()
 
 
 @pytest.fixture
@@ -34,8 +34,9 @@ def folder(tmp_path):
 
 
 def all_batches(split, **options):
-    settings = replace(SETTINGS, workers=options.pop("workers", 0))
-    place = {"batch_size": 4, "epoch": 1, "first_step": 0, "world": World()} | options
+    changed = {name: options.pop(name) for name in ("workers", "batch_size") if name in options}
+    settings = replace(SETTINGS, **changed)
+    place = {"epoch": 1, "first_step": 0, "world": World()} | options
     return list(batches(split, settings, datasets.info_of("digits"), **place))
 
 

@@ -97,18 +97,18 @@ def test_a_run_keeps_its_images_when_the_folder_grows_and_refuses_another_one(fo
     num_test = state.config["split"]["test"]
     assert f"on {num_test} images" in output
     assert state.training_record()["folder"] == "photos"
-    dataset = datasets.load_as_trained(state.config, beside=tmp_path / "run", image_size=8)
+    dataset = datasets.load_as_trained(state.config, beside=tmp_path / "run")
 
     rng = np.random.default_rng(2)
     for index in range(4):
         add(folder / "light" / f"new{index}.png", 200, rng)
     assert run(*argv, "--resume") == 0
     assert f"on {num_test} images" in capsys.readouterr().out
-    again = datasets.load_as_trained(state.config, beside=tmp_path / "run", image_size=8)
+    again = datasets.load_as_trained(state.config, beside=tmp_path / "run")
     for part in ("train", "validation", "test"):
         assert getattr(again, part).names == getattr(dataset, part).names
     with pytest.raises(Refusal, match=r"does not hold the images .* keep the run's split\.json beside the model"):
-        datasets.load_as_trained(state.config, image_size=8)
+        datasets.load_as_trained(state.config)
     monkeypatch.chdir("/")
     image = ImageSpec(8, 8, 3, (0.5,) * 3, (0.5,) * 3, resize=8)
     images, _ = real_images(image, state.config, num=99, beside=tmp_path / "run")

@@ -6,6 +6,7 @@ import grpc
 import numpy as np
 import pytest
 from rpc_calls import NAME, SERVICE, Raw, images_of, request_of, tritons
+from serving import until
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
@@ -145,7 +146,7 @@ def test_other_methods_are_unimplemented(served_rpc):
 def test_the_limits_are_those_of_http(served_rpc, encode):
     status, said, _ = served_rpc.raw(request_of(BLACK, raw_input_contents=[bytes(200_000)]))
     assert (status, "200" in said) == ("RESOURCE_EXHAUSTED", True)
-    assert served_rpc.visits.get(timeout=30).status == 413
+    assert served_rpc.visits.get(timeout=60).status == 413
     many = np.zeros((41, 8, 8, 3), np.uint8)
     status, said, metadata = served_rpc.raw(request_of(many))
     assert (status, metadata["problem-type"]) == ("RESOURCE_EXHAUSTED", problems.TOO_MANY_IMAGES.type)
@@ -202,8 +203,8 @@ def test_a_client_that_sends_nothing_holds_up_nobody(serve_rpc, runtime, monkeyp
     limits = Limits(max_body_bytes=100_000, max_held_bytes=100_000, max_images=4)
     with serve_rpc(runtime, limits) as served:
         silent = Silent(served.target)
-        while not silent.call.done():  # it may not have reached the server before the first of these
-            assert served.raw(request_of(BLACK))[0] == "OK"
+        until(lambda: served.app.grpc._intake._started)  # it has the place
+        assert served.raw(request_of(BLACK))[0] == "OK"
         assert silent.call.code() == grpc.StatusCode.UNAVAILABLE
         assert "not complete within 0.05 s while others waited" in silent.call.details()
         silent.end()
@@ -215,7 +216,7 @@ def test_a_message_that_never_comes_ends_at_the_servers_deadline(serve_rpc, runt
         assert silent.call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         assert "the message was not complete within its deadline" in silent.call.details()
         silent.end()
-        assert served.visits.get(timeout=30).status == 408
+        assert served.visits.get(timeout=60).status == 408
 
 
 def test_the_servers_key_is_asked_for_before_a_message_is_received(serve_rpc, runtime):

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -44,22 +45,23 @@ def test_a_taken_port_ends_the_command_in_one_line(start, artefact):
 def test_sigterm_under_load_refuses_what_comes_and_answers_what_came(start, artefact, pixels, encode):
     """Each client goes on until it is refused; nobody is cut off."""
     server = start(artefact, "--grpc-port", 0)
-    target, message = target_of(server), request_of(BLACK)
+    target, message, are_answered = target_of(server), request_of(BLACK), threading.Barrier(5)
 
     def ask_until_refused():
-        raw, num_answers = Raw(target), 0
+        raw = Raw(target)
+        assert raw(message)[0] == "OK"
+        are_answered.wait(60)
         while (outcome := raw(message))[0] == "OK":
-            num_answers += 1
-        return num_answers, outcome
+            pass
+        return outcome
 
     with ThreadPoolExecutor(4) as threads:
         calls = [threads.submit(ask_until_refused) for _ in range(4)]
-        while not all(ask(server, encode(pixels[0])).status_code == 200 for _ in range(20)):
-            pass
+        are_answered.wait(60)
+        assert all(ask(server, encode(pixels[0])).status_code == 200 for _ in range(20))
         server.send_signal(signal.SIGTERM)
         outcomes = [call.result() for call in calls]
-    assert {status for _, (status, _, _) in outcomes} == {"UNAVAILABLE"}
-    assert all(num_answers for num_answers, _ in outcomes)
+    assert {status for status, _, _ in outcomes} == {"UNAVAILABLE"}
     assert server.wait(60) == 0
     log = server.stderr.read()
     assert "Traceback" not in log
