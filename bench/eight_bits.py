@@ -71,7 +71,7 @@ def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_image
     import numpy as np
 
     from export.eight_bits.quantize import quantize
-    from fold.plain import fold_net
+    from fold.graph import fold
     from train.data import datasets
     from train.layers import DiracConv2d
 
@@ -80,7 +80,7 @@ def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_image
     observed, chosen_by = np.split(pixels, [len(pixels) // 4])
     spec = settings.spec(dataset.info.image, dataset.info.labels)
     options = {"lowerings": tuple(LABELS), "observed": observed, "chosen_by": chosen_by}
-    found = quantize(fold_net(net.eval()).float(), spec, precision="int8", target="onnxruntime", **options)
+    found = quantize(fold(net.eval()).float(), spec, precision="int8", target="onnxruntime", **options)
     scales = [layer.a.item() for layer in net.modules() if isinstance(layer, DiracConv2d)]
     row: dict[str, Any] = {"a": {"min": min(scales), "mean": float(np.mean(scales)), "max": max(scales)}}
     for candidate in reversed(found.candidates):  # the best is the last of its lowering

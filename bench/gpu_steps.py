@@ -91,12 +91,12 @@ def fold_on_device(device: str, checkpoint: str) -> Iterator[Result]:
     """The Dirac net and its fold in each precision, TF32 off and on, compared with the Dirac net in float64."""
     import torch
 
-    from fold.plain import fold_net
+    from fold.graph import fold
     from train.checkpoint import load_checkpoint, load_net
 
     found = load_checkpoint(Path(checkpoint))
     dirac = load_net(found).double().eval()
-    nets = {"Dirac": dirac, "plain": fold_net(dirac).double().eval()}
+    nets = {"Dirac": dirac, "plain": fold(dirac).double().eval()}
     image, num = found.spec.image, 1024 if device == "cuda" else 16
     x = torch.randint(0, 256, (num, image.height, image.width, image.channels), dtype=torch.uint8, device=device)
     kinds = {"fp64": torch.float64, "fp32": torch.float32, "TF32": torch.float32}
@@ -120,9 +120,11 @@ def _in_precision(net: Any, kind: Any, device: str) -> Callable[[Any], Any]:
     """The net in `kind`, channels last; pixels are normalised in no less than float32."""
     import torch
 
-    whole = deepcopy(net)
-    normalize = whole[0].to(device) if kind == torch.float64 else whole[0].float().to(device)
-    rest = whole[1:].to(device, kind).to(memory_format=torch.channels_last)
+    from bench.nets import divided
+
+    normalize, rest = divided(deepcopy(net))
+    normalize = normalize.to(device) if kind == torch.float64 else normalize.float().to(device)
+    rest = rest.to(device, kind).to(memory_format=torch.channels_last)
     return lambda x: rest(normalize(x).to(kind))
 
 
@@ -130,15 +132,14 @@ def training_speed(device: str) -> Iterator[Result]:
     """A training step on CIFAR-sized noise that is already on the device."""
     import torch
 
+    from bench.nets import dirac_spec
     from bench.training_steps import make_net, make_step
-    from common.spec import Spec
-    from train.data.datasets import cifar_image
 
     nets, num = (((34, 2.0), (16, 1.0)), 128) if device == "cuda" else (((10, 0.25),), 4)
     ways = [("fp32", "Dirac", True, False), ("bf16", "Dirac", True, False), ("bf16", "Dirac", False, False)]
     ways += [("bf16", "ordinary", True, False), ("bf16", "Dirac", True, True)]
     for size, (precision, form, channels_last, compiled) in product(nets, ways):
-        spec = Spec("cifar", *size, "ncrelu", cifar_image(), tuple("0123456789"))
+        spec = dirac_spec(*size)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         net = make_net(form, spec).to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]  # torch has it
         wrap: Any = torch.compile if compiled else lambda net: net

@@ -83,8 +83,10 @@ def _make(model: Model, path: Path, precision: str, answer: Answer, **more: Any)
 def _open_torch(path: Path) -> Artefact:
     import torch
 
-    from fold.plain import load_plain
-    from fold.proof import layer_outputs
+    from fold.graph import GraphNet
+    from fold.plain import load_plain, skeleton
+    from fold.proof import weighted_layers
+    from fold.tracing import trace
     from train.checkpoint import load_checkpoint, load_net
 
     if path.suffix == ".pt":
@@ -101,8 +103,13 @@ def _open_torch(path: Path) -> Artefact:
 
     @torch.no_grad()
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
-        outputs = layer_outputs(net, torch.from_numpy(images), _layer_names(model))
-        return {name: output.numpy() for name, output in outputs}
+        if isinstance(net, GraphNet):
+            inside, names = net, {name: name for name in _layer_names(model)}
+        else:  # the output of a convolution is that of the batch normalisation after it, which the fold takes in
+            inside = GraphNet(trace(net).convert(torch.float32))
+            names = {node.origin: node.name for node in weighted_layers(skeleton(file.spec))}
+        outputs = inside.values(torch.from_numpy(images))
+        return {names[origin]: output.numpy() for origin, output in outputs if origin in names}
 
     return _make(model, path, "fp32", answer, layers=layers, source=file)
 
@@ -161,7 +168,7 @@ def _layer_names(model: Model) -> list[str]:
 
     if model.spec.net:
         return list(dict.fromkeys(row["what"] for row in model.provenance.get("fold", {}).get("layers", [])))
-    return weighted_layers(skeleton(model.spec))
+    return [node.name for node in weighted_layers(skeleton(model.spec))]
 
 
 def _onnx_layers(

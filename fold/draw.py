@@ -36,15 +36,15 @@ def command(config: DrawConfig) -> int:
 
     from common.figure import png
     from common.files import write_whole
-    from fold.plain import fold_net
+    from fold.graph import fold
     from train.checkpoint import load_checkpoint, load_net
 
     net = load_net(load_checkpoint(config.checkpoint))
     dirac = _dirac_layers(net, config)
-    plain = fold_net(net)
+    plain = fold(net).graph
     figure = Figure(figsize=(12, 2.7 * len(dirac)), layout="constrained")
     for row, (name, layer) in zip(figure.subplots(len(dirac), len(PARTS), squeeze=False), dirac.items(), strict=True):
-        slices = [*central_slices(layer), _centre(plain.get_parameter(f"{name}.weight").detach())]
+        slices = [*central_slices(layer), _centre(plain[name].tensors["weight"])]
         for axes, title, values in zip(row, PARTS, slices, strict=True):
             shown = values[: config.channels, : config.channels].numpy()
             limit = max(abs(shown).max(), 1e-12)

@@ -11,32 +11,28 @@ from fold.tracing import trace
 
 
 class GraphNet(nn.Module):
-    """A graph as a net; its tensors are buffers, named as in a file."""
+    """A graph as a net. `graph` has its current tensors; they are buffers, called `nodes.` and their name in a file."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self.graph = replace(graph, nodes=tuple(replace(node, tensors={}) for node in graph.nodes))
-        self._places: dict[str, tuple[str, ...]] = {}
-        for node in graph.nodes:
-            for key, tensor in node.tensors.items():
-                self._place(node.name).register_buffer(key, tensor.detach())
-            self._places[node.name] = tuple(node.tensors)
+        self.nodes = nn.Module()
+        self.graph = replace(graph, nodes=tuple(map(self._bind, graph.nodes)))
+        last = {name: node.name for node in graph.nodes for name in node.inputs}
+        self._dropped = [[name for name in {*node.inputs} if last[name] == node.name] for node in graph.nodes]
 
-    def _place(self, name: str) -> nn.Module:
-        place: nn.Module = self
-        for part in ("nodes", *name.split(".")):
+    def _bind(self, node: Node) -> Node:
+        """The node with a module's own buffers as its tensors, which `to`, `float` and the like replace in place."""
+        place = self.nodes
+        for part in node.name.split(".") if node.tensors else ():
             if part not in dict(place.named_children()):
                 place.add_module(part, nn.Module())
             place = place.get_submodule(part)
-        return place
+        for key, tensor in node.tensors.items():
+            place.register_buffer(key, tensor.detach())
+        return replace(node, tensors=place._buffers) if node.tensors else node
 
-    def with_tensors(self) -> Graph:
-        """The graph with the current tensors."""
-        return replace(self.graph, nodes=tuple(self._filled(node) for node in self.graph.nodes))
-
-    def _filled(self, node: Node) -> Node:
-        keys = self._places[node.name]
-        return replace(node, tensors={key: self.get_buffer(f"nodes.{node.name}.{key}") for key in keys})
+    def __repr__(self) -> str:
+        return "\n  ".join(["GraphNet(", *map(str, self.graph.nodes)]) + "\n)"
 
     def forward(self, x: Tensor) -> Tensor:
         for _, value in self.values(x):
@@ -45,21 +41,19 @@ class GraphNet(nn.Module):
 
     def values(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Every node's output by name, in order; outputs are dropped after their last reader."""
-        last = {name: node.name for node in self.graph.nodes for name in node.inputs}
         held: dict[str, Tensor] = {}
-        for node in self.graph.nodes:
-            value = x if node.op == "input" else run(self._filled(node), [held[name] for name in node.inputs])
+        for node, dropped in zip(self.graph.nodes, self._dropped, strict=True):
+            value = run(node, [held[name] for name in node.inputs]) if node.inputs else x
             held[node.name] = value
-            for name in {*node.inputs}:
-                if last[name] == node.name:
-                    del held[name]
+            for name in dropped:
+                del held[name]
             yield node.name, value
 
 
 def fold(net: nn.Module, example: Tensor | None = None) -> GraphNet:
     """The plain form in float64 of any net that can be traced, in evaluation mode; `net` stays as it was.
 
-    `example` is a batch for the net; it may be omitted if no operation depends on shapes.
-    `.graph.blocked` says what was not merged, and why. Refuses what `trace` refuses.
+    Layers keep their names; fold/rules.py says what is merged, and `.graph.blocked` what was not, and why. `example`
+    is a batch for the net; it may be omitted if no operation depends on shapes. Refuses what `trace` refuses.
     """
     return GraphNet(simplify(trace(net, example))).eval()

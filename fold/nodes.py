@@ -27,6 +27,10 @@ class Node:
     tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     equals: str = ""  # the node of the traced graph with this output; empty if it has the same name
 
+    def __str__(self) -> str:
+        shapes = (f" {key} {list(tensor.shape)}" for key, tensor in self.tensors.items())
+        return f"{self.name}: {self.op}{''.join(shapes)}{' of ' * bool(self.inputs)}{', '.join(self.inputs)}"
+
     @property
     def origin(self) -> str:
         return self.equals or self.name
@@ -75,6 +79,17 @@ class Graph:
             ranks[node.name] = rank_after(node, ranks)
         return ranks
 
+    @cached_property
+    def trunk(self) -> set[str]:
+        """The nodes that all paths pass: when one of them has run, nothing else is left to be read."""
+        places = {node.name: index for index, node in enumerate(self.nodes)}
+        trunk, furthest = set[str](), 0
+        for index, node in enumerate(self.nodes):
+            if furthest <= index:
+                trunk.add(node.name)
+            furthest = max([furthest, *(places[reader.name] for reader in self.readers(node.name))])
+        return trunk
+
     def count(self, op: str) -> int:
         return sum(node.op == op for node in self.nodes)
 
@@ -84,10 +99,16 @@ class Graph:
     def tensors(self) -> dict[str, Tensor]:
         return {f"{node.name}.{key}": value for node in self.nodes for key, value in node.tensors.items()}
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Graph":
+        """The same nodes with those of `tensors`, by the names that `tensors()` gives, in place of their own."""
+        own = (
+            {key: tensors.get(f"{node.name}.{key}", old) for key, old in node.tensors.items()} for node in self.nodes
+        )
+        nodes = (replace(node, tensors=new) for node, new in zip(self.nodes, own, strict=True))
+        return replace(self, nodes=tuple(nodes))
+
     def convert(self, dtype: torch.dtype) -> "Graph":
-        converted = ({key: value.to(dtype) for key, value in node.tensors.items()} for node in self.nodes)
-        nodes = zip(self.nodes, converted, strict=True)
-        return replace(self, nodes=tuple(replace(node, tensors=tensors) for node, tensors in nodes))
+        return self.with_tensors({name: tensor.to(dtype) for name, tensor in self.tensors().items()})
 
     @classmethod
     def from_dict(cls, entries: Any, tensors: Mapping[str, Tensor]) -> "Graph":
@@ -179,7 +200,7 @@ def _conv(node: Node, x: Tensor) -> Tensor:
     padding = [before for before, _ in how["padding"]]
     if any(before != after for before, after in how["padding"]):
         x, padding = _padded(x, how["padding"]), 0
-    return convolve(x, weight, node.tensors["bias"], how["stride"], padding, how["dilation"], how["groups"])
+    return convolve(x, weight, node.tensors.get("bias"), how["stride"], padding, how["dilation"], how["groups"])
 
 
 def _max_pool(node: Node, x: Tensor) -> Tensor:
@@ -223,7 +244,7 @@ MAPS: dict[str, Callable[[Node, Tensor], Tensor]] = {
     "flatten": lambda node, x: x.flatten(1),
 }
 OPERATIONS = (*MAPS, *JOINS)
-TENSORS = {
+TENSORS = {  # a convolution that a lowering makes may lack its bias
     "normalize": ("offset", "scale"),
     "conv": ("weight", "bias"),
     "linear": ("weight", "bias"),

@@ -12,8 +12,6 @@ from common.cli import run_command
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from common.spec import Spec
 
 EXAMPLES = (
@@ -37,8 +35,9 @@ def command(config: OriginalConfig) -> int:
     from common.files import read_whole, sha256
     from fold.authors.files import read_saved
     from fold.authors.nets import checkpoint_of, plain_of
-    from fold.plain import save_plain
+    from fold.plain import save_plain, stored_tensors
     from train.checkpoint import load_net, save_checkpoint
+    from train.families import count_parameters
 
     content = read_whole(config.authors)
     saved, digest = read_saved(config.authors, content), sha256(content)
@@ -46,12 +45,13 @@ def command(config: OriginalConfig) -> int:
     if saved.folded:
         plain = plain_of(config.authors, saved, digest, image_size=config.image_size)
         save_plain(out, plain.net, plain.spec, plain.provenance)
-        _report(out, plain.spec, plain.net)
+        numbers = stored_tensors(plain.net.graph, plain.spec)
+        _report(out, plain.spec, sum(tensor.numel() for tensor in numbers.values()))
         print("folded by the authors: without the Dirac net, the fold cannot be verified")
         return 0
     checkpoint = checkpoint_of(config.authors, saved, digest, image_size=config.image_size)
     save_checkpoint(out, checkpoint)
-    _report(out, checkpoint.spec, load_net(checkpoint))
+    _report(out, checkpoint.spec, count_parameters(load_net(checkpoint)))
     return 0
 
 
@@ -66,11 +66,9 @@ def _place(config: OriginalConfig, *, folded: bool) -> Path:
     return out
 
 
-def _report(out: Path, spec: "Spec", net: "nn.Module") -> None:
-    from train.families import count_parameters
-
+def _report(out: Path, spec: "Spec", num_parameters: int) -> None:
     kind = f"{spec.family}, {spec.nonlinearity}, {spec.parameterization}"
-    print(f"wrote {out}: {spec.name}, {kind}, {len(spec.labels)} classes, {count_parameters(net):,} parameters")
+    print(f"wrote {out}: {spec.name}, {kind}, {len(spec.labels)} classes, {num_parameters:,} parameters")
 
 
 if __name__ == "__main__":

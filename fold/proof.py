@@ -1,9 +1,8 @@
 """The numerical proof that folding changed nothing."""
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor, nn
 
 from common.difference import TOLERANCES, difference, keeps_class, share
 from fold.graph import GraphNet
-from fold.nodes import TENSORS, Graph
-from fold.plain import PlainNet, named_layers
+from fold.lower import is_chain
+from fold.nodes import TENSORS, Graph, Node
 from fold.tracing import trace
 
 # PyTorch's float64 convolution unfolds a whole batch before it multiplies: 64 images at once take ten times as long
 # as eight at a time.
 BATCH_SIZE = 8
-Forms = tuple[nn.Module, PlainNet, GraphNet | None]  # a net, its plain form, and the net as traced for a graph
+Forms = tuple[nn.Module, GraphNet, GraphNet]  # a net, its plain form, and the net as traced
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Proof:
 
 def prove(
     net: nn.Module,
-    plain: PlainNet,
+    plain: GraphNet,
     image_sets: Tensor | Mapping[str, Tensor],
     *,
     traced: Graph | None = None,
@@ -67,16 +66,15 @@ def prove(
 ) -> Proof:
     """Compare a net with its plain float64 form on a batch, or on several named by kind.
 
-    Compares every layer with weights and the logits, in float64 and float32. The layers of a `GraphNet` are compared
-    with those of `traced`, the net as `trace` sees it (traced here if not given); its logits with the net's own.
+    Compares every layer with weights and the logits, in float64 and float32. Layers are compared with those of
+    `traced`, the net as `trace` sees it (traced here if not given); logits with the net's own.
     """
     sets = {"given": image_sets} if isinstance(image_sets, Tensor) else image_sets
-    if isinstance(plain, GraphNet) and traced is None:
+    if traced is None:
         traced = trace(net, next(iter(sets.values()))[:2])
-    traced32 = traced and traced.convert(torch.float32)
     nets = {
-        "float64": (deepcopy(net).double().eval(), plain, traced and GraphNet(traced)),
-        "float32": (deepcopy(net).float().eval(), deepcopy(plain).float(), traced32 and GraphNet(traced32)),
+        "float64": (deepcopy(net).double().eval(), plain, GraphNet(traced)),
+        "float32": (deepcopy(net).float().eval(), deepcopy(plain).float(), GraphNet(traced.convert(torch.float32))),
     }
     ends: list[ProofRow] = []
     layers: list[ProofRow] = []
@@ -115,22 +113,13 @@ def _compare(
     return layers, ProofRow("logits", kind, precision, len(images), end.max_abs, end.relative, changes)
 
 
-def _pairs(
-    net: nn.Module, plain: PlainNet, traced: GraphNet | None, batch: Tensor
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, before, after) for each layer with weights; last the logits, without a name unless they are a layer's.
+def _pairs(net: nn.Module, plain: GraphNet, traced: GraphNet, batch: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, before, after) for each layer with weights; last the logits, without a name.
 
-    In a graph, each node is beside the traced one of the same output; a partial sum has no such node.
+    Each node is beside the traced one of the same output; a partial sum has no such node.
     """
-    names = weighted_layers(plain)
-    if not isinstance(plain, GraphNet):
-        assert isinstance(net, nn.Sequential)  # as a plain net of layers is
-        sides = (layer_outputs(side, batch, names) for side in (net, plain))
-        yield from ((name, before, after) for (name, before), (_, after) in zip(*sides, strict=True))
-        return
-    assert traced is not None
     there = {node.name for node in traced.graph.nodes}
-    origins = {name: origin for name in names if (origin := plain.graph[name].origin) in there}
+    origins = {node.name: node.origin for node in weighted_layers(plain.graph) if node.origin in there}
     wanted, seen = {*origins.values()}, dict[str, Tensor]()
     befores, value = traced.values(batch), batch
     for name, value in plain.values(batch):
@@ -144,30 +133,9 @@ def _pairs(
     yield "", net(batch), value
 
 
-def weighted_layers(plain: PlainNet) -> list[str]:
-    """Names of the layers with weights, in the order in which they run."""
-    if isinstance(plain, GraphNet):
-        return [node.name for node in plain.graph.nodes if node.op in TENSORS and node.op != "normalize"]
-    return [name for name, layer in named_layers(plain) if list(layer.parameters())]
-
-
-def layer_outputs(net: PlainNet, images: Tensor, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
-    """The outputs, in order, of the layers that a plain net calls `names`: of that net, or of the net before folding.
-
-    There, a convolution with a batch normalisation after it has the output of the latter.
-    """
-    if isinstance(net, GraphNet):
-        yield from ((name, value) for name, value in net.values(images) if name in names)
-        return
-    normalized, x = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), images
-    taken_in = {
-        name: before
-        for (before, _), (name, layer) in pairwise(named_layers(net))
-        if isinstance(layer, normalized) and name not in names
-    }
-    for name, layer in named_layers(net):
-        x = layer(x)
-        if name in names and name not in taken_in.values():
-            yield name, x
-        elif name in taken_in:
-            yield taken_in[name], x
+def weighted_layers(graph: Graph) -> list[Node]:
+    """The layers with weights, in the order in which they run; in a chain, a sum with its branches is one of them."""
+    weighted = TENSORS.keys() - {"normalize"}
+    if is_chain(graph):
+        return [node for node in graph.nodes if node.op in {*weighted, "add"} and node.name in graph.trunk]
+    return [node for node in graph.nodes if node.op in weighted]

@@ -13,8 +13,10 @@ from common.refusal import Refusal
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import Tensor
 
     from fold.proof import Proof
+    from fold.sources import Source
 
 EXAMPLES = (
     "python fold/run.py runs/digits-16-1                    # best.pt of the run; writes plain.safetensors beside it",
@@ -70,35 +72,17 @@ def command(config: FoldConfig) -> int:
     import json
     from dataclasses import asdict
 
-    import torch
-
-    from common.files import read_labels
     from common.progress import make_console, progress
-    from fold.image_sets import random_images, real_images
-    from fold.plain import save_plain
+    from fold.plain import save_plain, stored_tensors
     from fold.proof import prove
-    from fold.sources import from_checkpoint, from_user
     from train.machine import keep_large_buffers
 
     keep_large_buffers()
     console = make_console(json=config.json)
-    if config.is_checkpoint and config.net:
-        source = from_checkpoint(Path(config.net))
-    else:
-        stated = {name: getattr(config, name) for name in ("image_size", "mean", "std", "resize")}
-        stated["labels"] = read_labels(config.labels) if config.labels else ()
-        source = from_user(config.net, config.timm, config.weights, **stated)
+    source = _source(config)
     for line in source.notes:
         console.print(line, highlight=False)
-    image = source.spec.image
-    few = {} if config.is_checkpoint else {"num": NUM_RANDOM}
-    image_sets = {"random": torch.as_tensor(random_images(image, **few))}
-    where = {"data_dir": config.data_dir, "beside": source.beside}
-    real, missing = real_images(image, dict(source.training), num=config.images, **where)
-    if real is None:
-        console.print(f"no real images, the proof is on random ones only: {missing}")
-    else:
-        image_sets["real"] = torch.as_tensor(real)
+    image_sets = _image_sets(config, source, console)
     with progress(console, "proving", 2 * sum(map(len, image_sets.values()))) as advance:
         proof = prove(source.net, source.plain, image_sets, traced=source.traced, advance=advance)
     _print_table(console, proof)
@@ -106,13 +90,39 @@ def command(config: FoldConfig) -> int:
         raise Refusal(f"nothing was written, the fold is not exact: {'; '.join(proof.failures())}")
     provenance = {**source.provenance, "fold": {**source.provenance["fold"], **proof.to_dict()}}
     out = config.out or source.beside / "plain.safetensors"
-    with torch.no_grad():
-        save_plain(out, source.plain.float(), source.spec, provenance)
-    num_plain = sum(tensor.numel() for tensor in source.plain.state_dict().values())
+    save_plain(out, source.plain.float(), source.spec, provenance)
+    num_plain = sum(tensor.numel() for tensor in stored_tensors(source.plain.graph, source.spec).values())
     console.print(f"wrote {out}: {num_plain:,} numbers, {out.stat().st_size / 1e6:.2f} MB")
     if config.json:
         print(json.dumps({"out": str(out), "logits": [asdict(end) for end in proof.ends]}))
     return 0
+
+
+def _source(config: FoldConfig) -> "Source":
+    from common.files import read_labels
+    from fold.sources import from_checkpoint, from_user
+
+    if config.is_checkpoint and config.net:
+        return from_checkpoint(Path(config.net))
+    stated = {name: getattr(config, name) for name in ("image_size", "mean", "std", "resize")}
+    stated["labels"] = read_labels(config.labels) if config.labels else ()
+    return from_user(config.net, config.timm, config.weights, **stated)
+
+
+def _image_sets(config: FoldConfig, source: "Source", console: "Console") -> "dict[str, Tensor]":
+    """Random images, and real ones if there are any; says why if not."""
+    import torch
+
+    from fold.image_sets import random_images, real_images
+
+    image, few = source.spec.image, {} if config.is_checkpoint else {"num": NUM_RANDOM}
+    where = {"data_dir": config.data_dir, "beside": source.beside}
+    real, missing = real_images(image, dict(source.training), num=config.images, **where)
+    random = torch.as_tensor(random_images(image, **few))
+    if real is None:
+        console.print(f"no real images, the proof is on random ones only: {missing}")
+        return {"random": random}
+    return {"random": random, "real": torch.as_tensor(real)}
 
 
 def _print_table(console: "Console", proof: "Proof") -> None:

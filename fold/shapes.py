@@ -21,7 +21,7 @@ LARGEST_WHOLE = 2**63  # of a number: PyTorch takes no larger one that is whole
 MOST_VALUES = 2**28  # of one image's output: a gigabyte in float32
 
 
-def infer_shapes(graph: Graph, image: Shape) -> dict[str, Shape]:
+def infer_shapes(graph: Graph, image: Shape, *, most_values: float = MOST_VALUES) -> dict[str, Shape]:
     """The shape of every node's output for an image [H, W, C], by name; refuses, by name, a node that does not fit.
 
     Checks what `Graph.check` does not: attributes, numbers of inputs, shapes and dtypes of tensors. The graph runs on a
@@ -36,7 +36,7 @@ def infer_shapes(graph: Graph, image: Shape) -> dict[str, Shape]:
         inputs = [outputs[name] for name in node.inputs]
         output = outputs[node.name] = _output(node, inputs) if inputs else torch.zeros(0, *image, dtype=dtype)
         shape = output.shape[1:]
-        if min(shape, default=0) < 1 or prod(shape) > MOST_VALUES:
+        if min(shape, default=0) < 1 or prod(shape) > most_values:
             raise Refusal(f"{node.name}: {node.op} would give {list(shape)} for each image")
     return {name: tuple(output.shape[1:]) for name, output in outputs.items()}
 
@@ -140,7 +140,8 @@ def _misfit(node: Node, inputs: Sequence[Tensor]) -> str:
         case _:
             pass
     for key, shapes in fitting.items():
-        tensor = node.tensors[key]
+        if (tensor := node.tensors.get(key)) is None:  # the bias of a convolution that a lowering made
+            continue
         if tensor.dtype not in (torch.float32, torch.float64):
             return f"{key} is of {tensor.dtype}, not float32"
         if tuple(tensor.shape) not in shapes:

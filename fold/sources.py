@@ -13,7 +13,7 @@ from common.refusal import Refusal, one_line
 from common.spec import ImageSpec, Spec
 from fold.graph import GraphNet
 from fold.nodes import Graph, Node
-from fold.plain import RESERVED, PlainNet, fold_net
+from fold.plain import RESERVED
 from fold.rules import simplify
 from fold.tracing import trace
 from fold.user_net import SEED, Made, from_file, from_timm, load_weights
@@ -27,12 +27,12 @@ class Source:
     """A net for images uint8 [N, H, W, C], its plain form in float64, and what is known about them."""
 
     net: nn.Module
-    plain: PlainNet
+    plain: GraphNet
     spec: Spec
     training: Mapping[str, Any]  # a checkpoint's config, which names the data set; empty if unknown
     provenance: dict[str, Any]
     beside: Path  # the folder for the plain file
-    traced: Graph | None = None  # for a net that is a graph
+    traced: Graph
     notes: tuple[str, ...] = ()  # lines for the user
 
 
@@ -51,7 +51,9 @@ def from_checkpoint(given: Path) -> Source:
     record = {"checkpoint_sha256": checkpoint.sha256, "dirac_parameters": count_parameters(net)}
     provenance = {"training": checkpoint.training_record(), "fold": record}
     notes = (note,) if note else ()
-    return Source(net, fold_net(net), checkpoint.spec, checkpoint.config, provenance, path.parent, notes=notes)
+    traced = trace(net)
+    plain, training = GraphNet(simplify(traced)).eval(), checkpoint.config
+    return Source(net, plain, checkpoint.spec, training, provenance, path.parent, traced, notes)
 
 
 def from_user(net: str | None, timm: str | None, weights: Path | None, **stated: Any) -> Source:

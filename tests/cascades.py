@@ -10,15 +10,15 @@ from export.eight_bits.quantize import answerer
 from export.graphs.graph import set_provenance, to_onnx
 from export.model_file.probe import probe_images, record_probe
 from export.runtimes.cascade import Evidence
+from fold.graph import fold
 from fold.lower import lower
-from fold.plain import fold_net
 
 EVIDENCE = Evidence(0.0, 100, 200, 50, 0, 2, 0.0148)
 
 
 def write_forms(folder, net, spec, pixels, **export):
     """(plain.onnx, plain-int8.onnx), without evidence; `export` is for the records of both."""
-    plain = fold_net(net).float()
+    plain = fold(net).float()
     floats = to_onnx(lower(plain, "concat"), spec, {"training": {}})
     integers = to_integer_onnx(
         lower(plain, "concat"), spec, {"training": {}}, ranges(observe(floats, pixels), "min-max")

@@ -12,7 +12,8 @@ from export.compare import compare
 from export.engines.engine import build_engine
 from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
-from fold.plain import fold_net, load_plain, save_plain
+from fold.graph import fold
+from fold.plain import load_plain, save_plain
 from fold.proof import prove
 from serve.request.app import make_app
 from serve.request.limits import Limits
@@ -41,7 +42,7 @@ def test_the_whole_road(make_spec, images, row, tmp_path):
     spec, pixels = make_spec(**row), images(8, row.get("size", 8))
     net = a_step_of_training(spec, pixels)
 
-    plain = fold_net(net)
+    plain = fold(net)
     proof = prove(net, plain, {"random": torch.from_numpy(pixels)})
     assert proof, proof.failures()
     save_plain(tmp_path / "plain.safetensors", plain.float(), spec, {"training": {}})
@@ -70,7 +71,7 @@ def test_the_whole_road(make_spec, images, row, tmp_path):
 def test_every_family_becomes_an_engine(make_net, make_spec, row, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows")
     path = tmp_path / "plain.onnx"
-    path.write_bytes(to_onnx(fold_net(make_net(**row)), make_spec(**row), {}).SerializeToString())
+    path.write_bytes(to_onnx(fold(make_net(**row)), make_spec(**row), {}).SerializeToString())
     engine = build_engine(path, batch=(1, 4, 16))
     assert len(engine.content) > 1000
     assert engine.card.spec == make_spec(**row)

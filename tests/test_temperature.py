@@ -218,10 +218,10 @@ def test_a_reference_of_other_probabilities_goes(old, tmp_path, capsys):
 
 def test_what_cannot_be_fitted_is_refused_and_nothing_is_written(road, old, tmp_path, capsys, make_net, make_spec):
     from export.graphs.graph import to_onnx as graph
-    from fold.plain import fold_net
+    from fold.graph import fold
 
     fields = {"size": 8, "channels": 1}
-    content = graph(fold_net(make_net(**fields)), make_spec(**fields), {"training": {"dataset": "digits"}})
+    content = graph(fold(make_net(**fields)), make_spec(**fields), {"training": {"dataset": "digits"}})
     (tmp_path / "silent.onnx").write_bytes(content.SerializeToString())
     assert run(fit_temperature, tmp_path / "silent.onnx") == 2
     assert "does not record which images were held out: give --validation" in capsys.readouterr().err

@@ -157,11 +157,11 @@ def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
     from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import OnnxSession
     from export.runtimes.runtime import probabilities
-    from fold.plain import fold_net
+    from fold.graph import fold
 
     session = OnnxSession(path)
     spec = session.model.spec
-    net = fold_net(random_net(spec)).float()
+    net = fold(random_net(spec)).float()
     other = write_whole(path.with_name("other.onnx"), to_onnx(net, spec, {}).SerializeToString())
     pixels = decode(image, spec.image)[None]
     expected = {

@@ -31,8 +31,8 @@ from common.spec import Spec
 from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
 from export.to_onnx import DEFAULT_LOWERING
+from fold.graph import fold
 from fold.lower import lower
-from fold.plain import fold_net
 from train.data.datasets import info_of
 
 PEERS = ROOT / "bench" / "peers"
@@ -187,14 +187,14 @@ def write_net(size: str, contestants: Sequence[Contestant], folder: Path) -> Ser
     info = info_of("fashion-mnist")
     family, depth, width, nonlinearity = SIZES[size]
     spec = Spec(family, depth, width, nonlinearity, info.image, info.labels)
-    plain = fold_net(random_net(spec)).float()
+    plain = fold(random_net(spec)).float()
     pngs = [path.read_bytes() for path in sorted((ROOT / "models" / "held-out").glob("*.png"))]
     images = np.stack([decode(png, info.image) for png in pngs])
-    with torch.no_grad():
-        # Random weights give one class to every image, which would check nothing: standardise each logit over images.
-        std, mean = torch.std_mean(plain(torch.from_numpy(images)), dim=0)
-        plain.fc.weight /= std[:, None]
-        plain.fc.bias.copy_((plain.fc.bias - mean) / std)
+    # Random weights give one class to every image, which would check nothing: standardise each logit over images.
+    std, mean = torch.std_mean(plain(torch.from_numpy(images)), dim=0)
+    head = plain.graph["fc"].tensors
+    head["weight"].div_(std[:, None])
+    head["bias"].sub_(mean).div_(std)
     model = to_onnx(lower(plain, DEFAULT_LOWERING), spec, {})
     path = write_whole(folder / f"{size}.onnx", model.SerializeToString())
     expected = OnnxSession(path, num_threads=1)(images).argmax(axis=1).tolist()

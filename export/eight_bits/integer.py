@@ -6,26 +6,23 @@ ONNX Runtime would make these nodes of a Q/DQ graph itself, but around δ's addi
 transpositions per layer, and a fifth of the speed.
 """
 
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
-from torch import nn
+import torch
 
 from common.refusal import Refusal
 from common.spec import Spec
 from export.eight_bits.calibrate import Range, Ranges
-from export.graphs.graph import GraphWriter, finish, window, write_layer
+from export.graphs.graph import GraphWriter, conv_window, finish, pool_window, write_nodes
 from export.runtimes.saturation import largest_pair
-from fold.lower import Repeat, SharedReLU
-from fold.plain import named_layers
-from train.layers import NCReLU, Residual
+from fold.graph import GraphNet
+from fold.nodes import Graph, Node
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
-Layers = list[tuple[str, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -38,91 +35,91 @@ class EightBitTensor:
     parameters: tuple[str, str]  # the names of scale and zero point in the graph
 
 
-def to_integer_onnx(net: nn.Sequential, spec: Spec, provenance: Mapping[str, Any], ranges: Ranges) -> onnx.ModelProto:
+def to_integer_onnx(net: GraphNet, spec: Spec, provenance: Mapping[str, Any], ranges: Ranges) -> onnx.ModelProto:
     """images uint8 [N, H, W, C] → logits float32 [N, K], in eight bits from the second convolution on.
 
-    `net` is a plain net lowered to concat, shared, shared-split or skip; `ranges` are those of the
-    tensors of its float graph. The stem, which reads pixels, and the classifier stay in float32.
+    `net` is a chain (`is_chain` in fold/lower.py) lowered to concat, shared, shared-split or skip; `ranges` are those
+    of the tensors of its float graph. The stem, which reads pixels, and the classifier stay in float32.
     """
-    graph, layers = GraphWriter(), list(named_layers(deepcopy(net).float()))
-    start, end = _eight_bit_part(layers)
-    for name, layer in layers[:start]:
-        write_layer(graph, name, layer)
+    plain = net.graph.convert(torch.float32)
+    graph = GraphWriter(plain, spec.image)
+    start, end = _eight_bit_part(plain)
+    write_nodes(graph, plain.nodes[1:start])
     before = graph.tensor
     channels_last = graph.node("Transpose", f"{before}.channels-last", perm=[0, 2, 3, 1])
     x = _declare(graph, before, ranges[before])
     x = replace(x, name=graph.node("QuantizeLinear", f"{before}.quantized", channels_last, *x.parameters))
-    x = _write_all(graph, layers[start:end], x, ranges)
+    tensors = {before: x}
+    for node in plain.nodes[start:end]:
+        tensors[node.name] = _write(graph, plain, node, [tensors[name] for name in node.inputs], ranges)
+    (last,) = plain.nodes[end].inputs
+    x = tensors[last]
     graph.node("DequantizeLinear", f"{x.name}.dequantized", x.name, *x.parameters)
-    graph.node("Transpose", f"{x.name}.channels-first", perm=[0, 3, 1, 2])
-    for name, layer in layers[end:]:
-        write_layer(graph, name, layer)
+    graph.outputs[last] = graph.node("Transpose", f"{x.name}.channels-first", perm=[0, 3, 1, 2])
+    write_nodes(graph, plain.nodes[end:])
     return finish(graph, spec, provenance)
 
 
-def _eight_bit_part(layers: Layers) -> tuple[int, int]:
+def _eight_bit_part(plain: Graph) -> tuple[int, int]:
     """Where it starts and ends: after the stem with its ReLU and pool, and before the last pool."""
-    kinds = [layer for _, layer in layers]
-    start = next(index for index, layer in enumerate(kinds) if isinstance(layer, nn.Conv2d)) + 1
-    while isinstance(kinds[start], (nn.ReLU, nn.MaxPool2d)):
+    ops = [node.op for node in plain.nodes]
+    start = ops.index("conv") + 1
+    while ops[start] in ("relu", "max_pool") and len(plain.readers(plain.nodes[start - 1].name)) == 1:
         start += 1
-    return start, next(index for index, layer in enumerate(kinds) if isinstance(layer, nn.AdaptiveAvgPool2d))
-
-
-def _write_all(graph: GraphWriter, layers: Layers, x: EightBitTensor, ranges: Ranges) -> EightBitTensor:
-    for index, (name, layer) in enumerate(layers):
-        after = next((kind for _, kind in layers[index + 1 :] if not isinstance(kind, nn.MaxPool2d)), None)
-        low, high = ranges[name] if isinstance(layer, (nn.Conv2d, Residual)) else (0.0, 0.0)
-        # The range leaves out values that a ReLU then removes, through a pool or not.
-        reach = (0.0, max(0.0, high)) if isinstance(after, nn.ReLU) else (low, high)
-        x = _write(graph, name, layer, x, ranges, reach)
-    return x
+    return start, ops.index("global_pool")
 
 
 def _write(
-    graph: GraphWriter, name: str, layer: nn.Module, x: EightBitTensor, ranges: Ranges, reach: Range
+    graph: GraphWriter, plain: Graph, node: Node, inputs: Sequence[EightBitTensor], ranges: Ranges
 ) -> EightBitTensor:
-    """The nodes of one layer; `reach` is the range of its output."""
-    match layer:
-        case nn.ReLU():
+    """The nodes of one operation."""
+    name, x = node.name, inputs[0]
+    match node.op:
+        case "relu":
             return x if x.zero == 0 else replace(x, name=graph.node("Max", name, x.name, x.parameters[1]))
-        case NCReLU():
+        case "ncrelu":
             parts = [graph.node(op, f"{name}.{op.lower()}", x.name, x.parameters[1]) for op in ("Max", "Min")]
             return replace(x, name=graph.node("Concat", name, *parts, axis=3))
-        case SharedReLU():
-            positive = graph.node("Max", f"{name}.max", x.name, x.parameters[1])
-            return replace(x, name=graph.node("Concat", name, positive, x.name, axis=3))
-        case Repeat():
-            return replace(x, name=graph.node("Concat", name, x.name, x.name, axis=3))
-        case nn.MaxPool2d():
-            return replace(x, name=graph.node("NhwcMaxPool", name, x.name, domain=CONTRIB, **window(layer)))
-        case nn.Conv2d():
-            return _write_convolution(graph, name, layer, x, reach)
-        case Residual():
-            ends = [
-                _write_all(graph, list(named_layers(branch, f"{name}.{kind}.")), x, ranges)
-                for kind, branch in (("body", layer.body), ("shortcut", layer.shortcut))
-            ]
-            total = _declare(graph, name, reach)
-            inputs = [part for end in ends for part in (end.name, *end.parameters)]
-            graph.node("QLinearAdd", name, *inputs, *total.parameters, domain=CONTRIB)
+        case "cat":  # of a tensor and its ReLU, or itself: their scales and zero points are the same
+            return replace(x, name=graph.node("Concat", name, *(part.name for part in inputs), axis=3))
+        case "max_pool":
+            window = pool_window(node, graph.shapes[node.inputs[0]])
+            return replace(x, name=graph.node("NhwcMaxPool", name, x.name, domain=CONTRIB, **window))
+        case "conv":
+            return _write_convolution(graph, node, x, _reach(plain, name, ranges))
+        case "add":
+            total = _declare(graph, name, _reach(plain, name, ranges))
+            operands = [part for term in inputs for part in (term.name, *term.parameters)]
+            graph.node("QLinearAdd", name, *operands, *total.parameters, domain=CONTRIB)
             return total
-    raise Refusal(f"{name}: {type(layer).__name__} has no eight-bit form; export int8 as concat, shared or skip")
+        case _:
+            raise Refusal(f"{name}: {node.op} has no eight-bit form; export int8 as concat, shared or skip")
 
 
-def _write_convolution(
-    graph: GraphWriter, name: str, conv: nn.Conv2d, x: EightBitTensor, reach: Range
-) -> EightBitTensor:
+def _reach(plain: Graph, name: str, ranges: Ranges) -> Range:
+    """The range of a node's output without the values that a ReLU then removes, through a pool or not."""
+    low, high = ranges[name]
+    return (0.0, max(0.0, high)) if _is_rectified(plain, name) else (low, high)
+
+
+def _is_rectified(plain: Graph, name: str) -> bool:
+    return all(
+        reader.op == "relu" or (reader.op == "max_pool" and _is_rectified(plain, reader.name))
+        for reader in plain.readers(name)
+    )
+
+
+def _write_convolution(graph: GraphWriter, node: Node, x: EightBitTensor, reach: Range) -> EightBitTensor:
     """Weights int8 with a scale for every filter, bias int32 in units of the products."""
-    weight, scales = quantize_filters(conv.weight.detach().numpy())
-    bias = np.zeros(len(weight)) if conv.bias is None else conv.bias.detach().numpy().astype(np.float64)
+    weight, scales = quantize_filters(node.tensors["weight"].numpy())
+    bias = node.tensors["bias"].numpy().astype(np.float64) if "bias" in node.tensors else np.zeros(len(weight))
     bias = np.clip(np.rint(bias / (x.scale * scales.astype(np.float64))), -(2**30), 2**30)
-    output = _declare(graph, name, reach)
+    output = _declare(graph, node.name, reach)
     zeros = np.zeros(len(weight), np.int8)
     constants = {"weight": weight, "weight.scale": scales, "weight.zero": zeros, "bias": bias.astype(np.int32)}
-    *filters, bias = (graph.constant(f"{name}.{key}", value) for key, value in constants.items())
+    *filters, bias = (graph.constant(f"{node.name}.{key}", value) for key, value in constants.items())
     inputs = x.name, *x.parameters, *filters, *output.parameters, bias
-    graph.node("QLinearConv", name, *inputs, domain=CONTRIB, channels_last=1, **window(conv))
+    graph.node("QLinearConv", node.name, *inputs, domain=CONTRIB, channels_last=1, **conv_window(node))
     return output
 
 

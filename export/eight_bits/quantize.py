@@ -11,14 +11,13 @@ from common.interval import Z_TWO, interval
 from common.refusal import Refusal
 from common.spec import Spec
 from export.compare import ALLOWED_DROP, INT8_AGREEMENT, Answer, answer_all
-from export.eight_bits.calibrate import METHODS, Ranges, observe, ranges
+from export.eight_bits.calibrate import METHODS, observe, ranges
 from export.eight_bits.integer import to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import cpu_session, ort
 from fold.graph import GraphNet
-from fold.lower import layers_of, lower
-from fold.plain import PlainNet
+from fold.lower import is_chain, lower
 
 Target = Literal["onnxruntime", "tensorrt"]
 # Lowerings tried by default. The others quantise no better: shared and shared-split hold W1 - W2, whose range is wider
@@ -62,7 +61,7 @@ class Quantized:
 
 
 def quantize(
-    net: PlainNet,
+    net: GraphNet,
     spec: Spec,
     *,
     precision: Literal["int8", "fp8"],
@@ -76,7 +75,8 @@ def quantize(
 
     Ranges are those of the images `observed`, the choice is made on `chosen_by`, both uint8 [N, H, W, C].
     """
-    net = layers_of(net) or net
+    if target == "onnxruntime" and precision != "int8":
+        raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels have only int8")
     reference = answer_all(answerer(to_onnx(net, spec, {})), chosen_by, advance)
     tried: list[tuple[Candidate, onnx.ModelProto]] = []
     for lowering in lowerings:
@@ -84,7 +84,11 @@ def quantize(
         floats = to_onnx(lowered, spec, {})
         histograms = observe(floats, observed, advance=advance)
         for method in METHODS:
-            model = _write(lowered, floats, spec, ranges(histograms, method), precision, target)
+            reach = ranges(histograms, method)
+            if target == "onnxruntime" and is_chain(net.graph) and net.graph.count("global_pool"):
+                model = to_integer_onnx(lowered, spec, {}, reach)
+            else:
+                model = to_qdq_onnx(floats, reach, precision=precision, for_onnxruntime=target == "onnxruntime")
             logits = answer_all(answerer(model), chosen_by, advance)
             error, agreement = relative_error(reference, logits), top1_agreement(reference, logits)
             tried.append((Candidate(lowering, method, error, agreement), model))
@@ -134,15 +138,3 @@ def answerer(model: onnx.ModelProto) -> Answer:
     level = levels.ORT_DISABLE_ALL if onnx.TensorProto.FLOAT8E4M3FN in kinds else levels.ORT_ENABLE_ALL
     session = cpu_session(model.SerializeToString(), graph_optimization_level=level)
     return lambda images: np.asarray(session.run(None, {"images": images})[0])
-
-
-def _write(
-    lowered: PlainNet, floats: onnx.ModelProto, spec: Spec, reach: Ranges, precision: str, target: Target
-) -> onnx.ModelProto:
-    if target == "tensorrt":
-        return to_qdq_onnx(floats, reach, precision=precision)
-    if precision != "int8":
-        raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels have only int8")
-    if isinstance(lowered, GraphNet):
-        return to_qdq_onnx(floats, reach, precision=precision, for_onnxruntime=True)
-    return to_integer_onnx(lowered, spec, {}, reach)

@@ -1,25 +1,21 @@
-"""From a plain net to ONNX: one case per layer of a chain, one per operation of a graph; nodes keep their names."""
+"""From a plain net to ONNX: one case per operation of its graph; nodes keep their names."""
 
 import json
-from collections.abc import Mapping
-from copy import deepcopy
-from math import pi, sqrt
+from collections.abc import Iterable, Mapping
+from math import inf, pi, sqrt
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.refusal import Refusal
 from common.spec import ImageSpec, Spec
 from fold.graph import GraphNet
-from fold.lower import Mirror, Negate, Repeat, SharedReLU
-from fold.nodes import Graph, Node
-from fold.plain import Convolution, PlainNet, named_layers
+from fold.nodes import TENSORS, Graph, Node
 from fold.shapes import Shape, infer_shapes, pooled
-from train.layers import NCReLU, Normalize, Residual
 
 OPSET = 19  # the first with float8 types; ONNX Runtime and TensorRT 10 take it
 IR_VERSION = 9
@@ -29,14 +25,16 @@ _END = np.iinfo(np.int64).max  # of a slice without one
 
 
 class GraphWriter:
-    """Nodes and weights under construction. `tensor` is the output of the node written last."""
+    """ONNX nodes and weights of a plain net under construction. `tensor` is the output of the node written last."""
 
-    def __init__(self, dtype: np.dtype = FLOATS["fp32"]) -> None:
+    def __init__(self, plain: Graph, image: ImageSpec, dtype: np.dtype = FLOATS["fp32"]) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.tensor = "images"
         self.dtype = dtype  # of the weights of layers
-        self.taken: set[str] = set()  # names that `free` does not give
+        self.taken = {node.name for node in plain.nodes}  # names that `free` does not give
+        self.outputs = {plain.nodes[0].name: self.tensor}  # the tensors of the plain net's nodes
+        self.shapes = infer_shapes(plain, image.shape, most_values=inf)
 
     def node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
         """Append a node that reads `inputs` (default: the node before) and is named like its output."""
@@ -56,9 +54,9 @@ class GraphWriter:
             raise Refusal(f"{name} holds {largest:.3g}, beyond {self.dtype}; export with --precision fp32")
         return self.constant(self.free(name), array.astype(self.dtype))
 
-    def weights(self, name: str, weight: Tensor, bias: Tensor | None) -> list[str]:
-        parts = {"weight": weight, "bias": bias}
-        return [self.weight(f"{name}.{key}", value) for key, value in parts.items() if value is not None]
+    def weights(self, node: Node) -> list[str]:
+        """The weight of a layer and the bias, if it has one."""
+        return [self.weight(f"{node.name}.{key}", node.tensors[key]) for key in TENSORS[node.op] if key in node.tensors]
 
     def constant(self, name: str, array: np.ndarray) -> str:
         """Numbers of exactly this type."""
@@ -77,18 +75,15 @@ class GraphWriter:
         return name
 
 
-def to_onnx(net: PlainNet, spec: Spec, provenance: Mapping[str, Any], *, precision: str = "fp32") -> onnx.ModelProto:
+def to_onnx(net: GraphNet, spec: Spec, provenance: Mapping[str, Any], *, precision: str = "fp32") -> onnx.ModelProto:
     """images uint8 [N, H, W, C] → logits float32 [N, K], checked, with spec and provenance as metadata.
 
-    `net` is a plain net (fold/plain.py), of layers or a graph, in any lowering (fold/lower.py); a layer that is
-    none of their kinds raises TypeError. `precision` is fp32 or fp16: of everything between normalisation and logits.
+    `net` is a plain net (fold/graph.py) in any lowering (fold/lower.py); an operation that is not listed raises
+    TypeError. `precision` is fp32 or fp16: of everything between normalisation and logits.
     """
-    graph = GraphWriter(FLOATS[precision])
-    if isinstance(net, GraphNet):
-        _write_graph(graph, net.with_tensors(), spec.image)
-    else:
-        for name, layer in named_layers(deepcopy(net).float()):
-            write_layer(graph, name, layer)
+    plain = net.graph.convert(torch.float32)
+    graph = GraphWriter(plain, spec.image, FLOATS[precision])
+    write_nodes(graph, plain.nodes[1:])
     return finish(graph, spec, provenance)
 
 
@@ -114,89 +109,53 @@ def set_provenance(model: onnx.ModelProto, provenance: Mapping[str, Any]) -> Non
     entry.value = json.dumps(provenance)
 
 
-def write_layer(graph: GraphWriter, name: str, layer: nn.Module) -> None:
-    """The nodes of one layer of a chain."""
-    x = graph.tensor
-    match layer:
-        case Normalize():
-            _write_normalize(graph, name, layer.offset, layer.scale)
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            graph.node("Conv", name, x, *graph.weights(name, layer.weight, layer.bias), **window(layer))
-        case NCReLU():
-            _write_ncrelu(graph, name, x)
-        case SharedReLU():
-            graph.node("Concat", name, graph.node("Relu", f"{name}.positive", x), x, axis=1)
-        case Mirror():
-            graph.node("Concat", name, x, graph.node("Neg", f"{name}.negative", x), axis=1)
-        case Negate():
-            graph.node("Neg", name)
-        case Repeat():
-            graph.node("Concat", name, x, x, axis=1)
-        case nn.ReLU():
-            graph.node("Relu", name)
-        case nn.MaxPool2d():
-            graph.node("MaxPool", name, **window(layer))
-        case Residual():
-            ends = []
-            for branch in ("body", "shortcut"):
-                graph.tensor = x
-                for part, inner in named_layers(getattr(layer, branch), f"{name}.{branch}."):
-                    write_layer(graph, part, inner)
-                ends.append(graph.tensor)
-            graph.node("Add", name, *ends)
-        case nn.AdaptiveAvgPool2d(output_size=1):
-            graph.node("GlobalAveragePool", name)
-        case nn.Flatten():
-            graph.node("Flatten", name)
-        case nn.Linear():
-            graph.node("Gemm", name, x, *graph.weights(name, layer.weight, layer.bias), transB=1)
-        case _:
-            raise TypeError(f"{name}: {type(layer).__name__} has no ONNX form here")
+def write_nodes(graph: GraphWriter, nodes: Iterable[Node]) -> None:
+    """Operations of the plain net, whose inputs are in `outputs`."""
+    for node in nodes:
+        _write_node(graph, node, [graph.outputs[name] for name in node.inputs], graph.shapes[node.inputs[0]])
+        graph.outputs[node.name] = graph.tensor
 
 
-def window(layer: Convolution | nn.MaxPool2d) -> dict[str, Any]:
-    """ONNX's attributes of a convolution's or a max-pool's window."""
-    if isinstance(layer, nn.MaxPool2d):
-        size, stride, pad = layer.kernel_size, layer.stride, layer.padding
-        return {"kernel_shape": [size] * 2, "strides": [stride] * 2, "pads": [pad] * 4}
-    return {
-        "kernel_shape": layer.kernel_size,
-        "strides": layer.stride,
-        "pads": [*layer.padding, *layer.padding],
-        "dilations": layer.dilation,
-        "group": layer.groups,
-    }
+def conv_window(node: Node) -> dict[str, Any]:
+    """ONNX's attributes of a convolution."""
+    how, kernel = node.attributes, list(node.tensors["weight"].shape[2:])
+    more = {"dilations": how["dilation"], "group": how["groups"]}
+    return {"kernel_shape": kernel, "strides": how["stride"], "pads": _pads(how["padding"]), **more}
 
 
-def _write_graph(graph: GraphWriter, plain: Graph, image: ImageSpec) -> None:
-    graph.taken = {node.name for node in plain.nodes}
-    shapes = infer_shapes(plain, image.shape)
-    tensors: dict[str, str] = {plain.nodes[0].name: graph.tensor}
-    for node in plain.convert(torch.float32).nodes[1:]:
-        _write_node(graph, node, [tensors[name] for name in node.inputs], [shapes[name] for name in node.inputs])
-        tensors[node.name] = graph.tensor
+def pool_window(node: Node, shape: Shape) -> dict[str, Any]:
+    """ONNX's attributes of a pool that reads [C, ...] for one image.
+
+    Where the last window reaches beyond the padding, ONNX is given padding that reaches as far: it takes no part in a
+    maximum, nor in a mean that does not count it.
+    """
+    how, pairs = node.attributes, []
+    dilation = how.get("dilation", [1] * len(how["size"]))
+    windows = zip(shape[1:], how["size"], how["stride"], how["padding"], dilation, strict=True)
+    for size, taps, stride, padding, gap in windows:
+        num = pooled(size, taps, stride, padding, gap, ceil=how["ceil"])
+        reach = (num - 1) * stride + gap * (taps - 1) + 1
+        pairs.append([padding, max(padding, reach - size - padding)])
+    window = {"kernel_shape": how["size"], "strides": how["stride"], "pads": _pads(pairs)}
+    return window if {*dilation} == {1} else {**window, "dilations": dilation}
 
 
-def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shapes: list[Shape]) -> None:
-    """The ONNX nodes of one operation; `shapes` are those of its inputs for one image."""
+def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shape: Shape) -> None:
+    """The ONNX nodes of one operation; `shape` is that of its first input for one image."""
     name, x, how = node.name, inputs[0], node.attributes
     match node.op:
         case "normalize":
             _write_normalize(graph, name, node.tensors["offset"], node.tensors["scale"])
         case "conv":
-            weights = graph.weights(name, node.tensors["weight"], node.tensors["bias"])
-            window = {"strides": how["stride"], "dilations": how["dilation"], "group": how["groups"]}
-            kernel = list(node.tensors["weight"].shape[2:])
-            graph.node("Conv", name, x, *weights, kernel_shape=kernel, pads=_pads(how["padding"]), **window)
-        case "linear" if len(shapes[0]) == 1:
-            weights = graph.weights(name, node.tensors["weight"], node.tensors["bias"])
-            graph.node("Gemm", name, x, *weights, transB=1)
+            graph.node("Conv", name, x, *graph.weights(node), **conv_window(node))
+        case "linear" if len(shape) == 1:
+            graph.node("Gemm", name, x, *graph.weights(node), transB=1)
         case "linear":
             weight = graph.weight(f"{name}.weight", node.tensors["weight"].T)
             product = graph.part("MatMul", f"{name}.product", x, weight)
             graph.node("Add", name, product, graph.weight(f"{name}.bias", node.tensors["bias"]))
         case "affine":
-            _write_affine(graph, node, x, shapes[0])
+            _write_affine(graph, node, x, shape)
         case "add":  # two at a time: runtimes fuse such a sum into a convolution
             for index, term in enumerate(inputs[1:-1], start=2):
                 x = graph.part("Add", f"{name}.first{index}", x, term)
@@ -210,10 +169,12 @@ def _write_node(graph: GraphWriter, node: Node, inputs: list[str], shapes: list[
             graph.node("Pad", name, x, graph.integers(f"{name}.pads", _pads([[0, 0], [0, 0], *how["padding"]])))
         case "ncrelu":
             _write_ncrelu(graph, name, x)
-        case "max_pool" | "avg_pool":
-            _write_pool(graph, node, x, shapes[0])
+        case "max_pool":
+            graph.node("MaxPool", name, x, **pool_window(node, shape))
+        case "avg_pool":
+            _write_average_pool(graph, node, x, shape)
         case "flatten":
-            graph.node("Flatten", name, x, axis=1)
+            graph.node("Flatten", name, x)
         case "global_pool":
             graph.node("GlobalAveragePool", name, x)
         case _ if node.op in _SAME_NAME:
@@ -242,6 +203,9 @@ def _write_ncrelu(graph: GraphWriter, name: str, x: str) -> None:
 def _write_affine(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
     name, per_channel = node.name, (-1, *[1] * (len(shape) - 1))
     scale, shift = (node.tensors[key].numpy().reshape(per_channel) for key in ("scale", "shift"))
+    if (scale == -1).all() and not shift.any():
+        graph.node("Neg", name, x)
+        return
     if not shift.any():
         graph.node("Mul", name, x, graph.weight(f"{name}.scale", scale))
         return
@@ -250,24 +214,10 @@ def _write_affine(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
     graph.node("Add", name, x, graph.weight(f"{name}.shift", shift))
 
 
-def _write_pool(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
-    """Where the last window reaches beyond the padding, ONNX is given padding that reaches as far.
-
-    Padding takes no part in a maximum, nor in a mean that does not count it.
-    """
-    how, pairs = node.attributes, []
-    dilation = how.get("dilation", [1] * len(how["size"]))
-    windows = zip(shape[1:], how["size"], how["stride"], how["padding"], dilation, strict=True)
-    for size, taps, stride, padding, gap in windows:
-        num = pooled(size, taps, stride, padding, gap, ceil=how["ceil"])
-        reach = (num - 1) * stride + gap * (taps - 1) + 1
-        pairs.append([padding, max(padding, reach - size - padding)])
-    window: dict[str, Any] = {"kernel_shape": how["size"], "strides": how["stride"], "pads": _pads(pairs)}
-    if node.op == "max_pool":
-        graph.node("MaxPool", node.name, x, **window, dilations=dilation)
-        return
-    counts = how["count_padding"] and any(how["padding"])
-    if counts and any(before != after for before, after in pairs):
+def _write_average_pool(graph: GraphWriter, node: Node, x: str, shape: Shape) -> None:
+    padding, window = node.attributes["padding"], pool_window(node, shape)
+    counts = node.attributes["count_padding"] and any(padding)
+    if counts and window["pads"] != [*padding, *padding]:
         raise Refusal(
             f"{node.name}: ONNX has no average pool that rounds its size up and counts its padding; "
             "build it with ceil_mode=False or count_include_pad=False"

@@ -20,8 +20,8 @@ from export.pairs import ParityRow, by_precision, compare_logits
 from export.runtimes.cascade import RECORD, Evidence, in_doubt
 from export.verification.chain import Chain
 from export.verification.claims import CheckedClaim, damaged, judged, shown, unchecked
+from fold.graph import fold
 from fold.image_sets import NUM_RANDOM, extreme_images, random_images
-from fold.plain import fold_net
 from fold.proof import ProofRow, prove
 from train.checkpoint import load_net
 from train.data import datasets
@@ -101,7 +101,7 @@ def _proof(chain: Chain, images: FoundImages, console: Console) -> Iterator[Chec
     elif sets := _proof_images(recorded, chain, images):
         net = load_net(checkpoint.source)
         with progress(console, "proving the fold again", 2 * sum(map(len, sets.values()))) as advance:
-            proof = prove(net, fold_net(net), sets, advance=advance)
+            proof = prove(net, fold(net), sets, advance=advance)
         for row in (*proof.ends, *proof.layers):
             again.setdefault(_table_of(row), {})[row.what] = row
     for table in dict.fromkeys(map(_table_of, recorded)):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from torch import Tensor
 
 from common.difference import TOLERANCES as FOLD_TOLERANCES
 from common.difference import difference
@@ -20,9 +21,9 @@ from export.model_file.reading import find_hints
 from export.runtimes.saturation import may_saturate
 from export.verification.chain import Chain
 from export.verification.claims import MADE_HOW, CheckedClaim, compared, judged, shown, unchecked
-from fold.graph import GraphNet
+from fold.graph import fold
 from fold.lower import distinct_lowerings, lower
-from fold.plain import PlainNet, fold_net
+from fold.plain import stored_tensors
 from train.checkpoint import load_net
 from train.families import count_parameters
 
@@ -193,7 +194,7 @@ def _of_fold(chain: Chain) -> Iterator[CheckedClaim]:
     net = plain.source.net if plain else None
     no_net, no_checkpoint = chain.missing("plain.safetensors"), chain.missing("the checkpoint")
     if (recorded := claims.get("fold.convolutions")) is not None:
-        found = net.graph.count("conv") if isinstance(net, GraphNet) else None
+        found = net.graph.count("conv") if net else None
         yield compared("convolutions after the fold", recorded, found, no_net)
     if claims.get("fold.checkpoint_sha256") is None:
         return
@@ -204,13 +205,13 @@ def _of_fold(chain: Chain) -> Iterator[CheckedClaim]:
     if before is None or net is None:
         yield unchecked(claim, said, no_checkpoint if before is None else no_net)
         return
-    other = _other_numbers(fold_net(before), net)
+    again, found = (stored_tensors(plain.graph, chain.spec) for plain in (fold(before), net))
+    other = _other_numbers(again, found)
     yield judged(claim, said, f"another {other}" if other else "all within the fold's 1e-9", is_same=not other)
 
 
-def _other_numbers(again: PlainNet, net: PlainNet) -> str | None:
-    """The first tensor of `net`, in float32, that is not the fold's, in float64, rounded."""
-    expected, found = again.state_dict(), net.state_dict()
+def _other_numbers(expected: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
+    """The first tensor of `found`, in float32, that is not the fold's, in float64, rounded."""
     if expected.keys() != found.keys():
         return f"set of tensors: {shown(sorted(expected.keys() ^ found.keys())[0])}"
     for name, tensor in found.items():

@@ -14,13 +14,14 @@ from torch import Tensor
 from common.refusal import Refusal, first_of
 from common.spec import Delta, ImageSpec, Nonlinearity, Parameterization, Spec
 from fold.authors.files import Saved
-from fold.plain import Plain, skeleton
+from fold.graph import GraphNet
+from fold.plain import Plain, misfits, skeleton, stored_tensors
+from fold.shapes import Shape
 from train.checkpoint import Checkpoint, load_net
 from train.data import datasets
 from train.families import IMAGENET_GROUPS, TABLE3_GROUPS, outline
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, dirac_delta
 
-Shape = tuple[int, ...]
 # A file with up to this many convolutions too few or too many is refused by their names; with more, as another net.
 FEW = 2
 # The names of a block's factors a and b: in the training code of both releases, in early files of the first, and in
@@ -76,11 +77,10 @@ def plain_of(path: Path, saved: Saved, digest: str, *, image_size: int | None = 
     spec = infer_spec(path, saved.numbers, leaf=".weight", forms=FOLDED_FORMS, image_size=image_size)
     if spec.nonlinearity == "relu":
         spec = replace(spec, delta="first")
-    net = skeleton(spec)
-    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    graph = skeleton(spec)
+    shapes = {name: tuple(tensor.shape) for name, tensor in stored_tensors(graph, spec).items()}
     wanted = {ours.removeprefix("stem."): (ours, shape) for ours, shape in shapes.items()}
-    with torch.no_grad():
-        net.load_state_dict(matched(path, spec, saved.numbers, wanted), assign=True)
+    net = GraphNet(graph.with_tensors(matched(path, spec, saved.numbers, wanted)))
     provenance: dict[str, Any] = {
         "training": {"authors_file": path.name, "authors_sha256": digest},
         "fold": {"by": "the authors", "not_proven": NOT_PROVEN},
@@ -247,14 +247,7 @@ def matched(
 
     Refuses, by name, tensors that are missing, of another shape or not part of the net. [1] is accepted for [].
     """
-    wrong: list[str] = []
-    for name, (_, shape) in wanted.items():
-        if name not in numbers:
-            wrong.append(f"{name} is missing")
-        elif (found := tuple(numbers[name].shape)) != shape and (found, shape) != ((1,), ()):
-            wrong.append(f"{name} is {list(found)}, must be {list(shape)}")
-    wrong += [f"{name} is not part of it" for name in numbers if name not in wanted]
-    if wrong:
+    if wrong := misfits(numbers, {name: shape for name, (_, shape) in wanted.items()}):
         raise Refusal(f"{path} is not a whole {spec.name} of {spec.family}: {first_of(wrong)}")
     return {ours: numbers[theirs].reshape(shape) for theirs, (ours, shape) in wanted.items()}
 

@@ -10,7 +10,7 @@ from PIL import Image
 from bench import front_ends
 from common.cli import run_command
 from export.graphs.graph import to_onnx
-from fold.plain import fold_net
+from fold.graph import fold
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="front ends need Linux")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="front ends need
 def paths(tmp_path, make_net, make_spec, images):
     """A model and an image for it."""
     model, image = tmp_path / "plain.onnx", tmp_path / "image.png"
-    model.write_bytes(to_onnx(fold_net(make_net()), make_spec(), {"training": {}}).SerializeToString())
+    model.write_bytes(to_onnx(fold(make_net()), make_spec(), {"training": {}}).SerializeToString())
     Image.fromarray(images(1)[0]).save(image)
     return model, image
 

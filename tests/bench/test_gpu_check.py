@@ -13,7 +13,8 @@ from bench.runtimes import contenders
 from common.cli import run_command
 from export.compare import TOLERANCES, compare
 from export.runtimes import gpu
-from fold.plain import fold_net, save_plain
+from fold.graph import fold
+from fold.plain import save_plain
 
 ROOT = Path(__file__).resolve().parents[2]
 without_gpu = pytest.mark.skipif(bool(gpu.num_devices()), reason="this machine has a CUDA device")
@@ -27,7 +28,7 @@ def run(*argv):
 @pytest.fixture
 def plain(tmp_path, make_net, make_spec):
     path = tmp_path / "plain.safetensors"
-    save_plain(path, fold_net(make_net()).float(), make_spec(), {"training": {"dataset": "digits"}})
+    save_plain(path, fold(make_net()).float(), make_spec(), {"training": {"dataset": "digits"}})
     return path
 
 
@@ -171,7 +172,7 @@ def test_half_precision_in_pytorch_is_within_its_tolerance(is_dirac):
 def test_a_net_that_learnt_a_data_set_is_compared_on_its_images_and_calibrated_on_others(tmp_path, make_net, make_spec):
     spec = make_spec(channels=1)
     path = tmp_path / "plain.safetensors"
-    save_plain(path, fold_net(make_net(channels=1)).float(), spec, {"training": {"dataset": "digits"}})
+    save_plain(path, fold(make_net(channels=1)).float(), spec, {"training": {"dataset": "digits"}})
     net = nets.net_of_file(path)
     assert {kind: len(images) for kind, images in net.image_sets.items()} == {"real": 103, "random": 64, "extreme": 5}
     assert len(net.calibration) == nets.NUM_CALIBRATION

@@ -6,7 +6,7 @@ from onnx import TensorProto, helper, numpy_helper
 from common.cli import run_command
 from export import to_trt
 from export.graphs.graph import to_onnx
-from fold.plain import fold_net
+from fold.graph import fold
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def write_onnx(tmp_path, make_net, make_spec):
 
     def write(**fields):
         net = make_net(**fields)
-        model = to_onnx(fold_net(net), make_spec(**fields), {"training": {"dataset": "none"}})
+        model = to_onnx(fold(net), make_spec(**fields), {"training": {"dataset": "none"}})
         path = tmp_path / "plain.onnx"
         path.write_bytes(model.SerializeToString())
         return net, path

@@ -3,30 +3,24 @@ from xml.etree import ElementTree
 import onnx
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.cli import run_command
 from export.draw import DrawConfig, command, draw, read_rows
 from export.graphs.graph import to_onnx
+from fold.graph import fold
 from fold.lower import lower
-from fold.plain import fold_net
 
 
-def products_by_running(net, images):
-    """Multiplications for one image, counted at the outputs of the layers that multiply."""
-    counts = []
-
-    def count(layer, _, output):
-        counts.append(layer.weight.numel() * output[0, 0].numel())
-
-    for layer in net.modules():
-        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
-            layer.register_forward_hook(count)
-    net(images)
-    return sum(counts)
+def products_by_running(net, x):
+    """As PyTorch counts them: two operations each."""
+    with FlopCounterMode(display=False) as counter:
+        net(x)
+    return counter.get_total_flops() // 2
 
 
 def test_rows_have_the_shapes_weights_and_products_of_the_net(make_net, make_spec, images):
-    net = fold_net(make_net(depth=16))
+    net = fold(make_net(depth=16))
     rows = {row.name: row for row in read_rows(to_onnx(net, make_spec(depth=16), {}))}
     conv = rows["group1.block1.conv"]
     assert (conv.operator, conv.output, conv.num_weights) == ("Conv", "N 8 4 4", 8 * 16 * 9 + 8)
@@ -36,7 +30,7 @@ def test_rows_have_the_shapes_weights_and_products_of_the_net(make_net, make_spe
 
 
 def test_a_node_that_reads_two_others_is_tied_to_both(make_net, make_spec):
-    rows = read_rows(to_onnx(lower(fold_net(make_net()), "split"), make_spec(), {}))
+    rows = read_rows(to_onnx(lower(fold(make_net()), "split"), make_spec(), {}))
     sums = [row for row in rows if row.operator == "Add"]
     assert len(sums) == 5
     assert all([rows[source].operator for source in row.reads] == ["Conv", "Conv"] for row in sums)
@@ -46,7 +40,7 @@ def test_a_node_that_reads_two_others_is_tied_to_both(make_net, make_spec):
 
 @pytest.mark.parametrize("text", ["<>&", "plain"])
 def test_the_drawing_is_xml_with_every_name(make_net, make_spec, text):
-    model = to_onnx(fold_net(make_net()), make_spec(), {})
+    model = to_onnx(fold(make_net()), make_spec(), {})
     words = [element.text for element in ElementTree.fromstring(draw(read_rows(model), text)).findall("{*}text")]
     assert words[0].startswith(f"{text}: {len(model.graph.node)} nodes")
     assert {node.name for node in model.graph.node} <= set(words)

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import helper, numpy_helper
 
 from common.refusal import Refusal
@@ -14,9 +13,10 @@ from export.compare import TOLERANCES
 from export.graphs.graph import to_onnx
 from export.pairs import compare_layers, draw_layers
 from export.runtimes.onnx_session import OnnxSession
+from fold.graph import fold
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
-from fold.plain import fold_net, save_plain
+from fold.plain import save_plain
 
 BENT = "group1.block0.conv"
 
@@ -26,10 +26,9 @@ def write(tmp_path, make_net, make_spec):
     """The same small net as files: write(name, bend=..., lowering=..., precision=...)."""
 
     def write(name, *, bend=0.0, lowering="concat", precision="fp32", seed=0, **fields):
-        plain = fold_net(make_net(seed, **fields)).float()
-        with torch.no_grad():
-            if bend:
-                plain.get_submodule(BENT).weight.mul_(1 + bend)
+        plain = fold(make_net(seed, **fields)).float()
+        if bend:
+            plain.graph[BENT].tensors["weight"].mul_(1 + bend)
         path, spec = tmp_path / name, make_spec(**fields)
         if path.suffix == ".safetensors":
             save_plain(path, plain, spec, {})

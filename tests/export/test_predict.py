@@ -18,7 +18,8 @@ from export.artefacts import open_artefact
 from export.evaluation.answering import BATCH_SIZE, answer_each
 from export.predict import PredictConfig, command
 from export.runtimes.onnx_session import OnnxSession
-from fold.plain import fold_net, save_plain
+from fold.graph import fold
+from fold.plain import save_plain
 from serve.request.app import make_app
 from serve.request.limits import Limits
 from train.checkpoint import Checkpoint, save_checkpoint
@@ -78,7 +79,7 @@ def test_every_image_has_the_row_that_the_server_would_answer(write_onnx, photos
 
 def test_every_artefact_of_the_road_gives_the_same_rows(make_net, make_spec, write_onnx, photos, tmp_path):
     net, model = write_onnx()
-    save_plain(tmp_path / "plain.safetensors", fold_net(net).float(), make_spec(), {})
+    save_plain(tmp_path / "plain.safetensors", fold(net).float(), make_spec(), {})
     checkpoint = Checkpoint.fresh(make_spec(), net.state_dict(), {})
     save_checkpoint(tmp_path / "checkpoint.pt", checkpoint)
     answers = {}

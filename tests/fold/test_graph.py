@@ -1,6 +1,7 @@
 """Any net: right, or refused by name. Every net's numbers lie away from their initial values."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch.nn import functional as F
 from common.refusal import Refusal
 from fold.graph import GraphNet, fold
 from fold.nodes import Graph
-from fold.plain import fold_net
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, ncrelu
 
 
@@ -127,14 +127,9 @@ def test_any_net_folds_to_its_own_outputs(name):
 
 
 @pytest.mark.parametrize("name", ["ReLU, NCReLU, grouped convolution", "ReLU, nested NCReLU, Dirac", "LeakyReLU"])
-def test_chains_fold_to_layers_without_an_example(name):
+def test_chains_fold_without_an_example(name):
     net, shape = RIGHT[name]
-    assert error(moved(net), fold_net(net), noise(*shape)) < TOLERANCE
-
-
-def test_a_net_that_is_no_chain_is_refused_as_layers():
-    with pytest.raises(TypeError, match=r"not a chain of layers: .*\(add\)"):
-        fold_net(moved(PlusBody()))
+    assert error(moved(net), fold(net), noise(*shape)) < TOLERANCE
 
 
 class Columns(nn.Module):
@@ -168,11 +163,25 @@ class Rectified(nn.Conv2d):
 
 
 @pytest.mark.parametrize("net", [Twisted(), nn.Sequential(Rectified(4, 4, 3), conv())], ids=["order", "inside"])
-def test_a_chain_whose_names_are_in_no_such_order_is_refused_as_layers_and_right_as_a_graph(net):
+def test_names_may_be_in_any_order_and_inside_each_other(net):
     net = moved(net)
-    with pytest.raises(TypeError, match="not a chain of layers"):
-        fold_net(net)
     assert error(net, fold(net, noise(*X)), noise(*X)) < TOLERANCE
+
+
+def test_tensors_are_buffers_of_the_net_and_follow_it():
+    plain = fold(moved(nn.Sequential(conv(), nn.ReLU(), conv())))
+    copy = deepcopy(plain).float()
+    names = [f"nodes.{name}" for name in plain.graph.tensors()]
+    assert names == ["nodes.0.weight", "nodes.0.bias", "nodes.2.weight", "nodes.2.bias"] == [*plain.state_dict()]
+    assert {tensor.dtype for tensor in copy.graph.tensors().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in plain.graph.tensors().values()} == {torch.float64}
+    copy.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in copy.state_dict().items()})
+    assert not copy(noise(*X).float()).any()
+    assert plain(noise(*X)).any()
+    assert str(plain) == (
+        "GraphNet(\n  input: input\n  0: conv weight [4, 4, 3, 3] bias [4] of input\n  1: relu of 0\n"
+        "  2: conv weight [4, 4, 3, 3] bias [4] of 1\n)"
+    )
 
 
 class Branching(nn.Module):
@@ -235,7 +244,7 @@ def test_fold_of_a_graph_leaves_the_net_alone():
 def test_a_graph_survives_json_and_refuses_operations_that_are_not_listed():
     net = moved(PlusBody())
     plain = fold(net, noise(*X))
-    graph = plain.with_tensors()
+    graph = plain.graph
     entries = json.loads(json.dumps(graph.to_dict()))
     again = GraphNet(Graph.from_dict(entries, graph.tensors()))
     assert torch.equal(again(noise(*X)), plain(noise(*X)))

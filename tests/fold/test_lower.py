@@ -1,37 +1,32 @@
 """Lowerings: other layers, the same logits, in float64 and for every family."""
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
+from small_nets import Sum
+from small_nets import conv as small_conv
 from torch import nn
 
 from common.refusal import Refusal
-from fold.lower import Mirror, SharedReLU, distinct_lowerings, lower
+from fold.graph import fold
+from fold.lower import distinct_lowerings, lower
 from fold.lowerings import LOWERINGS
-from fold.plain import fold_net, named_layers
 from train.layers import NCReLU, Residual, dirac_delta
 
 TOLERANCE = 1e-12  # float64, as a share of the largest output
 
 
-def outputs(net, images):
-    """Every layer's output by name."""
-    found, x = {}, images
-    with torch.no_grad():
-        for name, layer in named_layers(net):
-            x = found[name] = layer(x)
-    return found
-
-
 def layers_and_weights(net):
     """What a net computes, as text: its layers and the sum of every tensor."""
     yield net
-    yield from (tensor.sum() for tensor in net.state_dict().values())
+    yield from (tensor.sum() for tensor in net.graph.tensors().values())
 
 
-def kinds(net):
-    return {type(layer) for layer in net.modules()}
+def convolutions(net):
+    """Weights by name."""
+    return {node.name: node.tensors["weight"] for node in net.graph.nodes if node.op == "conv"}
 
 
 @pytest.fixture
@@ -45,14 +40,14 @@ def plain(make_net):
                 tensor.abs_().add_(4)
             if name.endswith("bn.weight"):
                 tensor.abs_().add_(0.2)
-        return fold_net(net)
+        return fold(net)
 
     return make
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_logits_stay_in_float64(make_net, images, row, lowering):
-    net, pixels = fold_net(make_net(**row)), torch.from_numpy(images(3, row.get("size", 8)))
+    net, pixels = fold(make_net(**row)), torch.from_numpy(images(3, row.get("size", 8)))
     with torch.no_grad():
         before, after = net(pixels), lower(net, lowering)(pixels)
     error = ((before - after).abs().max() / before.abs().max()).item()
@@ -63,10 +58,9 @@ def test_logits_stay_in_float64(make_net, images, row, lowering):
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_layers_keep_their_names_and_outputs(plain, images, lowering, nonlinearity):
     net = plain(depth=16, nonlinearity=nonlinearity)
-    before, after = (outputs(form, torch.from_numpy(images())) for form in (net, lower(net, lowering)))
-    convolutions = [name for name, layer in named_layers(net) if isinstance(layer, nn.Conv2d)]
-    assert len(convolutions) == 13
-    for name in convolutions:
+    before, after = (dict(form.values(torch.from_numpy(images()))) for form in (net, lower(net, lowering)))
+    assert len(convolutions(net)) == 13
+    for name in convolutions(net):
         expected, found = before[name], after[name][:, : before[name].shape[1]]
         if lowering == "skip":  # up to a positive factor for every channel
             factor = (expected * found).sum(dim=(0, 2, 3)) / (found * found).sum(dim=(0, 2, 3))
@@ -77,17 +71,17 @@ def test_layers_keep_their_names_and_outputs(plain, images, lowering, nonlineari
 
 def test_each_lowering_has_the_layers_that_its_name_promises(plain):
     net = plain(depth=16)
-    forms = {lowering: lower(net, lowering) for lowering in LOWERINGS}
-    assert NCReLU in kinds(forms["concat"])
-    assert SharedReLU in kinds(forms["shared"])
-    assert Residual not in kinds(forms["shared"])
+    counts = {lowering: Counter(node.op for node in lower(net, lowering).graph.nodes) for lowering in LOWERINGS}
+    assert counts["concat"]["ncrelu"] == 11
     for lowering in ("shared", "shared-split", "split", "mirror"):
-        assert NCReLU not in kinds(forms[lowering])
-    assert Residual in kinds(forms["split"])
+        assert counts[lowering]["ncrelu"] == 0
+    layers = {"shared": (11, 0, 13), "shared-split": (0, 11, 24), "split": (0, 11, 24), "skip": (0, 12, 13)}
+    for lowering, expected in layers.items():
+        assert tuple(counts[lowering][op] for op in ("cat", "add", "conv")) == expected
     # Between the groups a max-pool comes before the NCReLU; elsewhere a convolution emits both halves.
-    assert sum(isinstance(layer, Mirror) for layer in forms["mirror"].modules()) == 2
-    assert sum(isinstance(layer, Residual) for layer in forms["skip"].modules()) == 12
-    assert not [name for name, _ in named_layers(net) if "mirror" in name]  # the argument is as it was
+    mirrored = [node.name for node in lower(net, "mirror").graph.nodes if node.op == "cat"]
+    assert mirrored == ["group1.block0.ncrelu.mirror", "group2.block0.ncrelu.mirror"]
+    assert not [node.name for node in net.graph.nodes if "mirror" in node.name]  # the argument is as it was
 
 
 @pytest.mark.parametrize("nonlinearity", ["ncrelu", "relu"])
@@ -103,29 +97,26 @@ def test_no_lowering_is_another_one_under_a_second_name(plain, nonlinearity):
 @pytest.mark.parametrize("nonlinearity", ["ncrelu", "relu"])
 def test_skip_takes_delta_out_of_the_filters(plain, nonlinearity):
     net = plain(depth=16, nonlinearity=nonlinearity)
-    folded = {name: layer.weight for name, layer in named_layers(net) if isinstance(layer, nn.Conv2d)}
-    for name, layer in named_layers(lower(net, "skip")):
-        if not isinstance(layer, Residual):
-            continue
-        weight, delta = layer.body.conv.weight, dirac_delta(folded[name].shape).bool()
+    folded, lowered = convolutions(net), convolutions(lower(net, "skip"))
+    for name in folded.keys() - lowered.keys():
+        weight, delta = lowered[f"{name}.body.conv"], dirac_delta(folded[name].shape).bool()
         assert weight[delta].abs().mean() < folded[name][delta].abs().mean() / 5
         assert weight.abs().amax(dim=(1, 2, 3)).median() < 1  # of δ's own, which is beside it
 
 
 def test_skip_leaves_filters_whole_where_delta_does_not_dominate(make_net):
-    net = fold_net(make_net(parameterization="plain", depth=16))
-    assert Residual not in kinds(lower(net, "skip"))
+    net = fold(make_net(parameterization="plain", depth=16))
+    assert not lower(net, "skip").graph.count("add")
 
 
 def test_skip_stands_a_negative_and_a_vanishing_tap(plain, images):
     net = plain(depth=16)
-    conv = net.group1.block1.conv
-    with torch.no_grad():
-        delta = dirac_delta(conv.weight.shape)
-        conv.weight[0] -= 2 * (conv.weight[0] * delta[0]).sum() * delta[0]
-        conv.weight[1] *= 1 - delta[1]
-        pixels = torch.from_numpy(images())
-        before, after = net(pixels), lower(net, "skip")(pixels)
+    weight = net.graph["group1.block1.conv"].tensors["weight"]
+    delta = dirac_delta(weight.shape)
+    weight[0] -= 2 * (weight[0] * delta[0]).sum() * delta[0]
+    weight[1] *= 1 - delta[1]
+    pixels = torch.from_numpy(images())
+    before, after = net(pixels), lower(net, "skip")(pixels)
     assert (before - after).abs().max() <= TOLERANCE * before.abs().max()
 
 
@@ -134,8 +125,56 @@ def test_an_unknown_lowering_is_refused(plain):
         lower(plain(), "fast")
 
 
-@pytest.mark.parametrize("lowering", ["shared", "shared-split", "split", "mirror"])
-def test_what_is_no_convolution_after_an_ncrelu_is_refused(lowering):
-    net = nn.Sequential(nn.Conv2d(1, 2, 1), NCReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 1, 1))
-    with pytest.raises(TypeError, match="2: MaxPool2d after an NCReLU can only be written as concat"):
-        lower(net, lowering)
+def dominated(*layers):
+    """Layers whose filters are δ and little else."""
+    net = nn.Sequential(*layers)
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            with torch.no_grad():
+                layer.weight.mul_(0.1).add_(3 * dirac_delta(layer.weight.shape))
+    return fold(net.eval())
+
+
+def conv(num_in, num_out, **how):
+    return nn.Conv2d(num_in, num_out, 3, padding=1, **how)
+
+
+def head(num_in, size=1):
+    return nn.AdaptiveAvgPool2d(size) if size == 1 else nn.MaxPool2d(2), nn.Flatten(), nn.Linear(num_in * size**2, 3)
+
+
+# A chain beyond those of this project, and how many convolutions skip leaves without δ.
+CHAINS = {
+    "an NCReLU that a pool reads": ([conv(4, 4), NCReLU(), nn.MaxPool2d(2), conv(8, 4), *head(4)], 1),
+    "two halves without an NCReLU": ([conv(4, 8), nn.ReLU(), conv(8, 4), nn.ReLU(), *head(4)], 1),
+    "a matrix of pixels": ([conv(4, 4), nn.ReLU(), *head(4, size=2)], 1),
+    "no matrix": ([conv(4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()], 0),
+    "groups": ([conv(4, 4), nn.ReLU(), conv(4, 4, groups=2), nn.ReLU(), *head(4)], 0),
+    "a gap": ([conv(4, 4, dilation=2), nn.ReLU(), *head(4)], 0),
+    "a residual": (
+        [conv(4, 4), nn.ReLU(), Residual(nn.Sequential(conv(4, 4), NCReLU(), conv(8, 4)), nn.Sequential()), *head(4)],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("name", CHAINS)
+def test_other_chains_keep_their_outputs(name, lowering):
+    torch.manual_seed(0)
+    layers, without_delta = CHAINS[name]
+    net, x = dominated(*layers), torch.randn(2, 4, 4, 4).double()
+    assert distinct_lowerings(net) == (LOWERINGS if net.graph.count("ncrelu") else ("concat", "skip"))
+    lowered = lower(net, lowering)
+    assert (net(x) - lowered(x)).abs().max() <= TOLERANCE * net(x).abs().max()
+    if lowering == "skip":
+        assert lowered.graph.count("add") - net.graph.count("add") == without_delta
+
+
+@pytest.mark.parametrize("net", [Sum(small_conv(), small_conv(size=1)), nn.Sequential(nn.Tanh(), small_conv())])
+def test_lowerings_of_chains_are_refused_for_other_nets(net):
+    plain = fold(nn.Sequential(nn.ReLU(), net, nn.Tanh()).eval())
+    assert distinct_lowerings(plain) == ("concat",)
+    for lowering in ("mirror", "skip"):
+        with pytest.raises(Refusal, match=f"lowering {lowering} is for chains of .* choose one of concat"):
+            lower(plain, lowering)

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from common.difference import TOLERANCES
-from fold.plain import fold_net
+from fold.graph import fold
 from fold.proof import prove
 
 
 @pytest.fixture
 def proof(make_net):
     net = make_net()
-    return prove(net, fold_net(net), torch.randint(256, (2, 8, 8, 1), dtype=torch.uint8))
+    return prove(net, fold(net), torch.randint(256, (2, 8, 8, 1), dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("relative", [nan, inf, 1.01 * TOLERANCES["float64"]])

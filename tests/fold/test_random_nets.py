@@ -111,6 +111,6 @@ def test_a_random_net_folds_to_its_own_outputs_and_no_rule_is_left(drawn, seed):
     net = moved(nn.Sequential(net, nn.AdaptiveAvgPool1d(1) if dims == 1 else nn.Identity(), nn.Flatten()), seed)
     plain = fold(net, x)
     assert error(net, plain, x) < TOLERANCE
-    graph = plain.with_tensors()
+    graph = plain.graph
     again = simplify(graph)
     assert [(node.name, node.op) for node in again.nodes] == [(node.name, node.op) for node in graph.nodes]

@@ -189,7 +189,7 @@ def test_whatever_is_changed_it_loads_or_is_refused(sound, tmp_path_factory, whi
 def test_shapes_are_those_that_the_net_gives(make):
     x = torch.randn(2, 3, 33, 30)
     plain = fold(own_nets.moved(make()), x)
-    shapes = infer_shapes(plain.with_tensors(), tuple(x.shape[1:]))
+    shapes = infer_shapes(plain.graph, tuple(x.shape[1:]))
     assert shapes == {name: tuple(value.shape[1:]) for name, value in plain.values(x.double())}
 
 

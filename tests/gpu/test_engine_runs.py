@@ -17,14 +17,14 @@ from export.model_file.engine_card import card_path, layers_path
 from export.runtimes import gpu
 from export.runtimes.load import load_runtime
 from export.runtimes.onnx_session import OnnxSession, loadable_providers
-from fold.plain import fold_net
+from fold.graph import fold
 from train import run as train
 
 pytestmark = pytest.mark.skipif(not gpu.num_devices(), reason="no CUDA device: engines cannot be run here")
 
 
 def write_onnx(path, net, spec):
-    path.write_bytes(to_onnx(fold_net(net), spec, {}).SerializeToString())
+    path.write_bytes(to_onnx(fold(net), spec, {}).SerializeToString())
     return path
 
 
@@ -113,7 +113,7 @@ def test_the_torch_runtimes_graphs_answer_as_the_dirac_net_and_leave_nothing(
     tmp_path, make_net, make_spec, images, precision
 ):
     net, path = make_net(), tmp_path / "plain.onnx"
-    path.write_bytes(to_onnx(fold_net(net), make_spec(), {}, precision=precision).SerializeToString())
+    path.write_bytes(to_onnx(fold(net), make_spec(), {}, precision=precision).SerializeToString())
     held = []
     for _ in range(5):
         runtime = load_runtime(path, name="torch", device=0)

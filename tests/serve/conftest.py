@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 
 from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
-from fold.plain import fold_net
+from fold.graph import fold
 from serve.request.app import make_app
 from serve.request.connection import Connection
 from serve.request.limits import Limits
@@ -24,7 +24,7 @@ from serve.request.limits import Limits
 @pytest.fixture(scope="session")
 def exported(make_net, make_spec):
     """Two real, small nets as ONNX, alike in shape."""
-    nets = (fold_net(make_net(seed=seed)) for seed in (0, 1))
+    nets = (fold(make_net(seed=seed)) for seed in (0, 1))
     return [to_onnx(net, make_spec(), {"training": {}}).SerializeToString() for net in nets]
 
 

@@ -18,7 +18,8 @@ from common.cli import run_command
 from common.image import decode
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from fold.plain import fold_net, save_plain
+from fold.graph import fold
+from fold.plain import save_plain
 from fold.proof import prove
 from train import trainer
 from train.checkpoint import Checkpoint, load_checkpoint, load_net, save_checkpoint
@@ -86,7 +87,7 @@ def source(tmp_path_factory):
 def plain(source):
     """The fold of `source`."""
     state, path = load_checkpoint(source), source.with_name("plain.safetensors")
-    save_plain(path, fold_net(load_net(state)).float(), state.spec, {"training": state.training_record()})
+    save_plain(path, fold(load_net(state)).float(), state.spec, {"training": state.training_record()})
     return path
 
 
@@ -340,4 +341,4 @@ def test_a_compiled_net_trains_and_folds_like_any_other(tmp_path):
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
     assert not any("_orig_mod" in name for name in checkpoint.model)
     net = load_net(checkpoint)
-    assert prove(net, fold_net(net), {"random": torch.zeros(1, 8, 8, 1, dtype=torch.uint8)})
+    assert prove(net, fold(net), {"random": torch.zeros(1, 8, 8, 1, dtype=torch.uint8)})

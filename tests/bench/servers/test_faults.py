@@ -16,7 +16,7 @@ from bench.servers.attacks import Attack
 from common.cli import run_command
 from common.files import write_whole
 from export.graphs.graph import to_onnx
-from fold.plain import fold_net
+from fold.graph import fold
 from serve.request.connection import MAX_TURNED_AWAY
 
 
@@ -25,7 +25,7 @@ def subject(tmp_path, make_net, make_spec):
     """A model's file, and an image for it."""
     pixels, file = np.random.default_rng(5).integers(0, 256, (8, 8, 3), dtype=np.uint8), io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
-    model = to_onnx(fold_net(make_net()), make_spec(), {"training": {}})
+    model = to_onnx(fold(make_net()), make_spec(), {"training": {}})
     return write_whole(tmp_path / "model.onnx", model.SerializeToString()), file.getvalue()
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from export.eight_bits.calibrate import METHODS, NUM_BINS, Histogram, covered, observe
 from export.graphs.graph import to_onnx
-from fold.plain import fold_net
+from fold.graph import fold
 
 
 def histogram_of(values):
@@ -14,7 +14,7 @@ def histogram_of(values):
 def test_every_tensor_is_observed_and_every_value_counted(make_net, make_spec, images):
     pixels = images(7)
     done = []
-    model = to_onnx(fold_net(make_net()), make_spec(), {})
+    model = to_onnx(fold(make_net()), make_spec(), {})
     found = observe(model, pixels, batch_size=3, advance=done.append)
     assert done == [3, 3, 1] * 2
     assert {"stem.conv", "stem.relu", "group0.block1.ncrelu", "group2.block1.conv"} <= set(found)

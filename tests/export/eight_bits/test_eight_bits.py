@@ -5,6 +5,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
 from torch.nn import functional
 
 from common.refusal import Refusal
@@ -14,9 +15,11 @@ from export.eight_bits.integer import quantize_filters, to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.eight_bits.quantize import answerer, measure_drop, quantize, relative_error, top1_agreement
 from export.graphs.graph import to_onnx
+from fold.graph import fold
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
-from fold.plain import fold_net
+from fold.nodes import run
+from train.layers import Normalize
 
 INT8_LOWERINGS = ("concat", "shared", "shared-split", "skip")
 
@@ -27,7 +30,7 @@ def calibrated(make_net, make_spec, images):
 
     def make(lowering, **fields):
         spec, pixels = make_spec(**fields), images(24, fields.get("size", 8))
-        plain = fold_net(make_net(**fields)).float()
+        plain = fold(make_net(**fields)).float()
         lowered = lower(plain, lowering)
         floats = to_onnx(lowered, spec, {})
         return plain, spec, lowered, floats, ranges(observe(floats, pixels), "min-max"), pixels
@@ -72,19 +75,17 @@ def test_integer_arithmetic_is_what_it_says(calibrated):
         zero = np.rint(-low / scale)
         return ((x / scale + zero).round().clamp(0, 255) - zero) * scale
 
-    with torch.no_grad():
-        x = lowered.stem(lowered.normalize(torch.from_numpy(pixels)))
-        x = eight_bits(x, "stem.relu")
-        for name, layer in list(lowered.named_children())[2:]:
-            if not name.startswith("group"):
-                x = layer(x)
-                continue
-            for block, parts in layer.named_children():
-                x = parts.ncrelu(x) if hasattr(parts, "ncrelu") else x
-                weight, scales = quantize_filters(parts.conv.weight.numpy())
-                filters = torch.from_numpy(weight * scales.reshape(-1, 1, 1, 1))
-                x = functional.conv2d(x, filters, parts.conv.bias, padding=1)
-                x = eight_bits(x, f"{name}.{block}.conv")
+    x = torch.from_numpy(pixels)
+    for node in lowered.graph.nodes[1:]:
+        if node.op == "conv" and node.name != "stem.conv":
+            weight, scales = quantize_filters(node.tensors["weight"].numpy())
+            filters = torch.from_numpy(weight * scales.reshape(-1, 1, 1, 1))
+            x = functional.conv2d(x, filters, node.tensors["bias"], padding=1)
+            x = eight_bits(x, node.name)
+        else:
+            x = run(node, [x])
+        if node.name == "stem.relu":
+            x = eight_bits(x, node.name)
     found = answers(to_integer_onnx(lowered, spec, {}, reach), pixels)
     # Levels that lie within float32's rounding of a half may go either way.
     assert relative_error(x.numpy(), found) < 0.01
@@ -142,7 +143,7 @@ def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, 
                 tensor.mul_(0.5)
     pixels = images(96)
     found = quantize(
-        fold_net(net).float(),
+        fold(net).float(),
         make_spec(depth=16),
         precision="int8",
         target=target,
@@ -156,7 +157,7 @@ def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, 
     assert errors == sorted(errors)
     best = min(row.relative_error for row in found.candidates if row.lowering == "concat")
     assert errors[0] < 0.6 * best
-    expected = answers(to_onnx(fold_net(net), make_spec(depth=16), {}), pixels[48:])
+    expected = answers(to_onnx(fold(net), make_spec(depth=16), {}), pixels[48:])
     assert relative_error(expected, answers(found.model, pixels[48:])) == pytest.approx(errors[0])
 
 
@@ -189,3 +190,16 @@ def test_an_fp8_file_is_compared_with_the_optimiser_off(calibrated, tmp_path):
     assert form.precision == "fp8"
     assert relative_error(expected, form.answer(pixels)) < 0.15
     assert relative_error(expected, form.layers(pixels)["fc"]) < 0.15
+
+
+def test_windows_of_any_shape_have_integer_nodes(make_spec, images):
+    """A pool that rounds up and is not square, and a kernel with more zeros on one side."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 2, padding="same"), nn.MaxPool2d((2, 3), 2, ceil_mode=True)
+    head = nn.ReLU(), nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    spec, pixels = make_spec(size=11), images(48, 11)
+    plain = fold(nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers, *head)).float()
+    how = {"precision": "int8", "target": "onnxruntime", "lowerings": ["concat"]}
+    found = quantize(plain, spec, **how, observed=pixels[:24], chosen_by=pixels[24:])
+    assert {"QLinearConv", "NhwcMaxPool"} <= {node.op_type for node in found.model.graph.node}
+    assert found.candidates[0].relative_error < 0.15

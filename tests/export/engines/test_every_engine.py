@@ -9,8 +9,8 @@ from export.eight_bits.quantize import answerer
 from export.engines.engine import build_engine
 from export.graphs.graph import to_onnx
 from export.model_file.onnx_reader import read_graph
+from fold.graph import fold
 from fold.lower import distinct_lowerings, lower
-from fold.plain import fold_net
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: its wheels are for Linux and Windows")
 pytestmark = pytest.mark.slow
@@ -23,7 +23,7 @@ EIGHT_BITS = {"int8": 0.5, "fp8": 0.6}
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "int8", "fp8"])
 def test_every_lowering_becomes_an_engine(make_net, make_spec, images, row, tmp_path, kind):
     spec, pixels = make_spec(**row), images(24, row.get("size", 8))
-    plain = fold_net(make_net(**row)).float()
+    plain = fold(make_net(**row)).float()
     expected = answerer(to_onnx(plain, spec, {}))(pixels)
     for lowering in distinct_lowerings(plain):
         floats = to_onnx(lower(plain, lowering), spec, {}, precision="fp16" if kind == "fp16" else "fp32")

@@ -15,7 +15,7 @@ from common.spec import ImageSpec, Spec
 from export.artefacts import open_artefact
 from export.evaluate import EvaluateConfig, command
 from export.graphs.graph import to_onnx
-from fold.plain import fold_net
+from fold.graph import fold
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.data import datasets
 from train.data.folder import FILE, SUFFIXES
@@ -56,7 +56,7 @@ def trained(photos, tmp_path, make_net, make_spec):
     net = make_net(**fields)
     checkpoint = Checkpoint.fresh(spec, net.state_dict(), config)
     save_checkpoint(run / "checkpoint.pt", checkpoint)
-    model = to_onnx(fold_net(net), spec, {"training": checkpoint.training_record()})
+    model = to_onnx(fold(net), spec, {"training": checkpoint.training_record()})
     (run / "plain.onnx").write_bytes(model.SerializeToString())
     return run
 
@@ -68,7 +68,7 @@ def digits_net(tmp_path, make_net):
     image = ImageSpec(8, 8, 1, (0.4,), (0.3,), resize=8)
     spec = Spec("cifar", 10, 0.25, "ncrelu", image, tuple("0123456789"))
     path = tmp_path / "digits.onnx"
-    path.write_bytes(to_onnx(fold_net(net), spec, {"training": {"dataset": "digits"}}).SerializeToString())
+    path.write_bytes(to_onnx(fold(net), spec, {"training": {"dataset": "digits"}}).SerializeToString())
     return path
 
 
@@ -196,7 +196,7 @@ def test_another_folder_of_nothing_but_strangers_is_refused(trained, others, pho
 
 def test_a_run_that_recorded_no_division_is_not_judged_on_its_folder(photos, tmp_path, make_net, make_spec, capsys):
     path = tmp_path / "plain.onnx"
-    model = to_onnx(fold_net(make_net(num_labels=3)), make_spec(num_labels=3), {"training": {"dataset": "folder"}})
+    model = to_onnx(fold(make_net(num_labels=3)), make_spec(num_labels=3), {"training": {"dataset": "folder"}})
     path.write_bytes(model.SerializeToString())
     assert run(path, "--data-dir", photos) == 2
     assert "does not record which images it was trained on" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from export.predict import PredictConfig
 from export.predict import command as predict
 from export.runtimes.cascade import Cascade
 from export.runtimes.runtime import probabilities
-from fold.plain import fold_net
+from fold.graph import fold
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def write(tmp_path, make_net, make_spec):
     """A plain.onnx whose training says this of itself."""
 
     def of(training):
-        model = to_onnx(fold_net(make_net()), make_spec(), {"training": training})
+        model = to_onnx(fold(make_net()), make_spec(), {"training": training})
         (tmp_path / "plain.onnx").write_bytes(model.SerializeToString())
         return tmp_path / "plain.onnx"
 

@@ -3,30 +3,29 @@
 import json
 
 import pytest
-import torch
 
 from common.cli import run_command
 from export import parity, to_onnx
 from export.eight_bits.calibrate import first_overflow
 from export.graphs.graph import to_onnx as write_graph
+from fold.graph import fold
 from fold.image_sets import random_images
-from fold.plain import fold_net, save_plain
+from fold.plain import save_plain
 
 
 @pytest.fixture
 def files(make_net, make_spec, tmp_path):
     """(plain.safetensors, half.onnx): the first convolution gives 2e4 times as much, the next two take it back."""
     fields = {"nonlinearity": "relu"}
-    net, spec = fold_net(make_net(**fields)).float(), make_spec(**fields)
-    with torch.no_grad():
-        for name, of_weight, of_bias in (
-            ("stem.conv", 2e4, 2e4),
-            ("group0.block0.conv", 1 / 250, 80),
-            ("group0.block1.conv", 1 / 80, 1),
-        ):
-            layer = net.get_submodule(name)
-            layer.weight.mul_(of_weight)
-            layer.bias.mul_(of_bias)
+    net, spec = fold(make_net(**fields)).float(), make_spec(**fields)
+    for name, of_weight, of_bias in (
+        ("stem.conv", 2e4, 2e4),
+        ("group0.block0.conv", 1 / 250, 80),
+        ("group0.block1.conv", 1 / 80, 1),
+    ):
+        tensors = net.graph[name].tensors
+        tensors["weight"].mul_(of_weight)
+        tensors["bias"].mul_(of_bias)
     plain, half = tmp_path / "plain.safetensors", tmp_path / "half.onnx"
     save_plain(plain, net, spec, {})
     half.write_bytes(write_graph(net, spec, {}, precision="fp16").SerializeToString())
@@ -54,5 +53,5 @@ def test_parity_calls_it_different_where_the_answers_of_a_cpu_are_not(files, tmp
 
 
 def test_a_net_within_the_range_passes(make_net, make_spec):
-    net, spec = fold_net(make_net()).float(), make_spec()
+    net, spec = fold(make_net()).float(), make_spec()
     assert first_overflow(write_graph(net, spec, {}, precision="fp16"), random_images(spec.image)) is None

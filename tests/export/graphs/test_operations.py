@@ -133,7 +133,7 @@ def test_names_between_nodes_give_way_to_those_of_the_net():
     made = source(Taken())
     names = [node.name for node in made.plain.graph.nodes]
     assert "images_" in names
-    graph = made.plain.with_tensors()
+    graph = made.plain.graph
     renamed = {"gelu": "act.gate"}
     nodes = tuple(
         type(node)(

@@ -18,7 +18,7 @@ from export.model_file.onnx_reader import read_header, with_metadata
 from export.model_file.reference import NUM_BINS, Reference, count, read_reference
 from export.runtimes.onnx_session import OnnxSession
 from export.runtimes.runtime import best, probabilities
-from fold.plain import fold_net
+from fold.graph import fold
 from train.data import datasets
 
 
@@ -29,9 +29,7 @@ def digits_net(write_onnx, tmp_path, make_net, make_spec):
     fields = {"num_labels": 10, "channels": 1}
     spec = replace(make_spec(**fields), labels=info.labels)
     path = tmp_path / "digits.onnx"
-    path.write_bytes(
-        to_onnx(fold_net(make_net(**fields)), spec, {"training": {"dataset": "digits"}}).SerializeToString()
-    )
+    path.write_bytes(to_onnx(fold(make_net(**fields)), spec, {"training": {"dataset": "digits"}}).SerializeToString())
     return path
 
 

@@ -16,9 +16,9 @@ from export.graphs.graph import to_onnx
 from export.model_file.onnx_reader import read_header
 from export.runtimes.load import load_runtime
 from export.runtimes.mnn_module import MnnModule
+from fold.graph import fold
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
-from fold.plain import fold_net
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_every_family_answers_as_its_dirac_net(write_onnx, images, row):
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_every_lowering_answers_as_its_dirac_net(tmp_path, make_net, make_spec, images, lowering):
     net, path = make_net(), tmp_path / "plain.onnx"
-    path.write_bytes(to_onnx(lower(fold_net(net), lowering), make_spec(), {}).SerializeToString())
+    path.write_bytes(to_onnx(lower(fold(net), lowering), make_spec(), {}).SerializeToString())
     expected = net(torch.from_numpy(images())).detach().numpy()
     assert compare(("Dirac net", expected), ("MNN", MnnModule(path)(images())), tolerance=TOLERANCES["fp32"])
 

@@ -13,7 +13,7 @@ from common.refusal import Refusal
 from export.compare import compare
 from export.graphs.graph import to_onnx
 from export.runtimes.load import load_runtime
-from fold.plain import fold_net
+from fold.graph import fold
 from serve.request.app import make_app
 from serve.request.limits import Limits
 
@@ -43,7 +43,7 @@ def write(kind, make_net, make_spec, tmp_path):
 
     def make(**fields):
         net, path = make_net(**fields), tmp_path / f"plain{kind[1]}"
-        WRITERS[kind](path, fold_net(net).float(), make_spec(**fields))
+        WRITERS[kind](path, fold(net).float(), make_spec(**fields))
         return net, path
 
     return make

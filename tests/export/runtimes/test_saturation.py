@@ -15,8 +15,8 @@ from export.graphs.graph import to_onnx
 from export.runtimes import saturation
 from export.runtimes.onnx_session import cpu_session
 from export.runtimes.saturation import may_saturate, warning
+from fold.graph import fold
 from fold.lower import lower
-from fold.plain import fold_net
 
 INT16 = np.iinfo(np.int16)
 
@@ -68,7 +68,7 @@ def test_only_filters_that_would_saturate_get_a_larger_scale():
 @pytest.fixture
 def integer_graph(make_net, make_spec, images):
     def make(lowering, kind="onnxruntime", **fields):
-        plain, spec = fold_net(make_net(**fields)).float(), make_spec(**fields)
+        plain, spec = fold(make_net(**fields)).float(), make_spec(**fields)
         lowered = lower(plain, lowering)
         floats = to_onnx(lowered, spec, {})
         reach = ranges(observe(floats, images(8)), "min-max")
@@ -147,7 +147,7 @@ def test_dequantized_weights_of_convolutions_count_since_runtimes_fuse_them(tmp_
 
 
 def test_a_float_net_has_nothing_to_saturate(tmp_path, make_net, make_spec):
-    assert may_saturate(tmp_path, to_onnx(fold_net(make_net()).float(), make_spec(), {}).SerializeToString()) == []
+    assert may_saturate(tmp_path, to_onnx(fold(make_net()).float(), make_spec(), {}).SerializeToString()) == []
 
 
 def test_the_probe_is_one_multiplication_and_its_answer_is_that_of_this_processor():

@@ -20,7 +20,7 @@ from export.graphs.graph import to_onnx
 from export.runtimes import torch_graphs
 from export.runtimes.load import load_runtime
 from export.runtimes.torch_graphs import TorchNet
-from fold.plain import fold_net
+from fold.graph import fold
 
 TO_LOGITS = TorchNet.__call__
 REAL = {name: getattr(torch.cuda, name) for name in ("CUDAGraph", "Stream", "graph", "stream", "graph_pool_handle")}
@@ -176,7 +176,7 @@ def test_float32_is_without_tf32_and_kernels_are_searched_before_the_capture(loa
 
 def test_float16_is_that_of_the_file(make_net, make_spec, cuda, images, tmp_path):
     net, path = make_net(), tmp_path / "plain.onnx"
-    path.write_bytes(to_onnx(fold_net(net), make_spec(), {}, precision="fp16").SerializeToString())
+    path.write_bytes(to_onnx(fold(net), make_spec(), {}, precision="fp16").SerializeToString())
     runtime, pixels = load_runtime(path, name="torch", device=0), images(3)
     assert runtime.description == "PyTorch, CUDA graphs, fp16"
     # sqrt(10) roundings of 2^-11, as export/compare.py derives it.

@@ -13,7 +13,8 @@ from common.files import sha256
 from common.refusal import Refusal
 from fold.authors.files import read_saved
 from fold.authors.nets import checkpoint_of
-from fold.plain import fold_net, skeleton
+from fold.graph import fold
+from fold.plain import skeleton, stored_tensors
 from train.checkpoint import load_net
 from train.families import count_parameters
 
@@ -40,7 +41,7 @@ def assert_answers(checkpoint, numbers, release):
     expected = reference.AuthorsNet(numbers, release)(images)
     net = load_net(checkpoint)
     with torch.no_grad():
-        folded = fold_net(net)(torch.from_numpy(images))
+        folded = fold(net)(torch.from_numpy(images))
         actual = net.double()(torch.from_numpy(images))
     scale = np.abs(expected).max()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * scale)
@@ -204,4 +205,4 @@ def test_the_published_nets_have_as_many_numbers_as_their_notebooks_print(
     checkpoint = import_net(saved(tmp_path, params, stats))
     assert checkpoint.spec.name == name
     assert count_parameters(load_net(checkpoint)) == trained_numbers == sum(map(torch.numel, params.values()))
-    assert sum(map(torch.numel, skeleton(checkpoint.spec).state_dict().values())) == folded_numbers
+    assert sum(map(torch.numel, stored_tensors(skeleton(checkpoint.spec), checkpoint.spec).values())) == folded_numbers

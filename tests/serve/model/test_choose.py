@@ -11,7 +11,7 @@ from common.refusal import Refusal
 from export.graphs.graph import to_onnx
 from export.model_file.probe import probe_images, record_probe
 from export.runtimes.onnx_session import OnnxSession
-from fold.plain import fold_net
+from fold.graph import fold
 from serve.config import ServeConfig
 from serve.model.choose import choose, conditions_of, record_path, why_unfit
 
@@ -24,7 +24,7 @@ def write(tmp_path, make_net, make_spec):
 
     def write(name, *, seed=0, depth=10, **export):
         record = {"export": {"precision": "fp32", "plain_sha256": "a" * 64, **export}}
-        model = to_onnx(fold_net(make_net(seed=seed, depth=depth)), make_spec(depth=depth), record)
+        model = to_onnx(fold(make_net(seed=seed, depth=depth)), make_spec(depth=depth), record)
         (tmp_path / name).write_bytes(model.SerializeToString())
         return tmp_path / name
 

@@ -14,7 +14,7 @@ from common.image import decode
 from common.spec import ImageSpec
 from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import OnnxSession
-from fold.plain import fold_net
+from fold.graph import fold
 from serve.request.access import EVERYBODY, Access
 from serve.request.app import make_app
 from serve.request.limits import Limits
@@ -82,7 +82,7 @@ def page(live, make_net, make_spec, tmp_path, browser):
         def page(*, api_key=None, size=28, channels=1, **fields):
             path = tmp_path / "plain.onnx"
             spec = {"size": size, "channels": channels, **fields}
-            model = to_onnx(fold_net(make_net(**spec)), make_spec(**spec), PROVENANCE)
+            model = to_onnx(fold(make_net(**spec)), make_spec(**spec), PROVENANCE)
             path.write_bytes(model.SerializeToString())
             access = Access(api_key=api_key.encode()) if api_key else EVERYBODY
             url = stack.enter_context(live(make_app(OnnxSession(path), Limits(), access=access)))

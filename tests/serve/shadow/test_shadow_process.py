@@ -16,7 +16,7 @@ from shadows import running, send
 
 from common.refusal import Refusal
 from export.graphs.graph import to_onnx
-from fold.plain import fold_net
+from fold.graph import fold
 from serve.config import ServeConfig
 from serve.model.process import BatchFailed, ModelProcess, ProcessFailed
 from serve.model.worker import answer_batch
@@ -184,7 +184,7 @@ def test_promotion_reaches_all_workers_and_outlives_hangups_and_kills(
 def test_a_shadow_that_cannot_be_one_is_one_line_before_anything_is_served(artefact, tmp_path, make_net, make_spec):
     other = tmp_path / "five.onnx"
     fields = {"num_labels": 5}
-    other.write_bytes(to_onnx(fold_net(make_net(**fields)), make_spec(**fields), {"training": {}}).SerializeToString())
+    other.write_bytes(to_onnx(fold(make_net(**fields)), make_spec(**fields), {"training": {}}).SerializeToString())
     (tmp_path / "text.onnx").write_text("hello")
     for argv, message in (
         (["--shadow", other], "cannot shadow DiracNet-10-0.25: it has 5 labels, not 10; export it for the same images"),

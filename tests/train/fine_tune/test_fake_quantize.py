@@ -9,7 +9,7 @@ import torch
 from export.eight_bits.calibrate import observe, ranges
 from export.eight_bits.integer import levels_of, quantize_filters, to_integer_onnx
 from export.graphs.graph import to_onnx
-from fold.plain import fold_net
+from fold.graph import fold
 from train.fine_tune import fake_quantize
 from train.fine_tune.fake_quantize import FakeQuantized, round_activations, round_filters
 
@@ -58,7 +58,7 @@ def test_what_a_relu_removes_takes_no_levels():
 def test_every_layer_rounds_as_that_of_the_int8_file(fields, make_net, make_spec, images, monkeypatch):
     """Each given what the file's layer before gives, and its range: equal levels but for ties, and equal logits."""
     net, spec, pixels = make_net(**fields), make_spec(**fields), images(24, fields.get("size", 8))
-    plain = fold_net(net).float()
+    plain = fold(net).float()
     reach = ranges(observe(to_onnx(plain, spec, {}), pixels), "min-max")
     model = to_integer_onnx(plain, spec, {}, reach)
     exported, logits = outputs(model, pixels)

@@ -9,7 +9,8 @@ import torch
 from common.cli import run_command
 from common.files import sha256
 from common.spec import ImageSpec, Spec
-from fold.plain import fold_net, load_plain, save_plain
+from fold.graph import fold
+from fold.plain import load_plain, save_plain
 from fold.run import FoldConfig
 from fold.run import command as fold_command
 from train.checkpoint import load_checkpoint, load_net
@@ -41,7 +42,7 @@ def write_plain(tmp_path, make_net):
             num_labels=len(spec.labels),
         )
         net.normalize = build(spec).normalize
-        save_plain(tmp_path / name, fold_net(net).float(), spec, {"training": {"dataset": "digits"}})
+        save_plain(tmp_path / name, fold(net).float(), spec, {"training": {"dataset": "digits"}})
         return net, tmp_path / name
 
     return write
@@ -130,12 +131,12 @@ def test_files_that_are_not_the_plain_net_of_a_family_are_refused(tmp_path, writ
         path.write_bytes(damaged)
         assert run("--init", path, "--out", tmp_path / "run") == 2
         assert "is not a valid safetensors file" in capsys.readouterr().err
-    plain = fold_net(net).float()
-    plain.fc.bias.data[0] = float("nan")
+    plain = fold(net).float()
+    plain.graph["fc"].tensors["bias"][0] = float("nan")
     save_plain(path, plain, DIGITS, {})
     assert run("--init", path, "--out", tmp_path / "run") == 2
     assert "holds NaN or infinite values in fc.bias" in capsys.readouterr().err
-    save_plain(path, fold_net(net).float(), replace(DIGITS, depth=16), {})
+    save_plain(path, fold(net).float(), replace(DIGITS, depth=16), {})
     assert run("--init", path, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert f"{path}: the plain file does not fit its spec DiracNet-16-0.25: group0.block2.conv.bias" in error
@@ -144,8 +145,6 @@ def test_files_that_are_not_the_plain_net_of_a_family_are_refused(tmp_path, writ
 
 
 def test_the_graph_of_somebodys_own_net_is_refused(tmp_path, capsys):
-    from fold.graph import fold
-
     spec = Spec.of_net("theirs", DIGITS.image, DIGITS.labels)
     net = torch.nn.Sequential(build(DIGITS).normalize, torch.nn.Flatten(), torch.nn.Linear(64, 10))
     save_plain(tmp_path / "own.safetensors", fold(net.eval(), torch.zeros(2, 8, 8, 1, dtype=torch.uint8)), spec, {})

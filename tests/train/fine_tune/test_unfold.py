@@ -8,7 +8,8 @@ import reference
 import torch
 
 from common.refusal import Refusal
-from fold.plain import fold_net, skeleton
+from fold.graph import GraphNet, fold
+from fold.plain import skeleton
 from train.fine_tune.unfold import ABOVE_SMALLEST, as_plain, parts_of, unfold
 from train.layers import dirac_delta
 
@@ -27,7 +28,11 @@ AWKWARD = (
 
 def tensors(net):
     """Of a plain file, in float32 as it stands there."""
-    return {name: tensor.float() for name, tensor in fold_net(net).state_dict().items()}
+    return {name: tensor.float() for name, tensor in plain_tensors(net).items()}
+
+
+def plain_tensors(net):
+    return {name: tensor for name, tensor in fold(net).graph.tensors().items() if not name.startswith("normalize.")}
 
 
 def awkward(weights, spec):
@@ -44,18 +49,22 @@ def awkward(weights, spec):
     return weights
 
 
+# Of the pixels' normalisation, whose constants are float32 elsewhere.
+OFFSET = torch.full((3, 1, 1), 255 * 0.4, dtype=torch.float64)
+SCALE = torch.full((3, 1, 1), 1 / (255 * 0.3), dtype=torch.float64)
+
+
 def exact(net):
-    """With the pixels' normalisation in float64 too: its constants are float32 elsewhere."""
-    net.normalize.offset = torch.full((3, 1, 1), 255 * 0.4, dtype=torch.float64)
-    net.normalize.scale = torch.full((3, 1, 1), 1 / (255 * 0.3), dtype=torch.float64)
+    """With the pixels' normalisation in float64 too."""
+    net.normalize.offset, net.normalize.scale = OFFSET, SCALE
     return net
 
 
 def answers_of_plain(weights, spec, images):
     """By the fold's own plain net, in float64."""
-    plain = skeleton(spec).double()
-    plain.load_state_dict({name: tensor.double() for name, tensor in weights.items()}, assign=True)
-    return exact(plain)(torch.from_numpy(images)).detach().numpy()
+    given = {name: tensor.double() for name, tensor in weights.items()}
+    graph = skeleton(spec).with_tensors({**given, "normalize.offset": OFFSET, "normalize.scale": SCALE})
+    return GraphNet(graph)(torch.from_numpy(images)).numpy()
 
 
 def test_the_opened_net_is_the_plain_one_by_the_papers_equations(make_net, make_spec, images, row):
@@ -75,7 +84,7 @@ def test_the_opened_net_is_the_plain_one_by_the_papers_equations(make_net, make_
 
 def test_fold_of_unfold_of_fold_is_the_fold(make_net, make_spec, row):
     weights = awkward(tensors(make_net(**row)), make_spec(**row))
-    again = fold_net(unfold(weights, make_spec(**row), **START)).state_dict()
+    again = plain_tensors(unfold(weights, make_spec(**row), **START))
     assert again.keys() == weights.keys()
     for name, tensor in weights.items():
         error = (again[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-30)
@@ -157,5 +166,5 @@ def test_the_plain_file_of_another_depth_is_refused(make_net, make_spec):
 
 def test_parts_are_the_layers_of_a_plain_file_with_their_names(make_net, row):
     net = make_net(**row)
-    plain = [name for name, tensor in fold_net(net).state_dict().items() if tensor.dim() == 4]
+    plain = [name for name, tensor in plain_tensors(net).items() if tensor.dim() == 4]
     assert [f"{part.name}.weight" for part in parts_of(net)] == plain
