@@ -6,17 +6,17 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import Measurement, Record, describe_machine, publish, render
-from bench.lab.rounds import alternate_all, speedup
+from bench.lab.rounds import alternate_all, median_ms, speedup
 from common.cli import given_arguments, run_command
 from common.refusal import Refusal
 
@@ -28,7 +28,6 @@ EXAMPLES = (
 MODELS = Path(__file__).resolve().parents[1] / "models"
 BATCHES = (1, 32)
 AVX2_ONLY = Path(__file__).parent / "lab" / "avx2_only.py"
-PROCESSORS = {"yes": "with VNNI", "no": "without VNNI", "unknown": "that does not list its instructions"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def command(config: CascadeBenchConfig) -> None:
     cascade = Cascade(*shared, evidence=forms.evidence)
     cascade(images)
     measured = {
-        "machine": {**describe_machine("onnxruntime-gpu", "onnxruntime"), "vnni": _has_vnni(), "load before": load},
+        "machine": {**describe_machine("onnxruntime-gpu", "onnxruntime"), "load before": load},
         "saturates": saturates(),
         "forms": str(forms),
         "threads": config.threads,
@@ -74,20 +73,18 @@ def command(config: CascadeBenchConfig) -> None:
         "batches": {},
     }
     racers = {"int8": session(forms.quick), "fp32": session(forms.exact), "cascade": cascade}
-
-    def pass_ms(name: str, size: int) -> float:
-        start = time.perf_counter()
-        for first in range(0, len(images), size):
-            racers[name](images[first : first + size])
-        return 1000 * (time.perf_counter() - start)
-
     for size in BATCHES:
-        passes = {name: partial(pass_ms, name, size) for name in racers}
+        batches = [images[first : first + size] for first in range(0, len(images), size)]
+        passes = {name: partial(_pass_ms, answer, batches) for name, answer in racers.items()}
         times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
         measured["batches"][str(size)] = times
     if config.avx2:
         measured["avx2"] = _with_avx2_alone(config)
     publish(config, "cascade", page, **measured)
+
+
+def _pass_ms(answer: Callable[[Any], object], batches: list[Any]) -> float:
+    return median_ms(lambda: [answer(batch) for batch in batches], 0, min_calls=1)
 
 
 def _with_avx2_alone(config: CascadeBenchConfig) -> Record:
@@ -102,17 +99,9 @@ def _with_avx2_alone(config: CascadeBenchConfig) -> Record:
     return {name: record[name] for name in ("saturates", "share_escalated", "batches")}
 
 
-def _has_vnni() -> str:
-    """ "yes", "no", or "unknown" where the system does not list its processor's instructions."""
-    path = Path("/proc/cpuinfo")
-    words = path.read_text().split() if path.exists() else []
-    return "unknown" if "flags" not in words else "yes" if {"avx512_vnni", "avx_vnni"} & {*words} else "no"
-
-
 def page(record: Record) -> str:
     others = [{"rows": _rows(record["avx2"]), **record["avx2"]}] if "avx2" in record else []
-    processor = PROCESSORS[record["machine"]["vnni"]]
-    return render("cascade", record, rows=_rows(record), others=others, processor=processor)
+    return render("cascade", record, rows=_rows(record), others=others)
 
 
 def _rows(record: Record) -> list[Record]:

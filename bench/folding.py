@@ -2,12 +2,9 @@
 
 import sys
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass
-from math import log
 from pathlib import Path
-from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -42,7 +39,7 @@ class FoldingConfig(Measurement):
 
 def command(config: FoldingConfig) -> None:
     """Fold and export nets of 1 to 59 million parameters and one of 400 layers, each in its own process."""
-    from bench.nets import make_checkpoint
+    from bench.training_steps import make_checkpoint
     from export import to_onnx
     from fold import run as fold
 
@@ -58,44 +55,27 @@ def command(config: FoldingConfig) -> None:
                 ("fold/run.py", fold.command, fold.FoldConfig(str(checkpoint))),
                 ("export/to_onnx.py", to_onnx.command, export_config),
             ):
-                row = {"command": script, "net": name, "depth": depth, "parameters": parameters, "runs": []}
+                row = {"command": script, "net": name, "parameters": parameters, "runs": []}
                 jobs.append((row, MODULES[script], *work))
             advance(note="checkpoints")
         for _, in_turn in turns(jobs, rounds):
             for row, *job in in_turn:
                 row["runs"].append(cost_of(*job))
                 advance(note=f"{row['command']} {row['net']}")
+    rows = sorted((row for row, *_ in jobs), key=lambda row: [*MODULES].index(row["command"]))
     machine = describe_machine("torch", "onnx", "onnxruntime-gpu", "onnxruntime")
-    publish(config, "folding", page, machine=machine, rounds=rounds, rows=[row for row, *_ in jobs])
+    publish(config, "folding", page, machine=machine, rounds=rounds, rows=rows)
 
 
 def page(record: Record) -> str:
-    tables = defaultdict(list)
-    for row in record["rows"]:
-        tables[row["command"]].append(_with_figures(row))
-    tables = [{"script": script, "rows": rows, **_growth(rows)} for script, rows in tables.items()]
-    return render("folding", record, tables=tables)
+    return render("folding", record, rows=list(map(_with_shares, record["rows"])))
 
 
-def _with_figures(row: Record) -> dict[str, Any]:
-    """A row with its seconds and its peak memory over all runs: in total, after the imports, and the difference."""
-    seconds, parameters = [run["seconds"] for run in row["runs"]], row["parameters"]
-    peak, imported = (max(run[key] for run in row["runs"]) for key in ("peak_bytes", "imported_bytes"))
-    figures = {"seconds": seconds, "peak": peak, "imported": imported, "own": peak - imported}
-    per_million = 1e6 * median(seconds) / parameters
-    return {**row, **figures, "per_million": per_million, "own_in_weights": (peak - imported) / (4 * parameters)}
-
-
-def _growth(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Growth of time and memory among nets of equal depth: per parameter, and as a power of it between the last two."""
-    equals = [row for row in rows if row["depth"] == rows[0]["depth"]]
-    first, before, last = equals[0], *equals[-2:]
-    growth = {"depth": first["depth"], "before": before["net"], "last": last["net"]}
-    for name, cost in (("time", lambda row: 1e6 * median(row["seconds"])), ("memory", lambda row: row["own"])):
-        slope = (cost(last) - cost(first)) / (last["parameters"] - first["parameters"])
-        power = log(cost(last) / cost(before)) / log(last["parameters"] / before["parameters"])
-        growth |= {f"{name}_slope": slope, f"{name}_power": power}
-    return growth
+def _with_shares(row: Record) -> Record:
+    """A row with the seconds for a million parameters, and its own memory in multiples of the float32 weights."""
+    num = row["parameters"]
+    seconds = [1e6 * run["seconds"] / num for run in row["runs"]]
+    return {**row, "per_million": seconds, "own_in_weights": [run["own_bytes"] / (4 * num) for run in row["runs"]]}
 
 
 if __name__ == "__main__":

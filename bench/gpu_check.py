@@ -175,26 +175,21 @@ def page(record: dict[str, Any]) -> str:
 def _with_tables(net: dict[str, Any]) -> dict[str, Any]:
     """A net with tables of its times and speeds, one column per batch size, and the cells of its parity."""
     sizes, rows = [str(size) for size in net["batch_sizes"]], net["rows"]
-    timings = {row["title"]: [row["timings"].get(size) for size in sizes] for row in rows}
     head = ["", *(f"batch {size}" for size in sizes)]
+    cells = {row["title"]: [_cells(row["timings"].get(size)) for size in sizes] for row in rows}
     times, speeds = (
-        table(head, [[title, *map(cell, found)] for title, found in timings.items()]) for cell in (_time, _speed)
+        table(head, [[title, *(pair[at] for pair in pairs)] for title, pairs in cells.items()]) for at in (0, 1)
     )
     parity = [{"title": row["title"], **_parity(row["parity"])} for row in rows]
-    return {**net, "first": rows[0]["title"], "times": times, "speeds": speeds, "parity": parity}
+    return {**net, "times": times, "speeds": speeds, "parity": parity}
 
 
-def _time(timing: dict[str, Any] | str | None) -> str:
-    if isinstance(timing, dict):
-        return spread(timing["round_ms"])
-    return f"failed: {timing}" if timing else "failed"  # to open; the reason is in the table of parity
-
-
-def _speed(timing: dict[str, Any] | str | None) -> str:
+def _cells(timing: dict[str, Any] | str | None) -> tuple[str, str]:
+    """The time and the speed of a row, or that it failed: in a call, or to open, of which the table of parity tells."""
     if not isinstance(timing, dict):
-        return "failed"
-    speedup = timing["speedup"]
-    return f"{timing['images_per_s']:,.0f}" + ("" if speedup is None else f" ({speedup:.2f}×)")
+        return f"failed: {timing}" if timing else "failed", "failed"
+    speedup = "" if timing["speedup"] is None else f" ({timing['speedup']:.2f}×)"
+    return spread(timing["round_ms"]), f"{timing['images_per_s']:,.0f}{speedup}"
 
 
 def _parity(parity: dict[str, Any] | str) -> dict[str, Any]:

@@ -132,15 +132,14 @@ def training_speed(device: str) -> Iterator[Result]:
     """A training step on CIFAR-sized noise that is already on the device."""
     import torch
 
+    from bench.nets import dirac_spec
     from bench.training_steps import make_net, make_step
-    from common.spec import Spec
-    from train.data.datasets import cifar_image
 
     nets, num = (((34, 2.0), (16, 1.0)), 128) if device == "cuda" else (((10, 0.25),), 4)
     ways = [("fp32", "Dirac", True, False), ("bf16", "Dirac", True, False), ("bf16", "Dirac", False, False)]
     ways += [("bf16", "ordinary", True, False), ("bf16", "Dirac", True, True)]
     for size, (precision, form, channels_last, compiled) in product(nets, ways):
-        spec = Spec("cifar", *size, "ncrelu", cifar_image(), tuple("0123456789"))
+        spec = dirac_spec(*size)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         net = make_net(form, spec).to(device, memory_format=layout)  # pyright: ignore[reportCallIssue]  # torch has it
         wrap: Any = torch.compile if compiled else lambda net: net

@@ -1,4 +1,4 @@
-"""The nets that are measured: DiracNets in three forms, run by PyTorch, nets of other papers, and a checkpoint."""
+"""The nets that are measured: DiracNets in three forms, run by PyTorch, and nets of other papers."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,13 +19,9 @@ from fold.graph import GraphNet, fold
 from fold.image_sets import extreme_images, random_images, real_images
 from fold.nodes import Graph
 from fold.plain import load_plain
-from train.checkpoint import Checkpoint, save_checkpoint
-from train.data.batches import Batch
 from train.data.datasets import cifar_image, imagenet_image
-from train.families import build, count_parameters, initialized
-from train.layers import DiracConv2d, NCReLU, Normalize, Residual
-from train.recipes import Recipe
-from train.trainer import make_optimizer, train_step
+from train.families import build
+from train.layers import DiracConv2d, NCReLU, Normalize
 
 SEEDED = ((16, 1.0), (34, 2.0))  # depth and width
 NUM_CALIBRATION = 256
@@ -60,12 +57,12 @@ class Net:
 
 def seeded_net(depth: int, width: float, *, family: str = "cifar") -> Net:
     """A DiracNet of random weights."""
-    spec = _spec(depth, width, family)
+    spec = dirac_spec(depth, width, family=family)
     net = random_net(spec)
     return Net("random, seed 0", spec, net, True, fold(net).float())
 
 
-def _spec(depth: int, width: float, family: str = "cifar") -> Spec:
+def dirac_spec(depth: int, width: float, *, family: str = "cifar") -> Spec:
     """For images of CIFAR or, in the families of ImageNet, of ImageNet."""
     image, num_labels = (imagenet_image(), 1000) if family.startswith("imagenet") else (cifar_image(), 10)
     return Spec(family, depth, width, "ncrelu", image, tuple(f"class {index}" for index in range(num_labels)))
@@ -99,39 +96,17 @@ def net_of_file(path: Path) -> Net:
     return Net(str(path), plain.spec, build(plain.spec).eval(), False, plain.net, real)
 
 
+def count_weights(net: GraphNet) -> int:
+    """Weights and biases of all layers; the constants that normalise pixels are none."""
+    layers = (node for node in net.graph.nodes if node.op != "normalize")
+    return sum(tensor.numel() for node in layers for tensor in node.tensors.values())
+
+
 def count_macs(net: nn.Module, image: ImageSpec) -> int:
     """Of one image in all convolutions and linear layers, each computed directly."""
     with FlopCounterMode(display=False) as counter:
         deepcopy(net).to("meta")(torch.empty((1, *image.shape), dtype=torch.uint8, device="meta"))
     return counter.get_total_flops() // 2
-
-
-def count_weights(net: GraphNet) -> int:
-    """The numbers of all convolutions and linear layers."""
-    weighted = (node for node in net.graph.nodes if node.op != "normalize")
-    return sum(tensor.numel() for node in weighted for tensor in node.tensors.values())
-
-
-def make_checkpoint(depth: int, width: float, path: Path) -> int:
-    """A DiracNet for CIFAR images after one step on noise, with its momentum; gives its number of parameters.
-
-    Batch normalisation has the statistics of that step, so that activations keep their size over any depth.
-    """
-    torch.manual_seed(0)
-    spec = _spec(depth, width)
-    net = initialized(spec, a=1.0, b=0.1, std=0.03)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None  # the mean of all steps: of the only one
-    recipe = Recipe(lr=1e-3)
-    optimizer = make_optimizer(net, recipe)
-    images = torch.randint(256, (8, *spec.image.shape), dtype=torch.uint8)
-    batch = Batch(0, 0, images, torch.randint(10, (8,)))
-    train_step(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), batch, recipe)
-    # No data set lies beside the checkpoint, so that none is read wherever this runs.
-    config = {"dataset": "cifar10", "data_dir": str(path.parent), "seed": 0}
-    save_checkpoint(path, Checkpoint.fresh(spec, net.state_dict(), config, optimizer=optimizer.state_dict(), epoch=1))
-    return count_parameters(net)
 
 
 class ReferenceDiracConv2d(DiracConv2d):
@@ -148,26 +123,23 @@ class ReferenceNCReLU(nn.Module):
         return torch.cat([x.relu(), -(-x).relu()], dim=1)
 
 
-def reference_convolution(conv: DiracConv2d) -> ReferenceDiracConv2d:
-    """The layer in the form of the authors' release; it shares the parameters, which an optimizer may hold."""
-    reference = ReferenceDiracConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding)
-    reference.a, reference.b = conv.a, conv.b
-    reference.register_parameter("weight", conv.weight)
+def reference_form(net: nn.Sequential, kinds: tuple[type[nn.Module], ...] = (DiracConv2d, NCReLU)) -> nn.Sequential:
+    """A Dirac net as a user has it before this project: every weight made anew at each call.
+
+    Its layers of `kinds` are in the form of the authors' release; they share the parameters, which an optimizer may
+    hold.
+    """
+    layers = (layer for layer in net.modules() if not isinstance(layer, nn.Sequential))
+    return nn.Sequential(*(_reference(layer) if isinstance(layer, kinds) else layer for layer in layers))
+
+
+def _reference(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, NCReLU):
+        return ReferenceNCReLU()
+    reference = ReferenceDiracConv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
+    reference.a, reference.b = layer.a, layer.b
+    reference.register_parameter("weight", layer.weight)
     return reference
-
-
-def reference_form(net: nn.Sequential) -> nn.Sequential:
-    """A Dirac net as a user has it before this project: every weight made anew at each call."""
-
-    def convert(layer: nn.Module) -> nn.Module:
-        match layer:
-            case DiracConv2d():
-                return reference_convolution(layer)
-            case NCReLU():
-                return ReferenceNCReLU()
-        return layer
-
-    return nn.Sequential(*(convert(layer) for layer in net.modules() if not isinstance(layer, nn.Sequential))).eval()
 
 
 def divided(net: nn.Sequential | GraphNet) -> tuple[nn.Module, nn.Module]:
@@ -215,17 +187,8 @@ def wide_resnet(depth: int, width: float, spec: Spec) -> GraphNet:
 
 
 def resnet18(spec: Spec) -> GraphNet:
-    """Four groups of two blocks of two convolutions, each with the batch normalisation after it folded in."""
     torch.manual_seed(0)
-    layers = [_convolution(spec.image.channels, 64, size=7, stride=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-    num_in = 64
-    for num_out, first_stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        for stride in (first_stride, 1):
-            body = (_convolution(num_in, num_out, stride=stride), nn.ReLU(), _convolution(num_out, num_out))
-            shortcut = [] if num_in == num_out else [_convolution(num_in, num_out, size=1, stride=stride)]
-            layers += [Residual(nn.Sequential(*body), nn.Sequential(*shortcut)), nn.ReLU()]
-            num_in = num_out
-    return _classifier_of(layers, num_in, spec)
+    return _folded(spec, torchvision.models.resnet18(num_classes=len(spec.labels)))
 
 
 def repvgg(widths: Sequence[int], early_stride: int, spec: Spec) -> GraphNet:
@@ -235,9 +198,14 @@ def repvgg(widths: Sequence[int], early_stride: int, spec: Spec) -> GraphNet:
     for stage, (num_blocks, num_out) in enumerate(zip(A0_BLOCKS, widths, strict=True)):
         for block in range(num_blocks):
             stride = 1 if block else early_stride if stage < 2 else 2
-            layers += [_convolution(num_in, num_out, stride=stride), nn.ReLU()]
+            layers += [nn.Conv2d(num_in, num_out, 3, stride, padding=1), nn.ReLU()]
+            nn.init.kaiming_normal_(layers[-2].weight)  # or 22 layers would leave nothing of the images
             num_in = num_out
-    return _classifier_of(layers, num_in, spec)
+    return _folded(spec, *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_in, len(spec.labels)))
+
+
+def _folded(spec: Spec, *layers: nn.Module) -> GraphNet:
+    return fold(nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers).eval()).float()
 
 
 A0_BLOCKS, A0_WIDTHS = (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)
@@ -260,14 +228,3 @@ PUBLISHED = {
     "RepVGG-A0 at 32x32": _WITHOUT_STRIDES,
     "RepVGG-A0/3 at 32x32": _WITHOUT_STRIDES,
 }
-
-
-def _classifier_of(layers: Sequence[nn.Module], num_features: int, spec: Spec) -> GraphNet:
-    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(num_features, len(spec.labels)))
-    return fold(nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers, *head).eval()).float()
-
-
-def _convolution(num_in: int, num_out: int, *, size: int = 3, stride: int = 1) -> nn.Conv2d:
-    convolution = nn.Conv2d(num_in, num_out, size, stride=stride, padding=size // 2)
-    nn.init.kaiming_normal_(convolution.weight)  # or 22 layers would leave nothing of the images
-    return convolution

@@ -3,8 +3,10 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
+from unittest.mock import patch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -15,9 +17,6 @@ from common.cli import run_command
 from common.refusal import Refusal
 from common.spec import Published
 from export.runtimes.saturation import largest_pair
-
-if TYPE_CHECKING:
-    import onnx
 
 Bound = Callable[[np.ndarray], np.ndarray]  # filters [N_o, C, kh, kw] → range of 127 steps, [N_o]
 EXAMPLES = ("python bench/saturation.py runs/model/plain.safetensors     # five minutes on two cores",)
@@ -35,8 +34,8 @@ class SaturationConfig:
 def command(config: SaturationConfig) -> None:
     """Quantise a net under each bound and compare it with float32 on the whole test split, as a Markdown table."""
     from export.compare import answer_all
+    from export.eight_bits import integer
     from export.eight_bits.calibrate import observe, ranges
-    from export.eight_bits.integer import to_integer_onnx
     from export.eight_bits.quantize import answerer, measure_drop
     from export.graphs.graph import to_onnx
     from export.runtimes.saturation import saturates
@@ -53,17 +52,18 @@ def command(config: SaturationConfig) -> None:
     floats = to_onnx(lowered, plain.spec, {})
     order = np.random.default_rng(0).permutation(len(dataset.train))[: config.images]
     reach = ranges(observe(floats, dataset.train.take(order).first(len(order))), "min-max")
-    model = to_integer_onnx(lowered, plain.spec, {}, reach)
     pixels, targets = dataset.test.first(len(dataset.test)), np.asarray(dataset.test.targets)
     reference = answer_all(answerer(floats), pixels)
-    filters = {name: tensor.numpy() for name, tensor in lowered.graph.tensors().items()}
     print(f"this processor {'saturates' if saturates() else 'does not saturate'}")
     print("| bound | filters with a larger scale | top-1 | same class | logit error |\n| --- | --- | --- | --- | --- |")
     for name, bound in BOUNDS.items():
-        widened = requantize(model, filters, bound)
+        is_widened: list[bool] = []
+        with patch.object(integer, "quantize_filters", partial(quantize_under, bound, is_widened)):
+            model = integer.to_integer_onnx(lowered, plain.spec, {}, reach)
         drop = measure_drop(reference, answer_all(answerer(model), pixels), targets)
         shares = (drop.accuracy, drop.top1_agreement, drop.relative_error)
-        print(f"| {name} | {100 * widened:.0f} % |", *(f"{100 * share:.2f} % |" for share in shares), flush=True)
+        cells = [name, f"{100 * np.mean(is_widened):.0f} %", *(f"{100 * share:.2f} %" for share in shares)]
+        print(f"| {' | '.join(cells)} |", flush=True)
     print(f"| float32 | | {100 * drop.float32_accuracy:.2f} % | | |")
 
 
@@ -100,24 +100,12 @@ BOUNDS: dict[str, Bound] = {
 }
 
 
-def requantize(model: "onnx.ModelProto", filters: dict[str, np.ndarray], bound: Bound) -> float:
-    """Replace the weights of an integer graph in place; returns the share of filters with a larger scale."""
-    from onnx import numpy_helper
-
-    stored, widened = {tensor.name: tensor for tensor in model.graph.initializer}, []
-    for node in model.graph.node:
-        if node.op_type != "QLinearConv":
-            continue
-        weight, bias = filters[f"{node.name}.weight"], filters[f"{node.name}.bias"].astype(np.float64)
-        needed = bound(weight.astype(np.float64))
-        widened.append(needed > 1.0001 * largest(weight))
-        scales = np.where(needed > 0, needed / 127, 1).astype(np.float32)
-        levels = np.rint(weight / scales.reshape(-1, 1, 1, 1)).clip(-127, 127).astype(np.int8)
-        x_scale = float(numpy_helper.to_array(stored[node.input[1]]))
-        units = np.rint(bias / (x_scale * scales.astype(np.float64))).astype(np.int32)
-        for name, array in ((node.input[3], levels), (node.input[4], scales), (node.input[8], units)):
-            stored[name].CopyFrom(numpy_helper.from_array(array, name))
-    return float(np.concatenate(widened).mean())
+def quantize_under(bound: Bound, is_widened: list[bool], weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`quantize_filters` of export/eight_bits/integer.py under another bound; adds which filters scale up for it."""
+    needed = bound(weight.astype(np.float64))
+    is_widened += (needed > 1.0001 * largest(weight)).tolist()
+    scales = np.where(needed > 0, needed / 127, 1).astype(np.float32)
+    return np.rint(weight / scales.reshape(-1, 1, 1, 1)).clip(-127, 127).astype(np.int8), scales
 
 
 if __name__ == "__main__":

@@ -68,9 +68,8 @@ def _read_run(path: Path) -> dict[str, Any]:
     if state.config["dataset"] != "fashion-mnist" or state.test_accuracy is None:
         raise Refusal(f"{path} is not a finished run on fashion-mnist; leave it out")
     kept = ("epoch", "train_accuracy", "validation_accuracy", "images_per_s")
-    epochs = [{key: row[key] for key in kept} for row in state.history]
-    for epoch, seconds in zip(epochs, accumulate(row["seconds"] for row in state.history), strict=True):
-        epoch["elapsed_s"] = seconds
+    elapsed_s = accumulate(row["seconds"] for row in state.history)
+    epochs = [{key: row[key] for key in kept} | {"elapsed_s": next(elapsed_s)} for row in state.history]
     about = {"name": state.spec.name, "command": state.config["command"], "test_accuracy": state.test_accuracy}
     return {**about, "parameters": count_parameters(load_net(state)), "epochs": epochs}
 
@@ -83,20 +82,18 @@ def page(record: Record) -> str:
 
 def _steps(net: Record) -> dict[str, Any]:
     rows = [{**row, "speed": [1000 * row["batch_size"] / ms for ms in row["round_ms"]]} for row in net["rows"]]
-    weights_ms, reference_ms = (row["round_ms"] for row in net["weights"])
-    shares = {row["precision"]: median(weights_ms) / row["median_ms"] for row in rows if row["form"] == "Dirac"}
-    return {"net": net["net"], "rows": rows, "weights_ms": weights_ms, "reference_ms": reference_ms, "shares": shares}
+    weights_ms = median(net["weights"][0]["round_ms"])
+    shares = {row["precision"]: weights_ms / row["median_ms"] for row in rows if row["form"] == "Dirac"}
+    return {**net, "rows": rows, "shares": shares}
 
 
 def _run(run: Record) -> dict[str, Any]:
+    """A run with the first epoch that reached each goal."""
     epochs, goals = run["epochs"], []
     for goal in GOALS:
         reached = (row for row in epochs if (row["validation_accuracy"] or 0) >= goal)
-        first = next(reached, {"epoch": "never", "elapsed_s": None})
-        time = "" if first["elapsed_s"] is None else f"{first['elapsed_s']:,.0f} s"
-        goals.append({"goal": goal, "epoch": first["epoch"], "time": time})
-    speed = [row["images_per_s"] for row in epochs]
-    return {**run, "goals": goals, "num_epochs": len(epochs), "seconds": epochs[-1]["elapsed_s"], "speed": speed}
+        goals.append({"goal": goal, **next(reached, {"epoch": "never", "elapsed_s": ""})})
+    return {**run, "goals": goals, "num_epochs": len(epochs), "seconds": epochs[-1]["elapsed_s"]}
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from bench.lab.process import cost_of
 from bench.lab.rounds import Timing, alternate_all, median_ms, speedup, timing_of, turns
-from bench.nets import reference_convolution
+from bench.nets import dirac_spec, reference_form
 from bench.training import BATCH_SIZE, FORMS, PRECISIONS
 from common.cores import num_cores
 from common.spec import ImageSpec, Spec
+from train.checkpoint import Checkpoint, save_checkpoint
 from train.data.batches import Batch
 from train.families import count_parameters, initialized
 from train.layers import DiracConv2d
@@ -48,10 +49,7 @@ def make_net(form: str, spec: Spec) -> nn.Sequential:
     parameterization = "plain" if form == "ordinary" else "dirac"
     net = initialized(replace(spec, parameterization=parameterization), a=1.0, b=0.1, std=0.03)
     if form == "Dirac, reference":
-        for layer in list(net.modules()):
-            for name, child in layer.named_children():
-                if isinstance(child, DiracConv2d):
-                    setattr(layer, name, reference_convolution(child))
+        net = reference_form(net, (DiracConv2d,))
     return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch has it
 
 
@@ -64,8 +62,8 @@ def make_step(
     device: str = "cpu",
     seed: int = 0,
     wrap: Callable[[Any], Any] = lambda net: net,
-) -> Callable[[], Tensor]:
-    """Forward, backward and optimizer on one batch of noise; `wrap` compiles the net or shares it among processes."""
+) -> partial[Tensor]:
+    """`train_step` of the net, an optimizer and a batch of noise; `wrap` compiles or shares the net among processes."""
     torch.manual_seed(seed)
     pixels = torch.randint(0, 256, (num_images, *image.shape), dtype=torch.uint8, device=device)
     batch = Batch(0, 0, pixels, torch.randint(0, 10, (num_images,), device=device))
@@ -74,6 +72,25 @@ def make_step(
     scaler = torch.amp.GradScaler(device, enabled=False)
     # The rate is small, so that the loss on random labels stays finite over thousands of steps.
     return partial(train_step, wrap(net), optimizer, scaler, batch, recipe)
+
+
+def make_checkpoint(depth: int, width: float, path: Path) -> int:
+    """A DiracNet for CIFAR images after one step, with its momentum; returns its number of parameters.
+
+    Batch normalisation has the statistics of that step, so that activations keep their size over any depth.
+    """
+    spec = dirac_spec(depth, width)
+    net = make_net("Dirac", spec)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None  # the mean of all steps: of the only one
+    step = make_step(net, spec.image, 8)
+    step()
+    _, optimizer, *_ = step.args
+    # No data set lies beside the checkpoint, so that none is read wherever this runs.
+    config = {"dataset": "cifar10", "data_dir": str(path.parent), "seed": 0}
+    save_checkpoint(path, Checkpoint.fresh(spec, net.state_dict(), config, optimizer=optimizer.state_dict(), epoch=1))
+    return count_parameters(net)
 
 
 def make_weights(form: str, spec: Spec) -> Callable[[], None]:

@@ -40,15 +40,15 @@ def turns(names: Sequence[Name], num_rounds: int, *, warm_up: bool = False) -> I
 
 
 def alternate(
-    racers: Mapping[Name, Callable[[], float]],
+    racers: Mapping[Name, Callable[[], float | Failure]],
     *,
     batch_size: int,
     num_rounds: int,
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[Name, Timing | Failure]:
-    """Runs racers in `turns`, each for one round; it gives the milliseconds of a call.
+    """Runs racers in `turns`, each for one round; it returns the milliseconds of a call.
 
-    A racer that fails does not run again.
+    A racer that raises, or returns a `Failure`, does not run again.
     """
     failed: dict[Name, Failure] = {}
     rounds: dict[Name, list[float]] = {name: [] for name in racers}

@@ -7,9 +7,7 @@ from bench.lab.page import Record, percent, render, spread, table
 from bench.lab.rounds import Timing, speedup
 from bench.runtimes.racers import BASELINES, NUM_GEMM, OURS, REFERENCE
 
-CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")
-LAYOUTS = ("ReorderInput", "ReorderOutput", "Transpose")
-NUM_LAYERS_SHOWN = 6
+NUM_OPERATORS_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,7 @@ def _net(net: Record) -> dict[str, Any]:
     ]
     parts = [f"### {_threads(num)}\n\n{_rows(net, num)}" for num in net["threads"]]
     parts += ["Rows that failed:\n\n" + "\n".join(failed)] if failed else []
-    parts += [render("model-profile", _profile(profile)) for profile in net["profiles"]]
-    return {**net, "name": net["entrants"][0]["name"], "parts": "\n\n".join(parts)}
+    return {**net, "parts": "\n\n".join(parts), "profiles": list(map(_profile, net["profiles"]))}
 
 
 def _rows(net: Record, num_threads: int) -> str:
@@ -139,26 +136,9 @@ def _rows(net: Record, num_threads: int) -> str:
 
 
 def _profile(profile: Record) -> dict[str, Any]:
-    operators = profile["operators"]
-    total = sum(operators.values())
-    convolutions, layouts = (sum(operators.get(name, 0.0) for name in kind) for kind in (CONVOLUTIONS, LAYOUTS))
-    others = [(name, ms) for name, ms in operators.items() if name not in (*CONVOLUTIONS, *LAYOUTS)]
-    kinds = [("convolutions", convolutions), ("changes of layout", layouts), *others[:3]]
-    layers = ""
-    # In eight bits the kernel keeps the filters in a layout of its own, and their shapes are not known.
-    if sum(layer["ms"] for layer in profile["layers"]) > convolutions / 2:
-        layers = render("model-layers", {"layers": list(map(_layer, profile["layers"][:NUM_LAYERS_SHOWN]))})
-    return {
-        **profile,
-        "threads": _threads(profile["num_threads"]),
-        "total": total,
-        "kinds": ", ".join(f"{percent(ms / total)} {name}" for name, ms in kinds),
-        "layers": layers,
-    }
-
-
-def _layer(layer: Record) -> dict[str, Any]:
-    return {**layer, **{name: "×".join(map(str, layer[name])) for name in ("weight", "output")}}
+    slowest, total = list(profile["operators"].items())[:NUM_OPERATORS_SHOWN], sum(profile["operators"].values())
+    shares = ", ".join(f"{percent(ms / total)} {name}" for name, ms in slowest)
+    return {**profile, "threads": _threads(profile["num_threads"]), "total": total, "shares": shares}
 
 
 def _threads(num: int) -> str:

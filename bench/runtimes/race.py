@@ -3,11 +3,10 @@
 import json
 import operator
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from bench.lab.page import describe_machine
 from bench.lab.rounds import Failure, alternate
 from bench.model import ModelConfig
 from bench.nets import PEERS, PUBLISHED, count_macs, count_weights, seeded_net
-from bench.runtimes.page import CONVOLUTIONS, Column
+from bench.runtimes.page import Column
 from bench.runtimes.racers import (
     BASELINES,
     RACES,
@@ -27,7 +26,6 @@ from bench.runtimes.racers import (
     Race,
     Racer,
     Worker,
-    WorkerFailed,
     gemm_racers,
     median_call_ms,
     peak_bytes,
@@ -108,16 +106,14 @@ def _race(
     """All racers with one number of threads: opened, compared, then timed in turn; fills the rows of the record."""
     running, images = {}, random_images(image, NUM_COMPARED)
     for worker, row in zip(workers, record["rows"], strict=True):
-        try:
-            worker.wait()
-            logits = worker.ask(operator.call, images)
-        except WorkerFailed as failure:
-            row["failed"] = str(failure)
+        row["timings"][threads] = {}
+        logits = worker.wait() or worker.ask(operator.call, images)
+        if isinstance(logits, Failure):
+            row["failed"] = logits
         else:
             running[worker] = row
-            if row["net"] in expected:
+            if row["net"] in expected and not row["strays"]:  # with any number of threads
                 row |= judge_logits(row["precision"], expected[row["net"]], logits)
-        row["timings"][threads] = {}
         advance(note=row["title"])
     for size in record["batches"]:
         images = random_images(image, size)
@@ -130,7 +126,8 @@ def _race(
                 row["failed"] = timing
                 del running[worker]
     for worker, row in running.items():
-        row["peak_bytes"][threads] = worker.ask(peak_bytes)
+        if not isinstance(memory := worker.ask(peak_bytes), Failure):
+            row["peak_bytes"][threads] = memory
 
 
 def judge_logits(precision: str, expected: np.ndarray, logits: np.ndarray) -> dict[str, Any]:
@@ -187,7 +184,7 @@ def _profiles(record: dict[str, Any], spec: Spec, folder: Path) -> list[dict[str
 
 
 def profile_graph(path: Path, images: np.ndarray, *, num_threads: int) -> dict[str, Any]:
-    """The times of all nodes for one call on `images`; ONNX Runtime's own file is written beside the graph."""
+    """The time of each operator in one call on `images`; ONNX Runtime's own file is written beside the graph."""
     from export.runtimes.onnx_session import ort
 
     options = ort.SessionOptions()
@@ -198,35 +195,16 @@ def profile_graph(path: Path, images: np.ndarray, *, num_threads: int) -> dict[s
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     for _ in range(NUM_RUNS):
         session.run(None, {"images": images})
-    events = json.loads(Path(session.end_profiling()).read_text())
-    return {"batch_size": len(images), **summarize(events, num_runs=NUM_RUNS)}
+    return {
+        "batch_size": len(images),
+        "operators": time_by_operator(json.loads(Path(session.end_profiling()).read_text())),
+    }
 
 
-def summarize(events: Iterable[Mapping[str, Any]], *, num_runs: int) -> dict[str, Any]:
-    """Milliseconds per call by operator, and of convolutions by weights [N_o, N_i, K, K] and output [N, N_o, H, W]."""
-    operators, layers = Counter(), defaultdict(list)
+def time_by_operator(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Milliseconds per call by operator, the slowest first, from the events of a profile."""
+    operators = Counter()
     for event in events:
-        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        arguments, ms = event["args"], event["dur"] / 1000 / num_runs
-        operators[arguments["op_name"]] += ms
-        inputs, outputs = (
-            [tuple(shape) for tensor in arguments[f"{kind}_type_shape"] for shape in tensor.values()]
-            for kind in ("input", "output")
-        )
-        # In eight bits, the kernel keeps the filters in a layout of its own.
-        filters = [shape for shape in inputs[1:] if len(shape) == 4]
-        if arguments["op_name"] in CONVOLUTIONS and filters:
-            layers[filters[0], outputs[0]].append(ms)
-    rows = [
-        {
-            "weight": list(weight),
-            "output": list(output),
-            "num_layers": len(times) // num_runs,
-            "ms": sum(times),
-            # Every output is one product with each weight of its filter.
-            "gflop_per_s": 2 * len(times) / num_runs * prod(output) * prod(weight[1:]) / sum(times) / 1e6,
-        }
-        for (weight, output), times in layers.items()
-    ]
-    return {"operators": dict(operators.most_common()), "layers": sorted(rows, key=lambda row: -row["ms"])}
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            operators[event["args"]["op_name"]] += event["dur"] / 1000 / NUM_RUNS
+    return dict(operators.most_common())

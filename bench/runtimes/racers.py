@@ -183,10 +183,6 @@ def open_gemm(name: str, size: int, folder: Path, num_threads: int) -> "Answer":
 # The process of a racer
 
 
-class WorkerFailed(RuntimeError):
-    """The runtime raised, its process ended, or it gave no answer in time."""
-
-
 class Worker:
     """The process of one runtime; it loads while the parent goes on."""
 
@@ -199,24 +195,21 @@ class Worker:
         child_end.close()  # or the end of the process would not close the pipe
 
     def ask(self, task: Callable[..., Any], *arguments: Any) -> Any:
-        """What `task` returns there for the runtime and `arguments`, or raises `WorkerFailed`."""
+        """The result of `task` there for the runtime and `arguments`, or the `Failure` of either."""
         with suppress(OSError):  # where the process has ended, which `wait` reports
             self._connection.send((task, arguments))
         return self.wait()
 
     def wait(self) -> Any:
-        """The next result; the first one says that the runtime is open."""
+        """The next result; the first one is None if the runtime is open."""
         try:
-            if not self._connection.poll(PATIENCE_S):
-                self._process.kill()
-                raise WorkerFailed(f"no answer in {PATIENCE_S:g} s")
-            result = self._connection.recv()
-        except (EOFError, OSError) as error:
+            if self._connection.poll(PATIENCE_S):
+                return self._connection.recv()
+        except (EOFError, OSError):
             self._process.join()
-            raise WorkerFailed(f"its process ended with status {self._process.exitcode}") from error
-        if isinstance(result, Failure):
-            raise WorkerFailed(result)
-        return result
+            return Failure(f"its process ended with status {self._process.exitcode}")
+        self._process.kill()
+        return Failure(f"no answer in {PATIENCE_S:g} s")
 
     def close(self) -> None:
         self._process.kill()

@@ -16,11 +16,12 @@ from bench.runtimes import race, racers
 from bench.runtimes.page import Column, judge_bars, page
 from bench.runtimes.race import (
     NUM_COMPARED,
+    NUM_RUNS,
     expected_logits,
     judge_logits,
     make_nets,
     profile_graph,
-    summarize,
+    time_by_operator,
     write_graphs,
 )
 from bench.runtimes.racers import OURS, RACES, REFERENCE, Graph, Race, Racer, gemm_racers, racers_of
@@ -80,9 +81,6 @@ def record() -> dict:
                 "batch_size": 1,
                 "num_threads": 2,
                 "operators": {"Conv": 9.0, "Relu": 0.5, "Transpose": 0.5},
-                "layers": [
-                    {"weight": [8, 4, 3, 3], "output": [1, 8, 2, 2], "num_layers": 3, "ms": 9.0, "gflop_per_s": 77.7}
-                ],
             }
         ],
     }
@@ -173,15 +171,7 @@ def test_the_page_shows_bars_limits_rows_failures_and_the_profile(record):
     assert "| 1.0e-07 **strays** |" in text
     assert "- Net, absent, fp32: ImportError: no | such library" in text
     assert "fp32 1000 GOP/s, int8 4000 GOP/s" in text
-    assert "10 ms in nodes; 90 % convolutions, 5 % changes of layout, 5 % Relu." in text
-    assert "| 8×4×3×3 | 1×8×2×2 | 3 | 9 | 78 |" in text
-
-
-def test_a_profile_that_knows_few_of_its_convolutions_shows_none(record):
-    record["nets"]["34-2"]["profiles"][0]["layers"][0]["ms"] = 4.0
-    text = page(record)
-    assert "90 % convolutions" in text
-    assert "GFLOP/s |" not in text
+    assert "10 ms in nodes; 90 % Conv, 5 % Relu, 5 % Transpose." in text
 
 
 def test_the_page_of_a_race_without_products_and_baselines_says_so(record):
@@ -243,16 +233,18 @@ def images_of(num: int) -> np.ndarray:
     return random_images(cifar_image(), num)
 
 
-def test_a_profile_counts_the_operations_of_every_convolution(tmp_path):
+def test_a_profile_is_the_time_of_each_operator_in_one_call(tmp_path):
     spec, nets = make_nets(SMALL)
     graph = Graph("DiracNet-10-1", "concat")
     write_graphs(spec, nets, {graph}, tmp_path, lambda note="": None)
     found = profile_graph(tmp_path / graph.file, images_of(2), num_threads=1)
-    operations = sum(1e6 * layer["gflop_per_s"] * layer["ms"] for layer in found["layers"])
-    classifier = 2 * 64 * 10
-    assert operations == pytest.approx(2 * (2 * count_macs(nets[graph.net], cifar_image()) - classifier), rel=1e-6)
+    times = list(found["operators"].values())
+    assert found["batch_size"] == 2
     assert set(found["operators"]) > {"Conv"}
-    assert summarize([{"cat": "Session", "name": "run"}], num_runs=1) == {"operators": {}, "layers": []}
+    assert times == sorted(times, reverse=True)
+    node = {"cat": "Node", "name": "conv_kernel_time", "args": {"op_name": "Conv"}, "dur": 1000 * NUM_RUNS}
+    others = [{"cat": "Session", "name": "run"}, {**node, "name": "conv_fence_before"}]
+    assert time_by_operator([node, *others, node]) == {"Conv": 2.0}
 
 
 def open_session(file: str, folder: Path, num_threads: int):
