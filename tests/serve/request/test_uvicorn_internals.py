@@ -4,7 +4,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from serve.request.uvicorn_internals import OF_CONNECTION, OF_CYCLE, HttpToolsProtocol
+from serve.request.uvicorn_internals import OF_CONNECTION, OF_CYCLE, OF_FLOW, HttpToolsProtocol
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,7 @@ def test_uvicorn_has_what_connections_and_answers_rest_on(internals):
     connection, cycle = internals
     missing = [f"HttpToolsProtocol.{name}" for name in OF_CONNECTION if not hasattr(connection, name)]
     missing += [f"RequestResponseCycle.{name}" for name in OF_CYCLE if not hasattr(cycle, name)]
+    missing += [f"FlowControl.{name}" for name in OF_FLOW if not hasattr(connection.flow, name)]
     assert not missing, (
         f"uvicorn {uvicorn.__version__} has no {', '.join(missing)}; see serve/request/uvicorn_internals.py"
     )
