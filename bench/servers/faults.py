@@ -26,7 +26,7 @@ QUEUE, DEADLINE_MS = 64, 1000
 SATURATING = (16, 64)  # connections, each with one request at a time
 OFFERING = 512  # connections: those that the queue holds, and many that are being refused
 PROBABILITY_ERROR = 1e-4  # another batch size, another order of float32 sums
-RESTART_S = 120  # that a request may wait for a process that takes the place of a killed one
+RESTART_S = 30  # that a request may wait for the process after a killed one: the default of server and client
 
 
 async def overload(model: Path, image: bytes, *, seconds: float) -> dict[str, Any]:
