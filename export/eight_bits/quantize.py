@@ -15,7 +15,7 @@ from export.eight_bits.calibrate import METHODS, observe, ranges
 from export.eight_bits.integer import to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.graphs.graph import to_onnx
-from export.runtimes.onnx_session import cpu_session, ort
+from export.runtimes.onnx_session import ort, quiet_session
 from fold.graph import GraphNet
 from fold.lower import is_chain, lower
 
@@ -136,5 +136,5 @@ def answerer(model: onnx.ModelProto) -> Answer:
     levels, kinds = ort.GraphOptimizationLevel, {tensor.data_type for tensor in model.graph.initializer}
     # Its optimiser moves fp8 pairs over nodes that then answer wrongly (1.31: errors of 70 %).
     level = levels.ORT_DISABLE_ALL if onnx.TensorProto.FLOAT8E4M3FN in kinds else levels.ORT_ENABLE_ALL
-    session = cpu_session(model.SerializeToString(), graph_optimization_level=level)
+    session = quiet_session(model.SerializeToString(), graph_optimization_level=level)
     return lambda images: np.asarray(session.run(None, {"images": images})[0])

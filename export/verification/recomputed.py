@@ -15,9 +15,10 @@ from common.progress import progress
 from common.refusal import Refusal, first_of
 from export.artefacts import Artefact
 from export.compare import ALLOWED_DROP, TOLERANCES, answer_part
+from export.eight_bits.escalation import count_changes
 from export.eight_bits.quantize import measure_drop
 from export.pairs import ParityRow, by_precision, compare_logits
-from export.runtimes.cascade import RECORD, Evidence, in_doubt
+from export.runtimes.cascade import RECORD, Evidence
 from export.verification.chain import Chain
 from export.verification.claims import CheckedClaim, damaged, judged, shown, unchecked
 from fold.graph import fold
@@ -296,16 +297,12 @@ def _cascade(recorded: Evidence, logits: Logits, missing: str) -> Iterator[Check
     claim = f"cascade: threshold by {recorded.num_chosen_by:,} images"
     yield unchecked(claim, f"{recorded.threshold:.3g}", "export/cascade.py measures it again")
     before, after = logits
+    counts = {} if before is None or after is None else count_changes(before, after, recorded.threshold)
+    num_here = 0 if after is None else len(after)
     for name in ("num_escalated", "num_changed", "num_changed_alone"):
-        num = getattr(recorded, name)
+        num, found = getattr(recorded, name), counts.get(name, 0)
         claim, said = f"cascade: {name.removeprefix('num_').replace('_', ' ')}", f"{num} of {recorded.num_test:,}"
-        if before is None or after is None:
-            yield unchecked(claim, said, missing)
-            continue
-        doubtful, changed = in_doubt(after, recorded.threshold), before.argmax(1) != after.argmax(1)
-        masks = {"num_escalated": doubtful, "num_changed": changed & ~doubtful, "num_changed_alone": changed}
-        found = int(masks[name].sum())
-        most = recorded.changed_at_most * len(after) if name == "num_changed" else len(after)
-        is_near = abs(num - found) <= ALLOWED_DROP * len(after)
-        is_same = recorded.num_test == len(after) and is_near and found <= most
-        yield judged(claim, said, f"{found} of {len(after):,}", is_same=is_same)
+        most = recorded.changed_at_most * num_here if name == "num_changed" else num_here
+        is_near = abs(num - found) <= ALLOWED_DROP * num_here and found <= most
+        again = f"{found} of {num_here:,}" if counts else None
+        yield judged(claim, said, again, is_same=is_near and recorded.num_test == num_here, missing=missing)
