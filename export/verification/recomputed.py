@@ -96,17 +96,17 @@ def check_images(chain: Chain, images: FoundImages, console: Console) -> Iterato
 def _proof(chain: Chain, images: FoundImages, console: Console) -> Iterator[CheckedClaim]:
     """The fold is made and proven again from the checkpoint; the logits one by one, of the layers the worst."""
     recorded = [row for part in ("logits", "layers") for row in chain.claims.get(f"fold.{part}") or ()]
-    missing, again = images.missing, dict[tuple[Any, ...], dict[str, ProofRow]]()
+    missing, again = images.missing, list[ProofRow]()
     if not (checkpoint := chain.forms.get("the checkpoint")):
         missing = chain.missing("the checkpoint")
     elif sets := _proof_images(recorded, chain, images):
         net = load_net(checkpoint.source)
         with progress(console, "proving the fold again", 2 * sum(map(len, sets.values()))) as advance:
             proof = prove(net, fold(net), sets, advance=advance)
-        for row in (*proof.ends, *proof.layers):
-            again.setdefault(_table_of(row), {})[row.what] = row
+        again = [*proof.ends, *proof.layers]
     for table in dict.fromkeys(map(_table_of, recorded)):
-        yield _proof_row([row for row in recorded if _table_of(row) == table], again.get(table), missing)
+        said, found = ([row for row in rows if _table_of(row) == table] for rows in (recorded, again))
+        yield _proof_row(said, {row.what: row for row in found}, missing)
 
 
 def _table_of(row: ProofRow) -> tuple[bool, str, str]:
@@ -122,11 +122,11 @@ def _proof_images(recorded: list[ProofRow], chain: Chain, images: FoundImages) -
     return {kind: torch.as_tensor(some) for kind, some in sets.items() if some is not None and len(some)}
 
 
-def _proof_row(recorded: list[ProofRow], again: dict[str, ProofRow] | None, missing: str) -> CheckedClaim:
+def _proof_row(recorded: list[ProofRow], again: dict[str, ProofRow], missing: str) -> CheckedClaim:
     first, row = recorded[0], max(recorded, key=lambda row: row.relative)
     what = "logits" if first.what == "logits" else f"{len(recorded)} layers"
     claim = f"fold: {what}, {first.precision}, {first.images} images"
-    if again is None:
+    if not again:
         return unchecked(claim, _figure(row), missing)
     wrong = [row for row in recorded if not _is_near(row, again.get(row.what), FOLD_TOLERANCES[row.precision])]
     row = wrong[0] if wrong else row
