@@ -85,4 +85,4 @@ def _derivatives(margins: np.ndarray, temperature: float) -> tuple[np.ndarray, n
     scaled = margins / temperature
     shares = softmax(scaled, axis=1)
     mean = (shares * margins).sum(axis=1)
-    return logsumexp(scaled, axis=1), mean, (shares * (margins - mean[:, None]) ** 2).sum(axis=1)
+    return np.asarray(logsumexp(scaled, axis=1)), mean, (shares * (margins - mean[:, None]) ** 2).sum(axis=1)

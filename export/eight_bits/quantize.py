@@ -52,14 +52,6 @@ class Drop:
         return self.float32_accuracy - self.accuracy <= ALLOWED_DROP and self.top1_agreement >= INT8_AGREEMENT
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """The best candidate's graph, and all that were tried, the best first."""
-
-    model: onnx.ModelProto
-    candidates: list[Candidate]
-
-
 def quantize(
     net: GraphNet,
     spec: Spec,
@@ -70,8 +62,8 @@ def quantize(
     observed: np.ndarray,
     chosen_by: np.ndarray,
     advance: Callable[[int], None] = lambda n: None,
-) -> Quantized:
-    """The eight-bit graph of a plain net whose logits stray least from float32's.
+) -> tuple[onnx.ModelProto, list[Candidate]]:
+    """The eight-bit graph of a plain net whose logits stray least from float32's, and all tried, the best first.
 
     Ranges are those of the images `observed`, the choice is made on `chosen_by`, both uint8 [N, H, W, C].
     """
@@ -93,7 +85,7 @@ def quantize(
             error, agreement = relative_error(reference, logits), top1_agreement(reference, logits)
             tried.append((Candidate(lowering, method, error, agreement), model))
     tried.sort(key=lambda pair: pair[0].relative_error)
-    return Quantized(tried[0][1], [candidate for candidate, _ in tried])
+    return tried[0][1], [candidate for candidate, _ in tried]
 
 
 def num_images_run(lowerings: Sequence[str], num_observed: int, num_chosen_by: int) -> int:
