@@ -80,7 +80,7 @@ def graph_file(net: Net, folder: Path, precision: str, target: Target) -> Path:
     if precision == "int8":
         observed, chosen_by = np.array_split(net.calibration, 2)
         images = {"observed": observed, "chosen_by": chosen_by}
-        model = quantize(net.plain, net.spec, precision="int8", target=target, lowerings=TRIED, **images).model
+        model, _ = quantize(net.plain, net.spec, precision="int8", target=target, lowerings=TRIED, **images)
     else:
         model = to_onnx(lower(net.plain, LOWERING), net.spec, {}, precision=precision)
     return write_whole(path, model.SerializeToString())
