@@ -85,8 +85,7 @@ def _open_torch(path: Path) -> Artefact:
 
     from fold.graph import GraphNet
     from fold.plain import load_plain, skeleton
-    from fold.proof import weighted_layers
-    from fold.tracing import trace
+    from fold.proof import layer_outputs, weighted_layers
     from train.checkpoint import load_checkpoint, load_net
 
     if path.suffix == ".pt":
@@ -104,11 +103,10 @@ def _open_torch(path: Path) -> Artefact:
     @torch.no_grad()
     def layers(images: np.ndarray) -> dict[str, np.ndarray]:
         if isinstance(net, GraphNet):
-            inside, names = net, {name: name for name in _layer_names(model)}
+            outputs, names = net.values(torch.from_numpy(images)), {name: name for name in _layer_names(model)}
         else:  # the output of a convolution is that of the batch normalisation after it, which the fold takes in
-            inside = GraphNet(trace(net).convert(torch.float32))
+            outputs = layer_outputs(net, torch.from_numpy(images))
             names = {node.origin: node.name for node in weighted_layers(skeleton(file.spec))}
-        outputs = inside.values(torch.from_numpy(images))
         return {names[origin]: output.numpy() for origin, output in outputs if origin in names}
 
     return _make(model, path, "fp32", answer, layers=layers, source=file)

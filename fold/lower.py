@@ -221,12 +221,11 @@ def _without_delta(graph: Graph, node: Node) -> tuple[Tensor, Tensor] | None:
 
 def _ends_in_filters(graph: Graph, node: Node) -> bool:
     """Whether one convolution without groups or one matrix, and nothing else, reads a node's channels in the end."""
-    readers = graph.readers(node.name)
-    if len(readers) != 1:
-        return False
-    if readers[0].op in HOMOGENEOUS:
-        return _ends_in_filters(graph, readers[0])
-    return readers[0].op == "linear" or (readers[0].op == "conv" and readers[0].attributes["groups"] == 1)
+    while len(readers := graph.readers(node.name)) == 1:
+        (node,) = readers
+        if node.op not in HOMOGENEOUS:
+            return node.op == "linear" or (node.op == "conv" and node.attributes["groups"] == 1)
+    return False
 
 
 def _beside_delta(graph: Graph, node: Node, rest: Tensor, units: Tensor) -> Iterator[Node]:

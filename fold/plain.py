@@ -68,7 +68,7 @@ def load_plain(path: Path) -> Plain:
     try:
         net = GraphNet(_read_graph(file)).eval()
     except Refusal as refusal:
-        raise Refusal(f"{path}: {refusal}") from refusal
+        raise Refusal(f"{path}: {one_line(refusal, 500)}") from refusal  # a name in it may have line breaks
     except (ValueError, RecursionError, KeyError, AttributeError) as error:  # the last two: two tensors of one name
         raise Refusal(f"{path} is damaged: {one_line(error)}; make it again") from error
     record = file.metadata.get("provenance", "{}")

@@ -12,12 +12,14 @@ from common.difference import TOLERANCES, difference, keeps_class, share
 from fold.graph import GraphNet
 from fold.lower import is_chain
 from fold.nodes import TENSORS, Graph, Node
+from fold.operations import LAYERS, OF_FUNCTIONS
 from fold.tracing import trace
+from train.layers import Residual
 
 # PyTorch's float64 convolution unfolds a whole batch before it multiplies: 64 images at once take ten times as long
 # as eight at a time.
 BATCH_SIZE = 8
-Forms = tuple[nn.Module, GraphNet, GraphNet]  # a net, its plain form, and the net as traced
+Forms = tuple[nn.Module, GraphNet, GraphNet | None]  # a net, its plain form, and the net as traced if it has no layers
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,17 @@ def prove(
 ) -> Proof:
     """Compare a net with its plain float64 form on a batch, or on several named by kind.
 
-    Compares every layer with weights and the logits, in float64 and float32. Layers are compared with those of
-    `traced`, the net as `trace` sees it (traced here if not given); logits with the net's own.
+    Compares every layer with weights and the logits, in float64 and float32. A chain of layers, as this project's nets
+    are, is compared with its own layers; the layers of other nets, or where `traced` is given, with those of the net as
+    `trace` sees it. Logits are always compared with the net's own.
     """
     sets = {"given": image_sets} if isinstance(image_sets, Tensor) else image_sets
-    if traced is None:
+    if traced is None and not _has_layers(net, plain.graph):
         traced = trace(net, next(iter(sets.values()))[:2])
+    traced32 = traced and traced.convert(torch.float32)
     nets = {
-        "float64": (deepcopy(net).double().eval(), plain, GraphNet(traced)),
-        "float32": (deepcopy(net).float().eval(), deepcopy(plain).float(), GraphNet(traced.convert(torch.float32))),
+        "float64": (deepcopy(net).double().eval(), plain, traced and GraphNet(traced)),
+        "float32": (deepcopy(net).float().eval(), deepcopy(plain).float(), traced32 and GraphNet(traced32)),
     }
     ends: list[ProofRow] = []
     layers: list[ProofRow] = []
@@ -113,24 +117,52 @@ def _compare(
     return layers, ProofRow("logits", kind, precision, len(images), end.max_abs, end.relative, changes)
 
 
-def _pairs(net: nn.Module, plain: GraphNet, traced: GraphNet, batch: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _pairs(
+    net: nn.Module, plain: GraphNet, traced: GraphNet | None, batch: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, before, after) for each layer with weights; last the logits, without a name.
 
-    Each node is beside the traced one of the same output; a partial sum has no such node.
+    Each node is beside the layer, or the traced node, of the same output; a partial sum has no such node.
     """
-    there = {node.name for node in traced.graph.nodes}
+    there = {node.name for node in traced.graph.nodes} if traced else dict(named_layers(net))
     origins = {node.name: node.origin for node in weighted_layers(plain.graph) if node.origin in there}
     wanted, seen = {*origins.values()}, dict[str, Tensor]()
-    befores, value = traced.values(batch), batch
+    befores = traced.values(batch) if traced else layer_outputs(net, batch.clone())  # a layer may work in place
+    before = value = batch
     for name, value in plain.values(batch):
         origin = origins.get(name)
         while origin and origin not in seen:
-            before, output = next(befores)
-            if before in wanted:
-                seen[before] = output
+            passed, before = next(befores)
+            if passed in wanted:
+                seen[passed] = before
         if origin:
             yield name, seen.pop(origin), value
-    yield "", net(batch), value
+    before = [before, *(output for _, output in befores)][-1]
+    yield "", net(batch) if traced else before, value
+
+
+def _has_layers(net: nn.Module, plain: Graph) -> bool:
+    """Whether a net is a chain of layers, each traced as a whole, with the outputs of its plain form's."""
+    known = (*LAYERS, *OF_FUNCTIONS, Residual)
+    names = {name for name, layer in named_layers(net) if type(layer) in known}
+    is_whole = type(net) is nn.Sequential and is_chain(plain)
+    return is_whole and all(node.origin in names for node in weighted_layers(plain))
+
+
+def named_layers(net: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The leaves of nested sequences, with dotted names, in the order in which they run."""
+    for name, layer in net.named_children():
+        if type(layer) is nn.Sequential:
+            yield from named_layers(layer, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", layer
+
+
+def layer_outputs(net: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The outputs of these layers, by name."""
+    for name, layer in named_layers(net):
+        x = layer(x)
+        yield name, x
 
 
 def weighted_layers(graph: Graph) -> list[Node]:

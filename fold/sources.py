@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from common.refusal import Refusal, one_line
 from common.spec import ImageSpec, Spec
-from fold.graph import GraphNet
+from fold.graph import GraphNet, fold
 from fold.nodes import Graph, Node
 from fold.plain import RESERVED
 from fold.rules import simplify
@@ -32,7 +32,7 @@ class Source:
     training: Mapping[str, Any]  # a checkpoint's config, which names the data set; empty if unknown
     provenance: dict[str, Any]
     beside: Path  # the folder for the plain file
-    traced: Graph
+    traced: Graph | None = None  # of a net that a user gives
     notes: tuple[str, ...] = ()  # lines for the user
 
 
@@ -51,9 +51,7 @@ def from_checkpoint(given: Path) -> Source:
     record = {"checkpoint_sha256": checkpoint.sha256, "dirac_parameters": count_parameters(net)}
     provenance = {"training": checkpoint.training_record(), "fold": record}
     notes = (note,) if note else ()
-    traced = trace(net)
-    plain, training = GraphNet(simplify(traced)).eval(), checkpoint.config
-    return Source(net, plain, checkpoint.spec, training, provenance, path.parent, traced, notes)
+    return Source(net, fold(net), checkpoint.spec, checkpoint.config, provenance, path.parent, notes=notes)
 
 
 def from_user(net: str | None, timm: str | None, weights: Path | None, **stated: Any) -> Source:

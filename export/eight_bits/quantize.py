@@ -77,7 +77,7 @@ def quantize(
         histograms = observe(floats, observed, advance=advance)
         for method in METHODS:
             reach = ranges(histograms, method)
-            if target == "onnxruntime" and is_chain(net.graph) and net.graph.count("global_pool"):
+            if target == "onnxruntime" and is_chain(net.graph) and all(map(net.graph.count, ("conv", "global_pool"))):
                 model = to_integer_onnx(lowered, spec, {}, reach)
             else:
                 model = to_qdq_onnx(floats, reach, precision=precision, for_onnxruntime=target == "onnxruntime")

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import nn
 
 from common.refusal import Refusal
@@ -13,6 +14,7 @@ from fold.lower import split_ncrelu
 from fold.operations import fold_batch_norm
 from fold.plain import load_plain, save_plain, skeleton
 from fold.proof import prove
+from train.checkpoint import PLAIN_FORMAT
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, NCReLU, dirac_delta, dirac_weight
 
 LAYERS = {1: (DiracConv1d, nn.BatchNorm1d), 2: (DiracConv2d, nn.BatchNorm2d), 3: (DiracConv3d, nn.BatchNorm3d)}
@@ -168,6 +170,11 @@ def test_plain_files_that_are_damaged_are_refused(make_net, make_spec, tmp_path)
         load_plain(path)
     save_plain(path, fold(make_net(depth=16)).float(), make_spec(), {})
     with pytest.raises(Refusal, match=r"group0\.block2\.conv\.bias is not part of it, .* more"):
+        load_plain(path)
+    save_plain(path, net, make_spec(), {})
+    tensors = {**load_file(path), "a\nb": torch.zeros(1)}
+    path.write_bytes(save(tensors, {"format": PLAIN_FORMAT, "spec": make_spec().to_json()}))
+    with pytest.raises(Refusal, match=r": a b is not part of it$"):
         load_plain(path)
     net.graph["fc"].tensors["bias"][0] = float("inf")
     save_plain(path, net, make_spec(), {})

@@ -10,9 +10,10 @@ from small_nets import conv as small_conv
 from torch import nn
 
 from common.refusal import Refusal
-from fold.graph import fold
+from fold.graph import GraphNet, fold
 from fold.lower import distinct_lowerings, lower
 from fold.lowerings import LOWERINGS
+from fold.nodes import Graph, Node
 from train.layers import NCReLU, Residual, dirac_delta
 
 TOLERANCE = 1e-12  # float64, as a share of the largest output
@@ -178,3 +179,19 @@ def test_lowerings_of_chains_are_refused_for_other_nets(net):
     for lowering in ("mirror", "skip"):
         with pytest.raises(Refusal, match=f"lowering {lowering} is for chains of .* choose one of concat"):
             lower(plain, lowering)
+
+
+def test_skip_takes_a_chain_of_any_length():
+    weight = {"weight": 3 * dirac_delta((4, 4, 3, 3)).double(), "bias": torch.zeros(4).double()}
+    how = {"stride": [1, 1], "padding": [[1, 1], [1, 1]], "dilation": [1, 1], "groups": 1}
+    relus = [Node(f"r{index + 1}", "relu", (f"r{index}",)) for index in range(2_000)]
+    nodes = (
+        Node("x", "input"),
+        Node("r0", "conv", ("x",), how, weight),
+        *relus,
+        Node("last", "conv", ("r2000",), how, weight),
+    )
+    net, x = GraphNet(Graph(nodes)), torch.randn(1, 4, 4, 4).double()
+    lowered = lower(net, "skip")
+    assert lowered.graph.count("add") == 1
+    assert (net(x) - lowered(x)).abs().max() <= TOLERANCE * net(x).abs().max()

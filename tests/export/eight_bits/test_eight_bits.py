@@ -203,3 +203,11 @@ def test_windows_of_any_shape_have_integer_nodes(make_spec, images):
     model, candidates = quantize(plain, spec, **how, observed=pixels[:24], chosen_by=pixels[24:])
     assert {"QLinearConv", "NhwcMaxPool"} <= {node.op_type for node in model.graph.node}
     assert candidates[0].relative_error < 0.15
+
+
+def test_a_net_without_a_convolution_has_no_eight_bit_form(make_spec, images):
+    spec = make_spec()
+    layers = Normalize(spec.image.mean, spec.image.std), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10)
+    how = {"precision": "int8", "target": "onnxruntime", "lowerings": ["concat"]}
+    with pytest.raises(Refusal, match="the net has no convolution but its first"):
+        quantize(fold(nn.Sequential(*layers)).float(), spec, **how, observed=images(4), chosen_by=images(4))
