@@ -80,10 +80,10 @@ def _measure(net: "nn.Sequential", settings: "Settings", dataset: Any, num_image
     observed, chosen_by = np.split(pixels, [len(pixels) // 4])
     spec = settings.spec(dataset.info.image, dataset.info.labels)
     options = {"lowerings": tuple(LABELS), "observed": observed, "chosen_by": chosen_by}
-    found = quantize(fold(net.eval()).float(), spec, precision="int8", target="onnxruntime", **options)
+    _, candidates = quantize(fold(net.eval()).float(), spec, precision="int8", target="onnxruntime", **options)
     scales = [layer.a.item() for layer in net.modules() if isinstance(layer, DiracConv2d)]
     row: dict[str, Any] = {"a": {"min": min(scales), "mean": float(np.mean(scales)), "max": max(scales)}}
-    for candidate in reversed(found.candidates):  # the best is the last of its lowering
+    for candidate in reversed(candidates):  # the best is the last of its lowering
         errors = {"relative_error": candidate.relative_error, "top1_agreement": candidate.top1_agreement}
         row[candidate.lowering] = {"ranges": candidate.method, **errors}
     return row

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.load import put_load, refuse_without_tools
-from bench.lab.page import Measurement, bars_table, describe_machine, render, report_missed, typed_command, write_page
+from bench.lab.page import Measurement, Record, bars_table, describe_machine, publish, render, report_missed
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, ROOT, Server, start
 from common.cli import POSITIONAL, run_command
@@ -50,15 +50,9 @@ def command(config: FrontEndsConfig) -> int:
 
     Writes a record and its page. Exit status 1 if a bar of the record is missed.
     """
-    about = {
-        "command": typed_command("bench/front_ends.py", config),
-        "machine": describe_machine("numpy", "uvicorn"),
-    }
-    if config.quick:
-        config = replace(config, rounds=1, seconds=1)
-    record = {"scaling": {**about, **_scaling(config)}}
-    print(write_page(config.out, "front-ends", page(record), record))
-    return report_missed(record, TITLES)
+    scaling = _scaling(replace(config, rounds=1, seconds=1) if config.quick else config)
+    publish(config, "front-ends", page, machine=describe_machine("numpy", "uvicorn"), **scaling)
+    return report_missed({"scaling": scaling}, TITLES)
 
 
 def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
@@ -157,10 +151,9 @@ def _on_paper(
     return rows
 
 
-def page(record: dict[str, Any]) -> str:
-    scaling = record["scaling"]
-    bars = bars_table(TITLES, record)
-    return render("front-ends", scaling, bars=bars, max_batch=MAX_BATCH, num_rounds=len(scaling["rounds"]))
+def page(record: Record) -> str:
+    bars = bars_table(TITLES, {"scaling": record})
+    return render("front-ends", record, bars=bars, max_batch=MAX_BATCH, num_rounds=len(record["rounds"]))
 
 
 if __name__ == "__main__":

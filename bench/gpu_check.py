@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from bench.lab.page import Measurement, describe_machine, render, spread, table, typed_command, write_page
 from common.cli import POSITIONAL, run_command
+from common.cores import versions
 from common.files import read_whole, write_whole
 from common.progress import make_console
 from common.refusal import Refusal
@@ -328,7 +328,7 @@ def needs() -> str:
     """
     there, _, _ = (ROOT / "bench" / "gpu-image.txt").read_text().partition("\n# Not there")
     on_image = {line.partition("==")[0] for line in there.splitlines()}
-    here = {found.metadata["Name"].lower().replace("_", "-"): found.version for found in metadata.distributions()}
+    here = versions(*(name for packages in NEEDED.values() for name in packages))
     rows = [
         [of, name, f"{size:g} MB", "there" if name in on_image else "carry", here.get(name, "missing")]
         for of, packages in NEEDED.items()

@@ -91,6 +91,7 @@ def fold_on_device(device: str, checkpoint: str) -> Iterator[Result]:
     """The Dirac net and its fold in each precision, TF32 off and on, compared with the Dirac net in float64."""
     import torch
 
+    from bench.nets import on_device
     from fold.graph import fold
     from train.checkpoint import load_checkpoint, load_net
 
@@ -98,14 +99,14 @@ def fold_on_device(device: str, checkpoint: str) -> Iterator[Result]:
     dirac = load_net(found).double().eval()
     nets = {"Dirac": dirac, "plain": fold(dirac).double().eval()}
     image, num = found.spec.image, 1024 if device == "cuda" else 16
-    x = torch.randint(0, 256, (num, image.height, image.width, image.channels), dtype=torch.uint8, device=device)
+    x = torch.randint(0, 256, (num, *image.shape), dtype=torch.uint8, device=device)
     kinds = {"fp64": torch.float64, "fp32": torch.float32, "TF32": torch.float32}
     kinds |= {"bf16": torch.bfloat16, "fp16": torch.float16}
     with torch.inference_mode():
         truth = deepcopy(dirac).to(device)(x)
         for (precision, kind), (form, net) in product(kinds.items(), nets.items()):
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "TF32"
-            answer = partial(_in_precision(net, kind, device), x)
+            answer = partial(on_device(net, device, dtype=kind), x)
             logits, seconds = answer().double(), _seconds(answer, device)
             yield {
                 "form": form,
@@ -114,18 +115,6 @@ def fold_on_device(device: str, checkpoint: str) -> Iterator[Result]:
                 "same class": float((logits.argmax(1) == truth.argmax(1)).double().mean()),
                 "images_per_s": num / seconds,
             }
-
-
-def _in_precision(net: Any, kind: Any, device: str) -> Callable[[Any], Any]:
-    """The net in `kind`, channels last; pixels are normalised in no less than float32."""
-    import torch
-
-    from bench.nets import divided
-
-    normalize, rest = divided(deepcopy(net))
-    normalize = normalize.to(device) if kind == torch.float64 else normalize.float().to(device)
-    rest = rest.to(device, kind).to(memory_format=torch.channels_last)
-    return lambda x: rest(normalize(x).to(kind))
 
 
 def training_speed(device: str) -> Iterator[Result]:
@@ -150,19 +139,18 @@ def training_speed(device: str) -> Iterator[Result]:
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """The mean time of a call, after some calls of warm-up."""
+    """The mean time of a call, after as many calls of warm-up."""
     import torch
 
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    seconds = 0.0
-    for num in (5, 20) if device == "cuda" else (1, 1):
-        wait()
-        start = time.perf_counter()
+    wait, num = (torch.cuda.synchronize, 20) if device == "cuda" else (lambda: None, 1)
+
+    def work_on() -> None:
         for _ in range(num):
             work()
         wait()
-        seconds = (time.perf_counter() - start) / num
-    return seconds
+
+    work_on()
+    return median_ms(work_on, 0, min_calls=1) / num / 1000
 
 
 def sessions(device: str, *paths: str) -> Iterator[Result]:
@@ -196,7 +184,7 @@ def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = 
         runtime = load_runtime(Path(path), name="torch", device=0 if device == "cuda" else None)
         image = runtime.model.spec.image
         for num in (1, 8):
-            runtime(np.zeros((num, image.height, image.width, image.channels), np.uint8))
+            runtime(np.zeros((num, *image.shape), np.uint8))
 
     def held() -> np.ndarray:
         """Bytes allocated by tensors, and bytes reserved by PyTorch's allocator; 0 without a device."""

@@ -5,6 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,18 +152,29 @@ def divided(net: nn.Sequential | GraphNet) -> tuple[nn.Module, nn.Module]:
     return GraphNet(Graph((start, normalize))), GraphNet(Graph((start, *after)))
 
 
-def torch_answer(
+def torch_answer(net: nn.Sequential | GraphNet, *, device: str = "cpu", **options: Any) -> Answer:
+    """`on_device` for pixels and logits on the host."""
+    torch.backends.cudnn.benchmark = True
+    run = on_device(net, device, **options)
+
+    @torch.inference_mode()
+    def answer(images: np.ndarray) -> np.ndarray:
+        return run(torch.from_numpy(images).to(device)).float().cpu().numpy()
+
+    return answer
+
+
+def on_device(
     net: nn.Sequential | GraphNet,
+    device: str,
     *,
-    device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     layout: torch.memory_format = torch.channels_last,
     is_compiled: bool = False,
-) -> Answer:
-    """A copy of `net` in PyTorch. Pixels are normalised in float32, as in the ONNX graph."""
-    torch.backends.cudnn.benchmark = True
-    whole = deepcopy(net).float().eval().to(device)
-    normalize, rest = divided(whole)
+) -> Callable[[Tensor], Tensor]:
+    """A copy of `net` in PyTorch. Pixels are normalised in float32 at least, as in the ONNX graph."""
+    normalize, rest = divided(deepcopy(net).eval().to(device))
+    normalize = normalize.to(torch.promote_types(dtype, torch.float32))
     rest = rest.to(dtype).to(memory_format=layout)
     run: Callable[[Tensor], Tensor] = rest
     if is_compiled:
@@ -171,13 +183,7 @@ def torch_answer(
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         # Replaying CUDA graphs is what makes small batches fast; the CPU has none.
         run = torch.compile(rest, dynamic=False, mode="reduce-overhead" if device == "cuda" else "default")
-
-    @torch.inference_mode()
-    def answer(images: np.ndarray) -> np.ndarray:
-        x = normalize(torch.from_numpy(images).to(device)).to(dtype, memory_format=layout)
-        return run(x).float().cpu().numpy()
-
-    return answer
+    return lambda x: run(normalize(x).to(dtype, memory_format=layout))
 
 
 def wide_resnet(depth: int, width: float, spec: Spec) -> GraphNet:

@@ -65,7 +65,7 @@ def measure(name: str, image_size: int, round_s: float, race: Any) -> dict[str, 
     """One net in three forms: layers, error in float64, error and time in ONNX Runtime."""
     import torch
 
-    from export.runtimes.onnx_session import cpu_session
+    from export.runtimes.onnx_session import quiet_session
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, image_size, image_size, dtype=torch.float64, generator=generator)
@@ -76,7 +76,7 @@ def measure(name: str, image_size: int, round_s: float, race: Any) -> dict[str, 
     racers = {}
     for form, net in forms.items():
         layers, images = count_layers(net), x.float()
-        session = cpu_session(write_onnx(net.float(), images[:1]), intra_op_num_threads=1)
+        session = quiet_session(write_onnx(net.float(), images[:1]), intra_op_num_threads=1)
         answer = partial(session.run, None)
         found = {"float64_error": logits[form], "onnxruntime_error": answer({"x": images.numpy()})[0]}
         errors = {name: difference(logits[TRAINED], other).relative for name, other in found.items()}

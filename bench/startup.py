@@ -104,7 +104,7 @@ def _phases(model: Path) -> dict[str, float]:
     marks["load and check"] = time.perf_counter()
     serving.whole_app(config, runtimes, stream, load=lambda: runtimes)
     marks["make app"] = time.perf_counter()
-    warm_up(runtimes[0], config.max_batch)
+    warm_up(runtimes, config.max_batch)
     marks["warm up"] = time.perf_counter()
     return {name: marks[name] - marks[before] for before, name in itertools.pairwise(marks)}
 

@@ -25,19 +25,6 @@ def at_most(num_hits: int, num: int, *, doubt: float = 0.05) -> float:
 
     Exact for any number of images. Without a hit it is close to 3 / num, the rule of three.
     """
-    if num_hits >= num:
-        return 1.0
+    from scipy.special import betaincinv  # not at the head, as the server counts without it
 
-    def chance(share: float) -> float:
-        """The probability of `num_hits` or fewer: the sum of binomial terms, each from its logarithm."""
-        logs = (
-            math.lgamma(num + 1) - math.lgamma(k + 1) - math.lgamma(num - k + 1)
-            + k * math.log(share) + (num - k) * math.log1p(-share)
-            for k in range(num_hits + 1)
-        )  # fmt: skip
-        return math.fsum(map(math.exp, logs))
-
-    low, high = num_hits / num, 1.0
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if chance(middle) > doubt else (low, middle)
-    return high
+    return float(betaincinv(num_hits + 1, num - num_hits, 1 - doubt)) if num_hits < num else 1.0

@@ -11,7 +11,7 @@ import onnx
 from common.files import read_whole
 from common.refusal import Refusal
 from export.compare import TOLERANCES, Answer
-from export.eight_bits.calibrate import first_overflow
+from export.eight_bits.calibrate import first_overflow, observer
 from export.model_file.engine_card import read_card
 from export.model_file.onnx_reader import read_graph
 from export.model_file.reading import NO_HINTS, ReadingHints
@@ -178,15 +178,10 @@ def _onnx_layers(
     tensors = {node.name: node.output[0] for node in model.graph.node}
     tensors |= {output: output for node in model.graph.node for output in node.output}
     names = [name for name in layers if name in tensors]
-    for name in {tensors[name] for name in names} - {output.name for output in model.graph.output}:
-        model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    options = ort.SessionOptions()
-    if not optimize:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
-    values = session.run([tensors[name] for name in names], {model.graph.input[0].name: images})
+    how = {} if optimize else {"graph_optimization_level": ort.GraphOptimizationLevel.ORT_DISABLE_ALL}
+    values = observer(model, [tensors[name] for name in names], provider=provider, **how)(images)
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    return {name: _dequantize(name, np.asarray(value), constants) for name, value in zip(names, values, strict=True)}
+    return {name: _dequantize(name, values[tensors[name]], constants) for name in names}
 
 
 def _dequantize(name: str, value: np.ndarray, constants: dict[str, np.ndarray]) -> np.ndarray:

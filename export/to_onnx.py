@@ -157,13 +157,13 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Mad
     with progress(console, "calibrating", num_images_run(lowerings, len(observed), len(chosen_by))) as advance:
         images = {"observed": observed, "chosen_by": chosen_by}
         how: dict[str, Any] = {"precision": config.precision, "target": config.target, "lowerings": lowerings}
-        quantized = quantize(plain.net, plain.spec, **how, **images, advance=advance)
-    forms = answerer(to_onnx(plain.net, plain.spec, {})), answerer(quantized.model)
+        model, candidates = quantize(plain.net, plain.spec, **how, **images, advance=advance)
+    forms = answerer(to_onnx(plain.net, plain.spec, {})), answerer(model)
     with progress(console, "testing", sum(map(len, (test, *set_aside)))) as advance:
         tested = answer_both(*forms, [test], advance)
         evidence = measure(answer_both(*forms, set_aside, advance), tested) if set_aside else None
     drop = measure_drop(*tested, np.asarray(test.targets))
-    _print(console, quantized.candidates, drop)
+    _print(console, candidates, drop)
     if evidence:
         console.print(f"as a cascade: {evidence}")
     if not drop:
@@ -171,15 +171,15 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Mad
         changed = f"fewer than {100 * INT8_AGREEMENT:.0f} % of the images keep their class"
         status = "" if config.allow_drop else ": exit status 1; --allow-drop accepts it"
         print(f"{lost}, or {changed}{status}", file=sys.stderr)
-    candidates = [asdict(candidate) for candidate in quantized.candidates]
+    tried = [asdict(candidate) for candidate in candidates]
     record = {
-        "lowering": quantized.candidates[0].lowering,
+        "lowering": candidates[0].lowering,
         "target": config.target,
-        "calibration": {"images": len(observed), "chosen_by": len(chosen_by), "candidates": candidates},
+        "calibration": {"images": len(observed), "chosen_by": len(chosen_by), "candidates": tried},
         "test": asdict(drop),
         **({RECORD: evidence.to_dict()} if evidence else {}),
     }
-    return quantized.model, record, bool(drop)
+    return model, record, bool(drop)
 
 
 def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[Any, Any, Any, Any]:

@@ -9,7 +9,7 @@ from common.files import read_whole
 from common.image import decode
 from common.refusal import Refusal
 from common.spec import ImageSpec
-from train.data.folder import SUFFIXES, Changed
+from train.data.folder import Changed, find_images
 
 NUM_RANDOM = 64
 EXTREMES = ("all black", "all white", "one hot pixel", "noise of full contrast", "checkerboard")
@@ -59,12 +59,9 @@ def real_images(
 
 
 def photographs(image: ImageSpec, folder: Path, *, num: int) -> np.ndarray:
-    """The first `num` images in a folder and its subfolders, uint8 [N, H, W, C]; refuses one that cannot be read."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)[:num]
-    if not files:
-        raise Refusal(f"{folder} has no {', '.join(SUFFIXES)} file; name a folder of images with --data-dir")
+    """The first `num` images that `find_images` finds, uint8 [N, H, W, C]; refuses one that cannot be read."""
     images: list[np.ndarray] = []
-    for path in files:
+    for path in find_images([folder])[0][:num]:
         try:
             images.append(decode(read_whole(path), image))
         except Refusal as refusal:

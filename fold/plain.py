@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from common.refusal import Refusal, first_of, one_line
 from common.spec import Spec
 from fold.graph import GraphNet, fold
 from fold.nodes import Graph
-from fold.shapes import Shape, infer_shapes
-from train.checkpoint import GRAPH_FORMAT, PLAIN_FORMAT, PlainFile, read_plain_file
+from fold.shapes import infer_shapes
+from train.checkpoint import GRAPH_FORMAT, PLAIN_FORMAT, PlainFile, misfits, read_plain_file
 from train.families import outline
 from train.layers import Normalize
 
@@ -87,18 +86,6 @@ def _read_graph(file: PlainFile) -> Graph:
     if wrong := misfits(file.weights, shapes):
         raise Refusal(f"the plain file does not fit its spec {file.spec.name}: {first_of(wrong)}")
     return graph.with_tensors(file.weights)
-
-
-def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> list[str]:
-    """A clause for each tensor that is missing, of another shape or too many; [1] is accepted for []."""
-    wrong: list[str] = []
-    for name, shape in shapes.items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found is None:
-            wrong.append(f"{name} is missing")
-        elif found != shape and (found, shape) != ((1,), ()):
-            wrong.append(f"{name} is {list(found)}, must be {list(shape)}")
-    return wrong + [f"{name} is not part of it" for name in sorted(tensors.keys() - shapes.keys())]
 
 
 def _check(graph: Graph, spec: Spec) -> None:

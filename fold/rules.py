@@ -1,7 +1,7 @@
 """The algebra of the fold: for each rule its pattern, its equation, and what prevents it.
 
 W ⊙ x is a convolution with zeros around x; s and t have a value per channel. A rule returns nodes in place of
-others, a `Blocked` with the reason, or None where its pattern does not match. `simplify` applies all rules
+others, the reason why it may not, or None where its pattern does not match. `simplify` applies all rules
 until none applies.
 """
 
@@ -30,12 +30,8 @@ class Rewrite:
     bypass: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-@dataclass(frozen=True)
-class Blocked:
-    reason: str
-
-
-Outcome = Rewrite | Blocked | None
+# A string says what prevents the rule, None that its pattern does not match.
+Outcome = Rewrite | str | None
 LINEAR = ("conv", "linear")
 # These keep each channel's sign and place.
 KEEP_CHANNELS = ("max_pool", "avg_pool", "global_pool", "flatten", "relu")
@@ -46,7 +42,7 @@ def simplify(graph: Graph) -> Graph:
     while (after := _step(graph)) is not None:
         graph = after
     outcomes = ((node, rule(graph, node)) for node in graph.nodes for rule in RULES)
-    reasons = dict.fromkeys(f"{node.name}: {found.reason}" for node, found in outcomes if isinstance(found, Blocked))
+    reasons = dict.fromkeys(f"{node.name}: {found}" for node, found in outcomes if isinstance(found, str))
     return replace(_with_convolutions(graph), blocked=tuple(reasons))
 
 
@@ -170,7 +166,7 @@ def sum_of_linear(graph: Graph, node: Node) -> Outcome:
             partial = to_node(merged, equals="-")  # no node of the traced graph has this output
             return Rewrite(node.name, (partial, replace(node, inputs=(partial.name, *rest))))
         blocked.append(f"{' and '.join(node.inputs[index] for index in pair)} not merged: {merged}")
-    return Blocked("; ".join(blocked)) if blocked else None
+    return "; ".join(blocked) or None
 
 
 def _maps_of_one_source(graph: Graph, one: Node, other: Node) -> tuple[Linear, Linear] | None:
@@ -231,9 +227,9 @@ def zero_half(graph: Graph, node: Node) -> Outcome:
     if ncrelu.op != "ncrelu" or not is_nonnegative(graph, ncrelu.inputs[0]):
         return None
     if not _has_one_reader(graph, above):
-        return Blocked(f"half of {above} is zero and stays: {len(graph.readers(above))} nodes read it")
+        return f"half of {above} is zero and stays: {len(graph.readers(above))} nodes read it"
     if node.attributes.get("groups", 1) != 1:
-        return Blocked(f"half of {above} is zero and stays: the convolution has groups")
+        return f"half of {above} is zero and stays: the convolution has groups"
     weight = node.tensors["weight"]
     tensors = {**node.tensors, "weight": weight[:, : weight.shape[1] // 2]}
     return Rewrite(node.name, (replace(node, tensors=tensors),), bypass={above: ncrelu.inputs[0]})
@@ -293,7 +289,7 @@ def _has_one_reader(graph: Graph, name: str) -> bool:
     return len(graph.readers(name)) == 1
 
 
-def _before(graph: Graph, node: Node, ops: Sequence[str], before: Sequence[str]) -> Node | Blocked | None:
+def _before(graph: Graph, node: Node, ops: Sequence[str], before: Sequence[str]) -> Node | str | None:
     """The node that a node of one of `ops` reads, if it is one of `before` and has no other reader."""
     if node.op not in ops or graph[node.inputs[0]].op not in before:
         return None
@@ -303,8 +299,8 @@ def _before(graph: Graph, node: Node, ops: Sequence[str], before: Sequence[str])
     return _not_merged(found, f"{len(graph.readers(found.name))} nodes read it")
 
 
-def _not_merged(before: Node, reason: str) -> Blocked:
-    return Blocked(f"not merged with {before.name}: {reason}")
+def _not_merged(before: Node, reason: str) -> str:
+    return f"not merged with {before.name}: {reason}"
 
 
 def _scale_shift(node: Node) -> tuple[Tensor, Tensor]:

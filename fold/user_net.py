@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.files import read_whole, sha256
 from common.refusal import Refusal, first_of, one_line
-from train.checkpoint import read_pickle, read_safetensors
+from train.checkpoint import misfits, read_pickle, read_safetensors
 
 SEED = 0  # of a net's initial weights, used if no others are given
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")  # keys under which training scripts keep weights
@@ -95,18 +95,11 @@ def load_weights(net: nn.Module, path: Path) -> str:
     """
     content = read_whole(path)
     state = _without_prefixes(_read_state(path, content))
-    own = net.state_dict()
-    faults = {
-        "lacks": [name for name in own if name not in state and not name.endswith(COUNTER)],
-        "has the unknown": [name for name in state if name not in own and not name.endswith(COUNTER)],
-        "has other shapes:": [
-            f"{name} {list(state[name].shape)}, in the net {list(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-    }
-    if clauses := [f"it {what} {first_of(names)}" for what, names in faults.items() if names]:
-        raise Refusal(f"{path} does not fit the net: {'; '.join(clauses)}; name the weights of this very net")
+    own = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    optional = {name for name in own.keys() ^ state.keys() if name.endswith(COUNTER)}
+    given = {name: tensor for name, tensor in state.items() if name not in optional}
+    if wrong := misfits(given, {name: shape for name, shape in own.items() if name not in optional}):
+        raise Refusal(f"{path} does not fit the net: {first_of(wrong, 9)}; name the weights of this very net")
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad:
         raise Refusal(f"{path} holds NaN or infinite values in {first_of(bad)}: the training diverged")

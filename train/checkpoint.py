@@ -146,3 +146,15 @@ def read_plain_file(path: Path) -> PlainFile:
     if bad:
         raise Refusal(f"{path} holds NaN or infinite values in {', '.join(bad)}: the training diverged")
     return PlainFile(path, weights, spec, metadata, sha256(content))
+
+
+def misfits(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """A clause for each tensor that is missing, of another shape or too many; [1] is accepted for []."""
+    wrong: list[str] = []
+    for name, shape in shapes.items():
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found is None:
+            wrong.append(f"{name} is missing")
+        elif found != shape and (found, shape) != ((1,), ()):
+            wrong.append(f"{name} is {list(found)}, must be {list(shape)}")
+    return wrong + [f"{name} is not part of it" for name in sorted(tensors.keys() - shapes.keys())]

@@ -77,22 +77,17 @@ class _DiracConv(nn.modules.conv._ConvNd):
         if self.groups != 1:
             raise Refusal(f"a Dirac convolution has one group, got {self.groups}")
         self.register_buffer("delta", dirac_delta(self.weight.shape, delta_form), persistent=False)
-        match parameterization:
-            case "dirac":
-                self.a, self.b = nn.Parameter(torch.tensor(A_0)), nn.Parameter(torch.tensor(B_0))
-            case "per-channel":
-                scale = torch.ones(self.out_channels)
-                self.a, self.b = nn.Parameter(A_0 * scale), nn.Parameter(B_0 * scale)
-            case "per-output-b":
-                self.a = nn.Parameter(torch.tensor(A_0))
-                self.b = nn.Parameter(B_0 * torch.ones(self.out_channels))
-            case "unnormalized":
-                self.a, self.b = nn.Parameter(torch.tensor(A_0)), None
-            case "delta":
-                self.register_buffer("a", torch.tensor(1.0), persistent=False)
-                self.b = None
-            case _:
-                raise Refusal(f"a Dirac convolution has no parameterization {parameterization}")
+        one, each = (), (self.out_channels,)  # the shapes of a and b
+        shapes = {"dirac": (one, one), "per-channel": (each, each), "per-output-b": (one, each)}
+        shapes |= {"unnormalized": (one, None), "delta": (None, None)}
+        if parameterization not in shapes:
+            raise Refusal(f"a Dirac convolution has no parameterization {parameterization}")
+        of_a, of_b = shapes[parameterization]
+        if of_a is None:
+            self.register_buffer("a", torch.tensor(1.0), persistent=False)
+        else:
+            self.a = nn.Parameter(torch.full(of_a, A_0))
+        self.b = None if of_b is None else nn.Parameter(torch.full(of_b, B_0))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuses another weight or bias: `fuse_conv_bn_eval` would scale W, which eq. 5 then normalises again."""

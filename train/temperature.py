@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import logsumexp, softmax
 
 from common.spec import MAX_TEMPERATURE, MIN_TEMPERATURE
 
@@ -81,9 +82,7 @@ def _derivatives(margins: np.ndarray, temperature: float) -> tuple[np.ndarray, n
 
     The derivatives are the mean and variance of z - z_y under softmax(u z).
     """
-    u, largest = 1 / temperature, margins.max(axis=1, keepdims=True)
-    powers = np.exp(u * (margins - largest))
-    sums = powers.sum(axis=1, keepdims=True)
-    shares = powers / sums
+    scaled = margins / temperature
+    shares = softmax(scaled, axis=1)
     mean = (shares * margins).sum(axis=1)
-    return (u * largest + np.log(sums))[:, 0], mean, (shares * (margins - mean[:, None]) ** 2).sum(axis=1)
+    return np.asarray(logsumexp(scaled, axis=1)), mean, (shares * (margins - mean[:, None]) ** 2).sum(axis=1)

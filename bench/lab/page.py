@@ -1,6 +1,5 @@
 """A page is a record, written as JSON, and a template: bench/pages/NAME.md, written as for `str.format`."""
 
-import importlib.metadata
 import json
 import platform
 import re
@@ -13,7 +12,7 @@ from string import Formatter
 from typing import Any
 
 from common.cli import given_arguments
-from common.cores import num_cores
+from common.cores import num_cores, processor, versions
 from common.files import write_whole
 from common.refusal import Refusal
 
@@ -37,7 +36,7 @@ class Measurement:
 
 def publish(config: Any, name: str, page: Callable[[Record], str], **measured: Any) -> None:
     """Write what bench/NAME.py measured, with its command line, as NAME.json, and `page` of it as NAME.md."""
-    record = {"command": typed_command(f"bench/{name}.py", config), **measured}
+    record = {"command": typed_command(f"bench/{name.replace('-', '_')}.py", config), **measured}
     print(write_page(config.out, name, page(record), record))
 
 
@@ -54,20 +53,13 @@ def typed_command(script: str, config: Any) -> str:
 
 def describe_machine(*packages: str) -> dict[str, str]:
     """Processor, cores that this process may use, versions of Python and of those `packages` that are installed."""
-    installed = {dist.metadata["Name"].replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
     return {
-        "device": _cpu_name(),
+        "device": processor() or "CPU",
         "cores": str(num_cores()),
         "python": platform.python_version(),
-        **{name: installed[name] for name in packages if name in installed},
+        **versions(*packages),
         "date": date.today().isoformat(),
     }
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
 
 
 # From a record to Markdown

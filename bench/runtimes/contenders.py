@@ -22,7 +22,7 @@ from export.engines.engine import choose_builder
 from export.graphs.graph import to_onnx
 from export.pairs import ParityRow
 from export.runtimes.load import load_runtime
-from export.runtimes.runtime import pad
+from export.runtimes.runtime import answer_in_pieces
 from export.to_trt import ToTrtConfig
 from export.to_trt import command as build_engine_file
 from fold.image_sets import random_images
@@ -80,7 +80,7 @@ def graph_file(net: Net, folder: Path, precision: str, target: Target) -> Path:
     if precision == "int8":
         observed, chosen_by = np.array_split(net.calibration, 2)
         images = {"observed": observed, "chosen_by": chosen_by}
-        model = quantize(net.plain, net.spec, precision="int8", target=target, lowerings=TRIED, **images).model
+        model, _ = quantize(net.plain, net.spec, precision="int8", target=target, lowerings=TRIED, **images)
     else:
         model = to_onnx(lower(net.plain, LOWERING), net.spec, {}, precision=precision)
     return write_whole(path, model.SerializeToString())
@@ -126,8 +126,7 @@ def _compare(net: Net, title: str, answer: Answer, batch_size: int) -> dict[str,
     for kind, images in net.image_sets.items():
         with torch.inference_mode():
             expected = answer_all(lambda some: net.plain(torch.from_numpy(some)).numpy(), images)
-        pieces = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        logits = np.concatenate([answer(pad(piece, batch_size))[: len(piece)] for piece in pieces])
+        logits = answer_in_pieces(answer, images, batch_size, lambda num_images: batch_size)
         rows.append(ParityRow(kind, compare(("plain", expected), (title, logits), tolerance=tolerance)))
     # False before True before None, then the largest error: what most needs to be seen.
     worst = min(rows, key=lambda row: ((False, True, None).index(row.verdict), -row.comparison.difference.relative))

@@ -31,7 +31,7 @@ from bench.runtimes.racers import (
     peak_bytes,
     racers_of,
 )
-from common.files import write_whole
+from common.files import read_whole, write_whole
 from common.progress import progress
 from common.spec import ImageSpec, Spec
 from export.compare import TOLERANCES, compare
@@ -185,20 +185,14 @@ def _profiles(record: dict[str, Any], spec: Spec, folder: Path) -> list[dict[str
 
 def profile_graph(path: Path, images: np.ndarray, *, num_threads: int) -> dict[str, Any]:
     """The time of each operator in one call on `images`; ONNX Runtime's own file is written beside the graph."""
-    from export.runtimes.onnx_session import ort
+    from export.runtimes.onnx_session import cpu_session
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    options.log_severity_level = 3
-    options.enable_profiling = True
-    options.profile_file_prefix = str(path.with_suffix(".profile"))
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    profiling = {"enable_profiling": True, "profile_file_prefix": str(path.with_suffix(".profile"))}
+    session = cpu_session(read_whole(path), intra_op_num_threads=num_threads, **profiling)
     for _ in range(NUM_RUNS):
         session.run(None, {"images": images})
-    return {
-        "batch_size": len(images),
-        "operators": time_by_operator(json.loads(Path(session.end_profiling()).read_text())),
-    }
+    operators = time_by_operator(json.loads(read_whole(Path(session.end_profiling()))))
+    return {"batch_size": len(images), "operators": operators}
 
 
 def time_by_operator(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:

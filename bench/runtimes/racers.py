@@ -5,18 +5,19 @@ imports a library at the top, so that a process holds only what its racer needs.
 """
 
 import os
+import pickle
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.lab.process import family_bytes
 from bench.lab.rounds import Failure, attempt, median_ms
+from common.child import Child, ProcessFailed
 from fold.lowerings import LOWERINGS, Lowering
 
 if TYPE_CHECKING:
@@ -187,47 +188,37 @@ class Worker:
     """The process of one runtime; it loads while the parent goes on."""
 
     def __init__(self, open_answer: Open, folder: Path, num_threads: int) -> None:
-        context = get_context("spawn")
-        self._connection, child_end = context.Pipe()
-        arguments = (child_end, open_answer, folder, num_threads)
-        self._process = context.Process(target=_run, args=arguments, daemon=True)
-        self._process.start()
-        child_end.close()  # or the end of the process would not close the pipe
+        environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(num_threads))
+        self._child = Child("bench.runtimes.racers", env=environment)
+        self._child.send(partial(open_answer, folder, num_threads))
 
     def ask(self, task: Callable[..., Any], *arguments: Any) -> Any:
         """The result of `task` there for the runtime and `arguments`, or the `Failure` of either."""
-        with suppress(OSError):  # where the process has ended, which `wait` reports
-            self._connection.send((task, arguments))
+        with suppress(ProcessFailed):  # which `wait` reports
+            self._child.send((task, arguments))
         return self.wait()
 
     def wait(self) -> Any:
         """The next result; the first one is None if the runtime is open."""
         try:
-            if self._connection.poll(PATIENCE_S):
-                return self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            return Failure(f"its process ended with status {self._process.exitcode}")
-        self._process.kill()
-        return Failure(f"no answer in {PATIENCE_S:g} s")
+            return pickle.loads(self._child.receive(PATIENCE_S))
+        except ProcessFailed as failure:
+            self._child.kill()
+            return Failure(failure)
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._connection.close()
+        self._child.close()
 
 
-def _run(connection: Connection, open_answer: Open, folder: Path, num_threads: int) -> None:
+def run() -> None:
     """The process: open the runtime, then do one task after another until the parent ends it."""
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, str(num_threads)))  # before any library is loaded
-    answer = attempt(partial(open_answer, folder, num_threads))
+    connection = Connection(0)
+    answer = attempt(connection.recv())
     connection.send(answer if isinstance(answer, Failure) else None)
-    while not isinstance(answer, Failure):
-        try:
+    with suppress(EOFError):  # the parent is gone
+        while not isinstance(answer, Failure):
             task, arguments = connection.recv()
-        except EOFError:  # the parent is gone
-            return
-        connection.send(attempt(partial(task, answer, *arguments)))
+            connection.send(attempt(partial(task, answer, *arguments)))
 
 
 def median_call_ms(answer: "Answer", images: "np.ndarray", seconds: float) -> float:

@@ -26,7 +26,7 @@ QUEUE, DEADLINE_MS = 64, 1000
 SATURATING = (16, 64)  # connections, each with one request at a time
 OFFERING = 512  # connections: those that the queue holds, and many that are being refused
 PROBABILITY_ERROR = 1e-4  # another batch size, another order of float32 sums
-RESTART_S = 120  # that a request may wait for a process that takes the place of a killed one
+RESTART_S = 30  # that a request may wait for the process after a killed one: the default of server and client
 
 
 async def overload(model: Path, image: bytes, *, seconds: float) -> dict[str, Any]:
@@ -156,7 +156,6 @@ def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
     from common.image import decode
     from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import OnnxSession
-    from export.runtimes.runtime import probabilities
     from fold.graph import fold
 
     session = OnnxSession(path)
@@ -164,10 +163,7 @@ def _two_models(path: Path, image: bytes) -> tuple[list[bytes], dict[str, Any]]:
     net = fold(random_net(spec)).float()
     other = write_whole(path.with_name("other.onnx"), to_onnx(net, spec, {}).SerializeToString())
     pixels = decode(image, spec.image)[None]
-    expected = {
-        one.model.digest: probabilities(one(pixels), temperature=spec.temperature)[0]
-        for one in (session, OnnxSession(other))
-    }
+    expected = {one.model.digest: one.model.probabilities(one(pixels))[0] for one in (session, OnnxSession(other))}
     return [path.read_bytes(), other.read_bytes()], expected
 
 

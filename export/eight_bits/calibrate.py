@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from export.compare import BATCH_SIZE
-from export.runtimes.onnx_session import cpu_session
+from export.runtimes.onnx_session import quiet_session
 
 METHODS = ("min-max", "percentile", "entropy")
 NUM_BINS = 2048
@@ -32,16 +33,14 @@ class Histogram:
 
 
 def observer(
-    model: onnx.ModelProto, names: Sequence[str], dtype: int, folder: Path | None = None
+    model: onnx.ModelProto, names: Sequence[str], **options: Any
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """From a graph's input to its tensors `names`, which are of an ONNX type.
-
-    `folder` holds the weights that are not in the model.
-    """
+    """From a graph's input to its tensors `names`, across which a runtime no longer fuses; `options` of the session."""
     observed = onnx.ModelProto()
     observed.CopyFrom(model)
-    observed.graph.output.extend(helper.make_tensor_value_info(name, dtype, None) for name in names)
-    session = cpu_session(observed.SerializeToString(), weights_folder=folder)
+    inner = {*names} - {output.name for output in model.graph.output}
+    observed.graph.output.extend(map(helper.make_empty_tensor_value_info, sorted(inner)))
+    session = quiet_session(observed.SerializeToString(), **options)
     input_name = session.get_inputs()[0].name
     return lambda x: dict(zip(names, map(np.asarray, session.run(list(names), {input_name: x})), strict=True))
 
@@ -58,7 +57,7 @@ def first_overflow(model: onnx.ModelProto, x: np.ndarray, folder: Path | None = 
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     size = fixed or BATCH_SIZE
     end = len(x) // fixed * fixed if fixed else len(x)  # images that do not fill a fixed batch are left out
-    observe = observer(model, [*nodes], TensorProto.FLOAT16, folder)
+    observe = observer(model, [*nodes], weights_folder=folder)
     values = (pair for start in range(0, end, size) for pair in observe(x[start : start + size]).items())
     return next((nodes[name] for name, value in values if not np.isfinite(value).all()), None)
 
@@ -72,7 +71,7 @@ def observe(
     after each batch, 2 N in all.
     """
     names = [name for node in model.graph.node for name in node.output if name != "logits"]
-    run = observer(model, names, TensorProto.FLOAT)
+    run = observer(model, names)
     batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
     ends: dict[str, Range] = dict.fromkeys(names, (0.0, 0.0))
     for batch in batches:

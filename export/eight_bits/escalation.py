@@ -50,21 +50,19 @@ def answer_both(
 
 def measure(chosen_by: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]) -> Evidence:
     """The evidence of pairs of logits [N, K], float32's and eight bits', of the images to choose by and of the test."""
-    threshold, (reference, logits) = float(largest_error(*chosen_by)), test
+    threshold, num = largest_error(*chosen_by), len(test[0])
     if not np.isfinite(threshold):
         raise Refusal("the int8 or the float32 form gives logits that are not finite; export the net again")
-    doubtful = in_doubt(logits, threshold)
-    changed = reference.argmax(1) != logits.argmax(1)
-    num_changed = int((changed & ~doubtful).sum())
-    return Evidence(
-        threshold=threshold,
-        num_chosen_by=len(chosen_by[0]),
-        num_test=len(logits),
-        num_escalated=int(doubtful.sum()),
-        num_changed=num_changed,
-        num_changed_alone=int(changed.sum()),
-        changed_at_most=at_most(num_changed, len(logits)),
-    )
+    counts = count_changes(*test, threshold)
+    at_worst = at_most(counts["num_changed"], num)
+    return Evidence(threshold, num_chosen_by=len(chosen_by[0]), num_test=num, changed_at_most=at_worst, **counts)
+
+
+def count_changes(reference: np.ndarray, logits: np.ndarray, threshold: float) -> dict[str, int]:
+    """Images that go on to float32, that change their class all the same, and that do in eight bits alone: [N, K]."""
+    doubtful, changed = in_doubt(logits, threshold), reference.argmax(1) != logits.argmax(1)
+    masks = {"num_escalated": doubtful, "num_changed": changed & ~doubtful, "num_changed_alone": changed}
+    return {name: int(mask.sum()) for name, mask in masks.items()}
 
 
 def largest_error(reference: np.ndarray, logits: np.ndarray) -> float:

@@ -15,7 +15,7 @@ from export.eight_bits.calibrate import METHODS, observe, ranges
 from export.eight_bits.integer import to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.graphs.graph import to_onnx
-from export.runtimes.onnx_session import cpu_session, ort
+from export.runtimes.onnx_session import ort, quiet_session
 from fold.graph import GraphNet
 from fold.lower import is_chain, lower
 
@@ -52,14 +52,6 @@ class Drop:
         return self.float32_accuracy - self.accuracy <= ALLOWED_DROP and self.top1_agreement >= INT8_AGREEMENT
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """The best candidate's graph, and all that were tried, the best first."""
-
-    model: onnx.ModelProto
-    candidates: list[Candidate]
-
-
 def quantize(
     net: GraphNet,
     spec: Spec,
@@ -70,8 +62,8 @@ def quantize(
     observed: np.ndarray,
     chosen_by: np.ndarray,
     advance: Callable[[int], None] = lambda n: None,
-) -> Quantized:
-    """The eight-bit graph of a plain net whose logits stray least from float32's.
+) -> tuple[onnx.ModelProto, list[Candidate]]:
+    """The eight-bit graph of a plain net whose logits stray least from float32's, and all tried, the best first.
 
     Ranges are those of the images `observed`, the choice is made on `chosen_by`, both uint8 [N, H, W, C].
     """
@@ -93,7 +85,7 @@ def quantize(
             error, agreement = relative_error(reference, logits), top1_agreement(reference, logits)
             tried.append((Candidate(lowering, method, error, agreement), model))
     tried.sort(key=lambda pair: pair[0].relative_error)
-    return Quantized(tried[0][1], [candidate for candidate, _ in tried])
+    return tried[0][1], [candidate for candidate, _ in tried]
 
 
 def num_images_run(lowerings: Sequence[str], num_observed: int, num_chosen_by: int) -> int:
@@ -136,5 +128,5 @@ def answerer(model: onnx.ModelProto) -> Answer:
     levels, kinds = ort.GraphOptimizationLevel, {tensor.data_type for tensor in model.graph.initializer}
     # Its optimiser moves fp8 pairs over nodes that then answer wrongly (1.31: errors of 70 %).
     level = levels.ORT_DISABLE_ALL if onnx.TensorProto.FLOAT8E4M3FN in kinds else levels.ORT_ENABLE_ALL
-    session = cpu_session(model.SerializeToString(), graph_optimization_level=level)
+    session = quiet_session(model.SerializeToString(), graph_optimization_level=level)
     return lambda images: np.asarray(session.run(None, {"images": images})[0])

@@ -180,10 +180,10 @@ def _another(form: Artefact, parts: dict[str, folder.Sizes], data_dir: Path, tra
     labels, known = tuple(place.name for place in folder.class_folders(data_dir)), form.spec.labels
     if not set(labels) & set(known):
         _places(labels, form, by_number=False)  # refuses
-    found = folder.find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track, partial=True)
-    part = found.test or found.train
+    image = form.spec.image
+    found, left_out, _ = folder.find_files(data_dir, labels, image, skip_unreadable=True, track=track, partial=True)
+    part, kept = found.get("test") or found["train"], list[int]()
     trained = {(*Path(name).parts[-2:], size) for side in ("train", "validation") for name, size in parts[side].items()}
-    left_out, kept = list(found.left_out), list[int]()
     for index, (path, target) in enumerate(zip(map(Path, part.paths), part.targets, strict=True)):
         if labels[target] not in known:
             left_out.append(folder.LeftOut(path, f"the model has no class {labels[target]}"))
@@ -198,17 +198,17 @@ def _another(form: Artefact, parts: dict[str, folder.Sizes], data_dir: Path, tra
     what = "images of another folder than its run's, which training has not seen"
     if lacking := [label for index, label in enumerate(known) if index not in targets]:
         what += f"; there is none of {first_of(lacking, 10)}"
-    return Judged(what, "folder", part, targets, form.spec.image, tuple(left_out))
+    return Judged(what, "folder", part, targets, image, tuple(left_out))
 
 
 def _folder(form: Artefact, data_dir: Path | None, track: folder.Track) -> Judged:
     """All images of a folder, or its test images if it names them; whether they were trained on is not known."""
     labels = datasets.info_of("folder", data_dir=data_dir).labels
     assert data_dir is not None  # `info_of` refuses it
-    found = folder.find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track)
-    what = "images in its test folder" if found.test else "images, all of the folder"
+    found, left_out, _ = folder.find_files(data_dir, labels, form.spec.image, skip_unreadable=True, track=track)
+    what = "images in its test folder" if found.get("test") else "images, all of the folder"
     what += "; no record says whether the model was trained on them"
-    return _judged(form, what, found.test or found.train, labels, left_out=tuple(found.left_out))
+    return _judged(form, what, found.get("test") or found["train"], labels, left_out=tuple(left_out))
 
 
 def _published(form: Artefact, name: str, training: dict[str, Any] | None, data_dir: Path | None) -> Judged:

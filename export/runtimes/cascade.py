@@ -34,6 +34,21 @@ class Evidence:
     num_changed_alone: int  # have another class in int8 alone
     changed_at_most: float  # share of changed classes among images like the test images, with 95 % certainty
 
+    @classmethod
+    def from_dict(cls, record: Any) -> "Evidence":
+        """The inverse of `to_dict`; a damaged record raises TypeError, KeyError, ValueError or OverflowError."""
+        kinds = {field.name: field.type for field in fields(cls)}
+        values = {name: record[name] for name in kinds}
+        if wrong := wrong_fields(values, kinds):
+            raise ValueError("; ".join(wrong))
+        found = cls(**{**values, "threshold": float(values["threshold"])})
+        counts = [found.num_escalated, found.num_changed, found.num_changed_alone]
+        if not (isfinite(found.threshold) and found.threshold >= 0 and 0 <= found.changed_at_most <= 1):
+            raise ValueError(f"threshold {found.threshold}, changed_at_most {found.changed_at_most}")
+        if min(found.num_chosen_by, found.num_test) < 1 or min(counts) < 0 or max(counts) > found.num_test:
+            raise ValueError(f"counts {counts} of {found.num_test} test images, {found.num_chosen_by} to choose by")
+        return found
+
     @property
     def share_escalated(self) -> float:
         return self.num_escalated / self.num_test
@@ -149,18 +164,8 @@ def _read_evidence(quick: Path, exact: Path, header: Header) -> Evidence:
     record = _export(header).get(RECORD)
     if record is None:
         raise Refusal(f"{quick} does not record the gap above which its classes are {EXACT}'s; {how}")
-    kinds = {field.name: field.type for field in fields(Evidence)}
     try:
-        values = {name: record[name] for name in kinds}
-        if wrong := wrong_fields(values, kinds):
-            raise ValueError("; ".join(wrong))
-        found = Evidence(**{**values, "threshold": float(values["threshold"])})
-        counts = [found.num_escalated, found.num_changed, found.num_changed_alone]
-        if not (isfinite(found.threshold) and found.threshold >= 0 and 0 <= found.changed_at_most <= 1):
-            raise ValueError(f"threshold {found.threshold}, changed_at_most {found.changed_at_most}")
-        if min(found.num_chosen_by, found.num_test) < 1 or min(counts) < 0 or max(counts) > found.num_test:
-            raise ValueError(f"counts {counts} of {found.num_test} test images, {found.num_chosen_by} to choose by")
-        return found
+        return Evidence.from_dict(record)
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise Refusal(f"the record of the cascade in {quick} is damaged ({one_line(error, 120)}); {how}") from error
 

@@ -33,6 +33,9 @@ def load_runtime(
     if hints.sources and path.suffix != ".onnx":
         raise Refusal(f"{path} is read as its card says; give --mean and the like to export/to_trt.py")
     names = RUNTIMES[path.suffix]
+    if hints.sources and name in ("mnn", "torch"):
+        own = "files of this project, which say themselves how they are read"
+        raise Refusal(f"{name} runs only {own}; leave {hints.flags} out, or use --runtime onnxruntime")
     match name or names[0]:
         case other if other not in names:
             raise Refusal(f"{other} does not run {path}; {path.suffix} files are for {' or '.join(names)}")

@@ -16,11 +16,10 @@ from io import FileIO
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic
 
 import numpy as np
 
-from common.child import start
+from common.child import Child, ProcessFailed
 from common.cores import num_cores
 from common.files import read_whole, sha256
 from common.refusal import Refusal
@@ -38,15 +37,12 @@ _tools.mnnconvert(["mnnconvert", "-f", "ONNX", "--modelFile", sys.argv[1], "--MN
 """
 
 
-class WorkerFailed(RuntimeError):
-    """A process of MNN did not start, or ended before it answered."""
-
-
 class MnnModule:
     """MNN in one process per thread; the rest as in `Runtime`.
 
-    Several threads may call it, one after another. A call in which a process fails raises `WorkerFailed`, and the next
-    one starts all of them anew. They end with the last reference to the module, or with this process, however it ends.
+    Several threads may call it, one after another. A call in which a process fails raises `ProcessFailed`, and the
+    next one starts all of them anew. They end with the last reference to the module, or with this process, even if it
+    is killed.
     """
 
     platform = "mnn"
@@ -63,13 +59,13 @@ class MnnModule:
         self._num_workers = num_threads or num_cores()
         self.description = f"MNN, {self._num_workers} process{'es' if self._num_workers > 1 else ''}"
         self.library = f"MNN {importlib.metadata.version('MNN')}"
-        self._workers: list[_Worker] = []
+        self._workers: list[Child] = []
         self._turn = threading.Lock()
         self._file = _convert(path, content)
         weakref.finalize(self, _end_all, self._workers, self._file)
         try:
             self._start()
-        except (WorkerFailed, OSError) as error:
+        except (ProcessFailed, OSError) as error:
             raise Refusal(f"{path} cannot be loaded by MNN: {error}; use --runtime onnxruntime") from error
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -82,7 +78,7 @@ class MnnModule:
             working = self._workers[: len(parts)]
             try:
                 for worker, part in zip(working, parts, strict=True):
-                    worker.send(part)
+                    worker.send(part.tobytes())
                 answers = [np.frombuffer(worker.receive(), np.float32) for worker in working]
             except BaseException:  # the next call must not read this one's answer
                 _end_all(self._workers)
@@ -91,12 +87,13 @@ class MnnModule:
 
     def _start(self) -> None:
         """All at the same time."""
-        until = monotonic() + _START_S
+        file = self._file.fileno()
+        arguments = "export.runtimes.mnn_module", f"/dev/fd/{file}", *self.model.spec.image.shape
         try:
             for _ in range(self._num_workers):
-                self._workers.append(_Worker(self._file.fileno(), self.model.spec.image.shape))
+                self._workers.append(Child(*arguments, name="a process of MNN", pass_fds=(file,)))
             for worker in self._workers:
-                worker.receive(until)  # an empty message: the model is loaded
+                worker.receive(_START_S)  # an empty message: the model is loaded
         except BaseException:
             _end_all(self._workers)
             raise
@@ -134,39 +131,9 @@ def _convert(path: Path, content: bytes) -> FileIO:
         raise Refusal(f"{path} cannot be loaded by MNN: {why}; use --runtime onnxruntime") from error
 
 
-class _Worker:
-    """One process, and the socket to it."""
-
-    def __init__(self, file: int, shape: tuple[int, int, int]) -> None:
-        arguments = f"/dev/fd/{file}", *shape
-        self._process, self._connection = start("export.runtimes.mnn_module", *arguments, pass_fds=(file,))
-
-    def send(self, images: np.ndarray) -> None:
-        try:
-            self._connection.send_bytes(images.tobytes())
-        except OSError as error:
-            raise self._failed() from error
-
-    def receive(self, until: float | None = None) -> bytes:
-        try:
-            if not self._connection.poll(until and max(0.0, until - monotonic())):
-                raise WorkerFailed(f"a process of MNN does not start within {_START_S:g} s")
-            return self._connection.recv_bytes()
-        except (EOFError, OSError) as error:
-            raise self._failed() from error
-
-    def end(self) -> None:
-        self._connection.close()
-        self._process.kill()
-        self._process.wait()
-
-    def _failed(self) -> WorkerFailed:
-        return WorkerFailed(f"a process of MNN ended with status {self._process.wait()}")
-
-
-def _end_all(workers: list[_Worker], *files: FileIO) -> None:
+def _end_all(workers: list[Child], *files: FileIO) -> None:
     while workers:
-        workers.pop().end()
+        workers.pop().close()
     for file in files:
         file.close()
 

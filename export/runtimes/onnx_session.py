@@ -107,12 +107,14 @@ def quiet_options(weights_folder: Path | None = None) -> ort.SessionOptions:
     return options
 
 
-def cpu_session(model: bytes, *, weights_folder: Path | None = None, **attributes: object) -> ort.InferenceSession:
-    """A quiet session on the CPU; `attributes` are those of `ort.SessionOptions`."""
+def quiet_session(
+    model: bytes, *, provider: str = "CPUExecutionProvider", weights_folder: Path | None = None, **attributes: object
+) -> ort.InferenceSession:
+    """A session that reports errors only; `attributes` are those of `ort.SessionOptions`."""
     options = quiet_options(weights_folder)
     for name, value in attributes.items():
         setattr(options, name, value)
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model, options, providers=[provider])
 
 
 def provider_options(name: str, device: int) -> dict[str, str]:

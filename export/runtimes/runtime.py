@@ -26,6 +26,10 @@ class Model:
         """Whether the net's outputs are probabilities already."""
         return self.reading is not None and self.reading.scores == "probabilities"
 
+    def probabilities(self, values: np.ndarray) -> np.ndarray:
+        """Finite outputs of the net [N, K] → probabilities, float64 [N, K]."""
+        return probabilities(values, temperature=self.spec.temperature, are_probabilities=self.gives_probabilities)
+
 
 class Runtime(Protocol):
     """An exported file made callable. Safe to call from one thread at a time; what it holds is freed with it."""

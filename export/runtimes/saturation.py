@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from export.model_file.onnx_reader import Node, read_graph, read_int8_constants
-from export.runtimes.onnx_session import cpu_session
+from export.runtimes.onnx_session import quiet_session
 
 LARGEST_PAIR = 128  # 255 · 128 = 32,640 fits in 16 bits, 255 · 129 does not
 
@@ -74,7 +74,7 @@ def warning(path: Path, content: bytes) -> str | None:
 @lru_cache(maxsize=1)
 def saturates() -> bool:
     """Whether this processor's sum of 64 products 255 · 127 is too small: one layer is run to find out."""
-    session = cpu_session(_PROBE, intra_op_num_threads=1)
+    session = quiet_session(_PROBE, intra_op_num_threads=1)
     found = session.run(None, {"a": np.full((1, 64), 255, np.uint8), "b": np.full((64, 16), 127, np.int8)})[0]
     return bool((np.asarray(found) != 64 * 255 * 127).any())
 

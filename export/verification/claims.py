@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from common.difference import TOLERANCES as FOLD_TOLERANCES
 from common.spec import DatasetName
 from export.compare import TOLERANCES
 from export.model_file.probe import NUM_IMAGES
@@ -145,18 +146,13 @@ def _split(value: Any) -> dict[str, Any]:
     return {name: _sha256(part) if name == "sha256" else _count(part) for name, part in value.items()}
 
 
-def _of_kind(kind: type[Any], record: Any, **checks: Callable[[Any], Any]) -> Any:
-    """A dataclass of counts and numbers from an object; `checks` are of its other fields."""
-    kinds: dict[Any, Callable[[Any], Any]] = {int: _count, float: _number, str: _text}
-    checks = {field.name: kinds[field.type] for field in fields(kind)} | checks
-    return kind(**{name: check(record[name]) for name, check in checks.items()})
-
-
 def _proof(rows: Any) -> list[ProofRow]:
     if not isinstance(rows, list):
         raise TypeError("it is not a list")
-    known = {"images": _one_of(("random", "real")), "precision": _one_of(("float64", "float32"))}
-    return [_of_kind(ProofRow, row, what=lambda value: shown(_text(value)), **known) for row in rows]
+    checks = {"what": lambda value: shown(_text(value)), "images": _one_of(("random", "real"))}
+    checks |= {"precision": _one_of(tuple(FOLD_TOLERANCES)), "num_images": _count, "top1_changes": _count}
+    checks |= {"max_abs": _number, "relative": _number}
+    return [ProofRow(**{name: check(row[name]) for name, check in checks.items()}) for row in rows]
 
 
 def _probe(probe: Any, num_classes: int) -> tuple[int, np.ndarray]:
@@ -194,5 +190,5 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "export.lowering": _one_of(LOWERINGS),
     "export.cannot_saturate": _bool,
     "export.test": _drop,
-    f"export.{RECORD}": partial(_of_kind, Evidence, changed_at_most=_share),
+    f"export.{RECORD}": Evidence.from_dict,
 }

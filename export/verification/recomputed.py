@@ -15,9 +15,10 @@ from common.progress import progress
 from common.refusal import Refusal, first_of
 from export.artefacts import Artefact
 from export.compare import ALLOWED_DROP, TOLERANCES, answer_part
+from export.eight_bits.escalation import count_changes
 from export.eight_bits.quantize import measure_drop
 from export.pairs import ParityRow, by_precision, compare_logits
-from export.runtimes.cascade import RECORD, Evidence, in_doubt
+from export.runtimes.cascade import RECORD, Evidence
 from export.verification.chain import Chain
 from export.verification.claims import CheckedClaim, damaged, judged, shown, unchecked
 from fold.graph import fold
@@ -95,17 +96,17 @@ def check_images(chain: Chain, images: FoundImages, console: Console) -> Iterato
 def _proof(chain: Chain, images: FoundImages, console: Console) -> Iterator[CheckedClaim]:
     """The fold is made and proven again from the checkpoint; the logits one by one, of the layers the worst."""
     recorded = [row for part in ("logits", "layers") for row in chain.claims.get(f"fold.{part}") or ()]
-    missing, again = images.missing, dict[tuple[Any, ...], dict[str, ProofRow]]()
+    missing, again = images.missing, list[ProofRow]()
     if not (checkpoint := chain.forms.get("the checkpoint")):
         missing = chain.missing("the checkpoint")
     elif sets := _proof_images(recorded, chain, images):
         net = load_net(checkpoint.source)
         with progress(console, "proving the fold again", 2 * sum(map(len, sets.values()))) as advance:
             proof = prove(net, fold(net), sets, advance=advance)
-        for row in (*proof.ends, *proof.layers):
-            again.setdefault(_table_of(row), {})[row.what] = row
+        again = [*proof.ends, *proof.layers]
     for table in dict.fromkeys(map(_table_of, recorded)):
-        yield _proof_row([row for row in recorded if _table_of(row) == table], again.get(table), missing)
+        said, found = ([row for row in rows if _table_of(row) == table] for rows in (recorded, again))
+        yield _proof_row(said, {row.what: row for row in found}, missing)
 
 
 def _table_of(row: ProofRow) -> tuple[bool, str, str]:
@@ -121,11 +122,11 @@ def _proof_images(recorded: list[ProofRow], chain: Chain, images: FoundImages) -
     return {kind: torch.as_tensor(some) for kind, some in sets.items() if some is not None and len(some)}
 
 
-def _proof_row(recorded: list[ProofRow], again: dict[str, ProofRow] | None, missing: str) -> CheckedClaim:
+def _proof_row(recorded: list[ProofRow], again: dict[str, ProofRow], missing: str) -> CheckedClaim:
     first, row = recorded[0], max(recorded, key=lambda row: row.relative)
     what = "logits" if first.what == "logits" else f"{len(recorded)} layers"
     claim = f"fold: {what}, {first.precision}, {first.images} images"
-    if again is None:
+    if not again:
         return unchecked(claim, _figure(row), missing)
     wrong = [row for row in recorded if not _is_near(row, again.get(row.what), FOLD_TOLERANCES[row.precision])]
     row = wrong[0] if wrong else row
@@ -296,16 +297,12 @@ def _cascade(recorded: Evidence, logits: Logits, missing: str) -> Iterator[Check
     claim = f"cascade: threshold by {recorded.num_chosen_by:,} images"
     yield unchecked(claim, f"{recorded.threshold:.3g}", "export/cascade.py measures it again")
     before, after = logits
+    counts = {} if before is None or after is None else count_changes(before, after, recorded.threshold)
+    num_here = 0 if after is None else len(after)
     for name in ("num_escalated", "num_changed", "num_changed_alone"):
-        num = getattr(recorded, name)
+        num, found = getattr(recorded, name), counts.get(name, 0)
         claim, said = f"cascade: {name.removeprefix('num_').replace('_', ' ')}", f"{num} of {recorded.num_test:,}"
-        if before is None or after is None:
-            yield unchecked(claim, said, missing)
-            continue
-        doubtful, changed = in_doubt(after, recorded.threshold), before.argmax(1) != after.argmax(1)
-        masks = {"num_escalated": doubtful, "num_changed": changed & ~doubtful, "num_changed_alone": changed}
-        found = int(masks[name].sum())
-        most = recorded.changed_at_most * len(after) if name == "num_changed" else len(after)
-        is_near = abs(num - found) <= ALLOWED_DROP * len(after)
-        is_same = recorded.num_test == len(after) and is_near and found <= most
-        yield judged(claim, said, f"{found} of {len(after):,}", is_same=is_same)
+        most = recorded.changed_at_most * num_here if name == "num_changed" else num_here
+        is_near = abs(num - found) <= ALLOWED_DROP * num_here and found <= most
+        again = f"{found} of {num_here:,}" if counts else None
+        yield judged(claim, said, again, is_same=is_near and recorded.num_test == num_here, missing=missing)

@@ -15,9 +15,9 @@ from common.refusal import Refusal, first_of
 from common.spec import Delta, ImageSpec, Nonlinearity, Parameterization, Spec
 from fold.authors.files import Saved
 from fold.graph import GraphNet
-from fold.plain import Plain, misfits, skeleton, stored_tensors
+from fold.plain import Plain, skeleton, stored_tensors
 from fold.shapes import Shape
-from train.checkpoint import Checkpoint, load_net
+from train.checkpoint import Checkpoint, load_net, misfits
 from train.data import datasets
 from train.families import IMAGENET_GROUPS, TABLE3_GROUPS, outline
 from train.layers import DiracConv1d, DiracConv2d, DiracConv3d, dirac_delta

@@ -8,16 +8,14 @@ import logging
 import os
 import signal
 import struct
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from common.child import start
+from common.child import Child, ProcessFailed
 from common.image import TooManyPixels
 from common.refusal import Refusal
 from common.spec import ImageSpec
@@ -40,13 +38,13 @@ class Decoder:
     def __init__(self, limit_s: float, *, patience_s: float) -> None:
         """An image may take `limit_s` of processor time; after `patience_s` by the clock nobody waits for it."""
         self._limit_s, self._patience_s = limit_s, patience_s
-        self._process: subprocess.Popen[Any] | None = None
+        self._child: Child | None = None
 
     def __call__(self, content: bytes, spec: ImageSpec, *, max_pixels: int, num_bytes: int) -> np.ndarray:
         """uint8 [H, W, C], decoded with `num_bytes` of memory; refuses an image that cannot be."""
         try:
-            process = self._process or self._start()
-            answer = self._ask(process, (spec, max_pixels, num_bytes, self._limit_s), content)
+            child = self._child or self._start()
+            answer = self._ask(child, (spec, max_pixels, num_bytes, self._limit_s), content)
         except BaseException:
             self.close()
             raise
@@ -57,35 +55,29 @@ class Decoder:
 
     def kill(self) -> None:
         """Called from another thread: ends a decode under way at once, which then refuses its image."""
-        if process := self._process:
-            process.kill()
+        if child := self._child:
+            child.kill()
 
     def close(self) -> None:
         """Kill the process, even while it decodes."""
-        process, self._process = self._process, None
-        if process:
-            self._connection.close()
-            process.kill()
-            process.wait()
+        child, self._child = self._child, None
+        if child:
+            child.close()
 
-    def _start(self) -> subprocess.Popen[Any]:
+    def _start(self) -> Child:
         environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE} | _MEMORY
-        self._process, self._connection = start("serve.decode.worker", env=environment)
-        if not self._connection.poll(_START_S):
-            raise TimeoutError(f"a decoder does not start within {_START_S:g} s")
-        self._connection.recv_bytes()
-        return self._process
+        self._child = Child("serve.decode.worker", name="a decoder", env=environment)
+        self._child.receive(_START_S)
+        return self._child
 
-    def _ask(self, process: subprocess.Popen[Any], how: tuple[Any, ...], content: bytes) -> bytes:
+    def _ask(self, child: Child, how: tuple[object, ...], content: bytes) -> bytes:
         """The answer of the process; refuses the image if it takes too long or ends."""
-        status = None
         try:
-            self._connection.send(how)
-            self._connection.send_bytes(content)
-            if self._connection.poll(self._patience_s):
-                return self._connection.recv_bytes()
-        except (EOFError, OSError):
-            status = process.wait()
+            child.send(how)
+            child.send(content)
+            return child.receive(self._patience_s)
+        except ProcessFailed as failure:
+            status = failure.status
         if status not in (None, -signal.SIGPROF):
             _log.warning("a decoder ended with status %d on an image of %d bytes", status, len(content))
             raise Refusal("the image crashes its decoder; save it again")

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import operator
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -83,7 +83,7 @@ def _prepare(load: LoadModel, max_batch: int) -> Served:
     runtimes = tuple(load())
     for runtime in runtimes:
         check(runtime)
-        warm_up(runtime, max_batch)
+    warm_up(runtimes, max_batch)
     return Served(runtimes)
 
 
@@ -171,14 +171,15 @@ def _run(runtime: Runtime, images: np.ndarray, what: str) -> np.ndarray:
         raise Refusal(f"{runtime.model.name} fails on {what} ({type(error).__name__}); export it again") from error
 
 
-def warm_up(runtime: Runtime, max_batch: int) -> None:
+def warm_up(runtimes: Iterable[Runtime], max_batch: int) -> None:
     """Run each batch size once, because first calls allocate and choose kernels; in a cascade, with both forms."""
-    if isinstance(runtime, Cascade):
-        warm_up(runtime.quick, max_batch)
-        return warm_up(runtime.exact, max_batch)
-    image = runtime.model.spec.image
-    for size in batch_sizes(max_batch):
-        _run(runtime, np.zeros((size, image.height, image.width, image.channels), np.uint8), f"{size} black images")
+    for runtime in runtimes:
+        if isinstance(runtime, Cascade):
+            warm_up((runtime.quick, runtime.exact), max_batch)
+            continue
+        for size in batch_sizes(max_batch):
+            black = np.zeros((size, *runtime.model.spec.image.shape), np.uint8)
+            _run(runtime, black, f"{size} black images")
 
 
 def batch_sizes(max_batch: int) -> list[int]:

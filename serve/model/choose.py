@@ -1,9 +1,7 @@
 """Which file and runtime serve a net on this machine: the fastest of those that answer as they should."""
 
-import importlib.metadata
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.cores import num_cores
+from common.cores import num_cores, processor, versions
 from common.documents import read_object
 from common.files import read_whole, write_whole
 from common.refusal import Refusal
@@ -196,8 +194,8 @@ def conditions_of(config: ServeConfig, candidates: Sequence[Candidate]) -> dict[
         "num_threads": num_threads(config),
         "devices": list(config.devices),
         "max_batch": config.max_batch,
-        "versions": _versions(),
-        "processor": _processor(),
+        "versions": versions(*DISTRIBUTIONS),
+        "processor": processor(),
         "num_cores": num_cores(),
     }
 
@@ -226,21 +224,3 @@ def _remember(file: Path, conditions: dict[str, Any], best: Candidate, reason: s
     except Refusal as refusal:
         return best, f"{reason}, not kept: {refusal}"
     return best, f"{reason}, kept in {file}"
-
-
-def _versions() -> dict[str, str]:
-    """Of the installed packages that compute."""
-    versions = {}
-    for name in DISTRIBUTIONS:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _processor() -> str:
-    """The processor's name, if the system tells it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()

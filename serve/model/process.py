@@ -1,20 +1,17 @@
 """A model in its own process, where it may crash, hang or be slow without harming the one that serves."""
 
 import os
+import pickle
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from common import child
+from common.child import Child, ProcessFailed
 from common.refusal import Refusal
 from export.runtimes.runtime import Model
 from serve.config import ServeConfig
 from serve.request.access import KEY_VARIABLE
-
-
-class ProcessFailed(Exception):
-    """The process has ended, or must be ended."""
 
 
 class BatchFailed(Exception):
@@ -31,7 +28,7 @@ class ModelProcess:
         """
         environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
         arguments = "serve.model.worker", os.getpid(), nice
-        self._process, self._connection = child.start(*arguments, env=environment, stderr=stderr)
+        self._child = Child(*arguments, env=environment, stderr=stderr)
         try:
             config = replace(config, log_level="error")
             loaded: Refusal | tuple[Model, str] = self._exchange(config, config.reload_seconds)
@@ -39,25 +36,23 @@ class ModelProcess:
                 raise loaded
             self.model, self.description = loaded
         except ProcessFailed as failure:
-            self.kill()
+            self._child.close()
             name = " and ".join(path.name for path in config.model_paths)
             todo = "export it again, or allow it more time with --reload-seconds"
             raise Refusal(f"{name} cannot be loaded: {failure}; {todo}") from None
         except BaseException:
-            self.kill()
+            self._child.close()
             raise
 
     def __enter__(self) -> "ModelProcess":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.kill()
-        self._connection.close()
+        self._child.close()
 
     def kill(self) -> None:
         """End the process and any call of `ask`; from any thread."""
-        self._process.kill()
-        self._process.wait()
+        self._child.kill()
 
     def ask(self, images: np.ndarray, patience_s: float) -> tuple[float, np.ndarray]:
         """Seconds, and logits float32 [N, K]; raises BatchFailed or ProcessFailed."""
@@ -70,11 +65,6 @@ class ModelProcess:
         return seconds, logits
 
     def _exchange(self, message: object, patience_s: float) -> Any:
-        """What the process answers; raises ProcessFailed."""
-        try:
-            self._connection.send(message)
-            if self._connection.poll(patience_s):
-                return self._connection.recv()
-        except (EOFError, OSError):
-            raise ProcessFailed(f"its process ended with status {self._process.wait()}") from None
-        raise ProcessFailed(f"it does not answer within {patience_s:g} s")
+        """The process's answer; raises ProcessFailed."""
+        self._child.send(message)
+        return pickle.loads(self._child.receive(patience_s))

@@ -41,8 +41,7 @@ def _load(config: ServeConfig) -> Runtime:
     """The first of the model's runtimes; all are checked and warmed up."""
     logs.configure(config.log_level)
     runtimes = load(config)
-    for runtime in runtimes:
-        warm_up(runtime, config.max_batch)
+    warm_up(runtimes, config.max_batch)
     return runtimes[0]
 
 

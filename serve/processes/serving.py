@@ -147,8 +147,7 @@ def _make_device(config: ServeConfig, home: Path, load: LoadFirst, doors: Sequen
     with _started(config):
         limits = limits_of(config)
         served = Served(tuple(load(Roles(config, home), home)))
-        for runtime in served.runtimes:
-            warm_up(runtime, limits.max_batch)
+        warm_up(served.runtimes, limits.max_batch)
         device = Device(served, doors, limits, load=partial(load_again, config, home))
         computed = Computed(CollectorRegistry())
         device.observe_batch, device.observe_run = computed.observe_batch, computed.observe_run

@@ -167,8 +167,7 @@ def _allow_origins(handler: RequestHandler, origins: Sequence[str]) -> ASGIApp:
 
 def _warm_up(served: Served, max_batch: int) -> None:
     """Not in the lifespan itself, whose variables would keep a model that is replaced."""
-    for runtime in served.runtimes:
-        warm_up(runtime, max_batch)
+    warm_up(served.runtimes, max_batch)
     warm_up_decoders(served.model.spec.image)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from export.runtimes.runtime import Runtime, best, probabilities
+from export.runtimes.runtime import Runtime, best
 from serve.decode.pool import DecoderPool, find_problem
 from serve.decode.process import Budget
 from serve.request.job import Decoded, Job, Result, Served, result_of
@@ -251,9 +251,8 @@ def give_results(jobs: Sequence[Job], logits: np.ndarray, watch: Watch) -> np.nd
     model, top_k = jobs[0].served.model, [job.top_k for job in jobs for _ in range(job.num_images)]
     is_finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
     finite = np.where(is_finite[:, None], logits, 0)
-    values = probabilities(finite, temperature=model.spec.temperature, are_probabilities=model.gives_probabilities)
     order = best(finite, max(2, *top_k))  # no temperature moves a class
-    ranked = np.take_along_axis(values, order, axis=1)
+    ranked = np.take_along_axis(model.probabilities(finite), order, axis=1)
     if not jobs[0].is_probe:
         watch(model, is_finite, order, ranked)
     results = [result_of(*row, model.spec.labels) for row in zip(order.tolist(), ranked.tolist(), top_k, strict=True)]

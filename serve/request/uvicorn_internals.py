@@ -22,3 +22,4 @@ OF_CYCLE = """
     default_headers disconnected flow keep_alive message_event more_body on_response response_complete response_started
     scope send transport waiting_for_100_continue
 """.split()
+OF_FLOW = ("read_paused", "resume_reading", "write_paused")

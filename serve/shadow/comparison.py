@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from common.difference import share
 from common.interval import interval
-from export.runtimes.runtime import Model, probabilities
+from export.runtimes.runtime import Model
 from serve.watching.shared_counts import Counts, buckets
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -51,7 +51,7 @@ class Comparison:
             return
         before, after = served[is_finite].astype(np.float64), shadow[is_finite].astype(np.float64)
         if self.served.gives_probabilities or self.shadow.gives_probabilities:
-            before, after = _probabilities(before, self.served), _probabilities(after, self.shadow)
+            before, after = self.served.probabilities(before), self.shadow.probabilities(after)
         own[_LARGEST_ERROR] = max(own[_LARGEST_ERROR], np.abs(before - after).max())
         own[_LARGEST_VALUE] = max(own[_LARGEST_VALUE], np.abs(before).max())
         own[_AGREEING] += (before.argmax(axis=1) == after.argmax(axis=1)).sum()
@@ -105,10 +105,6 @@ class Comparison:
         totals = of_all.sum(axis=0)
         totals[_LARGEST] = of_all[:, _LARGEST].max(axis=0)
         return totals
-
-
-def _probabilities(values: np.ndarray, model: Model) -> np.ndarray:
-    return probabilities(values, temperature=model.spec.temperature, are_probabilities=model.gives_probabilities)
 
 
 def _largest_difference(totals: np.ndarray) -> float:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from common.child import ProcessFailed
 from common.refusal import Refusal
 from common.spec import ImageSpec
 from export.runtimes.runtime import Model, Runtime
 from serve.config import ServeConfig
-from serve.model.process import BatchFailed, ModelProcess, ProcessFailed
+from serve.model.process import BatchFailed, ModelProcess
 from serve.request.problems import NOT_COMPARED, Problem
 from serve.shadow.comparison import Comparison
 from serve.watching.shared_counts import Counts

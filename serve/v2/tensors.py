@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from pydantic_core import ErrorDetails
 from typing_extensions import TypedDict
 
+from export.runtimes.runtime import best
 from serve.request.body import from_base64, load_json, too_many_images
 from serve.request.limits import Limits
 from serve.request.problems import BAD_REQUEST, Problem
@@ -134,11 +135,11 @@ def output_of(
     if not inference.num_classes:
         output = {"name": "logits", "datatype": "FP32", "shape": logits.shape}
         return output, logits.ravel(), logits.astype("<f4").tobytes() if inference.is_binary else None
-    order = np.argsort(-logits, axis=1, kind="stable")[:, : inference.num_classes]
+    order = best(logits, inference.num_classes)
     texts = [
         f"{row[index]:f}:{index}:{labels[index]}"
-        for row, best in zip(logits.tolist(), order.tolist(), strict=True)
-        for index in best
+        for row, classes in zip(logits.tolist(), order.tolist(), strict=True)
+        for index in classes
     ]
     output = {"name": "logits", "datatype": "BYTES", "shape": order.shape}
     return output, texts, b"".join(map(_with_length, texts)) if inference.is_binary else None

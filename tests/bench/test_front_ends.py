@@ -63,7 +63,7 @@ def test_the_hand_over_is_drawn_from_batches_of_every_kind(paths):
 def test_scaling_writes_its_page(paths, tmp_path):
     argv = [paths[0], "--image", paths[1], "--quick", "--out", tmp_path]
     assert run_command(front_ends.command, front_ends.FrontEndsConfig, argv=[str(part) for part in argv]) in (0, 1)
-    measured = json.loads((tmp_path / "front-ends.json").read_text())["scaling"]["rounds"][0]
+    measured = json.loads((tmp_path / "front-ends.json").read_text())["rounds"][0]
     assert all(measured[name]["requests_per_s"] > 0 for name in ("one", "two"))
     assert measured["one"]["device_us"] == 0 < measured["two"]["device_us"]
     assert "| 16 |" in (tmp_path / "front-ends.md").read_text()

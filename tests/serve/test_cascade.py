@@ -54,7 +54,7 @@ def test_it_proves_itself_and_both_forms_are_warm(cascade):
     for name, sizes in seen.items():
         form = getattr(cascade, name)
         setattr(cascade, name, Spy(form, sizes))
-    warm_up(cascade, 4)
+    warm_up([cascade], 4)
     assert seen == {"quick": [1, 2, 4], "exact": [1, 2, 4]}
     assert cascade.num_images == before
 

@@ -221,7 +221,7 @@ def test_processes_of_mnn_are_replaced_when_they_die_and_end_with_their_model(st
     failed, answered = ask(server, file), ask(server, file)
     assert (failed.status_code, failed.json()["type"]) == (500, "urn:diracnet:problem:internal")
     assert answered.status_code == 200
-    assert "a process of MNN ended with status -9" in wait_for(server, "WorkerFailed")
+    assert "a process of MNN ended with status -9" in wait_for(server, "ProcessFailed")
     ends += map(os.pidfd_open, until(processes))
     assert len(ends) == 8
     server.send_signal(signal.SIGTERM)

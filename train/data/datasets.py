@@ -140,14 +140,15 @@ def load(
             return Dataset(info, *_load_fashion_mnist(data_dir, download))
         case "cifar10" | "cifar100":
             return Dataset(info, *_load_cifar(name, data_dir, download))
-    found = photos.find_files(_given(data_dir), info.labels, info.image, skip_unreadable=skip_unreadable, track=track)
-    train, test = found.train, found.test
+    where = _given(data_dir), info.labels, info.image
+    parts, left_out, sizes = photos.find_files(*where, skip_unreadable=skip_unreadable, track=track)
+    train, test = parts["train"], parts.get("test")
     if test is None:
         picked = photos.picked_by_name(train.names, train.targets, TEST_SHARE, purpose="test")
         train, test = train.take(np.flatnonzero(~picked)), train.take(np.flatnonzero(picked))
     if not len(test):
         raise Refusal(f"no image of {data_dir} is left to test on: a class needs two or more")
-    return Dataset(info, train, test, found.validation, found.left_out, found.sizes)
+    return Dataset(info, train, test, parts.get("validation"), left_out, sizes)
 
 
 def load_as_trained(

@@ -72,17 +72,6 @@ def describe_left_out(left_out: Sequence[LeftOut]) -> list[str]:
     return [f"left out, {why}: {len(paths)}, first {paths[0]}" for why, paths in by_reason.items()]
 
 
-@dataclass(frozen=True)
-class Found:
-    """The parts of a folder, and the files that belong to none. `validation` and `test` are None if it lacks them."""
-
-    train: Files
-    validation: Files | None
-    test: Files | None
-    left_out: list[LeftOut]
-    sizes: list[tuple[int, int]]  # width and height of every image
-
-
 def read(path: str, files: Files, crop: Callable | None = None, smallest_crop: float = 1.0) -> np.ndarray | None:
     """One file as uint8 [H, W, C], see `decode`; None if it cannot be read and may be skipped."""
     try:
@@ -174,9 +163,10 @@ def part_folders(root: Path) -> dict[str, Path]:
 
 def find_files(
     root: Path, labels: tuple[str, ...], image: ImageSpec, *, skip_unreadable: bool, track: Track, partial: bool = False
-) -> Found:
-    """All images of a folder; refuses unreadable images unless they may be skipped, and a class without an image.
+) -> tuple[dict[str, Files], list[LeftOut], list[tuple[int, int]]]:
+    """The parts that a folder has, files that belong to none, and (width, height) of every image.
 
+    Refuses unreadable images unless they may be skipped, and a class without an image.
     In a `partial` folder, of which no image is trained on, a class may lack images.
     """
     folders = part_folders(root)
@@ -208,14 +198,13 @@ def find_files(
     for part in folders:
         paths = [path for path in found if found[path] == part and sizes[path]]
         parts[part] = make_files(root, paths, labels, image, skip_unreadable=skip_unreadable)
-    train = parts["train"]
-    counts = np.bincount(train.targets, minlength=len(labels))
+    counts = np.bincount(parts["train"].targets, minlength=len(labels))
     if (empty := [labels[index] for index in np.flatnonzero(counts == 0)]) and not partial:
         raise Refusal(
             f"no {', '.join(SUFFIXES)} image to train on for {', '.join(empty[:5])} in {folders['train']}: "
             "add images, or remove the folder"
         )
-    return Found(train, parts.get("validation"), parts.get("test"), left_out, [size for size in sizes.values() if size])
+    return parts, left_out, [size for size in sizes.values() if size]
 
 
 def make_files(

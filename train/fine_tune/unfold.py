@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from common.refusal import Refusal, first_of
 from common.spec import Spec
+from train.checkpoint import misfits
 from train.families import build, initialize
 from train.layers import DiracConv2d, NCReLU
 
@@ -129,10 +130,8 @@ def _refuse_misfit(weights: Mapping[str, Tensor], net: nn.Sequential, parts: lis
     for part in parts:
         shape = part.shape()
         shapes |= {f"{part.name}.weight": shape, f"{part.name}.bias": shape[:1]}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = sorted(name for name in shapes | found if shapes.get(name) != found.get(name))
     bare = [f"{part.name}.bias" for part in parts if isinstance(part.layer, nn.Conv2d) and part.norm is None]
-    if wrong := wrong or [name for name in bare if weights[name].any()]:
+    if wrong := misfits(weights, shapes) or [f"{name} must be zero" for name in bare if weights[name].any()]:
         raise Refusal(f"the plain file does not fit its spec {spec.name}: {first_of(wrong)}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import cascade, folding, front_ends, gpu_check, reparameterized, shortcuts, startup, training
+from bench import cascade, folding, front_ends, gpu_check, reparameterized, startup, training
 from bench.lab import page as lab
 from bench.lab.page import describe_machine, render, spread, table, write_page
 from bench.runtimes import page as runtimes
@@ -69,7 +69,6 @@ PAGES = {
     "benchmarks/cascade": cascade,
     "benchmarks/startup": startup,
     "benchmarks/front-ends": front_ends,
-    "benchmarks/shortcuts": shortcuts,
     "gpu-nvidia-h200": gpu_check,
 }
 

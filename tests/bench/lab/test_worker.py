@@ -87,4 +87,4 @@ def test_a_contender_that_hangs_is_ended(start, monkeypatch):
     worker = start("sums")
     worker.wait()
     monkeypatch.setattr("bench.runtimes.racers.PATIENCE_S", 0)
-    assert worker.ask(median_call_ms, IMAGES[:1], 60.0) == Failure("no answer in 0 s")
+    assert worker.ask(median_call_ms, IMAGES[:1], 60.0) == Failure("its process does not answer within 0 s")

@@ -239,12 +239,24 @@ def test_our_server_is_measured_from_the_command_to_the_page(tmp_path, monkeypat
         "put_load",
         lambda *_, num_connections, **__: {"requests_per_s": 100.0 * num_connections, "failures": 0, **milliseconds},
     )
-    argv = ("--servers", "ours", "--models", "small", "--quick", "--work", tmp_path, "--out", tmp_path / "out")
+    argv = (
+        "--servers",
+        "ours",
+        "unfrozen",
+        "--models",
+        "small",
+        "--quick",
+        "--work",
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+    )
     assert run(*argv) == 0
     record = json.loads((tmp_path / "out" / "server.json").read_text())
     (model,) = record["models"]
     assert model["macs"] == pytest.approx(4.66e6, rel=0.01)
-    assert [row["title"] for row in model["rows"]] == ["ours, raw body", "ours, form"]
+    titles = ["ours, raw body", "ours, form", "ours, raw body, without gc.freeze"]
+    assert [row["title"] for row in model["rows"]] == titles
     assert not any(row["failed"] for row in model["rows"])
     assert (tmp_path / "out" / model["picture"]).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "server.md").read_text() == page(record)

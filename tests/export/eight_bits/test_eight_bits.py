@@ -142,7 +142,7 @@ def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, 
             if name.endswith(".b"):
                 tensor.mul_(0.5)
     pixels = images(96)
-    found = quantize(
+    model, candidates = quantize(
         fold(net).float(),
         make_spec(depth=16),
         precision="int8",
@@ -151,14 +151,14 @@ def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, 
         observed=pixels[:48],
         chosen_by=pixels[48:],
     )
-    assert found.candidates[0].lowering == "skip"
-    assert len(found.candidates) == 6
-    errors = [candidate.relative_error for candidate in found.candidates]
+    assert candidates[0].lowering == "skip"
+    assert len(candidates) == 6
+    errors = [candidate.relative_error for candidate in candidates]
     assert errors == sorted(errors)
-    best = min(row.relative_error for row in found.candidates if row.lowering == "concat")
+    best = min(row.relative_error for row in candidates if row.lowering == "concat")
     assert errors[0] < 0.6 * best
     expected = answers(to_onnx(fold(net), make_spec(depth=16), {}), pixels[48:])
-    assert relative_error(expected, answers(found.model, pixels[48:])) == pytest.approx(errors[0])
+    assert relative_error(expected, answers(model, pixels[48:])) == pytest.approx(errors[0])
 
 
 @pytest.mark.parametrize("lowering", [lowering for lowering in LOWERINGS if lowering not in INT8_LOWERINGS])
@@ -200,9 +200,9 @@ def test_windows_of_any_shape_have_integer_nodes(make_spec, images):
     spec, pixels = make_spec(size=11), images(48, 11)
     plain = fold(nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers, *head)).float()
     how = {"precision": "int8", "target": "onnxruntime", "lowerings": ["concat"]}
-    found = quantize(plain, spec, **how, observed=pixels[:24], chosen_by=pixels[24:])
-    assert {"QLinearConv", "NhwcMaxPool"} <= {node.op_type for node in found.model.graph.node}
-    assert found.candidates[0].relative_error < 0.15
+    model, candidates = quantize(plain, spec, **how, observed=pixels[:24], chosen_by=pixels[24:])
+    assert {"QLinearConv", "NhwcMaxPool"} <= {node.op_type for node in model.graph.node}
+    assert candidates[0].relative_error < 0.15
 
 
 def test_a_net_without_a_convolution_has_no_eight_bit_form(make_spec, images):

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from serving import children_of
 
+from common.child import Child, ProcessFailed
 from common.refusal import Refusal
-from export.runtimes.mnn_module import MnnModule, WorkerFailed, _Worker
+from export.runtimes.mnn_module import MnnModule
 from serve.config import ServeConfig
 from serve.model.choose import choose
 
@@ -47,15 +48,15 @@ def path(write_onnx):
 @pytest.fixture
 def in_the_middle(monkeypatch):
     """`in_the_middle(act)`: `act()` runs in the next call, when its images are sent and no answer is read."""
-    receive = _Worker.receive
+    receive = Child.receive
 
     def in_the_middle(act):
-        def interrupted(worker):
-            monkeypatch.setattr(_Worker, "receive", receive)
+        def interrupted(worker, *patience):
+            monkeypatch.setattr(Child, "receive", receive)
             act()
-            return receive(worker)
+            return receive(worker, *patience)
 
-        monkeypatch.setattr(_Worker, "receive", interrupted)
+        monkeypatch.setattr(Child, "receive", interrupted)
 
     return in_the_middle
 
@@ -126,7 +127,7 @@ def test_a_killed_process_fails_its_call_and_the_next_one_starts_anew(path, imag
 
     for act in (lambda: kill(workers()[index]), kill_before_it_answers):
         act()
-        with pytest.raises(WorkerFailed, match="a process of MNN ended with status -9"):
+        with pytest.raises(ProcessFailed, match="a process of MNN ended with status -9"):
             module(images(7))
         assert workers() == []
         np.testing.assert_array_equal(module(pixels), expected)
@@ -168,7 +169,7 @@ def test_a_model_that_cannot_be_opened_once_it_is_converted_is_refused(path, mon
 def test_a_process_that_crashes_or_does_not_start_refuses_the_file(path, monkeypatch):
     for program, reason in (
         ("import os; os.kill(os.getpid(), 11)", "a process of MNN ended with status -11"),
-        ("import threading; threading.Event().wait()", "a process of MNN does not start within 0.1 s"),
+        ("import threading; threading.Event().wait()", "a process of MNN does not answer within 0.1 s"),
     ):
         monkeypatch.setattr("common.child.PROGRAM", program)
         with pytest.raises(Refusal, match=rf"{reason}; use --runtime onnxruntime"):

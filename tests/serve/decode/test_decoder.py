@@ -31,7 +31,7 @@ def ask(decoder, content, *, num_bytes=10**8, max_pixels=10**8):
 
 
 def process_of(decoder):
-    return decoder._process
+    return decoder._child.process
 
 
 def test_a_process_decodes_as_the_server_does_and_stays(decoder, encode):

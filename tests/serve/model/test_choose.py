@@ -103,8 +103,8 @@ def test_whatever_can_change_the_choice_is_measured_again(machine, forms, write,
         machine.choose(*forms, **change)
         assert machine.loaded, change
     for name, value in (
-        ("_processor", lambda: "another"),
-        ("_versions", lambda: {"onnxruntime": "1.0"}),
+        ("processor", lambda: "another"),
+        ("versions", lambda *names: {"onnxruntime": "1.0"}),
         ("num_cores", lambda: 99),
     ):
         with monkeypatch.context() as patched:

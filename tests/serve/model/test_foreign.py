@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from common.cli import parse
 from common.refusal import Refusal
 from export.model_file.reading import from_flags
+from export.runtimes.load import load_runtime
 from export.runtimes.onnx_session import OnnxSession
 from serve.cluster import read_artefact
 from serve.config import ServeConfig
@@ -155,6 +156,12 @@ def test_files_of_hugging_face_and_timm_beside_the_model_are_read(sample, tmp_pa
 def test_a_file_of_ours_says_itself_how_it_is_read(artefact):
     with pytest.raises(Refusal, match="says itself how it is read; leave --mean, --std out"):
         OnnxSession(artefact, hints=said(*SAID))
+
+
+@pytest.mark.parametrize("name", ["mnn", "torch"])
+def test_a_runtime_that_reads_only_files_of_ours_takes_no_flags_on_how(artefact, name):
+    with pytest.raises(Refusal, match=rf"{name} runs only files of this project.*leave --mean, --std out"):
+        load_runtime(artefact, name=name, hints=said(*SAID))
 
 
 def test_a_graph_in_training_mode_is_refused_by_the_name_of_its_batch_norm(tmp_path):

@@ -188,7 +188,7 @@ def test_a_model_that_hangs_is_given_up_and_the_next_one_is_served(
     before = ask(server, file).json()
     shutil.copy(endless, artefact)
     server.send_signal(signal.SIGHUP)
-    line = wait_for(server, "the old model keeps serving: plain.onnx cannot be loaded: it does not answer within 2 s")
+    line = wait_for(server, "the old model keeps serving: plain.onnx cannot be loaded: its process does not answer")
     assert str(artefact.parent) not in line
     assert ask(server, file).json() == before
     shutil.copy(other_artefact, artefact)

@@ -75,7 +75,7 @@ def test_a_model_that_does_not_prove_itself_is_refused(runtime):
 )
 def test_every_batch_size_is_warm(runtime, max_batch, sizes):
     seen = []
-    warm_up(fake(runtime, lambda images: seen.append(len(images))), max_batch)
+    warm_up([fake(runtime, lambda images: seen.append(len(images)))], max_batch)
     assert batch_sizes(max_batch) == seen == sizes
 
 

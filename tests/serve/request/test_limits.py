@@ -236,6 +236,16 @@ def test_a_connection_that_is_slow_with_its_headers_is_closed(live, runtime, con
             assert not requests_before
 
 
+def test_headers_that_have_begun_before_an_answer_have_their_own_limit(live, runtime, connect):
+    """And not that of an idle connection, which ends at once here."""
+    with live(make_app(runtime, Limits()), http=Connection, timeout_keep_alive=0) as url:
+        connection, request = connect(url), b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+        connection.sendall(request + request[:-2])
+        assert one_answer(connection).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(request[-2:])
+        assert everything(connection).startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.slow
 def test_headers_without_an_end_are_cut_off(live, runtime, connect):
     with live(make_app(runtime, Limits()), http=Connection) as url:

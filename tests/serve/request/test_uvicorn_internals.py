@@ -2,9 +2,10 @@ import asyncio
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.server import ServerState
 
-from serve.request.uvicorn_internals import OF_CONNECTION, OF_CYCLE, HttpToolsProtocol
+from serve.request.uvicorn_internals import OF_CONNECTION, OF_CYCLE, OF_FLOW, HttpToolsProtocol
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +24,10 @@ def internals():
 
 
 def test_uvicorn_has_what_connections_and_answers_rest_on(internals):
-    connection, cycle = internals
+    (connection, cycle), flow = internals, FlowControl(asyncio.Transport())
     missing = [f"HttpToolsProtocol.{name}" for name in OF_CONNECTION if not hasattr(connection, name)]
     missing += [f"RequestResponseCycle.{name}" for name in OF_CYCLE if not hasattr(cycle, name)]
+    missing += [f"FlowControl.{name}" for name in OF_FLOW if not hasattr(flow, name)]
     assert not missing, (
         f"uvicorn {uvicorn.__version__} has no {', '.join(missing)}; see serve/request/uvicorn_internals.py"
     )

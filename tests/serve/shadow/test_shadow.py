@@ -13,12 +13,13 @@ from serving import PNG, ROOT
 from shadows import card_when, running, send
 from starlette.testclient import TestClient
 
+from common.child import ProcessFailed
 from common.difference import difference
 from common.refusal import Refusal
 from export.runtimes.runtime import probabilities
 from serve.config import ServeConfig
 from serve.model.load import Roles
-from serve.model.process import BatchFailed, ProcessFailed
+from serve.model.process import BatchFailed
 from serve.request.access import Access
 from serve.request.app import make_app
 from serve.request.limits import Limits
@@ -129,6 +130,14 @@ def test_a_shadow_that_hangs_delays_nobody_and_what_it_misses_is_counted(shadowe
         assert client.post("/admin/promote").status_code == 409
 
 
+def send_in_turn(client, images, encode):
+    """Each once the shadow has had the one before: it drops the fifth that waits for batches of one. The last card."""
+    for num in range(1, len(images) + 1):
+        send(client, images[num - 1 : num], encode)
+        card = card_when(client, lambda card, num=num: card["images"] + card["not_a_number"] + card["failed"] == num)
+    return card
+
+
 def test_what_is_not_a_number_is_counted_and_compared_with_nothing(shadowed, runtime, pixels, encode):
     def spoil(images):
         logits = runtime(images)
@@ -137,8 +146,8 @@ def test_what_is_not_a_number_is_counted_and_compared_with_nothing(shadowed, run
 
     with shadowed(Process(runtime, spoil), max_batch=1) as client:
         running(client)
-        send(client, pixels, encode)
-        card = card_when(client, lambda card: card["not_a_number"] == 5)
+        card = send_in_turn(client, pixels, encode)
+        assert card["not_a_number"] == 5
         assert card["images"] == 0
         assert (card["agreement"]["value"], card["largest_difference"]) == (None, None)
         assert "diracnet_shadow_largest_difference" in client.get("/metrics").text
@@ -152,9 +161,8 @@ def test_a_shadow_that_raises_goes_on_and_says_so_once(shadowed, runtime, pixels
 
     with shadowed(Process(runtime, fail), max_batch=1) as client:
         running(client)
-        send(client, pixels[::-1], encode)
-        card = card_when(client, lambda card: card["images"] == 1)
-    assert card["failed"] == 4
+        card = send_in_turn(client, pixels[::-1], encode)
+    assert (card["images"], card["failed"]) == (1, 4)
     said = [record.getMessage() for record in caplog.records if record.name == "serve.shadow.shadow"]
     assert [line for line in said if "fails" in line] == [
         "the shadow fails: RuntimeError: no memory; /metrics counts further failures"

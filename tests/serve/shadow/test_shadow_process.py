@@ -14,11 +14,12 @@ import pytest
 from serving import PNG, children_of, command, patience, until, wait_for, workers_of
 from shadows import running, send
 
+from common.child import Child, ProcessFailed
 from common.refusal import Refusal
 from export.graphs.graph import to_onnx
 from fold.graph import fold
 from serve.config import ServeConfig
-from serve.model.process import BatchFailed, ModelProcess, ProcessFailed
+from serve.model.process import BatchFailed, ModelProcess
 from serve.model.worker import answer_batch
 from serve.shadow.shadow import start_process
 
@@ -57,8 +58,9 @@ def test_what_a_model_raises_is_told_and_a_process_goes_on(pixels):
 def test_a_batch_without_logits_of_all_its_images_has_failed(runtime, pixels, answer, reason):
     process = ModelProcess.__new__(ModelProcess)
     process.model = runtime.model
-    process._connection, worker = Pipe()
-    with process._connection, worker:
+    process._child = Child.__new__(Child)
+    process._child._connection, worker = Pipe()
+    with process._child._connection, worker:
         worker.send(answer)
         with pytest.raises(BatchFailed, match=reason):
             process.ask(pixels[:2], 60)
@@ -71,7 +73,7 @@ def test_a_process_that_is_killed_or_stands_still_is_given_up(config, pixels):
         with pytest.raises(ProcessFailed, match="ended with status -9"):
             process.ask(pixels[:1], 60)
     with start_process(config) as process:
-        os.kill(process._process.pid, signal.SIGSTOP)
+        os.kill(process._child.process.pid, signal.SIGSTOP)
         with pytest.raises(ProcessFailed, match=r"does not answer within 0\.01 s"):
             process.ask(pixels[:1], 0.01)
 

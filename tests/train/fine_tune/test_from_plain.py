@@ -139,7 +139,9 @@ def test_files_that_are_not_the_plain_net_of_a_family_are_refused(tmp_path, writ
     save_plain(path, fold(net).float(), replace(DIGITS, depth=16), {})
     assert run("--init", path, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert f"{path}: the plain file does not fit its spec DiracNet-16-0.25: group0.block2.conv.bias" in error
+    assert (
+        f"{path}: the plain file does not fit its spec DiracNet-16-0.25: group0.block2.conv.weight is missing" in error
+    )
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
