@@ -185,10 +185,10 @@ def _profiles(record: dict[str, Any], spec: Spec, folder: Path) -> list[dict[str
 
 def profile_graph(path: Path, images: np.ndarray, *, num_threads: int) -> dict[str, Any]:
     """The time of each operator in one call on `images`; ONNX Runtime's own file is written beside the graph."""
-    from export.runtimes.onnx_session import cpu_session
+    from export.runtimes.onnx_session import quiet_session
 
     profiling = {"enable_profiling": True, "profile_file_prefix": str(path.with_suffix(".profile"))}
-    session = cpu_session(read_whole(path), intra_op_num_threads=num_threads, **profiling)
+    session = quiet_session(read_whole(path), intra_op_num_threads=num_threads, **profiling)
     for _ in range(NUM_RUNS):
         session.run(None, {"images": images})
     operators = time_by_operator(json.loads(read_whole(Path(session.end_profiling()))))
