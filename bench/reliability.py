@@ -1,4 +1,4 @@
-"""python bench/reliability.py: overload, signals, kill -9, attacks and accidents, on this machine alone."""
+"""python bench/reliability.py: overload, signals, kill -9 and attacks, on this machine alone."""
 
 import json
 import shutil
@@ -33,14 +33,8 @@ TITLES = {
     "front-ends": "kill -9 of front ends and of their device process",
     "attacks": "Endless and slow requests",
     "siege": "Under siege",
-    "early": "SIGTERM before it serves",
-    "outage": "One worker of two is killed, and the model's file is damaged",
-    "hanging": "A new model that hangs",
-    "unread": "A log that cannot be written",
 }
-Part = Literal[
-    "overload", "drain", "reload", "kill", "front-ends", "attacks", "siege", "early", "outage", "hanging", "unread"
-]
+Part = Literal["overload", "drain", "reload", "kill", "front-ends", "attacks", "siege"]
 
 
 @dataclass(frozen=True)
@@ -52,15 +46,14 @@ class ReliabilityConfig(Measurement):
     reloads: Annotated[int, "how often the model is exchanged"] = 30
     kill_seconds: Annotated[int, "of the load under which front ends and device processes are killed"] = 100
     kill_every: Annotated[int, "seconds from one of these kills to the next"] = 20
-    requests: Annotated[int, "how many are sent to a server whose log nobody reads"] = 20_000
-    quick: Annotated[bool, "3 s of overload, one round, 4 reloads, 2 kills in 10 s, 2,000 requests"] = False
+    quick: Annotated[bool, "3 s of overload, one round, 4 reloads, 2 kills in 10 s"] = False
     out: Annotated[Path, "folder for reliability.md and benchmarks/reliability.json"] = ROOT / "docs"
     only: Annotated[tuple[Part, ...], "parts to measure (default: all)"] = ()
     render: Annotated[Path | None, "measure nothing: write the page of this record"] = None
 
 
 def command(config: ReliabilityConfig) -> int:
-    """Put a server under load on 127.0.0.1 and expose it to the faults of operators, accidents and strangers.
+    """Put a server under load on 127.0.0.1 and expose it to the faults of operators and strangers.
 
     Writes a record and its page. Exit status 1 if a measured bar is missed.
     """
@@ -82,8 +75,7 @@ def _measure(config: ReliabilityConfig, record: dict[str, Any]) -> dict[str, Any
         "machine": describe_machine("onnxruntime-gpu", "onnxruntime", "uvicorn"),
     }
     if config.quick:
-        short = {"seconds": 3.0, "rounds": 1, "reloads": 4, "kill_seconds": 10, "kill_every": 4, "requests": 2000}
-        config = replace(config, **short)
+        config = replace(config, seconds=3.0, rounds=1, reloads=4, kill_seconds=10, kill_every=4)
     measured = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "served.onnx")
@@ -102,7 +94,7 @@ def _turns(config: ReliabilityConfig, copy: Path) -> list[tuple[str, Callable[[]
     """The faults in the order in which they are tried; those that change the model's file serve its `copy`."""
     from uvloop import run
 
-    from bench.servers import accidents, attacks, faults
+    from bench.servers import attacks, faults
 
     model, image, strangers = config.model, read_whole(config.image), attacks.siege_attacks(quick=config.quick)
     kills = {"seconds": config.kill_seconds, "every_s": config.kill_every}
@@ -114,10 +106,6 @@ def _turns(config: ReliabilityConfig, copy: Path) -> list[tuple[str, Callable[[]
         ("front-ends", lambda: run(faults.kill_front_ends(model, image, **kills))),
         ("attacks", lambda: run(attacks.attack(model))),
         ("siege", lambda: run(attacks.siege(model, image, strangers))),
-        ("early", lambda: accidents.early(copy)),
-        ("outage", lambda: accidents.outage(copy, image)),
-        ("hanging", lambda: accidents.hanging(copy, image)),
-        ("unread", lambda: accidents.unread(model, image, num_requests=config.requests)),
     ]
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bench import reliability
 from bench.lab.load import LOST, Load, predict_request
-from bench.servers import accidents, attacks, faults
+from bench.servers import attacks, faults
 from bench.servers.attacks import Attack
 from common.cli import run_command
 from common.files import write_whole
@@ -58,14 +58,6 @@ def test_nothing_is_lost_that_is_asked_once_more(subject, monkeypatch):
     assert is_met(result) is True
     assert result["num_killed"] == 2
     assert result["answered_then"] == result["sent_again"]
-
-
-@pytest.mark.slow
-def test_a_server_that_reads_its_model_ends_and_a_killed_worker_comes_back_without_its_file(subject):
-    content = subject[0].read_bytes()
-    assert len(accidents.early(subject[0])["seconds"]) == 2  # how soon is measured in bench/ alone
-    subject[0].write_bytes(content)
-    assert is_met(accidents.outage(*subject)) is True
 
 
 class Scripted(asyncio.Protocol):
