@@ -16,17 +16,7 @@ import numpy as np
 
 from common.refusal import Refusal
 from export.runtimes.runtime import Model
-from serve.front_ends.shared_memory import (
-    ANSWER,
-    CONNECT,
-    FAILED,
-    MEMORY,
-    NEWER_MODEL,
-    RELOAD,
-    REQUEST,
-    Area,
-    Shape,
-)
+from serve.front_ends.shared_memory import ANSWER, CONNECT, FAILED, MEMORY, NEWER_MODEL, RELOAD, REQUEST, Area, Shape
 
 _MOST_BYTES = 2**13  # of answers read at once
 _PAUSE_S = 0.05  # before connecting again
