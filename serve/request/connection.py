@@ -146,6 +146,8 @@ class Connection(HttpToolsProtocol):
             return  # to `_ignore_upgrade`
         self._check_headers()
         super().on_headers_complete()
+        if not self.parser.should_keep_alive():  # uvicorn 0.51 looks only when it writes the answer itself
+            self.cycle.keep_alive = False
         self._stage = "body"
         self._end_timer()
 
