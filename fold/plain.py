@@ -94,8 +94,8 @@ def _check(graph: Graph, spec: Spec) -> None:
     if wrong:
         raise Refusal(f"{wrong[0][:80]!r} cannot be the name of a node")
     shapes = infer_shapes(graph, spec.image.shape)
-    if any(node.op != "normalize" for node in graph.readers(graph.nodes[0].name)):
-        raise Refusal(f"{graph.nodes[1].name}: a plain net of images begins with normalize")
+    if wrong := [node.name for node in graph.readers(graph.nodes[0].name) if node.op != "normalize"]:
+        raise Refusal(f"{wrong[0]}: a plain net of images begins with normalize")
     last, num = graph.nodes[-1].name, len(spec.labels)
     if shapes[last] != (num,):
         raise Refusal(f"{last} gives {list(shapes[last])} for each image, and there are {num} labels")

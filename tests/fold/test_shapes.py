@@ -206,8 +206,12 @@ def test_windows_are_counted_as_pytorch_counts_them(ceil):
                     assert pooled(size, window, stride, padding, 1, ceil=ceil) == pool.shape[-1]
 
 
-def test_nothing_is_written_where_the_graph_does_not_fit(tmp_path):
-    nodes = (Node("input", "input", (), {"rank": 4}), Node("relu", "relu", ("input",)))
+NORMALIZE = Node("normalize", "normalize", ("input",), {}, dict.fromkeys(("offset", "scale"), torch.ones(3, 1, 1)))
+
+
+@pytest.mark.parametrize("beside", [(), (NORMALIZE,)])
+def test_nothing_is_written_where_the_graph_does_not_fit(tmp_path, beside):
+    nodes = (Node("input", "input", (), {"rank": 4}), *beside, Node("relu", "relu", ("input",)))
     with pytest.raises(Refusal, match="relu: a plain net of images begins with normalize"):
         save_plain(tmp_path / "plain.safetensors", GraphNet(Graph(nodes)), SPEC, {})
     assert not list(tmp_path.iterdir())
