@@ -69,6 +69,7 @@ def quantize(
     """
     if target == "onnxruntime" and precision != "int8":
         raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels have only int8")
+    is_integer = target == "onnxruntime" and is_chain(net.graph) and all(map(net.graph.count, ("conv", "global_pool")))
     reference = answer_all(answerer(to_onnx(net, spec, {})), chosen_by, advance)
     tried: list[tuple[Candidate, onnx.ModelProto]] = []
     for lowering in lowerings:
@@ -77,7 +78,7 @@ def quantize(
         histograms = observe(floats, observed, advance=advance)
         for method in METHODS:
             reach = ranges(histograms, method)
-            if target == "onnxruntime" and is_chain(net.graph) and all(map(net.graph.count, ("conv", "global_pool"))):
+            if is_integer:
                 model = to_integer_onnx(lowered, spec, {}, reach)
             else:
                 model = to_qdq_onnx(floats, reach, precision=precision, for_onnxruntime=target == "onnxruntime")
