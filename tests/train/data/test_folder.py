@@ -103,6 +103,14 @@ def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder
     assert not any(torch.equal(left.images, right.images) for left, right in zip(whole, other, strict=True))
 
 
+def test_each_photograph_of_a_batch_has_a_crop_of_its_own(folder):
+    content = (folder / "dark" / "0.png").read_bytes()
+    for path in folder.rglob("*.png"):
+        path.write_bytes(content)
+    for batch in all_batches(datasets.load("folder", data_dir=folder, image_size=8).train):
+        assert len({image.numpy().tobytes() for image in batch.images}) == len(batch.images)
+
+
 def test_no_more_workers_than_cores(folder, monkeypatch):
     """PyTorch would warn, which the tests make an error."""
     monkeypatch.setattr("train.data.batches.num_cores", lambda: 1)
