@@ -31,7 +31,9 @@ class Table:
 
     def __call__(self, images):
         self.batches.append(len(images))
-        return self.logits[images[:, 0, 0, 0]]
+        answers = self.logits[images[:, 0, 0, 0]]
+        answers.flags.writeable = False  # a library's own memory
+        return answers
 
 
 def rows(num):
