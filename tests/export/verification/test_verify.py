@@ -14,7 +14,9 @@ from export import to_onnx as to_onnx_command
 from export import to_trt, verify
 from export.graphs.graph import set_provenance
 from export.model_file.engine_card import card_path
-from export.model_file.onnx_reader import read_header
+from export.model_file.onnx_reader import read_header, with_metadata
+from export.runtimes.cascade import Evidence
+from export.verification import recomputed
 from fold import run as fold
 from fold.plain import load_plain, save_plain
 from fold.user_net import Made
@@ -95,12 +97,12 @@ def say(path, change):
     onnx.save(model, path)
 
 
-def bend(path, name="group1.block0.conv.bias"):
-    """Change one weight of an ONNX file by a thousandth: no class changes."""
+def bend(path, name="group1.block0.conv.bias", *, by=1e-6):
+    """Change one weight of an ONNX file; by so little that no class changes, unless it is said by how much."""
     model = onnx.load(path)
     (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
     array = onnx.numpy_helper.to_array(tensor).copy()
-    array.flat[0] += 1e-6
+    array.flat[0] += by
     tensor.CopyFrom(onnx.numpy_helper.from_array(array, name))
     onnx.save(model, path)
 
@@ -143,6 +145,22 @@ def test_one_weight_is_found(road, run):
     assert status == 1
     assert with_verdict(rows, "differs") == [WEIGHTS]
     assert rows[WEIGHTS]["computed"] == "another group1.block0.conv.bias"
+    bend(road / "plain.onnx", by=1.0)  # no report claims how near the answers are, and they must be near all the same
+    found = with_verdict(run(road / "plain.onnx")[1], "differs")
+    for kind in ("real", "random", "extreme"):
+        assert [claim for claim in found if claim.startswith("plain.onnx answers as ") and f" {kind} images" in claim]
+
+
+@pytest.mark.slow
+def test_labels_in_another_order_are_found(road, run):
+    path = road / "plain.onnx"
+    spec = json.loads(read_header(path, path.read_bytes()).metadata["spec"])
+    spec["labels"].reverse()
+    path.write_bytes(with_metadata(path, path.read_bytes(), {"spec": json.dumps(spec)}))
+    status, rows = run(path)
+    assert status == 1
+    assert rows["record of spec, training, fold"]["verdict"] == "differs"
+    assert rows["record of spec, training, fold"]["computed"] == "another spec in plain.safetensors"
 
 
 @pytest.mark.slow
@@ -180,6 +198,7 @@ FIGURES = {
     WEIGHTS: lambda record: record["export"].update(lowering="split"),
     PLAIN_DIGEST: lambda record: record["export"].update(plain_sha256="0" * 64),
     CHECKPOINT_DIGEST: lambda record: record["fold"].update(checkpoint_sha256="0" * 64),
+    "record of spec, training, fold": lambda record: record["training"].update(of_which_nobody_knows=1),
     "answers of plain.onnx to the probe images": lambda record: record["export"]["probe"]["logits"][3].reverse(),
 }
 
@@ -223,10 +242,12 @@ def test_a_report_of_parity_is_computed_again(road, run):
     claim = "plain.onnx answers as plain.safetensors, 20 real images"
     assert status == 0
     assert "100.00 % of 20" in rows[claim]["recorded"]
-    said = json.loads(report.read_text())
-    said["parity"][0]["relative"] = 0.5
-    report.write_text(json.dumps(said))
-    assert with_verdict(run(road / "plain.onnx")[1], "differs") == [claim]
+    honest = report.read_text()
+    for name, lie in (("relative", 0.5), ("within_tolerance", False)):
+        said = json.loads(honest)
+        said["parity"][0][name] = lie
+        report.write_text(json.dumps(said))
+        assert with_verdict(run(road / "plain.onnx")[1], "differs") == [claim]
     said["parity"][0]["relative"] = "small"
     report.write_text(json.dumps(said))
     assert with_verdict(run(road / "plain.onnx")[1], "differs") == [f"a comparison in {report}"]
@@ -265,6 +286,26 @@ def test_eight_bits_are_judged_again(road, run):
     tensor.CopyFrom(onnx.numpy_helper.from_array(weights, tensor.name))
     onnx.save(model, path)
     assert "eight-bit sums saturate" in with_verdict(run(path)[1], "differs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "differ"),
+    [
+        ({}, []),
+        ({"num_changed": 5}, []),  # within 3 of 1,000, as the drop in accuracy may be
+        ({"num_changed": 6}, ["changed"]),
+        ({"changed_at_most": 0.0019}, ["changed"]),  # near the record, and more than it promises
+        ({"num_test": 999}, ["escalated", "changed", "changed alone"]),
+    ],
+)
+def test_a_cascade_that_changes_more_classes_than_it_promises_differs(changes, differ):
+    exact = np.tile([1.0, 0.0], (1000, 1))
+    quick = exact.copy()
+    quick[:2] = [0.0, 1.0]
+    fields = {"threshold": 0.5, "num_chosen_by": 10, "num_test": 1000, "num_escalated": 0}
+    fields |= {"num_changed": 2, "num_changed_alone": 2, "changed_at_most": 0.007, **changes}
+    rows = recomputed._cascade(Evidence(**fields), (exact, quick), "")
+    assert [row.claim for row in rows if row.verdict == "differs"] == [f"cascade: {name}" for name in differ]
 
 
 DAMAGE = (3, None, [], "nonsense", {"sha256": 5}, [[1, 2]], -1, 1e400, True, [{"what": "logits"}])
