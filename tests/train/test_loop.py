@@ -9,7 +9,7 @@ from torch import nn
 from common.progress import make_console
 from common.refusal import Refusal
 from train import trainer
-from train.checkpoint import Checkpoint
+from train.checkpoint import Checkpoint, load_checkpoint
 from train.config import TrainConfig
 from train.data import batches
 from train.data.batches import Batch
@@ -79,6 +79,52 @@ def test_the_net_that_validation_judges_is_the_average(make_trainer):
         average, raw = (evaluate(net, trained.held_out) for net in (trained.judged, trained.net))
         assert (row["validation_loss"], row["validation_accuracy"]) == (average.loss, average.accuracy)
         assert average.loss != raw.loss
+
+
+def test_the_average_forgets_its_start_and_then_follows_slowly(make_trainer, monkeypatch):
+    decays = []
+    monkeypatch.setattr(trainer, "follow", lambda average, net, decay: decays.append(decay))
+    trained = make_trainer(ema=0.3)
+    for _ in range(3):
+        trained.epoch()
+    assert decays == pytest.approx([1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3])  # two steps an epoch
+
+
+def test_a_saved_trainer_is_resumed_whole(make_trainer, tmp_path):
+    saved, resumed = (make_trainer(ema=0.9, precision="fp16", out=tmp_path) for _ in range(2))
+    for _ in range(2):
+        saved.epoch()
+    saved.scaler.load_state_dict(saved.scaler.state_dict() | {"scale": 1024.0})
+    saved.save("checkpoint.pt")
+    resumed.resume(load_checkpoint(tmp_path / "checkpoint.pt"))
+    for part in ("net", "judged", "scaler"):
+        before, after = (getattr(one, part).state_dict() for one in (saved, resumed))
+        assert before.keys() == after.keys()
+        assert all(
+            torch.equal(*map(torch.as_tensor, pair)) for pair in zip(before.values(), after.values(), strict=True)
+        )
+    momenta = (one.optimizer.state_dict()["state"] for one in (saved, resumed))
+    assert all(
+        torch.equal(*(value["momentum_buffer"] for value in pair))
+        for pair in zip(*map(dict.values, momenta), strict=True)
+    )
+    assert (resumed.history, resumed.epochs_done, resumed.steps_done) == (saved.history, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "since"),
+    [
+        ([], 0),
+        ([(0.5, 1.0)], 0),
+        ([(0.5, 1.0), (0.6, 2.0), (0.6, 1.5), (0.6, 1.8)], 1),  # of equal accuracies the smaller loss
+        ([(0.6, 1.0), (0.6, 1.0), (0.5, 0.5)], 2),  # of equal epochs the earlier
+        ([(None, None), (None, None)], 0),
+    ],
+)
+def test_the_best_epoch_is_that_of_the_best_accuracy_and_then_loss(make_trainer, scores, since):
+    trained = make_trainer()
+    trained.history = [{"validation_accuracy": accuracy, "validation_loss": loss} for accuracy, loss in scores]
+    assert trained.since_best() == since
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
