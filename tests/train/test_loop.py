@@ -9,7 +9,7 @@ from torch import nn
 from common.progress import make_console
 from common.refusal import Refusal
 from train import trainer
-from train.checkpoint import Checkpoint, load_checkpoint
+from train.checkpoint import Checkpoint, load_checkpoint, load_net
 from train.config import TrainConfig
 from train.data import batches
 from train.data.batches import Batch
@@ -103,6 +103,8 @@ def test_a_saved_trainer_is_resumed_whole(make_trainer, tmp_path):
         assert all(
             torch.equal(*map(torch.as_tensor, pair)) for pair in zip(before.values(), after.values(), strict=True)
         )
+    judged = load_net(load_checkpoint(tmp_path / "checkpoint.pt")).state_dict()  # what is tested and folded, too
+    assert all(torch.equal(tensor, judged[name]) for name, tensor in saved.judged.state_dict().items())
     momenta = (one.optimizer.state_dict()["state"] for one in (saved, resumed))
     assert all(
         torch.equal(*(value["momentum_buffer"] for value in pair))

@@ -139,6 +139,19 @@ def test_a_data_set_is_shifted_and_mirrored_as_it_allows_unless_other_means_are_
     assert len({view.numpy().tobytes() for view in batch.images}) == num_views
 
 
+def test_each_step_and_each_epoch_shifts_images_of_its_own():
+    split = datasets.Split(
+        np.random.default_rng(0).integers(0, 256, (1, 9, 9, 1), np.uint8).repeat(60, 0), np.zeros(60, int)
+    )
+    settings = TrainConfig(crop=2, batch_size=20).resolved()
+    epochs = [
+        batches(split, settings, datasets.INFO["digits"], World(), epoch=epoch, first_step=0) for epoch in (0, 0, 1)
+    ]
+    first, again, other = ([batch.images.numpy().tobytes() for batch in epoch] for epoch in epochs)
+    assert first == again
+    assert len({*first, *other}) == 2 * 3
+
+
 def test_erasing_fills_one_rectangle_in_the_share_of_images_that_was_asked_for():
     images = torch.zeros(1000, 20, 30, 2, dtype=torch.uint8)
 

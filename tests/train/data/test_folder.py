@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import ResNet18_Weights
 
 from common.cli import run_command
 from common.image import decode
@@ -84,6 +85,10 @@ def test_evaluation_sees_what_the_server_sees(folder, monkeypatch):
 def test_photographs_are_resized_and_cropped_as_imagenets():
     image = datasets.imagenet_image()
     assert (image.height, image.width, image.resize) == (224, 224, 256)
+    torchvisions = ResNet18_Weights.IMAGENET1K_V1.transforms()
+    assert [*image.mean] == torchvisions.mean
+    assert [*image.std] == torchvisions.std
+    assert (torchvisions.crop_size, torchvisions.resize_size) == ([224], [256])
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder):

@@ -165,6 +165,25 @@ def test_no_file_but_the_checkpoint_says_where_the_photographs_lie(folder, tmp_p
         assert b"--data-dir photos" in content
 
 
+def test_the_record_of_images_in_memory_depends_on_every_image_target_and_part():
+    images, targets = np.zeros((6, 2, 2, 1), np.uint8), np.arange(6)
+    info = datasets.INFO["digits"]
+
+    def digest(images, targets, num_train=3):
+        train, validation, test = (
+            datasets.Split(images[part], targets[part]) for part in (slice(num_train), slice(num_train, 4), slice(4, 6))
+        )
+        return datasets.record(datasets.Dataset(info, train, test, validation))[0]["sha256"]
+
+    found = [digest(images, targets), digest(images, targets, num_train=2)]
+    for index in range(6):
+        others = images.copy(), targets.copy()
+        others[0][index, 1, 1], others[1][index] = 1, 9
+        found += [digest(others[0], targets), digest(images, others[1])]
+    assert len(set(found)) == len(found)
+    assert digest(images.copy(), targets.copy()) == found[0]
+
+
 def test_images_in_memory_that_are_not_the_runs_are_refused():
     dataset = datasets.divide(datasets.load("digits"), 0.1, seed=0)
     split, _ = datasets.record(dataset)
