@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,6 +234,11 @@ def test_it_says_of_itself_what_both_say(forms):
     assert model.num_bytes == sum(path.stat().st_size for path in forms)
     assert model.digest not in (quick.model.digest, exact.model.digest)
     assert model.digest != Cascade(exact, quick, EVIDENCE).model.digest
+    digests = {model.digest}
+    for form in (exact, quick):  # one file is another, then both are
+        form.model = replace(form.model, digest="0" * 64)
+        digests.add(Cascade(quick, exact, EVIDENCE).model.digest)
+    assert len(digests) == 3
     assert model.provenance["cascade"]["share_escalated"] == 0.25
 
 
@@ -317,6 +323,9 @@ def test_what_are_not_two_forms_of_one_net_is_refused(forms, tmp_path, make_net,
     other, _ = write_forms(tmp_path / "other", make_net(seed=1), make_spec(), images(24), plain_sha256="b" * 64)
     with pytest.raises(Refusal, match="are not of one net"):
         read_forms((quick, other))
+    change(quick, lambda export: {**export, "plain_sha256": None})  # neither file says of which net it is
+    with pytest.raises(Refusal, match="are not of one net"):
+        read_forms((quick, unnamed))
 
 
 def test_a_file_that_this_processor_would_answer_otherwise_is_refused(forms, monkeypatch):
