@@ -115,7 +115,7 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     """Time every lowering here; the record says what was chosen, and all that was measured."""
     from rich.table import Table
 
-    from common.cores import num_cores
+    from common.environment import num_cores
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import ort

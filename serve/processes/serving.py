@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from common.cores import num_cores
+from common.environment import num_cores
 from common.refusal import Refusal
 from export.runtimes.cascade import read_forms
 from export.runtimes.runtime import Runtime
