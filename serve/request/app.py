@@ -6,13 +6,14 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Query, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -56,8 +57,7 @@ class App(FastAPI):
             title="DiracNet",
             version="1",
             description="Classifies images. Every refusal is an RFC 9457 problem document.",
-            docs_url=None,
-            redoc_url=None,
+            openapi_url=None,  # FastAPI would write the whole document again for each request, in the event loop
             redirect_slashes=False,  # a redirect would go to the host that the client names
             lifespan=App._run,
             exception_handlers={HTTPException: problems.refuse_unrouted},  # `front` answers all problems
@@ -141,6 +141,7 @@ def make_app(
         _add_admin(app, reloader, reload_everywhere)
     _add_page(app, "/", "page.html")
     _add_page(app, "/docs", "docs.html")
+    _add_description(app)
     return app
 
 
@@ -252,6 +253,15 @@ def _hashes(page: str, tag: str) -> str:
     """Of all elements `tag` of a page, as a Content-Security-Policy lists them."""
     texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
     return " ".join(f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts)
+
+
+def _add_description(app: FastAPI) -> None:
+    """The OpenAPI document of all routes, made when it is first asked for."""
+    describe = cache(lambda: JSONResponse(app.openapi()))
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def show() -> JSONResponse:
+        return describe()
 
 
 def model_card(runtime: Runtime) -> dict[str, Any]:
