@@ -139,9 +139,9 @@ def make_app(
     app.include_router(make_router(batcher, limits))
     if access.api_key and reloader:
         _add_admin(app, reloader, reload_everywhere)
-    _add_page(app, "/", "page.html")
-    _add_page(app, "/docs", "docs.html")
-    _add_description(app)
+    _add_fixed(app, "/", lambda: _page("page.html"))
+    _add_fixed(app, "/docs", lambda: _page("docs.html"))
+    _add_fixed(app, "/openapi.json", lambda: JSONResponse(app.openapi()))
     return app
 
 
@@ -235,33 +235,29 @@ def _add_admin(app: FastAPI, reloader: Reloader, reload_everywhere: Callable[[],
         return await swap(reloader.promote)
 
 
-def _add_page(app: FastAPI, path: str, file: str) -> None:
+def _add_fixed(app: FastAPI, path: str, make: Callable[[], Response]) -> None:
+    """An answer that is always the same, made when it is first asked for."""
+    answer = cache(make)
+
+    @app.get(path, include_in_schema=False)
+    async def show() -> Response:
+        return answer()
+
+
+def _page(file: str) -> HTMLResponse:
     """A page whose policy allows its own scripts and styles, and requests to this server alone."""
     page = Path(__file__).with_name(file).read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; script-src {_hashes(page, 'script')}; style-src {_hashes(page, 'style')}; "
         "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    response = HTMLResponse(page, headers={"Content-Security-Policy": policy})
-
-    @app.get(path, include_in_schema=False)
-    async def show() -> HTMLResponse:
-        return response
+    return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
 
 def _hashes(page: str, tag: str) -> str:
     """Of all elements `tag` of a page, as a Content-Security-Policy lists them."""
     texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
     return " ".join(f"'sha256-{base64.b64encode(sha256(text.encode()).digest()).decode()}'" for text in texts)
-
-
-def _add_description(app: FastAPI) -> None:
-    """The OpenAPI document of all routes, made when it is first asked for."""
-    describe = cache(lambda: JSONResponse(app.openapi()))
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def show() -> JSONResponse:
-        return describe()
 
 
 def model_card(runtime: Runtime) -> dict[str, Any]:
