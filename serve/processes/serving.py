@@ -227,6 +227,7 @@ def whole_app(
         grpc_address=config.grpc_address,
         shadow=shadow,
     )
+    stream.on_drop = app.metrics.count_dropped_lines
     _freeze_garbage()
     return app
 

@@ -48,6 +48,7 @@ class App(FastAPI):
     """
 
     front: ASGIApp  # marks each request with a visit
+    metrics: Metrics
     grpc: "GrpcServer | None" = None
 
     def __init__(self, batcher: Batcher, prober: Prober, door: Door, reloader: Reloader | None, max_batch: int) -> None:
@@ -129,6 +130,7 @@ def make_app(
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
     app = App(batcher, prober, door, reloader, limits.max_batch)
+    app.metrics = metrics
     handler = RequestHandler(app, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
     app.front = _allow_origins(handler, access.cors_origins)
     if grpc_address:
