@@ -25,6 +25,8 @@ VIEWS = ("view", "reshape")
 OF_SHAPES = ("size", "getattr", "getitem", "dim", "eq", "ne", "gt", "lt", "ge", "le", "mul", "add", "sub", "floordiv")
 # These may give a value the larger shape of a constant beside it.
 SPREADING = ("add", "iadd", "sub", "mul", "imul", "div", "truediv")
+# These may give the memory of their input.
+SHARING = ("contiguous", "detach", "dropout", "dropout1d", "dropout2d", "dropout3d", "flatten", "getitem", *VIEWS)
 
 
 class Tracer(fx.Tracer):
@@ -159,12 +161,12 @@ class _Walk:
             raise NotListed(f"{name} of a constant that gives a value more channels or pixels")
         if name in SPREADING and shape is None and any(isinstance(part, Tensor) and part.numel() > 1 for part in args):
             raise NotListed(f"{name} of a constant for each channel: give an example batch")
-        if name in ("truediv", "div") and isinstance(args[1], int | float | Tensor):
-            return FUNCTIONS["mul"](self.builder, args[0], 1 / args[1])
+        if _overwrites(node):
+            _refuse_late_readers(node)
+        if name in ("truediv", "div") and not kwargs and isinstance(args[1], int | float | Tensor):
+            name, args = "mul", (args[0], 1 / torch.as_tensor(args[1], dtype=torch.float64))
         if name not in FUNCTIONS:
             raise NotListed(name)
-        inplace = kwargs.get("inplace") is True or name in ("iadd", "imul") or str(node.target).endswith("_")
-        _refuse_late_inplace(node, changed=inplace)
         return FUNCTIONS[name](self.builder, *args, **kwargs)
 
     def _view(self, node: fx.Node, source: Ref) -> Ref:
@@ -227,11 +229,25 @@ def _name_of(node: fx.Node) -> str:
     return f"{home}.{name}"
 
 
-def _refuse_late_inplace(node: fx.Node, *, changed: bool) -> None:
-    """Refuses to overwrite a value that is read again later: a graph has no order of side effects."""
-    source = node.all_input_nodes[0]
-    if changed and any(reader is not node and node < reader for reader in source.users):
-        raise NotListed(f"{node.name} overwrites a value that {len(source.users) - 1} others read: leave inplace out")
+def _overwrites(node: fx.Node) -> bool:
+    name = str(getattr(node.target, "__name__", node.target))
+    return node.kwargs.get("inplace") is True or name in ("iadd", "imul") or name.endswith("_")
+
+
+def _refuse_late_readers(node: fx.Node) -> None:
+    """Refuses to overwrite a value that is read again later, or a view of it: a graph has no order of side effects."""
+
+    def shares(other: fx.Node) -> bool:
+        return other.op in ("call_function", "call_method") and (_name_of(other) in SHARING or _overwrites(other))
+
+    owner = node.all_input_nodes[0]
+    while shares(owner):
+        owner = owner.all_input_nodes[0]
+    same = [owner]  # grows by those that share the memory of the ones before
+    for value in same:
+        same += [user for user in value.users if user < node and shares(user) and user.all_input_nodes[0] is value]
+    if late := {reader for value in same for reader in value.users if node < reader}:
+        raise NotListed(f"{node.name} overwrites a value that {len(late)} others read: leave inplace out")
 
 
 def _refuse_hooks(net: nn.Module) -> None:
