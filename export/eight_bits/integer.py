@@ -127,20 +127,24 @@ def _write_convolution(graph: GraphWriter, node: Node, x: EightBitTensor, reach:
 def quantize_filters(weight: np.ndarray, bias: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """[N_o, ...] → int8 from -127 to 127, and scales float32 [N_o]: symmetric, one for each filter.
 
-    `bias` [N_o] is in units of the activations' scale: in units of the products it is at most LARGEST_BIAS, because a
-    filter that is next to nothing, as of a channel that batch normalisation has faded out, is given a larger scale.
-
     No two weights of a filter add up beyond ±128, so that no processor's sum of two products with unsigned bytes
     leaves 16 bits: 255 · 128 = 32,640. Those without VNNI saturate there. A filter whose weights would is given a
-    larger scale: the two largest add up to 127 steps, and rounding both adds one at most. Filters so small that their
-    scale is not a normal float32 are zeros.
+    larger scale: the two largest add up to 127 steps, and rounding both adds one at most. `bias`: see `usable`.
     """
     filters = weight.reshape(len(weight), -1).astype(np.float64)
-    largest = np.abs(filters).max(axis=1)
-    scales = np.maximum(np.maximum(largest, largest_pair(filters)) / 127, np.abs(bias) / LARGEST_BIAS)
-    scales = np.where(scales >= np.finfo(np.float32).tiny, scales, 1.0).astype(np.float32)
+    scales = usable(np.maximum(np.abs(filters).max(axis=1), largest_pair(filters)) / 127, bias)
     per_filter = scales.reshape(-1, *[1] * (weight.ndim - 1))
     return np.clip(np.rint(weight / per_filter), -127, 127).astype(np.int8), scales
+
+
+def usable(scales: np.ndarray, bias: np.ndarray | float) -> np.ndarray:
+    """float32 [N_o]: the scales of filters, larger for those that are next to nothing, as of faded channels.
+
+    `bias` [N_o] is in units of the activations' scale; in units of the products it is LARGEST_BIAS at most. Filters so
+    small that their scale is not a normal float32 are zeros.
+    """
+    scales = np.maximum(scales, np.abs(bias) / LARGEST_BIAS)
+    return np.where(scales >= np.finfo(np.float32).tiny, scales, 1.0).astype(np.float32)
 
 
 def _declare(graph: GraphWriter, name: str, reach: Range) -> EightBitTensor:

@@ -16,7 +16,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from common.refusal import Refusal
 from export.eight_bits.calibrate import Range, Ranges
-from export.eight_bits.integer import LARGEST_BIAS, levels_of, quantize_filters
+from export.eight_bits.integer import levels_of, quantize_filters, usable
 
 LARGEST = {"int8": 127.0, "fp8": float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)}
 
@@ -103,10 +103,8 @@ class _Writer:
             node.input[2] = self._bias(biases[0], bias, (x_scale * scales).astype(np.float32))
 
     def _filters(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Levels [N_o, ...] and scales [N_o]; a kernel may hold the bias as `quantize_filters` says."""
-        largest = np.abs(weight).reshape(len(weight), -1).max(axis=1).astype(np.float64)
-        scales = np.maximum(largest / LARGEST[self._precision], np.abs(bias) / LARGEST_BIAS)
-        scales = np.where(scales >= np.finfo(np.float32).tiny, scales, 1.0).astype(np.float32)
+        """Levels [N_o, ...] and scales [N_o]; a kernel may hold the bias in units of the products."""
+        scales = usable(np.abs(weight).reshape(len(weight), -1).max(axis=1) / LARGEST[self._precision], bias)
         return self._rounded(weight / scales.reshape(-1, *[1] * (weight.ndim - 1))), scales
 
     def _bias(self, name: str, bias: np.ndarray, scales: np.ndarray) -> str:
