@@ -196,6 +196,8 @@ def test_a_drop_counts_what_is_lost():
     assert not drop
     assert measure_drop(reference, reference + 7.0, np.arange(4))  # what all classes share changes nothing
     assert relative_error(reference, reference + 7.0) == pytest.approx(0, abs=1e-12)
+    equal = np.ones((2, 3), np.float32)  # of a classifier of zeros
+    assert (relative_error(equal, 2 * equal), relative_error(equal, reference[:2, :3])) == (0.0, np.inf)
     assert top1_agreement(reference, -reference) == 0
 
 
