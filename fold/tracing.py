@@ -24,9 +24,19 @@ VIEWS = ("view", "reshape")
 # These may compute with shapes; the results must end in views or assertions.
 OF_SHAPES = ("size", "getattr", "getitem", "dim", "eq", "ne", "gt", "lt", "ge", "le", "mul", "add", "sub", "floordiv")
 # These may give a value the larger shape of a constant beside it.
-SPREADING = ("add", "iadd", "sub", "mul", "imul", "div", "truediv")
+SPREADING = ("add", "sub", "mul", "div", "truediv")
 # These may give the memory of their input.
 SHARING = ("contiguous", "detach", "dropout", "dropout1d", "dropout2d", "dropout3d", "flatten", "getitem", *VIEWS)
+IN_PLACE = ("iadd", "isub", "imul", "itruediv")
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+# fx itself would take x += y for x + y, which leaves the x that others may read as it was.
+Proxy = type("Proxy", (fx.Proxy,), {f"__{name}__": _in_place(name) for name in IN_PLACE})
 
 
 class Tracer(fx.Tracer):
@@ -42,6 +52,9 @@ class Tracer(fx.Tracer):
     ) -> Any:
         self.deepest = self.path_of_module(m)
         return super().call_module(m, forward, args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val  # a parameter is known: what a forward computes from it is a number, not a trace
@@ -223,6 +236,7 @@ def _name_of(node: fx.Node) -> str:
         return str(node.target).removesuffix("_")
     target = cast("Callable[..., Any]", node.target)
     name = str(getattr(target, "__name__", target))
+    name = name[1:] if name in IN_PLACE else name
     home = str(getattr(target, "__module__", None) or "torch").split(".")[0]
     if target is ncrelu or home in ("torch", "_operator", "builtins", "math"):
         return name if name.startswith("_") else name.removesuffix("_")
@@ -231,7 +245,7 @@ def _name_of(node: fx.Node) -> str:
 
 def _overwrites(node: fx.Node) -> bool:
     name = str(getattr(node.target, "__name__", node.target))
-    return node.kwargs.get("inplace") is True or name in ("iadd", "imul") or name.endswith("_")
+    return node.kwargs.get("inplace") is True or name in IN_PLACE or name.endswith("_")
 
 
 def _refuse_late_readers(node: fx.Node) -> None:

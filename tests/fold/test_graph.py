@@ -47,6 +47,23 @@ class LeakyAsRelu(nn.ReLU):
         return F.leaky_relu(input, 0.3)
 
 
+class AddedInPlace(nn.Module):
+    """x += y and the like: of a value that nothing else reads, and, if `late`, of one that is read again."""
+
+    def __init__(self, *, late=False):
+        super().__init__()
+        self.conv, self.late = nn.Conv2d(4, 4, 1), late
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = y
+        z += x.relu()
+        z *= 2
+        z -= x
+        z /= 4
+        return z + y if self.late else z
+
+
 class Overwritten(nn.Module):
     def __init__(self):
         super().__init__()
@@ -64,6 +81,7 @@ RIGHT = {
     "a subclass of DiracConv2d": (nn.Sequential(DoubledDirac(4, 4, 3, padding=1), nn.BatchNorm2d(4)), X),
     "one module used twice": (Twice(), X),
     "ReLU, NCReLU, grouped convolution": (nn.Sequential(nn.ReLU(), NCReLU(), nn.Conv2d(8, 4, 3, groups=2)), X),
+    "x += y": (AddedInPlace(), X),
     "an activation subclass": (nn.Sequential(conv(), LeakyAsRelu()), X),
     "ReLU, nested NCReLU, Dirac": (nn.Sequential(nn.ReLU(), nn.Sequential(NCReLU()), DiracConv2d(8, 4, 3)), X),
     "NCReLU of a pool of ReLU": (nn.Sequential(nn.ReLU(), NCReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3)), X),
@@ -203,6 +221,7 @@ REFUSED = {
     "Upsample": (nn.Sequential(nn.Upsample(scale_factor=2)), r"0 \(Upsample\)"),
     "control flow": (Branching(), r"cannot be traced, .*control flow"),
     "an overwritten value": (Overwritten(), r"overwrites a value that 1 others read"),
+    "x += y of a value that is read again": (AddedInPlace(late=True), r"iadd overwrites a value that 1 others read"),
     "a value overwritten by a function": (
         Lambda(lambda x, a: (lambda y: F.relu_(y) + y)(a(x)), conv()),
         r"relu_ overwrites a value that 1 others read",
