@@ -36,6 +36,14 @@ def test_a_dataclass_is_the_command_line():
     assert parse(Config, argv=argv) == Config(Path("x"), 2.0, "b", (1, 2, 3), (Path("p"), Path("q")), 5, True)
 
 
+def test_help_says_what_kind_of_value_a_flag_takes(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, argv=["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for flag in ("--rate X", "--kind {a,b}", "--batch N N N", "--rest [PATH ...]", "--limit N"):
+        assert f"{flag} " in shown
+
+
 def test_the_arguments_that_were_given_make_the_same_config_again():
     for line in ("x", "'a b' --rate 2.0 --kind b --batch 1 2 3 --rest p q --limit 5 --loud"):
         config = parse(Config, argv=shlex.split(line))
