@@ -344,3 +344,19 @@ def test_openapi_describes_bodies_answers_and_problems(client):
     assert {"image/png", "image/jpeg", "multipart/form-data", "application/json"} <= bodies
     assert {"200", "400", "413", "415", "422", "500"} <= set(predict["responses"])
     assert list(predict["responses"]["415"]["content"]) == ["application/problem+json"]
+
+
+def test_openapi_describes_every_error_as_a_problem(client):
+    response = client.get("/openapi.json")
+    document = response.json()
+    errors = [
+        (path, method, status, list(answer["content"]))
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        for status, answer in operation["responses"].items()
+        if status >= "400"
+    ]
+    assert len(errors) > 40
+    assert not [row for row in errors if row[3] != ["application/problem+json"]]
+    schemas = document["components"]["schemas"]
+    assert not [name for name in schemas if f'"#/components/schemas/{name}"' not in response.text]
