@@ -72,7 +72,7 @@ pictures: setup ## draw docs/pictures again, from models/ and the checkpoint of 
 	@$(BIN)/python export/evaluate.py $(BUNDLED) --out $(dir $(CHECKPOINT))report
 	@cp $(dir $(CHECKPOINT))report/confusion.png $(dir $(CHECKPOINT))report/reliability.png docs/pictures/
 
-bench: setup ## the short form of every benchmark, eight minutes, into runs/bench; full figures are in docs/benchmarks
+bench: setup ## the short form of most benchmarks, some eight minutes, into runs/bench; full figures are in docs/benchmarks
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
 	@for script in $(BENCHMARKS); do $(BIN)/python $$script --quick --out runs/bench || exit; done
 
