@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 
 from common.image import FORMATS
@@ -360,3 +361,11 @@ def test_openapi_describes_every_error_as_a_problem(client):
     assert not [row for row in errors if row[3] != ["application/problem+json"]]
     schemas = document["components"]["schemas"]
     assert not [name for name in schemas if f'"#/components/schemas/{name}"' not in response.text]
+
+
+def test_the_openapi_document_is_written_once(client, monkeypatch):
+    first = client.get("/openapi.json")
+    monkeypatch.setattr(JSONResponse, "render", lambda *_: pytest.fail("written again"))
+    again = client.get("/openapi.json")
+    assert (again.status_code, again.content) == (200, first.content)
+    assert again.headers["x-request-id"] != first.headers["x-request-id"]
