@@ -23,6 +23,7 @@ from fold.graph import GraphNet
 from fold.nodes import Graph, Node
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+LARGEST_BIAS = 2**30  # of the int32 that it is held in, which the sums of products share
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ def _is_rectified(plain: Graph, name: str) -> bool:
 
 def _write_convolution(graph: GraphWriter, node: Node, x: EightBitTensor, reach: Range) -> EightBitTensor:
     """Weights int8 with a scale for every filter, bias int32 in units of the products."""
-    weight, scales = quantize_filters(node.tensors["weight"].numpy())
-    bias = node.tensors["bias"].numpy().astype(np.float64) if "bias" in node.tensors else np.zeros(len(weight))
-    bias = np.clip(np.rint(bias / (x.scale * scales.astype(np.float64))), -(2**30), 2**30)
+    bias = node.tensors["bias"].numpy().astype(np.float64) if "bias" in node.tensors else np.zeros(1)
+    weight, scales = quantize_filters(node.tensors["weight"].numpy(), bias / x.scale)
+    bias = np.rint(bias / (x.scale * scales.astype(np.float64)))
     output = _declare(graph, node.name, reach)
     zeros = np.zeros(len(weight), np.int8)
     constants = {"weight": weight, "weight.scale": scales, "weight.zero": zeros, "bias": bias.astype(np.int32)}
@@ -128,20 +129,27 @@ def _write_convolution(graph: GraphWriter, node: Node, x: EightBitTensor, reach:
     return output
 
 
-def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_filters(weight: np.ndarray, bias: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """[N_o, ...] → int8 from -127 to 127, and scales float32 [N_o]: symmetric, one for each filter.
 
     No two weights of a filter add up beyond ±128, so that no processor's sum of two products with unsigned bytes
     leaves 16 bits: 255 · 128 = 32,640. Those without VNNI saturate there. A filter whose weights would is given a
-    larger scale: the two largest add up to 127 steps, and rounding both adds one at most. Filters so small that their
-    scale is not a normal float32 are zeros.
+    larger scale: the two largest add up to 127 steps, and rounding both adds one at most. `bias`: see `usable`.
     """
     filters = weight.reshape(len(weight), -1).astype(np.float64)
-    largest = np.abs(filters).max(axis=1)
-    scales = np.maximum(largest, largest_pair(filters)) / 127
-    scales = np.where(scales >= np.finfo(np.float32).tiny, scales, 1.0).astype(np.float32)
+    scales = usable(np.maximum(np.abs(filters).max(axis=1), largest_pair(filters)) / 127, bias)
     per_filter = scales.reshape(-1, *[1] * (weight.ndim - 1))
     return np.clip(np.rint(weight / per_filter), -127, 127).astype(np.int8), scales
+
+
+def usable(scales: np.ndarray, bias: np.ndarray | float) -> np.ndarray:
+    """float32 [N_o]: the scales of filters, larger for those that are next to nothing, as of faded channels.
+
+    `bias` [N_o] is in units of the activations' scale; in units of the products it is LARGEST_BIAS at most. Filters so
+    small that their scale is not a normal float32 are zeros.
+    """
+    scales = np.maximum(scales, np.abs(bias) / LARGEST_BIAS)
+    return np.where(scales >= np.finfo(np.float32).tiny, scales, 1.0).astype(np.float32)
 
 
 def _declare(graph: GraphWriter, name: str, reach: Range) -> EightBitTensor:

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import onnx
 
+from common.difference import share
 from common.interval import Z_TWO, interval
 from common.refusal import Refusal
 from common.spec import Spec
@@ -117,7 +118,7 @@ def relative_error(reference: np.ndarray, logits: np.ndarray) -> float:
     A value common to all classes of an image changes no probability.
     """
     before, after = (part - part.mean(axis=1, keepdims=True) for part in (reference, logits))
-    return float(np.sqrt(((after - before) ** 2).mean() / (before**2).mean()))
+    return share(*(float(np.sqrt((part**2).mean())) for part in (after - before, before)))
 
 
 def top1_agreement(reference: np.ndarray, logits: np.ndarray) -> float:

@@ -292,6 +292,8 @@ def test_what_cannot_be_served_is_one_line(artefact, tmp_path, taken_port):
         ([artefact, tmp_path / "text.onnx", "--port", 0], "text.onnx is not a valid ONNX file"),
         ([artefact, "--port", 0, "--runtime", "mnn", "--devices", 0], "MNN runs only on the CPU; leave device 0 out"),
         ([artefact, "--port", 0, "--workers", 0], "--workers must be 1 or more, got 0"),
+        ([artefact, "--port", 0, "--max-held-mb", "inf"], "--max-held-mb and --max-decoded-mb must be finite numbers"),
+        ([artefact, "--port", 0, "--max-body-mb", "nan"], "--max-held-mb and --max-decoded-mb must be finite numbers"),
         ([artefact, "--port", 0, "--devices", 0, 1], "ONNX Runtime finds no CUDA device 0 here"),
         ([artefact, "--port", 0, "--api-key-file", tmp_path / "text.onnx", "--max-batch", 0], "max_batch must be"),
     ):

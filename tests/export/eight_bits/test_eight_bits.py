@@ -129,6 +129,25 @@ def test_a_filter_of_zeros_and_the_largest_weight_survive():
     assert not levels[0].any()
 
 
+@pytest.mark.parametrize("faded", [1e-15, 1e-43, 0.0])
+@pytest.mark.parametrize("form", ["integers", "for ONNX Runtime", "for TensorRT"])
+def test_a_channel_that_training_has_faded_out_keeps_its_bias(make_net, make_spec, images, form, faded):
+    """Weight decay shrinks a filter and its γ without end; β stays. The bias is then beyond 32 bits of products."""
+    net, spec, pixels = make_net(depth=10), make_spec(depth=10), images(24)
+    norm = net.get_submodule("group1.block0.bn")
+    with torch.no_grad():
+        norm.weight[::2] *= faded
+        norm.bias[::2] += 5.0
+    plain = fold(net).float()
+    floats = to_onnx(plain, spec, {})
+    reach = ranges(observe(floats, pixels), "min-max")
+    if form == "integers":
+        model = to_integer_onnx(plain, spec, {}, reach)
+    else:
+        model = to_qdq_onnx(floats, reach, precision="int8", for_onnxruntime=form == "for ONNX Runtime")
+    assert relative_error(answers(floats, pixels), answers(model, pixels)) < 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, images, target):
@@ -178,6 +197,8 @@ def test_a_drop_counts_what_is_lost():
     assert not drop
     assert measure_drop(reference, reference + 7.0, np.arange(4))  # what all classes share changes nothing
     assert relative_error(reference, reference + 7.0) == pytest.approx(0, abs=1e-12)
+    equal = np.ones((2, 3), np.float32)  # of a classifier of zeros
+    assert (relative_error(equal, 2 * equal), relative_error(equal, reference[:2, :3])) == (0.0, np.inf)
     assert top1_agreement(reference, -reference) == 0
 
 

@@ -17,12 +17,13 @@ from serve.processes.serving import limits_of
 from serve.request.app import make_app
 from serve.request.connection import MAX_HEADER_BYTES, Connection
 from serve.request.limits import Limits
+from serve.v2.routes import model_name
 
 PNG = {"Content-Type": "image/png"}
 
 
-def head(num_bytes, content_type="image/png"):
-    lines = ("POST /predict HTTP/1.1", "Host: a", f"Content-Type: {content_type}", f"Content-Length: {num_bytes}")
+def head(num_bytes, content_type="image/png", path="/predict"):
+    lines = (f"POST {path} HTTP/1.1", "Host: a", f"Content-Type: {content_type}", f"Content-Length: {num_bytes}")
     return "\r\n".join((*lines, "", "")).encode()
 
 
@@ -218,11 +219,13 @@ def test_a_full_server_refuses_before_the_body_has_come(live, gated, connect, pi
     file = encode(pixels[0])
     with live(make_app(gated, Limits(max_images=1, max_queue=1))) as url:
         gated.close()
-        accepted, refused = connect(url), connect(url)
+        accepted, refused, inference = connect(url), connect(url), connect(url)
         accepted.sendall(head(len(file)) + file)
         gated.wait()
         refused.sendall(head(len(file)))
+        inference.sendall(head(100, path=f"/v2/models/{model_name(gated.model)}/infer"))
         assert one_answer(refused).startswith(b"HTTP/1.1 503 ")
+        assert one_answer(inference).startswith(b"HTTP/1.1 503 ")
         gated.open()
         assert one_answer(accepted).startswith(b"HTTP/1.1 200 ")
         refused.sendall(file + head(len(file)) + file)  # the body was dropped; the connection is good for more

@@ -1,6 +1,7 @@
 """The Open Inference Protocol over gRPC, asked by NVIDIA's client and by hand, of a server that speaks HTTP too."""
 
 import asyncio
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -105,7 +106,9 @@ def test_http_and_grpc_answer_side_by_side_on_one_event_loop(serve_rpc, runtime,
 def test_an_answer_has_the_requests_id_and_says_where_the_time_went(served_rpc, pixels):
     _, _, metadata = served_rpc.raw(request_of(pixels[:1]), metadata=[("x-request-id", "mine")])
     assert metadata["x-request-id"] == "mine"
-    assert "model;dur=" in metadata["server-timing"]
+    times = dict(re.findall(r"(\w+);dur=(\d+\.\d\d)", metadata["server-timing"]))
+    assert list(times) == ["decode", "queue", "model", "total"]
+    assert float(times["total"]) > 0
     visit = served_rpc.visits.get(timeout=60)
     assert (visit.id, visit.path, visit.status, visit.num_images) == (b"mine", f"{SERVICE}ModelInfer", 200, 1)
     assert visit.client == "127.0.0.1"
@@ -120,6 +123,17 @@ def test_calls_stand_in_the_metrics_beside_requests(served_rpc, pixels):
         assert f'diracnet_requests_total{{path="{SERVICE}ModelInfer",status="{status}"}} 1.0' in shown
     assert "ModelConfig" not in shown
     assert 'diracnet_predict_seconds_count{stage="total"} 1.0' in shown
+
+
+def test_every_method_has_a_series_and_no_other_address_makes_one(served_rpc):
+    methods = ["ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer"]
+    for method in methods:
+        served_rpc.raw(b"", method)
+    for made_up in ("", "Made-up", "ModelInfer/1"):
+        httpx.get(f"{served_rpc.url}{SERVICE}{made_up}", timeout=60)
+    shown = httpx.get(f"{served_rpc.url}/metrics", timeout=60).text
+    paths = set(re.findall(r'diracnet_requests_total\{path="([^"]*)"', shown))
+    assert paths == {*(SERVICE + method for method in methods), "other"}
 
 
 def test_a_key_guards_the_model_and_not_the_probes(serve_rpc, runtime, pixels):
