@@ -37,37 +37,42 @@ class EightBitTensor:
 
 
 def to_integer_onnx(net: GraphNet, spec: Spec, provenance: Mapping[str, Any], ranges: Ranges) -> onnx.ModelProto:
-    """images uint8 [N, H, W, C] → logits float32 [N, K], in eight bits from the second convolution on.
+    """images uint8 [N, H, W, C] → logits float32 [N, K], in eight bits between the stem and the last pool.
 
     `net` is a chain (`is_chain` in fold/lower.py) lowered to concat, shared, shared-split or skip; `ranges` are those
     of the tensors of its float graph. The stem, which reads pixels, and the classifier stay in float32.
     """
     plain = net.graph.convert(torch.float32)
     graph = GraphWriter(plain, spec.image)
-    start, end = _eight_bit_part(plain)
-    write_nodes(graph, plain.nodes[1:start])
+    part = eight_bit_part(plain)
+    write_nodes(graph, plain.nodes[1 : part.start])
     before = graph.tensor
     channels_last = graph.node("Transpose", f"{before}.channels-last", perm=[0, 2, 3, 1])
     x = _declare(graph, before, ranges[before])
     x = replace(x, name=graph.node("QuantizeLinear", f"{before}.quantized", channels_last, *x.parameters))
     tensors = {before: x}
-    for node in plain.nodes[start:end]:
+    for node in plain.nodes[part.start : part.stop]:
         tensors[node.name] = _write(graph, plain, node, [tensors[name] for name in node.inputs], ranges)
-    (last,) = plain.nodes[end].inputs
+    (last,) = plain.nodes[part.stop].inputs
     x = tensors[last]
     graph.node("DequantizeLinear", f"{x.name}.dequantized", x.name, *x.parameters)
     graph.outputs[last] = graph.node("Transpose", f"{x.name}.channels-first", perm=[0, 3, 1, 2])
-    write_nodes(graph, plain.nodes[end:])
+    write_nodes(graph, plain.nodes[part.stop :])
     return finish(graph, spec, provenance)
 
 
-def _eight_bit_part(plain: Graph) -> tuple[int, int]:
-    """Where it starts and ends: after the stem with its ReLU and pool, and before the last pool."""
-    ops = [node.op for node in plain.nodes]
-    start = ops.index("conv") + 1
-    while ops[start] in ("relu", "max_pool") and len(plain.readers(plain.nodes[start - 1].name)) == 1:
+def eight_bit_part(plain: Graph) -> range:
+    """The nodes in eight bits: after the stem with its ReLU and pool, and before the next pool of whole images.
+
+    The stem ends where one tensor alone is left to be read: branches and lowerings write its convolution as several.
+    Empty if these nodes hold no convolution, or more than one tensor is left before the pool.
+    """
+    ops, is_alone = [node.op for node in plain.nodes], [node.name in plain.trunk for node in plain.nodes]
+    start = is_alone.index(True, ops.index("conv")) + 1 if "conv" in ops else len(ops)
+    while "global_pool" in ops[start:] and is_alone[start] and ops[start] in ("relu", "max_pool"):
         start += 1
-    return start, ops.index("global_pool")
+    end = ops.index("global_pool", start) if "global_pool" in ops[start:] else start
+    return range(start, end) if "conv" in ops[start:end] and is_alone[end - 1] else range(0)
 
 
 def _write(

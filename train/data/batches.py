@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from common.cores import num_cores
+from common.environment import num_cores
 from common.refusal import Refusal
 from train.config import Settings
 from train.data.datasets import DatasetInfo, Part, Split
