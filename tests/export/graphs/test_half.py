@@ -68,3 +68,17 @@ def test_a_graph_of_a_fixed_batch_is_given_whole_batches_and_no_rest(files):
     )
     assert first_overflow(model, np.concatenate([mean[:3], noise, mean[:1]])) == "stem.conv"
     assert first_overflow(model, np.concatenate([mean, noise])) is None
+
+
+def test_real_images_are_looked_for_by_the_record_beside_the_plain_file(files, monkeypatch, capsys):
+    """The split.json of a run whose folder has grown since."""
+    asked = []
+
+    def real_images(*_, **where):
+        asked.append(where["beside"])
+        return None, "there are none"
+
+    monkeypatch.setattr("fold.image_sets.real_images", real_images)
+    argv = [str(files[0]), "--precision", "fp16"]
+    assert run_command(to_onnx.command, to_onnx.ToOnnxConfig, argv=argv) == 2  # it leaves float16's range
+    assert asked == [files[0].parent]
