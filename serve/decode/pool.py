@@ -77,9 +77,9 @@ class DecoderPool:
         self._light: ImageQueue = ImageQueue()
         self._heavy: ImageQueue = ImageQueue()
         self._budget = budget or Budget(limits.heavy_bytes)
-        self._decoders = [
-            Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
-        ]
+        self.on_replace: Callable[[], None] = lambda: None  # a decoder that ended on an image
+        decoder = partial(Decoder, limits.decode_s, patience_s=limits.deadline_s, on_end=lambda: self.on_replace())
+        self._decoders = [decoder() for _ in range(limits.decode_processes)]
         thread, heavy = partial(threading.Thread, target=self._work, daemon=True), enumerate(self._decoders)
         self._threads = [
             *(thread(name=f"decode-{index}", args=(self._light, None)) for index in range(limits.decode_threads)),

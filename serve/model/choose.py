@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.cores import num_cores, processor, versions
 from common.documents import read_object
+from common.environment import num_cores, processor, versions
 from common.files import read_whole, write_whole
 from common.refusal import Refusal
 from export.compare import ALLOWED_DROP, INT8_AGREEMENT, TOLERANCES

@@ -128,6 +128,15 @@ def test_workers_count_together(start, artefact, pixels, encode):
 
 
 @pytest.mark.slow
+def test_lines_that_the_log_does_not_take_are_counted(start, artefact, pixels, encode):
+    with open("/dev/full", "w") as full:
+        server = start(artefact, stderr=full)
+    assert ask(server, encode(pixels[0])).status_code == 200
+    count = re.compile(r"^diracnet_log_lines_dropped_total ([1-9].*)", re.MULTILINE)
+    assert until(lambda: count.search(httpx.get(f"{server.url}/metrics", timeout=60).text))
+
+
+@pytest.mark.slow
 def test_the_report_beside_a_model_is_shown_where_it_is_of_this_file(start, artefact):
     digest = sha256(artefact.read_bytes()).hexdigest()
     row = {"images": "real", "num_images": 9, "relative": 1e-6, "top1_agreement": 1.0, "within_tolerance": True}

@@ -1,11 +1,14 @@
 """What a real connection may do to the server."""
 
+import socket
+import struct
 import threading
 from queue import SimpleQueue
 
 import httpx
 import pytest
 from raw_http import everything, one_answer, problem_in
+from serving import until
 
 from common.refusal import Refusal
 from serve.config import ServeConfig
@@ -96,6 +99,41 @@ def test_a_client_that_went_away_is_not_run(live, gated, connect, pixels, encode
         thread.join(60)
     assert answers[0].status_code == 200
     assert gated.batches == [1]
+
+
+@pytest.mark.parametrize("how", ["resets", "closes"])
+@pytest.mark.parametrize("when", ["with", "after"])
+def test_a_client_that_goes_with_a_request_behind_another_is_noticed(live, gated, connect, pixels, encode, how, when):
+    """Whether the second one came in the same segment, or once the server watched the client of the first."""
+    opened, visits, read = [], SimpleQueue(), threading.Semaphore(0)
+
+    class Told(Connection):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            opened.append(self)
+
+        def on_message_complete(self):
+            super().on_message_complete()
+            read.release()
+
+    gated.open()
+    file = encode(pixels[0])
+    first, second = head(len(file)) + file, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    with live(make_app(gated, Limits(deadline_s=1000), observers=[visits.put]), http=Told) as url:
+        gated.close()
+        connection = connect(url)
+        connection.sendall(first + second if when == "with" else first)
+        gated.wait()
+        if when == "after":
+            until(lambda: opened[0].cycle.message_event._waiters)
+            connection.sendall(second)
+        assert all(read.acquire(timeout=60) for _ in range(2))
+        if how == "resets":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        visit = visits.get(timeout=60)  # the gate is closed
+        gated.open()
+    assert (visit.path, visit.status) == ("/predict", 499)
 
 
 def test_a_client_that_goes_in_the_middle_of_its_body_costs_nothing(live, gated, connect):

@@ -55,24 +55,12 @@ def test_nvidias_client_gets_the_models_logits(client, runtime, pixels):
         np.testing.assert_allclose(logits, runtime(images), rtol=1e-5, atol=1e-5)
 
 
-def test_more_images_than_a_batch_keep_their_order(client, runtime, images):
-    many = images(40)
-    logits = client.infer(NAME, images_of(many)).as_numpy("logits")
-    np.testing.assert_allclose(logits, runtime(many), rtol=1e-4, atol=1e-4)
-
-
 def test_a_message_that_is_read_in_a_thread_gives_the_same(serve_rpc, runtime, images):
     """384 images of 192 bytes are longer than what the event loop reads itself."""
     many = images(384)
     with serve_rpc(runtime, Limits(max_images=384)) as served, tritons(served.target) as client:
         logits = client.infer(NAME, images_of(many)).as_numpy("logits")
     np.testing.assert_allclose(logits, runtime(many), rtol=1e-4, atol=1e-4)
-
-
-def test_files_are_decoded_as_predict_does(client, runtime, pixels, encode):
-    files = np.array([encode(image) for image in pixels[:3]], dtype=np.object_)
-    logits = client.infer(NAME, images_of(files, "BYTES")).as_numpy("logits")
-    np.testing.assert_allclose(logits, runtime(pixels[:3]), rtol=1e-5, atol=1e-5)
 
 
 def test_typed_tensors_are_answered_with_typed_ones(served_rpc, runtime, pixels, encode):
@@ -88,19 +76,6 @@ def test_typed_tensors_are_answered_with_typed_ones(served_rpc, runtime, pixels,
         assert list(answer.outputs[0].shape) == [2, 10]
         logits = np.reshape(answer.outputs[0].contents.fp32_contents, (2, 10))
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("asked", "given"), [(1, 1), (3, 3), (99, 10)])
-def test_classification_gives_score_index_and_label(client, runtime, pixels, asked, given):
-    outputs = [triton.InferRequestedOutput("logits", class_count=asked)]
-    classes = client.infer(NAME, images_of(pixels[:2]), outputs=outputs).as_numpy("logits")
-    assert classes.shape == (2, given)
-    for row, logits in zip(classes, runtime(pixels[:2]), strict=True):
-        best = sorted(range(10), key=lambda index: -logits[index])[:given]
-        for text, index in zip(row, best, strict=True):
-            score, number, label = text.decode().split(":")
-            assert (int(number), label) == (index, f"label {index}")
-            assert float(score) == pytest.approx(logits[index], abs=1e-5)
 
 
 def test_typed_classes_are_those_of_the_bytes(served_rpc, client, pixels):
