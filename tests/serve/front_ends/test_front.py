@@ -4,6 +4,7 @@ import asyncio
 import sys
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -55,6 +56,25 @@ def test_a_front_end_answers_as_a_whole_server_does(live, runtime, pixels, encod
             assert found.json()["results"][0]["label"] == answer["results"][0]["label"]
             assert found.json()["results"][0]["probability"] == pytest.approx(answer["results"][0]["probability"])
         assert post(url, b"no image").status_code == 422
+
+
+def test_jobs_that_are_answered_together_keep_their_own_times(live, runtime, pixels):
+    jobs = [SimpleNamespace(num_images=num, accepted=0.0, decode_s=0.0) for num in (2, 1)]
+
+    class Answered:
+        """A link whose batches took 1, 3 and 2 seconds."""
+
+        def take(self, flights):
+            return runtime(pixels[:3]), [1.0, 3.0, 2.0]
+
+    with running(runtime) as it:
+        batcher = FrontBatcher(it.dial(), it.limits)
+        for job in jobs:
+            job.served, job.top_k, job.is_probe = batcher.served, 1, False
+        batcher._share(Answered(), [SimpleNamespace(owner=job) for job in jobs])
+        batcher._link.end()
+    assert [job.model_s for job in jobs] == [3.0, 2.0]
+    assert [len(job.outcome) for job in jobs] == [2, 1]
 
 
 def test_the_batch_of_a_device_process_that_ends_is_503_and_what_comes_then_waits_for_the_next(

@@ -204,6 +204,13 @@ def test_a_jpeg_without_its_last_bytes_is_said_to_be_cut_short(client, pixels, e
     assert_problem(response, 422, "undecodable", "the image is cut short: its last bytes are missing")
 
 
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_a_body_may_be_as_long_as_the_limit(client, in_pieces):
+    for num_bytes, status, name in ((20_000, 422, "undecodable"), (20_001, 413, "too-large")):
+        content = iter([b"x" * num_bytes]) if in_pieces else b"x" * num_bytes
+        assert_problem(client.post("/predict", content=content, headers=PNG), status, name)
+
+
 def test_a_body_of_unknown_length_ends_at_the_limit(client):
     response = client.post("/predict", content=(b"x" * 1000 for _ in range(100)), headers=PNG)
     assert_problem(response, 413, "too-large")
@@ -328,7 +335,8 @@ def test_pages_ask_no_other_host_for_anything(client, address):
     response = client.get(address)
     assert response.headers["content-type"].startswith("text/html")
     policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
-    assert policy["default-src"] == "'none'"
+    for name in ("default-src", "base-uri", "form-action", "frame-ancestors"):
+        assert policy[name] == "'none'"
     for tag in ("script", "style"):
         (text,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", response.text, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -120,9 +120,12 @@ def test_a_full_queue_says_when_to_come_again(gated, file):
     assert int(problem.headers["Retry-After"]) >= 1
 
 
-def test_the_wait_is_what_the_waiting_images_took_so_far(runtime, file):
+@pytest.mark.parametrize(("num_devices", "wait_s"), [(1, "250"), (2, "125")])
+def test_the_wait_is_what_the_waiting_images_took_so_far(runtime, file, num_devices, wait_s):
     async def scenario():
-        async with Jobs(runtime, max_queue=1000) as jobs:
+        jobs = Jobs(runtime)
+        jobs.batcher = Batcher(Served((runtime,) * num_devices), Limits(max_queue=1000, decode_threads=0))
+        async with jobs:
             await jobs.ask(file)
             jobs.batcher.seconds_per_image = 0.25
             jobs.batcher.num_held = 1000
@@ -130,7 +133,24 @@ def test_the_wait_is_what_the_waiting_images_took_so_far(runtime, file):
                 await jobs.ask(file)
             return full.value
 
-    assert asyncio.run(scenario()).headers["Retry-After"] == "250"
+    assert asyncio.run(scenario()).headers["Retry-After"] == wait_s
+
+
+def test_the_pixels_that_wait_are_bounded_but_for_one_request(gated, file):
+    """192 bytes for each image: there is room for two, and one request may have three."""
+
+    async def scenario():
+        async with Jobs(gated, max_images=3, max_body_bytes=400, max_held_bytes=400) as jobs:
+            accepted = [jobs.ask(file, file, file)]
+            await gated.entered()
+            with pytest.raises(Problem) as full:
+                await jobs.ask(file)
+            gated.open()
+            await accepted[0]
+            await jobs.ask(file)  # there is room again
+            return full.value
+
+    assert asyncio.run(scenario()).kind == OVERLOADED
 
 
 def test_a_late_job_is_answered_and_never_run(gated, file):

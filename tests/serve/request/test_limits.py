@@ -1,9 +1,11 @@
 """What a real connection may do to the server."""
 
+import asyncio
 import threading
 from queue import SimpleQueue
 
 import httpx
+import orjson
 import pytest
 from raw_http import everything, one_answer, problem_in
 
@@ -12,14 +14,17 @@ from serve.config import ServeConfig
 from serve.decode.weigh import LIGHT
 from serve.processes.serving import limits_of
 from serve.request.app import make_app
+from serve.request.batcher import Batcher
 from serve.request.connection import MAX_HEADER_BYTES, Connection
+from serve.request.job import Served
 from serve.request.limits import Limits
 
 PNG = {"Content-Type": "image/png"}
+PREDICTIONS = ("/predict", "/v2/models/DiracNet-10-0.25/infer")
 
 
-def head(num_bytes, content_type="image/png"):
-    lines = ("POST /predict HTTP/1.1", "Host: a", f"Content-Type: {content_type}", f"Content-Length: {num_bytes}")
+def head(num_bytes, content_type="image/png", address="/predict"):
+    lines = (f"POST {address} HTTP/1.1", "Host: a", f"Content-Type: {content_type}", f"Content-Length: {num_bytes}")
     return "\r\n".join((*lines, "", "")).encode()
 
 
@@ -63,13 +68,40 @@ def test_an_answer_that_takes_too_long_is_504(live, gated, connect, pixels, enco
     assert "0.2 s" in problem["detail"]
 
 
-def test_a_slow_upload_is_408_and_cut_off(live, runtime, connect):
+@pytest.mark.parametrize("address", PREDICTIONS)
+def test_a_slow_upload_is_408_and_cut_off(live, runtime, connect, address):
     with live(make_app(runtime, Limits(deadline_s=0.2))) as url:
         connection = connect(url)
-        connection.sendall(head(100) + b"never more")
+        connection.sendall(head(100, address=address) + b"never more")
         answer = everything(connection)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"urn:diracnet:problem:timeout" in answer
+
+
+@pytest.mark.parametrize("address", PREDICTIONS)
+def test_the_deadline_counts_from_before_the_body(runtime, pixels, encode, address):
+    class Noting(Batcher):
+        async def classify(self, *given, deadline, **options):
+            deadlines.append(deadline)
+            return await super().classify(*given, deadline=deadline, **options)
+
+    async def body():
+        begins.append(asyncio.get_running_loop().time())
+        yield encode(pixels[0]) if address == "/predict" else orjson.dumps({"inputs": [tensor]})
+
+    async def scenario():
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://a") as client,
+        ):
+            return await client.post(address, content=body())
+
+    begins, deadlines, limits = [], [], Limits()
+    app = make_app(Noting(Served((runtime,)), limits), limits)
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": pixels[0].ravel().tolist()}
+    assert asyncio.run(scenario()).status_code == 200
+    assert deadlines[0] - limits.deadline_s <= begins[0]
 
 
 def test_a_client_that_went_away_is_not_run(live, gated, connect, pixels, encode):
