@@ -204,13 +204,6 @@ def test_a_jpeg_without_its_last_bytes_is_said_to_be_cut_short(client, pixels, e
     assert_problem(response, 422, "undecodable", "the image is cut short: its last bytes are missing")
 
 
-@pytest.mark.parametrize("in_pieces", [False, True])
-def test_a_body_may_be_as_long_as_the_limit(client, in_pieces):
-    for num_bytes, status, name in ((20_000, 422, "undecodable"), (20_001, 413, "too-large")):
-        content = iter([b"x" * num_bytes]) if in_pieces else b"x" * num_bytes
-        assert_problem(client.post("/predict", content=content, headers=PNG), status, name)
-
-
 def test_a_body_of_unknown_length_ends_at_the_limit(client):
     response = client.post("/predict", content=(b"x" * 1000 for _ in range(100)), headers=PNG)
     assert_problem(response, 413, "too-large")

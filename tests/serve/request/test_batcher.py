@@ -136,23 +136,6 @@ def test_the_wait_is_what_the_waiting_images_took_so_far(runtime, file, num_devi
     assert asyncio.run(scenario()).headers["Retry-After"] == wait_s
 
 
-def test_the_pixels_that_wait_are_bounded_but_for_one_request(gated, file):
-    """192 bytes for each image: there is room for two, and one request may have three."""
-
-    async def scenario():
-        async with Jobs(gated, max_images=3, max_body_bytes=400, max_held_bytes=400) as jobs:
-            accepted = [jobs.ask(file, file, file)]
-            await gated.entered()
-            with pytest.raises(Problem) as full:
-                await jobs.ask(file)
-            gated.open()
-            await accepted[0]
-            await jobs.ask(file)  # there is room again
-            return full.value
-
-    assert asyncio.run(scenario()).kind == OVERLOADED
-
-
 def test_a_late_job_is_answered_and_never_run(gated, file):
     async def scenario():
         async with Jobs(gated) as jobs:
@@ -302,6 +285,25 @@ def test_a_closed_batcher_takes_nothing(runtime, file):
     with pytest.raises(Problem) as closed:
         asyncio.run(scenario())
     assert closed.value.kind == NOT_READY
+
+
+def test_a_batch_that_ends_after_the_server_has_is_dropped_without_a_word(gated, file, monkeypatch):
+    monkeypatch.setattr("serve.request.batcher._LAST_BATCH_S", 0)
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+
+    async def scenario():
+        async with Jobs(gated) as jobs:
+            asked = jobs.ask(file)
+            await gated.entered()
+            asked.cancel()
+            return jobs.batcher._runners
+
+    (thread,) = asyncio.run(scenario())
+    gated.open()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert not raised
 
 
 def test_limits_that_cannot_hold_are_refused_together():
