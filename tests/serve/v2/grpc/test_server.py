@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
 from serve.request import problems
-from serve.request.access import Access
+from serve.request.access import EVERYBODY, Access
 from serve.request.batcher import Batcher
 from serve.request.job import Served
 from serve.request.limits import Limits
@@ -271,6 +271,19 @@ def test_the_deadline_of_a_call_holds_while_the_model_is_busy(serve_rpc, gated, 
         statuses = {served.visits.get_nowait().status for _ in range(served.visits.qsize())}
         assert {200, 504} <= statuses <= {200, 408, 499, 504}
         assert gated.batches == [5]  # what came too late was not computed
+
+
+@pytest.mark.parametrize(("left_s", "status"), [(0, 504), (5.0, 499), (None, 499)])
+def test_a_call_that_grpc_ends_was_late_or_its_client_has_gone(left_s, status):
+    async def ended(context, visit):
+        raise asyncio.CancelledError
+
+    visits, address = [], "ipv4:127.0.0.1:1234"
+    server = GrpcServer("", None, SimpleNamespace(finish=visits.append), None, Limits(), EVERYBODY)
+    context = SimpleNamespace(invocation_metadata=tuple, peer=lambda: address, time_remaining=lambda: left_s)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(server._handle(f"{SERVICE}ModelInfer", "/v2/models", ended, None, context))
+    assert [visit.status for visit in visits] == [status]
 
 
 def test_a_server_without_an_answer_says_so_at_its_own_deadline(serve_rpc, gated, pixels):
