@@ -4,6 +4,7 @@ import asyncio
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -20,6 +21,7 @@ from common.refusal import Refusal
 from serve.front_ends.batcher import FrontBatcher
 from serve.request.access import Access
 from serve.request.app import make_app
+from serve.request.job import Served
 from serve.request.limits import Limits
 
 
@@ -75,6 +77,16 @@ def test_jobs_that_are_answered_together_keep_their_own_times(live, runtime, pix
         batcher._link.end()
     assert [job.model_s for job in jobs] == [3.0, 2.0]
     assert [len(job.outcome) for job in jobs] == [2, 1]
+
+
+def test_a_job_is_never_sent_to_another_model_than_the_one_it_was_made_for(runtime):
+    with running(runtime) as it:
+        batcher, lost = FrontBatcher(it.dial(0), it.limits), it.dial(1).connect()
+        lost.link.end()
+        assert batcher._find(Served((lost,))) is batcher.served  # the same model, on another connection
+        lost.model = replace(lost.model, digest="another")
+        assert batcher._find(Served((lost,))) is None
+        batcher._link.end()
 
 
 def test_the_batch_of_a_device_process_that_ends_is_503_and_what_comes_then_waits_for_the_next(

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import httpx
 import orjson
@@ -13,11 +14,14 @@ from common.refusal import Refusal
 from serve.config import ServeConfig
 from serve.decode.weigh import LIGHT
 from serve.processes.serving import limits_of
+from serve.request.access import EVERYBODY
 from serve.request.app import make_app
 from serve.request.batcher import Batcher
 from serve.request.connection import MAX_HEADER_BYTES, Connection
 from serve.request.job import Served
 from serve.request.limits import Limits
+from serve.request.predict import RequestHandler, Visit
+from serve.request.problems import Problem
 
 PNG = {"Content-Type": "image/png"}
 PREDICTIONS = ("/predict", "/v2/models/DiracNet-10-0.25/infer")
@@ -243,6 +247,17 @@ def test_all_bodies_together_are_bounded(live, gated, connect, pixels, encode):
     assert b"retry-after: 1" in refused
     with pytest.raises(Refusal, match="max_held_bytes must hold one body of 100, got 99"):
         Limits(max_body_bytes=100, max_held_bytes=99)
+
+
+def test_bytes_that_decoders_still_have_are_held_too():
+    """Those of requests that were given up while their images were being decoded."""
+    batcher = SimpleNamespace(decoding=SimpleNamespace(given_up_bytes=60))
+    limits = Limits(max_body_bytes=100, max_held_bytes=100)
+    handler = RequestHandler(None, batcher=batcher, limits=limits, access=EVERYBODY, observers=())
+    visit = Visit({"method": "POST", "path": "/predict"}, {})
+    handler.hold(visit, 40)
+    with pytest.raises(Problem, match="100 bytes of requests are held already"):
+        handler.hold(visit, 1)
 
 
 @pytest.mark.slow
