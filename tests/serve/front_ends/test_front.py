@@ -60,8 +60,9 @@ def test_a_front_end_answers_as_a_whole_server_does(live, runtime, pixels, encod
         assert post(url, b"no image").status_code == 422
 
 
-def test_jobs_that_are_answered_together_keep_their_own_times(live, runtime, pixels):
-    jobs = [SimpleNamespace(num_images=num, accepted=0.0, decode_s=0.0) for num in (2, 1)]
+def test_jobs_that_are_answered_together_keep_their_own_times(runtime, pixels, monkeypatch):
+    monkeypatch.setattr("serve.front_ends.batcher.monotonic", lambda: 100.0)
+    jobs = [SimpleNamespace(num_images=num, accepted=0.0, decode_s=10.0) for num in (2, 1)]
 
     class Answered:
         """A link whose batches took 1, 3 and 2 seconds."""
@@ -75,7 +76,7 @@ def test_jobs_that_are_answered_together_keep_their_own_times(live, runtime, pix
             job.served, job.top_k, job.is_probe = batcher.served, 1, False
         batcher._share(Answered(), [SimpleNamespace(owner=job) for job in jobs])
         batcher._link.end()
-    assert [job.model_s for job in jobs] == [3.0, 2.0]
+    assert [(job.model_s, job.queue_s) for job in jobs] == [(3.0, 87.0), (2.0, 88.0)]
     assert [len(job.outcome) for job in jobs] == [2, 1]
 
 

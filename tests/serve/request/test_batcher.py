@@ -3,7 +3,9 @@
 import asyncio
 import math
 import threading
+from functools import partial
 from time import monotonic
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -273,6 +275,21 @@ def test_a_failing_model_fails_its_batch_and_the_next_one_runs(gated, file):
     failed, after = asyncio.run(scenario())
     assert [str(error) for error in failed] == ["out of memory"] * 2
     assert after.outcome
+
+
+def test_a_shadow_is_offered_the_images_of_clients_and_no_probe(runtime, pixels):
+    offered = []
+
+    async def scenario():
+        async with Jobs(runtime, max_images=5) as jobs:
+            jobs.batcher.shadow = SimpleNamespace(offer=lambda model, images, *_: offered.append(len(images)))
+            deadline = asyncio.get_running_loop().time() + 60
+            ask = partial(jobs.batcher.classify, top_k=1, deadline=deadline, receive=jobs._receive)
+            await ask(pixels[:2])
+            await ask(pixels[:3], is_probe=True)
+
+    asyncio.run(scenario())
+    assert offered == [2]
 
 
 def test_a_closed_batcher_takes_nothing(runtime, file):
