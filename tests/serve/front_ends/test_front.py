@@ -74,8 +74,8 @@ def test_jobs_that_are_answered_together_keep_their_own_times(runtime, pixels, m
         batcher = FrontBatcher(it.dial(), it.limits)
         for job in jobs:
             job.served, job.top_k, job.is_probe = batcher.served, 1, False
-        batcher._share(Answered(), [SimpleNamespace(owner=job) for job in jobs])
-        batcher._link.end()
+        with batcher._link:
+            batcher._share(Answered(), [SimpleNamespace(owner=job) for job in jobs])
     assert [(job.model_s, job.queue_s) for job in jobs] == [(3.0, 87.0), (2.0, 88.0)]
     assert [len(job.outcome) for job in jobs] == [2, 1]
 
@@ -84,10 +84,10 @@ def test_a_job_is_never_sent_to_another_model_than_the_one_it_was_made_for(runti
     with running(runtime) as it:
         batcher, lost = FrontBatcher(it.dial(0), it.limits), it.dial(1).connect()
         lost.link.end()
-        assert batcher._find(Served((lost,))) is batcher.served  # the same model, on another connection
-        lost.model = replace(lost.model, digest="another")
-        assert batcher._find(Served((lost,))) is None
-        batcher._link.end()
+        with batcher._link:
+            assert batcher._find(Served((lost,))) is batcher.served  # the same model, on another connection
+            lost.model = replace(lost.model, digest="another")
+            assert batcher._find(Served((lost,))) is None
 
 
 def test_the_batch_of_a_device_process_that_ends_is_503_and_what_comes_then_waits_for_the_next(

@@ -139,6 +139,14 @@ def test_the_wait_is_what_the_waiting_images_took_so_far(runtime, file, num_devi
     assert asyncio.run(scenario()).headers["Retry-After"] == wait_s
 
 
+def test_the_time_of_an_image_follows_the_latest_batches_slowly(runtime):
+    batcher, seconds = Batcher(Served((runtime,)), Limits()), []
+    for per_image in (1.0, 2.0, 2.0):
+        batcher._record_speed(per_image)
+        seconds.append(batcher.seconds_per_image)
+    assert seconds == pytest.approx([1.0, 1.1, 1.19])
+
+
 def test_a_late_job_is_answered_and_never_run(gated, file):
     async def scenario():
         async with Jobs(gated) as jobs:
