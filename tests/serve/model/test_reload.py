@@ -64,6 +64,10 @@ def test_a_model_that_does_not_prove_itself_is_refused(runtime):
     for bad, message in (
         (fake(runtime, lambda images: runtime(images)[:, :9]), "gives 9 values per image for 10 labels"),
         (fake(runtime, lambda images: runtime(images) * np.nan), "gives values that are not finite"),
+        (
+            fake(runtime, lambda images: runtime(images) + np.float32([np.inf] + [0] * 9)),
+            "gives values that are not finite",
+        ),
         (fake(runtime, lambda images: runtime(images) + next(count)), "gives two answers to the same images"),
         (fake(runtime, fail), r"fails on its probe images \(RuntimeError\)"),
         (fake(runtime, lambda images: 1.01 * runtime(images), provenance=record), "away from what its file recorded"),
