@@ -101,8 +101,8 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     model = to_onnx(lower(plain.net, record["lowering"]), plain.spec, {}, precision=config.precision)
     if config.precision == "fp32":
         return model, record, True
-    training = plain.provenance.get("training", {})
-    real, _ = real_images(image, training, num=config.calibration_images, data_dir=config.data_dir)
+    training, where = plain.provenance.get("training", {}), {"data_dir": config.data_dir, "beside": config.plain.parent}
+    real, _ = real_images(image, training, num=config.calibration_images, **where)
     sets = {"extreme": extreme_images(image), "random": random_images(image), "real": real}
     for kind, images in sets.items():
         if images is not None and (node := first_overflow(model, images)):
@@ -162,6 +162,8 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Mad
     with progress(console, "testing", sum(map(len, (test, *set_aside)))) as advance:
         tested = answer_both(*forms, [test], advance)
         evidence = measure(answer_both(*forms, set_aside, advance), tested) if set_aside else None
+    if missing := len(test) - len(tested[0]):
+        raise Refusal(f"{missing} of {len(test)} test images cannot be read: repair them")
     drop = measure_drop(*tested, np.asarray(test.targets))
     _print(console, candidates, drop)
     if evidence:
