@@ -72,4 +72,4 @@ def test_startup(tmp_path, capsys):
     for model in models:
         assert len(model["starts"]) == 3
         assert not any(start["has_torch"] for start in model["starts"])
-    assert "| fastapi | " in (tmp_path / "startup.md").read_text()
+    assert "| tiny.onnx | " in (tmp_path / "startup.md").read_text()
