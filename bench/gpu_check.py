@@ -20,7 +20,6 @@ from rich.console import Console
 
 from bench.lab.page import Measurement, describe_machine, render, spread, table, typed_command, write_page
 from common.cli import POSITIONAL, run_command
-from common.cores import versions
 from common.files import read_whole, write_whole
 from common.progress import make_console
 from common.refusal import Refusal
@@ -30,24 +29,11 @@ BUNDLED = ROOT / "models" / "fashion-mnist.safetensors"
 QUERY = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
 SMALL = ("--depth", "10", "--width", "0.25", "--epochs", "1")
 GRACE_S = 15.0  # between Ctrl-C and SIGKILL
-# Packages besides PyTorch, and the sizes of their Linux wheels in MB.
-NEEDED = {
-    "train, fold": {"numpy": 17, "safetensors": 0.5, "rich": 0.3, "scikit-learn": 9, "matplotlib": 9},
-    "export": {"onnx": 18, "onnxruntime-gpu": 256},
-    "server": {
-        **{"fastapi": 0.2, "starlette": 0.1, "pydantic": 0.5, "pydantic-core": 2, "annotated-types": 0.02},
-        **{"typing-inspection": 0.02, "uvicorn": 0.1, "httptools": 0.5, "uvloop": 4, "python-multipart": 0.03},
-        **{"orjson": 0.1, "prometheus-client": 0.1, "pillow": 7},
-    },
-    "tests": {"pytest": 0.4, "pytest-timeout": 0.02, "hypothesis": 0.6},
-    "engines": {"tensorrt": 1500, "cuda-bindings": 6},
-}
 EXAMPLES = (
     "python bench/gpu_check.py                               # writes docs/gpu-NAME.md and .json",
     "python bench/gpu_check.py runs/NAME/plain.safetensors --batch-sizes 1 32",
     "python bench/gpu_check.py --device cpu --batch-sizes 1 8 --rounds 5 --out runs/cpu",
     "python bench/gpu_check.py --offline --budget-s 480 --out runs/gpu      # the whole road, installing nothing",
-    "python bench/gpu_check.py --needs                       # packages to carry to a machine without a network",
 )
 
 
@@ -68,7 +54,6 @@ class GpuCheckConfig(Measurement):
     ] = False
     budget_s: Annotated[float, "start no net (with --offline: no step) after this many seconds"] = 480.0
     data_dir: Annotated[Path | None, "--offline: folder of Fashion-MNIST (default: digits)"] = None
-    needs: Annotated[bool, "list the packages that --offline needs, with the sizes of their wheels"] = False
     render: Annotated[Path | None, "only write the page of this JSON record"] = None
 
 
@@ -82,9 +67,6 @@ def command(config: GpuCheckConfig) -> int:
     if config.render:
         text = page(json.loads(read_whole(config.render)))
         console.print(f"wrote {write_whole(config.out / f'{config.render.stem}.md', text.encode())}")
-        return 0
-    if config.needs:
-        print(needs())
         return 0
     if config.offline:
         out, data_dir = config.out.resolve(), config.data_dir and config.data_dir.resolve()
@@ -221,10 +203,10 @@ def steps(device: str, out: Path, data_dir: Path | None) -> tuple[Step, ...]:
     where = ("--data-dir", str(data_dir)) if data_dir else ()
     data = ("--dataset", "fashion-mnist" if data_dir else "digits", *where)
     if device == "cuda":
-        size, small, providers, loads = ("--depth", "34", "--width", "2", "--epochs", "15"), (), ("cpu", "cuda"), ()
+        size, small, providers = ("--depth", "34", "--width", "2", "--epochs", "15"), (), ("cpu", "cuda")
         rounds = ("1", "64", "256", "--rounds", "3", "--round-s", "0.1")
     else:
-        size, small, providers, loads = SMALL, SMALL, ("cpu",), ("2",)
+        size, small, providers = SMALL, SMALL, ("cpu",)
         rounds = ("1", "--rounds", "1", "--round-s", "0.01")
     train = ("train/run.py", "--device", device, "--json", "--out")
     own = ("-m", "bench.gpu_steps")
@@ -243,7 +225,6 @@ def steps(device: str, out: Path, data_dir: Path | None) -> tuple[Step, ...]:
         Step("parity, fp16", 60, ("export/parity.py", half, "--against", plain, *against), half),
         Step("driver's calls", 60, (*own, "driver_calls", device)),
         Step("sessions", 90, (*own, "sessions", device, onnx, half), half),
-        Step("torch's graphs, loaded again", 90, (*own, "torch_loads", device, half, *loads), half),
         Step("server", 150, (*own, "server", device, half), half),
         Step("engine", 120, ("export/to_trt.py", onnx, "--batch", "1", "8", "64"), onnx),
         Step("engine's parity", 60, ("export/parity.py", onnx, "--against", engine, *where), engine),
@@ -319,22 +300,6 @@ def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def needs() -> str:
-    """A table of the packages that the steps need besides PyTorch, with the sizes of their wheels.
-
-    It shows which are missing on a bare machine (bench/gpu-image.txt), so that you must bring them, and which here.
-    """
-    there, _, _ = (ROOT / "bench" / "gpu-image.txt").read_text().partition("\n# Not there")
-    on_image = {line.partition("==")[0] for line in there.splitlines()}
-    here = versions(*(name for packages in NEEDED.values() for name in packages))
-    rows = [
-        [of, name, f"{size:g} MB", "there" if name in on_image else "carry", here.get(name, "missing")]
-        for of, packages in NEEDED.items()
-        for name, size in packages.items()
-    ]
-    return table(["for", "package", "wheel", "bare machine", "here"], rows)
 
 
 if __name__ == "__main__":

@@ -174,31 +174,6 @@ def sessions(device: str, *paths: str) -> Iterator[Result]:
             yield {**row, "median_ms": median_ms(call, 0, min_calls=num_calls)}
 
 
-def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = "60") -> Iterator[Result]:
-    """--runtime torch loaded repeatedly, with graphs of two batch sizes: no memory may stay allocated."""
-    import torch
-
-    from export.runtimes.load import load_runtime
-
-    def load() -> None:
-        runtime = load_runtime(Path(path), name="torch", device=0 if device == "cuda" else None)
-        image = runtime.model.spec.image
-        for num in (1, 8):
-            runtime(np.zeros((num, *image.shape), np.uint8))
-
-    def held() -> np.ndarray:
-        """Bytes allocated by tensors, and bytes reserved by PyTorch's allocator; 0 without a device."""
-        return np.array([torch.cuda.memory_allocated(), torch.cuda.memory_reserved()])
-
-    load()
-    before, end, loads = held(), time.monotonic() + float(limit_s), 0
-    while loads < int(num_loads) and time.monotonic() < end:
-        load()
-        loads += 1
-    kept, reserved = (held() - before).tolist()
-    yield {"loads": loads, "bytes kept on the device": kept, "bytes kept by PyTorch for the next": reserved}
-
-
 def server(device: str, path: str) -> Iterator[Result]:
     """serve/run.py on both runtimes with several numbers of workers; the client is one Python process, a bottleneck."""
     from bench.lab.server import start
@@ -224,8 +199,7 @@ async def _load(port: int, image: bytes, num_connections: int, seconds: float = 
 
 
 STEPS: dict[str, Callable[..., Iterator[Result]]] = {
-    step.__name__: step
-    for step in (machine, driver_calls, fold_on_device, training_speed, sessions, torch_loads, server)
+    step.__name__: step for step in (machine, driver_calls, fold_on_device, training_speed, sessions, server)
 }
 
 if __name__ == "__main__":
