@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.lab.process import cost_of
-from bench.lab.rounds import Timing, alternate_all, median_ms, speedup
+from bench.lab.rounds import Timing, alternate, median_ms, speedup
 from bench.nets import dirac_spec, reference_form
 from bench.training import BATCH_SIZE, FORMS, PRECISIONS
 from common.cores import num_cores
@@ -125,7 +125,7 @@ def _race(
     actions: Mapping[Any, Callable[[], object]], rounds: int, round_s: float, advance: Advance
 ) -> dict[Any, Timing]:
     racers = {name: partial(median_ms, action, round_s, min_calls=1) for name, action in actions.items()}
-    return alternate_all(racers, batch_size=BATCH_SIZE, num_rounds=rounds, advance=advance)
+    return alternate(racers, batch_size=BATCH_SIZE, num_rounds=rounds, advance=advance)
 
 
 def measure_memory(net: tuple[int, float], forms: Iterable[str], advance: Advance) -> list[dict[str, Any]]:
