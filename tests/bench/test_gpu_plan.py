@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_check, gpu_steps
-from bench.gpu_check import Step, run_plan, run_step
+from bench import gpu_steps
+from bench.gpu_steps import Step, run_plan, run_step
 from common.cli import run_command
 from export.runtimes import gpu
 
@@ -45,7 +45,7 @@ def test_a_step_over_its_limit_gets_ctrl_c_and_is_killed_if_it_goes_on(tmp_path,
     deaf = begin + "signal.signal(signal.SIGINT, signal.SIG_IGN)\nsignal.pause()"
     row = run_step(Step("obeys", 5, code(obeys)), 5)
     assert (row["outcome"], row["said"][-1]) == ("stopped by its limit of 5 s", "saved")
-    monkeypatch.setattr(gpu_check, "GRACE_S", 0.5)
+    monkeypatch.setattr(gpu_steps, "GRACE_S", 0.5)
     assert "does not stop" in run_step(Step("deaf", 5, code(deaf)), 5)["outcome"]
 
 
@@ -75,7 +75,7 @@ def test_the_rest_goes_on_and_results_are_written_after_every_step(tmp_path):
 def test_every_step_is_a_command_that_is_there(tmp_path):
     """A wrong flag would fail on the machine with the GPU, which has minutes."""
     for device in ("cuda", "cpu"):
-        for step in gpu_check.steps(device, tmp_path, tmp_path):
+        for step in gpu_steps.steps(device, tmp_path, tmp_path):
             script, *argv = step.argv
             if argv[0] == "bench.gpu_steps":
                 assert argv[1] in gpu_steps.STEPS
