@@ -1,4 +1,4 @@
-"""python bench/server.py: our server, with and without gc.freeze, beside a naive FastAPI handler and five others."""
+"""python bench/server.py: our server beside a naive FastAPI handler and five others."""
 
 import sys
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class ServerConfig(Measurement):
     servers: Annotated[
-        tuple[Literal["ours", "fastapi", "litserve", "bentoml", "ray", "mlserver", "mosec", "unfrozen"], ...],
+        tuple[Literal["ours", "fastapi", "litserve", "bentoml", "ray", "mlserver", "mosec"], ...],
         "which are compared (default: all)",
     ] = ()
     models: Annotated[tuple[Literal["small", "large"], ...], "4.7 and 38 million multiplications per image"] = (

@@ -122,13 +122,6 @@ class Server:
         self._process.send_signal(signal.SIGHUP)
         self.wait_for(message, after=num_lines)
 
-    def predict(self, image: bytes) -> int:
-        """The status of one POST /predict; 0 if the connection was lost."""
-        try:
-            return self.client.post("/predict", content=image, headers={"Content-Type": "image/png"}).status_code
-        except httpx.HTTPError:
-            return 0
-
     def stop(self) -> float:
         """Send SIGTERM and wait; the seconds until the process has ended."""
         start = time.monotonic()

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from bench.lab.page import Record, render
 
 OURS = "ours, raw body"
-OWN = ("ours", "unfrozen")  # the servers of this project
 NAIVE = "FastAPI handler, raw body"
 CONNECTIONS = (1, 16, 64)
 MOST = CONNECTIONS[-1]
@@ -85,7 +84,7 @@ def _in_short(model: Record) -> str:
 
 def _p99_of_others(rows: Mapping[str, Record]) -> list[tuple[float, str]]:
     """In ms, the lowest first, with the title."""
-    return sorted((_median(row, "p99_ms"), title) for title, row in rows.items() if row["server"] not in OWN)
+    return sorted((_median(row, "p99_ms"), title) for title, row in rows.items() if row["server"] != "ours")
 
 
 def _section(model: Record) -> dict[str, Any]:
