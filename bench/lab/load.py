@@ -130,6 +130,8 @@ class Load:
                 now = self._loop.time()
                 self.replies.append(Reply(number, status, now - due, now))
                 self._take(Reply(number, status, now - due, now, head, body))
+                if status == LOST:
+                    connection.transport.abort()
         if connection:
             connection.transport.abort()
 
