@@ -13,7 +13,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import Measurement, describe_machine, publish, render
-from bench.lab.process import in_fresh_process
 from bench.lab.rounds import turns
 from bench.lab.server import IMAGE, MODEL, start
 from common.cli import POSITIONAL, run_command
@@ -40,9 +39,11 @@ class StartupConfig(Measurement):
 
 def command(config: StartupConfig) -> None:
     """Start the server repeatedly, wait until /readyz answers 200, send 100 requests, and read its memory."""
+    from bench.servers.race import write_net  # which imports torch
+
     rounds = 3 if config.quick else config.rounds
     with tempfile.TemporaryDirectory() as folder:
-        paths = config.models or (in_fresh_process(_write_tiny_net, Path(folder)), MODEL)
+        paths = config.models or (write_net("tiny", (), Path(folder)).path, MODEL)
         models: dict[Path, dict[str, Any]] = {
             path: {"name": path.name, "file_bytes": path.stat().st_size, "starts": []} for path in paths
         }
@@ -75,12 +76,6 @@ def _start(model: Path) -> dict[str, Any]:
     if set(statuses) != {200}:
         raise Refusal(f"POST /predict answered {sorted(set(statuses))}")
     return {"ready_s": ready_s, "answer_s": answer_s, "resident_bytes": resident, "has_torch": has_torch}
-
-
-def _write_tiny_net(folder: Path) -> Path:
-    from bench.servers.race import write_net  # which imports torch
-
-    return write_net("tiny", (), folder).path
 
 
 if __name__ == "__main__":
