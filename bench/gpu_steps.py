@@ -306,7 +306,7 @@ def sessions(device: str, *paths: str) -> Iterator[Result]:
 def server(device: str, path: str) -> Iterator[Result]:
     """serve/run.py on both runtimes with several numbers of workers; the client is one Python process, a bottleneck."""
     from bench.lab.server import start
-    from common.cores import num_cores
+    from common.environment import num_cores
 
     (*_, image) = sorted((ROOT / "models" / "held-out").glob("*.png"))
     devices = ("--devices", 0) if device == "cuda" else ()

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 from bench.lab.load import refuse_without_tools
 from bench.lab.page import Measurement, describe_machine, publish
 from common.cli import run_command
-from common.cores import num_cores
+from common.environment import num_cores
 from common.files import write_whole
 from common.progress import make_console
 

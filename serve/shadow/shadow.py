@@ -113,7 +113,7 @@ class Shadow:
                 self._offers.put(_Offer(comparison, images[index], logits[index]))
             else:
                 with self._lock:
-                    comparison.count_dropped(1)
+                    comparison.count_dropped()
 
     def comparison_of(self, model: Model) -> Comparison | None:
         """The comparison with `model`; None before the shadow is loaded, or if the two cannot be compared."""
@@ -178,7 +178,7 @@ class Shadow:
             try:
                 with self._process or start_process(self._source()) as self._process:
                     self._serve(self._process)
-            except (Refusal, ProcessFailed) as failure:
+            except (Refusal, ProcessFailed, OSError) as failure:  # the last: no process can be made
                 if not (self._is_new or self._has_ended):
                     self._delay_s = min(_LONGEST_DELAY_S, max(1.0, 2 * self._delay_s))
                     _log.warning("the shadow restarts in %g s: %s", self._delay_s, failure)
@@ -201,7 +201,7 @@ class Shadow:
                 seconds, logits = process.ask(np.stack([offer.image for offer in offers]), _PATIENCE_S)
             except (BatchFailed, ProcessFailed) as failure:
                 for offer in offers:
-                    offer.comparison.count_failed(1)
+                    offer.comparison.count_failed()
                 if isinstance(failure, ProcessFailed):
                     raise
                 if may_log:

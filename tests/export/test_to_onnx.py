@@ -1,6 +1,7 @@
 """The command, on a net trained for two epochs on digits."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,7 +17,9 @@ from export.model_file.probe import probe_images
 from export.runtimes.onnx_session import OnnxSession
 from export.timing import ROUNDS, Timing, geometric_means, time_answers
 from fold import run as fold
+from fold.graph import GraphNet
 from fold.lowerings import LOWERINGS
+from fold.plain import load_plain, save_plain
 from train import run as train
 from train.data import datasets
 
@@ -213,10 +216,38 @@ def test_what_cannot_be_is_refused_in_one_line(plain, tmp_path, capsys, argv, me
 
 @pytest.mark.slow
 def test_a_net_that_does_not_say_what_it_learnt_needs_a_data_set(plain, tmp_path, capsys):
-    from fold.plain import load_plain, save_plain
-
     loaded = load_plain(plain)
     save_plain(tmp_path / "orphan.safetensors", loaded.net, loaded.spec, {})
     assert run(tmp_path / "orphan.safetensors", "--precision", "int8") == 2
     assert "name images to calibrate on" in capsys.readouterr().err
     assert run(tmp_path / "orphan.safetensors", "--precision", "int8", "--dataset", "digits", "--allow-drop") == 0
+
+
+def test_a_test_image_that_cannot_be_read_is_not_counted_as_another_one(plain, tmp_path, capsys):
+    """A run that skips what is unreadable has it among its test images: only decoding shows that its end is missing."""
+    train, photos = datasets.load("digits").train, tmp_path / "photos"
+    for index in range(150):
+        path = photos / str(train.targets[index]) / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(train.images[index])[..., 0]).save(path)
+    training = {"dataset": "folder", "data_dir": str(photos), "skip_unreadable": True}
+    loaded = load_plain(plain)
+    test = datasets.load_as_trained(training, image=loaded.spec.image).test
+    damaged = photos / test.names[0]
+    damaged.write_bytes(damaged.read_bytes()[:-12])
+    save_plain(tmp_path / "plain.safetensors", loaded.net, loaded.spec, {"training": training})
+    assert run(tmp_path / "plain.safetensors", "--precision", "int8", "--lowering", "concat") == 2
+    assert f"1 of {len(test)} test images cannot be read" in capsys.readouterr().err
+
+
+def test_classes_in_another_order_than_the_data_sets_are_found_by_their_names(plain, tmp_path):
+    loaded = load_plain(plain)
+    fc = {f"fc.{key}": tensor.flip(0) for key, tensor in loaded.net.graph["fc"].tensors.items()}
+    spec = replace(loaded.spec, labels=loaded.spec.labels[::-1])
+    save_plain(tmp_path / "turned.safetensors", GraphNet(loaded.net.graph.with_tensors(fc)), spec, {})
+    argv = ("--precision", "int8", "--dataset", "digits", "--calibration-images", 64, "--allow-drop")
+    for path in (plain, tmp_path / "turned.safetensors"):
+        assert run(path, *argv, "--out", tmp_path / f"{path.stem}-int8.onnx") == 0
+    straight, turned = (record_of(tmp_path / f"{name}-int8.onnx")["test"] for name in ("plain", "turned"))
+    assert turned["float32_accuracy"] == pytest.approx(straight["float32_accuracy"])
+    assert min(turned["accuracy"], straight["accuracy"]) > 0.5

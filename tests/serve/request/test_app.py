@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 
 from common.image import FORMATS
@@ -344,3 +345,27 @@ def test_openapi_describes_bodies_answers_and_problems(client):
     assert {"image/png", "image/jpeg", "multipart/form-data", "application/json"} <= bodies
     assert {"200", "400", "413", "415", "422", "500"} <= set(predict["responses"])
     assert list(predict["responses"]["415"]["content"]) == ["application/problem+json"]
+
+
+def test_openapi_describes_every_error_as_a_problem(client):
+    response = client.get("/openapi.json")
+    document = response.json()
+    errors = [
+        (path, method, status, list(answer["content"]))
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        for status, answer in operation["responses"].items()
+        if status >= "400"
+    ]
+    assert len(errors) > 40
+    assert not [row for row in errors if row[3] != ["application/problem+json"]]
+    schemas = document["components"]["schemas"]
+    assert not [name for name in schemas if f'"#/components/schemas/{name}"' not in response.text]
+
+
+def test_the_openapi_document_is_written_once(client, monkeypatch):
+    first = client.get("/openapi.json")
+    monkeypatch.setattr(JSONResponse, "render", lambda *_: pytest.fail("written again"))
+    again = client.get("/openapi.json")
+    assert (again.status_code, again.content) == (200, first.content)
+    assert again.headers["x-request-id"] != first.headers["x-request-id"]
