@@ -35,11 +35,11 @@ EXAMPLES = ("DIRACNET_SIMULATED_US=200,4 python bench/servers/simulated.py model
 
 
 class Simulated:
-    """A runtime that gives every image the same logits, after `wait` of the number of images."""
+    """A runtime that gives every image the same logits, after `wait` of the number of images; by default at once."""
 
     platform = description = library = "simulated"
 
-    def __init__(self, path: Path, wait: Callable[[int], object]) -> None:
+    def __init__(self, path: Path, wait: Callable[[int], object] = lambda num_images: None) -> None:
         self.model, self._wait = OnnxSession(path, num_threads=1).model, wait
         logits = np.arange(len(self.model.spec.labels), dtype=np.float32)
         self._logits = np.broadcast_to(logits, (1_000_000, len(logits)))  # more than any batch; one row of memory
