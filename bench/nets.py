@@ -92,7 +92,8 @@ def random_net(spec: Spec) -> nn.Sequential:
 def net_of_file(path: Path) -> Net:
     """A plain net of fold/run.py. The fold left no Dirac form: that has random weights."""
     plain = load_plain(path)
-    real, _ = real_images(plain.spec.image, plain.provenance.get("training", {}), num=500 + NUM_CALIBRATION)
+    training, num = plain.provenance.get("training", {}), 500 + NUM_CALIBRATION
+    real, _ = real_images(plain.spec.image, training, num=num, beside=path.parent)
     torch.manual_seed(0)
     return Net(str(path), plain.spec, build(plain.spec).eval(), False, plain.net, real)
 
