@@ -20,7 +20,7 @@ from train import machine
 from train.checkpoint import Checkpoint, PlainFile, load_checkpoint, load_net, save_checkpoint
 from train.config import Settings, TrainConfig, command_to_resume, continued, like, recorded, typed
 from train.data import datasets
-from train.data.folder import FILE, Files, refuse_what_cannot_be_judged
+from train.data.folder import FILE, Files, take_decodable
 from train.families import count_parameters, outline
 from train.fine_tune.from_plain import load_source
 from train.machine import World
@@ -28,6 +28,7 @@ from train.report import describe_fit, describe_row, draw_learning_curve, event_
 from train.temperature import Fit, fit_temperature
 from train.trainer import Trainer, answers, evaluate
 
+DECODING = "decoding validation and test images"
 FILES = ("checkpoint.pt", "best.pt")  # where the run stands; its best epoch by validation, or its last without
 
 
@@ -94,7 +95,7 @@ def set_up(
     if not settings.skip_unreadable:
         for part in (dataset.validation, dataset.test):
             if isinstance(part, Files) and len(part):
-                refuse_what_cannot_be_judged(part, track(console, "decoding validation and test images"))
+                take_decodable(part, track(console, DECODING))
     trainer = Trainer(settings, spec, dataset, world, console)
     if earlier:
         trainer.resume(earlier)
@@ -130,7 +131,8 @@ def _load(
         skip_unreadable=config.skip_unreadable,
         track=track(console, "reading images"),
     )
-    dataset = datasets.divide(dataset, config.resolved().validation, seed=config.seed)
+    decoding = track(console, DECODING)
+    dataset = datasets.divide(dataset, config.resolved().validation, seed=config.seed, track=decoding)
     if config.learnt == "folder":
         print_survey(console, dataset)
     return dataset

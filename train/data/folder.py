@@ -115,10 +115,10 @@ def _refuse_folder(error: OSError) -> None:
     raise Refusal(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
-def refuse_what_cannot_be_judged(files: Files, track: Track) -> None:
-    """Decodes every file; refuses those that cannot be read, in one message.
+def take_decodable(files: Files, track: Track) -> tuple[Files, list[LeftOut]]:
+    """The files that can be decoded, and the others; refuses those in one message, unless they may be skipped.
 
-    A truncated body shows only when it is decoded, and these images are first needed after the last epoch.
+    A truncated body shows only when it is decoded, and the images to be judged are first needed after the last epoch.
     """
 
     def fault(path: str) -> str | None:
@@ -129,9 +129,12 @@ def refuse_what_cannot_be_judged(files: Files, track: Track) -> None:
         return None
 
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        faults = [fault for fault in track(pool.map(fault, files.paths), len(files)) if fault]
-    if faults:
-        raise Refusal(f"{len(faults)} of {len(files)} images to be judged are damaged: {faults[0]}")
+        faults = dict(zip(files.paths, track(pool.map(fault, files.paths), len(files)), strict=True))
+    damaged = [fault for fault in faults.values() if fault]
+    if damaged and not files.skip_unreadable:
+        raise Refusal(f"{len(damaged)} of {len(files)} images to be judged are damaged: {damaged[0]}")
+    left_out = [LeftOut(Path(path), UNREADABLE) for path, fault in faults.items() if fault]
+    return files.take(np.flatnonzero([not fault for fault in faults.values()])), left_out
 
 
 def class_folders(root: Path) -> list[Path]:

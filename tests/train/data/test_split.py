@@ -122,6 +122,31 @@ def test_a_run_keeps_its_images_when_the_folder_grows_and_refuses_another_one(fo
     assert "test accuracy" not in output.out
 
 
+def test_what_is_judged_can_be_decoded_and_is_the_same_for_every_later_command(folder):
+    """A JPEG cut short shows when it is decoded, so that a count of files would be too many."""
+    whole = datasets.divide(datasets.load("folder", data_dir=folder, image_size=8), 0.2, seed=0)
+    cut = [str(part.paths[0]) for part in (whole.test, whole.validation)]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
+    for path in cut:
+        noise.save(path, format="JPEG")
+        with open(path, "r+b") as file:
+            file.truncate(2000)
+    dataset = datasets.load("folder", data_dir=folder, image_size=8, skip_unreadable=True)
+    dataset = datasets.divide(dataset, 0.2, seed=0)
+    assert dataset.train.names == whole.train.names
+    assert dataset.test.names == whole.test.names[1:]
+    assert dataset.validation.names == whole.validation.names[1:]
+    assert {str(stranger.path) for stranger in dataset.left_out} == set(cut)
+    split, content = datasets.record(dataset)
+    assert split["test"] == len(whole.test) - 1
+    run = {"dataset": "folder", "data_dir": str(folder), "validation": 0.2, "skip_unreadable": True, "split": split}
+    (folder.parent / "split.json").write_bytes(content)
+    for beside in (None, folder.parent):
+        again = datasets.load_as_trained(run, beside=beside)
+        assert again.test.names == dataset.test.names
+        assert len(again.test.first(99)) == split["test"]
+
+
 @pytest.mark.slow
 def test_a_run_that_recorded_no_division_of_its_folder_is_not_resumed(folder, tmp_path, capsys):
     """A new one would test on images that it trained on."""
