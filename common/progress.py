@@ -1,5 +1,6 @@
 """Progress on work longer than two seconds: a bar on a terminal, plain lines elsewhere."""
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,8 +23,8 @@ def make_console(*, json: bool = False, quiet: bool = False) -> "Console":
 
 
 def printable(text: str) -> str:
-    """The text with question marks for bytes of a file's name that are not UTF-8."""
-    return text.encode(errors="replace").decode()
+    """The text on one line, with question marks for control characters and for bytes that are not UTF-8."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text.encode(errors="replace").decode())
 
 
 @contextmanager

@@ -237,7 +237,7 @@ def command(config: ClientConfig) -> int:
     console = make_console(json=config.json)
     paths, left_out = find_images(config.images)
     for line in describe_left_out(left_out):
-        console.print(printable(line))
+        console.print(line)
     with Client(config.url) as client:
         results = [*track(console, "asking")(client.predict_each(paths, top_k=config.top_k), len(paths))]
     table, rows, problems = Table("image", "class", "probability", "then"), [], []
@@ -249,7 +249,7 @@ def command(config: ClientConfig) -> int:
         rows.append({"image": str(path), **asdict(result)})
         best, *rest = result.top
         others = ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in rest)
-        table.add_row(printable(str(path)), best.label, f"{best.probability:.1%}", others)
+        table.add_row(*map(printable, (str(path), best.label, f"{best.probability:.1%}", others)))
     if config.json:
         print(json.dumps(rows))
     elif table.row_count:

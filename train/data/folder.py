@@ -15,6 +15,7 @@ from PIL import Image
 
 from common.files import read_whole, sha256
 from common.image import FORMATS, SUFFIXES, decode
+from common.progress import printable
 from common.refusal import Refusal
 from common.spec import ImageSpec
 
@@ -69,7 +70,7 @@ def describe_left_out(left_out: Sequence[LeftOut]) -> list[str]:
     """A line for each reason: the number of paths, and the first."""
     reasons = dict.fromkeys(stranger.why for stranger in left_out)
     by_reason = {why: [stranger.path for stranger in left_out if stranger.why == why] for why in reasons}
-    return [f"left out, {why}: {len(paths)}, first {paths[0]}" for why, paths in by_reason.items()]
+    return [printable(f"left out, {why}: {len(paths)}, first {paths[0]}") for why, paths in by_reason.items()]
 
 
 def read(path: str, files: Files, crop: Callable | None = None, smallest_crop: float = 1.0) -> np.ndarray | None:
