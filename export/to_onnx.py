@@ -102,7 +102,8 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     if config.precision == "fp32":
         return model, record, True
     training = plain.provenance.get("training", {})
-    real, _ = real_images(image, training, num=config.calibration_images, data_dir=config.data_dir)
+    where: dict[str, Any] = {"data_dir": config.data_dir, "beside": config.plain.parent}
+    real, _ = real_images(image, training, num=config.calibration_images, **where)
     sets = {"extreme": extreme_images(image), "random": random_images(image), "real": real}
     for kind, images in sets.items():
         if images is not None and (node := first_overflow(model, images)):
@@ -188,10 +189,11 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
     from train.data import datasets
 
     training, image = plain.provenance.get("training", {}), plain.spec.image
-    name = config.dataset or training.get("dataset")
+    learnt = training.get("dataset")
+    name = config.dataset or learnt or ("folder" if config.data_dir else None)
     if name is None:
-        raise Refusal(f"{config.plain} records no data set: name images to calibrate on by --dataset and --data-dir")
-    if config.dataset:
+        raise Refusal(f"{config.plain} records no data set: name images to calibrate on by --dataset or --data-dir")
+    if config.dataset or not learnt:
         dataset = datasets.load(name, data_dir=config.data_dir, image=image)
     else:
         dataset = datasets.load_as_trained(training, data_dir=config.data_dir, beside=config.plain.parent, image=image)

@@ -1,6 +1,7 @@
 """The command, on a net trained for two epochs on digits."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,9 +17,12 @@ from export.model_file.probe import probe_images
 from export.runtimes.onnx_session import OnnxSession
 from export.timing import ROUNDS, Timing, geometric_means, time_answers
 from fold import run as fold
+from fold.graph import fold as fold_graph
 from fold.lowerings import LOWERINGS
+from fold.plain import load_plain, save_plain
 from train import run as train
 from train.data import datasets
+from train.families import build
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +196,20 @@ def test_images_of_another_kind_do_not_calibrate(plain, tmp_path, capsys):
     assert "fashion-mnist has images of shape (28, 28, 1), the net takes (8, 8, 1)" in capsys.readouterr().err
 
 
+def test_float16_is_tried_on_the_images_of_the_run_though_their_folder_has_grown(tmp_path, make_spec):
+    photos, spec = tmp_path / "photos", make_spec(num_labels=2)
+    for path in (photos / label / f"{index}.png" for label in "ab" for index in range(3)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    spec = replace(spec, labels=("a", "b"))
+    split, content = datasets.record(datasets.divide(datasets.load("folder", data_dir=photos), 0.0, seed=0))
+    (tmp_path / "split.json").write_bytes(content)
+    training = {"dataset": "folder", "validation": 0.0, "split": split}
+    save_plain(tmp_path / "plain.safetensors", fold_graph(build(spec).eval()), spec, {"training": training})
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(photos / "a" / "new.png")
+    assert run(tmp_path / "plain.safetensors", "--precision", "fp16", "--data-dir", photos) == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -213,10 +231,15 @@ def test_what_cannot_be_is_refused_in_one_line(plain, tmp_path, capsys, argv, me
 
 @pytest.mark.slow
 def test_a_net_that_does_not_say_what_it_learnt_needs_a_data_set(plain, tmp_path, capsys):
-    from fold.plain import load_plain, save_plain
-
     loaded = load_plain(plain)
     save_plain(tmp_path / "orphan.safetensors", loaded.net, loaded.spec, {})
     assert run(tmp_path / "orphan.safetensors", "--precision", "int8") == 2
     assert "name images to calibrate on" in capsys.readouterr().err
+    for label in "ab":
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(3):
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "photos" / label / f"{index}.png")
+    folder = ("--data-dir", tmp_path / "photos")  # alone, as for every command
+    assert run(tmp_path / "orphan.safetensors", "--precision", "int8", *folder) == 2
+    assert "folder has 2 classes, and DiracNet-10-0.5 has 10" in capsys.readouterr().err
     assert run(tmp_path / "orphan.safetensors", "--precision", "int8", "--dataset", "digits", "--allow-drop") == 0
