@@ -3,9 +3,11 @@
 import json
 import math
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,7 @@ def train(config: TrainConfig) -> int:
     path, command = config.run_dir / "checkpoint.pt", typed(config)
     if path.exists() and not config.resume:
         raise Refusal(f"{path} exists: add --resume to go on, or name another folder with --out")
+    _refuse_unwritable(config.run_dir)
     earlier, source = load_checkpoint(path) if config.resume else None, None
     if earlier:
         config = continued(config, earlier)
@@ -71,6 +74,15 @@ def train(config: TrainConfig) -> int:
         if world.rank == 0:
             _finish(trainer)
     return 0
+
+
+def _refuse_unwritable(run_dir: Path) -> None:
+    """Before the first epoch rather than after it; makes nothing."""
+    place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise Refusal(f"cannot write to {run_dir}: {error.strerror}; name another folder with --out") from error
 
 
 def set_up(
