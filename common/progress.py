@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 LINE_EVERY_S = 10.0
 
@@ -20,6 +21,13 @@ def make_console(*, json: bool = False, quiet: bool = False) -> "Console":
     stream = sys.stderr if json else sys.stdout
     width = None if stream.isatty() else 160
     return Console(file=stream, highlight=False, width=width, soft_wrap=True, markup=False, quiet=quiet)
+
+
+def make_table(*headers: str) -> "Table":
+    """A table that breaks what is too long for a narrow terminal: paths and names of layers differ at their ends."""
+    from rich.table import Column, Table
+
+    return Table(*(Column(header, overflow="fold") for header in headers))
 
 
 def printable(text: str) -> str:

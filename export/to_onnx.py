@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 from common.cli import run_command
 from common.files import sha256, write_whole
-from common.progress import make_console, progress
+from common.progress import make_console, make_table, progress
 from common.refusal import Refusal
 from common.spec import DatasetName
 from fold.lowerings import Lowering
@@ -114,8 +114,6 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
-    from rich.table import Table
-
     from common.cores import num_cores
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
@@ -129,7 +127,7 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     }
     with progress(console, "timing lowerings", ROUNDS * len(config.batch_sizes)) as advance:
         rows = time_answers(answers, plain.spec.image, config.batch_sizes, advance=advance)
-    table = Table("lowering", *(f"batch {size}, ms" for size in config.batch_sizes))
+    table = make_table("lowering", *(f"batch {size}, ms" for size in config.batch_sizes))
     for lowering in answers:
         of_it = [row for row in rows if row.name == lowering]
         table.add_row(lowering, *(f"{row.median_ms:.2f} ({row.min_ms:.2f} to {row.max_ms:.2f})" for row in of_it))
@@ -210,11 +208,9 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
 
 
 def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:
-    from rich.table import Table
-
     from export.compare import ALLOWED_DROP
 
-    table = Table("lowering", "ranges", "logit error", "top-1 agreement")
+    table = make_table("lowering", "ranges", "logit error", "top-1 agreement")
     for row in candidates:
         shares = (f"{100 * share:.2f} %" for share in (row.relative_error, row.top1_agreement))
         table.add_row(row.lowering, row.method, *shares)

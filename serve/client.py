@@ -227,9 +227,7 @@ def command(config: ClientConfig) -> int:
     """Ask a server what it sees in images; exit status 1 if one of them could not be read."""
     import json
 
-    from rich.table import Table
-
-    from common.progress import make_console, printable, track
+    from common.progress import make_console, make_table, printable, track
     from train.data.folder import describe_left_out, find_images
 
     if not config.images:
@@ -240,7 +238,7 @@ def command(config: ClientConfig) -> int:
         console.print(line)
     with Client(config.url) as client:
         results = [*track(console, "asking")(client.predict_each(paths, top_k=config.top_k), len(paths))]
-    table, rows, problems = Table("image", "class", "probability", "then"), [], []
+    table, rows, problems = make_table("image", "class", "probability", "then"), [], []
     for path, result in zip(paths, results, strict=True):
         if isinstance(result, Refusal):
             rows.append({"image": str(path), "error": str(result)})
