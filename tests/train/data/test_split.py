@@ -10,8 +10,10 @@ from PIL import Image
 from common.cli import run_command
 from common.refusal import Refusal
 from common.spec import ImageSpec
+from fold.graph import fold
 from fold.image_sets import real_images
-from train.checkpoint import load_checkpoint
+from fold.plain import load_plain, save_plain
+from train.checkpoint import load_checkpoint, load_net
 from train.config import TrainConfig
 from train.data import datasets
 from train.data.folder import picked_by_name
@@ -85,6 +87,19 @@ def test_more_photographs_move_no_training_image_to_the_test_images(folder):
     assert sum(map(len, after)) == 44
     assert not before[0] & after[2]
     assert before[2] <= after[2]
+
+
+@pytest.mark.slow
+def test_a_folder_whose_name_is_not_utf_8_is_recorded_in_words_that_later_commands_read(folder, tmp_path):
+    named = folder.rename(tmp_path / b"caf\xe9".decode(errors="surrogateescape"))
+    assert run("--data-dir", named, *SMALL, "--out", tmp_path / "run") == 0
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert datasets.load_as_trained(state.config).test.names  # where it lies, in its own bytes
+    plain = tmp_path / "plain.safetensors"
+    save_plain(plain, fold(load_net(state)), state.spec, {"training": state.training_record()})
+    record = load_plain(plain).provenance["training"]
+    assert record["folder"] == "caf?"
+    assert "--data-dir 'caf?'" in record["command"]
 
 
 @pytest.mark.slow
