@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench.lab.page import Measurement, describe_machine, render, spread, table, typed_command, write_page
 from common.cli import POSITIONAL, run_command
-from common.cores import versions
+from common.environment import versions
 from common.files import read_whole, write_whole
 from common.progress import make_console
 from common.refusal import Refusal

@@ -202,7 +202,7 @@ def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = 
 def server(device: str, path: str) -> Iterator[Result]:
     """serve/run.py on both runtimes with several numbers of workers; the client is one Python process, a bottleneck."""
     from bench.lab.server import start
-    from common.cores import num_cores
+    from common.environment import num_cores
 
     (*_, image) = sorted(HELD_OUT.glob("*.png"))
     devices = ("--devices", 0) if device == "cuda" else ()

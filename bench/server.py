@@ -12,7 +12,7 @@ from bench.lab.load import refuse_without_tools
 from bench.lab.page import Measurement, describe_machine, publish
 from bench.lab.process import in_fresh_process
 from common.cli import run_command
-from common.cores import num_cores
+from common.environment import num_cores
 from common.files import write_whole
 from common.progress import make_console
 

@@ -23,7 +23,7 @@ from bench.lab.process import cost_of
 from bench.lab.rounds import Timing, alternate_all, median_ms, speedup, timing_of, turns
 from bench.nets import dirac_spec, reference_form
 from bench.training import BATCH_SIZE, FORMS, PRECISIONS
-from common.cores import num_cores
+from common.environment import num_cores
 from common.spec import ImageSpec, Spec
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.data.batches import Batch

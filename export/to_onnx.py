@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -114,7 +114,7 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
-    from common.cores import num_cores
+    from common.environment import num_cores
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
     from export.runtimes.onnx_session import ort
@@ -183,6 +183,8 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Mad
 
 def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[Any, Any, Any, Any]:
     """Training images to observe, training images to choose by, parts to choose a threshold by, and the test split."""
+    import numpy as np
+
     from export.eight_bits.escalation import images_to_choose_by, mixed
     from train.data import datasets
 
@@ -204,7 +206,11 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
     order = mixed(dataset.train)
     observed, chosen_by = (dataset.train.take(part) for part in (order[:num], order[num : 3 * num]))
     set_aside = images_to_choose_by(dataset, num) if config.precision == "int8" else []
-    return observed.first(len(observed)), chosen_by.first(len(chosen_by)), set_aside, dataset.test
+    test, labels = dataset.test, plain.spec.labels
+    if {*labels} == {*dataset.info.labels}:  # of a net of your own perhaps in another order
+        places = np.array([labels.index(label) for label in dataset.info.labels])
+        test = replace(test, targets=places[np.asarray(test.targets)])
+    return observed.first(len(observed)), chosen_by.first(len(chosen_by)), set_aside, test
 
 
 def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:

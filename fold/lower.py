@@ -147,10 +147,12 @@ def _sum(node: Node, first: Tensor, second: Tensor, *, source: str) -> Iterator[
 def _mirror(graph: Graph) -> Iterator[Node]:
     """Only convolutions and ReLUs. After a max-pool, which would lose −z, a concatenation makes [x; −x]."""
     rewritten = _rewritten(graph)
-    doubled = {  # convolutions that emit [z; −z]
+    doubled = {  # convolutions that emit [z; −z]; of groups, each would emit its own halves
         node.name
         for node in graph.nodes[:-1]
-        if node.op == "conv" and rewritten.issuperset(reader.name for reader in graph.readers(node.name))
+        if node.op == "conv"
+        and node.attributes["groups"] == 1
+        and rewritten.issuperset(reader.name for reader in graph.readers(node.name))
     }
     for node in graph.nodes:
         if node.name in rewritten and doubled.isdisjoint(node.inputs):

@@ -159,13 +159,14 @@ def sum_of_linear(graph: Graph, node: Node) -> Outcome:
         if maps is None:
             continue
         merged = added(*maps)
-        if isinstance(merged, Linear):
-            rest = tuple(name for index, name in enumerate(node.inputs) if index not in pair)
-            if not rest:
-                return Rewrite(node.name, (to_node(merged, equals=node.origin),))
+        rest = tuple(name for index, name in enumerate(node.inputs) if index not in pair)
+        if isinstance(merged, str):
+            blocked.append(f"{' and '.join(node.inputs[index] for index in pair)} not merged: {merged}")
+        elif not rest:
+            return Rewrite(node.name, (to_node(merged, equals=node.origin),))
+        elif merged.name not in rest:  # the sum takes the name of a term, which must not be added once more
             partial = to_node(merged, equals="-")  # no node of the traced graph has this output
             return Rewrite(node.name, (partial, replace(node, inputs=(partial.name, *rest))))
-        blocked.append(f"{' and '.join(node.inputs[index] for index in pair)} not merged: {merged}")
     return "; ".join(blocked) or None
 
 

@@ -24,7 +24,19 @@ VIEWS = ("view", "reshape")
 # These may compute with shapes; the results must end in views or assertions.
 OF_SHAPES = ("size", "getattr", "getitem", "dim", "eq", "ne", "gt", "lt", "ge", "le", "mul", "add", "sub", "floordiv")
 # These may give a value the larger shape of a constant beside it.
-SPREADING = ("add", "iadd", "sub", "mul", "imul", "div", "truediv")
+SPREADING = ("add", "sub", "mul", "div", "truediv")
+# These may give the memory of their input.
+SHARING = ("contiguous", "detach", "dropout", "dropout1d", "dropout2d", "dropout3d", "flatten", "getitem", *VIEWS)
+IN_PLACE = ("iadd", "isub", "imul", "itruediv")
+
+
+def _in_place(name: str) -> Callable[[Any, Any], Any]:
+    function = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+# fx itself would take x += y for x + y, which leaves the x that others may read as it was.
+Proxy = type("Proxy", (fx.Proxy,), {f"__{name}__": _in_place(name) for name in IN_PLACE})
 
 
 class Tracer(fx.Tracer):
@@ -40,6 +52,9 @@ class Tracer(fx.Tracer):
     ) -> Any:
         self.deepest = self.path_of_module(m)
         return super().call_module(m, forward, args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val  # a parameter is known: what a forward computes from it is a number, not a trace
@@ -159,12 +174,12 @@ class _Walk:
             raise NotListed(f"{name} of a constant that gives a value more channels or pixels")
         if name in SPREADING and shape is None and any(isinstance(part, Tensor) and part.numel() > 1 for part in args):
             raise NotListed(f"{name} of a constant for each channel: give an example batch")
-        if name in ("truediv", "div") and isinstance(args[1], int | float | Tensor):
-            return FUNCTIONS["mul"](self.builder, args[0], 1 / args[1])
+        if _overwrites(node):
+            _refuse_late_readers(node)
+        if name in ("truediv", "div") and not kwargs and isinstance(args[1], int | float | Tensor):
+            name, args = "mul", (args[0], 1 / torch.as_tensor(args[1], dtype=torch.float64))
         if name not in FUNCTIONS:
             raise NotListed(name)
-        inplace = kwargs.get("inplace") is True or name in ("iadd", "imul") or str(node.target).endswith("_")
-        _refuse_late_inplace(node, changed=inplace)
         return FUNCTIONS[name](self.builder, *args, **kwargs)
 
     def _view(self, node: fx.Node, source: Ref) -> Ref:
@@ -221,17 +236,32 @@ def _name_of(node: fx.Node) -> str:
         return str(node.target).removesuffix("_")
     target = cast("Callable[..., Any]", node.target)
     name = str(getattr(target, "__name__", target))
+    name = name[1:] if name in IN_PLACE else name
     home = str(getattr(target, "__module__", None) or "torch").split(".")[0]
     if target is ncrelu or home in ("torch", "_operator", "builtins", "math"):
         return name if name.startswith("_") else name.removesuffix("_")
     return f"{home}.{name}"
 
 
-def _refuse_late_inplace(node: fx.Node, *, changed: bool) -> None:
-    """Refuses to overwrite a value that is read again later: a graph has no order of side effects."""
-    source = node.all_input_nodes[0]
-    if changed and any(reader is not node and node < reader for reader in source.users):
-        raise NotListed(f"{node.name} overwrites a value that {len(source.users) - 1} others read: leave inplace out")
+def _overwrites(node: fx.Node) -> bool:
+    name = str(getattr(node.target, "__name__", node.target))
+    return node.kwargs.get("inplace") is True or name in IN_PLACE or name.endswith("_")
+
+
+def _refuse_late_readers(node: fx.Node) -> None:
+    """Refuses to overwrite a value that is read again later, or a view of it: a graph has no order of side effects."""
+
+    def shares(other: fx.Node) -> bool:
+        return other.op in ("call_function", "call_method") and (_name_of(other) in SHARING or _overwrites(other))
+
+    owner = node.all_input_nodes[0]
+    while shares(owner):
+        owner = owner.all_input_nodes[0]
+    same = [owner]  # grows by those that share the memory of the ones before
+    for value in same:
+        same += [user for user in value.users if user < node and shares(user) and user.all_input_nodes[0] is value]
+    if late := {reader for value in same for reader in value.users if node < reader}:
+        raise NotListed(f"{node.name} overwrites a value that {len(late)} others read: leave inplace out")
 
 
 def _refuse_hooks(net: nn.Module) -> None:

@@ -7,9 +7,10 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -81,7 +82,7 @@ class _Server:
 
 
 @dataclass(eq=False)
-class Client(_Server):
+class Client(_Server, AbstractContextManager["Client"]):
     """Predictions from one server, in this thread. `with Client(url) as client: client.predict(["a.png"])`."""
 
     def __post_init__(self) -> None:
@@ -126,9 +127,6 @@ class Client(_Server):
     def close(self) -> None:
         self._http.close()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -149,7 +147,7 @@ class Client(_Server):
 
 
 @dataclass(eq=False)
-class AsyncClient(_Server):
+class AsyncClient(_Server, AbstractAsyncContextManager["AsyncClient"]):
     """`Client` for asyncio: the same arguments, the same results."""
 
     def __post_init__(self) -> None:
@@ -192,9 +190,6 @@ class AsyncClient(_Server):
 
     async def close(self) -> None:
         await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *error: object) -> None:
         await self.close()

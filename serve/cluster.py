@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -18,7 +17,7 @@ if __name__ == "__main__":
 
 from common.cli import POSITIONAL, run_command
 from common.documents import wrong_fields
-from common.files import read_whole
+from common.files import read_whole, write_whole
 from common.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -141,16 +140,17 @@ def _faults(name: str, table: Any, kinds: dict[str, type]) -> list[str]:
 
 
 def read_artefact(path: Path) -> dict[str, bytes]:
-    """The files of a model by name. They travel to the replicas, so that machines need no shared disk."""
+    """The files of a model by path in its folder. They travel to the replicas, so that machines need no shared disk."""
     from export.model_file.engine_card import read_card
     from export.runtimes.load import load_runtime
+    from serve.model.check import check
     from serve.model.copies import files_of
 
     if path.suffix == ".engine":  # can be loaded only where the replicas run
         read_card(path)
     else:
-        load_runtime(path)
-    return {file.name: read_whole(file) for file in files_of(path)}
+        check(load_runtime(path))
+    return {str(file.relative_to(path.parent)): read_whole(file) for file in files_of(path)}
 
 
 def start_ray(cluster: Cluster) -> tuple[Any, Any]:
@@ -192,13 +192,14 @@ def application(files: dict[str, bytes], replicas: Replicas, access: "Access") -
 
     def build() -> "FastAPI":  # travels to the replicas by value, with `files`
         from export.runtimes.load import load_runtime
+        from serve.model.check import check
         from serve.request.app import make_app
 
-        folder = Path(tempfile.mkdtemp(prefix="diracnet-"))
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        runtime = load_runtime(folder / next(iter(files)), num_threads=max(1, int(replicas.cpus)))
-        shutil.rmtree(folder)
+        with tempfile.TemporaryDirectory(prefix="diracnet-") as folder:
+            for name, content in files.items():
+                write_whole(Path(folder, name), content)
+            runtime = load_runtime(Path(folder, next(iter(files))), num_threads=max(1, int(replicas.cpus)))
+        check(runtime)
         return make_app(runtime, Limits(), access=access)
 
     deployment = serve.deployment(

@@ -1,5 +1,6 @@
 """The settings of a server: the command line of serve/run.py."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ class ServeConfig(ReadingFlags):
             raise Refusal(f"--cascade relies on measurements in ONNX Runtime; leave out --runtime {self.runtime}")
         if self.cascade and self.shadow:
             raise Refusal("--shadow compares two files and --cascade serves two as one; leave out one of them")
+        if not math.isfinite(self.max_body_mb + self.max_held_mb + self.max_decoded_mb):
+            raise Refusal("--max-body-mb, --max-held-mb and --max-decoded-mb must be finite numbers")
         if not 0 < self.shadow_share <= 1:
             raise Refusal(f"--shadow-share must be above 0 and at most 1, got {self.shadow_share:g}")
         if self.front_ends > 1:

@@ -60,9 +60,12 @@ def find_held_out(folder: Path) -> list[Path]:
 
 
 def start(model: Path, port: int, url: str) -> None:
-    """Start serve/run.py and wait until it is ready."""
+    """Start serve/run.py and wait until it is ready. Refuses a port on which another server would answer for it."""
     import httpx
 
+    from serve.run import listen
+
+    listen("127.0.0.1", port).close()
     log = model.with_name("server.log")
     with open(log, "wb") as output:
         server = subprocess.Popen(

@@ -12,7 +12,7 @@ from string import Formatter
 from typing import Any
 
 from common.cli import given_arguments
-from common.cores import num_cores, processor, versions
+from common.environment import num_cores, processor, versions
 from common.files import write_whole
 from common.refusal import Refusal
 

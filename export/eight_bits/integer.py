@@ -23,6 +23,7 @@ from fold.graph import GraphNet
 from fold.nodes import Graph, Node
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+LARGEST_BIAS = 2**30  # of the int32 that it is held in, which the sums of products share
 
 
 @dataclass(frozen=True)
@@ -36,37 +37,42 @@ class EightBitTensor:
 
 
 def to_integer_onnx(net: GraphNet, spec: Spec, provenance: Mapping[str, Any], ranges: Ranges) -> onnx.ModelProto:
-    """images uint8 [N, H, W, C] → logits float32 [N, K], in eight bits from the second convolution on.
+    """images uint8 [N, H, W, C] → logits float32 [N, K], in eight bits between the stem and the last pool.
 
     `net` is a chain (`is_chain` in fold/lower.py) lowered to concat, shared, shared-split or skip; `ranges` are those
     of the tensors of its float graph. The stem, which reads pixels, and the classifier stay in float32.
     """
     plain = net.graph.convert(torch.float32)
     graph = GraphWriter(plain, spec.image)
-    start, end = _eight_bit_part(plain)
-    write_nodes(graph, plain.nodes[1:start])
+    part = eight_bit_part(plain)
+    write_nodes(graph, plain.nodes[1 : part.start])
     before = graph.tensor
     channels_last = graph.node("Transpose", f"{before}.channels-last", perm=[0, 2, 3, 1])
     x = _declare(graph, before, ranges[before])
     x = replace(x, name=graph.node("QuantizeLinear", f"{before}.quantized", channels_last, *x.parameters))
     tensors = {before: x}
-    for node in plain.nodes[start:end]:
+    for node in plain.nodes[part.start : part.stop]:
         tensors[node.name] = _write(graph, plain, node, [tensors[name] for name in node.inputs], ranges)
-    (last,) = plain.nodes[end].inputs
+    (last,) = plain.nodes[part.stop].inputs
     x = tensors[last]
     graph.node("DequantizeLinear", f"{x.name}.dequantized", x.name, *x.parameters)
     graph.outputs[last] = graph.node("Transpose", f"{x.name}.channels-first", perm=[0, 3, 1, 2])
-    write_nodes(graph, plain.nodes[end:])
+    write_nodes(graph, plain.nodes[part.stop :])
     return finish(graph, spec, provenance)
 
 
-def _eight_bit_part(plain: Graph) -> tuple[int, int]:
-    """Where it starts and ends: after the stem with its ReLU and pool, and before the last pool."""
-    ops = [node.op for node in plain.nodes]
-    start = ops.index("conv") + 1
-    while ops[start] in ("relu", "max_pool") and len(plain.readers(plain.nodes[start - 1].name)) == 1:
+def eight_bit_part(plain: Graph) -> range:
+    """The nodes in eight bits: after the stem with its ReLU and pool, and before the next pool of whole images.
+
+    The stem ends where one tensor alone is left to be read: branches and lowerings write its convolution as several.
+    Empty if these nodes hold no convolution, or more than one tensor is left before the pool.
+    """
+    ops, is_alone = [node.op for node in plain.nodes], [node.name in plain.trunk for node in plain.nodes]
+    start = is_alone.index(True, ops.index("conv")) + 1 if "conv" in ops else len(ops)
+    while "global_pool" in ops[start:] and is_alone[start] and ops[start] in ("relu", "max_pool"):
         start += 1
-    return start, ops.index("global_pool")
+    end = ops.index("global_pool", start) if "global_pool" in ops[start:] else start
+    return range(start, end) if "conv" in ops[start:end] and is_alone[end - 1] else range(0)
 
 
 def _write(
@@ -111,9 +117,9 @@ def _is_rectified(plain: Graph, name: str) -> bool:
 
 def _write_convolution(graph: GraphWriter, node: Node, x: EightBitTensor, reach: Range) -> EightBitTensor:
     """Weights int8 with a scale for every filter, bias int32 in units of the products."""
-    weight, scales = quantize_filters(node.tensors["weight"].numpy())
-    bias = node.tensors["bias"].numpy().astype(np.float64) if "bias" in node.tensors else np.zeros(len(weight))
-    bias = np.clip(np.rint(bias / (x.scale * scales.astype(np.float64))), -(2**30), 2**30)
+    bias = node.tensors["bias"].numpy().astype(np.float64) if "bias" in node.tensors else np.zeros(1)
+    weight, scales = quantize_filters(node.tensors["weight"].numpy(), bias / x.scale)
+    bias = np.rint(bias / (x.scale * scales.astype(np.float64)))
     output = _declare(graph, node.name, reach)
     zeros = np.zeros(len(weight), np.int8)
     constants = {"weight": weight, "weight.scale": scales, "weight.zero": zeros, "bias": bias.astype(np.int32)}
@@ -123,20 +129,27 @@ def _write_convolution(graph: GraphWriter, node: Node, x: EightBitTensor, reach:
     return output
 
 
-def quantize_filters(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantize_filters(weight: np.ndarray, bias: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """[N_o, ...] → int8 from -127 to 127, and scales float32 [N_o]: symmetric, one for each filter.
 
     No two weights of a filter add up beyond ±128, so that no processor's sum of two products with unsigned bytes
     leaves 16 bits: 255 · 128 = 32,640. Those without VNNI saturate there. A filter whose weights would is given a
-    larger scale: the two largest add up to 127 steps, and rounding both adds one at most. Filters so small that their
-    scale is not a normal float32 are zeros.
+    larger scale: the two largest add up to 127 steps, and rounding both adds one at most. `bias`: see `usable`.
     """
     filters = weight.reshape(len(weight), -1).astype(np.float64)
-    largest = np.abs(filters).max(axis=1)
-    scales = np.maximum(largest, largest_pair(filters)) / 127
-    scales = np.where(scales >= np.finfo(np.float32).tiny, scales, 1.0).astype(np.float32)
+    scales = usable(np.maximum(np.abs(filters).max(axis=1), largest_pair(filters)) / 127, bias)
     per_filter = scales.reshape(-1, *[1] * (weight.ndim - 1))
     return np.clip(np.rint(weight / per_filter), -127, 127).astype(np.int8), scales
+
+
+def usable(scales: np.ndarray, bias: np.ndarray | float) -> np.ndarray:
+    """float32 [N_o]: the scales of filters, larger for those that are next to nothing, as of faded channels.
+
+    `bias` [N_o] is in units of the activations' scale; in units of the products it is LARGEST_BIAS at most. Filters so
+    small that their scale is not a normal float32 are zeros.
+    """
+    scales = np.maximum(scales, np.abs(bias) / LARGEST_BIAS)
+    return np.where(scales >= np.finfo(np.float32).tiny, scales, 1.0).astype(np.float32)
 
 
 def _declare(graph: GraphWriter, name: str, reach: Range) -> EightBitTensor:

@@ -16,7 +16,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from common.refusal import Refusal
 from export.eight_bits.calibrate import Range, Ranges
-from export.eight_bits.integer import levels_of, quantize_filters
+from export.eight_bits.integer import levels_of, quantize_filters, usable
 
 LARGEST = {"int8": 127.0, "fp8": float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)}
 
@@ -42,8 +42,7 @@ def to_qdq_onnx(
         for index in find_inputs(node, integer, made_by):
             node.input[index] = writer.activation(node.input[index])
         if node.name in integer:
-            node.input[1] = writer.filters(node.input[1])
-            writer.bias(node)
+            writer.convolution(node)
         writer.nodes.append(node)
     del graph.node[:], graph.initializer[:]
     graph.node.extend(writer.nodes)
@@ -93,15 +92,24 @@ class _Writer:
             self._done.add(name)
         return f"{name}.dq"
 
-    def filters(self, name: str) -> str:
-        """The name of the weight `name` [N_o, ...] after a dequantisation with a scale for every filter."""
-        weight = numpy_helper.to_array(self.weights.pop(name))
-        largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-        scales = np.where(largest > 0, largest / LARGEST[self._precision], 1.0).astype(np.float32)
-        return self._dequantized(name, self._rounded(weight / scales.reshape(-1, *[1] * (weight.ndim - 1))), scales)
+    def convolution(self, node: NodeProto) -> None:
+        """Quantise the filters of a convolution that reads a Q/DQ pair, with a scale for each that suits its bias."""
+        x, weight, *biases = node.input
+        x_scale = self._value(f"{x.removesuffix('.dq')}.q.scale")
+        bias = self._value(biases[0]).astype(np.float64) if biases else np.zeros(1)
+        levels, scales = self._filters(self._value(weight), bias / x_scale)
+        node.input[1] = self._dequantized(weight, levels, scales)
+        if biases:
+            node.input[2] = self._bias(biases[0], bias, (x_scale * scales).astype(np.float32))
 
-    def bias(self, node: NodeProto) -> None:
-        """The bias of a convolution whose input and filters are quantised: it stays as it is."""
+    def _filters(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Levels [N_o, ...] and scales [N_o]; a kernel may hold the bias in units of the products."""
+        scales = usable(np.abs(weight).reshape(len(weight), -1).max(axis=1) / LARGEST[self._precision], bias)
+        return self._rounded(weight / scales.reshape(-1, *[1] * (weight.ndim - 1))), scales
+
+    def _bias(self, name: str, bias: np.ndarray, scales: np.ndarray) -> str:
+        """The name of a bias that is added to products with these scales: it stays as it is."""
+        return name
 
     def _scale_and_zero(self, reach: Range) -> tuple[float, np.ndarray]:
         return (max(map(abs, reach)) or 1.0) / LARGEST[self._precision], self._rounded(np.zeros((), np.float32))
@@ -118,6 +126,9 @@ class _Writer:
         inputs = self._add(name, levels), self._add(f"{name}.scale", scales), self._add(f"{name}.zero", zeros)
         return self._node("DequantizeLinear", f"{name}.dq", *inputs, axis=0)
 
+    def _value(self, name: str) -> np.ndarray:
+        return numpy_helper.to_array(self.weights[name])
+
     def _node(self, op: str, name: str, *inputs: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
         return name
@@ -133,24 +144,11 @@ class _Writer:
 class _UnsignedWriter(_Writer):
     """The same with unsigned activations, zero points and int32 biases."""
 
-    def filters(self, name: str) -> str:
-        return self._dequantized(name, *quantize_filters(numpy_helper.to_array(self.weights.pop(name))))
+    def _filters(self, weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return quantize_filters(weight, bias)
 
-    def bias(self, node: NodeProto) -> None:
-        if len(node.input) < 3:
-            return
-        x, filters = (name.removesuffix(".dq") for name in node.input[:2])
-        x_scale, w_scales, bias = (
-            numpy_helper.to_array(tensor)
-            for tensor in (
-                self.weights[f"{x}.q.scale"],
-                self.weights[f"{filters}.scale"],
-                self.weights.pop(node.input[2]),
-            )
-        )
-        scales = (x_scale * w_scales).astype(np.float32)  # of the sums that the bias is added to
-        levels = np.clip(np.rint(bias.astype(np.float64) / scales), -(2**31), 2**31 - 1).astype(np.int32)
-        node.input[2] = self._dequantized(node.input[2], levels, scales)
+    def _bias(self, name: str, bias: np.ndarray, scales: np.ndarray) -> str:
+        return self._dequantized(name, np.rint(bias / scales).astype(np.int32), scales)
 
     def _scale_and_zero(self, reach: Range) -> tuple[float, np.ndarray]:
         scale, zero = levels_of(reach)

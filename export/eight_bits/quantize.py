@@ -7,12 +7,13 @@ from typing import Literal
 import numpy as np
 import onnx
 
+from common.difference import share
 from common.interval import Z_TWO, interval
 from common.refusal import Refusal
 from common.spec import Spec
 from export.compare import ALLOWED_DROP, INT8_AGREEMENT, Answer, answer_all
 from export.eight_bits.calibrate import METHODS, observe, ranges
-from export.eight_bits.integer import to_integer_onnx
+from export.eight_bits.integer import eight_bit_part, to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.graphs.graph import to_onnx
 from export.runtimes.onnx_session import ort, quiet_session
@@ -69,7 +70,7 @@ def quantize(
     """
     if target == "onnxruntime" and precision != "int8":
         raise Refusal(f"{precision} is for TensorRT: add --target tensorrt; ONNX Runtime's CPU kernels have only int8")
-    is_integer = target == "onnxruntime" and is_chain(net.graph) and all(map(net.graph.count, ("conv", "global_pool")))
+    is_integer = target == "onnxruntime" and is_chain(net.graph) and bool(eight_bit_part(net.graph))
     reference = answer_all(answerer(to_onnx(net, spec, {})), chosen_by, advance)
     tried: list[tuple[Candidate, onnx.ModelProto]] = []
     for lowering in lowerings:
@@ -117,7 +118,7 @@ def relative_error(reference: np.ndarray, logits: np.ndarray) -> float:
     A value common to all classes of an image changes no probability.
     """
     before, after = (part - part.mean(axis=1, keepdims=True) for part in (reference, logits))
-    return float(np.sqrt(((after - before) ** 2).mean() / (before**2).mean()))
+    return share(*(float(np.sqrt((part**2).mean())) for part in (after - before, before)))
 
 
 def top1_agreement(reference: np.ndarray, logits: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 from rich.console import Console
 
-from common.cores import num_cores
+from common.environment import num_cores
 from common.files import read_whole
 from common.image import decode
 from common.progress import track

@@ -28,7 +28,7 @@ _KEY, _VALUE = 1, 2  # of an entry of metadata or of an external location; the d
 _INT8, _FLOAT16, _BFLOAT16, _FLOAT8 = 3, 10, 16, 17  # of TensorProto.DataType; float8 is E4M3FN
 
 _SECTIONS = ("training", "fold", "export")  # of the provenance
-_PASSES_ON = {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}  # values unchanged
+PASSES_ON = {"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"}  # values unchanged
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class OnnxGraph:
         """The kind of the node that computes `output`, ignoring nodes that only pass it on; "" if there is none."""
         makers = {name: node for node in self.nodes for name in node.outputs}
         node = makers.get(output)
-        while node and node.kind in _PASSES_ON and node.inputs:
+        while node and node.kind in PASSES_ON and node.inputs:
             node = makers.get(node.inputs[0])
         return node.kind if node else ""
 

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from common.child import Child, ProcessFailed
-from common.cores import num_cores
+from common.environment import num_cores
 from common.files import read_whole, sha256
 from common.refusal import Refusal
 from common.spec import Spec

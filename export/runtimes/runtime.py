@@ -79,7 +79,8 @@ def probabilities(values: np.ndarray, *, temperature: float = 1.0, are_probabili
 
 def without_temperature(values: np.ndarray, temperature: float) -> np.ndarray:
     """`values`, probabilities float64 [N, K] with a temperature, as they would be with a temperature of 1."""
-    powers = values**temperature  # a row's softmax is exp(z / T) / S, and 1 / S is common to its classes
+    # A row's softmax is exp(z / T) / S, and 1 / S is common to its classes: the largest is 1, so that a power is left.
+    powers = (values / values.max(axis=1, keepdims=True)) ** temperature
     return powers / powers.sum(axis=1, keepdims=True)
 
 

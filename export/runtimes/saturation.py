@@ -9,14 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
-from export.model_file.onnx_reader import Node, read_graph, read_int8_constants
+from export.model_file.onnx_reader import PASSES_ON, Node, read_graph, read_int8_constants
 from export.runtimes.onnx_session import quiet_session
 
 LARGEST_PAIR = 128  # 255 · 128 = 32,640 fits in 16 bits, 255 · 129 does not
 
 # Node → (position of its weights, axis of their filters).
-_INTEGER_PRODUCTS = {"QLinearConv": (3, 0), "ConvInteger": (1, 0), "QLinearMatMul": (3, -1), "MatMulInteger": (1, -1)}
-_FLOAT_PRODUCTS = {"Conv": 0, "MatMul": -1}  # runtimes fuse these with a DequantizeLinear before their second input
+_INTEGER_PRODUCTS = {
+    "QLinearConv": (3, 0), "ConvInteger": (1, 0),
+    "QLinearMatMul": (3, -1), "MatMulInteger": (1, -1), "DynamicQuantizeMatMul": (1, -1),
+}  # fmt: skip
+# Runtimes fuse these with a DequantizeLinear before their second input, also where nodes of PASSES_ON lie between.
+_FLOAT_PRODUCTS = {"Conv": 0, "MatMul": -1, "Gemm": -1}
 # Integer nodes that multiply no weights.
 _HARMLESS = {
     "QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearSigmoid", "QLinearLeakyRelu",
@@ -46,17 +50,24 @@ def _may_saturate(node: Node, makers: dict[str, Node], constants: dict[str, np.n
         at, axis = _INTEGER_PRODUCTS[node.kind]
         name = node.inputs[at] if len(node.inputs) > at else ""
     elif node.kind in _FLOAT_PRODUCTS:
-        maker = makers.get(node.inputs[1]) if len(node.inputs) > 1 else None
+        axis = 0 if node.numbers.get("transB") else _FLOAT_PRODUCTS[node.kind]
+        name, maker = "", makers.get(node.inputs[1]) if len(node.inputs) > 1 else None
+        for _ in makers:  # no more steps than nodes: a damaged graph may be a circle
+            name = next(iter(maker.inputs), "") if maker else ""
+            if maker is None or maker.kind not in PASSES_ON:
+                break
+            maker, axis = makers.get(name), None
         if maker is None or maker.kind != "DequantizeLinear":
             return False
-        name, axis = next(iter(maker.inputs), ""), _FLOAT_PRODUCTS[node.kind]
     else:  # how other integer nodes multiply is unknown
         is_integer = node.kind.startswith(("QLinear", "QGemm", "QAttention")) or "Integer" in node.kind
         return is_integer and node.kind not in _HARMLESS
     weight = constants.get(name)
     if weight is None or weight.ndim < 2:  # nothing is known about weights that are not int8 constants of the file
         return True
-    filters = np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1).astype(np.int64)
+    # Without an axis, because it was transposed or reshaped, any two of its weights may be in one filter.
+    filters = weight[None] if axis is None else np.moveaxis(weight, axis, 0)
+    filters = filters.reshape(len(filters), -1).astype(np.int64)
     return bool((largest_pair(filters) > LARGEST_PAIR).any())
 
 

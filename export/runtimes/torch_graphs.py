@@ -232,7 +232,8 @@ def _last_first(pads: Sizes) -> Sizes:
 
 def _slice(x: Tensor, starts: Tensor, stops: Tensor, axes: Tensor) -> Tensor:
     (start,), (stop,), (axis,) = starts.tolist(), stops.tolist(), axes.tolist()
-    return x.narrow(axis, start, min(stop, x.shape[axis]) - start)
+    start, stop, _ = slice(start, stop).indices(x.shape[axis])  # negative ends count from the last
+    return x.narrow(axis, start, stop - start)
 
 
 TYPES = {onnx.TensorProto.FLOAT: torch.float32, onnx.TensorProto.FLOAT16: torch.float16}

@@ -163,7 +163,7 @@ class ReportedRow:
     within_tolerance: bool | None
 
     def __str__(self) -> str:
-        return f"{self.relative:.1e}, {100 * self.top1_agreement:.2f} % of {self.num_images}"
+        return f"{self.relative:.1e}, rms {self.rms:.1e}, {100 * self.top1_agreement:.2f} % of {self.num_images}"
 
 
 def _reported(where: str, report: dict[str, Any]) -> Iterator[ReportedRow | CheckedClaim]:

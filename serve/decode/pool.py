@@ -77,15 +77,15 @@ class DecoderPool:
         self._light: ImageQueue = ImageQueue()
         self._heavy: ImageQueue = ImageQueue()
         self._budget = budget or Budget(limits.heavy_bytes)
-        self._decoders = [
-            Decoder(limits.decode_s, patience_s=limits.deadline_s) for _ in range(limits.decode_processes)
-        ]
+        self.on_replace: Callable[[], None] = lambda: None  # a decoder that ended on an image
+        decoder = partial(Decoder, limits.decode_s, patience_s=limits.deadline_s, on_end=lambda: self.on_replace())
+        self._decoders = [decoder() for _ in range(limits.decode_processes)]
         thread, heavy = partial(threading.Thread, target=self._work, daemon=True), enumerate(self._decoders)
         self._threads = [
             *(thread(name=f"decode-{index}", args=(self._light, None)) for index in range(limits.decode_threads)),
             *(thread(name=f"decode-heavy-{index}", args=(self._heavy, decoder)) for index, decoder in heavy),
         ]
-        self._lock = threading.Lock()  # of all that follows, and of a job's `num_undecoded`
+        self._lock = threading.Lock()  # of all that follows, and of what a job says of its decoding
         self._in_work: dict[int, tuple[Job, int]] = {}  # by a decoder's thread: the job, and the bytes of its image
         self._last_decoded = monotonic()
         self.given_up_bytes = 0  # of images in work that nobody waits for any more
@@ -177,7 +177,10 @@ class DecoderPool:
                 return
             content, pixels = job.contents[index], job.pixels
             self._in_work[me] = job, len(content)
-        spec, weight, start = job.served.model.spec.image, job.weights[index], monotonic()
+            job.num_in_work += 1
+            if job.num_in_work == 1:
+                job.decode_start = monotonic()
+        spec, weight = job.served.model.spec.image, job.weights[index]
         try:
             image = apart(content, spec) if apart else decode(content, spec, max_pixels=weight.width * weight.height)
         except Exception as error:
@@ -192,7 +195,9 @@ class DecoderPool:
             if job.is_given_up:
                 self.given_up_bytes -= num_bytes
                 return
-            job.decode_s += end - start
+            job.num_in_work -= 1
+            if not job.num_in_work:  # of images that are decoded at once, no moment counts twice
+                job.decode_s += end - job.decode_start
             if isinstance(image, TooManyPixels) and is_light(weight):  # larger than its header said: it is heavy
                 job.num_undecoded += 1 - num_queued
                 job.weights[index] = Weight(0, 0, self._limits.heavy_bytes, self._limits.decode_s)

@@ -9,7 +9,7 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,9 +35,12 @@ class TookTooLong(Refusal):
 class Decoder:
     """One process, started for its first image and anew for the next after it was ended. For one thread."""
 
-    def __init__(self, limit_s: float, *, patience_s: float) -> None:
-        """An image may take `limit_s` of processor time; after `patience_s` by the clock nobody waits for it."""
-        self._limit_s, self._patience_s = limit_s, patience_s
+    def __init__(self, limit_s: float, *, patience_s: float, on_end: Callable[[], None] = lambda: None) -> None:
+        """An image may take `limit_s` of processor time; after `patience_s` by the clock nobody waits for it.
+
+        `on_end` is called when the process ends, or is ended, on an image.
+        """
+        self._limit_s, self._patience_s, self._on_end = limit_s, patience_s, on_end
         self._child: Child | None = None
 
     def __call__(self, content: bytes, spec: ImageSpec, *, max_pixels: int, num_bytes: int) -> np.ndarray:
@@ -78,6 +81,7 @@ class Decoder:
             return child.receive(self._patience_s)
         except ProcessFailed as failure:
             status = failure.status
+        self._on_end()
         if status not in (None, -signal.SIGPROF):
             _log.warning("a decoder ended with status %d on an image of %d bytes", status, len(content))
             raise Refusal("the image crashes its decoder; save it again")

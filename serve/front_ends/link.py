@@ -8,9 +8,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Flight:
     has_failed: bool = False
 
 
-class Link:
+class Link(AbstractContextManager["Link"]):
     """One connection and its memory. One thread sends, one receives."""
 
     def __init__(self, connection: socket.socket, area: Area) -> None:
@@ -48,9 +48,6 @@ class Link:
         self._lock = threading.Lock()  # held by `send` and `end`
         self.is_up = True
         self.has_newer_model = False
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.end()

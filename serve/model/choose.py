@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.cores import num_cores, processor, versions
 from common.documents import read_object
+from common.environment import num_cores, processor, versions
 from common.files import read_whole, write_whole
 from common.refusal import Refusal
 from export.compare import ALLOWED_DROP, INT8_AGREEMENT, TOLERANCES
@@ -96,14 +96,17 @@ def why_unfit(export: dict[str, Any]) -> str | None:
     without that record, or with a worse one, serves only if it is the only file named.
     """
     precision, test = export.get("precision", "fp32"), export.get("test")
-    if precision in TOLERANCES and not TOLERANCES[precision].is_statistical:
-        return None
-    if test is None:
-        return f"its file does not record what {precision} costs on test images"
-    if test["float32_accuracy"] - test["accuracy"] > ALLOWED_DROP:
-        return f"it loses more than {100 * ALLOWED_DROP:.1f} points of test accuracy"
-    if test["top1_agreement"] < INT8_AGREEMENT:
-        return f"it keeps the class of only {100 * test['top1_agreement']:.1f} % of the test images"
+    try:
+        if precision in TOLERANCES and not TOLERANCES[precision].is_statistical:
+            return None
+        if test is None:
+            return f"its file does not record what {precision} costs on test images"
+        if not test["float32_accuracy"] - test["accuracy"] <= ALLOWED_DROP:  # nor for NaN
+            return f"it loses more than {100 * ALLOWED_DROP:.1f} points of test accuracy"
+        if not test["top1_agreement"] >= INT8_AGREEMENT:
+            return f"it keeps the class of only {100 * test['top1_agreement']:.1f} % of the test images"
+    except (TypeError, KeyError) as error:
+        return f"the record of its export is damaged ({error!r})"
     return None
 
 

@@ -4,7 +4,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from common.files import read_whole, write_whole
@@ -32,23 +32,22 @@ def copied(paths: Sequence[Path], home: Path | None = None) -> Iterator[tuple[Pa
 
     `paths` themselves if there is no room for a copy.
     """
-    of_each, folder = [files_of(path) for path in paths], None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="diracnet-model-", dir=home))
-        for index, (path, files) in enumerate(zip(paths, of_each, strict=True)):
-            for file in files:
-                target = folder / str(index) / file.relative_to(path.parent)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
-    except OSError as error:
-        names = " and ".join(path.name for path in paths)
-        _log.warning("%s is read in place, because it cannot be copied (%s)", names, error.strerror)
-        yield tuple(paths)
-    else:
-        yield _places(folder, paths)
-    finally:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+    of_each = [files_of(path) for path in paths]
+    with ExitStack() as held:
+        try:  # such a folder is deleted too if the process ends before the context does
+            made = tempfile.TemporaryDirectory(prefix="diracnet-model-", dir=home, ignore_cleanup_errors=True)
+            folder = Path(held.enter_context(made))
+            for index, (path, files) in enumerate(zip(paths, of_each, strict=True)):
+                for file in files:
+                    target = folder / str(index) / file.relative_to(path.parent)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, target)
+        except OSError as error:
+            names = " and ".join(path.name for path in paths)
+            _log.warning("%s is read in place, because it cannot be copied (%s)", names, error.strerror)
+            yield tuple(paths)
+        else:
+            yield _places(folder, paths)
 
 
 def keep(home: Path, copies: Sequence[Path], digest: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from common.cores import num_cores
 from common.documents import read_json
+from common.environment import num_cores
 from common.files import read_whole, write_whole
 from common.refusal import Refusal
 from export.model_file.onnx_reader import digest_of

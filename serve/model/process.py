@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,8 @@ class BatchFailed(Exception):
     """The model raised; its process continues."""
 
 
-class ModelProcess:
-    """A process whose `model` is loaded, checked and warmed up. A context manager."""
+class ModelProcess(AbstractContextManager["ModelProcess"]):
+    """A process whose `model` is loaded, checked and warmed up."""
 
     def __init__(self, config: ServeConfig, *, nice: int = 0, stderr: int | None = None) -> None:
         """Refuses what serve/run.py refuses, and a model that is not ready within `reload_seconds`.
@@ -43,9 +44,6 @@ class ModelProcess:
         except BaseException:
             self._child.close()
             raise
-
-    def __enter__(self) -> "ModelProcess":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._child.close()

@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from common.cores import num_cores
+from common.environment import num_cores
 from common.refusal import Refusal
 from export.runtimes.cascade import read_forms
 from export.runtimes.runtime import Runtime
@@ -227,6 +227,7 @@ def whole_app(
         grpc_address=config.grpc_address,
         shadow=shadow,
     )
+    stream.on_drop = app.metrics.count_dropped_lines
     _freeze_garbage()
     return app
 

@@ -17,27 +17,30 @@ _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 @contextmanager
 def heed_signals(*, before_stop: Callable[[], None], reload: Callable[[], Awaitable[Any]] | None) -> Iterator[None]:
-    """SIGTERM calls `before_stop` and then the previous handler (uvicorn's); SIGHUP calls `reload`.
+    """SIGTERM and SIGINT call `before_stop` and then the previous handler (uvicorn's); SIGHUP calls `reload`.
 
-    A SIGHUP that `serve/run.py` blocked while the model was loading is delivered now. Only the main thread can handle
-    signals; in others, as in tests, this does nothing.
+    One that is ignored stays ignored. A SIGHUP that `serve/run.py` blocked while the model was loading is delivered
+    now. Only the main thread can handle signals; in others, as in tests, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    loop, previous, running = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM), set()
+    loop, running = asyncio.get_running_loop(), set()
+    numbers = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) != signal.SIG_IGN]
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 
     def stop(number: int, frame: Any) -> None:
         before_stop()
-        if callable(previous):
-            previous(number, frame)
+        if callable(previous[number]):
+            previous[number](number, frame)
 
     def start_reload(reload: Callable[[], Awaitable[Any]]) -> None:
         task = loop.create_task(_reload(reload))
         running.add(task)  # the loop itself would let it be collected
         task.add_done_callback(running.discard)
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in previous:
+        signal.signal(number, stop)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     if reload:
         loop.add_signal_handler(signal.SIGHUP, start_reload, reload)
@@ -48,7 +51,8 @@ def heed_signals(*, before_stop: Callable[[], None], reload: Callable[[], Awaita
         if reload:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             loop.remove_signal_handler(signal.SIGHUP)
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def end_with_parent(number: signal.Signals, parent: int | None) -> None:

@@ -6,13 +6,14 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Query, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -47,6 +48,7 @@ class App(FastAPI):
     """
 
     front: ASGIApp  # marks each request with a visit
+    metrics: Metrics
     grpc: "GrpcServer | None" = None
 
     def __init__(self, batcher: Batcher, prober: Prober, door: Door, reloader: Reloader | None, max_batch: int) -> None:
@@ -56,8 +58,7 @@ class App(FastAPI):
             title="DiracNet",
             version="1",
             description="Classifies images. Every refusal is an RFC 9457 problem document.",
-            docs_url=None,
-            redoc_url=None,
+            openapi_url=None,  # FastAPI would write the whole document again for each request, in the event loop
             redirect_slashes=False,  # a redirect would go to the host that the client names
             lifespan=App._run,
             exception_handlers={HTTPException: problems.refuse_unrouted},  # `front` answers all problems
@@ -129,6 +130,7 @@ def make_app(
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
     app = App(batcher, prober, door, reloader, limits.max_batch)
+    app.metrics = metrics
     handler = RequestHandler(app, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
     app.front = _allow_origins(handler, access.cors_origins)
     if grpc_address:
@@ -139,8 +141,9 @@ def make_app(
     app.include_router(make_router(batcher, limits))
     if access.api_key and reloader:
         _add_admin(app, reloader, reload_everywhere)
-    _add_page(app, "/", "page.html")
-    _add_page(app, "/docs", "docs.html")
+    _add_fixed(app, "/", lambda: _page("page.html"))
+    _add_fixed(app, "/docs", lambda: _page("docs.html"))
+    _add_fixed(app, "/openapi.json", lambda: JSONResponse(app.openapi()))
     return app
 
 
@@ -234,18 +237,23 @@ def _add_admin(app: FastAPI, reloader: Reloader, reload_everywhere: Callable[[],
         return await swap(reloader.promote)
 
 
-def _add_page(app: FastAPI, path: str, file: str) -> None:
+def _add_fixed(app: FastAPI, path: str, make: Callable[[], Response]) -> None:
+    """An answer that is always the same, made when it is first asked for."""
+    answer = cache(make)
+
+    @app.get(path, include_in_schema=False)
+    async def show() -> Response:
+        return answer()
+
+
+def _page(file: str) -> HTMLResponse:
     """A page whose policy allows its own scripts and styles, and requests to this server alone."""
     page = Path(__file__).with_name(file).read_text(encoding="utf-8")
     policy = (
         f"default-src 'none'; script-src {_hashes(page, 'script')}; style-src {_hashes(page, 'style')}; "
         "img-src blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    response = HTMLResponse(page, headers={"Content-Security-Policy": policy})
-
-    @app.get(path, include_in_schema=False)
-    async def show() -> HTMLResponse:
-        return response
+    return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
 
 def _hashes(page: str, tag: str) -> str:

@@ -73,6 +73,7 @@ class Connection(HttpToolsProtocol):
     _stage: Literal["between", "headers", "body"] = "between"  # of the request that is being read
     _timer: asyncio.TimerHandle | None = None  # for the headers, or for a client that has stopped sending
     _write_timer: asyncio.TimerHandle | None = None
+    _running: RequestResponseCycle | None = None  # the request that is being answered; `cycle` was read last
     _num_header_bytes = 0
     _num_body_bytes = 0  # of what is being parsed
     _num_unpaid_bytes = 0  # of framing beyond what the body allows
@@ -97,6 +98,9 @@ class Connection(HttpToolsProtocol):
         if self._write_timer:
             self._write_timer.cancel()
         super().connection_lost(exc)
+        if self._running:  # uvicorn tells `cycle` alone
+            self._running.disconnected = True
+            self._running.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf:
@@ -146,6 +150,8 @@ class Connection(HttpToolsProtocol):
             return  # to `_ignore_upgrade`
         self._check_headers()
         super().on_headers_complete()
+        if len(self.pipeline) == 1:  # uvicorn would read no more, and not notice that the client goes
+            self.flow.resume_reading()
         if not self.parser.should_keep_alive():  # uvicorn 0.51 looks only when it writes the answer itself
             self.cycle.keep_alive = False
         self._stage = "body"
@@ -171,6 +177,7 @@ class Connection(HttpToolsProtocol):
             self._await_reader()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Callable[..., object]) -> None:
+        self._running = cycle
         cycle.send = OneWrite(cycle)  # type: ignore[method-assign]
         super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
 
@@ -255,9 +262,10 @@ class Connection(HttpToolsProtocol):
 
     def _probe(self) -> None:
         """Write to a client that stopped sending. If it has gone, a reset comes back and ends the request."""
-        if self.cycle.response_started:
+        running = self._running
+        if not running or self.cycle.response_started:
             return
-        if not self.pipeline and not self.flow.write_paused and self.cycle.scope["http_version"] != "1.0":
+        if not (running.response_started or self.flow.write_paused or running.scope["http_version"] == "1.0"):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._timer = self.loop.call_later(_PROBE_S, self._probe)
 

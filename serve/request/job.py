@@ -74,6 +74,8 @@ class Job:
     accepted: float
     pixels: list[Decoded | None]
     num_undecoded: int = 0  # images that decoders have not finished
+    num_in_work: int = 0  # images that are being decoded
+    decode_start: float = 0.0  # when the first of these began
     weights: list[Weight] = field(default_factory=list)
     is_given_up: bool = False
     is_probe: bool = False  # the server's own check, which no count of answers includes

@@ -178,7 +178,7 @@ class Shadow:
             try:
                 with self._process or start_process(self._source()) as self._process:
                     self._serve(self._process)
-            except (Refusal, ProcessFailed) as failure:
+            except (Refusal, ProcessFailed, OSError) as failure:  # the last: no process can be made
                 if not (self._is_new or self._has_ended):
                     self._delay_s = min(_LONGEST_DELAY_S, max(1.0, 2 * self._delay_s))
                     _log.warning("the shadow restarts in %g s: %s", self._delay_s, failure)

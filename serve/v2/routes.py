@@ -109,6 +109,7 @@ def _make_model_router(batcher: Batcher, limits: Limits) -> APIRouter:
     async def infer(request: Request) -> Response:
         """Images in, logits or the best classes out, in JSON or as bytes behind it."""
         deadline, headers = asyncio.get_running_loop().time() + limits.deadline_s, dict(request.headers.raw)
+        batcher.check_room(1)  # before the body is read, as in serve/request/predict.py
         refuse_encoding(headers)
         body = await within_deadline(read_body(request.receive, headers, limits), deadline, limits)
         inference = await parse_body(read_inference, body, request.headers.get(HEADER_BYTES), limits)

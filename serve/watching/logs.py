@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
@@ -39,15 +40,15 @@ class LogStream:
         self._waiting = bytearray()  # one block, as many small ones would fragment memory
         self._num_bytes = 0  # that wait or are being written
         self._is_cut = False  # the last line in the file has no end
-        self.num_dropped = 0
+        self.num_dropped = 0  # since the last line that said so
+        self.on_drop: Callable[[int], None] = lambda num_lines: None
         threading.Thread(target=self._write_all, name="log", daemon=True).start()
 
     def write(self, lines: bytes) -> None:
         """Whole lines. Never blocks and never fails."""
         with self._changed:
             if self._num_bytes + len(lines) > self._most_bytes:
-                self.num_dropped += lines.count(b"\n")
-                return
+                return self._drop(lines)
             if not self._waiting:
                 self._changed.notify_all()
             self._waiting += lines
@@ -69,9 +70,15 @@ class LogStream:
             is_written = self._put(_missing(num_missing) + lines if num_missing else lines)
             with self._changed:
                 if not is_written:
-                    self.num_dropped += num_missing + lines.count(b"\n")
+                    self.num_dropped += num_missing
+                    self._drop(lines)
                 self._num_bytes -= len(lines)
                 self._changed.notify_all()
+
+    def _drop(self, lines: bytes) -> None:
+        num = lines.count(b"\n")
+        self.num_dropped += num
+        self.on_drop(num)
 
     def _put(self, lines: bytes) -> bool:
         """Whether all lines could be written. After a partial write, all count as dropped."""

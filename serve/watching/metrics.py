@@ -18,7 +18,8 @@ from serve.watching.shared_counts import COUNTS_VARIABLE
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _INFER = "/v2/…/infer"
-_RPC = "/inference.GRPCInferenceService/"  # counted only if the server has gRPC
+_RPCS = "ServerLive ServerReady ServerMetadata ModelReady ModelMetadata ModelInfer".split()
+_COUNTED = {"/predict", *(f"/inference.GRPCInferenceService/{name}" for name in _RPCS)}
 _STAGES = ("decode", "queue", "model", "total")
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -41,6 +42,10 @@ class Metrics:
         connections = gauge("diracnet_connections", "Open connections")
         door.on_change = connections.set
         door.on_refuse = Counter("diracnet_connections_refused", "Connections beyond the limit", registry=own).inc
+        text = "Processes that ended, or were ended, on an image to decode"
+        batcher.decoding.on_replace = Counter("diracnet_decoders_replaced", text, registry=own).inc
+        text = "Lines of the log that could not be written"
+        self.count_dropped_lines = Counter("diracnet_log_lines_dropped", text, registry=own).inc
         gauge("diracnet_connections_limit", "Connections that may be open").set(door.max_connections)
         self._shown = own
         if COUNTS_VARIABLE in os.environ:
@@ -112,4 +117,4 @@ def _label(path: str) -> str:
     """A bounded number of label values, whatever clients ask for."""
     if path.startswith("/v2/") and path.endswith("/infer"):
         return _INFER
-    return path if path == "/predict" or path.startswith(_RPC) else "other"
+    return path if path in _COUNTED else "other"

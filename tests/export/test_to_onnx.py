@@ -17,6 +17,7 @@ from export.model_file.probe import probe_images
 from export.runtimes.onnx_session import OnnxSession
 from export.timing import ROUNDS, Timing, geometric_means, time_answers
 from fold import run as fold
+from fold.graph import GraphNet
 from fold.graph import fold as fold_graph
 from fold.lowerings import LOWERINGS
 from fold.plain import load_plain, save_plain
@@ -243,3 +244,16 @@ def test_a_net_that_does_not_say_what_it_learnt_needs_a_data_set(plain, tmp_path
     assert run(tmp_path / "orphan.safetensors", "--precision", "int8", *folder) == 2
     assert "folder has 2 classes, and DiracNet-10-0.5 has 10" in capsys.readouterr().err
     assert run(tmp_path / "orphan.safetensors", "--precision", "int8", "--dataset", "digits", "--allow-drop") == 0
+
+
+def test_classes_in_another_order_than_the_data_sets_are_found_by_their_names(plain, tmp_path):
+    loaded = load_plain(plain)
+    fc = {f"fc.{key}": tensor.flip(0) for key, tensor in loaded.net.graph["fc"].tensors.items()}
+    spec = replace(loaded.spec, labels=loaded.spec.labels[::-1])
+    save_plain(tmp_path / "turned.safetensors", GraphNet(loaded.net.graph.with_tensors(fc)), spec, {})
+    argv = ("--precision", "int8", "--dataset", "digits", "--calibration-images", 64, "--allow-drop")
+    for path in (plain, tmp_path / "turned.safetensors"):
+        assert run(path, *argv, "--out", tmp_path / f"{path.stem}-int8.onnx") == 0
+    straight, turned = (record_of(tmp_path / f"{name}-int8.onnx")["test"] for name in ("plain", "turned"))
+    assert turned["float32_accuracy"] == pytest.approx(straight["float32_accuracy"])
+    assert min(turned["accuracy"], straight["accuracy"]) > 0.5

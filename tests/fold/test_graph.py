@@ -47,6 +47,23 @@ class LeakyAsRelu(nn.ReLU):
         return F.leaky_relu(input, 0.3)
 
 
+class AddedInPlace(nn.Module):
+    """x += y and the like: of a value that nothing else reads, and, if `late`, of one that is read again."""
+
+    def __init__(self, *, late=False):
+        super().__init__()
+        self.conv, self.late = nn.Conv2d(4, 4, 1), late
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = y
+        z += x.relu()
+        z *= 2
+        z -= x
+        z /= 4
+        return z + y if self.late else z
+
+
 class Overwritten(nn.Module):
     def __init__(self):
         super().__init__()
@@ -64,6 +81,7 @@ RIGHT = {
     "a subclass of DiracConv2d": (nn.Sequential(DoubledDirac(4, 4, 3, padding=1), nn.BatchNorm2d(4)), X),
     "one module used twice": (Twice(), X),
     "ReLU, NCReLU, grouped convolution": (nn.Sequential(nn.ReLU(), NCReLU(), nn.Conv2d(8, 4, 3, groups=2)), X),
+    "x += y": (AddedInPlace(), X),
     "an activation subclass": (nn.Sequential(conv(), LeakyAsRelu()), X),
     "ReLU, nested NCReLU, Dirac": (nn.Sequential(nn.ReLU(), nn.Sequential(NCReLU()), DiracConv2d(8, 4, 3)), X),
     "NCReLU of a pool of ReLU": (nn.Sequential(nn.ReLU(), NCReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3)), X),
@@ -93,6 +111,7 @@ RIGHT = {
     "an average pool beside a convolution": (Sum(nn.AvgPool2d(3, 1, 1), conv()), X),
     "an average pool that leaves zeros out": (Sum(nn.AvgPool2d(3, 1, 1, count_include_pad=False), conv()), X),
     "strided branches": (Sum(conv(stride=2), conv(size=1, stride=2)), X),
+    "a quotient by a whole number": (Lambda(lambda x, a: a(x) / torch.tensor(3), conv()), X),
     "zeros on two sides": (nn.Sequential(nn.ZeroPad2d((1, 2, 0, 1)), nn.Conv2d(4, 4, 3, padding="same")), X),
 }
 MERGED = {
@@ -202,6 +221,20 @@ REFUSED = {
     "Upsample": (nn.Sequential(nn.Upsample(scale_factor=2)), r"0 \(Upsample\)"),
     "control flow": (Branching(), r"cannot be traced, .*control flow"),
     "an overwritten value": (Overwritten(), r"overwrites a value that 1 others read"),
+    "x += y of a value that is read again": (AddedInPlace(late=True), r"iadd overwrites a value that 1 others read"),
+    "a value overwritten by a function": (
+        Lambda(lambda x, a: (lambda y: F.relu_(y) + y)(a(x)), conv()),
+        r"relu_ overwrites a value that 1 others read",
+    ),
+    "a view that is overwritten": (
+        Lambda(lambda x, a: (lambda y: F.relu(y[:, :2].contiguous(), inplace=True) + y[:, :2])(a(x)), conv()),
+        r"relu overwrites a value that 1 others read",
+    ),
+    "a value of which a view is read": (
+        Lambda(lambda x, a: (lambda y: (lambda flat: y.div_(2).flatten(1) + flat)(y.flatten(1)))(a(x)), conv()),
+        r"div_ overwrites a value that 1 others read",
+    ),
+    "a quotient that is rounded": (Lambda(lambda x: torch.div(x, 0.3, rounding_mode="floor")), r"div \(div\)"),
     "reflection": (nn.Sequential(conv(padding_mode="reflect")), r"0 \(Conv2d: padding with reflect"),
     "one channel that becomes four": (
         Lambda(lambda x, a: a(x) * torch.arange(1.0, 5).view(4, 1, 1), conv(4, 1)),

@@ -151,6 +151,11 @@ CHAINS = {
     "a matrix of pixels": ([conv(4, 4), nn.ReLU(), *head(4, size=2)], 1),
     "no matrix": ([conv(4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()], 0),
     "groups": ([conv(4, 4), nn.ReLU(), conv(4, 4, groups=2), nn.ReLU(), *head(4)], 0),
+    "groups before an NCReLU": ([conv(4, 4, groups=2), NCReLU(), conv(8, 4), nn.ReLU(), *head(4)], 1),
+    "a scale for each channel before an NCReLU": (
+        [conv(4, 4), nn.ReLU(), nn.MaxPool2d(2), conv(4, 4, groups=4), NCReLU(), conv(8, 4), nn.ReLU(), *head(4)],
+        1,
+    ),
     "a gap": ([conv(4, 4, dilation=2), nn.ReLU(), *head(4)], 0),
     "a residual": (
         [conv(4, 4), nn.ReLU(), Residual(nn.Sequential(conv(4, 4), NCReLU(), conv(8, 4)), nn.Sequential()), *head(4)],

@@ -43,6 +43,13 @@ SUMS = {
     "1-D": (Sum(conv1(), conv1(1), nn.BatchNorm1d(4), nn.Identity()), X1, ONE),
     "3-D": (Sum(conv3(), conv3(1), nn.BatchNorm3d(4), nn.Identity()), X3, ONE),
     "the same branch twice": (Lambda(lambda x, a: (lambda y: y + y)(a(x)), conv()), X, ONE),
+    "the same branch three times": (Lambda(lambda x, a: (lambda y: y + y + y)(a(x)), conv()), X, {"conv": 1, "add": 1}),
+    "the same branch before and after identity": (Lambda(lambda x, a: (lambda y: y + x + y)(a(x)), conv()), X, ONE),
+    "the same pool three times beside a convolution": (
+        Lambda(lambda x, a, b: (lambda y: y + y + b(x) + y)(a(x)), mean(), conv()),
+        X,
+        ONE,
+    ),
     "a difference": (Lambda(lambda x, a, b: a(x) - b(x), conv(), conv(size=1)), X, ONE),
     "a scale for each channel": (
         Lambda(

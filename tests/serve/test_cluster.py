@@ -10,7 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 from serving import PATIENCE_S, patience
 
 from common.refusal import Refusal
@@ -160,6 +163,23 @@ def test_an_artefact_travels_whole_or_is_refused(artefact, tmp_path):
     ):
         with pytest.raises(Refusal, match=message):
             read_artefact(path)
+
+
+def test_weights_in_a_folder_of_their_own_keep_their_place(artefact, tmp_path):
+    (tmp_path / "there" / "weights").mkdir(parents=True)
+    path = tmp_path / "there" / "plain.onnx"
+    model = onnx.load(artefact)
+    onnx.save(model, path, save_as_external_data=True, location="weights/all.bin", size_threshold=0)
+    assert [*read_artefact(path)] == ["plain.onnx", "weights/all.bin"]
+
+
+def test_a_model_that_answers_wrongly_is_refused_before_it_travels(artefact):
+    model = onnx.load(artefact)
+    weights = model.graph.initializer[-1]
+    weights.CopyFrom(numpy_helper.from_array(np.full(weights.dims, np.inf, np.float32), weights.name))
+    onnx.save(model, artefact)
+    with pytest.raises(Refusal, match="gives values that are not finite"):
+        read_artefact(artefact)
 
 
 @needs_ray

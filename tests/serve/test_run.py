@@ -128,6 +128,15 @@ def test_workers_count_together(start, artefact, pixels, encode):
 
 
 @pytest.mark.slow
+def test_lines_that_the_log_does_not_take_are_counted(start, artefact, pixels, encode):
+    with open("/dev/full", "w") as full:
+        server = start(artefact, stderr=full)
+    assert ask(server, encode(pixels[0])).status_code == 200
+    count = re.compile(r"^diracnet_log_lines_dropped_total ([1-9].*)", re.MULTILINE)
+    assert until(lambda: count.search(httpx.get(f"{server.url}/metrics", timeout=60).text))
+
+
+@pytest.mark.slow
 def test_the_report_beside_a_model_is_shown_where_it_is_of_this_file(start, artefact):
     digest = sha256(artefact.read_bytes()).hexdigest()
     row = {"images": "real", "num_images": 9, "relative": 1e-6, "top1_agreement": 1.0, "within_tolerance": True}
@@ -283,6 +292,8 @@ def test_what_cannot_be_served_is_one_line(artefact, tmp_path, taken_port):
         ([artefact, tmp_path / "text.onnx", "--port", 0], "text.onnx is not a valid ONNX file"),
         ([artefact, "--port", 0, "--runtime", "mnn", "--devices", 0], "MNN runs only on the CPU; leave device 0 out"),
         ([artefact, "--port", 0, "--workers", 0], "--workers must be 1 or more, got 0"),
+        ([artefact, "--port", 0, "--max-held-mb", "inf"], "--max-held-mb and --max-decoded-mb must be finite numbers"),
+        ([artefact, "--port", 0, "--max-body-mb", "nan"], "--max-held-mb and --max-decoded-mb must be finite numbers"),
         ([artefact, "--port", 0, "--devices", 0, 1], "ONNX Runtime finds no CUDA device 0 here"),
         ([artefact, "--port", 0, "--api-key-file", tmp_path / "text.onnx", "--max-batch", 0], "max_batch must be"),
     ):

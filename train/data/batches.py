@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from common.cores import num_cores
+from common.environment import num_cores
 from common.refusal import Refusal
 from train.config import Settings
 from train.data.datasets import DatasetInfo, Part, Split
@@ -40,8 +40,9 @@ def batches(
 ) -> Iterator[Batch]:
     """One epoch from `first_step` on, augmented: this process's share of each batch.
 
-    What a batch holds depends on (seed, epoch, step) alone, not on how many processes or workers share it.
-    Files that cannot be read are missing from it: it may be empty, and other images are erased and mixed.
+    What a batch holds depends on (seed, epoch, step) alone, not on how many processes or workers share it; only the
+    pairs that are mixed lie in one process each. Files that cannot be read are missing from it: it may be empty, and
+    other images are erased and mixed.
     """
     key, batch_size = (settings.seed, epoch), settings.batch_size
     order = _order(part, np.random.default_rng(key), balanced=settings.balanced)

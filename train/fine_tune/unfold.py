@@ -100,7 +100,8 @@ def parts_of(net: nn.Module) -> Iterator[Part]:
     """The layers of `net` that have filters in its plain file, in the order in which they run."""
     part, rectified, halved = None, False, None
     for name, layer in net.named_modules():
-        if part and isinstance(layer, nn.BatchNorm2d) and part.norm is None and _residual(name) == _residual(part.name):
+        is_norm = isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm)
+        if part and is_norm and part.norm is None and _residual(name) == _residual(part.name):
             part = replace(part, norm=name)
             continue
         if part and not isinstance(layer, nn.Sequential):
@@ -110,7 +111,7 @@ def parts_of(net: nn.Module) -> Iterator[Part]:
             case nn.Conv2d():
                 part, halved = Part(name, layer, halved=halved), None
                 rectified = False
-            case nn.BatchNorm2d():
+            case nn.BatchNorm2d() | nn.SyncBatchNorm():
                 yield Part(name, layer)
             case nn.ReLU():
                 rectified = True

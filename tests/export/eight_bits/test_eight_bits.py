@@ -5,13 +5,14 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from own_nets import moved
 from torch import nn
 from torch.nn import functional
 
 from common.refusal import Refusal
 from export.artefacts import open_artefact
 from export.eight_bits.calibrate import observe, ranges
-from export.eight_bits.integer import quantize_filters, to_integer_onnx
+from export.eight_bits.integer import eight_bit_part, quantize_filters, to_integer_onnx
 from export.eight_bits.qdq import to_qdq_onnx
 from export.eight_bits.quantize import answerer, measure_drop, quantize, relative_error, top1_agreement
 from export.graphs.graph import to_onnx
@@ -19,7 +20,7 @@ from fold.graph import fold
 from fold.lower import lower
 from fold.lowerings import LOWERINGS
 from fold.nodes import run
-from train.layers import Normalize
+from train.layers import NCReLU, Normalize, Residual
 
 INT8_LOWERINGS = ("concat", "shared", "shared-split", "skip")
 
@@ -128,6 +129,25 @@ def test_a_filter_of_zeros_and_the_largest_weight_survive():
     assert not levels[0].any()
 
 
+@pytest.mark.parametrize("faded", [1e-15, 1e-43, 0.0])
+@pytest.mark.parametrize("form", ["integers", "for ONNX Runtime", "for TensorRT"])
+def test_a_channel_that_training_has_faded_out_keeps_its_bias(make_net, make_spec, images, form, faded):
+    """Weight decay shrinks a filter and its γ without end; β stays. The bias is then beyond 32 bits of products."""
+    net, spec, pixels = make_net(depth=10), make_spec(depth=10), images(24)
+    norm = net.get_submodule("group1.block0.bn")
+    with torch.no_grad():
+        norm.weight[::2] *= faded
+        norm.bias[::2] += 5.0
+    plain = fold(net).float()
+    floats = to_onnx(plain, spec, {})
+    reach = ranges(observe(floats, pixels), "min-max")
+    if form == "integers":
+        model = to_integer_onnx(plain, spec, {}, reach)
+    else:
+        model = to_qdq_onnx(floats, reach, precision="int8", for_onnxruntime=form == "for ONNX Runtime")
+    assert relative_error(answers(floats, pixels), answers(model, pixels)) < 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 def test_delta_outside_the_filters_wins_where_it_dominates(make_net, make_spec, images, target):
@@ -177,6 +197,8 @@ def test_a_drop_counts_what_is_lost():
     assert not drop
     assert measure_drop(reference, reference + 7.0, np.arange(4))  # what all classes share changes nothing
     assert relative_error(reference, reference + 7.0) == pytest.approx(0, abs=1e-12)
+    equal = np.ones((2, 3), np.float32)  # of a classifier of zeros
+    assert (relative_error(equal, 2 * equal), relative_error(equal, reference[:2, :3])) == (0.0, np.inf)
     assert top1_agreement(reference, -reference) == 0
 
 
@@ -203,6 +225,68 @@ def test_windows_of_any_shape_have_integer_nodes(make_spec, images):
     model, candidates = quantize(plain, spec, **how, observed=pixels[:24], chosen_by=pixels[24:])
     assert {"QLinearConv", "NhwcMaxPool"} <= {node.op_type for node in model.graph.node}
     assert candidates[0].relative_error < 0.15
+
+
+def conv(num_in, num_out):
+    return nn.Conv2d(num_in, num_out, 3, padding=1)
+
+
+def pool():
+    return nn.AdaptiveAvgPool2d(1)
+
+
+def branch(*layers):
+    return Residual(nn.Sequential(*layers), nn.Sequential())
+
+
+def quantized(make_spec, pixels, layers, lowering):
+    """The integer graph of a net whose ends are these layers' and a matrix of 8 channels, and how far it is off."""
+    spec = make_spec()
+    net = nn.Sequential(Normalize(spec.image.mean, spec.image.std), *layers, nn.Flatten(), nn.Linear(8, 10))
+    plain = fold(moved(net))
+    how = {"precision": "int8", "target": "onnxruntime", "lowerings": [lowering]}
+    model, candidates = quantize(plain.float(), spec, **how, observed=pixels[:24], chosen_by=pixels[24:])
+    return plain, model, candidates[0].relative_error
+
+
+STEMS = {
+    "an NCReLU before the first convolution": (NCReLU(), conv(6, 8)),
+    "a branch at once": (branch(conv(3, 3), nn.ReLU(), conv(3, 3)), conv(3, 8)),
+    "a pool in a branch": (Residual(nn.Sequential(conv(3, 8)), nn.Sequential(conv(3, 8), nn.MaxPool2d(3, 1, 1))),),
+}
+
+
+@pytest.mark.parametrize("lowering", ["concat", "shared-split", "split", "skip"])
+@pytest.mark.parametrize("stem", STEMS.values(), ids=STEMS)
+def test_a_stem_of_several_convolutions_stays_in_float32(make_spec, images, stem, lowering):
+    layers = *stem, nn.ReLU(), conv(8, 8), pool()
+    _, model, error = quantized(make_spec, images(48), layers, lowering)
+    kinds = [node.op_type for node in model.graph.node]
+    assert "QLinearConv" in kinds[kinds.index("QuantizeLinear") :]
+    assert error < 0.15
+
+
+POOLS = {
+    "after one of two branches": (conv(3, 8), nn.ReLU(), branch(conv(8, 8), pool())),
+    "in both": (conv(3, 8), nn.ReLU(), Residual(*(nn.Sequential(conv(8, 8), pool()) for _ in range(2)))),
+}
+
+
+@pytest.mark.parametrize("layers", POOLS.values(), ids=POOLS)
+def test_a_pool_in_a_branch_leaves_its_net_to_qdq(make_spec, images, layers):
+    layers = *layers, pool()
+    plain, model, error = quantized(make_spec, images(48), layers, "concat")
+    assert not eight_bit_part(plain.graph)
+    assert "DequantizeLinear" in {node.op_type for node in model.graph.node}
+    assert error < 0.15
+
+
+@pytest.mark.parametrize(
+    "layers", [(conv(3, 8), pool()), (pool(), nn.Conv2d(3, 8, 1))], ids=["with one convolution", "pooled at once"]
+)
+def test_a_net_whose_only_convolution_is_its_stem_has_no_eight_bit_form(make_spec, images, layers):
+    with pytest.raises(Refusal, match="the net has no convolution but its first"):
+        quantized(make_spec, images(48), layers, "concat")
 
 
 def test_a_net_without_a_convolution_has_no_eight_bit_form(make_spec, images):

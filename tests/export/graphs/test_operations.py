@@ -88,6 +88,23 @@ class Rows(nn.Module):
         return self.head(F.relu(self.rows(x)).mean((2, 3)))
 
 
+class LastChannels(nn.Module):
+    """Channels counted from the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(11, 5)
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.head(torch.cat([y[:, -4:], y[:, :-2], y[:, -5:-2]], 1).relu().mean((2, 3)))
+
+
+def test_channels_may_be_counted_from_the_last():
+    made = source(LastChannels())
+    assert error(made, to_onnx(made.plain, made.spec, {})) <= TOLERANCES["fp32"]
+
+
 def test_a_matrix_may_stand_before_the_last_pool():
     made = source(Rows())
     assert error(made, to_onnx(made.plain, made.spec, {})) <= TOLERANCES["fp32"]

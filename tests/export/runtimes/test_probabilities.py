@@ -23,6 +23,13 @@ def test_logits_are_divided_by_the_temperature_and_it_can_be_taken_out_again(tem
     np.testing.assert_allclose(without_temperature(found, temperature), expected, rtol=1e-12, atol=lost)
 
 
+def test_a_temperature_is_taken_out_of_the_small_probabilities_of_many_classes():
+    """At 100 and with 2,000 classes each is near 1 / 2,000, whose 100th power is no number any more."""
+    logits = (3 * np.random.default_rng(0).normal(size=(5, 2000))).astype(np.float32)
+    found = without_temperature(probabilities(logits, temperature=100), 100)
+    np.testing.assert_allclose(found, reference.softmax(logits), rtol=1e-11)
+
+
 def test_probabilities_stay_what_they_are():
     given = np.array([[0.5, 0.25, 0.75]], np.float32)  # of a sigmoid: they need not sum to 1
     assert probabilities(given, are_probabilities=True).tolist() == given.tolist()

@@ -130,6 +130,7 @@ def test_filters_of_every_node_are_read_along_their_own_axis(tmp_path, kind):
         ("QLinearConv", None),  # weights that are computed
         ("QLinearConv", np.full(3, 1, np.int8)),
         ("QGemm", np.full((2, 3), 1, np.int8)),
+        ("DynamicQuantizeMatMul", np.full((2, 3), 1, np.uint8)),
         ("DynamicQuantizeMatMulInteger", np.full((2, 3), 1, np.int8)),
     ],
 )
@@ -144,6 +145,58 @@ def test_dequantized_weights_of_convolutions_count_since_runtimes_fuse_them(tmp_
     weight[0, 0, 0, :2] = 127
     levels.CopyFrom(numpy_helper.from_array(weight, levels.name))
     assert "group0.block0.conv" in may_saturate(tmp_path, model.SerializeToString())
+
+
+def dequantized(kind, weight, *between, **how):
+    """A graph of one float node whose weights are dequantised, with other nodes between."""
+    names = ["w", "a", "b", "c"]
+    nodes = [helper.make_node("DequantizeLinear", ["levels", "s", "z"], ["w"])]
+    nodes += [helper.make_node(op, names[at : at + 1], names[at + 1 : at + 2]) for at, op in enumerate(between)]
+    nodes.append(helper.make_node(kind, ["x", names[len(between)]], ["y"], name="layer", **how))
+    return helper.make_model(helper.make_graph(nodes, "g", [], [], [numpy_helper.from_array(weight, "levels")]))
+
+
+ROWS = np.array([[100, 100, 0], [0, 0, 0]], np.int8)  # as filters of rows only is it unsafe
+
+
+@pytest.mark.parametrize(
+    ("model", "is_safe"),
+    [
+        (dequantized("Gemm", ROWS), True),
+        (dequantized("Gemm", ROWS, transB=1), False),
+        (dequantized("Gemm", ROWS.T.copy()), False),
+        (dequantized("MatMul", ROWS, "Transpose"), False),
+        (dequantized("MatMul", ROWS, "Identity", "Reshape", "Transpose"), False),
+        (dequantized("MatMul", ROWS // 2, "Transpose"), True),  # no two of all weights
+        (dequantized("MatMul", ROWS.T.copy(), "Relu"), True),  # which no runtime fuses
+    ],
+)
+def test_dequantized_weights_of_matrices_are_read_as_they_are_multiplied(tmp_path, model, is_safe):
+    assert may_saturate(tmp_path, model.SerializeToString()) == ([] if is_safe else ["layer"])
+
+
+def test_a_circle_in_a_damaged_graph_ends(tmp_path):
+    nodes = [helper.make_node("Transpose", ["w"], ["w"]), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    assert may_saturate(tmp_path, helper.make_model(helper.make_graph(nodes, "g", [], [])).SerializeToString()) == []
+
+
+@pytest.mark.parametrize(("kind", "how"), [("Gemm", {"transB": 1}), ("MatMul", {})])
+def test_onnx_runtime_does_multiply_such_matrices_in_eight_bits(tmp_path, kind, how):
+    between = () if kind == "Gemm" else ("Transpose",)
+    graph = dequantized(kind, np.full((16, 64), 127, np.int8), *between, **how).graph
+    nodes = [helper.make_node("QuantizeLinear", ["images", "s", "u"], ["q"])]
+    nodes += [helper.make_node("DequantizeLinear", ["q", "s", "u"], ["x"]), *graph.node]
+    nodes += [helper.make_node("QuantizeLinear", ["y", "s", "u"], ["quantized"])]
+    values = {"s": np.float32(0.1), "z": np.int8(0), "u": np.uint8(0), "levels": np.full((16, 64), 127, np.int8)}
+    stored = [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
+    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, [1, 64])
+    quantized = helper.make_tensor_value_info("quantized", TensorProto.UINT8, [1, 16])
+    made = helper.make_graph(nodes, "g", [images], [quantized], stored)
+    model = helper.make_model(made, ir_version=9, opset_imports=[helper.make_opsetid("", 19)])
+    path = tmp_path / "fused.onnx"
+    quiet_session(model.SerializeToString(), optimized_model_filepath=str(path))
+    assert {node.op_type for node in onnx.load(path).graph.node} & {"QGemm", "QLinearMatMul"}
+    assert may_saturate(tmp_path, model.SerializeToString()) == ["layer"]
 
 
 def test_a_float_net_has_nothing_to_saturate(tmp_path, make_net, make_spec):

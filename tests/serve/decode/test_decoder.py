@@ -61,7 +61,8 @@ def long_jpeg(encode):
 
 @pytest.mark.parametrize(("limit_s", "patience_s"), [(0.1, 60), (60, 0.2)])
 def test_a_decoder_that_takes_too_long_is_ended_and_replaced(encode, limit_s, patience_s):
-    decoder = Decoder(limit_s, patience_s=60)
+    ends = []
+    decoder = Decoder(limit_s, patience_s=60, on_end=lambda: ends.append(process_of(decoder).pid))
     small = encode(np.zeros((8, 8, 3), np.uint8))
     ask(decoder, small)
     ended = process_of(decoder)
@@ -73,6 +74,7 @@ def test_a_decoder_that_takes_too_long_is_ended_and_replaced(encode, limit_s, pa
     decoder._patience_s = 60
     assert ask(decoder, small).shape == (8, 8, 3)
     assert process_of(decoder).pid != ended.pid
+    assert ends == [ended.pid]
     decoder.close()
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import re
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 from serving import until
 from starlette.requests import ClientDisconnect
+from starlette.testclient import TestClient
 
 from common.image import decode
 from serve.decode.weigh import Weight
@@ -30,7 +32,7 @@ class Held:
     gate = threading.Event()
     came: "SimpleQueue[bytes]" = SimpleQueue()
 
-    def __init__(self, limit_s, *, patience_s):
+    def __init__(self, limit_s, *, patience_s, on_end):
         pass
 
     def __call__(self, content, spec, *, max_pixels, num_bytes):
@@ -277,6 +279,20 @@ def test_a_process_that_cannot_be_started_fails_one_request(live, runtime, encod
     assert (failed.status_code, failed.json()["type"]) == (500, INTERNAL.type)
     assert alive.status_code == 200
     assert "an image could not be decoded" in caplog.text
+
+
+@pytest.mark.slow
+def test_decoders_that_are_replaced_are_counted(runtime):
+    with TestClient(make_app(runtime, Limits(decode_threads=1))) as client:
+        (decoder,) = client.app.prober._batcher.decoding._decoders
+        statuses, counts = [], []
+        for _ in range(2):
+            for _ in range(2):
+                statuses.append(client.post("/predict", content=heavy(1200)).status_code)
+            counts += re.findall(r"^diracnet_decoders_replaced_total (.*)", client.get("/metrics").text, re.MULTILINE)
+            decoder.kill()
+    assert statuses == [200, 200, 422, 200]
+    assert counts == ["0.0", "1.0"]
 
 
 def test_pixels_that_wait_for_the_model_are_bounded(gated):

@@ -1,6 +1,7 @@
 """Which form and runtime serve: by clocks that only the runtimes themselves advance."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -200,6 +201,11 @@ def test_the_only_one_that_passes_needs_no_measuring(machine, forms, write):
         ("int8", GOOD, None),
         ("int8", {**GOOD, "accuracy": 0.946}, "loses more than 0.3 points of test accuracy"),
         ("int8", {**GOOD, "top1_agreement": 0.97}, "keeps the class of only 97.0 % of the test images"),
+        ("int8", {**GOOD, "accuracy": math.nan}, "loses more than 0.3 points of test accuracy"),
+        ("int8", {**GOOD, "top1_agreement": math.nan}, "keeps the class of only nan % of the test images"),
+        ("int8", {"accuracy": 0.95}, "the record of its export is damaged (KeyError('float32_accuracy'))"),
+        ("int8", [0.95], "the record of its export is damaged (TypeError("),
+        ([8], GOOD, "the record of its export is damaged (TypeError("),
         ("fp8", None, "does not record what fp8 costs"),
     ],
 )

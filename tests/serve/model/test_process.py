@@ -199,15 +199,19 @@ def test_a_model_that_hangs_is_given_up_and_the_next_one_is_served(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_sigterm_does_not_wait_for_a_model_that_hangs(start, artefact, endless, pixels, encode, workers):
-    server = start(artefact, "--workers", workers, "--drain-seconds", 1)
+def test_sigterm_does_not_wait_for_a_model_that_hangs(start, artefact, endless, pixels, encode, workers, tmp_path):
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    server = start(artefact, "--workers", workers, "--drain-seconds", 1, env={**os.environ, "TMPDIR": str(copies)})
     shutil.copy(endless, artefact)
     server.send_signal(signal.SIGHUP)
     for _ in range(workers):
         wait_for(server, "reading the model's file again")
     assert ask(server, encode(pixels[0])).status_code == 200
+    until(lambda: len([*copies.rglob("diracnet-model-*/0/*.onnx")]) == workers)
     server.send_signal(signal.SIGTERM)
     assert server.wait(60) == 0
+    assert [*copies.iterdir()] == []
     server.stderr.read()  # ends when the last process that may write does: no trial is left behind
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 
 from common.image import FORMATS
@@ -344,3 +345,11 @@ def test_openapi_describes_bodies_answers_and_problems(client):
     assert {"image/png", "image/jpeg", "multipart/form-data", "application/json"} <= bodies
     assert {"200", "400", "413", "415", "422", "500"} <= set(predict["responses"])
     assert list(predict["responses"]["415"]["content"]) == ["application/problem+json"]
+
+
+def test_the_openapi_document_is_written_once(client, monkeypatch):
+    first = client.get("/openapi.json")
+    monkeypatch.setattr(JSONResponse, "render", lambda *_: pytest.fail("written again"))
+    again = client.get("/openapi.json")
+    assert (again.status_code, again.content) == (200, first.content)
+    assert again.headers["x-request-id"] != first.headers["x-request-id"]

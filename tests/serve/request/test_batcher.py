@@ -80,14 +80,15 @@ def test_every_job_gets_its_own_answer_in_order(runtime, pixels, encode, decode_
         assert job.queue_s >= 0
 
 
-def test_waiting_and_decoding_and_computing_are_told_apart(runtime, encode):
+@pytest.mark.parametrize("num_images", [1, 6])
+def test_waiting_and_decoding_and_computing_are_told_apart(runtime, encode, num_images):
     """No moment counts twice: what the three take together is no longer than what they are parts of."""
     file = encode(np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8))
 
     async def scenario():
-        async with Jobs(runtime, decode_threads=1) as jobs:
+        async with Jobs(runtime, decode_threads=num_images, max_images=num_images) as jobs:
             start = monotonic()
-            return await jobs.ask(file), start, monotonic()
+            return await jobs.ask(*num_images * [file]), start, monotonic()
 
     job, start, end = asyncio.run(scenario())
     assert min(job.decode_s, job.queue_s, job.model_s) > 0

@@ -1,11 +1,14 @@
 """What a real connection may do to the server."""
 
+import socket
+import struct
 import threading
 from queue import SimpleQueue
 
 import httpx
 import pytest
 from raw_http import everything, one_answer, problem_in
+from serving import until
 
 from common.refusal import Refusal
 from serve.config import ServeConfig
@@ -14,12 +17,13 @@ from serve.processes.serving import limits_of
 from serve.request.app import make_app
 from serve.request.connection import MAX_HEADER_BYTES, Connection
 from serve.request.limits import Limits
+from serve.v2.routes import model_name
 
 PNG = {"Content-Type": "image/png"}
 
 
-def head(num_bytes, content_type="image/png"):
-    lines = ("POST /predict HTTP/1.1", "Host: a", f"Content-Type: {content_type}", f"Content-Length: {num_bytes}")
+def head(num_bytes, content_type="image/png", path="/predict"):
+    lines = (f"POST {path} HTTP/1.1", "Host: a", f"Content-Type: {content_type}", f"Content-Length: {num_bytes}")
     return "\r\n".join((*lines, "", "")).encode()
 
 
@@ -95,6 +99,41 @@ def test_a_client_that_went_away_is_not_run(live, gated, connect, pixels, encode
         thread.join(60)
     assert answers[0].status_code == 200
     assert gated.batches == [1]
+
+
+@pytest.mark.parametrize("how", ["resets", "closes"])
+@pytest.mark.parametrize("when", ["with", "after"])
+def test_a_client_that_goes_with_a_request_behind_another_is_noticed(live, gated, connect, pixels, encode, how, when):
+    """Whether the second one came in the same segment, or once the server watched the client of the first."""
+    opened, visits, read = [], SimpleQueue(), threading.Semaphore(0)
+
+    class Told(Connection):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            opened.append(self)
+
+        def on_message_complete(self):
+            super().on_message_complete()
+            read.release()
+
+    gated.open()
+    file = encode(pixels[0])
+    first, second = head(len(file)) + file, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+    with live(make_app(gated, Limits(deadline_s=1000), observers=[visits.put]), http=Told) as url:
+        gated.close()
+        connection = connect(url)
+        connection.sendall(first + second if when == "with" else first)
+        gated.wait()
+        if when == "after":
+            until(lambda: opened[0].cycle.message_event._waiters)
+            connection.sendall(second)
+        assert all(read.acquire(timeout=60) for _ in range(2))
+        if how == "resets":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        visit = visits.get(timeout=60)  # the gate is closed
+        gated.open()
+    assert (visit.path, visit.status) == ("/predict", 499)
 
 
 def test_a_client_that_goes_in_the_middle_of_its_body_costs_nothing(live, gated, connect):
@@ -180,11 +219,13 @@ def test_a_full_server_refuses_before_the_body_has_come(live, gated, connect, pi
     file = encode(pixels[0])
     with live(make_app(gated, Limits(max_images=1, max_queue=1))) as url:
         gated.close()
-        accepted, refused = connect(url), connect(url)
+        accepted, refused, inference = connect(url), connect(url), connect(url)
         accepted.sendall(head(len(file)) + file)
         gated.wait()
         refused.sendall(head(len(file)))
+        inference.sendall(head(100, path=f"/v2/models/{model_name(gated.model)}/infer"))
         assert one_answer(refused).startswith(b"HTTP/1.1 503 ")
+        assert one_answer(inference).startswith(b"HTTP/1.1 503 ")
         gated.open()
         assert one_answer(accepted).startswith(b"HTTP/1.1 200 ")
         refused.sendall(file + head(len(file)) + file)  # the body was dropped; the connection is good for more

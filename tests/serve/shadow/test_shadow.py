@@ -1,5 +1,6 @@
 """A second model beside the one that serves: compared, promoted, and never in a client's way."""
 
+import errno
 import re
 import threading
 from dataclasses import replace
@@ -167,6 +168,21 @@ def test_a_shadow_that_raises_goes_on_and_says_so_once(shadowed, runtime, pixels
     assert [line for line in said if "fails" in line] == [
         "the shadow fails: RuntimeError: no memory; /metrics counts further failures"
     ]
+
+
+def test_a_shadow_that_the_system_cannot_start_is_started_again(shadowed, runtime, monkeypatch, caplog):
+    starts = [OSError(errno.ENOMEM, "Cannot allocate memory")]
+
+    def start(process):
+        if starts:
+            raise starts.pop()
+        return process
+
+    monkeypatch.setattr(module, "start_process", start)
+    monkeypatch.setattr(module, "_LONGEST_DELAY_S", 0.0)
+    with shadowed(Process(runtime)) as client:
+        running(client)
+    assert "the shadow restarts in 0 s: [Errno 12] Cannot allocate memory" in caplog.messages
 
 
 def test_probabilities_are_compared_with_probabilities(shadowed, runtime, pixels, encode):

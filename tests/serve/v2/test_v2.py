@@ -88,70 +88,20 @@ def test_nvidias_client_gets_the_models_logits(triton_client, runtime, pixels, s
         np.testing.assert_allclose(logits, runtime(images), rtol=1e-5, atol=1e-5)
 
 
-def test_more_images_than_a_batch_keep_their_order(triton_client, runtime, images):
-    many = images(40)
-    logits = triton_client.infer(NAME, images_of(many)).as_numpy("logits")
-    np.testing.assert_allclose(logits, runtime(many), rtol=1e-4, atol=1e-4)
-
-
-def test_files_are_decoded_as_predict_does(triton_client, runtime, pixels, encode):
+def test_files_in_json_are_those_in_bytes(triton_client, pixels, encode):
     files = np.array([encode(image) for image in pixels[:3]], dtype=np.object_)
     logits = triton_client.infer(NAME, images_of(files, "BYTES")).as_numpy("logits")
-    np.testing.assert_allclose(logits, runtime(pixels[:3]), rtol=1e-5, atol=1e-5)
     texts = np.array([base64.b64encode(file) for file in files], dtype=np.object_)
     by_json = triton_client.infer(NAME, images_of(texts, "BYTES", binary=False)).as_numpy("logits")
     np.testing.assert_array_equal(by_json, logits)
 
 
-@pytest.mark.parametrize("takes_bytes", [True, False])
-@pytest.mark.parametrize(("asked", "given"), [(1, 1), (3, 3), (99, 10)])
-def test_classification_gives_score_index_and_label(triton_client, runtime, pixels, takes_bytes, asked, given):
-    outputs = [triton.InferRequestedOutput("logits", binary_data=takes_bytes, class_count=asked)]
-    result = triton_client.infer(NAME, images_of(pixels[:2]), outputs=outputs)
-    assert result.get_output("logits")["datatype"] == "BYTES"
-    classes = result.as_numpy("logits")
-    assert classes.shape == (2, given)
-    for row, logits in zip(classes, runtime(pixels[:2]), strict=True):
-        best = sorted(range(10), key=lambda index: -logits[index])[:given]
-        for text, index in zip(row, best, strict=True):
-            score, number, label = (text.decode() if isinstance(text, bytes) else text).split(":")
-            assert (int(number), label) == (index, f"label {index}")
-            assert float(score) == pytest.approx(logits[index], abs=1e-5)
-            assert len(score.partition(".")[2]) == 6
-
-
-@pytest.mark.parametrize(
-    ("array", "datatype", "name", "message"),
-    [
-        (
-            np.zeros((1, 9, 8, 3), np.uint8),
-            "UINT8",
-            "images",
-            r"of shape \[N, 8, 8, 3\], got \[1, 9, 8, 3",
-        ),
-        (np.zeros((8, 8, 3), np.uint8), "UINT8", "images", r"must be \[N, H, W, C\], got \[8, 8, 3\]"),
-        (
-            np.zeros((0, 8, 8, 3), np.uint8),
-            "UINT8",
-            "images",
-            r"inputs\.0\.shape\.0: Input should be greater than 0, got 0",
-        ),
-        (np.zeros((41, 8, 8, 3), np.uint8), "UINT8", "images", "takes 40 images at most"),
-        (
-            np.full((1, 8, 8, 3), np.nan, np.float32),
-            "FP32",
-            "images",
-            "datatype: Input should be 'UINT8' or 'BYTES', got 'FP32'",
-        ),
-        (np.zeros((1, 8, 8, 3), bool), "BOOL", "images", "got 'BOOL'"),
-        (np.zeros((1, 8, 8, 3), np.uint8), "UINT8", "input", "name: Input should be 'images', got 'input'"),
-        (np.array([b"no image"], np.object_), "BYTES", "images", "not a PNG"),
-        (np.array([[b"no image"]], np.object_), "BYTES", "images", r"must be \[N\], got \[1, 1\]"),
-    ],
-)
-def test_nvidias_client_learns_what_was_wrong(triton_client, array, datatype, name, message):
-    with pytest.raises(InferenceServerException, match=message):
-        triton_client.infer(NAME, images_of(array, datatype, name=name))
+def test_classes_in_json_are_those_in_bytes(triton_client, pixels):
+    outputs = (triton.InferRequestedOutput("logits", binary_data=takes, class_count=3) for takes in (True, False))
+    results = [triton_client.infer(NAME, images_of(pixels[:2]), outputs=[output]) for output in outputs]
+    assert {result.get_output("logits")["datatype"] for result in results} == {"BYTES"}
+    in_bytes, in_json = (result.as_numpy("logits") for result in results)
+    assert [[text.decode() for text in row] for row in in_bytes] == in_json.tolist()
 
 
 def test_nvidias_client_learns_of_wrong_names(triton_client, pixels):
@@ -192,18 +142,13 @@ def test_data_may_be_nested_as_the_shape(client, pixels):
         ({"data": [[[[0] * 3] * 8] * 7 + [0]]}, "neither flat nor nested as its shape"),
         ({"data": [[[[0] * 3] * 8] * 8] * 2}, "neither flat nor nested as its shape"),
         ({"data": [[[[[0]] * 3] * 8] * 8]}, "whole numbers from 0 to 255, got a list"),
-        ({"shape": [-1, 8, 8, 3]}, "inputs.0.shape.0: Input should be greater than 0, got -1"),
         ({"shape": [True, 8, 8, 3]}, "inputs.0.shape.0: Input should be a valid integer, got True"),
         ({"shape": [1.0, 8, 8, 3]}, "inputs.0.shape.0: Input should be a valid integer, got 1.0"),
         ({"shape": [1, "8", 8, 3]}, "inputs.0.shape.1: Input should be a valid integer, got '8'"),
-        ({"shape": [1, 2**62, 2**62, 3]}, "elements, got 192"),
-        ({"shape": [1] * 5000}, "inputs.0.shape: List should have at most 4 items"),
-        ({"shape": []}, "inputs.0.shape: List should have at least 1 item"),
         ({"shape": 1}, "inputs.0.shape: Input should be a valid list, got 1"),
         ({"shape": None}, "inputs.0.shape: Input should be a valid list"),
         ({"datatype": None}, "inputs.0.datatype: Input should be 'UINT8' or 'BYTES', got None"),
         ({"datatype": 8}, "inputs.0.datatype: Input should be 'UINT8' or 'BYTES', got 8"),
-        ({"datatype": "x" * 5000}, "got 'xxx"),
         ({"name": None}, "inputs.0.name: Input should be 'images', got None"),
         ({"name": ["images"]}, "inputs.0.name: Input should be 'images', got a list"),
         ({"parameters": []}, "inputs.0.parameters: Input should be a valid dictionary"),
@@ -285,9 +230,9 @@ def test_what_is_no_request_is_a_problem(client, body):
     assert_protocol_problem(client.post(INFER, content=body), 400, "bad-request")
 
 
-def binary_request(content, *, datatype="UINT8", shape=(1, 8, 8, 3), size=None):
+def binary_request(content, *, shape=(1, 8, 8, 3), size=None):
     size = len(content) if size is None else size
-    tensor = {"name": "images", "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": size}}
+    tensor = {"name": "images", "datatype": "UINT8", "shape": shape, "parameters": {"binary_data_size": size}}
     header = json.dumps({"inputs": [tensor]}).encode()
     return header + content, len(header)
 
@@ -312,21 +257,15 @@ def test_hostile_header_lengths_are_problems(client, header_bytes, detail):
 
 
 @pytest.mark.parametrize(
-    ("content", "fields", "detail"),
+    ("size", "detail"),
     [
-        (bytes(191), {}, "need 192 elements, got 191"),
-        (bytes(192), {"size": 191}, "binary_data_size of images is 191, and 192 bytes follow"),
-        (bytes(192), {"size": -1}, "binary_data_size of images is -1"),
-        (bytes(192), {"size": 10**15}, "and 192 bytes follow"),
-        (b"\x05\0\0\0hell", {"datatype": "BYTES", "shape": [1]}, "ends at byte 9 of 8"),
-        (b"\xff\xff\xff\xff", {"datatype": "BYTES", "shape": [1]}, "ends at byte 4294967299 of 4"),
-        (b"\0\0", {"datatype": "BYTES", "shape": [1]}, "of type BYTES ends at byte 4 of 2"),
-        (bytes(4 * 4000), {"datatype": "BYTES", "shape": [3]}, "need 3 elements, got 4,000"),
-        (b"", {"datatype": "BYTES", "shape": [3]}, "need 3 elements, got 0"),
+        (191, "binary_data_size of images is 191, and 192 bytes follow"),
+        (-1, "binary_data_size of images is -1"),
+        (10**15, "and 192 bytes follow"),
     ],
 )
-def test_wrong_byte_counts_are_problems(client, content, fields, detail):
-    body, header_bytes = binary_request(content, **fields)
+def test_wrong_byte_counts_are_problems(client, size, detail):
+    body, header_bytes = binary_request(bytes(192), size=size)
     response = client.post(INFER, content=body, headers={LENGTH: str(header_bytes)})
     assert_protocol_problem(response, 400, "bad-request", detail)
 

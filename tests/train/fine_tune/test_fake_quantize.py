@@ -5,6 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 from export.eight_bits.calibrate import observe, ranges
 from export.eight_bits.integer import levels_of, quantize_filters, to_integer_onnx
@@ -109,6 +110,13 @@ def test_gradients_reach_every_parameter_of_the_net(fields, make_net, images):
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.any(), name
+
+
+def test_layers_are_rounded_at_the_same_places_once_processes_share_their_statistics(make_net, images):
+    """After --freeze a net whose layers have become SyncBatchNorm is wrapped once more."""
+    net, x = make_net(), torch.from_numpy(images(4))
+    expected = FakeQuantized(net).eval()(x)
+    assert torch.equal(FakeQuantized(nn.SyncBatchNorm.convert_sync_batchnorm(net)).eval()(x), expected)
 
 
 def test_levels_of_a_filter_do_not_depend_on_what_batch_normalisation_scales_it_by():

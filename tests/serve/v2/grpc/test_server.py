@@ -1,6 +1,7 @@
 """The Open Inference Protocol over gRPC, asked by NVIDIA's client and by hand, of a server that speaks HTTP too."""
 
 import asyncio
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -54,24 +55,12 @@ def test_nvidias_client_gets_the_models_logits(client, runtime, pixels):
         np.testing.assert_allclose(logits, runtime(images), rtol=1e-5, atol=1e-5)
 
 
-def test_more_images_than_a_batch_keep_their_order(client, runtime, images):
-    many = images(40)
-    logits = client.infer(NAME, images_of(many)).as_numpy("logits")
-    np.testing.assert_allclose(logits, runtime(many), rtol=1e-4, atol=1e-4)
-
-
 def test_a_message_that_is_read_in_a_thread_gives_the_same(serve_rpc, runtime, images):
     """384 images of 192 bytes are longer than what the event loop reads itself."""
     many = images(384)
     with serve_rpc(runtime, Limits(max_images=384)) as served, tritons(served.target) as client:
         logits = client.infer(NAME, images_of(many)).as_numpy("logits")
     np.testing.assert_allclose(logits, runtime(many), rtol=1e-4, atol=1e-4)
-
-
-def test_files_are_decoded_as_predict_does(client, runtime, pixels, encode):
-    files = np.array([encode(image) for image in pixels[:3]], dtype=np.object_)
-    logits = client.infer(NAME, images_of(files, "BYTES")).as_numpy("logits")
-    np.testing.assert_allclose(logits, runtime(pixels[:3]), rtol=1e-5, atol=1e-5)
 
 
 def test_typed_tensors_are_answered_with_typed_ones(served_rpc, runtime, pixels, encode):
@@ -87,19 +76,6 @@ def test_typed_tensors_are_answered_with_typed_ones(served_rpc, runtime, pixels,
         assert list(answer.outputs[0].shape) == [2, 10]
         logits = np.reshape(answer.outputs[0].contents.fp32_contents, (2, 10))
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("asked", "given"), [(1, 1), (3, 3), (99, 10)])
-def test_classification_gives_score_index_and_label(client, runtime, pixels, asked, given):
-    outputs = [triton.InferRequestedOutput("logits", class_count=asked)]
-    classes = client.infer(NAME, images_of(pixels[:2]), outputs=outputs).as_numpy("logits")
-    assert classes.shape == (2, given)
-    for row, logits in zip(classes, runtime(pixels[:2]), strict=True):
-        best = sorted(range(10), key=lambda index: -logits[index])[:given]
-        for text, index in zip(row, best, strict=True):
-            score, number, label = text.decode().split(":")
-            assert (int(number), label) == (index, f"label {index}")
-            assert float(score) == pytest.approx(logits[index], abs=1e-5)
 
 
 def test_typed_classes_are_those_of_the_bytes(served_rpc, client, pixels):
@@ -130,7 +106,9 @@ def test_http_and_grpc_answer_side_by_side_on_one_event_loop(serve_rpc, runtime,
 def test_an_answer_has_the_requests_id_and_says_where_the_time_went(served_rpc, pixels):
     _, _, metadata = served_rpc.raw(request_of(pixels[:1]), metadata=[("x-request-id", "mine")])
     assert metadata["x-request-id"] == "mine"
-    assert "model;dur=" in metadata["server-timing"]
+    times = dict(re.findall(r"(\w+);dur=(\d+\.\d\d)", metadata["server-timing"]))
+    assert list(times) == ["decode", "queue", "model", "total"]
+    assert float(times["total"]) > 0
     visit = served_rpc.visits.get(timeout=60)
     assert (visit.id, visit.path, visit.status, visit.num_images) == (b"mine", f"{SERVICE}ModelInfer", 200, 1)
     assert visit.client == "127.0.0.1"
@@ -145,6 +123,17 @@ def test_calls_stand_in_the_metrics_beside_requests(served_rpc, pixels):
         assert f'diracnet_requests_total{{path="{SERVICE}ModelInfer",status="{status}"}} 1.0' in shown
     assert "ModelConfig" not in shown
     assert 'diracnet_predict_seconds_count{stage="total"} 1.0' in shown
+
+
+def test_every_method_has_a_series_and_no_other_address_makes_one(served_rpc):
+    methods = ["ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer"]
+    for method in methods:
+        served_rpc.raw(b"", method)
+    for made_up in ("", "Made-up", "ModelInfer/1"):
+        httpx.get(f"{served_rpc.url}{SERVICE}{made_up}", timeout=60)
+    shown = httpx.get(f"{served_rpc.url}/metrics", timeout=60).text
+    paths = set(re.findall(r'diracnet_requests_total\{path="([^"]*)"', shown))
+    assert paths == {*(SERVICE + method for method in methods), "other"}
 
 
 def test_a_key_guards_the_model_and_not_the_probes(serve_rpc, runtime, pixels):

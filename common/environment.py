@@ -1,4 +1,4 @@
-"""This machine: its processor, the cores that this process may use, and the versions of packages."""
+"""What this process runs on: the processor, the cores that it may use, and the versions of packages."""
 
 import os
 import platform
