@@ -102,8 +102,8 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     if config.precision == "fp32":
         return model, record, True
     training = plain.provenance.get("training", {})
-    where: dict[str, Any] = {"data_dir": config.data_dir, "beside": config.plain.parent}
-    real, _ = real_images(image, training, num=config.calibration_images, **where)
+    num, beside = config.calibration_images, config.plain.parent
+    real, _ = real_images(image, training, num=num, data_dir=config.data_dir, beside=beside)
     sets = {"extreme": extreme_images(image), "random": random_images(image), "real": real}
     for kind, images in sets.items():
         if images is not None and (node := first_overflow(model, images)):
