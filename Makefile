@@ -6,7 +6,7 @@ PYTHON ?= python3
 PORT ?= 8000
 VENV := .venv
 RUN := runs/demo
-# The Fashion-MNIST model that comes along.
+# The bundled Fashion-MNIST model.
 BUNDLED := models/fashion-mnist.onnx
 # Its checkpoint, which make model leaves; the plain net lies beside it.
 CHECKPOINT ?= runs/model/checkpoint.pt
@@ -16,7 +16,7 @@ BENCHMARKS := $(wildcard $(patsubst %,bench/%.py,model folding reparameterized t
 # The TensorRT-RTX extra builds engines without a GPU; its wheels exist for Linux and Windows on x86-64.
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),dev$(,)rtx,dev)
 , := ,
-# Or pyright asks its registry for a newer version at every run.
+# Otherwise pyright asks its registry for a newer version at every run.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 help: ## show this list
@@ -72,7 +72,7 @@ pictures: setup ## draw docs/pictures again, from models/ and the checkpoint of 
 	@$(BIN)/python export/evaluate.py $(BUNDLED) --out $(dir $(CHECKPOINT))report
 	@cp $(dir $(CHECKPOINT))report/confusion.png $(dir $(CHECKPOINT))report/reliability.png docs/pictures/
 
-bench: setup ## the short form of every benchmark, eight minutes, into runs/bench; full figures are in docs/benchmarks
+bench: setup ## the short form of most benchmarks, some eight minutes, into runs/bench; full figures are in docs/benchmarks
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
 	@for script in $(BENCHMARKS); do $(BIN)/python $$script --quick --out runs/bench || exit; done
 
@@ -91,7 +91,7 @@ check: setup ## lint, format and types, as CI sees them; changes nothing
 test: check ## check, then run all tests
 	@$(BIN)/python -m pytest
 
-test-fast: setup ## run the tests that take less than half a second each, on all cores: under a minute on two
+test-fast: setup ## run the tests that take less than half a second each, on all cores
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 FLOORS := runs/floors

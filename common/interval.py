@@ -20,11 +20,11 @@ def percent(ends: tuple[float, float]) -> str:
     return f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f} %"
 
 
-def at_most(num_hits: int, num: int, *, doubt: float = 0.05) -> float:
-    """The upper bound of Clopper and Pearson: at this share, so few hits have a probability of `doubt`.
+def at_most(num_hits: int, num: int) -> float:
+    """The upper bound of Clopper and Pearson: at this share, so few hits have a probability of 5 %.
 
     Exact for any number of images. Without a hit it is close to 3 / num, the rule of three.
     """
     from scipy.special import betaincinv  # not at the head, as the server counts without it
 
-    return float(betaincinv(num_hits + 1, num - num_hits, 1 - doubt)) if num_hits < num else 1.0
+    return float(betaincinv(num_hits + 1, num - num_hits, 0.95)) if num_hits < num else 1.0

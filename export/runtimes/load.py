@@ -28,17 +28,7 @@ def load_runtime(
     `num_threads` is for the CPU; 0 lets the runtime choose. A session of ONNX Runtime that `shares_cores` with another
     one, in turns, gives them up after each call. `hints` are for third-party .onnx files.
     """
-    if path.suffix not in RUNTIMES:
-        raise Refusal(f"{path} is neither an .onnx nor an .engine file; make one with export/to_onnx.py")
-    if hints.sources and path.suffix != ".onnx":
-        raise Refusal(f"{path} is read as its card says; give --mean and the like to export/to_trt.py")
-    names = RUNTIMES[path.suffix]
-    if hints.sources and name in ("mnn", "torch"):
-        own = "files of this project, which say themselves how they are read"
-        raise Refusal(f"{name} runs only {own}; leave {hints.flags} out, or use --runtime onnxruntime")
-    match name or names[0]:
-        case other if other not in names:
-            raise Refusal(f"{other} does not run {path}; {path.suffix} files are for {' or '.join(names)}")
+    match _runtime_of(path, name, hints):
         case "onnxruntime":
             from export.runtimes.onnx_session import OnnxSession
 
@@ -60,3 +50,18 @@ def load_runtime(
             from export.runtimes.tensorrt_engine import TensorRTEngine
 
             return TensorRTEngine(path, device=device or 0)
+
+
+def _runtime_of(path: Path, name: RuntimeName | None, hints: ReadingHints) -> RuntimeName:
+    """The runtime for a file: `name`, or by its suffix; refuses one that does not run the file, or not with hints."""
+    if path.suffix not in RUNTIMES:
+        raise Refusal(f"{path} is neither an .onnx nor an .engine file; make one with export/to_onnx.py")
+    if hints.sources and path.suffix != ".onnx":
+        raise Refusal(f"{path} is read as its card says; give --mean and the like to export/to_trt.py")
+    if hints.sources and name in ("mnn", "torch"):
+        own = "files of this project, which say themselves how they are read"
+        raise Refusal(f"{name} runs only {own}; leave {hints.flags} out, or use --runtime onnxruntime")
+    names = RUNTIMES[path.suffix]
+    if name and name not in names:
+        raise Refusal(f"{name} does not run {path}; {path.suffix} files are for {' or '.join(names)}")
+    return name or names[0]

@@ -36,10 +36,7 @@ class Decoder:
     """One process, started for its first image and anew for the next after it was ended. For one thread."""
 
     def __init__(self, limit_s: float, *, patience_s: float, on_end: Callable[[], None] = lambda: None) -> None:
-        """An image may take `limit_s` of processor time; after `patience_s` by the clock nobody waits for it.
-
-        `on_end` is called when the process ends, or is ended, on an image.
-        """
+        """An image may take `limit_s` of processor time, `patience_s` by the clock; `on_end`: it has ended on one."""
         self._limit_s, self._patience_s, self._on_end = limit_s, patience_s, on_end
         self._child: Child | None = None
 

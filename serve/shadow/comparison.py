@@ -25,13 +25,13 @@ class Comparison:
         self.served, self.shadow = served, shadow
         self._counts = Counts(f"shadow-{served.digest}-{shadow.digest}", _HEAD + len(_SECONDS) + 1)
 
-    def count_dropped(self, num: int) -> None:
-        """The shadow was too far behind to answer these."""
-        self._counts.own[_DROPPED] += num
+    def count_dropped(self) -> None:
+        """The shadow was too far behind to answer an image."""
+        self._counts.own[_DROPPED] += 1
 
-    def count_failed(self, num: int) -> None:
-        """The shadow raised, hung or ended on the batch of these."""
-        self._counts.own[_FAILED] += num
+    def count_failed(self) -> None:
+        """The shadow raised, hung or ended on the batch of an image."""
+        self._counts.own[_FAILED] += 1
 
     def count_seconds(self, seconds: float) -> None:
         """The time of one batch."""

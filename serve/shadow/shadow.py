@@ -113,7 +113,7 @@ class Shadow:
                 self._offers.put(_Offer(comparison, images[index], logits[index]))
             else:
                 with self._lock:
-                    comparison.count_dropped(1)
+                    comparison.count_dropped()
 
     def comparison_of(self, model: Model) -> Comparison | None:
         """The comparison with `model`; None before the shadow is loaded, or if the two cannot be compared."""
@@ -201,7 +201,7 @@ class Shadow:
                 seconds, logits = process.ask(np.stack([offer.image for offer in offers]), _PATIENCE_S)
             except (BatchFailed, ProcessFailed) as failure:
                 for offer in offers:
-                    offer.comparison.count_failed(1)
+                    offer.comparison.count_failed()
                 if isinstance(failure, ProcessFailed):
                     raise
                 if may_log:

@@ -42,10 +42,9 @@ class Metrics:
         connections = gauge("diracnet_connections", "Open connections")
         door.on_change = connections.set
         door.on_refuse = Counter("diracnet_connections_refused", "Connections beyond the limit", registry=own).inc
-        text = "Processes that ended, or were ended, on an image to decode"
-        batcher.decoding.on_replace = Counter("diracnet_decoders_replaced", text, registry=own).inc
-        text = "Lines of the log that could not be written"
-        self.count_dropped_lines = Counter("diracnet_log_lines_dropped", text, registry=own).inc
+        replaced = Counter("diracnet_decoders_replaced", "Decoders that ended on an image", registry=own)
+        batcher.decoding.on_replace = replaced.inc
+        self.count_dropped_lines = Counter("diracnet_log_lines_dropped", "Lines of the log lost", registry=own).inc
         gauge("diracnet_connections_limit", "Connections that may be open").set(door.max_connections)
         self._shown = own
         if COUNTS_VARIABLE in os.environ:

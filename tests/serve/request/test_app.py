@@ -347,6 +347,22 @@ def test_openapi_describes_bodies_answers_and_problems(client):
     assert list(predict["responses"]["415"]["content"]) == ["application/problem+json"]
 
 
+def test_openapi_describes_every_error_as_a_problem(client):
+    response = client.get("/openapi.json")
+    document = response.json()
+    errors = [
+        (path, method, status, list(answer["content"]))
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        for status, answer in operation["responses"].items()
+        if status >= "400"
+    ]
+    assert len(errors) > 40
+    assert not [row for row in errors if row[3] != ["application/problem+json"]]
+    schemas = document["components"]["schemas"]
+    assert not [name for name in schemas if f'"#/components/schemas/{name}"' not in response.text]
+
+
 def test_the_openapi_document_is_written_once(client, monkeypatch):
     first = client.get("/openapi.json")
     monkeypatch.setattr(JSONResponse, "render", lambda *_: pytest.fail("written again"))
