@@ -161,6 +161,8 @@ def _eight_bits(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Mad
     with progress(console, "testing", sum(map(len, (test, *set_aside)))) as advance:
         tested = answer_both(*forms, [test], advance)
         evidence = measure(answer_both(*forms, set_aside, advance), tested) if set_aside else None
+    if missing := len(test) - len(tested[0]):
+        raise Refusal(f"{missing} of {len(test)} test images cannot be read: repair them")
     drop = measure_drop(*tested, np.asarray(test.targets))
     _print(console, candidates, drop)
     if evidence:

@@ -130,8 +130,11 @@ def _show(url: str, file: Path) -> bool:
     """Post one image and print the answer; whether it is correct."""
     import httpx
 
-    kind = {"Content-Type": "application/octet-stream"}  # the server detects the format
-    response = httpx.post(f"{url}/predict", content=file.read_bytes(), headers=kind, trust_env=False)
+    from serve.client import KEY_VARIABLE
+
+    # The server detects the format, and needs the key if there is one in the environment.
+    headers = {"Content-Type": "application/octet-stream", "X-Api-Key": os.environ.get(KEY_VARIABLE, "").strip()}
+    response = httpx.post(f"{url}/predict", content=file.read_bytes(), headers=headers, trust_env=False)
     answer = response.json()
     if response.status_code != 200:
         raise Refusal(f"{file}: {answer['detail']}")

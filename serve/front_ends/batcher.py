@@ -13,7 +13,7 @@ import asyncio
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic
 
@@ -21,7 +21,7 @@ from export.runtimes.runtime import Runtime
 from serve.decode.process import HostBudget
 from serve.front_ends.link import Dialer, Disconnected, Flight, Link, RemoteRuntime
 from serve.model.check import in_daemon_thread
-from serve.request.batcher import Batcher, deliver, give_results
+from serve.request.batcher import Batcher, deliver, give_results, soon
 from serve.request.job import Decoded, Job, Served
 from serve.request.limits import Limits
 from serve.request.problems import NOT_READY, Problem
@@ -84,7 +84,7 @@ class FrontBatcher(Batcher):
     def _refuse(self, jobs: Sequence[Job], problem: Exception) -> None:
         for job in jobs:
             job.outcome = problem
-        self._loop.call_soon_threadsafe(deliver, jobs)
+        soon(self._loop, deliver, jobs)
 
     def _send(self, jobs: Sequence[Job], pixels: Sequence[list[Decoded | None]]) -> Sequence[Job]:
         """Send the images. Returns the jobs that do not fit into the shared memory."""
@@ -113,7 +113,7 @@ class FrontBatcher(Batcher):
                 self.served = Served((remote,))
             self._changed.notify_all()
         self._loop.add_reader(remote.link.fileno(), self._receive, remote.link)
-        weakref.finalize(remote, _soon, self._loop, self._retire, remote.link).atexit = False
+        weakref.finalize(remote, soon, self._loop, self._retire, remote.link).atexit = False
 
     def _receive(self, link: Link) -> None:
         try:
@@ -184,11 +184,6 @@ def _remote(served: Served) -> RemoteRuntime:
     (remote,) = served.runtimes
     assert isinstance(remote, RemoteRuntime)
     return remote
-
-
-def _soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
-    with suppress(RuntimeError):  # the loop has ended
-        loop.call_soon_threadsafe(function, *args)
 
 
 def _lost() -> Problem:

@@ -15,6 +15,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import chain, groupby
 from queue import Empty, SimpleQueue
 from time import monotonic
@@ -152,7 +153,7 @@ class Batcher:
             return False
         if problem := find_problem(job.pixels):
             job.outcome = problem
-            self._loop.call_soon_threadsafe(deliver, [job])
+            soon(self._loop, deliver, [job])
             return False
         return True
 
@@ -209,7 +210,7 @@ class Batcher:
             job.model_s = end - start
             job.queue_s = max(0.0, start - job.accepted - job.decode_s)  # decoders work side by side
         self._record_speed((end - start) / sum(job.num_images for job in jobs))
-        self._loop.call_soon_threadsafe(deliver, jobs)
+        soon(self._loop, deliver, jobs)
 
     def _compute(self, runtime: Runtime, images: Sequence[np.ndarray], *, is_probe: bool) -> np.ndarray:
         """Images → logits [N, K], `max_batch` at a time."""
@@ -236,6 +237,11 @@ class Batcher:
             self._decoded.put(None)
         for thread in self._runners:
             thread.join(max(0.0, until - monotonic()))
+
+
+def soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
+    with suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(function, *args)
 
 
 def _expire(future: "asyncio.Future[list[Result]]", deadline_s: float) -> None:

@@ -18,7 +18,7 @@ from serve.watching.shared_counts import COUNTS_VARIABLE
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _INFER = "/v2/…/infer"
-_RPCS = "ServerLive ServerReady ServerMetadata ModelReady ModelMetadata ModelInfer".split()
+_RPCS = "ServerLive ServerReady ServerMetadata ModelReady ModelMetadata ModelInfer".split()  # grpc_server.py
 _COUNTED = {"/predict", *(f"/inference.GRPCInferenceService/{name}" for name in _RPCS)}
 _STAGES = ("decode", "queue", "model", "total")
 _SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)

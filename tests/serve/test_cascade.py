@@ -144,6 +144,8 @@ def test_two_files_are_kept_together_even_where_they_have_one_name(forms, tmp_pa
     assert [path.read_bytes() for path in kept(home, paths)] == files
     with copied(paths, home) as copies:
         assert len(list(home.iterdir())) == 3
+        keep(home, copies, "next")
+    assert {path.name for path in home.iterdir()} == {"latest", "next"}  # of a model that served before, none is left
     kept(home, paths)[1].unlink()
     assert kept(home, paths) is None  # never one without the other
     assert len(list(home.iterdir())) == 2

@@ -3,13 +3,14 @@
 import asyncio
 import json
 
+import httpx
 import numpy as np
 import pytest
 
 from common.cli import run_command
 from common.refusal import Refusal
 from serve.client import AsyncClient, Bounds, Client, ClientConfig, command
-from serve.client_protocol import Result, ServerProblem
+from serve.client_protocol import Result, Retry, ServerProblem, predict_each
 from serve.request.app import make_app
 from serve.request.limits import Limits
 from train.data.folder import SUFFIXES
@@ -63,6 +64,32 @@ def test_bad_images_have_a_reason_in_their_place_and_the_others_results(num_bad,
         else:
             assert isinstance(result, Result)
             assert result.index == expected[index]
+
+
+def result_of(conversation, answer):
+    """`answer` gives the reply to each request."""
+    reply = None
+    while True:
+        try:
+            reply = answer(conversation.send(reply))
+        except StopIteration as end:
+            return end.value
+
+
+def test_a_bad_image_among_many_is_found_by_halves():
+    sent, images = [], [b"%d" % index for index in range(64)]
+
+    def answer(send):
+        sent.append(send.body["params"])
+        files = [file for _, (_, file) in send.body.get("files", ())] or [send.body["content"]]
+        guess = {"label": "a", "probability": 1.0}
+        results = [{**guess, "index": int(file), "top": [{**guess, "index": int(file)}]} for file in files]
+        return httpx.Response(422) if b"41" in files else httpx.Response(200, json={"results": results})
+
+    results = result_of(predict_each([*images], top_k=2, retry=Retry()), answer)
+    assert isinstance(results.pop(41), ServerProblem)
+    assert [result.index for result in results] == [*range(41), *range(42, 64)]
+    assert sent == [{"top_k": 2}] * (1 + 2 * 6)
 
 
 @pytest.mark.slow

@@ -55,3 +55,17 @@ def test_parity_calls_it_different_where_the_answers_of_a_cpu_are_not(files, tmp
 def test_a_net_within_the_range_passes(make_net, make_spec):
     net, spec = fold(make_net()).float(), make_spec()
     assert first_overflow(write_graph(net, spec, {}, precision="fp16"), random_images(spec.image)) is None
+
+
+def test_real_images_are_looked_for_by_the_record_beside_the_plain_file(files, monkeypatch, capsys):
+    """The split.json of a run whose folder has grown since."""
+    asked = []
+
+    def real_images(*_, **where):
+        asked.append(where["beside"])
+        return None, "there are none"
+
+    monkeypatch.setattr("fold.image_sets.real_images", real_images)
+    argv = [str(files[0]), "--precision", "fp16"]
+    assert run_command(to_onnx.command, to_onnx.ToOnnxConfig, argv=argv) == 2  # it leaves float16's range
+    assert asked == [files[0].parent]

@@ -88,6 +88,21 @@ def test_a_model_that_fails_fails_its_batch_alone(gated, pixels):
             link.run(pixels[:1])
 
 
+def test_images_of_two_batches_fail_if_the_first_of_them_fails(gated, pixels):
+    def fail_once(images):
+        gated.spoil = None
+        raise RuntimeError("out of memory")
+
+    limits = Limits(max_images=5, max_queue=8, max_batch=2)
+    with running(gated, limits) as it, it.dial().connect().link as link:
+        gated.open()
+        gated.spoil = fail_once
+        with pytest.raises(RuntimeError, match="the model failed"):
+            link.run(pixels[:3])
+        assert gated.batches == [2, 1]
+        assert len(link.run(pixels)) == 5
+
+
 def test_slots_are_refused_while_all_are_taken_and_free_once_they_are_answered(gated, pixels):
     with running(gated) as it, it.dial().connect().link as link:
         assert link.send([("a", pixels), ("b", pixels[:3]), ("c", pixels[:1])]) == ["c"]

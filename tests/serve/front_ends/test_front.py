@@ -4,6 +4,8 @@ import asyncio
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -19,6 +21,7 @@ from common.refusal import Refusal
 from serve.front_ends.batcher import FrontBatcher
 from serve.request.access import Access
 from serve.request.app import make_app
+from serve.request.job import Served
 from serve.request.limits import Limits
 
 
@@ -55,6 +58,36 @@ def test_a_front_end_answers_as_a_whole_server_does(live, runtime, pixels, encod
             assert found.json()["results"][0]["label"] == answer["results"][0]["label"]
             assert found.json()["results"][0]["probability"] == pytest.approx(answer["results"][0]["probability"])
         assert post(url, b"no image").status_code == 422
+
+
+def test_jobs_that_are_answered_together_keep_their_own_times(runtime, pixels, monkeypatch):
+    monkeypatch.setattr("serve.front_ends.batcher.monotonic", lambda: 100.0)
+    jobs = [SimpleNamespace(num_images=num, accepted=0.0, decode_s=10.0) for num in (2, 1)]
+
+    class Answered:
+        """A link whose batches took 1, 3 and 2 seconds."""
+
+        def take(self, flights):
+            return runtime(pixels[:3]), [1.0, 3.0, 2.0]
+
+    with running(runtime) as it:
+        batcher = FrontBatcher(it.dial(), it.limits)
+        for job in jobs:
+            job.served, job.top_k, job.is_probe = batcher.served, 1, False
+        with batcher._link:
+            batcher._share(Answered(), [SimpleNamespace(owner=job) for job in jobs])
+    assert [(job.model_s, job.queue_s) for job in jobs] == [(3.0, 87.0), (2.0, 88.0)]
+    assert [len(job.outcome) for job in jobs] == [2, 1]
+
+
+def test_a_job_is_never_sent_to_another_model_than_the_one_it_was_made_for(runtime):
+    with running(runtime) as it:
+        batcher, lost = FrontBatcher(it.dial(0), it.limits), it.dial(1).connect()
+        lost.link.end()
+        with batcher._link:
+            assert batcher._find(Served((lost,))) is batcher.served  # the same model, on another connection
+            lost.model = replace(lost.model, digest="another")
+            assert batcher._find(Served((lost,))) is None
 
 
 def test_the_batch_of_a_device_process_that_ends_is_503_and_what_comes_then_waits_for_the_next(

@@ -162,8 +162,23 @@ def test_a_model_that_takes_its_place_begins_anew(rotting, other_runtime):
     asyncio.run(prober.turn())
     assert prober.fault
     assert (prober.num_failures, prober.checked) == (1, 7.0)
-    batcher.served = SimpleNamespace(model=other_runtime.model)
+    batcher.served, batcher._runtime = SimpleNamespace(model=other_runtime.model), other_runtime
     assert prober.fault == "", "it is about the model that is gone"
+    asyncio.run(prober.turn())
+    assert (prober.error, prober.fault) == (0, ""), "its own answers are expected, and not those of the model before"
+
+
+def test_the_answer_of_a_model_that_was_replaced_meanwhile_is_left_aside(rotting, other_runtime):
+    batcher = Busy(rotting, num_held=0)
+
+    def spoil(logits):
+        batcher.served = SimpleNamespace(model=other_runtime.model)
+        return -logits
+
+    rotting.spoil = spoil
+    prober = Prober(batcher, every_s=1, deadline_s=1)
+    asyncio.run(prober.turn())
+    assert (prober.error, prober.num_failures, prober.checked) == (None, 0, None)
 
 
 def test_turns_come_as_often_as_they_were_asked_for(rotting):

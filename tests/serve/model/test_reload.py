@@ -19,6 +19,8 @@ from export.runtimes.onnx_session import OnnxSession
 from serve.model.check import batch_sizes, check, warm_up
 from serve.request.access import Access
 from serve.request.app import make_app
+from serve.request.batcher import Batcher
+from serve.request.job import Served
 from serve.request.limits import Limits
 
 KEY = {"X-Api-Key": "key"}
@@ -62,6 +64,10 @@ def test_a_model_that_does_not_prove_itself_is_refused(runtime):
     for bad, message in (
         (fake(runtime, lambda images: runtime(images)[:, :9]), "gives 9 values per image for 10 labels"),
         (fake(runtime, lambda images: runtime(images) * np.nan), "gives values that are not finite"),
+        (
+            fake(runtime, lambda images: runtime(images) + np.float32([np.inf] + [0] * 9)),
+            "gives values that are not finite",
+        ),
         (fake(runtime, lambda images: runtime(images) + next(count)), "gives two answers to the same images"),
         (fake(runtime, fail), r"fails on its probe images \(RuntimeError\)"),
         (fake(runtime, lambda images: 1.01 * runtime(images), provenance=record), "away from what its file recorded"),
@@ -102,6 +108,63 @@ def test_reload_takes_the_new_file_and_answers_with_it(served, other_artefact, o
         assert client.get("/model", headers=KEY).json()["digest"] == other_runtime.model.digest
     assert answer["model"]["digest"] == other_runtime.model.digest
     assert answer["results"][0]["index"] == other_runtime(pixels[:1]).argmax()
+
+
+def label_of(answer):
+    """The first image's, as /predict or the Open Inference Protocol gives it."""
+    return answer["results"][0]["label"] if "results" in answer else answer["outputs"][0]["data"][0].split(":")[2]
+
+
+@pytest.mark.parametrize("address", ["/predict", "/v2/models/DiracNet-10-0.25/infer"])
+def test_an_answer_has_the_labels_of_the_model_that_computed_it(runtime, pixels, encode, address):
+    """A model with other labels takes the place of the first one while that computes."""
+    spec = replace(runtime.model.spec, labels=tuple(f"new {index}" for index in range(10)))
+    new = Served((fake(runtime, runtime, digest="new", spec=spec),))
+
+    def replaced_meanwhile(images):
+        if images.any():  # the black image warms up
+            batcher.served = new
+        return runtime(images)
+
+    batcher = Batcher(Served((fake(runtime, replaced_meanwhile),)), Limits())
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": pixels[0].ravel().tolist()}
+    outputs = [{"name": "logits", "parameters": {"classification": 1}}]
+    body = (
+        {"content": encode(pixels[0])} if address == "/predict" else {"json": {"inputs": [tensor], "outputs": outputs}}
+    )
+    with TestClient(make_app(batcher, Limits())) as client:
+        old, later = (client.post(address, **body).json() for _ in range(2))
+    best = runtime(pixels[:1]).argmax()
+    assert [label_of(old), label_of(later)] == [f"label {best}", f"new {best}"]
+    if address == "/predict":
+        assert [old["model"]["digest"], later["model"]["digest"]] == [runtime.model.digest, "new"]
+
+
+def test_a_reload_is_passed_on_to_the_other_processes_once_it_has_succeeded(served, other_artefact):
+    told = []
+    app = make_app(
+        OnnxSession(served.file),
+        Limits(),
+        access=Access(b"key"),
+        load=lambda: [OnnxSession(served.file)],
+        reload_everywhere=lambda: told.append(served.file.read_bytes()),
+    )
+    with TestClient(app) as client:
+        shutil.copy(other_artefact, served.file)
+        assert client.post("/admin/reload", headers=KEY).status_code == 200
+        served.file.write_bytes(b"no model")
+        assert client.post("/admin/reload", headers=KEY).status_code == 409
+    assert told == [other_artefact.read_bytes()]
+
+
+def test_of_several_devices_each_is_checked_and_warm_before_it_serves(runtime):
+    seen = []
+    second = fake(runtime, lambda images: (seen.append(len(images)), runtime(images))[1])
+    loads = iter([[runtime, second], [runtime, fake(runtime, lambda images: runtime(images) * np.nan)]])
+    app = make_app(runtime, Limits(max_batch=2), access=Access(b"key"), load=lambda: next(loads))
+    with TestClient(app) as client:
+        assert [client.post("/admin/reload", headers=KEY).status_code for _ in range(2)] == [200, 409]
+    assert seen[-2:] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -47,14 +47,17 @@ def test_reload_exists_only_with_a_key(runtime, guarded):
 
 
 def test_listed_origins_may_ask_and_others_may_not(guarded, pixels, encode):
-    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-api-key"}
-    allowed = guarded.options("/predict", headers={"Origin": "https://example.org", **preflight})
-    assert allowed.headers["access-control-allow-origin"] == "https://example.org"
+    headers = "authorization, content-type, x-api-key, x-request-id"
+    for method, status in (("GET", 200), ("POST", 200), ("DELETE", 400)):
+        preflight = {"Access-Control-Request-Method": method, "Access-Control-Request-Headers": headers}
+        allowed = guarded.options("/predict", headers={"Origin": "https://example.org", **preflight})
+        assert allowed.status_code == status
+        assert allowed.headers["access-control-allow-origin"] == "https://example.org"
     asked = guarded.post(
         "/predict", content=encode(pixels[0]), headers={"Origin": "https://example.org", "X-Api-Key": KEY}
     )
     assert asked.headers["access-control-allow-origin"] == "https://example.org"
-    assert "Server-Timing" in asked.headers["access-control-expose-headers"]
+    assert asked.headers["access-control-expose-headers"] == "Retry-After, Server-Timing, X-Request-Id"
     other = guarded.options("/predict", headers={"Origin": "https://example.com", **preflight})
     assert "access-control-allow-origin" not in other.headers
 

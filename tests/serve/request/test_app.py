@@ -63,6 +63,18 @@ def test_an_answer_is_the_softmax_of_the_models_logits(client, runtime, pixels, 
     assert {key: result[key] for key in ("label", "index", "probability")} == result["top"][0]
 
 
+def test_the_logits_are_divided_by_the_temperature_of_the_model(runtime, pixels, encode):
+    def warmer(images):
+        return runtime(images)
+
+    spec = replace(runtime.model.spec, temperature=2.5)
+    warmer.model, warmer.description = replace(runtime.model, spec=spec), "warmer"
+    with TestClient(make_app(warmer, Limits())) as client:
+        (result,) = client.post("/predict", content=encode(pixels[0]), headers=PNG).json()["results"]
+    expected = probabilities(runtime(pixels[:1]) / 2.5)[0]
+    assert result["probability"] == pytest.approx(expected[result["index"]], rel=1e-6)
+
+
 def test_raw_forms_and_json_agree_and_keep_the_order(client, pixels, encode):
     files = [encode(image) for image in pixels[:3]]
     one_by_one = [client.post("/predict", content=file, headers=PNG).json()["results"][0] for file in files]
@@ -329,7 +341,8 @@ def test_pages_ask_no_other_host_for_anything(client, address):
     response = client.get(address)
     assert response.headers["content-type"].startswith("text/html")
     policy = dict(part.split(" ", 1) for part in response.headers["content-security-policy"].split("; "))
-    assert policy["default-src"] == "'none'"
+    for name in ("default-src", "base-uri", "form-action", "frame-ancestors"):
+        assert policy[name] == "'none'"
     for tag in ("script", "style"):
         (text,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", response.text, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -3,7 +3,9 @@
 import asyncio
 import math
 import threading
+from functools import partial
 from time import monotonic
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,9 +136,12 @@ def test_a_full_queue_says_when_to_come_again(gated, file):
     assert int(problem.headers["Retry-After"]) >= 1
 
 
-def test_the_wait_is_what_the_waiting_images_took_so_far(runtime, file):
+@pytest.mark.parametrize(("num_devices", "wait_s"), [(1, "250"), (2, "125")])
+def test_the_wait_is_what_the_waiting_images_took_so_far(runtime, file, num_devices, wait_s):
     async def scenario():
-        async with Jobs(runtime, max_queue=1000) as jobs:
+        jobs = Jobs(runtime)
+        jobs.batcher = Batcher(Served((runtime,) * num_devices), Limits(max_queue=1000, decode_threads=0))
+        async with jobs:
             await jobs.ask(file)
             jobs.batcher.seconds_per_image = 0.25
             jobs.batcher.num_held = 1000
@@ -144,7 +149,15 @@ def test_the_wait_is_what_the_waiting_images_took_so_far(runtime, file):
                 await jobs.ask(file)
             return full.value
 
-    assert asyncio.run(scenario()).headers["Retry-After"] == "250"
+    assert asyncio.run(scenario()).headers["Retry-After"] == wait_s
+
+
+def test_the_time_of_an_image_follows_the_latest_batches_slowly(runtime):
+    batcher, seconds = Batcher(Served((runtime,)), Limits()), []
+    for per_image in (1.0, 2.0, 2.0):
+        batcher._record_speed(per_image)
+        seconds.append(batcher.seconds_per_image)
+    assert seconds == pytest.approx([1.0, 1.1, 1.19])
 
 
 def test_a_late_job_is_answered_and_never_run(gated, file):
@@ -286,6 +299,21 @@ def test_a_failing_model_fails_its_batch_and_the_next_one_runs(gated, file):
     assert after.outcome
 
 
+def test_a_shadow_is_offered_the_images_of_clients_and_no_probe(runtime, pixels):
+    offered = []
+
+    async def scenario():
+        async with Jobs(runtime, max_images=5) as jobs:
+            jobs.batcher.shadow = SimpleNamespace(offer=lambda model, images, *_: offered.append(len(images)))
+            deadline = asyncio.get_running_loop().time() + 60
+            ask = partial(jobs.batcher.classify, top_k=1, deadline=deadline, receive=jobs._receive)
+            await ask(pixels[:2])
+            await ask(pixels[:3], is_probe=True)
+
+    asyncio.run(scenario())
+    assert offered == [2]
+
+
 def test_a_closed_batcher_takes_nothing(runtime, file):
     async def scenario():
         jobs = Jobs(runtime)
@@ -296,6 +324,25 @@ def test_a_closed_batcher_takes_nothing(runtime, file):
     with pytest.raises(Problem) as closed:
         asyncio.run(scenario())
     assert closed.value.kind == NOT_READY
+
+
+def test_a_batch_that_ends_after_the_server_has_is_dropped_without_a_word(gated, file, monkeypatch):
+    monkeypatch.setattr("serve.request.batcher._LAST_BATCH_S", 0)
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+
+    async def scenario():
+        async with Jobs(gated) as jobs:
+            asked = jobs.ask(file)
+            await gated.entered()
+            asked.cancel()
+            return jobs.batcher._runners
+
+    (thread,) = asyncio.run(scenario())
+    gated.open()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert not raised
 
 
 def test_limits_that_cannot_hold_are_refused_together():

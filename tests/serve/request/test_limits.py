@@ -1,11 +1,14 @@
 """What a real connection may do to the server."""
 
+import asyncio
 import socket
 import struct
 import threading
 from queue import SimpleQueue
+from types import SimpleNamespace
 
 import httpx
+import orjson
 import pytest
 from raw_http import everything, one_answer, problem_in
 from serving import until
@@ -14,12 +17,18 @@ from common.refusal import Refusal
 from serve.config import ServeConfig
 from serve.decode.weigh import LIGHT
 from serve.processes.serving import limits_of
+from serve.request.access import EVERYBODY
 from serve.request.app import make_app
+from serve.request.batcher import Batcher
 from serve.request.connection import MAX_HEADER_BYTES, Connection
+from serve.request.job import Served
 from serve.request.limits import Limits
+from serve.request.predict import RequestHandler, Visit
+from serve.request.problems import Problem
 from serve.v2.routes import model_name
 
 PNG = {"Content-Type": "image/png"}
+PREDICTIONS = ("/predict", "/v2/models/DiracNet-10-0.25/infer")
 
 
 def head(num_bytes, content_type="image/png", path="/predict"):
@@ -67,13 +76,40 @@ def test_an_answer_that_takes_too_long_is_504(live, gated, connect, pixels, enco
     assert "0.2 s" in problem["detail"]
 
 
-def test_a_slow_upload_is_408_and_cut_off(live, runtime, connect):
+@pytest.mark.parametrize("address", PREDICTIONS)
+def test_a_slow_upload_is_408_and_cut_off(live, runtime, connect, address):
     with live(make_app(runtime, Limits(deadline_s=0.2))) as url:
         connection = connect(url)
-        connection.sendall(head(100) + b"never more")
+        connection.sendall(head(100, path=address) + b"never more")
         answer = everything(connection)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b"urn:diracnet:problem:timeout" in answer
+
+
+@pytest.mark.parametrize("address", PREDICTIONS)
+def test_the_deadline_counts_from_before_the_body(runtime, pixels, encode, address):
+    class Noting(Batcher):
+        async def classify(self, *given, deadline, **options):
+            deadlines.append(deadline)
+            return await super().classify(*given, deadline=deadline, **options)
+
+    async def body():
+        begins.append(asyncio.get_running_loop().time())
+        yield encode(pixels[0]) if address == "/predict" else orjson.dumps({"inputs": [tensor]})
+
+    async def scenario():
+        transport = httpx.ASGITransport(app=app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://a") as client,
+        ):
+            return await client.post(address, content=body())
+
+    begins, deadlines, limits = [], [], Limits()
+    app = make_app(Noting(Served((runtime,)), limits), limits)
+    tensor = {"name": "images", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": pixels[0].ravel().tolist()}
+    assert asyncio.run(scenario()).status_code == 200
+    assert deadlines[0] - limits.deadline_s <= begins[0]
 
 
 def test_a_client_that_went_away_is_not_run(live, gated, connect, pixels, encode):
@@ -252,6 +288,17 @@ def test_all_bodies_together_are_bounded(live, gated, connect, pixels, encode):
     assert b"retry-after: 1" in refused
     with pytest.raises(Refusal, match="max_held_bytes must hold one body of 100, got 99"):
         Limits(max_body_bytes=100, max_held_bytes=99)
+
+
+def test_bytes_that_decoders_still_have_are_held_too():
+    """Those of requests that were given up while their images were being decoded."""
+    batcher = SimpleNamespace(decoding=SimpleNamespace(given_up_bytes=60))
+    limits = Limits(max_body_bytes=100, max_held_bytes=100)
+    handler = RequestHandler(None, batcher=batcher, limits=limits, access=EVERYBODY, observers=())
+    visit = Visit({"method": "POST", "path": "/predict"}, {})
+    handler.hold(visit, 40)
+    with pytest.raises(Problem, match="100 bytes of requests are held already"):
+        handler.hold(visit, 1)
 
 
 @pytest.mark.slow

@@ -106,6 +106,33 @@ def test_the_same_model_agrees_with_itself(shadowed, runtime, pixels, encode):
     assert card["largest_difference"] <= 1e-5  # batches of another size
 
 
+def test_the_largest_difference_is_that_of_all_batches(runtime):
+    comparison = Comparison(runtime.model, replace(runtime.model, digest="other"))
+    for error, largest in ((0.5, 4.0), (0.1, 2.0)):
+        comparison.compare(np.array([[largest, 0.0]]), np.array([[largest, error]]))
+    assert comparison.summary()["largest_difference"] == 0.5 / 4.0
+
+
+def test_images_of_two_served_models_in_one_batch_are_compared_each_with_its_own(runtime, other_runtime, pixels):
+    """Both are said to answer as the shadow does."""
+
+    def answer_last(images):
+        shadow._has_ended = True
+        return runtime(images)
+
+    process = Process(runtime, answer_last)
+    shadow = Shadow(lambda: None, lambda digest: [], lambda: None, share=1.0, num_images=5, max_batch=5)
+    shadow.model = process.model
+    models = ((runtime.model, pixels[:2]), (other_runtime.model, pixels[2:]))
+    for model, images in models:
+        shadow.offer(model, images, runtime(images), np.ones(len(images), bool))
+    shadow._serve(process)
+    for model, images in models:
+        card = shadow.comparison_of(model).summary()
+        assert (card["images"], card["agreement"]["value"]) == (len(images), 1)
+        assert card["largest_difference"] <= 1e-5
+
+
 def test_a_share_of_the_images_is_answered_twice(shadowed, runtime, pixels, encode, monkeypatch):
     dice = iter([0.05, 0.5, 0.0999, 0.1, 0.9])
     monkeypatch.setattr(module, "random", lambda: next(dice))

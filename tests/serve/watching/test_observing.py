@@ -1,5 +1,6 @@
 """What operators see of a request: its id, timings, metrics, log and span."""
 
+import asyncio
 import io
 import json
 import logging
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -19,9 +20,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from starlette.testclient import TestClient
 
 from serve.request.app import make_app
+from serve.request.batcher import Batcher
+from serve.request.connection import Door
+from serve.request.job import Served
 from serve.request.limits import Limits
+from serve.request.predict import Visit
 from serve.watching import tracing
 from serve.watching.logs import JsonFormatter, LogStream, RequestLog
+from serve.watching.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[3]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -38,6 +44,7 @@ def seen(runtime, pixels, encode):
             client.post("/predict", content=b"hello")
             client.get("/healthz")
             client.post("/v2/models/other/infer")
+            client.get("/v2/models/other")
             return client.get("/metrics").text
 
     return seen
@@ -63,6 +70,42 @@ def test_an_answer_says_where_its_time_went(client, pixels, encode):
     assert float(times["total"]) > 0
 
 
+@pytest.fixture
+def timed(monkeypatch):
+    """A visit whose times differ: 1 s of decoding, 2 in the queue, 4 in the model, 8 in all."""
+    clock = iter([100.0, 108.0])
+    monkeypatch.setattr("serve.request.predict.monotonic", lambda: next(clock))
+    visit = Visit({"method": "POST", "path": "/predict"}, {})
+    visit.take(SimpleNamespace(num_images=3, decode_s=1.0, queue_s=2.0, model_s=4.0))
+    visit.status, visit.total_s = 200, 8.0
+    return visit
+
+
+def test_the_header_and_the_metrics_give_each_time_its_name(timed, runtime):
+    assert timed.server_timing() == b"decode;dur=1000.00, queue;dur=2000.00, model;dur=4000.00, total;dur=8000.00"
+    metrics = Metrics(Batcher(Served((runtime,)), Limits()), Door(1))
+    metrics(timed)
+    lines = metrics.render().decode().splitlines()
+    for stage, seconds in (("decode", 1.0), ("queue", 2.0), ("model", 4.0), ("total", 8.0)):
+        assert f'diracnet_predict_seconds_sum{{stage="{stage}"}} {seconds}' in lines
+
+
+def test_the_log_and_the_span_give_each_time_its_name(timed):
+    async def log(stream):
+        RequestLog(stream)(timed)
+        await asyncio.sleep(0)
+
+    stream, exporter, provider = io.BytesIO(), InMemorySpanExporter(), TracerProvider()
+    asyncio.run(log(stream))
+    line = json.loads(stream.getvalue())
+    assert [line[f"{name}_ms"] for name in ("decode", "queue", "model", "total")] == [1000, 2000, 4000, 8000]
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracing.Tracing(provider)(timed)
+    (span,) = exporter.get_finished_spans()
+    assert [span.attributes[f"diracnet.{name}_ms"] for name in ("decode", "queue", "model")] == [1000, 2000, 4000]
+    assert span.end_time - span.start_time == 8_000_000_000
+
+
 def test_metrics_count_requests_and_measure_their_stages(seen, runtime):
     lines = seen().splitlines()
     assert 'diracnet_requests_total{path="/predict",status="200"} 1.0' in lines
@@ -70,7 +113,8 @@ def test_metrics_count_requests_and_measure_their_stages(seen, runtime):
     assert 'diracnet_requests_total{path="other",status="200"} 1.0' in lines
     for stage in ("decode", "queue", "model", "total"):
         assert f'diracnet_predict_seconds_count{{stage="{stage}"}} 1.0' in lines
-    assert 'diracnet_requests_total{path="/v2/…/infer",status="404"} 1.0' in lines
+    for path in ("/v2/…/infer", "other"):
+        assert f'diracnet_requests_total{{path="{path}",status="404"}} 1.0' in lines
     assert "diracnet_batch_images_count 1.0" in lines
     assert "diracnet_queue_images 0.0" in lines
     assert any(line.startswith("diracnet_model_info{") and runtime.model.digest in line for line in lines)
@@ -91,6 +135,7 @@ def test_each_request_is_one_line_of_json(seen):
         ("POST /predict", 422, 0),
         ("GET /healthz", 200, 0),
         ("POST /v2/models/other/infer", 404, 0),
+        ("GET /v2/models/other", 404, 0),
         ("GET /metrics", 200, 0),
     ]
     assert lines[0]["id"] == "mine"

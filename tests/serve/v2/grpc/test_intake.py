@@ -65,7 +65,7 @@ def test_whoever_is_waited_for_has_little_time_and_nobody_else():
         for call in slow:
             with pytest.raises(Problem, match=r"not complete within 0\.01 s while others waited") as caught:
                 await call
-            assert caught.value.kind is OVERLOADED
+            assert (caught.value.kind, caught.value.headers) == (OVERLOADED, {"Retry-After": "1"})
         await settle()
         reads.futures["c"].set_result("c")
         assert await third == "c"

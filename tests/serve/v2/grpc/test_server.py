@@ -4,6 +4,8 @@ import asyncio
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -15,7 +17,9 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
 from serve.request import problems
-from serve.request.access import Access
+from serve.request.access import EVERYBODY, Access
+from serve.request.batcher import Batcher
+from serve.request.job import Served
 from serve.request.limits import Limits
 from serve.v2.grpc_server import GrpcServer
 
@@ -160,6 +164,51 @@ def test_what_is_reloaded_answers(serve_rpc, runtime, other_runtime, pixels):
     np.testing.assert_allclose(after, other_runtime(pixels), rtol=1e-4, atol=1e-4)
 
 
+def test_an_answer_has_the_labels_of_the_model_that_computed_it(serve_rpc, runtime, pixels):
+    """A model with other labels takes the place of the first one while that computes."""
+    spec = replace(runtime.model.spec, labels=tuple(f"new {index}" for index in range(10)))
+    new = Served((SimpleNamespace(model=replace(runtime.model, spec=spec), description="new", platform="new"),))
+
+    class Replaced:
+        model, description, platform = runtime.model, "old", "old"
+
+        def __call__(self, images):
+            if images.any():  # the black image warms up
+                batcher.served = new
+            return runtime(images)
+
+    batcher = Batcher(Served((Replaced(),)), Limits())
+    outputs = [triton.InferRequestedOutput("logits", class_count=1)]
+    with serve_rpc(batcher) as served, tritons(served.target) as client:
+        ((text,),) = client.infer(NAME, images_of(pixels[:1]), outputs=outputs).as_numpy("logits")
+    assert text.decode().split(":")[2] == f"label {runtime(pixels[:1]).argmax()}"
+
+
+def test_the_deadline_is_the_servers_and_counts_from_before_the_message(serve_rpc, runtime, pixels, monkeypatch):
+    begins, deadlines, receive = [], [], GrpcServer._receive
+
+    async def noting(self, *given):
+        begins.append(asyncio.get_running_loop().time())
+        return await receive(self, *given)
+
+    class Noting(Batcher):
+        async def classify(self, *given, deadline, **options):
+            deadlines.append(deadline)
+            return await super().classify(*given, deadline=deadline, **options)
+
+    monkeypatch.setattr(GrpcServer, "_receive", noting)
+    limits = Limits(deadline_s=1000)
+    with serve_rpc(Noting(Served((runtime,)), limits), limits) as served:
+        assert served.raw(request_of(pixels), timeout=2000)[0] == "OK"
+    assert deadlines[0] - limits.deadline_s <= begins[0]
+
+
+def test_a_model_that_is_not_ready_is_said_to_be_so(served_rpc, client):
+    served_rpc.app.prober._batcher.find_fault = lambda: "memory may be damaged"
+    assert not client.is_server_ready()
+    assert not client.is_model_ready(NAME)
+
+
 def test_a_full_queue_is_unavailable_and_says_when_to_come_again(serve_rpc, gated, pixels):
     gated.open()
     with serve_rpc(gated, Limits(max_images=5, max_queue=5)) as served:
@@ -211,6 +260,19 @@ def test_the_deadline_of_a_call_holds_while_the_model_is_busy(serve_rpc, gated, 
         statuses = {served.visits.get_nowait().status for _ in range(served.visits.qsize())}
         assert {200, 504} <= statuses <= {200, 408, 499, 504}
         assert gated.batches == [5]  # what came too late was not computed
+
+
+@pytest.mark.parametrize(("left_s", "status"), [(0, 504), (5.0, 499), (None, 499)])
+def test_a_call_that_grpc_ends_was_late_or_its_client_has_gone(left_s, status):
+    async def ended(context, visit):
+        raise asyncio.CancelledError
+
+    visits, address = [], "ipv4:127.0.0.1:1234"
+    server = GrpcServer("", None, SimpleNamespace(finish=visits.append), None, Limits(), EVERYBODY)
+    context = SimpleNamespace(invocation_metadata=tuple, peer=lambda: address, time_remaining=lambda: left_s)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(server._handle(f"{SERVICE}ModelInfer", "/v2/models", ended, None, context))
+    assert [visit.status for visit in visits] == [status]
 
 
 def test_a_server_without_an_answer_says_so_at_its_own_deadline(serve_rpc, gated, pixels):
