@@ -247,17 +247,19 @@ def test_a_net_that_does_not_say_what_it_learnt_needs_a_data_set(plain, tmp_path
 
 
 def test_a_test_image_that_cannot_be_read_is_not_counted_as_another_one(plain, tmp_path, capsys):
-    """A run that skips what is unreadable has it among its test images: only decoding shows that its end is missing."""
+    """It was among those that the run recorded, and is damaged since."""
     train, photos = datasets.load("digits").train, tmp_path / "photos"
     for index in range(150):
         path = photos / str(train.targets[index]) / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.asarray(train.images[index])[..., 0]).save(path)
-    training = {"dataset": "folder", "data_dir": str(photos), "skip_unreadable": True}
     loaded = load_plain(plain)
-    test = datasets.load_as_trained(training, image=loaded.spec.image).test
-    damaged = photos / test.names[0]
-    damaged.write_bytes(damaged.read_bytes()[:-12])
+    dataset = datasets.load("folder", data_dir=photos, image=loaded.spec.image, skip_unreadable=True)
+    split, content = datasets.record(datasets.divide(dataset, 0.0, seed=0))
+    (tmp_path / "split.json").write_bytes(content)
+    training = {"dataset": "folder", "data_dir": str(photos), "skip_unreadable": True, "split": split}
+    test, damaged = dataset.test, photos / dataset.test.names[0]
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
     save_plain(tmp_path / "plain.safetensors", loaded.net, loaded.spec, {"training": training})
     assert run(tmp_path / "plain.safetensors", "--precision", "int8", "--lowering", "concat") == 2
     assert f"1 of {len(test)} test images cannot be read" in capsys.readouterr().err
