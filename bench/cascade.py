@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import Measurement, Record, describe_machine, publish, render
-from bench.lab.rounds import alternate_all, median_ms, speedup
+from bench.lab.rounds import alternate, median_ms, speedup
 from common.cli import given_arguments, run_command
 from common.refusal import Refusal
 
@@ -76,7 +76,7 @@ def command(config: CascadeBenchConfig) -> None:
     for size in BATCHES:
         batches = [images[first : first + size] for first in range(0, len(images), size)]
         passes = {name: partial(_pass_ms, answer, batches) for name, answer in racers.items()}
-        times = alternate_all(passes, batch_size=len(images), num_rounds=num_rounds)
+        times = alternate(passes, batch_size=len(images), num_rounds=num_rounds)
         measured["batches"][str(size)] = times
     if config.avx2:
         measured["avx2"] = _with_avx2_alone(config)

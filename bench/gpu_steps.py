@@ -1,14 +1,21 @@
-"""Steps of bench/gpu_check.py --offline that no other command covers: each prints its results as lines of JSON.
+"""bench/gpu_check.py --offline: every stage on a machine with a GPU and no network, within a time budget.
 
+Each step runs in its own process with a time limit. If it fails, crashes or takes too long, its row gives the reason
+and the next step runs. Those that no other command covers are here, and print their results as lines of JSON:
 python -m bench.gpu_steps STEP cuda|cpu [FILE ...]
 """
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, product
 from pathlib import Path
@@ -16,11 +23,133 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bench.lab.page import render, table, write_page
 from bench.lab.rounds import median_ms
 
 Result = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--depth", "10", "--width", "0.25", "--epochs", "1")
+GRACE_S = 15.0  # between Ctrl-C and SIGKILL
 RUNTIMES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")  # available on a GPU without TensorRT
-HELD_OUT = Path(__file__).resolve().parents[1] / "models" / "held-out"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Arguments for this Python. The step is skipped if the file `needs`, written by an earlier step, is missing."""
+
+    name: str
+    limit_s: float
+    argv: tuple[str, ...]
+    needs: str | None = None
+
+
+def steps(device: str, out: Path, data_dir: Path | None) -> tuple[Step, ...]:
+    """The most useful first, since the budget may end before the last. On a CPU everything is small: a rehearsal."""
+    files = ("checkpoint.pt", "plain.safetensors", "plain.onnx", "plain-fp16.onnx", "plain.engine")
+    checkpoint, plain, onnx, half, engine = (str(out / "run" / name) for name in files)
+    where = ("--data-dir", str(data_dir)) if data_dir else ()
+    data = ("--dataset", "fashion-mnist" if data_dir else "digits", *where)
+    if device == "cuda":
+        size, small, providers = ("--depth", "34", "--width", "2", "--epochs", "15"), (), ("cpu", "cuda")
+        rounds = ("1", "64", "256", "--rounds", "3", "--round-s", "0.1")
+    else:
+        size, small, providers = SMALL, SMALL, ("cpu",)
+        rounds = ("1", "--rounds", "1", "--round-s", "0.01")
+    train = ("train/run.py", "--device", device, "--json", "--out")
+    own = ("-m", "bench.gpu_steps")
+    against = ("--providers", *providers, "torch", *where)
+    all_forms = ("bench/gpu_check.py", plain, "--device", device, "--out", str(out), "--batch-sizes", *rounds)
+    return (
+        Step("machine", 30, (*own, "machine", device)),
+        Step("tests/gpu", 120, ("-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider")),
+        Step("train digits", 60, (*train, str(out / "digits"), *small)),
+        Step("train", 120, (*train, str(out / "run"), *data, *size)),
+        Step("fold", 60, ("fold/run.py", checkpoint, "--json", *where), checkpoint),
+        Step("fold on the device", 60, (*own, "fold_on_device", device, checkpoint), checkpoint),
+        Step("ONNX", 60, ("export/to_onnx.py", plain), plain),
+        Step("ONNX, fp16", 60, ("export/to_onnx.py", plain, "--precision", "fp16", "--out", half), plain),
+        Step("parity", 60, ("export/parity.py", onnx, "--against", plain, checkpoint, *against), onnx),
+        Step("parity, fp16", 60, ("export/parity.py", half, "--against", plain, *against), half),
+        Step("driver's calls", 60, (*own, "driver_calls", device)),
+        Step("sessions", 90, (*own, "sessions", device, onnx, half), half),
+        Step("server", 150, (*own, "server", device, half), half),
+        Step("engine", 120, ("export/to_trt.py", onnx, "--batch", "1", "8", "64"), onnx),
+        Step("engine's parity", 60, ("export/parity.py", onnx, "--against", engine, *where), engine),
+        Step("training speed", 90, (*own, "training_speed", device)),
+        Step("all forms", 180, all_forms, plain),
+    )
+
+
+def run_plan(plan: tuple[Step, ...], budget_s: float, out: Path, say: Callable[[str], None]) -> list[Result]:
+    """Runs all steps and returns a row for each; the page and its JSON are written after every step."""
+    end, rows = time.monotonic() + budget_s, []
+    for step in plan:
+        left_s = max(0.0, end - time.monotonic())
+        say(f"{step.name}: up to {min(step.limit_s, left_s):.0f} s")
+        rows.append(run_step(step, left_s))
+        say(f"{step.name}: {rows[-1]['outcome']}, {rows[-1]['seconds']:.0f} s")
+        write_page(out, "gpu-offline", page(rows), rows)
+    return rows
+
+
+def run_step(step: Step, left_s: float) -> Result:
+    """Runs a step in its own session, unless less than a third of its limit is left. Its children end with it."""
+    row = {"step": step.name, "command": " ".join(["python", *step.argv])}
+    lacks = step.needs and not Path(step.needs).exists()
+    if lacks or left_s < step.limit_s / 3:
+        why = f"{Path(str(step.needs)).name} was not made" if lacks else f"{left_s:.0f} s of the budget left"
+        return {**row, "outcome": f"not run: {why}", "seconds": 0.0, "results": [], "said": []}
+    start = time.monotonic()
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, *step.argv], cwd=ROOT, **options) as process:
+        try:
+            outcome, output = _wait(process, min(step.limit_s, left_s))
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    seconds, lines = time.monotonic() - start, output.splitlines()
+    return {**row, "outcome": outcome, "seconds": seconds, "results": list(_results(lines)), "said": lines[-20:]}
+
+
+def _wait(process: subprocess.Popen[str], limit_s: float) -> tuple[str, str]:
+    """The outcome of a process and its output. At its limit it receives SIGINT, and `GRACE_S` later SIGKILL."""
+    with suppress(subprocess.TimeoutExpired):
+        output, _ = process.communicate(timeout=limit_s)
+        last = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "no output")
+        status = process.returncode
+        return f"failed: {last[:200]} (exit {status})" if status else "done", output
+    process.send_signal(signal.SIGINT)  # a training saves its checkpoint then
+    with suppress(subprocess.TimeoutExpired):
+        return f"stopped by its limit of {limit_s:.0f} s", process.communicate(timeout=GRACE_S)[0]
+    os.killpg(process.pid, signal.SIGKILL)
+    return f"killed: over its limit of {limit_s:.0f} s and does not stop", process.communicate()[0]
+
+
+def _results(lines: list[str]) -> Iterator[Result]:
+    """The lines that are JSON objects, without their nested values."""
+    for line in lines:
+        with suppress(ValueError):
+            if isinstance(found := json.loads(line), dict):
+                yield {name: value for name, value in found.items() if not isinstance(value, dict | list)}
+
+
+def page(rows: list[Result]) -> str:
+    """The outcomes, then for each step one table per set of keys among its results."""
+    parts = []
+    for row in rows:
+        for head in dict.fromkeys(tuple(result) for result in row["results"]):
+            lines = [[_cell(value) for value in found.values()] for found in row["results"] if tuple(found) == head]
+            parts.append(f"## {row['step']}\n\n{table(head, lines)}")
+    return render("gpu-offline", {"rows": rows, "results": "\n\n".join(parts)})
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+# Steps that no other command covers
 
 
 def machine(device: str) -> Iterator[Result]:
@@ -174,37 +303,12 @@ def sessions(device: str, *paths: str) -> Iterator[Result]:
             yield {**row, "median_ms": median_ms(call, 0, min_calls=num_calls)}
 
 
-def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = "60") -> Iterator[Result]:
-    """--runtime torch loaded repeatedly, with graphs of two batch sizes: no memory may stay allocated."""
-    import torch
-
-    from export.runtimes.load import load_runtime
-
-    def load() -> None:
-        runtime = load_runtime(Path(path), name="torch", device=0 if device == "cuda" else None)
-        image = runtime.model.spec.image
-        for num in (1, 8):
-            runtime(np.zeros((num, *image.shape), np.uint8))
-
-    def held() -> np.ndarray:
-        """Bytes allocated by tensors, and bytes reserved by PyTorch's allocator; 0 without a device."""
-        return np.array([torch.cuda.memory_allocated(), torch.cuda.memory_reserved()])
-
-    load()
-    before, end, loads = held(), time.monotonic() + float(limit_s), 0
-    while loads < int(num_loads) and time.monotonic() < end:
-        load()
-        loads += 1
-    kept, reserved = (held() - before).tolist()
-    yield {"loads": loads, "bytes kept on the device": kept, "bytes kept by PyTorch for the next": reserved}
-
-
 def server(device: str, path: str) -> Iterator[Result]:
     """serve/run.py on both runtimes with several numbers of workers; the client is one Python process, a bottleneck."""
     from bench.lab.server import start
     from common.environment import num_cores
 
-    (*_, image) = sorted(HELD_OUT.glob("*.png"))
+    (*_, image) = sorted((ROOT / "models" / "held-out").glob("*.png"))
     devices = ("--devices", 0) if device == "cuda" else ()
     for workers, name in product((1, 4, 12) if num_cores() > 4 else (1,), RUNTIMES):
         with start(Path(path), "--runtime", name, "--workers", workers, "--log-level", "warning", *devices) as running:
@@ -224,8 +328,7 @@ async def _load(port: int, image: bytes, num_connections: int, seconds: float = 
 
 
 STEPS: dict[str, Callable[..., Iterator[Result]]] = {
-    step.__name__: step
-    for step in (machine, driver_calls, fold_on_device, training_speed, sessions, torch_loads, server)
+    step.__name__: step for step in (machine, driver_calls, fold_on_device, training_speed, sessions, server)
 }
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """python bench/reliability.py: overload, signals, kill -9 and attacks, on this machine alone."""
 
-import json
 import shutil
 import sys
 import tempfile
@@ -13,17 +12,17 @@ from typing import Annotated, Any, Literal
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.lab.page import Measurement, bars_table, describe_machine, render, report_missed, typed_command
+from bench.lab.page import Measurement, bars_table, describe_machine, render, report_missed, typed_command, write_page
 from bench.lab.server import IMAGE, MODEL, ROOT
 from common.cli import POSITIONAL, run_command
-from common.files import read_whole, write_whole
+from common.documents import read_object
+from common.files import read_whole
 from common.progress import make_console, progress
 
 EXAMPLES = (
     "python bench/reliability.py                      # five minutes; writes docs/reliability.md and its record",
     "python bench/reliability.py --quick --out /tmp/reliability",
     "python bench/reliability.py --only attacks siege # the record keeps its other parts",
-    "python bench/reliability.py --render docs/benchmarks/reliability.json",
 )
 TITLES = {
     "overload": "Ten times more than it can answer",
@@ -47,9 +46,9 @@ class ReliabilityConfig(Measurement):
     kill_seconds: Annotated[int, "of the load under which front ends and device processes are killed"] = 100
     kill_every: Annotated[int, "seconds from one of these kills to the next"] = 20
     quick: Annotated[bool, "3 s of overload, one round, 4 reloads, 2 kills in 10 s"] = False
-    out: Annotated[Path, "folder for reliability.md and benchmarks/reliability.json"] = ROOT / "docs"
+    out: Annotated[Path, "folder for reliability.md and reliability.json"] = ROOT / "docs"
     only: Annotated[tuple[Part, ...], "parts to measure (default: all)"] = ()
-    render: Annotated[Path | None, "measure nothing: write the page of this record"] = None
+    render: Annotated[bool, "measure nothing: write the page of the record in the folder again"] = False
 
 
 def command(config: ReliabilityConfig) -> int:
@@ -57,14 +56,12 @@ def command(config: ReliabilityConfig) -> int:
 
     Writes a record and its page. Exit status 1 if a measured bar is missed.
     """
-    path = config.out / "benchmarks" / "reliability.json"
-    if config.render:
-        record = json.loads(read_whole(config.render))
-    else:
-        record = _measure(config, json.loads(read_whole(path)) if config.only else {"alone": {}})
-        content = json.dumps(record, indent=1) + "\n"
-        print(f"wrote {write_whole(path, content.encode())}")
-    print(f"wrote {write_whole(config.out / 'reliability.md', page(record).encode())}")
+    path, record = config.out / "reliability.json", {"alone": {}}
+    if config.render or config.only:
+        record = read_object(read_whole(path), str(path), todo="choose another --out")
+    if not config.render:
+        record = _measure(config, record)
+    print(write_page(config.out, "reliability", page(record), record))
     return report_missed(record, config.only or TITLES)
 
 

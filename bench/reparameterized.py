@@ -11,7 +11,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.lab.page import Measurement, Record, describe_machine, publish, render
-from bench.lab.rounds import alternate, median_ms, ratios
+from bench.lab.rounds import alternate, attempt, median_ms, ratios
 from common.cli import run_command
 from common.difference import difference
 from common.progress import make_console, progress
@@ -83,7 +83,7 @@ def measure(name: str, image_size: int, round_s: float, race: Any) -> dict[str, 
         results[form] = {**layers, **errors}
         # Processor time, so that other programs do not count.
         one = partial(answer, {"x": images[:1].numpy()})
-        racers[form] = partial(median_ms, one, round_s, clock=time.process_time)
+        racers[form] = partial(attempt, partial(median_ms, one, round_s, clock=time.process_time))
     for form, timing in race(racers).items():
         results[form]["timing"] = timing
     return results

@@ -1,4 +1,4 @@
-"""python bench/server.py: our server, with and without gc.freeze, beside a naive FastAPI handler and five others."""
+"""python bench/server.py: our server beside a naive FastAPI handler and five others."""
 
 import sys
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
 from bench.lab.load import refuse_without_tools
 from bench.lab.page import Measurement, describe_machine, publish
-from bench.lab.process import in_fresh_process
 from common.cli import run_command
 from common.environment import num_cores
 from common.files import write_whole
@@ -26,7 +25,7 @@ EXAMPLES = (
 @dataclass(frozen=True)
 class ServerConfig(Measurement):
     servers: Annotated[
-        tuple[Literal["ours", "fastapi", "litserve", "bentoml", "ray", "mlserver", "mosec", "unfrozen"], ...],
+        tuple[Literal["ours", "fastapi", "litserve", "bentoml", "ray", "mlserver", "mosec"], ...],
         "which are compared (default: all)",
     ] = ()
     models: Annotated[tuple[Literal["small", "large"], ...], "4.7 and 38 million multiplications per image"] = (
@@ -47,8 +46,7 @@ def command(config: ServerConfig) -> int:
     or fails a request is a row with its reason. Exit status 1 if ours fails.
     """
     from bench.servers.page import CONNECTIONS, draw_latencies, page
-    from bench.servers.race import CONTESTANTS, SERVERS_CORE, race, write_net
-    from bench.servers.request_steps import time_steps
+    from bench.servers.race import CONTESTANTS, race, write_net
     from common.figure import png
 
     refuse_without_tools()
@@ -59,9 +57,7 @@ def command(config: ServerConfig) -> int:
     for net in nets:
         console.print(f"{net.record['title']}: {net.record['macs']:,} multiplications per image, {net.path}")
     race(contestants, nets, work, num_rounds=rounds, seconds=seconds)
-    models = [
-        net.record | {"steps": in_fresh_process(time_steps, net.path, net.pngs[0], core=SERVERS_CORE)} for net in nets
-    ]
+    models = [net.record for net in nets]
     for model in models:
         console.print(f"wrote {write_whole(config.out / model['picture'], png(draw_latencies(model)))}")
     publish(

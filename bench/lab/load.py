@@ -1,15 +1,15 @@
 """Requests to a server on this machine, as fast as replies come or at a rate that never waits; and those of wrk."""
 
 import asyncio
+import itertools
 import json
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.refusal import Refusal
 
@@ -43,7 +43,7 @@ def get_request(path: str) -> MakeRequest:
 
 
 class Load:
-    """Connections that are kept open, each with one request at a time; a lost one is reopened where possible.
+    """Connections that are kept open, each with one request at a time; a lost one is opened again where possible.
 
     A connection sends its next request as soon as it has a reply and a request is due. With a `rate`, as many requests
     fall due every second, whether or not earlier ones are answered; without one, a request is always due. `take` is
@@ -59,44 +59,30 @@ class Load:
         num_connections: int,
         rate: float | None = None,
     ) -> None:
-        self.make_request, self._take = make_request, take
-        self._port, self._num_connections, self._rate = port, num_connections, rate
-        self._loop = asyncio.get_running_loop()
-        self._num_due = 0  # requests that may have been sent by now
-        self._is_over = False
-        self._open: set[_Connection] = set()
-        self._idle: list[_Connection] = []
-        self._opening: list[asyncio.Task[None]] = []
+        self._port, self._make_request, self._take = port, make_request, take
+        self._num_connections, self._rate = num_connections, rate
+        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
+        self._numbers = itertools.count()
         self.start = 0.0  # the loop's time when all connections were open
         self.num_sent = 0
         self.replies: list[Reply] = []  # without their heads and bodies
 
-    async def run(self, seconds: float) -> float:
-        """The seconds during which requests were sent."""
-        await asyncio.gather(*(self._connect() for _ in range(self._num_connections)))
-        self.start, passed = self._loop.time(), 0.0
-        while not self._is_over and passed < seconds:
-            self._num_due = int(passed * self._rate) if self._rate else sys.maxsize
-            self._send_due()
-            await asyncio.sleep(TICK_S)
-            passed = self._loop.time() - self.start
+    async def run(self, seconds: float) -> None:
+        connections = await asyncio.gather(*(self._connect() for _ in range(self._num_connections)))
+        self.start = self._loop.time()
+        asking = asyncio.gather(*map(self._ask_through, connections))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), seconds)
         self.stop()
-        until = self._loop.time() + PATIENCE_S
-        while len(self.replies) < self.num_sent and self._loop.time() < until:
-            await asyncio.sleep(TICK_S)
-        await asyncio.gather(*self._opening)
-        for connection in self._open:
-            connection.transport.abort()
-        while self._open:
-            await asyncio.sleep(TICK_S)
-        return passed
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asking, PATIENCE_S)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """`run` from the first reply until the context ends."""
         task = asyncio.create_task(self.run(3600))
         try:
-            while not self.replies:
+            while not self.replies and not task.done():
                 await asyncio.sleep(TICK_S)
             yield
         finally:
@@ -105,7 +91,7 @@ class Load:
 
     def stop(self) -> None:
         """Send nothing more; the load ends when every request under way has its reply."""
-        self._is_over, self._num_due = True, 0
+        self._over.set()
 
     def statuses(self) -> dict[str, int]:
         """How many replies had each status, in order; "lost" where there was no reply."""
@@ -121,51 +107,48 @@ class Load:
 
         return 1000 * float(np.percentile([one.seconds for one in self.replies if one.status == status], percent))
 
-    async def _connect(self) -> None:
+    async def _connect(self) -> "_Connection | None":
         with suppress(OSError):  # the server has ended
-            await self._loop.create_connection(lambda: _Connection(self), HOST, self._port)
+            return (await self._loop.create_connection(_Connection, HOST, self._port))[1]
 
-    def _send_due(self) -> None:
-        while self._idle and self.num_sent < self._num_due:
-            due = self.start + self.num_sent / self._rate if self._rate else self._loop.time()
-            self._idle.pop().send(self.num_sent, due)
+    async def _ask_through(self, connection: "_Connection | None") -> None:
+        """One request after another, each on `connection` or, where that is lost, on a new one."""
+        for number in self._numbers:  # of all connections
+            now = self._loop.time()
+            due = self.start + number / self._rate if self._rate else now
+            if due > now:
+                await asyncio.sleep(due - now)
+            if connection and connection.transport.is_closing():
+                connection = await self._connect()
+            if not connection or self._over.is_set():
+                break
             self.num_sent += 1
-
-    def is_free(self, connection: "_Connection") -> None:
-        """Give an opened or answered connection its next request."""
-        self._open.add(connection)
-        self._idle.append(connection)
-        self._send_due()
-
-    def is_closed(self, connection: "_Connection") -> None:
-        """Open another connection in its place."""
-        self._open.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-        if not self._is_over:
-            self._opening.append(self._loop.create_task(self._connect()))
-
-    def take(self, number: int, due: float, status: int, head: bytes, body: bytes) -> None:
-        now = self._loop.time()
-        self.replies.append(Reply(number, status, now - due, now))
-        self._take(Reply(number, status, now - due, now, head, body))
+            status, head, body = LOST, b"", b""
+            try:
+                status, head, body = await connection.ask(self._make_request(number))
+            finally:  # or it has not come in time
+                now = self._loop.time()
+                self.replies.append(Reply(number, status, now - due, now))
+                self._take(Reply(number, status, now - due, now, head, body))
+                if status == LOST:
+                    connection.transport.abort()
+        if connection:
+            connection.transport.abort()
 
 
 class _Connection(asyncio.Protocol):
     """One request at a time; its reply is read whole."""
 
-    def __init__(self, load: Load) -> None:
-        self._load = load
-        self._received = b""
-        self._asked: tuple[int, float] | None = None  # number and due time of the request under way
+    _reply: asyncio.Future[tuple[int, bytes, bytes]] | None = None
 
-    def send(self, number: int, due: float) -> None:
-        self._asked = number, due
-        self.transport.write(self._load.make_request(number))
+    async def ask(self, request: bytes) -> tuple[int, bytes, bytes]:
+        """Status, head in lower case and body of the reply; the status is `LOST` if the connection ends before it."""
+        self._received, self._reply = b"", asyncio.get_running_loop().create_future()
+        self.transport.write(request)
+        return await self._reply
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
-        self._load.is_free(self)
 
     def data_received(self, data: bytes) -> None:
         self._received += data
@@ -173,21 +156,16 @@ class _Connection(asyncio.Protocol):
         head = head.lower() + b"\r\n"
         if not end or len(body) < int(head.partition(b"content-length:")[2].partition(b"\r\n")[0]):
             return
-        self._received = b""
-        self._finish(int(head[9:12]), head, body)
         if b"\r\nconnection: close\r\n" in head:
             self.transport.close()
-        else:
-            self._load.is_free(self)
+        self._finish(int(head[9:12]), head, body)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._finish(LOST, b"", b"")
-        self._load.is_closed(self)
 
-    def _finish(self, status: int, head: bytes, body: bytes) -> None:
-        if self._asked:
-            asked, self._asked = self._asked, None
-            self._load.take(*asked, status, head, body)
+    def _finish(self, *reply: Any) -> None:
+        if self._reply and not self._reply.done():
+            self._reply.set_result(reply)
 
 
 @asynccontextmanager

@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from common.refusal import Refusal
-
 MIN_CALLS = 3
 Result = TypeVar("Result")
 Name = TypeVar("Name")
@@ -45,16 +43,16 @@ def alternate(
     batch_size: int,
     num_rounds: int,
     advance: Callable[[int], None] = lambda n: None,
-) -> dict[Name, Timing | Failure]:
-    """Runs racers in `turns`, each for one round; it returns the milliseconds of a call.
+) -> dict[Name, Any]:
+    """Runs racers in `turns`, each for one round; it returns the timing of a call, in milliseconds.
 
-    A racer that raises, or returns a `Failure`, does not run again.
+    A racer that returns a `Failure` does not run again, and has it instead of a timing.
     """
     failed: dict[Name, Failure] = {}
     rounds: dict[Name, list[float]] = {name: [] for name in racers}
     for index, names in turns(list(racers), num_rounds, warm_up=True):
         for name in names:
-            result = failed.get(name) or attempt(racers[name])
+            result = failed.get(name) or racers[name]()
             if isinstance(result, Failure):
                 failed[name] = result
             elif index >= 0:
@@ -62,14 +60,6 @@ def alternate(
         if index >= 0:
             advance(1)
     return {name: failed.get(name) or timing_of(batch_size, times) for name, times in rounds.items()}
-
-
-def alternate_all(racers: Mapping[Name, Callable[[], float]], **options: Any) -> dict[Name, Timing]:
-    """`alternate`, but refuses if a racer fails."""
-    timings = alternate(racers, **options)
-    if failed := [f"{name}: {reason}" for name, reason in timings.items() if isinstance(reason, Failure)]:
-        raise Refusal(f"cannot be timed: {'; '.join(failed)}")
-    return {name: timing for name, timing in timings.items() if not isinstance(timing, Failure)}
 
 
 def attempt(action: Callable[[], Result]) -> Result | Failure:

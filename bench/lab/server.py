@@ -108,10 +108,10 @@ class Server:
         file = self._log.fileno()  # read without moving the position at which the server writes
         return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace").strip().splitlines()
 
-    def wait_for(self, message: str, *, after: int = 0, num: int = 1) -> None:
-        """Wait until `num` lines of the log contain `message`; its first `after` lines do not count."""
+    def wait_for(self, message: str, *, after: int = 0) -> None:
+        """Wait until a line of the log contains `message`; its first `after` lines do not count."""
         until = time.monotonic() + START_S
-        while sum(message in line for line in self.log()[after:]) < num:
+        while not any(message in line for line in self.log()[after:]):
             if time.monotonic() > until:
                 raise RuntimeError(f"the server did not log {message!r} within {START_S:g} s")
             time.sleep(5 * POLL_S)
@@ -121,13 +121,6 @@ class Server:
         num_lines = len(self.log())
         self._process.send_signal(signal.SIGHUP)
         self.wait_for(message, after=num_lines)
-
-    def predict(self, image: bytes) -> int:
-        """The status of one POST /predict; 0 if the connection was lost."""
-        try:
-            return self.client.post("/predict", content=image, headers={"Content-Type": "image/png"}).status_code
-        except httpx.HTTPError:
-            return 0
 
     def stop(self) -> float:
         """Send SIGTERM and wait; the seconds until the process has ended."""

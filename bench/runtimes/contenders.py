@@ -105,7 +105,7 @@ def measure(net: Net, config: GpuCheckConfig, console: Console) -> dict[str, Any
             for size in sizes:
                 images = random_images(net.spec.image, size)
                 racers = {
-                    title: partial(median_ms, partial(answer, images), config.round_s)
+                    title: partial(attempt, partial(median_ms, partial(answer, images), config.round_s))
                     for title, answer in answers.items()
                 }
                 timings = alternate(racers, batch_size=size, num_rounds=config.rounds, advance=advance)

@@ -44,7 +44,7 @@ async def overload(model: Path, image: bytes, *, seconds: float) -> dict[str, An
         rate = OVERLOAD_FACTOR * max(before)
         load = Load(server.port, predict_request(image), take, num_connections=OFFERING, rate=rate)
         async with sampled(server.rss_bytes, every_s=0.1) as rss:
-            due = int(rate * await load.run(seconds))
+            await load.run(seconds)
         after = await _maxima(server.port, image, seconds / 6)
         rss_after = server.rss_bytes()
     found = {
@@ -55,7 +55,7 @@ async def overload(model: Path, image: bytes, *, seconds: float) -> dict[str, An
         ],
         "offered_per_s": rate,
         "seconds": seconds,
-        "due": due,
+        "due": int(rate * seconds),
         "sent": load.num_sent,
         "statuses": load.statuses(),
         "accepted_per_s": load.rate(seconds),

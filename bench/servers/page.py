@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from bench.lab.page import Record, render
 
 OURS = "ours, raw body"
-OWN = ("ours", "unfrozen")  # the servers of this project
 NAIVE = "FastAPI handler, raw body"
 CONNECTIONS = (1, 16, 64)
 MOST = CONNECTIONS[-1]
@@ -20,7 +19,6 @@ _RATIOS = {"LitServe": (10.0, 3.5), "FastAPI handler, form": (5.0, 3.5), NAIVE: 
 _LARGE_MACS = 10e6
 _SHARE = 0.85  # of the model alone, where the model is large
 _LONE_MS = 1.5  # that a lone request may cost beside decoding and model
-_REST = "the rest: sockets, and two threads and their caches on one core"
 
 
 def page(record: Record) -> str:
@@ -86,7 +84,7 @@ def _in_short(model: Record) -> str:
 
 def _p99_of_others(rows: Mapping[str, Record]) -> list[tuple[float, str]]:
     """In ms, the lowest first, with the title."""
-    return sorted((_median(row, "p99_ms"), title) for title, row in rows.items() if row["server"] not in OWN)
+    return sorted((_median(row, "p99_ms"), title) for title, row in rows.items() if row["server"] != "ours")
 
 
 def _section(model: Record) -> dict[str, Any]:
@@ -97,7 +95,6 @@ def _section(model: Record) -> dict[str, Any]:
         **{f"alone_{size}": _alone(model, size).tolist() for size in (1, 32)},
         "decode_and_model_1": float(np.median(model["alone"]["decode_and_model_1"])),
         "rows": [_cells(row, ours) for row in model["rows"]],
-        "steps": render("server-steps", {"steps": _steps(model["steps"], ours)}) if ours else "",
     }
 
 
@@ -111,12 +108,6 @@ def _cells(row: Record, ours: Record | None) -> dict[str, Any]:
         cells[f"ratio_{num}"] = reason if row["failed"] else _ratio(ours, row, num) if ours else ""
         reason = ""
     return cells
-
-
-def _steps(steps: dict[str, float], ours: Record) -> list[dict[str, Any]]:
-    whole = 1e6 / _median(ours, "requests_per_s")
-    all_us = {**steps, _REST: whole - sum(steps.values()), "a request": whole}
-    return [{"part": part, "us": us, "share": us / whole} for part, us in all_us.items()]
 
 
 def draw_latencies(model: Record) -> Figure:

@@ -21,8 +21,8 @@ from bench.lab.process import in_fresh_process
 from bench.lab.rounds import turns
 from bench.lab.server import ROOT, Server, free_port
 from bench.nets import count_macs, random_net
-from bench.servers.page import CONNECTIONS, OWN
-from bench.servers.request_steps import time_alone
+from bench.servers.alone import time_alone
+from bench.servers.page import CONNECTIONS
 from common.files import read_whole, write_whole
 from common.image import decode
 from common.progress import make_console, progress
@@ -79,7 +79,7 @@ class Contestant:
     def start(self, model: Path, png: bytes, work: Path) -> Server:
         """Serves `model` on core 0, ready when it classifies `png`. Peers run in environments below `work`."""
         python, port, env = sys.executable, free_port(), {**os.environ, **_ENVIRONMENT, "MODEL": str(model)}
-        if self.name not in OWN:
+        if self.name != "ours":
             python, env["PYTHONPATH"] = str(make_environment(self.name, work / "peers")), str(PEERS)
         words = [word.format(model=model, port=port, peers=PEERS) for word in self.command.split()]
         log, probe = model.parent / f"{self.name}.log", partial(self.ways[0].ask, self.ways[0].encode(png))
@@ -164,12 +164,6 @@ CONTESTANTS = (
         "{peers}/with_mosec.py --address 127.0.0.1 --port {port} --log-level warning",
         (Way("mosec", "/inference"),),
         "the raw body; HTTP and batching in Rust, one worker process in Python; batches of 32 at most, 2 ms",
-    ),
-    Contestant(
-        "unfrozen",
-        "{peers}/with_unfrozen_objects.py {model} --port {port} --runtime onnxruntime",
-        (Way("ours, raw body, without gc.freeze", index=_OURS),),
-        "ours, but garbage collections do not skip what was loaded at the start",
     ),
 )
 

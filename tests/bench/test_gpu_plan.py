@@ -1,15 +1,14 @@
 """bench/gpu_check.py --offline: what becomes of steps that fail, hang or come too late; its own steps on the CPU."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench import gpu_check, gpu_steps
-from bench.gpu_check import Step, run_plan, run_step
+from bench import gpu_steps
+from bench.gpu_steps import Step, run_plan, run_step
 from common.cli import run_command
 from export.runtimes import gpu
 
@@ -46,7 +45,7 @@ def test_a_step_over_its_limit_gets_ctrl_c_and_is_killed_if_it_goes_on(tmp_path,
     deaf = begin + "signal.signal(signal.SIGINT, signal.SIG_IGN)\nsignal.pause()"
     row = run_step(Step("obeys", 5, code(obeys)), 5)
     assert (row["outcome"], row["said"][-1]) == ("stopped by its limit of 5 s", "saved")
-    monkeypatch.setattr(gpu_check, "GRACE_S", 0.5)
+    monkeypatch.setattr(gpu_steps, "GRACE_S", 0.5)
     assert "does not stop" in run_step(Step("deaf", 5, code(deaf)), 5)["outcome"]
 
 
@@ -76,7 +75,7 @@ def test_the_rest_goes_on_and_results_are_written_after_every_step(tmp_path):
 def test_every_step_is_a_command_that_is_there(tmp_path):
     """A wrong flag would fail on the machine with the GPU, which has minutes."""
     for device in ("cuda", "cpu"):
-        for step in gpu_check.steps(device, tmp_path, tmp_path):
+        for step in gpu_steps.steps(device, tmp_path, tmp_path):
             script, *argv = step.argv
             if argv[0] == "bench.gpu_steps":
                 assert argv[1] in gpu_steps.STEPS
@@ -93,22 +92,6 @@ def known_flags(script):
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     return {word.strip(",[]") for word in done.stdout.split() if word.strip(",[]").startswith("--")}
-
-
-def test_needs_lists_packages_with_their_wheels(capsys):
-    assert run_command(gpu_check.command, gpu_check.GpuCheckConfig, argv=["--needs"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert any("| server | typing-inspection | 0.02 MB | carry |" in line for line in lines)
-    assert any("| train, fold | numpy | 17 MB | there |" in line for line in lines)
-    assert any("| engines | tensorrt | 1500 MB | carry | " in line for line in lines)
-
-
-def test_what_is_needed_is_in_the_environment_of_the_bare_machine():
-    """But for what comes from NVIDIA, and ONNX Runtime's package with CUDA in it."""
-    image = (ROOT / "bench" / "gpu-image.txt").read_text()
-    named = {re.split(r"==|\[", line)[0] for line in image.splitlines() if not line.startswith("#")}
-    needed = {name for packages in gpu_check.NEEDED.values() for name in packages}
-    assert needed - named == {"tensorrt", "onnxruntime-gpu"}
 
 
 @pytest.mark.skipif(bool(gpu.num_devices()), reason="this machine has a CUDA device")

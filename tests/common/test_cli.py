@@ -47,6 +47,14 @@ def test_a_name_that_is_not_utf_8_ends_no_command_in_any_locale():
     assert (done.returncode, done.stdout, done.stderr) == (0, b"caf?\n", b"")
 
 
+def test_help_says_what_kind_of_value_a_flag_takes(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, argv=["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for flag in ("--rate X", "--kind {a,b}", "--batch N N N", "--rest [PATH ...]", "--limit N"):
+        assert f"{flag} " in shown
+
+
 def test_the_arguments_that_were_given_make_the_same_config_again():
     for line in ("x", "'a b' --rate 2.0 --kind b --batch 1 2 3 --rest p q --limit 5 --loud"):
         config = parse(Config, argv=shlex.split(line))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import read_whole, write_whole
+from common.files import read_labels, read_whole, write_whole
 from common.refusal import Refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +17,12 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_whole(path, b"new")
     assert read_whole(path) == b"new"
     assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+def test_labels_are_read_as_any_editor_saves_them(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_bytes("\ufeffRöhre\r\n t-shirt \r\n\r\n".encode())
+    assert read_labels(path) == ("Röhre", "t-shirt")
 
 
 def test_a_disk_that_takes_no_more_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -37,6 +37,20 @@ def test_a_spec_survives_the_journey_as_json(spec):
     assert Spec.from_json(spec.to_json()) == spec
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"depth": 34, "width": 2.0}, "DiracNet-34-2"),
+        ({"depth": 28, "width": 0.25, "parameterization": "per-channel"}, "DiracNet-28-0.25"),
+        ({"family": "wrn", "depth": 16, "width": 4.0, "parameterization": "plain"}, "WRN-16-4"),
+        ({"parameterization": "initialised", "depth": 10, "width": 1.0}, "Plain-10-1"),
+        ({"net": "mine"}, "mine"),
+    ],
+)
+def test_a_net_is_called_by_what_it_is(make_spec, fields, name):
+    assert dataclasses.replace(make_spec(), **fields).name == name
+
+
 @pytest.mark.parametrize("damage", ["missing", "unknown", "type", "image", "number"])
 def test_a_damaged_spec_is_refused_in_one_line(make_spec, damage):
     fields = json.loads(make_spec().to_json())

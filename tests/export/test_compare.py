@@ -15,6 +15,8 @@ def test_a_comparison_fails_on_a_large_error_a_changed_class_and_nan():
     assert changed.difference.relative == 1
     other = compare(("a", LOGITS), ("b", LOGITS[::-1]))
     assert (other.top1_agreement, other.worst_image, bool(other)) == (0, 0, False)
+    one_logit = compare(("a", LOGITS), ("b", LOGITS + np.array([[0.1, 0.1], [0.0, 0.2]])))
+    assert one_logit.worst_image == 1
     broken = LOGITS.copy()
     broken[1, 0] = np.nan
     result = compare(("a", LOGITS), ("b", broken))

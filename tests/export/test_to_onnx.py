@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from common.cli import run_command
 from export import to_onnx
-from export.eight_bits.quantize import measure_drop
+from export.eight_bits.quantize import measure_drop, quantize
 from export.model_file.probe import probe_images
 from export.runtimes.onnx_session import OnnxSession
 from export.timing import ROUNDS, Timing, geometric_means, time_answers
@@ -121,6 +121,7 @@ def test_int8_says_how_it_was_calibrated_and_what_it_costs(plain, tmp_path, caps
     assert "same class on" in capsys.readouterr().out
     record = record_of(out)
     assert (record["precision"], record["target"]) == ("int8", target)
+    assert record["cannot_saturate"] == (target == "onnxruntime")  # TensorRT adds its products in 32 bits
     calibration = record["calibration"]
     assert (calibration["images"], calibration["chosen_by"]) == (64, 128)
     assert {(row["lowering"], row["method"]) for row in calibration["candidates"]} == {
@@ -133,6 +134,25 @@ def test_int8_says_how_it_was_calibrated_and_what_it_costs(plain, tmp_path, caps
     accuracy = (OnnxSession(out)(test.images).argmax(1) == test.targets).mean()
     assert record["test"]["accuracy"] == pytest.approx(accuracy)
     assert record["test"]["num_images"] == len(test) == 359
+
+
+def test_training_images_set_ranges_others_choose_and_neither_are_held_out_or_tested(plain, tmp_path, monkeypatch):
+    sets = {}
+
+    def keep(*arguments, observed, chosen_by, **options):
+        sets.update(observed=observed, chosen_by=chosen_by)
+        return quantize(*arguments, observed=observed, chosen_by=chosen_by, **options)
+
+    monkeypatch.setattr("export.eight_bits.quantize.quantize", keep)
+    argv = ["--precision", "int8", "--lowering", "concat", "--calibration-images", 32, "--out", tmp_path / "x.onnx"]
+    assert run(plain, *argv) in (0, 1)
+    digits = datasets.load_as_trained(load_plain(plain).provenance["training"])
+    sets |= {name: np.asarray(getattr(digits, name).images) for name in ("train", "validation", "test")}
+    ranges, choice, train, *rest = ({image.tobytes() for image in images} for images in sets.values())
+    assert (len(ranges), len(choice)) == (32, 64)
+    assert ranges | choice <= train
+    assert not ranges & choice
+    assert not (ranges | choice) & set.union(*rest)
 
 
 def test_a_loss_beyond_the_limit_ends_in_status_one_and_is_written_all_the_same(plain, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,5 @@
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from torch import nn
 from common.progress import make_console
 from common.refusal import Refusal
 from train import trainer
+from train.checkpoint import Checkpoint, load_checkpoint, load_net
 from train.config import TrainConfig
 from train.data import batches
 from train.data.batches import Batch
@@ -17,7 +18,7 @@ from train.families import build, initialize
 from train.layers import DiracConv2d
 from train.machine import World
 from train.recipes import Recipe, recipe
-from train.trainer import Trainer, learning_rate, make_optimizer, train_step
+from train.trainer import Trainer, evaluate, learning_rate, make_optimizer, train_step
 
 
 def test_the_schedules():
@@ -49,6 +50,95 @@ def test_the_first_step_of_a_warm_up_has_a_rate_even_where_an_epoch_is_one_step(
     rates = [trainer.epoch()["lr"] for _ in range(4)]
     cosine = [(1 + math.cos(math.pi * middle / 4)) / 2 for middle in (0.5, 1.5, 2.5, 3.5)]
     assert rates == pytest.approx([0.25 * cosine[0], 0.75 * cosine[1], cosine[2], cosine[3]])
+
+
+@pytest.fixture
+def make_trainer(make_spec, images):
+    """A trainer of a few images, of which four are held out."""
+
+    def make(*, labels=None, **options):
+        spec = make_spec()
+        spec = replace(spec, labels=labels or spec.labels)
+        split = Split(images(12), np.arange(12) % 10)
+        dataset = Dataset(
+            DatasetInfo(spec.image, spec.labels, flip=False, crop=0),
+            train=split.take(np.arange(8)),
+            test=split,
+            validation=split.take(np.arange(8, 12)),
+        )
+        config = TrainConfig(epochs=3, lr=0.1, batch_size=4, **options).resolved()
+        return Trainer(config, spec, dataset, World(), make_console(quiet=True))
+
+    return make
+
+
+def test_the_net_that_validation_judges_is_the_average(make_trainer):
+    trained = make_trainer(ema=0.9)
+    for _ in range(2):
+        row = trained.epoch()
+        average, raw = (evaluate(net, trained.held_out) for net in (trained.judged, trained.net))
+        assert (row["validation_loss"], row["validation_accuracy"]) == (average.loss, average.accuracy)
+        assert average.loss != raw.loss
+
+
+def test_the_average_forgets_its_start_and_then_follows_slowly(make_trainer, monkeypatch):
+    decays = []
+    monkeypatch.setattr(trainer, "follow", lambda average, net, decay: decays.append(decay))
+    trained = make_trainer(ema=0.3)
+    for _ in range(3):
+        trained.epoch()
+    assert decays == pytest.approx([1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3])  # two steps an epoch
+
+
+def test_a_saved_trainer_is_resumed_whole(make_trainer, tmp_path):
+    saved, resumed = (make_trainer(ema=0.9, precision="fp16", out=tmp_path) for _ in range(2))
+    for _ in range(2):
+        saved.epoch()
+    saved.scaler.load_state_dict(saved.scaler.state_dict() | {"scale": 1024.0})
+    saved.save("checkpoint.pt")
+    resumed.resume(load_checkpoint(tmp_path / "checkpoint.pt"))
+    for part in ("net", "judged", "scaler"):
+        before, after = (getattr(one, part).state_dict() for one in (saved, resumed))
+        assert before.keys() == after.keys()
+        assert all(
+            torch.equal(*map(torch.as_tensor, pair)) for pair in zip(before.values(), after.values(), strict=True)
+        )
+    judged = load_net(load_checkpoint(tmp_path / "checkpoint.pt")).state_dict()  # what is tested and folded, too
+    assert all(torch.equal(tensor, judged[name]) for name, tensor in saved.judged.state_dict().items())
+    momenta = (one.optimizer.state_dict()["state"] for one in (saved, resumed))
+    assert all(
+        torch.equal(*(value["momentum_buffer"] for value in pair))
+        for pair in zip(*map(dict.values, momenta), strict=True)
+    )
+    assert (resumed.history, resumed.epochs_done, resumed.steps_done) == (saved.history, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("scores", "since"),
+    [
+        ([], 0),
+        ([(0.5, 1.0)], 0),
+        ([(0.5, 1.0), (0.6, 2.0), (0.6, 1.5), (0.6, 1.8)], 1),  # of equal accuracies the smaller loss
+        ([(0.6, 1.0), (0.6, 1.0), (0.5, 0.5)], 2),  # of equal epochs the earlier
+        ([(None, None), (None, None)], 0),
+    ],
+)
+def test_the_best_epoch_is_that_of_the_best_accuracy_and_then_loss(make_trainer, scores, since):
+    trained = make_trainer()
+    trained.history = [{"validation_accuracy": accuracy, "validation_loss": loss} for accuracy, loss in scores]
+    assert trained.since_best() == since
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("labels", [None, tuple("abcdefghij")])
+def test_fine_tuning_starts_net_and_average_from_the_same_layers(make_trainer, make_net, make_spec, ema, labels):
+    learnt = make_net(seed=1).state_dict()
+    trained = make_trainer(ema=ema, labels=labels)
+    trained.fine_tune(Checkpoint.fresh(make_spec(), learnt, {}))
+    for net in (trained.net, trained.judged):
+        for name, tensor in net.state_dict().items():
+            is_taken = labels is None or not name.startswith("fc.")
+            assert torch.equal(tensor, learnt[name]) == is_taken, name
 
 
 def test_balanced_epochs_draw_all_classes_equally_often_and_every_image_of_a_small_one():

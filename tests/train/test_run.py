@@ -229,6 +229,12 @@ def test_a_checkpoint_that_is_none_is_refused(tmp_path):
         load_checkpoint(path)
 
 
+def test_a_checkpoint_of_other_types_is_refused(tmp_path):
+    torch.save({"format": "diracnet-checkpoint-1", "config": 3}, tmp_path / "checkpoint.pt")
+    with pytest.raises(Refusal, match="is damaged: config is not"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
+
+
 class _Evil:
     def __reduce__(self):
         return os.mkdir, ("executed",)

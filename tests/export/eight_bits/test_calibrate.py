@@ -42,6 +42,31 @@ def test_entropy_keeps_what_is_common():
     assert 0.95 < high <= 1
 
 
+def test_entropy_takes_the_share_whose_255_levels_lose_least():
+    """The divergence in loops: a level has the mean of its bins that hold anything; what is clipped is in the last."""
+
+    def divergence(share):
+        inside = [place for place, x in enumerate(centres) if share * low <= x <= share * high]
+        p = [counts[place] for place in inside]
+        levels = [[] for _ in range(255)]
+        for place, num in enumerate(p):
+            levels[place * 255 // len(p)].append(num)
+        means = [sum(level) / max(1, sum(num > 0 for num in level)) for level in levels]
+        q = [means[place * 255 // len(p)] for place in range(len(p))]
+        p[0] += sum(counts[: inside[0]])
+        p[-1] += sum(counts[inside[-1] + 1 :])
+        pairs = [(a / sum(p), b) for a, b in zip(p, q, strict=True) if a]
+        total = sum(b for _, b in pairs)
+        return sum(a * (np.log(a * total / b) if b else np.log(NUM_BINS)) for a, b in pairs)
+
+    histogram = histogram_of(np.random.default_rng(0).laplace(size=200_000))
+    low, high, counts = histogram.low, histogram.high, histogram.counts.tolist()
+    centres = [low + (place + 0.5) * (high - low) / NUM_BINS for place in range(NUM_BINS)]
+    counts[np.abs(centres).argmin()] = 0
+    best = min(np.linspace(1, 0.25, 61), key=divergence)
+    assert covered(histogram, "entropy") == pytest.approx((best * low, best * high))
+
+
 def test_a_relus_peak_at_zero_does_not_narrow_entropys_range():
     values = np.maximum(np.random.default_rng(0).uniform(-9, 1, 200_000), 0)
     assert covered(histogram_of(values), "entropy")[1] > 0.9

@@ -6,6 +6,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from own_nets import moved
+from scipy.stats import norm
 from torch import nn
 from torch.nn import functional
 
@@ -200,6 +201,21 @@ def test_a_drop_counts_what_is_lost():
     equal = np.ones((2, 3), np.float32)  # of a classifier of zeros
     assert (relative_error(equal, 2 * equal), relative_error(equal, reference[:2, :3])) == (0.0, np.inf)
     assert top1_agreement(reference, -reference) == 0
+
+
+def test_the_ends_of_a_loss_hold_together_with_95_percent():
+    """Of 400 images 12 turn wrong and none right: Wilson's ends of two intervals of 97.5 %, from their equation."""
+    reference = np.tile([1.0, 0.0], (400, 1))
+    logits = reference.copy()
+    logits[:12] = [0.0, 1.0]
+    drop = measure_drop(reference, logits, np.zeros(400, int))
+    z = norm.ppf(1 - 0.025 / 2)
+    of_none = z**2 / (400 + z**2)  # the upper end for no image
+    for share in (drop.lost_high, drop.lost_low + of_none):
+        assert (share - 0.03) ** 2 == pytest.approx(z**2 * share * (1 - share) / 400, rel=1e-5)
+    assert drop.lost_low + of_none < 0.03 < drop.lost_high
+    back = measure_drop(logits, reference, np.zeros(400, int))
+    assert (back.lost_low, back.lost_high) == pytest.approx((-drop.lost_high, -drop.lost_low))
 
 
 def test_an_fp8_file_is_compared_with_the_optimiser_off(calibrated, tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import reference
+from scipy.stats import binom
 from sklearn.metrics import precision_recall_fscore_support, top_k_accuracy_score
 
 from export.evaluation.figures import confusion_figure, draw, figure_text, mistakes_figure, reliability_figure
@@ -86,6 +87,15 @@ def test_the_calibration_error_is_that_of_its_definition():
     edges = calibrate(np.array([0.0, 1 / 15, 1.0]), np.array([True, False, True])).bins
     assert [part.right.num for part in edges] == [2, *[0] * 13, 1]
     assert edges[1].confidence is None
+
+
+def test_what_chance_makes_up_is_the_binomials_mean_and_its_end_for_95_percent():
+    """All answers in one bin: the error is how far the share of hits is from the probability that all of them have."""
+    said = calibrate(np.full(2000, 0.9), np.ones(2000, bool))
+    law, hits = binom(2000, 0.9), np.arange(2001)
+    errors = np.abs(hits / 2000 - 0.9)
+    assert said.perfect == pytest.approx(law.pmf(hits) @ errors, rel=0.1)  # 500 draws know it to 3.4 %
+    assert law.pmf(hits)[errors < said.perfect_95].sum() == pytest.approx(0.95, abs=0.03)  # to 0.01
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+import onnx
 import pytest
 
 from common.cli import run_command
@@ -55,6 +57,17 @@ def test_parity_calls_it_different_where_the_answers_of_a_cpu_are_not(files, tmp
 def test_a_net_within_the_range_passes(make_net, make_spec):
     net, spec = fold(make_net()).float(), make_spec()
     assert first_overflow(write_graph(net, spec, {}, precision="fp16"), random_images(spec.image)) is None
+
+
+def test_a_graph_of_a_fixed_batch_is_given_whole_batches_and_no_rest(files):
+    model = onnx.load(files[1])
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    mean, noise = (
+        np.full((4, 8, 8, 3), 102, np.uint8),
+        np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8),
+    )
+    assert first_overflow(model, np.concatenate([mean[:3], noise, mean[:1]])) == "stem.conv"
+    assert first_overflow(model, np.concatenate([mean, noise])) is None
 
 
 def test_real_images_are_looked_for_by_the_record_beside_the_plain_file(files, monkeypatch, capsys):

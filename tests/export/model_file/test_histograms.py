@@ -37,6 +37,14 @@ def test_drift_is_the_share_that_is_counted_elsewhere():
     assert (alone.value, alone.chance) == (0, 0)
 
 
+@pytest.mark.parametrize(("first", "second"), [((50, 50), (200, 200)), ((9, 1), (270, 30))])
+def test_chance_in_two_classes_is_two_deviations_above_the_mean_of_a_half_normal_value(first, second):
+    (share, _), scale = np.array(first) / sum(first), 1 / sum(first) + 1 / sum(second)
+    deviation = np.sqrt(share * (1 - share) * scale)
+    expected = deviation * (np.sqrt(2 / np.pi) + 2 * np.sqrt(1 - 2 / np.pi))
+    assert drift(np.array(first), np.array(second)).chance == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("shares", "n", "m"),
     [

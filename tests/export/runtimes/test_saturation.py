@@ -124,6 +124,15 @@ def test_filters_of_every_node_are_read_along_their_own_axis(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
+    "pair", [(127, 1), (64, 64), (-127, -1), (-128, 0), (127, 2), (65, 64), (-127, -2), (-128, -1)]
+)
+def test_a_pair_is_called_safe_exactly_where_its_sum_stays_in_16_bits(tmp_path, pair):
+    weight, pixels = np.array([pair], np.int8), np.full(2, 255)
+    stays = saturating_sums(weight, pixels, np.arange(2)) == 255 * sum(pair)
+    assert may_saturate(tmp_path, multiplication("QLinearConv", weight)) == ([] if stays else ["layer"])
+
+
+@pytest.mark.parametrize(
     ("kind", "weight"),
     [
         ("QLinearConv", np.full((2, 3), 1, np.uint8)),

@@ -164,9 +164,16 @@ def test_a_runtime_that_reads_only_files_of_ours_takes_no_flags_on_how(artefact,
         load_runtime(artefact, name=name, hints=said(*SAID))
 
 
+def test_an_engine_takes_no_flags_on_how_it_is_read(tmp_path):
+    with pytest.raises(Refusal, match=r"plain\.engine is read as its card says; give --mean and the like to"):
+        load_runtime(tmp_path / "plain.engine", hints=said(*SAID))
+
+
 def test_a_graph_in_training_mode_is_refused_by_the_name_of_its_batch_norm(tmp_path):
     sample = write(tmp_path, "training", net(), training=True)
-    with pytest.raises(Refusal, match=r"in training mode: the batch norm .*BatchNormalization.*; call net\.eval\(\)"):
+    with pytest.raises(
+        Refusal, match=r"in training mode: the batch norm \S*BatchNormalization normalizes .*; call net\.eval\(\)"
+    ):
         OnnxSession(sample.path)
 
 

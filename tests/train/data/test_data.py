@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from common.refusal import Refusal
+from train.config import TrainConfig
 from train.data import datasets
-from train.data.batches import augment, erase
+from train.data.batches import augment, batches, erase
+from train.machine import World
 
 
 def write_idx(path, array, *, compress=False):
@@ -117,6 +119,37 @@ def test_augmentation_shifts_over_a_reflected_border_and_mirrors():
     assert len(seen) > 40  # of 50
     same = augment(images, flip=False, crop=0, generator=generator)
     assert torch.equal(same, images)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "num_views"),
+    [
+        ("digits", {}, 1),
+        ("fashion-mnist", {}, 9 * 2),  # one pixel in each direction, mirrored or not
+        ("fashion-mnist", {"crop": 0}, 2),
+        ("fashion-mnist", {"flip": "no"}, 9),
+        ("digits", {"crop": 2, "flip": "yes"}, 25 * 2),
+    ],
+)
+def test_a_data_set_is_shifted_and_mirrored_as_it_allows_unless_other_means_are_given(dataset, options, num_views):
+    image = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1).repeat(2000, axis=0)
+    split, info = datasets.Split(image, np.zeros(2000, np.int64)), datasets.INFO[dataset]
+    settings = TrainConfig(dataset=dataset, batch_size=2000, **options).resolved()
+    (batch,) = batches(split, settings, info, World(), epoch=0, first_step=0)
+    assert len({view.numpy().tobytes() for view in batch.images}) == num_views
+
+
+def test_each_step_and_each_epoch_shifts_images_of_its_own():
+    split = datasets.Split(
+        np.random.default_rng(0).integers(0, 256, (1, 9, 9, 1), np.uint8).repeat(60, 0), np.zeros(60, int)
+    )
+    settings = TrainConfig(crop=2, batch_size=20).resolved()
+    epochs = [
+        batches(split, settings, datasets.INFO["digits"], World(), epoch=epoch, first_step=0) for epoch in (0, 0, 1)
+    ]
+    first, again, other = ([batch.images.numpy().tobytes() for batch in epoch] for epoch in epochs)
+    assert first == again
+    assert len({*first, *other}) == 2 * 3
 
 
 def test_erasing_fills_one_rectangle_in_the_share_of_images_that_was_asked_for():

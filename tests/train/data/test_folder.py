@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.models import ResNet18_Weights
 
 from common.cli import run_command
 from common.image import decode
@@ -86,6 +87,10 @@ def test_evaluation_sees_what_the_server_sees(folder, monkeypatch):
 def test_photographs_are_resized_and_cropped_as_imagenets():
     image = datasets.imagenet_image()
     assert (image.height, image.width, image.resize) == (224, 224, 256)
+    torchvisions = ResNet18_Weights.IMAGENET1K_V1.transforms()
+    assert [*image.mean] == torchvisions.mean
+    assert [*image.std] == torchvisions.std
+    assert (torchvisions.crop_size, torchvisions.resize_size) == ([224], [256])
 
 
 def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder):
@@ -103,6 +108,14 @@ def test_batches_are_the_same_for_any_number_of_workers_and_from_any_step(folder
     assert torch.equal(torch.get_rng_state(), state)
     other = all_batches(train, epoch=2)
     assert not any(torch.equal(left.images, right.images) for left, right in zip(whole, other, strict=True))
+
+
+def test_each_photograph_of_a_batch_has_a_crop_of_its_own(folder):
+    content = (folder / "dark" / "0.png").read_bytes()
+    for path in folder.rglob("*.png"):
+        path.write_bytes(content)
+    for batch in all_batches(datasets.load("folder", data_dir=folder, image_size=8).train):
+        assert len({image.numpy().tobytes() for image in batch.images}) == len(batch.images)
 
 
 def test_no_more_workers_than_cores(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """A split belongs to a run: names decide it, split.json records it, later commands keep to it."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from fold.plain import load_plain, save_plain
 from train.checkpoint import load_checkpoint, load_net
 from train.config import TrainConfig
 from train.data import datasets
-from train.data.folder import picked_by_name
+from train.data.folder import make_files, picked_by_name
 from train.run import command
 
 SMALL = (
@@ -74,6 +75,19 @@ def test_names_pick_about_the_share_of_each_class_and_never_all_or_none():
     composed, decomposed = (picked_by_name([f"{name}.png" for name in names], np.zeros(2, int), 0.5, purpose="test")
                             for names in (("ä", "b"), ("a\u0308", "b")))  # fmt: skip
     assert np.array_equal(composed, decomposed)
+
+
+def test_validation_takes_its_share_of_what_is_left_to_train_on():
+    """Of other hashes than the test images': the same would be among these already."""
+    labels, image = ("a", "b"), ImageSpec(8, 8, 3, (0.4,) * 3, (0.3,) * 3, resize=8)
+    paths = [Path(f"/photos/{label}/{index}.jpg") for label in labels for index in range(2000)]
+    files = make_files(Path("/photos"), paths, labels, image, skip_unreadable=False)
+    rest = files.take(np.flatnonzero(~picked_by_name(files.names, files.targets, 0.2, purpose="test")))
+    train, validation = datasets.hold_out(rest, 0.1, seed=0)
+    assert sorted([*train.names, *validation.names]) == sorted(rest.names)
+    for target in (0, 1):
+        num = (rest.targets == target).sum()
+        assert abs((validation.targets == target).sum() / num - 0.1) < 4 * (0.1 * 0.9 / num) ** 0.5
 
 
 def test_more_photographs_move_no_training_image_to_the_test_images(folder):
@@ -189,6 +203,25 @@ def test_no_file_but_the_checkpoint_says_where_the_photographs_lie(folder, tmp_p
         content = (tmp_path / "run" / name).read_bytes()
         assert str(tmp_path).encode() not in content
         assert b"--data-dir photos" in content
+
+
+def test_the_record_of_images_in_memory_depends_on_every_image_target_and_part():
+    images, targets = np.zeros((6, 2, 2, 1), np.uint8), np.arange(6)
+    info = datasets.INFO["digits"]
+
+    def digest(images, targets, num_train=3):
+        train, validation, test = (
+            datasets.Split(images[part], targets[part]) for part in (slice(num_train), slice(num_train, 4), slice(4, 6))
+        )
+        return datasets.record(datasets.Dataset(info, train, test, validation))[0]["sha256"]
+
+    found = [digest(images, targets), digest(images, targets, num_train=2)]
+    for index in range(6):
+        others = images.copy(), targets.copy()
+        others[0][index, 1, 1], others[1][index] = 1, 9
+        found += [digest(others[0], targets), digest(images, others[1])]
+    assert len(set(found)) == len(found)
+    assert digest(images.copy(), targets.copy()) == found[0]
 
 
 def test_images_in_memory_that_are_not_the_runs_are_refused():
