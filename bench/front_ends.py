@@ -27,7 +27,7 @@ EXAMPLES = (
 )
 FRONT_ENDS = {"one": 1, "two": 2}
 SIMULATED = ROOT / "bench" / "servers" / "simulated.py"
-ON_PAPER = (1, 2, 4, 8)
+ON_PAPER = (1, 2, 4, 8, 12, 16)
 MAX_BATCH = 256
 BAR = 0.9
 TITLES = {"scaling": "What they cost"}
@@ -56,21 +56,26 @@ def command(config: FrontEndsConfig) -> int:
 
 
 def _scaling(config: FrontEndsConfig) -> dict[str, Any]:
+    from bench.servers.simulated import hand_over
+
     refuse_without_tools()
     rounds: list[dict[str, dict[str, float]]] = []
-    with progress(make_console(), "front ends", config.rounds * len(FRONT_ENDS)) as advance:
+    with progress(make_console(), "front ends", config.rounds * len(FRONT_ENDS) + 1) as advance:
         for _, names in turns(list(FRONT_ENDS), config.rounds):
             rounds.append({})
             for name in names:
                 rounds[-1][name] = _measure(config, FRONT_ENDS[name])
                 advance(1, f"{name} front ends")
-    paper = _on_paper(config.device_us, rounds)
+        device_process = hand_over(config.model, MAX_BATCH, 50 if config.quick else 1000)
+        advance(1, "hand-over")
+    paper = _on_paper(config.device_us, rounds, device_process)
     worst = _median(rounds, "two", "p99_ms") / _median(rounds, "one", "p99_ms")
     return {
         "device_us": list(config.device_us),
         "connections": config.connections,
         "seconds": config.seconds,
         "rounds": rounds,
+        "device_process": device_process,
         "paper": paper,
         "bars": {
             f"on paper, N front ends answer at least {BAR:g} N times what one process does, or {BAR:.0%} of what the "
@@ -124,20 +129,22 @@ def _median(rounds: list[dict[str, dict[str, float]]], num: str, name: str) -> f
     return statistics.median(measured[num][name] for measured in rounds)
 
 
-def _on_paper(device_us: tuple[float, float], rounds: list[dict[str, dict[str, float]]]) -> list[dict[str, float]]:
+def _on_paper(
+    device_us: tuple[float, float], rounds: list[dict[str, dict[str, float]]], cost: dict[str, Any]
+) -> list[dict[str, float]]:
     """Requests/s of N front ends, if each has a core, the device process has another, and the device does nothing else.
 
     Front ends answer N times what one of two does in a second of its core. The device process adds to the time of the
-    device what it takes for each image of two front ends.
+    device what it does for a full batch from all of them.
     """
     device_batch_us = device_us[0] + MAX_BATCH * device_us[1]
     device = MAX_BATCH * 1e6 / device_batch_us
     alone, one_of_two = (1e6 / _median(rounds, num, "front_end_us") for num in ("one", "two"))
-    added_us = MAX_BATCH * _median(rounds, "two", "device_us")
     rows = []
     for num in ON_PAPER:
         front_ends = num * one_of_two if num > 1 else alone
-        process = MAX_BATCH * 1e6 / (device_batch_us + added_us) if num > 1 else device
+        added_us = cost["batch_us"] + num * cost["front_end_us"] + MAX_BATCH * cost["image_us"] if num > 1 else 0.0
+        process = MAX_BATCH * 1e6 / (device_batch_us + added_us)
         answers, share = min(front_ends, process), min(front_ends, process) / min(num * alone, device)
         per_s = {"front_ends_per_s": front_ends, "device_process_per_s": process, "device_per_s": device}
         rows.append({"front_ends": num, **per_s, "answers_per_s": answers, "share": share})

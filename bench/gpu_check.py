@@ -29,6 +29,7 @@ EXAMPLES = (
     "python bench/gpu_check.py runs/NAME/plain.safetensors --batch-sizes 1 32",
     "python bench/gpu_check.py --device cpu --batch-sizes 1 8 --rounds 5 --out runs/cpu",
     "python bench/gpu_check.py --offline --budget-s 480 --out runs/gpu      # the whole road, installing nothing",
+    "python bench/gpu_check.py --needs                       # packages to carry to a machine without a network",
 )
 
 
@@ -49,6 +50,7 @@ class GpuCheckConfig(Measurement):
     ] = False
     budget_s: Annotated[float, "start no net (with --offline: no step) after this many seconds"] = 480.0
     data_dir: Annotated[Path | None, "--offline: folder of Fashion-MNIST (default: digits)"] = None
+    needs: Annotated[bool, "list the packages that --offline needs, with the sizes of their wheels"] = False
     render: Annotated[Path | None, "only write the page of this JSON record"] = None
 
 
@@ -62,6 +64,11 @@ def command(config: GpuCheckConfig) -> int:
     if config.render:
         text = page(json.loads(read_whole(config.render)))
         console.print(f"wrote {write_whole(config.out / f'{config.render.stem}.md', text.encode())}")
+        return 0
+    if config.needs:
+        from bench.gpu_steps import needs
+
+        print(needs())
         return 0
     if config.offline:
         from bench.gpu_steps import run_plan, steps

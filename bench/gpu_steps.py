@@ -25,11 +25,24 @@ import numpy as np
 
 from bench.lab.page import render, table, write_page
 from bench.lab.rounds import median_ms
+from common.environment import versions
 
 Result = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--depth", "10", "--width", "0.25", "--epochs", "1")
 GRACE_S = 15.0  # between Ctrl-C and SIGKILL
+# Packages besides PyTorch, and the sizes of their Linux wheels in MB.
+NEEDED = {
+    "train, fold": {"numpy": 17, "safetensors": 0.5, "rich": 0.3, "scikit-learn": 9, "matplotlib": 9},
+    "export": {"onnx": 18, "onnxruntime-gpu": 256},
+    "server": {
+        **{"fastapi": 0.2, "starlette": 0.1, "pydantic": 0.5, "pydantic-core": 2, "annotated-types": 0.02},
+        **{"typing-inspection": 0.02, "uvicorn": 0.1, "httptools": 0.5, "uvloop": 4, "python-multipart": 0.03},
+        **{"orjson": 0.1, "prometheus-client": 0.1, "pillow": 7},
+    },
+    "tests": {"pytest": 0.4, "pytest-timeout": 0.02, "hypothesis": 0.6},
+    "engines": {"tensorrt": 1500, "cuda-bindings": 6},
+}
 RUNTIMES: tuple[Literal["onnxruntime", "torch"], ...] = ("onnxruntime", "torch")  # available on a GPU without TensorRT
 
 
@@ -50,10 +63,10 @@ def steps(device: str, out: Path, data_dir: Path | None) -> tuple[Step, ...]:
     where = ("--data-dir", str(data_dir)) if data_dir else ()
     data = ("--dataset", "fashion-mnist" if data_dir else "digits", *where)
     if device == "cuda":
-        size, small, providers = ("--depth", "34", "--width", "2", "--epochs", "15"), (), ("cpu", "cuda")
+        size, small, providers, loads = ("--depth", "34", "--width", "2", "--epochs", "15"), (), ("cpu", "cuda"), ()
         rounds = ("1", "64", "256", "--rounds", "3", "--round-s", "0.1")
     else:
-        size, small, providers = SMALL, SMALL, ("cpu",)
+        size, small, providers, loads = SMALL, SMALL, ("cpu",), ("2",)
         rounds = ("1", "--rounds", "1", "--round-s", "0.01")
     train = ("train/run.py", "--device", device, "--json", "--out")
     own = ("-m", "bench.gpu_steps")
@@ -72,6 +85,7 @@ def steps(device: str, out: Path, data_dir: Path | None) -> tuple[Step, ...]:
         Step("parity, fp16", 60, ("export/parity.py", half, "--against", plain, *against), half),
         Step("driver's calls", 60, (*own, "driver_calls", device)),
         Step("sessions", 90, (*own, "sessions", device, onnx, half), half),
+        Step("torch's graphs, loaded again", 90, (*own, "torch_loads", device, half, *loads), half),
         Step("server", 150, (*own, "server", device, half), half),
         Step("engine", 120, ("export/to_trt.py", onnx, "--batch", "1", "8", "64"), onnx),
         Step("engine's parity", 60, ("export/parity.py", onnx, "--against", engine, *where), engine),
@@ -150,6 +164,22 @@ def _cell(value: Any) -> str:
 
 
 # Steps that no other command covers
+
+
+def needs() -> str:
+    """A table of the packages that the steps need besides PyTorch, with the sizes of their wheels.
+
+    It shows which are missing on a bare machine (bench/gpu-image.txt), so that you must bring them, and which here.
+    """
+    there, _, _ = (ROOT / "bench" / "gpu-image.txt").read_text().partition("\n# Not there")
+    on_image = {line.partition("==")[0] for line in there.splitlines()}
+    here = versions(*(name for packages in NEEDED.values() for name in packages))
+    rows = [
+        [of, name, f"{size:g} MB", "there" if name in on_image else "carry", here.get(name, "missing")]
+        for of, packages in NEEDED.items()
+        for name, size in packages.items()
+    ]
+    return table(["for", "package", "wheel", "bare machine", "here"], rows)
 
 
 def machine(device: str) -> Iterator[Result]:
@@ -303,6 +333,31 @@ def sessions(device: str, *paths: str) -> Iterator[Result]:
             yield {**row, "median_ms": median_ms(call, 0, min_calls=num_calls)}
 
 
+def torch_loads(device: str, path: str, num_loads: str = "1000", limit_s: str = "60") -> Iterator[Result]:
+    """--runtime torch loaded repeatedly, with graphs of two batch sizes: no memory may stay allocated."""
+    import torch
+
+    from export.runtimes.load import load_runtime
+
+    def load() -> None:
+        runtime = load_runtime(Path(path), name="torch", device=0 if device == "cuda" else None)
+        image = runtime.model.spec.image
+        for num in (1, 8):
+            runtime(np.zeros((num, *image.shape), np.uint8))
+
+    def held() -> np.ndarray:
+        """Bytes allocated by tensors, and bytes reserved by PyTorch's allocator; 0 without a device."""
+        return np.array([torch.cuda.memory_allocated(), torch.cuda.memory_reserved()])
+
+    load()
+    before, end, loads = held(), time.monotonic() + float(limit_s), 0
+    while loads < int(num_loads) and time.monotonic() < end:
+        load()
+        loads += 1
+    kept, reserved = (held() - before).tolist()
+    yield {"loads": loads, "bytes kept on the device": kept, "bytes kept by PyTorch for the next": reserved}
+
+
 def server(device: str, path: str) -> Iterator[Result]:
     """serve/run.py on both runtimes with several numbers of workers; the client is one Python process, a bottleneck."""
     from bench.lab.server import start
@@ -328,7 +383,8 @@ async def _load(port: int, image: bytes, num_connections: int, seconds: float = 
 
 
 STEPS: dict[str, Callable[..., Iterator[Result]]] = {
-    step.__name__: step for step in (machine, driver_calls, fold_on_device, training_speed, sessions, server)
+    step.__name__: step
+    for step in (machine, driver_calls, fold_on_device, training_speed, sessions, torch_loads, server)
 }
 
 if __name__ == "__main__":

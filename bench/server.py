@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 from bench.lab.load import refuse_without_tools
 from bench.lab.page import Measurement, describe_machine, publish
+from bench.lab.process import in_fresh_process
 from common.cli import run_command
 from common.environment import num_cores
 from common.files import write_whole
@@ -46,7 +47,8 @@ def command(config: ServerConfig) -> int:
     or fails a request is a row with its reason. Exit status 1 if ours fails.
     """
     from bench.servers.page import CONNECTIONS, draw_latencies, page
-    from bench.servers.race import CONTESTANTS, race, write_net
+    from bench.servers.race import CONTESTANTS, SERVERS_CORE, race, write_net
+    from bench.servers.request_steps import time_steps
     from common.figure import png
 
     refuse_without_tools()
@@ -57,7 +59,9 @@ def command(config: ServerConfig) -> int:
     for net in nets:
         console.print(f"{net.record['title']}: {net.record['macs']:,} multiplications per image, {net.path}")
     race(contestants, nets, work, num_rounds=rounds, seconds=seconds)
-    models = [net.record for net in nets]
+    models = [
+        net.record | {"steps": in_fresh_process(time_steps, net.path, net.pngs[0], core=SERVERS_CORE)} for net in nets
+    ]
     for model in models:
         console.print(f"wrote {write_whole(config.out / model['picture'], png(draw_latencies(model)))}")
     publish(

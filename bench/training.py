@@ -1,4 +1,4 @@
-"""python bench/training.py: what the Dirac form costs a training step, in time and memory, and by depth."""
+"""python bench/training.py: what the Dirac form costs a training step, in time and memory, by depth and by process."""
 
 import sys
 from dataclasses import dataclass
@@ -40,18 +40,19 @@ class TrainingConfig(Measurement):
 
 
 def command(config: TrainingConfig) -> None:
-    """Time training steps of Dirac and ordinary nets, their memory, and nets of 10 to 400 layers."""
+    """Time training steps of Dirac and ordinary nets, their memory, nets of 10 to 400 layers, and two processes."""
     from bench import training_steps
     from train.machine import keep_large_buffers
 
     runs = [_read_run(path) for path in config.runs]
-    rounds, round_s = (2, 0.2) if config.quick else (config.rounds, config.round_s)
+    rounds, round_s, num_starts, num_steps = (2, 0.2, 1, 5) if config.quick else (config.rounds, config.round_s, 3, 30)
     nets, depths, names = (NETS[:1], DEPTHS[:3], FORMS[:2]) if config.quick else (NETS, DEPTHS, FORMS)
-    total = len(PRECISIONS) * len(names) + (len(nets) + 1) * rounds
+    total = len(PRECISIONS) * len(names) + 2 * num_starts + (len(nets) + 1) * rounds
     measured = {"machine": describe_machine("torch"), "batch_size": BATCH_SIZE, "rounds": rounds, "runs": runs}
     with progress(make_console(), "measurements", total) as advance:
         # First the measurements in separate processes, before this one holds buffers.
         measured["memory"] = training_steps.measure_memory(NETS[0], names, advance)
+        measured["processes"] = training_steps.time_processes(num_starts, num_steps, advance)
         keep_large_buffers()
         measured["steps"] = [training_steps.time_net(net, rounds, round_s, advance) for net in nets]
         measured["depths"] = training_steps.time_depths(depths, rounds, advance)

@@ -1,5 +1,11 @@
-"""A training step with ordinary convolutions, Dirac ones, and Dirac ones that build the weight as the authors do."""
+"""A training step with ordinary convolutions, Dirac ones, and Dirac ones that build the weight as the authors do.
 
+`torchrun --nproc-per-node 2 bench/training_steps.py NUM_STEPS` prints the milliseconds of a step shared by processes.
+"""
+
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -7,11 +13,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from torch import Tensor, nn
 
 from bench.lab.process import cost_of
-from bench.lab.rounds import Timing, alternate, median_ms, speedup
+from bench.lab.rounds import Timing, alternate, median_ms, speedup, timing_of, turns
 from bench.nets import dirac_spec, reference_form
 from bench.training import BATCH_SIZE, FORMS, PRECISIONS
 from common.environment import num_cores
@@ -20,11 +29,11 @@ from train.checkpoint import Checkpoint, save_checkpoint
 from train.data.batches import Batch
 from train.families import count_parameters, initialized
 from train.layers import DiracConv2d
-from train.machine import keep_large_buffers
+from train.machine import joined, keep_large_buffers
 from train.recipes import Precision, Recipe
 from train.trainer import make_optimizer, train_step
 
-NUM_MEMORY_STEPS = 4
+NUM_WARM_UP, NUM_MEMORY_STEPS = 3, 4
 Advance = Callable[..., None]
 
 
@@ -51,10 +60,11 @@ def make_step(
     *,
     precision: Precision = "fp32",
     device: str = "cpu",
+    seed: int = 0,
     wrap: Callable[[Any], Any] = lambda net: net,
 ) -> partial[Tensor]:
-    """`train_step` of the net, an optimizer and a batch of noise; `wrap` may compile the net."""
-    torch.manual_seed(0)
+    """`train_step` of the net, an optimizer and a batch of noise; `wrap` compiles or shares the net among processes."""
+    torch.manual_seed(seed)
     pixels = torch.randint(0, 256, (num_images, *image.shape), dtype=torch.uint8, device=device)
     batch = Batch(0, 0, pixels, torch.randint(0, 10, (num_images,), device=device))
     recipe = Recipe(lr=1e-3, precision=precision)
@@ -144,3 +154,33 @@ def _take_steps(form: str, spec: Spec, precision: str, num_threads: int) -> None
     step = make_step(make_net(form, spec), spec.image, precision=precision)
     for _ in range(NUM_MEMORY_STEPS):
         step()
+
+
+def time_processes(num_starts: int, num_steps: int, advance: Advance) -> list[dict[str, Any]]:
+    """One process with a thread per core and two processes with gloo, alternating, each time started anew."""
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for size in (size for _, sizes in turns((1, 2), num_starts) for size in sizes):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+        environment = os.environ | {"OMP_NUM_THREADS": str(max(1, num_cores() // size))}
+        argv = [sys.executable, *launcher, __file__, str(num_steps)]
+        done = subprocess.run(argv, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        times[size].append(float(done.stdout))
+        advance(note=f"{size} processes")
+    return [{"processes": size, **timing_of(BATCH_SIZE, runs)} for size, runs in times.items()]
+
+
+def _time_shared_steps(num_steps: int) -> None:
+    """Time steps in all processes started by torchrun; the first prints the median in milliseconds."""
+    keep_large_buffers()
+    with joined("cpu") as world:
+        spec = digits_spec(16, 1.0)
+        net, share = make_net("Dirac", spec), BATCH_SIZE // world.size
+        step = make_step(net, spec.image, share, seed=world.rank, wrap=world.wrap)
+        median_ms(step, 0, min_calls=NUM_WARM_UP)
+        step_ms = median_ms(step, 0, min_calls=num_steps)
+        if world.rank == 0:
+            print(step_ms)
+
+
+if __name__ == "__main__":
+    _time_shared_steps(int(sys.argv[1]))

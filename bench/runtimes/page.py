@@ -7,6 +7,8 @@ from bench.lab.page import Record, percent, render, spread, table
 from bench.lab.rounds import Timing, speedup
 from bench.runtimes.racers import BASELINES, NUM_GEMM, OURS, REFERENCE
 
+NUM_OPERATORS_SHOWN = 5
+
 
 @dataclass(frozen=True)
 class Column:
@@ -104,7 +106,7 @@ def _net(net: Record) -> dict[str, Any]:
     ]
     parts = [f"### {_threads(num)}\n\n{_rows(net, num)}" for num in net["threads"]]
     parts += ["Rows that failed:\n\n" + "\n".join(failed)] if failed else []
-    return {**net, "parts": "\n\n".join(parts)}
+    return {**net, "parts": "\n\n".join(parts), "profiles": list(map(_profile, net["profiles"]))}
 
 
 def _rows(net: Record, num_threads: int) -> str:
@@ -131,6 +133,12 @@ def _rows(net: Record, num_threads: int) -> str:
     ]
     head = [f"batch {size}: images/s, share of peak, ms" for size in net["batches"]]
     return table(["net", "row", *head, "error", "memory"], [*lines, ["peak", "", *peaks, "", ""]])
+
+
+def _profile(profile: Record) -> dict[str, Any]:
+    slowest, total = list(profile["operators"].items())[:NUM_OPERATORS_SHOWN], sum(profile["operators"].values())
+    shares = ", ".join(f"{percent(ms / total)} {name}" for name, ms in slowest)
+    return {**profile, "threads": _threads(profile["num_threads"]), "total": total, "shares": shares}
 
 
 def _threads(num: int) -> str:

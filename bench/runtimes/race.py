@@ -1,8 +1,10 @@
 """A race of runtimes: every racer in its process, opened, compared with the plain net, then timed in turn."""
 
+import json
 import operator
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from bench.lab.page import describe_machine
 from bench.lab.rounds import Failure, alternate
 from bench.model import ModelConfig
 from bench.nets import PEERS, PUBLISHED, count_macs, count_weights, seeded_net
+from bench.runtimes.page import Column
 from bench.runtimes.racers import (
     BASELINES,
     RACES,
@@ -28,7 +31,7 @@ from bench.runtimes.racers import (
     peak_bytes,
     racers_of,
 )
-from common.files import write_whole
+from common.files import read_whole, write_whole
 from common.progress import progress
 from common.spec import ImageSpec, Spec
 from export.compare import TOLERANCES, compare
@@ -43,12 +46,13 @@ from fold.lower import lower
 
 PACKAGES = ("torch", "onnxruntime-gpu", "onnxruntime", "openvino", "mnn", "numpy")
 NUM_COMPARED = 4
+NUM_RUNS = 20  # of a profile
 NUM_OBSERVED = 32  # images that set the ranges of eight bits; the weights are random, and so is what they lose
 Nets = Mapping[str, GraphNet]  # by name, in their plain forms, float32
 
 
 def measure(key: str, config: ModelConfig, console: Console) -> dict[str, Any]:
-    """One net with all its racers: write its graphs, then race."""
+    """One net with all its racers: write its graphs, race, then profile the best of ONNX Runtime."""
     console.print(f"{key}: making its nets and graphs")
     spec, nets = make_nets(RACES[key])
     racers = [racer for racer in racers_of(key, name=spec.name) if _is_chosen(racer, config.rows)] + gemm_racers()
@@ -72,7 +76,7 @@ def measure(key: str, config: ModelConfig, console: Console) -> dict[str, Any]:
                 with ExitStack() as stack:
                     workers = [stack.enter_context(closing(Worker(one.open, folder, num_threads))) for one in racers]
                     _race(workers, record, str(num_threads), expected, spec.image, advance)
-    return record
+        return {**record, "profiles": _profiles(record, spec, folder)}
 
 
 def _is_chosen(racer: Racer, parts: Sequence[str]) -> bool:
@@ -162,3 +166,39 @@ def write_graphs(spec: Spec, nets: Nets, graphs: set[Graph], folder: Path, advan
             model = to_qdq_onnx(model, reach, precision="int8") if is_qdq else to_integer_onnx(lowered, spec, {}, reach)
         write_whole(folder / graph.file, model.SerializeToString())
         advance(note=graph.file)
+
+
+def _profiles(record: dict[str, Any], spec: Spec, folder: Path) -> list[dict[str, Any]]:
+    """ONNX Runtime's own profiles of the fastest of its racers in either precision, for the extreme batches."""
+    profiles, num_threads = [], max(record["threads"])
+    for precision in ("fp32", "int8"):
+        for size in sorted({min(record["batches"]), max(record["batches"])}):
+            timings = Column(record, num_threads, size).timings(spec.name, precision)
+            titles = [title for title in timings if title.startswith("ONNX Runtime, ")]
+            if titles:
+                best = min(titles, key=lambda title: timings[title]["median_ms"])
+                file = Graph(spec.name, best.removeprefix("ONNX Runtime, "), precision).file
+                found = profile_graph(folder / file, random_images(spec.image, size), num_threads=num_threads)
+                profiles.append({"title": f"{best}, {precision}", "num_threads": num_threads, **found})
+    return profiles
+
+
+def profile_graph(path: Path, images: np.ndarray, *, num_threads: int) -> dict[str, Any]:
+    """The time of each operator in one call on `images`; ONNX Runtime's own file is written beside the graph."""
+    from export.runtimes.onnx_session import quiet_session
+
+    profiling = {"enable_profiling": True, "profile_file_prefix": str(path.with_suffix(".profile"))}
+    session = quiet_session(read_whole(path), intra_op_num_threads=num_threads, **profiling)
+    for _ in range(NUM_RUNS):
+        session.run(None, {"images": images})
+    operators = time_by_operator(json.loads(read_whole(Path(session.end_profiling()))))
+    return {"batch_size": len(images), "operators": operators}
+
+
+def time_by_operator(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Milliseconds per call by operator, the slowest first, from the events of a profile."""
+    operators = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            operators[event["args"]["op_name"]] += event["dur"] / 1000 / NUM_RUNS
+    return dict(operators.most_common())

@@ -19,6 +19,7 @@ _RATIOS = {"LitServe": (10.0, 3.5), "FastAPI handler, form": (5.0, 3.5), NAIVE: 
 _LARGE_MACS = 10e6
 _SHARE = 0.85  # of the model alone, where the model is large
 _LONE_MS = 1.5  # that a lone request may cost beside decoding and model
+_REST = "the rest: sockets, and two threads and their caches on one core"
 
 
 def page(record: Record) -> str:
@@ -95,6 +96,7 @@ def _section(model: Record) -> dict[str, Any]:
         **{f"alone_{size}": _alone(model, size).tolist() for size in (1, 32)},
         "decode_and_model_1": float(np.median(model["alone"]["decode_and_model_1"])),
         "rows": [_cells(row, ours) for row in model["rows"]],
+        "steps": render("server-steps", {"steps": _steps(model["steps"], ours)}) if ours else "",
     }
 
 
@@ -108,6 +110,12 @@ def _cells(row: Record, ours: Record | None) -> dict[str, Any]:
         cells[f"ratio_{num}"] = reason if row["failed"] else _ratio(ours, row, num) if ours else ""
         reason = ""
     return cells
+
+
+def _steps(steps: dict[str, float], ours: Record) -> list[dict[str, Any]]:
+    whole = 1e6 / _median(ours, "requests_per_s")
+    all_us = {**steps, _REST: whole - sum(steps.values()), "a request": whole}
+    return [{"part": part, "us": us, "share": us / whole} for part, us in all_us.items()]
 
 
 def draw_latencies(model: Record) -> Figure:

@@ -21,8 +21,8 @@ from bench.lab.process import in_fresh_process
 from bench.lab.rounds import turns
 from bench.lab.server import ROOT, Server, free_port
 from bench.nets import count_macs, random_net
-from bench.servers.alone import time_alone
 from bench.servers.page import CONNECTIONS
+from bench.servers.request_steps import time_alone
 from common.files import read_whole, write_whole
 from common.image import decode
 from common.progress import make_console, progress

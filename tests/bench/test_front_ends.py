@@ -24,25 +24,38 @@ def paths(tmp_path, make_net, make_spec, images):
     return model, image
 
 
-def rounds(one_us, two_us, *, device_us=0.0):
-    return [{"one": {"front_end_us": one_us}, "two": {"front_end_us": two_us, "device_us": device_us}}]
+def rounds(one_us, two_us):
+    return [{"one": {"front_end_us": one_us}, "two": {"front_end_us": two_us}}]
+
+
+FREE = {"batch_us": 0.0, "front_end_us": 0.0, "image_us": 0.0}
 
 
 def test_front_ends_that_cost_what_one_process_does_answer_as_many_times_as_much_until_the_device_is_full():
-    paper = front_ends._on_paper((200, 4), rounds(100, 100))
+    paper = front_ends._on_paper((200, 4), rounds(100, 100), FREE)
     assert [row["answers_per_s"] for row in paper] == [10_000 * num for num in front_ends.ON_PAPER]
     assert {row["share"] for row in paper} == {1.0}
-    full = front_ends._on_paper((200, 40), rounds(50, 50))[-1]
+    full = front_ends._on_paper((200, 40), rounds(100, 100), FREE)[-1]
     assert full["answers_per_s"] == full["device_per_s"] == pytest.approx(256e6 / (200 + 256 * 40))
     assert full["share"] == 1
 
 
 def test_what_front_ends_and_the_device_process_cost_more_is_missing_on_paper():
-    paper = front_ends._on_paper((200, 4), rounds(100, 125))
-    assert [row["share"] for row in paper] == [1, *[pytest.approx(0.8)] * 3]
-    last = front_ends._on_paper((200, 4), rounds(10, 10, device_us=5))[-1]
-    assert last["answers_per_s"] == pytest.approx(256e6 / (1224 + 5 * 256))
-    assert last["share"] == pytest.approx(1224 / (1224 + 5 * 256))
+    paper = front_ends._on_paper((200, 4), rounds(100, 125), FREE)
+    assert [row["share"] for row in paper] == [1, *[pytest.approx(0.8)] * 5]
+    cost = {"batch_us": 24.0, "front_end_us": 50.0, "image_us": 1.0}
+    last = front_ends._on_paper((200, 4), rounds(10, 10), cost)[-1]
+    assert last["answers_per_s"] == pytest.approx(256e6 / (200 + 1024 + 24 + 16 * 50 + 256))
+    assert last["share"] == pytest.approx(1224 / 2304)
+
+
+@pytest.mark.slow
+def test_the_hand_over_is_drawn_from_batches_of_every_kind(paths):
+    from bench.servers.simulated import FRONT_ENDS, IMAGES, hand_over
+
+    cost = hand_over(paths[0], 256, 3)
+    assert [(row["num"], len(row["us"])) for row in cost["rows"]] == [(num, len(IMAGES)) for num in FRONT_ENDS]
+    assert min(us for row in cost["rows"] for us in row["us"]) > 0
 
 
 @pytest.mark.slow
@@ -53,4 +66,4 @@ def test_scaling_writes_its_page(paths, tmp_path):
     measured = json.loads((tmp_path / "front-ends.json").read_text())["rounds"][0]
     assert all(measured[name]["requests_per_s"] > 0 for name in ("one", "two"))
     assert measured["one"]["device_us"] == 0 < measured["two"]["device_us"]
-    assert "| 8 |" in (tmp_path / "front-ends.md").read_text()
+    assert "| 16 |" in (tmp_path / "front-ends.md").read_text()

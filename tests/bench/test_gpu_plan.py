@@ -1,13 +1,14 @@
 """bench/gpu_check.py --offline: what becomes of steps that fail, hang or come too late; its own steps on the CPU."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bench import gpu_steps
+from bench import gpu_check, gpu_steps
 from bench.gpu_steps import Step, run_plan, run_step
 from common.cli import run_command
 from export.runtimes import gpu
@@ -92,6 +93,22 @@ def known_flags(script):
     done = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     return {word.strip(",[]") for word in done.stdout.split() if word.strip(",[]").startswith("--")}
+
+
+def test_needs_lists_packages_with_their_wheels(capsys):
+    assert run_command(gpu_check.command, gpu_check.GpuCheckConfig, argv=["--needs"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("| server | typing-inspection | 0.02 MB | carry |" in line for line in lines)
+    assert any("| train, fold | numpy | 17 MB | there |" in line for line in lines)
+    assert any("| engines | tensorrt | 1500 MB | carry | " in line for line in lines)
+
+
+def test_what_is_needed_is_in_the_environment_of_the_bare_machine():
+    """But for what comes from NVIDIA, and ONNX Runtime's package with CUDA in it."""
+    image = (ROOT / "bench" / "gpu-image.txt").read_text()
+    named = {re.split(r"==|\[", line)[0] for line in image.splitlines() if not line.startswith("#")}
+    needed = {name for packages in gpu_steps.NEEDED.values() for name in packages}
+    assert needed - named == {"tensorrt", "onnxruntime-gpu"}
 
 
 @pytest.mark.skipif(bool(gpu.num_devices()), reason="this machine has a CUDA device")

@@ -40,6 +40,7 @@ def test_training(tmp_path, monkeypatch, capsys, finished_run):
     page = (tmp_path / "training.md").read_text()
     assert record["command"] == f"python bench/training.py {finished_run} --quick"
     assert [row["form"] for row in record["steps"][0]["rows"]] == 2 * list(training.FORMS)
+    assert [row["processes"] for row in record["processes"]] == [1, 2]
     assert "| 92 % | 2 | 20 |" in page
     assert "| 94 % | never |  |" in page
 

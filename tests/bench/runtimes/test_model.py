@@ -16,9 +16,12 @@ from bench.runtimes import race, racers
 from bench.runtimes.page import Column, judge_bars, page
 from bench.runtimes.race import (
     NUM_COMPARED,
+    NUM_RUNS,
     expected_logits,
     judge_logits,
     make_nets,
+    profile_graph,
+    time_by_operator,
     write_graphs,
 )
 from bench.runtimes.racers import OURS, RACES, REFERENCE, Graph, Race, Racer, gemm_racers, racers_of
@@ -71,6 +74,14 @@ def record() -> dict:
             row("product", "fp32", {1: fp32, 32: fp32}, net="GEMM", error=None),
             row("slow product", "fp32", {1: 2 * fp32, 32: 2 * fp32}, net="GEMM", error=None),
             row("bytes", "int8", {1: int8, 32: int8}, net="GEMM", error=None),
+        ],
+        "profiles": [
+            {
+                "title": "ONNX Runtime, shared, fp32",
+                "batch_size": 1,
+                "num_threads": 2,
+                "operators": {"Conv": 9.0, "Relu": 0.5, "Transpose": 0.5},
+            }
         ],
     }
     return {"nets": {"34-2": net}}
@@ -150,7 +161,7 @@ def test_the_peak_is_that_of_the_fastest_product_of_the_precision(record):
     assert Column(net, 1, 1).peak("fp32") is None
 
 
-def test_the_page_shows_bars_limits_rows_and_failures(record):
+def test_the_page_shows_bars_limits_rows_failures_and_the_profile(record):
     text = page(record)
     assert "| Net, 2 | fp32, batch 1: ≥ 5× | quick | 5.00×, met | 10.00×, met | 1 % |" in text
     assert "≥ 2.4× and above the peak | quick | 4.00×, met | 2.00×, **not met** | 128 % | 77 %, 154 % |" in text
@@ -160,11 +171,13 @@ def test_the_page_shows_bars_limits_rows_and_failures(record):
     assert "| 1.0e-07 **strays** |" in text
     assert "- Net, absent, fp32: ImportError: no | such library" in text
     assert "fp32 1000 GOP/s, int8 4000 GOP/s" in text
+    assert "10 ms in nodes; 90 % Conv, 5 % Relu, 5 % Transpose." in text
 
 
 def test_the_page_of_a_race_without_products_and_baselines_says_so(record):
     net = record["nets"]["34-2"]
     net["rows"] = [row("quick", "fp32", {1: 2.0})]
+    net["profiles"] = []
     text = page(record)
     assert "Nothing was measured that a bar asks for." in text
     assert "| Net | quick, fp32 | **500**, 2 (2–2) |" in text
@@ -220,6 +233,20 @@ def images_of(num: int) -> np.ndarray:
     return random_images(cifar_image(), num)
 
 
+def test_a_profile_is_the_time_of_each_operator_in_one_call(tmp_path):
+    spec, nets = make_nets(SMALL)
+    graph = Graph("DiracNet-10-1", "concat")
+    write_graphs(spec, nets, {graph}, tmp_path, lambda note="": None)
+    found = profile_graph(tmp_path / graph.file, images_of(2), num_threads=1)
+    times = list(found["operators"].values())
+    assert found["batch_size"] == 2
+    assert set(found["operators"]) > {"Conv"}
+    assert times == sorted(times, reverse=True)
+    node = {"cat": "Node", "name": "conv_kernel_time", "args": {"op_name": "Conv"}, "dur": 1000 * NUM_RUNS}
+    others = [{"cat": "Session", "name": "run"}, {**node, "name": "conv_fence_before"}]
+    assert time_by_operator([node, *others, node]) == {"Conv": 2.0}
+
+
 def open_session(file: str, folder: Path, num_threads: int):
     return OnnxSession(folder / file, providers=("CPUExecutionProvider",), num_threads=num_threads)
 
@@ -270,6 +297,7 @@ def test_the_command_races_keeps_other_nets_and_writes_the_page_again(few_racers
     assert rows["ONNX Runtime, concat"]["error"] < 1e-5
     assert rows["ONNX Runtime, concat"]["peak_bytes"]["1"] > 1e6
     assert nets["16-1"]["command"].startswith("python bench/model.py --nets 16-1 --threads 1")
+    assert [profile["title"] for profile in nets["16-1"]["profiles"]] == ["ONNX Runtime, concat, fp32"]
     text = (tmp_path / "model.md").read_text()
     assert "## DiracNet-10-1" in text
     assert "M | 8.77 % error on CIFAR-10 (arXiv 1612.03928, table 1) |" in text

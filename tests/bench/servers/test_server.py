@@ -70,6 +70,7 @@ def model_of(rows, *, macs=4_700_000):
         "picture": "server-small.png",
         "macs": macs,
         "alone": alone,
+        "steps": {"model, in batches of 32": 100.0, "decoding": 20.0},
         "rows": [
             {"server": name, "title": title, "failed": failed, "loads": {str(num): loads for num in CONNECTIONS}}
             for name, title, failed, loads in rows
@@ -109,6 +110,9 @@ def test_what_failed_is_a_row_with_its_reason_and_judges_nothing():
     text = page({**record, "servers": [{"name": "ours", "note": "ours"}], "models": [model]})
     assert "| LitServe | failed: ends with status 1: no / such module |  |  |" in text
     assert "| ours, raw body | 5,500 (5,000–6,000) |" in text
+    assert "| decoding | 20.0 | 11% |" in text
+    assert "| the rest: sockets, and two threads and their caches on one core | 61.8 | 34% |" in text
+    assert "| a request | 181.8 | 100% |" in text
 
 
 def test_without_ours_there_are_no_bars():
