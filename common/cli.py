@@ -7,6 +7,7 @@ import shlex
 import sys
 import types
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -28,6 +29,8 @@ def run_command(
 
     A `Refusal` becomes one line on stderr and status 2; Ctrl-C becomes status 130.
     """
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":  # which a file's name would end
+        sys.stdout.reconfigure(errors="replace")
     try:
         return command(parse(config_type, description=command.__doc__, examples=examples, argv=argv)) or 0
     except Refusal as refusal:

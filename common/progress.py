@@ -1,5 +1,6 @@
 """Progress on work longer than two seconds: a bar on a terminal, plain lines elsewhere."""
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 LINE_EVERY_S = 10.0
 
@@ -21,9 +23,16 @@ def make_console(*, json: bool = False, quiet: bool = False) -> "Console":
     return Console(file=stream, highlight=False, width=width, soft_wrap=True, markup=False, quiet=quiet)
 
 
+def make_table(*headers: str) -> "Table":
+    """A table that breaks what is too long for a narrow terminal: paths and names of layers differ at their ends."""
+    from rich.table import Column, Table
+
+    return Table(*(Column(header, overflow="fold") for header in headers))
+
+
 def printable(text: str) -> str:
-    """The text with question marks for bytes of a file's name that are not UTF-8."""
-    return text.encode(errors="replace").decode()
+    """The text on one line, with question marks for control characters and for bytes that are not UTF-8."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", text.encode(errors="replace").decode())
 
 
 @contextmanager

@@ -84,7 +84,8 @@ class Spec:
         try:
             "".join(self.labels).encode()
         except UnicodeEncodeError as error:
-            raise Refusal(f"a label holds half a character, {error.object[error.start : error.end]!a}") from error
+            half = error.object[error.start : error.end]
+            raise Refusal(f"a label holds half a character, {half!a}: name its class folder in UTF-8") from error
         if len(self.labels) < 2:
             raise Refusal(f"a classifier needs two labels or more, got {len(self.labels)}")
         lowest, highest = MIN_TEMPERATURE, MAX_TEMPERATURE

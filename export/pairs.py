@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from common.difference import difference
 from common.figure import png
-from common.progress import progress
+from common.progress import make_table, progress
 from common.refusal import Refusal
 from export.artefacts import Artefact
 from export.compare import TOLERANCES, Comparison, answer_all, compare
@@ -72,7 +71,7 @@ def compare_logits(pairs: Sequence[Pair], image_sets: ImageSets, console: Consol
 
 
 def print_rows(console: Console, rows: Sequence[ParityRow]) -> None:
-    table = Table("form", "reference", "images", "largest", "rms", "top-1 agreement", "tolerance", "verdict")
+    table = make_table("form", "reference", "images", "largest", "rms", "top-1 agreement", "tolerance", "verdict")
     for row in rows:
         result = row.comparison
         verdict = {True: "same", False: f"DIFFERENT: {row.worst}", None: "not judged"}[row.verdict]
@@ -153,7 +152,7 @@ def compare_all_layers(pairs: Sequence[Pair], image_sets: ImageSets, console: Co
         for form in (reference, candidate):
             if form.path.suffix == ".engine":
                 console.print(f"{form.title}: an engine shows no layers, these are its ONNX file's")
-        table = Table("layer", "error", "tolerance", "")
+        table = make_table("layer", "error", "tolerance", "")
         for layer in result.layers:
             flag = "" if layer.within_tolerance else "BEYOND"
             table.add_row(layer.name, f"{layer.error:.1e}", f"{layer.limit:.2g}", flag)

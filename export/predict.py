@@ -70,7 +70,7 @@ def command(config: PredictConfig) -> int:
         form = mirrored(form)
     paths, left_out = find_images(config.images)
     for line in describe_left_out(left_out):
-        console.print(printable(line))
+        console.print(line)
     answers = answer_each(form, paths, lambda path: decode(read_whole(path), form.spec.image))
     results = [
         _result(path, answer, form.spec.labels, config.top_k)

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 from common.cli import run_command
 from common.files import sha256, write_whole
-from common.progress import make_console, progress
+from common.progress import make_console, make_table, progress
 from common.refusal import Refusal
 from common.spec import DatasetName
 from fold.lowerings import Lowering
@@ -101,8 +101,9 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
     model = to_onnx(lower(plain.net, record["lowering"]), plain.spec, {}, precision=config.precision)
     if config.precision == "fp32":
         return model, record, True
-    training, where = plain.provenance.get("training", {}), {"data_dir": config.data_dir, "beside": config.plain.parent}
-    real, _ = real_images(image, training, num=config.calibration_images, **where)
+    training = plain.provenance.get("training", {})
+    num, beside = config.calibration_images, config.plain.parent
+    real, _ = real_images(image, training, num=num, data_dir=config.data_dir, beside=beside)
     sets = {"extreme": extreme_images(image), "random": random_images(image), "real": real}
     for kind, images in sets.items():
         if images is not None and (node := first_overflow(model, images)):
@@ -113,8 +114,6 @@ def _floats(plain: "Plain", config: ToOnnxConfig, console: "Console") -> Made:
 
 def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[str, Any]:
     """Time every lowering here; the record says what was chosen, and all that was measured."""
-    from rich.table import Table
-
     from common.environment import num_cores
     from export.eight_bits.quantize import answerer
     from export.graphs.graph import to_onnx
@@ -128,7 +127,7 @@ def _fastest(plain: "Plain", config: ToOnnxConfig, console: "Console") -> dict[s
     }
     with progress(console, "timing lowerings", ROUNDS * len(config.batch_sizes)) as advance:
         rows = time_answers(answers, plain.spec.image, config.batch_sizes, advance=advance)
-    table = Table("lowering", *(f"batch {size}, ms" for size in config.batch_sizes))
+    table = make_table("lowering", *(f"batch {size}, ms" for size in config.batch_sizes))
     for lowering in answers:
         of_it = [row for row in rows if row.name == lowering]
         table.add_row(lowering, *(f"{row.median_ms:.2f} ({row.min_ms:.2f} to {row.max_ms:.2f})" for row in of_it))
@@ -192,10 +191,11 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
     from train.data import datasets
 
     training, image = plain.provenance.get("training", {}), plain.spec.image
-    name = config.dataset or training.get("dataset")
+    learnt = training.get("dataset")
+    name = config.dataset or learnt or ("folder" if config.data_dir else None)
     if name is None:
-        raise Refusal(f"{config.plain} records no data set: name images to calibrate on by --dataset and --data-dir")
-    if config.dataset:
+        raise Refusal(f"{config.plain} records no data set: name images to calibrate on by --dataset or --data-dir")
+    if config.dataset or not learnt:
         dataset = datasets.load(name, data_dir=config.data_dir, image=image)
     else:
         dataset = datasets.load_as_trained(training, data_dir=config.data_dir, beside=config.plain.parent, image=image)
@@ -216,11 +216,9 @@ def _images(plain: "Plain", config: ToOnnxConfig, console: "Console") -> tuple[A
 
 
 def _print(console: "Console", candidates: "list[Candidate]", drop: "Drop") -> None:
-    from rich.table import Table
-
     from export.compare import ALLOWED_DROP
 
-    table = Table("lowering", "ranges", "logit error", "top-1 agreement")
+    table = make_table("lowering", "ranges", "logit error", "top-1 agreement")
     for row in candidates:
         shares = (f"{100 * share:.2f} %" for share in (row.relative_error, row.top1_agreement))
         table.add_row(row.lowering, row.method, *shares)

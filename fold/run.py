@@ -127,10 +127,10 @@ def _image_sets(config: FoldConfig, source: "Source", console: "Console") -> "di
 
 def _print_table(console: "Console", proof: "Proof") -> None:
     """Relative errors, with a row for each layer with weights and a column for each precision and kind of images."""
-    from rich.table import Table
+    from common.progress import make_table
 
     columns = [(end.precision, end.images, end.num_images) for end in proof.ends]
-    table = Table("relative error", *(f"{precision}, {images}" for precision, images, _ in columns))
+    table = make_table("relative error", *(f"{precision}, {images}" for precision, images, _ in columns))
     errors = {(row.what, row.precision, row.images): f"{row.relative:.1e}" for row in (*proof.layers, *proof.ends)}
     for what in dict.fromkeys(row.what for row in (*proof.layers, *proof.ends)):
         table.add_row(what, *(errors[what, precision, images] for precision, images, _ in columns))

@@ -22,6 +22,13 @@ from train.families import count_parameters
 from train.layers import Normalize
 
 
+class Contiguous(Normalize):
+    """`Normalize` for a user's net: its forward may use `view`, which refuses the channels-last tensors of ours."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).contiguous()
+
+
 @dataclass(frozen=True)
 class Source:
     """A net for images uint8 [N, H, W, C], its plain form in float64, and what is known about them."""
@@ -73,7 +80,7 @@ def from_made(made: Made, *, notes: tuple[str, ...] = ()) -> Source:
     body = made.net.float().eval()
     image, assumed = _image(body, made)
     # Pixels are normalised before the net, unless it does so itself.
-    reference = body if _own_normalize(body) else nn.Sequential(Normalize(image.mean, image.std), body).eval()
+    reference = body if _own_normalize(body) else nn.Sequential(Contiguous(image.mean, image.std), body).eval()
     generator = torch.Generator().manual_seed(0)
     example = torch.randint(256, (2, *image.shape), dtype=torch.uint8, generator=generator)
     num_classes = _num_classes(reference, example)
@@ -154,7 +161,7 @@ def _traced(body: nn.Module, reference: nn.Module, example: Tensor, image: Image
     """The graph for images, whose nodes have the names of the user's net without the normalisation before it."""
     if body is reference:
         return _without_reserved_names(trace(body, example))
-    normalize = Normalize(image.mean, image.std)
+    normalize = Contiguous(image.mean, image.std)
     graph = _without_reserved_names(trace(body, normalize(example)))
     start, name = graph.nodes[0], _free_name("normalize", graph)
     tensors = {"offset": normalize.offset.double(), "scale": normalize.scale.double()}

@@ -222,9 +222,7 @@ def command(config: ClientConfig) -> int:
     """Ask a server what it sees in images; exit status 1 if one of them could not be read."""
     import json
 
-    from rich.table import Table
-
-    from common.progress import make_console, printable, track
+    from common.progress import make_console, make_table, printable, track
     from train.data.folder import describe_left_out, find_images
 
     if not config.images:
@@ -232,10 +230,10 @@ def command(config: ClientConfig) -> int:
     console = make_console(json=config.json)
     paths, left_out = find_images(config.images)
     for line in describe_left_out(left_out):
-        console.print(printable(line))
+        console.print(line)
     with Client(config.url) as client:
         results = [*track(console, "asking")(client.predict_each(paths, top_k=config.top_k), len(paths))]
-    table, rows, problems = Table("image", "class", "probability", "then"), [], []
+    table, rows, problems = make_table("image", "class", "probability", "then"), [], []
     for path, result in zip(paths, results, strict=True):
         if isinstance(result, Refusal):
             rows.append({"image": str(path), "error": str(result)})
@@ -244,7 +242,7 @@ def command(config: ClientConfig) -> int:
         rows.append({"image": str(path), **asdict(result)})
         best, *rest = result.top
         others = ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in rest)
-        table.add_row(printable(str(path)), best.label, f"{best.probability:.1%}", others)
+        table.add_row(*map(printable, (str(path), best.label, f"{best.probability:.1%}", others)))
     if config.json:
         print(json.dumps(rows))
     elif table.row_count:

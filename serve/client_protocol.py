@@ -191,9 +191,9 @@ def encode_all(images: Iterable[Image]) -> list[bytes]:
 
 
 def encode_if_readable(image: Image) -> bytes | Refusal:
-    """`encode`, or the reason why it fails."""
+    """`encode`, or the reason why it fails; an empty file alone would be a request without a body."""
     try:
-        return encode(image)
+        return encode(image) or Refusal("the file is empty")
     except Refusal as refusal:
         return refusal
 

@@ -13,6 +13,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from common.files import read_whole, sha256, write_whole
+from common.progress import printable
 from common.refusal import Refusal, one_line
 from common.spec import Spec
 from train.families import build
@@ -65,7 +66,7 @@ class Checkpoint:
         folder = self.config.get("data_dir") if self.config.get("dataset") == "folder" else None
         return {
             **{key: self.config[key] for key in KEPT if key in self.config},
-            **({"folder": Path(folder).name} if folder else {}),  # its own name: the rest is this machine's
+            **({"folder": printable(Path(folder).name)} if folder else {}),  # its own name: the rest is this machine's
             "epochs_done": self.epoch,
             "test_accuracy": self.test_accuracy,
             **({"calibration": self.calibration} if self.calibration else {}),

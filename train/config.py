@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from common.cli import given_arguments
+from common.progress import printable
 from common.refusal import Refusal
 from common.spec import DatasetName, Delta, Family, ImageSpec, Nonlinearity, Parameterization, Spec
 from train.recipes import Precision, Recipe, Schedule, Start, recipe
@@ -204,7 +205,7 @@ def typed(config: TrainConfig) -> str:
     """The command as recorded with the model, without paths of this machine."""
     places = {name: getattr(config, name) for name in PATHS if getattr(config, name)}
     short = {name: Path(path.resolve().name) for name, path in places.items() if name != "out" or path.is_absolute()}
-    return f"python train/run.py {given_arguments(replace(config, **short))}".strip()
+    return printable(f"python train/run.py {given_arguments(replace(config, **short))}".strip())
 
 
 def command_to_resume(config: Settings, num_processes: int) -> str:

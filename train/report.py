@@ -12,6 +12,7 @@ from rich.console import Console
 from common.figure import png
 from common.files import write_whole
 from common.interval import interval
+from common.progress import printable
 from common.refusal import Refusal
 from train.data.datasets import Dataset
 from train.data.folder import PARTS, describe_left_out
@@ -22,7 +23,7 @@ OVERFITTING = 0.05  # between training and validation images, beyond what chance
 
 def print_survey(console: Console, dataset: Dataset) -> None:
     """Images of each class in each part, their sizes, and what was left out and why."""
-    labels = dataset.info.labels
+    labels = [*map(printable, dataset.info.labels)]
     parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     counts = np.array([np.bincount(parts[part].targets, minlength=len(labels)) for part in PARTS])
     shown = np.sort(counts.sum(0).argsort(kind="stable")[:MAX_CLASSES])

@@ -3,9 +3,11 @@
 import json
 import math
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from train import machine
 from train.checkpoint import Checkpoint, PlainFile, load_checkpoint, load_net, save_checkpoint
 from train.config import Settings, TrainConfig, command_to_resume, continued, like, recorded, typed
 from train.data import datasets
-from train.data.folder import FILE, Files, refuse_what_cannot_be_judged
+from train.data.folder import FILE, Files, take_decodable
 from train.families import count_parameters, outline
 from train.fine_tune.from_plain import load_source
 from train.machine import World
@@ -28,6 +30,7 @@ from train.report import describe_fit, describe_row, draw_learning_curve, event_
 from train.temperature import Fit, fit_temperature
 from train.trainer import Trainer, answers, evaluate
 
+DECODING = "decoding validation and test images"
 FILES = ("checkpoint.pt", "best.pt")  # where the run stands; its best epoch by validation, or its last without
 
 
@@ -59,6 +62,7 @@ def train(config: TrainConfig) -> int:
     path, command = config.run_dir / "checkpoint.pt", typed(config)
     if path.exists() and not config.resume:
         raise Refusal(f"{path} exists: add --resume to go on, or name another folder with --out")
+    _refuse_unwritable(config.run_dir)
     earlier, source = load_checkpoint(path) if config.resume else None, None
     if earlier:
         config = continued(config, earlier)
@@ -70,6 +74,15 @@ def train(config: TrainConfig) -> int:
         if world.rank == 0:
             _finish(trainer)
     return 0
+
+
+def _refuse_unwritable(run_dir: Path) -> None:
+    """Before the first epoch rather than after it; makes nothing."""
+    place = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise Refusal(f"cannot write to {run_dir}: {error.strerror}; name another folder with --out") from error
 
 
 def set_up(
@@ -94,7 +107,7 @@ def set_up(
     if not settings.skip_unreadable:
         for part in (dataset.validation, dataset.test):
             if isinstance(part, Files) and len(part):
-                refuse_what_cannot_be_judged(part, track(console, "decoding validation and test images"))
+                take_decodable(part, track(console, DECODING))
     trainer = Trainer(settings, spec, dataset, world, console)
     if earlier:
         trainer.resume(earlier)
@@ -130,7 +143,8 @@ def _load(
         skip_unreadable=config.skip_unreadable,
         track=track(console, "reading images"),
     )
-    dataset = datasets.divide(dataset, config.resolved().validation, seed=config.seed)
+    decoding = track(console, DECODING)
+    dataset = datasets.divide(dataset, config.resolved().validation, seed=config.seed, track=decoding)
     if config.learnt == "folder":
         print_survey(console, dataset)
     return dataset

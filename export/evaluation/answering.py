@@ -15,7 +15,7 @@ from rich.console import Console
 from common.environment import num_cores
 from common.files import read_whole
 from common.image import decode
-from common.progress import printable, track
+from common.progress import track
 from common.refusal import Refusal, first_of
 from common.spec import DatasetName, ImageSpec, Published
 from export.artefacts import Artefact
@@ -146,7 +146,7 @@ def answer_judged(form: Artefact, judged: Judged, console: Console) -> tuple[np.
     """(probabilities [N, K], the index of each among the judged, name of an image → why it has no answer)."""
     strangers = [stranger for stranger in judged.left_out if stranger.why != folder.UNREADABLE]
     for line in folder.describe_left_out(strangers):
-        console.print(printable(line))
+        console.print(line)
     found = track(console, "answering")(answer_each(form, range(len(judged)), judged.pixels), len(judged))
     answers: dict[int, np.ndarray] = {}
     unreadable = {str(stranger.path): stranger.why for stranger in judged.left_out if stranger.why == folder.UNREADABLE}

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 
 from common.interval import percent
-from common.progress import printable
+from common.progress import make_table, printable
 from export.artefacts import Artefact
 from export.evaluation import figures
 from export.evaluation.answering import Judged, answer_judged
@@ -130,7 +129,7 @@ def print_summary(console: Console, report: Report) -> None:
         f"expected calibration error {describe_error(evaluation)}; "
         f"on as many images chance alone makes up to {share(evaluation.calibration.perfect_95)}"
     )
-    table = Table("class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1")
+    table = make_table("class", "images", "recall", "95 % interval", "precision", "95 % interval", "F1")
     for row in _weakest_first(evaluation)[:NUM_LISTED]:
         parts = [text for part in (row.recall, row.precision) for text in (share(part.value), percent(part.interval))]
         table.add_row(printable(row.label), str(row.images), *parts, share(row.f1.value))

@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from common.difference import TOLERANCES as FOLD_TOLERANCES
+from common.progress import make_table
 from common.spec import DatasetName
 from export.compare import TOLERANCES
 from export.model_file.probe import NUM_IMAGES
@@ -62,7 +62,7 @@ def damaged(claim: str, value: Any, why: object) -> CheckedClaim:
 
 def print_claims(console: Console, rows: Sequence[CheckedClaim]) -> None:
     """A table, with the first digits of digests."""
-    table = Table("claim", "recorded", "computed here, or what is missing", "verdict")
+    table = make_table("claim", "recorded", "computed here, or what is missing", "verdict")
     for row in rows:
         texts = (re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1...", text) for text in (row.recorded, row.computed))
         table.add_row(row.claim, *texts, row.verdict.upper() if row.verdict == "differs" else row.verdict)

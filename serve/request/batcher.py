@@ -208,7 +208,7 @@ class Batcher:
         end = monotonic()
         for job in jobs:
             job.model_s = end - start
-            job.queue_s = start - job.accepted - job.decode_s
+            job.queue_s = max(0.0, start - job.accepted - job.decode_s)  # decoders work side by side
         self._record_speed((end - start) / sum(job.num_images for job in jobs))
         soon(self._loop, deliver, jobs)
 

@@ -36,6 +36,17 @@ def test_a_dataclass_is_the_command_line():
     assert parse(Config, argv=argv) == Config(Path("x"), 2.0, "b", (1, 2, 3), (Path("p"), Path("q")), 5, True)
 
 
+def test_a_name_that_is_not_utf_8_ends_no_command_in_any_locale():
+    script = (
+        "import sys; from common.cli import run_command; from tests.common.test_cli import Config; "
+        "sys.exit(run_command(lambda config: print(config.source), Config))"
+    )
+    call = [sys.executable, "-c", script, b"caf\xe9"]
+    env = {"PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(call, capture_output=True, cwd=ROOT, env=env, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"caf?\n", b"")
+
+
 def test_help_says_what_kind_of_value_a_flag_takes(capsys):
     with pytest.raises(SystemExit):
         parse(Config, argv=["--help"])

@@ -1,9 +1,12 @@
+"""What commands print: progress, and names whole and on one line."""
+
 import io
 from types import SimpleNamespace
 
 from rich.console import Console
 
 from common import progress
+from common.progress import make_table, printable
 
 
 def test_a_log_gets_a_line_every_ten_seconds_with_the_time_that_the_rest_takes(monkeypatch):
@@ -28,3 +31,20 @@ def test_a_terminal_gets_a_bar_that_goes_when_the_work_is_done():
     assert "5/10" in text
     assert "5 images/s" in text
     assert " s left" not in text
+
+
+def test_a_narrow_terminal_breaks_what_differs_at_its_end(capsys):
+    table = make_table("form", "error")
+    table.add_row("runs/first/plain.onnx", "1.0e-06")
+    table.add_row("runs/first/plain.safetensors", "2.0e-06")
+    Console(width=30).print(table)
+    rows = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    forms, errors = ("".join(cell.strip() for cell in column) for column in zip(*rows, strict=True))
+    assert forms == "runs/first/plain.onnxruns/first/plain.safetensors"
+    assert errors == "1.0e-062.0e-06"
+
+
+def test_what_is_not_a_letter_is_a_question_mark():
+    assert (
+        printable("two\nlines, \x1b[31mred, caf\udce9, naïve, 猫\u202f") == "two?lines, ?[31mred, caf?, naïve, 猫\u202f"
+    )

@@ -18,10 +18,12 @@ from export.runtimes.onnx_session import OnnxSession
 from export.timing import ROUNDS, Timing, geometric_means, time_answers
 from fold import run as fold
 from fold.graph import GraphNet
+from fold.graph import fold as fold_graph
 from fold.lowerings import LOWERINGS
 from fold.plain import load_plain, save_plain
 from train import run as train
 from train.data import datasets
+from train.families import build
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +217,20 @@ def test_images_of_another_kind_do_not_calibrate(plain, tmp_path, capsys):
     assert "fashion-mnist has images of shape (28, 28, 1), the net takes (8, 8, 1)" in capsys.readouterr().err
 
 
+def test_float16_is_tried_on_the_images_of_the_run_though_their_folder_has_grown(tmp_path, make_spec):
+    photos, spec = tmp_path / "photos", make_spec(num_labels=2)
+    for path in (photos / label / f"{index}.png" for label in "ab" for index in range(3)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+    spec = replace(spec, labels=("a", "b"))
+    split, content = datasets.record(datasets.divide(datasets.load("folder", data_dir=photos), 0.0, seed=0))
+    (tmp_path / "split.json").write_bytes(content)
+    training = {"dataset": "folder", "validation": 0.0, "split": split}
+    save_plain(tmp_path / "plain.safetensors", fold_graph(build(spec).eval()), spec, {"training": training})
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(photos / "a" / "new.png")
+    assert run(tmp_path / "plain.safetensors", "--precision", "fp16", "--data-dir", photos) == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -240,21 +256,30 @@ def test_a_net_that_does_not_say_what_it_learnt_needs_a_data_set(plain, tmp_path
     save_plain(tmp_path / "orphan.safetensors", loaded.net, loaded.spec, {})
     assert run(tmp_path / "orphan.safetensors", "--precision", "int8") == 2
     assert "name images to calibrate on" in capsys.readouterr().err
+    for label in "ab":
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for index in range(3):
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "photos" / label / f"{index}.png")
+    folder = ("--data-dir", tmp_path / "photos")  # alone, as for every command
+    assert run(tmp_path / "orphan.safetensors", "--precision", "int8", *folder) == 2
+    assert "folder has 2 classes, and DiracNet-10-0.5 has 10" in capsys.readouterr().err
     assert run(tmp_path / "orphan.safetensors", "--precision", "int8", "--dataset", "digits", "--allow-drop") == 0
 
 
 def test_a_test_image_that_cannot_be_read_is_not_counted_as_another_one(plain, tmp_path, capsys):
-    """A run that skips what is unreadable has it among its test images: only decoding shows that its end is missing."""
+    """It was among those that the run recorded, and is damaged since."""
     train, photos = datasets.load("digits").train, tmp_path / "photos"
     for index in range(150):
         path = photos / str(train.targets[index]) / f"{index}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.asarray(train.images[index])[..., 0]).save(path)
-    training = {"dataset": "folder", "data_dir": str(photos), "skip_unreadable": True}
     loaded = load_plain(plain)
-    test = datasets.load_as_trained(training, image=loaded.spec.image).test
-    damaged = photos / test.names[0]
-    damaged.write_bytes(damaged.read_bytes()[:-12])
+    dataset = datasets.load("folder", data_dir=photos, image=loaded.spec.image, skip_unreadable=True)
+    split, content = datasets.record(datasets.divide(dataset, 0.0, seed=0))
+    (tmp_path / "split.json").write_bytes(content)
+    training = {"dataset": "folder", "data_dir": str(photos), "skip_unreadable": True, "split": split}
+    test, damaged = dataset.test, photos / dataset.test.names[0]
+    damaged.write_bytes(b"x" * damaged.stat().st_size)
     save_plain(tmp_path / "plain.safetensors", loaded.net, loaded.spec, {"training": training})
     assert run(tmp_path / "plain.safetensors", "--precision", "int8", "--lowering", "concat") == 2
     assert f"1 of {len(test)} test images cannot be read" in capsys.readouterr().err

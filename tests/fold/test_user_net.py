@@ -148,6 +148,25 @@ def test_one_channel_is_found_where_the_net_takes_no_other(tmp_path, monkeypatch
     assert load_plain(tmp_path / "plain.safetensors").spec.image.channels == 1
 
 
+@pytest.mark.slow
+def test_a_forward_may_flatten_with_a_view(tmp_path, monkeypatch, images):
+    """PyTorch's own images are contiguous, and `view` refuses others."""
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.head = nn.Conv2d(3, 4, 3, 2), nn.Linear(64, 5)\n"
+        "    def forward(self, x):\n"
+        "        x = self.conv(x).relu()\n"
+        "        return self.head(x.view(x.size(0), -1))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run("nets.py:Net", "--image-size", 9) == 0
+    plain, pixels = load_plain(tmp_path / "plain.safetensors"), images(3, 9)
+    assert plain.net(torch.from_numpy(pixels)).shape == (3, 5)
+
+
 BAD = """
 import torch
 from torch import nn

@@ -104,6 +104,13 @@ def test_files_that_cannot_be_read_here_are_not_sent(each, photos):
 
 
 @pytest.mark.slow
+def test_an_empty_file_alone_in_a_request_ends_nothing(each, pixels, encode):
+    empty, one = each([b"", encode(pixels[0])], bounds=Bounds(images_per_request=1))
+    assert str(empty) == "the file is empty"
+    assert isinstance(one, Result)
+
+
+@pytest.mark.slow
 def test_a_server_that_takes_fewer_images_gets_smaller_requests(each, pixels, encode):
     results = each([encode(image) for image in pixels], max_images=2)
     assert all(isinstance(result, Result) for result in results)

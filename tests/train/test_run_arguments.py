@@ -20,6 +20,15 @@ def test_training_in_float32_is_without_tf32(tmp_path, monkeypatch):
     assert not torch.backends.cudnn.allow_tf32
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_epoch(tmp_path, capsys):
+    (tmp_path / "file").write_bytes(b"")
+    assert run("--out", tmp_path / "file" / "run") == 2
+    output = capsys.readouterr()
+    assert f"cannot write to {tmp_path / 'file' / 'run'}: Not a directory; name another folder with --out" in output.err
+    assert not output.out
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
 def test_describe_prints_the_spec_and_counts_without_a_data_set(capsys):
     assert run("--describe", "--json", "--family", "cifar", "--classes", "10", "--depth", "34", "--width", "2") == 0
     described = json.loads(capsys.readouterr().out)

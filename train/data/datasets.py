@@ -194,12 +194,22 @@ def recorded_files(root: Path, parts: Mapping[str, Sizes], info: DatasetInfo, *,
     return Dataset(replace(info, labels=labels), train, test, validation)
 
 
-def divide(dataset: Dataset, fraction: float, *, seed: int) -> Dataset:
-    """The data set with a validation part: the one that its folder names, or `fraction` of the training images."""
-    if dataset.validation is not None and fraction:
-        return dataset
-    rest, held = hold_out(dataset.train, fraction, seed=seed)
-    return replace(dataset, train=rest, validation=held)
+def divide(dataset: Dataset, fraction: float, *, seed: int, track: Track = lambda items, total: items) -> Dataset:
+    """The data set with a validation part: the one that its folder names, or `fraction` of the training images.
+
+    Where files may be skipped, the damaged ones are left out of the parts that are judged: `track` as in `load`.
+    """
+    if dataset.validation is None or not fraction:
+        rest, held = hold_out(dataset.train, fraction, seed=seed)
+        dataset = replace(dataset, train=rest, validation=held)
+    for part in PARTS[1:]:
+        files = getattr(dataset, part)
+        if isinstance(files, Files) and files.skip_unreadable:
+            kept, damaged = photos.take_decodable(files, track)
+            dataset = replace(dataset, **{part: kept}, left_out=[*dataset.left_out, *damaged])
+    if not len(dataset.test):
+        raise Refusal("none of the images to test on can be decoded: repair some of them")
+    return dataset
 
 
 def record(dataset: Dataset) -> tuple[dict[str, Any], bytes]:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from common.files import read_whole, sha256
 from common.image import FORMATS, SUFFIXES, decode
+from common.progress import printable
 from common.refusal import Refusal
 from common.spec import ImageSpec
 
@@ -69,7 +70,7 @@ def describe_left_out(left_out: Sequence[LeftOut]) -> list[str]:
     """A line for each reason: the number of paths, and the first."""
     reasons = dict.fromkeys(stranger.why for stranger in left_out)
     by_reason = {why: [stranger.path for stranger in left_out if stranger.why == why] for why in reasons}
-    return [f"left out, {why}: {len(paths)}, first {paths[0]}" for why, paths in by_reason.items()]
+    return [printable(f"left out, {why}: {len(paths)}, first {paths[0]}") for why, paths in by_reason.items()]
 
 
 def read(path: str, files: Files, crop: Callable | None = None, smallest_crop: float = 1.0) -> np.ndarray | None:
@@ -115,10 +116,10 @@ def _refuse_folder(error: OSError) -> None:
     raise Refusal(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
 
-def refuse_what_cannot_be_judged(files: Files, track: Track) -> None:
-    """Decodes every file; refuses those that cannot be read, in one message.
+def take_decodable(files: Files, track: Track) -> tuple[Files, list[LeftOut]]:
+    """The files that can be decoded, and the others; refuses those in one message, unless they may be skipped.
 
-    A truncated body shows only when it is decoded, and these images are first needed after the last epoch.
+    A truncated body shows only when it is decoded, and the images to be judged are first needed after the last epoch.
     """
 
     def fault(path: str) -> str | None:
@@ -129,9 +130,12 @@ def refuse_what_cannot_be_judged(files: Files, track: Track) -> None:
         return None
 
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        faults = [fault for fault in track(pool.map(fault, files.paths), len(files)) if fault]
-    if faults:
-        raise Refusal(f"{len(faults)} of {len(files)} images to be judged are damaged: {faults[0]}")
+        faults = dict(zip(files.paths, track(pool.map(fault, files.paths), len(files)), strict=True))
+    damaged = [fault for fault in faults.values() if fault]
+    if damaged and not files.skip_unreadable:
+        raise Refusal(f"{len(damaged)} of {len(files)} images to be judged are damaged: {damaged[0]}")
+    left_out = [LeftOut(Path(path), UNREADABLE) for path, fault in faults.items() if fault]
+    return files.take(np.flatnonzero([not fault for fault in faults.values()])), left_out
 
 
 def class_folders(root: Path) -> list[Path]:

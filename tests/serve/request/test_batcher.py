@@ -107,6 +107,19 @@ def test_a_request_of_more_images_than_a_batch_is_cut(gated, file):
     assert gated.batches == [4, 4, 2]
 
 
+def test_decoders_that_work_side_by_side_leave_no_negative_time_in_the_queue(runtime, file, monkeypatch):
+    """Three of them decode three seconds in one: here a clock that is faster than the batcher's."""
+    monkeypatch.setattr("serve.decode.pool.monotonic", lambda: 1000 * monotonic())
+
+    async def scenario():
+        async with Jobs(runtime) as jobs:
+            return await jobs.ask(file)
+
+    job = asyncio.run(scenario())
+    assert job.decode_s > 0
+    assert job.queue_s == 0
+
+
 def test_a_full_queue_says_when_to_come_again(gated, file):
     async def scenario():
         async with Jobs(gated, max_queue=3) as jobs:

@@ -1,3 +1,5 @@
+import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -201,16 +203,20 @@ def test_a_folder_with_unreadable_files_trains_when_told_and_says_how_many_were_
     argv += ["--epochs", "1", "--batch-size", "4", "--validation", "0", "--workers", "0", "--skip-unreadable"]
     assert run_command(command, TrainConfig, argv=[*argv, "--out", str(out / "some")]) == 0
     output = capsys.readouterr().out
-    assert f"left out, cannot be read: 1, first {folder / 'dark' / '0.png'}" in output
+    assert f"left out, cannot be read: 3, first {folder / 'dark' / '0.png'}" in output  # and two to test on
+    assert re.search(r"dark +7 +0 +0\nlight +8 +0 +2\n", output)
+    assert re.search(r"test accuracy \S+ % on 2 images", output)
     assert "epoch 1: 6 of 12 images could not be read" in output
     assert load_checkpoint(out / "some" / "checkpoint.pt").history[0]["train_loss"] > 0
-    for path in folder.glob("light/*.*"):
-        if path.suffix == ".jpg":
-            path.write_bytes(path.read_bytes()[:2000])
-        else:
-            path.unlink()
+    tested = {folder / name for name in json.loads((out / "some" / "split.json").read_text())["test"]}
+    for path in {*folder.glob("light/*.*")} - tested:
+        path.write_bytes(path.read_bytes()[:2000]) if path.suffix == ".jpg" else path.unlink()
     assert run_command(command, TrainConfig, argv=[*argv, "--out", str(out / "none")]) == 2
     assert "none of the 12 training images of epoch 1 could be read" in capsys.readouterr().err
+    for path in tested:
+        path.write_bytes(path.read_bytes()[:2000])
+    assert run_command(command, TrainConfig, argv=[*argv, "--out", str(out / "untested")]) == 2
+    assert "none of the images to test on can be decoded" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,8 +11,10 @@ from PIL import Image
 from common.cli import run_command
 from common.refusal import Refusal
 from common.spec import ImageSpec
+from fold.graph import fold
 from fold.image_sets import real_images
-from train.checkpoint import load_checkpoint
+from fold.plain import load_plain, save_plain
+from train.checkpoint import load_checkpoint, load_net
 from train.config import TrainConfig
 from train.data import datasets
 from train.data.folder import make_files, picked_by_name
@@ -102,6 +104,19 @@ def test_more_photographs_move_no_training_image_to_the_test_images(folder):
 
 
 @pytest.mark.slow
+def test_a_folder_whose_name_is_not_utf_8_is_recorded_in_words_that_later_commands_read(folder, tmp_path):
+    named = folder.rename(tmp_path / b"caf\xe9".decode(errors="surrogateescape"))
+    assert run("--data-dir", named, *SMALL, "--out", tmp_path / "run") == 0
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert datasets.load_as_trained(state.config).test.names  # where it lies, in its own bytes
+    plain = tmp_path / "plain.safetensors"
+    save_plain(plain, fold(load_net(state)), state.spec, {"training": state.training_record()})
+    record = load_plain(plain).provenance["training"]
+    assert record["folder"] == "caf?"
+    assert "--data-dir 'caf?'" in record["command"]
+
+
+@pytest.mark.slow
 def test_a_run_keeps_its_images_when_the_folder_grows_and_refuses_another_one(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ("--data-dir", "photos", *SMALL, "--out", tmp_path / "run")
@@ -134,6 +149,31 @@ def test_a_run_keeps_its_images_when_the_folder_grows_and_refuses_another_one(fo
     output = capsys.readouterr()
     assert "1 images of the run are missing from" in output.err
     assert "test accuracy" not in output.out
+
+
+def test_what_is_judged_can_be_decoded_and_is_the_same_for_every_later_command(folder):
+    """A JPEG cut short shows when it is decoded, so that a count of files would be too many."""
+    whole = datasets.divide(datasets.load("folder", data_dir=folder, image_size=8), 0.2, seed=0)
+    cut = [str(part.paths[0]) for part in (whole.test, whole.validation)]
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
+    for path in cut:
+        noise.save(path, format="JPEG")
+        with open(path, "r+b") as file:
+            file.truncate(2000)
+    dataset = datasets.load("folder", data_dir=folder, image_size=8, skip_unreadable=True)
+    dataset = datasets.divide(dataset, 0.2, seed=0)
+    assert dataset.train.names == whole.train.names
+    assert dataset.test.names == whole.test.names[1:]
+    assert dataset.validation.names == whole.validation.names[1:]
+    assert {str(stranger.path) for stranger in dataset.left_out} == set(cut)
+    split, content = datasets.record(dataset)
+    assert split["test"] == len(whole.test) - 1
+    run = {"dataset": "folder", "data_dir": str(folder), "validation": 0.2, "skip_unreadable": True, "split": split}
+    (folder.parent / "split.json").write_bytes(content)
+    for beside in (None, folder.parent):
+        again = datasets.load_as_trained(run, beside=beside)
+        assert again.test.names == dataset.test.names
+        assert len(again.test.first(99)) == split["test"]
 
 
 @pytest.mark.slow

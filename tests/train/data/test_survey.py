@@ -41,6 +41,17 @@ def test_what_is_left_out_is_named_with_its_reason_before_training(tmp_path, cap
     assert "hidden, or an operating system's own: 2" in left_out
 
 
+def test_names_of_any_bytes_are_shown_each_on_its_line(tmp_path, capsys):
+    for index in range(4):
+        save(tmp_path / "two\nlines" / f"{index}.png")
+        save(tmp_path / "\x1b[31mred" / f"{index}.png")
+    (tmp_path / "two\nlines" / b"\xff.txt".decode(errors="surrogateescape")).write_bytes(b"no image")
+    print_survey(Console(width=160, soft_wrap=True), datasets.divide(load(tmp_path), 0.2, seed=0))
+    lines = capsys.readouterr().out.encode().decode().splitlines()
+    assert [line.split("  ")[0] for line in lines[:4]] == ["class", "?[31mred", "two?lines", "all"]
+    assert f"first {tmp_path / 'two?lines' / '?.txt'}" in lines[-1]
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_all_usual_names_of_parts_are_understood(tmp_path, name):
     for part, num in (("train", 3), (name, 2), ("extra", 1)):
