@@ -4,10 +4,9 @@ import logging
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, sleep
 from types import FrameType
 from typing import Any
 
@@ -127,7 +126,7 @@ class Supervisor:
     def __init__(self, kinds: Kinds, *, drain_s: int, say_ready: Callable[[], None]) -> None:
         self._drain_s, self._say_ready = drain_s, say_ready
         self._groups = [[_Place(name, make) for make in makes] for name, makes in kinds.items()]
-        self._stop = threading.Event()
+        self._is_ending = False  # no `Event`: a signal may come while `wait` holds the lock that `set` takes
         self._must_hurry = False
         self._is_hung_up = False
 
@@ -145,7 +144,10 @@ class Supervisor:
 
     def _watch(self) -> bool:
         places, is_said = [place for group in self._groups for place in group], False
-        while not self._stop.wait(_TURN_S):
+        while True:
+            sleep(_TURN_S)
+            if self._is_ending:
+                return True
             if self._is_hung_up:
                 self._is_hung_up = False
                 for worker in [place.worker for place in self._groups[-1]]:
@@ -160,11 +162,9 @@ class Supervisor:
                 if all(place.worker is None and place.has_failed for place in group):
                     _log.error("no %s serves, and none can start", group[0].name)
                     return False
-        return True
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        self._must_hurry = self._stop.is_set()  # told twice
-        self._stop.set()
+        self._must_hurry, self._is_ending = self._is_ending, True  # told twice
 
     def _hang_up(self, number: int, frame: FrameType | None) -> None:
         self._is_hung_up = True
