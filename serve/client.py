@@ -47,10 +47,7 @@ EXAMPLES = (
 
 @dataclass(eq=False)
 class _Server:
-    """Where a server is and how to ask it.
-
-    `api_key` defaults to the environment variable DIRACNET_API_KEY.
-    """
+    """Where a server is and how to ask it. `api_key` defaults to the environment variable DIRACNET_API_KEY."""
 
     url: str = DEFAULT_URL
     _: KW_ONLY

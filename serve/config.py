@@ -58,8 +58,7 @@ class ServeConfig(ReadingFlags):
     devices: Annotated[tuple[int, ...], "CUDA devices, one copy of the model on each (default: the first)"] = ()
     model_threads: Annotated[int | None, "threads of one model on the CPU (default: a core each)"] = None
     decode_threads: Annotated[
-        int | None,
-        "threads that decode images; 0: the model's thread does (default: spare cores, at most 4)",
+        int | None, "threads that decode images; 0: the model's thread does (default: spare cores, at most 4)"
     ] = None
     shadow: Annotated[Path | None, "a second model, which answers a share of the images too, but no clients"] = None
     shadow_share: Annotated[float, "share of the images that the shadow answers"] = 0.1

@@ -176,8 +176,7 @@ def _size_of_webp(content: bytes) -> tuple[int, int]:
 
 def _weigh_avif(content: bytes) -> Weight:
     """Never light: its coded stream has a size of its own, which only a process's memory limit can bound."""
-    found = islice(_AVIF_SIZE.finditer(content), MAX_AVIF_SIZES + 1)
-    sizes = [struct.unpack(">II", match[1]) for match in found]
+    sizes = [struct.unpack(">II", match[1]) for match in islice(_AVIF_SIZE.finditer(content), MAX_AVIF_SIZES + 1)]
     if len(sizes) > MAX_AVIF_SIZES:
         raise Refusal(f"the AVIF has more than {MAX_AVIF_SIZES} sizes of its parts; save it again")
     width, height = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))

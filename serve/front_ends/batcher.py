@@ -42,7 +42,6 @@ class FrontBatcher(Batcher):
 
     @property
     def is_up(self) -> bool:
-        """Whether the device process is there."""
         return self._link.is_up
 
     @property
@@ -109,8 +108,7 @@ class FrontBatcher(Batcher):
     def _use(self, remote: RemoteRuntime) -> None:
         """Send new jobs there. The previous link ends with the last of its jobs."""
         with self._changed:
-            if remote is not _remote(self.served):
-                self.served = Served((remote,))
+            self.served = Served((remote,))
             self._changed.notify_all()
         self._loop.add_reader(remote.link.fileno(), self._receive, remote.link)
         weakref.finalize(remote, soon, self._loop, self._retire, remote.link).atexit = False
@@ -128,8 +126,7 @@ class FrontBatcher(Batcher):
 
     def _answer(self, link: Link, flights: Sequence[Flight]) -> None:
         good = [flight for flight in flights if not flight.has_failed]
-        if len(good) < len(flights):
-            bad = [flight for flight in flights if flight.has_failed]
+        if bad := [flight for flight in flights if flight.has_failed]:
             link.take(bad)
             for flight in bad:
                 flight.owner.outcome = RuntimeError("the model failed; the log of the device process says why")

@@ -171,10 +171,7 @@ class Dialer:
     door: socket.socket
 
     def connect(self, *, num_slots: int = 0) -> RemoteRuntime:
-        """With `num_slots`, or all that the limits allow.
-
-        Waits until the device process answers; refuses if it has no memory for the slots.
-        """
+        """With `num_slots`, or all that the limits allow. Waits for the device process; refuses if it has no memory."""
         while True:
             connection = self._knock(CONNECT + REQUEST.pack(num_slots))
             try:

@@ -5,7 +5,6 @@ import logging
 import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -18,7 +17,7 @@ from export.compare import TOLERANCES, Tolerance
 from export.model_file.probe import NUM_IMAGES, SEED, probe_images
 from export.runtimes.cascade import Cascade
 from export.runtimes.runtime import Model, Runtime
-from serve.request.batcher import Batcher
+from serve.request.batcher import Batcher, soon
 from serve.request.job import Served
 from serve.request.problems import NOT_COMPARED, Problem
 
@@ -104,8 +103,7 @@ async def in_daemon_thread(function: Callable[[], Made]) -> Made:
             outcome = future.set_result, function()
         except BaseException as error:
             outcome = future.set_exception, error
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(finish, *outcome)
+        soon(loop, finish, *outcome)
 
     threading.Thread(target=run, name="reload", daemon=True).start()
     return await future

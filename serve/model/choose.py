@@ -62,10 +62,7 @@ class Candidate:
 
 
 def choose(
-    config: ServeConfig,
-    *,
-    load: Callable[..., Runtime] = load_runtime,
-    clock: Callable[[], float] = time.perf_counter,
+    config: ServeConfig, *, load: Callable[..., Runtime] = load_runtime, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[ServeConfig, str]:
     """`config` with one file and its runtime, and the reason for people, "" if there was nothing to choose from.
 

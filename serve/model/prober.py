@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
-from starlette.types import Message
 
 from common.difference import difference
 from export.compare import Tolerance
@@ -62,8 +61,7 @@ class Prober:
         served = self._batcher.served
         if served is not self._served:
             self._served, self._probe, self._num_skipped = served, None, 0
-            self.error = self.checked = None
-            self._fault = ""
+            self.error, self.checked, self._fault = None, None, ""
         if self._batcher.num_held and self._num_skipped < MOST_SKIPPED:
             self._num_skipped += 1
             return
@@ -93,8 +91,9 @@ class Prober:
     async def _ask(self, model: Model) -> tuple[float, str]:
         """(error, fault)"""
         probe = self._probe or read_probe(model)
-        deadline = asyncio.get_running_loop().time() + self._deadline_s
-        job = await self._batcher.classify(probe.images, top_k=1, deadline=deadline, receive=_never_gone, is_probe=True)
+        loop = asyncio.get_running_loop()
+        deadline, never = loop.time() + self._deadline_s, loop.create_future  # no client, which could go
+        job = await self._batcher.classify(probe.images, top_k=1, deadline=deadline, receive=never, is_probe=True)
         expected = job.logits if probe.logits is None else probe.logits
         if probe.logits is None:  # the first ones are expected, which vary slightly with an image's batch
             probe = replace(probe, logits=expected, tolerance=Tolerance(largest=ALONE_AND_AMONG_OTHERS))
@@ -115,7 +114,3 @@ class Prober:
             _log.warning("ready again: the probe images are answered as they should be")
         self.error, self._fault, self.checked = error, fault, self._clock()
         self.observe(self)
-
-
-async def _never_gone() -> Message:
-    return await asyncio.Future()

@@ -23,27 +23,22 @@ class ModelProcess(AbstractContextManager["ModelProcess"]):
     """A process whose `model` is loaded, checked and warmed up."""
 
     def __init__(self, config: ServeConfig, *, nice: int = 0, stderr: int | None = None) -> None:
-        """Refuses what serve/run.py refuses, and a model that is not ready within `reload_seconds`.
-
-        `stderr` is that of `subprocess.Popen`.
-        """
+        """Refuses what serve/run.py refuses, and a model that is not ready within `reload_seconds`."""
         environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
-        arguments = "serve.model.worker", os.getpid(), nice
-        self._child = Child(*arguments, env=environment, stderr=stderr)
+        self._child = Child("serve.model.worker", os.getpid(), nice, env=environment, stderr=stderr)
         try:
             config = replace(config, log_level="error")
             loaded: Refusal | tuple[Model, str] = self._exchange(config, config.reload_seconds)
             if isinstance(loaded, Refusal):
                 raise loaded
             self.model, self.description = loaded
-        except ProcessFailed as failure:
+        except BaseException as failure:
             self._child.close()
+            if not isinstance(failure, ProcessFailed):
+                raise
             name = " and ".join(path.name for path in config.model_paths)
             todo = "export it again, or allow it more time with --reload-seconds"
             raise Refusal(f"{name} cannot be loaded: {failure}; {todo}") from None
-        except BaseException:
-            self._child.close()
-            raise
 
     def __exit__(self, *error: object) -> None:
         self._child.close()

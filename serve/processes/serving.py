@@ -58,7 +58,12 @@ def run(config: ServeConfig, listener: socket.socket, url: str, *, load_on_devic
     limits_of(config)  # refuses before anything is measured
     config, reason = decide(config)  # workers and reloads keep these files and this runtime
     if config.workers == config.front_ends == 1:
-        return _run_alone(_make_server(config, url, reason, stream), listener)
+        server = _make_server(config, url, reason, stream)
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:  # raised again by uvicorn once its requests are finished
+            print("stopped", flush=True)
+        return 0 if server.started else 1
     with _folders() as home:
         if config.front_ends > 1:
             what, kinds = _front_ends(config, listener, home, load_on_device)
@@ -74,14 +79,6 @@ def decide(config: ServeConfig) -> tuple[ServeConfig, str]:
         forms = read_forms(config.model_paths)
         return replace(config, models=config.model_paths, runtime="onnxruntime"), str(forms)
     return choose(config)
-
-
-def _run_alone(server: Server, listener: socket.socket) -> int:
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:  # raised again by uvicorn once its requests are finished
-        print("stopped", flush=True)
-    return 0 if server.started else 1
 
 
 def _make_server(config: ServeConfig, url: str, reason: str, stream: logs.LogStream) -> Server:
@@ -214,15 +211,14 @@ def whole_app(
     reload_everywhere: Callable[[], None] | None = None,
 ) -> FastAPI:
     """The app of one process, with its log, metrics and traces."""
-    observers = [logs.RequestLog(stream)] if logging.getLogger().isEnabledFor(logging.INFO) else []
-    tracing = find_tracing()
+    log = logs.RequestLog(stream) if logging.getLogger().isEnabledFor(logging.INFO) else None
     limits = limits_of(config)
     app = make_app(
         runtimes,
         replace(limits, max_connections=fit_to_files(limits.max_connections)),
         access=Access(read_api_key(config.api_key_file, os.environ), config.cors_origin),
         load=load,
-        observers=[*observers, *([tracing] if tracing else [])],
+        observers=[observe for observe in (log, find_tracing()) if observe],
         reload_everywhere=reload_everywhere,
         grpc_address=config.grpc_address,
         shadow=shadow,

@@ -200,12 +200,8 @@ def _add_operation(app: FastAPI, batcher: Batcher, metrics: Metrics, prober: Pro
     async def card() -> dict[str, Any]:
         """The model's description, and statistics of its answers, its shadow and its probes."""
         runtime, shadow = batcher.served.runtimes[0], batcher.shadow
-        watched = {
-            **batcher.watch.summary(runtime.model),
-            "shadow": shadow and shadow.summary(),
-            "probe": prober.summary(),
-        }
-        return {**model_card(runtime), **watched}
+        watched = {"shadow": shadow and shadow.summary(), "probe": prober.summary()}
+        return {**model_card(runtime), **batcher.watch.summary(runtime.model), **watched}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=with_key)
     async def show_metrics() -> Response:

@@ -135,8 +135,7 @@ class RequestHandler:
         self._batcher.check_room(1)  # before the body is read: refusing an overload must be cheap
         top_k = _top_k(scope["query_string"])
         deadline = asyncio.get_running_loop().time() + self._limits.deadline_s
-        reading = read_images(receive, headers, self._limits)
-        images = await within_deadline(reading, deadline, self._limits)
+        images = await within_deadline(read_images(receive, headers, self._limits), deadline, self._limits)
         job = await self._batcher.classify(images, top_k=top_k, deadline=deadline, receive=receive)
         visit.take(job)
         return orjson.dumps({"model": job.served.name, "results": job.outcome})

@@ -224,8 +224,7 @@ class Intake:
 
     async def _take_place(self, deadline: float) -> None:
         if self._num_waiting >= self._limits.max_queue:
-            detail = f"{self._num_waiting} messages wait to be received; retry in 1 s"
-            raise Problem(problems.OVERLOADED, detail, RETRY)
+            raise Problem(problems.OVERLOADED, f"{self._num_waiting} messages wait to be received; retry in 1 s", RETRY)
         self._num_waiting += 1
         if self._places.locked():
             self._hurry()
@@ -233,8 +232,7 @@ class Intake:
             async with asyncio.timeout_at(deadline):
                 await self._places.acquire()
         except TimeoutError:
-            detail = "other messages were received until the deadline; retry later"
-            raise Problem(problems.DEADLINE, detail) from None
+            raise Problem(problems.DEADLINE, "other messages were received until the deadline; retry later") from None
         finally:
             self._num_waiting -= 1
 

@@ -9,18 +9,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,  # pydantic reads no other one on Python 3.11
-)
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import orjson
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
 from pydantic_core import ErrorDetails
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic reads no other one on Python 3.11
 
 from export.runtimes.runtime import best
 from serve.request.body import from_base64, load_json, too_many_images
@@ -164,8 +159,7 @@ def read_numbers(data: list[Any], tensor: InputTensor) -> np.ndarray | list[byte
 def check_count(elements: Any, tensor: InputTensor) -> Any:
     """`elements`; refuses another number of them than the tensor's shape needs."""
     if len(elements) != (wanted := math.prod(tensor.shape)):
-        detail = f"images of shape {tensor.shape} need {wanted:,} elements, got {len(elements):,}"
-        raise Problem(BAD_REQUEST, detail)
+        raise Problem(BAD_REQUEST, f"images of shape {tensor.shape} need {wanted:,} elements, got {len(elements):,}")
     return elements
 
 

@@ -85,8 +85,7 @@ class Computed:
         text = "Images that the model computed at once"
         self.observe_batch = Histogram("diracnet_batch_images", text, buckets=_IMAGES, registry=registry).observe
         self._cascade = Counter("diracnet_cascade_images", "Images that a cascade answered", registry=registry)
-        text = "Images that int8 left to fp32"
-        self._escalated = Counter("diracnet_cascade_escalated", text, registry=registry)
+        self._escalated = Counter("diracnet_cascade_escalated", "Images that int8 left to fp32", registry=registry)
 
     def observe_run(self, runtime: Runtime) -> None:
         """It has computed a batch."""

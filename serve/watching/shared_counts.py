@@ -60,8 +60,6 @@ def _in_file(path: Path, size: int) -> np.ndarray:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except OSError:  # there is none, or one of another user, which is no worker
         return False
-    except PermissionError:
-        pass
     return True
