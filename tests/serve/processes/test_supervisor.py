@@ -1,5 +1,6 @@
 """When the place of a process is filled again: by a clock and processes of the test."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -112,3 +113,11 @@ def test_one_that_does_not_answer_or_is_not_ready_in_time_is_killed(place, clock
     place.look_after()
     assert slow.was_killed
     assert place.has_failed
+
+
+def test_a_signal_between_two_looks_ends_it_without_another_one(monkeypatch):
+    """Ctrl-C ends the workers too, which would be started again."""
+    kinds = {"worker": [lambda: pytest.fail("a worker is started")]}
+    watching = supervisor.Supervisor(kinds, drain_s=1, say_ready=lambda: None)
+    monkeypatch.setattr(supervisor, "sleep", lambda seconds: watching._end(signal.SIGINT, None))
+    assert watching._watch()
