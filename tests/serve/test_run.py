@@ -314,7 +314,7 @@ def test_workers_that_cannot_start_end_the_supervisor(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_starts_asks_and_stops(artefact, tmp_path, pixels, encode, taken_port, port):
+def test_the_demo_starts_asks_and_stops(artefact, tmp_path, pixels, encode, port):
     folder = tmp_path / "held-out"
     folder.mkdir()
     for index in range(10):  # whatever the net says of one image, one of ten labels is right
@@ -333,11 +333,12 @@ def test_the_demo_starts_asks_and_stops(artefact, tmp_path, pixels, encode, take
         httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=60)
     again = subprocess.run(stop, capture_output=True, text=True)
     assert (again.returncode, "no server" in again.stdout) == (0, True)
+    (tmp_path / "text.onnx").write_text("hello")
     failed = subprocess.run(
-        command("demo.py", artefact, "--images", folder, "--port", taken_port), capture_output=True, text=True
+        command("demo.py", tmp_path / "text.onnx", "--images", folder, "--port", port), capture_output=True, text=True
     )
     assert failed.returncode == 2
-    assert "the server did not start: cannot listen on" in failed.stderr
+    assert "the server did not start: text.onnx is not a valid ONNX file" in failed.stderr
     assert not (tmp_path / "server.pid").exists()
 
 
