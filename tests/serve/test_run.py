@@ -337,7 +337,7 @@ def test_the_demo_starts_asks_and_stops(artefact, tmp_path, pixels, encode, take
         command("demo.py", artefact, "--images", folder, "--port", taken_port), capture_output=True, text=True
     )
     assert failed.returncode == 2
-    assert "the server did not start: cannot listen on" in failed.stderr
+    assert failed.stderr.startswith("error: cannot listen on 127.0.0.1 port")
     assert not (tmp_path / "server.pid").exists()
 
 
