@@ -68,9 +68,8 @@ def find_images(chain: Chain, data_dir: Path | None) -> FoundImages:
         if data_dir and not is_other:
             raise
         missing, verdict = str(refusal), "differs" if is_other else "cannot be checked here"
-    rows = ()
-    if split or verdict == "differs":
-        rows = (CheckedClaim("images of training, validation and test", said, shown(missing, 160) or said, verdict),)
+    claim = CheckedClaim("images of training, validation and test", said, shown(missing, 160) or said, verdict)
+    rows = (claim,) if split or verdict == "differs" else ()
     if dataset is None:
         return FoundImages(None, missing, rows)
     if dataset.info.labels == chain.spec.labels:

@@ -184,9 +184,7 @@ def _probe(chain: Chain) -> Iterator[CheckedClaim]:
     if (probe := chain.claims.get("export.probe")) is None:
         return
     seed, logits = probe
-    for form in (chain.form, chain.exported if chain.card else None):
-        if form is None:
-            continue
+    for form in filter(None, (chain.form, chain.exported if chain.card else None)):
         tolerance = TOLERANCES[form.precision]
         found = difference(logits, form.answer(probe_images(form.spec.image, seed)))
         yield judged(
