@@ -140,8 +140,7 @@ class _Walk:
 
     def _layer(self, node: fx.Node) -> Any:
         layer, args = self.traced.get_submodule(str(node.target)), self._known(node.args)
-        write = LAYERS.get(type(layer))
-        if write is None:
+        if (write := LAYERS.get(type(layer))) is None:
             raise NotListed(type(layer).__name__)
         if len(args) != 1 or node.kwargs or not isinstance(args[0], Ref):
             raise NotListed("more than one input")

@@ -184,8 +184,7 @@ def _parity(chain: Chain, images: FoundImages, console: Console) -> Iterator[Che
     said = [row for where, report in chain.reports.items() for row in _reported(where, report)]
     recorded = [row for row in said if isinstance(row, ReportedRow)]
     yield from (row for row in said if isinstance(row, CheckedClaim))
-    form = chain.nearest
-    if form is None:
+    if (form := chain.nearest) is None:
         yield unchecked("the same answers as its sources", "", shown(chain.why_not, 160))
         return
     if chain.form is None:

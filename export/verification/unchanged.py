@@ -73,8 +73,7 @@ def check_foreign(form: Artefact) -> Iterator[CheckedClaim]:
 
 
 def _of_card(chain: Chain) -> Iterator[CheckedClaim]:
-    card = chain.card
-    if card is None:
+    if (card := chain.card) is None:
         return
     yield compared("sha256 of the engine", card.engine_sha256, digest_of(chain.path, read_whole(chain.path)))
     runs_on = shown(f"{card.builder} {card.builder_version}, compute capability {', '.join(card.compute_capabilities)}")
