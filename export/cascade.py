@@ -52,8 +52,7 @@ def command(config: CascadeConfig) -> int:
     num = calibration.get("images") if isinstance(calibration, dict) else None
     if not isinstance(num, int) or not 0 < num <= len(dataset.train):
         raise Refusal(f"{quick} does not record how many images set its ranges; export it again")
-    set_aside = images_to_choose_by(dataset, num)
-    if not set_aside:
+    if not (set_aside := images_to_choose_by(dataset, num)):
         raise Refusal(f"{quick}: no image is left to choose a threshold by; train on more than these")
     with progress(console, "measuring", sum(map(len, (dataset.test, *set_aside)))) as advance:
         chosen_by, test = (answer_both(reference, candidate, parts, advance) for parts in (set_aside, [dataset.test]))

@@ -118,8 +118,7 @@ def _image_sets(forms: list["Artefact"], config: ParityConfig, console: "Console
     image_sets = {"random": random_images(image), "extreme": extreme_images(image)}
     if real is not None:
         return {"real": real, **image_sets}
-    statistical = {form.precision for form in forms if TOLERANCES[form.precision].is_statistical}
-    if statistical:
+    if statistical := {form.precision for form in forms if TOLERANCES[form.precision].is_statistical}:
         raise Refusal(f"{' and '.join(statistical)} can only be judged on real images, and there are none: {missing}")
     console.print(f"no real images, parity is on random and extreme ones alone: {missing}")
     return image_sets

@@ -43,8 +43,7 @@ def time_answers(
     """
     rows = []
     for batch_size in batch_sizes:
-        shape = (batch_size, image.height, image.width, image.channels)
-        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        images = np.random.default_rng(0).integers(0, 256, (batch_size, *image.shape), dtype=np.uint8)
         start = clock()
         calls = {name: _calls_per_round(answer, images, clock) for name, answer in answers.items()}
         times: dict[str, list[float]] = {name: [] for name in answers}

@@ -205,8 +205,7 @@ def _refuse_another_model(target: Path, model: Files) -> None:
     """The same model has the same files with the same bytes."""
     held = {path.relative_to(target).as_posix(): read_whole(path) for path in target.rglob("*") if path.is_file()}
     if held != model:
-        differing = sorted(name for name in {*held, *model} if held.get(name) != model.get(name))
-        names = ", ".join(differing)
+        names = ", ".join(sorted(name for name in {*held, *model} if held.get(name) != model.get(name)))
         raise Refusal(f"{target} holds another model: {names} differs; give a new --version, or remove that folder")
 
 

@@ -86,8 +86,7 @@ def _dirac_layers(net: "nn.Module", config: DrawConfig) -> "dict[str, DiracConv2
     if not found:
         raise Refusal(f"{config.checkpoint} has no Dirac convolution to draw: it was trained as plain")
     names = list(found)
-    missing = [name for name in config.layers if name not in found]
-    if missing:
+    if missing := [name for name in config.layers if name not in found]:
         raise Refusal(f"no Dirac convolution is called {', '.join(missing)}; there are {', '.join(names)}")
     return {name: found[name] for name in config.layers or dict.fromkeys((names[0], names[len(names) // 2], names[-1]))}
 

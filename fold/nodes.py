@@ -123,8 +123,7 @@ class Graph:
         except (TypeError, KeyError, ValueError) as error:
             raise Refusal(f"the graph in the file is damaged: {error!r}") from error
         graph.check()
-        unread = tensors.keys() - graph.tensors().keys()
-        if unread:
+        if unread := tensors.keys() - graph.tensors().keys():
             raise Refusal(f"the graph in the file reads none of {', '.join(sorted(unread))}")
         return graph
 

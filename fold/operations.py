@@ -300,20 +300,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     **dict.fromkeys(("contiguous", "clone", "detach"), unchanged),
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), dropout),
-    "add": add,
-    "sub": sub,
+    **{function.__name__: function for function in (add, sub, linear, batch_norm, mean, flatten, pad, getitem)},
+    **{function.__name__: function for function in (relu6, hardtanh, leaky_relu, gelu, ncrelu)},
     "mul": partial(combine, "mul"),
-    "linear": linear,
-    "batch_norm": batch_norm,
-    "mean": mean,
-    "flatten": flatten,
-    "pad": pad,
-    "getitem": getitem,
-    "relu6": relu6,
-    "hardtanh": hardtanh,
-    "leaky_relu": leaky_relu,
-    "gelu": gelu,
-    "ncrelu": ncrelu,
 }
 
 

@@ -90,8 +90,7 @@ def _read_graph(file: PlainFile) -> Graph:
 
 def _check(graph: Graph, spec: Spec) -> None:
     """Refuses a graph that does not lead from the images of its spec to logits."""
-    wrong = [node.name for node in graph.nodes if not NAME.fullmatch(node.name) or node.name in RESERVED]
-    if wrong:
+    if wrong := [node.name for node in graph.nodes if not NAME.fullmatch(node.name) or node.name in RESERVED]:
         raise Refusal(f"{wrong[0][:80]!r} cannot be the name of a node")
     shapes = infer_shapes(graph, spec.image.shape)
     if wrong := [node.name for node in graph.readers(graph.nodes[0].name) if node.op != "normalize"]:

@@ -1,8 +1,7 @@
 """The algebra of the fold: for each rule its pattern, its equation, and what prevents it.
 
-W ⊙ x is a convolution with zeros around x; s and t have a value per channel. A rule returns nodes in place of
-others, the reason why it may not, or None where its pattern does not match. `simplify` applies all rules
-until none applies.
+W ⊙ x is a convolution with zeros around x; s and t have a value per channel. A rule returns nodes in place of others,
+the reason why it may not, or None where its pattern does not match. `simplify` applies all rules until none applies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -292,9 +291,8 @@ def _has_one_reader(graph: Graph, name: str) -> bool:
 
 def _before(graph: Graph, node: Node, ops: Sequence[str], before: Sequence[str]) -> Node | str | None:
     """The node that a node of one of `ops` reads, if it is one of `before` and has no other reader."""
-    if node.op not in ops or graph[node.inputs[0]].op not in before:
+    if node.op not in ops or (found := graph[node.inputs[0]]).op not in before:
         return None
-    found = graph[node.inputs[0]]
     if _has_one_reader(graph, found.name):
         return found
     return _not_merged(found, f"{len(graph.readers(found.name))} nodes read it")

@@ -1,8 +1,7 @@
 """From a module to its graph, by torch.fx.
 
-fx keeps a known layer as one node with its name, so a Dirac convolution stays whole; the batch size stays open,
-and no input is needed. torch.export would split such layers into their arithmetic, fix shapes, and take ten
-times as long.
+fx keeps a known layer as one node with its name, so a Dirac convolution stays whole; the batch size stays open, and no
+input is needed. torch.export would split such layers into their arithmetic, fix shapes, and take ten times as long.
 """
 
 import operator
@@ -141,8 +140,7 @@ class _Walk:
 
     def _layer(self, node: fx.Node) -> Any:
         layer, args = self.traced.get_submodule(str(node.target)), self._known(node.args)
-        write = LAYERS.get(type(layer))
-        if write is None:
+        if (write := LAYERS.get(type(layer))) is None:
             raise NotListed(type(layer).__name__)
         if len(args) != 1 or node.kwargs or not isinstance(args[0], Ref):
             raise NotListed("more than one input")
@@ -267,14 +265,12 @@ def _refuse_late_readers(node: fx.Node) -> None:
 def _refuse_hooks(net: nn.Module) -> None:
     """Refuses hooks and forwards of single instances, which a trace would omit silently, and training mode."""
     modules = cast("list[tuple[str, Any]]", list(net.named_modules()))  # pyright: ignore[reportUnknownArgumentType]
-    found = [
+    if found := [
         name or "the net"
         for name, module in modules
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    ]
-    if found:
+    ]:
         raise TypeError(f"cannot be folded: {', '.join(found)} have hooks or a forward of their own; remove them first")
     by_mode = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)  # pyright: ignore[reportPrivateUsage]
-    training = [name for name, module in modules if isinstance(module, by_mode) and module.training]
-    if training:
+    if training := [name for name, module in modules if isinstance(module, by_mode) and module.training]:
         raise TypeError(f"cannot be folded: {', '.join(training[:5])} in training mode; call net.eval() first")

@@ -143,8 +143,7 @@ def read_plain_file(path: Path) -> PlainFile:
     if metadata.get("format") not in (PLAIN_FORMAT, GRAPH_FORMAT):
         raise Refusal(f"{path} is not a {PLAIN_FORMAT} file; make one with fold/run.py")
     spec = Spec.from_json(metadata.get("spec", ""))
-    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if bad:
+    if bad := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise Refusal(f"{path} holds NaN or infinite values in {', '.join(bad)}: the training diverged")
     return PlainFile(path, weights, spec, metadata, sha256(content))
 

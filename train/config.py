@@ -142,8 +142,7 @@ class TrainConfig:
         wrn = self.family == "wrn"
         parameterization = self.parameterization or ("plain" if wrn else "dirac")
         values = asdict(recipe(self.recipe, family=self.family, dataset=self.learnt, num_images=num_images))
-        values["dataset"] = self.learnt
-        values["parameterization"] = parameterization
+        values |= {"dataset": self.learnt, "parameterization": parameterization}
         values["nonlinearity"] = "relu" if wrn or parameterization == "per-channel" else "ncrelu"
         settings = Settings(**values | {name: value for name, value in vars(self).items() if value is not None})
         if self.warmup is None:  # a run that is cut short to few epochs warms up for a part of them

@@ -20,7 +20,6 @@ def dirac_delta(shape: Sequence[int], form: Delta = "repeated") -> Tensor:
     """The δ tensor of eq. 2, repeated as eq. 7 and eq. 8 say where N_i and N_o differ.
 
     `form` "first" leaves the repetitions out: ones on the first min(N_i, N_o) channels alone.
-
     `shape` is [N_o, N_i, K_1, ..., K_L]. Repeating refuses N_o and N_i of which neither is a multiple of the other.
     """
     num_out, num_in, *kernel = shape

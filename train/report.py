@@ -24,8 +24,7 @@ OVERFITTING = 0.05  # between training and validation images, beyond what chance
 def print_survey(console: Console, dataset: Dataset) -> None:
     """Images of each class in each part, their sizes, and what was left out and why."""
     labels = [*map(printable, dataset.info.labels)]
-    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    counts = np.array([np.bincount(parts[part].targets, minlength=len(labels)) for part in PARTS])
+    counts = np.array([np.bincount(getattr(dataset, part).targets, minlength=len(labels)) for part in PARTS])
     shown = np.sort(counts.sum(0).argsort(kind="stable")[:MAX_CLASSES])
     width = max(len(label) for label in labels)
     console.print(f"{'class':{width}}  " + "  ".join(f"{part:>10}" for part in PARTS))

@@ -143,8 +143,7 @@ def _load(
         skip_unreadable=config.skip_unreadable,
         track=track(console, "reading images"),
     )
-    decoding = track(console, DECODING)
-    dataset = datasets.divide(dataset, config.resolved().validation, seed=config.seed, track=decoding)
+    dataset = datasets.divide(dataset, config.resolved().validation, seed=config.seed, track=track(console, DECODING))
     if config.learnt == "folder":
         print_survey(console, dataset)
     return dataset

@@ -1,9 +1,8 @@
 """Eight-bit graphs for ONNX Runtime on CPUs: unsigned activations, signed weights, pixels' channels last.
 
-Between the stem and the last pool every tensor is uint8 and every node an integer one. ReLU is then a
-maximum with the zero point, NCReLU a maximum, a minimum and a concatenation, and none of them rounds.
-ONNX Runtime would make these nodes of a Q/DQ graph itself, but around δ's additions it leaves two
-transpositions per layer, and a fifth of the speed.
+Between the stem and the last pool every tensor is uint8 and every node an integer one. ReLU is then a maximum with the
+zero point, NCReLU a maximum, a minimum and a concatenation, and none of them rounds. ONNX Runtime would make these
+nodes of a Q/DQ graph itself, but around δ's additions it leaves two transpositions per layer, and a fifth of the speed.
 """
 
 from collections.abc import Mapping, Sequence

@@ -157,8 +157,7 @@ def read_net(path: Path, content: bytes) -> TorchNet:
     """The net of an ONNX file, on the CPU; refuses a damaged file and unknown operations."""
     try:
         model = onnx.load_model_from_string(content)
-        kinds = {node.op_type for node in model.graph.node if node.domain or node.op_type not in OPERATIONS}
-        if kinds:
+        if kinds := {node.op_type for node in model.graph.node if node.domain or node.op_type not in OPERATIONS}:
             raise Refusal(f"{path}: PyTorch does not run {', '.join(sorted(kinds))} here; use --runtime onnxruntime")
         onnx.checker.check_model(model)
     except (DecodeError, onnx.checker.ValidationError) as error:

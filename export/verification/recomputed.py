@@ -68,9 +68,8 @@ def find_images(chain: Chain, data_dir: Path | None) -> FoundImages:
         if data_dir and not is_other:
             raise
         missing, verdict = str(refusal), "differs" if is_other else "cannot be checked here"
-    rows = ()
-    if split or verdict == "differs":
-        rows = (CheckedClaim("images of training, validation and test", said, shown(missing, 160) or said, verdict),)
+    claim = CheckedClaim("images of training, validation and test", said, shown(missing, 160) or said, verdict)
+    rows = (claim,) if split or verdict == "differs" else ()
     if dataset is None:
         return FoundImages(None, missing, rows)
     if dataset.info.labels == chain.spec.labels:
@@ -185,8 +184,7 @@ def _parity(chain: Chain, images: FoundImages, console: Console) -> Iterator[Che
     said = [row for where, report in chain.reports.items() for row in _reported(where, report)]
     recorded = [row for row in said if isinstance(row, ReportedRow)]
     yield from (row for row in said if isinstance(row, CheckedClaim))
-    form = chain.nearest
-    if form is None:
+    if (form := chain.nearest) is None:
         yield unchecked("the same answers as its sources", "", shown(chain.why_not, 160))
         return
     if chain.form is None:

@@ -73,8 +73,7 @@ def check_foreign(form: Artefact) -> Iterator[CheckedClaim]:
 
 
 def _of_card(chain: Chain) -> Iterator[CheckedClaim]:
-    card = chain.card
-    if card is None:
+    if (card := chain.card) is None:
         return
     yield compared("sha256 of the engine", card.engine_sha256, digest_of(chain.path, read_whole(chain.path)))
     runs_on = shown(f"{card.builder} {card.builder_version}, compute capability {', '.join(card.compute_capabilities)}")
@@ -184,9 +183,7 @@ def _probe(chain: Chain) -> Iterator[CheckedClaim]:
     if (probe := chain.claims.get("export.probe")) is None:
         return
     seed, logits = probe
-    for form in (chain.form, chain.exported if chain.card else None):
-        if form is None:
-            continue
+    for form in filter(None, (chain.form, chain.exported if chain.card else None)):
         tolerance = TOLERANCES[form.precision]
         found = difference(logits, form.answer(probe_images(form.spec.image, seed)))
         yield judged(

@@ -56,12 +56,11 @@ def read_saved(path: Path, content: bytes) -> Saved:
         )
     if unfolded and not (isinstance(held.get("params"), dict) and held["params"]):
         raise Refusal(f"{path} has no tensors in `params`: it is none of the authors' layouts")
-    strange = [
+    if strange := [
         name
         for name, value in numbers.items()
         if not isinstance(value, Tensor) or not value.is_floating_point() or not torch.isfinite(value).all()
-    ]
-    if strange:
+    ]:
         raise Refusal(f"{path}: not a tensor of finite real numbers: {first_of(strange, 5)}")
     tensors = {name: value.detach().float() for name, value in numbers.items()}
     eyes = {name: tensors.pop(name) for name in list(tensors) if name.startswith("eye")}

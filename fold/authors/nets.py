@@ -130,8 +130,7 @@ def _form_of_all(path: Path, numbers: Mapping[str, Tensor], eyes: Mapping[str, T
     For N_i = N_o the forms are the same. Refuses a δ of neither form, and a missing one.
     """
     shapes = {"eye" + "_".join(map(str, value.shape)): value.shape for name, value in numbers.items() if _is_conv(name)}
-    missing = [name for name, shape in shapes.items() if shape[0] != shape[1] and name not in eyes]
-    if missing:
+    if missing := [name for name, shape in shapes.items() if shape[0] != shape[1] and name not in eyes]:
         raise Refusal(f"{path}: {missing[0]} missing: what the layers of this shape were trained with is not known")
     found: dict[str, Delta] = {}
     for name, shape in shapes.items():
@@ -156,8 +155,7 @@ def dirac_layer(
     Refuses tensors that are missing, do not fit each other or are not finite.
     """
     prefix = f"{prefix.removesuffix('.')}." if prefix else ""
-    missing = [prefix + name for name in ("alpha", "beta", "delta", "weight") if prefix + name not in state]
-    if missing:
+    if missing := [prefix + name for name in ("alpha", "beta", "delta", "weight") if prefix + name not in state]:
         raise Refusal(f"no module of the authors' at {prefix or 'the top'}: {', '.join(missing)} missing")
     names = [name for name in ("alpha", "beta", "delta", "weight", "bias") if prefix + name in state]
     tensors = {name: state[prefix + name].detach().float().cpu() for name in names}

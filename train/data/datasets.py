@@ -180,8 +180,7 @@ def load_as_trained(
 
 def recorded_files(root: Path, parts: Mapping[str, Sizes], info: DatasetInfo, *, skip_unreadable: bool) -> Dataset:
     """A folder divided as a run recorded it in `parts`; refuses it if an image is gone or has another size."""
-    changed = [name for sizes in parts.values() for name, size in sizes.items() if num_bytes(root / name) != size]
-    if changed:
+    if changed := [name for sizes in parts.values() for name, size in sizes.items() if num_bytes(root / name) != size]:
         raise Changed(
             f"{len(changed)} images of the run are missing from {root} or changed, the first is {changed[0]}: "
             "put them back, or train again"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -189,8 +189,15 @@ def find_files(
                 found[path] = part
     if not found:
         raise Refusal(f"no {', '.join(SUFFIXES)} images in the class folders of {folders['train']}")
-    sizes = _sizes_of(found, track, skip_unreadable=skip_unreadable)
-    left_out += [LeftOut(path, UNREADABLE) for path, size in sizes.items() if size is None]
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        sizes = dict(zip(found, track(pool.map(_size, found), len(found)), strict=True))
+    unreadable = [path for path, size in sizes.items() if size is None]
+    if unreadable and not skip_unreadable:
+        raise Refusal(
+            f"{len(unreadable)} of {len(found)} images cannot be read, the first is {unreadable[0]}: "
+            "repair or remove them, or add --skip-unreadable"
+        )
+    left_out += [LeftOut(path, UNREADABLE) for path in unreadable]
     parts: dict[str, Files] = {}
     for part in folders:
         paths = [path for path in found if found[path] == part and sizes[path]]
@@ -230,19 +237,6 @@ def _folders(root: Path) -> list[Path]:
 
 def _is_junk(path: Path) -> bool:
     return path.name.startswith(".") or path.name in JUNK
-
-
-def _sizes_of(paths: Collection[Path], track: Track, *, skip_unreadable: bool) -> dict[Path, tuple[int, int] | None]:
-    """`_size` of each; refuses unreadable images unless they may be skipped."""
-    with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        sizes = dict(zip(paths, track(pool.map(_size, paths), len(paths)), strict=True))
-    unreadable = [path for path, size in sizes.items() if size is None]
-    if unreadable and not skip_unreadable:
-        raise Refusal(
-            f"{len(unreadable)} of {len(paths)} images cannot be read, the first is {unreadable[0]}: "
-            "repair or remove them, or add --skip-unreadable"
-        )
-    return sizes
 
 
 def _size(path: Path) -> tuple[int, int] | None:

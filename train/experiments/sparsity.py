@@ -76,12 +76,9 @@ def measure(weights) -> dict[str, float]:
     import numpy as np
 
     scaled = np.concatenate([w.ravel() / w.std() for w in weights])
-    dead, total = 0, 0
-    for w in weights:
-        for axes in ((0, 2, 3), (1, 2, 3)):
-            norms = np.sqrt((w.astype(np.float64) ** 2).sum(axis=axes))
-            dead, total = dead + int((norms < DEAD * norms.max()).sum()), total + len(norms)
-    return {"kurtosis": float((scaled**4).mean() / (scaled**2).mean() ** 2), "dead_rows": dead / total}
+    norms = [np.sqrt((w.astype(np.float64) ** 2).sum(axis=axes)) for w in weights for axes in ((0, 2, 3), (1, 2, 3))]
+    dead = np.concatenate([rows < DEAD * rows.max() for rows in norms])
+    return {"kurtosis": float((scaled**4).mean() / (scaled**2).mean() ** 2), "dead_rows": float(dead.mean())}
 
 
 if __name__ == "__main__":

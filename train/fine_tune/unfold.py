@@ -109,8 +109,7 @@ def parts_of(net: nn.Module) -> Iterator[Part]:
             part = None
         match layer:
             case nn.Conv2d():
-                part, halved = Part(name, layer, halved=halved), None
-                rectified = False
+                part, rectified, halved = Part(name, layer, halved=halved), False, None
             case nn.BatchNorm2d() | nn.SyncBatchNorm():
                 yield Part(name, layer)
             case nn.ReLU():
