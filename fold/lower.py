@@ -109,14 +109,16 @@ def _split(graph: Graph, lowering: str) -> Iterator[Node]:
 def _ncrelu_nodes(node: Node, lowering: str) -> Iterator[Node]:
     """The nodes that the convolutions then read, named after the NCReLU."""
     name, (x,) = node.name, node.inputs
-    if lowering == "shared":
-        yield Node(f"{name}.positive", "relu", (x,))
-        yield Node(name, "cat", (f"{name}.positive", x))
-    else:
-        yield Node(name, "relu", (x,))
-    if lowering == "split":
-        yield _negative(f"{name}.negative", x)
-        yield Node(f"{name}.mirrored", "relu", (f"{name}.negative",))
+    match lowering:
+        case "shared":
+            yield Node(f"{name}.positive", "relu", (x,))
+            yield Node(name, "cat", (f"{name}.positive", x))
+        case "shared-split":
+            yield Node(name, "relu", (x,))
+        case _:
+            yield Node(name, "relu", (x,))
+            yield _negative(f"{name}.negative", x)
+            yield Node(f"{name}.mirrored", "relu", (f"{name}.negative",))
 
 
 def _negative(name: str, x: str) -> Node:
