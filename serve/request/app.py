@@ -135,12 +135,11 @@ def make_app(
     prober = Prober(batcher, every_s=limits.probe_every_s, deadline_s=limits.deadline_s)
     batcher.find_fault = lambda: prober.fault
     door = Door(limits.max_connections)
-    metrics = Metrics(batcher, door)
-    watch_probes(metrics, prober)
     reloader = Reloader(batcher, load, max_batch=limits.max_batch) if load else None
 
     app = App(batcher, prober, door, reloader, limits.max_batch)
-    app.metrics = metrics
+    app.metrics = metrics = Metrics(batcher, door)
+    watch_probes(metrics, prober)
     handler = RequestHandler(app, batcher=batcher, limits=limits, access=access, observers=(metrics, *observers))
     app.front = _allow_origins(handler, access.cors_origins)
     if grpc_address:

@@ -208,7 +208,7 @@ class Batcher:
         end = monotonic()
         for job in jobs:
             job.model_s = end - start
-            job.queue_s = max(0.0, start - job.accepted - job.decode_s)  # decoders work side by side
+            job.queue_s = max(0.0, start - job.accepted - job.decode_s)  # a rounded sum of times may exceed it
         self._record_speed((end - start) / sum(job.num_images for job in jobs))
         soon(self._loop, deliver, jobs)
 
